@@ -1,0 +1,5 @@
+"""The channel graph of a model: trace it once, know which channels belong together."""
+
+from secateur.graph._channels import Activation, ChannelAxis, ChannelGraph, Extent, Operation, Role, Site, SizeEdit
+
+__all__ = ["Activation", "ChannelAxis", "ChannelGraph", "Extent", "Operation", "Role", "Site", "SizeEdit"]

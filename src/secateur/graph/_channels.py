@@ -1,0 +1,196 @@
+"""The channel graph: which channels of which tensors must stay or go together.
+
+Every name here is part of the public vocabulary (see docs): an *axis* is a set of channels shared by several
+tensors, a *site* is one place where it appears, an *extent* is the number of channels along one dimension
+written as a linear function of the widths.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+class Role(Enum):
+    """What a dimension of a parameter does with the channels of an axis."""
+
+    OUTPUT = "output"
+    """Produces them: dim 0 of a convolution or linear weight (dim 1 if transposed), and its bias."""
+    INPUT = "input"
+    """Consumes them: dim 1 of a convolution or linear weight (dim 0 if transposed)."""
+    VECTOR = "vector"
+    """One number per channel, elementwise: norm scales and shifts, running statistics, LayerScale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where an axis appears.
+
+    Attributes:
+        tensor: Name of the parameter or buffer in the model's ``state_dict``.
+        dim: The dimension of that tensor.
+        index: (axis size, multiplicity): the positions along ``dim`` that belong to each channel. Multiplicity is
+            above 1 where one channel owns several positions, as after a flatten (height x width positions).
+        role: What the tensor does with the channels.
+    """
+
+    tensor: str
+    dim: int
+    index: IntArray
+    role: Role
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelAxis:
+    """Channels that every tensor in ``sites`` must keep or lose together.
+
+    Attributes:
+        name: Unique and stable for a model: the parameter or module that produces the channels first.
+        size: Number of channels in the traced model.
+        sites: Where the channels live.
+        divisor: Widths of this axis must be a multiple of it (1: any).
+        frozen_because: None if channels may be removed, else the reason why not, as a sentence for a user.
+    """
+
+    name: str
+    size: int
+    sites: tuple[Site, ...]
+    divisor: int = 1
+    frozen_because: str | None = None
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A number of channels as a linear function of the widths: base + sum of multiplicity * width.
+
+    Attributes:
+        base: Channels that are always there (frozen ones).
+        terms: (axis name, multiplicity) pairs, prunable axes only, sorted by name, no duplicates.
+    """
+
+    base: int
+    terms: tuple[tuple[str, int], ...] = ()
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        """The number of channels when each axis has ``widths[name]`` channels."""
+        return self.base + sum(k * widths[name] for name, k in self.terms)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One multiply-accumulate operation of the forward pass, for counting.
+
+    MACs at batch 1 = factor * product of the extents. A convolution has factor = kernel positions * output
+    positions (/ groups, if the number of groups is constant) and two extents: output and input channels.
+
+    Attributes:
+        module: Qualified name of the module that ran it ("" is the model itself).
+        kind: ATen name, such as ``convolution`` or ``addmm``.
+        factor: Everything that widths do not change. Exact rational kept as a float; products are integers.
+        extents: Channel counts multiplied together.
+    """
+
+    module: str
+    kind: str
+    factor: float
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """The channels of one module's (first) output tensor.
+
+    Attributes:
+        module: Qualified module name.
+        shape: Shape of the output at the example input.
+        dim: The dimension that carries channels.
+        axis: (shape[dim],) index into ``ChannelGraph.prunable`` of the axis each position belongs to; -1 if none.
+        channel: (shape[dim],) the channel of that axis.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dim: int
+    axis: IntArray
+    channel: IntArray
+
+
+@dataclass(frozen=True)
+class SizeEdit:
+    """A python int held by a module (``groups``, a pad amount, a split list) that must follow the widths.
+
+    Attributes:
+        module: Qualified module name.
+        attribute: Attribute name.
+        item: Position inside a tuple or list attribute, or None for a plain int.
+        extent: The value it must have.
+    """
+
+    module: str
+    attribute: str
+    item: int | None
+    extent: Extent
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """All channel axes of one traced model. Immutable.
+
+    Attributes:
+        axes: Every axis, prunable and frozen, in order of first appearance.
+        operations: What costs multiply-accumulates.
+        tensors: For every parameter and buffer: the extent of each of its dimensions.
+        parameters: Names in ``tensors`` that are parameters (shared ones once).
+        edits: Python ints to change in a cut model.
+        activations: Module outputs with channels, by module name, in order of execution.
+        stages: Module names whose outputs are the last at their spatial resolution, in order of execution.
+        example_shape: Shape of the example input, batch 1.
+    """
+
+    axes: tuple[ChannelAxis, ...]
+    operations: tuple[Operation, ...]
+    tensors: Mapping[str, tuple[Extent, ...]]
+    parameters: tuple[str, ...]
+    edits: tuple[SizeEdit, ...]
+    activations: Mapping[str, Activation]
+    stages: tuple[str, ...]
+    example_shape: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def prunable(self) -> tuple[ChannelAxis, ...]:
+        """The axes whose channels may be removed, in order."""
+        return tuple(axis for axis in self.axes if axis.frozen_because is None)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, ChannelAxis]:
+        """Every axis by its name."""
+        return {axis.name: axis for axis in self.axes}
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Full width of each prunable axis."""
+        return {axis.name: axis.size for axis in self.prunable}
+
+    def kept_positions(self, module: str, kept: Mapping[str, tuple[int, ...]]) -> IntArray:
+        """Positions of a module's output channels that remain in a cut model, in order.
+
+        ``original_output.index_select(dim, kept_positions)`` lies beside the cut model's output, channel by channel.
+
+        Args:
+            module: A key of ``activations``.
+            kept: Kept channels by axis name; an axis that is not named is whole.
+        """
+        activation = self.activations[module]
+        keep = np.ones(activation.axis.shape, dtype=bool)
+        for number, axis in enumerate(self.prunable):
+            if axis.name not in kept:
+                continue
+            alive = np.zeros(axis.size, dtype=bool)
+            alive[list(kept[axis.name])] = True
+            here = activation.axis == number
+            keep[here] = alive[activation.channel[here]]
+        return np.flatnonzero(keep)

@@ -1,11 +1,19 @@
 """Shared fixtures: where the real data lies, and a guard against tests that leak state."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# A first torch call takes longer than hypothesis' default deadline; in CI the examples are the same every time.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +35,25 @@ def weights_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_leaks():
-    """Fail a test that leaves another dtype, grad mode or thread count behind."""
-    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+def _no_leaks() -> Iterator[None]:
+    """Fail a test that leaves another dtype, grad mode, thread count, environment or working folder behind."""
+    before = _state()
     yield
-    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
-    assert before == after, f"test leaked (dtype, grad mode, threads): {before} -> {after}"
+    after = _state()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"test leaked state (before, after): {changed}"
+
+
+def _state() -> dict[str, object]:
+    """What a test must leave as it found it."""
+    # Set by third parties at first use; harmless, and pytest changes PYTEST_CURRENT_TEST itself.
+    ignored = ("PYTEST_", "KMP_", "TF_", "COLUMNS", "LINES", "TORCH", "TRITON", "PJRT_", "CUDA_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "environment": environment,
+        "working folder": str(Path.cwd()),
+    }

@@ -1,0 +1,113 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.cost import Budget, Cost, Limit
+from secateur.errors import BudgetError
+
+ORIGINAL = Cost(macs=1000, params=300)
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("macs=50%", {"macs": 500.0}),
+        ("macs<=50%", {"macs": 500.0}),
+        ("MACs = 50 %", {"macs": 500.0}),
+        ("macs=62.5M, params<=200k", {"macs": 62_500_000.0, "params": 200_000.0}),
+        ("params=1.5g", {"params": 1.5e9}),
+        ("macs=1_000", {"macs": 1000.0}),
+        ("macs=2e7", {"macs": 2e7}),
+        ("macs=.5k", {"macs": 500.0}),
+        ("params=30,macs=10%", {"macs": 100.0, "params": 30.0}),
+    ],
+)
+def test_budgets_are_read(text, limits):
+    assert Budget.parse(text).limits(ORIGINAL) == limits
+
+
+def test_values_may_be_numbers_or_text():
+    assert Budget(macs=2e7) == Budget(macs="20M") == Budget.parse("macs=20000k")
+    assert Budget(macs=50) != Budget(macs="50%")
+    assert hash(Budget(macs="50%")) == hash(Budget.parse("macs<=50.0 %"))
+
+
+def test_parts_are_limits():
+    assert Budget(macs="50%", params=40).parts == (Limit("macs", 50.0, True), Limit("params", 40.0, False))
+
+
+def test_a_percentage_is_exact():
+    assert Budget(macs="70%").limits(Cost(10, 1)) == {"macs": 7.0}
+
+
+def test_allows_up_to_and_with_the_bound():
+    budget = Budget(macs="50%", params=100)
+    assert budget.allows(Cost(500, 100), ORIGINAL)
+    assert not budget.allows(Cost(501, 100), ORIGINAL)
+    assert not budget.allows(Cost(500, 101), ORIGINAL)
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (Budget(macs="50%"), "macs<=50%"),
+        (Budget(macs=2e7, params="200k"), "macs<=20M, params<=200k"),
+        (Budget(macs=123_456_789), "macs<=123456789"),
+        (Budget(params="33.3%"), "params<=33.3%"),
+        (Budget(params=999), "params<=999"),
+    ],
+)
+def test_budgets_are_shown_as_they_would_be_written(budget, text):
+    assert str(budget) == text
+    assert Budget.parse(str(budget)) == budget
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.floats(1e-6, 100), st.floats(1, 1e15))
+def test_text_reads_back_to_the_same_budget(percent, count):
+    budget = Budget(macs=f"{percent!r}%", params=count)
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be limits separated by commas; got ''"),
+        ("50%", "must be limits separated by commas; got '50%'"),
+        ("macs", "must be limits separated by commas; got 'macs'"),
+        ("macs=50%,", "separated by commas; got '' in 'macs=50%,'"),
+        ("macs=1,000", "separated by commas; got '000'"),
+        ("macs=50% params=3k", "`macs` must be a number with an optional unit"),
+        ("macs>=50%", "must use = or <=, both an upper bound; got '>='"),
+        ("latency=4ms", "'latency' is not yet supported"),
+        ("size=1M", "'size' is not yet supported"),
+        ("activation_bytes=1M", "'activation_bytes' is not yet supported"),
+        ("flops=50%", "got the unknown field 'flops'"),
+        ("macs=50%, macs=40%", "must limit macs once"),
+        ("macs=", "`macs` must be a number"),
+        ("macs=half", "`macs` must be a number"),
+        ("macs=nan", "`macs` must be a number"),
+        ("macs=1e999", "`macs` must be a number"),
+        ("macs=inf", "`macs` must be a number"),
+        ("macs=-5%", "`macs` must be a number"),
+        ("macs=0%", "`macs` must be above 0% and at most 100% of the original"),
+        ("macs=150%", "at most 100% of the original; got '150%'"),
+        ("macs=5MB", "must have the unit %, k, M or G, or none; got 'mb'"),
+        ("macs=0", "`macs` must be at least 1 when it is a count; got '0'\\.$"),
+        ("macs=0.5", "at least 1 when it is a count; got '0.5'. Write '50%' for a fraction"),
+    ],
+)
+def test_unreadable_budgets_are_refused(text, message):
+    with pytest.raises(BudgetError, match=message):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), -3, [50], b"50%"])
+def test_values_that_are_no_amount_are_refused(value):
+    with pytest.raises(BudgetError, match="`macs` must be a number with an optional unit"):
+        Budget(macs=value)
+
+
+def test_an_empty_budget_is_refused():
+    with pytest.raises(BudgetError, match=r"must limit macs or params; got no limit\. Write, for example"):
+        Budget()

@@ -108,7 +108,7 @@ class Activation:
         module: Qualified module name.
         shape: Shape of the output at the example input.
         dim: The dimension that carries channels.
-        axis: (shape[dim],) index into ``ChannelGraph.prunable`` of the axis each position belongs to; -1 if none.
+        axis: (shape[dim],) index into ``ChannelGraph.axes`` of the axis each position belongs to; -1 if none.
         channel: (shape[dim],) the channel of that axis.
     """
 
@@ -148,6 +148,7 @@ class ChannelGraph:
         edits: Python ints to change in a cut model.
         activations: Module outputs with channels, by module name, in order of execution.
         stages: Module names whose outputs are the last at their spatial resolution, in order of execution.
+        touching: Names of the axes seen by the operations of each module.
         example_shape: Shape of the example input, batch 1.
     """
 
@@ -158,6 +159,7 @@ class ChannelGraph:
     edits: tuple[SizeEdit, ...]
     activations: Mapping[str, Activation]
     stages: tuple[str, ...]
+    touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example_shape: tuple[int, ...] = field(default=())
 
     @cached_property
@@ -186,7 +188,7 @@ class ChannelGraph:
         """
         activation = self.activations[module]
         keep = np.ones(activation.axis.shape, dtype=bool)
-        for number, axis in enumerate(self.prunable):
+        for number, axis in enumerate(self.axes):
             if axis.name not in kept:
                 continue
             alive = np.zeros(axis.size, dtype=bool)

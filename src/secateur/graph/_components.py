@@ -1,0 +1,44 @@
+"""Which ids are one: connected components of the ties, vectorised."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from secateur.graph._channels import IntArray
+
+
+def components(count: int, ties: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+    """The smallest id of the component of every id.
+
+    Hooking and pointer jumping: every round, each tie pulls the larger root to the smaller one, then paths are
+    halved until flat. Rounds grow with the logarithm of the longest chain.
+
+    Args:
+        count: Number of ids.
+        ties: Pairs of equally long vectors; positions belong together.
+
+    Returns:
+        (count,) representative of each id.
+    """
+    parent = np.arange(count, dtype=np.int64)
+    if not ties:
+        return parent
+    left = np.concatenate([first for first, _ in ties])
+    right = np.concatenate([second for _, second in ties])
+    while True:
+        a, b = parent[left], parent[right]
+        apart = a != b
+        if not apart.any():
+            return parent
+        left, right = left[apart], right[apart]
+        low, high = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
+        np.minimum.at(parent, high, low)
+        _flatten(parent)
+
+
+def _flatten(parent: IntArray) -> None:
+    while True:
+        above = parent[parent]
+        if np.array_equal(above, parent):
+            return
+        parent[:] = above

@@ -1,0 +1,123 @@
+"""What is learnt while a model runs: which channel ids must go together, which must stay, what sizes depend on them.
+
+Every position of every dimension of every parameter and buffer gets an integer id. An activation carries, for each
+dimension along which channels run, the vector of ids at its positions. The ledger only collects; `_solve` concludes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from secateur.graph._channels import IntArray, Role
+from secateur.graph._sizes import Expression
+
+ChannelIds = dict[int, IntArray]
+"""Dimension to the ids of its positions. A dimension that is not named carries no channels."""
+
+_MARK = "_secateur_channel_ids"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A parameter or buffer and its ids."""
+
+    name: str
+    is_parameter: bool
+    shape: tuple[int, ...]
+    ids: ChannelIds
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A python int that must stay equal to the number of kept ids (or to its old value, if ids is None)."""
+
+    expression: Expression
+    ids: IntArray | None
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class CountedOperation:
+    """An operation to count: factor times the product of the (numbers of ids | constants)."""
+
+    module: str
+    kind: str
+    factor: float
+    dims: tuple[IntArray | int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleOutput:
+    """Ids of the first output tensor of a module call."""
+
+    module: str
+    shape: tuple[int, ...]
+    ids: ChannelIds
+    calls: int
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Append-only record of one traced forward pass."""
+
+    stored: dict[int, Stored] = field(default_factory=dict)
+    ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    freezes: list[tuple[IntArray, str]] = field(default_factory=list)
+    bindings: list[Binding] = field(default_factory=list)
+    operations: list[CountedOperation] = field(default_factory=list)
+    roles: list[tuple[IntArray, Role]] = field(default_factory=list)
+    touched: list[tuple[str, IntArray]] = field(default_factory=list)
+    outputs: dict[str, ModuleOutput] = field(default_factory=dict)
+    count: int = 0
+
+    def new(self, number: int) -> IntArray:
+        """Fresh ids."""
+        first = self.count
+        self.count += number
+        return np.arange(first, first + number, dtype=np.int64)
+
+    def store(self, name: str, tensor: torch.Tensor) -> None:
+        """Give every dimension of a parameter or buffer its ids."""
+        ids = {dim: self.new(size) for dim, size in enumerate(tensor.shape) if size > 1}
+        self.stored[id(tensor)] = Stored(name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids)
+
+    def ids_of(self, tensor: torch.Tensor) -> ChannelIds:
+        """The ids a tensor carries; empty if none."""
+        marked: ChannelIds | None = getattr(tensor, _MARK, None)
+        if marked is not None:
+            return marked
+        stored = self.stored.get(id(tensor))
+        return stored.ids if stored else {}
+
+    def mark(self, tensor: torch.Tensor, ids: ChannelIds) -> None:
+        """Remember the ids of an activation for as long as it lives."""
+        if id(tensor) not in self.stored:
+            setattr(tensor, _MARK, ids)
+
+    def tie(self, first: IntArray, second: IntArray) -> IntArray:
+        """Positions that must be kept or removed together; returns a representative vector."""
+        if first is not second:
+            self.ties.append((first, second))
+        return first
+
+    def tie_rows(self, matrix: IntArray) -> IntArray:
+        """Tie every row of a matrix to the first one."""
+        if matrix.shape[0] > 1:
+            self.ties.append((np.broadcast_to(matrix[:1], matrix[1:].shape).reshape(-1), matrix[1:].reshape(-1)))
+        return matrix[0]
+
+    def freeze(self, ids: IntArray, reason: str) -> None:
+        """These channels must stay."""
+        self.freezes.append((ids, reason))
+
+    def freeze_all(self, tensors: Sequence[ChannelIds], reason: str) -> None:
+        """Every channel of these tensors must stay."""
+        for channel_ids in tensors:
+            for ids in channel_ids.values():
+                self.freeze(ids, reason)
+
+    def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
+        """A python int must follow the number of kept ids."""
+        self.bindings.append(Binding(expression, ids, where))

@@ -1,0 +1,180 @@
+"""Run a model once and write down what happens to its channels."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from secateur.errors import TraceError
+from secateur.graph._ledger import Ledger, ModuleOutput
+from secateur.graph._rules import Call, apply_rule
+from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
+from secateur.graph._sizing import bind_sizes
+
+
+class Where:
+    """Which module is running."""
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the innermost running module."""
+        return self.stack[-1] if self.stack else ""
+
+
+class OperationRecorder(TorchDispatchMode):
+    """Sees every ATen call with its real tensors and applies the channel rule."""
+
+    def __init__(self, ledger: Ledger, where: Where) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.where = where
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        out = func(*args, **kwargs)
+        outputs = (out,) if isinstance(out, torch.Tensor) else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        name = func._schema.name.split("::")[1]
+        if name.endswith("_") and not name.startswith("__"):
+            name = name[:-1]
+        apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs))
+        return out
+
+
+class SizeRecorder(TorchFunctionMode):
+    """Gives shapes that remember their channels, and binds the ints that reach sized calls."""
+
+    def __init__(self, ledger: Ledger, where: Where) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.where = where
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is _SHAPE:
+            return self._remember(args[0], out)
+        name = getattr(func, "__name__", "")
+        if name == "size":
+            return self._remember_size(args, kwargs, out)
+        bind_sizes(self.ledger, name, self.where.module, args, kwargs, out)
+        return out
+
+    def _remember(self, tensor: torch.Tensor, shape: torch.Size) -> Any:
+        ids = self.ledger.ids_of(tensor)
+        if not ids:
+            return shape
+        return SizeTuple(SizeInt(size, ShapeOf(ids[d])) if d in ids else size for d, size in enumerate(shape))
+
+    def _remember_size(self, args: Any, kwargs: Any, out: Any) -> Any:
+        if isinstance(out, torch.Size):
+            return self._remember(args[0], out)
+        dim = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
+        ids = self.ledger.ids_of(args[0]).get(dim)
+        return out if ids is None else SizeInt(out, ShapeOf(ids))
+
+
+_SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+def shadow_of(model: nn.Module) -> nn.Module:
+    """A copy with its own modules and buffers that shares the parameters: running it leaves the model as it was."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                shared[id(value)] = value
+    return copy.deepcopy(model, shared).eval()
+
+
+def number_attributes(shadow: nn.Module) -> dict[Attribute, int]:
+    """Replace the ints held by the modules of a shadow by ints that remember where they are held."""
+    values: dict[Attribute, int] = {}
+
+    def remember(place: Attribute, value: int) -> SizeInt:
+        values[place] = value
+        return SizeInt(value, place)
+
+    for name, module in shadow.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for key, value in vars(module).items():
+            if key.startswith("_") or key == "training":
+                continue
+            if type(value) is int:
+                vars(module)[key] = remember(Attribute(name, key), value)
+            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+                items = (remember(Attribute(name, key, i), item) for i, item in enumerate(value))
+                vars(module)[key] = type(value)(items)
+    return values
+
+
+def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Attribute, int]]:
+    """Trace one forward pass of a shadow of the model in eval mode.
+
+    Args:
+        model: Any module.
+        example: Positional arguments, tensors already at batch 1.
+
+    Returns:
+        The ledger, and every int attribute with its value.
+
+    Raises:
+        TraceError: If the model cannot run the example.
+    """
+    shadow = shadow_of(model)
+    ledger, where = Ledger(), Where()
+    for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
+        ledger.store(name, tensor)
+    attributes = number_attributes(shadow)
+    _watch(shadow, ledger, where)
+    with undisturbed(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
+        try:
+            out = shadow(*example)
+        except Exception as error:
+            shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in example]
+            raise TraceError(
+                f"the model cannot run the example input of shape {shapes} (in module {where.module or 'itself'!r}): "
+                f"{error}. Give an input of the size and channels the model was made for."
+            ) from error
+    tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
+    return ledger, attributes
+
+
+def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
+    def enter(name: str) -> Any:
+        return lambda module, args: where.stack.append(name)
+
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            where.stack.pop()
+            tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
+            if tensor is not None:
+                known = ledger.outputs.pop(name, None)
+                calls = known.calls + 1 if known else 1
+                ledger.outputs[name] = ModuleOutput(name, tuple(map(int, tensor.shape)), ledger.ids_of(tensor), calls)
+
+        return hook
+
+    for name, module in shadow.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_pre_hook(enter(name))
+            module.register_forward_hook(leave(name))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the random state of the CPU and of the model's devices back afterwards."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        yield

@@ -1,0 +1,215 @@
+"""Python ints that remember where they came from.
+
+Most models that resist slicing do so because of sizes held as python ints: ``view(b, self.groups, c // self.groups)``,
+``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel counts
+read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation that
+sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
+edit is needed because the number is computed from a shape.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from secateur.graph._channels import Extent, IntArray
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number written in the source code, or of unknown origin."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An int held by a module: ``module.attribute`` or ``module.attribute[item]``."""
+
+    module: str
+    attribute: str
+    item: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.module}.{self.attribute}" if self.module else self.attribute
+        return place if self.item is None else f"{place}[{self.item}]"
+
+
+@dataclass(frozen=True, eq=False)
+class ShapeOf:
+    """The length of a dimension whose positions carry these channel ids."""
+
+    ids: IntArray
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """``left <operator> right``, operator one of + - * // %."""
+
+    operator: str
+    left: "Expression"
+    right: "Expression"
+
+
+Expression = Literal | Attribute | ShapeOf | Arithmetic
+
+
+class SizeInt(int):
+    """An int with an `Expression`; arithmetic with ints keeps the expression, everything else drops it."""
+
+    expression: Expression
+
+    def __new__(cls, value: int, expression: Expression) -> "SizeInt":
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return int, (int(self),)
+
+    def __copy__(self) -> "SizeInt":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "SizeInt":
+        return self
+
+
+def expression_of(value: int) -> Expression:
+    """The expression behind an int; a plain int is a `Literal`."""
+    return value.expression if isinstance(value, SizeInt) else Literal(int(value))
+
+
+def _forward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+    def apply(self: SizeInt, other: Any) -> Any:
+        value = plain(int(self), other)
+        if type(value) is not int:
+            return value
+        return SizeInt(value, Arithmetic(operator, self.expression, expression_of(other)))
+
+    return apply
+
+
+def _backward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+    def apply(self: SizeInt, other: Any) -> Any:
+        value = plain(int(self), other)
+        if type(value) is not int:
+            return value
+        return SizeInt(value, Arithmetic(operator, expression_of(other), self.expression))
+
+    return apply
+
+
+for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod"}.items():
+    setattr(SizeInt, f"__{_name}__", _forward(_symbol, getattr(int, f"__{_name}__")))
+    setattr(SizeInt, f"__r{_name}__", _backward(_symbol, getattr(int, f"__r{_name}__")))
+
+
+class SizeTuple(tuple[int, ...]):
+    """What ``x.shape`` is while tracing: like `torch.Size`, but its elements keep their expressions."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        """Product of the sizes."""
+        total = 1
+        for size in self:
+            total = size * total
+        return total
+
+    def __getitem__(self, item: Any) -> Any:
+        picked = tuple.__getitem__(self, item)
+        return SizeTuple(picked) if isinstance(item, slice) else picked
+
+    def __add__(self, other: Any) -> "SizeTuple":  # type: ignore[override]
+        return SizeTuple(tuple(self) + tuple(other))
+
+
+def evaluate(
+    expression: Expression,
+    *,
+    attributes: Mapping[Attribute, Extent],
+    values: Mapping[Attribute, int],
+    measure: Callable[[IntArray], Extent | None],
+) -> Extent | None:
+    """The expression as a linear function of the widths, or None if it is not one.
+
+    Args:
+        expression: What to evaluate.
+        attributes: Attributes that will be edited, with their new value.
+        values: The present value of every attribute.
+        measure: Extent of a vector of channel ids.
+    """
+    match expression:
+        case Literal(value):
+            return Extent(value)
+        case Attribute():
+            return attributes.get(expression, Extent(values[expression]))
+        case ShapeOf(ids):
+            return measure(ids)
+        case Arithmetic(operator, left, right):
+            context = {"attributes": attributes, "values": values, "measure": measure}
+            first, second = evaluate(left, **context), evaluate(right, **context)
+            if first is None or second is None:
+                return None
+            return _combine(operator, first, second)
+
+
+def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
+    if operator in "+-":
+        sign = 1 if operator == "+" else -1
+        return combine_extents(((1, left), (sign, right)))
+    if operator == "*":
+        if left.terms and right.terms:
+            return None
+        constant, other = (left.base, right) if not left.terms else (right.base, left)
+        return combine_extents(((constant, other),))
+    if right.terms or right.base == 0:
+        return None
+    numbers = [left.base, *(k for _, k in left.terms)]
+    if operator == "//":
+        if not left.terms:
+            return Extent(left.base // right.base)
+        if any(number % right.base for number in numbers):
+            return None
+        return Extent(left.base // right.base, tuple((name, k // right.base) for name, k in left.terms))
+    if all(k % right.base == 0 for _, k in left.terms):
+        return Extent(left.base % right.base)
+    return None
+
+
+def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:
+    """Sum of factor * extent."""
+    base, terms = 0, dict[str, int]()
+    for factor, extent in parts:
+        base += factor * extent.base
+        for name, k in extent.terms:
+            terms[name] = terms.get(name, 0) + factor * k
+    return Extent(base, tuple(sorted((name, k) for name, k in terms.items() if k)))
+
+
+def shape_leaves(expression: Expression) -> list[IntArray]:
+    """Every id vector the expression takes the length of."""
+    match expression:
+        case ShapeOf(ids):
+            return [ids]
+        case Arithmetic(_, left, right):
+            return shape_leaves(left) + shape_leaves(right)
+        case _:
+            return []
+
+
+def describe(expression: Expression) -> str:
+    """The expression for a human."""
+    match expression:
+        case Literal(value):
+            return str(value)
+        case Attribute():
+            return str(expression)
+        case ShapeOf():
+            return "x.shape[...]"
+        case Arithmetic(operator, left, right):
+            return f"({describe(left)} {operator} {describe(right)})"
+
+
+EMPTY: IntArray = np.zeros(0, dtype=np.int64)

@@ -1,0 +1,160 @@
+"""Python ints that reach sized operations: bind each to the channels it counts.
+
+Works one level above ATen, on the calls as the model wrote them (``x.view(b, self.groups, -1)``), where ints still are
+`SizeInt`; `_rules` works on the ATen calls below them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from secateur.graph._ledger import Ledger
+from secateur.graph._sizes import SizeInt, expression_of
+
+SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def bind_sizes(ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Bind the python ints of one call, if it is one that takes sizes."""
+    rule = SIZE_RULES.get(name)
+    if rule is not None:
+        rule(ledger, f"`{name}` in {where or 'the model itself'}", args, kwargs, out)
+
+
+def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``view``, ``reshape``, ``expand``: one size per output dimension."""
+    sizes = tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k in {"shape", "size"}}))
+    if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
+        return
+    ids = ledger.ids_of(out)
+    for dim, size in enumerate(sizes):
+        if size != -1 and (dim in ids or isinstance(size, SizeInt)):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _chunked(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``chunk``: the pieces stay equally long, so the same positions of each go together."""
+    dim = _dim(args, kwargs, 2)
+    _tie_pieces(ledger, where, out, dim)
+
+
+def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``split`` by one size (equal pieces) or by a list of sizes (each its own)."""
+    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    dim = _dim(args, kwargs, 2)
+    if isinstance(sizes, int):
+        _tie_pieces(ledger, where, out, dim)
+        ledger.bind(expression_of(sizes), _along(ledger, out[0], dim), where)
+        return
+    for size, piece in zip(sizes or (), out, strict=False):
+        ids = _along(ledger, piece, dim)
+        if ids is not None or isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ids, where)
+
+
+def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int) -> None:
+    carried = [_along(ledger, piece, dim) for piece in pieces]
+    known = [ids for ids in carried if ids is not None]
+    if len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
+        for ids in known:
+            ledger.freeze(ids, f"{where} splits channels into unequal pieces")
+        return
+    for ids in known[1:]:
+        ledger.tie(known[0], ids)
+
+
+def _padded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``pad``: the amounts before and after the channels follow how many of the padded channels stay."""
+    amounts = args[1] if len(args) > 1 else kwargs["pad"]
+    rank = out.dim()
+    for dim in range(rank):
+        place = 2 * (rank - 1 - dim)
+        if place + 1 >= len(amounts):
+            continue
+        low, high = amounts[place], amounts[place + 1]
+        ids = ledger.ids_of(out).get(dim)
+        for amount, part in ((low, slice(0, low)), (high, slice(out.size(dim) - high, None))):
+            if amount or isinstance(amount, SizeInt):
+                ledger.bind(expression_of(amount), ids[part] if ids is not None and amount else None, where)
+
+
+def _indexed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``x[:, a:b]``: the bounds follow how many channels before them stay."""
+    source, item = args[0], args[1]
+    items = item if isinstance(item, tuple) else (item,)
+    consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
+    dim = 0
+    for part in items:
+        if part is None:
+            continue
+        if part is Ellipsis:
+            dim += source.dim() - consumed
+            continue
+        ids = ledger.ids_of(source).get(dim)
+        if isinstance(part, slice):
+            _bound_slice(ledger, where, part, ids)
+        dim += 1
+
+
+def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, Any] | None) -> None:
+    if ids is None:
+        for bound in (part.start, part.stop):
+            if isinstance(bound, SizeInt):
+                ledger.bind(expression_of(bound), None, where)
+        return
+    if part.step not in (None, 1):
+        ledger.freeze(ids, f"{where} skips channels by a step")
+    if part.start:
+        before = ids[: part.start] if part.start > 0 else ids[part.start :]
+        ledger.bind(expression_of(abs(part.start) if part.start < 0 else part.start), before, where)
+    if part.stop is not None:
+        counted = ids[: part.stop] if part.stop >= 0 else ids[part.stop :]
+        if 0 < len(counted) < len(ids) or isinstance(part.stop, SizeInt):
+            ledger.bind(expression_of(abs(part.stop) if part.stop < 0 else part.stop), counted, where)
+
+
+def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``narrow``: start and length count channels."""
+    if len(args) < 4:
+        ledger.freeze_all([ledger.ids_of(args[0])], f"{where} has keyword sizes")
+        return
+    source, dim, start, length = args[:4]
+    ids = ledger.ids_of(source).get(dim % source.dim())
+    if ids is not None and isinstance(start, int):
+        ledger.bind(expression_of(start), ids[:start], where)
+        ledger.bind(expression_of(length), ids[start : start + length], where)
+
+
+def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A grouped convolution that loses whole groups has fewer of them."""
+    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+    ids = ledger.ids_of(args[0]).get(1)
+    if groups == 1:
+        return
+    whole = ids is not None and groups >= len(ids) // groups
+    counted = ids.reshape(int(groups), -1)[:, 0] if ids is not None and whole else None
+    if counted is not None or isinstance(groups, SizeInt):
+        ledger.bind(expression_of(groups), counted, where)
+
+
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:
+    return int(args[position] if len(args) > position else kwargs.get("dim", 0))
+
+
+def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
+    return ledger.ids_of(tensor).get(dim % tensor.dim())
+
+
+SIZE_RULES: dict[str, SizeRule] = {
+    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _resized),
+    "chunk": _chunked,
+    "split": _split,
+    "split_with_sizes": _split,
+    "pad": _padded,
+    "__getitem__": _indexed,
+    "narrow": _narrowed,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
+}

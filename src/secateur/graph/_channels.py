@@ -6,9 +6,10 @@ written as a linear function of the widths.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,14 @@ class Extent:
         return self.base + sum(k * widths[name] for name, k in self.terms)
 
 
+    def fixing(self, sizes: Mapping[str, int]) -> "Extent":
+        """The same number where these axes are always whole."""
+        if not any(name in sizes for name, _ in self.terms):
+            return self
+        base = self.base + sum(k * sizes[name] for name, k in self.terms if name in sizes)
+        return Extent(base, tuple(term for term in self.terms if term[0] not in sizes))
+
+
 @dataclass(frozen=True)
 class Operation:
     """One multiply-accumulate operation of the forward pass, for counting.
@@ -149,7 +158,7 @@ class ChannelGraph:
         activations: Module outputs with channels, by module name, in order of execution.
         stages: Module names whose outputs are the last at their spatial resolution, in order of execution.
         touching: Names of the axes seen by the operations of each module.
-        example_shape: Shape of the example input, batch 1.
+        example: The positional arguments the model was traced with, tensors at batch 1.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -160,7 +169,12 @@ class ChannelGraph:
     activations: Mapping[str, Activation]
     stages: tuple[str, ...]
     touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    example_shape: tuple[int, ...] = field(default=())
+    example: tuple[Any, ...] = ()
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of the first input tensor, batch 1."""
+        return next((tuple(item.shape) for item in self.example if hasattr(item, "shape")), ())
 
     @cached_property
     def prunable(self) -> tuple[ChannelAxis, ...]:
@@ -176,6 +190,26 @@ class ChannelGraph:
     def sizes(self) -> Mapping[str, int]:
         """Full width of each prunable axis."""
         return {axis.name: axis.size for axis in self.prunable}
+
+    def with_frozen(self, reasons: Mapping[str, str]) -> "ChannelGraph":
+        """The same graph with more axes frozen.
+
+        Args:
+            reasons: Why, by axis name. Axes already frozen keep their first reason.
+        """
+        new = {name: reason for name, reason in reasons.items() if self.by_name[name].frozen_because is None}
+        sizes = {name: self.by_name[name].size for name in new}
+
+        def fixed(extent: Extent) -> Extent:
+            return extent.fixing(sizes)
+
+        return replace(
+            self,
+            axes=tuple(replace(a, frozen_because=new.get(a.name, a.frozen_because)) for a in self.axes),
+            operations=tuple(replace(o, extents=tuple(map(fixed, o.extents))) for o in self.operations),
+            tensors={name: tuple(map(fixed, extents)) for name, extents in self.tensors.items()},
+            edits=tuple(e for e in (replace(e, extent=fixed(e.extent)) for e in self.edits) if e.extent.terms),
+        )
 
     def kept_positions(self, module: str, kept: Mapping[str, tuple[int, ...]]) -> IntArray:
         """Positions of a module's output channels that remain in a cut model, in order.

@@ -467,7 +467,11 @@ _BATCH_NORM = (
     "_native_batch_norm_legit_functional batch_norm"
 ).split()
 _CREATED = "empty_like zeros_like ones_like full_like rand_like randn_like".split()
-_ELEMENTWISE = "where addcmul addcdiv lerp clamp hardtanh prelu _prelu_kernel masked_fill dropout".split()
+# Elementwise operations that ATen does not tag as such in every version.
+_ELEMENTWISE = (
+    "where addcmul addcdiv lerp clamp hardtanh hardswish hardsigmoid silu mish gelu elu celu selu leaky_relu relu6 "
+    "softplus threshold prelu _prelu_kernel masked_fill dropout log_sigmoid hardshrink softshrink rrelu_with_noise"
+).split()
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, movement),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class _Solution:
         return bool(news)
 
 
-def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example_shape: tuple[int, ...]) -> ChannelGraph:
+def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
     """Conclude the channel graph from everything the ledger holds."""
     root = components(ledger.count, ledger.ties)
     places = _places(ledger, root)
@@ -100,7 +101,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example_shape: tu
         activations=_activations(ledger, solution),
         stages=_stages(ledger),
         touching=_touching(ledger, solution),
-        example_shape=example_shape,
+        example=example,
     )
 
 

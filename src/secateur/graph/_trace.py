@@ -39,5 +39,4 @@ def trace(model: nn.Module, example: torch.Tensor | tuple[Any, ...]) -> ChannelG
         t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments
     )
     ledger, attributes = record(model, single)
-    shape = next(tuple(t.shape) for t in single if isinstance(t, torch.Tensor))
-    return solve(ledger, attributes, shape)
+    return solve(ledger, attributes, single)

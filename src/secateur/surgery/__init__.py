@@ -1,0 +1,18 @@
+"""Surgery: cut a model for real, prove the cut, heal it without training."""
+
+from secateur.surgery._cut import Cut, Healer, Wound, cut
+from secateur.surgery._slice import apply_architecture, declare_sizes, mask_removed, parameter_share, set_sizes
+from secateur.surgery._verify import Verification
+
+__all__ = [
+    "Cut",
+    "Healer",
+    "Verification",
+    "Wound",
+    "apply_architecture",
+    "cut",
+    "declare_sizes",
+    "mask_removed",
+    "parameter_share",
+    "set_sizes",
+]

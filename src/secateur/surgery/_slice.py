@@ -1,0 +1,180 @@
+"""Cut a model for real: slice every tensor, set every size. Nothing is learnt or healed here."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur.architecture import Architecture
+from secateur.errors import SurgeryError
+from secateur.graph import ChannelGraph
+from secateur.graph._channels import IntArray
+
+KeptByDim = dict[int, IntArray]
+"""Dimension of a tensor to the positions that stay."""
+
+
+def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
+    """Refuse an architecture that does not fit the graph.
+
+    Raises:
+        SurgeryError: For an unknown or frozen axis, or a channel out of range.
+    """
+    for name, channels in architecture.kept:
+        axis = graph.by_name.get(name)
+        if axis is None:
+            known = ", ".join(a.name for a in graph.prunable[:8])
+            raise SurgeryError(f"`architecture` names the axis {name!r}, which this model lacks. It has: {known}, ...")
+        if len(channels) < axis.size and axis.frozen_because is not None:
+            raise SurgeryError(f"`architecture` cuts the axis {name!r}, which must stay whole: {axis.frozen_because}.")
+        if channels[-1] >= axis.size:
+            raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
+
+
+def kept_positions_of_tensors(graph: ChannelGraph, architecture: Architecture) -> dict[str, KeptByDim]:
+    """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out."""
+    masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
+    for name, channels in architecture.kept:
+        axis = graph.by_name[name]
+        if len(channels) == axis.size:
+            continue
+        gone = np.ones(axis.size, dtype=bool)
+        gone[list(channels)] = False
+        for site in axis.sites:
+            dims = masks.setdefault(site.tensor, {})
+            if site.dim not in dims:
+                dims[site.dim] = np.ones(full_size(graph, site.tensor, site.dim), dtype=bool)
+            dims[site.dim][site.index[gone].reshape(-1)] = False
+    return {
+        tensor: {dim: np.flatnonzero(mask).astype(np.int64) for dim, mask in dims.items()} for tensor, dims in masks.items()
+    }
+
+
+def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
+    """Length of a dimension in the traced model."""
+    return graph.tensors[tensor][dim].at(graph.sizes)
+
+
+def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A new, smaller model: every tensor sliced, every size set. Weights that stay are unchanged.
+
+    Args:
+        model: The traced model; not modified, nothing is shared with the result.
+        graph: Its channel graph.
+        architecture: Which channels stay.
+
+    Raises:
+        SurgeryError: If the architecture does not fit the graph.
+    """
+    check_architecture(graph, architecture)
+    kept = kept_positions_of_tensors(graph, architecture)
+
+    def sliced(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for dim, positions in kept[name].items():
+            tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+        return tensor
+
+    small = copy_with(model, {name: sliced for name in kept})
+    widths = {**graph.sizes, **architecture.widths}
+    set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in graph.edits])
+    declare_sizes(small)
+    return small
+
+
+def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A copy of the full model in which the parameters of removed channels are zero.
+
+    What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
+    reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
+    """
+    check_architecture(graph, architecture)
+    kept = kept_positions_of_tensors(graph, architecture)
+    parameters = set(graph.parameters)
+
+    def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for dim, positions in kept[name].items():
+            mask = torch.zeros(tensor.size(dim), dtype=tensor.dtype, device=tensor.device)
+            mask[torch.from_numpy(positions).to(tensor.device)] = 1
+            shape = [1] * tensor.dim()
+            shape[dim] = -1
+            tensor = tensor * mask.view(shape)
+        return tensor
+
+    return copy_with(model, {name: masked for name in kept if name in parameters})
+
+
+def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]) -> nn.Module:
+    """Deep copy of a model in which some tensors are replaced; sharing between modules is kept.
+
+    Args:
+        model: Left as it is.
+        changes: Tensor name to a function from (name, tensor) to its replacement.
+    """
+    memo: dict[int, Any] = {}
+    keep_alive: list[torch.Tensor] = []
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            change = changes.get(name)
+            if change is None:
+                continue
+            new = change(name, tensor.detach()).contiguous(memory_format=_memory_format(tensor))
+            replacement = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            keep_alive.append(replacement)
+            memo[id(tensor)] = replacement
+    return copy.deepcopy(model, memo)
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def set_sizes(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
+    """Set int attributes (module, attribute, item or None, value) on a model of ours."""
+    modules = dict(model.named_modules())
+    for name, attribute, item, value in sizes:
+        holder = modules[name]
+        if item is None:
+            setattr(holder, attribute, value)
+            continue
+        old = getattr(holder, attribute)
+        new = [*old]
+        new[item] = value
+        setattr(holder, attribute, type(old)(new))
+
+
+def declare_sizes(model: nn.Module) -> None:
+    """Make the sizes that torch's own layers declare (``out_channels``, ``num_features``) agree with their tensors."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            first, second = module.weight.shape[:2]
+            if module.transposed:
+                module.in_channels, module.out_channels = first, second * module.groups
+            else:
+                module.out_channels, module.in_channels = first, second * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            vector = module.weight if module.weight is not None else module.running_mean
+            if vector is not None:
+                module.num_features = vector.numel()
+        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+            module.num_channels = module.weight.numel()
+        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
+
+
+def parameter_share(graph: ChannelGraph) -> float:
+    """Fraction of the parameters that lies in tensors with at least one prunable dimension."""
+    sizes = graph.sizes
+    total = prunable = 0
+    for name in graph.parameters:
+        extents = graph.tensors[name]
+        count = math.prod(extent.at(sizes) for extent in extents)
+        total += count
+        prunable += count if any(extent.terms for extent in extents) else 0
+    return prunable / max(total, 1)

@@ -1,0 +1,168 @@
+"""Proof that a cut is right: the sliced model equals the original in which the removed channels are zeroed."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur.architecture import Architecture
+from secateur.errors import SurgeryError
+from secateur.graph import ChannelGraph
+from secateur.surgery._slice import mask_removed
+
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}
+"""Largest |sliced - masked| / largest |masked|. Sums of the same terms in another order differ by a few ulps per
+layer; a wrong channel differs by per cents (rolling one bias by one: 2e-2)."""
+DOUBLE_CHECK = 1e-9
+"""Tolerance of the second look in float64, taken where float32 rounding alone may exceed its tolerance."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How closely the sliced model follows the masked original on the example input.
+
+    Attributes:
+        max_abs: Largest absolute difference of the outputs.
+        max_rel: The same divided by the largest absolute output.
+        tolerance: Bound that ``max_rel`` had to meet.
+        dtype: Precision the comparison was made in.
+        frozen: (axis, reason) pairs that had to be frozen until the cut was right.
+    """
+
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    dtype: str
+    frozen: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A cut that is wrong: where it first shows, and how."""
+
+    module: str
+    what: str
+
+
+def compare(model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> Verification | Mismatch:
+    """Run both on the example and compare; look again in float64 where rounding may be the reason."""
+    example = graph.example
+    masked = mask_removed(model, graph, architecture).eval()
+    sliced = copy.copy(small) if not small.training else copy.deepcopy(small).eval()
+    want = _outputs(masked, example)
+    if not all(bool(torch.isfinite(t).all()) for t in want):
+        raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
+    try:
+        got = _outputs(sliced, example)
+    except Exception as error:
+        return Mismatch(_running_when_failed(sliced, example), f"the cut model does not run: {error}")
+    dtype = want[0].dtype
+    found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
+    if found is not None and found.max_rel <= found.tolerance:
+        return found
+    if found is not None and dtype == torch.float32:
+        want, got, masked, sliced, example = _in_double(masked, sliced, example)
+        found = _difference(want, got, DOUBLE_CHECK, torch.float64)
+        if found is not None and found.max_rel <= found.tolerance:
+            return found
+    what = "output shapes differ" if found is None else f"outputs differ by {found.max_rel:.1e} (relative)"
+    return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
+
+
+def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        out = model(*example)
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _difference(
+    want: list[torch.Tensor], got: list[torch.Tensor], tolerance: float, dtype: torch.dtype
+) -> Verification | None:
+    if [t.shape for t in want] != [t.shape for t in got] or not want:
+        return None
+    absolute = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True) if a.numel())
+    scale = max(float(t.abs().max()) for t in want if t.numel())
+    relative = absolute / scale if scale > 0 else absolute
+    if absolute != absolute:
+        relative = float("inf")
+    return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
+
+
+def _in_double(masked: nn.Module, sliced: nn.Module, example: tuple[Any, ...]) -> Any:
+    masked, sliced = copy.deepcopy(masked).double(), copy.deepcopy(sliced).double()
+    example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+    return _outputs(masked, example), _outputs(sliced, example), masked, sliced, example
+
+
+def _running_when_failed(model: nn.Module, example: tuple[Any, ...]) -> str:
+    """The innermost module whose forward was running when the model raised."""
+    stack: list[str] = []
+    hooks: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: stack.append(name)
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(enter(name)))
+        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        _outputs(model, example)
+    except Exception:
+        return stack[-1] if stack else ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ""
+
+
+def _first_difference(
+    masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture, example: tuple[Any, ...]
+) -> str:
+    """The first module, in order of execution, whose kept output channels differ."""
+    seen: dict[str, torch.Tensor] = _capture(masked, graph, example)
+    mine = _capture(sliced, graph, example)
+    for name, activation in graph.activations.items():
+        if name not in seen or name not in mine:
+            continue
+        positions = torch.from_numpy(graph.kept_positions(name, architecture.by_name))
+        want = seen[name].index_select(activation.dim, positions.to(seen[name].device))
+        if want.shape != mine[name].shape:
+            return name
+        scale = float(want.abs().max()) or 1.0
+        if float((want - mine[name]).abs().max()) / scale > 1e-4:
+            return name
+    return ""
+
+
+def _capture(model: nn.Module, graph: ChannelGraph, example: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    hooks: list[Any] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
+            if tensor is not None:
+                # In-place activations that follow would overwrite it.
+                found[name] = tensor.detach().clone()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in graph.activations:
+            hooks.append(module.register_forward_hook(keep(name)))
+    try:
+        _outputs(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,165 @@
+"""Files and folders that are either wholly there or not at all.
+
+Everything is written under a temporary name beside its destination, flushed to the disk, and renamed. A run that
+is killed, or a disk that fills up, leaves what was there before.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Generator
+from pathlib import Path
+
+from secateur.errors import ArtifactError
+
+_POSIX = os.name == "posix"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Generator[Path]:
+    """Write one file atomically: yields a temporary path in the same folder, then renames it to ``path``.
+
+    The folder is made if it is missing. If the block raises, the temporary file is removed and ``path`` is as it was.
+
+    Args:
+        path: The destination. An older file there is replaced.
+
+    Yields:
+        The path to write to; same suffix as ``path``.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    try:
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path | str) -> Generator[Path]:
+    """Write a folder atomically: yields an empty temporary sibling, then puts it in the place of ``folder``.
+
+    The caller decides first whether what is at ``folder`` may be replaced; it is replaced whole, in one step where the
+    file system can exchange two names (Linux), else in two renames of which the first is undone if the second fails.
+    If the block raises, the temporary folder is removed and ``folder`` is as it was.
+
+    Args:
+        folder: The destination. Its parents are made if they are missing.
+
+    Yields:
+        The folder to write into.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()  # not tempfile.mkdtemp, whose folder only its owner may read
+    try:
+        yield part
+        for inside in sorted(part.rglob("*")):
+            _flush(inside)
+        _flush(part)
+        _put_in_place(part, folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file (never through a link, never over an existing one) and flush it to the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """Read a regular file of at most ``limit`` bytes; links, devices and pipes are refused.
+
+    Args:
+        path: The file.
+        limit: Most bytes it may have.
+
+    Raises:
+        ArtifactError: If the file is missing, is not a regular file, or is larger.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"`folder` must hold {path.name}; got no such file in {path.parent}. "
+            "Give the folder that `secateur compress` wrote."
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise _not_regular(path, "a symbolic link") from error
+        raise ArtifactError(
+            f"{path} could not be read: {error.strerror}. Check the path and its permissions."
+        ) from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path, "a folder or device")
+        if status.st_size > limit:
+            raise ArtifactError(
+                f"{path.name} must have at most {limit} bytes; got {status.st_size} ({path}). "
+                "The file is damaged or is not an artifact's."
+            )
+        return file.read(limit + 1)
+
+
+def _not_regular(path: Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path.name} must be a regular file; got {what} ({path}). Copy the real file into the folder."
+    )
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk."""
+    if not _POSIX and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    if not folder.exists():
+        part.rename(folder)
+        return
+    if _exchange(part, folder):
+        shutil.rmtree(part, ignore_errors=True)
+        return
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    folder.rename(aside)
+    try:
+        part.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, renameat2(2); False where the system or the file system cannot."""
+    if not _POSIX:
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

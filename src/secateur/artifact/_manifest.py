@@ -1,0 +1,239 @@
+"""What an artifact says about itself: secateur.json as frozen dataclasses."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from secateur.architecture import Architecture
+from secateur.artifact._edits import Edit
+from secateur.artifact._provenance import Provenance
+from secateur.artifact._schema import MAX_DIMENSIONS, MAX_TENSORS, Fields, parse, wrong
+from secateur.errors import ArtifactError, SurgeryError
+
+SCHEMA = 1
+"""The version of secateur.json that this code writes, and the newest that it reads."""
+
+FORMAT = "secateur-artifact"
+_LARGEST_DIMENSION = 2**40
+
+
+def _nothing() -> dict[str, object]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a compressed model needs beside its weights to be built, used and believed. Plain data.
+
+    Attributes:
+        source: How the original model is built: ``ModelSource.to_json()``; its ``kind`` must be there.
+        architecture: Which channels were kept.
+        edits: The ints that surgery set in modules, see `edits_between`.
+        input_shape: One input without the batch, (channels, height, width).
+        mean: Subtracted from each input channel (images scaled to 0..1) before the model.
+        std: Divided by, after the mean.
+        classes: Class names in the order of the logits; empty if unknown.
+        cost_before: Costs of the original, such as ``{"macs": ..., "params": ...}``.
+        cost_after: Costs of the saved model.
+        metrics: Accuracies and the like, any JSON.
+        verification: What was checked and how exactly it held, any JSON.
+        provenance: Who made it, when, with what.
+    """
+
+    source: Mapping[str, object]
+    architecture: Architecture
+    input_shape: tuple[int, ...]
+    edits: tuple[Edit, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    cost_before: Mapping[str, object] = field(default_factory=_nothing)
+    cost_after: Mapping[str, object] = field(default_factory=_nothing)
+    metrics: Mapping[str, object] = field(default_factory=_nothing)
+    verification: Mapping[str, object] = field(default_factory=_nothing)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        return {
+            "source": dict(self.source),
+            "architecture": self.architecture.to_json(),
+            "edits": [[edit.module, edit.attribute, edit.item, edit.value] for edit in self.edits],
+            "input": {"shape": list(self.input_shape), "mean": list(self.mean), "std": list(self.std)},
+            "classes": list(self.classes),
+            "cost": {"before": dict(self.cost_before), "after": dict(self.cost_after)},
+            "metrics": dict(self.metrics),
+            "verification": dict(self.verification),
+            "provenance": self.provenance.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One parameter or buffer of the saved model.
+
+    Attributes:
+        name: Its qualified name in the model.
+        dtype: Its dtype, such as ``float32``.
+        shape: Its shape.
+        layout: ``contiguous``, ``channels_last`` or ``channels_last_3d``: the order of its numbers in memory, which
+            can decide the kernel and with it the last bit of a result.
+        parameter: Whether it is a parameter (else a buffer).
+        same_as: Name of the tensor that it is (tied weights), or None.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    parameter: bool
+    same_as: str | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object; what is usual is left out."""
+        data: dict[str, object] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        if self.layout != "contiguous":
+            data["layout"] = self.layout
+        if not self.parameter:
+            data["buffer"] = True
+        if self.same_as is not None:
+            data["same_as"] = self.same_as
+        return data
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "TensorRecord":
+        """Inverse of `to_json`, checked."""
+        fields = Fields(data, where)
+        plain = cast(Mapping[str, object], data)
+        if plain.get("buffer", False) not in (True, False):
+            raise wrong(fields.path("buffer"), "true or false", plain["buffer"])
+        shape = fields.integers("shape", least=0, limit=MAX_DIMENSIONS)
+        if any(size > _LARGEST_DIMENSION for size in shape):
+            raise wrong(fields.path("shape"), "a list of sizes below 2^40", list(shape))
+        return cls(
+            name=fields.text("name"),
+            dtype=fields.text("dtype"),
+            shape=shape,
+            layout=fields.text("layout") if "layout" in plain else "contiguous",
+            parameter=not plain.get("buffer", False),
+            same_as=fields.text("same_as") if "same_as" in plain else None,
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of secateur.json.
+
+    Attributes:
+        recipe: What the caller said.
+        tensors: What model.safetensors holds.
+        weights_sha256: Hash of model.safetensors, hexadecimal.
+        weights_bytes: Its size.
+        schema: Version of this file's layout.
+    """
+
+    recipe: Recipe
+    tensors: tuple[TensorRecord, ...]
+    weights_sha256: str
+    weights_bytes: int
+    schema: int = SCHEMA
+
+    def to_bytes(self) -> bytes:
+        """The text of secateur.json: one line per top-level key, so that a diff shows what changed.
+
+        Raises:
+            ArtifactError: If the recipe holds something that JSON cannot.
+        """
+        weights = {
+            "sha256": self.weights_sha256,
+            "bytes": self.weights_bytes,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+        data = {"format": FORMAT, "schema": self.schema, **self.recipe.to_json(), "weights": weights}
+        try:
+            data["sha256"] = digest(data)
+            lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"`recipe` must hold plain JSON values; got something else ({error}). "
+                "Turn arrays into lists, tensors into floats, and leave out what is NaN or infinite."
+            ) from error
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> "Manifest":
+        """Inverse of `to_bytes`; every field is checked.
+
+        Raises:
+            ArtifactError: If the text is not a manifest, or is one of a newer version.
+        """
+        data = parse(text, "secateur.json")
+        fields = Fields(data, "")
+        if data.get("format") != FORMAT:
+            raise wrong("format", FORMAT, data.get("format"))
+        schema = fields.integer("schema", least=1)
+        if schema > SCHEMA:
+            raise ArtifactError(
+                f"`schema` must be at most {SCHEMA}; got {schema}: this artifact was written by a newer Secateur. "
+                "Upgrade with `pip install --upgrade secateur`."
+            )
+        if fields.text("sha256") != digest(data):
+            raise ArtifactError(
+                "secateur.json must have the SHA-256 that its last line says; got another. It was damaged or changed by "
+                "hand: copy the artifact again, or make it again."
+            )
+        weights = fields.fields("weights")
+        records = enumerate(weights.items("tensors", MAX_TENSORS))
+        return cls(
+            recipe=_recipe(fields),
+            tensors=tuple(TensorRecord.from_json(record, f"weights.tensors[{n}]") for n, record in records),
+            weights_sha256=weights.text("sha256"),
+            weights_bytes=weights.integer("bytes", least=0),
+            schema=schema,
+        )
+
+
+def digest(data: Mapping[str, object]) -> str:
+    """SHA-256 (hexadecimal) of a manifest without its own ``sha256``, however its text is spaced and ordered.
+
+    It finds accidents (a damaged disk, an edit by hand), not forgers, who would write the right hash.
+    """
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _recipe(fields: Fields) -> Recipe:
+    pixels, cost = fields.fields("input"), fields.fields("cost")
+    fields.fields("source").text("kind")
+    try:
+        architecture = Architecture.from_json(fields.mapping("architecture"))
+    except SurgeryError as error:
+        raise ArtifactError(f"`architecture` is damaged (secateur.json): {error} Save the artifact again.") from error
+    return Recipe(
+        source=fields.mapping("source"),
+        architecture=architecture,
+        edits=tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits"))),
+        input_shape=pixels.integers("shape", least=1, limit=MAX_DIMENSIONS),
+        mean=pixels.numbers("mean"),
+        std=pixels.numbers("std"),
+        classes=fields.texts("classes"),
+        cost_before=cost.mapping("before"),
+        cost_after=cost.mapping("after"),
+        metrics=fields.mapping("metrics"),
+        verification=fields.mapping("verification"),
+        provenance=Provenance.from_fields(fields.fields("provenance")),
+    )
+
+
+def _edit(row: object, where: str) -> Edit:
+    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
+        raise wrong(where, "[module, attribute, item, value]", row)
+    fields = Fields(dict(zip(("module", "attribute", "item", "value"), cast(list[object], row), strict=True)), where)
+    return Edit(
+        fields.text("module"),
+        fields.text("attribute"),
+        fields.optional_integer("item", least=0),
+        fields.integer("value"),
+    )

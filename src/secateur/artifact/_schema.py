@@ -1,0 +1,146 @@
+"""Reading JSON that may be damaged or hostile: every value is checked before it is used."""
+
+import json
+from collections.abc import Mapping
+from typing import cast
+
+from secateur.errors import ArtifactError
+
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 8
+MAX_ITEMS = 2_000_000
+
+
+def parse(text: bytes, name: str) -> dict[str, object]:
+    """A JSON object from bytes: UTF-8, no NaN or infinity, no key twice.
+
+    Raises:
+        ArtifactError: If the text is not that.
+    """
+    try:
+        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{name} must be JSON; got something else ({error}). The file is damaged: save the artifact again."
+        ) from error
+    if not isinstance(data, dict):
+        raise ArtifactError(
+            f"{name} must hold a JSON object; got {type(data).__name__}. The file is not an artifact's."
+        )
+    return cast(dict[str, object], data)
+
+
+def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class Fields:
+    """Checked access to one JSON object of the manifest.
+
+    Args:
+        data: The object.
+        where: How to name it in a message, such as ``weights.tensors[3]``.
+    """
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, Mapping):
+            raise wrong(where, "an object", data)
+        self._data = cast(Mapping[str, object], data)
+        self._where = where
+
+    def _get(self, key: str) -> object:
+        if key not in self._data:
+            raise wrong(self.path(key), "present", "nothing")
+        return self._data[key]
+
+    def path(self, key: str) -> str:
+        """The dotted name of a field."""
+        return f"{self._where}.{key}" if self._where else key
+
+    def mapping(self, key: str) -> dict[str, object]:
+        """A field that is an object."""
+        value = self._get(key)
+        if not isinstance(value, dict):
+            raise wrong(self.path(key), "an object", value)
+        return cast(dict[str, object], value)
+
+    def fields(self, key: str) -> "Fields":
+        """A field that is an object, for checked access."""
+        return Fields(self._get(key), self.path(key))
+
+    def items(self, key: str, limit: int = MAX_ITEMS) -> list[object]:
+        """A field that is a list of at most ``limit`` items."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            raise wrong(self.path(key), "a list", value)
+        found = cast(list[object], value)
+        if len(found) > limit:
+            raise wrong(self.path(key), f"a list of at most {limit} items", f"{len(found)} items")
+        return found
+
+    def text(self, key: str) -> str:
+        """A field that is a string."""
+        value = self._get(key)
+        if not isinstance(value, str):
+            raise wrong(self.path(key), "a string", value)
+        return value
+
+    def integer(self, key: str, *, least: int | None = None) -> int:
+        """A field that is an int (at least ``least``)."""
+        value = self._get(key)
+        if type(value) is not int or (least is not None and value < least):
+            raise wrong(self.path(key), "an integer" if least is None else f"an integer of at least {least}", value)
+        return value
+
+    def optional_integer(self, key: str, *, least: int | None = None) -> int | None:
+        """A field that is an int or null."""
+        return None if self._get(key) is None else self.integer(key, least=least)
+
+    def optional_text(self, key: str) -> str | None:
+        """A field that is a string or null."""
+        return None if self._get(key) is None else self.text(key)
+
+    def integers(self, key: str, *, least: int, limit: int) -> tuple[int, ...]:
+        """A field that is a list of ints."""
+        found = self.items(key, limit)
+        for value in found:
+            if type(value) is not int or value < least:
+                raise wrong(self.path(key), f"a list of integers of at least {least}", found)
+        return tuple(cast(list[int], found))
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A field that is a list of numbers."""
+        found = self.items(key)
+        if not all(type(value) in (int, float) and abs(cast(float, value)) < 1e300 for value in found):
+            raise wrong(self.path(key), "a list of numbers", found)
+        return tuple(float(value) for value in cast(list[float], found))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A field that is a list of strings."""
+        found = self.items(key)
+        if not all(isinstance(value, str) for value in found):
+            raise wrong(self.path(key), "a list of strings", found)
+        return tuple(cast(list[str], found))
+
+    def text_by_name(self, key: str) -> dict[str, str]:
+        """A field that is an object of strings."""
+        found = self.mapping(key)
+        if not all(isinstance(value, str) for value in found.values()):
+            raise wrong(self.path(key), "an object of strings", found)
+        return cast(dict[str, str], found)
+
+
+def wrong(where: str, wanted: str, got: object) -> ArtifactError:
+    """The error for a field that is not what it must be."""
+    shown = str(got) if isinstance(got, str) else repr(got)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ArtifactError(
+        f"`{where}` must be {wanted}; got {shown} (secateur.json). The file is damaged: save the artifact again."
+    )

@@ -12,8 +12,9 @@ from secateur.artifact._edits import held_value, set_edit
 from secateur.artifact._files import atomic_file, atomic_folder, read_bytes, write_bytes
 from secateur.artifact._manifest import FORMAT, Manifest, Recipe
 from secateur.artifact._schema import parse
-from secateur.artifact._tensors import declare_sizes, describe, deserialise, install, serialise
+from secateur.artifact._tensors import describe, deserialise, install, serialise
 from secateur.errors import ArtifactError
+from secateur.surgery import declare_sizes
 
 MANIFEST_NAME = "secateur.json"
 WEIGHTS_NAME = "model.safetensors"

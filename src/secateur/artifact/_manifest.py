@@ -181,8 +181,8 @@ class Manifest:
             )
         if fields.text("sha256") != digest(data):
             raise ArtifactError(
-                "secateur.json must have the SHA-256 that its last line says; got another. It was damaged or changed by "
-                "hand: copy the artifact again, or make it again."
+                "secateur.json must have the SHA-256 that its last line says; got another. It is damaged or was "
+                "changed by hand: copy the artifact again, or make it again."
             )
         weights = fields.fields("weights")
         records = enumerate(weights.items("tensors", MAX_TENSORS))

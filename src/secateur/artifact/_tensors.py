@@ -117,40 +117,6 @@ def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[
         setattr(model.get_submodule(path), leaf, made[holder])
 
 
-def declare_sizes(model: nn.Module) -> None:
-    """Make the sizes that PyTorch's layers declare (``out_channels``, ``num_features``) say what their weights are.
-
-    In place. ``groups`` is not in the weights and must be right beforehand.
-    """
-    for module in model.modules():
-        _declare(module)
-
-
-def _declare(module: nn.Module) -> None:
-    match module:
-        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            module.in_channels = module.weight.shape[0]
-            module.out_channels = module.weight.shape[1] * module.groups
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            module.out_channels = module.weight.shape[0]
-            module.in_channels = module.weight.shape[1] * module.groups
-        case nn.Linear():
-            module.out_features, module.in_features = module.weight.shape
-        case nn.modules.batchnorm._NormBase():  # pyright: ignore[reportPrivateUsage] - has no public name
-            sized: Tensor | None = module.weight if module.affine else module.running_mean
-            module.num_features = module.num_features if sized is None else sized.shape[0]
-        case nn.GroupNorm() if module.affine:
-            module.num_channels = module.weight.shape[0]
-        case nn.LayerNorm() | nn.RMSNorm() if module.elementwise_affine:
-            module.normalized_shape = tuple(module.weight.shape)
-        case nn.Embedding():
-            module.num_embeddings, module.embedding_dim = module.weight.shape
-        case nn.PReLU():
-            module.num_parameters = module.weight.shape[0]
-        case _:
-            pass
-
-
 def _layout(tensor: Tensor) -> str:
     for name, (memory_format, dimensions) in _LAYOUTS.items():
         if dimensions in (None, tensor.dim()):

@@ -61,7 +61,7 @@ class SizeRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func is _SHAPE:
+        if func == _SHAPE:
             return self._remember(args[0], out)
         name = getattr(func, "__name__", "")
         if name == "size":

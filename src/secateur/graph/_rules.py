@@ -426,11 +426,25 @@ def matrix_product(call: Call) -> Sequence[ChannelIds]:
 
 
 def batched_product(call: Call) -> Sequence[ChannelIds]:
-    """``bmm`` of two activations: counted, and frozen."""
-    left, right = call.args[-2:]
-    macs = float(left.size(0) * left.size(1) * left.size(2) * right.size(2))
-    call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
-    return unknown(call)
+    """``bmm``: (batch, n, k) @ (batch, k, m), as `matrix_product` for every item of the batch."""
+    left, right = call.args[0], call.args[1]
+    left_ids, right_ids = call.ids(left), call.ids(right)
+    for ids in (left_ids.get(0), right_ids.get(0)):
+        if ids is not None:
+            call.ledger.freeze(ids, f"{call.where} has channels in its batch dimension")
+    if 2 in left_ids or 1 in right_ids:
+        _connect(call, left_ids.get(2), right_ids.get(1))
+    result = {dim: ids[dim] for dim, ids in ((1, left_ids), (2, right_ids)) if dim in ids}
+    if 2 in right_ids:
+        call.ledger.roles.append((right_ids[2], Role.OUTPUT))
+    inner = left_ids.get(2, right_ids.get(1))
+    extents = (
+        left_ids.get(1, left.size(1)),
+        left.size(2) if inner is None else inner,
+        right_ids.get(2, right.size(2)),
+    )
+    call.ledger.operations.append(CountedOperation(call.module, call.name, float(left.size(0)), extents))
+    return [result]
 
 
 def attention(call: Call) -> Sequence[ChannelIds]:
@@ -445,7 +459,7 @@ _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
 ).split()
-_ALWAYS_COUNTED = frozenset({"bmm", "baddbmm", *_ATTENTION})
+_ALWAYS_COUNTED = frozenset({"bmm", *_ATTENTION})
 _FLOAT_ONLY = frozenset({"im2col", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
 
 _MOVEMENT = (
@@ -487,7 +501,7 @@ RULES: dict[str, Rule] = {
     "convolution": convolution,
     "mm": matrix_product,
     "addmm": matrix_product,
-    **dict.fromkeys(("bmm", "baddbmm"), batched_product),
+    "bmm": batched_product,
     **dict.fromkeys(_ATTENTION, attention),
     "select": picking,
     "unbind": picking,

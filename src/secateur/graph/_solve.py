@@ -22,6 +22,7 @@ from secateur.graph._ledger import Binding, CountedOperation, Ledger, ModuleOutp
 from secateur.graph._sizes import Attribute, Expression, describe, evaluate, shape_leaves
 
 NOT_CONSUMED = "no layer of this model consumes these channels"
+SINGLE = "it has a single channel (or every channel is tied to every other)"
 NOT_PRODUCED = "no layer of this model produces these channels"
 
 
@@ -157,6 +158,8 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
             solution.reasons[number] = NOT_CONSUMED
         elif not any(site.role is Role.OUTPUT for site in axis_sites):
             solution.reasons[number] = NOT_PRODUCED
+        elif len(members) == 1:
+            solution.reasons[number] = SINGLE
     return solution
 
 

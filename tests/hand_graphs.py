@@ -57,7 +57,7 @@ class Draft:
         names = tuple(name for name in self.tensors if name in dict(self.model.named_parameters()))
         return ChannelGraph(
             tuple(self.axes), tuple(self.operations), self.tensors, names, (), self.activations, (),
-            tuple(self.example.shape),
+            example=(self.example,),
         )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ class Depthwise(nn.Module):
 def depthwise(width: int = 12) -> tuple[nn.Module, ChannelGraph]:
     d = Draft(randomised(Depthwise(width)), torch.zeros(1, 3, 6, 6))
     d.axis(
-        "expand", width, ("expand.weight", 0, Role.OUTPUT), *norm_sites("bn1"), ("depthwise.weight", 0, Role.OUTPUT),
+        "expand", width, ("expand.weight", 0, Role.OUTPUT), *norm_sites("bn1"), ("depthwise.weight", 0, Role.VECTOR),
         *norm_sites("bn2"), ("project.weight", 1, Role.INPUT),
     )  # fmt: skip
     d.axis("project", 4, ("project.weight", 0, Role.OUTPUT), ("fc.weight", 1, Role.INPUT))

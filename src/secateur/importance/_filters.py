@@ -1,0 +1,71 @@
+"""The weights of a channel as rows of a matrix, one matrix per tensor that holds them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from secateur.errors import ModelError
+from secateur.graph import ChannelAxis, Role, Site
+from secateur.importance._base import Evidence, FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """All weights that one tensor holds for the channels of an axis.
+
+    Attributes:
+        site: Where they come from.
+        rows: (axis size, weights per channel) float64.
+    """
+
+    site: Site
+    rows: FloatArray
+
+
+def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters, ...]:
+    """The filters that produce the channels of an axis.
+
+    They are the weights (two dimensions or more) of convolutions and linears with the axis at their output. Where an
+    axis has none, because it begins at a parameter that is added or multiplied, the fallback is every weight matrix
+    or tensor that holds the axis at all (such as the layers that read it), and if there is none, every vector that
+    does. So an axis always has something to judge it by, and depthwise weights count only as a fallback.
+
+    Args:
+        axis: The axis.
+        tensors: The model's ``state_dict``.
+
+    Raises:
+        ModelError: If a weight is NaN or infinite.
+    """
+    weights = [site for site in axis.sites if tensors[site.tensor].ndim > 1]
+    sites = [site for site in weights if site.role is Role.OUTPUT] or weights or list(axis.sites)
+    return tuple(Filters(site, _rows(tensors[site.tensor], site)) for site in sites)
+
+
+def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
+    """Score the rows of each producer of each axis and average over the producers.
+
+    Args:
+        evidence: The model and its graph.
+        score: (channels, weights per channel) to (channels,).
+    """
+    tensors = evidence.model.state_dict()
+    return {
+        axis.name: np.mean([score(filters.rows) for filters in producers(axis, tensors)], axis=0)
+        for axis in evidence.graph.prunable
+    }
+
+
+def _rows(tensor: Tensor, site: Site) -> FloatArray:
+    values = tensor.detach().cpu().double().numpy()
+    picked = np.moveaxis(values, site.dim, 0)[site.index]
+    rows = np.ascontiguousarray(picked.reshape(len(site.index), -1))
+    if not np.isfinite(rows).all():
+        bad = rows[~np.isfinite(rows)]
+        raise ModelError(
+            f"`{site.tensor}` must be finite; got {bad[0]} and {len(bad)} such of {rows.size} weights. "
+            "Load weights that were trained without overflow."
+        )
+    return rows

@@ -1,0 +1,196 @@
+"""The public verbs: `fit` a student, `distill` one from its teacher."""
+
+import copy
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from secateur.distill import AlignedFeatures, Objective
+from secateur.errors import TrainingError
+from secateur.train._batches import Batches, TrainingData
+from secateur.train._checkpoint import load_checkpoint, save_checkpoint
+from secateur.train._engine import Engine, Task
+from secateur.train._machine import one_device, precision_of
+from secateur.train._progress import Meter, Progress, TerminalProgress
+from secateur.train._record import Trained
+from secateur.train._schedule import Schedule
+from secateur.train._state import digest, write_tensors_
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def fit(
+    student: nn.Module,
+    source: Batches,
+    *,
+    schedule: Schedule,
+    objective: Objective,
+    teacher: nn.Module | None = None,
+    alignment: AlignedFeatures | None = None,
+    augment: Any = None,
+    validation: Batches | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    fabric: "Fabric | None" = None,
+) -> Trained:
+    """Train a copy of a student; nothing that is given is changed.
+
+    The step: images in channels-last order; the teacher in eval mode and without gradients in the same precision as
+    the student; the loss in float32; the learning rate of `Schedule.learning_rate_at`. After every epoch the student
+    (its moving average, if there is one) is validated in float32; the best epoch is returned, which may be epoch 0,
+    the student as it came.
+
+    With a ``checkpoint`` folder every epoch ends with an atomic checkpoint. A run that finds one there goes on after
+    it: on the CPU, with the same number of threads, the result is bit-identical to that of an uninterrupted run.
+
+    Args:
+        student: A classifier with float32 weights that gives logits (batch, classes).
+        source: Training images.
+        schedule: Epochs, learning rate, optimiser, precision, seed.
+        objective: The loss.
+        teacher: Needed if the objective asks for it. It keeps its own mode, device and memory order.
+        alignment: Where features are compared; needed if ``objective.feature_weight`` > 0.
+        augment: Passed to ``source.batches``.
+        validation: Images to choose the best epoch on (never the test split); None returns the last epoch.
+        checkpoint: Folder for checkpoints; None writes none.
+        progress: `TerminalProgress()`, `Silent()`, or your own.
+        fabric: A Fabric for one device, with its precision; None opens one, see `open_fabric`.
+
+    Returns:
+        The trained model, the history, and the best epoch.
+
+    Raises:
+        TrainingError: If settings contradict each other or the data, a loss is not finite, or the checkpoint is of a
+            run with other settings.
+    """
+    _check_student(student)
+    _check_objective(objective, teacher, alignment)
+    if schedule.epochs and len(source) == 0:
+        raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
+    fabric = one_device(fabric, schedule.precision)
+    teacher = teacher if objective.needs_teacher else None
+    task = Task(source, validation, augment, objective, schedule, alignment, fabric)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        engine = Engine(task, student, teacher)
+        settings = {} if checkpoint is None else _settings(task, student, teacher)
+        saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
+        if saved is not None:
+            engine.restore(saved)
+        with progress.watch(epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter:
+            _run(engine, schedule.epochs, meter, checkpoint, settings)
+        model = copy.deepcopy(student).eval()
+        write_tensors_(model, engine.result)
+    return Trained(
+        model=model,
+        history=tuple(engine.history),
+        best_epoch=engine.epoch if engine.best is None else engine.best.epoch,
+        best_accuracy=None if engine.best is None else engine.best.accuracy,
+        precision=precision_of(fabric),
+        device=str(fabric.device),
+    )
+
+
+def distill(
+    student: nn.Module,
+    *,
+    teacher: nn.Module,
+    data: TrainingData,
+    schedule: Schedule,
+    objective: Objective = Objective(),  # noqa: B008 - frozen
+    alignment: AlignedFeatures | None = None,
+    augment: Any = None,
+    checkpoint: Path | None = None,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    fabric: "Fabric | None" = None,
+) -> Trained:
+    """Recover a student's accuracy from its teacher: `fit` on ``data.train``, validated on ``data.validation``.
+
+    Args:
+        student: Usually a cut of the teacher.
+        teacher: Usually the original model.
+        data: Its training and validation splits are used, never its test split.
+        schedule: See `fit`.
+        objective: See `fit`.
+        alignment: ``AlignedFeatures.of(graph, architecture)`` for a cut student; needed if
+            ``objective.feature_weight`` > 0.
+        augment: See `fit`.
+        checkpoint: See `fit`.
+        progress: See `fit`.
+        fabric: See `fit`.
+
+    Returns:
+        See `fit`.
+
+    Raises:
+        TrainingError: See `fit`.
+    """
+    return fit(
+        student,
+        data.train,
+        schedule=schedule,
+        objective=objective,
+        teacher=teacher,
+        alignment=alignment,
+        augment=augment,
+        validation=data.validation if len(data.validation) else None,
+        checkpoint=checkpoint,
+        progress=progress,
+        fabric=fabric,
+    )
+
+
+def _run(engine: Engine, epochs: int, meter: Meter, checkpoint: Path | None, settings: dict[str, str]) -> None:
+    if not engine.history:
+        engine.validate_start(meter)
+    while engine.epoch < epochs:
+        engine.train_epoch(meter)
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, engine.saved(settings))
+
+
+def _check_student(student: nn.Module) -> None:
+    parameters = dict(student.named_parameters())
+    if not any(p.requires_grad for p in parameters.values()):
+        raise TrainingError(
+            f"`student` must have trainable parameters; got {len(parameters)}, none of which requires a gradient. "
+            "Call student.requires_grad_()."
+        )
+    for name, parameter in parameters.items():
+        if parameter.dtype is not torch.float32:
+            raise TrainingError(f"`student` must have float32 weights; got {parameter.dtype} ({name}). Call .float().")
+
+
+def _check_objective(objective: Objective, teacher: nn.Module | None, alignment: AlignedFeatures | None) -> None:
+    if objective.needs_teacher and teacher is None:
+        raise TrainingError(f"`teacher` must be given for {objective}; got None. Or use Objective.of_labels().")
+    if objective.feature_weight and alignment is None:
+        raise TrainingError(
+            f"`alignment` must be given because feature_weight is {objective.feature_weight}; got None. "
+            "Use AlignedFeatures.of(graph, architecture), or set feature_weight=0."
+        )
+    if teacher is not None and not objective.needs_teacher:
+        warnings.warn("`teacher` has no effect: kd_weight and feature_weight are 0.", stacklevel=3)
+    if alignment is not None and not objective.feature_weight:
+        warnings.warn("`alignment` has no effect: feature_weight is 0.", stacklevel=3)
+
+
+def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
+    """Everything that must be equal for a run to be the same run."""
+    settings = {
+        f"{part}.{field.name}": repr(getattr(value, field.name))
+        for part, value in (("schedule", task.schedule), ("objective", task.objective))
+        for field in dataclasses.fields(value)
+    }
+    settings["schedule.precision"] = precision_of(task.fabric).name
+    settings["source"] = f"{len(task.source)} images"
+    settings["validation"] = "none" if task.validation is None else f"{len(task.validation)} images"
+    settings["augment"] = repr(task.augment)
+    settings["alignment"] = repr(task.alignment)
+    settings["student"] = digest(student)
+    settings["teacher"] = "none" if teacher is None else digest(teacher)
+    return settings

@@ -1,0 +1,70 @@
+"""Losses of an epoch, read from the device rarely."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from secateur.errors import TrainingError
+
+STEPS_PER_LOOK = 20
+"""Steps between two looks at the losses. A look waits for the device, so it must be rare."""
+
+
+class Ledger:
+    """Sums up the losses of one epoch; finds the step of the first that is not finite.
+
+    Attributes:
+        epoch: From 1.
+        steps: Steps seen.
+        latest: The total loss of the last step looked at.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.steps = 0
+        self.latest = math.nan
+        self._sums: dict[str, float] = {}
+        self._unseen: list[Tensor] = []
+
+    def add(self, total: Tensor, parts: Mapping[str, Tensor], rate: float) -> bool:
+        """Note the losses of one step, still on the device; says whether it took a look at them."""
+        if not self._sums:
+            self._sums = dict.fromkeys(["total", *parts], 0.0)
+        self._unseen.append(torch.stack([total.detach(), *parts.values()]))
+        self.steps += 1
+        looks = len(self._unseen) == STEPS_PER_LOOK
+        if looks:
+            self.look(rate)
+        return looks
+
+    def look(self, rate: float) -> None:
+        """Read the losses not read yet.
+
+        Raises:
+            TrainingError: If one of them is not finite.
+        """
+        rows = torch.stack(self._unseen).tolist() if self._unseen else []
+        first = self.steps - len(rows) + 1
+        self._unseen.clear()
+        for step, row in enumerate(rows, first):
+            if not all(map(math.isfinite, row)):
+                values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
+                raise diverged(f"loss ({values})", f"epoch {self.epoch}, step {step}", rate)
+            for name, value in zip(self._sums, row, strict=True):
+                self._sums[name] += value
+            self.latest = row[0]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean over the steps looked at: "total" and each part."""
+        return {name: value / self.steps for name, value in self._sums.items()}
+
+
+def diverged(what: str, where: str, rate: float) -> TrainingError:
+    """The error for a run whose numbers are no longer finite."""
+    return TrainingError(
+        f"the {what} must be finite; it is not at {where} (learning rate {rate:.3g}). "
+        "Lower the learning rate or warm up longer, and check that the images are normalised."
+    )

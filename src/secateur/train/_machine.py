@@ -1,0 +1,145 @@
+"""Where to compute and in which number formats: Lightning Fabric on one device."""
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import TrainingError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.precision import Precision as FabricPrecision
+
+
+class Precision(Enum):
+    """Number formats of forward and backward passes. Weights and optimiser are float32 in both."""
+
+    FLOAT32 = "32-true"
+    """Everything in float32."""
+    BF16_MIXED = "bf16-mixed"
+    """Convolutions and matrix products in bfloat16 (autocast)."""
+
+
+def best_precision(device: torch.device) -> Precision:
+    """bfloat16 where the hardware computes in it, else float32.
+
+    Hardware means CUDA's own bfloat16 (not emulated), or a CPU with AVX512-BF16 or AMX-BF16: elsewhere bfloat16 is
+    slower than float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.backends.mkldnn.is_available() and _cpu_has("avx512_bf16", "amx_bf16")
+    else:
+        native = False
+    return Precision.BF16_MIXED if native else Precision.FLOAT32
+
+
+def open_fabric(precision: Precision | None = None, *, device: torch.device | None = None) -> "Fabric":
+    """A Fabric for one device in this process; nothing is launched.
+
+    Args:
+        precision: None means `best_precision` of the device.
+        device: None means the accelerator if there is one, else the CPU.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.precision import MixedPrecision
+    from lightning_fabric.plugins.precision import Precision as FullPrecision
+
+    device = device or default_device()
+    if (precision or best_precision(device)) is Precision.BF16_MIXED:
+        plugin: FabricPrecision = MixedPrecision("bf16-mixed", device.type)
+    else:
+        plugin = FullPrecision()
+    return Fabric(
+        accelerator=device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        # The environment is named so that one process under SLURM or torchrun is not taken for a part of many.
+        plugins=[LightningEnvironment(), plugin],
+    )
+
+
+def one_device(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
+    """The caller's Fabric if it can be used, or a new one.
+
+    Raises:
+        TrainingError: If it spans several processes, or has another precision than the one asked for.
+    """
+    if fabric is None:
+        return open_fabric(precision)
+    if fabric.world_size > 1:
+        raise TrainingError(f"`fabric` must have one device; got {fabric.world_size}. Use Fabric(devices=1).")
+    if precision is not None and precision is not precision_of(fabric):
+        raise TrainingError(
+            f"`precision` must be that of `fabric`, {precision_of(fabric).name}; got {precision.name}. "
+            "Give one of the two."
+        )
+    return fabric
+
+
+def precision_of(fabric: "Fabric") -> Precision:
+    """The precision of a Fabric.
+
+    Raises:
+        TrainingError: If it is not one of `Precision`.
+    """
+    name = str(getattr(fabric.strategy.precision, "precision", ""))
+    if name not in {p.value for p in Precision}:
+        raise TrainingError(
+            f"`fabric` must have one of the precisions {[p.value for p in Precision]}; got {name!r}. "
+            "Use secateur.train.open_fabric()."
+        )
+    return Precision(name)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
+    model = copy.deepcopy(model).to(device)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            # Module.to(memory_format=) would refuse a model that has five-dimensional weights too.
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    return model
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The images in channels-last order, if they are a batch of two-dimensional ones."""
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+
+
+@contextmanager
+def seeded(device: torch.device, *seed: int) -> Generator[None]:
+    """Random numbers from a seed on the CPU and the device; the caller's state is put back afterwards."""
+    number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())  # pyright: ignore[reportPrivateUsage]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(number)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _cpu_has(*features: str) -> bool:
+    # Older versions of torch cannot say; float32 is then the safe answer.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(capabilities.get(feature)) for feature in features)
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None or accelerator.type not in {"cuda", "mps"} else accelerator

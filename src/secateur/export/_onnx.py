@@ -1,0 +1,126 @@
+"""Export to ONNX, run by ONNX Runtime on any machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.artifact import atomic_file
+from secateur.errors import ExportError
+from secateur.export._parity import TOLERANCE, Inputs, Parity, Runner, as_inputs, check_parity, first_line
+from secateur.export._program import BATCH, eval_copy, export_program, quiet
+
+_MOST_BYTES = 1_900_000_000
+"""One ONNX file is one protobuf message, and those end at 2 GiB."""
+
+
+def export_onnx(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+) -> Parity:
+    """Write a model as one ONNX file, run it with ONNX Runtime on the CPU, and compare it with the model.
+
+    The batch size is free; inputs are called ``input`` (or ``input_0``, ``input_1``...), outputs ``output``. Batch
+    normalisation is left in the file: runtimes fold it into the convolutions themselves. The file appears only if it
+    agrees; an older file at ``path`` is replaced then.
+
+    Args:
+        model: Any device or mode; not changed. Below 1.9 GB of weights.
+        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs.
+        path: Where, ending in ``.onnx``.
+        tolerance: Largest accepted difference, relative to the largest output.
+
+    Returns:
+        How closely the file follows the model, run with batch sizes 1 and n.
+
+    Raises:
+        ExportError: If the model cannot be captured or translated, the file disagrees, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ExportError(f"`path` must end in .onnx; got {path}. Rename it, or use export_pt2 for .pt2.")
+    inputs = as_inputs(example)
+    reference = eval_copy(model)
+    content = onnx_bytes(reference, inputs)
+    try:
+        with atomic_file(path) as part:
+            part.write_bytes(content)
+            session = open_session(part, threads=1)
+            return check_parity("onnx", reference, _runner(session), inputs, tolerance)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
+    """A model in eval mode on the CPU as the content of an ONNX file.
+
+    Raises:
+        ExportError: If it cannot be captured or translated, or is too large for one file.
+    """
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size > _MOST_BYTES:
+        raise ExportError(
+            f"`model` must have at most {_MOST_BYTES / 1e9:g} GB of weights for one ONNX file; got "
+            f"{size / 1e9:.3g} GB. Use export_pt2."
+        )
+    program = export_program(model, inputs)
+    try:
+        with quiet():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                dynamic_shapes=tuple({0: BATCH} for _ in inputs),
+                input_names=_names("input", len(inputs)),
+                output_names=_names("output", len(program.graph_signature.user_outputs)),
+                verbose=False,
+            )
+            assert translated is not None
+            _strip(translated.model.graph)
+            return translated.model_proto.SerializeToString()
+    except Exception as error:
+        raise ExportError(
+            f"`model` must hold only operations that ONNX has; got {first_line(error)} "
+            "Use export_pt2, or replace the operation that is named."
+        ) from error
+
+
+def open_session(model: Path | bytes, *, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU with a fixed number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only
+    content = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
+    """The inputs of a session by name."""
+    return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
+
+
+def _runner(session: Any) -> Runner:
+    def run(batch: Inputs) -> list[Tensor]:
+        outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))
+        return [torch.from_numpy(output) for output in outputs]
+
+    return run
+
+
+def _strip(graph: Any) -> None:
+    """Leave out the exporter's notes to itself, which hold paths and source lines of this machine."""
+    for node in graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _names(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{n}" for n in range(count)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.artifact import atomic_file
 from secateur.errors import ExportError
-from secateur.export._parity import TOLERANCE, Inputs, Parity, Runner, as_inputs, check_parity, first_line
+from secateur.export._parity import TOLERANCE, Inputs, Parity, Runner, as_inputs, check_parity, first_line, not_written
 from secateur.export._program import BATCH, eval_copy, export_program, quiet
 
 _MOST_BYTES = 1_900_000_000

@@ -48,8 +48,8 @@ class GeometricMedian(Importance):
     however large its norm. All pairs are computed, in float64. On a coupled axis, the mean of s over its producers.
 
     References:
-        He et al., Filter Pruning via Geometric Median, arXiv:1811.00250, Section 3. The paper could not be read here, so
-        its equation is not numbered.
+        He et al., Filter Pruning via Geometric Median, arXiv:1811.00250, Section 3 (not at
+        hand here, so the equation has no number).
     """
 
     def scores(self, evidence: Evidence) -> dict[str, FloatArray]:

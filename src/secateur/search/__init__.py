@@ -1,0 +1,47 @@
+"""Find which channels to keep so that a model costs no more than a budget."""
+
+from secateur.search._fit import Fit, fit
+from secateur.search._pca import PCASlimming
+from secateur.search._problem import Problem, Proposal, Strategy, keep_best
+from secateur.search._ranking import (
+    GlobalImportance,
+    as_scored,
+    by_axis_max,
+    by_axis_mean,
+    by_axis_norm,
+    by_axis_rank,
+)
+from secateur.search._search import Found, describe, search
+from secateur.search._sources import Activations, RawWeights, Source, Weights
+from secateur.search._space import SearchSpace
+from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
+from secateur.search._uniform import Uniform
+
+__all__ = [
+    "Activations",
+    "Correlation",
+    "Covariance",
+    "Fit",
+    "Found",
+    "GlobalImportance",
+    "Matrix",
+    "PCASlimming",
+    "Problem",
+    "Proposal",
+    "RawWeights",
+    "SearchSpace",
+    "Source",
+    "Strategy",
+    "Uniform",
+    "Weights",
+    "as_scored",
+    "by_axis_max",
+    "by_axis_mean",
+    "by_axis_norm",
+    "by_axis_rank",
+    "describe",
+    "fit",
+    "keep_best",
+    "search",
+    "unexplained_variance",
+]

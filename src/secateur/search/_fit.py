@@ -1,0 +1,148 @@
+"""From an order in which channels are wanted to the widths that fill the budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.search._problem import FloatArray, Problem
+from secateur.search._space import IntArray
+
+FULL_ENOUGH = 0.995
+"""Filling stops here. Going on would only widen the layers whose channels cost next to nothing."""
+PROMISED = 0.99
+"""Below this utilisation widths are exchanged between axes: a search lands at most 1 % under its budget."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Widths that fill a budget.
+
+    Attributes:
+        widths: (axes,) allowed widths within the budget.
+        threshold: Key of the first step the budget has no room for; infinity if it has room for all.
+        utilisation: Largest cost / limit, at most 1.
+    """
+
+    widths: IntArray
+    threshold: float
+    utilisation: float
+
+
+def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
+    """Widen the smallest architecture in the order of the keys until the budget is full.
+
+    A step takes one axis from one allowed width to the next. All steps of all axes are sorted by key (ties: steps
+    of lower number, then axes of lower number). The result is
+
+    1. the longest prefix of the steps within the budget. The family of prefixes is monotone, so it is bisected;
+       with keys that grow with a threshold t, this is the largest t within the budget, found exactly;
+    2. the steps after it, still in order, that fit the room that is left. A step that does not fit never will, since
+       costs only grow, so its axis is finished;
+    3. if the budget is then less than 99 % full (the steps are coarse), one step down of an axis against one step up
+       of another, as long as that fills the budget better.
+
+    Args:
+        problem: Levels, costs and limits.
+        keys: For each axis: (steps,) when to take its steps, lowest first; made non-decreasing if it is not.
+
+    Returns:
+        Widths of which no single step more fits, or that fill the budget to at least 99.5 % (99 % after exchanges).
+    """
+    ladder = _Ladder.of(problem, keys)
+    counts, threshold = ladder.climb()
+    counts, utilisation = ladder.exchange(counts)
+    return Fit(ladder.widths(counts[None])[0], threshold, utilisation)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ladder:
+    """All single steps of all axes in the order in which they are wanted. ``counts`` are steps taken per axis.
+
+    Attributes:
+        problem: What is to be fitted.
+        levels: (axes, most levels) allowed widths, the last one repeated.
+        tops: (axes,) number of steps of each axis.
+        axes: (steps,) the axis of each step, in order.
+        keys: (steps,) non-decreasing.
+    """
+
+    problem: Problem
+    levels: IntArray
+    tops: IntArray
+    axes: IntArray
+    keys: FloatArray
+
+    @classmethod
+    def of(cls, problem: Problem, keys: Sequence[FloatArray]) -> "_Ladder":
+        tops = np.array([len(levels) - 1 for levels in problem.levels], dtype=np.int64)
+        levels = np.stack([np.pad(row, (0, tops.max() + 1 - len(row)), mode="edge") for row in problem.levels])
+        axes = np.repeat(np.arange(len(tops)), tops)
+        numbers = np.concatenate([np.arange(top) for top in tops])
+        flat = np.concatenate([np.maximum.accumulate(row) if len(row) else row for row in keys])
+        assert len(flat) == len(axes), "one key per step"
+        order = np.lexsort((axes, numbers, flat))
+        return cls(problem, levels, tops, axes[order], flat[order])
+
+    def widths(self, counts: IntArray) -> IntArray:
+        """(n, axes) widths after (n, axes) steps."""
+        return self.levels[np.arange(len(self.tops)), counts]
+
+    def utilisation(self, counts: IntArray) -> float:
+        """Of one architecture, (axes,) steps."""
+        return float(self.problem.utilisation(self.widths(counts[None]))[0])
+
+    def climb(self) -> tuple[IntArray, float]:
+        """Steps taken in order while they fit, and the key of the first that did not."""
+        counts = np.zeros(len(self.tops), dtype=np.int64)
+        taken = self._longest(counts, self.axes, 1.0)
+        threshold = float(self.keys[taken]) if taken < len(self.keys) else np.inf
+        rest = self.axes
+        while True:
+            counts = self._after(counts, rest, taken)
+            if taken == len(rest) or self.utilisation(counts) >= FULL_ENOUGH:
+                return counts, threshold
+            finished = rest[taken]
+            rest = rest[taken + 1 :]
+            rest = rest[rest != finished]
+            # As far as the budget is full enough, but never over it.
+            enough = self._longest(counts, rest, FULL_ENOUGH) + 1
+            taken = min(enough, self._longest(counts, rest, 1.0))
+
+    def _after(self, counts: IntArray, axes: IntArray, taken: int) -> IntArray:
+        return counts + np.bincount(axes[:taken], minlength=len(counts))
+
+    def _longest(self, counts: IntArray, axes: IntArray, bound: float) -> int:
+        """Most of the steps ``axes`` that can follow ``counts`` with a utilisation up to ``bound``, by bisection."""
+        low, high = 0, len(axes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.utilisation(self._after(counts, axes, middle)) <= bound:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def exchange(self, counts: IntArray) -> tuple[IntArray, float]:
+        """One step down against one step up while the budget is emptier than promised and that fills it better."""
+        now = self.utilisation(counts)
+        while now < PROMISED:
+            better, value = self._best_neighbour(counts)
+            if value <= now:
+                break
+            counts, now = better, value
+        return counts, now
+
+    def _best_neighbour(self, counts: IntArray) -> tuple[IntArray, float]:
+        """The fullest architecture within the budget that is one step up, or one down and one up, from here."""
+        ups = np.eye(len(counts), dtype=np.int64)[counts < self.tops]
+        downs = [np.zeros_like(counts), *np.eye(len(counts), dtype=np.int64)[counts > 0]]
+        best, value = counts, 0.0
+        for down in downs:
+            candidates = counts + ups - down
+            # An axis that goes down and up stays; it is harmless, being no better than now.
+            full = self.problem.utilisation(self.widths(candidates)) if len(ups) else np.zeros(0)
+            full = np.where(full <= 1, full, 0)
+            if len(full) and full.max() > value:
+                best, value = candidates[full.argmax()], float(full.max())
+        return best, value

@@ -1,0 +1,98 @@
+"""What a strategy is given, and what it gives back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from secateur.architecture import Architecture
+from secateur.cost import Budget, CostModel
+from secateur.importance import Evidence
+from secateur.search._space import IntArray, SearchSpace
+
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Progress = Callable[[float, str], None]
+"""Called with the finished fraction (0 to 1) and what is being done."""
+_TINY = 1e-300
+"""Stands for a limit of zero, half of nothing, which is met by nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One search: find an architecture of the space within the budget. The smallest one of the space is within it.
+
+    Attributes:
+        evidence: Model, graph, batches and seed.
+        costs: Cost of any widths.
+        budget: As the user gave it.
+        space: As the user gave it.
+        progress: To be called now and then.
+    """
+
+    evidence: Evidence
+    costs: CostModel
+    budget: Budget
+    space: SearchSpace
+    progress: Progress
+
+    @cached_property
+    def levels(self) -> tuple[IntArray, ...]:
+        """Allowed widths per prunable axis, ascending; the last is the full size."""
+        return self.space.levels(self.evidence.graph)
+
+    @cached_property
+    def limits(self) -> Mapping[str, float]:
+        """Upper bounds as counts, by field of `Cost`."""
+        return self.budget.limits(self.costs.original)
+
+    def utilisation(self, widths: IntArray) -> FloatArray:
+        """How full the budget is: the largest cost / limit over the limited fields; within the budget up to 1.
+
+        Args:
+            widths: (n, axes).
+
+        Returns:
+            (n,) dimensionless.
+        """
+        macs, params = self.costs.of_widths(widths)
+        by_field = {"macs": macs, "params": params}
+        return np.max([by_field[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a strategy found.
+
+    Attributes:
+        architecture: Within the budget and the space.
+        notes: What it learnt on the way, as plain data (JSON), for the report.
+    """
+
+    architecture: Architecture
+    notes: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+class Strategy(ABC):
+    """An algorithm that finds an architecture. Implementations are frozen dataclasses; fields are configuration."""
+
+    @abstractmethod
+    def find(self, problem: Problem) -> Proposal:
+        """Find an architecture within the budget: the same one for the same problem, whatever ran before."""
+
+
+def keep_best(problem: Problem, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
+    """Keep the channels with the highest scores; of equal ones those with the lower index.
+
+    Args:
+        problem: For the axes.
+        widths: (axes,) how many to keep.
+        scores: Axis name to (axis size,).
+    """
+    return Architecture.of(
+        {
+            name: np.argsort(-scores[name], kind="stable")[:width]
+            for name, width in zip(problem.costs.axes, widths, strict=True)
+        }
+    )

@@ -1,0 +1,73 @@
+"""One ranking of all channels of the network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from secateur.importance import L2, Importance, checked_scores
+from secateur.search._fit import fit
+from secateur.search._problem import FloatArray, Problem, Proposal, Strategy, keep_best
+
+Normalise = Callable[[FloatArray], FloatArray]
+
+
+def as_scored(scores: FloatArray) -> FloatArray:
+    """s: for importances that compare across axes by themselves (Taylor, LAMP, BatchNormScale)."""
+    return scores
+
+
+def by_axis_mean(scores: FloatArray) -> FloatArray:
+    """s / mean(s): an average channel of every axis is worth 1. Scores that are all zero stay zero."""
+    return _divided(scores, float(scores.mean()))
+
+
+def by_axis_max(scores: FloatArray) -> FloatArray:
+    """s / max(s): the best channel of every axis is worth 1. Scores that are all zero stay zero."""
+    return _divided(scores, float(scores.max()))
+
+
+def by_axis_norm(scores: FloatArray) -> FloatArray:
+    """s / ||s||_2: Molchanov et al., arXiv:1611.06440, Section 2.2 (layer-wise l2). All zero stay zero."""
+    return _divided(scores, float(np.linalg.norm(scores)))
+
+
+def by_axis_rank(scores: FloatArray) -> FloatArray:
+    """(number of channels with a lower score) / size: only the order within an axis counts."""
+    return np.searchsorted(np.sort(scores), scores) / len(scores)
+
+
+@dataclass(frozen=True)
+class GlobalImportance(Strategy):
+    """Rank the channels of all axes together and keep the best that fit the budget.
+
+    With divisors above 1, the channels between two allowed widths stay or go together and rank by their mean score.
+
+    Attributes:
+        importance: Which channels matter; they are ranked within and across axes.
+        normalise: Makes the scores of different axes comparable: (size,) to (size,), order-preserving.
+
+    References:
+        Molchanov et al., arXiv:1611.06440; Liu et al., arXiv:1708.06519 (one threshold for all layers).
+    """
+
+    importance: Importance = field(default_factory=L2)
+    normalise: Normalise = by_axis_mean
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: ``threshold``, the normalised score under which channels go."""
+        raw = self.importance.scores(problem.evidence)
+        graph = problem.evidence.graph
+        scores = checked_scores({name: self.normalise(values) for name, values in raw.items()}, graph, self.normalise)
+        keys: list[FloatArray] = []
+        for name, levels in zip(problem.costs.axes, problem.levels, strict=True):
+            best_first = np.sort(scores[name])[::-1]
+            sums = np.add.reduceat(best_first, levels[:-1]) if len(levels) > 1 else np.zeros(0)
+            keys.append(-sums / np.diff(levels))
+        found = fit(problem, keys)
+        # Rank within an axis by the raw scores: normalising may have made ties of what was not equal.
+        return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})
+
+
+def _divided(scores: FloatArray, by: float) -> FloatArray:
+    return scores / by if by > 0 else scores

@@ -1,0 +1,161 @@
+"""The verb: search an architecture within a budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import FunctionType
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.architecture import Architecture
+from secateur.cost import Budget, Cost, CostModel, format_count
+from secateur.errors import BudgetError, SurgeryError
+from secateur.graph import ChannelGraph
+from secateur.importance import Evidence
+from secateur.search._problem import Problem, Progress, Strategy
+from secateur.search._space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        architecture: Kept channels of every prunable axis.
+        cost: Its cost.
+        original: Cost of the whole model.
+        budget: The bounds it keeps to.
+        strategy: The strategy and its configuration, as text.
+        notes: What the strategy learnt, as plain data; always ``utilisation``: cost / limit by limited field.
+    """
+
+    architecture: Architecture
+    cost: Cost
+    original: Cost
+    budget: Budget
+    strategy: str
+    notes: dict[str, object] = field(default_factory=dict[str, object])
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object with every field."""
+        return {
+            "architecture": self.architecture.to_json(),
+            "cost": self.cost.to_json(),
+            "original": self.original.to_json(),
+            "budget": str(self.budget),
+            "strategy": self.strategy,
+            "notes": self.notes,
+        }
+
+
+def search(
+    model: nn.Module,
+    graph: ChannelGraph,
+    strategy: Strategy,
+    *,
+    budget: Budget | str,
+    batches: Sequence[tuple[Tensor, Tensor]] = (),
+    space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Found:
+    """Find which channels to keep so that the model costs no more than the budget.
+
+    The result is never over a limit. It is at most 1 % under the limit that binds, unless the allowed widths are too
+    coarse for that: then no single step up, and no step down of one axis against a step up of another, comes closer.
+    A model that is within the budget already is returned whole.
+
+    Args:
+        model: The traced model; it is not changed.
+        graph: Its channel graph.
+        strategy: The algorithm.
+        budget: Upper bounds on the cost, or their text, such as "macs=50%".
+        batches: (images, labels) pairs for strategies that look at data.
+        space: The allowed widths.
+        seed: For strategies that draw random numbers; the global random state is neither read nor changed.
+        progress: Called with the finished fraction and a description.
+
+    Raises:
+        BudgetError: If the budget cannot be read or no architecture of the space is within it.
+        SurgeryError: If the graph is not of this model, or the strategy leaves the space.
+        ModelError: If the strategy finds weights or scores that are not finite.
+        DataError: If the strategy needs batches and there are none.
+    """
+    _check_traced(model, graph)
+    limits = Budget.parse(budget) if isinstance(budget, str) else budget
+    evidence = Evidence(model, graph, tuple(batches), seed)
+    problem = Problem(evidence, CostModel(graph), limits, space, progress or _silent)
+    if limits.allows(problem.costs.original, problem.costs.original):
+        whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
+        return _found(problem, strategy, whole, {})
+    _check_feasible(problem)
+    proposal = strategy.find(problem)
+    _check_space(problem, strategy, proposal.architecture)
+    return _found(problem, strategy, proposal.architecture, dict(proposal.notes))
+
+
+def describe(thing: object) -> str:
+    """A strategy or any part of one as text that is the same in every process: functions by their name."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        inside = ", ".join(f"{part.name}={describe(getattr(thing, part.name))}" for part in fields(thing))
+        return f"{type(thing).__name__}({inside})"
+    return thing.__qualname__ if isinstance(thing, FunctionType) else repr(thing)
+
+
+def _silent(fraction: float, what: str) -> None:
+    """Report no progress."""
+
+
+def _found(problem: Problem, strategy: Strategy, architecture: Architecture, notes: dict[str, object]) -> Found:
+    cost, original = problem.costs.cost(architecture), problem.costs.original
+    if not problem.budget.allows(cost, original):
+        raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {describe(strategy)}.")
+    notes["utilisation"] = {
+        name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
+    }
+    return Found(architecture, cost, original, problem.budget, describe(strategy), notes)
+
+
+def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
+    tensors = model.state_dict()
+    for name, extents in graph.tensors.items():
+        expected = tuple(extent.at(graph.sizes) for extent in extents)
+        got = tuple(tensors[name].shape) if name in tensors else None
+        # Buffers that are not part of the state (persistent=False) cannot be compared.
+        if got != expected and (got is not None or name in graph.parameters):
+            raise SurgeryError(
+                f"`graph` must be traced from this model; {name!r} has shape {expected} there and {got} here. "
+                "Trace the model again."
+            )
+
+
+def _check_feasible(problem: Problem) -> None:
+    """Refuse a budget that no architecture of the space is within, with the range that can be reached."""
+    least = np.array([levels[0] for levels in problem.levels], dtype=np.int64)
+    macs, params = problem.costs.of_widths(least[None])
+    smallest, original = Cost(int(macs[0]), int(params[0])), problem.costs.original
+    if problem.budget.allows(smallest, original):
+        return
+    reach = ", ".join(_range(name, getattr(smallest, name), getattr(original, name)) for name in problem.limits)
+    space = problem.space
+    way_out = (
+        f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
+        f"min_kept_fraction (now {space.min_kept_fraction:g})."
+        if len(least)
+        else "No axis of this model may be slimmed; its graph gives the reasons."
+    )
+    raise BudgetError(f"`budget` must be within reach; got {problem.budget}. Reachable: {reach}. {way_out}")
+
+
+def _range(name: str, least: int, most: int) -> str:
+    return f"{name} {format_count(least)} ({100 * least / max(most, 1):.1f} %) to {format_count(most)}"
+
+
+def _check_space(problem: Problem, strategy: Strategy, architecture: Architecture) -> None:
+    widths = problem.costs.widths(architecture)
+    for name, width, levels in zip(problem.costs.axes, widths, problem.levels, strict=True):
+        if width not in levels:
+            raise SurgeryError(
+                f"`architecture` must keep allowed widths; {describe(strategy)} keeps {width} channels of {name!r}, "
+                f"{problem.space} allows {len(levels)} widths from {levels[0]} to {levels[-1]}."
+            )

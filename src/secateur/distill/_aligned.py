@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from secateur.architecture import Architecture
@@ -167,8 +168,9 @@ def _listen(model: nn.Module, name: str, seen: dict[str, Tensor], owner: str) ->
         ) from error
 
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(first, Tensor):
+        # The first tensor in the order of the tracer, which the graph's activation describes.
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        if first is not None:
             seen[name] = first
 
     return module.register_forward_hook(remember)

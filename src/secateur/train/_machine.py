@@ -1,6 +1,7 @@
 """Where to compute and in which number formats: Lightning Fabric on one device."""
 
 import copy
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from enum import Enum
@@ -48,10 +49,11 @@ def open_fabric(precision: Precision | None = None, *, device: torch.device | No
         precision: None means `best_precision` of the device.
         device: None means the accelerator if there is one, else the CPU.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning_fabric.plugins.precision import MixedPrecision
-    from lightning_fabric.plugins.precision import Precision as FullPrecision
+    with _same_environment():
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric.plugins.precision import MixedPrecision
+        from lightning_fabric.plugins.precision import Precision as FullPrecision
 
     device = device or default_device()
     if (precision or best_precision(device)) is Precision.BF16_MIXED:
@@ -131,6 +133,16 @@ def seeded(device: torch.device, *seed: int) -> Generator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextmanager
+def _same_environment() -> Generator[None]:
+    """Put back the one variable that importing Fabric sets: it would change how torch looks for CUDA devices."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    yield
+    if before is None:
+        os.environ.pop(name, None)
 
 
 def _cpu_has(*features: str) -> bool:

@@ -44,7 +44,7 @@ class SGD:
         _check_not_negative("vector_weight_decay", self.vector_weight_decay)
         if self.nesterov and not self.momentum:
             raise TrainingError(
-                "`momentum` must be positive with nesterov; got 0. Use SGD(momentum=0, nesterov=False)."
+                f"`momentum` must be positive with nesterov; got {self.momentum}. Use SGD(momentum=0, nesterov=False)."
             )
 
     def build(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -114,7 +114,7 @@ class Schedule:
             ("batch_size", self.batch_size, 1),
             ("seed", self.seed, 0),
         ):
-            if value < lowest:
+            if not isinstance(value, int) or value < lowest:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TrainingError(f"`{name}` must be a whole number of at least {lowest}; got {value}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise TrainingError(f"`learning_rate` must be positive and finite; got {self.learning_rate}. Try 0.05.")

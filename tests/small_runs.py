@@ -1,0 +1,83 @@
+"""A tiny problem, net, split and schedule for the tests of the training engine."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.distill import Objective
+from secateur.train import SGD, Batches, Precision, Schedule
+
+CPU = torch.device("cpu")
+LABELS_ONLY = Objective.of_labels()
+
+
+class Blobs:
+    """Noise images whose mean tells the class; a `Batches` that knows nothing of the data room.
+
+    Augmentation adds a constant, so that a test can see that it arrived.
+    """
+
+    def __init__(self, n: int, seed: int = 0, classes: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(0, classes, (n,), generator=generator)
+        noise = torch.randn(n, 3, 8, 8, generator=generator)
+        self.images = noise + (self.labels - 1)[:, None, None, None] * 0.5
+        self.calls: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int | None = None,
+        epoch: int = 0,
+        augment: Any = None,
+        drop_last: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self.calls.append({"seed": seed, "epoch": epoch, "augment": augment, "drop_last": drop_last})
+        order = torch.arange(len(self))
+        if seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        for rows in order.split(batch_size):
+            if drop_last and len(rows) < batch_size:
+                return
+            yield self.images[rows].to(device) + (augment or 0), self.labels[rows].to(device)
+
+
+def small_net(seed: int = 0, *, dropout: float = 0.0, width: int = 8, classes: int = 3) -> nn.Sequential:
+    """Convolution, batch norm, pooling, dropout, linear; the caller's random state is not touched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(width, classes),
+        )
+
+
+def small_schedule(epochs: int = 2, **changes: Any) -> Schedule:
+    settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimiser": SGD()}
+    return Schedule(epochs, **(settings | changes))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def accepts(split: Batches) -> int:
+    """Has the type checker compare the class above with the protocol."""
+    return len(split)

@@ -1,0 +1,141 @@
+"""One self-contained page about one run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from secateur.artifact import atomic_file
+from secateur.report import _format
+from secateur.report._plots import accuracy_plot, loss_plot, width_plot
+from secateur.report._run import RunReport
+
+_NOTABLE = 0.02
+"""Speedups nearer to 1 than this are not called faster or slower."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number at the top of the page; ``part`` is what is left of the original in percent, if that has a meaning."""
+
+    what: str
+    much: str
+    source: str
+    part: float | None = None
+
+
+def write_report(path: Path | str, run: RunReport) -> Path:
+    """Write a run as one HTML file that needs nothing else: no network, no scripts, light and dark, any screen.
+
+    Args:
+        path: Where; replaced atomically.
+        run: What to show. All of it is escaped.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path).absolute()
+    page = render(run)
+    with atomic_file(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(run: RunReport) -> str:
+    """The page as text."""
+    import jinja2
+    import markupsafe
+
+    here = files("secateur.report")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (here / "report.html").read_text(encoding="utf-8")
+    )
+    curves = (loss_plot(run.training), accuracy_plot(run.training, run.original_validation_accuracy))
+    return template.render(
+        run=run,
+        style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")),
+        nbsp="\u00a0",
+        headline=headline(run),
+        facts=[(k, v) for k, v in (("data", run.data), ("strategy", run.strategy), ("budget", run.budget)) if v],
+        tiles=tiles(run),
+        images=_images(run),
+        widths=width_plot(run.widths) if run.widths else None,
+        kept_sentence=_kept_sentence(run),
+        curves=[curve for curve in curves if curve is not None],
+        origin=_origin(run),
+        **_words(),
+    )
+
+
+def headline(run: RunReport) -> str:
+    """The result as one sentence."""
+    cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
+    said = [f"{_format.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
+    if run.latency:
+        said.append(_speed(run.latency[0].speedup[1]))
+    before, after = run.before.accuracy, run.after.accuracy
+    if before and after:
+        said.append(f"{_format.percent(after.top1, 2)} accuracy instead of {_format.percent(before.top1, 2)}")
+    return f"{run.model}: {', '.join(said)}."
+
+
+def tiles(run: RunReport) -> list[Tile]:
+    """The numbers at the top of the page."""
+    before, after = run.before, run.after
+    found: list[Tile] = []
+    if before.accuracy and after.accuracy:
+        was = f"from {_format.percent(before.accuracy.top1, 2)}"
+        found.append(Tile("Accuracy", _format.percent(after.accuracy.top1, 2), was, 100 * after.accuracy.top1))
+    costs = [
+        ("MACs", before.macs, after.macs, _format.count),
+        ("Parameters", before.params, after.params, _format.count),
+    ]
+    if before.size_bytes is not None and after.size_bytes is not None:
+        costs.append(("File size", before.size_bytes, after.size_bytes, _format.size))
+    for what, old, new, words in costs:
+        left = min(100.0, 100 * new / old) if old else 100.0
+        found.append(Tile(what, _format.change(old, new), f"{words(old)} → {words(new)}", left))
+    if run.latency:
+        first = run.latency[0]
+        times = f"{_format.duration(first.before[1])} → {_format.duration(first.after[1])}"
+        found.append(Tile("CPU speed", _format.factor(first.speedup[1]), times, min(100.0, 100 / first.speedup[1])))
+    return found
+
+
+def _speed(speedup: float) -> str:
+    if abs(speedup - 1) < _NOTABLE:
+        return "as fast as before"
+    return f"{_format.factor(speedup)} as fast" if speedup > 1 else f"slower ({_format.factor(speedup)} the speed)"
+
+
+def _images(run: RunReport) -> str:
+    counts = sorted({accuracy.n for accuracy in (run.before.accuracy, run.after.accuracy) if accuracy})
+    return " and ".join(f"n = {n:,}" for n in counts)
+
+
+def _kept_sentence(run: RunReport) -> str:
+    kept, all_channels = sum(width.after for width in run.widths), sum(width.before for width in run.widths)
+    return f"{kept:,} of {all_channels:,} channels are kept." if all_channels else ""
+
+
+def _origin(run: RunReport) -> list[tuple[str, str]]:
+    seed = "none" if run.seed is None else str(run.seed)
+    rows = [
+        ("Seed", seed),
+        ("Date", _format.moment(run.date)),
+        ("Machine", _joined(run.machine)),
+        ("Versions", _joined(run.versions)),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _joined(entries: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in entries.items())
+
+
+def _words() -> dict[str, object]:
+    names = ("count", "size", "duration", "percent", "change", "points", "error", "factor", "moment")
+    return {name: getattr(_format, name) for name in names}

@@ -1,0 +1,179 @@
+"""What a report shows, as plain frozen data. The pipeline fills it in; nothing here knows how it was found."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_Z95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def _nothing() -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class MeasuredAccuracy:
+    """A share of images classified right.
+
+    Attributes:
+        top1: Fraction, 0 to 1.
+        n: Number of images.
+    """
+
+    top1: float
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval for new images of the same kind, as fractions (Wilson, JASA 1927)."""
+        if self.n < 1:
+            return 0.0, 1.0
+        z2 = _Z95**2 / self.n
+        middle = (self.top1 + z2 / 2) / (1 + z2)
+        half = _Z95 / (1 + z2) * math.sqrt(self.top1 * (1 - self.top1) / self.n + z2 / (4 * self.n))
+        return middle - half, middle + half
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's numbers.
+
+    Attributes:
+        macs: Multiply-accumulates for one input.
+        params: Parameters.
+        size_bytes: Size of its weights file, or None.
+        accuracy: On the test images, or None.
+    """
+
+    macs: int
+    params: int
+    size_bytes: int | None = None
+    accuracy: MeasuredAccuracy | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredLatency:
+    """Time of one forward pass before and after, measured in turns.
+
+    Attributes:
+        runtime: Such as ``onnxruntime 1.31``.
+        threads: Threads used.
+        batch_size: Samples per pass.
+        rounds: Pairs of measurements.
+        before: First quartile, median, third quartile of the original, in seconds.
+        after: The same of the compressed model.
+        speedup: The same of original time / compressed time, pair by pair.
+    """
+
+    runtime: str
+    threads: int
+    batch_size: int
+    rounds: int
+    before: tuple[float, float, float]
+    after: tuple[float, float, float]
+    speedup: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """Number of channels of one axis before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class FrozenAxis:
+    """Channels that were not removed, and why, as a sentence."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """One epoch of the recovery: mean training loss, and validation accuracy (a fraction) if it was measured."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Accuracy after one step of the way: the original, after the cut, after healing, after distillation."""
+
+    name: str
+    accuracy: MeasuredAccuracy
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of two ways to compute the same outputs.
+
+    Attributes:
+        name: What was compared, such as ``Sliced model = masked original``.
+        passed: Whether it held.
+        max_abs: Largest absolute difference, or None if nothing was computed.
+        max_rel: The same relative to the largest output.
+        tolerance: The bound on ``max_rel``; 0 means bit for bit.
+        detail: One more sentence, such as the batch sizes.
+    """
+
+    name: str
+    passed: bool
+    max_abs: float | None = None
+    max_rel: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything on the page.
+
+    Attributes:
+        model: Name of the model.
+        data: Name of the data.
+        strategy: How the architecture was found.
+        budget: What was asked for.
+        before: The original.
+        after: The compressed model.
+        latency: Measured times; the first is the one in the headline.
+        steps: Accuracy on the way.
+        widths: Channels of every prunable axis, in order of execution.
+        frozen: What was left whole, and why.
+        training: The recovery, epoch by epoch.
+        original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
+            as a line across the curve.
+        checks: What was verified.
+        notes: Further sentences the reader must know.
+        command: The exact command or call.
+        seed: Its seed.
+        versions: Package name to version.
+        machine: The machine in words.
+        date: ISO 8601.
+    """
+
+    model: str
+    before: Measured
+    after: Measured
+    data: str = ""
+    strategy: str = ""
+    budget: str = ""
+    latency: tuple[MeasuredLatency, ...] = ()
+    steps: tuple[Step, ...] = ()
+    widths: tuple[LayerWidth, ...] = ()
+    frozen: tuple[FrozenAxis, ...] = ()
+    training: tuple[TrainedEpoch, ...] = ()
+    original_validation_accuracy: float | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=_nothing)
+    machine: Mapping[str, str] = field(default_factory=_nothing)
+    date: str = ""

@@ -1,0 +1,140 @@
+"""Random crops and flips of a whole batch at once, as a pure function of (seed, epoch, image)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.errors import DataError
+
+ORDER_STREAM, AUGMENT_STREAM = 0, 1
+"""Third word of the random seed, so that the order and the augmentation of an epoch are independent."""
+
+_LOG_ASPECT = float(np.log(4 / 3))
+"""Aspect ratios of resized crops are log-uniform in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842, Section 6)."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training images are varied. The defaults are the usual ones for 32 x 32 colour images.
+
+    Attributes:
+        padding: Zero (black) pixels added on every side before a crop of the original size is taken at random.
+            4 for CIFAR (He et al., arXiv:1512.03385, Section 4.2).
+        flip: Mirror left and right with probability 1/2.
+        min_area: Smallest part of the image area that a random resized crop may cover, in (0, 1]; 1 takes no such
+            crop. 0.08 is usual for photographs at 224 pixels (arXiv:1409.4842, Section 6).
+    """
+
+    padding: int = 4
+    flip: bool = True
+    min_area: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise DataError(f"`padding` must be 0 or more pixels; got {self.padding}.")
+        if not 0.0 < self.min_area <= 1.0:
+            raise DataError(f"`min_area` must lie in (0, 1]; got {self.min_area}. 1 takes no resized crops.")
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """One epoch's random choices, one row per image of the split (not per position in the epoch).
+
+    Because a row belongs to an image, the same image is varied in the same way whatever the batch size, the order
+    and the device.
+
+    Attributes:
+        augment: What is varied.
+        top: (n,) int64 rows by which the padded image is shifted, in [0, 2 * padding].
+        left: (n,) the same for columns.
+        flip: (n,) bool, mirrored or not.
+        crops: (n, 4) float64, uniform in [0, 1): area, aspect, down, right of a resized crop (see `crop_boxes`).
+    """
+
+    augment: Augment
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    crops: np.ndarray
+
+    @classmethod
+    def of_epoch(cls, augment: Augment, n: int, *, seed: int, epoch: int) -> "Draws":
+        """Draw for ``n`` images; the global random state is neither read nor changed."""
+        random = np.random.default_rng((seed, epoch, AUGMENT_STREAM))
+        shifts = torch.from_numpy(random.integers(0, 2 * augment.padding + 1, size=(2, n)))
+        flip = torch.from_numpy(random.random(n) < 0.5) & augment.flip
+        crops = random.random((n, 4)) if augment.min_area < 1.0 else np.empty((n, 0))
+        return cls(augment, shifts[0], shifts[1], flip, crops)
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same choices with the tensors on another device."""
+        return Draws(self.augment, self.top.to(device), self.left.to(device), self.flip.to(device), self.crops)
+
+    def vary(self, pixels: Tensor, index: Tensor) -> Tensor:
+        """Shift and mirror (n, h, w, c) pixels of the images at ``index``; all on the device of the draws."""
+        return shift_and_flip(pixels, self.augment.padding, self.top[index], self.left[index], self.flip[index])
+
+
+def crop_boxes(crops: np.ndarray, min_area: float, stretch: float = 1.0) -> np.ndarray:
+    """Turn uniform numbers into boxes, as fractions of an image.
+
+    Area a is uniform in [min_area, 1], aspect r log-uniform in [3/4, 4/3] (times ``stretch``); then height = sqrt(a/r),
+    width = sqrt(a*r), and the position is uniform. A side that would be longer than the image is cut to it; the usual
+    implementation draws again instead. Cutting keeps the number of draws fixed and differs only for crops that are
+    nearly whole.
+
+    Args:
+        crops: (n, 4) uniform in [0, 1).
+        min_area: In (0, 1).
+        stretch: Aspect (width / height) of the image that is made over that of the image cropped.
+
+    Returns:
+        (n, 4) float64: top, left, height, width, all in [0, 1].
+    """
+    area = min_area + (1.0 - min_area) * crops[:, 0]
+    aspect = stretch * np.exp(_LOG_ASPECT * (2.0 * crops[:, 1] - 1.0))
+    height = np.minimum(np.sqrt(area / aspect), 1.0)
+    width = np.minimum(np.sqrt(area * aspect), 1.0)
+    top, left = crops[:, 2] * (1.0 - height), crops[:, 3] * (1.0 - width)
+    return np.stack([top, left, height, width], axis=1)
+
+
+def shift_and_flip(pixels: Tensor, padding: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Zero-pad, crop back to the original size and mirror, in one gather.
+
+    Args:
+        pixels: (n, h, w, c), any dtype.
+        padding: Zero pixels on every side.
+        top: (n,) row of the padded image where the crop begins, in [0, 2 * padding].
+        left: (n,) the same for columns.
+        flip: (n,) bool, mirrored or not.
+
+    Returns:
+        (n, h, w, c), contiguous.
+    """
+    n, height, width, _ = pixels.shape
+    padded = functional.pad(pixels, (0, 0, padding, padding, padding, padding)) if padding else pixels
+    across = torch.arange(width, device=pixels.device)
+    rows = top[:, None] + torch.arange(height, device=pixels.device)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - across, across)
+    image = torch.arange(n, device=pixels.device)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Cut a box out of each image and stretch it to the full size (bilinear).
+
+    Args:
+        images: (n, c, h, w) float.
+        boxes: (n, 4) top, left, height, width as fractions of the image.
+    """
+    n, _, height, width = images.shape
+    rows = (torch.arange(height, device=images.device) + 0.5) / height
+    columns = (torch.arange(width, device=images.device) + 0.5) / width
+    y = 2.0 * (boxes[:, 0, None] + boxes[:, 2, None] * rows) - 1.0
+    x = 2.0 * (boxes[:, 1, None] + boxes[:, 3, None] * columns) - 1.0
+    grid = torch.stack([x[:, None, :].expand(n, height, width), y[:, :, None].expand(n, height, width)], dim=-1)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,0 +1,70 @@
+"""From bytes to the floats a model expects."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import DataError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of RGB / 255 over ImageNet, as in torchvision, timm and most published weights."""
+
+GREY_MEAN, GREY_STD = (0.5,), (0.5,)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(pixel / 255 - mean) / std, per channel.
+
+    Attributes:
+        mean: One number per channel, on the scale [0, 1].
+        std: The same, positive.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise DataError(f"`mean` and `std` must have one number per channel; got {self.mean} and {self.std}.")
+        if not all(math.isfinite(m) for m in self.mean):
+            raise DataError(f"`mean` must be finite numbers; got {self.mean}.")
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise DataError(f"`std` must be positive numbers (on the scale of pixels / 255); got {self.std}.")
+
+    @classmethod
+    def usual(cls, channels: int) -> "Normalisation":
+        """ImageNet's for three channels, 0.5 and 0.5 otherwise."""
+        if channels == 3:
+            return cls(IMAGENET_MEAN, IMAGENET_STD)
+        return cls(GREY_MEAN * channels, GREY_STD * channels)
+
+    def override(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Normalisation":
+        """Replace what is given; the number of channels stays."""
+        new = Normalisation(
+            self.mean if mean is None else tuple(float(m) for m in mean),
+            self.std if std is None else tuple(float(s) for s in std),
+        )
+        if len(new.mean) != len(self.mean):
+            raise DataError(
+                f"`mean` and `std` must have one number per channel; got {len(new.mean)} for images with "
+                f"{len(self.mean)} channel(s)."
+            )
+        return new
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Normalise a batch.
+
+        Args:
+            pixels: (n, h, w, c) uint8 or float in [0, 255].
+
+        Returns:
+            (n, c, h, w) float32, channels last in memory.
+        """
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).mul_(255.0)
+        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).mul_(255.0)
+        floats = pixels.to(torch.float32, copy=True)
+        return floats.sub_(mean).div_(std).permute(0, 3, 1, 2)

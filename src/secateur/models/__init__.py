@@ -1,0 +1,30 @@
+"""Models by name, their source as plain data, and weights from files that cannot run code."""
+
+from secateur.models._load import load_model
+from secateur.models._resnet import (
+    CifarResNet,
+    PaddedShortcut,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    digits_resnet,
+)
+from secateur.models._source import ModelSource
+from secateur.models._weights import load_weights_, read_weights
+
+__all__ = [
+    "CifarResNet",
+    "ModelSource",
+    "PaddedShortcut",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_resnet110",
+    "digits_resnet",
+    "load_model",
+    "load_weights_",
+    "read_weights",
+]

@@ -1,0 +1,130 @@
+"""The residual networks of the CIFAR section of He et al., with parameter-free shortcuts (option A)."""
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import ModelError
+
+_CIFAR_WIDTHS = (16, 32, 64)
+_DIGITS_WIDTHS = (16, 32, 64)
+
+
+class PaddedShortcut(nn.Module):
+    """Option A: take every ``stride``-th pixel and add zero channels before and after; no parameters.
+
+    Attributes:
+        stride: Of rows and columns.
+        low: Zero channels before the first channel.
+        high: Zero channels after the last one.
+    """
+
+    def __init__(self, stride: int, low: int, high: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.low = low
+        self.high = high
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to (n, low + c + high, ceil(h / stride), ceil(w / stride))."""
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.low, self.high))
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(model)``."""
+        return f"stride={self.stride}, low={self.low}, high={self.high}"
+
+
+class BasicBlock(nn.Module):
+    """relu(x' + bn(conv(relu(bn(conv(x)))))) with 3 x 3 convolutions; x' is the shortcut of x."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            low = (channels - in_channels) // 2
+            self.shortcut = PaddedShortcut(stride, low, channels - in_channels - low)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) to (n, channels, h / stride, w / stride)."""
+        out = functional.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return functional.relu(out + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A 3 x 3 stem, three stages of basic blocks (the second and third halve the resolution), mean, linear.
+
+    Parameter names are those of akamaster/pytorch_resnet_cifar10, so its weights fit.
+
+    Args:
+        blocks: Per stage, n; the depth is 6 n + 2.
+        widths: Channels of each stage.
+        num_classes: Outputs.
+        in_channels: Of the images.
+
+    References:
+        He et al., arXiv:1512.03385, Section 4.2.
+    """
+
+    def __init__(
+        self, blocks: int, *, widths: tuple[int, int, int] = _CIFAR_WIDTHS, num_classes: int = 10, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        if min(blocks, num_classes, in_channels, *widths) < 1:
+            raise ModelError(
+                f"`blocks`, `widths`, `num_classes` and `in_channels` must be positive; got {blocks}, {widths}, "
+                f"{num_classes} and {in_channels}."
+            )
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[0], blocks, stride=1)
+        self.layer2 = _stage(widths[0], widths[1], blocks, stride=2)
+        self.layer3 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.linear = nn.Linear(widths[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_channels, h, w) to (n, num_classes) logits."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def cifar_resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """ResNet-20: 269,722 parameters with ten classes."""
+    return CifarResNet(3, num_classes=num_classes, in_channels=in_channels)
+
+
+def cifar_resnet32(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """ResNet-32: 464,154 parameters with ten classes."""
+    return CifarResNet(5, num_classes=num_classes, in_channels=in_channels)
+
+
+def cifar_resnet44(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """ResNet-44: 658,586 parameters with ten classes."""
+    return CifarResNet(7, num_classes=num_classes, in_channels=in_channels)
+
+
+def cifar_resnet56(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """ResNet-56: 853,018 parameters with ten classes."""
+    return CifarResNet(9, num_classes=num_classes, in_channels=in_channels)
+
+
+def cifar_resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """ResNet-110: 1,727,962 parameters with ten classes."""
+    return CifarResNet(18, num_classes=num_classes, in_channels=in_channels)
+
+
+def digits_resnet(num_classes: int = 10, in_channels: int = 1) -> CifarResNet:
+    """One block per stage, for 8 x 8 grey digits; trains in seconds on a CPU."""
+    return CifarResNet(1, widths=_DIGITS_WIDTHS, num_classes=num_classes, in_channels=in_channels)

@@ -1,0 +1,141 @@
+"""Weights from files that cannot run code: safetensors, or torch files read with ``weights_only=True``."""
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import ModelError
+
+_NESTED_UNDER = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+"""Left by DataParallel and by torch.compile."""
+
+_COUNTER = "num_batches_tracked"
+_NAMED = 5
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """Read a file of tensors by name, on the CPU.
+
+    A ``.safetensors`` file is read as such, any other as a torch file, whose tensors may lie under ``state_dict``,
+    ``model_state_dict`` or ``model``. A prefix ``module.`` or ``_orig_mod.`` that all names have is removed.
+
+    Raises:
+        ModelError: If the file is missing, truncated, contains pickled code, or is not a mapping of names to tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"`weights` must be a file; there is none at {path}. Check the path.")
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not tensors:
+        raise ModelError(f"{path} must hold tensors by name; it is empty.")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def load_weights_(model: nn.Module, path: Path | str) -> None:
+    """Copy the weights of a file into a model (in place); all must fit.
+
+    Two kinds of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and
+    tensors that the model shares with one that is there.
+
+    Args:
+        model: Stays as it was if an error is raised.
+        path: See `read_weights`.
+
+    Raises:
+        ModelError: As `read_weights`; or names are missing, unexpected or of another shape, or a tensor has NaN or
+            infinite values.
+    """
+    tensors = read_weights(path)
+    state = model.state_dict()
+    _check_names(state, tensors, path)
+    _check_values(tensors, path)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} must be a complete safetensors file; got: {error}. Copy it again.") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(_unreadable(path, str(error))) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(_damaged(path)) from error
+    for key in _NESTED_UNDER:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path} must hold tensors by name (a state_dict); got {type(content).__name__}.")
+    odd = next(((name, value) for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ModelError(
+            f"{path} must hold tensors by name (a state_dict); {odd[0]!r} is {type(odd[1]).__name__}. Save only "
+            "model.state_dict()."
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    """Tell pickled code from garbage: torch names the global that it refused."""
+    if "GLOBAL" not in reason and "Unsupported class" not in reason:
+        return _damaged(path)
+    return (
+        f"{path} contains pickled code (objects beyond tensors), which is refused because loading it could run "
+        "anything. Where you trust it, save model.state_dict() with safetensors.torch.save_file and use that."
+    )
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} must be a complete torch or .safetensors file; it is truncated or of another kind. Copy it again."
+
+
+def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    there = {tensor.data_ptr() for name, tensor in state.items() if name in tensors and tensor.numel()}
+    missing = [
+        name
+        for name, tensor in state.items()
+        if name not in tensors and not name.endswith(_COUNTER) and tensor.data_ptr() not in there
+    ]
+    unexpected = [name for name in tensors if name not in state]
+    misshaped = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+    text = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in problems if names)
+    if text:
+        raise ModelError(
+            f"{path} must fit the model; {text}. Check the model's name, num_classes and in_channels against the file."
+        )
+
+
+def _check_values(tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise ModelError(
+            f"{path} must hold finite weights; NaN or infinite values in {len(wrong)} tensor(s): {_few(wrong)}. The "
+            "training that made it diverged, or the file is damaged."
+        )
+
+
+def _few(names: Sequence[str] | Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

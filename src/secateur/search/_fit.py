@@ -12,6 +12,8 @@ FULL_ENOUGH = 0.995
 """Filling stops here. Going on would only widen the layers whose channels cost next to nothing."""
 PROMISED = 0.99
 """Below this utilisation widths are exchanged between axes: a search lands at most 1 % under its budget."""
+_NEARBY = 50_000
+"""Most architectures that are tried around one that leaves the budget emptier than promised; tenths of a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +41,22 @@ def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
        with keys that grow with a threshold t, this is the largest t within the budget, found exactly;
     2. the steps after it, still in order, that fit the room that is left. A step that does not fit never will, since
        costs only grow, so its axis is finished;
-    3. if the budget is then less than 99 % full (the steps are coarse), one step down of an axis against one step up
-       of another, as long as that fills the budget better.
+    3. if the budget is then less than 99 % full (the steps are coarse), the nearest architecture, in steps, that fills
+       it to 99 %: among all those within r steps on every axis, for the largest r with up to 50,000 of them. A space
+       with that few architectures is thus searched completely;
+    4. if there is none, one step down of an axis against one step up of another, as long as that fills it better.
 
     Args:
         problem: Levels, costs and limits.
         keys: For each axis: (steps,) when to take its steps, lowest first; made non-decreasing if it is not.
 
     Returns:
-        Widths of which no single step more fits, or that fill the budget to at least 99.5 % (99 % after exchanges).
+        Allowed widths within the budget that fill it to at least 99 % if any within reach of 3 and 4 do; no single
+        step more fits, unless they do.
     """
     ladder = _Ladder.of(problem, keys)
     counts, threshold = ladder.climb()
-    counts, utilisation = ladder.exchange(counts)
+    counts, utilisation = ladder.exchange(ladder.nearest(counts))
     return Fit(ladder.widths(counts[None])[0], threshold, utilisation)
 
 
@@ -122,6 +127,26 @@ class _Ladder:
             else:
                 high = middle - 1
         return low
+
+    def nearest(self, counts: IntArray) -> IntArray:
+        """The nearest steps that fill the budget as promised, or the same ones if these do or none nearby do."""
+        if self.utilisation(counts) >= PROMISED:
+            return counts
+        radius = 1
+        while True:
+            low, high = np.maximum(counts - radius, 0), np.minimum(counts + radius, self.tops)
+            if np.prod((high - low + 1).astype(np.float64)) > _NEARBY:
+                return counts
+            ranges = [np.arange(first, last + 1) for first, last in zip(low, high, strict=True)]
+            candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, len(counts))
+            full = self.problem.utilisation(self.widths(candidates))
+            good = np.flatnonzero((full >= PROMISED) & (full <= 1))
+            if len(good):
+                steps = np.abs(candidates[good] - counts).sum(axis=1)
+                return candidates[good[np.lexsort((-full[good], steps))[0]]]
+            if (low == 0).all() and (high == self.tops).all():
+                return counts
+            radius *= 2
 
     def exchange(self, counts: IntArray) -> tuple[IntArray, float]:
         """One step down against one step up while the budget is emptier than promised and that fills it better."""

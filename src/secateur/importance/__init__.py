@@ -2,7 +2,7 @@
 
 from secateur.importance._base import Evidence, Importance, checked_scores
 from secateur.importance._batchnorm import BatchNormScale
-from secateur.importance._filters import Filters, mean_over_producers, producers
+from secateur.importance._filters import Filters, mean_over_producers, producers, tensors_of
 from secateur.importance._taylor import Taylor
 from secateur.importance._weights import L1, L2, LAMP, GeometricMedian, RandomImportance
 
@@ -20,4 +20,5 @@ __all__ = [
     "checked_scores",
     "mean_over_producers",
     "producers",
+    "tensors_of",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secateur.graph import ChannelAxis
 from secateur.importance._base import Evidence, FloatArray, Importance, checked_scores
-from secateur.importance._filters import producers
+from secateur.importance._filters import producers, tensors_of
 from secateur.importance._weights import norms
 
 
@@ -25,7 +25,7 @@ class BatchNormScale(Importance):
 
     def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless. Raises ModelError for weights that are not finite."""
-        tensors = evidence.model.state_dict()
+        tensors = tensors_of(evidence.model)
         modules = dict(evidence.model.named_modules())
         scores = {axis.name: _of_axis(axis, tensors, modules) for axis in evidence.graph.prunable}
         return checked_scores(scores, evidence.graph, self)

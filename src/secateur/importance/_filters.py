@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.graph import ChannelAxis, Role, Site
@@ -24,6 +24,12 @@ class Filters:
     rows: FloatArray
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name it has, those left out of the ``state_dict`` too."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}
+
+
 def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters, ...]:
     """The filters that produce the channels of an axis.
 
@@ -34,7 +40,7 @@ def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters
 
     Args:
         axis: The axis.
-        tensors: The model's ``state_dict``.
+        tensors: The model's parameters and buffers, see `tensors_of`.
 
     Raises:
         ModelError: If a weight is NaN or infinite.
@@ -51,7 +57,7 @@ def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatA
         evidence: The model and its graph.
         score: (channels, weights per channel) to (channels,).
     """
-    tensors = evidence.model.state_dict()
+    tensors = tensors_of(evidence.model)
     return {
         axis.name: np.mean([score(filters.rows) for filters in producers(axis, tensors)], axis=0)
         for axis in evidence.graph.prunable

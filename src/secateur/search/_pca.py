@@ -49,7 +49,7 @@ class PCASlimming(Strategy):
         keys = [-rest[name][levels[:-1]] for name, levels in zip(axes, problem.levels, strict=True)]
         found = fit(problem, keys)
         problem.progress(0.5, "importance")
-        scores = self.importance.scores(problem.evidence)
+        scores = problem.scores(self.importance)
         explained = {name: 1 - float(rest[name][width]) for name, width in zip(axes, found.widths, strict=True)}
         tau = 1 + float(np.minimum(found.threshold, 0))
         return Proposal(keep_best(problem, found.widths, scores), {"tau": tau, "explained": explained})

@@ -9,7 +9,7 @@ import numpy as np
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
-from secateur.importance import Evidence
+from secateur.importance import Evidence, Importance, checked_scores
 from secateur.search._space import IntArray, SearchSpace
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -59,6 +59,14 @@ class Problem:
         macs, params = self.costs.of_widths(widths)
         by_field = {"macs": macs, "params": params}
         return np.max([by_field[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
+
+    def scores(self, importance: Importance) -> dict[str, FloatArray]:
+        """Scores of every prunable axis: name to (axis size,).
+
+        Raises:
+            ModelError: If they cannot be ranked (missing, mis-shaped, NaN or infinite).
+        """
+        return checked_scores(importance.scores(self.evidence), self.evidence.graph, importance)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class GlobalImportance(Strategy):
 
     def find(self, problem: Problem) -> Proposal:
         """Notes: ``threshold``, the normalised score under which channels go."""
-        raw = self.importance.scores(problem.evidence)
+        raw = problem.scores(self.importance)
         graph = problem.evidence.graph
         scores = checked_scores({name: self.normalise(values) for name, values in raw.items()}, graph, self.normalise)
         keys: list[FloatArray] = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import ChannelAxis
-from secateur.importance import Evidence, Filters, producers
+from secateur.importance import Evidence, Filters, producers, tensors_of
 from secateur.search._covariance import RunningCovariance, observe, readers
 from secateur.search._problem import FloatArray
 from secateur.search._spectrum import (
@@ -128,7 +128,7 @@ class Activations(Source):
 
 
 def _of_weights(evidence: Evidence, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    tensors = evidence.model.state_dict()
+    tensors = tensors_of(evidence.model)
     found: dict[str, FloatArray] = {}
     for axis in evidence.graph.prunable:
         spectra: list[FloatArray] = []
@@ -156,7 +156,8 @@ def _fold_scales(model: nn.Module, followers: Mapping[str, str]) -> dict[str, Fl
         norm = modules[follower]
         variance = _numbers(norm.running_var)
         gamma = getattr(norm, "weight", None)
-        scale = (1.0 if gamma is None else _numbers(gamma)) / np.sqrt(variance + float(getattr(norm, "eps", 0.0)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale = (1.0 if gamma is None else _numbers(gamma)) / np.sqrt(variance + float(getattr(norm, "eps", 0.0)))
         if not np.isfinite(scale).all():
             raise ModelError(
                 f"`{follower}` must have finite scales and positive running variances; got others. Recalibrate it, or "
@@ -183,8 +184,9 @@ def _followers(evidence: Evidence) -> dict[str, str]:
 
 def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
     """Modules whose ``weight`` produces the axis, with the number of inputs that their outputs combine (their rank)."""
+    tensors = tensors_of(model)
     found: dict[str, int] = {}
-    for filters in producers(axis, model.state_dict()):
+    for filters in producers(axis, tensors):
         module, _, name = filters.site.tensor.rpartition(".")
         if name == "weight":
             groups = getattr(model.get_submodule(module), "groups", 1)

@@ -26,5 +26,5 @@ class Uniform(Strategy):
     def find(self, problem: Problem) -> Proposal:
         """Notes: ``kept_fraction``, the f at which the next axis would overrun the budget."""
         found = fit(problem, [levels[1:] / levels[-1] for levels in problem.levels])
-        scores = self.importance.scores(problem.evidence)
+        scores = problem.scores(self.importance)
         return Proposal(keep_best(problem, found.widths, scores), {"kept_fraction": min(found.threshold, 1.0)})

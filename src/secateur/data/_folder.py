@@ -112,7 +112,7 @@ class FolderSplit:
         from PIL.Image import Resampling
 
         channels, side, _ = self.size
-        image = open_image(self.paths[i], str(self.paths[i]))
+        image = open_image(self.paths[i], lambda: str(self.paths[i]))
         if channels == 1 and image.mode == "RGB":
             raise DataError(
                 f"{self.paths[i]} must be grey like the other images; got colour. Convert one or the other."

@@ -66,5 +66,5 @@ class Normalisation:
         """
         mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).mul_(255.0)
         std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).mul_(255.0)
-        floats = pixels.to(torch.float32, copy=True)
+        floats = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return floats.sub_(mean).div_(std).permute(0, 3, 1, 2)

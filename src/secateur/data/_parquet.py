@@ -178,15 +178,17 @@ def _labels(file: Path, column: str) -> np.ndarray:
     table = _opened(file)
     _column(table, file, (column,))
     kind = table.schema_arrow.field(column).type
+    if table.metadata.num_rows == 0:
+        return np.empty(0, dtype=np.int64)
     if not pyarrow.types.is_integer(kind):
         raise DataError(f"column {column!r} of {file} must hold integer labels; got {kind}. Encode the classes.")
     try:
-        values = table.read(columns=[column]).column(0)
+        values = table.read(columns=[column]).column(0).cast(pyarrow.int64())
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
     if values.null_count:
         raise DataError(f"column {column!r} of {file} must have a label in every row; got {values.null_count} null(s).")
-    return values.cast(pyarrow.int64()).to_numpy()
+    return values.to_numpy()
 
 
 def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:

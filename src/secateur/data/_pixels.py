@@ -35,12 +35,12 @@ Encoded = bytes | Path
 """An image file, in memory or on disk."""
 
 
-def open_image(encoded: Encoded, where: str) -> "Image":
+def open_image(encoded: Encoded, where: Callable[[], str]) -> "Image":
     """Open and decode an image with 8 bits per channel.
 
     Args:
         encoded: The file.
-        where: For the error: which file or row it is.
+        where: Says, for the error, which file or row it is.
 
     Returns:
         Mode "L" (grey) or "RGB"; transparency is dropped.
@@ -55,11 +55,15 @@ def open_image(encoded: Encoded, where: str) -> "Image":
             image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = _reason(error)
-        raise DataError(f"{where} must be an image that PIL can decode; got {reason}. Repair or remove it.") from error
+        raise DataError(
+            f"{where()} must be an image that PIL can decode; got {reason}. Repair or remove it."
+        ) from error
     if image.mode in ("L", "RGB"):
         return image
     if image.mode not in _CONVERTED_TO:
-        raise DataError(f"{where} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG.")
+        raise DataError(
+            f"{where()} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG."
+        )
     return image.convert(_CONVERTED_TO[image.mode])
 
 
@@ -115,7 +119,7 @@ def decode_all(encoded: Sequence[Encoded], image_size: int | None, name: Callabl
     """
 
     def decode(i: int) -> np.ndarray:
-        image = open_image(encoded[i], name(i))
+        image = open_image(encoded[i], lambda: name(i))
         return np.asarray(image if image_size is None else fit_square(image, image_size, crop_fraction=1.0))
 
     shape = decode(0).shape[:2]

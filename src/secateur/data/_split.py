@@ -137,7 +137,8 @@ class MemorySplit:
 
     def subset(self, index: Tensor) -> "MemorySplit":
         """The images at some positions, in that order (copied)."""
-        return MemorySplit(self.images[index], self.labels[index], self.normalisation)
+        pixels = self.images.permute(0, 2, 3, 1)[index]  # one copy: rows are contiguous in this order
+        return MemorySplit(pixels.permute(0, 3, 1, 2), self.labels[index], self.normalisation)
 
     def normalised(self, normalisation: Normalisation) -> "MemorySplit":
         """The same images (shared) with another mean and standard deviation."""

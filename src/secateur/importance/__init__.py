@@ -3,6 +3,7 @@
 from secateur.importance._base import Evidence, Importance, checked_scores
 from secateur.importance._batchnorm import BatchNormScale
 from secateur.importance._filters import Filters, mean_over_producers, producers, tensors_of
+from secateur.importance._reconstruction import Reconstruction
 from secateur.importance._taylor import Taylor
 from secateur.importance._weights import L1, L2, LAMP, GeometricMedian, RandomImportance
 
@@ -16,6 +17,7 @@ __all__ = [
     "GeometricMedian",
     "Importance",
     "RandomImportance",
+    "Reconstruction",
     "Taylor",
     "checked_scores",
     "mean_over_producers",

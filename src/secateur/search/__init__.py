@@ -1,6 +1,7 @@
 """Find which channels to keep so that a model costs no more than a budget."""
 
 from secateur.search._fit import Fit, fit
+from secateur.search._knapsack import Knapsack
 from secateur.search._pca import PCASlimming
 from secateur.search._problem import Problem, Proposal, Strategy, keep_best
 from secateur.search._ranking import (
@@ -24,6 +25,7 @@ __all__ = [
     "Fit",
     "Found",
     "GlobalImportance",
+    "Knapsack",
     "Matrix",
     "PCASlimming",
     "Problem",

@@ -1,12 +1,16 @@
 """Surgery: cut a model for real, prove the cut, heal it without training."""
 
 from secateur.surgery._cut import Cut, Healer, Wound, cut
+from secateur.surgery._recalibrate import RecalibrateBatchNorm
+from secateur.surgery._refit import Refit
 from secateur.surgery._slice import apply_architecture, declare_sizes, mask_removed, parameter_share, set_sizes
 from secateur.surgery._verify import Verification
 
 __all__ = [
     "Cut",
     "Healer",
+    "RecalibrateBatchNorm",
+    "Refit",
     "Verification",
     "Wound",
     "apply_architecture",

@@ -1,7 +1,7 @@
 """Weights from files that cannot run code: safetensors, or torch files read with ``weights_only=True``."""
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Read a file of tensors by name, on the CPU.
 
     A ``.safetensors`` file is read as such, any other as a torch file, whose tensors may lie under ``state_dict``,
-    ``model_state_dict`` or ``model``. A prefix ``module.`` or ``_orig_mod.`` that all names have is removed.
+    ``model_state_dict`` or ``model``.
 
     Raises:
         ModelError: If the file is missing, truncated, contains pickled code, or is not a mapping of names to tensors.
@@ -33,16 +33,14 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not tensors:
         raise ModelError(f"{path} must hold tensors by name; it is empty.")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def load_weights_(model: nn.Module, path: Path | str) -> None:
     """Copy the weights of a file into a model (in place); all must fit.
 
-    Two kinds of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and
+    A prefix ``module.`` or ``_orig_mod.`` that all names of the file and none of the model's have is removed. Two kinds
+    of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and
     tensors that the model shares with one that is there.
 
     Args:
@@ -53,11 +51,19 @@ def load_weights_(model: nn.Module, path: Path | str) -> None:
         ModelError: As `read_weights`; or names are missing, unexpected or of another shape, or a tensor has NaN or
             infinite values.
     """
-    tensors = read_weights(path)
     state = model.state_dict()
+    tensors = _unwrapped(read_weights(path), state)
     _check_names(state, tensors, path)
     _check_values(tensors, path)
     model.load_state_dict(tensors, strict=False)
+
+
+def _unwrapped(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that wrappers leave, however many."""
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors) and not any(name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, state)
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -136,6 +142,5 @@ def _check_values(tensors: Mapping[str, Tensor], path: Path | str) -> None:
         )
 
 
-def _few(names: Sequence[str] | Iterable[str]) -> str:
-    names = list(names)
+def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

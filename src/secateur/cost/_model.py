@@ -25,6 +25,7 @@ class CostModel:
 
     def __init__(self, graph: ChannelGraph):
         self.axes: tuple[str, ...] = tuple(axis.name for axis in graph.prunable)
+        self._frozen = {axis.name: axis.size for axis in graph.axes if axis.frozen_because is not None}
         self.sizes: IntArray = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
         self._macs = Polynomial.of(((op.factor, op.extents) for op in graph.operations), self.axes)
         self._params = Polynomial.of(((1.0, graph.tensors[name]) for name in graph.parameters), self.axes)
@@ -49,6 +50,8 @@ class CostModel:
         position = {name: index for index, name in enumerate(self.axes)}
         widths = self.sizes.copy()
         for name, channels in architecture.kept:
+            if self._frozen.get(name) == len(channels):
+                continue  # whole, as it must be
             if name not in position:
                 raise SurgeryError(
                     f"`architecture` must name prunable axes of this graph; got {name!r}. "

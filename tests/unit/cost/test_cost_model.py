@@ -118,6 +118,15 @@ def test_unknown_axis_is_refused():
         CostModel(plain()[1]).cost(Architecture.of({"nowhere": [0]}))
 
 
+def test_frozen_axes_may_be_named_if_they_are_whole():
+    graph = plain()[1].with_frozen({"conv1": "a test says so"})
+    model = CostModel(graph)
+    assert model.axes == ("conv2",)
+    assert model.cost(Architecture.of({"conv1": range(8), "conv2": [0]})) == model.cost(Architecture.of({"conv2": [0]}))
+    with pytest.raises(SurgeryError, match="must name prunable axes of this graph; got 'conv1'"):
+        model.cost(Architecture.of({"conv1": range(7)}))
+
+
 def test_channel_beyond_the_axis_is_refused():
     with pytest.raises(SurgeryError, match="must keep channels 0 to 7 of axis 'conv1'; got 8"):
         CostModel(plain()[1]).cost(Architecture.of({"conv1": [0, 8]}))

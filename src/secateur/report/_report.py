@@ -11,7 +11,7 @@ from secateur.report._plots import accuracy_plot, loss_plot, width_plot
 from secateur.report._run import RunReport
 
 _NOTABLE = 0.02
-"""Speedups nearer to 1 than this are not called faster or slower."""
+"""Speedups nearer to 1 than this, or whose quartiles lie on both sides of 1, are not called faster or slower."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def headline(run: RunReport) -> str:
     cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
     said = [f"{_format.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
     if run.latency:
-        said.append(_speed(run.latency[0].speedup[1]))
+        said.append(_speed(run.latency[0].speedup))
     before, after = run.before.accuracy, run.after.accuracy
     if before and after:
         said.append(f"{_format.percent(after.top1, 2)} accuracy instead of {_format.percent(before.top1, 2)}")
@@ -105,10 +105,12 @@ def tiles(run: RunReport) -> list[Tile]:
     return found
 
 
-def _speed(speedup: float) -> str:
-    if abs(speedup - 1) < _NOTABLE:
-        return "as fast as before"
-    return f"{_format.factor(speedup)} as fast" if speedup > 1 else f"slower ({_format.factor(speedup)} the speed)"
+def _speed(speedup: tuple[float, float, float]) -> str:
+    lower, median, upper = speedup
+    if lower < 1 < upper or abs(median - 1) < _NOTABLE:
+        return "about as fast as before"
+    words = _format.factor(median)
+    return f"{words} as fast" if median > 1 else f"slower ({words} the speed)"
 
 
 def _images(run: RunReport) -> str:

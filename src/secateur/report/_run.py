@@ -64,6 +64,7 @@ class MeasuredLatency:
         before: First quartile, median, third quartile of the original, in seconds.
         after: The same of the compressed model.
         speedup: The same of original time / compressed time, pair by pair.
+        clock: What was counted, such as ``processor time``.
     """
 
     runtime: str
@@ -73,6 +74,7 @@ class MeasuredLatency:
     before: tuple[float, float, float]
     after: tuple[float, float, float]
     speedup: tuple[float, float, float]
+    clock: str = "elapsed time"
 
 
 @dataclass(frozen=True)

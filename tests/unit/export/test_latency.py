@@ -1,6 +1,7 @@
 """Latency is measured in turns and reported with its spread. No test depends on how fast this machine is."""
 
 import gc
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ def test_records_of_both_runtimes() -> None:
     for record, runtime in ((by_onnx, "onnxruntime"), (by_torch, "torch")):
         assert record.runtime.startswith(runtime)
         assert (record.batch_size, record.threads, record.rounds) == (1, 1, 4)
+        assert record.clock == _latency.ONE_THREAD.name
         for spread in (record.before, record.after, record.speedup):
             assert 0 < spread.lower <= spread.median <= spread.upper
         assert record.machine["cpu"]
@@ -29,10 +31,10 @@ def test_records_of_both_runtimes() -> None:
     assert model.training
 
 
-def test_turns_alternate_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_alternate() -> None:
     played: list[int] = []
     now = [0.0]
-    monkeypatch.setattr(_latency.time, "perf_counter", lambda: now[0])
+    clock = _latency.Clock("ours", lambda: now[0])
 
     def player(number: int, seconds: float):
         def play() -> None:
@@ -41,17 +43,23 @@ def test_turns_alternate_and_ratios_are_of_pairs(monkeypatch: pytest.MonkeyPatch
 
         return play
 
-    seconds = _latency._take_turns([player(0, 0.01), player(1, 0.005)], rounds=4, warmup=1)
+    seconds = _latency._take_turns([player(0, 0.04), player(1, 0.03)], clock, rounds=4, warmup=1)
     assert played[8:] == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
-    assert [pair[0] for pair in seconds] == pytest.approx([0.01] * 4)
-    assert [pair[1] for pair in seconds] == pytest.approx([0.005] * 4)
+    assert [pair[0] for pair in seconds] == pytest.approx([0.04] * 4)
+    assert [pair[1] for pair in seconds] == pytest.approx([0.03] * 4)
 
 
 def test_record_takes_the_median_of_pairwise_ratios() -> None:
-    record = _latency._record("x 1", (torch.zeros(2, 3),), 1, [(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)])
+    record = _latency._record("x 1", (torch.zeros(2, 3),), 4, _latency.ELAPSED, [(2.0, 1.0), (9.0, 3.0), (4.0, 1.0)])
     assert record.speedup == Quartiles(2.5, 3.0, 3.5)
     assert record.before == Quartiles(3.0, 4.0, 6.5)
-    assert record.batch_size == 2
+    assert (record.batch_size, record.threads, record.clock) == (2, 4, "elapsed time")
+
+
+def test_time_of_other_programs_is_not_counted() -> None:
+    """A thread that sleeps stands for one that has to wait for the processor."""
+    assert _latency._seconds(lambda: time.sleep(0.02), 2, _latency.ELAPSED) >= 0.02
+    assert _latency._seconds(lambda: time.sleep(0.02), 2, _latency.ONE_THREAD) < 0.01
 
 
 def test_settings_come_back_when_a_model_fails() -> None:

@@ -46,13 +46,35 @@ def save_checkpoint(folder: Path, saved: Saved) -> None:
     """Write ``folder/epoch-000007`` in one step, then remove all but the last `KEPT_EPOCHS`.
 
     A process killed at any moment leaves complete checkpoints only (and a ``partial-`` folder, removed later).
+
+    Raises:
+        TrainingError: If the folder cannot be written, or the disk is full.
     """
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        _write(partial, saved)
+        target = folder / f"epoch-{saved.epoch:06d}"
+        if target.exists():  # A damaged one, passed over when this run was resumed.
+            shutil.rmtree(target)
+        partial.replace(target)
+        _flush(folder)
+        for old in _epochs(folder)[KEPT_EPOCHS:]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
+            "permissions and start again: the run goes on after its last complete epoch."
+        ) from error
+
+
+def _write(partial: Path, saved: Saved) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels-last).
     tensors = {
         name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in saved.tensors.items()
@@ -68,12 +90,6 @@ def save_checkpoint(folder: Path, saved: Saved) -> None:
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in (partial / "tensors.safetensors", partial / "state.json", partial):
         _flush(path)
-    target = folder / f"epoch-{saved.epoch:06d}"
-    shutil.rmtree(target, ignore_errors=True)  # A damaged one, passed over when this run was resumed.
-    partial.replace(target)
-    _flush(folder)
-    for old in _epochs(folder)[KEPT_EPOCHS:]:
-        shutil.rmtree(old)
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Saved | None:

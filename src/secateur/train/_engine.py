@@ -93,6 +93,8 @@ class Engine:
         self._task = task
         self._student = placed(student, device).train()
         self._teacher = None if teacher is None else placed(teacher, device).eval().requires_grad_(requires_grad=False)
+        # Set up by Fabric too, so that both models see their input in the same precision.
+        self._teach = None if self._teacher is None else task.fabric.setup_module(self._teacher, move_to_device=False)
         decay = task.schedule.ema_decay
         self._average = None if decay is None else MovingAverage(self._student, decay)
         self._optimiser = task.schedule.optimiser.build(self._student, task.schedule.learning_rate)
@@ -181,9 +183,9 @@ class Engine:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = channels_last(images)
         teacher_logits = None
-        if self._teacher is not None:
-            with torch.no_grad(), self._task.fabric.autocast():
-                teacher_logits = self._teacher(images)
+        if self._teach is not None:
+            with torch.no_grad():
+                teacher_logits = self._teach(images)
         logits = self._forward(images)
         if not self._checked:
             self._check_first(logits, labels)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from secateur.errors import TrainingError
 
 STEPS_PER_LOOK = 20
-"""Steps between two looks at the losses. A look waits for the device, so it must be rare."""
+"""At most so many steps between two looks at the losses. A look waits for the device, so it must be rare."""
+
+SECONDS_PER_LOOK = 1.0
+"""When steps take long, look sooner: somebody may be watching, and one wait per second costs nothing."""
 
 
 class Ledger:
@@ -27,6 +31,7 @@ class Ledger:
         self.latest = math.nan
         self._sums: dict[str, float] = {}
         self._unseen: list[Tensor] = []
+        self._looked = perf_counter()
 
     def add(self, total: Tensor, parts: Mapping[str, Tensor], rate: float) -> bool:
         """Note the losses of one step, still on the device; says whether it took a look at them."""
@@ -34,7 +39,7 @@ class Ledger:
             self._sums = dict.fromkeys(["total", *parts], 0.0)
         self._unseen.append(torch.stack([total.detach(), *parts.values()]))
         self.steps += 1
-        looks = len(self._unseen) == STEPS_PER_LOOK
+        looks = len(self._unseen) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
         if looks:
             self.look(rate)
         return looks
@@ -48,6 +53,7 @@ class Ledger:
         rows = torch.stack(self._unseen).tolist() if self._unseen else []
         first = self.steps - len(rows) + 1
         self._unseen.clear()
+        self._looked = perf_counter()
         for step, row in enumerate(rows, first):
             if not all(map(math.isfinite, row)):
                 values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
@@ -65,6 +71,6 @@ class Ledger:
 def diverged(what: str, where: str, rate: float) -> TrainingError:
     """The error for a run whose numbers are no longer finite."""
     return TrainingError(
-        f"the {what} must be finite; it is not at {where} (learning rate {rate:.3g}). "
+        f"the {what} must stay finite; that failed at {where} (learning rate {rate:.3g}). "
         "Lower the learning rate or warm up longer, and check that the images are normalised."
     )

@@ -18,7 +18,7 @@ class Meter(Protocol):
     """Receives the course of one run."""
 
     def step(self, epoch: int, step: int, loss: float, learning_rate: float) -> None:
-        """Called about every 20 steps; ``epoch`` and ``step`` count from 1."""
+        """Called every second, or every 20 steps if they are faster; ``epoch`` and ``step`` count from 1."""
         ...
 
     def epoch(self, record: EpochRecord) -> None:
@@ -128,15 +128,12 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
 
 def _bar(stream: TextIO) -> "Bar":
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f} %  {task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
+        BarColumn(bar_width=10),  # All of the line fits into 80 columns.
+        TextColumn("{task.fields[numbers]}  ETA"),
         TimeRemainingColumn(),
         console=Console(file=stream),
-        # The engine reports about every 20 steps; a refreshing thread would take time from the training.
-        refresh_per_second=2,
+        refresh_per_second=2,  # Enough to see that it lives; drawing takes time from the training.
     )

@@ -48,8 +48,8 @@ def write_optimiser_(optimiser: torch.optim.Optimizer, model: nn.Module, tensors
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        # Step counts are scalars and stay on the CPU, as torch makes them.
-        beside = torch.empty_like(parameter, requires_grad=False) if value.shape == parameter.shape else value.clone()
+        # Running means lie beside their parameter; Adam's step count is a scalar on the CPU, as torch makes it.
+        beside = torch.empty_like(value if kind == "step" else parameter, requires_grad=False)
         optimiser.state[parameter][kind] = beside.copy_(value)
 
 

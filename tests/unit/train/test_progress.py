@@ -1,4 +1,5 @@
 import io
+import math
 import re
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,25 @@ def test_a_stream_that_is_no_terminal_gets_one_line_per_epoch() -> None:
     assert re.fullmatch(rf"epoch 2/2  {numbers}  \d+\.\d s  \d+ images/s", lines[2])
 
 
+def test_slow_steps_are_shown_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", 0.0)
+    seen: list[int] = []
+
+    class Steps(Silent):
+        @contextmanager
+        def watch(self, *, epochs: int, steps: int, done: int):
+            yield self
+
+        def step(self, epoch: int, step: int, loss: float, learning_rate: float) -> None:
+            seen.append(step)
+
+        def epoch(self, record: EpochRecord) -> None:
+            pass
+
+    run(Steps(), epochs=1)
+    assert seen == list(range(1, 26))
+
+
 def test_a_terminal_gets_a_bar_with_everything() -> None:
     stream = Terminal()
     run(TerminalProgress(stream))
@@ -58,7 +78,8 @@ def test_silent_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors() -> None:
+def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", math.inf)
     events: list[Any] = []
 
     class Mine:

@@ -34,7 +34,7 @@ class Spoilt(Blobs):
 @pytest.mark.parametrize("step", [1, 19, 20, 21, 23])
 def test_a_loss_that_is_not_finite_is_found_at_its_step(step: int) -> None:
     pattern = (
-        rf"the loss \(total nan, label nan\) must be finite; it is not at epoch 1, step {step} "
+        rf"the loss \(total nan, label nan\) must stay finite; that failed at epoch 1, step {step} "
         r"\(learning rate .*Lower the learning rate or warm up longer"
     )
     with pytest.raises(TrainingError, match=pattern):
@@ -49,14 +49,14 @@ def test_weights_that_are_not_finite_after_the_last_step_are_found() -> None:
             return super().forward(x) + torch.sqrt(self.weight * 0).sum()
 
     model = nn.Sequential(nn.Flatten(), Overflows(192, 3))
-    with pytest.raises(TrainingError, match="the weights must be finite; it is not at the end of epoch 1"):
+    with pytest.raises(TrainingError, match="the weights must stay finite; that failed at the end of epoch 1"):
         run(model, Blobs(16))
 
 
 def test_a_student_that_is_broken_before_training_is_found() -> None:
     model = small_net()
     model[1].running_var.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"the validation loss \(nan\) must be finite; it is not at epoch 0"):
+    with pytest.raises(TrainingError, match=r"the validation loss \(nan\) must stay finite; that failed at epoch 0"):
         run(model, Blobs(16), validation=Blobs(8))
 
 

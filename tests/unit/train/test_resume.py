@@ -89,6 +89,41 @@ def test_the_folder_holds_two_complete_checkpoints_without_pickle(tmp_path: Path
     assert [record["epoch"] for record in recorded["numbers"]["history"]] == [1, 2, 3]
 
 
+def test_a_run_killed_while_it_writes_goes_on_from_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(Blobs(48))
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if target.name == "epoch-000002":
+            raise Killed
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            run(Blobs(48), checkpoint=tmp_path)
+    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-000001"]
+    assert len(list(tmp_path.glob("partial-*"))) == 1
+    source = Blobs(48)
+    resumed = run(source, checkpoint=tmp_path)
+    assert [call["epoch"] for call in source.calls] == [1, 2]
+    assert same(state(resumed.model), state(whole.model))
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(
+        TrainingError, match=r"`checkpoint` must be a folder that can be written; .*No space left.*goes on"
+    ):
+        run(Blobs(16), checkpoint=tmp_path)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 

@@ -173,6 +173,7 @@ class MemorySplit:
             yield self.normalisation(batch), labels[index]
 
     def _on(self, device: torch.device) -> Batch:
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0": one copy for both names
         if device not in self._copies:
             self._copies[device] = (self.images.to(device), self.labels.to(device))
         return self._copies[device]

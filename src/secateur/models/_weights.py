@@ -121,7 +121,7 @@ def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
     ]
     unexpected = [name for name in tensors if name not in state]
     misshaped = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        f"{name} {tuple(tensors[name].shape)} (the model has {tuple(tensor.shape)})"
         for name, tensor in state.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]

@@ -28,6 +28,12 @@ def test_small_folders_are_held_in_memory(image_folder: Make, test: str):
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
 
 
+def test_image_size_that_the_images_have_keeps_them_in_memory(image_folder: Make):
+    folder = image_folder()
+    assert isinstance(load_data(folder, image_size=8).train, MemorySplit)
+    assert isinstance(load_data(folder, image_size=7).train, FolderSplit)
+
+
 def test_images_that_are_not_square_can_be_held_in_memory(image_folder: Make):
     data = load_data(image_folder(size=lambda _: (6, 10)))
     assert data.size == (3, 6, 10)

@@ -1,5 +1,6 @@
 """Hugging Face parquet folders: what is read, and what is refused."""
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_grey_images_among_colour_ones_become_colour(parquet: Make):
     pixels = random_pixels(6)
     data = load_data(parquet(test={"images": [encode(pixels[0][..., 0]), *(encode(p) for p in pixels[1:])]}))
     np.testing.assert_array_equal(images_of(data.test)[0], np.repeat(pixels[0][..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
+def test_other_colour_modes_become_rgb(parquet: Make, mode: str):
+    buffer = io.BytesIO()
+    image = Image.fromarray(random_pixels(1)[0]).convert(mode)
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    data = load_data(parquet(test={"images": [buffer.getvalue()] * 6}))
+    np.testing.assert_array_equal(images_of(data.test)[5], np.asarray(image.convert("RGB")))
 
 
 def test_image_size_resizes_as_pillow_does(parquet: Make):
@@ -210,6 +220,20 @@ def test_damaged_pages_are_refused(parquet: Make):
     content[4:3000] = bytes(2996)
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet"):
+        load_data(folder)
+
+
+def test_damaged_label_pages_are_refused(parquet: Make):
+    import pyarrow.parquet as pq
+
+    folder = parquet()
+    file = folder / "train-00000-of-00001.parquet"
+    labels = pq.ParquetFile(file).metadata.row_group(0).column(2)
+    content = bytearray(file.read_bytes())
+    start = labels.dictionary_page_offset
+    content[start : start + labels.total_compressed_size] = b"\xff" * labels.total_compressed_size
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet must be a complete parquet file"):
         load_data(folder)
 
 

@@ -148,7 +148,7 @@ def test_names_that_do_not_fit_are_listed_up_to_five(tmp_path: Path, state: dict
         "10 missing: layer3.0.conv1.weight, layer3.0.bn1.weight, layer3.0.bn1.bias, layer3.0.bn1.running_mean" in text
     )
     assert re.search(r"12 unexpected: (stage3\.\S+, ){5}\.\.\.; ", text)
-    assert "1 of another shape: linear.weight (100, 64) instead of (10, 64)" in text
+    assert "1 of another shape: linear.weight (100, 64) (the model has (10, 64))" in text
     assert text.count("layer3") == 5
     assert text.count("stage3") == 5
     assert text.endswith("Check the model's name, num_classes and in_channels against the file.")

@@ -1,0 +1,5 @@
+"""The command line: ``secateur inspect | compress | evaluate | verify | export | demo``."""
+
+from secateur.cli._app import app, main
+
+__all__ = ["app", "main"]

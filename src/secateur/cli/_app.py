@@ -1,0 +1,340 @@
+"""The commands. Each is thin: words to objects, one verb of `secateur.pipeline`, and what it wrote."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from secateur.cli import _options as options
+from secateur.cli._boundary import BAD_INPUT, command_line, err, out, threads, told
+from secateur.cli._options import OptimiserName, PrecisionName, StrategyName
+from secateur.errors import ArtifactError, ModelError
+
+if TYPE_CHECKING:
+    from secateur.pipeline import CompressResult
+
+app = typer.Typer(
+    name="secateur",
+    help="Pruning shears for neural networks: a trained vision model and a budget go in, a smaller, verified one "
+    "comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from secateur import __version__
+
+        out().print(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@told
+def inspect(
+    *,
+    model: options.Model,
+    weights: options.Weights = None,
+    data: options.MaybeData = None,
+    image_size: options.ImageSize = None,
+    divisor: options.Divisor = 1,
+    min_width: options.MinWidth = 1,
+    min_kept: options.MinKept = 0.0,
+    trust_source: options.TrustSource = False,
+    seed: options.Seed = 0,
+    debug: options.Debug = False,
+) -> None:
+    """Show what could be cut: the channel axes, what is frozen and why, and the reachable costs."""
+    from secateur.cli._inputs import Inputs
+    from secateur.cli._tables import print_survey
+    from secateur.pipeline import survey
+    from secateur.search import SearchSpace
+
+    inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
+    found = survey(
+        inputs.opened.model, inputs.example(1), space=SearchSpace(min_width, divisor, min_kept_fraction=min_kept)
+    )
+    print_survey(found, inputs.opened.name)
+    out().print(Text("Wrote nothing: inspect only looks."))
+
+
+@app.command()
+@told
+def compress(
+    *,
+    model: options.Model,
+    data: options.Data,
+    budget: options.BudgetText,
+    out_folder: options.Out,
+    weights: options.Weights = None,
+    trust_source: options.TrustSource = False,
+    limit: options.Limit = None,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    validation_fraction: options.ValidationFraction = 0.1,
+    strategy: options.Strategy = StrategyName.PCA,
+    importance: options.Importance = None,
+    divisor: options.Divisor = 1,
+    min_width: options.MinWidth = 1,
+    min_kept: options.MinKept = 0.0,
+    calibration: options.Calibration = 512,
+    epochs: options.Epochs = 1,
+    batch_size: options.BatchSize = 128,
+    learning_rate: options.LearningRate = 0.02,
+    warmup: options.Warmup = 0.05,
+    optimizer: options.Optimiser = OptimiserName.SGD,
+    weight_decay: options.WeightDecay = None,
+    ema: options.Ema = None,
+    label_smoothing: options.LabelSmoothing = 0.0,
+    temperature: options.Temperature = 4.0,
+    kd_weight: options.KdWeight = 0.9,
+    label_weight: options.LabelWeight = 0.1,
+    feature_weight: options.FeatureWeight = 1.0,
+    precision: options.Precision = PrecisionName.AUTO,
+    export: options.Export = "onnx",
+    resume: options.Resume = False,
+    restart: options.Restart = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compress a trained classifier to a budget: search, cut, heal, distil, verify, export, report."""
+    from secateur.cli import _choices
+    from secateur.cli._inputs import Inputs
+    from secateur.cost import Budget
+    from secateur.distill import Objective
+    from secateur.pipeline import Leftover, check_output
+    from secateur.pipeline import compress as run
+    from secateur.search import SearchSpace
+    from secateur.train import Schedule, Silent, TerminalProgress
+
+    if resume and restart:
+        raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
+    # Whatever can be refused at once is, before anything is loaded.
+    limits, formats = Budget.parse(budget), _choices.formats_of(export)
+    schedule = Schedule(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_fraction=warmup,
+        optimiser=_choices.optimiser_of(optimizer, weight_decay),
+        ema_decay=ema,
+        precision=_choices.precision_of(precision),
+        seed=seed,
+    )
+    objective = Objective(kd_weight, label_weight, feature_weight, temperature, label_smoothing)
+    check_output(out_folder)
+    inputs = Inputs(
+        model,
+        weights,
+        data,
+        image_size=image_size,
+        trust_source=trust_source,
+        seed=seed,
+        limit=limit,
+        mean=_choices.numbers_of(mean, "--mean"),
+        std=_choices.numbers_of(std, "--std"),
+        validation_fraction=validation_fraction,
+    )
+    with threads(thread_count):
+        result = run(
+            inputs.opened.model,
+            inputs.images,
+            budget=limits,
+            strategy=_choices.strategy_of(strategy, importance),
+            space=SearchSpace(min_width, divisor, min_kept),
+            schedule=schedule,
+            objective=objective,
+            calibration_images=calibration,
+            out=out_folder,
+            export=formats,
+            source=inputs.opened.source,
+            leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
+            seed=seed,
+            device=_choices.device_of(device),
+            progress=Silent() if quiet else TerminalProgress(),
+            tell=_silent if quiet else _tell,
+            name=inputs.opened.name,
+            command=command_line(),
+        )
+    _show(result)
+
+
+@app.command()
+@told
+def evaluate(
+    *,
+    model: options.Model,
+    data: options.Data,
+    weights: options.Weights = None,
+    trust_source: options.TrustSource = False,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    batch_size: options.BatchSize = 250,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure the accuracy of a model or artifact on the test images."""
+    from secateur.cli import _choices
+    from secateur.cli._inputs import Inputs
+    from secateur.pipeline import check_belongs
+    from secateur.report import MeasuredAccuracy
+    from secateur.train import evaluate as measure
+
+    inputs = Inputs(
+        model,
+        weights,
+        data,
+        image_size=image_size,
+        trust_source=trust_source,
+        seed=seed,
+        mean=_choices.numbers_of(mean, "--mean"),
+        std=_choices.numbers_of(std, "--std"),
+    )
+    with threads(thread_count):
+        check_belongs(inputs.opened.model, inputs.images, inputs.example(2))
+        found = measure(
+            inputs.opened.model, inputs.images.test, batch_size=batch_size, device=_choices.device_of(device)
+        )
+    low, high = MeasuredAccuracy(found.top1, found.n).interval
+    out().print(
+        f"{inputs.opened.name} on {inputs.images.name}: test accuracy {100 * found.top1:.2f} % of {found.n} images "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {found.loss:.4f} nats"
+    )
+    out().print(Text("Wrote nothing: evaluate only measures."))
+
+
+@app.command()
+@told
+def verify(
+    *,
+    folder: Annotated[Path | None, typer.Argument(help="The artifact.", show_default=False)] = None,
+    model: Annotated[Path | None, typer.Option(help="The artifact, as for the other commands.")] = None,
+    data: options.MaybeData = None,
+    trust_source: options.TrustSource = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Check that an artifact is whole and still computes what it did; with --data, that it is as accurate."""
+    from secateur.cli import _choices
+    from secateur.cli._inputs import Inputs
+    from secateur.cli._tables import print_checks
+    from secateur.pipeline import verify as run
+
+    artifact = folder or model
+    if artifact is None or (folder is not None and model is not None):
+        raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
+    images = None
+    if data is not None:
+        images = Inputs(str(artifact.absolute()), None, data, trust_source=trust_source, seed=seed).images
+    with threads(thread_count):
+        found = run(artifact, data=images, trust_source=trust_source, device=_choices.device_of(device))
+    print_checks(found.checks)
+    out().print(Text("Wrote nothing: verify only checks."))
+    if not found.passed:
+        err().print(Text(f"Error: {artifact} does not hold what it says; see FAILED above.", style="bold red"))
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+@told
+def export(
+    *,
+    model: options.Model,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Where; None: into the artifact folder.", show_default=False)
+    ] = None,
+    weights: options.Weights = None,
+    data: options.MaybeData = None,
+    image_size: options.ImageSize = None,
+    formats: Annotated[str, typer.Option("--export", help="onnx, pt2, or both.")] = "onnx",
+    trust_source: options.TrustSource = False,
+    seed: options.Seed = 0,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model or artifact for other runtimes, and check that the files agree with it."""
+    from secateur.cli import _choices
+    from secateur.cli._inputs import Inputs
+    from secateur.cli._tables import print_written
+    from secateur.pipeline import export_files
+
+    wanted = _choices.formats_of(formats)
+    inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
+    if out_folder is None and inputs.opened.manifest is None:
+        raise ModelError("`--out` must say where the files go, because --model is no artifact folder; got none.")
+    where = out_folder or Path(model)
+    if where.exists() and not where.is_dir():
+        raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
+    for path, parity in export_files(inputs.opened.model, inputs.example(4), where, wanted).items():
+        print_written([path])
+        agreed = f"It agrees with the model within {parity.max_rel:.1e} (at most {parity.tolerance:.0e})."
+        out().print(Text(agreed), soft_wrap=True)
+
+
+@app.command()
+@told
+def demo(
+    *,
+    out_folder: options.Out = Path("secateur-demo"),
+    export: options.Export = "onnx",
+    seed: options.Seed = 0,
+    thread_count: options.Threads = 1,  # the networks are so small that a second thread only waits
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train a small network on handwritten digits, compress it to 30 % of its MACs, and show the proof."""
+    from secateur.cli import _choices
+    from secateur.pipeline import demo as run
+    from secateur.train import Silent, TerminalProgress
+
+    formats = _choices.formats_of(export)
+    with threads(thread_count):
+        result = run(
+            out_folder,
+            export=formats,
+            seed=seed,
+            progress=Silent() if quiet else TerminalProgress(),
+            tell=_silent if quiet else _tell,
+            command=command_line(),
+        )
+    _show(result)
+    out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
+
+
+def _show(result: "CompressResult") -> None:
+    from secateur.cli._tables import print_before_after, print_checks, print_steps, print_written
+
+    print_before_after(result.report)
+    print_steps(result.report)
+    print_checks(result.report.checks)
+    print_written(result.files)
+    if result.failed:
+        err().print(Text("Error: " + "; ".join(result.failed), style="bold red"), soft_wrap=True)
+        raise typer.Exit(BAD_INPUT)
+
+
+def _tell(message: str) -> None:
+    err().print(Text(message, style="dim"), soft_wrap=True)
+
+
+def _silent(message: str) -> None:
+    del message

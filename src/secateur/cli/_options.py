@@ -1,0 +1,152 @@
+"""The flags, each written once. Nothing here loads torch, so that ``--help`` is quick."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StrategyName(StrEnum):
+    """Strategies by name; see `secateur.search`."""
+
+    KNAPSACK = "knapsack"
+    PCA = "pca"
+    PCA_ACTIVATIONS = "pca-activations"
+    GLOBAL = "global"
+    UNIFORM = "uniform"
+
+
+class ImportanceName(StrEnum):
+    """Importances by name; see `secateur.importance`."""
+
+    RECONSTRUCTION = "reconstruction"
+    L1 = "l1"
+    L2 = "l2"
+    FPGM = "fpgm"
+    BN_SCALE = "bn-scale"
+    TAYLOR = "taylor"
+    LAMP = "lamp"
+    RANDOM = "random"
+
+
+class OptimiserName(StrEnum):
+    """Optimisers by name."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class PrecisionName(StrEnum):
+    """Number formats by name."""
+
+    AUTO = "auto"
+    FLOAT32 = "32"
+    BF16 = "bf16"
+
+
+_MODEL, _DATA, _CUT, _TRAIN, _RUN = "Model", "Data", "Search and cut", "Recovery", "Run"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="timm:NAME, torchvision:NAME, python:pkg.mod:factory, cifar_resnet20/32/44/56/110, digits_resnet, "
+        "or an artifact folder.",
+        rich_help_panel=_MODEL,
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A .safetensors file, or a torch file without code.", rich_help_panel=_MODEL),
+]
+TrustSource = Annotated[
+    bool, typer.Option("--trust-source", help="Import and run code that --model names.", rich_help_panel=_MODEL)
+]
+
+_DATA_HELP = (
+    "Folder of Hugging Face parquet files, folder with train/ and test/ (or val/) images by class, "
+    "torchvision:cifar10[:ROOT], or digits."
+)
+Data = Annotated[str, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA, show_default=False)]
+MaybeData = Annotated[str | None, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA)]
+Limit = Annotated[
+    int | None, typer.Option(help="Use only the first so many training images.", min=1, rich_help_panel=_DATA)
+]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Resize images to squares of this side, in pixels.", min=1, rich_help_panel=_DATA)
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Per channel, of pixels / 255, such as 0.485,0.456,0.406.", rich_help_panel=_DATA),
+]
+Std = Annotated[str | None, typer.Option(help="The same for the standard deviation.", rich_help_panel=_DATA)]
+ValidationFraction = Annotated[
+    float, typer.Option(help="Part of the training images held out for choosing.", rich_help_panel=_DATA)
+]
+
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        help="Upper bounds, such as macs=50% or 'macs<=20M, params<=200k'.", rich_help_panel=_CUT, show_default=False
+    ),
+]
+Strategy = Annotated[StrategyName, typer.Option(help="How widths are found.", rich_help_panel=_CUT)]
+Importance = Annotated[
+    ImportanceName | None,
+    typer.Option(help="Which channels stay; the strategy's usual one if left out.", rich_help_panel=_CUT),
+]
+Divisor = Annotated[
+    int, typer.Option(help="Widths are multiples of it; 8 or 16 for speed.", min=1, rich_help_panel=_CUT)
+]
+MinWidth = Annotated[int, typer.Option(help="Fewest channels of an axis.", min=1, rich_help_panel=_CUT)]
+MinKept = Annotated[
+    float, typer.Option(help="Smallest part of an axis that stays, 0 to 1.", min=0, max=1, rich_help_panel=_CUT)
+]
+Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
+
+Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]
+BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=_TRAIN)]
+LearningRate = Annotated[
+    float, typer.Option("--lr", help="The highest; a high one wipes healing out.", rich_help_panel=_TRAIN)
+]
+Warmup = Annotated[
+    float, typer.Option(help="Part of the steps with a rising rate.", min=0, max=1, rich_help_panel=_TRAIN)
+]
+Optimiser = Annotated[OptimiserName, typer.Option("--optimizer", help="For the recovery.", rich_help_panel=_TRAIN)]
+WeightDecay = Annotated[
+    float | None, typer.Option(help="None: the optimizer's usual one.", min=0, rich_help_panel=_TRAIN)
+]
+Ema = Annotated[
+    float | None, typer.Option(help="Decay of an average of the weights, such as 0.999.", rich_help_panel=_TRAIN)
+]
+LabelSmoothing = Annotated[
+    float, typer.Option(help="Share of a label spread over all classes.", rich_help_panel=_TRAIN)
+]
+Temperature = Annotated[float, typer.Option(help="Of the softened probabilities.", rich_help_panel=_TRAIN)]
+KdWeight = Annotated[float, typer.Option(help="Of the teacher's probabilities.", min=0, rich_help_panel=_TRAIN)]
+LabelWeight = Annotated[float, typer.Option(help="Of the labels.", min=0, rich_help_panel=_TRAIN)]
+FeatureWeight = Annotated[float, typer.Option(help="Of the teacher's aligned features.", min=0, rich_help_panel=_TRAIN)]
+Precision = Annotated[PrecisionName, typer.Option(help="Number formats of the training.", rich_help_panel=_TRAIN)]
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="Folder for the artifact, exports and report.", rich_help_panel=_RUN, show_default=False
+    ),
+]
+Export = Annotated[
+    str, typer.Option(help="Files for other runtimes: onnx, pt2, both, or '' for none.", rich_help_panel=_RUN)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Remove an interrupted run and begin again.", rich_help_panel=_RUN)
+]
+Seed = Annotated[int, typer.Option(help="Of everything that is random.", min=0, rich_help_panel=_RUN)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_RUN)]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", help="Of PyTorch on the CPU; all if left out.", min=1, rich_help_panel=_RUN),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the results.", rich_help_panel=_RUN)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_RUN)]

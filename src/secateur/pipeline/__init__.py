@@ -1,0 +1,35 @@
+"""The whole way: from a trained network and a budget to a verified artifact with a report."""
+
+from secateur.pipeline._compress import compress
+from secateur.pipeline._demo import Demo, demo
+from secateur.pipeline._export import export_files
+from secateur.pipeline._open import Opened, load, open_model, usual_size
+from secateur.pipeline._outset import check_belongs, check_output
+from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, Format
+from secateur.pipeline._result import CompressResult
+from secateur.pipeline._survey import Survey, survey
+from secateur.pipeline._verify import Verified, verify
+from secateur.pipeline._work import Leftover
+
+__all__ = [
+    "ALIGNED",
+    "GENTLE",
+    "HEAL",
+    "CompressResult",
+    "Demo",
+    "Format",
+    "Leftover",
+    "Opened",
+    "Survey",
+    "Verified",
+    "check_belongs",
+    "check_output",
+    "compress",
+    "demo",
+    "export_files",
+    "load",
+    "open_model",
+    "survey",
+    "usual_size",
+    "verify",
+]

@@ -1,0 +1,171 @@
+"""The public verb: a trained network and a budget go in, a smaller verified one comes out."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from secateur.cost import Budget
+from secateur.data import ImageData, calibration
+from secateur.distill import AlignedFeatures, Objective
+from secateur.models import ModelSource
+from secateur.pipeline._deliver import Finished, deliver, report_of
+from secateur.pipeline._halfway import go_halfway
+from secateur.pipeline._outset import check_belongs, check_output
+from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, Delivery, Format, Plan
+from secateur.pipeline._result import CompressResult, Halfway
+from secateur.pipeline._work import Leftover, Workplace
+from secateur.report import MeasuredAccuracy, Step
+from secateur.search import PCASlimming, SearchSpace, Strategy
+from secateur.surgery import Healer
+from secateur.train import Progress, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
+
+CALIBRATION_IMAGES = 512
+"""Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
+
+
+def silent(_message: str) -> None:
+    """Say nothing."""
+
+
+def compress(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    budget: Budget | str,
+    strategy: Strategy = PCASlimming(),  # noqa: B008 - frozen
+    space: SearchSpace = SearchSpace(),  # noqa: B008 - frozen
+    schedule: Schedule = GENTLE,
+    objective: Objective = ALIGNED,
+    heal: Sequence[Healer] = HEAL,
+    calibration_images: int = CALIBRATION_IMAGES,
+    out: Path | str | None = None,
+    export: Sequence[Format] = (Format.ONNX,),
+    source: ModelSource | None = None,
+    leftover: Leftover = Leftover.REFUSE,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    tell: Callable[[str], None] = silent,
+    name: str = "",
+    command: str = "",
+) -> CompressResult:
+    """Find which channels to keep, cut, heal, recover accuracy by distillation, verify, and write the artifact.
+
+    Nothing is chosen on the test split: its accuracy is measured for the report. Everything is checked before it is
+    written: sliced equals masked, costs equal counted ones, a reloaded artifact gives the same bits, exported files
+    agree with the model.
+
+    Args:
+        model: A trained classifier of the data's classes; not changed.
+        data: Training, validation and test images, see `secateur.load_data`.
+        budget: Upper bounds on the cost, such as ``"macs=50%"``.
+        strategy: How the architecture is found.
+        space: Which widths are allowed.
+        schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
+        objective: What the recovery minimises.
+        heal: Repairs right after the cut, in order.
+        calibration_images: Training images for search and healing; fewer if there are not so many.
+        out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
+            end. Until then the work lies in ``<out>.work``.
+        export: Files for other runtimes; only with ``out``.
+        source: How the original is built, so that the artifact can be loaded without you; see
+            `secateur.models.load_model`. Without it, loading needs ``factory=``.
+        leftover: What to do with an interrupted run at the same ``out``.
+        seed: Of everything that is random.
+        device: Where to compute; None means the accelerator if there is one.
+        progress: Shows the training.
+        tell: Receives one sentence per step.
+        name: Of the model, for the report; None means its class.
+        command: The exact command or call, for the record.
+
+    Returns:
+        The compressed model and everything that was measured.
+
+    Raises:
+        SecateurError: One of its subclasses, with the way out, if anything cannot be used; nothing half-written is
+            left then.
+    """
+    delivery = None if out is None else Delivery(Path(out), tuple(dict.fromkeys(export)), source, leftover)
+    if delivery is not None:
+        check_output(delivery.folder)
+    plan = Plan(
+        model=model,
+        data=data,
+        budget=Budget.parse(budget) if isinstance(budget, str) else budget,
+        strategy=strategy,
+        space=space,
+        schedule=replace(schedule, seed=seed),
+        objective=objective,
+        heal=tuple(heal),
+        calibration=min(calibration_images, len(data.train)),
+        seed=seed,
+        fabric=open_fabric(schedule.precision, device=device),
+        name=name or type(model).__name__,
+        command=command,
+        delivery=delivery,
+        progress=progress,
+        tell=tell,
+    )
+    return _run(plan)
+
+
+def _run(plan: Plan) -> CompressResult:
+    batches = calibration(plan.data.train, plan.calibration, device=plan.device, seed=plan.seed)
+    placed = copy.deepcopy(plan.model).to(plan.device)
+    check_belongs(placed, plan.data, batches[0][0])
+    work = None
+    if plan.delivery is not None:
+        work = Workplace.open(plan.delivery.folder, plan.settings(), plan.delivery.leftover)
+    steps = [_measured(plan, "original", placed)]
+    half = go_halfway(plan, batches, work)
+    steps.append(_measured(plan, "cut and healed", half.student))
+    trained = _recover(plan, half, work)
+    student = half.student
+    if trained is not None and trained.best_epoch > 0:
+        student = trained.model
+        steps.append(_measured(plan, "distilled", student))
+    elif trained is not None:
+        plan.tell("No epoch was better on the validation images than the healed student, which is kept.")
+    finished = Finished(plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu())
+    if plan.delivery is None:
+        report, files, folder = report_of(finished), (), None
+    else:
+        report, files = deliver(finished, plan.delivery)
+        folder = plan.delivery.folder
+    if work is not None:
+        work.remove()
+    home = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
+    return CompressResult(student.to(home), half.graph, half.found, half.verification, trained, report, folder, files)
+
+
+def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | None:
+    if plan.schedule.epochs == 0:
+        return None
+    objective, alignment = plan.objective, None
+    if objective.feature_weight and half.graph.stages:
+        alignment = AlignedFeatures.of(half.graph, half.found.architecture)
+    elif objective.feature_weight:
+        plan.tell("The model has no module whose features could be compared: distilling from the logits alone.")
+        objective = replace(objective, feature_weight=0.0)
+    return distill(
+        half.student,
+        teacher=half.original,
+        data=plan.data,
+        schedule=plan.schedule,
+        objective=objective,
+        alignment=alignment,
+        augment=plan.data.augment,
+        checkpoint=None if work is None else work.checkpoint,
+        progress=plan.progress,
+        fabric=plan.fabric,
+    )
+
+
+def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
+    found = evaluate(model, plan.data.test, device=plan.device)
+    plan.tell(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
+    return Step(name, MeasuredAccuracy(found.top1, found.n))

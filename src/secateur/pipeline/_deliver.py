@@ -1,0 +1,258 @@
+"""The last part of a run: check, write and export, all in a draft folder that appears whole or not at all."""
+
+import contextlib
+import copy
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save
+from secateur.cost import counted_macs, counted_params
+from secateur.errors import ArtifactError, ExportError
+from secateur.export import LatencyRecord, Quartiles, measure_latency
+from secateur.pipeline._export import export_file
+from secateur.pipeline._open import load
+from secateur.pipeline._plan import Delivery, Format, Plan
+from secateur.pipeline._probe import probe_json, same_bits
+from secateur.pipeline._result import Halfway
+from secateur.report import (
+    Check,
+    FrozenAxis,
+    LayerWidth,
+    Measured,
+    MeasuredLatency,
+    RunReport,
+    Step,
+    TrainedEpoch,
+    write_report,
+)
+from secateur.train import Trained
+
+_PARITY_IMAGES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A run whose computing is done.
+
+    Attributes:
+        plan: What was asked for.
+        half: Original, graph, search.
+        student: The final model, on the device of the run.
+        trained: The recovery, or None.
+        steps: Test accuracy on the way, the original first and the student last.
+        images: A few normalised training images, on the CPU.
+    """
+
+    plan: Plan
+    half: Halfway
+    student: nn.Module
+    trained: Trained | None
+    steps: tuple[Step, ...]
+    images: Tensor
+
+
+def report_of(
+    run: Finished, checks: tuple[Check, ...] = (), latency: tuple[LatencyRecord, ...] = (), notes: tuple[str, ...] = ()
+) -> RunReport:
+    """Every number of a run as plain data."""
+    plan, half = run.plan, run.half
+    provenance = Provenance.here(plan.command, plan.seed)
+    sizes, widths = half.graph.sizes, half.found.architecture.widths
+    history = () if run.trained is None else run.trained.history
+    return RunReport(
+        model=plan.name,
+        data=f"{plan.data.name}: {len(plan.data.train)} training, {len(plan.data.validation)} validation and "
+        f"{len(plan.data.test)} test images",
+        strategy=half.found.strategy,
+        budget=str(plan.budget),
+        before=_measured(half.original, half.found.original.macs, run.steps[0]),
+        after=_measured(run.student, half.found.cost.macs, run.steps[-1]),
+        latency=tuple(map(_measured_latency, latency)),
+        steps=run.steps,
+        widths=tuple(LayerWidth(name, size, widths.get(name, size)) for name, size in sizes.items()),
+        frozen=tuple(FrozenAxis(a.name, a.size, a.frozen_because) for a in half.graph.axes if a.frozen_because),
+        training=tuple(
+            TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
+            for record in history
+            if record.train_loss is not None
+        ),
+        checks=(*_checks_of_the_cut(run), *checks),
+        notes=notes,
+        command=provenance.command,
+        seed=provenance.seed,
+        versions=provenance.versions,
+        machine=provenance.machine,
+        date=provenance.date,
+    )
+
+
+def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, ...]]:
+    """Write the artifact, the exports and the report.
+
+    Returns:
+        The whole report, and the files in their final places.
+    """
+    tell = run.plan.tell
+    with told_of_disk(delivery.folder), atomic_folder(delivery.folder) as draft:
+        save(draft, run.student, _recipe(run, delivery))
+        checks = [_reload_check(run, draft)]
+        checks += [_export(run, draft, form) for form in delivery.formats]
+        latency, notes = _latency(run)
+        report = report_of(run, tuple(checks), latency, notes)
+        write_report(draft / "report.html", report)
+        amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
+        names = sorted(path.name for path in draft.iterdir())
+    for check in report.checks:
+        tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
+    return report, tuple(delivery.folder / name for name in names)
+
+
+@contextlib.contextmanager
+def told_of_disk(folder: Path) -> Generator[None]:
+    """A disk that cannot be written is said in words.
+
+    Raises:
+        ArtifactError: For any OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} could not be written: {error.strerror or error}. Nothing half-written is left there; make room "
+            "or choose another folder, then go on with --resume."
+        ) from error
+
+
+def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:
+    half, proof = run.half, run.half.verification
+    found, params = half.found, counted_params(run.student)
+    macs = counted_macs(run.student, run.images[:1].to(run.plan.device))
+    return (
+        Check(
+            "Sliced model = original with the removed channels zeroed",
+            proof.max_rel <= proof.tolerance,
+            proof.max_abs,
+            proof.max_rel,
+            proof.tolerance,
+            f"in {proof.dtype}",
+        ),
+        Check(
+            "Costs from the graph = costs counted on the cut model",
+            (macs, params) == (found.cost.macs, found.cost.params),
+            detail=f"counted {macs} MACs, {params} parameters; computed {found.cost.macs}, {found.cost.params}",
+        ),
+        Check(
+            "Within the budget",
+            found.budget.allows(found.cost, found.original),
+            detail=f"{found.budget}: {100 * found.cost.macs / max(found.original.macs, 1):.2f} % of the MACs, "
+            f"{100 * found.cost.params / max(found.original.params, 1):.2f} % of the parameters",
+        ),
+    )
+
+
+def _recipe(run: Finished, delivery: Delivery) -> Recipe:
+    plan, half, source = run.plan, run.half, delivery.source
+    return Recipe(
+        source={"kind": "factory", "name": type(plan.model).__qualname__} if source is None else source.to_json(),
+        architecture=half.found.architecture,
+        edits=_edits(plan, run.student, delivery),
+        input_shape=plan.data.size,
+        mean=plan.data.mean,
+        std=plan.data.std,
+        classes=plan.data.classes,
+        cost_before=half.found.original.to_json(),
+        cost_after=half.found.cost.to_json(),
+        provenance=Provenance.here(plan.command, plan.seed),
+    )
+
+
+def _edits(plan: Plan, student: nn.Module, delivery: Delivery) -> tuple[Edit, ...]:
+    # Against the model as its source builds it: the model that was given may be a cut one already.
+    pristine = plan.model if delivery.source is None else delivery.source.build(trust_source=True)
+    return edits_between(pristine, student)
+
+
+def _reload_check(run: Finished, draft: Path) -> Check:
+    delivery = run.plan.delivery
+    own = delivery is not None and delivery.source is None
+    reloaded = load(draft, factory=(lambda: _copy(run.plan.model)) if own else None, trust_source=True).model
+    equal = same_bits(_copy(run.student).cpu(), reloaded, run.images[:_PARITY_IMAGES])
+    detail = f"{min(_PARITY_IMAGES, len(run.images))} images, bit for bit" if equal else "outputs differ"
+    if not equal:
+        raise ArtifactError(
+            "The saved artifact must give the same bits as the model in memory; it does not. This is a bug in "
+            "Secateur: nothing was written; please report the model."
+        )
+    return Check("Reloaded artifact = model in memory", True, 0.0, 0.0, 0.0, detail)
+
+
+def _export(run: Finished, draft: Path, form: Format) -> Check:
+    """Export one file. A failure is a failed check: the artifact itself is good and must not be lost."""
+    name = f"{form.file} = model in PyTorch"
+    try:
+        parity = export_file(run.student, run.images[:_PARITY_IMAGES], draft, form)
+    except ExportError as error:
+        return Check(name, False, detail=f"not written: {error}")
+    sizes = " and ".join(map(str, parity.batch_sizes))
+    return Check(name, True, parity.max_abs, parity.max_rel, parity.tolerance, f"batch sizes {sizes}")
+
+
+def _latency(run: Finished) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
+    try:
+        return measure_latency(run.half.original, run.student, run.images[:1]), ()
+    except ExportError as error:
+        return (), (f"Latency was not measured: {error}",)
+
+
+def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
+    trained = run.trained
+    return {
+        "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
+        "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
+        "latency": [asdict(latency) for latency in report.latency],
+        "history": [] if trained is None else [record.to_json() for record in trained.history],
+        "best_epoch": None if trained is None else trained.best_epoch,
+        "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
+    }
+
+
+def _verification(run: Finished, report: RunReport) -> dict[str, object]:
+    return {
+        "checks": [asdict(check) for check in report.checks],
+        "probe": probe_json(_copy(run.student).cpu(), run.plan.data.size),
+    }
+
+
+def _measured(model: nn.Module, macs: int, step: Step) -> Measured:
+    return Measured(macs, counted_params(model), _weights_bytes(model), step.accuracy)
+
+
+def _weights_bytes(model: nn.Module) -> int:
+    """Size of the weights as one safetensors file."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plain = {str(n): t.detach().cpu().contiguous().clone() for n, t in enumerate(tensors.values())}
+    return len(safetensors.torch.save(plain))
+
+
+def _measured_latency(record: LatencyRecord) -> MeasuredLatency:
+    return MeasuredLatency(
+        runtime=record.runtime,
+        threads=record.threads,
+        batch_size=record.batch_size,
+        rounds=record.rounds,
+        before=_triple(record.before),
+        after=_triple(record.after),
+        speedup=_triple(record.speedup),
+    )
+
+
+def _triple(found: Quartiles) -> tuple[float, float, float]:
+    return found.lower, found.median, found.upper
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()

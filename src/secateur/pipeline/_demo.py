@@ -1,0 +1,98 @@
+"""The whole way on a data set that scikit-learn brings: train a small network, then compress it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from secateur.data import ImageData, load_data
+from secateur.distill import Objective
+from secateur.models import ModelSource, load_model
+from secateur.pipeline._compress import compress, silent
+from secateur.pipeline._outset import check_output
+from secateur.pipeline._plan import Format
+from secateur.pipeline._result import CompressResult
+from secateur.pipeline._work import Leftover
+from secateur.search import PCASlimming, Strategy
+from secateur.train import Progress, Schedule, TerminalProgress, Trained, fit
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings of the demonstration.
+
+    Attributes:
+        budget: Of the compressed network.
+        strategy: How its architecture is found.
+        teaching: Training of the original, from nothing, on the labels.
+        recovery: Distillation of the cut network.
+        label_smoothing: Of the original's training.
+    """
+
+    budget: str = "macs=30%"
+    strategy: Strategy = PCASlimming()  # noqa: RUF009 - frozen
+    teaching: Schedule = Schedule(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
+    recovery: Schedule = Schedule(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
+    label_smoothing: float = 0.05
+
+
+def demo(
+    out: Path | str,
+    *,
+    settings: Demo = Demo(),
+    export: Sequence[Format] = (Format.ONNX,),
+    seed: int = 0,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    tell: Callable[[str], None] = silent,
+    command: str = "",
+) -> CompressResult:
+    """Train a small residual network on handwritten digits, compress it, verify, export and report.
+
+    Args:
+        out: Folder for the artifact; an older artifact there, finished or not, is replaced.
+        settings: See `Demo`.
+        export: Files for other runtimes.
+        seed: Of everything that is random.
+        progress: Shows both trainings.
+        tell: Receives one sentence per step.
+        command: The exact command, for the record.
+
+    Raises:
+        ArtifactError: If the folder holds something else.
+        DataError: If scikit-learn is not installed.
+    """
+    check_output(Path(out))
+    data = load_data("digits", seed=seed)
+    fresh, source = load_model("digits_resnet", seed=seed)
+    tell(f"Training {source.name} on {len(data.train)} digits of {data.name}, {settings.teaching.epochs} epochs.")
+    taught = _teach(fresh, data, settings, seed, progress)
+    tell(f"Trained. Now compressing it to {settings.budget}.")
+    return compress(
+        taught.model,
+        data,
+        budget=settings.budget,
+        strategy=settings.strategy,
+        schedule=settings.recovery,
+        out=out,
+        export=export,
+        source=ModelSource.from_json(source.to_json()),
+        leftover=Leftover.DISCARD,
+        seed=seed,
+        progress=progress,
+        tell=tell,
+        name=source.name,
+        command=command,
+    )
+
+
+def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, progress: Progress) -> Trained:
+    return fit(
+        fresh,
+        data.train,
+        schedule=replace(settings.teaching, seed=seed),
+        objective=Objective.of_labels(label_smoothing=settings.label_smoothing),
+        augment=data.augment,
+        validation=data.validation,
+        progress=progress,
+    )

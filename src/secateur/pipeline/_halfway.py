@@ -1,0 +1,108 @@
+"""The first half of a run: trace, search, cut, heal. No training."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from secateur.architecture import Architecture
+from secateur.cost import Budget, Cost, format_count
+from secateur.graph import ChannelGraph, trace
+from secateur.pipeline._plan import Plan
+from secateur.pipeline._result import Halfway
+from secateur.pipeline._work import Cutting, Workplace
+from secateur.search import Found, search
+from secateur.surgery import Cut, Verification, apply_architecture, cut
+
+Batches = tuple[tuple[Tensor, Tensor], ...]
+
+
+def go_halfway(plan: Plan, batches: Batches, work: Workplace | None) -> Halfway:
+    """Find an architecture, cut the model to it and heal it, or take up what an interrupted run has left.
+
+    Args:
+        plan: The run.
+        batches: Calibration images and labels from the training split, on the device of the run.
+        work: Where to keep the result for a resume.
+    """
+    original = copy.deepcopy(plan.model).to(plan.device).eval()
+    began = time.perf_counter()
+    graph = trace(original, batches[0][0][:2])
+    plan.tell(
+        f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
+        f"{len(graph.prunable)} prunable."
+    )
+    left = None if work is None else work.read()
+    if left is not None:
+        plan.tell("Going on with the interrupted run: its architecture and healed weights are taken as they were.")
+        return _take_up(original, graph, left)
+    found, pruned = _search_and_cut(plan, original, graph, batches)
+    if work is not None:
+        work.write(_cutting(found, pruned))
+    return Halfway(original, pruned.model, pruned.graph, found, pruned.verification)
+
+
+def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches) -> tuple[Found, Cut]:
+    """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget."""
+    images = [images for images, _ in batches]
+    while True:
+        began = time.perf_counter()
+        found = search(
+            original, graph, plan.strategy, budget=plan.budget, batches=batches, space=plan.space, seed=plan.seed
+        )
+        plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
+        began = time.perf_counter()
+        pruned = cut(original, graph, found.architecture, calibration=images, heal=plan.heal)
+        if not pruned.verification.frozen:
+            plan.tell(
+                f"Cut and healed in {time.perf_counter() - began:.1f} s; sliced equals masked within "
+                f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
+            )
+            return found, pruned
+        graph = pruned.graph
+        names = ", ".join(name for name, _ in pruned.verification.frozen)
+        plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+
+
+def _against(found: Found) -> str:
+    return (
+        f"{format_count(found.cost.macs)} of {format_count(found.original.macs)} MACs "
+        f"({100 * found.cost.macs / max(found.original.macs, 1):.1f} %), "
+        f"{format_count(found.cost.params)} of {format_count(found.original.params)} parameters "
+        f"({100 * found.cost.params / max(found.original.params, 1):.1f} %)"
+    )
+
+
+def _cutting(found: Found, pruned: Cut) -> Cutting:
+    graph_frozen = tuple((axis.name, axis.frozen_because) for axis in pruned.graph.axes if axis.frozen_because)
+    return Cutting(
+        found=found.to_json(),
+        frozen=graph_frozen,
+        architecture=pruned.architecture.to_json(),
+        verification=asdict(pruned.verification),
+        student=pruned.model.state_dict(),
+    )
+
+
+def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway:
+    graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
+    student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
+    student.load_state_dict(dict(left.student))
+    fields = cast(Mapping[str, Any], left.verification)
+    verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
+    return Halfway(original, student, graph, _found(left.found), verification)
+
+
+def _found(data: Mapping[str, object]) -> Found:
+    fields = cast(Mapping[str, Any], data)
+    return Found(
+        architecture=Architecture.from_json(fields["architecture"]),
+        cost=Cost.from_json(fields["cost"]),
+        original=Cost.from_json(fields["original"]),
+        budget=Budget.parse(fields["budget"]),
+        strategy=fields["strategy"],
+        notes=dict(fields["notes"]),
+    )

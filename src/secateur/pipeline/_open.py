@@ -1,0 +1,117 @@
+"""Models by name: an artifact folder, or whatever `secateur.models` knows."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from secateur import artifact
+from secateur.artifact import MANIFEST_NAME, Loaded, Manifest
+from secateur.errors import ModelError
+from secateur.models import ModelSource, load_model
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model and where it comes from.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        source: How its original is built.
+        name: For tables and reports.
+        manifest: Of the artifact it was loaded from, or None.
+    """
+
+    model: nn.Module
+    source: ModelSource
+    name: str
+    manifest: Manifest | None = None
+
+
+def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Loaded:
+    """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
+
+    Args:
+        folder: What `compress` or ``secateur compress`` wrote.
+        factory: Builds the original model; needed if it was your own and is not importable by name.
+        trust_source: Import and run the code that the artifact names, for sources of kind ``python``.
+
+    Returns:
+        The model in eval mode on the CPU, and what the artifact says about it.
+
+    Raises:
+        ArtifactError: If the artifact is damaged, tampered with, of a newer version, or names untrusted code.
+        ModelError: If the original model cannot be built here.
+    """
+
+    def build(source: Mapping[str, object]) -> nn.Module:
+        return ModelSource.from_json(source).build(trust_source=trust_source)
+
+    return artifact.load(folder, build=build, factory=factory, trust_source=trust_source)
+
+
+def open_model(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    trust_source: bool = False,
+    seed: int = 0,
+) -> Opened:
+    """A model by name or folder.
+
+    Args:
+        spec: An artifact folder, or a name that `secateur.models.load_model` knows.
+        weights: A safetensors or ``weights_only`` torch file for a named model.
+        num_classes: Classes the model shall have; None means its own.
+        in_channels: Image channels the model shall take; None means its own.
+        trust_source: Allow ``python:`` models and artifacts of such.
+        seed: For initial weights.
+
+    Raises:
+        ModelError: If the name or the weights cannot be used.
+        ArtifactError: If the folder is not a good artifact.
+    """
+    folder = Path(spec)
+    if (folder / MANIFEST_NAME).exists() or (os.sep in spec and ":" not in spec):
+        if weights is not None:
+            raise ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
+        loaded = load(folder, trust_source=trust_source)
+        source = ModelSource.from_json(loaded.manifest.recipe.source)
+        return Opened(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
+    own = spec.startswith("python:")  # a factory of the user's own knows its sizes itself
+    model, source = load_model(
+        spec,
+        weights=weights,
+        num_classes=None if own else num_classes,
+        in_channels=None if own else in_channels,
+        trust_source=trust_source,
+        seed=seed,
+    )
+    return Opened(model, source, source.name)
+
+
+def usual_size(opened: Opened) -> tuple[int, int, int]:
+    """The image size a model was made for, as far as it says so: channels, height, width.
+
+    An artifact knows it, timm's models carry it as ``default_cfg``, Secateur's own are for CIFAR or digits;
+    otherwise 3 x 224 x 224, the size of most classifiers.
+    """
+    if opened.manifest is not None:
+        channels, height, width = opened.manifest.recipe.input_shape
+        return channels, height, width
+    channels = opened.source.arguments.get("in_channels")
+    if opened.source.kind == "secateur":
+        digits = opened.source.name.startswith("digits")
+        return (channels or 1, 8, 8) if digits else (channels or 3, 32, 32)
+    configured: object = getattr(opened.model, "default_cfg", None)
+    if isinstance(configured, Mapping):
+        size = cast(Mapping[str, object], configured).get("input_size")
+        if isinstance(size, tuple | list) and len(cast(Sequence[object], size)) == 3:
+            timm_channels, height, width = (int(side) for side in cast(Sequence[int], size))
+            return channels or timm_channels, height, width
+    return channels or 3, 224, 224

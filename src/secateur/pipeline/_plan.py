@@ -1,0 +1,113 @@
+"""Everything one run of `compress` is asked to do, as frozen data."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from secateur.cost import Budget
+from secateur.data import ImageData
+from secateur.distill import Objective
+from secateur.models import ModelSource
+from secateur.pipeline._work import Leftover
+from secateur.search import SearchSpace, Strategy, describe
+from secateur.surgery import Healer, RecalibrateBatchNorm, Refit
+from secateur.train import Progress, Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+GENTLE = Schedule(epochs=1, learning_rate=0.02)
+"""A short recovery. The rate is low on purpose: a high one wipes out what healing restored."""
+
+ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=1.0)
+"""The teacher's probabilities, a little of the labels, and the teacher's features at the last layer of each size."""
+
+HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
+"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
+
+
+class Format(Enum):
+    """Files that other runtimes read."""
+
+    ONNX = "onnx"
+    """For ONNX Runtime and most others."""
+    PT2 = "pt2"
+    """For `torch.export.load` and ahead-of-time compilation."""
+
+    @property
+    def file(self) -> str:
+        """Its name in an artifact."""
+        return f"model.{self.value}"
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """What is written at the end.
+
+    Attributes:
+        folder: The artifact.
+        formats: Exported files.
+        source: How the original model is built, or None if only the caller knows.
+        leftover: What to do with an interrupted run at the same place.
+    """
+
+    folder: Path
+    formats: tuple[Format, ...]
+    source: ModelSource | None
+    leftover: Leftover
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One run. See `compress` for the fields."""
+
+    model: nn.Module
+    data: ImageData
+    budget: Budget
+    strategy: Strategy
+    space: SearchSpace
+    schedule: Schedule
+    objective: Objective
+    heal: Sequence[Healer]
+    calibration: int
+    seed: int
+    fabric: "Fabric"
+    name: str
+    command: str
+    delivery: Delivery | None
+    progress: Progress
+    tell: Callable[[str], None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.fabric.device
+
+    def settings(self) -> dict[str, str]:
+        """Everything that decides the cut student, as text by name: two runs with the same are the same."""
+        data = self.data
+        return {
+            "model": _digest(self.model),
+            "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "budget": str(self.budget),
+            "strategy": describe(self.strategy),
+            "space": repr(self.space),
+            "heal": ", ".join(describe(healer) for healer in self.heal),
+            "calibration": str(self.calibration),
+            "seed": str(self.seed),
+        }
+
+
+def _digest(model: nn.Module) -> str:
+    """Class and SHA-256 of the weights."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{type(model).__name__} {found.hexdigest()[:16]}"

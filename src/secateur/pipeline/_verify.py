@@ -1,0 +1,114 @@
+"""Verify an artifact where it lies: does it still compute what it did when it was made?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from secateur.artifact import Manifest
+from secateur.cost import counted_macs, counted_params
+from secateur.data import ImageData
+from secateur.pipeline._exported import check_exported
+from secateur.pipeline._open import load
+from secateur.pipeline._plan import Format
+from secateur.pipeline._probe import TOLERANCE, probe_difference, probe_images
+from secateur.report import Check
+from secateur.train import evaluate
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        model: The loaded model.
+        manifest: What the artifact says.
+        checks: Each with its result.
+    """
+
+    model: nn.Module
+    manifest: Manifest
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(
+    folder: Path | str,
+    *,
+    data: ImageData | None = None,
+    factory: Callable[[], nn.Module] | None = None,
+    trust_source: bool = False,
+    device: torch.device | None = None,
+) -> Verified:
+    """Load an artifact and compare what it does with what it says.
+
+    Args:
+        folder: The artifact.
+        data: Also measure its accuracy on the test images.
+        factory: See `secateur.load`.
+        trust_source: See `secateur.load`; a ``.pt2`` file is read only then, because torch may unpickle parts of it.
+        device: Where to measure the accuracy.
+
+    Raises:
+        ArtifactError: If it cannot be loaded at all.
+    """
+    folder = Path(folder)
+    loaded = load(folder, factory=factory, trust_source=trust_source)
+    model, manifest = loaded.model, loaded.manifest
+    checks = [
+        Check(
+            "Weights = SHA-256 in secateur.json",
+            True,
+            detail=f"{manifest.weights_bytes} bytes, {manifest.weights_sha256[:16]}",
+        ),
+        _cost_check(model, manifest),
+    ]
+    checks += _probe_checks(model, manifest)
+    checks += _file_checks(folder, model, manifest, trust_source)
+    if data is not None:
+        checks.append(_accuracy_check(model, manifest, data, device))
+    return Verified(model, manifest, tuple(checks))
+
+
+def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
+    recipe = manifest.recipe
+    found = {"macs": counted_macs(model, probe_images(recipe.input_shape)), "params": counted_params(model)}
+    said = {name: recipe.cost_after.get(name) for name in found}
+    return Check("Counted costs = recorded costs", found == said, detail=f"counted {found}, recorded {said}")
+
+
+def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
+    probe = manifest.recipe.verification.get("probe")
+    if not isinstance(probe, Mapping):
+        return []
+    recorded = cast(Mapping[str, object], probe)
+    absolute, relative = probe_difference(model, manifest.recipe.input_shape, recorded)
+    name = "Outputs for a seeded input = recorded outputs"
+    return [Check(name, relative <= TOLERANCE, absolute, relative, TOLERANCE, "as on the machine that made it")]
+
+
+def _file_checks(folder: Path, model: nn.Module, manifest: Manifest, trust_source: bool) -> list[Check]:
+    images = probe_images(manifest.recipe.input_shape)
+    # Reading a .pt2 file may run code that it holds: without trust it is passed over, which is no failure.
+    formats = [form for form in Format if form is not Format.PT2 or trust_source]
+    present = [(folder / form.file, form) for form in formats if (folder / form.file).is_file()]
+    return [check_exported(path, form, model, images) for path, form in present]
+
+
+def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, device: torch.device | None) -> Check:
+    found = evaluate(model, data.test, device=device)
+    steps = cast(list[dict[str, Any]], manifest.recipe.metrics.get("test_accuracy", []))
+    name = f"Test accuracy on {data.name} = recorded accuracy"
+    if not steps or steps[-1]["n"] != found.n:
+        return Check(name, True, detail=f"{100 * found.top1:.2f} % of {found.n} images; recorded on other images")
+    said = float(steps[-1]["top1"])
+    # Other kernels may turn a prediction that was a tie: one image in a thousand is allowed.
+    held = abs(found.top1 - said) <= max(1e-3, 1.5 / found.n)
+    return Check(name, held, detail=f"{100 * found.top1:.2f} % of {found.n} images; recorded {100 * said:.2f} %")

@@ -103,10 +103,6 @@ class Fields:
         """A field that is an int or null."""
         return None if self._get(key) is None else self.integer(key, least=least)
 
-    def optional_text(self, key: str) -> str | None:
-        """A field that is a string or null."""
-        return None if self._get(key) is None else self.text(key)
-
     def integers(self, key: str, *, least: int, limit: int) -> tuple[int, ...]:
         """A field that is a list of ints."""
         found = self.items(key, limit)

@@ -81,14 +81,14 @@ def deserialise(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
         ) from error
     held = {record.name: record for record in records if record.same_as is None}
     _same_names(found, held, "model.safetensors", "secateur.json")
-    for name, record in held.items():
-        _check_tensor(found[name], record)
     for record in records:
-        if record.same_as is not None and record.same_as not in held:
+        holder = record.same_as or record.name
+        if holder not in held:
             raise ArtifactError(
-                f"{record.name} must be the same as a tensor of the file; got {record.same_as!r} (secateur.json). "
+                f"{record.name} must be the same as a tensor of the file; got {holder!r} (secateur.json). "
                 "The file is damaged: save the artifact again."
             )
+        _check_tensor(found[holder], record)
     return found
 
 
@@ -103,9 +103,11 @@ def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[
     made: dict[str, Tensor] = {}
     for record in records:
         old = present[record.name]
-        if old.dim() != len(record.shape) or isinstance(old, nn.Parameter) != record.parameter:
+        saved = _kind(record.parameter, _DTYPES[record.dtype], len(record.shape))
+        built = _kind(isinstance(old, nn.Parameter), old.dtype, old.dim())
+        if saved != built:
             raise ArtifactError(
-                f"{record.name} must have {old.dim()} dimensions as in the model's source; got shape {record.shape}. "
+                f"{record.name} must be {built} as in the model's source; got {saved}. "
                 "The source builds another model than the one that was saved: use the same version of its code."
             )
         holder = record.same_as or record.name
@@ -115,6 +117,11 @@ def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[
             made[holder] = nn.Parameter(value, requires_grad=old.requires_grad) if record.parameter else value
         path, _, leaf = record.name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made[holder])
+
+
+def _kind(parameter: bool, dtype: torch.dtype, dimensions: int) -> str:
+    numbers = "floats" if dtype.is_floating_point else "whole numbers"
+    return f"a {'parameter' if parameter else 'buffer'} of {numbers} with {dimensions} dimensions"
 
 
 def _layout(tensor: Tensor) -> str:

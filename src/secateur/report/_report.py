@@ -110,7 +110,7 @@ def _speed(speedup: tuple[float, float, float]) -> str:
     if lower < 1 < upper or abs(median - 1) < _NOTABLE:
         return "about as fast as before"
     words = _format.factor(median)
-    return f"{words} as fast" if median > 1 else f"slower ({words} the speed)"
+    return f"{words}\u00a0as\u00a0fast" if median > 1 else f"slower ({words} the speed)"
 
 
 def _images(run: RunReport) -> str:

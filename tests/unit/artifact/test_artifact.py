@@ -198,9 +198,7 @@ def test_one_changed_fact_is_refused(saved: Path, old: str, new: str) -> None:
     text = (saved / MANIFEST_NAME).read_text()
     assert old in text
     (saved / MANIFEST_NAME).write_text(text.replace(old, new, 1))
-    with pytest.raises(
-        ArtifactError, match=r"must have the SHA-256 that its last line says.* by hand"
-    ):
+    with pytest.raises(ArtifactError, match=r"must have the SHA-256 that its last line says.* by hand"):
         load(saved, build=build)
 
 
@@ -243,6 +241,11 @@ def test_a_folder_or_pipe_instead_of_a_file_is_refused(saved: Path) -> None:
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"`folder` must hold secateur.json; got no such file"):
         load(tmp_path / "nowhere", build=build)
+
+
+def test_a_file_instead_of_the_folder_is_refused(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"could not be read: Not a directory\. Check the path"):
+        load(saved / MANIFEST_NAME, build=build)
 
 
 def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> None:
@@ -291,8 +294,17 @@ def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> N
         (lambda d: d["weights"]["tensors"][0].update(shape=[1] * 20), "must be a list of at most 8 items"),
         (lambda d: d["weights"]["tensors"][0].update(dtype="object"), "must be object of shape"),
         (lambda d: d["weights"]["tensors"][0].update(layout="odd"), "must have a layout that fits"),
+        (
+            lambda d: d["weights"]["tensors"].append({**d["weights"]["tensors"][0], "same_as": "x"}),
+            "must be the same as a",
+        ),
+        (lambda d: d["weights"].update(sha256=None), "`weights.sha256` must be a string"),
+        (lambda d: d["provenance"].update(seed="1"), "`provenance.seed` must be an integer"),
         (lambda d: d["weights"]["tensors"][0].update(buffer="no"), "buffer` must be true or false"),
-        (lambda d: d["weights"]["tensors"][0].update(buffer=True), "must have 4 dimensions|must be a parameter"),
+        (
+            lambda d: d["weights"]["tensors"][0].update(buffer=True),
+            "must be a parameter of floats with 4 dimensions .* got a buffer",
+        ),
     ],
 )
 def test_damaged_manifests_are_refused(saved: Path, change, message: str) -> None:
@@ -335,6 +347,18 @@ def test_nan_weights_are_refused_on_loading(saved: Path) -> None:
     tensors["conv.bias"][1] = float("nan")
     rewrite_weights(saved, safetensors.torch.save(tensors))
     with pytest.raises(ArtifactError, match=r"conv.bias must not hold NaN; got 1 \(model.safetensors\)"):
+        load(saved, build=build)
+
+
+def test_whole_numbers_in_the_place_of_floats_are_refused(saved: Path) -> None:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(saved / WEIGHTS_NAME)
+    tensors["conv.bias"] = tensors["conv.bias"].long()
+    rewrite_weights(saved, safetensors.torch.save(tensors))
+    names = [record.name for record in read_manifest(saved).tensors]
+    change_manifest(saved, lambda d: d["weights"]["tensors"][names.index("conv.bias")].update(dtype="int64"))
+    with pytest.raises(ArtifactError, match=r"conv.bias must be a parameter of floats .* got a parameter of whole"):
         load(saved, build=build)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import DataError
-from secateur.graph import ChannelAxis
+from secateur.graph import ChannelAxis, Role
 from secateur.importance._base import Evidence, FloatArray, Importance, checked_scores
 
 Batch = tuple[Tensor, Tensor]
@@ -19,16 +19,22 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Taylor(Importance):
-    """Change of the loss when all parameters of a channel become zero, to first order.
+    """Change of the loss when a channel becomes zero wherever it is read, to first order.
 
-    For one batch with mean cross-entropy L:  |sum over w in the channel of w * dL/dw|, where the channel's parameters
-    are those at every site of its axis (the filters that produce it, their norms, the weights that read it). The
-    score is the mean over the batches. The model runs in evaluation mode, so that batch norms keep their statistics
-    and the weights before them matter.
+    For one batch with mean cross-entropy L:  |sum over w reading the channel of w * dL/dw|. The weights that read a
+    channel x are those of the convolutions and linears with the axis at their input; for them the sum is
+    sum over images and positions of x * dL/dx, the derivative by a gate on the channel. The score is the mean over
+    the batches; since the absolute value is taken first, many small batches tell more than few large ones. The model
+    runs in evaluation mode. An axis that no weight reads (the queries of an attention) sums over all its sites.
+
+    Only the reading weights count: the sums over the filters that produce the channel and over its norms estimate the
+    same change again, and with less of it (under a batch norm the filter's sum leaves out the shift). Measured on a
+    ResNet-20 for CIFAR-10 cut to 70 % of its MACs by one ranking, no healing: accuracy 0.28 with all sites, 0.51 with
+    the reading weights (first 1,000 test images, 256 images to score).
 
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv:1906.10771, Section 3: the first-order
-        criterion, joint over the parameters of a channel. The paper squares the sum; the absolute value ranks one
+        criterion with gates. The paper squares the sum; the absolute value ranks one
         batch alike and keeps the unit.
     """
 
@@ -82,9 +88,9 @@ def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _channel_sums(axis: ChannelAxis, products: dict[str, FloatArray]) -> FloatArray:
+    sites = [site for site in axis.sites if site.tensor in products]
     total = np.zeros(axis.size)
-    for site in axis.sites:
-        if site.tensor in products:
-            values = np.moveaxis(products[site.tensor], site.dim, 0)
-            total += values.reshape(len(values), -1).sum(axis=1)[site.index].sum(axis=1)
+    for site in [site for site in sites if site.role is Role.INPUT] or sites:
+        values = np.moveaxis(products[site.tensor], site.dim, 0)
+        total += values.reshape(len(values), -1).sum(axis=1)[site.index].sum(axis=1)
     return total

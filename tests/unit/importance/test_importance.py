@@ -171,7 +171,7 @@ def test_taylor_is_the_first_order_change_of_the_loss():
         with torch.no_grad():
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             for site in axis.sites:
-                if "running" not in site.tensor:
+                if site.role is Role.INPUT:
                     view = state[site.tensor].movedim(site.dim, 0)
                     view[site.index[channel]] *= scale
             output = torch.func.functional_call(model, state, (images.double(),))
@@ -181,6 +181,32 @@ def test_taylor_is_the_first_order_change_of_the_loss():
     for axis in graph.prunable:
         slopes = [(loss(1 + 1e-4, axis, c) - loss(1 - 1e-4, axis, c)) / 2e-4 for c in range(axis.size)]
         np.testing.assert_allclose(scores[axis.name], np.abs(slopes), rtol=1e-4, atol=1e-6)
+
+
+def test_taylor_is_the_derivative_by_a_gate_on_the_channel():
+    model, graph = plain()
+    model.double()
+    images, labels = batches(graph, 10, count=1)[0]
+    gate = torch.ones(1, 8, 1, 1, dtype=torch.float64, requires_grad=True)
+    hook = model.conv2.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * gate,))
+    functional.cross_entropy(model(images.double()), labels).backward()
+    hook.remove()
+    scores = Taylor().scores(Evidence(model, graph, ((images.double(), labels),)))
+    np.testing.assert_allclose(scores["conv1"], gate.grad.abs().flatten().numpy(), rtol=1e-10)
+
+
+def test_taylor_of_an_axis_that_no_weight_reads_sums_over_its_sites():
+    model, graph = plain()
+    axis = graph.by_name["conv1"]
+    object.__setattr__(axis, "sites", tuple(site for site in axis.sites if site.role is not Role.INPUT))
+    pair = batches(graph, 10, count=1)
+    scores = Taylor().scores(Evidence(model, graph, pair))["conv1"]
+    functional.cross_entropy(model(pair[0][0]), pair[0][1]).backward()
+    conv, norm = model.conv1, model.bn1
+    expected = (
+        (conv.weight * conv.weight.grad).sum((1, 2, 3)) + norm.weight * norm.weight.grad + norm.bias * norm.bias.grad
+    )
+    np.testing.assert_allclose(scores, expected.abs().detach().numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_taylor_averages_the_absolute_values_of_batches():

@@ -1,10 +1,10 @@
 """Costs counted by running the model: independent of the channel graph, to check it against."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.graph import shadow_of
 
 
 def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
@@ -18,7 +18,7 @@ def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
         example: Its input, or several; only the first sample of each (dimension 0) is used.
     """
     inputs = example if isinstance(example, tuple) else (example,)
-    running = copy.deepcopy(model).eval()
+    running = shadow_of(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), FlopCounterMode(display=False) as counter:

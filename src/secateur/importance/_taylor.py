@@ -1,6 +1,5 @@
 """Importance by the change of the loss, to first order."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import DataError
-from secateur.graph import ChannelAxis, Role
+from secateur.graph import ChannelAxis, Role, shadow_of
 from secateur.importance._base import Evidence, FloatArray, Importance, checked_scores
 
 Batch = tuple[Tensor, Tensor]
@@ -47,9 +46,12 @@ class Taylor(Importance):
         """
         if not evidence.batches:
             raise DataError("`batches` must hold labelled images for Taylor; got none. Pass calibration data.")
-        model = copy.deepcopy(evidence.model).eval()
+        model = shadow_of(evidence.model)
+        leaves = {
+            id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
+        }
         named = model.named_parameters(remove_duplicate=False)
-        parameters = {name: weight.requires_grad_() for name, weight in named if weight.is_floating_point()}
+        parameters = {name: leaves[id(weight)] for name, weight in named if leaves[id(weight)].requires_grad}
         axes = evidence.graph.prunable
         sums = {axis.name: np.zeros(axis.size) for axis in axes}
         for batch in evidence.batches:
@@ -64,7 +66,7 @@ def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], b
     """w * dL/dw of every parameter, as float64 on the CPU."""
     images, labels = batch
     with torch.enable_grad():
-        loss = functional.cross_entropy(_logits(model, images, labels), labels)
+        loss = functional.cross_entropy(_logits(model, parameters, images, labels), labels)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     gradients = cast("tuple[Tensor | None, ...]", found)  # the stubs forget allow_unused
     return {
@@ -74,8 +76,8 @@ def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], b
     }
 
 
-def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    output = model(images)
+def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    output = torch.func.functional_call(model, dict(parameters), (images,))
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(labels):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise DataError(f"`model` must return logits ({len(labels)}, classes) for Taylor; got {got}. Wrap the model.")

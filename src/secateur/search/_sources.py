@@ -1,6 +1,5 @@
 """What the principal components of a layer are taken of: its weights or its activations."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, ModelError
-from secateur.graph import ChannelAxis
+from secateur.graph import ChannelAxis, shadow_of
 from secateur.importance import Evidence, Filters, producers, tensors_of
 from secateur.search._covariance import RunningCovariance, observe, readers
 from secateur.search._problem import FloatArray
@@ -103,8 +102,7 @@ class Activations(Source):
         if not evidence.batches:
             raise DataError("`batches` must hold images for Activations; got none. Pass calibration data.")
         taps = _taps(evidence)
-        model = copy.deepcopy(evidence.model).eval()
-        measured = observe(model, evidence.graph, taps, [images for images, _ in evidence.batches])
+        measured = observe(shadow_of(evidence.model), evidence.graph, taps, [images for images, _ in evidence.batches])
         weights: dict[str, FloatArray] | None = None
         found: dict[str, FloatArray] = {}
         for axis in evidence.graph.prunable:
@@ -177,9 +175,8 @@ def _followers(evidence: Evidence) -> dict[str, str]:
     names = {name for axis in evidence.graph.prunable for name in _producing_modules(axis, evidence.model)}
     if not evidence.graph.example:
         return {}
-    model = copy.deepcopy(evidence.model).eval()
     with torch.no_grad():
-        return readers(model, evidence.graph.example, names)
+        return readers(shadow_of(evidence.model), evidence.graph.example, names)
 
 
 def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:

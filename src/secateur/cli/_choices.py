@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from secateur.cli._options import ImportanceName, OptimiserName, PrecisionName, StrategyName
@@ -20,14 +21,14 @@ def strategy_of(name: StrategyName, importance: ImportanceName | None) -> Strate
     """The strategy of a name, with an importance or with its usual one."""
     from secateur.search import Activations, GlobalImportance, Knapsack, PCASlimming, Uniform
 
-    given = {} if importance is None else {"importance": importance_of(importance)}
-    if name is StrategyName.KNAPSACK:
-        return Knapsack(**given)
-    if name is StrategyName.PCA:
-        return PCASlimming(**given)
-    if name is StrategyName.PCA_ACTIVATIONS:
-        return PCASlimming(source=Activations(), **given)
-    return GlobalImportance(**given) if name is StrategyName.GLOBAL else Uniform(**given)
+    usual: Knapsack | PCASlimming | GlobalImportance | Uniform = {
+        StrategyName.KNAPSACK: Knapsack(),
+        StrategyName.PCA: PCASlimming(),
+        StrategyName.PCA_ACTIVATIONS: PCASlimming(source=Activations()),
+        StrategyName.GLOBAL: GlobalImportance(),
+        StrategyName.UNIFORM: Uniform(),
+    }[name]
+    return usual if importance is None else replace(usual, importance=importance_of(importance))
 
 
 def importance_of(name: ImportanceName) -> Importance:

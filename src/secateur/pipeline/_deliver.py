@@ -81,7 +81,7 @@ def report_of(
             if record.train_loss is not None
         ),
         checks=(*_checks_of_the_cut(run), *checks),
-        notes=notes,
+        notes=(*notes, *_doubts(run)),
         command=provenance.command,
         seed=provenance.seed,
         versions=provenance.versions,
@@ -106,6 +106,8 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         write_report(draft / "report.html", report)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
         names = sorted(path.name for path in draft.iterdir())
+    for note in report.notes:
+        tell(f"Note: {note}")
     for check in report.checks:
         tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
     return report, tuple(delivery.folder / name for name in names)
@@ -174,6 +176,17 @@ def _edits(plan: Plan, student: nn.Module, delivery: Delivery) -> tuple[Edit, ..
     # Against the model as its source builds it: the model that was given may be a cut one already.
     pristine = plan.model if delivery.source is None else delivery.source.build(trust_source=True)
     return edits_between(pristine, student)
+
+
+def _doubts(run: Finished) -> tuple[str, ...]:
+    """What a reader must know before believing the rest."""
+    first, chance = run.steps[0].accuracy, 1 / len(run.plan.data.classes)
+    if first.top1 > 2 * chance:
+        return ()
+    return (
+        f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
+        f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std).",
+    )
 
 
 def _reload_check(run: Finished, draft: Path) -> Check:

@@ -12,8 +12,8 @@ FULL_ENOUGH = 0.995
 """Filling stops here. Going on would only widen the layers whose channels cost next to nothing."""
 PROMISED = 0.99
 """Below this utilisation widths are exchanged between axes: a search lands at most 1 % under its budget."""
-_NEARBY = 50_000
-"""Most architectures that are tried around one that leaves the budget emptier than promised; tenths of a second."""
+_NEARBY = 200_000
+"""Most architectures that are tried around one that leaves the budget emptier than promised; a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,10 @@ def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
     2. the steps after it, still in order, that fit the room that is left. A step that does not fit never will, since
        costs only grow, so its axis is finished;
     3. if the budget is then less than 99 % full (the steps are coarse), the nearest architecture, in steps, that fills
-       it to 99 %: among all those within r steps on every axis, for the largest r with up to 50,000 of them. A space
+       it to 99 %: among all those within r steps on every axis, for the largest r with up to 200,000 of them. A space
        with that few architectures is thus searched completely;
-    4. if there is none, one step down of an axis against one step up of another, as long as that fills it better.
+    4. if there is none, one step down of an axis against one step up of another, as long as that fills it better,
+       and then 3 again from there.
 
     Args:
         problem: Levels, costs and limits.
@@ -56,8 +57,8 @@ def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
     """
     ladder = _Ladder.of(problem, keys)
     counts, threshold = ladder.climb()
-    counts, utilisation = ladder.exchange(ladder.nearest(counts))
-    return Fit(ladder.widths(counts[None])[0], threshold, utilisation)
+    counts = ladder.nearest(ladder.exchange(ladder.nearest(counts)))
+    return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilisation(counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +147,9 @@ class _Ladder:
                 return candidates[good[np.lexsort((-full[good], steps))[0]]]
             if (low == 0).all() and (high == self.tops).all():
                 return counts
-            radius *= 2
+            radius += 1
 
-    def exchange(self, counts: IntArray) -> tuple[IntArray, float]:
+    def exchange(self, counts: IntArray) -> IntArray:
         """One step down against one step up while the budget is emptier than promised and that fills it better."""
         now = self.utilisation(counts)
         while now < PROMISED:
@@ -156,7 +157,7 @@ class _Ladder:
             if value <= now:
                 break
             counts, now = better, value
-        return counts, now
+        return counts
 
     def _best_neighbour(self, counts: IntArray) -> tuple[IntArray, float]:
         """The fullest architecture within the budget that is one step up, or one down and one up, from here."""

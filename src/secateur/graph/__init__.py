@@ -4,4 +4,15 @@ from secateur.graph._channels import Activation, ChannelAxis, ChannelGraph, Exte
 from secateur.graph._record import shadow_of
 from secateur.graph._trace import trace
 
-__all__ = ["Activation", "ChannelAxis", "ChannelGraph", "Extent", "Operation", "Role", "Site", "SizeEdit", "shadow_of", "trace"]
+__all__ = [
+    "Activation",
+    "ChannelAxis",
+    "ChannelGraph",
+    "Extent",
+    "Operation",
+    "Role",
+    "Site",
+    "SizeEdit",
+    "shadow_of",
+    "trace",
+]

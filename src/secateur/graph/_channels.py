@@ -80,7 +80,6 @@ class Extent:
         """The number of channels when each axis has ``widths[name]`` channels."""
         return self.base + sum(k * widths[name] for name, k in self.terms)
 
-
     def fixing(self, sizes: Mapping[str, int]) -> "Extent":
         """The same number where these axes are always whole."""
         if not any(name in sizes for name, _ in self.terms):

@@ -42,7 +42,11 @@ class OperationRecorder(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         out = func(*args, **kwargs)
-        outputs = (out,) if isinstance(out, torch.Tensor) else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        outputs = (
+            (out,)
+            if isinstance(out, torch.Tensor)
+            else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        )
         name = func._schema.name.split("::")[1]
         if name.endswith("_") and not name.startswith("__"):
             name = name[:-1]

@@ -97,7 +97,9 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         tensors={s.name: _extents(solution, s) for s in ledger.stored.values()},
         parameters=tuple(s.name for s in ledger.stored.values() if s.is_parameter),
         edits=tuple(
-            SizeEdit(place.module, place.attribute, place.item, extent) for place, extent in edited.items() if extent.terms
+            SizeEdit(place.module, place.attribute, place.item, extent)
+            for place, extent in edited.items()
+            if extent.terms
         ),
         activations=_activations(ledger, solution),
         stages=_stages(ledger),
@@ -164,9 +166,7 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
 
 
 def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:
-    owner: dict[int, tuple[str, int]] = {
-        int(stored.ids[dim][0]): (stored.name, dim) for stored, dim in places.tensors
-    }
+    owner: dict[int, tuple[str, int]] = {int(stored.ids[dim][0]): (stored.name, dim) for stored, dim in places.tensors}
     roles: dict[tuple[str, int], Role] = {}
     for ids, role in ledger.roles:
         if len(ids) and int(ids[0]) in owner:
@@ -195,9 +195,7 @@ def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
-def _settle_sizes(
-    ledger: Ledger, solution: _Solution, attributes: Mapping[Attribute, int]
-) -> dict[Attribute, Extent]:
+def _settle_sizes(ledger: Ledger, solution: _Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
     """Find the new value of every int attribute; freeze channels whose sizes cannot follow. Repeats until stable."""
     while True:
         news = _freeze_partial(ledger, solution)
@@ -242,7 +240,9 @@ def _freeze_unless_consistent(
     if not vectors:
         names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
         return solution.freeze_named(names, f"{binding.where} needs {describe(binding.expression)} as it is")
-    return solution.freeze(vectors, f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow")
+    return solution.freeze(
+        vectors, f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow"
+    )
 
 
 def _mentions(expression: Expression, edited: Mapping[Attribute, Extent]) -> bool:
@@ -269,7 +269,8 @@ def _whole(solution: _Solution, ids: IntArray) -> Extent:
 
 def _extents(solution: _Solution, stored: Stored) -> tuple[Extent, ...]:
     return tuple(
-        _whole(solution, stored.ids[dim]) if dim in stored.ids else Extent(size) for dim, size in enumerate(stored.shape)
+        _whole(solution, stored.ids[dim]) if dim in stored.ids else Extent(size)
+        for dim, size in enumerate(stored.shape)
     )
 
 

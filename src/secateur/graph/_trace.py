@@ -35,8 +35,6 @@ def trace(model: nn.Module, example: torch.Tensor | tuple[Any, ...]) -> ChannelG
     if next(model.parameters(), None) is None:
         raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
     batch = tensors[0].shape[0] if tensors[0].dim() else 1
-    single = tuple(
-        t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments
-    )
+    single = tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)
     ledger, attributes = record(model, single)
     return solve(ledger, attributes, single)

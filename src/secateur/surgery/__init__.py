@@ -1,6 +1,6 @@
 """Surgery: cut a model for real, prove the cut, heal it without training."""
 
-from secateur.surgery._cut import Cut, Healer, Wound, cut
+from secateur.surgery._cut import Cut, Healer, Healing, Wound, cut, output_distance
 from secateur.surgery._recalibrate import RecalibrateBatchNorm
 from secateur.surgery._refit import Refit
 from secateur.surgery._slice import apply_architecture, declare_sizes, mask_removed, parameter_share, set_sizes
@@ -9,6 +9,7 @@ from secateur.surgery._verify import Verification
 __all__ = [
     "Cut",
     "Healer",
+    "Healing",
     "RecalibrateBatchNorm",
     "Refit",
     "Verification",
@@ -17,6 +18,7 @@ __all__ = [
     "cut",
     "declare_sizes",
     "mask_removed",
+    "output_distance",
     "parameter_share",
     "set_sizes",
 ]

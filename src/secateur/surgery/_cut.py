@@ -6,10 +6,11 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, shadow_of
 from secateur.surgery._slice import apply_architecture, check_architecture
 from secateur.surgery._verify import Mismatch, Verification, compare
 
@@ -30,6 +31,12 @@ class Wound:
     architecture: Architecture
     images: tuple[torch.Tensor, ...]
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether any channel was removed."""
+        sizes = self.graph.sizes
+        return any(len(channels) < sizes[name] for name, channels in self.architecture.kept)
+
 
 class Healer(Protocol):
     """A closed-form repair of a freshly cut model."""
@@ -37,6 +44,23 @@ class Healer(Protocol):
     def heal_(self, small: nn.Module, wound: Wound) -> None:
         """Change the weights or statistics of ``small`` in place."""
         ...
+
+
+@dataclass(frozen=True)
+class Healing:
+    """One repair and what it did to the logits.
+
+    Attributes:
+        healer: Its name and configuration.
+        before: Distance from the original's outputs on the calibration images before: see `output_distance`.
+        after: The same after.
+        kept: False if it made things worse and was undone.
+    """
+
+    healer: str
+    before: float
+    after: float
+    kept: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +72,14 @@ class Cut:
         graph: The graph it was cut by; axes that could not be cut right are frozen in it.
         architecture: What was kept; whole on axes that had to be frozen.
         verification: Sliced against masked, before healing.
+        healing: What each repair did.
     """
 
     model: nn.Module
     graph: ChannelGraph
     architecture: Architecture
     verification: Verification
+    healing: tuple[Healing, ...] = ()
 
 
 def cut(
@@ -68,7 +94,8 @@ def cut(
 
     The sliced model must equal the original with the removed channels zeroed. Where it does not, the module in which
     they first differ is found, its channels are frozen with a reason, and the cut is made again: a wrong model is
-    never returned, at worst a larger one.
+    never returned, at worst a larger one. A repair after which the outputs on the calibration images lie further from
+    the original's than before is undone: what helps one model (new batch norm statistics, say) hurts another.
 
     Args:
         model: The traced model; not modified.
@@ -94,9 +121,50 @@ def cut(
         graph = graph.with_frozen(reasons)
         architecture = Architecture.of({n: c for n, c in architecture.kept if n not in reasons})
     wound = Wound(model, graph, architecture, tuple(calibration))
+    healing = _heal_(small, wound, heal)
+    return Cut(small, graph, architecture, replace(result, frozen=frozen), healing)
+
+
+def _heal_(small: nn.Module, wound: Wound, heal: Sequence[Healer]) -> tuple[Healing, ...]:
+    if not heal or not wound.was_cut:
+        return ()
+    wanted = _run(wound.original, wound.images)
+    now = _distance(wanted, _run(small, wound.images))
+    done: list[Healing] = []
     for healer in heal:
+        saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         healer.heal_(small, wound)
-    return Cut(small, graph, architecture, replace(result, frozen=frozen))
+        after = _distance(wanted, _run(small, wound.images))
+        kept = after <= now
+        done.append(Healing(repr(healer), now, after, kept))
+        if kept:
+            now = after
+        else:
+            small.load_state_dict(saved)
+    return tuple(done)
+
+
+def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
+    """How far the outputs of a cut model are from the original's: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
+
+    Dimensionless; 0 is equal, 1 is as good as always giving the mean output. Needs no labels.
+    """
+    return _distance(_run(original, images), _run(small, images))
+
+
+def _run(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    model = shadow_of(model)
+    with torch.no_grad():
+        outputs = [tree_leaves(model(batch)) for batch in images]
+    flat = [torch.cat([t.flatten(1) for t in out if t.is_floating_point()], 1) for out in outputs]
+    return torch.cat(flat).double()
+
+
+def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    error = (got - wanted).square().sum(1).mean()
+    spread = (wanted - wanted.mean(0)).square().sum(1).mean()
+    distance = float(error / spread.clamp_min(1e-30))
+    return distance if distance == distance else float("inf")
 
 
 def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:

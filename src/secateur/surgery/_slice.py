@@ -50,7 +50,8 @@ def kept_positions_of_tensors(graph: ChannelGraph, architecture: Architecture) -
                 dims[site.dim] = np.ones(full_size(graph, site.tensor, site.dim), dtype=bool)
             dims[site.dim][site.index[gone].reshape(-1)] = False
     return {
-        tensor: {dim: np.flatnonzero(mask).astype(np.int64) for dim, mask in dims.items()} for tensor, dims in masks.items()
+        tensor: {dim: np.flatnonzero(mask).astype(np.int64) for dim, mask in dims.items()}
+        for tensor, dims in masks.items()
     }
 
 

@@ -53,14 +53,18 @@ class Mismatch:
     what: str
 
 
-def compare(model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> Verification | Mismatch:
+def compare(
+    model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> Verification | Mismatch:
     """Run both on the example and compare; look again in float64 where rounding may be the reason."""
     example = graph.example
     masked = mask_removed(model, graph, architecture).eval()
     sliced = copy.copy(small) if not small.training else copy.deepcopy(small).eval()
     want = _outputs(masked, example)
     if not all(bool(torch.isfinite(t).all()) for t in want):
-        raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
+        raise SurgeryError(
+            "the model's output on the example is not finite (NaN or inf). Check its weights and the input."
+        )
     try:
         got = _outputs(sliced, example)
     except Exception as error:

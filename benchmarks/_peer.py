@@ -1,0 +1,33 @@
+"""Torch-Pruning, the peer we measure against, used through its own documented API."""
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+
+
+def prune_inner_convolutions(model: nn.Module, example: torch.Tensor, *, kept_fraction: float) -> nn.Module:
+    """GroupMagnitudeImportance over the first convolution of every residual block, the same ratio everywhere.
+
+    Torch-Pruning 1.6.1 does not handle option-A shortcuts (subsampling and zero-padding of channels), so the residual
+    streams are left whole: every other layer is in its ``ignored_layers``.
+    """
+    import torch_pruning as tp  # type: ignore[import-not-found]
+
+    small = copy.deepcopy(model).eval()
+    inner = {m for name, m in small.named_modules() if name.startswith("layer") and name.endswith(".conv1")}
+    ignored = [m for m in small.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in inner]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.BasePruner(
+            small,
+            example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=1 - kept_fraction,
+            ignored_layers=ignored,
+        )
+        pruner.step()
+    for parameter in small.parameters():
+        parameter.requires_grad_(True)
+    return small.eval()

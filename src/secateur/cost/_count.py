@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.graph import shadow_of
 
@@ -17,6 +16,9 @@ def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
         model: Any module.
         example: Its input, or several; only the first sample of each (dimension 0) is used.
     """
+    # Imported here: it brings Triton along, a quarter of a second that only counting needs.
+    from torch.utils.flop_counter import FlopCounterMode
+
     inputs = example if isinstance(example, tuple) else (example,)
     running = shadow_of(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -41,7 +41,7 @@ def write_record(name: str, record: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)
     return path
 
 

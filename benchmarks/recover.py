@@ -64,7 +64,9 @@ METHODS: dict[str, Callable[[nn.Module, ImageData, int], Recipe]] = {
 }
 
 
-def run(depth: int, method: str, epochs: int, seed: int, rate: float, data: ImageData) -> dict[str, Any]:
+def run(  # noqa: PLR0917
+    depth: int, method: str, epochs: int, seed: int, rate: float, data: ImageData
+) -> dict[str, Any]:
     """One recovery."""
     teacher, _ = load_model(f"cifar_resnet{depth}", weights=WEIGHTS / f"cifar10_resnet{depth}.safetensors")
     student, objective, alignment = METHODS[method](teacher, data, seed)

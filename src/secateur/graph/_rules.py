@@ -324,18 +324,17 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
     incoming = call.ids(source).get(1)
-    positions = math.prod((source if transposed else out).shape[2:])
+    factor = float(math.prod((source if transposed else out).shape[2:]) * math.prod(weight.shape[2:]))
     if groups == 1:
         _connect(call, incoming, consumed)
-        _count(call, positions * math.prod(weight.shape[2:]), weight, produced, consumed, (out_dim, in_dim))
     elif transposed:
         reason = f"{call.where}: grouped transposed convolution"
         call.ledger.freeze_all([call.ids(source), call.ids(weight)], reason)
-        _count(call, positions * math.prod(weight.shape[2:]), weight, None, None, (out_dim, in_dim))
+        _count(call, factor, weight, (None, None), out_dim)
         return [{}]
     else:
         produced = _grouped(call, incoming, weight, groups)
-        _count(call, positions * math.prod(weight.shape[2:]), weight, produced, consumed, (out_dim, in_dim))
+    _count(call, factor, weight, (produced, consumed), out_dim)
     if bias is not None:
         _merge(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
         call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
@@ -355,21 +354,18 @@ def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -
 
 
 def _count(
-    call: Call,
-    factor: float,
-    weight: torch.Tensor,
-    produced: IntArray | None,
-    consumed: IntArray | None,
-    dims: tuple[int, int],
+    call: Call, factor: float, weight: torch.Tensor, vectors: tuple[IntArray | None, IntArray | None], out_dim: int
 ) -> None:
-    out_dim, in_dim = dims
-    if produced is not None and call.name == "convolution" and call.args[8] != weight.size(0):
+    """Count a convolution: factor x output channels x channels the weight reads."""
+    produced, consumed = vectors
+    if produced is not None and call.args[8] != weight.size(0):
+        # A depthwise convolution passes its channels through; every other one produces new ones.
         call.ledger.roles.append((call.ids(weight).get(out_dim, produced), Role.OUTPUT))
     extents = (
         produced if produced is not None else weight.size(out_dim),
-        consumed if consumed is not None else weight.size(in_dim),
+        consumed if consumed is not None else weight.size(1 - out_dim),
     )
-    call.ledger.operations.append(CountedOperation(call.module, call.name, float(factor), extents))
+    call.ledger.operations.append(CountedOperation(call.module, call.name, factor, extents))
 
 
 def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
@@ -455,37 +451,135 @@ def attention(call: Call) -> Sequence[ChannelIds]:
     return unknown(call)
 
 
-_ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
-).split()
+_ATTENTION = [
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+]
 _ALWAYS_COUNTED = frozenset({"bmm", *_ATTENTION})
 _FLOAT_ONLY = frozenset({"im2col", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
 
-_MOVEMENT = (
-    "view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze expand slice split "
-    "split_with_sizes chunk clone contiguous alias detach _to_copy flip repeat pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle reflection_pad1d reflection_pad2d replication_pad2d im2col unfold narrow "
-    "movedim swapaxes lift_fresh lift_fresh_copy diagonal tile repeat_interleave"
-).split()
-_PER_CHANNEL = (
-    "max_pool1d max_pool2d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d "
-    "upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa upsample_nearest3d upsample_trilinear3d native_dropout bernoulli mkldnn_max_pool2d"
-).split()
-_REDUCTION = "mean sum amax amin var var_mean std std_mean linalg_vector_norm norm prod logsumexp any all".split()
-_NORMALISED = "_softmax _log_softmax _safe_softmax cumsum cumprod".split()
-_BATCH_NORM = (
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "_native_batch_norm_legit_functional batch_norm"
-).split()
-_CREATED = "empty_like zeros_like ones_like full_like rand_like randn_like".split()
+_MOVEMENT = [
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "reshape",
+    "permute",
+    "transpose",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "_to_copy",
+    "flip",
+    "repeat",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad2d",
+    "im2col",
+    "unfold",
+    "narrow",
+    "movedim",
+    "swapaxes",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "diagonal",
+    "tile",
+    "repeat_interleave",
+]
+_PER_CHANNEL = [
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "upsample_nearest3d",
+    "upsample_trilinear3d",
+    "native_dropout",
+    "bernoulli",
+    "mkldnn_max_pool2d",
+]
+_REDUCTION = [
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "var_mean",
+    "std",
+    "std_mean",
+    "linalg_vector_norm",
+    "norm",
+    "prod",
+    "logsumexp",
+    "any",
+    "all",
+]
+_NORMALISED = ["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod"]
+_BATCH_NORM = [
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_native_batch_norm_legit_functional",
+    "batch_norm",
+]
+_CREATED = ["empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"]
 # Elementwise operations that ATen does not tag as such in every version.
-_ELEMENTWISE = (
-    "where addcmul addcdiv lerp clamp hardtanh hardswish hardsigmoid silu mish gelu elu celu selu leaky_relu relu6 "
-    "softplus threshold prelu _prelu_kernel masked_fill dropout log_sigmoid hardshrink softshrink rrelu_with_noise"
-).split()
+_ELEMENTWISE = [
+    "where",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "clamp",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "silu",
+    "mish",
+    "gelu",
+    "elu",
+    "celu",
+    "selu",
+    "leaky_relu",
+    "relu6",
+    "softplus",
+    "threshold",
+    "prelu",
+    "_prelu_kernel",
+    "masked_fill",
+    "dropout",
+    "log_sigmoid",
+    "hardshrink",
+    "softshrink",
+    "rrelu_with_noise",
+]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, movement),

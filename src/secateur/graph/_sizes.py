@@ -1,8 +1,8 @@
 """Python ints that remember where they came from.
 
 Most models that resist slicing do so because of sizes held as python ints: ``view(b, self.groups, c // self.groups)``,
-``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel counts
-read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation that
+``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel
+counts read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation that
 sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
 edit is needed because the number is computed from a shape.
 """
@@ -160,22 +160,29 @@ def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
         sign = 1 if operator == "+" else -1
         return combine_extents(((1, left), (sign, right)))
     if operator == "*":
-        if left.terms and right.terms:
-            return None
-        constant, other = (left.base, right) if not left.terms else (right.base, left)
-        return combine_extents(((constant, other),))
+        return _product(left, right)
     if right.terms or right.base == 0:
         return None
-    numbers = [left.base, *(k for _, k in left.terms)]
-    if operator == "//":
-        if not left.terms:
-            return Extent(left.base // right.base)
-        if any(number % right.base for number in numbers):
-            return None
-        return Extent(left.base // right.base, tuple((name, k // right.base) for name, k in left.terms))
-    if all(k % right.base == 0 for _, k in left.terms):
-        return Extent(left.base % right.base)
-    return None
+    return _quotient(left, right.base) if operator == "//" else _remainder(left, right.base)
+
+
+def _product(left: Extent, right: Extent) -> Extent | None:
+    if left.terms and right.terms:
+        return None
+    constant, other = (right.base, left) if left.terms else (left.base, right)
+    return combine_extents(((constant, other),))
+
+
+def _quotient(extent: Extent, by: int) -> Extent | None:
+    if not extent.terms:
+        return Extent(extent.base // by)
+    if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
+        return None
+    return Extent(extent.base // by, tuple((name, k // by) for name, k in extent.terms))
+
+
+def _remainder(extent: Extent, by: int) -> Extent | None:
+    return Extent(extent.base % by) if all(k % by == 0 for _, k in extent.terms) else None
 
 
 def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:

@@ -17,7 +17,9 @@ from secateur.graph._sizes import SizeInt, expression_of
 SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 
 
-def bind_sizes(ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def bind_sizes(  # noqa: PLR0917
+    ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
     """Bind the python ints of one call, if it is one that takes sizes."""
     rule = SIZE_RULES.get(name)
     if rule is not None:

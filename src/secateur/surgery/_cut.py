@@ -1,5 +1,6 @@
 """`cut`: slice, verify, freeze what cannot be cut right, heal."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -164,7 +165,7 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
     error = (got - wanted).square().sum(1).mean()
     spread = (wanted - wanted.mean(0)).square().sum(1).mean()
     distance = float(error / spread.clamp_min(1e-30))
-    return distance if distance == distance else float("inf")
+    return float("inf") if math.isnan(distance) else distance
 
 
 def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:

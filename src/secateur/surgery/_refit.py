@@ -144,7 +144,7 @@ def run_watched(
     images: Sequence[Tensor],
     watch: Callable[[Sampler, nn.Module, Tensor, Tensor], None],
 ) -> None:
-    """Run images through a model in eval mode and hand over the input and output of some layers; stop after the last."""
+    """Run images and hand over the input and output of some layers; stop after the last of them."""
     waiting = {sampler.module for sampler in samplers}
     seen: set[str] = set()
 

@@ -79,7 +79,7 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
             tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
         return tensor
 
-    small = copy_with(model, {name: sliced for name in kept})
+    small = copy_with(model, dict.fromkeys(kept, sliced))
     widths = {**graph.sizes, **architecture.widths}
     set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in graph.edits])
     declare_sizes(small)

@@ -1,6 +1,7 @@
 """Proof that a cut is right: the sliced model equals the original in which the removed channels are zeroed."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def _difference(
     absolute = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True) if a.numel())
     scale = max(float(t.abs().max()) for t in want if t.numel())
     relative = absolute / scale if scale > 0 else absolute
-    if absolute != absolute:
+    if math.isnan(absolute):
         relative = float("inf")
     return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
 

@@ -1,0 +1,58 @@
+"""Shared by the tests of tracing and cutting: random architectures, and how far apart two models are."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.architecture import Architecture
+from secateur.graph import ChannelGraph, Role
+
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Relative to the largest output. The same terms are summed in another order: a few ulps for each layer."""
+
+
+def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
+    """Any non-empty subset of every prunable axis."""
+    draw = np.random.default_rng(seed)
+    return Architecture.of(
+        {a.name: draw.choice(a.size, draw.integers(1, a.size + 1), replace=False) for a in graph.prunable}
+    )
+
+
+def one_channel(graph: ChannelGraph, channel: int = 0) -> Architecture:
+    """The narrowest architecture: a single channel of every prunable axis."""
+    return Architecture.of({a.name: [channel % a.size] for a in graph.prunable})
+
+
+def outputs(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Every tensor a model gives, in evaluation mode as it is."""
+    with torch.no_grad():
+        return [t for t in tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
+
+
+def apart(first: list[Tensor], second: list[Tensor]) -> float:
+    """Largest difference relative to the largest value of the first; infinity where shapes differ."""
+    if [t.shape for t in first] != [t.shape for t in second]:
+        return float("inf")
+    scale = max(float(t.abs().max()) for t in first)
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / max(scale, 1e-30)
+
+
+def blind_to_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """The full model in which nobody *reads* a removed channel; what produces them runs on as before.
+
+    Derived from the INPUT sites alone, unlike `secateur.surgery.mask_removed`, which zeroes everything.
+    """
+    blind = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, kept in architecture.kept:
+            axis = graph.by_name[name]
+            gone = np.setdiff1d(np.arange(axis.size), kept)
+            for site in axis.sites:
+                if site.role is Role.INPUT and len(gone):
+                    positions = torch.from_numpy(site.index[gone].reshape(-1))
+                    blind.get_parameter(site.tensor).index_fill_(site.dim, positions, 0.0)
+    return blind

@@ -41,7 +41,7 @@ class Batches(Protocol):
 
 
 class TrainingData(Protocol):
-    """Data with a training and a validation split, such as `secateur.data.ImageData`."""
+    """A training and a validation split and how to vary the former, such as `secateur.data.ImageData`."""
 
     @property
     def train(self) -> Batches:
@@ -51,4 +51,9 @@ class TrainingData(Protocol):
     @property
     def validation(self) -> Batches:
         """What the best epoch is chosen on; never the test split."""
+        ...
+
+    @property
+    def augment(self) -> Any:
+        """What ``train.batches`` is given to vary the images; None varies nothing."""
         ...

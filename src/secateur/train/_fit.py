@@ -103,7 +103,6 @@ def distill(
     schedule: Schedule,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
-    augment: Any = None,
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -113,12 +112,11 @@ def distill(
     Args:
         student: Usually a cut of the teacher.
         teacher: Usually the original model.
-        data: Its training and validation splits are used, never its test split.
+        data: Its training split with its augmentation, and its validation split; never its test split.
         schedule: See `fit`.
         objective: See `fit`.
         alignment: ``AlignedFeatures.of(graph, architecture)`` for a cut student; needed if
             ``objective.feature_weight`` > 0.
-        augment: See `fit`.
         checkpoint: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
@@ -136,7 +134,7 @@ def distill(
         objective=objective,
         teacher=teacher,
         alignment=alignment,
-        augment=augment,
+        augment=data.augment,
         validation=data.validation if len(data.validation) else None,
         checkpoint=checkpoint,
         progress=progress,

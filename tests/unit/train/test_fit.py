@@ -108,6 +108,7 @@ def test_distillation_brings_the_student_to_the_teacher() -> None:
     class Data:
         train = source
         validation = Blobs(128, seed=1)
+        augment = 0.25
 
     schedule = small_schedule(5, learning_rate=0.1)
     result = distill(
@@ -115,6 +116,7 @@ def test_distillation_brings_the_student_to_the_teacher() -> None:
     )
     assert result.history[-1].parts["kd"] < result.history[1].parts["kd"] / 2
     assert evaluate(result.model, validation).top1 > 0.9
+    assert source.calls[-1]["augment"] == 0.25
 
 
 def test_nothing_that_was_given_changes() -> None:

@@ -158,7 +158,6 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | Non
         schedule=plan.schedule,
         objective=objective,
         alignment=alignment,
-        augment=plan.data.augment,
         checkpoint=None if work is None else work.checkpoint,
         progress=plan.progress,
         fabric=plan.fabric,

@@ -1,8 +1,6 @@
 """The last part of a run: check, write and export, all in a draft folder that appears whole or not at all."""
 
-import contextlib
 import copy
-from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, ed
 from secateur.cost import counted_macs, counted_params
 from secateur.errors import ArtifactError, ExportError
 from secateur.export import LatencyRecord, Quartiles, measure_latency
+from secateur.pipeline._disk import told_of_disk
 from secateur.pipeline._export import export_file
 from secateur.pipeline._open import load
 from secateur.pipeline._plan import Delivery, Format, Plan
@@ -111,22 +110,6 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
     for check in report.checks:
         tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
     return report, tuple(delivery.folder / name for name in names)
-
-
-@contextlib.contextmanager
-def told_of_disk(folder: Path) -> Generator[None]:
-    """A disk that cannot be written is said in words.
-
-    Raises:
-        ArtifactError: For any OSError inside.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} could not be written: {error.strerror or error}. Nothing half-written is left there; make room "
-            "or choose another folder, then go on with --resume."
-        ) from error
 
 
 def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:

@@ -3,9 +3,10 @@
 It lies beside the output folder as ``<out>.work``, so that an interrupted run can go on, and is removed at the end.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from secateur.artifact import atomic_file
 from secateur.errors import ArtifactError
+from secateur.pipeline._disk import told_of_disk
 
 
 class Leftover(Enum):
@@ -91,10 +93,12 @@ class Workplace:
         return self.folder / "checkpoint"
 
     def write(self, cutting: Cutting) -> None:
-        """Keep the first half of the run."""
+        """Keep the first half of the run.
+
+        Raises:
+            ArtifactError: If the disk is full; no work folder is left then.
+        """
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in cutting.student.items()}
-        with atomic_file(self.folder / _STUDENT) as part:
-            part.write_bytes(safetensors.torch.save(tensors))
         state = {
             "settings": dict(self.settings),
             "found": dict(cutting.found),
@@ -102,8 +106,19 @@ class Workplace:
             "architecture": dict(cutting.architecture),
             "verification": dict(cutting.verification),
         }
-        with atomic_file(self.folder / _STATE) as part:
-            part.write_text(json.dumps(state, indent=1))
+        with told_of_disk(self.folder), self._removed_on_error():
+            with atomic_file(self.folder / _STUDENT) as part:
+                part.write_bytes(safetensors.torch.save(tensors))
+            with atomic_file(self.folder / _STATE) as part:
+                part.write_text(json.dumps(state, indent=1))
+
+    @contextlib.contextmanager
+    def _removed_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except OSError:
+            self.remove()
+            raise
 
     def read(self) -> Cutting | None:
         """The first half of an interrupted run with the same settings; None if there is none.

@@ -1,0 +1,54 @@
+"""One taught digits network and one compressed artifact, shared by the tests of the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Run, Small, compress_words, secateur
+from safetensors.torch import save_file
+
+from secateur.data import load_data
+from secateur.distill import Objective
+from secateur.models import load_model
+from secateur.train import Schedule, Silent, fit
+
+
+@pytest.fixture
+def run() -> Run:
+    """The command line."""
+    return secateur
+
+
+@pytest.fixture(scope="session")
+def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A digits_resnet taught for a few epochs: good enough that damage shows."""
+    data = load_data("digits")
+    fresh, _ = load_model("digits_resnet")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        taught = fit(
+            fresh,
+            data.train,
+            schedule=Schedule(epochs=6, batch_size=64, learning_rate=0.05),
+            objective=Objective.of_labels(),
+            augment=data.augment,
+            validation=data.validation,
+            progress=Silent(),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert taught.best_accuracy is not None
+    assert taught.best_accuracy > 0.9
+    path = tmp_path_factory.mktemp("teacher") / "digits.safetensors"
+    save_file(taught.model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(digits_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """The whole way, once."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    said = secateur(*compress_words(digits_weights, folder), "--epochs", 2, "--export", "onnx,pt2")
+    assert said.exit_code == 0, said.output
+    return Small(digits_weights, folder, said)

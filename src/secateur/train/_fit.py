@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,7 @@ def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict
     settings["source"] = f"{len(task.source)} images"
     settings["validation"] = "none" if task.validation is None else f"{len(task.validation)} images"
     settings["augment"] = repr(task.augment)
-    settings["alignment"] = repr(task.alignment)
+    settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
     settings["student"] = digest(student)
     settings["teacher"] = "none" if teacher is None else digest(teacher)
     return settings

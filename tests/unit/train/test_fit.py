@@ -9,11 +9,24 @@ from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, stat
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.data import Augment, MemorySplit, Normalisation
 from secateur.distill import AlignedFeatures, Objective, Tap
-from secateur.train import SGD, AdamW, EpochRecord, Precision, Silent, Trained, average_decay, distill, evaluate, fit
+from secateur.train import (
+    SGD,
+    AdamW,
+    Batches,
+    EpochRecord,
+    Precision,
+    Silent,
+    Trained,
+    average_decay,
+    distill,
+    evaluate,
+    fit,
+)
 
 
-def run(student: nn.Module, source: Blobs, **settings: Any) -> Trained:
+def run(student: nn.Module, source: Batches, **settings: Any) -> Trained:
     defaults: dict[str, Any] = {"schedule": small_schedule(), "objective": LABELS_ONLY, "progress": Silent()}
     return fit(student, source, **(defaults | settings))
 
@@ -363,3 +376,11 @@ def test_an_error_in_the_data_leaves_no_trace() -> None:
     with pytest.raises(OSError, match="disk"):
         run(small_net(dropout=0.5), Broken(40))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_splits_of_the_data_room_satisfy_the_protocol() -> None:
+    blobs = Blobs(48)
+    images = (40 * blobs.images + 128).clamp(0, 255).to(torch.uint8)
+    split = MemorySplit(images, blobs.labels, Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    trained = run(small_net(), split, augment=Augment(padding=1), validation=split)
+    assert trained.best_accuracy == evaluate(trained.model, split).top1

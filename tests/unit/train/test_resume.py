@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +173,7 @@ def test_only_damaged_checkpoints_are_refused(tmp_path: Path, damage: Any, reaso
         ({"augment": 1.0}, r"augment was None, now 1\.0"),
         ({"validation": Blobs(8)}, r"validation was none, now 8 images"),
         ({"student": small_net(1)}, r"student was [0-9a-f]{64}, now [0-9a-f]{64}"),
+        (FEATURES, r"alignment was none, now [0-9a-f]{64}"),
         ({"objective": Objective(label_weight=1.0, kd_weight=1.0), "teacher": small_net(1)}, r"teacher was none, now "),
     ],
 )
@@ -195,3 +200,29 @@ def test_a_copied_folder_goes_on_elsewhere(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "here" / "epoch-000003")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     assert same(state(run(Blobs(48), checkpoint=tmp_path / "there").model), state(whole.model))
+
+
+VICTIM = """
+import sys, torch
+from pathlib import Path
+from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
+from secateur.train import Silent, fit
+torch.set_num_threads(1)
+fit(small_net(dropout=0.3), Blobs(2000), schedule=small_schedule(40), objective=LABELS_ONLY, progress=Silent(),
+    validation=Blobs(64, seed=1), checkpoint=Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"schedule": small_schedule(40), "validation": Blobs(64, seed=1)}
+    tests = str(Path(__file__).parents[2])
+    victim = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], env=os.environ | {"PYTHONPATH": tests})
+    while not list(tmp_path.glob("epoch-*3")):
+        assert victim.poll() is None, "it must still run"
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "epoch-000040").exists(), "killed too late to show anything"
+    resumed = run(Blobs(2000), checkpoint=tmp_path, **settings)
+    assert same(state(resumed.model), state(run(Blobs(2000), **settings).model))

@@ -50,7 +50,7 @@ def inspect(
     image_size: options.ImageSize = None,
     divisor: options.Divisor = 1,
     min_width: options.MinWidth = 1,
-    min_kept: options.MinKept = 0.0,
+    min_kept: options.MinKept = 0.25,
     trust_source: options.TrustSource = False,
     seed: options.Seed = 0,
     debug: options.Debug = False,
@@ -65,7 +65,7 @@ def inspect(
     found = survey(
         inputs.opened.model, inputs.example(1), space=SearchSpace(min_width, divisor, min_kept_fraction=min_kept)
     )
-    print_survey(found, inputs.opened.name)
+    print_survey(found, inputs.opened.name, min_kept)
     out().print(Text("Wrote nothing: inspect only looks."))
 
 
@@ -84,12 +84,12 @@ def compress(
     mean: options.Mean = None,
     std: options.Std = None,
     validation_fraction: options.ValidationFraction = 0.1,
-    strategy: options.Strategy = StrategyName.PCA,
+    strategy: options.Strategy = StrategyName.KNAPSACK,
     importance: options.Importance = None,
     divisor: options.Divisor = 1,
     min_width: options.MinWidth = 1,
-    min_kept: options.MinKept = 0.0,
-    calibration: options.Calibration = 512,
+    min_kept: options.MinKept = 0.25,
+    calibration: options.Calibration = 1024,
     epochs: options.Epochs = 1,
     batch_size: options.BatchSize = 128,
     learning_rate: options.LearningRate = 0.02,

@@ -60,7 +60,7 @@ def print_checks(checks: Iterable[Check]) -> None:
     out().print(table)
 
 
-def print_survey(survey: Survey, name: str) -> None:
+def print_survey(survey: Survey, name: str, min_kept: float) -> None:
     """The axes of a model, what is frozen and why, and what a budget can ask for."""
     from secateur.cost import format_count
 
@@ -79,7 +79,8 @@ def print_survey(survey: Survey, name: str) -> None:
         f"Prunable: {len(survey.graph.prunable)} of {len(survey.graph.axes)} axes; "
         f"{100 * survey.prunable_share:.1f} % of the parameters lie in tensors with a prunable dimension.",
         f"Reachable: macs {format_count(small.macs)} ({_share(small.macs, whole.macs)}) to {format_count(whole.macs)}; "
-        f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}.",
+        f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}. "
+        f"Every axis keeps at least {100 * min_kept:.0f} % (--min-kept).",
     )
     for line in lines:
         out().print(Text(line), soft_wrap=True)

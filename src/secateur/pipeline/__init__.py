@@ -5,7 +5,7 @@ from secateur.pipeline._demo import Demo, demo
 from secateur.pipeline._export import export_files
 from secateur.pipeline._open import Opened, load, open_model, usual_size
 from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, Format
+from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, SPACE, STRATEGY, Format
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._survey import Survey, survey
 from secateur.pipeline._verify import Verified, verify
@@ -15,6 +15,8 @@ __all__ = [
     "ALIGNED",
     "GENTLE",
     "HEAL",
+    "SPACE",
+    "STRATEGY",
     "CompressResult",
     "Demo",
     "Format",

@@ -15,15 +15,15 @@ from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
 from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, Delivery, Format, Plan
+from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, SPACE, STRATEGY, Delivery, Format, Plan
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._work import Leftover, Workplace
 from secateur.report import MeasuredAccuracy, Step
-from secateur.search import PCASlimming, SearchSpace, Strategy
+from secateur.search import SearchSpace, Strategy
 from secateur.surgery import Healer
 from secateur.train import Progress, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
 
-CALIBRATION_IMAGES = 512
+CALIBRATION_IMAGES = 1024
 """Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
 
 
@@ -36,8 +36,8 @@ def compress(
     data: ImageData,
     *,
     budget: Budget | str,
-    strategy: Strategy = PCASlimming(),  # noqa: B008 - frozen
-    space: SearchSpace = SearchSpace(),  # noqa: B008 - frozen
+    strategy: Strategy = STRATEGY,
+    space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
     heal: Sequence[Healer] = HEAL,

@@ -13,6 +13,7 @@ from secateur.errors import ArtifactError, ExportError
 from secateur.export import LatencyRecord, Quartiles, measure_latency
 from secateur.pipeline._disk import told_of_disk
 from secateur.pipeline._export import export_file
+from secateur.pipeline._halfway import describe_healing
 from secateur.pipeline._open import load
 from secateur.pipeline._plan import Delivery, Format, Plan
 from secateur.pipeline._probe import probe_json, same_bits
@@ -80,7 +81,7 @@ def report_of(
             if record.train_loss is not None
         ),
         checks=(*_checks_of_the_cut(run), *checks),
-        notes=(*notes, *_doubts(run)),
+        notes=(*notes, *_doubts(run), *map(describe_healing, half.healing)),
         command=provenance.command,
         seed=provenance.seed,
         versions=provenance.versions,
@@ -105,7 +106,7 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         write_report(draft / "report.html", report)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
         names = sorted(path.name for path in draft.iterdir())
-    for note in report.notes:
+    for note in (*notes, *_doubts(run)):
         tell(f"Note: {note}")
     for check in report.checks:
         tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
@@ -212,6 +213,7 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         "latency": [asdict(latency) for latency in report.latency],
         "history": [] if trained is None else [record.to_json() for record in trained.history],
         "best_epoch": None if trained is None else trained.best_epoch,
+        "healing": [asdict(repair) for repair in run.half.healing],
         "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
     }
 

@@ -11,10 +11,10 @@ from secateur.distill import Objective
 from secateur.models import ModelSource, load_model
 from secateur.pipeline._compress import compress, silent
 from secateur.pipeline._outset import check_output
-from secateur.pipeline._plan import Format
+from secateur.pipeline._plan import STRATEGY, Format
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._work import Leftover
-from secateur.search import PCASlimming, Strategy
+from secateur.search import Strategy
 from secateur.train import Progress, Schedule, TerminalProgress, Trained, fit
 
 
@@ -31,7 +31,7 @@ class Demo:
     """
 
     budget: str = "macs=30%"
-    strategy: Strategy = PCASlimming()  # noqa: RUF009 - frozen
+    strategy: Strategy = STRATEGY
     teaching: Schedule = Schedule(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
     recovery: Schedule = Schedule(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
     label_smoothing: float = 0.05

@@ -15,7 +15,7 @@ from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, search
-from secateur.surgery import Cut, Verification, apply_architecture, cut
+from secateur.surgery import Cut, Healing, Verification, apply_architecture, cut
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
@@ -42,7 +42,7 @@ def go_halfway(plan: Plan, batches: Batches, work: Workplace | None) -> Halfway:
     found, pruned = _search_and_cut(plan, original, graph, batches)
     if work is not None:
         work.write(_cutting(found, pruned))
-    return Halfway(original, pruned.model, pruned.graph, found, pruned.verification)
+    return Halfway(original, pruned.model, pruned.graph, found, pruned.verification, pruned.healing)
 
 
 def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches) -> tuple[Found, Cut]:
@@ -61,10 +61,18 @@ def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batche
                 f"Cut and healed in {time.perf_counter() - began:.1f} s; sliced equals masked within "
                 f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
             )
+            for repair in pruned.healing:
+                plan.tell(describe_healing(repair))
             return found, pruned
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+
+
+def describe_healing(repair: Healing) -> str:
+    """One repair in words."""
+    words = f"{repair.healer}: distance from the original's logits {repair.before:.3f} -> {repair.after:.3f}"
+    return words + ("." if repair.kept else "; undone, because it made things worse.")
 
 
 def _against(found: Found) -> str:
@@ -83,6 +91,7 @@ def _cutting(found: Found, pruned: Cut) -> Cutting:
         frozen=graph_frozen,
         architecture=pruned.architecture.to_json(),
         verification=asdict(pruned.verification),
+        healing=tuple(asdict(repair) for repair in pruned.healing),
         student=pruned.model.state_dict(),
     )
 
@@ -93,7 +102,8 @@ def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway
     student.load_state_dict(dict(left.student))
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
-    return Halfway(original, student, graph, _found(left.found), verification)
+    healing = tuple(Healing(**cast(dict[str, Any], dict(repair))) for repair in left.healing)
+    return Halfway(original, student, graph, _found(left.found), verification, healing)
 
 
 def _found(data: Mapping[str, object]) -> Found:

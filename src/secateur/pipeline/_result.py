@@ -9,7 +9,7 @@ from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph
 from secateur.report import RunReport
 from secateur.search import Found
-from secateur.surgery import Verification
+from secateur.surgery import Healing, Verification
 from secateur.train import Trained
 
 
@@ -23,6 +23,7 @@ class Halfway:
         graph: The graph it was cut by.
         found: What the search found.
         verification: Sliced against masked.
+        healing: What each repair did.
     """
 
     original: nn.Module
@@ -30,6 +31,7 @@ class Halfway:
     graph: ChannelGraph
     found: Found
     verification: Verification
+    healing: tuple[Healing, ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
 from secateur.graph import ChannelGraph, trace
+from secateur.pipeline._plan import SPACE
 from secateur.search import SearchSpace
 from secateur.surgery import parameter_share
 
@@ -38,7 +39,7 @@ class Survey:
         return found
 
 
-def survey(model: nn.Module, example: Tensor, *, space: SearchSpace = SearchSpace()) -> Survey:  # noqa: B008 - frozen
+def survey(model: nn.Module, example: Tensor, *, space: SearchSpace = SPACE) -> Survey:
     """Trace a model and find the range of costs that a budget can ask for.
 
     Args:

@@ -41,6 +41,7 @@ class Cutting:
         frozen: (axis, reason) pairs that verification had to freeze.
         architecture: What was kept, as JSON.
         verification: Sliced against masked, as JSON.
+        healing: What each repair did, as JSON.
         student: State of the healed student, by name.
     """
 
@@ -48,6 +49,7 @@ class Cutting:
     frozen: tuple[tuple[str, str], ...]
     architecture: Mapping[str, object]
     verification: Mapping[str, object]
+    healing: tuple[Mapping[str, object], ...]
     student: Mapping[str, Tensor]
 
 
@@ -105,6 +107,7 @@ class Workplace:
             "frozen": [list(pair) for pair in cutting.frozen],
             "architecture": dict(cutting.architecture),
             "verification": dict(cutting.verification),
+            "healing": [dict(repair) for repair in cutting.healing],
         }
         with told_of_disk(self.folder), self._removed_on_error():
             with atomic_file(self.folder / _STUDENT) as part:
@@ -137,6 +140,7 @@ class Workplace:
                 tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
                 dict(state["architecture"]),
                 dict(state["verification"]),
+                tuple(dict(repair) for repair in state["healing"]),
                 student,
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:

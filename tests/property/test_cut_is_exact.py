@@ -1,4 +1,4 @@
-"""The tests that matter most: whatever is kept, the cut model is the original without the rest, and costs what we say."""
+"""The tests that matter most: whatever is kept, the cut model is the original without the rest, at the cost we say."""
 
 import copy
 from functools import cache

@@ -17,6 +17,7 @@ ChannelIds = dict[int, IntArray]
 """Dimension to the ids of its positions. A dimension that is not named carries no channels."""
 
 _MARK = "_secateur_channel_ids"
+_OWN = "_secateur_own"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +92,15 @@ class Ledger:
         stored = self.stored.get(id(tensor))
         return stored.ids if stored else {}
 
-    def mark(self, tensor: torch.Tensor, ids: ChannelIds) -> None:
-        """Remember the ids of an activation for as long as it lives."""
+    def mark(self, tensor: torch.Tensor, ids: ChannelIds, *, own: bool = False) -> None:
+        """Remember the ids of an activation for as long as it lives, and whether it is computed from weights only."""
         if id(tensor) not in self.stored:
             setattr(tensor, _MARK, ids)
+            setattr(tensor, _OWN, own)
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer of the model, or computed from nothing else."""
+        return id(tensor) in self.stored or bool(getattr(tensor, _OWN, False))
 
     def tie(self, first: IntArray, second: IntArray) -> IntArray:
         """Positions that must be kept or removed together; returns a representative vector."""

@@ -1,7 +1,7 @@
 """Run a model once and write down what happens to its channels."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,7 +177,7 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Generator[None]:
     """Put the random state of the CPU and of the model's devices back afterwards."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):

@@ -2,8 +2,8 @@
 
 Most models that resist slicing do so because of sizes held as python ints: ``view(b, self.groups, c // self.groups)``,
 ``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel
-counts read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation that
-sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
+counts read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation
+that sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
 edit is needed because the number is computed from a shape.
 """
 
@@ -64,6 +64,13 @@ class SizeInt(int):
         self = super().__new__(cls, value)
         self.expression = expression
         return self
+
+    def __neg__(self) -> "SizeInt":
+        match self.expression:
+            case Arithmetic("-", Literal(0), positive):
+                return SizeInt(-int(self), positive)
+            case expression:
+                return SizeInt(-int(self), Arithmetic("-", Literal(0), expression))
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return int, (int(self),)
@@ -148,8 +155,9 @@ def evaluate(
         case ShapeOf(ids):
             return measure(ids)
         case Arithmetic(operator, left, right):
-            context = {"attributes": attributes, "values": values, "measure": measure}
-            first, second = evaluate(left, **context), evaluate(right, **context)
+            first, second = (
+                evaluate(side, attributes=attributes, values=values, measure=measure) for side in (left, right)
+            )
             if first is None or second is None:
                 return None
             return _combine(operator, first, second)

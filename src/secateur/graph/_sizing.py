@@ -37,10 +37,21 @@ def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
             ledger.bind(expression_of(size), ids.get(dim), where)
 
 
+def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``unflatten``: one dimension becomes several, each with its size."""
+    sizes = args[2] if len(args) > 2 else kwargs["sizes"]
+    first = _dim(args, kwargs, 1) % args[0].dim()
+    ids = ledger.ids_of(out)
+    for dim, size in enumerate(sizes, first):
+        if size != -1 and (dim in ids or isinstance(size, SizeInt)):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
 def _chunked(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``chunk``: the pieces stay equally long, so the same positions of each go together."""
     dim = _dim(args, kwargs, 2)
-    _tie_pieces(ledger, where, out, dim)
+    asked = args[1] if len(args) > 1 else kwargs["chunks"]
+    _tie_pieces(ledger, where, out, dim, complete=len(out) == asked)
 
 
 def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -57,10 +68,10 @@ def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, 
             ledger.bind(expression_of(size), ids, where)
 
 
-def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int) -> None:
+def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: bool = True) -> None:
     carried = [_along(ledger, piece, dim) for piece in pieces]
     known = [ids for ids in carried if ids is not None]
-    if len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
+    if not complete or len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
         for ids in known:
             ledger.freeze(ids, f"{where} splits channels into unequal pieces")
         return
@@ -111,11 +122,11 @@ def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, A
         ledger.freeze(ids, f"{where} skips channels by a step")
     if part.start:
         before = ids[: part.start] if part.start > 0 else ids[part.start :]
-        ledger.bind(expression_of(abs(part.start) if part.start < 0 else part.start), before, where)
+        ledger.bind(expression_of(-part.start if part.start < 0 else part.start), before, where)
     if part.stop is not None:
         counted = ids[: part.stop] if part.stop >= 0 else ids[part.stop :]
         if 0 < len(counted) < len(ids) or isinstance(part.stop, SizeInt):
-            ledger.bind(expression_of(abs(part.stop) if part.stop < 0 else part.stop), counted, where)
+            ledger.bind(expression_of(-part.stop if part.stop < 0 else part.stop), counted, where)
 
 
 def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -152,6 +163,7 @@ def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
 
 SIZE_RULES: dict[str, SizeRule] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _resized),
+    "unflatten": _unflattened,
     "chunk": _chunked,
     "split": _split,
     "split_with_sizes": _split,
@@ -159,4 +171,5 @@ SIZE_RULES: dict[str, SizeRule] = {
     "__getitem__": _indexed,
     "narrow": _narrowed,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
 }

@@ -236,13 +236,14 @@ def _freeze_unless_consistent(
         needed = evaluate(binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids)))
     if needed is not None and found == needed:
         return False
+    # An attribute that cannot serve this use may still be edited for another one: that other axis must stay as well.
+    names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
     vectors = [*leaves, *([binding.ids] if binding.ids is not None else [])]
     if not vectors:
-        names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
         return solution.freeze_named(names, f"{binding.where} needs {describe(binding.expression)} as it is")
-    return solution.freeze(
-        vectors, f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow"
-    )
+    reason = f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow"
+    news = solution.freeze(vectors, reason)
+    return solution.freeze_named(names, reason) or news
 
 
 def _mentions(expression: Expression, edited: Mapping[Attribute, Extent]) -> bool:

@@ -1,0 +1,85 @@
+"""One recorded ATen call, and what its rules have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from secateur.graph._channels import IntArray
+from secateur.graph._ledger import ChannelIds, Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One recorded ATen call.
+
+    Attributes:
+        ledger: Where conclusions go.
+        operator: The ATen overload.
+        name: Its base name without a trailing in-place underscore.
+        module: Qualified name of the module whose forward made the call.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        inputs: Tensors among the arguments, in order.
+        outputs: Tensors returned.
+    """
+
+    ledger: Ledger
+    operator: Any
+    name: str
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+    @property
+    def where(self) -> str:
+        """For a human."""
+        return f"`{self.name}` in {self.module or 'the model itself'}"
+
+    def ids(self, tensor: torch.Tensor) -> ChannelIds:
+        """Channel ids of an argument."""
+        return self.ledger.ids_of(tensor)
+
+    def argument(self, position: int, default: Any = None) -> Any:
+        """A positional argument that may have been left out."""
+        return self.args[position] if len(self.args) > position else default
+
+    def named(self, name: str) -> Any:
+        """An argument by its name in the operator's schema; the default if left out, None if there is no such."""
+        for position, argument in enumerate(self.operator._schema.arguments):
+            if argument.name == name:
+                given = self.args[position] if len(self.args) > position else self.kwargs.get(name)
+                return argument.default_value if given is None else given
+        return None
+
+    def dims(self, name: str = "dim") -> set[int] | None:
+        """Dimensions of the first input that an argument names, counted from the front; None if it names none."""
+        value = self.named(name)
+        if value is None or value == []:
+            return None
+        rank = max(self.inputs[0].dim(), 1)
+        return {int(d) % rank for d in ([value] if isinstance(value, int) else value)}
+
+
+Rule = Callable[[Call], Sequence[ChannelIds]]
+
+
+def unknown(call: Call) -> Sequence[ChannelIds]:
+    """No rule: everything that comes in stays whole."""
+    call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule")
+    return [{} for _ in call.outputs]
+
+
+def merge(call: Call, operands: Sequence[tuple[IntArray | None, int]]) -> IntArray | None:
+    """Ids of one dimension after an elementwise operation of several operands (ids or None, length)."""
+    carried = [ids for ids, _ in operands if ids is not None]
+    if not carried:
+        return None
+    for ids in carried[1:]:
+        call.ledger.tie(carried[0], ids)
+    if any(ids is None and length > 1 for ids, length in operands):
+        call.ledger.freeze(carried[0], f"{call.where} meets a tensor that does not follow the channels")
+    return carried[0]

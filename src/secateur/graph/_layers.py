@@ -1,0 +1,193 @@
+"""Operations with weights: convolutions, matrix products, norms, attention."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from secateur.graph._call import Call, merge, unknown
+from secateur.graph._channels import IntArray, Role
+from secateur.graph._ledger import ChannelIds, CountedOperation
+
+
+def batch_norm(call: Call) -> Sequence[ChannelIds]:
+    """One scale, shift, mean and variance per channel."""
+    source = call.inputs[0]
+    ids = dict(call.ids(source))
+    vectors = [t for t in call.args[1:5] if isinstance(t, torch.Tensor)]
+    merged = merge(call, [(ids.get(1), source.size(1)), *((call.ids(t).get(0), t.size(0)) for t in vectors)])
+    if merged is not None:
+        ids[1] = merged
+    return [ids, *({} for _ in call.outputs[1:])]
+
+
+def layer_norm(call: Call) -> Sequence[ChannelIds]:
+    """Mean and variance over the last dimensions: channels there are frozen, others pass."""
+    first = call.inputs[0].dim() - len(call.args[1])
+    ids = call.ids(call.inputs[0])
+    mixed = [{dim: vector for dim, vector in ids.items() if dim >= first}, *map(call.ids, call.inputs[1:])]
+    call.ledger.freeze_all(mixed, f"{call.where} normalises over channels")
+    return [{dim: vector for dim, vector in ids.items() if dim < first}, *({} for _ in call.outputs[1:])]
+
+
+def group_norm(call: Call) -> Sequence[ChannelIds]:
+    """Mean and variance over the channels of a group: frozen."""
+    call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} normalises over channels")
+    return [{} for _ in call.outputs]
+
+
+def convolution(call: Call) -> Sequence[ChannelIds]:
+    """Convolution of any rank: ties its input channels to the weight's input dimension, gives the output dimension."""
+    source, weight, bias = call.args[0], call.args[1], call.args[2]
+    transposed, groups = call.args[6], call.args[8]
+    out = call.outputs[0]
+    for dim, ids in call.ids(source).items():
+        if dim != 1:
+            call.ledger.freeze(ids, f"{call.where} slides over channels")
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
+    incoming = call.ids(source).get(1)
+    factor = float(math.prod((source if transposed else out).shape[2:]) * math.prod(weight.shape[2:]))
+    if groups == 1:
+        _connect(call, incoming, consumed)
+    elif transposed and weight.size(0) == groups and weight.size(1) == 1:
+        produced, consumed, out_dim = _through(call, incoming, weight), None, 0
+    elif transposed:
+        reason = f"{call.where}: grouped transposed convolution"
+        call.ledger.freeze_all([call.ids(source), call.ids(weight)], reason)
+        _count(call, factor, weight, (None, None), out_dim)
+        return [{}]
+    else:
+        produced = _grouped(call, incoming, weight, groups)
+    _count(call, factor, weight, (produced, consumed), out_dim)
+    if bias is not None:
+        merge(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
+        call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
+    return [{} if produced is None else {1: produced}]
+
+
+def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
+    """The channels that arrive are those the weight's input dimension expects."""
+    if consumed is not None:
+        call.ledger.roles.append((consumed, Role.INPUT))
+    if incoming is not None and consumed is not None:
+        call.ledger.tie(incoming, consumed)
+    elif consumed is not None:
+        call.ledger.freeze(consumed, f"{call.where} reads something that is not a channel of this model")
+    elif incoming is not None:
+        call.ledger.freeze(incoming, f"{call.where} uses a weight without channels of its own")
+
+
+def _count(
+    call: Call, factor: float, weight: torch.Tensor, vectors: tuple[IntArray | None, IntArray | None], out_dim: int
+) -> None:
+    """Count a convolution: factor x output channels x channels the weight reads."""
+    produced, consumed = vectors
+    if produced is not None and call.args[8] != weight.size(0):
+        # A depthwise convolution passes its channels through; every other one produces new ones.
+        call.ledger.roles.append((call.ids(weight).get(out_dim, produced), Role.OUTPUT))
+    extents = (
+        produced if produced is not None else weight.size(out_dim),
+        consumed if consumed is not None else weight.size(1 - out_dim),
+    )
+    call.ledger.operations.append(CountedOperation(call.module, call.name, factor, extents))
+
+
+def _through(call: Call, incoming: IntArray | None, weight: torch.Tensor) -> IntArray | None:
+    """A depthwise transposed convolution passes its channels through."""
+    channels = call.ids(weight).get(0)
+    merge(call, [(incoming, weight.size(0)), (channels, weight.size(0))])
+    return channels
+
+
+def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
+    """Grouped convolution: remove whole groups where there are many, else the same positions of every group.
+
+    With G groups of c channels, whole groups leave G units to choose from, equal positions leave c. The finer one is
+    taken; depthwise (c = 1) is the first case.
+    """
+    produced, consumed = call.ids(weight).get(0), call.ids(weight).get(1)
+    if incoming is None or produced is None:
+        call.ledger.freeze_all([call.ids(weight)], f"{call.where} reads something that is not a channel of this model")
+        return produced
+    entering, leaving = incoming.reshape(groups, -1), produced.reshape(groups, -1)
+    if groups >= entering.shape[1]:
+        call.ledger.tie_rows(np.ascontiguousarray(entering.T))
+        call.ledger.tie_rows(np.ascontiguousarray(leaving.T))
+        call.ledger.tie(entering[:, 0], leaving[:, 0])
+        if consumed is not None:
+            call.ledger.freeze(consumed, f"{call.where} removes whole groups only")
+        return produced
+    call.ledger.tie_rows(entering)
+    _connect(call, entering[0], consumed)
+    if leaving.shape[1] == 1:
+        call.ledger.freeze(produced, f"{call.where} has one output channel per group")
+    else:
+        call.ledger.tie_rows(leaving)
+    return produced
+
+
+def matrix_product(call: Call) -> Sequence[ChannelIds]:
+    """``mm`` and ``addmm``: (n, k) @ (k, m)."""
+    left, right = call.args[-2:] if call.name == "mm" else call.args[1:3]
+    result = _product(call, left, right, 0)
+    if call.name == "addmm":
+        bias = call.args[0]
+        own = call.ids(bias)
+        if 1 in result:
+            merge(call, [(result[1], right.size(1)), (own.get(bias.dim() - 1), bias.size(-1))])
+            call.ledger.roles.append((own.get(bias.dim() - 1, np.zeros(0, np.int64)), Role.OUTPUT))
+            own = {dim: ids for dim, ids in own.items() if dim != bias.dim() - 1}
+        call.ledger.freeze_all([own], f"{call.where} adds them to something that does not follow")
+    return [result]
+
+
+def batched_product(call: Call) -> Sequence[ChannelIds]:
+    """``bmm``: (batch, n, k) @ (batch, k, m), as `matrix_product` for every item of the batch."""
+    return [_product(call, call.args[0], call.args[1], 1)]
+
+
+def added_batched_product(call: Call) -> Sequence[ChannelIds]:
+    """``baddbmm``: counted, and frozen."""
+    left, right = call.args[1], call.args[2]
+    macs = float(left.size(0) * left.size(1) * left.size(2) * right.size(2))
+    call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
+    return unknown(call)
+
+
+def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
+    """(..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor."""
+    left_ids, right_ids = call.ids(left), call.ids(right)
+    leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
+    inner = right_ids.get(rows, left_ids.get(rows + 1))
+    if call.ledger.is_own(right) or not call.ledger.is_own(left):
+        _connect(call, left_ids.get(rows + 1), right_ids.get(rows))
+        produced = leaving.get(rows + 1)
+    else:
+        # The matrix of the model stands on the left: ``W @ x``.
+        _connect(call, right_ids.get(rows), left_ids.get(rows + 1))
+        produced = leaving.get(rows)
+    if produced is not None:
+        call.ledger.roles.append((produced, Role.OUTPUT))
+    batch: list[IntArray | int] = []
+    if rows:
+        both = merge(call, [(left_ids.get(0), left.size(0)), (right_ids.get(0), right.size(0))])
+        batch = [left.size(0) if both is None else both]
+        leaving.update({} if both is None else {0: both})
+    extents = (
+        *batch,
+        leaving.get(rows, left.size(rows)),
+        left.size(rows + 1) if inner is None else inner,
+        leaving.get(rows + 1, right.size(rows + 1)),
+    )
+    call.ledger.operations.append(CountedOperation(call.module, call.name, 1.0, extents))
+    return leaving
+
+
+def attention(call: Call) -> Sequence[ChannelIds]:
+    """Fused attention: counted (two matrix products), and frozen."""
+    query, key, value = call.inputs[:3]
+    macs = float(query.shape[:-1].numel() * key.size(-2) * (query.size(-1) + value.size(-1)))
+    call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
+    return unknown(call)

@@ -1,0 +1,197 @@
+"""Operations that only move channels: most simply run on the ids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur.graph._call import Call, merge
+from secateur.graph._channels import IntArray
+from secateur.graph._ledger import ChannelIds
+
+_FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
+
+
+def created(call: Call) -> Sequence[ChannelIds]:
+    """A new tensor with the shape of another (``zeros_like``): its sizes follow that tensor's."""
+    source = call.inputs[0]
+    return [call.ids(source) if out.shape == source.shape else {} for out in call.outputs]
+
+
+def movement(call: Call) -> Sequence[ChannelIds]:
+    """Run the operation on the ids themselves."""
+    source = call.inputs[0]
+    for other in call.inputs[1:]:
+        call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    results: list[ChannelIds] = [{} for _ in call.outputs]
+    for dim, vector in call.ids(source).items():
+        moved = _execute_on_ids(call, source, dim, vector)
+        for result, ids in zip(results, moved, strict=True):
+            _place(call, result, ids, vector)
+    return results
+
+
+def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray) -> list[torch.Tensor]:
+    shape = [1] * source.dim()
+    shape[dim] = len(vector)
+    probe = torch.from_numpy(vector).view(shape).expand(source.shape)
+    if call.name in _FLOAT_ONLY:
+        probe = probe.double()
+    name = "reshape" if call.name in {"view", "_unsafe_view", "_reshape_alias"} else None
+    if name:
+        return [probe.reshape(call.args[1])]
+    args, kwargs = tree_map_only(torch.Tensor, lambda t: probe if t is source else t, (call.args, call.kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in {"dtype", "device", "layout", "memory_format"}}
+    out = call.operator(*args, **kwargs)
+    return [t.long() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
+    """Find the dimension along which moved ids vary; of several, the one with most different ids stays free."""
+    dims = [d for d in range(ids.dim()) if _varies(ids, d)]
+    for d in set(range(ids.dim())) - set(dims):
+        ids = ids.narrow(d, 0, min(1, ids.size(d)))
+    if not dims:
+        if ids.numel():
+            call.ledger.freeze(ids.reshape(-1)[:1].numpy(), f"{call.where} picks single channels")
+        return
+    free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
+    rest = [d for d in range(ids.dim()) if d != free]
+    matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
+    flat = matrix.numpy()
+    if len(dims) > 1:
+        flat = np.unique(flat, axis=0)
+        picked = call.ledger.tie_rows(flat)
+    else:
+        picked = np.ascontiguousarray(flat[0])
+    if free in result:
+        call.ledger.freeze(picked, f"{call.where} merges two kinds of channels into one dimension")
+        return
+    result[free] = picked
+
+
+def _distinct(ids: torch.Tensor, dim: int) -> int:
+    """How many different ids the first line along a dimension holds."""
+    line = ids
+    for other in range(ids.dim() - 1, -1, -1):
+        if other != dim:
+            line = line.select(other, 0)
+    return int(line.unique().numel())
+
+
+def _varies(ids: torch.Tensor, dim: int) -> bool:
+    if ids.size(dim) <= 1 or ids.stride(dim) == 0:
+        return False
+    first = ids.narrow(dim, 0, 1)
+    return not bool((ids == first).all())
+
+
+def picking(call: Call) -> Sequence[ChannelIds]:
+    """``select`` and ``unbind``: fine along other dimensions, along channels positions are fixed."""
+    source = call.inputs[0]
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % source.dim()
+    if dim in call.ids(source):
+        call.ledger.freeze(call.ids(source)[dim], f"{call.where} picks single channels")
+    rest = {d: ids for d, ids in call.ids(source).items() if d != dim}
+    return [{d - (d > dim): ids for d, ids in rest.items()} for _ in call.outputs]
+
+
+def elsewhere(call: Call) -> Sequence[ChannelIds]:
+    """``roll``, ``unfold``, ``diagonal``: movement along other dimensions; along channels positions would shift."""
+    named = [call.dims(name) for name in ("dims", "dim", "dimension", "dim1", "dim2")]
+    dims = set[int]().union(*(found for found in named if found is not None))
+    ids = call.ids(call.inputs[0])
+    if any(dim in dims or not dims for dim in ids):
+        call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")
+        return [{} for _ in call.outputs]
+    return movement(call)
+
+
+def shuffled(call: Call) -> Sequence[ChannelIds]:
+    """``channel_shuffle``: (groups, n) channels become (n, groups), so every group keeps the same positions."""
+    ids = dict(call.ids(call.inputs[0]))
+    if 1 in ids:
+        matrix = ids[1].reshape(call.named("groups"), -1)
+        call.ledger.tie_rows(matrix)
+        ids[1] = np.ascontiguousarray(matrix.T).reshape(-1)
+    return [ids]
+
+
+def unfolded(call: Call) -> Sequence[ChannelIds]:
+    """``im2col``: every channel becomes as many positions as the kernel has."""
+    ids = dict(call.ids(call.inputs[0]))
+    channels = ids.pop(1, None)
+    call.ledger.freeze_all([ids], f"{call.where} slides over channels")
+    return [{} if channels is None else {1: np.repeat(channels, call.outputs[0].size(1) // len(channels))}]
+
+
+def stacked(call: Call) -> Sequence[ChannelIds]:
+    """``stack``: a new dimension without channels; all others must agree."""
+    tensors: Sequence[torch.Tensor] = call.args[0]
+    new = int(call.named("dim")) % call.outputs[0].dim()
+    result: ChannelIds = {}
+    for dim in range(tensors[0].dim()):
+        merged = merge(call, [(call.ids(t).get(dim), t.size(dim)) for t in tensors])
+        if merged is not None:
+            result[dim + (dim >= new)] = merged
+    return [result]
+
+
+def index(call: Call) -> Sequence[ChannelIds]:
+    """Indexing with tensors: fine along other dimensions, frozen along channels."""
+    source = call.inputs[0]
+    results = movement(call)
+    kept: list[ChannelIds] = []
+    for ids in results:
+        same = {d: v for d, v in ids.items() if any(np.array_equal(v, old) for old in call.ids(source).values())}
+        kept.append(same)
+    if any(len(same) != len(call.ids(source)) for same in kept):
+        call.ledger.freeze_all([call.ids(source)], f"{call.where} picks channels by a fixed index")
+        return [{} for _ in call.outputs]
+    return kept
+
+
+def fresh(call: Call) -> Sequence[ChannelIds]:
+    """``x.new_zeros(...)``: takes nothing but the dtype and device."""
+    return [{} for _ in call.outputs]
+
+
+def pad(call: Call) -> Sequence[ChannelIds]:
+    """Constant padding: new channels that no parameter produces (option-A shortcuts)."""
+    source, amounts = call.inputs[0], call.args[1]
+    result: ChannelIds = {}
+    for dim, vector in call.ids(source).items():
+        place = 2 * (source.dim() - 1 - dim)
+        low, high = (amounts[place], amounts[place + 1]) if place + 1 < len(amounts) else (0, 0)
+        if low < 0 or high < 0:
+            call.ledger.freeze(vector, f"{call.where} crops channels")
+            continue
+        parts = [call.ledger.new(low), vector, call.ledger.new(high)]
+        result[dim] = np.concatenate(parts) if low or high else vector
+    return [result]
+
+
+def concatenate(call: Call) -> Sequence[ChannelIds]:
+    """``cat`` puts ids side by side; other dimensions must agree."""
+    tensors: Sequence[torch.Tensor] = call.args[0]
+    rank = tensors[0].dim()
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % rank
+    result: ChannelIds = {}
+    if any(dim in call.ids(t) for t in tensors):
+        parts = [call.ids(t).get(dim) for t in tensors]
+        result[dim] = np.concatenate(
+            [part if part is not None else _pinned(call, t.size(dim)) for part, t in zip(parts, tensors, strict=True)]
+        )
+    for other in range(rank):
+        if other != dim:
+            merged = merge(call, [(call.ids(t).get(other), t.size(other)) for t in tensors])
+            if merged is not None:
+                result[other] = merged
+    return [result]
+
+
+def _pinned(call: Call, size: int) -> IntArray:
+    ids = call.ledger.new(size)
+    call.ledger.freeze(ids, f"{call.where} adds channels that no parameter produces")
+    return ids

@@ -135,7 +135,13 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
     Raises:
         TraceError: If the model cannot run the example.
     """
-    shadow = shadow_of(model)
+    try:
+        shadow = shadow_of(model)
+    except Exception as error:
+        raise TraceError(
+            f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a tensor, "
+            "a module nor plain data, such as open files or generators."
+        ) from error
     ledger, where = Ledger(), Where()
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)

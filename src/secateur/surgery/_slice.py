@@ -126,6 +126,12 @@ def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tenso
             replacement = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
             keep_alive.append(replacement)
             memo[id(tensor)] = replacement
+    for module in model.modules():
+        # Weights computed by a hook (weight norm) are no leaves and refuse to be copied; they are computed anew anyway.
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                keep_alive.append(value.detach().clone())
+                memo[id(value)] = keep_alive[-1]
     return copy.deepcopy(model, memo)
 
 

@@ -1,0 +1,63 @@
+"""From the words of the command line to objects."""
+
+import pytest
+import torch
+
+from secateur.cli._choices import (
+    device_of,
+    formats_of,
+    importance_of,
+    numbers_of,
+    optimiser_of,
+    precision_of,
+    strategy_of,
+)
+from secateur.cli._options import ImportanceName, OptimiserName, PrecisionName, StrategyName
+from secateur.errors import DataError, ExportError, TrainingError
+from secateur.importance import L1, Importance, Reconstruction
+from secateur.pipeline import Format
+from secateur.search import Activations, Knapsack, PCASlimming, Strategy
+from secateur.train import SGD, AdamW, Precision
+
+
+def test_every_name_is_a_method_of_its_own():
+    strategies = [strategy_of(name, None) for name in StrategyName]
+    assert all(isinstance(strategy, Strategy) for strategy in strategies)
+    assert len(set(map(repr, strategies))) == len(StrategyName)
+    importances = [importance_of(name) for name in ImportanceName]
+    assert all(isinstance(importance, Importance) for importance in importances)
+    assert len(set(map(repr, importances))) == len(ImportanceName)
+
+
+def test_importance_replaces_the_usual_one():
+    assert strategy_of(StrategyName.KNAPSACK, None) == Knapsack(Reconstruction())
+    assert strategy_of(StrategyName.PCA_ACTIVATIONS, ImportanceName.L1) == PCASlimming(Activations(), L1())
+
+
+def test_optimisers_and_precisions():
+    assert optimiser_of(OptimiserName.SGD, None) == SGD()
+    assert optimiser_of(OptimiserName.ADAMW, 0.1) == AdamW(weight_decay=0.1)
+    assert precision_of(PrecisionName.AUTO) is None
+    assert precision_of(PrecisionName.BF16) is Precision.BF16_MIXED
+
+
+def test_formats():
+    assert formats_of("pt2, onnx,pt2") == (Format.PT2, Format.ONNX)
+    assert formats_of("") == ()
+    with pytest.raises(ExportError, match=r"must name onnx or pt2.*'tflite'"):
+        formats_of("onnx,tflite")
+
+
+def test_numbers():
+    assert numbers_of("0.5, 1", "--mean") == (0.5, 1.0)
+    assert numbers_of(None, "--mean") is None
+    with pytest.raises(DataError, match=r"`--std` must be numbers.*'grey'"):
+        numbers_of("grey", "--std")
+
+
+def test_devices():
+    assert device_of("auto") is None
+    assert device_of("cpu") == torch.device("cpu")
+    for name in ("abacus", "cuda:99", "meta"):
+        with pytest.raises(TrainingError, match=f"`--device`.*{name}"):
+            device_of(name)

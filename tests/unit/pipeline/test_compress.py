@@ -1,0 +1,179 @@
+"""`compress` as a function: what it leaves alone, what it says, and how it meets what cannot be cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import secateur
+from secateur.cost import counted_macs
+from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.errors import ArtifactError, ModelError
+from secateur.pipeline import compress, survey
+from secateur.search import SearchSpace, Uniform
+from secateur.surgery import cut
+from secateur.train import Schedule, Silent
+
+HEAL_ONLY = Schedule(epochs=0)
+
+
+def _split(n: int, seed: int) -> MemorySplit:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+
+
+def _data() -> ImageData:
+    normalisation = Normalisation.usual(3)
+    return ImageData(
+        train=_split(64, 0),
+        validation=_split(16, 1),
+        test=_split(32, 2),
+        classes=("a", "b", "c", "d"),
+        mean=normalisation.mean,
+        std=normalisation.std,
+        size=(3, 8, 8),
+        name="noise",
+        augment=Augment(padding=1),
+    )
+
+
+def _model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 3, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(24, 4),
+        )
+
+
+def test_callers_model_mode_and_random_state_stay():
+    model = _model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    result = compress(model, _data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent())
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not result.model.training
+    assert result.folder is None
+    assert result.files == ()
+    assert result.failed == ()
+    example = torch.zeros(1, 3, 8, 8)
+    assert (
+        0.4 * counted_macs(model, example) < counted_macs(result.model, example) <= 0.5 * counted_macs(model, example)
+    )
+    assert result.report.after.macs == counted_macs(result.model, example)
+
+
+def test_same_seed_same_weights():
+    first, second = (
+        compress(_model(), _data(), budget="macs=50%", schedule=Schedule(1, 32), progress=Silent(), seed=5)
+        for _ in "12"
+    )
+    assert first.architecture == second.architecture
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
+    out = tmp_path / "out"
+    result = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    with pytest.raises(ArtifactError, match="factory"):
+        secateur.load(out)
+    loaded = secateur.load(out, factory=_model)
+    images = next(_data().test.batches(32))[0]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), result.model(images))
+    assert {path.name for path in result.files} == {path.name for path in out.iterdir()}
+    checks = secateur.verify(out, factory=_model, data=_data()).checks
+    assert all(check.passed for check in checks)
+    assert len(checks) == 4
+
+
+def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
+    out = tmp_path / "out"
+    compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+
+    class Louder(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.1 * super().forward(x) + self[0](x).mean()
+
+    found = secateur.verify(out, factory=lambda: Louder(*_model()))
+    assert not found.passed
+    failed = {check.name for check in found.checks if not check.passed}
+    assert failed == {"Counted costs = recorded costs", "Outputs for a seeded input = recorded outputs"}
+
+
+def test_original_that_guesses_is_noted():
+    result = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    assert any("about what guessing gives (25.0 %)" in note for note in result.report.notes)
+
+
+def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypatch: pytest.MonkeyPatch):
+    calls: list[int] = []
+
+    def sceptical(model: nn.Module, graph: secateur.ChannelGraph, *args: object, **kwargs: object):
+        calls.append(len(graph.prunable))
+        done = cut(model, graph, *args, **kwargs)
+        if len(calls) > 1:
+            return done
+        axis = graph.prunable[0].name
+        proof = replace(done.verification, frozen=((axis, "for this test"),))
+        return replace(done, graph=graph.with_frozen({axis: "for this test"}), verification=proof)
+
+    monkeypatch.setattr("secateur.pipeline._halfway.cut", sceptical)
+    said: list[str] = []
+    model = _model()
+    result = compress(model, _data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)
+    assert calls == [2, 1]
+    assert any("Searching again" in line for line in said)
+    assert [frozen.reason for frozen in result.report.frozen if frozen.name == "0"] == ["for this test"]
+    example = torch.zeros(1, 3, 8, 8)
+    assert result.model[0].out_channels == 16
+    assert counted_macs(result.model, example) <= 0.7 * counted_macs(model, example)
+
+
+def test_model_that_does_not_fit_is_refused_before_the_search():
+    data = _data()
+    with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
+        compress(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4)), data, budget="macs=50%")
+    with pytest.raises(ModelError, match=r"each of the 4 classes of noise.*got shape \(2, 9\)"):
+        compress(nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), data, budget="macs=50%")
+    broken = _model()
+    broken[0].weight.data[0] = torch.inf
+    with pytest.raises(ModelError, match=r"finite weights; got NaN or infinity in 1 tensor.*0\.weight"):
+        compress(broken, data, budget="macs=50%")
+
+    class Overflows(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 0
+
+    with pytest.raises(ModelError, match="finite logits"):
+        compress(Overflows(*_model()), data, budget="macs=50%")
+
+
+def test_channels_last_models_are_cut_as_others():
+    usual = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    last = compress(_model().to(memory_format=torch.channels_last), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    assert [axis.frozen_because for axis in last.graph.axes] == [axis.frozen_because for axis in usual.graph.axes]
+    assert last.architecture.widths == usual.architecture.widths
+    assert last.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_survey_names_range_share_and_reasons():
+    model = _model()
+    found = survey(model, torch.zeros(1, 3, 8, 8), space=SearchSpace())
+    assert found.original.macs == counted_macs(model, torch.zeros(1, 3, 8, 8))
+    assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
+    assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
+    assert 0.99 < found.prunable_share <= 1

@@ -15,6 +15,9 @@ def batch_norm(call: Call) -> Sequence[ChannelIds]:
     """One scale, shift, mean and variance per channel."""
     source = call.inputs[0]
     ids = dict(call.ids(source))
+    if call.named("training") or call.named("use_input_stats"):
+        others = {dim: ids.pop(dim) for dim in list(ids) if dim != 1}
+        call.ledger.freeze_all([others], f"{call.where} normalises over channels")
     vectors = [t for t in call.args[1:5] if isinstance(t, torch.Tensor)]
     merged = merge(call, [(ids.get(1), source.size(1)), *((call.ids(t).get(0), t.size(0)) for t in vectors)])
     if merged is not None:

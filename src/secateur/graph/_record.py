@@ -139,8 +139,8 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
         shadow = shadow_of(model)
     except Exception as error:
         raise TraceError(
-            f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a tensor, "
-            "a module nor plain data, such as open files or generators."
+            f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a "
+            "tensor, a module nor plain data, such as open files or generators."
         ) from error
     ledger, where = Ledger(), Where()
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):

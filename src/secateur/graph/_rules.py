@@ -61,7 +61,7 @@ def pointwise(call: Call) -> Sequence[ChannelIds]:
 
 def overwrite(call: Call) -> Sequence[ChannelIds]:
     """``copy_``: the destination takes the ids of the source; into a view, nothing may move."""
-    target, source = call.inputs[0], call.inputs[1] if len(call.inputs) > 1 else call.inputs[0]
+    target, source = call.inputs[0], call.inputs[-1]
     shift = target.dim() - source.dim()
     if target._base is not None:
         call.ledger.freeze_all([call.ids(source), call.ids(target)], f"{call.where} writes into a part of a tensor")

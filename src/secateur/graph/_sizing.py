@@ -4,7 +4,7 @@ Works one level above ATen, on the calls as the model wrote them (``x.view(b, se
 `SizeInt`; `_rules` works on the ATen calls below them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
 
 def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``unflatten``: one dimension becomes several, each with its size."""
-    sizes = args[2] if len(args) > 2 else kwargs["sizes"]
+    sizes = _given(args, kwargs, 2, "sizes")
     first = _dim(args, kwargs, 1) % args[0].dim()
     ids = ledger.ids_of(out)
     for dim, size in enumerate(sizes, first):
@@ -50,19 +50,20 @@ def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict
 def _chunked(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``chunk``: the pieces stay equally long, so the same positions of each go together."""
     dim = _dim(args, kwargs, 2)
-    asked = args[1] if len(args) > 1 else kwargs["chunks"]
+    asked = _given(args, kwargs, 1, "chunks")
     _tie_pieces(ledger, where, out, dim, complete=len(out) == asked)
 
 
 def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``split`` by one size (equal pieces) or by a list of sizes (each its own)."""
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    sizes = _given(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
     dim = _dim(args, kwargs, 2)
     if isinstance(sizes, int):
         _tie_pieces(ledger, where, out, dim)
         ledger.bind(expression_of(sizes), _along(ledger, out[0], dim), where)
         return
-    for size, piece in zip(sizes or (), out, strict=False):
+    pieces: list[tuple[Any, torch.Tensor]] = list(zip(sizes or (), out, strict=False))
+    for size, piece in pieces:
         ids = _along(ledger, piece, dim)
         if ids is not None or isinstance(size, SizeInt):
             ledger.bind(expression_of(size), ids, where)
@@ -81,7 +82,7 @@ def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: 
 
 def _padded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``pad``: the amounts before and after the channels follow how many of the padded channels stay."""
-    amounts = args[1] if len(args) > 1 else kwargs["pad"]
+    amounts = _given(args, kwargs, 1, "pad")
     rank = out.dim()
     for dim in range(rank):
         place = 2 * (rank - 1 - dim)
@@ -131,10 +132,9 @@ def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, A
 
 def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``narrow``: start and length count channels."""
-    if len(args) < 4:
-        ledger.freeze_all([ledger.ids_of(args[0])], f"{where} has keyword sizes")
-        return
-    source, dim, start, length = args[:4]
+    source, dim, start, length = (
+        _given(args, kwargs, position, name) for position, name in enumerate(("input", "dim", "start", "length"))
+    )
     ids = ledger.ids_of(source).get(dim % source.dim())
     if ids is not None and isinstance(start, int):
         ledger.bind(expression_of(start), ids[:start], where)
@@ -143,7 +143,7 @@ def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
 
 def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A grouped convolution that loses whole groups has fewer of them."""
-    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+    groups = _given(args, kwargs, 6, "groups", 1)
     ids = ledger.ids_of(args[0]).get(1)
     if groups == 1:
         return
@@ -153,8 +153,13 @@ def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
         ledger.bind(expression_of(groups), counted, where)
 
 
+def _given(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """An argument passed by position or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:
-    return int(args[position] if len(args) > position else kwargs.get("dim", 0))
+    return int(_given(args, kwargs, position, "dim", 0))
 
 
 def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:

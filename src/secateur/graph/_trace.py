@@ -36,7 +36,8 @@ def trace(model: nn.Module, example: torch.Tensor | tuple[Any, ...]) -> ChannelG
         raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
     if tensors[0].numel() == 0:
         raise TraceError(
-            f"`example` must hold at least one image; got a batch of shape {tuple(tensors[0].shape)}. Pass an input batch."
+            f"`example` must hold at least one image; got a batch of shape {tuple(tensors[0].shape)}. "
+            "Pass an input batch."
         )
     batch = tensors[0].shape[0] if tensors[0].dim() else 1
     single = tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)

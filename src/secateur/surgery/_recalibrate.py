@@ -11,7 +11,7 @@ from secateur.graph import shadow_of
 from secateur.surgery._cut import Wound
 from secateur.surgery._slice import kept_positions_of_tensors
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
+BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, Role
 from secateur.graph._channels import IntArray
 
 KeptByDim = dict[int, IntArray]
@@ -35,8 +35,16 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
             raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
 
 
-def kept_positions_of_tensors(graph: ChannelGraph, architecture: Architecture) -> dict[str, KeptByDim]:
-    """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out."""
+def kept_positions_of_tensors(
+    graph: ChannelGraph, architecture: Architecture, roles: Container[Role] = frozenset(Role)
+) -> dict[str, KeptByDim]:
+    """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out.
+
+    Args:
+        graph: The channel graph of the whole model.
+        architecture: Channels to keep.
+        roles: Only sites of these are looked at.
+    """
     masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
     for name, channels in architecture.kept:
         axis = graph.by_name[name]
@@ -45,6 +53,8 @@ def kept_positions_of_tensors(graph: ChannelGraph, architecture: Architecture) -
         gone = np.ones(axis.size, dtype=bool)
         gone[list(channels)] = False
         for site in axis.sites:
+            if site.role not in roles:
+                continue
             dims = masks.setdefault(site.tensor, {})
             if site.dim not in dims:
                 dims[site.dim] = np.ones(full_size(graph, site.tensor, site.dim), dtype=bool)
@@ -92,8 +102,21 @@ def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architectu
     What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
     reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
     """
+    return _masked(model, graph, architecture, frozenset(Role))
+
+
+def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A copy of the full model in which only the weights that read removed channels are zero.
+
+    The channels themselves run on unchanged. As good a reference as `mask_removed`, and one that stays finite where
+    the model divides by something that is zero for a channel of zeros.
+    """
+    return _masked(model, graph, architecture, frozenset({Role.INPUT}))
+
+
+def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role]) -> nn.Module:
     check_architecture(graph, architecture)
-    kept = kept_positions_of_tensors(graph, architecture)
+    kept = kept_positions_of_tensors(graph, architecture, roles)
     parameters = set(graph.parameters)
 
     def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +180,7 @@ def set_sizes(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -
 def declare_sizes(model: nn.Module) -> None:
     """Make the sizes that torch's own layers declare (``out_channels``, ``num_features``) agree with their tensors."""
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
             first, second = module.weight.shape[:2]
             if module.transposed:
                 module.in_channels, module.out_channels = first, second * module.groups
@@ -165,14 +188,18 @@ def declare_sizes(model: nn.Module) -> None:
                 module.out_channels, module.in_channels = first, second * module.groups
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            vector = module.weight if module.weight is not None else module.running_mean
+        elif isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
+            vector = module.running_mean if _has_no_weight(module) else module.weight
             if vector is not None:
                 module.num_features = vector.numel()
-        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        elif isinstance(module, nn.GroupNorm) and not _has_no_weight(module):
             module.num_channels = module.weight.numel()
-        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
             module.normalized_shape = tuple(module.weight.shape)
+
+
+def _has_no_weight(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is None
 
 
 def parameter_share(graph: ChannelGraph) -> float:

@@ -174,6 +174,26 @@ def test_depthwise_transposed_convolution(convolution):
     assert {("operation.weight", 0), ("second.weight", 1)} <= {(s.tensor, s.dim) for s in graph.by_name["first"].sites}
 
 
+class Standardised(nn.Conv2d):
+    """Its weight is standardised over the inputs, by a batch norm in training mode, as in NFNets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_inputs_of_a_standardised_weight_stay_and_its_outputs_do_not():
+    model = Between(Standardised(12, 10, 3), 10)
+    graph = traced(model)
+    assert "uses a weight without channels of its own" in str(reason_of(graph, "first"))
+    assert graph.sizes["operation"] == 10
+
+
+def test_statistics_of_the_batch_do_not_mix_channels():
+    graph = traced(Between(nn.BatchNorm2d(12, track_running_stats=False)))
+    assert reason_of(graph, "first") is None
+
+
 def test_grouped_transposed_convolution_stays_whole():
     graph = traced(Between(nn.ConvTranspose2d(12, 12, 2, 2, groups=3)))
     assert "grouped transposed" in str(reason_of(graph, "first"))

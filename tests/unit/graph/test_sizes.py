@@ -222,6 +222,9 @@ FOLLOWING: dict[str, Resized] = {
     "unflatten": Resized(lambda m, x: x.unflatten(1, (3, m.per)).transpose(1, 2).flatten(1, 2), per=4),
     "unflatten_minus_one": Resized(lambda m, x: x.unflatten(1, (3, -1)).flatten(1, 2)),
     "narrow": Resized(lambda m, x: torch.cat([x.narrow(1, 0, m.low), x.narrow(1, m.low, m.high)], 1), low=5, high=7),
+    "narrow_by_name": Resized(
+        lambda m, x: torch.cat([x.narrow(dim=1, start=0, length=m.low), x[:, m.low :]], 1), low=5
+    ),
     "slice": Resized(lambda m, x: torch.cat([x[:, : m.low], x[:, m.low :]], 1), low=5),
     "slice_from_the_end": Resized(lambda m, x: torch.cat([x[:, : -m.last], x[:, -m.last :]], 1), last=5),
     "split_by_one_size": Resized(lambda m, x: torch.cat(x.split(m.each, 1), 1), each=4),

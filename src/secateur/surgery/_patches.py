@@ -21,9 +21,9 @@ class Sampler:
     module: str
     positions: Tensor | None
 
-    def rows_of_output(self, out: Tensor) -> Tensor:
-        """(samples, output channels)."""
-        if out.dim() == 4:
+    def rows_of_output(self, layer: nn.Module, out: Tensor) -> Tensor:
+        """(samples, output channels). A linear layer may give four dimensions too: its channels are the last."""
+        if isinstance(layer, nn.Conv2d):
             flat = out.flatten(2)
             if self.positions is not None:
                 flat = flat[:, :, self.positions.to(out.device)]

@@ -56,6 +56,14 @@ class RecalibrateBatchNorm:
             layer.running_var.mul_(ratio.to(layer.running_var.dtype))
 
 
+def _with_company(images: Sequence[Tensor]) -> list[Tensor]:
+    """The same images, a last batch of one joined to its neighbour: one value has no variance, and torch refuses it."""
+    batches = list(images)
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and biased variance of every batch-norm input, with every batch norm normalising by its own batch.
 
@@ -80,7 +88,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
         # Without running statistics a batch norm uses those of the batch, in eval mode too.
         layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     with torch.no_grad():
-        for batch in images:
+        for batch in _with_company(images):
             model(batch)
     return {
         name: (total / count, (squares / count - (total / count).square()).clamp_min(0))

@@ -113,7 +113,7 @@ def _targets(
     def watch(sampler: Sampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         if not rows[sampler.module] and not follows_weight(layer, x, out):
             skipped.add(sampler.module)
-        found = sampler.rows_of_output(out)
+        found = sampler.rows_of_output(layer, out)
         positions = kept[f"{sampler.module}.weight"].get(0)
         if positions is not None:
             found = found.index_select(1, torch.from_numpy(positions).to(found.device))

@@ -31,7 +31,7 @@ SPACE = SearchSpace(min_kept_fraction=0.25)
 GENTLE = Schedule(epochs=1, learning_rate=0.02)
 """A short recovery. The rate is low on purpose: a high one wipes out what healing restored."""
 
-ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=1.0)
+ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 """The teacher's probabilities, a little of the labels, and the teacher's features at the last layer of each size."""
 
 HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())

@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(BIN)/secateur demo --out $(OUT) --overwrite
+	$(BIN)/secateur demo --out $(OUT)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" --cov=secateur --cov-branch --cov-report=term:skip-covered

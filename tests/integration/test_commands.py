@@ -191,6 +191,24 @@ def test_cifar_resnet20_healed_only(run: Run, tmp_path: Path, cifar10_folder: Pa
     assert manifest["cost"]["after"]["macs"] <= 0.7 * manifest["cost"]["before"]["macs"]
 
 
+def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from secateur import pipeline
+    from secateur.train import Schedule
+
+    short = pipeline.Demo(teaching=Schedule(4, 64, 0.05), recovery=Schedule(1, 64, 0.02))
+
+    def quick(*args: object, **kwargs: object) -> object:
+        return demo(*args, **kwargs, settings=short)
+
+    demo = pipeline.demo
+    monkeypatch.setattr("secateur.pipeline.demo", quick)
+    found = run("demo", "--out", tmp_path / "demo", "--export", "", "--quiet")
+    assert found.exit_code == 0, found.output
+    assert "report.html in a browser" in found.stdout
+    manifest = json.loads((tmp_path / "demo" / "secateur.json").read_text())
+    assert manifest["cost"]["after"]["macs"] <= 0.3 * manifest["cost"]["before"]["macs"]
+
+
 @pytest.mark.slow
 def test_demo_keeps_its_promise(run: Run, tmp_path: Path):
     found = run("demo", "--out", tmp_path / "demo")

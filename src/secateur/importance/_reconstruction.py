@@ -28,10 +28,10 @@ class Reconstruction(Importance):
         d_j = 1/2 * sum over readers, sum_o E||dz/dy_o||^2 * sum_t W_ojt^2 * r_j
 
     where y_o is the reader's output channel o (squared Jacobian summed over its positions, estimated with random
-    signs), and t runs over the kernel. The channel with the smallest d_j goes, G^-1 is downdated (Schur complement), and
-    so on; the score of a channel is the largest damage done up to its removal. So the scores of all axes have one
-    unit and one network-wide threshold makes sense, and within an axis the last ones standing are the set that
-    explains the others: a greedy selection. No labels are needed.
+    signs), and t runs over the kernel (and over the positions of a flattened channel). The channel with the smallest
+    d_j goes, G^-1 is downdated (Schur complement), and so on; the score of a channel is the largest damage done up to
+    its removal. So the scores of all axes have one unit and one network-wide threshold makes sense, and within an axis
+    the last ones standing are the set that explains the others: a greedy selection. No labels are needed.
 
     Attributes:
         ridge: Added to the diagonal of G, relative to its mean; dimensionless, > 0.
@@ -71,6 +71,8 @@ class Reconstruction(Importance):
 
     def _eliminate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> FloatArray:
         """Damage at removal for every channel, from (G, sum_o,t Jacobian * W^2) of every reader."""
+        if not all(bool(torch.isfinite(tensor).all()) for pair in pairs for tensor in pair):
+            return np.full(len(pairs[0][1]), np.nan)
         inverses: list[Tensor] = []
         for gram, _ in pairs:
             floor = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
@@ -80,7 +82,10 @@ class Reconstruction(Importance):
         scores, worst = np.zeros(size), 0.0
         for _ in range(size):
             damage = torch.stack(
-                [weight / inverse.diagonal().clamp_min(_GONE) for inverse, (_, weight) in zip(inverses, pairs, strict=True)]
+                [
+                    weight / inverse.diagonal().clamp_min(_GONE)
+                    for inverse, (_, weight) in zip(inverses, pairs, strict=True)
+                ]
             ).sum(0)
             damage[~alive] = torch.inf
             gone = int(damage.argmin())
@@ -110,7 +115,7 @@ def _readers(model: nn.Module, graph: ChannelGraph) -> Readers:
 
     def watched(site: Site) -> bool:
         module, _, parameter = site.tensor.rpartition(".")
-        plain = isinstance(modules.get(module), nn.Linear | nn.modules.conv._ConvNd)
+        plain = isinstance(modules.get(module), nn.Linear | nn.modules.conv._ConvNd)  # pyright: ignore[reportPrivateUsage]
         return site.role is Role.INPUT and parameter == "weight" and plain
 
     return {axis.name: tuple(filter(watched, axis.sites)) for axis in graph.prunable}
@@ -139,13 +144,15 @@ class _Moments:
             weight = self.weights[site.tensor].movedim(site.dim, 0)[:, :, None]
         jacobian = self.jacobians[_module_of(site)] / max(self.seen, 1)
         energy = torch.einsum("cot,o->c", weight.square(), jacobian.to(weight.dtype))
-        return gram, energy[torch.from_numpy(site.index)].mean(1)
+        return gram, energy[torch.from_numpy(site.index)].sum(1)
 
     def _is_conv(self, site: Site) -> bool:
         return self.weights[site.tensor].dim() > 2
 
     def collect(self, evidence: Evidence, images: int) -> None:
         """One forward and one backward pass over up to ``images`` images."""
+        if not self.by_module:
+            return
         shadow = shadow_of(evidence.model)
         draw = torch.Generator().manual_seed(evidence.seed)
         given: dict[str, Tensor] = {}
@@ -159,7 +166,8 @@ class _Moments:
                 return
             given.clear()
             with torch.enable_grad():
-                outputs = shadow(part.detach().requires_grad_())
+                # A clone, because a model may write into its input.
+                outputs = shadow(part.detach().requires_grad_().clone())
                 probe = _random_projection(outputs, draw)
                 names = list(given)
                 gradients = torch.autograd.grad(probe, [given[n] for n in names], allow_unused=True)
@@ -171,8 +179,9 @@ class _Moments:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             rows = _channels_last(layer, args[0].detach())
             for site in self.by_module[name]:
-                part = rows[:, torch.from_numpy(site.index).to(rows.device)]
-                part = part.movedim(1, -1).reshape(-1, part.shape[1]) if site.index.shape[1] > 1 else part[:, :, 0]
+                index = _arriving(layer, site)
+                part = rows[:, index.to(rows.device)]
+                part = part.movedim(1, -1).reshape(-1, part.shape[1]) if index.shape[1] > 1 else part[:, :, 0]
                 self.grams[id(site)] = self.grams.get(id(site), 0) + (part.T @ part).double().cpu()
                 self.counts[id(site)] = self.counts.get(id(site), 0) + len(part)
             given[name] = out
@@ -186,6 +195,14 @@ class _Moments:
         dim = 1 if out.dim() > 2 and self.weights[f"{name}.weight"].dim() > 2 else out.dim() - 1
         total = squares.movedim(dim, 0).flatten(1).double().sum(1).cpu()
         self.jacobians[name] = self.jacobians.get(name, 0) + total
+
+
+def _arriving(layer: nn.Module, site: Site) -> Tensor:
+    """(axis size, positions): where the channels lie in the layer's input; a grouped weight names one group's."""
+    index = torch.from_numpy(site.index)
+    if not isinstance(layer, nn.modules.conv._ConvNd) or site.dim == 0 or layer.groups == 1:  # pyright: ignore[reportPrivateUsage]
+        return index
+    return torch.cat([index + group * layer.weight.size(1) for group in range(layer.groups)], 1)
 
 
 def _module_of(site: Site) -> str:

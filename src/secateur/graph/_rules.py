@@ -159,6 +159,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ATTENTION, layers.attention),
     **dict.fromkeys(("roll", "unfold", "diagonal"), moves.elsewhere),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), moves.shuffled),
+    "as_strided": moves.restrided,
     **dict.fromkeys(("select", "unbind"), moves.picking),
     **dict.fromkeys(("index", "index_select", "gather"), moves.index),
     "im2col": moves.unfolded,

@@ -51,7 +51,9 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
     incoming = call.ids(source).get(1)
-    factor = float(math.prod((source if transposed else out).shape[2:]) * math.prod(weight.shape[2:]))
+    # Windows may be folded into the batch, so it is not always one.
+    positions = source.size(0) * math.prod((source if transposed else out).shape[2:])
+    factor = float(positions * math.prod(weight.shape[2:]))
     if groups == 1:
         _connect(call, incoming, consumed)
     elif transposed and weight.size(0) == groups and weight.size(1) == 1:

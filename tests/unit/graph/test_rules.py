@@ -215,6 +215,22 @@ def test_convolutions_of_other_ranks(dims):
     assert CostModel(graph).cost(made.architecture).macs == counted_macs(made.model, x)
 
 
+def test_windows_folded_into_the_batch_are_counted():
+    class Windowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            windows = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+            return self.head(self.body(windows).relu().mean((2, 3)).unflatten(0, (-1, 4)).sum(1))
+
+    model = Windowed().eval()
+    graph = traced(model)
+    assert graph.sizes == {"body": 6}
+    assert CostModel(graph).original.macs == 4 * 4 * 9 * 3 * 6 + 4 * 6 * 4
+
+
 def test_products_without_any_channels_are_counted_too():
     class Mixer(nn.Module):
         def __init__(self):

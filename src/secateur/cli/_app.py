@@ -101,7 +101,7 @@ def compress(
     temperature: options.Temperature = 4.0,
     kd_weight: options.KdWeight = 0.9,
     label_weight: options.LabelWeight = 0.1,
-    feature_weight: options.FeatureWeight = 1.0,
+    feature_weight: options.FeatureWeight = 10.0,
     precision: options.Precision = PrecisionName.AUTO,
     export: options.Export = "onnx",
     resume: options.Resume = False,

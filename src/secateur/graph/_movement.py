@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur.graph._call import Call, merge
+from secateur.graph._call import Call, merge, unknown
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds
 

@@ -112,6 +112,7 @@ MIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "single": (lambda x: x[:, 11:] + x, "takes the size 11|picks single"),
     "fixed_index": (lambda x: x[:, [0, 5, 3]].repeat(1, 4, 1, 1), "by a fixed index"),
     "constant": (lambda x: x + torch.arange(12.0).view(1, 12, 1, 1), "does not follow the channels"),
+    "strided": (lambda x: x.contiguous().as_strided((1, 12, 8, 8), (768, 64, 1, 8)), "`as_strided` .* no channel rule"),
     "written_into": (lambda x: torch.zeros(x.shape).copy_(x).index_fill_(1, torch.tensor([1]), 0.0), "no channel rule"),
     "unequal_chunks": (lambda x: torch.cat(x.chunk(5, 1), 1), "unequal pieces"),
 }

@@ -88,7 +88,7 @@ def _varies(ids: torch.Tensor, dim: int) -> bool:
 
 
 def restrided(call: Call) -> Sequence[ChannelIds]:
-    """``as_strided`` that only renames the strides of single positions, as global pooling of channels-last tensors ends in."""
+    """``as_strided`` that only renames strides of single positions, as global pooling of channels-last tensors does."""
     source, out = call.inputs[0], call.outputs[0]
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     same = out.shape == source.shape and dense and all(size == 1 for size in out.shape[2:])

@@ -79,7 +79,7 @@ def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -
     if incoming is not None and consumed is not None:
         call.ledger.tie(incoming, consumed)
     elif consumed is not None:
-        call.ledger.freeze(consumed, f"{call.where} reads something that is not a channel of this model")
+        call.ledger.freeze(consumed, f"{call.where} reads the model's input or another tensor that carries no channels")
     elif incoming is not None:
         call.ledger.freeze(incoming, f"{call.where} uses a weight without channels of its own")
 
@@ -114,7 +114,9 @@ def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups
     """
     produced, consumed = call.ids(weight).get(0), call.ids(weight).get(1)
     if incoming is None or produced is None:
-        call.ledger.freeze_all([call.ids(weight)], f"{call.where} reads something that is not a channel of this model")
+        call.ledger.freeze_all(
+            [call.ids(weight)], f"{call.where} reads the model's input or another tensor that carries no channels"
+        )
         return produced
     entering, leaving = incoming.reshape(groups, -1), produced.reshape(groups, -1)
     if groups >= entering.shape[1]:

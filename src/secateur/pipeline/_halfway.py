@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, format_count
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, trace
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
-from secateur.pipeline._trace import trace_contiguous
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture, cut
@@ -31,7 +30,7 @@ def go_halfway(plan: Plan, batches: Batches, work: Workplace | None) -> Halfway:
     """
     original = copy.deepcopy(plan.model).to(plan.device).eval()
     began = time.perf_counter()
-    graph = trace_contiguous(original, batches[0][0][:2])
+    graph = trace(original, batches[0][0][:2])
     plan.tell(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
         f"{len(graph.prunable)} prunable."

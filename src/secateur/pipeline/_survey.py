@@ -7,9 +7,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, trace
 from secateur.pipeline._plan import SPACE
-from secateur.pipeline._trace import trace_contiguous
 from secateur.search import SearchSpace
 from secateur.surgery import parameter_share
 
@@ -51,7 +50,7 @@ def survey(model: nn.Module, example: Tensor, *, space: SearchSpace = SPACE) -> 
     Raises:
         TraceError: If the model cannot run the example.
     """
-    graph = trace_contiguous(model, example)
+    graph = trace(model, example)
     costs = CostModel(graph)
     least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
     macs, params = costs.of_widths(least)

@@ -24,7 +24,7 @@ class Refit:
         W' = argmin  ||Y - X' W'^T||^2 + ridge * mean(diag(X'^T X')) * ||W' - W_S||^2
            = (Y^T X' + r W_S) (X'^T X' + r I)^-1
 
-    in float64; a bias is refitted with it as one more input that is always 1. Layers are visited in order of
+    solved in float64; a bias is refitted with it as one more input that is always 1. Layers are visited in order of
     execution and see what really arrives after the repairs before them, so errors do not add up. With X' the original
     activations and one weight per channel instead of one per tap, this is the interpolative decomposition
     M = G_SS^-1 G_SP, W_S + W_P M^T (see `Fold`).

@@ -66,6 +66,8 @@ def compare(
         # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
         masked = mask_readers(model, graph, architecture).eval()
         want = _outputs(masked, example)
+    if not want:
+        raise SurgeryError("the model's output must hold a floating-point tensor to compare cuts by; it holds none.")
     if not _finite(want):
         raise SurgeryError(
             "the model's output on the example is not finite (NaN or inf). Check its weights and the input."
@@ -77,7 +79,7 @@ def compare(
     dtype = want[0].dtype
     found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
     if found is not None and found.max_rel <= found.tolerance:
-        return found
+        return found if _loud(want) else _inside(found, masked, sliced, graph, architecture)
     if found is not None and dtype == torch.float32:
         want, got, masked, sliced, example = _in_double(masked, sliced, example)
         found = _difference(want, got, DOUBLE_CHECK, torch.float64)
@@ -85,6 +87,18 @@ def compare(
             return found
     what = "output shapes differ" if found is None else f"outputs differ by {found.max_rel:.1e} (relative)"
     return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
+
+
+def _loud(outputs: list[torch.Tensor]) -> bool:
+    return any(bool(t.any()) for t in outputs)
+
+
+def _inside(
+    found: Verification, masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> Verification | Mismatch:
+    """An output that is all zero (a head not trained yet) proves nothing: compare every module on the way to it."""
+    module = _first_difference(masked, sliced, graph, architecture, graph.example)
+    return Mismatch(module, "features differ behind an output that is all zero") if module else found
 
 
 def _finite(tensors: list[torch.Tensor]) -> bool:

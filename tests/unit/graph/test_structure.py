@@ -59,7 +59,7 @@ def test_what_stays_has_its_reason():
     graph = traced("residual")
     reasons = {axis.name: (axis.size, axis.frozen_because) for axis in graph.axes if axis.frozen_because}
     assert reasons == {
-        "0.0/input": (3, "`convolution` in 0.0 reads something that is not a channel of this model"),
+        "0.0/input": (3, "`convolution` in 0.0 reads the model's input or another tensor that carries no channels"),
         "4.fc": (5, "reaches the model's output"),
     }
 

@@ -112,6 +112,29 @@ def test_many_wrong_sites_at_once_still_end_in_a_right_model(seed):
     proven(made, model, example, graph)
 
 
+def test_behind_a_head_that_gives_only_zeros_a_wrong_site_is_caught_inside():
+    model, example = ZOO["residual"]()
+    with torch.no_grad():
+        list(model.modules())[-1].weight.zero_()
+        list(model.modules())[-1].bias.zero_()
+    assert not model(example).any()
+    graph = trace(model, example)
+    wrong = with_sites(graph, "3.conv1", rolled("3.bn1.weight", 0))
+    made = cut(model, wrong, Architecture.of({"3.conv1": [0, 2, 3]}))
+    assert [name for name, _ in made.verification.frozen] == ["3.conv1"]
+    assert "all zero" in made.verification.frozen[0][1]
+    right = cut(model, graph, Architecture.of({"3.conv1": [0, 2, 3]}))
+    assert right.verification.frozen == ()
+
+
+def test_an_output_without_numbers_to_compare_is_refused():
+    model, example = ZOO["plain"]()
+    graph = trace(model, example)
+    model.register_forward_hook(lambda module, args, out: out.argmax(1))
+    with pytest.raises(SurgeryError, match="must hold a floating-point tensor"):
+        cut(model, graph, Architecture.of({"0.0": [1, 2]}))
+
+
 def test_a_missing_edit_is_caught():
     model, example = ZOO["option_a_residual"]()
     graph = trace(model, example)

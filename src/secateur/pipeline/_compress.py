@@ -128,8 +128,6 @@ def _run(plan: Plan) -> CompressResult:
     if trained is not None and trained.best_epoch > 0:
         student = trained.model
         steps.append(_measured(plan, "distilled", student))
-    elif trained is not None:
-        plan.tell("No epoch was better on the validation images than the healed student, which is kept.")
     finished = Finished(plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu())
     if plan.delivery is None:
         report, files, folder = report_of(finished), (), None

@@ -164,13 +164,19 @@ def _edits(plan: Plan, student: nn.Module, delivery: Delivery) -> tuple[Edit, ..
 
 def _doubts(run: Finished) -> tuple[str, ...]:
     """What a reader must know before believing the rest."""
+    found: list[str] = []
     first, chance = run.steps[0].accuracy, 1 / len(run.plan.data.classes)
-    if first.top1 > 2 * chance:
-        return ()
-    return (
-        f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
-        f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std).",
-    )
+    if first.top1 <= 2 * chance:
+        found.append(
+            f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
+            f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std)."
+        )
+    if run.trained is not None and run.trained.best_epoch == 0:
+        found.append(
+            "No epoch was better on the validation images than the healed student, which is kept. If the original was "
+            "trained on these images, they favour the student that has changed least."
+        )
+    return tuple(found)
 
 
 def _reload_check(run: Finished, draft: Path) -> Check:

@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/secateur demo --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov=secateur --cov-branch --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=secateur --cov-branch --cov-report=term:skip-covered
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The nets are small: a second thread mostly waits for the first, and pytest runs one worker per core.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # A first torch call takes longer than hypothesis' default deadline; in CI the examples are the same every time.

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import Run, Small, compress_words, secateur
 from safetensors.torch import save_file
 
@@ -24,20 +23,15 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A digits_resnet taught for a few epochs: good enough that damage shows."""
     data = load_data("digits")
     fresh, _ = load_model("digits_resnet")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        taught = fit(
-            fresh,
-            data.train,
-            schedule=Schedule(epochs=6, batch_size=64, learning_rate=0.05),
-            objective=Objective.of_labels(),
-            augment=data.augment,
-            validation=data.validation,
-            progress=Silent(),
-        )
-    finally:
-        torch.set_num_threads(threads)
+    taught = fit(
+        fresh,
+        data.train,
+        schedule=Schedule(epochs=6, batch_size=64, learning_rate=0.05),
+        objective=Objective.of_labels(),
+        augment=data.augment,
+        validation=data.validation,
+        progress=Silent(),
+    )
     assert taught.best_accuracy is not None
     assert taught.best_accuracy > 0.9
     path = tmp_path_factory.mktemp("teacher") / "digits.safetensors"

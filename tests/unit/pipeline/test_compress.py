@@ -154,6 +154,11 @@ def test_model_that_does_not_fit_is_refused_before_the_search():
     with pytest.raises(ModelError, match=r"finite weights; got NaN or infinity in 1 tensor.*0\.weight"):
         compress(broken, data, budget="macs=50%")
 
+    unusual = _model()
+    unusual.held = (line for line in "ab")
+    with pytest.raises(ModelError, match=r"must be copyable.*cannot pickle 'generator'"):
+        compress(unusual, data, budget="macs=50%")
+
     class Overflows(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 0

@@ -84,6 +84,16 @@ def test_evaluate_uses_the_artifacts_normalisation(small: Small, run: Run):
     assert "interval" in found.stdout
 
 
+def test_artifact_remembers_the_image_size(small: Small, run: Run, tmp_path: Path):
+    out = tmp_path / "larger"
+    words = (*compress_words(small.weights, out), "--image-size", 12, "--epochs", 0, "--export", "", "--quiet")
+    assert run(*words).exit_code == 0
+    assert json.loads((out / "secateur.json").read_text())["input"]["shape"] == [1, 12, 12]
+    found = run("verify", out, "--data", "digits", "--threads", 1)
+    assert found.exit_code == 0, found.output
+    assert "of 359 images; recorded" in " ".join(found.stdout.split())
+
+
 def test_export_writes_and_compares(small: Small, run: Run, tmp_path: Path):
     found = run("export", "--model", small.folder, "--data", "digits", "--export", "pt2", "--out", tmp_path / "files")
     assert found.exit_code == 0, found.output

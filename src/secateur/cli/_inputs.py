@@ -40,6 +40,8 @@ class Inputs:
         if is_artifact(self.model) and self.opened.manifest is not None:
             recipe = self.opened.manifest.recipe
             mean, std = mean or recipe.mean or None, std or recipe.std or None
+            _, height, width = recipe.input_shape
+            size = size or (height if height == width else None)
         return load_data(
             self.data,
             limit=self.limit,

@@ -1,6 +1,5 @@
 """The public verb: a trained network and a budget go in, a smaller verified one comes out."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from secateur.distill import AlignedFeatures, Objective
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
-from secateur.pipeline._outset import check_belongs, check_output
+from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, SPACE, STRATEGY, Delivery, Format, Plan
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._work import Leftover, Workplace
@@ -115,13 +114,13 @@ def compress(
 
 def _run(plan: Plan) -> CompressResult:
     batches = calibration(plan.data.train, plan.calibration, device=plan.device, seed=plan.seed)
-    placed = copy.deepcopy(plan.model).to(plan.device)
+    placed = own_copy(plan.model, plan.device)
     check_belongs(placed, plan.data, batches[0][0])
     work = None
     if plan.delivery is not None:
         work = Workplace.open(plan.delivery.folder, plan.settings(), plan.delivery.leftover)
     steps = [_measured(plan, "original", placed)]
-    half = go_halfway(plan, batches, work)
+    half = go_halfway(plan, placed, batches, work)
     steps.append(_measured(plan, "cut and healed", half.student))
     trained = _recover(plan, half, work)
     student = half.student

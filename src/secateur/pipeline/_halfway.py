@@ -1,6 +1,5 @@
 """The first half of a run: trace, search, cut, heal. No training."""
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,15 +19,15 @@ from secateur.surgery import Cut, Healing, Verification, apply_architecture, cut
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
 
-def go_halfway(plan: Plan, batches: Batches, work: Workplace | None) -> Halfway:
+def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> Halfway:
     """Find an architecture, cut the model to it and heal it, or take up what an interrupted run has left.
 
     Args:
         plan: The run.
+        original: Our copy of the model, in eval mode, on the device of the run.
         batches: Calibration images and labels from the training split, on the device of the run.
         work: Where to keep the result for a resume.
     """
-    original = copy.deepcopy(plan.model).to(plan.device).eval()
     began = time.perf_counter()
     graph = trace(original, batches[0][0][:2])
     plan.tell(

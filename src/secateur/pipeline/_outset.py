@@ -38,6 +38,22 @@ def check_output(folder: Path) -> None:
         )
 
 
+def own_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a model in eval mode on a device.
+
+    Raises:
+        ModelError: If the model holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).to(device).eval()
+    except Exception as error:
+        raise ModelError(
+            f"`model` must be copyable, because yours is never changed; copying {type(model).__name__} stopped with: "
+            f"{error}. Remove what it holds beside parameters, buffers and plain values, such as open files or hooks' "
+            "results."
+        ) from error
+
+
 def check_belongs(model: nn.Module, data: ImageData, images: Tensor) -> None:
     """Refuse a model that does not classify the data's images.
 

@@ -2,7 +2,7 @@
 
     python benchmarks/heal.py
 
-Pretrained ResNet-56 on CIFAR-10, all 10,000 test images, 1,024 calibration images from the training set (no labels are
+Pretrained ResNet-56 on CIFAR-10, all 10,000 test images, 512 calibration images from the training set (no labels are
 used to heal). Writes results/heal.json after every architecture (finished ones are not repeated) and results/heal.md.
 Nothing is chosen on the test set: every combination is in the table.
 """
@@ -30,7 +30,7 @@ from secateur.importance import (
     Taylor,
 )
 from secateur.models import load_model
-from secateur.search import Activations, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Strategy, Uniform, search
+from secateur.search import Knapsack, PCASlimming, SearchSpace, Strategy, Uniform, search
 from secateur.surgery import RecalibrateBatchNorm, Refit, Wound, cut, output_distance
 from secateur.train import evaluate
 
@@ -38,7 +38,6 @@ SPACE = SearchSpace(min_kept_fraction=0.25)
 STRATEGIES: dict[str, Strategy] = {
     "Knapsack(Reconstruction)": Knapsack(),
     "PCASlimming(Weights, Reconstruction)": PCASlimming(importance=Reconstruction()),
-    "PCASlimming(Activations, Reconstruction)": PCASlimming(source=Activations(), importance=Reconstruction()),
     "Uniform(Reconstruction)": Uniform(importance=Reconstruction()),
     "Uniform(L1)": Uniform(importance=L1()),
     "Uniform(L2)": Uniform(importance=L2()),
@@ -47,7 +46,6 @@ STRATEGIES: dict[str, Strategy] = {
     "Uniform(Taylor)": Uniform(importance=Taylor()),
     "Uniform(LAMP)": Uniform(importance=LAMP()),
     "Uniform(RandomImportance)": Uniform(importance=RandomImportance()),
-    "GlobalImportance(L2)": GlobalImportance(importance=L2()),
 }
 VARIANTS = ("cut", "cut + BN", "cut + refit", "cut + refit + BN", "default")
 
@@ -88,7 +86,7 @@ def main() -> None:
         f"cifar_resnet{arguments.depth}", weights=WEIGHTS / f"cifar10_resnet{arguments.depth}.safetensors"
     )
     data = load_data(str(CIFAR10), seed=0)
-    batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=0)
+    batches = calibration(data.train, 512, device=torch.device("cpu"), seed=0)
     images = tuple(x for x, _ in batches)
     graph = trace(model, images[0][:1])
     for strategy_name, strategy in STRATEGIES.items():

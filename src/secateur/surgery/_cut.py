@@ -103,7 +103,7 @@ def cut(
         graph: Its channel graph.
         architecture: Channels to keep.
         calibration: Batches of normalised images for the healers.
-        heal: Repairs to apply in order, such as ``Fold()`` and ``RecalibrateBatchNorm()``; each needs calibration.
+        heal: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
 
     Raises:
         SurgeryError: If the architecture does not fit, a healer has no images, or no correct cut is found.

@@ -27,7 +27,7 @@ class Refit:
     solved in float64; a bias is refitted with it as one more input that is always 1. Layers are visited in order of
     execution and see what really arrives after the repairs before them, so errors do not add up. With X' the original
     activations and one weight per channel instead of one per tap, this is the interpolative decomposition
-    M = G_SS^-1 G_SP, W_S + W_P M^T (see `Fold`).
+    M = G_SS^-1 G_SP, W' = W_S + W_P M^T.
 
     Attributes:
         ridge: Pull towards the sliced weight, relative to the mean energy of the inputs; dimensionless, > 0.

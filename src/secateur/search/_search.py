@@ -140,7 +140,7 @@ def _check_feasible(problem: Problem) -> None:
     space = problem.space
     way_out = (
         f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
-        f"min_kept_fraction (now {space.min_kept_fraction:g}; --min-width, --divisor and --min-kept)."
+        f"min_kept_fraction (now {space.min_kept_fraction:g}); on the command line --min-width, --divisor, --min-kept."
         if len(least)
         else "No axis of this model may be slimmed; its graph gives the reasons."
     )

@@ -24,6 +24,8 @@ def test_compress_says_what_it_wrote_and_shows_before_and_after(small: Small):
     for name in names:
         assert f"Wrote {small.folder / name}" in said.replace("\n", "")
     assert "FAILED" not in said
+    # With one thread the clock counts processor time, and the report must say so.
+    assert "1 thread, 30 rounds, processor time" in (small.folder / "report.html").read_text()
     assert not small.folder.with_name("small.work").exists()
 
 

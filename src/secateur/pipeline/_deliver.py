@@ -251,6 +251,7 @@ def _measured_latency(record: LatencyRecord) -> MeasuredLatency:
         before=_triple(record.before),
         after=_triple(record.after),
         speedup=_triple(record.speedup),
+        clock=record.clock,
     )
 
 

@@ -74,7 +74,7 @@ class MeasuredLatency:
     before: tuple[float, float, float]
     after: tuple[float, float, float]
     speedup: tuple[float, float, float]
-    clock: str = "elapsed time"
+    clock: str
 
 
 @dataclass(frozen=True)

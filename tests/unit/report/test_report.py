@@ -33,7 +33,7 @@ RUN = RunReport(
         MeasuredLatency(
             "onnxruntime 1.31", 1, 1, 30, (0.002, 0.0021, 0.0022), (0.001, 0.0011, 0.0012), (1.8, 1.9, 2), CPU
         ),
-        MeasuredLatency("torch 2.15", 2, 8, 31, (0.1, 0.2, 0.3), (0.1, 0.15, 0.2), (1.2, 1.33, 1.5)),
+        MeasuredLatency("torch 2.15", 2, 8, 31, (0.1, 0.2, 0.3), (0.1, 0.15, 0.2), (1.2, 1.33, 1.5), "elapsed time"),
     ),
     steps=(
         Step("Original", MeasuredAccuracy(0.9173, 10_000)),

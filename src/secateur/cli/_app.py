@@ -92,7 +92,7 @@ def compress(
     calibration: options.Calibration = 1024,
     epochs: options.Epochs = 1,
     batch_size: options.BatchSize = 128,
-    learning_rate: options.LearningRate = 0.02,
+    learning_rate: options.LearningRate = 0.01,
     warmup: options.Warmup = 0.05,
     optimizer: options.Optimiser = OptimiserName.SGD,
     weight_decay: options.WeightDecay = None,

@@ -28,7 +28,7 @@ STRATEGY: Strategy = Knapsack()
 SPACE = SearchSpace(min_kept_fraction=0.25)
 """Every axis keeps at least a quarter: no importance can tell how a layer that all but vanishes will be missed."""
 
-GENTLE = Schedule(epochs=1, learning_rate=0.02)
+GENTLE = Schedule(epochs=1, learning_rate=0.01)
 """A short recovery. The rate is low on purpose: a high one wipes out what healing restored."""
 
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)

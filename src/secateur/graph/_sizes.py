@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from secateur.graph._channels import Extent, IntArray
 
 
@@ -225,6 +223,3 @@ def describe(expression: Expression) -> str:
             return "x.shape[...]"
         case Arithmetic(operator, left, right):
             return f"({describe(left)} {operator} {describe(right)})"
-
-
-EMPTY: IntArray = np.zeros(0, dtype=np.int64)

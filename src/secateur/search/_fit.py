@@ -61,6 +61,21 @@ def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
     return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilisation(counts))
 
 
+def step_values(scores: FloatArray, levels: IntArray) -> FloatArray:
+    """Mean score of the channels that each step of an axis adds: the channels of a step stay or go together.
+
+    Args:
+        scores: (size,) of the channels; the best are kept first.
+        levels: (steps + 1,) allowed widths, ascending, the last one the size.
+
+    Returns:
+        (steps,) non-increasing; empty for an axis with a single width.
+    """
+    best_first = np.sort(scores)[::-1]
+    sums = np.add.reduceat(best_first, levels[:-1]) if len(levels) > 1 else np.zeros(0)
+    return sums / np.diff(levels)
+
+
 @dataclass(frozen=True, eq=False)
 class _Ladder:
     """All single steps of all axes in the order in which they are wanted. ``counts`` are steps taken per axis.

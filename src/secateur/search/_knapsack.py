@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.importance import Importance, Reconstruction
-from secateur.search._fit import fit
+from secateur.search._fit import fit, step_values
 from secateur.search._problem import FloatArray, Problem, Proposal, Strategy, keep_best
 
 
@@ -31,12 +31,8 @@ class Knapsack(Strategy):
     def find(self, problem: Problem) -> Proposal:
         """Notes: ``threshold``, the worth per budget under which channels go."""
         scores = problem.scores(self.importance)
-        prices = _prices(problem)
-        keys: list[FloatArray] = []
-        for name, levels, price in zip(problem.costs.axes, problem.levels, prices, strict=True):
-            best_first = np.sort(scores[name])[::-1]
-            sums = np.add.reduceat(best_first, levels[:-1]) if len(levels) > 1 else np.zeros(0)
-            keys.append(-sums / np.diff(levels) / price)
+        axes = zip(problem.costs.axes, problem.levels, _prices(problem), strict=True)
+        keys = [-step_values(scores[name], levels) / price for name, levels, price in axes]
         found = fit(problem, keys)
         return Proposal(keep_best(problem, found.widths, scores), {"threshold": -found.threshold})
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.importance import L2, Importance, checked_scores
-from secateur.search._fit import fit
+from secateur.search._fit import fit, step_values
 from secateur.search._problem import FloatArray, Problem, Proposal, Strategy, keep_best
 
 Normalise = Callable[[FloatArray], FloatArray]
@@ -59,11 +59,8 @@ class GlobalImportance(Strategy):
         raw = problem.scores(self.importance)
         graph = problem.evidence.graph
         scores = checked_scores({name: self.normalise(values) for name, values in raw.items()}, graph, self.normalise)
-        keys: list[FloatArray] = []
-        for name, levels in zip(problem.costs.axes, problem.levels, strict=True):
-            best_first = np.sort(scores[name])[::-1]
-            sums = np.add.reduceat(best_first, levels[:-1]) if len(levels) > 1 else np.zeros(0)
-            keys.append(-sums / np.diff(levels))
+        axes = zip(problem.costs.axes, problem.levels, strict=True)
+        keys = [-step_values(scores[name], levels) for name, levels in axes]
         found = fit(problem, keys)
         # Rank within an axis by the raw scores: normalising may have made ties of what was not equal.
         return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})

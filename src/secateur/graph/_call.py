@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from secateur.graph._channels import IntArray
-from secateur.graph._ledger import ChannelIds, Ledger
+from secateur.graph._ledger import ChannelIds, Ledger, MixedCall
+
+
+def base_name(operator: Any) -> str:
+    """Name of an ATen overload without namespace and without the underscore of an in-place form."""
+    name: str = operator._schema.name.split("::")[1]
+    return name[:-1] if name.endswith("_") and not name.startswith("__") else name
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +29,7 @@ class Call:
         kwargs: Keyword arguments.
         inputs: Tensors among the arguments, in order.
         outputs: Tensors returned.
+        number: How many calls that compute over channels came before it (`_mixing.MIXING_KINDS`).
     """
 
     ledger: Ledger
@@ -33,6 +40,7 @@ class Call:
     kwargs: dict[str, Any]
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
+    number: int = 0
 
     @property
     def where(self) -> str:
@@ -62,6 +70,16 @@ class Call:
             return None
         rank = max(self.inputs[0].dim(), 1)
         return {int(d) % rank for d in ([value] if isinstance(value, int) else value)}
+
+
+    def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
+        """Note that the call computes over channels, which a cut model does over the kept ones only."""
+        if self.operator._schema.is_mutable:
+            return unknown(self)
+        read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
+        written = tuple((t, dim, ids) for t, found in enumerate(results) for dim, ids in found.items())
+        self.ledger.mixings.append(MixedCall(self.number, self.name, read, written))
+        return results
 
 
 Rule = Callable[[Call], Sequence[ChannelIds]]

@@ -127,6 +127,44 @@ class Activation:
     channel: IntArray
 
 
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """The channels along one dimension of one tensor of a call.
+
+    Attributes:
+        tensor: Position among the tensors that the call reads, or returns.
+        dim: The dimension that carries channels.
+        axis: (length of the dimension,) index into ``ChannelGraph.axes`` of each position's axis; -1 if none.
+        channel: (length of the dimension,) the channel of that axis.
+    """
+
+    tensor: int
+    dim: int
+    axis: IntArray
+    channel: IntArray
+
+    def kept(self, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
+        """Positions that remain, given which channels of which axes do; see `ChannelGraph.alive`."""
+        return _remaining(self.axis, self.channel, alive)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """One call that computes something over channels: a norm, a mean, a softmax.
+
+    Attributes:
+        number: How many calls of such kinds came before it in the forward pass.
+        kind: Its ATen name.
+        read: Channels of its input tensors.
+        written: Channels of its output tensors.
+    """
+
+    number: int
+    kind: str
+    read: tuple[Lane, ...]
+    written: tuple[Lane, ...]
+
+
 @dataclass(frozen=True)
 class SizeEdit:
     """A python int held by a module (``groups``, a pad amount, a split list) that must follow the widths.
@@ -158,6 +196,7 @@ class ChannelGraph:
         stages: Module names whose outputs are the last at their spatial resolution, in order of execution.
         touching: Names of the axes seen by the operations of each module.
         example: The positional arguments the model was traced with, tensors at batch 1.
+        mixings: The calls that compute over channels which may be removed, in order of execution.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -169,6 +208,7 @@ class ChannelGraph:
     stages: tuple[str, ...]
     touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example: tuple[Any, ...] = ()
+    mixings: tuple[Mixing, ...] = ()
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -220,12 +260,23 @@ class ChannelGraph:
             kept: Kept channels by axis name; an axis that is not named is whole.
         """
         activation = self.activations[module]
-        keep = np.ones(activation.axis.shape, dtype=bool)
+        return _remaining(activation.axis, activation.channel, self.alive(kept))
+
+    def alive(self, kept: Mapping[str, tuple[int, ...]]) -> dict[int, np.ndarray[Any, np.dtype[np.bool_]]]:
+        """Which channels remain, by number of the axis; axes that ``kept`` does not name are whole and left out."""
+        masks: dict[int, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         for number, axis in enumerate(self.axes):
-            if axis.name not in kept:
-                continue
-            alive = np.zeros(axis.size, dtype=bool)
-            alive[list(kept[axis.name])] = True
-            here = activation.axis == number
-            keep[here] = alive[activation.channel[here]]
-        return np.flatnonzero(keep)
+            if axis.name in kept:
+                masks[number] = np.zeros(axis.size, dtype=bool)
+                masks[number][list(kept[axis.name])] = True
+        return masks
+
+
+def _remaining(axis: IntArray, channel: IntArray, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
+    keep = np.ones(axis.shape, dtype=bool)
+    for number in np.unique(axis):
+        mask = alive.get(int(number))
+        if mask is not None:
+            here = axis == number
+            keep[here] = mask[channel[here]]
+    return np.flatnonzero(keep)

@@ -8,7 +8,7 @@ import torch
 
 from secateur.graph._call import Call, merge, unknown
 from secateur.graph._channels import IntArray, Role
-from secateur.graph._ledger import ChannelIds, CountedOperation
+from secateur.graph._ledger import ChannelIds, CountedOperation, Ledger
 
 
 def batch_norm(call: Call) -> Sequence[ChannelIds]:
@@ -26,18 +26,37 @@ def batch_norm(call: Call) -> Sequence[ChannelIds]:
 
 
 def layer_norm(call: Call) -> Sequence[ChannelIds]:
-    """Mean and variance over the last dimensions: channels there are frozen, others pass."""
-    first = call.inputs[0].dim() - len(call.args[1])
-    ids = call.ids(call.inputs[0])
-    mixed = [{dim: vector for dim, vector in ids.items() if dim >= first}, *map(call.ids, call.inputs[1:])]
-    call.ledger.freeze_all(mixed, f"{call.where} normalises over channels")
-    return [{dim: vector for dim, vector in ids.items() if dim < first}, *({} for _ in call.outputs[1:])]
+    """Mean and variance (or root mean square) over the last dimensions; of channels, over the kept ones."""
+    source = call.inputs[0]
+    first = source.dim() - len(call.args[1])
+    ids = dict(call.ids(source))
+    for dim in range(first, source.dim()):
+        own = [(call.ids(t).get(dim - first), t.size(dim - first)) for t in call.inputs[1:]]
+        merged = merge(call, [(ids.get(dim), source.size(dim)), *own])
+        if merged is not None:
+            ids[dim] = merged
+    results = [ids, *({} for _ in call.outputs[1:])]
+    return call.mix(results) if max(ids, default=-1) >= first else results
 
 
 def group_norm(call: Call) -> Sequence[ChannelIds]:
-    """Mean and variance over the channels of a group: frozen."""
-    call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} normalises over channels")
-    return [{} for _ in call.outputs]
+    """Mean and variance over the channels of a group: whole groups go, or the same positions of every group."""
+    source, groups = call.inputs[0], call.args[6]
+    ids = dict(call.ids(source))
+    own = [(call.ids(t).get(0), t.size(0)) for t in call.inputs[1:]]
+    merged = merge(call, [(ids.get(1), source.size(1)), *own])
+    others = {dim: vector for dim, vector in ids.items() if dim != 1}
+    call.ledger.freeze_all([others], f"{call.where} normalises over them")
+    if merged is None:
+        return [{} for _ in call.outputs]
+    tie_groups(call.ledger, merged.reshape(groups, -1))
+    return call.mix([{1: merged}, *({} for _ in call.outputs[1:])])
+
+
+def tie_groups(ledger: Ledger, members: IntArray) -> None:
+    """Let whole groups go where there are many, else the same positions of every group; whichever is finer."""
+    whole = members.shape[0] >= members.shape[1]
+    ledger.tie_rows(np.ascontiguousarray(members.T) if whole else members)
 
 
 def convolution(call: Call) -> Sequence[ChannelIds]:

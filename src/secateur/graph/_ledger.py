@@ -59,6 +59,16 @@ class ModuleOutput:
     calls: int
 
 
+@dataclass(frozen=True, eq=False)
+class MixedCall:
+    """A call that computes over channels: (tensor, dimension, ids) of what it reads and writes."""
+
+    number: int
+    kind: str
+    read: tuple[tuple[int, int, IntArray], ...]
+    written: tuple[tuple[int, int, IntArray], ...]
+
+
 @dataclass(eq=False)
 class Ledger:
     """Append-only record of one traced forward pass."""
@@ -68,6 +78,7 @@ class Ledger:
     freezes: list[tuple[IntArray, str]] = field(default_factory=list)
     bindings: list[Binding] = field(default_factory=list)
     operations: list[CountedOperation] = field(default_factory=list)
+    mixings: list[MixedCall] = field(default_factory=list)
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
 from secateur.graph._ledger import Ledger, ModuleOutput
-from secateur.graph._rules import Call, apply_rule
+from secateur.graph._call import Call, base_name
+from secateur.graph._mixing import MIXING_KINDS
+from secateur.graph._rules import apply_rule
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph._sizing import bind_sizes
 
@@ -37,6 +39,7 @@ class OperationRecorder(TorchDispatchMode):
         super().__init__()
         self.ledger = ledger
         self.where = where
+        self.mixed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,10 +50,9 @@ class OperationRecorder(TorchDispatchMode):
             if isinstance(out, torch.Tensor)
             else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         )
-        name = func._schema.name.split("::")[1]
-        if name.endswith("_") and not name.startswith("__"):
-            name = name[:-1]
-        apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs))
+        name = base_name(func)
+        apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed))
+        self.mixed += name in MIXING_KINDS
         return out
 
 
@@ -184,7 +186,15 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Generator[None]:
-    """Put the random state of the CPU and of the model's devices back afterwards."""
+    """Run a model in the open: random state and settings are put back afterwards.
+
+    The fast path of `torch.nn.MultiheadAttention` is off meanwhile: it is one opaque operation.
+    """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    fast = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)

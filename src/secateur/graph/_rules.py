@@ -79,27 +79,30 @@ def per_channel(call: Call) -> Sequence[ChannelIds]:
 
 
 def reduction(call: Call) -> Sequence[ChannelIds]:
-    """Sums and means over other dimensions; over channels they are frozen (the value would change)."""
+    """Sums and means; over channels, a cut model takes them over the kept ones."""
     source = call.inputs[0]
     dims = call.dims() or set(range(source.dim()))
     keepdim = call.outputs[0].dim() == source.dim()
-    result: ChannelIds = {}
-    for dim, ids in call.ids(source).items():
-        if dim in dims:
-            call.ledger.freeze(ids, f"{call.where} mixes all channels")
-            continue
-        result[dim if keepdim else dim - sum(d < dim for d in dims)] = ids
-    return [result for _ in call.outputs]
+    over = {dim: ids for dim, ids in call.ids(source).items() if dim in dims}
+    result = {
+        dim if keepdim else dim - sum(d < dim for d in dims): ids
+        for dim, ids in call.ids(source).items()
+        if dim not in dims
+    }
+    results = [result for _ in call.outputs]
+    if over and call.name in {"max", "min"}:
+        call.ledger.freeze_all([over], f"{call.where} looks for the position of a channel")
+    elif over:
+        return call.mix(results)
+    return results
 
 
 def normalised(call: Call) -> Sequence[ChannelIds]:
-    """Softmax, cumsum and the like along one dimension: frozen if that is the channel dimension."""
+    """Softmax, cumsum and the like along one dimension; if that carries channels, over the kept ones."""
     source = call.inputs[0]
-    dim = call.args[1] % source.dim()
-    ids = dict(call.ids(source))
-    if dim in ids:
-        call.ledger.freeze(ids.pop(dim), f"{call.where} normalises over channels")
-    return [ids for _ in call.outputs]
+    ids = call.ids(source)
+    results = [ids for _ in call.outputs]
+    return call.mix(results) if call.args[1] % source.dim() in ids else results
 
 
 # fmt: off
@@ -167,7 +170,7 @@ RULES: dict[str, Rule] = {
     "stack": moves.stacked,
     "constant_pad_nd": moves.pad,
     "copy": overwrite,
-    "native_layer_norm": layers.layer_norm,
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layers.layer_norm),
     "native_group_norm": layers.group_norm,
     "convolution": layers.convolution,
     "mm": layers.matrix_product,

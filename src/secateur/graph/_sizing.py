@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph._channels import IntArray
 from secateur.graph._ledger import Ledger
 from secateur.graph._sizes import SizeInt, expression_of
 
@@ -144,13 +145,31 @@ def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
 def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A grouped convolution that loses whole groups has fewer of them."""
     groups = _given(args, kwargs, 6, "groups", 1)
-    ids = ledger.ids_of(args[0]).get(1)
-    if groups == 1:
-        return
+    if groups != 1:
+        _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
+
+
+def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
+    """Whole groups go where there are at least as many as channels in one; then their number follows."""
     whole = ids is not None and groups >= len(ids) // groups
     counted = ids.reshape(int(groups), -1)[:, 0] if ids is not None and whole else None
     if counted is not None or isinstance(groups, SizeInt):
         ledger.bind(expression_of(groups), counted, where)
+
+
+def _normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``layer_norm``, ``rms_norm``: the sizes of the last dimensions."""
+    sizes = _given(args, kwargs, 1, "normalized_shape")
+    ids = ledger.ids_of(args[0])
+    for dim, size in enumerate(sizes, args[0].dim() - len(sizes)):
+        if dim in ids or isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _group_normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``group_norm`` that loses whole groups has fewer of them."""
+    groups = _given(args, kwargs, 1, "num_groups")
+    _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
 
 def _given(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
@@ -175,6 +194,8 @@ SIZE_RULES: dict[str, SizeRule] = {
     "pad": _padded,
     "__getitem__": _indexed,
     "narrow": _narrowed,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
+    "group_norm": _group_normalised,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
 }

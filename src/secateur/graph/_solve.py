@@ -12,13 +12,15 @@ from secateur.graph._channels import (
     ChannelGraph,
     Extent,
     IntArray,
+    Lane,
+    Mixing,
     Operation,
     Role,
     Site,
     SizeEdit,
 )
 from secateur.graph._components import components
-from secateur.graph._ledger import Binding, CountedOperation, Ledger, ModuleOutput, Stored
+from secateur.graph._ledger import Binding, CountedOperation, Ledger, MixedCall, ModuleOutput, Stored
 from secateur.graph._sizes import Attribute, Expression, describe, evaluate, shape_leaves
 
 NOT_CONSUMED = "no layer of this model consumes these channels"
@@ -105,6 +107,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         stages=_stages(ledger),
         touching=_touching(ledger, solution),
         example=example,
+        mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
     )
 
 
@@ -287,6 +290,14 @@ def _activation(solution: _Solution, output: ModuleOutput) -> Activation:
     dim = min(output.ids)
     roots = solution.root[output.ids[dim]]
     return Activation(output.module, output.shape, dim, solution.axis_of[roots], solution.channel_of[roots])
+
+
+def _mixing(solution: _Solution, call: MixedCall) -> Mixing:
+    def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[Lane, ...]:
+        roots = [(tensor, dim, solution.root[ids]) for tensor, dim, ids in found]
+        return tuple(Lane(t, d, solution.axis_of[r], solution.channel_of[r]) for t, d, r in roots)
+
+    return Mixing(call.number, call.kind, lanes(call.read), lanes(call.written))
 
 
 def _stages(ledger: Ledger) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph, Role
+from secateur.graph import ChannelGraph, Role, compute_over_kept_
 from secateur.graph._channels import IntArray
 
 KeptByDim = dict[int, IntArray]
@@ -128,7 +128,8 @@ def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, r
             tensor = tensor * mask.view(shape)
         return tensor
 
-    return copy_with(model, {name: masked for name in kept if name in parameters})
+    full = copy_with(model, {name: masked for name in kept if name in parameters})
+    return compute_over_kept_(full, graph, architecture.by_name)
 
 
 def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, undisturbed
 from secateur.surgery._slice import mask_readers, mask_removed
 
 TOLERANCE: Mapping[torch.dtype, float] = {
@@ -106,8 +106,7 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         torch.manual_seed(0)
         out = model(*example)
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]

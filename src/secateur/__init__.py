@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from secateur.export import export_pt2 as export_pt2
     from secateur.export import measure_latency as measure_latency
     from secateur.graph import ChannelGraph as ChannelGraph
+    from secateur.graph import Choices as Choices
     from secateur.graph import trace as trace
     from secateur.models import ModelSource as ModelSource
     from secateur.models import load_model as load_model
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from secateur.pipeline import load as load
     from secateur.pipeline import survey as survey
     from secateur.pipeline import verify as verify
+    from secateur.search import AxisRule as AxisRule
     from secateur.search import GlobalImportance as GlobalImportance
     from secateur.search import Knapsack as Knapsack
     from secateur.search import PCASlimming as PCASlimming
@@ -58,10 +60,10 @@ _HOMES = {
     "distill": ("AlignedFeatures", "Objective"),
     "errors": ("SecateurError",),
     "export": ("export_onnx", "export_pt2", "measure_latency"),
-    "graph": ("ChannelGraph", "trace"),
+    "graph": ("ChannelGraph", "Choices", "trace"),
     "models": ("ModelSource", "load_model"),
     "pipeline": ("CompressResult", "Format", "compress", "load", "survey", "verify"),
-    "search": ("GlobalImportance", "Knapsack", "PCASlimming", "SearchSpace", "Uniform", "search"),
+    "search": ("AxisRule", "GlobalImportance", "Knapsack", "PCASlimming", "SearchSpace", "Uniform", "search"),
     "surgery": ("RecalibrateBatchNorm", "Refit", "cut"),
     "train": ("SGD", "AdamW", "Schedule", "distill", "evaluate"),
 }

@@ -17,6 +17,10 @@ class TraceError(SecateurError):
     """A model that could not be traced with the example it was given."""
 
 
+class ChoiceError(SecateurError, ValueError):
+    """A choice about a graph that names nothing in it, or leaves nothing to cut."""
+
+
 class SurgeryError(SecateurError, ValueError):
     """An architecture that does not fit the graph, or a cut that could not be made correct."""
 

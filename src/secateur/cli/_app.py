@@ -51,20 +51,27 @@ def inspect(
     divisor: options.Divisor = 1,
     min_width: options.MinWidth = 1,
     min_kept: options.MinKept = 0.25,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    keep_whole: options.KeepWhole = None,
+    axis_divisor: options.AxisDivisor = None,
+    axis_min_width: options.AxisMinWidth = None,
+    axis_min_kept: options.AxisMinKept = None,
     trust_source: options.TrustSource = False,
     seed: options.Seed = 0,
     debug: options.Debug = False,
 ) -> None:
     """Show what could be cut: the channel axes, what is frozen and why, and the reachable costs."""
+    from secateur.cli import _choices
     from secateur.cli._inputs import Inputs
     from secateur.cli._tables import print_survey
     from secateur.pipeline import survey
     from secateur.search import SearchSpace
 
+    choices = _choices.choices_of(include, exclude, keep_whole)
+    space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
-    found = survey(
-        inputs.opened.model, inputs.example(1), space=SearchSpace(min_width, divisor, min_kept_fraction=min_kept)
-    )
+    found = survey(inputs.opened.model, inputs.example(1), choices=choices, space=space)
     print_survey(found, inputs.opened.name, min_kept)
     out().print(Text("Wrote nothing: inspect only looks."))
 
@@ -89,6 +96,12 @@ def compress(
     divisor: options.Divisor = 1,
     min_width: options.MinWidth = 1,
     min_kept: options.MinKept = 0.25,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    keep_whole: options.KeepWhole = None,
+    axis_divisor: options.AxisDivisor = None,
+    axis_min_width: options.AxisMinWidth = None,
+    axis_min_kept: options.AxisMinKept = None,
     calibration: options.Calibration = 1024,
     epochs: options.Epochs = 1,
     batch_size: options.BatchSize = 128,
@@ -126,6 +139,8 @@ def compress(
         raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
     # Whatever can be refused at once is, before anything is loaded.
     limits, formats = Budget.parse(budget), _choices.formats_of(export)
+    choices = _choices.choices_of(include, exclude, keep_whole)
+    space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     schedule = Schedule(
         epochs=epochs,
         batch_size=batch_size,
@@ -156,7 +171,8 @@ def compress(
             inputs.images,
             budget=limits,
             strategy=_choices.strategy_of(strategy, importance),
-            space=SearchSpace(min_width, divisor, min_kept),
+            choices=choices,
+            space=space,
             schedule=schedule,
             objective=objective,
             calibration_images=calibration,

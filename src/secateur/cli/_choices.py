@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from secateur.cli._options import ImportanceName, OptimiserName, PrecisionName, StrategyName
-from secateur.errors import DataError, ExportError, TrainingError
+from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 
 if TYPE_CHECKING:
     import torch
 
+    from secateur.graph import Choices
     from secateur.importance import Importance
     from secateur.pipeline import Format
-    from secateur.search import Strategy
+    from secateur.search import AxisRule, Strategy
     from secateur.train import SGD, AdamW, Precision
+
+Words = Sequence[str] | None
+"""What a repeatable flag gives."""
+Number = TypeVar("Number", int, float)
 
 
 def strategy_of(name: StrategyName, importance: ImportanceName | None) -> Strategy:
@@ -45,6 +51,53 @@ def importance_of(name: ImportanceName) -> Importance:
         ImportanceName.LAMP: importance.LAMP,
         ImportanceName.RANDOM: importance.RandomImportance,
     }[name]()
+
+
+def choices_of(include: Words, exclude: Words, whole: Words) -> Choices:
+    """Which layers may be cut, from repeated patterns.
+
+    Raises:
+        ChoiceError: If a pattern is empty.
+    """
+    from secateur.graph import Choices
+
+    for name, patterns in (("--include", include), ("--exclude", exclude), ("--keep-whole", whole)):
+        if "" in (patterns or ()):
+            raise ChoiceError(f"`{name}` must be a name pattern, such as 'layer1.*'; got ''.")
+    return Choices(tuple(include or ()), tuple(exclude or ()), tuple(whole or ()))
+
+
+def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisRule, ...]:
+    """Other bounds for some axes, from "PATTERN=N" words.
+
+    Raises:
+        ChoiceError: If a word is not of this form.
+        BudgetError: If a number is out of range.
+    """
+    from secateur.search import AxisRule
+
+    rules: list[AxisRule] = []
+    for word in divisors or ():
+        pattern, number = _named_number(word, "--axis-divisor", int)
+        rules.append(AxisRule(pattern, divisor=number))
+    for word in min_widths or ():
+        pattern, number = _named_number(word, "--axis-min-width", int)
+        rules.append(AxisRule(pattern, min_width=number))
+    for word in min_kept or ():
+        pattern, number = _named_number(word, "--axis-min-kept", float)
+        rules.append(AxisRule(pattern, min_kept_fraction=number))
+    return tuple(rules)
+
+
+def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[str, Number]:
+    pattern, _, number = word.rpartition("=")
+    try:
+        if pattern:
+            return pattern, kind(number)
+    except ValueError:
+        pass
+    what = "a whole number" if kind is int else "a number"
+    raise ChoiceError(f"`{flag}` must be a name pattern, = and {what}, such as 'layer1.*=8'; got {word!r}.")
 
 
 def optimiser_of(name: OptimiserName, weight_decay: float | None) -> SGD | AdamW:

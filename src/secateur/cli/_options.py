@@ -103,6 +103,38 @@ MinWidth = Annotated[int, typer.Option(help="Fewest channels of an axis.", min=1
 MinKept = Annotated[
     float, typer.Option(help="Smallest part of an axis that stays, 0 to 1.", min=0, max=1, rich_help_panel=_CUT)
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Cut only what matches: axes, modules or stages by name, such as 'layer2' or '*.conv1'; repeatable.",
+        rich_help_panel=_CUT,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Do not cut the channels of what matches; repeatable.", rich_help_panel=_CUT),
+]
+KeepWhole = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Change no weight of the layers that match: not even the channels they read; repeatable.",
+        rich_help_panel=_CUT,
+    ),
+]
+AxisDivisor = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=N", help="--divisor for the axes that match; repeatable.", rich_help_panel=_CUT),
+]
+AxisMinWidth = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=N", help="--min-width for the axes that match; repeatable.", rich_help_panel=_CUT),
+]
+AxisMinKept = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=X", help="--min-kept for the axes that match; repeatable.", rich_help_panel=_CUT),
+]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
 
 Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]

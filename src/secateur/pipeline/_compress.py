@@ -10,11 +10,12 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
+from secateur.graph import Choices
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
-from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, SPACE, STRATEGY, Delivery, Format, Plan
+from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, HEAL, SPACE, STRATEGY, Delivery, Format, Plan
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._work import Leftover, Workplace
 from secateur.report import MeasuredAccuracy, Step
@@ -36,6 +37,7 @@ def compress(
     *,
     budget: Budget | str,
     strategy: Strategy = STRATEGY,
+    choices: Choices = EVERYTHING,
     space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
@@ -63,7 +65,8 @@ def compress(
         data: Training, validation and test images, see `secateur.load_data`.
         budget: Upper bounds on the cost, such as ``"macs=50%"``.
         strategy: How the architecture is found.
-        space: Which widths are allowed.
+        choices: Which layers may be cut at all, by name patterns.
+        space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
         objective: What the recovery minimises.
         heal: Repairs right after the cut, in order.
@@ -96,6 +99,7 @@ def compress(
         data=data,
         budget=Budget.parse(budget) if isinstance(budget, str) else budget,
         strategy=strategy,
+        choices=choices,
         space=space,
         schedule=replace(schedule, seed=seed),
         objective=objective,

@@ -69,6 +69,7 @@ def report_of(
         f"{len(plan.data.test)} test images",
         strategy=half.found.strategy,
         budget=str(plan.budget),
+        choices=plan.chosen,
         before=_measured(half.original, half.found.original.macs, run.steps[0]),
         after=_measured(run.student, half.found.cost.macs, run.steps[-1]),
         latency=tuple(map(_measured_latency, latency)),
@@ -221,6 +222,8 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         "best_epoch": None if trained is None else trained.best_epoch,
         "healing": [asdict(repair) for repair in run.half.healing],
         "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
+        "choices": asdict(run.plan.choices),
+        "space": asdict(run.plan.space),
     }
 
 

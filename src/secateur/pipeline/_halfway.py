@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, format_count
+from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph, trace
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
@@ -29,10 +30,10 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
         work: Where to keep the result for a resume.
     """
     began = time.perf_counter()
-    graph = trace(original, batches[0][0][:2])
+    graph = plan.choices.apply(trace(original, batches[0][0][:2]))
     plan.tell(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
-        f"{len(graph.prunable)} prunable."
+        f"{len(graph.prunable)} prunable{f' ({plan.chosen})' if plan.chosen else ''}."
     )
     left = None if work is None else work.read()
     if left is not None:
@@ -49,9 +50,7 @@ def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batche
     images = [images for images, _ in batches]
     while True:
         began = time.perf_counter()
-        found = search(
-            original, graph, plan.strategy, budget=plan.budget, batches=batches, space=plan.space, seed=plan.seed
-        )
+        found = _search(plan, original, graph, batches)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
         pruned = cut(original, graph, found.architecture, calibration=images, heal=plan.heal)
@@ -66,6 +65,22 @@ def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batche
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+
+
+def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches) -> Found:
+    """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
+
+    Raises:
+        BudgetError: If no architecture that the choices and the space leave is within the budget.
+    """
+    try:
+        return search(
+            original, graph, plan.strategy, budget=plan.budget, batches=batches, space=plan.space, seed=plan.seed
+        )
+    except BudgetError as error:
+        if not plan.chosen:
+            raise
+        raise BudgetError(f"{error} Or loosen what you chose: {plan.chosen}.") from error
 
 
 def describe_healing(repair: Healing) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import ImageData
 from secateur.distill import Objective
+from secateur.graph import Choices
 from secateur.models import ModelSource
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
@@ -36,6 +37,10 @@ ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 
 HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
 """Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
+
+
+EVERYTHING = Choices()
+"""Whatever can be cut may be cut."""
 
 
 class Format(Enum):
@@ -77,6 +82,7 @@ class Plan:
     data: ImageData
     budget: Budget
     strategy: Strategy
+    choices: Choices
     space: SearchSpace
     schedule: Schedule
     objective: Objective
@@ -95,6 +101,11 @@ class Plan:
         """Where to compute."""
         return self.fabric.device
 
+    @property
+    def chosen(self) -> str:
+        """What the user chose about layers and axes, in words; empty if nothing."""
+        return "; ".join(filter(None, (str(self.choices), *map(str, self.space.rules))))
+
     def settings(self) -> dict[str, str]:
         """Everything that decides the cut student, as text by name: two runs with the same are the same."""
         data = self.data
@@ -103,6 +114,7 @@ class Plan:
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "budget": str(self.budget),
             "strategy": describe(self.strategy),
+            "choices": repr(self.choices),
             "space": repr(self.space),
             "heal": ", ".join(describe(healer) for healer in self.heal),
             "calibration": str(self.calibration),

@@ -10,6 +10,8 @@ from secateur.report import _format
 from secateur.report._plots import accuracy_plot, loss_plot, width_plot
 from secateur.report._run import RunReport
 
+_FACTS = ("data", "strategy", "budget", "choices")
+"""Fields under the headline; empty ones are left out."""
 _NOTABLE = 0.02
 """Speedups nearer to 1 than this, or whose quartiles lie on both sides of 1, are not called faster or slower."""
 
@@ -59,7 +61,7 @@ def render(run: RunReport) -> str:
         style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")),
         nbsp="\u00a0",
         headline=headline(run),
-        facts=[(k, v) for k, v in (("data", run.data), ("strategy", run.strategy), ("budget", run.budget)) if v],
+        facts=[(name, value) for name in _FACTS if (value := getattr(run, name))],
         tiles=tiles(run),
         images=_images(run),
         widths=width_plot(run.widths) if run.widths else None,

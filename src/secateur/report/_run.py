@@ -142,6 +142,7 @@ class RunReport:
         data: Name of the data.
         strategy: How the architecture was found.
         budget: What was asked for.
+        choices: What was chosen about layers and axes, in words.
         before: The original.
         after: The compressed model.
         latency: Measured times; the first is the one in the headline.
@@ -166,6 +167,7 @@ class RunReport:
     data: str = ""
     strategy: str = ""
     budget: str = ""
+    choices: str = ""
     latency: tuple[MeasuredLatency, ...] = ()
     steps: tuple[Step, ...] = ()
     widths: tuple[LayerWidth, ...] = ()

@@ -14,12 +14,13 @@ from secateur.search._ranking import (
 )
 from secateur.search._search import Found, describe, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
-from secateur.search._space import SearchSpace
+from secateur.search._space import AxisRule, SearchSpace
 from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
 from secateur.search._uniform import Uniform
 
 __all__ = [
     "Activations",
+    "AxisRule",
     "Correlation",
     "Covariance",
     "Fit",

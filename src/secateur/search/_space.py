@@ -1,14 +1,52 @@
 """Which widths a search may choose."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from secateur.errors import BudgetError
-from secateur.graph import ChannelAxis, ChannelGraph
+from secateur.errors import BudgetError, ChoiceError
+from secateur.graph import ChannelAxis, ChannelGraph, check_meant, means
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """Other bounds for the axes that a pattern means.
+
+    Attributes:
+        pattern: Glob on the names of axes and modules, as in `secateur.graph.Choices`.
+        min_width: Fewest channels such an axis may keep; None leaves it as it was.
+        divisor: Its widths are multiples of this; None leaves it as it was.
+        min_kept_fraction: Smallest part of its channels it may keep, 0 to 1; None leaves it as it was.
+
+    Raises:
+        BudgetError: If a field is out of range, or none is given.
+        ChoiceError: If the pattern is no text.
+    """
+
+    pattern: str
+    min_width: int | None = None
+    divisor: int | None = None
+    min_kept_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ChoiceError(f"`pattern` must be a name pattern, such as 'layer1.*'; got {self.pattern!r}.")
+        if self.min_width is None and self.divisor is None and self.min_kept_fraction is None:
+            raise BudgetError(
+                f"`AxisRule` must set min_width, divisor or min_kept_fraction; got only the pattern {self.pattern!r}."
+            )
+        _check(_last(1, [self.min_width]), _last(1, [self.divisor]), _last(0.0, [self.min_kept_fraction]))
+
+    def __str__(self) -> str:
+        """The rule in words: ``layer1.*: divisor 8, min_width 16``."""
+        fields = (("divisor", self.divisor), ("min_width", self.min_width), ("min_kept", self.min_kept_fraction))
+        return f"{self.pattern}: {', '.join(f'{name} {value:g}' for name, value in fields if value is not None)}"
 
 
 @dataclass(frozen=True)
@@ -22,6 +60,8 @@ class SearchSpace:
         min_width: Fewest channels an axis may keep.
         divisor: Widths are multiples of it. 8 or 16 make a smaller model also a faster one on most hardware.
         min_kept_fraction: Smallest part of its channels an axis may keep, 0 to 1; guards a layer against collapse.
+        rules: Other bounds for some axes. What a rule sets replaces the field above; where several rules mean an axis,
+            the last one that sets a field holds.
 
     Raises:
         BudgetError: If a field is out of range.
@@ -30,22 +70,41 @@ class SearchSpace:
     min_width: int = 1
     divisor: int = 1
     min_kept_fraction: float = 0.0
+    rules: tuple[AxisRule, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("min_width", "divisor"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise BudgetError(f"`{name}` must be a whole number of channels, at least 1; got {value!r}.")
-        if not 0 <= self.min_kept_fraction <= 1:
-            raise BudgetError(f"`min_kept_fraction` must be from 0 to 1; got {self.min_kept_fraction!r}.")
+        _check(self.min_width, self.divisor, self.min_kept_fraction)
 
     def widths(self, axis: ChannelAxis) -> IntArray:
         """The allowed widths of one axis, ascending; the last is its full size."""
-        step = math.lcm(self.divisor, axis.divisor)
-        least = max(self.min_width, math.ceil(self.min_kept_fraction * axis.size - 1e-9))
+        mine = [rule for rule in self.rules if means(rule.pattern, axis)]
+        min_width = _last(self.min_width, [rule.min_width for rule in mine])
+        divisor = _last(self.divisor, [rule.divisor for rule in mine])
+        fraction = _last(self.min_kept_fraction, [rule.min_kept_fraction for rule in mine])
+        step = math.lcm(divisor, axis.divisor)
+        least = max(min_width, math.ceil(fraction * axis.size - 1e-9))
         multiples = np.arange(step, axis.size, step, dtype=np.int64)
         return np.append(multiples[multiples >= least], axis.size)
 
     def levels(self, graph: ChannelGraph) -> tuple[IntArray, ...]:
-        """The allowed widths of each prunable axis, in the order of ``graph.prunable``."""
+        """The allowed widths of each prunable axis, in the order of ``graph.prunable``.
+
+        Raises:
+            ChoiceError: If the pattern of a rule means no axis of the graph.
+        """
+        check_meant((rule.pattern for rule in self.rules), graph, "rules")
         return tuple(self.widths(axis) for axis in graph.prunable)
+
+
+def _check(min_width: object, divisor: object, fraction: float) -> None:
+    for name, value in (("min_width", min_width), ("divisor", divisor)):
+        if type(value) is not int or value < 1:
+            raise BudgetError(f"`{name}` must be a whole number of channels, at least 1; got {value!r}.")
+    if not 0 <= fraction <= 1:
+        raise BudgetError(f"`min_kept_fraction` must be from 0 to 1; got {fraction!r}.")
+
+
+def _last(usual: Number, others: Iterable[Number | None]) -> Number:
+    for other in others:
+        usual = usual if other is None else other
+    return usual

@@ -10,9 +10,11 @@ from torch import nn
 import secateur
 from secateur.cost import counted_macs
 from secateur.data import Augment, ImageData, MemorySplit, Normalisation
-from secateur.errors import ArtifactError, ModelError
-from secateur.pipeline import compress, survey
-from secateur.search import SearchSpace, Uniform
+from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
+from secateur.graph import Choices
+from secateur.importance import L2
+from secateur.pipeline import Leftover, compress, survey
+from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Strategy, Uniform
 from secateur.surgery import cut
 from secateur.train import Schedule, Silent
 
@@ -143,6 +145,79 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
     assert counted_macs(result.model, example) <= 0.7 * counted_macs(model, example)
 
 
+def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
+    out = tmp_path / "out"
+    choices, space = Choices(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
+    said: list[str] = []
+    result = compress(
+        _model(), _data(), budget="macs=80%", choices=choices, space=space, schedule=HEAL_ONLY, out=out, export=(),
+        tell=said.append,
+    )  # fmt: skip
+    assert result.model[0].out_channels == 16
+    assert result.model[3].out_channels in (8, 16)
+    assert {f.name: f.reason for f in result.report.frozen}["0"] == "kept whole: matched exclude pattern '0'"
+    assert result.report.choices == "exclude 0; 3: divisor 8"
+    assert "exclude 0; 3: divisor 8" in (out / "report.html").read_text()
+    assert any("1 prunable (exclude 0; 3: divisor 8)" in line for line in said)
+    metrics = secateur.load(out, factory=_model).manifest.recipe.metrics
+    assert metrics["choices"] == {"include": [], "exclude": ["0"], "whole": []}
+    assert metrics["space"]["rules"] == [
+        {"pattern": "3", "min_width": None, "divisor": 8, "min_kept_fraction": None}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", [Knapsack(L2()), PCASlimming(), GlobalImportance(), Uniform()])
+def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
+    space = SearchSpace(rules=(AxisRule("0", divisor=4), AxisRule("3", min_width=17)))
+    result = compress(_model(), _data(), budget="macs=70%", space=space, schedule=HEAL_ONLY, strategy=strategy)
+    assert result.model[0].out_channels % 4 == 0
+    assert result.model[3].out_channels >= 17
+    only = compress(
+        _model(), _data(), budget="macs=70%", choices=Choices(include=("3",)), schedule=HEAL_ONLY, strategy=strategy
+    )
+    assert only.model[0].out_channels == 16
+    assert only.model[3].out_channels < 24
+
+
+def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
+    with pytest.raises(BudgetError, match=r"Reachable: macs .* Or loosen what you chose: exclude 0; 3: min_width 20\."):
+        compress(
+            _model(),
+            _data(),
+            budget="macs=30%",
+            choices=Choices(exclude=("0",)),
+            space=SearchSpace(rules=(AxisRule("3", 20),)),
+        )
+    with pytest.raises(BudgetError, match=r"--min-kept\.$"):
+        compress(_model(), _data(), budget="macs=1%", space=SearchSpace(5))
+
+
+def test_choices_that_match_nothing_are_refused_before_the_search():
+    with pytest.raises(ChoiceError, match=r"`include` must match an axis.*'conv' matches none"):
+        compress(_model(), _data(), budget="macs=50%", choices=Choices(include=("conv",)))
+    with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv' matches none"):
+        compress(_model(), _data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
+
+
+def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    first = {"budget": "macs=80%", "out": tmp_path / "out", "export": (), "progress": Silent()}
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.pipeline._compress.distill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(_model(), _data(), choices=Choices(exclude=("0",)), **first)
+    resumed = {**first, "leftover": Leftover.RESUME, "schedule": HEAL_ONLY}
+    with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
+        compress(_model(), _data(), choices=Choices(include=("3",)), **resumed)
+    space = SearchSpace(min_kept_fraction=0.25, rules=(AxisRule("3", 4),))
+    with pytest.raises(ArtifactError, match=r"space was SearchSpace\(.*now SearchSpace\(.*AxisRule\(pattern='3'"):
+        compress(_model(), _data(), choices=Choices(exclude=("0",)), space=space, **resumed)
+    done = compress(_model(), _data(), choices=Choices(exclude=("0",)), **resumed)
+    assert done.model[0].out_channels == 16
+
+
 def test_model_that_does_not_fit_is_refused_before_the_search():
     data = _data()
     with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
@@ -182,3 +257,9 @@ def test_survey_names_range_share_and_reasons():
     assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
+    assert found.prunable_macs_share == 1
+    chosen = survey(model, torch.zeros(1, 3, 8, 8), choices=Choices(include=("3",)), space=SearchSpace())
+    # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
+    whole = counted_macs(model, torch.zeros(1, 3, 8, 8))
+    assert chosen.prunable_macs_share == pytest.approx(1 - 16 * 27 * 64 / whole)
+    assert chosen.smallest.macs == 16 * 27 * 64 + 16 * 9 * 9 + 4

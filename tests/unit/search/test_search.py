@@ -146,7 +146,7 @@ def test_progress_is_reported():
     [
         (GlobalImportance(), "GlobalImportance(importance=L2(), normalise=by_axis_mean)"),
         (PCASlimming(Weights(Correlation())), "PCASlimming(source=Weights(matrix=Correlation()), importance=L2())"),
-        (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.0)"),
+        (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.0, rules=())"),
         (L2, "<class 'secateur.importance._weights.L2'>"),
     ],
 )

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.cost import Budget, CostModel
-from secateur.errors import BudgetError
+from secateur.errors import BudgetError, ChoiceError
 from secateur.graph import ChannelAxis
 from secateur.importance import Evidence
-from secateur.search import Problem, SearchSpace, fit
+from secateur.search import AxisRule, Problem, SearchSpace, fit
 
 
 def axis(size: int, divisor: int = 1) -> ChannelAxis:
@@ -54,6 +54,63 @@ def test_allowed_widths(space, size, divisor, widths):
 def test_impossible_spaces_are_refused(fields, message):
     with pytest.raises(BudgetError, match=message):
         SearchSpace(**fields)
+
+
+def ruled(*rules: AxisRule, **fields) -> SearchSpace:
+    return SearchSpace(rules=rules, **fields)
+
+
+@pytest.mark.parametrize(
+    ("space", "first", "second"),
+    [
+        (ruled(AxisRule("conv1", divisor=4)), [4, 8], list(range(1, 13))),
+        (ruled(AxisRule("conv2", min_width=10)), list(range(1, 9)), [10, 11, 12]),
+        (ruled(AxisRule("*2", min_kept_fraction=0.75)), list(range(1, 9)), [9, 10, 11, 12]),
+        # A rule replaces the general bound, be it tighter or looser.
+        (ruled(AxisRule("conv2", divisor=1), divisor=4), [4, 8], list(range(1, 13))),
+        (ruled(AxisRule("conv1", min_kept_fraction=0.0), min_kept_fraction=0.75), list(range(1, 9)), [9, 10, 11, 12]),
+        # The last rule that sets a field holds; other fields of earlier rules stay.
+        (ruled(AxisRule("*", 5, 2), AxisRule("conv1", divisor=4)), [8], [6, 8, 10, 12]),
+        (ruled(AxisRule("conv1", divisor=4), AxisRule("*", 5, 2)), [6, 8], [6, 8, 10, 12]),
+    ],
+)
+def test_rules_bound_the_axes_that_they_mean(space, first, second):
+    _, graph = plain()
+    assert [levels.tolist() for levels in space.levels(graph)] == [first, second]
+
+
+def test_divisor_of_a_rule_is_combined_with_the_axis_own():
+    assert ruled(AxisRule("a", divisor=4)).widths(axis(36, 6)).tolist() == [12, 24, 36]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"pattern": "a"}, BudgetError, "`AxisRule` must set min_width, divisor or min_kept_fraction; got only.*'a'"),
+        (
+            {"pattern": "a", "divisor": 0},
+            BudgetError,
+            "`divisor` must be a whole number of channels, at least 1; got 0",
+        ),
+        ({"pattern": "a", "min_width": 1.5}, BudgetError, "`min_width` must be a whole number"),
+        ({"pattern": "a", "min_kept_fraction": -1}, BudgetError, "`min_kept_fraction` must be from 0 to 1; got -1"),
+        ({"pattern": "", "divisor": 2}, ChoiceError, "`pattern` must be a name pattern, such as .*; got ''"),
+    ],
+)
+def test_impossible_rules_are_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        AxisRule(**fields)
+
+
+def test_rules_in_words():
+    assert str(AxisRule("layer1.*", 16, 8)) == "layer1.*: divisor 8, min_width 16"
+    assert str(AxisRule("a", min_kept_fraction=0.5)) == "a: min_kept 0.5"
+
+
+def test_rule_that_means_no_axis_is_refused():
+    _, graph = plain()
+    with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv7' matches none\. Did you mean conv"):
+        ruled(AxisRule("conv7", divisor=2)).levels(graph)
 
 
 def test_prefix_of_the_fit_is_the_largest_threshold_within_the_budget():

@@ -1,0 +1,154 @@
+"""What a user chooses by name patterns: which axes stay whole, why, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import ChoiceError
+from secateur.graph import ChannelGraph, Choices, means, trace
+
+
+class Stage(nn.Module):
+    """A residual block between a stem and a head that reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 12, 3, padding=1)
+        self.conv2 = nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.conv1(x).relu())
+
+
+class Net(nn.Module):
+    """stem -> layer1 (residual: shares the stem's channels) -> down -> layer2 (residual) -> head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layer1 = Stage()
+        self.down = nn.Conv2d(8, 8, 2, stride=2)
+        self.layer2 = Stage()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer2(self.down(self.layer1(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def graph() -> ChannelGraph:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return trace(Net(), torch.randn(1, 3, 8, 8))
+
+
+def names(graph: ChannelGraph) -> list[str]:
+    return [axis.name for axis in graph.prunable]
+
+
+def test_the_net_has_the_axes_that_these_tests_speak_of(graph: ChannelGraph):
+    assert names(graph) == ["stem", "layer1.conv1", "down", "layer2.conv1"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "left"),
+    [
+        (Choices(), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
+        # A stage by its name, or by what is inside of it: the streams that it makes are its own too.
+        (Choices(include=("layer2",)), ["down", "layer2.conv1"]),
+        (Choices(include=("layer2.*",)), ["down", "layer2.conv1"]),
+        # `down` reads the stem's channels, but they are not its own.
+        (Choices(include=("down",)), ["down"]),
+        (Choices(exclude=("down",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+        # ... unless no weight of it may change.
+        (Choices(whole=("down",)), ["layer1.conv1", "layer2.conv1"]),
+        (Choices(include=("*.conv1",)), ["layer1.conv1", "layer2.conv1"]),
+        (Choices(include=("layer?",), exclude=("layer2.conv2",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+        (Choices(include=("stem", "layer2.conv1")), ["stem", "layer2.conv1"]),
+        (Choices(exclude=("layer1.conv1.bias",)), ["stem", "down", "layer2.conv1"]),
+        # Reading only: the head's own channels are frozen anyway.
+        (Choices(exclude=("head",)), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
+        (Choices(whole=("head",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+    ],
+)
+def test_what_may_still_be_cut(graph: ChannelGraph, choices: Choices, left: list[str]):
+    assert names(choices.apply(graph)) == left
+
+
+def test_frozen_axes_say_why_and_old_reasons_stay(graph: ChannelGraph):
+    chosen = Choices(include=("layer*",), exclude=("layer1.*",), whole=("head",)).apply(graph)
+    why = {axis.name: axis.frozen_because for axis in chosen.axes}
+    assert why["stem"] == why["layer1.conv1"] == "kept whole: matched exclude pattern 'layer1.*'"
+    assert why["down"] == "kept whole: a layer that matched 'head' makes or reads it"
+    assert why["layer2.conv1"] is None
+    assert why["head"] == graph.by_name["head"].frozen_because
+    only = Choices(include=("down", "stem")).apply(graph)
+    assert only.by_name["layer2.conv1"].frozen_because == "kept whole: matched no include pattern ('down', 'stem')"
+
+
+def test_the_given_graph_stays_as_it_was(graph: ChannelGraph):
+    before = names(graph)
+    Choices(exclude=("stem",)).apply(graph)
+    assert names(graph) == before
+    assert Choices().apply(graph) is graph
+
+
+def test_extents_of_kept_axes_become_constant(graph: ChannelGraph):
+    chosen = Choices(include=("layer2.conv1",)).apply(graph)
+    left = {name for extents in chosen.tensors.values() for extent in extents for name, _ in extent.terms}
+    assert left == {"layer2.conv1"}
+
+
+def test_pattern_that_means_nothing_names_what_is_near_and_the_list(graph: ChannelGraph):
+    with pytest.raises(ChoiceError, match=r"`exclude` must match.*'laier1'.*Did you mean layer1.*secateur inspect"):
+        Choices(exclude=("laier1",)).apply(graph)
+    with pytest.raises(ChoiceError, match=r"`include` must match.*'layer9\.\*'.*Did you mean layer"):
+        Choices(include=("layer9.*",)).apply(graph)
+    with pytest.raises(ChoiceError, match=r"`whole` must match.*'zzz' matches none\. `secateur inspect`"):
+        Choices(whole=("zzz",)).apply(graph)
+
+
+def test_whole_may_name_a_layer_that_only_reads(graph: ChannelGraph):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+            self.mix = nn.Linear(6, 1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(self.conv(x).mean((2, 3)))
+
+    reads = trace(Reads(), torch.zeros(1, 3, 8, 8))
+    assert names(reads) == ["conv"]
+    with pytest.raises(ChoiceError, match=r"must leave an axis to cut; got keep whole mix"):
+        Choices(whole=("mix",)).apply(reads)
+
+
+def test_choices_that_leave_nothing_are_refused_with_the_reasons(graph: ChannelGraph):
+    with pytest.raises(ChoiceError, match=r"keeps all 4 whole\. What it includes is frozen: head \(reaches.*output\)"):
+        Choices(include=("head",)).apply(graph)
+    with pytest.raises(ChoiceError, match=r"got exclude \*, which keeps all 4 whole\. Include more or exclude less"):
+        Choices(exclude=("*",)).apply(graph)
+
+
+@pytest.mark.parametrize("name", ["include", "exclude", "whole"])
+@pytest.mark.parametrize("patterns", ["layer1", ["layer1"], ("",), (1,), None])
+def test_patterns_that_are_no_tuple_of_texts_are_refused(name: str, patterns: object):
+    with pytest.raises(ChoiceError, match=f"`{name}` must be a tuple of name patterns"):
+        Choices(**{name: patterns})
+
+
+def test_choices_in_words():
+    assert str(Choices(include=("a", "b"), whole=("c",))) == "include a b, keep whole c"
+    assert str(Choices()) == ""
+    assert not Choices()
+    assert Choices(exclude=("x",))
+
+
+def test_means_is_exact_about_case_and_partial_names(graph: ChannelGraph):
+    axis = graph.by_name["layer1.conv1"]
+    assert means("layer1.conv1", axis)
+    assert means("layer1", axis)
+    assert not means("layer", axis)
+    assert not means("Layer1", axis)
+    assert not means("layer1.conv2", axis)

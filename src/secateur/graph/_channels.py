@@ -5,7 +5,7 @@ tensors, a *site* is one place where it appears, an *extent* is the number of ch
 written as a linear function of the widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -88,6 +88,60 @@ class Extent:
         return Extent(base, tuple(term for term in self.terms if term[0] not in sizes))
 
 
+class StandIn(Enum):
+    """What takes the place of a module that is removed with a block."""
+
+    PASS_THROUGH = "pass_through"
+    """Returns its first tensor argument."""
+    SILENCE = "silence"
+    """Returns zeros of the shape of its first tensor argument."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A module that a stand-in replaces when a block is removed.
+
+    Attributes:
+        module: Qualified module name.
+        stand_in: What takes its place.
+        items: Length of the tuple that the module returns, the tensor first (the rest becomes None); None if it
+            returns a tensor.
+    """
+
+    module: str
+    stand_in: StandIn
+    items: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A removable residual branch f of a sum x + f(x).
+
+    The model without it computes what the original computes when the output of the branch is zero, for every input.
+
+    Attributes:
+        name: Unique: the module that adds it to its input, or the largest module in it.
+        addition: How many calls of ``add`` come before the one that adds it, in the traced forward pass.
+        operand: Which operand of that call is f(x): 0 or 1.
+        replacements: The modules that go, and what takes their places.
+        modules: Names of the modules that run in the branch, those that stay (without effect) too.
+        tensors: Names of the parameters and buffers that go.
+        kept_because: None if the block may be removed, else the reason why not, as a sentence for a user.
+    """
+
+    name: str
+    addition: int
+    operand: int
+    replacements: tuple[Replacement, ...]
+    modules: tuple[str, ...]
+    tensors: tuple[str, ...]
+    kept_because: str | None = None
+
+    def replaces(self, module: str) -> bool:
+        """Whether a module goes with the block: it is replaced or lies in one that is."""
+        return any(module == r.module or module.startswith(r.module + ".") for r in self.replacements)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One multiply-accumulate operation of the forward pass, for counting.
@@ -100,12 +154,14 @@ class Operation:
         kind: ATen name, such as ``convolution`` or ``addmm``.
         factor: Everything that widths do not change. Exact rational kept as a float; products are integers.
         extents: Channel counts multiplied together.
+        blocks: Names of the blocks that it goes with: it runs if none of them is removed.
     """
 
     module: str
     kind: str
     factor: float
     extents: tuple[Extent, ...]
+    blocks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +253,7 @@ class ChannelGraph:
         touching: Names of the axes seen by the operations of each module.
         example: The positional arguments the model was traced with, tensors at batch 1.
         mixings: The calls that compute over channels which may be removed, in order of execution.
+        blocks: Residual branches that can be removed, and those that turned out not to be, in order of execution.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -209,6 +266,7 @@ class ChannelGraph:
     touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example: tuple[Any, ...] = ()
     mixings: tuple[Mixing, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -229,6 +287,31 @@ class ChannelGraph:
     def sizes(self) -> Mapping[str, int]:
         """Full width of each prunable axis."""
         return {axis.name: axis.size for axis in self.prunable}
+
+    @cached_property
+    def removable(self) -> tuple[Block, ...]:
+        """The blocks that may be removed, in order."""
+        return tuple(block for block in self.blocks if block.kept_because is None)
+
+    @cached_property
+    def blocks_by_name(self) -> Mapping[str, Block]:
+        """Every block by its name."""
+        return {block.name: block for block in self.blocks}
+
+    def with_kept_blocks(self, reasons: Mapping[str, str]) -> "ChannelGraph":
+        """The same graph with more blocks that have to stay.
+
+        Args:
+            reasons: Why, by block name. Blocks that had to stay before keep their first reason.
+        """
+        return replace(
+            self, blocks=tuple(replace(b, kept_because=b.kept_because or reasons.get(b.name)) for b in self.blocks)
+        )
+
+    def removed_modules(self, removed_blocks: Iterable[str]) -> Callable[[str], bool]:
+        """A test for the modules that go with some blocks: is this one replaced, or does it lie in one that is?"""
+        blocks = [self.blocks_by_name[name] for name in removed_blocks]
+        return lambda module: any(block.replaces(module) for block in blocks)
 
     def with_frozen(self, reasons: Mapping[str, str]) -> "ChannelGraph":
         """The same graph with more axes frozen.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from secateur.graph._channels import IntArray, Role
+from secateur.graph._channels import Block, IntArray, Role
 from secateur.graph._sizes import Expression
 
 ChannelIds = dict[int, IntArray]
@@ -82,6 +82,7 @@ class Ledger:
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
     count: int = 0
 
     def new(self, number: int) -> IntArray:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
+from secateur.graph._blocks import find_blocks
+from secateur.graph._flow import Flow
 from secateur.graph._ledger import Ledger, ModuleOutput
 from secateur.graph._call import Call, base_name
 from secateur.graph._mixing import MIXING_KINDS
@@ -25,6 +27,7 @@ class Where:
 
     def __init__(self) -> None:
         self.stack: list[str] = []
+        self.flow = Flow()
 
     @property
     def module(self) -> str:
@@ -53,6 +56,7 @@ class OperationRecorder(TorchDispatchMode):
         name = base_name(func)
         apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed))
         self.mixed += name in MIXING_KINDS
+        self.where.flow.step(func, name, not kwargs, inputs, outputs)
         return out
 
 
@@ -149,6 +153,7 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
         ledger.store(name, tensor)
     attributes = number_attributes(shadow)
     _watch(shadow, ledger, where)
+    where.flow.feed(example)
     with undisturbed(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
         try:
             out = shadow(*example)
@@ -160,16 +165,23 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
             ) from error
     tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
+    where.flow.finish(out)
+    ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
     return ledger, attributes
 
 
 def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
     def enter(name: str) -> Any:
-        return lambda module, args: where.stack.append(name)
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            where.stack.append(name)
+            where.flow.enter(name, args, kwargs)
+
+        return hook
 
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             where.stack.pop()
+            where.flow.leave(out)
             tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
             if tensor is not None:
                 known = ledger.outputs.pop(name, None)
@@ -180,7 +192,7 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
 
     for name, module in shadow.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_pre_hook(enter(name))
+            module.register_forward_pre_hook(enter(name), with_kwargs=True)
             module.register_forward_hook(leave(name))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from secateur.graph._channels import (
     Activation,
+    Block,
     ChannelAxis,
     ChannelGraph,
     Extent,
@@ -95,7 +96,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
     )
     return ChannelGraph(
         axes=axes,
-        operations=tuple(_operation(solution, op) for op in ledger.operations),
+        operations=tuple(_operation(solution, op, ledger.blocks) for op in ledger.operations),
         tensors={s.name: _extents(solution, s) for s in ledger.stored.values()},
         parameters=tuple(s.name for s in ledger.stored.values() if s.is_parameter),
         edits=tuple(
@@ -108,6 +109,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         touching=_touching(ledger, solution),
         example=example,
         mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
+        blocks=ledger.blocks,
     )
 
 
@@ -260,9 +262,10 @@ def _attributes_in(expression: Expression) -> list[Attribute]:
     return [a for side in (left, right) if side is not None for a in _attributes_in(side)]
 
 
-def _operation(solution: _Solution, operation: CountedOperation) -> Operation:
+def _operation(solution: _Solution, operation: CountedOperation, blocks: Iterable[Block]) -> Operation:
     extents = tuple(Extent(d) if isinstance(d, int) else _whole(solution, d) for d in operation.dims)
-    return Operation(operation.module, operation.kind, operation.factor, extents)
+    around = tuple(block.name for block in blocks if block.replaces(operation.module))
+    return Operation(operation.module, operation.kind, operation.factor, extents, around)
 
 
 def _whole(solution: _Solution, ids: IntArray) -> Extent:

@@ -1,0 +1,313 @@
+"""Find the removable residual branches of a traced forward pass, in any model.
+
+A sum x + b is looked at from its end. Its *branch* are the steps that serve b alone: everything they compute is used
+by each other or by the sum. It is residual if x itself, unchanged, is among what b is computed from. Then zeros in the
+place of b leave x, and the modules that run in the branch can go:
+
+1. If one module takes x and returns the sum (perhaps after a ReLU that changes nothing, because x is the output of
+   one), the whole module becomes a pass-through.
+2. Else the modules with parameters at the end of the branch become silent, those before them pass-throughs. What the
+   model computes without modules in between runs on; it must turn zeros into zeros.
+
+Where neither is sure, the branch is not a block.
+"""
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from secateur.graph._channels import Block, Replacement, StandIn
+from secateur.graph._flow import CONSTANT, Addition, Flow, ModuleCall
+
+_RESHAPING = frozenset({
+    "view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "slice", "split", "split_with_sizes", "chunk",
+    "unbind", "select", "squeeze", "unsqueeze", "roll", "flip", "index", "index_select", "im2col",
+})  # fmt: skip
+_ALIKE = frozenset({
+    "permute", "transpose", "t", "clone", "contiguous", "alias", "detach", "_to_copy", "native_dropout", "dropout",
+})  # fmt: skip
+_ZERO_OF_ZERO = _RESHAPING | _ALIKE | frozenset({
+    "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "neg", "div", "mean", "sum", "avg_pool2d",
+    "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
+})  # fmt: skip
+"""Steps whose result is zero where their first operand is."""
+_NOT_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "_softmax", "abs", "square"})
+_KEEPS_SIGN = _RESHAPING | _ALIKE | frozenset({
+    "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum", "add", "mul", "cat", "stack",
+    "upsample_nearest2d", "upsample_bilinear2d", "hardtanh",
+})  # fmt: skip
+"""Steps whose result is not negative where no operand is."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """The steps that serve one operand of a sum alone.
+
+    Attributes:
+        addition: The step of the sum.
+        shortcut: The value x.
+        result: The value b.
+        operand: Which operand of the sum b is.
+        steps: Every step whose result serves b, or nothing, and no one else.
+        serving: Those of them that b is computed from.
+    """
+
+    addition: int
+    shortcut: int
+    result: int
+    operand: int
+    steps: frozenset[int]
+    serving: frozenset[int]
+
+
+def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple[Block, ...]:
+    """Every removable residual branch that holds multiply-accumulates.
+
+    Args:
+        flow: The traced forward pass.
+        model: The model that ran, for the tensors of its modules.
+        counted: Names of the modules that ran a counted operation, one for each.
+    """
+    return _Finder(flow, model).blocks(counted)
+
+
+class _Finder:
+    def __init__(self, flow: Flow, model: nn.Module):
+        self.flow = flow
+        self.users = _users(flow)
+        self.begins = [call.begin for call in flow.calls]
+        self.times: dict[str, int] = {}
+        for call in flow.calls:
+            self.times[call.module] = self.times.get(call.module, 0) + 1
+        self.tensors = _Tensors(model)
+        self.positive = _not_negative(flow)
+        self.shortcuts: dict[int, int] = {}
+
+    def blocks(self, counted: Collection[str]) -> tuple[Block, ...]:
+        found: list[tuple[Block, int]] = []
+        for step, addition in self.flow.additions.items():
+            branch = self._branch(step, addition)
+            if branch is None:
+                continue
+            self.shortcuts[step] = branch.shortcut
+            block = self._block(branch, addition)
+            if block is not None and 0 < sum(map(block.replaces, counted)) < len(counted):
+                found.append((block, self.flow.call[step]))
+        return self._named(found)
+
+    def _branch(self, step: int, addition: Addition) -> _Branch | None:
+        pairs = ((addition.left, addition.right, 1), (addition.right, addition.left, 0))
+        for shortcut, result, operand in pairs:
+            if shortcut < 0 or result <= 0 or not self.flow.fed[shortcut] or self.users[result] != [step]:
+                continue
+            trunk = self._trunk(step, shortcut)
+            if result <= min(trunk):
+                continue
+            origin = self._ancestors(result, min(trunk))
+            if not trunk & origin:
+                continue
+            steps = self._exclusive(step, result, min(trunk))
+            return _Branch(step, shortcut, result, operand, steps, steps & origin)
+        return None
+
+    def _trunk(self, step: int, shortcut: int) -> set[int]:
+        """The shortcut, and what it is the same as if the branches added to it by the same module call are removed."""
+        trunk = {shortcut}
+        while shortcut in self.shortcuts and self.flow.call[shortcut] == self.flow.call[step]:
+            shortcut = self.shortcuts[shortcut]
+            trunk.add(shortcut)
+        return trunk
+
+    def _ancestors(self, value: int, first: int) -> set[int]:
+        """Every step from ``first`` on that a value is computed from, itself included."""
+        seen, waiting = {value}, [value]
+        while waiting:
+            for source in self.flow.sources[waiting.pop()]:
+                if source >= first and source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        return seen
+
+    def _exclusive(self, step: int, result: int, after: int) -> frozenset[int]:
+        steps: set[int] = set()
+        for number in range(step - 1, after, -1):
+            if all(user in steps or (user == step and number == result) for user in self.users[number]):
+                steps.add(number)
+        return frozenset(steps)
+
+    def _block(self, branch: _Branch, addition: Addition) -> Block | None:
+        inside = self._calls_inside(branch)
+        whole = self._whole(branch)
+        if whole is not None:
+            replacements = (Replacement(whole.module, StandIn.PASS_THROUGH),)
+            modules = {call.module for call in inside} | {whole.module}
+        else:
+            replacements = self._silenced(branch, inside)
+            modules = {call.module for call in inside}
+        if not replacements or any(self.times[r.module] > 1 for r in replacements):
+            return None
+        tensors = self.tensors.only_in([r.module for r in replacements])
+        if tensors is None:
+            return None
+        name = whole.module if whole is not None else ""
+        return Block(name, addition.number, branch.operand, replacements, tuple(sorted(modules)), tensors)
+
+    def _calls_inside(self, branch: _Branch) -> list[ModuleCall]:
+        """Module calls of which every step lies in the branch and some step serves it."""
+        first = bisect_right(self.begins, min(branch.steps) - 1)
+        found: list[ModuleCall] = []
+        for call in self.flow.calls[first:]:
+            if call.begin >= branch.addition:
+                break
+            span = range(call.begin, call.end)
+            if any(s in branch.serving for s in span) and all(s in branch.steps for s in span):
+                found.append(call)
+        return found
+
+    def _whole(self, branch: _Branch) -> ModuleCall | None:
+        """The call that takes x and returns x + b, if that is all it does."""
+        number = self.flow.call[branch.addition]
+        if number < 0:
+            return None
+        call = self.flow.calls[number]
+        if not call.module or call.items is not None or call.taken != branch.shortcut:
+            return None
+        last = branch.addition
+        for step in range(call.begin, call.end):
+            if step in branch.steps or step == branch.addition or not self.users[step]:
+                continue
+            rectified = self.flow.names[step] == "relu" and self.positive[branch.shortcut]
+            if not rectified or self.flow.sources[step] != (last,) or self.users[last] != [step]:
+                return None
+            last = step
+        return call if call.given == last else None
+
+    def _silenced(self, branch: _Branch, inside: list[ModuleCall]) -> tuple[Replacement, ...]:
+        """Stand-ins for the outermost modules with parameters; empty if the result would not surely be zero."""
+        outermost: list[ModuleCall] = []
+        for call in inside:
+            if call.module in self.tensors.holders and not (outermost and call.begin < outermost[-1].end):
+                outermost.append(call)
+        owner = {step: call for call in outermost for step in range(call.begin, call.end)}
+        loose = sorted(step for step in branch.serving if step not in owner)
+        zero: set[int] = set()
+        last: list[ModuleCall] = []
+        for step in _backwards(branch, self.flow, owner):
+            call = owner.get(step)
+            if call is not None and call not in last:
+                last.append(call)
+                if step != call.given:
+                    return ()
+        zero.update(call.given for call in last)
+        for step in loose:
+            if self._is_zero(step, zero):
+                zero.add(step)
+        if branch.result not in zero or not self._shapes_fit(loose, outermost):
+            return ()
+        return tuple(
+            Replacement(call.module, StandIn.SILENCE if call in last else StandIn.PASS_THROUGH, call.items)
+            for call in outermost
+        )
+
+    def _is_zero(self, step: int, zero: Collection[int]) -> bool:
+        name, sources = self.flow.names[step], self.flow.sources[step]
+        if name == "mul":
+            return any(source in zero for source in sources)
+        if name in {"cat", "stack"} or step in self.flow.additions:
+            return all(source in zero for source in sources)
+        return name in _ZERO_OF_ZERO and sources[:1] != () and sources[0] in zero
+
+    def _shapes_fit(self, loose: Iterable[int], calls: Iterable[ModuleCall]) -> bool:
+        """Whether what runs between the stand-ins takes the shapes that these pass on."""
+        if any(call.items == 0 for call in calls):
+            return False
+        if all(call.taken_shape == call.given_shape for call in calls):
+            return True
+        fed = (step for step in loose if self.flow.fed[step])
+        return all(self.flow.pointwise[step] or self.flow.names[step] in _ALIKE for step in fed)
+
+    def _named(self, found: list[tuple[Block, int]]) -> tuple[Block, ...]:
+        sums: dict[int, int] = {}
+        for _, call in found:
+            sums[call] = sums.get(call, 0) + 1
+        named: list[Block] = []
+        taken: dict[str, int] = {}
+        for block, call in found:
+            name = block.name or (self.flow.calls[call].module if call >= 0 and sums[call] == 1 else "")
+            if not name:
+                name = max(block.replacements, key=lambda r: self.tensors.count(r.module)).module
+            taken[name] = taken.get(name, 0) + 1
+            name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            named.append(Block(name, block.addition, block.operand, block.replacements, block.modules, block.tensors))
+        return tuple(named)
+
+
+class _Tensors:
+    """Which tensors lie in which modules."""
+
+    def __init__(self, model: nn.Module):
+        self.names: dict[int, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        self.holders: set[str] = set()
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(tensor), []).append(name)
+            self.sizes[name] = tensor.numel()
+            parts = name.split(".")
+            self.holders.update(".".join(parts[:end]) for end in range(1, len(parts)))
+        for name, tensor in model.named_buffers(remove_duplicate=False):
+            self.names.setdefault(id(tensor), []).append(name)
+
+    def only_in(self, modules: Iterable[str]) -> tuple[str, ...] | None:
+        """The tensors of some modules by their first names; None if one of them lies elsewhere too."""
+        prefixes = tuple(module + "." for module in modules)
+        found: list[str] = []
+        for names in self.names.values():
+            here = sum(name.startswith(prefixes) for name in names)
+            if here:
+                found.append(names[0])
+            if 0 < here < len(names):
+                return None
+        return tuple(found)
+
+    def count(self, module: str) -> int:
+        """Number of parameters of a module."""
+        return sum(size for name, size in self.sizes.items() if name.startswith(module + "."))
+
+
+def _users(flow: Flow) -> list[list[int]]:
+    """For every step, the steps that read its result, ascending; the end stands for the model's output."""
+    users: list[list[int]] = [[] for _ in flow.names]
+    for step, sources in enumerate(flow.sources):
+        for source in sources:
+            if source != CONSTANT and (not users[source] or users[source][-1] != step):
+                users[source].append(step)
+    for value in flow.given:
+        if value != CONSTANT:
+            users[value].append(len(flow.names))
+    return users
+
+
+def _not_negative(flow: Flow) -> list[bool]:
+    known: list[bool] = []
+    for step, (name, sources) in enumerate(zip(flow.names, flow.sources, strict=True)):
+        # Of a sum or product with a number nothing is known.
+        plain = step in flow.additions if name == "add" else len(sources) == 2 if name == "mul" else bool(sources)
+        inherits = name in _KEEPS_SIGN and plain
+        known.append(name in _NOT_NEGATIVE or (inherits and all(s >= 0 and known[s] for s in sources)))
+    return known
+
+
+def _backwards(branch: _Branch, flow: Flow, owner: Collection[int]) -> Iterable[int]:
+    """Steps of the branch met on the ways back from its result; the ways end at the steps of owned modules."""
+    seen, waiting = {branch.result}, [branch.result]
+    while waiting:
+        step = waiting.pop()
+        yield step
+        if step in owner:
+            continue
+        for source in flow.sources[step]:
+            if source in branch.serving and source not in seen:
+                seen.add(source)
+                waiting.append(source)

@@ -1,0 +1,153 @@
+"""Where every value of a forward pass comes from and goes to: what residual branches are found in.
+
+A *step* is one ATen call, numbered in order of execution; a model input counts as one too. The value a tensor holds is
+named by the step that wrote it last, through whichever view that was.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+ADDITION = "add"
+INPUT = "input"
+CONSTANT = -1
+"""Stands for a parameter, a buffer or any other value that no step has written."""
+_MARK = "_secateur_step"
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A sum of two tensors of the same shape.
+
+    Attributes:
+        number: How many calls of ``add`` came before it in the forward pass.
+        left: The value of the first operand.
+        right: The value of the second operand.
+    """
+
+    number: int
+    left: int
+    right: int
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        module: Qualified name.
+        parent: Index of the call around it; -1 if none.
+        begin: First step that ran in it.
+        taken: The value of its first tensor argument.
+        taken_shape: Its shape.
+        end: The step after the last one that ran in it.
+        given: The value of its first output tensor.
+        given_shape: Its shape.
+        items: Length of the tuple it returns; None if it returns a tensor, 0 if something else.
+    """
+
+    module: str
+    parent: int
+    begin: int
+    taken: int
+    taken_shape: tuple[int, ...]
+    end: int = -1
+    given: int = CONSTANT
+    given_shape: tuple[int, ...] = ()
+    items: int | None = 0
+
+
+@dataclass(eq=False)
+class Flow:
+    """Append-only record of the steps and the module calls of one forward pass.
+
+    Attributes:
+        names: ATen name of each step.
+        sources: The values each step reads, one for each tensor, `CONSTANT` included.
+        fed: Whether the result of each step depends on the model's input.
+        pointwise: Whether each step works elementwise.
+        call: The innermost module call each step ran in; -1 for none.
+        additions: The sums of two tensors of equal shape, by step.
+        calls: Module calls in order of their begin.
+        given: The values that the model returns.
+    """
+
+    names: list[str] = field(default_factory=list[str])
+    sources: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
+    fed: list[bool] = field(default_factory=list[bool])
+    pointwise: list[bool] = field(default_factory=list[bool])
+    call: list[int] = field(default_factory=list[int])
+    additions: dict[int, Addition] = field(default_factory=dict[int, Addition])
+    calls: list[ModuleCall] = field(default_factory=list[ModuleCall])
+    given: set[int] = field(default_factory=set[int])
+    _open: list[int] = field(default_factory=list[int])
+    _writers: dict[int, int] = field(default_factory=dict[int, int])
+    _added: int = 0
+
+    def value_of(self, tensor: torch.Tensor) -> int:
+        """The step that wrote what a tensor holds."""
+        mark = getattr(tensor, _MARK, CONSTANT)
+        if self._writers and tensor.layout == torch.strided:
+            return max(mark, self._writers.get(tensor.untyped_storage()._cdata, CONSTANT))  # pyright: ignore[reportPrivateUsage]
+        return mark
+
+    def feed(self, example: Any) -> None:
+        """The inputs of the model."""
+        for tensor in tree_leaves(example):
+            if isinstance(tensor, torch.Tensor):
+                self._append(INPUT, (), fed=True, pointwise=False)
+                # By its storage: the caller's tensor is not to carry a mark of ours.
+                self._writers[tensor.untyped_storage()._cdata] = len(self.names) - 1  # pyright: ignore[reportPrivateUsage]
+
+    def step(
+        self, func: Any, name: str, plain: bool, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
+    ) -> None:
+        """One ATen call that has just run; ``plain`` if it was given positional arguments only (no ``alpha``)."""
+        sources = tuple(map(self.value_of, inputs))
+        number = len(self.names)
+        if name == ADDITION:
+            if plain and len(sources) == 2 and inputs[0].shape == inputs[1].shape == outputs[0].shape:
+                self.additions[number] = Addition(self._added, *sources)
+            self._added += 1
+        fed = any(source >= 0 and self.fed[source] for source in sources)
+        self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
+        for tensor in outputs:
+            setattr(tensor, _MARK, number)
+        if func._schema.is_mutable:
+            for tensor in outputs:
+                if tensor.layout == torch.strided:
+                    self._writers[tensor.untyped_storage()._cdata] = number  # pyright: ignore[reportPrivateUsage]
+
+    def _append(self, name: str, sources: tuple[int, ...], fed: bool, pointwise: bool) -> None:
+        self.names.append(name)
+        self.sources.append(sources)
+        self.fed.append(fed)
+        self.pointwise.append(pointwise)
+        self.call.append(self._open[-1] if self._open else -1)
+
+    def enter(self, module: str, args: Any, kwargs: Any) -> None:
+        """A module begins to run."""
+        tensor = first_tensor(args, kwargs)
+        taken = (CONSTANT, ()) if tensor is None else (self.value_of(tensor), tuple(map(int, tensor.shape)))
+        self.calls.append(ModuleCall(module, self._open[-1] if self._open else -1, len(self.names), *taken))
+        self._open.append(len(self.calls) - 1)
+
+    def leave(self, out: Any) -> None:
+        """The innermost running module has returned."""
+        call = self.calls[self._open.pop()]
+        call.end = len(self.names)
+        call.items = None if isinstance(out, torch.Tensor) else len(out) if type(out) in (tuple, list) else 0
+        tensor = out if isinstance(out, torch.Tensor) else out[0] if call.items else None
+        if isinstance(tensor, torch.Tensor):
+            call.given, call.given_shape = self.value_of(tensor), tuple(map(int, tensor.shape))
+
+    def finish(self, out: Any) -> None:
+        """The model has returned."""
+        self.given = {self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+
+
+def first_tensor(args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The first tensor among the arguments of a module."""
+    return next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)

@@ -43,7 +43,8 @@ def test_sliced_equals_masked(name, data):
         sliced = outputs(apply_architecture(full, graph, architecture), x)
         assert sliced[0].dtype is dtype
         assert apart(outputs(mask_removed(full, graph, architecture), x), sliced) <= tolerance
-        assert apart(outputs(blind_to_removed(full, graph, architecture), x), sliced) <= tolerance
+        if not graph.mixings:  # where zeros would take part in a mean, silencing the readers is not enough
+            assert apart(outputs(blind_to_removed(full, graph, architecture), x), sliced) <= tolerance
 
 
 @each_net

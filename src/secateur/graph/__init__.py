@@ -16,7 +16,7 @@ from secateur.graph._channels import (
 from secateur.graph._choices import Choices, check_meant, means
 from secateur.graph._mixing import compute_over_kept_
 from secateur.graph._record import shadow_of, undisturbed
-from secateur.graph._trace import trace
+from secateur.graph._trace import HeadUnit, trace
 
 __all__ = [
     "Activation",
@@ -25,6 +25,7 @@ __all__ = [
     "ChannelGraph",
     "Choices",
     "Extent",
+    "HeadUnit",
     "Operation",
     "Replacement",
     "Role",

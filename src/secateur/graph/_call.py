@@ -71,7 +71,6 @@ class Call:
         rank = max(self.inputs[0].dim(), 1)
         return {int(d) % rank for d in ([value] if isinstance(value, int) else value)}
 
-
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
         """Note that the call computes over channels, which a cut model does over the kept ones only."""
         if self.operator._schema.is_mutable:

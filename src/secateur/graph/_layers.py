@@ -185,6 +185,8 @@ def added_batched_product(call: Call) -> Sequence[ChannelIds]:
 def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
     """(..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor."""
     left_ids, right_ids = call.ids(left), call.ids(right)
+    if rows and not call.ledger.is_own(left) and not call.ledger.is_own(right):
+        call.ledger.note_attention(call.module, (*left_ids.values(), *right_ids.values()))
     leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
     inner = right_ids.get(rows, left_ids.get(rows + 1))
     if call.ledger.is_own(right) or not call.ledger.is_own(left):
@@ -212,8 +214,49 @@ def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> 
 
 
 def attention(call: Call) -> Sequence[ChannelIds]:
-    """Fused attention: counted (two matrix products), and frozen."""
-    query, key, value = call.inputs[:3]
-    macs = float(query.shape[:-1].numel() * key.size(-2) * (query.size(-1) + value.size(-1)))
-    call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
-    return unknown(call)
+    """Fused attention softmax(q k^T) v over (..., heads, tokens, head dimension): two matrix products.
+
+    The head dimension of q and k is summed over, that of v passes; heads and other leading dimensions go together.
+    """
+    query, key, value = (call.named(name) for name in ("query", "key", "value"))
+    bias = call.named("attn_mask") if call.named("attn_mask") is not None else call.named("attn_bias")
+    rank = query.dim()
+    ids = [call.ids(t) for t in (query, key, value)]
+    _connect_heads(call, [found.get(rank - 1) for found in ids[:2]])
+    for found in ids[1:]:
+        if rank - 2 in found:
+            call.ledger.freeze(found[rank - 2], f"{call.where} normalises over tokens")
+    call.ledger.note_attention(call.module, (found[rank - 1] for found in ids if rank - 1 in found))
+    tensors = [query, key, value, *([] if bias is None else [bias])]
+    result: ChannelIds = {}
+    for dim in range(rank - 2):
+        merged = merge(call, [_aligned(call, t, dim - rank + t.dim()) for t in tensors])
+        result.update({} if merged is None else {dim: merged})
+    result.update({rank - 2: ids[0][rank - 2]} if rank - 2 in ids[0] else {})
+    result.update({rank - 1: ids[2][rank - 1]} if rank - 1 in ids[2] else {})
+    outer: list[IntArray | int] = [result.get(dim, int(query.size(dim))) for dim in range(rank - 1)]
+    inners: list[IntArray | int] = [
+        found.get(rank - 1, int(t.size(-1))) for found, t in ((ids[0], query), (ids[2], value))
+    ]
+    for inner in inners:
+        dims = (*outer, inner, int(key.size(-2)))
+        call.ledger.operations.append(CountedOperation(call.module, call.name, 1.0, dims))
+    return [result, *({} for _ in call.outputs[1:])]
+
+
+def _aligned(call: Call, tensor: torch.Tensor, dim: int) -> tuple[IntArray | None, int]:
+    """Ids and length along a dimension that may be missing, of size one or broadcast."""
+    if dim < 0 or tensor.size(dim) == 1 or tensor.stride(dim) == 0:
+        return None, 1
+    return call.ids(tensor).get(dim), tensor.size(dim)
+
+
+def _connect_heads(call: Call, inner: Sequence[IntArray | None]) -> None:
+    """The head dimension of the query meets that of the key."""
+    first, second = inner
+    if first is not None and second is not None:
+        call.ledger.tie(first, second)
+        return
+    for ids in inner:
+        if ids is not None:
+            call.ledger.freeze(ids, f"{call.where} multiplies them with a tensor that carries no channels")

@@ -4,7 +4,7 @@ Every position of every dimension of every parameter and buffer gets an integer 
 dimension along which channels run, the vector of ids at its positions. The ledger only collects; `_solve` concludes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from secateur.graph._channels import Block, IntArray, Role
 from secateur.graph._sizes import Expression
 
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 ChannelIds = dict[int, IntArray]
 """Dimension to the ids of its positions. A dimension that is not named carries no channels."""
 
@@ -71,7 +72,13 @@ class MixedCall:
 
 @dataclass(eq=False)
 class Ledger:
-    """Append-only record of one traced forward pass."""
+    """Append-only record of one traced forward pass.
+
+    Attributes:
+        attended: By module, ids that are multiplied with those of another activation, as in attention.
+        scaled: Ids whose number sets a scale (``head_dim ** -0.5``): fewer of them would change it.
+        by_head: Ids (of an earlier run) that stay or go by whole heads.
+    """
 
     stored: dict[int, Stored] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
@@ -82,8 +89,16 @@ class Ledger:
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
+    attended: dict[str, list[IntArray]] = field(default_factory=dict[str, list[IntArray]])
+    scaled: list[IntArray] = field(default_factory=list)
+    by_head: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     blocks: tuple[Block, ...] = ()
+    seen: set[int] = field(default_factory=set[int])
     count: int = 0
+
+    def has_seen_all_parameters(self) -> bool:
+        """Whether every parameter took part in some operation."""
+        return all(number in self.seen for number, stored in self.stored.items() if stored.is_parameter)
 
     def new(self, number: int) -> IntArray:
         """Fresh ids."""
@@ -135,6 +150,15 @@ class Ledger:
         for channel_ids in tensors:
             for ids in channel_ids.values():
                 self.freeze(ids, reason)
+
+    def note_attention(self, module: str, vectors: Iterable[IntArray]) -> None:
+        """These ids are head dimensions (or channels) of two activations that are multiplied with each other."""
+        self.attended.setdefault(module, []).extend(vectors)
+
+    def is_by_head(self, ids: IntArray) -> bool:
+        """Whether channels are to be divided by heads: known from an earlier run of the same model."""
+        known = ids[ids < len(self.by_head)]
+        return bool(self.by_head[known].any())
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
         """A python int must follow the number of kept ids."""

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from secateur.errors import TraceError
 from secateur.graph._call import base_name
-from secateur.graph._channels import ChannelGraph, IntArray, Lane
+from secateur.graph._channels import ChannelGraph, IntArray, Lane, Mixing
 
 MIXING_KINDS = frozenset({
     "native_layer_norm", "_fused_rms_norm", "native_group_norm", "_softmax", "_log_softmax", "_safe_softmax", "cumsum",
@@ -37,10 +36,12 @@ class OverKeptChannels(TorchDispatchMode):
     def __init__(self, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]):
         super().__init__()
         self._alive = graph.alive(kept)
-        self._expected = {mixing.number: mixing for mixing in graph.mixings}
+        self._graph = graph
+        self._expected: dict[int, Mixing] = {}
         self._number = 0
 
     def __enter__(self) -> "OverKeptChannels":
+        self._expected = {mixing.number: mixing for mixing in self._graph.mixings}
         self._number = 0
         super().__enter__()
         return self
@@ -52,15 +53,26 @@ class OverKeptChannels(TorchDispatchMode):
             return func(*args, **kwargs)
         mixing = self._expected.get(self._number)
         self._number += 1
-        if mixing is None:
+        if mixing is None or not self._is_same(mixing, name, args, kwargs):
             return func(*args, **kwargs)
-        if mixing.kind != name:
-            raise TraceError(f"the model runs `{name}` where it ran `{mixing.kind}` when traced; it must run the same.")
         read = [(lane, lane.kept(self._alive)) for lane in mixing.read]
         if all(len(positions) == len(lane.axis) for lane, positions in read):
             return func(*args, **kwargs)
         args, kwargs = _gathered(name, args, kwargs, read)
         return _scattered(func(*args, **kwargs), [(lane, lane.kept(self._alive)) for lane in mixing.written])
+
+    def _is_same(self, mixing: Mixing, name: str, args: Any, kwargs: Any) -> bool:
+        """Whether the model still runs what it ran when traced; where data decide, it may not, and all bets are off."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        same = mixing.kind == name and all(
+            lane.tensor < len(tensors)
+            and lane.dim < tensors[lane.tensor].dim()
+            and tensors[lane.tensor].size(lane.dim) == len(lane.axis)
+            for lane in mixing.read
+        )
+        if not same:
+            self._expected = {}
+        return same
 
 
 def compute_over_kept_(model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]) -> nn.Module:

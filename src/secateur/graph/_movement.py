@@ -10,6 +10,8 @@ from secateur.graph._call import Call, merge, unknown
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds
 
+_SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
+_RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias", "reshape"})
 _FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
 
 
@@ -19,11 +21,20 @@ def created(call: Call) -> Sequence[ChannelIds]:
     return [call.ids(source) if out.shape == source.shape else {} for out in call.outputs]
 
 
+def filled(call: Call) -> Sequence[ChannelIds]:
+    """``zero_``, ``fill_``: a value that no channel has a part in; the places stay what they are."""
+    return [call.ids(call.inputs[0]) for _ in call.outputs]
+
+
 def movement(call: Call) -> Sequence[ChannelIds]:
     """Run the operation on the ids themselves."""
     source = call.inputs[0]
     for other in call.inputs[1:]:
         call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    if call.name in _SAME and call.outputs[0].shape == source.shape:
+        return [call.ids(source) for _ in call.outputs]
+    if call.name in _RESHAPES and call.outputs[0].numel() != source.numel():
+        return unknown(call)
     results: list[ChannelIds] = [{} for _ in call.outputs]
     for dim, vector in call.ids(source).items():
         moved = _execute_on_ids(call, source, dim, vector)
@@ -33,18 +44,40 @@ def movement(call: Call) -> Sequence[ChannelIds]:
 
 
 def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray) -> list[torch.Tensor]:
+    if call.name in _RESHAPES:
+        return [_reshaped(source.shape, call.outputs[0].shape, dim, vector)]
     shape = [1] * source.dim()
     shape[dim] = len(vector)
     probe = torch.from_numpy(vector).view(shape).expand(source.shape)
     if call.name in _FLOAT_ONLY:
         probe = probe.double()
-    name = "reshape" if call.name in {"view", "_unsafe_view", "_reshape_alias"} else None
-    if name:
-        return [probe.reshape(call.args[1])]
     args, kwargs = tree_map_only(torch.Tensor, lambda t: probe if t is source else t, (call.args, call.kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key not in {"dtype", "device", "layout", "memory_format"}}
     out = call.operator(*args, **kwargs)
     return [t.long() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _reshaped(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray) -> torch.Tensor:
+    """Ids after a reshape, of size one along the dimensions that have no share in the dimension of the ids.
+
+    Both shapes are matched from the left into the shortest groups of equal product; only one group holds the ids.
+    """
+    first = second = 0
+    while True:
+        low, high = first + 1, second + 1
+        left, right = old[first], new[second] if second < len(new) else 1
+        while left != right:
+            if left < right:
+                left, low = left * old[low], low + 1
+            else:
+                right, high = right * new[high], high + 1
+        if dim < low:
+            break
+        first, second = low, high
+    shape = [1] * (low - first)
+    shape[dim - first] = len(vector)
+    ids = torch.from_numpy(vector).view(shape).expand(tuple(old[first:low])).reshape(tuple(new[second:high]))
+    return ids[(None,) * second + (...,) + (None,) * (len(new) - high)]
 
 
 def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
@@ -56,7 +89,10 @@ def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) 
         if ids.numel():
             call.ledger.freeze(ids.reshape(-1)[:1].numpy(), f"{call.where} picks single channels")
         return
-    free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
+    if len(dims) > 1 and call.ledger.is_by_head(vector):
+        free = dims[-2]
+    else:
+        free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
     rest = [d for d in range(ids.dim()) if d != free]
     matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
     flat = matrix.numpy()
@@ -84,6 +120,8 @@ def _varies(ids: torch.Tensor, dim: int) -> bool:
     if ids.size(dim) <= 1 or ids.stride(dim) == 0:
         return False
     first = ids.narrow(dim, 0, 1)
+    if not torch.equal(first, ids.narrow(dim, ids.size(dim) - 1, 1)):
+        return True
     return not bool((ids == first).all())
 
 

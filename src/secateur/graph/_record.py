@@ -1,5 +1,6 @@
 """Run a model once and write down what happens to its channels."""
 
+import contextlib
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
-from secateur.graph._flow import Flow
-from secateur.graph._ledger import Ledger, ModuleOutput
 from secateur.graph._call import Call, base_name
+from secateur.graph._flow import Flow
+from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
 from secateur.graph._mixing import MIXING_KINDS
 from secateur.graph._rules import apply_rule
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
@@ -54,6 +55,7 @@ class OperationRecorder(TorchDispatchMode):
             else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         )
         name = base_name(func)
+        self.ledger.seen.update(map(id, inputs))
         apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed))
         self.mixed += name in MIXING_KINDS
         self.where.flow.step(func, name, not kwargs, inputs, outputs)
@@ -128,12 +130,15 @@ def number_attributes(shadow: nn.Module) -> dict[Attribute, int]:
     return values
 
 
-def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Attribute, int]]:
+def record(
+    model: nn.Module, example: tuple[Any, ...], *, by_head: BoolArray | None = None
+) -> tuple[Ledger, dict[Attribute, int]]:
     """Trace one forward pass of a shadow of the model in eval mode.
 
     Args:
         model: Any module.
         example: Positional arguments, tensors already at batch 1.
+        by_head: Ids, of an earlier run of the same model, that stay or go by whole heads.
 
     Returns:
         The ledger, and every int attribute with its value.
@@ -149,6 +154,8 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
             "tensor, a module nor plain data, such as open files or generators."
         ) from error
     ledger, where = Ledger(), Where()
+    if by_head is not None:
+        ledger.by_head = by_head
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)
     attributes = number_attributes(shadow)
@@ -167,7 +174,35 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> tuple[Ledger, dict[Att
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
     where.flow.finish(out)
     ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
+    if not ledger.has_seen_all_parameters():
+        _record_training(model, shadow, example, ledger, where)
     return ledger, attributes
+
+
+def _record_training(
+    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, where: Where
+) -> None:
+    """Run once more in training mode: auxiliary heads, unused in evaluation, must be cut along with what they read.
+
+    Only what must go together is kept of it. A model that cannot run so keeps what is known already.
+    """
+    doubled = tuple(
+        torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.dim() and t.size(0) == 1 else t for t in example
+    )
+    counted, mixed, outputs, touched = (
+        len(ledger.operations),
+        len(ledger.mixings),
+        dict(ledger.outputs),
+        len(ledger.touched),
+    )
+    recorders = SizeRecorder(ledger, where), OperationRecorder(ledger, where)
+    with contextlib.suppress(Exception), undisturbed(model), torch.no_grad(), recorders[0], recorders[1]:
+        out = shadow.train()(*doubled)
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output in training")
+    del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:]
+    ledger.outputs = outputs
+    where.stack.clear()
 
 
 def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:

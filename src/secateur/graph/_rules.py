@@ -109,6 +109,7 @@ def normalised(call: Call) -> Sequence[ChannelIds]:
 _ATTENTION = [
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 ]
 _MOVEMENT = [
     "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
@@ -122,7 +123,7 @@ _PER_CHANNEL = [
     "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest3d", "upsample_trilinear3d",
-    "native_dropout", "bernoulli", "mkldnn_max_pool2d",
+    "native_dropout", "mkldnn_max_pool2d",
 ]
 _REDUCTION = [
     "mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm", "prod",
@@ -137,6 +138,9 @@ _BATCH_NORM = [
 ]
 _CREATED = [
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+]
+_FILLED = [
+    "zero", "fill", "uniform", "normal", "bernoulli",
 ]
 _FRESH = [
     "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided",
@@ -158,6 +162,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_BATCH_NORM, layers.batch_norm),
     **dict.fromkeys(_CREATED, moves.created),
     **dict.fromkeys(_FRESH, moves.fresh),
+    **dict.fromkeys(_FILLED, moves.filled),
     **dict.fromkeys(_ELEMENTWISE, pointwise),
     **dict.fromkeys(_ATTENTION, layers.attention),
     **dict.fromkeys(("roll", "unfold", "diagonal"), moves.elsewhere),

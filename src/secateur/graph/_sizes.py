@@ -80,6 +80,47 @@ class SizeInt(int):
         return self
 
 
+class SizeFloat(float):
+    """A float computed from sizes (``head_dim ** -0.5``): as long as its `expression` does not change, nor does it."""
+
+    expression: Expression
+
+    def __new__(cls, value: float, expression: Expression) -> "SizeFloat":
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        return float, (float(self),)
+
+
+def _floating(name: str) -> Callable[[Any, Any], Any]:
+    plain = getattr(float, name)
+
+    def apply(self: SizeInt | SizeFloat, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        value = plain(float(self), float(other))
+        theirs: Expression = getattr(other, "expression", Literal(0))
+        constant = isinstance(theirs, Literal)
+        return SizeFloat(value, self.expression if constant else Arithmetic("+", self.expression, theirs))
+
+    return apply
+
+
+for _name in ("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"):
+    setattr(SizeFloat, _name, _floating(_name))
+for _name in ("__truediv__", "__rtruediv__"):
+    setattr(SizeInt, _name, _floating(_name))
+
+
+def _power(self: SizeInt, other: Any) -> Any:
+    return int(self) ** other if isinstance(other, int) else _floating("__pow__")(self, other)
+
+
+SizeInt.__pow__ = _power  # type: ignore[method-assign, assignment]
+
+
 def expression_of(value: int) -> Expression:
     """The expression behind an int; a plain int is a `Literal`."""
     return value.expression if isinstance(value, SizeInt) else Literal(int(value))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import Ledger
-from secateur.graph._sizes import SizeInt, expression_of
+from secateur.graph._sizes import ShapeOf, SizeFloat, SizeInt, expression_of, shape_leaves
 
 SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -172,6 +172,24 @@ def _group_normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs:
     _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
 
+def _attended(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``scaled_dot_product_attention``: its default scale is (head dimension) ** -0.5, which nothing can hold."""
+    if _given(args, kwargs, 6, "scale") is None:
+        for tensor in args[:2]:
+            ids = _along(ledger, tensor, -1)
+            if ids is not None:
+                ledger.bind(ShapeOf(ids), None, where)
+                ledger.scaled.append(ids)
+
+
+def _scaled(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A product with a number computed from sizes: the number must stay what it is."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, SizeInt | SizeFloat):
+            ledger.bind(value.expression, None, where)
+            ledger.scaled.extend(shape_leaves(value.expression))
+
+
 def _given(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
     """An argument passed by position or by name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
@@ -185,6 +203,10 @@ def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
     return ledger.ids_of(tensor).get(dim % tensor.dim())
 
 
+_PRODUCTS = (
+    "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__",
+    "true_divide", "__pow__", "pow",
+)  # fmt: skip
 SIZE_RULES: dict[str, SizeRule] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _resized),
     "unflatten": _unflattened,
@@ -196,6 +218,8 @@ SIZE_RULES: dict[str, SizeRule] = {
     "narrow": _narrowed,
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
     "group_norm": _group_normalised,
+    **dict.fromkeys(_PRODUCTS, _scaled),
+    "scaled_dot_product_attention": _attended,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
 }

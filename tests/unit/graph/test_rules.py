@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cuts import apart, one_channel, outputs, random_architecture
 from torch import Tensor, nn
 
+from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, Role, trace
 from secateur.surgery import cut, mask_removed
@@ -97,16 +98,68 @@ def test_sub_pixel_convolution_removes_four_channels_at_a_time():
     assert site.index.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+OVER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(1),
+    "log_softmax": lambda x: x.log_softmax(1),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "mean_without_dim": lambda x: x * x.mean(1).unsqueeze(1),
+    "norm": lambda x: F.normalize(x, dim=1),
+    "full_sum": lambda x: x / x.abs().sum(),
+    "maximum": lambda x: x - x.amax(1, keepdim=True),
+    "variance": lambda x: x / x.var(1, keepdim=True, unbiased=False).add(1e-3).sqrt(),
+    "cumulative_sum": lambda x: x.cumsum(1),
+    "group_norm": nn.GroupNorm(3, 12),
+    "groups_of_two": nn.GroupNorm(6, 12),
+    "one_group": nn.GroupNorm(1, 12),
+}
+"""Operations that a cut model computes over the channels it kept, and so must the masked original."""
+
+
+@pytest.mark.parametrize("name", OVER_KEPT)
+def test_what_is_computed_over_channels_is_computed_over_the_kept_ones(name):
+    graph = traced(Between(OVER_KEPT[name]))
+    assert reason_of(graph, "first") is None
+    assert len(graph.mixings) == 1
+
+
+def test_layer_norm_of_a_cut_model_by_hand():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(3, 10)
+            self.norm = nn.LayerNorm(10)
+            self.head = nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.wide(x)))
+
+    model, x, kept = Normed().eval(), torch.randn(4, 3), [0, 3, 4, 9]
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    made = cut(model, trace(model, x), Architecture.of({"wide": kept}))
+    assert made.verification.frozen == ()
+    features = model.wide(x)[:, kept]
+    centred = features - features.mean(1, keepdim=True)
+    normed = centred / (centred.square().mean(1, keepdim=True) + model.norm.eps).sqrt()
+    normed = normed * model.norm.weight[kept] + model.norm.bias[kept]
+    expected = normed @ model.head.weight[:, kept].T + model.head.bias
+    torch.testing.assert_close(made.model(x), expected)
+
+
+def test_whole_groups_of_a_group_norm_go_where_there_are_many():
+    graph = traced(Between(nn.GroupNorm(6, 12)))
+    assert graph.by_name["first"].size == 6
+    made = cut(Between(nn.GroupNorm(6, 12)).eval(), graph, Architecture.of({"first": [0, 5]}))
+    assert made.model.operation.num_groups == 2
+    assert made.model.operation.num_channels == 4
+
+
 MIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "softmax": (lambda x: x.softmax(1), "normalises over channels"),
-    "mean": (lambda x: x - x.mean(1, keepdim=True), "mixes all channels"),
-    "norm": (lambda x: F.normalize(x, dim=1), "mixes all channels"),
-    "full_sum": (lambda x: x / x.abs().sum(), "mixes all channels"),
-    "maximum": (lambda x: x - x.max(1, keepdim=True).values, "mixes all channels"),
+    "maximum_with_position": (lambda x: x - x.max(1, keepdim=True).values, "looks for the position"),
     "sort": (lambda x: x.sort(1).values, "has no channel rule"),
-    "cumulative_sum": (lambda x: x.cumsum(1), "normalises over channels"),
-    "layer_norm": (lambda x: F.layer_norm(x, (12, 8, 8)), "native_layer_norm.* normalises over channels"),
-    "group_norm": (lambda x: F.group_norm(x, 3), "native_group_norm.* normalises over channels"),
+    "literal_layer_norm": (lambda x: F.layer_norm(x, (12, 8, 8)), "`layer_norm` .* takes the size 12"),
+    "divided_by_their_number": (lambda x: x.sum(1, keepdim=True) / x.shape[1] + x, "takes the size x.shape"),
+    "scaled_by_their_number": (lambda x: x * x.shape[1] ** -0.5, "takes the size x.shape"),
     "roll": (lambda x: x.roll(2, 1), "moves channels"),
     "step": (lambda x: x[:, ::2].repeat(1, 2, 1, 1), "by a step"),
     "single": (lambda x: x[:, 11:] + x, "takes the size 11|picks single"),

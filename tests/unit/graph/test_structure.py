@@ -1,7 +1,6 @@
 """The channel graph against structures written down by hand, not computed."""
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from zoo import ZOO
@@ -236,6 +235,12 @@ def test_a_buffer_that_holds_no_channels_is_left_alone():
     assert {a.name: a.size for a in graph.prunable} == {"body": 6}
 
 
-@pytest.mark.parametrize("name", ["attention", "grouped_query_attention"])
-def test_attention_is_left_whole_and_its_feed_forward_is_not(name):
-    assert {a.name: a.size for a in traced(name).prunable} == {"block.mlp.0": 20}
+def test_attention_that_takes_the_width_of_its_output_from_its_input_stays_whole():
+    graph = traced("attention")
+    assert {a.name: a.size for a in graph.prunable} == {"block.mlp.0": 20}
+    assert "takes the size x.shape" in str(graph.by_name["block.attention.qkv"].frozen_because)
+
+
+def test_attention_of_default_scale_goes_by_groups_of_whole_heads():
+    graph = traced("grouped_query_attention")
+    assert {a.name: a.size for a in graph.prunable} == {"patch": 12, "block.attention.q": 2, "block.mlp.0": 20}

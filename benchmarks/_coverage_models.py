@@ -81,7 +81,6 @@ ATTENTIVE = frozenset(
 """Modules of timm whose models mix positions with attention, a state space or gates made from the input."""
 ALIASES = {"tv", "gluon", "ssl", "swsl", "ig", "jx", "adv", "ens", "wide", "dm", "senet"}
 """Name families that repeat the network of another one with other weights or other widths."""
-HEAVY = {"eva_large_patch14_196", "aimv2_large_patch14_224", "vit_tiny_patch16_dinov3_qkvb"}
 FURTHER = _words(
     "resnet50_gn resnet18d resnet50 resnetv2_50x1_bit resnetv2_50d_evos resnetv2_50d_frn resnetv2_50d_gn "
     "nf_resnet26 nf_seresnet26 efficientnet_b0 efficientnet_b0_gn efficientnet_b0_g8_gn efficientnet_es "
@@ -93,7 +92,7 @@ FURTHER = _words(
     "vit_base_patch16_siglip_224 vit_relpos_small_patch16_rpn_224 vit_small_patch16_rope_224 "
     "vit_small_patch16_rope_mixed_224 vit_small_patch16_dinov3 vit_small_patch14_dinov2 "
     "eva02_small_patch14_224 deit3_small_patch16_224 cait_xxs24_224 xcit_tiny_12_p16_224 res2net50_26w_4s "
-    "dla34 caformer_s18 regnety_004 repvgg_a0 skresnet34 csp_resnext"
+    "dla34 caformer_s18 regnety_004 repvgg_a0 skresnet34 vit_pe_spatial_tiny_patch16_512"
 )
 
 
@@ -229,7 +228,7 @@ def write_listing() -> None:
     for family, names in sorted(_module_to_models.items()):
         for name in sorted(names):
             prefix = cast("re.Match[str]", re.match(r"[a-z]+", name)).group()
-            if name.startswith("test_") or name in HEAVY or prefix in ALIASES:
+            if name.startswith("test_") or prefix in ALIASES:
                 continue
             try:
                 with torch.device("meta"):

@@ -1,21 +1,25 @@
-"""An architecture: which channels each axis keeps. Plain data: hashable, JSON, independent of torch."""
+"""An architecture: which channels each axis keeps and which blocks go. Plain data: hashable, JSON, free of torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from secateur.errors import SurgeryError
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The kept channels of each axis; an axis that is not named is whole.
+    """The kept channels of each axis, and the blocks that are removed; an axis that is not named is whole.
 
     Attributes:
-        kept: (axis name, strictly increasing kept channel indices) pairs, sorted by name.
+        kept: (axis name, strictly increasing kept channel indices) pairs, sorted by name. What is kept of an axis that
+            lives in removed blocks only has no effect.
+        removed_blocks: Names of the residual blocks that are removed, sorted.
     """
 
     kept: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    removed_blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.kept]
@@ -27,11 +31,17 @@ class Architecture:
                     f"`kept[{name!r}]` must be non-empty, strictly increasing and not negative; got {channels}."
                 )
 
+        if list(self.removed_blocks) != sorted(set(self.removed_blocks)):
+            raise SurgeryError(
+                f"`removed_blocks` must name each block once, in sorted order; got {list(self.removed_blocks)}. "
+                "Use Architecture.of()."
+            )
+
     @classmethod
-    def of(cls, kept: Mapping[str, object]) -> "Architecture":
-        """Build from any mapping of axis name to an iterable of channel indices (in any order)."""
+    def of(cls, kept: Mapping[str, object], removed_blocks: Iterable[str] = ()) -> "Architecture":
+        """Build from any mapping of axis name to an iterable of channel indices, and block names (in any order)."""
         pairs = ((name, tuple(sorted(int(c) for c in channels))) for name, channels in kept.items())  # type: ignore[attr-defined]
-        return cls(tuple(sorted(pairs)))
+        return cls(tuple(sorted(pairs)), tuple(sorted(set(removed_blocks))))
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[int, ...]]:
@@ -43,18 +53,28 @@ class Architecture:
         """Number of kept channels by axis name."""
         return {name: len(channels) for name, channels in self.kept}
 
-    def to_json(self) -> dict[str, list[int]]:
-        """A JSON object: axis name to kept channels."""
-        return {name: list(channels) for name, channels in self.kept}
+    def to_json(self) -> dict[str, object]:
+        """A JSON object: ``kept`` (axis name to kept channels) and ``removed_blocks``."""
+        kept = {name: list(channels) for name, channels in self.kept}
+        return {"kept": kept, "removed_blocks": list(self.removed_blocks)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> "Architecture":
-        """Inverse of `to_json`.
+        """Inverse of `to_json`. The form before there were blocks, the mapping ``kept`` alone, is read too.
 
         Raises:
-            SurgeryError: If the object is not a mapping of names to integer lists.
+            SurgeryError: If the object is not a mapping of names to integer lists, with a list of block names.
         """
-        for name, channels in data.items():
-            if not isinstance(channels, list) or not all(type(c) is int for c in channels):
+        kept, blocks = data, cast(object, [])
+        if isinstance(data.get("kept"), Mapping):
+            kept, blocks = cast(Mapping[str, object], data["kept"]), data.get("removed_blocks")
+            if set(data) != {"kept", "removed_blocks"}:
+                raise SurgeryError(
+                    f"an architecture must have the fields 'kept' and 'removed_blocks'; got {sorted(data)}."
+                )
+        for name, channels in kept.items():
+            if not isinstance(channels, list) or not all(type(c) is int for c in cast(list[object], channels)):
                 raise SurgeryError(f"kept channels of {name!r} must be a list of integers; got {channels!r}.")
-        return cls.of(data)
+        if not isinstance(blocks, list) or not all(isinstance(name, str) for name in cast(list[object], blocks)):
+            raise SurgeryError(f"`removed_blocks` must be a list of block names; got {blocks!r}.")
+        return cls.of(kept, cast(list[str], blocks))

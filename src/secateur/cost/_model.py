@@ -1,5 +1,8 @@
 """The cost of any architecture of a graph, from a formula: nothing is built and nothing runs."""
 
+import copy
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -7,19 +10,21 @@ from secateur.architecture import Architecture
 from secateur.cost._cost import Cost
 from secateur.cost._polynomial import IntArray, Polynomial
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph
+from secateur.graph import ChannelGraph, Extent
 
 
 class CostModel:
-    """MACs and params as functions of the widths.
+    """MACs and params as functions of the widths w and of the blocks that are there, b (0 or 1 each).
 
-    macs(w) = sum over operations of factor * product of extents(w);
-    params(w) = sum over parameters of the product of the extents(w) of its dimensions. Extents are linear in the
-    widths, so both are polynomials that never decrease: more channels never cost less.
+    macs(w, b) = sum over operations of factor * product of extents(w) * product of b over the blocks it goes with;
+    params(w, b) = sum over parameters of the product of the extents(w) of its dimensions, * the same product of b.
+    Extents are linear in the widths, so both are polynomials that never decrease: more never costs less.
 
     Attributes:
         axes: Names of the prunable axes: the columns of every width array.
         sizes: (axes,) full widths.
+        blocks: Names of the removable blocks: the columns of every block array.
+        present: (blocks,) 1 for the blocks that are there where no block array says otherwise; see `without`.
         original: Cost of the whole model.
     """
 
@@ -27,19 +32,53 @@ class CostModel:
         self.axes: tuple[str, ...] = tuple(axis.name for axis in graph.prunable)
         self._frozen = {axis.name: axis.size for axis in graph.axes if axis.frozen_because is not None}
         self.sizes: IntArray = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
-        self._macs = Polynomial.of(((op.factor, op.extents) for op in graph.operations), self.axes)
-        self._params = Polynomial.of(((1.0, graph.tensors[name]) for name in graph.parameters), self.axes)
+        self.blocks: tuple[str, ...] = tuple(block.name for block in graph.removable)
+        self.present: IntArray = np.ones(len(self.blocks), dtype=np.int64)
+        columns = (*self.axes, *map(_column, self.blocks))
+        known = frozenset(self.blocks)
+        around: dict[str, list[str]] = {}
+        for block in graph.removable:
+            for name in block.tensors:
+                around.setdefault(name, []).append(block.name)
+        operations = ((op.factor, (*op.extents, *_factors(known.intersection(op.blocks)))) for op in graph.operations)
+        tensors = ((1.0, (*graph.tensors[name], *_factors(around.get(name, ())))) for name in graph.parameters)
+        self._macs = Polynomial.of(operations, columns)
+        self._params = Polynomial.of(tensors, columns)
         self.original: Cost = self.cost(Architecture())
 
-    def cost(self, architecture: Architecture) -> Cost:
-        """Cost of one architecture.
+    def without(self, removed_blocks: Iterable[str]) -> "CostModel":
+        """The same model in which some blocks are removed wherever no block array says otherwise.
+
+        ``original`` stays the cost of the whole model: what a relative budget refers to.
 
         Raises:
-            SurgeryError: If it names an axis or a channel that the graph does not have.
+            SurgeryError: If one of them is not a removable block of the graph.
         """
-        widths = self.widths(architecture)
-        macs, params = self.of_widths(widths[None])
+        fewer = copy.copy(self)
+        fewer.present = self._present(removed_blocks)
+        return fewer
+
+    def cost(self, architecture: Architecture) -> Cost:
+        """Cost of one architecture; blocks of `without` stay removed.
+
+        Raises:
+            SurgeryError: If it names an axis, a channel or a block that the graph does not have.
+        """
+        widths, blocks = self.widths(architecture), self._present(architecture.removed_blocks)
+        macs, params = self.of_widths(widths[None], blocks[None])
         return Cost(macs=int(macs[0]), params=int(params[0]))
+
+    def _present(self, removed_blocks: Iterable[str]) -> IntArray:
+        position = {name: index for index, name in enumerate(self.blocks)}
+        present = self.present.copy()
+        for name in removed_blocks:
+            if name not in position:
+                raise SurgeryError(
+                    f"`removed_blocks` must name removable blocks of this graph; got {name!r}. "
+                    f"The graph has {len(self.blocks)}, such as {', '.join(self.blocks[:3]) or '(none)'}."
+                )
+            present[position[name]] = 0
+        return present
 
     def widths(self, architecture: Architecture) -> IntArray:
         """(axes,) widths of an architecture; an axis it does not name is whole.
@@ -66,30 +105,56 @@ class CostModel:
             widths[position[name]] = len(channels)
         return widths
 
-    def of_widths(self, widths: IntArray) -> tuple[IntArray, IntArray]:
+    def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> tuple[IntArray, IntArray]:
         """Costs of many architectures at once, exact.
 
         Args:
             widths: (n, axes) whole numbers, columns in the order of ``axes``.
+            blocks: (n, blocks) or (1, blocks), 1 where a block is kept and 0 where it is removed, columns in the order
+                of ``blocks``; None means ``present`` throughout.
 
         Returns:
             (macs (n,), params (n,)), int64.
 
         Raises:
-            ValueError: If ``widths`` has another shape or is not whole numbers.
+            ValueError: If ``widths`` or ``blocks`` has another shape or is not whole numbers.
         """
-        widths = np.asarray(widths)
-        if widths.ndim != 2 or widths.shape[1] != len(self.axes) or not np.issubdtype(widths.dtype, np.integer):
-            raise ValueError(
-                f"`widths` must be whole numbers of shape (n, {len(self.axes)}), one column per prunable axis; "
-                f"got {widths.dtype} of shape {widths.shape}."
-            )
-        return self._macs.at(widths), self._params.at(widths)
+        widths = _whole("widths", widths, len(self.axes), "prunable axis")
+        blocks = _whole("blocks", self.present[None] if blocks is None else blocks, len(self.blocks), "removable block")
+        columns = np.concatenate([widths, np.broadcast_to(blocks, (len(widths), len(self.blocks)))], axis=1)
+        return self._macs.at(columns), self._params.at(columns)
 
-    def macs_of(self, widths: torch.Tensor) -> torch.Tensor:
-        """MACs (...) of real-valued widths (..., axes), differentiable in the widths; for relaxed searches."""
-        return self._macs.at_tensor(widths)
+    def macs_of(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """MACs (...) of real-valued widths (..., axes) and presences (..., blocks), 0 to 1; for relaxed searches.
 
-    def params_of(self, widths: torch.Tensor) -> torch.Tensor:
-        """Parameters (...) of real-valued widths (..., axes), differentiable in the widths; for relaxed searches."""
-        return self._params.at_tensor(widths)
+        Differentiable in both. Without ``blocks``, ``present`` holds.
+        """
+        return self._macs.at_tensor(self._columns(widths, blocks))
+
+    def params_of(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """Parameters (...) of real-valued widths (..., axes) and presences (..., blocks); as `macs_of`."""
+        return self._params.at_tensor(self._columns(widths, blocks))
+
+    def _columns(self, widths: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
+        if blocks is None:
+            blocks = torch.as_tensor(self.present, dtype=widths.dtype, device=widths.device)
+        return torch.cat([widths, blocks.expand(*widths.shape[:-1], len(self.blocks))], dim=-1)
+
+
+def _column(block: str) -> str:
+    """The column of a block; no axis has such a name."""
+    return f"block {block}"
+
+
+def _factors(blocks: Iterable[str]) -> tuple[Extent, ...]:
+    return tuple(Extent(0, ((_column(name), 1),)) for name in sorted(blocks))
+
+
+def _whole(name: str, array: IntArray, columns: int, of: str) -> IntArray:
+    array = np.asarray(array)
+    if array.ndim != 2 or array.shape[1] != columns or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be whole numbers of shape (n, {columns}), one column per {of}; "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+    return array

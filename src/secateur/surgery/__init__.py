@@ -1,5 +1,6 @@
 """Surgery: cut a model for real, prove the cut, heal it without training."""
 
+from secateur.surgery._blocks import PassThrough, Silence, replace_, replacements_in, replacements_of
 from secateur.surgery._cut import Cut, Healer, Healing, Wound, cut, output_distance
 from secateur.surgery._recalibrate import RecalibrateBatchNorm
 from secateur.surgery._refit import Refit
@@ -10,8 +11,10 @@ __all__ = [
     "Cut",
     "Healer",
     "Healing",
+    "PassThrough",
     "RecalibrateBatchNorm",
     "Refit",
+    "Silence",
     "Verification",
     "Wound",
     "apply_architecture",
@@ -20,5 +23,8 @@ __all__ = [
     "mask_removed",
     "output_distance",
     "parameter_share",
+    "replace_",
+    "replacements_in",
+    "replacements_of",
     "set_sizes",
 ]

@@ -34,9 +34,10 @@ class Wound:
 
     @property
     def was_cut(self) -> bool:
-        """Whether any channel was removed."""
-        sizes = self.graph.sizes
-        return any(len(channels) < sizes[name] for name, channels in self.architecture.kept)
+        """Whether any channel or block was removed."""
+        axes = self.graph.by_name
+        fewer = any(len(channels) < axes[name].size for name, channels in self.architecture.kept)
+        return fewer or bool(self.architecture.removed_blocks)
 
 
 class Healer(Protocol):
@@ -70,7 +71,8 @@ class Cut:
 
     Attributes:
         model: The smaller model, in eval mode.
-        graph: The graph it was cut by; axes that could not be cut right are frozen in it.
+        graph: The graph it was cut by; axes that could not be cut right are frozen in it, and blocks that could not be
+            removed are kept.
         architecture: What was kept; whole on axes that had to be frozen.
         verification: Sliced against masked, before healing.
         healing: What each repair did.
@@ -93,15 +95,16 @@ def cut(
 ) -> Cut:
     """Cut a model to an architecture, prove it, and heal it.
 
-    The sliced model must equal the original with the removed channels zeroed. Where it does not, the module in which
-    they first differ is found, its channels are frozen with a reason, and the cut is made again: a wrong model is
-    never returned, at worst a larger one. A repair after which the outputs on the calibration images lie further from
+    The cut model must equal the original with the removed channels and the removed branches zeroed. Where it does not,
+    a block that cannot be removed by itself is kept, or else the module in which the two first differ is found and its
+    channels are frozen, with a reason, and the cut is made again: a wrong model is never returned, at worst a larger
+    one. A repair after which the outputs on the calibration images lie further from
     the original's than before is undone: what helps one model (new batch norm statistics, say) hurts another.
 
     Args:
         model: The traced model; not modified.
         graph: Its channel graph.
-        architecture: Channels to keep.
+        architecture: Channels to keep, and blocks to remove.
         calibration: Batches of normalised images for the healers.
         heal: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
 
@@ -117,10 +120,14 @@ def cut(
         result = compare(model, small, graph, architecture)
         if isinstance(result, Verification):
             break
-        reasons = _blame(result, graph, architecture)
+        reasons = _inexact_blocks(model, graph, architecture)
+        if reasons:
+            graph = graph.with_kept_blocks(reasons)
+        else:
+            reasons = _blame(result, graph, architecture)
+            graph = graph.with_frozen(reasons)
         frozen += tuple(sorted(reasons.items()))
-        graph = graph.with_frozen(reasons)
-        architecture = Architecture.of({n: c for n, c in architecture.kept if n not in reasons})
+        architecture = _without(architecture, graph)
     wound = Wound(model, graph, architecture, tuple(calibration))
     healing = _heal_(small, wound, heal)
     return Cut(small, graph, architecture, replace(result, frozen=frozen), healing)
@@ -166,6 +173,34 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
     spread = (wanted - wanted.mean(0)).square().sum(1).mean()
     distance = float(error / spread.clamp_min(1e-30))
     return float("inf") if math.isnan(distance) else distance
+
+
+def _without(architecture: Architecture, graph: ChannelGraph) -> Architecture:
+    """The architecture less what the graph says must stay."""
+    kept = {n: c for n, c in architecture.kept if graph.by_name[n].frozen_because is None}
+    blocks = (n for n in architecture.removed_blocks if graph.blocks_by_name[n].kept_because is None)
+    return Architecture.of(kept, blocks)
+
+
+def _inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
+    """The removed blocks without which the model is not the original with their branches zeroed, and why.
+
+    Looked at without any other cut: all of them together, and if that is wrong one by one. If each is right alone, the
+    last one by name has to stay.
+    """
+    blocks = architecture.removed_blocks
+    if not blocks or isinstance(_removed(model, graph, blocks), Verification):
+        return {}
+    alone = {name: _removed(model, graph, (name,)) for name in blocks} if len(blocks) > 1 else {}
+    wrong = {name: found for name, found in alone.items() if isinstance(found, Mismatch)}
+    if not wrong:
+        return {max(blocks): "removing it was not exact: the model without it is not the original with zeros added"}
+    return {name: f"removing it was not exact: {found.what}" for name, found in wrong.items()}
+
+
+def _removed(model: nn.Module, graph: ChannelGraph, blocks: tuple[str, ...]) -> Verification | Mismatch:
+    only = Architecture.of({}, blocks)
+    return compare(model, apply_architecture(model, graph, only).eval(), graph, only)
 
 
 def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:

@@ -94,11 +94,17 @@ class Refit:
 
 def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:
     """Plain layers, in order of execution, whose weight lost positions of its input dimension."""
+    gone = wound.graph.removed_modules(wound.architecture.removed_blocks)
     names: set[str] = set()
     for axis in wound.graph.prunable:
         for site in axis.sites:
             module, _, parameter = site.tensor.rpartition(".")
-            if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
+            if (
+                site.role is Role.INPUT
+                and parameter == "weight"
+                and site.dim in kept.get(site.tensor, {})
+                and not gone(module)
+            ):
                 names.add(module)
     return [name for name in wound.graph.activations if name in names and is_plain(small.get_submodule(name))]
 

@@ -13,6 +13,7 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Role, compute_over_kept_
 from secateur.graph._channels import IntArray
+from secateur.surgery._blocks import replace_, replacements_of, zero_branches_
 
 KeptByDim = dict[int, IntArray]
 """Dimension of a tensor to the positions that stay."""
@@ -22,8 +23,17 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
     """Refuse an architecture that does not fit the graph.
 
     Raises:
-        SurgeryError: For an unknown or frozen axis, or a channel out of range.
+        SurgeryError: For an unknown or frozen axis, a channel out of range, or a block that may not be removed.
     """
+    for name in architecture.removed_blocks:
+        block = graph.blocks_by_name.get(name)
+        if block is None:
+            known = ", ".join(b.name for b in graph.removable[:8]) or "none"
+            raise SurgeryError(
+                f"`architecture` removes the block {name!r}, which this model lacks. It has: {known}, ..."
+            )
+        if block.kept_because is not None:
+            raise SurgeryError(f"`architecture` removes the block {name!r}, which must stay: {block.kept_because}.")
     for name, channels in architecture.kept:
         axis = graph.by_name.get(name)
         if axis is None:
@@ -71,12 +81,12 @@ def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
 
 
 def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A new, smaller model: every tensor sliced, every size set. Weights that stay are unchanged.
+    """A new, smaller model: blocks removed, every tensor sliced, every size set. Weights that stay are unchanged.
 
     Args:
         model: The traced model; not modified, nothing is shared with the result.
         graph: Its channel graph.
-        architecture: Which channels stay.
+        architecture: Which channels stay, and which blocks go.
 
     Raises:
         SurgeryError: If the architecture does not fit the graph.
@@ -90,14 +100,17 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
         return tensor
 
     small = copy_with(model, dict.fromkeys(kept, sliced))
+    replace_(small, replacements_of(graph, architecture.removed_blocks))
+    gone = graph.removed_modules(architecture.removed_blocks)
     widths = {**graph.sizes, **architecture.widths}
-    set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in graph.edits])
+    edits = (e for e in graph.edits if not gone(e.module))
+    set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
     declare_sizes(small)
     return small
 
 
 def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A copy of the full model in which the parameters of removed channels are zero.
+    """A copy of the full model in which the parameters of removed channels, and removed branches, are zero.
 
     What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
     reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
@@ -129,7 +142,10 @@ def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, r
         return tensor
 
     full = copy_with(model, {name: masked for name in kept if name in parameters})
-    return compute_over_kept_(full, graph, architecture.by_name)
+    full = compute_over_kept_(full, graph, architecture.by_name)
+    if architecture.removed_blocks:
+        zero_branches_(full, (graph.blocks_by_name[name] for name in architecture.removed_blocks))
+    return full
 
 
 def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]) -> nn.Module:

@@ -158,8 +158,10 @@ def _first_difference(
     """The first module, in order of execution, whose kept output channels differ."""
     seen: dict[str, torch.Tensor] = _capture(masked, graph, example)
     mine = _capture(sliced, graph, example)
+    # What runs in a removed branch has no effect in either, and need not be the same.
+    idle = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].modules}
     for name, activation in graph.activations.items():
-        if name not in seen or name not in mine:
+        if name not in seen or name not in mine or name in idle:
             continue
         positions = torch.from_numpy(graph.kept_positions(name, architecture.by_name))
         want = seen[name].index_select(activation.dim, positions.to(seen[name].device))

@@ -11,6 +11,7 @@ from typing import TypeGuard, cast
 from torch import nn
 
 from secateur.errors import ArtifactError
+from secateur.surgery import replacements_in
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +42,7 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
 
     Args:
         original: The model as its source builds it.
-        model: The same architecture after surgery; the same module names.
+        model: The same architecture after surgery; the same module names, less those of removed blocks.
 
     Returns:
         The values of ``model`` where they differ, in the order of its modules.
@@ -49,13 +50,14 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
     Raises:
         ArtifactError: If the two do not have the same modules, or a list changed its length.
     """
-    theirs = dict(original.named_modules())
+    removed = tuple(f"{replacement.module}." for replacement in replacements_in(model))
+    theirs = {name: module for name, module in original.named_modules() if not name.startswith(removed)}
     ours = dict(model.named_modules())
     if theirs.keys() != ours.keys():
         different = sorted(theirs.keys() ^ ours.keys())[:5]
         raise ArtifactError(
             f"`model` must have the modules of `original`; got different ones: {different}. "
-            "Only channels may differ: build both from the same source."
+            "Only channels and removed blocks may differ: build both from the same source."
         )
     return tuple(edit for name, module in ours.items() for edit in _differences(name, theirs[name], module))
 

@@ -11,12 +11,17 @@ from secateur.artifact._edits import Edit
 from secateur.artifact._provenance import Provenance
 from secateur.artifact._schema import MAX_DIMENSIONS, MAX_TENSORS, Fields, parse, wrong
 from secateur.errors import ArtifactError, SurgeryError
+from secateur.graph import Replacement, StandIn
 
-SCHEMA = 1
-"""The version of secateur.json that this code writes, and the newest that it reads."""
+SCHEMA = 2
+"""The version of secateur.json that this code writes, and the newest that it reads.
+
+1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``. Still read.
+"""
 
 FORMAT = "secateur-artifact"
 _LARGEST_DIMENSION = 2**40
+_LONGEST_TUPLE = 64
 
 
 def _nothing() -> dict[str, object]:
@@ -29,7 +34,7 @@ class Recipe:
 
     Attributes:
         source: How the original model is built: ``ModelSource.to_json()``; its ``kind`` must be there.
-        architecture: Which channels were kept.
+        architecture: Which channels were kept, and which blocks were removed.
         edits: The ints that surgery set in modules, see `edits_between`.
         input_shape: One input without the batch, (channels, height, width).
         mean: Subtracted from each input channel (images scaled to 0..1) before the model.
@@ -131,6 +136,7 @@ class Manifest:
         tensors: What model.safetensors holds.
         weights_sha256: Hash of model.safetensors, hexadecimal.
         weights_bytes: Its size.
+        replacements: The stand-ins of the modules that went with removed blocks.
         schema: Version of this file's layout.
     """
 
@@ -138,6 +144,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
     weights_sha256: str
     weights_bytes: int
+    replacements: tuple[Replacement, ...] = ()
     schema: int = SCHEMA
 
     def to_bytes(self) -> bytes:
@@ -151,7 +158,9 @@ class Manifest:
             "bytes": self.weights_bytes,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
-        data = {"format": FORMAT, "schema": self.schema, **self.recipe.to_json(), "weights": weights}
+        stand_ins = [[r.module, r.stand_in.value, r.items] for r in self.replacements]
+        recipe = self.recipe.to_json()
+        data = {"format": FORMAT, "schema": self.schema, **recipe, "replacements": stand_ins, "weights": weights}
         try:
             data["sha256"] = digest(data)
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
@@ -191,6 +200,7 @@ class Manifest:
             tensors=tuple(TensorRecord.from_json(record, f"weights.tensors[{n}]") for n, record in records),
             weights_sha256=weights.text("sha256"),
             weights_bytes=weights.integer("bytes", least=0),
+            replacements=() if schema < 2 else _replacements(fields),
             schema=schema,
         )
 
@@ -225,6 +235,24 @@ def _recipe(fields: Fields) -> Recipe:
         verification=fields.mapping("verification"),
         provenance=Provenance.from_fields(fields.fields("provenance")),
     )
+
+
+def _replacements(fields: Fields) -> tuple[Replacement, ...]:
+    rows = enumerate(fields.items("replacements", MAX_TENSORS))
+    return tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
+
+
+def _replacement(row: object, where: str) -> Replacement:
+    if not isinstance(row, list) or len(cast(list[object], row)) != 3:
+        raise wrong(where, "[module, stand-in, items]", row)
+    fields = Fields(dict(zip(("module", "stand_in", "items"), cast(list[object], row), strict=True)), where)
+    kind = fields.text("stand_in")
+    if kind not in {stand_in.value for stand_in in StandIn}:
+        raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
+    items = fields.optional_integer("items", least=1)
+    if items is not None and items > _LONGEST_TUPLE:
+        raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
+    return Replacement(fields.text("module"), StandIn(kind), items)
 
 
 def _edit(row: object, where: str) -> Edit:

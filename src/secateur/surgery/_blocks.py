@@ -70,9 +70,9 @@ def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
         try:
             model.get_submodule(name)
         except AttributeError as error:
-            raise SurgeryError(
-                f"`replacements` must name modules of the model; got {name!r}. Trace the model again."
-            ) from error
+            raise SurgeryError(f"`replacements` must name modules of the model; got {name!r}.") from error
+        if not name:
+            raise SurgeryError("`replacements` must name modules within the model; got the model itself.")
         stand_in = _CLASSES[replacement.stand_in](replacement.items)
         setattr(model.get_submodule(path), leaf, stand_in.train(model.training))
 

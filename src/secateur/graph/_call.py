@@ -9,6 +9,13 @@ import torch
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds, Ledger, MixedCall
 
+MIXING_KINDS = frozenset({
+    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "_softmax", "_log_softmax", "_safe_softmax", "cumsum",
+    "cumprod", "mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm",
+    "prod", "logsumexp", "any", "all", "max", "min",
+})  # fmt: skip
+"""ATen names of the calls that are numbered, whether they meet channels or not."""
+
 
 def base_name(operator: Any) -> str:
     """Name of an ATen overload without namespace and without the underscore of an in-place form."""
@@ -47,6 +54,11 @@ class Call:
         """For a human."""
         return f"`{self.name}` in {self.module or 'the model itself'}"
 
+    @property
+    def full_name(self) -> str:
+        """With its namespace: ``aten::relu``, ``my_lib::my_op``."""
+        return str(self.operator._schema.name)
+
     def ids(self, tensor: torch.Tensor) -> ChannelIds:
         """Channel ids of an argument."""
         return self.ledger.ids_of(tensor)
@@ -73,7 +85,7 @@ class Call:
 
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
         """Note that the call computes over channels, which a cut model does over the kept ones only."""
-        if self.operator._schema.is_mutable:
+        if self.operator._schema.is_mutable or self.name not in MIXING_KINDS:
             return unknown(self)
         read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
         written = tuple((t, dim, ids) for t, found in enumerate(results) for dim, ids in found.items())

@@ -253,6 +253,8 @@ class ChannelGraph:
         touching: Names of the axes seen by the operations of each module.
         example: The positional arguments the model was traced with, tensors at batch 1.
         mixings: The calls that compute over channels which may be removed, in order of execution.
+        unseen: Parameters that took no part, neither in evaluation nor in training: a branch that the example did not
+            take, or dead weight. They stay as they are, and may not fit a cut model that runs them after all.
         blocks: Residual branches that can be removed, and those that turned out not to be, in order of execution.
     """
 
@@ -266,6 +268,7 @@ class ChannelGraph:
     touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example: tuple[Any, ...] = ()
     mixings: tuple[Mixing, ...] = ()
+    unseen: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
 
     @property

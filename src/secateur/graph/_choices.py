@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from secateur.errors import ChoiceError
-from secateur.graph._channels import ChannelAxis, ChannelGraph, Role
+from secateur.graph._channels import Block, ChannelAxis, ChannelGraph, Role
 
 _SUGGESTIONS = 4
 _LIST_THEM = "`secateur inspect` lists the axes and their modules (in Python: graph.axes)."
@@ -23,9 +23,12 @@ class Choices:
     belong to the layer that makes them; thus ``include=("layer2",)`` prunes this stage only. An axis that several
     layers make, such as a residual stream, is meant by the name of any of them.
 
+    A residual block may be removed only if all its weights may go: ``include`` must mean the block by its name, or
+    every parameter that goes with it; ``exclude`` and ``whole`` keep it if they mean any of them.
+
     Attributes:
-        include: If there are any, only the axes they mean may be cut.
-        exclude: The axes they mean stay whole. Stronger than ``include``.
+        include: If there are any, only what they mean may be cut.
+        exclude: What they mean stays whole. Stronger than ``include``.
         whole: Layers none of whose weights change: the channels they make or carry stay, and those they read too.
     """
 
@@ -47,12 +50,12 @@ class Choices:
         return ", ".join(f"{name} {' '.join(patterns)}" for name, patterns in named if patterns)
 
     def apply(self, graph: ChannelGraph) -> ChannelGraph:
-        """The same graph with the axes frozen that must stay whole, and this as their reason.
+        """The same graph with the axes frozen, and the blocks kept, that must stay whole, and this as their reason.
 
-        Axes that are frozen already keep their reason.
+        What has a reason already keeps it.
 
         Raises:
-            ChoiceError: If a pattern means no axis of the graph, or nothing is left that may be cut.
+            ChoiceError: If a pattern means nothing in the graph, or nothing is left that may be cut.
         """
         if not self:
             return graph
@@ -63,28 +66,41 @@ class Choices:
         ):
             check_meant(patterns, graph, name, where)
         chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis))})
-        if graph.prunable and not chosen.prunable:
+        chosen = chosen.with_kept_blocks({b.name: why for b in graph.removable if (why := self._block_reason(b))})
+        if (graph.prunable or graph.removable) and not (chosen.prunable or chosen.removable):
             raise ChoiceError(self._nothing_left(graph))
         return chosen
 
     def _reason(self, axis: ChannelAxis) -> str | None:
         """Why an axis stays whole, or None."""
-        named, read = tuple(place_names(axis)), tuple(all_names(axis))
-        excluded, kept = _first(self.exclude, named), _first(self.whole, read)
+        excluded, kept = _first(self.exclude, place_names(axis)), _first(self.whole, all_names(axis))
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer that matched {kept!r} makes or reads it"
-        if self.include and _first(self.include, named) is None:
+        if self.include and _first(self.include, place_names(axis)) is None:
             return f"kept whole: matched no include pattern ({', '.join(map(repr, self.include))})"
         return None
 
+    def _block_reason(self, block: Block) -> str | None:
+        """Why a block stays, or None."""
+        names = {block.name}.union(*map(_enclosing, block.tensors))
+        excluded, kept = _first(self.exclude, names), _first(self.whole, names)
+        if excluded is not None:
+            return f"kept whole: matched exclude pattern {excluded!r}"
+        if kept is not None:
+            return f"kept whole: a layer of it matched {kept!r}"
+        every = all(_first(self.include, _enclosing(tensor)) is not None for tensor in block.tensors)
+        if self.include and not every and _first(self.include, (block.name,)) is None:
+            return f"kept whole: not all of it matched an include pattern ({', '.join(map(repr, self.include))})"
+        return None
+
     def _nothing_left(self, graph: ChannelGraph) -> str:
-        meant = [axis for axis in graph.axes if _first(self.include, tuple(place_names(axis))) is not None]
+        meant = [axis for axis in graph.axes if _first(self.include, place_names(axis)) is not None]
         frozen = [f"{axis.name} ({axis.frozen_because})" for axis in meant if axis.frozen_because is not None]
         because = f" What it includes is frozen: {'; '.join(frozen[:_SUGGESTIONS])}." if frozen else ""
         return (
-            f"`choices` must leave an axis to cut; got {self}, which keeps all {len(graph.prunable)} whole."
+            f"`choices` must leave something to cut; got {self}, which keeps all {len(graph.prunable)} axes whole."
             f"{because} Include more or exclude less. {_LIST_THEM}"
         )
 
@@ -99,11 +115,11 @@ def means(pattern: str, axis: ChannelAxis) -> bool:
         pattern: A glob; see `Choices`.
         axis: Of a traced graph.
     """
-    return _first((pattern,), tuple(place_names(axis))) is not None
+    return _first((pattern,), place_names(axis)) is not None
 
 
 def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: "Names | None" = None) -> None:
-    """Refuse a pattern that means no axis of a graph, frozen ones included.
+    """Refuse a pattern that means no axis of a graph, frozen ones included, and no block.
 
     Args:
         patterns: Globs.
@@ -115,6 +131,7 @@ def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: 
         ChoiceError: With the names that are nearest to it.
     """
     known = dict.fromkeys(one for axis in graph.axes for one in (names or place_names)(axis))
+    known |= dict.fromkeys(block.name for block in graph.blocks)
     for pattern in patterns:
         if not any(fnmatchcase(one, pattern) for one in known):
             raise ChoiceError(
@@ -139,13 +156,19 @@ def _names_of_sites(axis: ChannelAxis, *, reads: bool) -> Iterator[str]:
     for site in axis.sites:
         if site.role is Role.INPUT and not reads:
             continue
-        name = site.tensor
-        while name:
-            yield name
-            name = name.rpartition(".")[0]
+        yield from _enclosing(site.tensor)
 
 
-def _first(patterns: Iterable[str], names: tuple[str, ...]) -> str | None:
+def _enclosing(name: str) -> Iterator[str]:
+    """A name and the names of the modules around it: ``a.b.c``, ``a.b``, ``a``."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _first(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first pattern that matches any of the names."""
+    names = tuple(names)
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 

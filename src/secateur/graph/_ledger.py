@@ -96,9 +96,9 @@ class Ledger:
     seen: set[int] = field(default_factory=set[int])
     count: int = 0
 
-    def has_seen_all_parameters(self) -> bool:
-        """Whether every parameter took part in some operation."""
-        return all(number in self.seen for number, stored in self.stored.items() if stored.is_parameter)
+    def unseen(self) -> tuple[str, ...]:
+        """Parameters that took part in no operation so far."""
+        return tuple(s.name for number, s in self.stored.items() if s.is_parameter and number not in self.seen)
 
     def new(self, number: int) -> IntArray:
         """Fresh ids."""

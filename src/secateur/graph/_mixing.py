@@ -12,15 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from secateur.graph._call import base_name
+from secateur.graph._call import MIXING_KINDS, base_name
 from secateur.graph._channels import ChannelGraph, IntArray, Lane, Mixing
-
-MIXING_KINDS = frozenset({
-    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "_softmax", "_log_softmax", "_safe_softmax", "cumsum",
-    "cumprod", "mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm",
-    "prod", "logsumexp", "any", "all", "max", "min",
-})  # fmt: skip
-"""ATen names of the calls that are numbered, whether they meet channels or not."""
 
 
 class OverKeptChannels(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
-from secateur.graph._call import Call, base_name
+from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name
 from secateur.graph._flow import Flow
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
-from secateur.graph._mixing import MIXING_KINDS
 from secateur.graph._rules import apply_rule
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph._sizing import bind_sizes
 
 
 class Where:
-    """Which module is running."""
+    """Which module is running, and by which rules beyond the built-in ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
         self.stack: list[str] = []
         self.flow = Flow()
 
@@ -56,7 +56,8 @@ class OperationRecorder(TorchDispatchMode):
         )
         name = base_name(func)
         self.ledger.seen.update(map(id, inputs))
-        apply_rule(Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed))
+        call = Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed)
+        apply_rule(call, self.where.rules)
         self.mixed += name in MIXING_KINDS
         self.where.flow.step(func, name, not kwargs, inputs, outputs)
         return out
@@ -131,13 +132,14 @@ def number_attributes(shadow: nn.Module) -> dict[Attribute, int]:
 
 
 def record(
-    model: nn.Module, example: tuple[Any, ...], *, by_head: BoolArray | None = None
+    model: nn.Module, example: tuple[Any, ...], rules: Mapping[str, Rule], *, by_head: BoolArray | None = None
 ) -> tuple[Ledger, dict[Attribute, int]]:
     """Trace one forward pass of a shadow of the model in eval mode.
 
     Args:
         model: Any module.
         example: Positional arguments, tensors already at batch 1.
+        rules: The user's own, by name of the operation.
         by_head: Ids, of an earlier run of the same model, that stay or go by whole heads.
 
     Returns:
@@ -153,7 +155,7 @@ def record(
             f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a "
             "tensor, a module nor plain data, such as open files or generators."
         ) from error
-    ledger, where = Ledger(), Where()
+    ledger, where = Ledger(), Where(rules)
     if by_head is not None:
         ledger.by_head = by_head
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
@@ -174,7 +176,7 @@ def record(
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
     where.flow.finish(out)
     ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
-    if not ledger.has_seen_all_parameters():
+    if ledger.unseen():
         _record_training(model, shadow, example, ledger, where)
     return ledger, attributes
 

@@ -4,7 +4,7 @@ Movement needs no rule: the same operation is executed on the ids. Operations th
 operation without a rule freezes every channel it meets, with the reason; so a model is at worst less prunable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,11 +15,11 @@ from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds
 
 
-def apply_rule(call: Call) -> None:
-    """Carry the ids of the inputs over to the outputs."""
+def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:
+    """Carry the ids of the inputs over to the outputs, by the user's further rules or the built-in ones."""
     if not any(call.ids(tensor) for tensor in call.inputs) and call.name not in _ALWAYS_COUNTED:
         return
-    rule = _rule_for(call)
+    rule = further.get(call.full_name) or further.get(call.name) or _rule_for(call)
     results = [ids if ids else {} for ids in rule(call)]
     own = all(map(call.ledger.is_own, call.inputs))
     for tensor, ids in zip(call.outputs, results, strict=False):

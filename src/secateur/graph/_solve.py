@@ -109,6 +109,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         touching=_touching(ledger, solution),
         example=example,
         mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
+        unseen=ledger.unseen(),
         blocks=ledger.blocks,
     )
 

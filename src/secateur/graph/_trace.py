@@ -1,15 +1,16 @@
 """`trace`: the public verb of this room."""
 
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
-import torch
 from torch import nn
 
-from secateur.errors import TraceError
+from secateur.graph._call import Rule
 from secateur.graph._channels import ChannelGraph
 from secateur.graph._components import components
+from secateur.graph._inputs import Example, check_model, positional
 from secateur.graph._ledger import BoolArray, Ledger
 from secateur.graph._record import record
 from secateur.graph._solve import solve
@@ -25,7 +26,11 @@ class HeadUnit(Enum):
 
 
 def trace(
-    model: nn.Module, example: torch.Tensor | tuple[Any, ...], *, heads: HeadUnit = HeadUnit.DIMENSION
+    model: nn.Module,
+    example: Example,
+    *,
+    heads: HeadUnit = HeadUnit.DIMENSION,
+    rules: Mapping[str, Rule] = MappingProxyType({}),
 ) -> ChannelGraph:
     """Find which channels of which tensors must be kept or removed together.
 
@@ -35,33 +40,25 @@ def trace(
 
     Args:
         model: A trained network.
-        example: One input, or a tuple of positional inputs; of a batch, the first item is used.
+        example: One input, a tuple of positional inputs, or a mapping of inputs by name; of a batch, the first item is
+            used.
         heads: What is kept or removed as one in attention. Where fewer dimensions per head would change the scale of
             the attention (`scaled_dot_product_attention` takes it from them unless told), it is whole heads always.
+        rules: What further ATen or custom operations do to channels, by their name (``relu``, ``my_lib::my_op``);
+            see docs/rules.md. They go before the built-in rules.
 
     Returns:
         The channel graph. Channels that cannot be removed safely are in it too, with the reason.
 
     Raises:
-        TraceError: If the model cannot run the example, or has no parameters.
+        TraceError: If the model cannot run the example, or must be unwrapped, loaded or the like before.
     """
-    arguments: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
-    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
-    if not tensors:
-        raise TraceError(f"`example` must hold at least one tensor; got {type(example).__name__}. Pass an input batch.")
-    if next(model.parameters(), None) is None:
-        raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
-    if tensors[0].numel() == 0:
-        raise TraceError(
-            f"`example` must hold at least one image; got a batch of shape {tuple(tensors[0].shape)}. "
-            "Pass an input batch."
-        )
-    batch = tensors[0].shape[0] if tensors[0].dim() else 1
-    single = tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)
-    ledger, attributes = record(model, single)
+    check_model(model)
+    single = positional(model, example)
+    ledger, attributes = record(model, single, rules)
     by_head = _by_head(ledger, heads)
     if by_head.any():
-        ledger, attributes = record(model, single, by_head=by_head)
+        ledger, attributes = record(model, single, rules, by_head=by_head)
     return solve(ledger, attributes, single)
 
 

@@ -46,6 +46,7 @@ class PrecisionName(StrEnum):
 
 
 _MODEL, _DATA, _CUT, _TRAIN, _RUN = "Model", "Data", "Search and cut", "Recovery", "Run"
+_SHOW = "Show"
 
 Model = Annotated[
     str,
@@ -136,6 +137,19 @@ AxisMinKept = Annotated[
     typer.Option(metavar="PATTERN=X", help="--min-kept for the axes that match; repeatable.", rich_help_panel=_CUT),
 ]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
+
+ShowTree = Annotated[
+    bool, typer.Option("--tree", help="Show the modules instead: parameters, MACs, channels.", rich_help_panel=_SHOW)
+]
+Draw = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write a drawing: FILE.svg for a browser, FILE.dot for graphviz.",
+        metavar="FILE",
+        rich_help_panel=_SHOW,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_SHOW)]
 
 Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=_TRAIN)]

@@ -13,18 +13,14 @@ from rich.text import Text
 from secateur.cli._boundary import out
 
 if TYPE_CHECKING:
-    from secateur.graph import ChannelAxis
-    from secateur.pipeline import Survey
     from secateur.report import Check, Measured, RunReport
-
-_SHOWN_NAMES = 4
 
 
 def print_before_after(report: RunReport) -> None:
     """Accuracy, MACs, parameters, file size and latency of the original and the compressed model."""
     from secateur.cost import format_count
 
-    table = _table(f"{report.model}, {report.budget}", ("", "before", "after", "change"), numbers=3)
+    table = plain_table(f"{report.model}, {report.budget}", ("", "before", "after", "change"), numbers=3)
     before, after = report.before, report.after
     if before.accuracy is not None and after.accuracy is not None:
         change = f"{100 * (after.accuracy.top1 - before.accuracy.top1):+.2f} points"
@@ -49,7 +45,7 @@ def print_steps(report: RunReport) -> None:
 
 def print_checks(checks: Iterable[Check]) -> None:
     """What was verified."""
-    table = _table("Checks", ("check", "", "largest difference", "detail"), numbers=0)
+    table = plain_table("Checks", ("check", "", "largest difference", "detail"), numbers=0)
     for check in checks:
         difference = ""
         if check.max_rel is not None and check.tolerance is not None:
@@ -60,32 +56,6 @@ def print_checks(checks: Iterable[Check]) -> None:
     out().print(table)
 
 
-def print_survey(survey: Survey, name: str, min_kept: float) -> None:
-    """The axes of a model, what is frozen and why, and what a budget can ask for."""
-    from secateur.cost import format_count
-
-    table = _table(f"Channel axes of {name}", ("axis", "channels", "divisor", "sites", "seen in"), numbers=0)
-    for axis in survey.graph.prunable:
-        table.add_row(axis.name, str(axis.size), str(axis.divisor), str(len(axis.sites)), _places(axis))
-    out().print(table)
-    if survey.frozen:
-        frozen = _table("Frozen: stays whole", ("reason", "axes"), numbers=0)
-        for reason, names in survey.frozen.items():
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            frozen.add_row(reason, ", ".join(names[:_SHOWN_NAMES]) + more)
-        out().print(frozen)
-    small, whole = survey.smallest, survey.original
-    lines = (
-        f"Prunable: {len(survey.graph.prunable)} of {len(survey.graph.axes)} axes; "
-        f"{100 * survey.prunable_share:.1f} % of the parameters lie in tensors with a prunable dimension.",
-        f"Reachable: macs {format_count(small.macs)} ({_share(small.macs, whole.macs)}) to {format_count(whole.macs)}; "
-        f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}. "
-        f"Every axis keeps at least {100 * min_kept:.0f} % (--min-kept).",
-    )
-    for line in lines:
-        out().print(Text(line), soft_wrap=True)
-
-
 def print_written(paths: Iterable[Path]) -> None:
     """What was written, with sizes."""
     from secateur.cost import format_count
@@ -94,18 +64,13 @@ def print_written(paths: Iterable[Path]) -> None:
         out().print(Text(f"Wrote {path} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
 
 
-def _table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:
+def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:
+    """An empty table; the last ``numbers`` columns are to the right."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
         right = place >= len(columns) - numbers
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
-
-
-def _places(axis: ChannelAxis) -> str:
-    names = list(dict.fromkeys(site.tensor.rpartition(".")[0] or site.tensor for site in axis.sites))
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def _accuracy(measured: Measured) -> str:
@@ -115,7 +80,3 @@ def _accuracy(measured: Measured) -> str:
 
 def _relative(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %" if before else ""
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / max(whole, 1):.1f} %"

@@ -2,14 +2,15 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
-from secateur.graph import ChannelGraph, Choices, trace
+from secateur.graph import ChannelAxis, ChannelGraph, Choices, trace
 from secateur.pipeline._plan import EVERYTHING, SPACE
+from secateur.report import places
 from secateur.search import SearchSpace
 from secateur.surgery import parameter_share
 
@@ -24,6 +25,7 @@ class Survey:
         smallest: Cost of the smallest architecture of the space: the lower end of what a budget can ask for.
         prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
+        space: Which widths are allowed.
     """
 
     graph: ChannelGraph
@@ -31,6 +33,7 @@ class Survey:
     smallest: Cost
     prunable_share: float
     prunable_macs_share: float
+    space: SearchSpace
 
     @property
     def frozen(self) -> dict[str, list[str]]:
@@ -40,6 +43,31 @@ class Survey:
             if axis.frozen_because is not None:
                 found.setdefault(axis.frozen_because, []).append(axis.name)
         return found
+
+    def to_json(self) -> dict[str, object]:
+        """Costs, shares, axes with their sites, blocks, and layers in order of execution, as a JSON object."""
+        return {
+            "original": self.original.to_json(),
+            "smallest": self.smallest.to_json(),
+            "prunable_share": {"params": self.prunable_share, "macs": self.prunable_macs_share},
+            "axes": [self._axis_json(axis) for axis in self.graph.axes],
+            "blocks": [
+                {"name": block.name, "tensors": list(block.tensors), "kept_because": block.kept_because}
+                for block in self.graph.blocks
+            ],
+            "layers": [asdict(place) for place in places(self.graph)],
+        }
+
+    def _axis_json(self, axis: ChannelAxis) -> dict[str, object]:
+        widths = [axis.size] if axis.frozen_because is not None else self.space.widths(axis).tolist()
+        return {
+            "name": axis.name,
+            "size": axis.size,
+            "smallest_width": widths[0],
+            "width_step": widths[1] - widths[0] if len(widths) > 2 else None,
+            "frozen_because": axis.frozen_because,
+            "sites": [{"tensor": site.tensor, "dim": site.dim, "role": site.role.value} for site in axis.sites],
+        }
 
 
 def survey(model: nn.Module, example: Tensor, *, choices: Choices = EVERYTHING, space: SearchSpace = SPACE) -> Survey:
@@ -62,7 +90,7 @@ def survey(model: nn.Module, example: Tensor, *, choices: Choices = EVERYTHING, 
     smallest = Cost(int(macs[0]), int(params[0]))
     share = parameter_share(graph)
     assert math.isfinite(share)
-    return Survey(graph, costs.original, smallest, share, _macs_share(graph))
+    return Survey(graph, costs.original, smallest, share, _macs_share(graph), space)
 
 
 def _macs_share(graph: ChannelGraph) -> float:

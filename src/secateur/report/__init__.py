@@ -1,5 +1,7 @@
 """Reports: one run as one page that needs nothing else."""
 
+from secateur.report._drawing import check_drawing, write_drawing
+from secateur.report._places import Place, inside, places, sentence_of
 from secateur.report._report import write_report
 from secateur.report._run import (
     Check,
@@ -20,8 +22,14 @@ __all__ = [
     "Measured",
     "MeasuredAccuracy",
     "MeasuredLatency",
+    "Place",
     "RunReport",
     "Step",
     "TrainedEpoch",
+    "check_drawing",
+    "inside",
+    "places",
+    "sentence_of",
+    "write_drawing",
     "write_report",
 ]

@@ -58,7 +58,9 @@ class SearchSpace:
 
     Attributes:
         min_width: Fewest channels an axis may keep.
-        divisor: Widths are multiples of it. 8 or 16 make a smaller model also a faster one on most hardware.
+        divisor: The positions that an axis keeps in any tensor are a multiple of it. 8 or 16 make a smaller model also
+            a faster one on most hardware. Where every channel owns several positions they count: with 64 positions a
+            head, any number of attention heads is a multiple of 8.
         min_kept_fraction: Smallest part of its channels an axis may keep, 0 to 1; guards a layer against collapse.
         rules: Other bounds for some axes. What a rule sets replaces the field above; where several rules mean an axis,
             the last one that sets a field holds.
@@ -79,7 +81,7 @@ class SearchSpace:
         """The allowed widths of one axis, ascending; the last is its full size."""
         mine = [rule for rule in self.rules if means(rule.pattern, axis)]
         min_width = _last(self.min_width, [rule.min_width for rule in mine])
-        divisor = _last(self.divisor, [rule.divisor for rule in mine])
+        divisor = _last(self.divisor // math.gcd(self.divisor, _positions(axis)), [rule.divisor for rule in mine])
         fraction = _last(self.min_kept_fraction, [rule.min_kept_fraction for rule in mine])
         step = math.lcm(divisor, axis.divisor)
         least = max(min_width, math.ceil(fraction * axis.size - 1e-9))
@@ -94,6 +96,11 @@ class SearchSpace:
         """
         check_meant((rule.pattern for rule in self.rules), graph, "rules")
         return tuple(self.widths(axis) for axis in graph.prunable)
+
+
+def _positions(axis: ChannelAxis) -> int:
+    """Positions of every channel in every tensor: their greatest common divisor; 1 if there are no tensors."""
+    return math.gcd(*(site.index.shape[1] for site in axis.sites)) or 1
 
 
 def _check(min_width: object, divisor: object, fraction: float) -> None:

@@ -75,6 +75,37 @@ def test_what_may_still_be_cut(graph: ChannelGraph, choices: Choices, left: list
     assert names(choices.apply(graph)) == left
 
 
+@pytest.mark.parametrize(
+    ("choices", "left"),
+    [
+        (Choices(), ["layer1", "layer2"]),
+        (Choices(include=("layer2",)), ["layer2"]),
+        (Choices(include=("layer2.*",)), ["layer2"]),
+        # Only a part of the block may go: it stays.
+        (Choices(include=("layer2.conv1",)), []),
+        (Choices(exclude=("layer2.conv2.bias",)), ["layer1"]),
+        (Choices(whole=("layer1.conv1",)), ["layer2"]),
+        # A block has its own weights: what it reads is not one of them.
+        (Choices(whole=("down",)), ["layer1", "layer2"]),
+        (Choices(exclude=("down",)), ["layer1", "layer2"]),
+    ],
+)
+def test_which_blocks_may_still_be_removed(graph: ChannelGraph, choices: Choices, left: list[str]):
+    assert [block.name for block in choices.apply(graph).removable] == left
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        (Choices(include=("layer1",)), "kept whole: not all of it matched an include pattern ('layer1')"),
+        (Choices(exclude=("*2.conv1",)), "kept whole: matched exclude pattern '*2.conv1'"),
+        (Choices(whole=("layer2.conv2",)), "kept whole: a layer of it matched 'layer2.conv2'"),
+    ],
+)
+def test_blocks_say_why_they_stay(graph: ChannelGraph, choices: Choices, reason: str):
+    assert choices.apply(graph).blocks_by_name["layer2"].kept_because == reason
+
+
 def test_frozen_axes_say_why_and_old_reasons_stay(graph: ChannelGraph):
     chosen = Choices(include=("layer*",), exclude=("layer1.*",), whole=("head",)).apply(graph)
     why = {axis.name: axis.frozen_because for axis in chosen.axes}
@@ -120,14 +151,18 @@ def test_whole_may_name_a_layer_that_only_reads(graph: ChannelGraph):
 
     reads = trace(Reads(), torch.zeros(1, 3, 8, 8))
     assert names(reads) == ["conv"]
-    with pytest.raises(ChoiceError, match=r"must leave an axis to cut; got keep whole mix"):
+    with pytest.raises(ChoiceError, match=r"must leave something to cut; got keep whole mix"):
         Choices(whole=("mix",)).apply(reads)
 
 
 def test_choices_that_leave_nothing_are_refused_with_the_reasons(graph: ChannelGraph):
-    with pytest.raises(ChoiceError, match=r"keeps all 4 whole\. What it includes is frozen: head \(reaches.*output\)"):
+    with pytest.raises(
+        ChoiceError, match=r"keeps all 4 axes whole\. What it includes is frozen: head \(reaches.*output\)"
+    ):
         Choices(include=("head",)).apply(graph)
-    with pytest.raises(ChoiceError, match=r"got exclude \*, which keeps all 4 whole\. Include more or exclude less"):
+    with pytest.raises(
+        ChoiceError, match=r"got exclude \*, which keeps all 4 axes whole\. Include more or exclude less"
+    ):
         Choices(exclude=("*",)).apply(graph)
 
 

@@ -2,13 +2,13 @@ import itertools
 
 import numpy as np
 import pytest
-from hand_graphs import HAND_GRAPHS, concat, plain, residual
+from hand_graphs import HAND_GRAPHS, concat, plain, residual, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, ChoiceError
-from secateur.graph import ChannelAxis
+from secateur.graph import ChannelAxis, Role, Site
 from secateur.importance import Evidence
 from secateur.search import AxisRule, Problem, SearchSpace, fit
 
@@ -38,6 +38,20 @@ def problem(graph, budget: str, space: SearchSpace = SearchSpace()) -> Problem: 
 )
 def test_allowed_widths(space, size, divisor, widths):
     assert space.widths(axis(size, divisor)).tolist() == widths
+
+
+def test_divisor_counts_the_positions_that_every_channel_owns():
+    def heads(*positions: int) -> ChannelAxis:
+        sites = tuple(Site("w", 0, rows(6, k), Role.OUTPUT) for k in positions)
+        return ChannelAxis("heads", 6, sites)
+
+    # 64 positions a head: any number of heads is a multiple of 8; 4 positions: an even number; 3 or 1: eight.
+    assert SearchSpace(divisor=8).widths(heads(192, 64)).tolist() == [1, 2, 3, 4, 5, 6]
+    assert SearchSpace(divisor=8).widths(heads(12, 4)).tolist() == [2, 4, 6]
+    assert SearchSpace(divisor=8).widths(heads(9, 3)).tolist() == [6]
+    assert SearchSpace(divisor=4).widths(heads(49, 1)).tolist() == [4, 6]
+    # The divisor of a rule is of the axis itself.
+    assert ruled(AxisRule("heads", divisor=2), divisor=8).widths(heads(192, 64)).tolist() == [2, 4, 6]
 
 
 @pytest.mark.parametrize(

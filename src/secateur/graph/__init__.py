@@ -17,6 +17,7 @@ from secateur.graph._choices import Choices, check_meant, means
 from secateur.graph._mixing import compute_over_kept_
 from secateur.graph._record import shadow_of, undisturbed
 from secateur.graph._trace import HeadUnit, trace
+from secateur.graph._zeroed import zero_branches_
 
 __all__ = [
     "Activation",
@@ -38,4 +39,5 @@ __all__ = [
     "shadow_of",
     "trace",
     "undisturbed",
+    "zero_branches_",
 ]

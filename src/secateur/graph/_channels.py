@@ -121,8 +121,9 @@ class Block:
 
     Attributes:
         name: Unique: the module that adds it to its input, or the largest module in it.
-        addition: How many calls of ``add`` come before the one that adds it, in the traced forward pass.
-        operand: Which operand of that call is f(x): 0 or 1.
+        addition: How many sums come before the one that adds it, in the forward pass: sums of two tensors of equal
+            shape that depend on the model's input.
+        operand: Which operand of that sum is f(x): 0 or 1.
         replacements: The modules that go, and what takes their places.
         modules: Names of the modules that run in the branch, those that stay (without effect) too.
         tensors: Names of the parameters and buffers that go.

@@ -4,6 +4,7 @@ A *step* is one ATen call, numbered in order of execution; a model input counts 
 named by the step that wrote it last, through whichever view that was.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +15,17 @@ ADDITION = "add"
 INPUT = "input"
 CONSTANT = -1
 """Stands for a parameter, a buffer or any other value that no step has written."""
-_MARK = "_secateur_step"
+_RUNS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Addition:
-    """A sum of two tensors of the same shape.
+    """A sum of two tensors of the same shape that both depend on the model's input.
+
+    No other sums are counted. Whether a linear layer adds its bias by one depends on the batch size.
 
     Attributes:
-        number: How many calls of ``add`` came before it in the forward pass.
+        number: How many such sums came before it in the forward pass.
         left: The value of the first operand.
         right: The value of the second operand.
     """
@@ -69,7 +72,7 @@ class Flow:
         fed: Whether the result of each step depends on the model's input.
         pointwise: Whether each step works elementwise.
         call: The innermost module call each step ran in; -1 for none.
-        additions: The sums of two tensors of equal shape, by step.
+        additions: The sums of two tensors, by step.
         calls: Module calls in order of their begin.
         given: The values that the model returns.
     """
@@ -85,10 +88,11 @@ class Flow:
     _open: list[int] = field(default_factory=list[int])
     _writers: dict[int, int] = field(default_factory=dict[int, int])
     _added: int = 0
+    _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
     def value_of(self, tensor: torch.Tensor) -> int:
         """The step that wrote what a tensor holds."""
-        mark = getattr(tensor, _MARK, CONSTANT)
+        mark = getattr(tensor, self._mark, CONSTANT)
         if self._writers and tensor.layout == torch.strided:
             return max(mark, self._writers.get(tensor.untyped_storage()._cdata, CONSTANT))  # pyright: ignore[reportPrivateUsage]
         return mark
@@ -101,20 +105,28 @@ class Flow:
                 # By its storage: the caller's tensor is not to carry a mark of ours.
                 self._writers[tensor.untyped_storage()._cdata] = len(self.names) - 1  # pyright: ignore[reportPrivateUsage]
 
+    def addition(self, name: str, inputs: tuple[torch.Tensor, ...]) -> int | None:
+        """The number of a sum of two tensors that is about to run; None if it is none that counts."""
+        if name != ADDITION or len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
+            return None
+        left, right = map(self.value_of, inputs)
+        return self._added if min(left, right) >= 0 and self.fed[left] and self.fed[right] else None
+
     def step(
         self, func: Any, name: str, plain: bool, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
     ) -> None:
         """One ATen call that has just run; ``plain`` if it was given positional arguments only (no ``alpha``)."""
         sources = tuple(map(self.value_of, inputs))
         number = len(self.names)
-        if name == ADDITION:
-            if plain and len(sources) == 2 and inputs[0].shape == inputs[1].shape == outputs[0].shape:
-                self.additions[number] = Addition(self._added, *sources)
+        added = self.addition(name, inputs)
+        if added is not None:
             self._added += 1
+            if plain:
+                self.additions[number] = Addition(added, sources[0], sources[1])
         fed = any(source >= 0 and self.fed[source] for source in sources)
         self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
         for tensor in outputs:
-            setattr(tensor, _MARK, number)
+            setattr(tensor, self._mark, number)
         if func._schema.is_mutable:
             for tensor in outputs:
                 if tensor.layout == torch.strided:

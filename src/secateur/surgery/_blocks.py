@@ -1,16 +1,13 @@
-"""Remove residual blocks for real, and the independent reference: the original whose branches give zero."""
+"""Remove residual blocks for real: stand-ins take the places of their modules."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.errors import SurgeryError
-from secateur.graph import Block, ChannelGraph, Replacement, StandIn
-
-_ADDITIONS = frozenset({"aten::add", "aten::add_"})
+from secateur.graph import ChannelGraph, Replacement, StandIn
 
 
 class PassThrough(nn.Module):
@@ -90,54 +87,3 @@ def replacements_in(model: nn.Module) -> tuple[Replacement, ...]:
 def replacements_of(graph: ChannelGraph, removed_blocks: Iterable[str]) -> tuple[Replacement, ...]:
     """What stands in for the modules of some blocks."""
     return tuple(r for name in removed_blocks for r in graph.blocks_by_name[name].replacements)
-
-
-def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
-    """Make a full model add zeros in the place of some residual branches whenever it runs; returns it.
-
-    The reference for removed blocks: it knows nothing of modules, only which sums of the forward pass they end in.
-    """
-    mode = _ZeroBranches(blocks)
-
-    def begin(*_: Any) -> None:
-        mode.__enter__()
-
-    def end(*_: Any) -> None:
-        mode.__exit__(None, None, None)
-
-    model.register_forward_pre_hook(begin, prepend=True)
-    model.register_forward_hook(end, always_call=True)
-    return model
-
-
-class _ZeroBranches(TorchDispatchMode):
-    def __init__(self, blocks: Iterable[Block]):
-        super().__init__()
-        self._operands = {block.addition: block.operand for block in blocks}
-        self._number = 0
-        self._fast = True
-
-    def __enter__(self) -> "_ZeroBranches":
-        self._number = 0
-        # It adds within one opaque operation, and the sums would be numbered wrongly.
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        torch.backends.mha.set_fastpath_enabled(self._fast)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name not in _ADDITIONS:
-            return func(*args, **(kwargs or {}))
-        operand = self._operands.get(self._number)
-        self._number += 1
-        if operand is None:
-            return func(*args, **(kwargs or {}))
-        first, second = args
-        if operand == 1:
-            return func(first, torch.zeros_like(second))
-        # An addition in place must still write into its first operand.
-        return func(first.zero_() if func._schema.is_mutable else torch.zeros_like(first), second)

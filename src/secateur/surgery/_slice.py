@@ -11,9 +11,9 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph, Role, compute_over_kept_
+from secateur.graph import ChannelGraph, Role, compute_over_kept_, zero_branches_
 from secateur.graph._channels import IntArray
-from secateur.surgery._blocks import replace_, replacements_of, zero_branches_
+from secateur.surgery._blocks import replace_, replacements_of
 
 KeptByDim = dict[int, IntArray]
 """Dimension of a tensor to the positions that stay."""

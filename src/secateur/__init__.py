@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.export import measure_latency as measure_latency
     from secateur.graph import ChannelGraph as ChannelGraph
     from secateur.graph import Choices as Choices
+    from secateur.graph import HeadUnit as HeadUnit
     from secateur.graph import trace as trace
     from secateur.models import ModelSource as ModelSource
     from secateur.models import load_model as load_model
@@ -60,7 +61,7 @@ _HOMES = {
     "distill": ("AlignedFeatures", "Objective"),
     "errors": ("SecateurError",),
     "export": ("export_onnx", "export_pt2", "measure_latency"),
-    "graph": ("ChannelGraph", "Choices", "trace"),
+    "graph": ("ChannelGraph", "Choices", "HeadUnit", "trace"),
     "models": ("ModelSource", "load_model"),
     "pipeline": ("CompressResult", "Format", "compress", "load", "survey", "verify"),
     "search": ("AxisRule", "GlobalImportance", "Knapsack", "PCASlimming", "SearchSpace", "Uniform", "search"),

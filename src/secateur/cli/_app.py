@@ -8,7 +8,7 @@ from rich.text import Text
 
 from secateur.cli import _options as options
 from secateur.cli._boundary import BAD_INPUT, command_line, err, out, threads, told
-from secateur.cli._options import OptimiserName, PrecisionName, StrategyName
+from secateur.cli._options import AttentionName, OptimiserName, PrecisionName, StrategyName
 from secateur.errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def inspect(
     axis_divisor: options.AxisDivisor = None,
     axis_min_width: options.AxisMinWidth = None,
     axis_min_kept: options.AxisMinKept = None,
+    attention: options.Attention = AttentionName.DIMENSIONS,
     tree: options.ShowTree = False,
     draw: options.Draw = None,
     as_json: options.AsJson = False,
@@ -80,7 +81,8 @@ def inspect(
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
-    found = survey(inputs.opened.model, inputs.example(1), choices=choices, space=space)
+    heads = _choices.heads_of(attention)
+    found = survey(inputs.opened.model, inputs.example(1), choices=choices, heads=heads, space=space)
     name = inputs.opened.name
     if as_json:
         out().print(Text(json.dumps({"model": name, **found.to_json()}, indent=1)), soft_wrap=True)
@@ -122,6 +124,7 @@ def compress(
     axis_divisor: options.AxisDivisor = None,
     axis_min_width: options.AxisMinWidth = None,
     axis_min_kept: options.AxisMinKept = None,
+    attention: options.Attention = AttentionName.DIMENSIONS,
     calibration: options.Calibration = 1024,
     epochs: options.Epochs = 1,
     batch_size: options.BatchSize = 128,
@@ -192,6 +195,7 @@ def compress(
             budget=limits,
             strategy=_choices.strategy_of(strategy, importance),
             choices=choices,
+            heads=_choices.heads_of(attention),
             space=space,
             schedule=schedule,
             objective=objective,

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from secateur.cli._options import ImportanceName, OptimiserName, PrecisionName, StrategyName
+from secateur.cli._options import AttentionName, ImportanceName, OptimiserName, PrecisionName, StrategyName
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 
 if TYPE_CHECKING:
     import torch
 
-    from secateur.graph import Choices
+    from secateur.graph import Choices, HeadUnit
     from secateur.importance import Importance
     from secateur.pipeline import Format
     from secateur.search import AxisRule, Strategy
@@ -65,6 +65,13 @@ def choices_of(include: Words, exclude: Words, whole: Words) -> Choices:
         if "" in (patterns or ()):
             raise ChoiceError(f"`{name}` must be a name pattern, such as 'layer1.*'; got ''.")
     return Choices(tuple(include or ()), tuple(exclude or ()), tuple(whole or ()))
+
+
+def heads_of(name: AttentionName) -> HeadUnit:
+    """What is cut as one in attention."""
+    from secateur.graph import HeadUnit
+
+    return {AttentionName.HEADS: HeadUnit.HEAD, AttentionName.DIMENSIONS: HeadUnit.DIMENSION}[name]
 
 
 def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisRule, ...]:

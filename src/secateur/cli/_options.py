@@ -45,6 +45,13 @@ class PrecisionName(StrEnum):
     BF16 = "bf16"
 
 
+class AttentionName(StrEnum):
+    """What is kept or removed as one in attention; see `secateur.graph.HeadUnit`."""
+
+    HEADS = "heads"
+    DIMENSIONS = "dimensions"
+
+
 _MODEL, _DATA, _CUT, _TRAIN, _RUN = "Model", "Data", "Search and cut", "Recovery", "Run"
 _SHOW = "Show"
 
@@ -121,6 +128,13 @@ KeepWhole = Annotated[
     typer.Option(
         metavar="PATTERN",
         help="Change no weight of the layers that match: not even the channels they read; repeatable.",
+        rich_help_panel=_CUT,
+    ),
+]
+Attention = Annotated[
+    AttentionName,
+    typer.Option(
+        help="Cut whole heads, or the same dimensions of every head where the attention's scale allows it.",
         rich_help_panel=_CUT,
     ),
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
-from secateur.graph import Choices
+from secateur.graph import Choices, HeadUnit
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
@@ -38,6 +38,7 @@ def compress(
     budget: Budget | str,
     strategy: Strategy = STRATEGY,
     choices: Choices = EVERYTHING,
+    heads: HeadUnit = HeadUnit.DIMENSION,
     space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
@@ -66,6 +67,7 @@ def compress(
         budget: Upper bounds on the cost, such as ``"macs=50%"``.
         strategy: How the architecture is found.
         choices: Which layers may be cut at all, by name patterns.
+        heads: What is kept or removed as one in attention, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
         objective: What the recovery minimises.
@@ -100,6 +102,7 @@ def compress(
         budget=Budget.parse(budget) if isinstance(budget, str) else budget,
         strategy=strategy,
         choices=choices,
+        heads=heads,
         space=space,
         schedule=replace(schedule, seed=seed),
         objective=objective,

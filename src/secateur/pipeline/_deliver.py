@@ -223,6 +223,7 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         "healing": [asdict(repair) for repair in run.half.healing],
         "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
         "choices": asdict(run.plan.choices),
+        "heads": run.plan.heads.value,
         "space": asdict(run.plan.space),
     }
 

@@ -13,7 +13,7 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import ImageData
 from secateur.distill import Objective
-from secateur.graph import Choices
+from secateur.graph import Choices, HeadUnit
 from secateur.models import ModelSource
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
@@ -83,6 +83,7 @@ class Plan:
     budget: Budget
     strategy: Strategy
     choices: Choices
+    heads: HeadUnit
     space: SearchSpace
     schedule: Schedule
     objective: Objective
@@ -115,6 +116,7 @@ class Plan:
             "budget": str(self.budget),
             "strategy": describe(self.strategy),
             "choices": repr(self.choices),
+            "heads": self.heads.value,
             "space": repr(self.space),
             "heal": ", ".join(describe(healer) for healer in self.heal),
             "calibration": str(self.calibration),

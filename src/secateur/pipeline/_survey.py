@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
-from secateur.graph import ChannelAxis, ChannelGraph, Choices, trace
+from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit, trace
 from secateur.pipeline._plan import EVERYTHING, SPACE
 from secateur.report import places
 from secateur.search import SearchSpace
@@ -70,20 +70,28 @@ class Survey:
         }
 
 
-def survey(model: nn.Module, example: Tensor, *, choices: Choices = EVERYTHING, space: SearchSpace = SPACE) -> Survey:
+def survey(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    choices: Choices = EVERYTHING,
+    heads: HeadUnit = HeadUnit.DIMENSION,
+    space: SearchSpace = SPACE,
+) -> Survey:
     """Trace a model and find the range of costs that a budget can ask for.
 
     Args:
         model: Any; not changed.
         example: One input or a batch of it.
         choices: Which layers may be cut at all, by name patterns.
+        heads: What is kept or removed as one in attention, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
 
     Raises:
         TraceError: If the model cannot run the example.
         ChoiceError: If a pattern matches nothing, or nothing is left to cut.
     """
-    graph = choices.apply(trace(model, example))
+    graph = choices.apply(trace(model, example, heads=heads))
     costs = CostModel(graph)
     least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
     macs, params = costs.of_widths(least)

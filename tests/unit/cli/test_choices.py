@@ -4,19 +4,23 @@ import pytest
 import torch
 
 from secateur.cli._choices import (
+    choices_of,
     device_of,
     formats_of,
+    heads_of,
     importance_of,
     numbers_of,
     optimiser_of,
     precision_of,
+    rules_of,
     strategy_of,
 )
-from secateur.cli._options import ImportanceName, OptimiserName, PrecisionName, StrategyName
-from secateur.errors import DataError, ExportError, TrainingError
+from secateur.cli._options import AttentionName, ImportanceName, OptimiserName, PrecisionName, StrategyName
+from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
+from secateur.graph import Choices, HeadUnit
 from secateur.importance import L1, Importance, Reconstruction
 from secateur.pipeline import Format
-from secateur.search import Activations, Knapsack, PCASlimming, Strategy
+from secateur.search import Activations, AxisRule, Knapsack, PCASlimming, Strategy
 from secateur.train import SGD, AdamW, Precision
 
 
@@ -39,6 +43,23 @@ def test_optimisers_and_precisions():
     assert optimiser_of(OptimiserName.ADAMW, 0.1) == AdamW(weight_decay=0.1)
     assert precision_of(PrecisionName.AUTO) is None
     assert precision_of(PrecisionName.BF16) is Precision.BF16_MIXED
+
+
+def test_choices_and_rules():
+    assert choices_of(None, None, None) == Choices()
+    assert choices_of(["a", "b"], ["c"], ["d"]) == Choices(("a", "b"), ("c",), ("d",))
+    assert rules_of(["a=b.*=8"], ["c=2"], ["d=.5"]) == (
+        AxisRule("a=b.*", divisor=8), AxisRule("c", min_width=2), AxisRule("d", min_kept_fraction=0.5),
+    )  # fmt: skip
+    with pytest.raises(ChoiceError, match=r"`--keep-whole` must be a name pattern, such as 'layer1\.\*'; got ''"):
+        choices_of(None, None, [""])
+    with pytest.raises(ChoiceError, match=r"`--axis-min-kept` must be a name pattern, = and a number.*got 'd'"):
+        rules_of(None, None, ["d"])
+
+
+def test_heads():
+    assert {heads_of(name) for name in AttentionName} == set(HeadUnit)
+    assert heads_of(AttentionName.HEADS) is HeadUnit.HEAD
 
 
 def test_formats():

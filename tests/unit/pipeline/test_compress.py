@@ -11,7 +11,7 @@ import secateur
 from secateur.cost import counted_macs
 from secateur.data import Augment, ImageData, MemorySplit, Normalisation
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
-from secateur.graph import Choices
+from secateur.graph import Choices, HeadUnit
 from secateur.importance import L2
 from secateur.pipeline import Leftover, compress, survey
 from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Strategy, Uniform
@@ -161,6 +161,7 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     assert any("1 prunable (exclude 0; 3: divisor 8)" in line for line in said)
     metrics = secateur.load(out, factory=_model).manifest.recipe.metrics
     assert metrics["choices"] == {"include": [], "exclude": ["0"], "whole": []}
+    assert metrics["heads"] == "dimension"
     assert metrics["space"]["rules"] == [
         {"pattern": "3", "min_width": None, "divisor": 8, "min_kept_fraction": None}
     ]  # fmt: skip
@@ -211,6 +212,8 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
     resumed = {**first, "leftover": Leftover.RESUME, "schedule": HEAL_ONLY}
     with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
         compress(_model(), _data(), choices=Choices(include=("3",)), **resumed)
+    with pytest.raises(ArtifactError, match="heads was dimension, now head"):
+        compress(_model(), _data(), choices=Choices(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
     space = SearchSpace(min_kept_fraction=0.25, rules=(AxisRule("3", 4),))
     with pytest.raises(ArtifactError, match=r"space was SearchSpace\(.*now SearchSpace\(.*AxisRule\(pattern='3'"):
         compress(_model(), _data(), choices=Choices(exclude=("0",)), space=space, **resumed)

@@ -130,6 +130,9 @@ def plain(model: nn.Module, reason: str) -> str:
     """A reason with class names in the place of module names, and no numbers: one text for the same cause."""
     modules = {name: type(module).__name__ for name, module in model.named_modules() if name}
     words = (f"<{modules[w.strip('`,:;')]}>" if w.strip("`,:;") in modules else w for w in reason.split())
+    words = (
+        re.sub(r"(?:\w+\.){2,}(\w+)", r"*.\1", word) for word in words
+    )  # sizes held by modules: keep the last name
     return re.sub(r"(?<![a-zA-Z_])\d+(\.\d+)?(e[-+]?\d+)?", "N", " ".join(words))[:200]
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from _coverage_models import KINDS, Subject
+from _coverage_models import CNN, KINDS, ZOO, Subject
 from _record import table
 
 Row = dict[str, Any]
@@ -122,7 +122,7 @@ def _summary(order: list[Subject], ours: Rows, peer: Rows) -> str:
     header += ["prunable MACs, median (min)", "Torch-Pruning ok"]
     rows: list[list[str]] = []
     for kind in (*KINDS, None):
-        mine = [ours[s.key] for s in order if kind in (None, s.kind)]
+        mine = [ours[s.key] for s in order if kind == s.kind or (kind is None and s.kind != ZOO)]
         built = [r for r in mine if verdict(r) not in ("not built", "not installed")]
         if not built:
             continue
@@ -130,7 +130,7 @@ def _summary(order: list[Subject], ours: Rows, peer: Rows) -> str:
         theirs = [peer_verdict(peer[r["model"]]) for r in built if r["model"] in peer]
         rows.append(
             [
-                kind or "**all**",
+                kind or f"**all but {ZOO}**",
                 str(len(built)),
                 _of(verdicts.count("ok"), len(built)),
                 _of(
@@ -151,7 +151,7 @@ def _ratios(order: list[Subject], ours: Rows, peer: Rows) -> str:
     both = [
         (ours[s.key], peer[s.key])
         for s in order
-        if s.key in peer and s.kind != "tests' zoo" and verdict(ours[s.key]) == "ok" == peer_verdict(peer[s.key])
+        if s.key in peer and s.kind != ZOO and verdict(ours[s.key]) == "ok" == peer_verdict(peer[s.key])
     ]
     lines: list[str] = []
     if both:
@@ -170,6 +170,22 @@ def _ratios(order: list[Subject], ours: Rows, peer: Rows) -> str:
                 f"{title}: {row['model']}, trace {row['trace_s']:.1f} s + cut {row['cut_s']:.1f} s "
                 f"({row['params'] / 1e6:.0f} M parameters, forward {row['forward_s']:.2f} s)."
             )
+    large = [row for row in timed if row["params"] >= 250e6]
+    if large:
+        worst = max(large, key=lambda row: row["trace_s"])
+        memory = max(row["trace_peak_mb"] for row in large)
+        lines.append(
+            f"Models of at least 250 M parameters ({', '.join(row['model'] for row in large)}): the slowest trace "
+            f"takes {worst['trace_s']:.1f} s ({worst['model']}), the most memory beyond the weights is {memory:.0f} MB."
+        )
+    shares = {s.name: ours[s.key].get("final_parameter_share") for s in order if s.kind == CNN}
+    low = {name: share for name, share in shares.items() if share is not None and share < 0.9}
+    if shares:
+        named = ", ".join(f"{name} {share:.0%}" for name, share in sorted(low.items(), key=lambda pair: pair[1]))
+        lines.append(
+            f"CNNs with at least 90 % of their parameters on prunable axes: {len(shares) - len(low)} of {len(shares)}"
+            + (f"; below: {named}." if low else ".")
+        )
     missing = [s.name for s in order if verdict(ours[s.key]) in ("not installed", "not built")]
     if missing:
         lines.append(f"Not built on this machine: {', '.join(missing)}.")

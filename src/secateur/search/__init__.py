@@ -1,5 +1,6 @@
 """Find which channels to keep so that a model costs no more than a budget."""
 
+from secateur.search._depth import Shallower
 from secateur.search._fit import Fit, fit
 from secateur.search._knapsack import Knapsack
 from secateur.search._pca import PCASlimming
@@ -33,6 +34,7 @@ __all__ = [
     "Proposal",
     "RawWeights",
     "SearchSpace",
+    "Shallower",
     "Source",
     "Strategy",
     "Uniform",

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, CostModel
+from secateur.cost import Budget, Cost, CostModel
 from secateur.importance import Evidence, Importance, checked_scores
 from secateur.search._space import IntArray, SearchSpace
 
@@ -21,7 +21,7 @@ _TINY = 1e-300
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One search: find an architecture of the space within the budget. The smallest one of the space is within it.
+    """One search: find an architecture of the space within the budget. The smallest one it can find is within it.
 
     Attributes:
         evidence: Model, graph, batches and seed.
@@ -47,16 +47,17 @@ class Problem:
         """Upper bounds as counts, by field of `Cost`."""
         return self.budget.limits(self.costs.original)
 
-    def utilisation(self, widths: IntArray) -> FloatArray:
+    def utilisation(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
         """How full the budget is: the largest cost / limit over the limited fields; within the budget up to 1.
 
         Args:
             widths: (n, axes).
+            blocks: (n or 1, blocks) which blocks are there; see `CostModel.of_widths`.
 
         Returns:
             (n,) dimensionless.
         """
-        macs, params = self.costs.of_widths(widths)
+        macs, params = self.costs.of_widths(widths, blocks)
         by_field = {"macs": macs, "params": params}
         return np.max([by_field[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
 
@@ -67,6 +68,13 @@ class Problem:
             ModelError: If they cannot be ranked (missing, mis-shaped, NaN or infinite).
         """
         return checked_scores(importance.scores(self.evidence), self.evidence.graph, importance)
+
+    @property
+    def least(self) -> Cost:
+        """Cost of the smallest widths of the space."""
+        widths = np.array([levels[0] for levels in self.levels], dtype=np.int64)
+        macs, params = self.costs.of_widths(widths[None])
+        return Cost(int(macs[0]), int(params[0]))
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,10 @@ class Strategy(ABC):
     @abstractmethod
     def find(self, problem: Problem) -> Proposal:
         """Find an architecture within the budget: the same one for the same problem, whatever ran before."""
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest architecture that it could find: a budget below it is refused."""
+        return problem.least
 
 
 def keep_best(problem: Problem, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import FunctionType
 
-import numpy as np
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
@@ -88,7 +87,7 @@ def search(
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
         return _found(problem, strategy, whole, {})
-    _check_feasible(problem)
+    _check_feasible(problem, strategy)
     proposal = strategy.find(problem)
     _check_space(problem, strategy, proposal.architecture)
     return _found(problem, strategy, proposal.architecture, dict(proposal.notes))
@@ -129,11 +128,9 @@ def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-def _check_feasible(problem: Problem) -> None:
+def _check_feasible(problem: Problem, strategy: Strategy) -> None:
     """Refuse a budget that no architecture of the space is within, with the range that can be reached."""
-    least = np.array([levels[0] for levels in problem.levels], dtype=np.int64)
-    macs, params = problem.costs.of_widths(least[None])
-    smallest, original = Cost(int(macs[0]), int(params[0])), problem.costs.original
+    smallest, original = strategy.least(problem), problem.costs.original
     if problem.budget.allows(smallest, original):
         return
     reach = ", ".join(_range(name, getattr(smallest, name), getattr(original, name)) for name in problem.limits)
@@ -141,7 +138,7 @@ def _check_feasible(problem: Problem) -> None:
     way_out = (
         f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
         f"min_kept_fraction (now {space.min_kept_fraction:g}); on the command line --min-width, --divisor, --min-kept."
-        if len(least)
+        if problem.levels
         else "No axis of this model may be slimmed; its graph gives the reasons."
     )
     raise BudgetError(f"`budget` must be within reach; got {problem.budget}. Reachable: {reach}. {way_out}")

@@ -1,7 +1,7 @@
 """Surgery: cut a model for real, prove the cut, heal it without training."""
 
 from secateur.surgery._blocks import PassThrough, Silence, replace_, replacements_in, replacements_of
-from secateur.surgery._cut import Cut, Healer, Healing, Wound, cut, output_distance
+from secateur.surgery._cut import Cut, Healer, Healing, OutputDistance, Wound, cut, output_distance
 from secateur.surgery._recalibrate import RecalibrateBatchNorm
 from secateur.surgery._refit import Refit
 from secateur.surgery._slice import apply_architecture, declare_sizes, mask_removed, parameter_share, set_sizes
@@ -11,6 +11,7 @@ __all__ = [
     "Cut",
     "Healer",
     "Healing",
+    "OutputDistance",
     "PassThrough",
     "RecalibrateBatchNorm",
     "Refit",

@@ -136,13 +136,13 @@ def cut(
 def _heal_(small: nn.Module, wound: Wound, heal: Sequence[Healer]) -> tuple[Healing, ...]:
     if not heal or not wound.was_cut:
         return ()
-    wanted = _run(wound.original, wound.images)
-    now = _distance(wanted, _run(small, wound.images))
+    distance = OutputDistance(wound.original, wound.images)
+    now = distance.of(small)
     done: list[Healing] = []
     for healer in heal:
         saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         healer.heal_(small, wound)
-        after = _distance(wanted, _run(small, wound.images))
+        after = distance.of(small)
         kept = after <= now
         done.append(Healing(repr(healer), now, after, kept))
         if kept:
@@ -152,12 +152,28 @@ def _heal_(small: nn.Module, wound: Wound, heal: Sequence[Healer]) -> tuple[Heal
     return tuple(done)
 
 
-def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """How far the outputs of a cut model are from the original's: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
+class OutputDistance:
+    """How far the outputs of cut models are from the original's: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
 
     Dimensionless; 0 is equal, 1 is as good as always giving the mean output. Needs no labels.
+
+    Args:
+        original: Runs once, here.
+        images: Batches of normalised images, on its device.
     """
-    return _distance(_run(original, images), _run(small, images))
+
+    def __init__(self, original: nn.Module, images: Sequence[torch.Tensor]):
+        self._images = tuple(images)
+        self._wanted = _run(original, self._images)
+
+    def of(self, small: nn.Module) -> float:
+        """The distance of one cut model."""
+        return _distance(self._wanted, _run(small, self._images))
+
+
+def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
+    """How far the outputs of one cut model are from the original's; see `OutputDistance`."""
+    return OutputDistance(original, images).of(small)
 
 
 def _run(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:

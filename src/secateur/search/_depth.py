@@ -1,0 +1,221 @@
+"""Fewer blocks, then fewer channels."""
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from torch import Tensor
+
+from secateur.architecture import Architecture
+from secateur.cost import Cost
+from secateur.errors import BudgetError, DataError
+from secateur.graph import shadow_of
+from secateur.importance import Importance
+from secateur.search._knapsack import Knapsack
+from secateur.search._problem import FloatArray, Problem, Proposal, Strategy
+from secateur.surgery import OutputDistance, apply_architecture, cut, replace_
+
+_TRIED = 9
+"""Numbers of blocks tried at first, evenly spaced; then those beside the best."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SameScores(Problem):
+    """A problem that remembers the scores it was asked for: they are of the whole model, however deep the cut.
+
+    Attributes:
+        known: Scores by importance.
+    """
+
+    known: dict[int, dict[str, FloatArray]] = field(default_factory=dict[int, dict[str, FloatArray]])
+
+    def scores(self, importance: Importance) -> dict[str, FloatArray]:
+        """As `Problem.scores`; computed once for each object."""
+        if id(importance) not in self.known:
+            self.known[id(importance)] = super().scores(importance)
+        return self.known[id(importance)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """An architecture with some blocks removed.
+
+    Attributes:
+        distance: Of its outputs from the original's, before any repair.
+        architecture: Within the budget.
+        notes: Of the inner strategy.
+    """
+
+    distance: float
+    architecture: Architecture
+    notes: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Shallower(Strategy):
+    """Remove the residual blocks that matter least, and leave the rest of the budget to another strategy.
+
+    Blocks are ranked by what their removal does to the outputs for the budget it spares:
+
+        d(block) / p(block),   d = mean ||z' - z||^2 / mean ||z - mean(z)||^2,   p = spared share of the budget,
+
+    with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
+    k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
+    ``most`` of all blocks, the one whose cut model has the least d is taken; of equal ones the smaller k. So the
+    result is never further from the original than the inner strategy's own, where that is within the budget. With more
+    than nine numbers to try, nine evenly spaced ones are tried, then those between the best one and its neighbours.
+
+    A model without blocks gives what the inner strategy gives.
+
+    Attributes:
+        strategy: Finds the widths.
+        most: Largest fraction of the blocks that may be removed, 0 to 1.
+        images: Most calibration images to look at, a whole number.
+
+    References:
+        Removing whole blocks by the effect on the output: Veit et al., arXiv:1605.06431, Section 4.1; ranking them by
+        it: Men et al. (ShortGPT), arXiv:2403.03853, by the similarity of a block's input and output instead.
+    """
+
+    strategy: Strategy = field(default_factory=Knapsack)
+    most: float = 0.5
+    images: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.most <= 1:
+            raise BudgetError(f"`most` must be a fraction of the blocks, 0 to 1; got {self.most!r}.")
+        if type(self.images) is not int or self.images < 1:
+            raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: those of the inner strategy, ``disturbance`` (d by block) and ``distance`` (d by number of blocks).
+
+        Raises:
+            DataError: If the model has blocks, and there are no images.
+        """
+        if self._most(problem) == 0:
+            return self.strategy.find(problem)
+        trials = _Trials(self.strategy, problem, self._images(problem))
+        problem.progress(0.0, "blocks")
+        disturbance = trials.disturbances()
+        spared = _spared(problem)
+        order = sorted(disturbance, key=lambda name: disturbance[name] / spared[name])
+        most = min(self._most(problem), len(order))
+        for number in _spread(most):
+            trials.remove(order[:number])
+        for number in _between(trials.tried, trials.best, most):
+            trials.remove(order[:number])
+        if not trials.found:
+            trials.remove(self._dearest(problem))
+        if not trials.found:
+            raise BudgetError(
+                f"`budget` must be within reach; got {problem.budget}: not every block can be removed. Raise it."
+            )
+        best = trials.found[trials.best]
+        distances = {str(number): candidate.distance for number, candidate in sorted(trials.found.items())}
+        return Proposal(best.architecture, {**best.notes, "disturbance": disturbance, "distance": distances})
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest widths without the dearest blocks."""
+        return self.strategy.least(replace(problem, costs=problem.costs.without(self._dearest(problem))))
+
+    def _most(self, problem: Problem) -> int:
+        """How many blocks may go."""
+        return math.floor(self.most * len(problem.costs.blocks) + 1e-9)
+
+    def _dearest(self, problem: Problem) -> list[str]:
+        spared = _spared(problem)
+        return sorted(spared, key=lambda name: -spared[name])[: self._most(problem)]
+
+    def _images(self, problem: Problem) -> list[Tensor]:
+        """The first images, in their batches."""
+        left, found = self.images, list[Tensor]()
+        for images, _ in problem.evidence.batches:
+            if left > 0:
+                found.append(images[:left])
+                left -= len(found[-1])
+        if not found:
+            raise DataError("`batches` must hold images for Shallower; got none. Pass calibration data.")
+        return found
+
+
+class _Trials:
+    """What is left of the model without some blocks, for several choices of them.
+
+    Attributes:
+        found: Candidates within the budget by the number of blocks removed.
+        tried: Numbers of blocks that were tried.
+    """
+
+    def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
+        self._strategy = strategy
+        self._problem = _SameScores(*(getattr(problem, part.name) for part in fields(Problem)))
+        self._model, self._graph = problem.evidence.model, problem.evidence.graph
+        self._distance = OutputDistance(self._model, images)
+        self.found: dict[int, _Candidate] = {}
+        self.tried: set[int] = set()
+
+    @property
+    def best(self) -> int:
+        """How many blocks the candidate nearest to the original lacks, the fewest of equal ones; -1 if there is none."""
+        return min(self.found, key=lambda number: (self.found[number].distance, number), default=-1)
+
+    def disturbances(self) -> dict[str, float]:
+        """How far the outputs are from the original's without each single block that can be removed exactly."""
+        everything = Architecture.of({}, (block.name for block in self._graph.removable))
+        sound = cut(self._model, self._graph, everything).graph.removable
+        found: dict[str, float] = {}
+        for done, block in enumerate(sound):
+            self._problem.progress(0.3 * done / len(sound), f"without {block.name}")
+            without = shadow_of(self._model)
+            replace_(without, block.replacements)
+            found[block.name] = self._distance.of(without)
+        return found
+
+    def remove(self, blocks: Sequence[str]) -> None:
+        """Try without these; nothing is found if the budget is beyond reach then."""
+        self.tried.add(len(blocks))
+        problem = replace(self._problem, costs=self._problem.costs.without(blocks))
+        if not problem.budget.allows(self._strategy.least(problem), problem.costs.original):
+            return
+        problem.progress(0.3 + 0.7 * len(blocks) / (len(problem.costs.blocks) + 1), f"{len(blocks)} blocks fewer")
+        proposal = self._strategy.find(replace(problem, progress=_silent))
+        gone = {name for block in blocks for name in self._graph.blocks_by_name[block].tensors}
+        kept = {
+            name: channels
+            for name, channels in proposal.architecture.kept
+            if not all(site.tensor in gone for site in self._graph.by_name[name].sites)
+        }
+        architecture = Architecture.of(kept, blocks)
+        small = apply_architecture(self._model, self._graph, architecture)
+        self.found[len(blocks)] = _Candidate(self._distance.of(small), architecture, proposal.notes)
+
+
+def _spared(problem: Problem) -> dict[str, float]:
+    """The share of the budget that each block costs in the full network; tiny if it costs none."""
+    costs = problem.costs
+    rows = 1 - np.eye(len(costs.blocks), dtype=np.int64)
+    full = np.broadcast_to(costs.sizes, (len(rows), len(costs.sizes)))
+    shares = problem.utilisation(costs.sizes[None])[0] - problem.utilisation(full, rows)
+    return {name: max(float(share), 1e-12) for name, share in zip(costs.blocks, shares, strict=True)}
+
+
+def _spread(most: int) -> list[int]:
+    """Numbers from 0 to ``most``: all of them, or as many evenly spaced ones as are tried at first."""
+    return sorted({round(most * step / (_TRIED - 1)) for step in range(_TRIED)})
+
+
+def _between(found: Container[int], best: int, most: int) -> list[int]:
+    """The numbers next to the best one that were not tried, up to those that were."""
+    unknown: list[int] = []
+    for step in (-1, 1):
+        number = best + step
+        while 0 <= number <= most and number not in found:
+            unknown.append(number)
+            number += step
+    return sorted(unknown)
+
+
+def _silent(fraction: float, what: str) -> None:
+    """Report no progress: the inner strategy knows only its own part."""

@@ -158,7 +158,7 @@ class _Trials:
 
     @property
     def best(self) -> int:
-        """How many blocks the candidate nearest to the original lacks, the fewest of equal ones; -1 if there is none."""
+        """How many blocks the candidate nearest to the original lacks, the fewest of equals; -1 if there is none."""
         return min(self.found, key=lambda number: (self.found[number].distance, number), default=-1)
 
     def disturbances(self) -> dict[str, float]:

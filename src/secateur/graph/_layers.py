@@ -12,17 +12,19 @@ from secateur.graph._ledger import ChannelIds, CountedOperation, Ledger
 
 
 def batch_norm(call: Call) -> Sequence[ChannelIds]:
-    """One scale, shift, mean and variance per channel."""
+    """One scale, shift, mean and variance per channel.
+
+    With statistics of the input itself (standardised weights), other dimensions that carry channels are averaged over.
+    """
     source = call.inputs[0]
     ids = dict(call.ids(source))
-    if call.named("training") or call.named("use_input_stats"):
-        others = {dim: ids.pop(dim) for dim in list(ids) if dim != 1}
-        call.ledger.freeze_all([others], f"{call.where} normalises over channels")
     vectors = [t for t in call.args[1:5] if isinstance(t, torch.Tensor)]
     merged = merge(call, [(ids.get(1), source.size(1)), *((call.ids(t).get(0), t.size(0)) for t in vectors)])
     if merged is not None:
         ids[1] = merged
-    return [ids, *({} for _ in call.outputs[1:])]
+    results = [ids, *({} for _ in call.outputs[1:])]
+    own_statistics = bool(call.named("training") or call.named("use_input_stats"))
+    return call.mix(results) if own_statistics and any(dim != 1 for dim in ids) else results
 
 
 def layer_norm(call: Call) -> Sequence[ChannelIds]:
@@ -60,18 +62,23 @@ def tie_groups(ledger: Ledger, members: IntArray) -> None:
 
 
 def convolution(call: Call) -> Sequence[ChannelIds]:
-    """Convolution of any rank: ties its input channels to the weight's input dimension, gives the output dimension."""
+    """Convolution of any rank: ties its input channels to the weight's input dimension, gives the output dimension.
+
+    One that slides along channels, as the gates of ECA do, slides along the kept ones in a cut model.
+    """
     source, weight, bias = call.args[0], call.args[1], call.args[2]
     transposed, groups = call.args[6], call.args[8]
     out = call.outputs[0]
-    for dim, ids in call.ids(source).items():
-        if dim != 1:
-            call.ledger.freeze(ids, f"{call.where} slides over channels")
+    along = {dim: ids for dim, ids in call.ids(source).items() if dim != 1}
+    if any(dim and out.size(dim) != source.size(dim) for dim in along):
+        call.ledger.freeze_all([along], f"{call.where} slides over channels")
+        along = {}
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
     incoming = call.ids(source).get(1)
     # Windows may be folded into the batch, so it is not always one.
-    positions = source.size(0) * math.prod((source if transposed else out).shape[2:])
+    placed = {0: source.size(0), **dict(enumerate((source if transposed else out).shape[2:], 2))}
+    positions = math.prod(size for dim, size in placed.items() if dim not in along)
     factor = float(positions * math.prod(weight.shape[2:]))
     if groups == 1:
         _connect(call, incoming, consumed)
@@ -80,15 +87,16 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     elif transposed:
         reason = f"{call.where}: grouped transposed convolution"
         call.ledger.freeze_all([call.ids(source), call.ids(weight)], reason)
-        _count(call, factor, weight, (None, None), out_dim)
+        _count(call, factor, weight, (None, None), out_dim, ())
         return [{}]
     else:
         produced = _grouped(call, incoming, weight, groups)
-    _count(call, factor, weight, (produced, consumed), out_dim)
+    _count(call, factor, weight, (produced, consumed), out_dim, tuple(along.values()))
     if bias is not None:
         merge(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
         call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
-    return [{} if produced is None else {1: produced}]
+    results = [along if produced is None else {1: produced, **along}]
+    return call.mix(results) if any(along) else results
 
 
 def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
@@ -103,8 +111,13 @@ def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -
         call.ledger.freeze(incoming, f"{call.where} uses a weight without channels of its own")
 
 
-def _count(
-    call: Call, factor: float, weight: torch.Tensor, vectors: tuple[IntArray | None, IntArray | None], out_dim: int
+def _count(  # noqa: PLR0917
+    call: Call,
+    factor: float,
+    weight: torch.Tensor,
+    vectors: tuple[IntArray | None, IntArray | None],
+    out_dim: int,
+    along: tuple[IntArray, ...],
 ) -> None:
     """Count a convolution: factor x output channels x channels the weight reads."""
     produced, consumed = vectors
@@ -114,6 +127,7 @@ def _count(
     extents = (
         produced if produced is not None else weight.size(out_dim),
         consumed if consumed is not None else weight.size(1 - out_dim),
+        *along,
     )
     call.ledger.operations.append(CountedOperation(call.module, call.name, factor, extents))
 

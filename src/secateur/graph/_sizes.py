@@ -208,7 +208,9 @@ def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
         return combine_extents(((1, left), (sign, right)))
     if operator == "*":
         return _product(left, right)
-    if right.terms or right.base == 0:
+    if right.terms:
+        return _ratio(left, right) if operator == "//" else None
+    if right.base == 0:
         return None
     return _quotient(left, right.base) if operator == "//" else _remainder(left, right.base)
 
@@ -226,6 +228,12 @@ def _quotient(extent: Extent, by: int) -> Extent | None:
     if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
         return None
     return Extent(extent.base // by, tuple((name, k // by) for name, k in extent.terms))
+
+
+def _ratio(left: Extent, right: Extent) -> Extent | None:
+    """The constant k if left = k * right for all widths: channels over a number of groups that follows them."""
+    times, rest = divmod(left.at({name: 1 for name, _ in left.terms}), right.at({name: 1 for name, _ in right.terms}))
+    return Extent(times) if not rest and combine_extents(((times, right),)) == left else None
 
 
 def _remainder(extent: Extent, by: int) -> Extent | None:

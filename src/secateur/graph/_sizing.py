@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import Ledger
@@ -29,13 +28,46 @@ def bind_sizes(  # noqa: PLR0917
 
 def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``view``, ``reshape``, ``expand``: one size per output dimension."""
-    sizes = tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k in {"shape", "size"}}))
+    sizes = _sizes_in(args[1:], kwargs)
     if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
         return
     ids = ledger.ids_of(out)
     for dim, size in enumerate(sizes):
         if size != -1 and (dim in ids or isinstance(size, SizeInt)):
             ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _expanded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``expand``: a dimension broadcast to a number of channels follows that number."""
+    _follow(ledger, out, _sizes_in(args[1:], kwargs))
+    _resized(ledger, where, args, kwargs, out)
+
+
+def _made(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``torch.zeros``, ``x.new_ones``: a dimension made as long as another has channels follows them."""
+    sizes = _sizes_in(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
+    _follow(ledger, out, sizes)
+    for dim, size in enumerate(sizes):
+        if isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ledger.ids_of(out).get(dim), where)
+
+
+def _follow(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
+    """Positions that are all alike have no identity of their own: they take that of the channels they were counted by."""
+    if len(sizes) != out.dim():
+        return
+    ids = dict(ledger.ids_of(out))
+    for dim, size in enumerate(sizes):
+        if dim not in ids and isinstance(size, SizeInt) and size > 1:
+            counted = size.expression
+            ids[dim] = counted.ids if isinstance(counted, ShapeOf) else ledger.new(int(size))
+    ledger.mark(out, ids, own=ledger.is_own(out))
+
+
+def _sizes_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Sizes given one by one or as one sequence, by position or by name."""
+    given = args or tuple(v for k, v in kwargs.items() if k in {"shape", "size"})
+    return [size for item in given for size in (item if isinstance(item, tuple | list) else (item,))]
 
 
 def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -207,8 +239,11 @@ _PRODUCTS = (
     "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__",
     "true_divide", "__pow__", "pow",
 )  # fmt: skip
+_MAKERS = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 SIZE_RULES: dict[str, SizeRule] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _resized),
+    **dict.fromkeys(("view", "reshape"), _resized),
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
+    **dict.fromkeys(_MAKERS, _made),
     "unflatten": _unflattened,
     "chunk": _chunked,
     "split": _split,

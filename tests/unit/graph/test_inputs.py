@@ -76,15 +76,15 @@ def test_an_input_by_keyword_only_is_refused():
         def forward(self, input: Tensor, *, scale: float) -> Tensor:
             return super().forward(input) * scale
 
-    with pytest.raises(TraceError, match="names scale, .* by keyword only"):
+    with pytest.raises(TraceError, match=r"names scale, .* by keyword only"):
         trace(Keyword(4, 4), {"input": VECTOR, "scale": 2.0})
 
 
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
-        (lambda m: torch.compile(m), r"is compiled. Pass the module that was compiled \(`model._orig_mod`\)"),
-        (lambda m: nn.DataParallel(m), r"is a parallel wrapper. Pass the module inside \(`model.module`\)"),
+        (torch.compile, r"is compiled. Pass the module that was compiled \(`model._orig_mod`\)"),
+        (nn.DataParallel, r"is a parallel wrapper. Pass the module inside \(`model.module`\)"),
         (lambda m: nn.Sequential(m, nn.LazyLinear(3)), "the module '1' .* parameters without a shape yet"),
         (lambda m: m.to("meta"), "meta device"),
         (

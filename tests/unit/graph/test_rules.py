@@ -50,6 +50,20 @@ def reason_of(graph: ChannelGraph, name: str) -> str | None:
     return graph.by_name[name].frozen_because
 
 
+class GroupsByHand(nn.Module):
+    """Written as EvoNorm is: the channels in a group are computed from their number and that of the groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        rows = x.reshape(b, self.groups, c // self.groups, h, w)
+        spread = rows.var((2, 3, 4), unbiased=False, keepdim=True).add(1e-3).sqrt()
+        return x / spread.expand(rows.shape).reshape(x.shape)
+
+
 FREE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "pixel_shuffle": (nn.PixelShuffle(2), 3),
     "pixel_unshuffle": (nn.PixelUnshuffle(2), 48),
@@ -72,6 +86,9 @@ FREE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "interleaved": (lambda x: x.repeat_interleave(2, 1), 24),
     "stacked": (lambda x: torch.stack([x, x.square()], 2).flatten(1, 2), 24),
     "channel_shuffle": (nn.ChannelShuffle(3), 12),
+    "groups_by_hand": (GroupsByHand(6), 12),
+    "zeros_of_its_shape": (lambda x: torch.cat([x, torch.zeros(x.shape)], 1) + torch.ones(1, 2 * x.shape[1], 1, 1), 24),
+    "broadcast_to_its_shape": (lambda x: x + torch.ones(1, 1, 8, 8).expand(x.shape).clone(), 12),
     "new_zeros": (lambda x: x + x.new_zeros(()), 12),
     "zeros_beside": (lambda x: x.new_ones(1, 1, 8, 8) * x, 12),
     "reflection_pad": (nn.ReflectionPad2d(1), 12),
@@ -98,6 +115,26 @@ def test_sub_pixel_convolution_removes_four_channels_at_a_time():
     assert site.index.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+class EfficientChannelAttention(nn.Module):
+    """A gate from a convolution along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slide = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.slide(x.mean((2, 3)).unsqueeze(1)).sigmoid().flatten(1)[..., None, None]
+
+
+class StandardisedConvolution(nn.Conv2d):
+    """Every filter has mean 0 and variance 1, however many inputs it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
 OVER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(1),
     "log_softmax": lambda x: x.log_softmax(1),
@@ -109,6 +146,9 @@ OVER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "variance": lambda x: x / x.var(1, keepdim=True, unbiased=False).add(1e-3).sqrt(),
     "cumulative_sum": lambda x: x.cumsum(1),
     "group_norm": nn.GroupNorm(3, 12),
+    "group_norm_by_hand": GroupsByHand(3),
+    "efficient_channel_attention": EfficientChannelAttention(),
+    "standardised_weight": StandardisedConvolution(12, 12, 3, padding=1),
     "groups_of_two": nn.GroupNorm(6, 12),
     "one_group": nn.GroupNorm(1, 12),
 }
@@ -226,21 +266,6 @@ def test_depthwise_transposed_convolution(convolution):
     graph = traced(Between(convolution))
     assert graph.by_name["first"].size == 12
     assert {("operation.weight", 0), ("second.weight", 1)} <= {(s.tensor, s.dim) for s in graph.by_name["first"].sites}
-
-
-class Standardised(nn.Conv2d):
-    """Its weight is standardised over the inputs, by a batch norm in training mode, as in NFNets."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
-        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
-
-
-def test_inputs_of_a_standardised_weight_stay_and_its_outputs_do_not():
-    model = Between(Standardised(12, 10, 3), 10)
-    graph = traced(model)
-    assert "uses a weight without channels of its own" in str(reason_of(graph, "first"))
-    assert graph.sizes["operation"] == 10
 
 
 def test_statistics_of_the_batch_do_not_mix_channels():

@@ -22,6 +22,7 @@ from secateur.search import (
     PCASlimming,
     RawWeights,
     SearchSpace,
+    Shallower,
     Strategy,
     Uniform,
     Weights,
@@ -47,8 +48,19 @@ STRATEGIES: list[Strategy] = [
     PCASlimming(RawWeights(Correlation()), GeometricMedian()),
     PCASlimming(Activations()),
     PCASlimming(Weights(Correlation()), Taylor()),
+    Shallower(),
+    Shallower(Uniform(), most=1.0, images=3),
 ]
-NETS = ["plain", "residual", "concat", "embedding", "zoo:dense", "zoo:few_groups", "zoo:inverted_residual_se"]
+NETS = [
+    "plain",
+    "residual",
+    "concat",
+    "embedding",
+    "zoo:dense",
+    "zoo:few_groups",
+    "zoo:inverted_residual_se",
+    "zoo:attention",
+]
 BUDGETS = ["macs=75%", "macs=40%", "params=55%", "macs=60%, params=60%"]
 
 

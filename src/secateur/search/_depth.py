@@ -181,13 +181,10 @@ class _Trials:
             return
         problem.progress(0.3 + 0.7 * len(blocks) / (len(problem.costs.blocks) + 1), f"{len(blocks)} blocks fewer")
         proposal = self._strategy.find(replace(problem, progress=_silent))
+        # What widths are found for layers that are gone has no effect; whole says least.
         gone = {name for block in blocks for name in self._graph.blocks_by_name[block].tensors}
-        kept = {
-            name: channels
-            for name, channels in proposal.architecture.kept
-            if not all(site.tensor in gone for site in self._graph.by_name[name].sites)
-        }
-        architecture = Architecture.of(kept, blocks)
+        idle = {a.name: range(a.size) for a in self._graph.prunable if all(s.tensor in gone for s in a.sites)}
+        architecture = Architecture.of({**proposal.architecture.by_name, **idle}, blocks)
         small = apply_architecture(self._model, self._graph, architecture)
         self.found[len(blocks)] = _Candidate(self._distance.of(small), architecture, proposal.notes)
 

@@ -10,6 +10,7 @@ from secateur.artifact._artifact import (
     is_artifact,
     load,
     read_manifest,
+    refuse_foreign,
     save,
 )
 from secateur.artifact._edits import Edit, edits_between
@@ -37,6 +38,7 @@ __all__ = [
     "is_artifact",
     "load",
     "read_manifest",
+    "refuse_foreign",
     "save",
     "this_machine",
 ]

@@ -66,7 +66,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
             that is not JSON or does not fit the model, or if the disk is full.
     """
     folder = Path(folder).absolute()
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     for edit in recipe.edits:
         if held_value(model, edit) != edit.value:
             raise ArtifactError(
@@ -199,21 +199,29 @@ def is_artifact(folder: Path | str) -> bool:
         return False
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Only a missing or empty folder, or an artifact with nothing of the user's in it, may be replaced."""
+def refuse_foreign(folder: Path, name: str = "folder") -> None:
+    """Refuse to replace anything but a missing or empty folder, or an artifact with nothing of the user's in it.
+
+    Args:
+        folder: What would be replaced.
+        name: Of the argument, for the message.
+
+    Raises:
+        ArtifactError: If it is a file or link, or holds something else.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(
-            f"`folder` must be a folder or a new path; got a file or link: {folder}. Choose another path."
+            f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."
         )
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if names and not is_artifact(folder):
+    files = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if files and not is_artifact(folder):
         raise ArtifactError(
-            f"`folder` must be new, empty, or an older artifact; got {folder} with {names[:5]}. "
+            f"`{name}` must be new, empty, or an older artifact; got {folder} with {files[:5]}. "
             "Choose another folder, or empty this one yourself."
         )
-    foreign = [name for name in names if name not in OWN_FILES]
+    foreign = [file for file in files if file not in OWN_FILES]
     if foreign:
         raise ArtifactError(
-            f"`folder` must hold nothing but the older artifact that is replaced; got {foreign[:5]} in {folder}. "
+            f"`{name}` must hold nothing but the older artifact that is replaced; got {foreign[:5]} in {folder}. "
             "Move them elsewhere or choose another folder."
         )

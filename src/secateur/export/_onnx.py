@@ -104,6 +104,11 @@ def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
     return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
 
 
+def onnx_runner(path: Path) -> Runner:
+    """Open an ONNX file to run it."""
+    return _runner(open_session(path, threads=torch.get_num_threads()))
+
+
 def _runner(session: Any) -> Runner:
     def run(batch: Inputs) -> list[Tensor]:
         outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))

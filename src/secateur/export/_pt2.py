@@ -63,6 +63,11 @@ def export_pt2(
         raise not_written(path, error) from error
 
 
+def pt2_runner(path: Path) -> Runner:
+    """Open a file of `torch.export` to run it; torch may unpickle parts of it."""
+    return _runner(torch.export.load(path))
+
+
 def _runner(program: ExportedProgram) -> Runner:
     module = program.module()
 

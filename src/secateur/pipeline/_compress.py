@@ -134,7 +134,9 @@ def _run(plan: Plan) -> CompressResult:
     if trained is not None and trained.best_epoch > 0:
         student = trained.model
         steps.append(_measured(plan, "distilled", student))
-    finished = Finished(plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu())
+    finished = Finished(
+        plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu(), _validated(plan, half, trained)
+    )
     if plan.delivery is None:
         report, files, folder = report_of(finished), (), None
     else:
@@ -166,6 +168,13 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | Non
         progress=plan.progress,
         fabric=plan.fabric,
     )
+
+
+def _validated(plan: Plan, half: Halfway, trained: Trained | None) -> float | None:
+    """Accuracy of the original on the images that the epochs were validated on: the line that they come near to."""
+    if trained is None or not len(plan.data.validation):
+        return None
+    return evaluate(half.original, plan.data.validation, device=plan.device).top1
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:

@@ -45,6 +45,7 @@ class Finished:
         trained: The recovery, or None.
         steps: Test accuracy on the way, the original first and the student last.
         images: A few normalised training images, on the CPU.
+        original_validation: Accuracy of the original on the validation images, a fraction; None without a recovery.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Finished:
     trained: Trained | None
     steps: tuple[Step, ...]
     images: Tensor
+    original_validation: float | None
 
 
 def report_of(
@@ -81,6 +83,7 @@ def report_of(
             for record in history
             if record.train_loss is not None
         ),
+        original_validation_accuracy=run.original_validation,
         checks=(*_checks_of_the_cut(run), *checks),
         notes=(*notes, *_doubts(run), *map(describe_healing, half.healing)),
         command=provenance.command,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.artifact import OWN_FILES, is_artifact
+from secateur.artifact import refuse_foreign
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, ModelError
 
@@ -21,15 +21,7 @@ def check_output(folder: Path) -> None:
     Raises:
         ArtifactError: If it is a file, holds something else than an artifact, or cannot be made there.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ArtifactError(f"`out` must be a folder or a new path; got a file or link: {folder}. Choose another path.")
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in names if name not in OWN_FILES]
-    if foreign or (names and not is_artifact(folder)):
-        raise ArtifactError(
-            f"`out` must be new, empty, or an older artifact; got {folder} with {(foreign or names)[:5]}. "
-            "Choose another folder, or empty this one yourself."
-        )
+    refuse_foreign(folder, "out")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(

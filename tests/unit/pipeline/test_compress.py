@@ -116,6 +116,27 @@ def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
     assert failed == {"Counted costs = recorded costs", "Outputs for a seeded input = recorded outputs"}
 
 
+def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
+    out = tmp_path / "out"
+    compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    (out / "model.onnx").write_bytes(b"not a model")
+    found = secateur.verify(out, factory=_model)
+    failed = [check for check in found.checks if not check.passed]
+    assert [check.name for check in failed] == ["model.onnx = model in PyTorch"]
+    assert "does not run" in failed[0].detail
+    assert len(found.checks) == 4
+
+
+def test_curve_has_the_originals_accuracy_as_its_line():
+    result = compress(
+        _model(), _data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
+    )
+    wanted = secateur.evaluate(_model(), _data().validation).top1
+    assert result.report.original_validation_accuracy == wanted
+    healed = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    assert healed.report.original_validation_accuracy is None
+
+
 def test_original_that_guesses_is_noted():
     result = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
     assert any("about what guessing gives (25.0 %)" in note for note in result.report.notes)

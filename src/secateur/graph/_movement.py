@@ -35,9 +35,13 @@ def movement(call: Call) -> Sequence[ChannelIds]:
         return [call.ids(source) for _ in call.outputs]
     if call.name in _RESHAPES and call.outputs[0].numel() != source.numel():
         return unknown(call)
+    return _moved(call, call.ids(source))
+
+
+def _moved(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
     results: list[ChannelIds] = [{} for _ in call.outputs]
-    for dim, vector in call.ids(source).items():
-        moved = _execute_on_ids(call, source, dim, vector)
+    for dim, vector in carried.items():
+        moved = _execute_on_ids(call, call.inputs[0], dim, vector)
         for result, ids in zip(results, moved, strict=True):
             _place(call, result, ids, vector)
     return results
@@ -147,11 +151,16 @@ def elsewhere(call: Call) -> Sequence[ChannelIds]:
     """``roll``, ``unfold``, ``diagonal``: movement along other dimensions; along channels positions would shift."""
     named = [call.dims(name) for name in ("dims", "dim", "dimension", "dim1", "dim2")]
     dims = set[int]().union(*(found for found in named if found is not None))
-    ids = call.ids(call.inputs[0])
-    if any(dim in dims or not dims for dim in ids):
+    source = call.inputs[0]
+    ids = call.ids(source)
+    moved = {dim: vector for dim, vector in ids.items() if dim in dims or not dims}
+    if not moved:
+        return movement(call)
+    call.ledger.freeze_all([moved], f"{call.where} moves channels to other positions")
+    if call.outputs[0].shape != source.shape:
         call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")
         return [{} for _ in call.outputs]
-    return movement(call)
+    return [{dim: vector for dim, vector in ids.items() if dim not in moved}]
 
 
 def shuffled(call: Call) -> Sequence[ChannelIds]:
@@ -187,15 +196,14 @@ def stacked(call: Call) -> Sequence[ChannelIds]:
 def index(call: Call) -> Sequence[ChannelIds]:
     """Indexing with tensors: fine along other dimensions, frozen along channels."""
     source = call.inputs[0]
-    results = movement(call)
-    kept: list[ChannelIds] = []
-    for ids in results:
-        same = {d: v for d, v in ids.items() if any(np.array_equal(v, old) for old in call.ids(source).values())}
-        kept.append(same)
-    if any(len(same) != len(call.ids(source)) for same in kept):
-        call.ledger.freeze_all([call.ids(source)], f"{call.where} picks channels by a fixed index")
-        return [{} for _ in call.outputs]
-    return kept
+    for other in call.inputs[1:]:
+        call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    named = call.dims()
+    if named is None:
+        named = {dim for dim, indices in enumerate(call.args[1]) if indices is not None}
+    picked = {dim: ids for dim, ids in call.ids(source).items() if dim in named}
+    call.ledger.freeze_all([picked], f"{call.where} picks channels by a fixed index")
+    return _moved(call, {dim: ids for dim, ids in call.ids(source).items() if dim not in named})
 
 
 def fresh(call: Call) -> Sequence[ChannelIds]:

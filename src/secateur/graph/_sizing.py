@@ -53,7 +53,7 @@ def _made(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _follow(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
-    """Positions that are all alike have no identity of their own: they take that of the channels they were counted by."""
+    """Positions that are all alike have no identity: they take that of the channels they were counted by."""
     if len(sizes) != out.dim():
         return
     ids = dict(ledger.ids_of(out))

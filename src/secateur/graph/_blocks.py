@@ -13,9 +13,12 @@ Where neither is sure, the branch is not a block.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import nn
 
 from secateur.graph._channels import Block, Replacement, StandIn
@@ -71,6 +74,27 @@ def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple
         counted: Names of the modules that ran a counted operation, one for each.
     """
     return _Finder(flow, model).blocks(counted)
+
+
+def around_of(module: str) -> Iterator[str]:
+    """A module and the modules around it, innermost first; the model itself is left out."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def going_with(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:
+    """A function that names the blocks with which a module goes."""
+    owners: dict[str, list[str]] = {}
+    for block in blocks:
+        for replacement in block.replacements:
+            owners.setdefault(replacement.module, []).append(block.name)
+
+    @cache
+    def names(module: str) -> tuple[str, ...]:
+        return tuple(name for around in around_of(module) for name in owners.get(around, ()))
+
+    return names
 
 
 class _Finder:
@@ -188,7 +212,7 @@ class _Finder:
         """Stand-ins for the outermost modules with parameters; empty if the result would not surely be zero."""
         outermost: list[ModuleCall] = []
         for call in inside:
-            if call.module in self.tensors.holders and not (outermost and call.begin < outermost[-1].end):
+            if call.module in self.tensors.parameters and not (outermost and call.begin < outermost[-1].end):
                 outermost.append(call)
         owner = {step: call for call in outermost for step in range(call.begin, call.end)}
         loose = sorted(step for step in branch.serving if step not in owner)
@@ -237,7 +261,7 @@ class _Finder:
         for block, call in found:
             name = block.name or (self.flow.calls[call].module if call >= 0 and sums[call] == 1 else "")
             if not name:
-                name = max(block.replacements, key=lambda r: self.tensors.count(r.module)).module
+                name = max(block.replacements, key=lambda r: self.tensors.parameters.get(r.module, 0)).module
             taken[name] = taken.get(name, 0) + 1
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
             named.append(Block(name, block.addition, block.operand, block.replacements, block.modules, block.tensors))
@@ -245,35 +269,38 @@ class _Finder:
 
 
 class _Tensors:
-    """Which tensors lie in which modules."""
+    """Which tensors lie in which modules.
+
+    Attributes:
+        names: Every name of a tensor, by identity.
+        inside: The tensors of a module and those in it, by its name; once for each of their names.
+        parameters: Number of parameters in a module, by its name; modules without any are left out.
+    """
 
     def __init__(self, model: nn.Module):
         self.names: dict[int, list[str]] = {}
-        self.sizes: dict[str, int] = {}
-        self.holders: set[str] = set()
+        self.inside: dict[str, list[int]] = {}
+        self.parameters: dict[str, int] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(tensor), []).append(name)
-            self.sizes[name] = tensor.numel()
-            parts = name.split(".")
-            self.holders.update(".".join(parts[:end]) for end in range(1, len(parts)))
+            for module in self._hold(name, tensor):
+                self.parameters[module] = self.parameters.get(module, 0) + tensor.numel()
         for name, tensor in model.named_buffers(remove_duplicate=False):
-            self.names.setdefault(id(tensor), []).append(name)
+            self._hold(name, tensor)
+
+    def _hold(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """The modules around a tensor."""
+        self.names.setdefault(id(tensor), []).append(name)
+        around = list(around_of(name.rpartition(".")[0]))
+        for module in around:
+            self.inside.setdefault(module, []).append(id(tensor))
+        return around
 
     def only_in(self, modules: Iterable[str]) -> tuple[str, ...] | None:
         """The tensors of some modules by their first names; None if one of them lies elsewhere too."""
-        prefixes = tuple(module + "." for module in modules)
-        found: list[str] = []
-        for names in self.names.values():
-            here = sum(name.startswith(prefixes) for name in names)
-            if here:
-                found.append(names[0])
-            if 0 < here < len(names):
-                return None
-        return tuple(found)
-
-    def count(self, module: str) -> int:
-        """Number of parameters of a module."""
-        return sum(size for name, size in self.sizes.items() if name.startswith(module + "."))
+        held = Counter(tensor for module in modules for tensor in self.inside.get(module, ()))
+        if any(times < len(self.names[tensor]) for tensor, times in held.items()):
+            return None
+        return tuple(self.names[tensor][0] for tensor in held)
 
 
 def _users(flow: Flow) -> list[list[int]]:

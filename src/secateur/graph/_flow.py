@@ -41,7 +41,6 @@ class ModuleCall:
 
     Attributes:
         module: Qualified name.
-        parent: Index of the call around it; -1 if none.
         begin: First step that ran in it.
         taken: The value of its first tensor argument.
         taken_shape: Its shape.
@@ -52,10 +51,9 @@ class ModuleCall:
     """
 
     module: str
-    parent: int
     begin: int
-    taken: int
-    taken_shape: tuple[int, ...]
+    taken: int = CONSTANT
+    taken_shape: tuple[int, ...] = ()
     end: int = -1
     given: int = CONSTANT
     given_shape: tuple[int, ...] = ()
@@ -141,10 +139,13 @@ class Flow:
 
     def enter(self, module: str, args: Any, kwargs: Any) -> None:
         """A module begins to run."""
-        tensor = first_tensor(args, kwargs)
-        taken = (CONSTANT, ()) if tensor is None else (self.value_of(tensor), tuple(map(int, tensor.shape)))
-        self.calls.append(ModuleCall(module, self._open[-1] if self._open else -1, len(self.names), *taken))
-        self._open.append(len(self.calls) - 1)
+        call = ModuleCall(module, len(self.names))
+        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+        if tensor is not None:
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                call.taken, call.taken_shape = self.value_of(tensor), tensor.shape
+        self._open.append(len(self.calls))
+        self.calls.append(call)
 
     def leave(self, out: Any) -> None:
         """The innermost running module has returned."""
@@ -153,13 +154,9 @@ class Flow:
         call.items = None if isinstance(out, torch.Tensor) else len(out) if type(out) in (tuple, list) else 0
         tensor = out if isinstance(out, torch.Tensor) else out[0] if call.items else None
         if isinstance(tensor, torch.Tensor):
-            call.given, call.given_shape = self.value_of(tensor), tuple(map(int, tensor.shape))
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                call.given, call.given_shape = self.value_of(tensor), tensor.shape
 
     def finish(self, out: Any) -> None:
         """The model has returned."""
         self.given = {self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
-
-
-def first_tensor(args: Any, kwargs: Any) -> torch.Tensor | None:
-    """The first tensor among the arguments of a module."""
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import Ledger
@@ -214,6 +215,14 @@ def _attended(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
                 ledger.scaled.append(ids)
 
 
+def _packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``multi_head_attention_forward``: one python int is the width of its input, of all heads, and of its output."""
+    reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, torch.Tensor):
+            ledger.freeze_all([ledger.ids_of(tensor)], reason)
+
+
 def _scaled(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A product with a number computed from sizes: the number must stay what it is."""
     for value in (*args, *kwargs.values()):
@@ -255,6 +264,7 @@ SIZE_RULES: dict[str, SizeRule] = {
     "group_norm": _group_normalised,
     **dict.fromkeys(_PRODUCTS, _scaled),
     "scaled_dot_product_attention": _attended,
+    "multi_head_attention_forward": _packed_attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
 }

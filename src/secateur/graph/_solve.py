@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from secateur.graph._blocks import going_with
 from secateur.graph._channels import (
     Activation,
-    Block,
     ChannelAxis,
     ChannelGraph,
     Extent,
@@ -94,9 +94,10 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         ChannelAxis(axis.name, axis.size, axis.sites, axis.divisor, solution.reasons.get(number))
         for number, axis in enumerate(solution.axes)
     )
+    around = going_with(ledger.blocks)
     return ChannelGraph(
         axes=axes,
-        operations=tuple(_operation(solution, op, ledger.blocks) for op in ledger.operations),
+        operations=tuple(_operation(solution, op, around(op.module)) for op in ledger.operations),
         tensors={s.name: _extents(solution, s) for s in ledger.stored.values()},
         parameters=tuple(s.name for s in ledger.stored.values() if s.is_parameter),
         edits=tuple(
@@ -263,10 +264,9 @@ def _attributes_in(expression: Expression) -> list[Attribute]:
     return [a for side in (left, right) if side is not None for a in _attributes_in(side)]
 
 
-def _operation(solution: _Solution, operation: CountedOperation, blocks: Iterable[Block]) -> Operation:
+def _operation(solution: _Solution, operation: CountedOperation, blocks: tuple[str, ...]) -> Operation:
     extents = tuple(Extent(d) if isinstance(d, int) else _whole(solution, d) for d in operation.dims)
-    around = tuple(block.name for block in blocks if block.replaces(operation.module))
-    return Operation(operation.module, operation.kind, operation.factor, extents, around)
+    return Operation(operation.module, operation.kind, operation.factor, extents, blocks)
 
 
 def _whole(solution: _Solution, ids: IntArray) -> Extent:

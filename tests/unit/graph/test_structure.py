@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+from cuts import random_architecture
 from torch import nn
 from zoo import ZOO
 
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, Extent, trace
+from secateur.surgery import cut
 
 Places = dict[tuple[str, int], list[list[int]]]
 
@@ -244,3 +246,15 @@ def test_attention_that_takes_the_width_of_its_output_from_its_input_stays_whole
 def test_attention_of_default_scale_goes_by_groups_of_whole_heads():
     graph = traced("grouped_query_attention")
     assert {a.name: a.size for a in graph.prunable} == {"patch": 12, "block.attention.q": 2, "block.mlp.0": 20}
+
+
+def test_the_attention_of_torch_is_left_whole_at_once():
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
+    example = torch.randn(2, 5, 12)
+    graph = trace(layer, example)
+    assert {a.name: a.size for a in graph.prunable} == {"linear1": 20}
+    reasons = {a.name: str(a.frozen_because) for a in graph.axes}
+    assert "has one width for its input and for all its heads" in reasons["self_attn"]
+    made = cut(layer, graph, random_architecture(graph, 0))
+    assert made.verification.frozen == ()
+    assert torch.backends.mha.get_fastpath_enabled()

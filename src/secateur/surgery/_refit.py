@@ -17,9 +17,9 @@ from secateur.surgery._slice import KeptByDim, kept_positions_of_tensors
 class Refit:
     """Fold the removed channels into the kept ones by least squares, layer by layer.
 
-    For a layer with weight W (output channels x patch) that lost inputs, with X' the patches it now receives in the
-    already repaired cut model, Y the outputs of the original on the same images (kept channels only), and W_S the
-    sliced weight, the new weight is
+    For a layer with weight W (output channels x patch) that lost inputs, or reads what a removed block had added to,
+    with X' the patches it now receives in the already repaired cut model, Y the outputs of the original on the same
+    images (kept channels only), and W_S the sliced weight, the new weight is
 
         W' = argmin  ||Y - X' W'^T||^2 + ridge * mean(diag(X'^T X')) * ||W' - W_S||^2
            = (Y^T X' + r W_S) (X'^T X' + r I)^-1
@@ -93,20 +93,30 @@ class Refit:
 
 
 def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:
-    """Plain layers, in order of execution, whose weight lost positions of its input dimension."""
+    """Plain layers, in order of execution, that read fewer channels, or channels to which a removed block had added."""
     gone = wound.graph.removed_modules(wound.architecture.removed_blocks)
-    names: set[str] = set()
+    names = _behind_removed_blocks(wound)
     for axis in wound.graph.prunable:
         for site in axis.sites:
             module, _, parameter = site.tensor.rpartition(".")
-            if (
-                site.role is Role.INPUT
-                and parameter == "weight"
-                and site.dim in kept.get(site.tensor, {})
-                and not gone(module)
-            ):
+            if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
                 names.add(module)
-    return [name for name in wound.graph.activations if name in names and is_plain(small.get_submodule(name))]
+    order = (name for name in wound.graph.activations if name in names and not gone(name))
+    return [name for name in order if is_plain(small.get_submodule(name))]
+
+
+def _behind_removed_blocks(wound: Wound) -> set[str]:
+    """Modules that run after a removed block and whose weight reads what the block had added to."""
+    graph, found = wound.graph, set[str]()
+    place = {name: number for number, name in enumerate(graph.activations)}
+    for block in (graph.blocks_by_name[name] for name in wound.architecture.removed_blocks):
+        last = max((place[module] for module in block.modules if module in place), default=len(place))
+        tensors = set(block.tensors)
+        for axis in graph.axes:
+            if any(site.tensor in tensors and site.role is Role.OUTPUT for site in axis.sites):
+                readers = (s.tensor.rpartition(".") for s in axis.sites if s.role is Role.INPUT)
+                found |= {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
+    return found
 
 
 def _targets(
@@ -120,7 +130,7 @@ def _targets(
         if not rows[sampler.module] and not follows_weight(layer, x, out):
             skipped.add(sampler.module)
         found = sampler.rows_of_output(layer, out)
-        positions = kept[f"{sampler.module}.weight"].get(0)
+        positions = kept.get(f"{sampler.module}.weight", {}).get(0)
         if positions is not None:
             found = found.index_select(1, torch.from_numpy(positions).to(found.device))
         rows[sampler.module].append(found)

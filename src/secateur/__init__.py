@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from secateur.search import Knapsack as Knapsack
     from secateur.search import PCASlimming as PCASlimming
     from secateur.search import SearchSpace as SearchSpace
+    from secateur.search import Shallower as Shallower
     from secateur.search import Uniform as Uniform
     from secateur.search import search as search
     from secateur.surgery import RecalibrateBatchNorm as RecalibrateBatchNorm
@@ -64,7 +65,16 @@ _HOMES = {
     "graph": ("ChannelGraph", "Choices", "HeadUnit", "trace"),
     "models": ("ModelSource", "load_model"),
     "pipeline": ("CompressResult", "Format", "compress", "load", "survey", "verify"),
-    "search": ("AxisRule", "GlobalImportance", "Knapsack", "PCASlimming", "SearchSpace", "Uniform", "search"),
+    "search": (
+        "AxisRule",
+        "GlobalImportance",
+        "Knapsack",
+        "PCASlimming",
+        "SearchSpace",
+        "Shallower",
+        "Uniform",
+        "search",
+    ),
     "surgery": ("RecalibrateBatchNorm", "Refit", "cut"),
     "train": ("SGD", "AdamW", "Schedule", "distill", "evaluate"),
 }

@@ -23,8 +23,21 @@ Words = Sequence[str] | None
 Number = TypeVar("Number", int, float)
 
 
-def strategy_of(name: StrategyName, importance: ImportanceName | None) -> Strategy:
-    """The strategy of a name, with an importance or with its usual one."""
+def strategy_of(name: StrategyName, importance: ImportanceName | None, removed_blocks: float = 0.0) -> Strategy:
+    """The strategy of a name, with an importance or with its usual one.
+
+    Args:
+        name: Of the strategy for widths.
+        importance: Which channels stay; None for its usual one.
+        removed_blocks: Largest fraction of the residual blocks that may go; 0 for none.
+    """
+    from secateur.search import Shallower
+
+    widths = _widths_of(name, importance)
+    return Shallower(widths, most=removed_blocks) if removed_blocks else widths
+
+
+def _widths_of(name: StrategyName, importance: ImportanceName | None) -> Strategy:
     from secateur.search import Activations, GlobalImportance, Knapsack, PCASlimming, Uniform
 
     usual: Knapsack | PCASlimming | GlobalImportance | Uniform = {

@@ -150,6 +150,16 @@ AxisMinKept = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=X", help="--min-kept for the axes that match; repeatable.", rich_help_panel=_CUT),
 ]
+RemoveBlocks = Annotated[
+    float,
+    typer.Option(
+        help="Largest part of the residual blocks that may be removed whole, 0 to 1; 0 cuts channels only.",
+        metavar="FRACTION",
+        min=0,
+        max=1,
+        rich_help_panel=_CUT,
+    ),
+]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
 
 ShowTree = Annotated[

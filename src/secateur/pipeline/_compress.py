@@ -10,7 +10,7 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
-from secateur.graph import Choices, HeadUnit
+from secateur.graph import Choices, HeadUnit, StandIn
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
@@ -152,8 +152,9 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | Non
     if plan.schedule.epochs == 0:
         return None
     objective, alignment = plan.objective, None
-    if objective.feature_weight and half.graph.stages:
-        alignment = AlignedFeatures.of(half.graph, half.found.architecture)
+    stages = _comparable(half)
+    if objective.feature_weight and stages:
+        alignment = AlignedFeatures.of(half.graph, half.found.architecture, modules=stages)
     elif objective.feature_weight:
         plan.tell("The model has no module whose features could be compared: distilling from the logits alone.")
         objective = replace(objective, feature_weight=0.0)
@@ -168,6 +169,22 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | Non
         progress=plan.progress,
         fabric=plan.fabric,
     )
+
+
+def _comparable(half: Halfway) -> tuple[str, ...]:
+    """The last module at each resolution, where the student's means what the original's does.
+
+    Inside of a removed block it does not. A module that is a removed block as a whole, the sum included, hands on its
+    input, which is what the original's gives when the branch adds nothing.
+    """
+    removed = [half.graph.blocks_by_name[name] for name in half.found.architecture.removed_blocks]
+    inside = {module for block in removed for module in block.modules}
+    handed_on = {
+        block.replacements[0].module
+        for block in removed
+        if len(block.replacements) == 1 and block.replacements[0].stand_in is StandIn.PASS_THROUGH
+    }
+    return tuple(stage for stage in half.graph.stages if stage not in inside or stage in handed_on)
 
 
 def _validated(plan: Plan, half: Halfway, trained: Trained | None) -> float | None:

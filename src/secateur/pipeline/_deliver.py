@@ -19,6 +19,7 @@ from secateur.pipeline._plan import Delivery, Format, Plan
 from secateur.pipeline._probe import probe_json, same_bits
 from secateur.pipeline._result import Halfway
 from secateur.report import (
+    BlockFate,
     Check,
     FrozenAxis,
     LayerWidth,
@@ -63,7 +64,7 @@ def report_of(
     """Every number of a run as plain data."""
     plan, half = run.plan, run.half
     provenance = Provenance.here(plan.command, plan.seed)
-    sizes, widths = half.graph.sizes, half.found.architecture.widths
+    sizes, widths, gone = half.graph.sizes, half.found.architecture.widths, _gone_axes(half)
     history = () if run.trained is None else run.trained.history
     return RunReport(
         model=plan.name,
@@ -76,8 +77,14 @@ def report_of(
         after=_measured(run.student, half.found.cost.macs, run.steps[-1]),
         latency=tuple(map(_measured_latency, latency)),
         steps=run.steps,
-        widths=tuple(LayerWidth(name, size, widths.get(name, size)) for name, size in sizes.items()),
+        widths=tuple(
+            LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()
+        ),
         frozen=tuple(FrozenAxis(a.name, a.size, a.frozen_because) for a in half.graph.axes if a.frozen_because),
+        blocks=tuple(
+            BlockFate(block.name, block.name in half.found.architecture.removed_blocks, block.kept_because or "")
+            for block in half.graph.blocks
+        ),
         training=tuple(
             TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
             for record in history
@@ -92,6 +99,13 @@ def report_of(
         machine=provenance.machine,
         date=provenance.date,
     )
+
+
+def _gone_axes(half: Halfway) -> set[str]:
+    """The axes of which nothing is left, because every layer that has them went with a block."""
+    removed = half.found.architecture.removed_blocks
+    tensors = {tensor for name in removed for tensor in half.graph.blocks_by_name[name].tensors}
+    return {axis.name for axis in half.graph.axes if all(site.tensor in tensors for site in axis.sites)}
 
 
 def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, ...]]:

@@ -14,7 +14,7 @@ from secateur.graph import ChannelGraph, trace
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._work import Cutting, Workplace
-from secateur.search import Found, search
+from secateur.search import Found, Shallower, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture, cut
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
@@ -78,9 +78,12 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
             original, graph, plan.strategy, budget=plan.budget, batches=batches, space=plan.space, seed=plan.seed
         )
     except BudgetError as error:
-        if not plan.chosen:
+        ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
+        if graph.removable and not isinstance(plan.strategy, Shallower):
+            ways.append("Or let residual blocks go too (--remove-blocks; in Python: Shallower).")
+        if not ways:
             raise
-        raise BudgetError(f"{error} Or loosen what you chose: {plan.chosen}.") from error
+        raise BudgetError(" ".join((str(error), *ways))) from error
 
 
 def describe_healing(repair: Healing) -> str:
@@ -90,8 +93,10 @@ def describe_healing(repair: Healing) -> str:
 
 
 def _against(found: Found) -> str:
+    removed = len(found.architecture.removed_blocks)
+    blocks = f"{removed} block{'s' if removed > 1 else ''} removed, " if removed else ""
     return (
-        f"{format_count(found.cost.macs)} of {format_count(found.original.macs)} MACs "
+        f"{blocks}{format_count(found.cost.macs)} of {format_count(found.original.macs)} MACs "
         f"({100 * found.cost.macs / max(found.original.macs, 1):.1f} %), "
         f"{format_count(found.cost.params)} of {format_count(found.original.params)} parameters "
         f"({100 * found.cost.params / max(found.original.params, 1):.1f} %)"
@@ -103,6 +108,7 @@ def _cutting(found: Found, pruned: Cut) -> Cutting:
     return Cutting(
         found=found.to_json(),
         frozen=graph_frozen,
+        kept_blocks=tuple((block.name, block.kept_because) for block in pruned.graph.blocks if block.kept_because),
         architecture=pruned.architecture.to_json(),
         verification=asdict(pruned.verification),
         healing=tuple(asdict(repair) for repair in pruned.healing),
@@ -112,6 +118,7 @@ def _cutting(found: Found, pruned: Cut) -> Cutting:
 
 def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway:
     graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
+    graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
     student.load_state_dict(dict(left.student))
     fields = cast(Mapping[str, Any], left.verification)

@@ -38,7 +38,8 @@ class Cutting:
 
     Attributes:
         found: What the search found, as JSON.
-        frozen: (axis, reason) pairs that verification had to freeze.
+        frozen: (axis, reason) pairs of everything that is whole.
+        kept_blocks: (block, reason) pairs of the blocks that had to stay.
         architecture: What was kept, as JSON.
         verification: Sliced against masked, as JSON.
         healing: What each repair did, as JSON.
@@ -47,6 +48,7 @@ class Cutting:
 
     found: Mapping[str, object]
     frozen: tuple[tuple[str, str], ...]
+    kept_blocks: tuple[tuple[str, str], ...]
     architecture: Mapping[str, object]
     verification: Mapping[str, object]
     healing: tuple[Mapping[str, object], ...]
@@ -105,6 +107,7 @@ class Workplace:
             "settings": dict(self.settings),
             "found": dict(cutting.found),
             "frozen": [list(pair) for pair in cutting.frozen],
+            "kept_blocks": [list(pair) for pair in cutting.kept_blocks],
             "architecture": dict(cutting.architecture),
             "verification": dict(cutting.verification),
             "healing": [dict(repair) for repair in cutting.healing],
@@ -138,6 +141,7 @@ class Workplace:
             cutting = Cutting(
                 dict(state["found"]),
                 tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
+                tuple((str(block), str(reason)) for block, reason in state["kept_blocks"]),
                 dict(state["architecture"]),
                 dict(state["verification"]),
                 tuple(dict(repair) for repair in state["healing"]),

@@ -4,6 +4,7 @@ from secateur.report._drawing import check_drawing, write_drawing
 from secateur.report._places import Place, inside, places, sentence_of
 from secateur.report._report import write_report
 from secateur.report._run import (
+    BlockFate,
     Check,
     FrozenAxis,
     LayerWidth,
@@ -16,6 +17,7 @@ from secateur.report._run import (
 )
 
 __all__ = [
+    "BlockFate",
     "Check",
     "FrozenAxis",
     "LayerWidth",

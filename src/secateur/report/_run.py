@@ -96,6 +96,15 @@ class FrozenAxis:
 
 
 @dataclass(frozen=True)
+class BlockFate:
+    """A residual block: whether it was removed, and, if it could not be, why, as a sentence."""
+
+    name: str
+    removed: bool
+    kept_because: str = ""
+
+
+@dataclass(frozen=True)
 class TrainedEpoch:
     """One epoch of the recovery: mean training loss, and validation accuracy (a fraction) if it was measured."""
 
@@ -149,6 +158,7 @@ class RunReport:
         steps: Accuracy on the way.
         widths: Channels of every prunable axis, in order of execution.
         frozen: What was left whole, and why.
+        blocks: The residual blocks of the model, in order of execution.
         training: The recovery, epoch by epoch.
         original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
             as a line across the curve.
@@ -172,6 +182,7 @@ class RunReport:
     steps: tuple[Step, ...] = ()
     widths: tuple[LayerWidth, ...] = ()
     frozen: tuple[FrozenAxis, ...] = ()
+    blocks: tuple[BlockFate, ...] = ()
     training: tuple[TrainedEpoch, ...] = ()
     original_validation_accuracy: float | None = None
     checks: tuple[Check, ...] = ()

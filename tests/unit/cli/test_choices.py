@@ -20,7 +20,7 @@ from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 from secateur.graph import Choices, HeadUnit
 from secateur.importance import L1, Importance, Reconstruction
 from secateur.pipeline import Format
-from secateur.search import Activations, AxisRule, Knapsack, PCASlimming, Strategy
+from secateur.search import Activations, AxisRule, Knapsack, PCASlimming, Shallower, Strategy, Uniform
 from secateur.train import SGD, AdamW, Precision
 
 
@@ -36,6 +36,11 @@ def test_every_name_is_a_method_of_its_own():
 def test_importance_replaces_the_usual_one():
     assert strategy_of(StrategyName.KNAPSACK, None) == Knapsack(Reconstruction())
     assert strategy_of(StrategyName.PCA_ACTIVATIONS, ImportanceName.L1) == PCASlimming(Activations(), L1())
+
+
+def test_blocks_go_only_if_they_are_asked_for():
+    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.25) == Shallower(Uniform(L1()), most=0.25)
+    assert strategy_of(StrategyName.KNAPSACK, None, 0.0) == Knapsack()
 
 
 def test_optimisers_and_precisions():

@@ -14,7 +14,7 @@ from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
 from secateur.graph import Choices, HeadUnit
 from secateur.importance import L2
 from secateur.pipeline import Leftover, compress, survey
-from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Strategy, Uniform
+from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Shallower, Strategy, Uniform
 from secateur.surgery import cut
 from secateur.train import Schedule, Silent
 
@@ -135,6 +135,108 @@ def test_curve_has_the_originals_accuracy_as_its_line():
     assert result.report.original_validation_accuracy == wanted
     healed = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
     assert healed.report.original_validation_accuracy is None
+
+
+class Residual(nn.Module):
+    """Three residual blocks; the first is the last module at its resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.early = Branch(8)
+        self.down = nn.Conv2d(8, 12, 2, stride=2)
+        self.late = nn.Sequential(Branch(12), Branch(12))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.late(self.down(self.early(self.stem(x)))).mean((2, 3)))
+
+
+class Branch(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, 16, 3, padding=1), nn.Conv2d(16, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.conv1(x).relu())
+
+
+def _residual() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Residual()
+        for name in ("early", "late.0"):  # they hardly matter: the search will drop them
+            nn.init.normal_(model.get_submodule(f"{name}.conv2").weight, std=1e-4)
+            nn.init.zeros_(model.get_submodule(f"{name}.conv2").bias)
+        return model
+
+
+def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
+    out = tmp_path / "out"
+    said: list[str] = []
+    result = compress(
+        _residual(), _data(), budget="macs=40%", strategy=Shallower(Uniform(), most=0.7), out=out, export=(),
+        schedule=Schedule(epochs=2, batch_size=32), progress=Silent(), tell=said.append,
+    )  # fmt: skip
+    assert result.architecture.removed_blocks == ("early", "late.0")
+    assert any("2 blocks removed, " in line for line in said)
+    assert result.trained is not None
+    report = result.report
+    assert [(block.name, block.removed) for block in report.blocks] == [
+        ("early", True), ("late.0", True), ("late.1", False),
+    ]  # fmt: skip
+    widths = {width.name: width.after for width in report.widths}
+    assert widths["early.conv1"] == widths["late.0.conv1"] == 0
+    assert 0 < widths["late.1.conv1"] <= 16
+    assert result.failed == ()
+    page = (out / "report.html").read_text()
+    assert "2 of 3 residual blocks were removed whole" in page
+    loaded = secateur.load(out, factory=_residual).model
+    images = next(_data().test.batches(32))[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))
+    assert secateur.verify(out, factory=_residual, data=_data()).passed
+
+
+def test_blocks_that_the_user_keeps_stay():
+    result = compress(
+        _residual(),
+        _data(),
+        budget="macs=70%",
+        strategy=Shallower(Uniform(), most=1.0),
+        choices=Choices(whole=("early.conv1",)),
+        schedule=HEAL_ONLY,
+    )
+    assert "early" not in result.architecture.removed_blocks
+    assert result.architecture.removed_blocks
+    fates = {block.name: block.kept_because for block in result.report.blocks}
+    assert fates["early"] == "kept whole: a layer of it matched 'early.conv1'"
+
+
+def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
+    with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
+        compress(_residual(), _data(), budget="macs=2%")
+
+
+def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_args: object, **_kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    words = {
+        "budget": "macs=40%", "strategy": Shallower(Uniform(), most=0.7), "choices": Choices(exclude=("late.1",)),
+        "out": tmp_path / "out", "export": (), "progress": Silent(),
+    }  # fmt: skip
+    whole = compress(_residual(), _data(), schedule=HEAL_ONLY, **{**words, "out": None})
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.pipeline._compress.distill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(_residual(), _data(), **words)
+    resumed = compress(_residual(), _data(), leftover=Leftover.RESUME, schedule=HEAL_ONLY, **words)
+    assert resumed.architecture == whole.architecture
+    assert "early" in resumed.architecture.removed_blocks
+    assert resumed.report.blocks == whole.report.blocks
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_original_that_guesses_is_noted():

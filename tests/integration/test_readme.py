@@ -1,9 +1,11 @@
 """The README's Python blocks run, one after the other, as a reader would paste them."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from command_line import Run
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -12,10 +14,15 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+def _commands() -> list[str]:
+    """Every command, one a line."""
+    return [line for block in _blocks("sh")[1:] for line in block.replace("\\\n", " ").splitlines()]
+
+
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     blocks = _blocks("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -24,7 +31,9 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     import secateur
 
     assert secateur.load("small").manifest.recipe.cost_after["macs"] <= names["result"].report.before.macs / 2
-    assert "Verification(" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Verification(" in said
+    assert "kept whole: matched exclude pattern '*.conv2'" in said
 
 
 def test_opens_with_the_two_commands():
@@ -37,8 +46,8 @@ def test_commands_and_flags_exist():
 
     from secateur.cli import app
 
-    commands = [line.replace("\\\n", " ") for line in _blocks("sh")[1].replace("\\\n", " ").splitlines()]
-    assert commands
+    commands = _commands()
+    assert len(commands) > 5
     for line in commands:
         words = line.split()
         assert words[0] == "secateur"
@@ -46,3 +55,11 @@ def test_commands_and_flags_exist():
         assert shown.exit_code == 0
         for flag in (word for word in words if word.startswith("--")):
             assert f"{flag} " in shown.output, f"{words[1]} has no {flag}"
+
+
+def test_inspect_commands_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for line in [line for line in _commands() if line.startswith("secateur inspect") and "--model torch" in line]:
+        found = run(*shlex.split(line)[1:])
+        assert found.exit_code == 0, found.output
+    assert [path.name for path in tmp_path.iterdir()] == ["resnet18.svg"]

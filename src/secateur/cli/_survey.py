@@ -16,6 +16,7 @@ from secateur.report import inside, places, sentence_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from secateur.cost import Cost
     from secateur.graph import Block, ChannelAxis, ChannelGraph
     from secateur.pipeline import Survey
     from secateur.report import Place
@@ -129,7 +130,15 @@ def _summary(survey: Survey) -> tuple[str, ...]:
         + (f" Removable: {removable} of {blocks} residual blocks." if blocks else ""),
         f"Reachable: macs {format_count(small.macs)} ({_share(small.macs, whole.macs)}) to {format_count(whole.macs)}; "
         f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}. "
-        f"Every axis keeps at least {100 * space.min_kept_fraction:.0f} % (--min-kept){elsewhere}.",
+        f"Every axis keeps at least {100 * space.min_kept_fraction:.0f} % (--min-kept){elsewhere}."
+        + (f" With every removable block gone, down to {_both(survey.shallowest, whole)}." if removable else ""),
+    )
+
+
+def _both(cost: Cost, whole: Cost) -> str:
+    return (
+        f"macs {format_count(cost.macs)} ({_share(cost.macs, whole.macs)}), "
+        f"params {format_count(cost.params)} ({_share(cost.params, whole.params)}) (--remove-blocks)"
     )
 
 

@@ -22,7 +22,8 @@ class Survey:
     Attributes:
         graph: Its channel graph.
         original: Cost of the whole model.
-        smallest: Cost of the smallest architecture of the space: the lower end of what a budget can ask for.
+        smallest: Cost of the smallest widths of the space: the lower end of what a budget can ask for.
+        shallowest: The same without all blocks that may be removed; only `Shallower` goes there.
         prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
         space: Which widths are allowed.
@@ -31,6 +32,7 @@ class Survey:
     graph: ChannelGraph
     original: Cost
     smallest: Cost
+    shallowest: Cost
     prunable_share: float
     prunable_macs_share: float
     space: SearchSpace
@@ -49,6 +51,7 @@ class Survey:
         return {
             "original": self.original.to_json(),
             "smallest": self.smallest.to_json(),
+            "shallowest": self.shallowest.to_json(),
             "prunable_share": {"params": self.prunable_share, "macs": self.prunable_macs_share},
             "axes": [self._axis_json(axis) for axis in self.graph.axes],
             "blocks": [
@@ -94,11 +97,11 @@ def survey(
     graph = choices.apply(trace(model, example, heads=heads))
     costs = CostModel(graph)
     least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
-    macs, params = costs.of_widths(least)
-    smallest = Cost(int(macs[0]), int(params[0]))
+    fewer = costs.without(block.name for block in graph.removable)
+    smallest, shallowest = (Cost(*(int(n[0]) for n in some.of_widths(least))) for some in (costs, fewer))
     share = parameter_share(graph)
     assert math.isfinite(share)
-    return Survey(graph, costs.original, smallest, share, _macs_share(graph), space)
+    return Survey(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space)
 
 
 def _macs_share(graph: ChannelGraph) -> float:

@@ -171,6 +171,14 @@ def _residual() -> nn.Module:
         return model
 
 
+def test_survey_knows_what_is_left_without_the_blocks():
+    found = survey(_residual(), torch.zeros(1, 3, 8, 8), space=SearchSpace(min_kept_fraction=1.0))
+    assert found.smallest == found.original
+    without = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2), nn.AdaptiveAvgPool2d(1))
+    macs = counted_macs(nn.Sequential(*without, nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 8, 8))
+    assert found.shallowest.macs == macs
+
+
 def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []

@@ -49,4 +49,6 @@ def test_smallest_cost_is_that_of_the_chosen_space():
     assert loose.original.macs - loose.smallest.macs == 3 * a_dimension
     assert bound.original.macs - bound.smallest.macs == 1 * a_dimension
     assert bound.space is rule
+    # No block of this model can be removed.
+    assert bound.shallowest == bound.smallest
     assert loose.prunable_macs_share == pytest.approx(4 * a_dimension / loose.original.macs)

@@ -12,6 +12,9 @@ from secateur.graph._channels import Block, ChannelAxis, ChannelGraph, Role
 _SUGGESTIONS = 4
 _LIST_THEM = "`secateur inspect` lists the axes and their modules (in Python: graph.axes)."
 
+Names = Callable[[ChannelAxis], Iterable[str]]
+"""Gives the names by which a pattern may mean an axis."""
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -59,26 +62,24 @@ class Choices:
         """
         if not self:
             return graph
-        for name, patterns, where in (
-            ("include", self.include, place_names),
-            ("exclude", self.exclude, place_names),
-            ("whole", self.whole, all_names),
-        ):
-            check_meant(patterns, graph, name, where)
-        chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis))})
+        seen_in = _seen_in(graph)
+        check_meant(self.include, graph, "include")
+        check_meant(self.exclude, graph, "exclude")
+        check_meant(self.whole, graph, "whole", seen_in)
+        chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis, seen_in))})
         chosen = chosen.with_kept_blocks({b.name: why for b in graph.removable if (why := self._block_reason(b))})
         if (graph.prunable or graph.removable) and not (chosen.prunable or chosen.removable):
             raise ChoiceError(self._nothing_left(graph))
         return chosen
 
-    def _reason(self, axis: ChannelAxis) -> str | None:
+    def _reason(self, axis: ChannelAxis, seen_in: Names) -> str | None:
         """Why an axis stays whole, or None."""
-        excluded, kept = _first(self.exclude, place_names(axis)), _first(self.whole, all_names(axis))
+        excluded, kept = _first(self.exclude, _place_names(axis)), _first(self.whole, seen_in(axis))
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer that matched {kept!r} makes or reads it"
-        if self.include and _first(self.include, place_names(axis)) is None:
+        if self.include and _first(self.include, _place_names(axis)) is None:
             return f"kept whole: matched no include pattern ({', '.join(map(repr, self.include))})"
         return None
 
@@ -96,16 +97,13 @@ class Choices:
         return None
 
     def _nothing_left(self, graph: ChannelGraph) -> str:
-        meant = [axis for axis in graph.axes if _first(self.include, place_names(axis)) is not None]
+        meant = [axis for axis in graph.axes if _first(self.include, _place_names(axis)) is not None]
         frozen = [f"{axis.name} ({axis.frozen_because})" for axis in meant if axis.frozen_because is not None]
         because = f" What it includes is frozen: {'; '.join(frozen[:_SUGGESTIONS])}." if frozen else ""
         return (
             f"`choices` must leave something to cut; got {self}, which keeps all {len(graph.prunable)} axes whole."
             f"{because} Include more or exclude less. {_LIST_THEM}"
         )
-
-
-Names = Callable[[ChannelAxis], Iterable[str]]
 
 
 def means(pattern: str, axis: ChannelAxis) -> bool:
@@ -115,10 +113,10 @@ def means(pattern: str, axis: ChannelAxis) -> bool:
         pattern: A glob; see `Choices`.
         axis: Of a traced graph.
     """
-    return _first((pattern,), place_names(axis)) is not None
+    return _first((pattern,), _place_names(axis)) is not None
 
 
-def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: "Names | None" = None) -> None:
+def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
     """Refuse a pattern that means no axis of a graph, frozen ones included, and no block.
 
     Args:
@@ -130,7 +128,7 @@ def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: 
     Raises:
         ChoiceError: With the names that are nearest to it.
     """
-    known = dict.fromkeys(one for axis in graph.axes for one in (names or place_names)(axis))
+    known = dict.fromkeys(one for axis in graph.axes for one in (names or _place_names)(axis))
     known |= dict.fromkeys(block.name for block in graph.blocks)
     for pattern in patterns:
         if not any(fnmatchcase(one, pattern) for one in known):
@@ -140,23 +138,30 @@ def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: 
             )
 
 
-def place_names(axis: ChannelAxis) -> Iterator[str]:
+def _place_names(axis: ChannelAxis) -> Iterator[str]:
     """Name of the axis, and names of the parameters and modules that make or carry its channels."""
     yield axis.name
-    yield from _names_of_sites(axis, reads=False)
-
-
-def all_names(axis: ChannelAxis) -> Iterator[str]:
-    """The same and those that only read them."""
-    yield axis.name
-    yield from _names_of_sites(axis, reads=True)
-
-
-def _names_of_sites(axis: ChannelAxis, *, reads: bool) -> Iterator[str]:
     for site in axis.sites:
-        if site.role is Role.INPUT and not reads:
-            continue
-        yield from _enclosing(site.tensor)
+        if site.role is not Role.INPUT:
+            yield from _enclosing(site.tensor)
+
+
+def _seen_in(graph: ChannelGraph) -> Names:
+    """Names of an axis, and names of everything that makes, carries or reads its channels.
+
+    Modules that saw them run count as well: one that shares another's weight is no site of its own.
+    """
+    modules: dict[str, list[str]] = {}
+    for module, axes in graph.touching.items():
+        for name in axes:
+            modules.setdefault(name, []).append(module)
+
+    def names(axis: ChannelAxis) -> Iterator[str]:
+        yield axis.name
+        for name in (*(site.tensor for site in axis.sites), *modules.get(axis.name, ())):
+            yield from _enclosing(name)
+
+    return names
 
 
 def _enclosing(name: str) -> Iterator[str]:

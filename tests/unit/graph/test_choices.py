@@ -155,6 +155,26 @@ def test_whole_may_name_a_layer_that_only_reads(graph: ChannelGraph):
         Choices(whole=("mix",)).apply(reads)
 
 
+def test_whole_knows_a_layer_that_shares_the_weight_of_another():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.first = nn.Conv2d(8, 8, 1, bias=False)
+            self.second = nn.Conv2d(8, 8, 1, bias=False)
+            self.second.weight = self.first.weight
+            self.mid, self.head = nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.mid(self.second(self.first(self.stem(x)).relu()).mean((2, 3))))
+
+    tied = trace(Tied(), torch.zeros(1, 3, 4, 4))
+    assert names(tied) == ["stem", "mid"]
+    assert names(Choices(whole=("second",)).apply(tied)) == ["mid"]
+    with pytest.raises(ChoiceError, match="'second' matches none"):
+        Choices(exclude=("second",)).apply(tied)
+
+
 def test_choices_that_leave_nothing_are_refused_with_the_reasons(graph: ChannelGraph):
     with pytest.raises(
         ChoiceError, match=r"keeps all 4 axes whole\. What it includes is frozen: head \(reaches.*output\)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 
 from secateur.cost import CostModel
 from secateur.errors import ExportError
@@ -164,6 +165,22 @@ def test_names_cannot_leave_their_quotes_in_dot(hostile: ChannelGraph):
         if not line.startswith("  //"):
             outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", line)
             assert re.fullmatch(r"[\w =,;\[\]>-]*", outside), outside
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_net_of_the_zoo_can_be_drawn(name: str):
+    animal = ZOO[name]()
+    graph = trace(animal.model, animal.example)
+    layers, cost = places(graph), CostModel(graph).original
+    assert (sum(p.macs for p in layers), sum(p.params for p in layers)) == (cost.macs, cost.params)
+    hints = [node.text for node in ET.fromstring(svg(graph, name)).iter(f"{_SVG}title")]
+    for axis in graph.prunable:
+        assert sum(hint.startswith(f"{axis.name}: {axis.size} channels") for hint in hints) == 1
+    assert sum(hint.startswith("Block ") for hint in hints) == len(graph.blocks)
+    text = dot(graph, name)
+    assert text.count("{") == text.count("}") == 1
+    for axis in graph.prunable:
+        assert axis.name in text
 
 
 def test_files_are_written_whole(tmp_path: Path, graph: ChannelGraph, monkeypatch: pytest.MonkeyPatch):

@@ -127,7 +127,7 @@ KeepWhole = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATTERN",
-        help="Change no weight of the layers that match: not even the channels they read; repeatable.",
+        help="Take no weight from the layers that match, not even for channels they read; repeatable.",
         rich_help_panel=_CUT,
     ),
 ]

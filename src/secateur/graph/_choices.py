@@ -32,7 +32,7 @@ class Choices:
     Attributes:
         include: If there are any, only what they mean may be cut.
         exclude: What they mean stays whole. Stronger than ``include``.
-        whole: Layers none of whose weights change: the channels they make or carry stay, and those they read too.
+        whole: Layers that lose no weight: the channels they make or carry stay, and those they read too.
     """
 
     include: tuple[str, ...] = ()

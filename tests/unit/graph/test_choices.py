@@ -60,7 +60,7 @@ def test_the_net_has_the_axes_that_these_tests_speak_of(graph: ChannelGraph):
         # `down` reads the stem's channels, but they are not its own.
         (Choices(include=("down",)), ["down"]),
         (Choices(exclude=("down",)), ["stem", "layer1.conv1", "layer2.conv1"]),
-        # ... unless no weight of it may change.
+        # ... unless it shall lose no weight.
         (Choices(whole=("down",)), ["layer1.conv1", "layer2.conv1"]),
         (Choices(include=("*.conv1",)), ["layer1.conv1", "layer2.conv1"]),
         (Choices(include=("layer?",), exclude=("layer2.conv2",)), ["stem", "layer1.conv1", "layer2.conv1"]),

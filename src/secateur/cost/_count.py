@@ -20,7 +20,7 @@ def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = example if isinstance(example, tuple) else (example,)
-    running = shadow_of(model)
+    running = _without_gradients(shadow_of(model))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -31,6 +31,19 @@ def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops() // 2
+
+
+def _without_gradients(shadow: nn.Module) -> nn.Module:
+    """The shadow with parameters that share their numbers with the model's but require no gradient.
+
+    The counter looks for the gradient function of every tensor that requires one, and fails where there is none.
+    """
+    frozen: dict[int, nn.Parameter] = {}
+    for module in shadow.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            plain = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+            setattr(module, name, plain)
+    return shadow
 
 
 def counted_params(model: nn.Module) -> int:

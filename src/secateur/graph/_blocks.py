@@ -243,9 +243,14 @@ class _Finder:
             return all(source in zero for source in sources)
         return name in _ZERO_OF_ZERO and sources[:1] != () and sources[0] in zero
 
+    def _gives_one_tensor(self, call: ModuleCall) -> bool:
+        """Whether nothing but its first tensor matters of what a module returns."""
+        others = (user for value in call.others if value != CONSTANT for user in self.users[value])
+        return call.items != 0 and all(user < call.end for user in others)
+
     def _shapes_fit(self, loose: Iterable[int], calls: Iterable[ModuleCall]) -> bool:
         """Whether what runs between the stand-ins takes the shapes that these pass on."""
-        if any(call.items == 0 for call in calls):
+        if not all(map(self._gives_one_tensor, calls)):
             return False
         if all(call.taken_shape == call.given_shape for call in calls):
             return True
@@ -304,15 +309,14 @@ class _Tensors:
 
 
 def _users(flow: Flow) -> list[list[int]]:
-    """For every step, the steps that read its result, ascending; the end stands for the model's output."""
+    """For every step, the steps that need its result, the end for the caller. What serves nobody needs nothing."""
     users: list[list[int]] = [[] for _ in flow.names]
-    for step, sources in enumerate(flow.sources):
-        for source in sources:
-            if source != CONSTANT and (not users[source] or users[source][-1] != step):
-                users[source].append(step)
     for value in flow.given:
-        if value != CONSTANT:
-            users[value].append(len(flow.names))
+        users[value].append(len(flow.names))
+    for step in range(len(flow.names) - 1, -1, -1):
+        if users[step]:
+            for source in set(flow.sources[step]) - {CONSTANT}:
+                users[source].append(step)
     return users
 
 

@@ -47,7 +47,8 @@ class ModuleCall:
         end: The step after the last one that ran in it.
         given: The value of its first output tensor.
         given_shape: Its shape.
-        items: Length of the tuple it returns; None if it returns a tensor, 0 if something else.
+        items: Length of the tuple it returns; None if it returns a tensor, 0 if something else than tensors and None.
+        others: The values of the other tensors of that tuple.
     """
 
     module: str
@@ -58,6 +59,7 @@ class ModuleCall:
     given: int = CONSTANT
     given_shape: tuple[int, ...] = ()
     items: int | None = 0
+    others: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -72,7 +74,7 @@ class Flow:
         call: The innermost module call each step ran in; -1 for none.
         additions: The sums of two tensors, by step.
         calls: Module calls in order of their begin.
-        given: The values that the model returns.
+        given: The values that leave the record: the model returns them, or python reads their numbers.
     """
 
     names: list[str] = field(default_factory=list[str])
@@ -123,6 +125,8 @@ class Flow:
                 self.additions[number] = Addition(added, sources[0], sources[1])
         fed = any(source >= 0 and self.fed[source] for source in sources)
         self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
+        if not outputs:
+            self.given.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
         if func._schema.is_mutable:
@@ -151,12 +155,15 @@ class Flow:
         """The innermost running module has returned."""
         call = self.calls[self._open.pop()]
         call.end = len(self.names)
-        call.items = None if isinstance(out, torch.Tensor) else len(out) if type(out) in (tuple, list) else 0
-        tensor = out if isinstance(out, torch.Tensor) else out[0] if call.items else None
-        if isinstance(tensor, torch.Tensor):
+        first, *rest = out if type(out) is tuple and out else (out,)
+        if isinstance(first, torch.Tensor):
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                call.given, call.given_shape = self.value_of(tensor), tensor.shape
+                call.given, call.given_shape = self.value_of(first), first.shape
+                call.others = tuple(self.value_of(item) for item in rest if isinstance(item, torch.Tensor))
+            if all(item is None or isinstance(item, torch.Tensor) for item in rest):
+                call.items = len(out) if type(out) is tuple else None
 
     def finish(self, out: Any) -> None:
         """The model has returned."""
-        self.given = {self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        self.given.update(self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        self.given.discard(CONSTANT)

@@ -188,3 +188,20 @@ def test_counts_are_shown_with_three_digits(value, text):
 def test_hand_graph_nets_run():
     assert Concat()(torch.zeros(2, 3, 6, 6)).shape == (2, 4)
     assert Flat()(torch.zeros(2, 1, 4, 4)).shape == (2, 7)
+
+
+def test_a_parameter_that_is_handed_to_a_module_is_no_obstacle():
+    """As class tokens are: the counter of torch looks for the gradient function of what a module is given."""
+
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.fc = nn.Parameter(torch.ones(1, 1, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.token.expand(len(x), -1, -1)) + self.fc(x)
+
+    model = Given()
+    assert counted_macs(model, torch.ones(2, 5, 4)) == 12 + 60
+    assert model.token.requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -217,6 +217,45 @@ class Conditioned(Parts):
         return y + self.down(self.up(y * context))
 
 
+class Pair(nn.Module):
+    """Returns its input's shape beside a tensor."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(6, 6, 1), second
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y, self.second(y)
+
+
+class Paired(nn.Module):
+    """What a module returns beside the tensor that is added may be needed, and a stand-in cannot give it."""
+
+    def __init__(self, second, *, needed):
+        super().__init__()
+        self.pair, self.needed = Pair(second), needed
+
+    def forward(self, x):
+        y, other = self.pair(x)
+        return torch.relu(x + y) + (other if self.needed else 0)
+
+
+@pytest.mark.parametrize(
+    ("middle", "blocks"),
+    [
+        (Paired(lambda y: None, needed=False), ["middle"]),
+        (Paired(torch.tanh, needed=False), ["middle"]),
+        (Paired(torch.tanh, needed=True), []),
+        (Paired(lambda y: 3, needed=True), []),
+    ],
+)
+def test_modules_that_return_more_than_a_tensor(middle, blocks):
+    found = traced(Around(middle), 8).blocks
+    assert [block.name for block in found] == blocks
+    assert all(block.replacements == (Replacement("middle.pair", SILENT, items=2),) for block in found)
+
+
 @pytest.mark.parametrize(
     ("middle", "replacements"),
     [
@@ -289,3 +328,12 @@ def test_a_block_that_must_stay_says_so():
     assert kept.blocks_by_name["1"].kept_because == "because"
     assert [block.name for block in kept.removable] == ["3"]
     assert [block.name for block in graph.removable] == ["1", "3"]
+
+
+def test_a_branch_whose_numbers_python_reads_stays():
+    class Watched(Parts):
+        def forward(self, x):
+            y = self.down(torch.relu(self.up(x)))
+            return x + y if float(y.sum()) < 1e9 else x
+
+    assert traced(Around(Watched()), 8).blocks == ()

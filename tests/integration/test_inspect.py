@@ -154,8 +154,28 @@ def test_budget_out_of_reach_names_the_choices(small: Small, run: Run, tmp_path:
     assert found.exit_code == 2
     said = _words(found.stderr)
     assert "Reachable: macs" in said
-    assert said.endswith("Or loosen what you chose: include layer1.")
+    assert "Or loosen what you chose: include layer1." in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_are_removed_where_channels_alone_do_not_suffice(small: Small, run: Run, tmp_path: Path):
+    out = tmp_path / "shallow"
+    words = (*compress_words(small.weights, out, "macs=5%"), "--epochs", 0, "--export", "")
+    refused = run(*words)
+    assert refused.exit_code == 2
+    assert "Or let residual blocks go too (--remove-blocks" in _words(refused.stderr)
+    kept = run(*words, "--remove-blocks", 1, "--keep-whole", "layer1.0.conv2")
+    assert kept.exit_code == 2
+    assert "Or loosen what you chose: keep whole layer1.0.conv2." in _words(kept.stderr)
+    found = run(*words, "--remove-blocks", 1)
+    assert found.exit_code == 0, found.output
+    assert "1 of 1 residual blocks were removed whole" in (out / "report.html").read_text()
+    manifest = json.loads((out / "secateur.json").read_text())
+    assert manifest["architecture"]["removed_blocks"] == ["layer1.0"]
+    assert manifest["cost"]["after"]["macs"] <= 0.05 * manifest["cost"]["before"]["macs"]
+    assert run("verify", out).exit_code == 0
+    tree = run("inspect", "--model", out, "--tree")
+    assert "layer1" not in tree.stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are closed in this way on POSIX systems only")

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Cost
@@ -14,7 +14,7 @@ from secateur.graph import shadow_of
 from secateur.importance import Importance
 from secateur.search._knapsack import Knapsack
 from secateur.search._problem import FloatArray, Problem, Proposal, Strategy
-from secateur.surgery import OutputDistance, apply_architecture, cut, replace_
+from secateur.surgery import Healer, OutputDistance, apply_architecture, cut, replace_
 
 _TRIED = 9
 """Numbers of blocks tried at first, evenly spaced; then those beside the best."""
@@ -42,7 +42,7 @@ class _Candidate:
     """An architecture with some blocks removed.
 
     Attributes:
-        distance: Of its outputs from the original's, before any repair.
+        distance: Of its outputs from the original's.
         architecture: Within the budget.
         notes: Of the inner strategy.
     """
@@ -62,9 +62,9 @@ class Shallower(Strategy):
 
     with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
     k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
-    ``most`` of all blocks, the one whose cut model has the least d is taken; of equal ones the smaller k. So the
-    result is never further from the original than the inner strategy's own, where that is within the budget. With more
-    than nine numbers to try, nine evenly spaced ones are tried, then those between the best one and its neighbours.
+    ``most`` of all blocks, the one whose cut model has the least d is taken; of equal ones the smaller k. So on these
+    images the result is never further from the original than the inner strategy's own, if that is within the budget.
+    With more than nine numbers to try, nine evenly spaced ones are, then those between the best and its neighbours.
 
     A model without blocks gives what the inner strategy gives.
 
@@ -72,6 +72,8 @@ class Shallower(Strategy):
         strategy: Finds the widths.
         most: Largest fraction of the blocks that may be removed, 0 to 1.
         images: Most calibration images to look at, a whole number.
+        heal: Repairs to make before the distance of a candidate is measured. None is quickest; with those that will be
+            made after the cut, the number of blocks is chosen by what they leave.
 
     References:
         Removing whole blocks by the effect on the output: Veit et al., arXiv:1605.06431, Section 4.1; ranking them by
@@ -81,6 +83,7 @@ class Shallower(Strategy):
     strategy: Strategy = field(default_factory=Knapsack)
     most: float = 0.5
     images: int = 256
+    heal: tuple[Healer, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.most <= 1:
@@ -96,7 +99,7 @@ class Shallower(Strategy):
         """
         if self._most(problem) == 0:
             return self.strategy.find(problem)
-        trials = _Trials(self.strategy, problem, self._images(problem))
+        trials = _Trials(self.strategy, self.heal, problem, self._images(problem))
         problem.progress(0.0, "blocks")
         disturbance = trials.disturbances()
         spared = _spared(problem)
@@ -148,8 +151,8 @@ class _Trials:
         tried: Numbers of blocks that were tried.
     """
 
-    def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
-        self._strategy = strategy
+    def __init__(self, strategy: Strategy, heal: Sequence[Healer], problem: Problem, images: Sequence[Tensor]):
+        self._strategy, self._heal, self._images = strategy, heal, images
         self._problem = _SameScores(*(getattr(problem, part.name) for part in fields(Problem)))
         self._model, self._graph = problem.evidence.model, problem.evidence.graph
         self._distance = OutputDistance(self._model, images)
@@ -185,8 +188,12 @@ class _Trials:
         gone = {name for block in blocks for name in self._graph.blocks_by_name[block].tensors}
         idle = {a.name: range(a.size) for a in self._graph.prunable if all(s.tensor in gone for s in a.sites)}
         architecture = Architecture.of({**proposal.architecture.by_name, **idle}, blocks)
-        small = apply_architecture(self._model, self._graph, architecture)
-        self.found[len(blocks)] = _Candidate(self._distance.of(small), architecture, proposal.notes)
+        self.found[len(blocks)] = _Candidate(self._distance.of(self._made(architecture)), architecture, proposal.notes)
+
+    def _made(self, architecture: Architecture) -> nn.Module:
+        if not self._heal:
+            return apply_architecture(self._model, self._graph, architecture)
+        return cut(self._model, self._graph, architecture, calibration=self._images, heal=self._heal).model
 
 
 def _spared(problem: Problem) -> dict[str, float]:

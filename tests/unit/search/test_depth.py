@@ -14,7 +14,7 @@ from secateur.graph import ChannelGraph, Replacement, StandIn, trace
 from secateur.importance import L2, Importance
 from secateur.search import Knapsack, SearchSpace, Shallower, Uniform, search
 from secateur.search._depth import _between, _spread
-from secateur.surgery import apply_architecture, mask_removed, output_distance
+from secateur.surgery import Refit, apply_architecture, cut, mask_removed, output_distance
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
@@ -174,6 +174,19 @@ def test_only_so_many_images_are_looked_at():
         model, graph, Shallower(Uniform()), budget="macs=60%", batches=((batches[0][0][:5], batches[0][1][:5]),)
     )
     assert few.notes == same.notes
+
+
+def test_repairs_may_decide_how_many_blocks_go():
+    model, graph, batches = zoo("residual", images=64)
+    images = [x for x, _ in batches]
+    repairs = (Refit(),)
+    found = search(model, graph, Shallower(Uniform(), most=1.0, heal=repairs), budget="macs=60%", batches=batches)
+    raw = search(model, graph, Shallower(Uniform(), most=1.0), budget="macs=60%", batches=batches)
+    assert "heal=(Refit(" in found.strategy
+    healed = cut(model, graph, found.architecture, calibration=images, heal=repairs).model
+    distances = found.notes["distance"]
+    assert min(distances.values()) == pytest.approx(output_distance(model, healed, images))
+    assert all(distances[number] < raw.notes["distance"][number] for number in distances)
 
 
 def test_images_are_needed():

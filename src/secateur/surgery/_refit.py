@@ -52,9 +52,7 @@ class Refit:
             return
         targets = _targets(shadow_of(wound.original), samplers, wound.images, kept)
         samplers = [sampler for sampler in samplers if sampler.module in targets]
-        size = -(-len(samplers) // self.max_passes)
-        for start in range(0, len(samplers), size):
-            group = samplers[start : start + size]
+        for group in _groups(samplers, self.max_passes):
             for module, rows in _inputs(small, group, wound.images).items():
                 self._solve_(small.get_submodule(module), rows, targets[module])
 
@@ -90,6 +88,13 @@ class Refit:
                 bias.copy_(solved[:, -1])
                 solved = solved[:, :-1]
             weight.copy_(solved.reshape(weight.shape))
+
+
+def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
+    """Neighbours that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
+    first, last = samplers[:-1], samplers[-1:]
+    size = max(1, -(-len(first) // max(most - 1, 1)))
+    return [*(first[start : start + size] for start in range(0, len(first), size)), last]
 
 
 def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:

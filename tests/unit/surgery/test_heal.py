@@ -11,7 +11,9 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import RecalibrateBatchNorm, Refit, Wound, apply_architecture, cut
+from secateur.surgery import RecalibrateBatchNorm, Refit, Wound, apply_architecture, cut, output_distance
+from secateur.surgery._patches import Sampler
+from secateur.surgery._refit import _groups, layers_that_lost_inputs
 
 HEALERS = [Refit(), RecalibrateBatchNorm()]
 each_healer = pytest.mark.parametrize("healer", HEALERS, ids=lambda h: type(h).__name__)
@@ -237,3 +239,25 @@ def test_healing_needs_images():
     graph = trace(model, example)
     with pytest.raises(SurgeryError, match=r"`heal` needs `calibration` images; got none\. Pass some training images"):
         cut(model, graph, Architecture.of({"0.0": [0]}), heal=[Refit()])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 31, 32, 33, 64, 65])
+def test_the_last_layer_sees_all_the_others_repaired(layers):
+    """It gives the outputs: repaired for what arrives before its neighbour is, it would undo the neighbour's repair."""
+    samplers = [Sampler(str(number), None) for number in range(layers)]
+    groups = _groups(samplers, 32)
+    assert [sampler for group in groups for sampler in group] == samplers
+    assert [sampler.module for sampler in groups[-1]] == [str(layers - 1)]
+    assert len(groups) <= 32
+
+
+def test_layers_behind_a_removed_block_are_repaired():
+    """Preactivation: the second block reads the trunk to which the first no longer adds; so does the classifier."""
+    model, example = ZOO["preact_residual"]()
+    graph = trace(model, example)
+    wound = Wound(model, graph, Architecture.of({}, ["1"]), images())
+    small = apply_architecture(model, graph, wound.architecture).eval()
+    assert layers_that_lost_inputs(small, wound, {}) == ["2.conv1", "5.fc"]
+    before = output_distance(model, small, wound.images)
+    Refit().heal_(small, wound)
+    assert output_distance(model, small, wound.images) < 0.5 * before

@@ -1,6 +1,6 @@
 """The public verb: a trained network and a budget go in, a smaller verified one comes out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from secateur.cost import Budget
 from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import Choices, HeadUnit, StandIn
+from secateur.graph.rules import Rule
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
-from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, HEAL, SPACE, STRATEGY, Delivery, Format, Plan
+from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, HEAL, NO_RULES, SPACE, STRATEGY, Delivery, Format, Plan
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._work import Leftover, Workplace
 from secateur.report import MeasuredAccuracy, Step
@@ -39,6 +40,7 @@ def compress(
     strategy: Strategy = STRATEGY,
     choices: Choices = EVERYTHING,
     heads: HeadUnit = HeadUnit.DIMENSION,
+    rules: Mapping[str, Rule] = NO_RULES,
     space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
@@ -68,6 +70,7 @@ def compress(
         strategy: How the architecture is found.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
+        rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
         objective: What the recovery minimises.
@@ -103,6 +106,7 @@ def compress(
         strategy=strategy,
         choices=choices,
         heads=heads,
+        rules=rules,
         space=space,
         schedule=replace(schedule, seed=seed),
         objective=objective,

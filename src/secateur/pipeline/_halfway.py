@@ -30,7 +30,7 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
         work: Where to keep the result for a resume.
     """
     began = time.perf_counter()
-    graph = plan.choices.apply(trace(original, batches[0][0][:2], heads=plan.heads))
+    graph = plan.choices.apply(trace(original, batches[0][0][:2], heads=plan.heads, rules=plan.rules))
     plan.tell(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
         f"{len(graph.prunable)} prunable{f' ({plan.chosen})' if plan.chosen else ''}."

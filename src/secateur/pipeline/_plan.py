@@ -1,10 +1,11 @@
 """Everything one run of `compress` is asked to do, as frozen data."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from secateur.cost import Budget
 from secateur.data import ImageData
 from secateur.distill import Objective
 from secateur.graph import Choices, HeadUnit
+from secateur.graph.rules import Rule
 from secateur.models import ModelSource
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
@@ -38,6 +40,9 @@ ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
 """Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
+
+NO_RULES: Mapping[str, Rule] = MappingProxyType({})
+"""Only the built-in ones."""
 
 EVERYTHING = Choices()
 """Whatever can be cut may be cut."""
@@ -84,6 +89,7 @@ class Plan:
     strategy: Strategy
     choices: Choices
     heads: HeadUnit
+    rules: Mapping[str, Rule]
     space: SearchSpace
     schedule: Schedule
     objective: Objective
@@ -117,6 +123,7 @@ class Plan:
             "strategy": describe(self.strategy),
             "choices": repr(self.choices),
             "heads": self.heads.value,
+            "rules": ", ".join(sorted(self.rules)) or "none",
             "space": repr(self.space),
             "heal": ", ".join(describe(healer) for healer in self.heal),
             "calibration": str(self.calibration),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
 from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit, trace
-from secateur.pipeline._plan import EVERYTHING, SPACE
+from secateur.graph.rules import Rule
+from secateur.pipeline._plan import EVERYTHING, NO_RULES, SPACE
 from secateur.report import places
 from secateur.search import SearchSpace
 from secateur.surgery import parameter_share
@@ -79,6 +81,7 @@ def survey(
     *,
     choices: Choices = EVERYTHING,
     heads: HeadUnit = HeadUnit.DIMENSION,
+    rules: Mapping[str, Rule] = NO_RULES,
     space: SearchSpace = SPACE,
 ) -> Survey:
     """Trace a model and find the range of costs that a budget can ask for.
@@ -88,13 +91,14 @@ def survey(
         example: One input or a batch of it.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
+        rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
 
     Raises:
         TraceError: If the model cannot run the example.
         ChoiceError: If a pattern matches nothing, or nothing is left to cut.
     """
-    graph = choices.apply(trace(model, example, heads=heads))
+    graph = choices.apply(trace(model, example, heads=heads, rules=rules))
     costs = CostModel(graph)
     least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
     fewer = costs.without(block.name for block in graph.removable)

@@ -12,6 +12,7 @@ from secateur.cost import counted_macs
 from secateur.data import Augment, ImageData, MemorySplit, Normalisation
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
 from secateur.graph import Choices, HeadUnit
+from secateur.graph.rules import unknown
 from secateur.importance import L2
 from secateur.pipeline import Leftover, compress, survey
 from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Shallower, Strategy, Uniform
@@ -350,6 +351,17 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
         compress(_model(), _data(), choices=Choices(exclude=("0",)), space=space, **resumed)
     done = compress(_model(), _data(), choices=Choices(exclude=("0",)), **resumed)
     assert done.model[0].out_channels == 16
+
+
+def test_rules_of_the_users_own_reach_the_tracer():
+    names = {"0": 16, "3": 24}
+    usual = survey(_model(), torch.zeros(1, 3, 8, 8))
+    assert dict(usual.graph.sizes) == names
+    # As if nobody knew what a ReLU does: what goes through it stays whole.
+    blind = {"relu": unknown}
+    assert dict(survey(_model(), torch.zeros(1, 3, 8, 8), rules=blind).graph.sizes) == {}
+    with pytest.raises(BudgetError, match="No axis of this model may be slimmed"):
+        compress(_model(), _data(), budget="macs=50%", rules=blind)
 
 
 def test_model_that_does_not_fit_is_refused_before_the_search():

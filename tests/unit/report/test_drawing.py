@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,12 @@ def test_frozen_axes_are_grey_and_say_why(graph: ChannelGraph):
     (bracket,) = layout(chosen).brackets
     assert bracket.words == "Block block: stays, matched exclude pattern 'block.conv1'"
     assert "stroke-dasharray" in svg(chosen, "net")
+
+
+def test_axes_that_go_in_multiples_say_so(graph: ChannelGraph):
+    axes = tuple(replace(axis, divisor=4) if axis.name == "stem" else axis for axis in graph.axes)
+    lanes = {lane.axis.name: lane for lane in layout(replace(graph, axes=axes)).lanes}
+    assert lanes["stem"].words == f"stem: 8 channels, {len(graph.by_name['stem'].sites)} sites, in multiples of 4"
 
 
 def test_dot_has_a_node_for_each_row_and_an_arrow_for_each_reader(graph: ChannelGraph):

@@ -9,12 +9,48 @@ import torch
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds, Ledger, MixedCall
 
-MIXING_KINDS = frozenset({
-    "native_layer_norm", "_fused_rms_norm", "native_group_norm", "_softmax", "_log_softmax", "_safe_softmax", "cumsum",
-    "cumprod", "mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm",
-    "prod", "logsumexp", "any", "all", "max", "min", "convolution", "native_batch_norm", "_native_batch_norm_legit",
-    "cudnn_batch_norm", "_native_batch_norm_legit_functional", "batch_norm",
-})  # fmt: skip
+# fmt: off
+ATTENTION_KINDS = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+# fmt: on
+MIXING_KINDS = frozenset(
+    {
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "native_group_norm",
+        "_softmax",
+        "_log_softmax",
+        "_safe_softmax",
+        "cumsum",
+        "cumprod",
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "var",
+        "var_mean",
+        "std",
+        "std_mean",
+        "linalg_vector_norm",
+        "norm",
+        "prod",
+        "logsumexp",
+        "any",
+        "all",
+        "max",
+        "min",
+        "convolution",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "_native_batch_norm_legit_functional",
+        "batch_norm",
+        *ATTENTION_KINDS,
+    }
+)  # fmt: skip
 """ATen names of the calls that are numbered, whether they meet channels or not."""
 
 

@@ -70,7 +70,7 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     transposed, groups = call.args[6], call.args[8]
     out = call.outputs[0]
     along = {dim: ids for dim, ids in call.ids(source).items() if dim != 1}
-    if any(dim and out.size(dim) != source.size(dim) for dim in along):
+    if any(dim and (groups > 1 or out.size(dim) != source.size(dim)) for dim in along):
         call.ledger.freeze_all([along], f"{call.where} slides over channels")
         along = {}
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
@@ -237,10 +237,11 @@ def attention(call: Call) -> Sequence[ChannelIds]:
     rank = query.dim()
     ids = [call.ids(t) for t in (query, key, value)]
     _connect_heads(call, [found.get(rank - 1) for found in ids[:2]])
-    for found in ids[1:]:
-        if rank - 2 in found:
-            call.ledger.freeze(found[rank - 2], f"{call.where} normalises over tokens")
-    call.ledger.note_attention(call.module, (found[rank - 1] for found in ids if rank - 1 in found))
+    tokens = [found.get(rank - 2) for found in ids[1:]]
+    _connect_heads(call, tokens)
+    call.ledger.note_attention(
+        call.module, (found[dim] for found in ids for dim in (rank - 2, rank - 1) if dim in found)
+    )
     tensors = [query, key, value, *([] if bias is None else [bias])]
     result: ChannelIds = {}
     for dim in range(rank - 2):
@@ -253,9 +254,10 @@ def attention(call: Call) -> Sequence[ChannelIds]:
         found.get(rank - 1, int(t.size(-1))) for found, t in ((ids[0], query), (ids[2], value))
     ]
     for inner in inners:
-        dims = (*outer, inner, int(key.size(-2)))
+        dims = (*outer, inner, key.size(-2) if tokens[0] is None else tokens[0])
         call.ledger.operations.append(CountedOperation(call.module, call.name, 1.0, dims))
-    return [result, *({} for _ in call.outputs[1:])]
+    results = [result, *({} for _ in call.outputs[1:])]
+    return call.mix(results) if any(found is not None for found in tokens) else results
 
 
 def _aligned(call: Call, tensor: torch.Tensor, dim: int) -> tuple[IntArray | None, int]:

@@ -10,7 +10,7 @@ import torch
 
 from secateur.graph import _layers as layers
 from secateur.graph import _movement as moves
-from secateur.graph._call import Call, Rule, merge, unknown
+from secateur.graph._call import ATTENTION_KINDS, Call, Rule, merge, unknown
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import ChannelIds
 
@@ -72,10 +72,12 @@ def overwrite(call: Call) -> Sequence[ChannelIds]:
 def per_channel(call: Call) -> Sequence[ChannelIds]:
     """Pooling, resizing, dropout: each channel on its own, channel dimensions unchanged."""
     source, out = call.inputs[0], call.outputs[0]
-    ids = call.ids(source)
-    if out.dim() == source.dim() and all(out.size(d) == source.size(d) for d in ids) and max(ids, default=0) <= 1:
-        return [ids for _ in call.outputs]
-    return unknown(call)
+    if out.dim() != source.dim():
+        return unknown(call)
+    own = {dim: ids for dim, ids in call.ids(source).items() if dim <= 1 and out.size(dim) == source.size(dim)}
+    others = {dim: ids for dim, ids in call.ids(source).items() if dim not in own}
+    call.ledger.freeze_all([others], f"{call.where} slides over channels")
+    return [own for _ in call.outputs]
 
 
 def reduction(call: Call) -> Sequence[ChannelIds]:
@@ -106,11 +108,6 @@ def normalised(call: Call) -> Sequence[ChannelIds]:
 
 
 # fmt: off
-_ATTENTION = [
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-]
 _MOVEMENT = [
     "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
     "expand", "slice", "split", "split_with_sizes", "chunk", "clone", "contiguous", "alias", "detach", "_to_copy",
@@ -152,7 +149,7 @@ _ELEMENTWISE = [
     "dropout", "log_sigmoid", "hardshrink", "softshrink", "rrelu_with_noise",
 ]
 # fmt: on
-_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *_ATTENTION})
+_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *ATTENTION_KINDS})
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, moves.movement),
@@ -164,7 +161,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_FRESH, moves.fresh),
     **dict.fromkeys(_FILLED, moves.filled),
     **dict.fromkeys(_ELEMENTWISE, pointwise),
-    **dict.fromkeys(_ATTENTION, layers.attention),
+    **dict.fromkeys(ATTENTION_KINDS, layers.attention),
     **dict.fromkeys(("roll", "unfold", "diagonal"), moves.elsewhere),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), moves.shuffled),
     "as_strided": moves.restrided,

@@ -202,6 +202,32 @@ def evaluate(
             return _combine(operator, first, second)
 
 
+def invert(expression: Expression, wanted: Extent) -> tuple[Attribute, Extent] | None:
+    """The attribute that an expression holds once, and the value that makes the whole expression ``wanted``.
+
+    For an attribute plus, minus, times or over written numbers; None for any other expression, or where no whole number
+    will do.
+    """
+    match expression:
+        case Attribute():
+            return expression, wanted
+        case Arithmetic("*", inner, Literal(value)) | Arithmetic("*", Literal(value), inner) if value > 0:
+            exact = not wanted.base % value and all(not k % value for _, k in wanted.terms)
+            return invert(inner, _quotient_of(wanted, value)) if exact else None
+        case Arithmetic("+", inner, Literal(value)) | Arithmetic("+", Literal(value), inner):
+            return invert(inner, Extent(wanted.base - value, wanted.terms))
+        case Arithmetic("-", inner, Literal(value)):
+            return invert(inner, Extent(wanted.base + value, wanted.terms))
+        case Arithmetic("//", inner, Literal(value)):
+            return invert(inner, combine_extents(((value, wanted),)))
+        case _:
+            return None
+
+
+def _quotient_of(extent: Extent, by: int) -> Extent:
+    return Extent(extent.base // by, tuple((name, k // by) for name, k in extent.terms))
+
+
 def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
     if operator in "+-":
         sign = 1 if operator == "+" else -1
@@ -227,7 +253,7 @@ def _quotient(extent: Extent, by: int) -> Extent | None:
         return Extent(extent.base // by)
     if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
         return None
-    return Extent(extent.base // by, tuple((name, k // by) for name, k in extent.terms))
+    return _quotient_of(extent, by)
 
 
 def _ratio(left: Extent, right: Extent) -> Extent | None:

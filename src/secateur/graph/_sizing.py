@@ -24,7 +24,10 @@ def bind_sizes(  # noqa: PLR0917
     """Bind the python ints of one call, if it is one that takes sizes."""
     rule = SIZE_RULES.get(name)
     if rule is not None:
+        scales = len(ledger.scaled)
         rule(ledger, f"`{name}` in {where or 'the model itself'}", args, kwargs, out)
+        if len(ledger.scaled) > scales:
+            ledger.scaling.add(where)
 
 
 def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

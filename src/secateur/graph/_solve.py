@@ -1,7 +1,7 @@
 """From the ledger of one run to the channel graph: components, axes, extents, and what must be frozen."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from secateur.graph._channels import (
     SizeEdit,
 )
 from secateur.graph._components import components
-from secateur.graph._ledger import Binding, CountedOperation, Ledger, MixedCall, ModuleOutput, Stored
-from secateur.graph._sizes import Attribute, Expression, describe, evaluate, shape_leaves
+from secateur.graph._ledger import CountedOperation, Ledger, MixedCall, ModuleOutput, Stored
+from secateur.graph._settle import mend, settle_sizes
+from secateur.graph._sizes import Attribute, shape_leaves
+from secateur.graph._solution import Solution
 
 NOT_CONSUMED = "no layer of this model consumes these channels"
 SINGLE = "it has a single channel (or every channel is tied to every other)"
@@ -39,57 +41,12 @@ class _Places:
     tensors: list[tuple[Stored, int]]
 
 
-@dataclass(eq=False)
-class _Solution:
-    """Axes under construction; freezing an axis only fills `reason`."""
-
-    axes: list[ChannelAxis]
-    axis_of: IntArray
-    channel_of: IntArray
-    root: IntArray
-    reasons: dict[int, str] = field(default_factory=dict)
-
-    def measure(self, ids: IntArray) -> Extent | None:
-        """Extent of a vector of ids; None if it holds only a part of an axis that may be pruned."""
-        roots = self.root[ids]
-        owner = self.axis_of[roots]
-        base, terms = 0, list[tuple[str, int]]()
-        for number in np.unique(owner):
-            here = owner == number
-            total = int(here.sum())
-            if number < 0 or int(number) in self.reasons:
-                base += total
-                continue
-            axis = self.axes[number]
-            times = np.bincount(self.channel_of[roots[here]], minlength=axis.size)
-            if times.min() != times.max():
-                return None
-            terms.append((axis.name, int(times[0])))
-        return Extent(base, tuple(sorted(terms)))
-
-    def freeze(self, vectors: Iterable[IntArray], reason: str) -> bool:
-        """Freeze every axis these ids belong to; True if that is news."""
-        numbers = {int(n) for ids in vectors for n in np.unique(self.axis_of[self.root[ids]]) if n >= 0}
-        return self._freeze_numbers(numbers, reason)
-
-    def freeze_named(self, names: Iterable[str], reason: str) -> bool:
-        """Freeze axes by name; True if that is news."""
-        wanted = set(names)
-        return self._freeze_numbers({n for n, axis in enumerate(self.axes) if axis.name in wanted}, reason)
-
-    def _freeze_numbers(self, numbers: set[int], reason: str) -> bool:
-        news = numbers - set(self.reasons)
-        self.reasons.update(dict.fromkeys(sorted(news), reason))
-        return bool(news)
-
-
 def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
     """Conclude the channel graph from everything the ledger holds."""
-    root = components(ledger.count, ledger.ties)
-    places = _places(ledger, root)
-    frozen = _frozen_roots(ledger, root)
-    solution = _axes(ledger, places, root, frozen)
-    edited = _settle_sizes(ledger, solution, attributes)
+    solution = _solution(ledger)
+    while mend(ledger, solution, attributes):
+        solution = _solution(ledger)
+    edited = settle_sizes(ledger, solution, attributes)
     axes = tuple(
         ChannelAxis(axis.name, axis.size, axis.sites, axis.divisor, solution.reasons.get(number))
         for number, axis in enumerate(solution.axes)
@@ -115,6 +72,11 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
     )
 
 
+def _solution(ledger: Ledger) -> Solution:
+    root = components(ledger.count, ledger.ties)
+    return _axes(ledger, _places(ledger, root), root, _frozen_roots(ledger, root))
+
+
 def _places(ledger: Ledger, root: IntArray) -> _Places:
     tensors = [(stored, dim) for stored in ledger.stored.values() for dim in stored.ids]
     vectors = [stored.ids[dim] for stored, dim in tensors]
@@ -136,7 +98,7 @@ def _frozen_roots(ledger: Ledger, root: IntArray) -> IntArray:
     return first
 
 
-def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> _Solution:
+def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> Solution:
     """Group components that appear at the same places, equally often, into axes."""
     order = np.lexsort((places.position, places.site, places.root))
     roots, sites, positions = places.root[order], places.site[order], places.position[order]
@@ -148,7 +110,7 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
         key = (int(frozen[heads[number]]), sites[starts[number] : ends[number]].tobytes())
         groups.setdefault(key, []).append(int(number))
     roles = _roles(ledger, places)
-    solution = _Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
+    solution = Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
     taken: dict[str, int] = {}
     for (reason, signature), members in groups.items():
         pattern = np.frombuffer(signature, dtype=np.int64)
@@ -202,87 +164,25 @@ def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
-def _settle_sizes(ledger: Ledger, solution: _Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
-    """Find the new value of every int attribute; freeze channels whose sizes cannot follow. Repeats until stable."""
-    while True:
-        news = _freeze_partial(ledger, solution)
-        edited = dict[Attribute, Extent]()
-        for binding in ledger.bindings:
-            if isinstance(binding.expression, Attribute) and binding.ids is not None:
-                extent = solution.measure(binding.ids)
-                if extent is not None:
-                    edited.setdefault(binding.expression, extent)
-        for binding in ledger.bindings:
-            news |= _freeze_unless_consistent(binding, solution, edited, attributes)
-        if not news:
-            return edited
-
-
-def _freeze_partial(ledger: Ledger, solution: _Solution) -> bool:
-    news = False
-    for operation in ledger.operations:
-        for ids in operation.dims:
-            if not isinstance(ids, int) and solution.measure(ids) is None:
-                news |= solution.freeze([ids], f"`{operation.kind}` in {operation.module} sees only a part of them")
-    return news
-
-
-def _freeze_unless_consistent(
-    binding: Binding,
-    solution: _Solution,
-    edited: Mapping[Attribute, Extent],
-    attributes: Mapping[Attribute, int],
-) -> bool:
-    leaves = shape_leaves(binding.expression)
-    if binding.ids is None and not leaves and not _mentions(binding.expression, edited):
-        return False
-    found = evaluate(binding.expression, attributes=edited, values=attributes, measure=solution.measure)
-    if binding.ids is not None:
-        needed = solution.measure(binding.ids)
-    else:
-        needed = evaluate(binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids)))
-    if needed is not None and found == needed:
-        return False
-    # An attribute that cannot serve this use may still be edited for another one: that other axis must stay as well.
-    names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
-    vectors = [*leaves, *([binding.ids] if binding.ids is not None else [])]
-    if not vectors:
-        return solution.freeze_named(names, f"{binding.where} needs {describe(binding.expression)} as it is")
-    reason = f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow"
-    news = solution.freeze(vectors, reason)
-    return solution.freeze_named(names, reason) or news
-
-
-def _mentions(expression: Expression, edited: Mapping[Attribute, Extent]) -> bool:
-    return any(place in edited and edited[place].terms for place in _attributes_in(expression))
-
-
-def _attributes_in(expression: Expression) -> list[Attribute]:
-    if isinstance(expression, Attribute):
-        return [expression]
-    left, right = getattr(expression, "left", None), getattr(expression, "right", None)
-    return [a for side in (left, right) if side is not None for a in _attributes_in(side)]
-
-
-def _operation(solution: _Solution, operation: CountedOperation, blocks: tuple[str, ...]) -> Operation:
+def _operation(solution: Solution, operation: CountedOperation, blocks: tuple[str, ...]) -> Operation:
     extents = tuple(Extent(d) if isinstance(d, int) else _whole(solution, d) for d in operation.dims)
     return Operation(operation.module, operation.kind, operation.factor, extents, blocks)
 
 
-def _whole(solution: _Solution, ids: IntArray) -> Extent:
+def _whole(solution: Solution, ids: IntArray) -> Extent:
     extent = solution.measure(ids)
     assert extent is not None, "channels covered in part are frozen before"
     return extent
 
 
-def _extents(solution: _Solution, stored: Stored) -> tuple[Extent, ...]:
+def _extents(solution: Solution, stored: Stored) -> tuple[Extent, ...]:
     return tuple(
         _whole(solution, stored.ids[dim]) if dim in stored.ids else Extent(size)
         for dim, size in enumerate(stored.shape)
     )
 
 
-def _activations(ledger: Ledger, solution: _Solution) -> dict[str, Activation]:
+def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
     return {
         name: _activation(solution, output)
         for name, output in ledger.outputs.items()
@@ -290,13 +190,13 @@ def _activations(ledger: Ledger, solution: _Solution) -> dict[str, Activation]:
     }
 
 
-def _activation(solution: _Solution, output: ModuleOutput) -> Activation:
+def _activation(solution: Solution, output: ModuleOutput) -> Activation:
     dim = min(output.ids)
     roots = solution.root[output.ids[dim]]
     return Activation(output.module, output.shape, dim, solution.axis_of[roots], solution.channel_of[roots])
 
 
-def _mixing(solution: _Solution, call: MixedCall) -> Mixing:
+def _mixing(solution: Solution, call: MixedCall) -> Mixing:
     def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[Lane, ...]:
         roots = [(tensor, dim, solution.root[ids]) for tensor, dim, ids in found]
         return tuple(Lane(t, d, solution.axis_of[r], solution.channel_of[r]) for t, d, r in roots)
@@ -318,7 +218,7 @@ def _stages(ledger: Ledger) -> tuple[str, ...]:
     return tuple(sorted((o.module for o in best.values()), key=lambda name: order[name]))
 
 
-def _touching(ledger: Ledger, solution: _Solution) -> dict[str, tuple[str, ...]]:
+def _touching(ledger: Ledger, solution: Solution) -> dict[str, tuple[str, ...]]:
     """For every module, the axes that operations run by it saw."""
     seen: dict[str, set[int]] = {}
     done: set[tuple[str, int]] = set()

@@ -1,5 +1,6 @@
 """`trace`: the public verb of this room."""
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
@@ -59,7 +60,11 @@ def trace(
     by_head = _by_head(ledger, heads)
     if by_head.any():
         ledger, attributes = record(model, single, rules, by_head=by_head)
-    return solve(ledger, attributes, single)
+    graph = solve(ledger, attributes, single)
+    if not ledger.attended or not _is_entangled(graph):
+        return graph
+    ledger, attributes = record(model, single, rules, by_head=_by_head(ledger, HeadUnit.HEAD))
+    return max(graph, solve(ledger, attributes, single), key=_freedom)
 
 
 def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
@@ -69,8 +74,20 @@ def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
     scaled = np.zeros(ledger.count, dtype=bool)
     for ids in ledger.scaled:
         scaled[root[ids]] = True
-    for vectors in ledger.attended.values():
+    for module, vectors in ledger.attended.items():
         roots = root[np.concatenate(vectors)] if vectors else np.zeros(0, np.int64)
-        if heads is HeadUnit.HEAD or scaled[roots].any():
+        if heads is HeadUnit.HEAD or module in ledger.scaling or scaled[roots].any():
             marked[roots] = True
     return marked[root]
+
+
+def _is_entangled(graph: ChannelGraph) -> bool:
+    """Whether some axis has nothing to choose because heads are divided in one way here and in another there."""
+    return any(axis.size == 1 and any(site.index.size > 1 for site in axis.sites) for axis in graph.axes)
+
+
+def _freedom(graph: ChannelGraph) -> int:
+    """Parameters in tensors with at least one prunable dimension."""
+    sizes = graph.sizes
+    free = (extents for extents in graph.tensors.values() if any(extent.terms for extent in extents))
+    return sum(math.prod(extent.at(sizes) for extent in extents) for extents in free)

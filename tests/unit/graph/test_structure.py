@@ -7,7 +7,7 @@ from torch import nn
 from zoo import ZOO
 
 from secateur.cost import CostModel
-from secateur.graph import ChannelGraph, Extent, trace
+from secateur.graph import ChannelGraph, Extent, HeadUnit, trace
 from secateur.surgery import cut
 
 Places = dict[tuple[str, int], list[list[int]]]
@@ -237,10 +237,20 @@ def test_a_buffer_that_holds_no_channels_is_left_alone():
     assert {a.name: a.size for a in graph.prunable} == {"body": 6}
 
 
-def test_attention_that_takes_the_width_of_its_output_from_its_input_stays_whole():
+def test_attention_that_takes_the_width_of_its_output_from_its_input_ties_the_two():
     graph = traced("attention")
-    assert {a.name: a.size for a in graph.prunable} == {"block.mlp.0": 20}
-    assert "takes the size x.shape" in str(graph.by_name["block.attention.qkv"].frozen_because)
+    # Twelve channels of the stream, three heads of four dimensions: one of the latter goes with three of the former.
+    assert {a.name: a.size for a in graph.prunable} == {"patch": 4, "block.mlp.0": 20}
+    shared = places(graph, "patch")
+    assert shared["patch.weight", 0] == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert shared["block.attention.proj.weight", 1] == shared["patch.weight", 0]
+    assert shared["block.attention.qkv.weight", 0][0] == list(range(0, 36, 4))
+
+
+def test_heads_can_be_asked_for():
+    graph = trace(*ZOO["attention"](), heads=HeadUnit.HEAD)
+    assert {a.name: a.size for a in graph.prunable} == {"patch": 3, "block.mlp.0": 20}
+    assert places(graph, "patch")["patch.weight", 0] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_attention_of_default_scale_goes_by_groups_of_whole_heads():

@@ -82,7 +82,7 @@ class Shallower(Strategy):
 
     strategy: Strategy = field(default_factory=Knapsack)
     most: float = 0.5
-    images: int = 256
+    images: int = 128
     heal: tuple[Healer, ...] = ()
 
     def __post_init__(self) -> None:

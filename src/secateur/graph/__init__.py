@@ -14,6 +14,7 @@ from secateur.graph._channels import (
     StandIn,
 )
 from secateur.graph._choices import Choices, check_meant, means
+from secateur.graph._copying import copy_model
 from secateur.graph._mixing import compute_over_kept_
 from secateur.graph._record import shadow_of, undisturbed
 from secateur.graph._trace import HeadUnit, trace
@@ -35,6 +36,7 @@ __all__ = [
     "StandIn",
     "check_meant",
     "compute_over_kept_",
+    "copy_model",
     "means",
     "shadow_of",
     "trace",

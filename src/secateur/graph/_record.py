@@ -1,7 +1,6 @@
 """Run a model once and write down what happens to its channels."""
 
 import contextlib
-import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
 from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name
+from secateur.graph._copying import copy_model
 from secateur.graph._flow import Flow
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
 from secateur.graph._rules import apply_rule
@@ -106,7 +106,7 @@ def shadow_of(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 shared[id(value)] = value
-    return copy.deepcopy(model, shared).eval()
+    return copy_model(model, shared).eval()
 
 
 def number_attributes(shadow: nn.Module) -> dict[Attribute, int]:

@@ -7,6 +7,8 @@ import numpy as np
 
 from secateur.graph._channels import ChannelAxis, Extent, IntArray
 
+_Part = tuple[int, int, int | None]
+
 
 @dataclass(eq=False)
 class Solution:
@@ -17,6 +19,7 @@ class Solution:
     channel_of: IntArray
     root: IntArray
     reasons: dict[int, str] = field(default_factory=dict)
+    _counted: dict[int, tuple[IntArray, list[_Part]]] = field(default_factory=dict[int, tuple[IntArray, list[_Part]]])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -25,21 +28,33 @@ class Solution:
 
     def measure(self, ids: IntArray) -> Extent | None:
         """Extent of a vector of ids; None if it holds only a part of an axis that may be pruned."""
+        base, terms = 0, list[tuple[str, int]]()
+        for number, total, times in self._census(ids):
+            if number < 0 or number in self.reasons:
+                base += total
+            elif times is None:
+                return None
+            else:
+                terms.append((self.axes[number].name, times))
+        return Extent(base, tuple(sorted(terms)))
+
+    def _census(self, ids: IntArray) -> list[_Part]:
+        """For each axis in a vector of ids: its number, its positions, how often each channel (None: unequally)."""
+        known = self._counted.get(id(ids))
+        if known is not None:
+            return known[1]
         roots = self.root[ids]
         owner = self.axis_of[roots]
-        base, terms = 0, list[tuple[str, int]]()
-        for number in np.unique(owner):
-            here = owner == number
-            total = int(here.sum())
-            if number < 0 or int(number) in self.reasons:
-                base += total
-                continue
-            axis = self.axes[number]
-            times = np.bincount(self.channel_of[roots[here]], minlength=axis.size)
-            if times.min() != times.max():
-                return None
-            terms.append((axis.name, int(times[0])))
-        return Extent(base, tuple(sorted(terms)))
+        found: list[_Part] = []
+        for number in np.unique(owner).tolist():
+            here = roots[owner == number]
+            times = None
+            if number >= 0:
+                counts = np.bincount(self.channel_of[here], minlength=self.axes[number].size)
+                times = int(counts[0]) if counts.min() == counts.max() else None
+            found.append((number, len(here), times))
+        self._counted[id(ids)] = ids, found
+        return found
 
     def freeze(self, vectors: Iterable[IntArray], reason: str) -> bool:
         """Freeze every axis these ids belong to; True if that is news."""

@@ -103,19 +103,16 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
     order = np.lexsort((places.position, places.site, places.root))
     roots, sites, positions = places.root[order], places.site[order], places.position[order]
     heads, starts = np.unique(roots, return_index=True)
-    ends = np.append(starts[1:], len(roots))
-    groups: dict[tuple[int, bytes], list[int]] = {}
-    by_appearance = np.lexsort((positions[starts], sites[starts]))
-    for number in by_appearance:
-        key = (int(frozen[heads[number]]), sites[starts[number] : ends[number]].tobytes())
-        groups.setdefault(key, []).append(int(number))
+    groups = _alike(frozen[heads], sites, positions, starts)
     roles = _roles(ledger, places)
     solution = Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
     taken: dict[str, int] = {}
-    for (reason, signature), members in groups.items():
-        pattern = np.frombuffer(signature, dtype=np.int64)
-        first = np.array([starts[m] for m in members])
-        block = positions[first[:, None] + np.arange(len(pattern))]
+    lengths: IntArray = np.diff(np.append(starts, len(roots)))
+    for members in groups:
+        reason, first = int(frozen[heads[members[0]]]), starts[members]
+        where = first[:, None] + np.arange(int(lengths[members[0]]))
+        pattern, block = sites[where[0]], positions[where]
+        assert (sites[where] == pattern).all(), "two kinds of channels have the same fingerprint"
         axis_sites = tuple(_sites(places, roles, pattern, block))
         if not any(site.role is not Role.VECTOR for site in axis_sites):
             continue
@@ -132,6 +129,33 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
         elif len(members) == 1:
             solution.reasons[number] = SINGLE
     return solution
+
+
+def _alike(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntArray) -> list[IntArray]:
+    """Components with the same freeze and the same multiset of sites.
+
+    A component's fingerprint is the sum, modulo 2^64, of a random number for its freeze and one for each of its sites:
+    equal for equal ones, and different for others but for a chance of 2^-63, which the caller checks.
+
+    Args:
+        reasons: (components,) number of the freeze.
+        sites: (places,) number of the site, sorted within each component.
+        positions: (places,) position at the site.
+        starts: (components,) index of the first place of each component.
+
+    Returns:
+        Numbers of the components of each group, both in order of appearance: by first site, then position.
+    """
+    if not len(starts):
+        return []
+    draw = np.random.default_rng(0)
+    secrets = draw.integers(2**63, size=int(sites.max()) + int(reasons.max()) + 2, dtype=np.uint64)
+    prints = np.add.reduceat(secrets[sites], starts) + secrets[len(secrets) - 1 - reasons]
+    order = np.lexsort((positions[starts], sites[starts]))
+    _, first, kind = np.unique(prints[order], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))[kind]
+    grouped = np.argsort(rank, kind="stable")
+    return np.split(order[grouped], np.flatnonzero(np.diff(rank[grouped])) + 1)
 
 
 def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:

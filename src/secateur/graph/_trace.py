@@ -14,7 +14,7 @@ from secateur.graph._components import components
 from secateur.graph._inputs import Example, check_model, positional
 from secateur.graph._ledger import BoolArray, Ledger
 from secateur.graph._record import record
-from secateur.graph._solve import solve
+from secateur.graph._solve import NOT_CONSUMED, solve
 
 
 class HeadUnit(Enum):
@@ -82,8 +82,13 @@ def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
 
 
 def _is_entangled(graph: ChannelGraph) -> bool:
-    """Whether some axis has nothing to choose because heads are divided in one way here and in another there."""
-    return any(axis.size == 1 and any(site.index.size > 1 for site in axis.sites) for axis in graph.axes)
+    """Whether whole heads might leave more to choose than dimensions of heads.
+
+    So where heads are divided in one way here and in another there, which ties all channels together, and where the
+    dimensions of queries and keys meet each other alone, and no layer.
+    """
+    tied = (axis.size == 1 and any(site.index.size > 1 for site in axis.sites) for axis in graph.axes)
+    return any(tied) or any(axis.frozen_because == NOT_CONSUMED for axis in graph.axes)
 
 
 def _freedom(graph: ChannelGraph) -> int:

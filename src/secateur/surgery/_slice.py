@@ -1,6 +1,5 @@
 """Cut a model for real: slice every tensor, set every size. Nothing is learnt or healed here."""
 
-import copy
 import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph, Role, compute_over_kept_, zero_branches_
+from secateur.graph import ChannelGraph, Role, compute_over_kept_, copy_model, zero_branches_
 from secateur.graph._channels import IntArray
 from secateur.surgery._blocks import replace_, replacements_of
 
@@ -172,7 +171,7 @@ def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tenso
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 keep_alive.append(value.detach().clone())
                 memo[id(value)] = keep_alive[-1]
-    return copy.deepcopy(model, memo)
+    return copy_model(model, memo)
 
 
 def _memory_format(tensor: torch.Tensor) -> torch.memory_format:

@@ -1,0 +1,42 @@
+"""Deep copies of models, quicker than `copy.deepcopy` because most of what a module holds is plain or empty."""
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, type(torch.relu)})
+_USUAL = ("__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; what is in ``memo`` is taken from there.
+
+    Args:
+        model: Left as it is.
+        memo: By identity, what stands for an object of the model in the copy, as for `copy.deepcopy`.
+    """
+    known = memo.get(id(model))
+    if known is not None:
+        return known
+    kind = type(model)
+    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _USUAL):
+        return copy.deepcopy(model, memo)  # it has its own idea of a copy
+    twin = kind.__new__(kind)
+    memo[id(model)] = twin
+    held = vars(twin)
+    for name, value in vars(model).items():
+        if type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value)):
+            held[name] = value
+        elif type(value) in {dict, OrderedDict} and not value:
+            held[name] = type(value)()
+        elif name == "_modules":
+            children = value.items()
+            held[name] = type(value)(
+                (key, None if child is None else copy_model(child, memo)) for key, child in children
+            )
+        else:
+            held[name] = copy.deepcopy(value, memo)
+    return twin

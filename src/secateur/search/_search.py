@@ -20,7 +20,7 @@ class Found:
     """What a search found.
 
     Attributes:
-        architecture: Kept channels of every prunable axis.
+        architecture: Kept channels of every prunable axis, and removed blocks.
         cost: Its cost.
         original: Cost of the whole model.
         budget: The bounds it keeps to.
@@ -62,6 +62,7 @@ def search(
 
     The result is never over a limit. It is at most 1 % under the limit that binds, unless the allowed widths are too
     coarse for that: then no single step up, and no step down of one axis against a step up of another, comes closer.
+    Where blocks were removed, all that is left may be whole and the budget emptier.
     A model that is within the budget already is returned whole.
 
     Args:

@@ -75,7 +75,8 @@ def draw(rows: list[dict[str, Any]], slope: float) -> str:
 
     (x0, y0), (x1, y1) = at(0, 0), at(most, min(slope * most, top))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<path d="M{x0},{margin} V{y0} H{width - margin}" fill="none" stroke="#555"/>',
         f'<path d="M{x0},{y0} L{x1:.1f},{y1:.1f}" stroke="#999" stroke-dasharray="4"/>',

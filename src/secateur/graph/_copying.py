@@ -28,7 +28,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(model)] = twin
     held = vars(twin)
     for name, value in vars(model).items():
-        if type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value)):
+        if _is_plain(value):
             held[name] = value
         elif type(value) in {dict, OrderedDict} and not value:
             held[name] = type(value)()
@@ -40,3 +40,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             held[name] = copy.deepcopy(value, memo)
     return twin
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))

@@ -201,6 +201,7 @@ def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> 
     left_ids, right_ids = call.ids(left), call.ids(right)
     if rows and not call.ledger.is_own(left) and not call.ledger.is_own(right):
         call.ledger.note_attention(call.module, (*left_ids.values(), *right_ids.values()))
+        call.ledger.contracted.extend(right_ids[dim] for dim in (rows,) if dim in right_ids)
     leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
     inner = right_ids.get(rows, left_ids.get(rows + 1))
     if call.ledger.is_own(right) or not call.ledger.is_own(left):
@@ -271,7 +272,7 @@ def _connect_heads(call: Call, inner: Sequence[IntArray | None]) -> None:
     """The head dimension of the query meets that of the key."""
     first, second = inner
     if first is not None and second is not None:
-        call.ledger.tie(first, second)
+        call.ledger.contracted.append(call.ledger.tie(first, second))
         return
     for ids in inner:
         if ids is not None:

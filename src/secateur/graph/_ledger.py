@@ -76,6 +76,7 @@ class Ledger:
 
     Attributes:
         attended: By module, ids that are multiplied with those of another activation, as in attention.
+        contracted: Ids over which two activations are multiplied and summed: so they are read, if by no layer.
         scaled: Ids whose number sets a scale (``head_dim ** -0.5``): fewer of them would change it.
         scaling: Modules that take such a scale.
         by_head: Ids (of an earlier run) that stay or go by whole heads.
@@ -91,6 +92,7 @@ class Ledger:
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
     attended: dict[str, list[IntArray]] = field(default_factory=dict[str, list[IntArray]])
+    contracted: list[IntArray] = field(default_factory=list)
     scaled: list[IntArray] = field(default_factory=list)
     scaling: set[str] = field(default_factory=set[str])
     by_head: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))

@@ -30,6 +30,10 @@ def mend(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]
 def _equal_numbers(ledger: Ledger, binding: Binding) -> list[tuple[IntArray, IntArray]]:
     """Pairs of id vectors that must be equally long if the binding is to hold."""
     match binding.expression:
+        case Attribute() if binding.ids is not None:
+            same = (b.ids for b in ledger.bindings if b.expression == binding.expression and b.ids is not None)
+            first = next(same)
+            return [(first, binding.ids)] if len(first) == len(binding.ids) else []
         case ShapeOf(counted) if binding.ids is not None and len(counted) == len(binding.ids):
             return [(counted, binding.ids)]
         case Arithmetic("//", ShapeOf(counted), heads) if binding.ids is not None:
@@ -65,11 +69,18 @@ def _freeze_partial(ledger: Ledger, solution: Solution) -> bool:
 
 
 def _edited(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
-    """The new value of every attribute that counts channels."""
+    """The new value of every attribute that counts channels; first of those that do so directly."""
     edited = dict[Attribute, Extent]()
+
+    def known(expression: Expression) -> Extent | None:
+        inside = _attributes_in(expression)
+        if not all(place in edited for place in inside) and not isinstance(expression, Attribute):
+            return None
+        return evaluate(expression, attributes=edited, values=attributes, measure=solution.measure)
+
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.measure(binding.ids)
-        found = None if extent is None else invert(binding.expression, extent)
+        found = None if extent is None else invert(binding.expression, extent, known)
         if found and found[1].at(solution.sizes) == attributes[found[0]]:
             edited.setdefault(*found)
     return edited

@@ -202,26 +202,45 @@ def evaluate(
             return _combine(operator, first, second)
 
 
-def invert(expression: Expression, wanted: Extent) -> tuple[Attribute, Extent] | None:
-    """The attribute that an expression holds once, and the value that makes the whole expression ``wanted``.
+def invert(
+    expression: Expression, wanted: Extent, known: Callable[[Expression], Extent | None]
+) -> tuple[Attribute, Extent] | None:
+    """An attribute in an expression, and the value that makes the whole expression ``wanted``.
 
-    For an attribute plus, minus, times or over written numbers; None for any other expression, or where no whole number
-    will do.
+    Args:
+        expression: Sums, products, quotients of attributes and numbers.
+        wanted: What it must be.
+        known: The value of a part of it that will not be changed for this; None if it may be.
+
+    Returns:
+        None if there is no such attribute, or no whole number will do.
     """
     match expression:
         case Attribute():
             return expression, wanted
-        case Arithmetic("*", inner, Literal(value)) | Arithmetic("*", Literal(value), inner) if value > 0:
-            exact = not wanted.base % value and all(not k % value for _, k in wanted.terms)
-            return invert(inner, _quotient_of(wanted, value)) if exact else None
-        case Arithmetic("+", inner, Literal(value)) | Arithmetic("+", Literal(value), inner):
-            return invert(inner, Extent(wanted.base - value, wanted.terms))
-        case Arithmetic("-", inner, Literal(value)):
-            return invert(inner, Extent(wanted.base + value, wanted.terms))
-        case Arithmetic("//", inner, Literal(value)):
-            return invert(inner, combine_extents(((value, wanted),)))
+        case Arithmetic("+" | "*" as operator, left, right):
+            value, inner = (known(right), left) if known(right) is not None else (known(left), right)
+            return None if value is None else _invert_commuting(operator, inner, value, wanted, known)
+        case Arithmetic("-", left, right) if (value := known(right)) is not None:
+            return invert(left, combine_extents(((1, wanted), (1, value))), known)
+        case Arithmetic("//", left, right) if (value := known(right)) is not None and not value.terms:
+            return invert(left, combine_extents(((value.base, wanted),)), known)
         case _:
             return None
+
+
+def _invert_commuting(
+    operator: str, inner: Expression, value: Extent, wanted: Extent, known: Callable[[Expression], Extent | None]
+) -> tuple[Attribute, Extent] | None:
+    if operator == "+":
+        return invert(inner, combine_extents(((1, wanted), (-1, value))), known)
+    if (
+        value.terms
+        or value.base <= 0
+        or any(number % value.base for number in (wanted.base, *dict(wanted.terms).values()))
+    ):
+        return None
+    return invert(inner, _quotient_of(wanted, value.base), known)
 
 
 def _quotient_of(extent: Extent, by: int) -> Extent:

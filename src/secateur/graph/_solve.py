@@ -107,6 +107,9 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
     roles = _roles(ledger, places)
     solution = Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
     taken: dict[str, int] = {}
+    contracted = np.zeros(ledger.count, dtype=bool)
+    for ids in ledger.contracted:
+        contracted[root[ids]] = True
     lengths: IntArray = np.diff(np.append(starts, len(roots)))
     for members in groups:
         reason, first = int(frozen[heads[members[0]]]), starts[members]
@@ -122,7 +125,7 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
         solution.axes.append(ChannelAxis(_name(axis_sites, taken), len(members), axis_sites))
         if reason < len(ledger.freezes):
             solution.reasons[number] = ledger.freezes[reason][1]
-        elif not any(site.role is Role.INPUT for site in axis_sites):
+        elif not contracted[heads[members[0]]] and not any(site.role is Role.INPUT for site in axis_sites):
             solution.reasons[number] = NOT_CONSUMED
         elif not any(site.role is Role.OUTPUT for site in axis_sites):
             solution.reasons[number] = NOT_PRODUCED

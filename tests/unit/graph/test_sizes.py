@@ -13,6 +13,7 @@ from cuts import apart, outputs, random_architecture
 from torch import Tensor, nn
 from zoo import ZOO
 
+from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, SizeEdit, trace
 from secateur.graph._channels import Extent
 from secateur.graph._sizes import (
@@ -25,6 +26,7 @@ from secateur.graph._sizes import (
     describe,
     evaluate,
     expression_of,
+    invert,
 )
 from secateur.surgery import apply_architecture, cut, mask_removed
 
@@ -306,11 +308,57 @@ class TwoUses(nn.Module):
 
 
 @pytest.mark.parametrize("order", [("left", "right"), ("right", "left")])
-def test_an_attribute_that_counts_two_axes_freezes_both_with_a_reason(order):
+def test_two_things_counted_by_one_attribute_are_tied(order):
     graph = traced(TwoUses(order))
-    assert graph.edits == ()
-    for name in order:
-        assert "takes the size width, which cannot follow" in str(graph.by_name[name].frozen_because)
+    assert [(edit.attribute, edit.extent) for edit in graph.edits] == [("width", Extent(0, (("left", 1),)))]
+    assert graph.sizes == {"left": 6}
+    assert {s.tensor for s in graph.by_name["left"].sites} >= {"left.weight", "right.weight"}
+
+
+class Parts(nn.Module):
+    """A convolution split by arithmetic of two attributes, as SHViT and selective kernels write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.part, self.total, self.paths = 10, 4, 6, 2
+        self.body = nn.Conv2d(3, 10, 1)
+        self.first = nn.Conv2d(4, 4, 1)
+        self.second = nn.Conv2d(6, 4, 1)
+        self.wide = nn.Conv2d(3, 6, 1)
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.body(x).split([self.part, self.dim - self.part], 1)
+        left, right = self.wide(x).split(self.total // self.paths, 1)
+        return (self.first(first) + self.second(second)).mean((1, 2, 3)) + self.last(left * right).mean((1, 2, 3))
+
+
+def test_attributes_inside_arithmetic_follow():
+    model = Parts().eval()
+    graph = traced(model)
+    assert graph.sizes["body"] == 4
+    assert graph.sizes["body#2"] == 6
+    small = apply_architecture(model, graph, Architecture.of({"body": [0, 2, 3], "body#2": [1, 5], "wide": [0]}))
+    assert (small.part, small.dim, small.total, small.paths) == (3, 5, 2, 2)
+
+
+def test_the_inverse_of_an_expression():
+    a, b = Attribute("", "a"), Attribute("", "b")
+    width = Extent(0, (("x", 2),))
+
+    def known(expression):
+        return {b: Extent(3), Literal(2): Extent(2), Literal(0): Extent(0)}.get(expression)
+
+    assert invert(a, width, known) == (a, width)
+    assert invert(Arithmetic("*", a, Literal(2)), width, known) == (a, Extent(0, (("x", 1),)))
+    assert invert(Arithmetic("*", Literal(2), a), width, known) == (a, Extent(0, (("x", 1),)))
+    assert invert(Arithmetic("*", a, b), width, known) is None
+    assert invert(Arithmetic("*", a, Literal(0)), width, known) is None
+    assert invert(Arithmetic("+", b, a), width, known) == (a, Extent(-3, (("x", 2),)))
+    assert invert(Arithmetic("-", a, b), width, known) == (a, Extent(3, (("x", 2),)))
+    assert invert(Arithmetic("-", b, a), width, known) is None
+    assert invert(Arithmetic("//", a, b), width, known) == (a, Extent(0, (("x", 6),)))
+    assert invert(Literal(2), width, known) is None
 
 
 def test_an_attribute_also_used_for_something_fixed_is_not_edited():

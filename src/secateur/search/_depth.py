@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.architecture import Architecture
 from secateur.cost import Cost
@@ -14,10 +14,14 @@ from secateur.graph import shadow_of
 from secateur.importance import Importance
 from secateur.search._knapsack import Knapsack
 from secateur.search._problem import FloatArray, Problem, Proposal, Strategy
-from secateur.surgery import Healer, OutputDistance, apply_architecture, cut, replace_
+from secateur.surgery import Healer, OutputDistance, RecalibrateBatchNorm, Refit, apply_architecture, cut, replace_
 
 _TRIED = 9
 """Numbers of blocks tried at first, evenly spaced; then those beside the best."""
+
+
+_FINALISTS = 3
+"""Candidates that are repaired before one is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +66,9 @@ class Shallower(Strategy):
 
     with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
     k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
-    ``most`` of all blocks, the one whose cut model has the least d is taken; of equal ones the smaller k. So on these
-    images the result is never further from the original than the inner strategy's own, if that is within the budget.
-    With more than nine numbers to try, nine evenly spaced ones are, then those between the best and its neighbours.
+    ``most`` of all blocks, the three whose cut models have the least d are repaired, and the one with the least d
+    then is taken; of equal ones the smaller k. With more than nine numbers to try, nine evenly spaced ones are, then
+    those between the best and its neighbours.
 
     A model without blocks gives what the inner strategy gives.
 
@@ -72,8 +76,8 @@ class Shallower(Strategy):
         strategy: Finds the widths.
         most: Largest fraction of the blocks that may be removed, 0 to 1.
         images: Most calibration images to look at, a whole number.
-        heal: Repairs to make before the distance of a candidate is measured. None is quickest; with those that will be
-            made after the cut, the number of blocks is chosen by what they leave.
+        heal: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
+            candidate nearest to the original is taken as it is: quicker, but it says less of what repairs will leave.
 
     References:
         Removing whole blocks by the effect on the output: Veit et al., arXiv:1605.06431, Section 4.1; ranking them by
@@ -83,7 +87,7 @@ class Shallower(Strategy):
     strategy: Strategy = field(default_factory=Knapsack)
     most: float = 0.5
     images: int = 128
-    heal: tuple[Healer, ...] = ()
+    heal: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
 
     def __post_init__(self) -> None:
         if not 0 <= self.most <= 1:
@@ -92,14 +96,16 @@ class Shallower(Strategy):
             raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
 
     def find(self, problem: Problem) -> Proposal:
-        """Notes: those of the inner strategy, ``disturbance`` (d by block) and ``distance`` (d by number of blocks).
+        """Notes: those of the inner strategy, ``disturbance`` (d by block), and d by number of blocks.
+
+        The last as ``distance`` and, of those that were repaired, ``healed``.
 
         Raises:
             DataError: If the model has blocks, and there are no images.
         """
         if self._most(problem) == 0:
             return self.strategy.find(problem)
-        trials = _Trials(self.strategy, self.heal, problem, self._images(problem))
+        trials = _Trials(self.strategy, problem, self._images(problem))
         problem.progress(0.0, "blocks")
         disturbance = trials.disturbances()
         spared = _spared(problem)
@@ -115,9 +121,11 @@ class Shallower(Strategy):
             raise BudgetError(
                 f"`budget` must be within reach; got {problem.budget}: not every block can be removed. Raise it."
             )
-        best = trials.found[trials.best]
-        distances = {str(number): candidate.distance for number, candidate in sorted(trials.found.items())}
-        return Proposal(best.architecture, {**best.notes, "disturbance": disturbance, "distance": distances})
+        distance = {number: candidate.distance for number, candidate in sorted(trials.found.items())}
+        healed = trials.healed(self.heal, _nearest(distance)[:_FINALISTS]) if self.heal else {}
+        best = trials.found[_nearest(healed or distance)[0]]
+        mine = {"disturbance": disturbance, "distance": _as_json(distance), "healed": _as_json(healed)}
+        return Proposal(best.architecture, {**best.notes, **mine})
 
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest widths without the dearest blocks."""
@@ -151,8 +159,8 @@ class _Trials:
         tried: Numbers of blocks that were tried.
     """
 
-    def __init__(self, strategy: Strategy, heal: Sequence[Healer], problem: Problem, images: Sequence[Tensor]):
-        self._strategy, self._heal, self._images = strategy, heal, images
+    def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
+        self._strategy, self._images = strategy, images
         self._problem = _SameScores(*(getattr(problem, part.name) for part in fields(Problem)))
         self._model, self._graph = problem.evidence.model, problem.evidence.graph
         self._distance = OutputDistance(self._model, images)
@@ -162,7 +170,7 @@ class _Trials:
     @property
     def best(self) -> int:
         """How many blocks the candidate nearest to the original lacks, the fewest of equals; -1 if there is none."""
-        return min(self.found, key=lambda number: (self.found[number].distance, number), default=-1)
+        return next(iter(_nearest({number: candidate.distance for number, candidate in self.found.items()})), -1)
 
     def disturbances(self) -> dict[str, float]:
         """How far the outputs are from the original's without each single block that can be removed exactly."""
@@ -182,18 +190,24 @@ class _Trials:
         problem = replace(self._problem, costs=self._problem.costs.without(blocks))
         if not problem.budget.allows(self._strategy.least(problem), problem.costs.original):
             return
-        problem.progress(0.3 + 0.7 * len(blocks) / (len(problem.costs.blocks) + 1), f"{len(blocks)} blocks fewer")
+        problem.progress(0.3 + 0.4 * len(blocks) / (len(problem.costs.blocks) + 1), f"{len(blocks)} blocks fewer")
         proposal = self._strategy.find(replace(problem, progress=_silent))
         # What widths are found for layers that are gone has no effect; whole says least.
         gone = {name for block in blocks for name in self._graph.blocks_by_name[block].tensors}
         idle = {a.name: range(a.size) for a in self._graph.prunable if all(s.tensor in gone for s in a.sites)}
         architecture = Architecture.of({**proposal.architecture.by_name, **idle}, blocks)
-        self.found[len(blocks)] = _Candidate(self._distance.of(self._made(architecture)), architecture, proposal.notes)
+        small = apply_architecture(self._model, self._graph, architecture)
+        self.found[len(blocks)] = _Candidate(self._distance.of(small), architecture, proposal.notes)
 
-    def _made(self, architecture: Architecture) -> nn.Module:
-        if not self._heal:
-            return apply_architecture(self._model, self._graph, architecture)
-        return cut(self._model, self._graph, architecture, calibration=self._images, heal=self._heal).model
+    def healed(self, heal: Sequence[Healer], numbers: Sequence[int]) -> dict[int, float]:
+        """Distances of some candidates after repairs."""
+        distances: dict[int, float] = {}
+        for number in numbers:
+            self._problem.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
+            architecture = self.found[number].architecture
+            made = cut(self._model, self._graph, architecture, calibration=self._images, heal=heal)
+            distances[number] = self._distance.of(made.model)
+        return distances
 
 
 def _spared(problem: Problem) -> dict[str, float]:
@@ -203,6 +217,15 @@ def _spared(problem: Problem) -> dict[str, float]:
     full = np.broadcast_to(costs.sizes, (len(rows), len(costs.sizes)))
     shares = problem.utilisation(costs.sizes[None])[0] - problem.utilisation(full, rows)
     return {name: max(float(share), 1e-12) for name, share in zip(costs.blocks, shares, strict=True)}
+
+
+def _nearest(distances: Mapping[int, float]) -> list[int]:
+    """Numbers of blocks, the one with the least distance first; of equal ones the smallest."""
+    return sorted(distances, key=lambda number: (distances[number], number))
+
+
+def _as_json(distances: Mapping[int, float]) -> dict[str, float]:
+    return {str(number): distance for number, distance in sorted(distances.items())}
 
 
 def _spread(most: int) -> list[int]:

@@ -88,7 +88,7 @@ def test_never_further_from_the_original_than_the_inner_strategy(name, inner):
     model, graph, batches = zoo(name)
     images = [x for x, _ in batches]
     for budget in ("macs=80%", "macs=75%"):
-        found = search(model, graph, Shallower(inner, most=1.0), budget=budget, batches=batches)
+        found = search(model, graph, Shallower(inner, most=1.0, heal=()), budget=budget, batches=batches)
         alone = search(model, graph, inner, budget=budget, batches=batches)
         distances = found.notes["distance"]
         chosen = str(len(found.architecture.removed_blocks))
@@ -176,17 +176,28 @@ def test_only_so_many_images_are_looked_at():
     assert few.notes == same.notes
 
 
-def test_repairs_may_decide_how_many_blocks_go():
-    model, graph, batches = zoo("residual", images=64)
+def test_the_repaired_model_decides_between_the_nearest_three():
+    model, graph, batches = chain(1.0, 0.5, 0.2, 0.1, 1.0)
     images = [x for x, _ in batches]
     repairs = (Refit(),)
-    found = search(model, graph, Shallower(Uniform(), most=1.0, heal=repairs), budget="macs=60%", batches=batches)
-    raw = search(model, graph, Shallower(Uniform(), most=1.0), budget="macs=60%", batches=batches)
+    strategy = Shallower(Uniform(), most=1.0, heal=repairs)
+    found = search(model, graph, strategy, budget="macs=40%", batches=batches)
     assert "heal=(Refit(" in found.strategy
-    healed = cut(model, graph, found.architecture, calibration=images, heal=repairs).model
-    distances = found.notes["distance"]
-    assert min(distances.values()) == pytest.approx(output_distance(model, healed, images))
-    assert all(distances[number] < raw.notes["distance"][number] for number in distances)
+    distance, healed = found.notes["distance"], found.notes["healed"]
+    assert len(distance) == 6
+    assert set(healed) == set(sorted(distance, key=distance.get)[:3])
+    chosen = str(len(found.architecture.removed_blocks))
+    assert healed[chosen] == min(healed.values())
+    made = cut(model, graph, found.architecture, calibration=images, heal=repairs).model
+    assert healed[chosen] == pytest.approx(output_distance(model, made, images))
+
+
+def test_without_repairs_the_nearest_is_taken():
+    model, graph, batches = zoo("residual")
+    found = search(model, graph, Shallower(Uniform(), most=1.0, heal=()), budget="macs=50%", batches=batches)
+    distance = found.notes["distance"]
+    assert found.notes["healed"] == {}
+    assert distance[str(len(found.architecture.removed_blocks))] == min(distance.values())
 
 
 def test_images_are_needed():

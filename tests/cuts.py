@@ -41,6 +41,19 @@ def apart(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / max(scale, 1e-30)
 
 
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every parameter and buffer."""
+    return {name: tuple(t.shape) for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def declared_shapes(graph: ChannelGraph, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """What a cut model's tensors must be like, from the graph's formula alone."""
+    widths = {**graph.sizes, **architecture.widths}
+    gone = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].tensors}
+    extents = {name: found for name, found in graph.tensors.items() if name not in gone}
+    return {name: tuple(extent.at(widths) for extent in found) for name, found in extents.items()}
+
+
 def blind_to_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """The full model in which nobody *reads* a removed channel; what produces them runs on as before.
 

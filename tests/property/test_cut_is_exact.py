@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from cuts import EXACT, apart, blind_to_removed, one_channel, outputs
+from cuts import EXACT, apart, blind_to_removed, declared_shapes, one_channel, outputs, tensor_shapes
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -66,12 +66,8 @@ def test_every_tensor_has_the_declared_extents(name, data):
     """Shapes of all tensors of the cut model, from the graph's formula alone."""
     model, _, graph = net(name)
     architecture = data.draw(kept_channels(graph))
-    widths = {**graph.sizes, **architecture.widths}
     small = apply_architecture(model, graph, architecture)
-    tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
-    assert set(tensors) == set(graph.tensors)
-    for key, tensor in tensors.items():
-        assert tuple(tensor.shape) == tuple(extent.at(widths) for extent in graph.tensors[key]), key
+    assert tensor_shapes(small) == declared_shapes(graph, architecture)
 
 
 @each_net

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from cuts import EXACT, apart, outputs
+from cuts import EXACT, apart, declared_shapes, outputs, tensor_shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -76,12 +76,7 @@ def test_costs_and_tensors_are_those_of_the_cut_model(name, data):
     architecture = data.draw(architectures(graph))
     small = apply_architecture(model, graph, architecture)
     assert CostModel(graph).cost(architecture) == Cost(counted_macs(small, example), counted_params(small))
-    widths = {**graph.sizes, **architecture.widths}
-    gone = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].tensors}
-    tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
-    assert set(tensors) == set(graph.tensors) - gone
-    for key, tensor in tensors.items():
-        assert tuple(tensor.shape) == tuple(extent.at(widths) for extent in graph.tensors[key]), key
+    assert tensor_shapes(small) == declared_shapes(graph, architecture)
 
 
 @each_net

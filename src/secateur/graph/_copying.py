@@ -37,9 +37,22 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             held[name] = type(value)(
                 (key, None if child is None else copy_model(child, memo)) for key, child in children
             )
+        elif name in {"_parameters", "_buffers"}:
+            held[name] = type(value)((key, _copy_tensor(tensor, memo)) for key, tensor in value.items())
         else:
             held[name] = copy.deepcopy(value, memo)
     return twin
+
+
+def _copy_tensor(tensor: Any, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(tensor))
+    if known is not None:
+        return known
+    plain = type(tensor) is torch.Tensor and not tensor.requires_grad and tensor.is_contiguous()
+    if not plain or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return copy.deepcopy(tensor, memo)  # a view must go on sharing its storage
+    memo[id(tensor)] = tensor.clone()
+    return memo[id(tensor)]
 
 
 def _is_plain(value: Any) -> bool:

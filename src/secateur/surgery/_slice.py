@@ -132,13 +132,11 @@ def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, r
     parameters = set(graph.parameters)
 
     def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        silent = tensor.clone()
         for dim, positions in kept[name].items():
-            mask = torch.zeros(tensor.size(dim), dtype=tensor.dtype, device=tensor.device)
-            mask[torch.from_numpy(positions).to(tensor.device)] = 1
-            shape = [1] * tensor.dim()
-            shape[dim] = -1
-            tensor = tensor * mask.view(shape)
-        return tensor
+            gone = np.setdiff1d(np.arange(tensor.size(dim)), positions, assume_unique=True)
+            silent.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+        return silent
 
     full = copy_with(model, {name: masked for name in kept if name in parameters})
     full = compute_over_kept_(full, graph, architecture.by_name)

@@ -1,6 +1,7 @@
 """Run a model once and write down what happens to its channels."""
 
 import contextlib
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,6 +80,8 @@ class SizeRecorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "size":
             return self._remember_size(args, kwargs, out)
+        if name in {"numel", "nelement"}:
+            return math.prod(self._remember(args[0], args[0].shape))
         bind_sizes(self.ledger, name, self.where.module, args, kwargs, out)
         return out
 

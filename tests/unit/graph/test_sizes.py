@@ -287,6 +287,27 @@ def test_sizes_that_cannot_follow_freeze_what_they_count(name):
         assert re.search(reason, found_reason), found_reason
 
 
+class SlicedBias(nn.Module):
+    """The middle third of a bias is set to zero by its length, as Swin v2 of torchvision does with that of the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 12)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.body.bias.clone()
+        length = bias.numel() // 3
+        bias[length : 2 * length].zero_()
+        first, second, third = F.linear(x.mean((2, 3)), self.body.weight, bias).chunk(3, 1)
+        return self.last(first * second + third)
+
+
+def test_the_number_of_elements_follows():
+    graph = traced(SlicedBias())
+    assert graph.sizes == {"body": 4}
+
+
 class TwoUses(nn.Module):
     """One attribute counts the channels of two independent convolutions."""
 

@@ -132,6 +132,18 @@ def _summary(survey: Survey) -> tuple[str, ...]:
         f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}. "
         f"Every axis keeps at least {100 * space.min_kept_fraction:.0f} % (--min-kept){elsewhere}."
         + (f" With every removable block gone, down to {_both(survey.shallowest, whole)}." if removable else ""),
+        *_never_ran(survey.graph),
+    )
+
+
+def _never_ran(graph: ChannelGraph) -> tuple[str, ...]:
+    """Parameters that no run touched: they stay, and may not fit a cut model that takes another way."""
+    if not graph.unseen:
+        return ()
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen))
+    return (
+        f"Never ran on this input, in evaluation or in training: {_few(modules)}. They are left as they are; if another "
+        "input makes the model run them, keep the channels that they read whole (--keep-whole).",
     )
 
 

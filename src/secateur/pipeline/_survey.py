@@ -61,6 +61,7 @@ class Survey:
                 for block in self.graph.blocks
             ],
             "layers": [asdict(place) for place in places(self.graph)],
+            "never_ran": list(self.graph.unseen),
         }
 
     def _axis_json(self, axis: ChannelAxis) -> dict[str, object]:

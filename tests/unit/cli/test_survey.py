@@ -1,0 +1,27 @@
+"""What ``inspect`` says about layers that the example never reached."""
+
+import torch
+from torch import Tensor, nn
+
+from secateur.cli._survey import print_survey
+from secateur.pipeline import survey
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).relu()
+        return (self.left(x) if x.size(2) < 20 else self.right(x)).mean((2, 3))
+
+
+def test_layers_that_never_ran_are_named(capsys):
+    found = survey(Branching().eval(), torch.zeros(1, 3, 8, 8))
+    assert found.to_json()["never_ran"] == ["right.weight", "right.bias"]
+    print_survey(found, "branching")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Never ran on this input, in evaluation or in training: right." in said
+    print_survey(survey(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
+    assert "in training: left." in " ".join(capsys.readouterr().out.split())

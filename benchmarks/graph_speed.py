@@ -4,8 +4,8 @@
 
 Processor time of one thread, both alternately in one process, medians. Ours is trace + search (Uniform, L2) + cut
 *with* its verification (forward passes that Torch-Pruning does not make); its share is shown. Torch-Pruning is its
-constructor + step with GroupMagnitudeImportance, the classifier ignored, as in its own README. Writes
-results/graph_speed.json and .md.
+constructor + step with GroupMagnitudeImportance, the classifier ignored and the heads of attention named, as in its own
+README and examples. Writes results/graph_speed.json and .md.
 """
 
 import argparse
@@ -30,7 +30,10 @@ from secateur.surgery import apply_architecture, cut
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet50": lambda: torchvision.models.resnet50(weights=None),
     "torchvision densenet121": lambda: torchvision.models.densenet121(weights=None),
+    "torchvision mobilenet_v2": lambda: torchvision.models.mobilenet_v2(weights=None),
     "timm efficientnet_b0": lambda: timm.create_model("efficientnet_b0", pretrained=False),
+    "torchvision convnext_tiny": lambda: torchvision.models.convnext_tiny(weights=None),
+    "timm vit_small_patch16_224": lambda: timm.create_model("vit_small_patch16_224", pretrained=False),
 }
 EXAMPLE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +72,10 @@ def peer(model: nn.Module) -> float:
     import torch_pruning as tp  # type: ignore[import-not-found]
 
     model = copy.deepcopy(model)
+    heads = {module.qkv: module.num_heads for module in model.modules() if hasattr(module, "qkv")}
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     began = time.process_time()
     with warnings.catch_warnings():
@@ -79,6 +86,7 @@ def peer(model: nn.Module) -> float:
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=0.5,
             ignored_layers=last,
+            num_heads=heads,
         )
         pruner.step()
     return time.process_time() - began

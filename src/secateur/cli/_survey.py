@@ -142,8 +142,8 @@ def _never_ran(graph: ChannelGraph) -> tuple[str, ...]:
         return ()
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen))
     return (
-        f"Never ran on this input, in evaluation or in training: {_few(modules)}. They are left as they are; if another "
-        "input makes the model run them, keep the channels that they read whole (--keep-whole).",
+        f"Never ran on this input, in evaluation or in training: {_few(modules)}. They are left as they are; if "
+        "another input makes the model run them, keep the channels that they read whole (--keep-whole).",
     )
 
 

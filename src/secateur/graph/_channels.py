@@ -172,9 +172,10 @@ class Activation:
     Attributes:
         module: Qualified module name.
         shape: Shape of the output at the example input.
-        dim: The dimension that carries channels.
+        dim: The dimension that carries channels; of several, the one with most that belong to an axis.
         axis: (shape[dim],) index into ``ChannelGraph.axes`` of the axis each position belongs to; -1 if none.
         channel: (shape[dim],) the channel of that axis.
+        others: Further dimensions that carry channels, such as the tokens of a mixer.
     """
 
     module: str
@@ -182,6 +183,7 @@ class Activation:
     dim: int
     axis: IntArray
     channel: IntArray
+    others: "tuple[Lane, ...]" = ()
 
 
 @dataclass(frozen=True, eq=False)

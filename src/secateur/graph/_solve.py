@@ -218,9 +218,12 @@ def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
 
 
 def _activation(solution: Solution, output: ModuleOutput) -> Activation:
-    dim = min(output.ids)
-    roots = solution.root[output.ids[dim]]
-    return Activation(output.module, output.shape, dim, solution.axis_of[roots], solution.channel_of[roots])
+    roots = {dim: solution.root[ids] for dim, ids in output.ids.items()}
+    lanes = [Lane(0, dim, solution.axis_of[found], solution.channel_of[found]) for dim, found in sorted(roots.items())]
+    # A position embedding gives tokens ids as well, but no axis owns them.
+    main = max(lanes, key=lambda lane: int((lane.axis >= 0).sum()))
+    others = tuple(lane for lane in lanes if lane is not main and (lane.axis >= 0).any())
+    return Activation(output.module, output.shape, main.dim, main.axis, main.channel, others)
 
 
 def _mixing(solution: Solution, call: MixedCall) -> Mixing:

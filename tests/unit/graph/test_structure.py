@@ -268,3 +268,10 @@ def test_the_attention_of_torch_is_left_whole_at_once():
     made = cut(layer, graph, random_architecture(graph, 0))
     assert made.verification.frozen == ()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_channels_of_an_output_are_those_of_an_axis_not_the_tokens():
+    graph = traced("grouped_query_attention")
+    assert graph.activations["block.mlp.0"].dim == 2
+    assert graph.activations["block"].dim == 2
+    assert graph.kept_positions("block", {"patch": (0, 3)}).tolist() == [0, 3]

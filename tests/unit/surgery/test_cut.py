@@ -113,17 +113,18 @@ def test_many_wrong_sites_at_once_still_end_in_a_right_model(seed):
     proven(made, model, example, graph)
 
 
-def test_behind_a_head_that_gives_only_zeros_a_wrong_site_is_caught_inside():
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_behind_a_head_that_ignores_its_input_a_wrong_site_is_caught_inside(bias):
     model, example = ZOO["residual"]()
     with torch.no_grad():
         list(model.modules())[-1].weight.zero_()
-        list(model.modules())[-1].bias.zero_()
-    assert not model(example).any()
+        list(model.modules())[-1].bias.fill_(bias)
+    assert (model(example) == bias).all()
     graph = trace(model, example)
     wrong = with_sites(graph, "3.conv1", rolled("3.bn1.weight", 0))
     made = cut(model, wrong, Architecture.of({"3.conv1": [0, 2, 3]}))
     assert [name for name, _ in made.verification.frozen] == ["3.conv1"]
-    assert "all zero" in made.verification.frozen[0][1]
+    assert "behind an output" in made.verification.frozen[0][1]
     right = cut(model, graph, Architecture.of({"3.conv1": [0, 2, 3]}))
     assert right.verification.frozen == ()
 

@@ -14,6 +14,7 @@ import torch
 from _coverage_loud import training_pass
 from _coverage_models import Subject
 from _coverage_ours import peak, prepare, reset_peak
+from _peer import has_heads, name_heads_
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -54,10 +55,7 @@ def measure(subject: Subject, row: dict[str, Any]) -> None:
         parameter.requires_grad_(True)
     with torch.no_grad():
         wanted = shapes(model(example))
-    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and type(m).__name__ and _heads(m)}
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    heads = name_heads_(model)
     vit = type(model).__module__ == "torchvision.models.vision_transformer"
     row["stage"] = "prune"
     floor = reset_peak()
@@ -104,13 +102,9 @@ def shapes(out: Any) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-def _heads(module: Any) -> bool:
-    return isinstance(getattr(module, "num_heads", None), int) and isinstance(module.qkv, nn.Linear | nn.Conv2d)
-
-
 def _repair_(model: Any, pruner: Any, vit: bool) -> None:
     for module in model.modules():
-        if hasattr(module, "qkv") and _heads(module) and module.qkv in pruner.num_heads:
+        if has_heads(module) and module.qkv in pruner.num_heads:
             module.num_heads = pruner.num_heads[module.qkv]
             width = getattr(module.qkv, "out_features", None) or module.qkv.out_channels
             module.head_dim = width // (3 * module.num_heads)

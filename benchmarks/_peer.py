@@ -31,3 +31,17 @@ def prune_inner_convolutions(model: nn.Module, example: torch.Tensor, *, kept_fr
     for parameter in small.parameters():
         parameter.requires_grad_(True)
     return small.eval()
+
+
+def name_heads_(model: nn.Module) -> dict[nn.Module, int]:
+    """Use timm's unfused attention, and name the heads of every fused ``qkv``, as examples/timm_models does."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return {module.qkv: module.num_heads for module in model.modules() if has_heads(module)}
+
+
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module is attention with a fused ``qkv`` and a number of heads."""
+    fused = isinstance(getattr(module, "qkv", None), nn.Linear | nn.Conv2d)
+    return fused and isinstance(getattr(module, "num_heads", None), int)

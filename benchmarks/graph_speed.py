@@ -19,6 +19,7 @@ from collections.abc import Callable
 import timm
 import torch
 import torchvision
+from _peer import name_heads_
 from _record import surroundings, table, write_record
 from torch import nn
 
@@ -72,10 +73,7 @@ def peer(model: nn.Module) -> float:
     import torch_pruning as tp  # type: ignore[import-not-found]
 
     model = copy.deepcopy(model)
-    heads = {module.qkv: module.num_heads for module in model.modules() if hasattr(module, "qkv")}
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    heads = name_heads_(model)
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     began = time.process_time()
     with warnings.catch_warnings():

@@ -1,14 +1,16 @@
 """Shared by the tests of tracing and cutting: random architectures, and how far apart two models are."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.graph import ChannelGraph, Role
+from secateur.graph import ChannelGraph, Role, trace
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Relative to the largest output. The same terms are summed in another order: a few ulps for each layer."""
@@ -39,6 +41,13 @@ def apart(first: list[Tensor], second: list[Tensor]) -> float:
         return float("inf")
     scale = max(float(t.abs().max()) for t in first)
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / max(scale, 1e-30)
+
+
+@cache
+def zoo_net(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
+    """A net of the zoo, its example and its graph; traced once."""
+    model, example = ZOO[name]()
+    return model, example, trace(model, example)
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

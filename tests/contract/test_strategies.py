@@ -64,15 +64,6 @@ NETS = [
 BUDGETS = ["macs=75%", "macs=40%", "params=55%", "macs=60%, params=60%"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors on a shared machine: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True, eq=False)
 class Net:
     model: nn.Module

@@ -1,14 +1,12 @@
 """The tests that matter most: whatever is kept, the cut model is the original without the rest, at the cost we say."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from cuts import EXACT, apart, blind_to_removed, declared_shapes, one_channel, outputs, tensor_shapes
+from cuts import EXACT, apart, blind_to_removed, declared_shapes, one_channel, outputs, tensor_shapes, zoo_net
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
@@ -17,12 +15,6 @@ from secateur.graph import ChannelGraph, trace
 from secateur.surgery import apply_architecture, cut, mask_removed
 
 each_net = pytest.mark.parametrize("name", ZOO)
-
-
-@cache
-def net(name: str) -> tuple[nn.Module, torch.Tensor, ChannelGraph]:
-    model, example = ZOO[name]()
-    return model, example, trace(model, example)
 
 
 @st.composite
@@ -36,7 +28,7 @@ def kept_channels(draw: st.DrawFn, graph: ChannelGraph) -> Architecture:
 @settings(max_examples=6)
 @given(data=st.data())
 def test_sliced_equals_masked(name, data):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     architecture = data.draw(kept_channels(graph))
     for dtype, tolerance in EXACT.items():
         full, x = copy.deepcopy(model).to(dtype), example.to(dtype)
@@ -51,7 +43,7 @@ def test_sliced_equals_masked(name, data):
 @settings(max_examples=3)
 @given(data=st.data())
 def test_cost_is_that_of_the_cut_model(name, data):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     architecture = data.draw(kept_channels(graph))
     # torch.einsum multiplies elementwise, uncounted, where the summed dimension has length one.
     assume(name != "functional" or architecture.widths.get("weight") != 1)
@@ -64,7 +56,7 @@ def test_cost_is_that_of_the_cut_model(name, data):
 @given(data=st.data())
 def test_every_tensor_has_the_declared_extents(name, data):
     """Shapes of all tensors of the cut model, from the graph's formula alone."""
-    model, _, graph = net(name)
+    model, _, graph = zoo_net(name)
     architecture = data.draw(kept_channels(graph))
     small = apply_architecture(model, graph, architecture)
     assert tensor_shapes(small) == declared_shapes(graph, architecture)
@@ -72,7 +64,7 @@ def test_every_tensor_has_the_declared_extents(name, data):
 
 @each_net
 def test_keeping_all_is_bit_identical(name):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     want = outputs(model, example)
     for architecture in (Architecture(), Architecture.of({a.name: range(a.size) for a in graph.prunable})):
         small = apply_architecture(model, graph, architecture)
@@ -84,7 +76,7 @@ def test_keeping_all_is_bit_identical(name):
 
 @each_net
 def test_every_axis_can_be_cut_to_one_channel(name):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     assert all(axis.size >= 2 for axis in graph.prunable)
     for channel in (0, 1, -1):
         architecture = one_channel(graph, channel)
@@ -99,7 +91,7 @@ def test_every_axis_can_be_cut_to_one_channel(name):
 @given(data=st.data())
 def test_cutting_twice_equals_cutting_once(name, data):
     """A cut model is a model: trace it again, cut it again."""
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     first = data.draw(kept_channels(graph))
     middle = apply_architecture(model, graph, first)
     again = trace(middle, example)
@@ -111,7 +103,7 @@ def test_cutting_twice_equals_cutting_once(name, data):
 
 @each_net
 def test_slicing_leaves_the_original_alone_and_shares_nothing_with_it(name):
-    model, _, graph = net(name)
+    model, _, graph = zoo_net(name)
     before = {key: (tensor.data_ptr(), tensor._version) for key, tensor in model.state_dict(keep_vars=True).items()}
     small = apply_architecture(model, graph, one_channel(graph))
     after = {key: (tensor.data_ptr(), tensor._version) for key, tensor in model.state_dict(keep_vars=True).items()}
@@ -122,6 +114,6 @@ def test_slicing_leaves_the_original_alone_and_shares_nothing_with_it(name):
 
 @each_net
 def test_shared_parameters_stay_shared(name):
-    model, _, graph = net(name)
+    model, _, graph = zoo_net(name)
     small = apply_architecture(model, graph, one_channel(graph))
     assert [key for key, _ in small.named_parameters()] == [key for key, _ in model.named_parameters()]

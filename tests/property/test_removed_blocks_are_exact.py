@@ -1,15 +1,12 @@
 """Whatever channels are kept and whatever blocks are removed: the cut model is the original without the rest."""
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from cuts import EXACT, apart, declared_shapes, outputs, tensor_shapes
+from cuts import EXACT, apart, declared_shapes, outputs, tensor_shapes, zoo_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
@@ -21,12 +18,6 @@ WITH_BLOCKS = (
     "attention", "grouped_query_attention",
 )  # fmt: skip
 each_net = pytest.mark.parametrize("name", WITH_BLOCKS)
-
-
-@cache
-def net(name: str) -> tuple[nn.Module, torch.Tensor, ChannelGraph]:
-    model, example = ZOO[name]()
-    return model, example, trace(model, example)
 
 
 @st.composite
@@ -46,7 +37,7 @@ def architectures(draw: st.DrawFn, graph: ChannelGraph) -> Architecture:
 @settings(max_examples=8)
 @given(data=st.data())
 def test_sliced_equals_masked(name, data):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     architecture = data.draw(architectures(graph))
     for dtype, tolerance in EXACT.items():
         full, x = copy.deepcopy(model).to(dtype), example.to(dtype)
@@ -59,7 +50,7 @@ def test_sliced_equals_masked(name, data):
 @given(data=st.data())
 def test_blocks_alone_are_removed_to_the_last_bit(name, data):
     """No sum changes its terms, so nothing is rounded differently."""
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     removed = data.draw(st.sets(st.sampled_from([block.name for block in graph.removable])))
     only = Architecture.of({}, removed)
     small = apply_architecture(model, graph, only)
@@ -72,7 +63,7 @@ def test_blocks_alone_are_removed_to_the_last_bit(name, data):
 @settings(max_examples=4)
 @given(data=st.data())
 def test_costs_and_tensors_are_those_of_the_cut_model(name, data):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     architecture = data.draw(architectures(graph))
     small = apply_architecture(model, graph, architecture)
     assert CostModel(graph).cost(architecture) == Cost(counted_macs(small, example), counted_params(small))
@@ -81,7 +72,7 @@ def test_costs_and_tensors_are_those_of_the_cut_model(name, data):
 
 @each_net
 def test_every_block_can_be_removed_with_half_of_every_width(name):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     kept = {axis.name: range(max(1, axis.size // 2 // axis.divisor) * axis.divisor) for axis in graph.prunable}
     architecture = Architecture.of(kept, [block.name for block in graph.removable])
     made = cut(model, graph, architecture)
@@ -94,7 +85,7 @@ def test_every_block_can_be_removed_with_half_of_every_width(name):
 @settings(max_examples=2)
 @given(data=st.data())
 def test_a_model_without_blocks_can_be_traced_and_cut_again(name, data):
-    model, example, graph = net(name)
+    model, example, graph = zoo_net(name)
     first = data.draw(architectures(graph))
     middle = apply_architecture(model, graph, first)
     again = trace(middle, example)

@@ -16,7 +16,8 @@ from secateur.graph._channels import (
 from secateur.graph._choices import Choices, check_meant, means
 from secateur.graph._copying import copy_model
 from secateur.graph._mixing import compute_over_kept_
-from secateur.graph._record import shadow_of, undisturbed
+from secateur.graph._record import shadow_of
+from secateur.graph._running import undisturbed
 from secateur.graph._trace import HeadUnit, trace
 from secateur.graph._zeroed import zero_branches_
 

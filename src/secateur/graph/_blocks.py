@@ -76,11 +76,11 @@ def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple
     return _Finder(flow, model).blocks(counted)
 
 
-def around_of(module: str) -> Iterator[str]:
-    """A module and the modules around it, innermost first; the model itself is left out."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
+def around_of(name: str) -> Iterator[str]:
+    """A module or tensor and the modules around it, innermost first; the model itself is left out."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def going_with(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:

@@ -133,6 +133,14 @@ class Call:
 Rule = Callable[[Call], Sequence[ChannelIds]]
 
 
+def by_whole_groups(groups: int, each: int) -> bool:
+    """Whether whole groups go, or else the same positions of every group: whichever leaves more to choose from.
+
+    With G groups of c channels, whole groups leave G units, equal positions leave c.
+    """
+    return groups >= each
+
+
 def unknown(call: Call) -> Sequence[ChannelIds]:
     """No rule: everything that comes in stays whole."""
     call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule")

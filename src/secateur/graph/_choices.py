@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 
 from secateur.errors import ChoiceError
+from secateur.graph._blocks import around_of
 from secateur.graph._channels import Block, ChannelAxis, ChannelGraph, Role
 
 _SUGGESTIONS = 4
@@ -85,13 +86,13 @@ class Choices:
 
     def _block_reason(self, block: Block) -> str | None:
         """Why a block stays, or None."""
-        names = {block.name}.union(*map(_enclosing, block.tensors))
+        names = {block.name}.union(*map(around_of, block.tensors))
         excluded, kept = _first(self.exclude, names), _first(self.whole, names)
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer of it matched {kept!r}"
-        every = all(_first(self.include, _enclosing(tensor)) is not None for tensor in block.tensors)
+        every = all(_first(self.include, around_of(tensor)) is not None for tensor in block.tensors)
         if self.include and not every and _first(self.include, (block.name,)) is None:
             return f"kept whole: not all of it matched an include pattern ({', '.join(map(repr, self.include))})"
         return None
@@ -143,7 +144,7 @@ def _place_names(axis: ChannelAxis) -> Iterator[str]:
     yield axis.name
     for site in axis.sites:
         if site.role is not Role.INPUT:
-            yield from _enclosing(site.tensor)
+            yield from around_of(site.tensor)
 
 
 def _seen_in(graph: ChannelGraph) -> Names:
@@ -159,16 +160,9 @@ def _seen_in(graph: ChannelGraph) -> Names:
     def names(axis: ChannelAxis) -> Iterator[str]:
         yield axis.name
         for name in (*(site.tensor for site in axis.sites), *modules.get(axis.name, ())):
-            yield from _enclosing(name)
+            yield from around_of(name)
 
     return names
-
-
-def _enclosing(name: str) -> Iterator[str]:
-    """A name and the names of the modules around it: ``a.b.c``, ``a.b``, ``a``."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
 
 
 def _first(patterns: Iterable[str], names: Iterable[str]) -> str | None:

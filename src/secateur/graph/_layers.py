@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from secateur.graph._call import Call, merge, unknown
+from secateur.graph._call import Call, by_whole_groups, merge, unknown
 from secateur.graph._channels import IntArray, Role
 from secateur.graph._ledger import ChannelIds, CountedOperation, Ledger
 
@@ -56,9 +56,8 @@ def group_norm(call: Call) -> Sequence[ChannelIds]:
 
 
 def tie_groups(ledger: Ledger, members: IntArray) -> None:
-    """Let whole groups go where there are many, else the same positions of every group; whichever is finer."""
-    whole = members.shape[0] >= members.shape[1]
-    ledger.tie_rows(np.ascontiguousarray(members.T) if whole else members)
+    """Let whole groups go, or the same positions of every group."""
+    ledger.tie_rows(np.ascontiguousarray(members.T) if by_whole_groups(*members.shape) else members)
 
 
 def convolution(call: Call) -> Sequence[ChannelIds]:
@@ -140,11 +139,7 @@ def _through(call: Call, incoming: IntArray | None, weight: torch.Tensor) -> Int
 
 
 def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
-    """Grouped convolution: remove whole groups where there are many, else the same positions of every group.
-
-    With G groups of c channels, whole groups leave G units to choose from, equal positions leave c. The finer one is
-    taken; depthwise (c = 1) is the first case.
-    """
+    """Grouped convolution: remove whole groups, or the same positions of every group. Depthwise is the first case."""
     produced, consumed = call.ids(weight).get(0), call.ids(weight).get(1)
     if incoming is None or produced is None:
         call.ledger.freeze_all(
@@ -152,7 +147,7 @@ def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups
         )
         return produced
     entering, leaving = incoming.reshape(groups, -1), produced.reshape(groups, -1)
-    if groups >= entering.shape[1]:
+    if by_whole_groups(*entering.shape):
         call.ledger.tie_rows(np.ascontiguousarray(entering.T))
         call.ledger.tie_rows(np.ascontiguousarray(leaving.T))
         call.ledger.tie(entering[:, 0], leaving[:, 0])

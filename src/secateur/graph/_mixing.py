@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secateur.graph._call import MIXING_KINDS, base_name
 from secateur.graph._channels import ChannelGraph, IntArray, Lane, Mixing
+from secateur.graph._running import run_under_
 
 
 class OverKeptChannels(TorchDispatchMode):
-    """While active, a full model computes norms, means and softmaxes over the kept channels only.
+    """While active, one run of a full model computes norms, means and softmaxes over the kept channels only.
 
     Removed positions of the results are zero.
 
@@ -29,15 +30,8 @@ class OverKeptChannels(TorchDispatchMode):
     def __init__(self, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]):
         super().__init__()
         self._alive = graph.alive(kept)
-        self._graph = graph
-        self._expected: dict[int, Mixing] = {}
+        self._expected = {mixing.number: mixing for mixing in graph.mixings}
         self._number = 0
-
-    def __enter__(self) -> "OverKeptChannels":
-        self._expected = {mixing.number: mixing for mixing in self._graph.mixings}
-        self._number = 0
-        super().__enter__()
-        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,11 +64,7 @@ class OverKeptChannels(TorchDispatchMode):
 
 def compute_over_kept_(model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """Make a full model compute norms, means and softmaxes over the kept channels whenever it runs; returns it."""
-    if graph.mixings:
-        mode = OverKeptChannels(graph, kept)
-        model.register_forward_pre_hook(lambda *_: mode.__enter__() and None, prepend=True)
-        model.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True)
-    return model
+    return run_under_(model, lambda _: OverKeptChannels(graph, kept)) if graph.mixings else model
 
 
 def _gathered(name: str, args: Any, kwargs: Any, read: Sequence[tuple[Lane, IntArray]]) -> tuple[tuple[Any, ...], Any]:

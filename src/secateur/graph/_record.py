@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from secateur.graph._copying import copy_model
 from secateur.graph._flow import Flow
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
 from secateur.graph._rules import apply_rule
+from secateur.graph._running import undisturbed
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph._sizing import bind_sizes
 
@@ -234,19 +234,3 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
         if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(enter(name), with_kwargs=True)
             module.register_forward_hook(leave(name))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Generator[None]:
-    """Run a model in the open: random state and settings are put back afterwards.
-
-    The fast path of `torch.nn.MultiheadAttention` is off meanwhile: it is one opaque operation.
-    """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)

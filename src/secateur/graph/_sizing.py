@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph._call import by_whole_groups
 from secateur.graph._channels import IntArray
 from secateur.graph._ledger import Ledger
 from secateur.graph._sizes import ShapeOf, SizeFloat, SizeInt, expression_of, shape_leaves
@@ -186,9 +187,9 @@ def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
-    """Whole groups go where there are at least as many as channels in one; then their number follows."""
-    whole = ids is not None and groups >= len(ids) // groups
-    counted = ids.reshape(int(groups), -1)[:, 0] if ids is not None and whole else None
+    """Where whole groups go, their number follows."""
+    members = None if ids is None else ids.reshape(int(groups), -1)
+    counted = members[:, 0] if members is not None and by_whole_groups(*members.shape) else None
     if counted is not None or isinstance(groups, SizeInt):
         ledger.bind(expression_of(groups), counted, where)
 

@@ -11,36 +11,24 @@ from torch.utils._pytree import tree_leaves
 from secateur.graph._call import base_name
 from secateur.graph._channels import Block
 from secateur.graph._flow import Flow
+from secateur.graph._running import run_under_
 
 
 class ZeroBranches(TorchDispatchMode):
-    """While active, a full model adds zeros in the place of some residual branches.
+    """While active, one run of a full model adds zeros in the place of some residual branches.
 
     It knows nothing of modules, only in which sums of the forward pass the branches end.
 
     Args:
         blocks: Whose branches.
+        inputs: Of the run, which the sums that count depend on.
     """
 
-    def __init__(self, blocks: Iterable[Block]):
+    def __init__(self, blocks: Iterable[Block], inputs: Any):
         super().__init__()
         self._operands = {block.addition: block.operand for block in blocks}
         self._flow = Flow()
-        self._fast = True
-
-    def begin(self, inputs: Any) -> None:
-        """The model begins to run on some inputs."""
-        self._flow = Flow()
         self._flow.feed(inputs)
-        # It adds within one opaque operation, and the sums would be numbered wrongly.
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        self.__enter__()
-
-    def end(self) -> None:
-        """It has returned, or failed."""
-        self.__exit__(None, None, None)
-        torch.backends.mha.set_fastpath_enabled(self._fast)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,14 +49,5 @@ class ZeroBranches(TorchDispatchMode):
 
 def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     """Make a full model add zeros in the place of some residual branches whenever it runs; returns it."""
-    mode = ZeroBranches(blocks)
-
-    def begin(_model: nn.Module, args: Any, kwargs: Any) -> None:
-        mode.begin((args, kwargs))
-
-    def end(*_: Any) -> None:
-        mode.end()
-
-    model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
-    model.register_forward_hook(end, always_call=True)
-    return model
+    blocks = tuple(blocks)
+    return run_under_(model, lambda inputs: ZeroBranches(blocks, inputs))

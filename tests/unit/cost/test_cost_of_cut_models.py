@@ -15,15 +15,6 @@ from secateur.search import SearchSpace
 from secateur.surgery import apply_architecture
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors on a shared machine: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
     generator = np.random.default_rng(seed)
     widths = [generator.choice(levels) for levels in SearchSpace().levels(graph)]

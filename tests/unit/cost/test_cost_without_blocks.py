@@ -16,15 +16,6 @@ from secateur.models import cifar_resnet20
 from secateur.surgery import cut
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors on a shared machine: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
     """Any multiples of the divisors, and each block with even odds."""
     draw = np.random.default_rng(seed)

@@ -25,15 +25,6 @@ from secateur.importance import (
 ALL = [L1(), L2(), GeometricMedian(), BatchNormScale(), Taylor(), LAMP(), RandomImportance()]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors on a shared machine: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def batches(graph, classes: int, count: int = 2, size: int = 5):
     generator = torch.Generator().manual_seed(7)
     shape = graph.example_shape[1:]

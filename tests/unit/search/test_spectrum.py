@@ -12,15 +12,6 @@ from secateur.search._covariance import RunningCovariance, readers
 from secateur.search._spectrum import eigenvalues_of_covariance, eigenvalues_of_rows
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors on a shared machine: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def explained(rows: np.ndarray, correlation: bool = False) -> np.ndarray:
     """CCR(0..N) by the definition: eigenvalues of numpy's N x N matrix, no stretching."""
     matrix = np.corrcoef(rows) if correlation else np.cov(rows)

@@ -15,7 +15,7 @@ Where neither is sure, the branch is not a block.
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -65,6 +65,23 @@ class _Branch:
     serving: frozenset[int]
 
 
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A block that has no place among the others yet.
+
+    Attributes:
+        block: The block; its name is that of the module that goes as a whole, else empty.
+        call: The innermost module call that the sum runs in.
+        entering: The value x that the sum adds to.
+        leaving: What the stream goes on with: the value the whole module returns, else the sum.
+    """
+
+    block: Block
+    call: int
+    entering: int
+    leaving: int
+
+
 def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple[Block, ...]:
     """Every removable residual branch that holds multiply-accumulates.
 
@@ -110,15 +127,15 @@ class _Finder:
         self.shortcuts: dict[int, int] = {}
 
     def blocks(self, counted: Collection[str]) -> tuple[Block, ...]:
-        found: list[tuple[Block, int]] = []
+        found: list[_Found] = []
         for step, addition in self.flow.additions.items():
             branch = self._branch(step, addition)
             if branch is None:
                 continue
             self.shortcuts[step] = branch.shortcut
-            block = self._block(branch, addition)
-            if block is not None and 0 < sum(map(block.replaces, counted)) < len(counted):
-                found.append((block, self.flow.call[step]))
+            one = self._found(branch, addition)
+            if one is not None and 0 < sum(map(one.block.replaces, counted)) < len(counted):
+                found.append(one)
         return self._named(found)
 
     def _branch(self, step: int, addition: Addition) -> _Branch | None:
@@ -161,7 +178,7 @@ class _Finder:
                 steps.add(number)
         return frozenset(steps)
 
-    def _block(self, branch: _Branch, addition: Addition) -> Block | None:
+    def _found(self, branch: _Branch, addition: Addition) -> _Found | None:
         inside = self._calls_inside(branch)
         whole = self._whole(branch)
         if whole is not None:
@@ -175,8 +192,9 @@ class _Finder:
         tensors = self.tensors.only_in([r.module for r in replacements])
         if tensors is None:
             return None
-        name = whole.module if whole is not None else ""
-        return Block(name, addition.number, branch.operand, replacements, tuple(sorted(modules)), tensors)
+        name, leaving = (whole.module, whole.given) if whole is not None else ("", branch.addition)
+        block = Block(name, addition.number, branch.operand, replacements, tuple(sorted(modules)), tensors)
+        return _Found(block, self.flow.call[branch.addition], branch.shortcut, leaving)
 
     def _calls_inside(self, branch: _Branch) -> list[ModuleCall]:
         """Module calls of which every step lies in the branch and some step serves it."""
@@ -257,19 +275,19 @@ class _Finder:
         fed = (step for step in loose if self.flow.fed[step])
         return all(self.flow.pointwise[step] or self.flow.names[step] in _ALIKE for step in fed)
 
-    def _named(self, found: list[tuple[Block, int]]) -> tuple[Block, ...]:
-        sums: dict[int, int] = {}
-        for _, call in found:
-            sums[call] = sums.get(call, 0) + 1
+    def _named(self, found: list[_Found]) -> tuple[Block, ...]:
+        sums = Counter(one.call for one in found)
         named: list[Block] = []
-        taken: dict[str, int] = {}
-        for block, call in found:
-            name = block.name or (self.flow.calls[call].module if call >= 0 and sums[call] == 1 else "")
+        taken: Counter[str] = Counter()
+        leaving: dict[int, str] = {}
+        for one in found:
+            name = one.block.name or (self.flow.calls[one.call].module if one.call >= 0 and sums[one.call] == 1 else "")
             if not name:
-                name = max(block.replacements, key=lambda r: self.tensors.parameters.get(r.module, 0)).module
-            taken[name] = taken.get(name, 0) + 1
+                name = max(one.block.replacements, key=lambda r: self.tensors.parameters.get(r.module, 0)).module
+            taken[name] += 1
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            named.append(Block(name, block.addition, block.operand, block.replacements, block.modules, block.tensors))
+            named.append(replace(one.block, name=name, follows=leaving.get(one.entering)))
+            leaving[one.leaving] = name
         return tuple(named)
 
 

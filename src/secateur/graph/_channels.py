@@ -128,6 +128,9 @@ class Block:
         modules: Names of the modules that run in the branch, those that stay (without effect) too.
         tensors: Names of the parameters and buffers that go.
         kept_because: None if the block may be removed, else the reason why not, as a sentence for a user.
+        follows: Name of the block directly before it on the residual stream, removable or not: the one whose sum, or
+            what the module returns that goes with it as a whole, is the very value x that this block's sum adds to.
+            None where anything else computes x.
     """
 
     name: str
@@ -137,6 +140,7 @@ class Block:
     modules: tuple[str, ...]
     tensors: tuple[str, ...]
     kept_because: str | None = None
+    follows: str | None = None
 
     def replaces(self, module: str) -> bool:
         """Whether a module goes with the block: it is replaced or lies in one that is."""
@@ -298,6 +302,22 @@ class ChannelGraph:
     def removable(self) -> tuple[Block, ...]:
         """The blocks that may be removed, in order."""
         return tuple(block for block in self.blocks if block.kept_because is None)
+
+    @cached_property
+    def chains(self) -> tuple[tuple[Block, ...], ...]:
+        """The longest runs of blocks that may be removed and each `follow <Block.follows>` the one before, in order.
+
+        Every block that may be removed is in one of them, be it alone. Of several that follow the same block, the
+        first one to run goes on with its chain.
+        """
+        chains: list[list[Block]] = []
+        for block in self.removable:
+            chain = next((c for c in chains if block.follows == c[-1].name), None)
+            if chain is None:
+                chains.append([block])
+            else:
+                chain.append(block)
+        return tuple(map(tuple, chains))
 
     @cached_property
     def blocks_by_name(self) -> Mapping[str, Block]:

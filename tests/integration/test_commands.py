@@ -119,15 +119,15 @@ def test_inspect_shows_axes_reasons_and_range(small: Small, run: Run):
 class _StopsInEpoch2(Silent):
     """Ctrl-C in the middle of a training."""
 
-    def watch(self, *, epochs: int, steps: int, done: int):
+    def watch(self, what: str, *, epochs: int, steps: int, done: int):
         from contextlib import contextmanager
 
         class Meter:
-            def step(self, epoch: int, step: int, loss: float, learning_rate: float) -> None:
+            def step(self, epoch: int, step: int, numbers: object) -> None:
                 pass
 
-            def epoch(self, record: object) -> None:
-                if record.epoch == 2:
+            def epoch(self, epoch: int, numbers: object, line: str) -> None:
+                if epoch == 2:
                     raise KeyboardInterrupt
 
         @contextmanager

@@ -120,7 +120,7 @@ class Engine:
         began = perf_counter()
         ledger = Ledger(self.epoch + 1)
         steps, schedule = self._task.steps, self._task.schedule
-        rate, images_seen = 0.0, 0
+        rate, images_seen, looked = 0.0, 0, False
         with seeded(self._task.fabric.device, schedule.seed, self.epoch), ExitStack() as stack:
             watch = self._watch(stack)
             for step, (images, labels) in enumerate(self._task.batches(self.epoch), self.epoch * steps):
@@ -128,9 +128,11 @@ class Engine:
                 looked = ledger.add(*self._step(images, labels, rate, watch), rate)
                 images_seen += len(images)
                 if looked:
-                    meter.step(self.epoch + 1, ledger.steps, ledger.latest, rate)
+                    _show(meter, ledger, rate)
         ledger.look(rate)
         self._check_epoch(ledger, rate)
+        if not looked:
+            _show(meter, ledger, rate)
         seconds = perf_counter() - began
         self.epoch += 1
         means = ledger.means
@@ -223,7 +225,7 @@ class Engine:
             if self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss):
                 self.best = Best(record.epoch, result.top1, result.loss, copied(tensors_of(self._judged)))
         self.history.append(record)
-        meter.epoch(record)
+        meter.epoch(record.epoch, record.numbers, record.line(self._task.schedule.epochs))
 
     def _check_first(self, logits: Tensor, labels: Tensor) -> None:
         self._checked = True
@@ -239,6 +241,10 @@ class Engine:
             )
         if not finite(self._student):
             raise diverged("weights", f"the end of epoch {ledger.epoch}", rate)
+
+
+def _show(meter: Meter, ledger: Ledger, rate: float) -> None:
+    meter.step(ledger.epoch, ledger.steps, {"loss": ledger.latest, "learning_rate": rate})
 
 
 def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def fit(
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
         if saved is not None:
             engine.restore(saved)
-        with progress.watch(epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter:
+        with progress.watch("train", epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter:
             _run(engine, schedule.epochs, meter, checkpoint, settings)
         model = copy.deepcopy(student).eval()
         write_tensors_(model, engine.result)

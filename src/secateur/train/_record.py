@@ -42,6 +42,33 @@ class EpochRecord:
         """Inverse of `to_json`."""
         return cls(**data)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What there is to plot over the epochs, by name."""
+        means = {f"mean_{name}": value for name, value in self.parts.items()}
+        found = {
+            "mean_loss": self.train_loss,
+            **means,
+            "validation_accuracy": self.validation_accuracy,
+            "validation_loss": self.validation_loss,
+            "images_per_s": self.images_per_s,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def line(self, epochs: int) -> str:
+        """One of so many epochs in words: ``epoch 3/20  loss 0.4120 (kd 0.4120)  lr 0.012  validation 91.20 %``."""
+        words = [f"epoch {self.epoch}/{epochs}"]
+        if self.train_loss is not None:
+            parts = ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items())
+            words.append(f"loss {self.train_loss:.4f} ({parts})")
+        if self.learning_rate is not None:
+            words.append(f"lr {self.learning_rate:.2g}")
+        if self.validation_accuracy is not None:
+            words.append(f"validation {100 * self.validation_accuracy:.2f} % (loss {self.validation_loss:.4f})")
+        if self.images_per_s is not None:
+            words.append(f"{self.seconds:.1f} s  {self.images_per_s:.0f} images/s")
+        return "  ".join(words)
+
 
 @dataclass(frozen=True)
 class Trained:

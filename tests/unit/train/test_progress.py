@@ -1,13 +1,14 @@
 import io
 import math
 import re
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
 
-from secateur.train import EpochRecord, Silent, TerminalProgress, fit
+from secateur.train import Silent, TerminalProgress, fit
 
 
 class Terminal(io.StringIO):
@@ -44,13 +45,13 @@ def test_slow_steps_are_shown_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     class Steps(Silent):
         @contextmanager
-        def watch(self, *, epochs: int, steps: int, done: int):
+        def watch(self, what: str, *, epochs: int, steps: int, done: int):
             yield self
 
-        def step(self, epoch: int, step: int, loss: float, learning_rate: float) -> None:
+        def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
             seen.append(step)
 
-        def epoch(self, record: EpochRecord) -> None:
+        def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
             pass
 
     run(Steps(), epochs=1)
@@ -61,7 +62,7 @@ def test_a_terminal_gets_a_bar_with_everything() -> None:
     stream = Terminal()
     run(TerminalProgress(stream))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert re.search(r"epoch 2/2 +step 20/25 +loss \d\.\d{4} +lr \S+", text)
+    assert re.search(r"train 2/2  step 25/25  loss \d\.\d+  lr \S+  ETA", text)
     assert "ETA" in text
     assert re.search(r"epoch 2/2 +loss \d\.\d{4} \(label", text)
 
@@ -84,23 +85,56 @@ def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch
 
     class Mine:
         @contextmanager
-        def watch(self, *, epochs: int, steps: int, done: int):
-            events.append((epochs, steps, done))
+        def watch(self, what: str, *, epochs: int, steps: int, done: int):
+            events.append((what, epochs, steps, done))
             try:
                 yield self
             finally:
                 events.append("closed")
 
-        def step(self, epoch: int, step: int, loss: float, learning_rate: float) -> None:
-            events.append((epoch, step))
-            assert loss > 0
-            assert learning_rate > 0
+        def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
+            events.append((epoch, step, *numbers))
+            assert numbers["loss"] > 0
+            assert numbers["learning_rate"] > 0
 
-        def epoch(self, record: EpochRecord) -> None:
-            events.append(record.epoch)
-            if record.epoch == 1:
+        def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
+            events.append((epoch, *numbers))
+            assert line.startswith(f"epoch {epoch}/2  ")
+            if epoch == 1:
                 raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
         run(Mine())
-    assert events == [(2, 25, 0), 0, (1, 20), 1, "closed"]
+    validated = ("validation_accuracy", "validation_loss")
+    assert events == [
+        ("train", 2, 25, 0),
+        (0, *validated),
+        (1, 20, "loss", "learning_rate"),
+        (1, 25, "loss", "learning_rate"),
+        (1, "mean_loss", "mean_label", *validated, "images_per_s"),
+        "closed",
+    ]
+
+
+def test_the_bar_fits_80_columns_and_leaves_out_what_has_no_room() -> None:
+    stream = Terminal()
+    numbers = {"loss": 1234.5678, "architecture_loss": 0.00012345, "entropy": 0.98765, "macs": 0.54321, "late": 1.0}
+    with TerminalProgress(stream).watch("search", epochs=12, steps=390, done=10) as meter:
+        meter.step(11, 389, numbers)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    lines = re.split(r"[\r\n]+", text)
+    assert any("search 11/12  step 389/390  loss 1.23e+03  al 0.000123  ETA" in line for line in lines), lines
+    assert "entropy" not in text
+    assert max(map(len, lines)) <= 80
+
+
+def test_lines_of_a_resumed_loop_reckon_with_its_own_epochs() -> None:
+    stream = io.StringIO()
+    with TerminalProgress(stream).watch("search", epochs=4, steps=1, done=2) as meter:
+        meter.epoch(2, {}, "as it was")
+        meter.epoch(3, {}, "search 3/4  entropy 0.5")
+        meter.epoch(4, {}, "search 4/4")
+    first, second, last = stream.getvalue().splitlines()
+    assert first == "as it was"
+    assert re.fullmatch(r"search 3/4  entropy 0\.5  ETA \d:\d\d:\d\d", second)
+    assert last == "search 4/4"

@@ -8,6 +8,7 @@ from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._schedule import SGD, AdamW, Schedule
 from secateur.train._state import average_decay
+from secateur.train._tensorboard import TensorBoard
 
 __all__ = [
     "SGD",
@@ -20,6 +21,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "Silent",
+    "TensorBoard",
     "TerminalProgress",
     "Trained",
     "TrainingData",

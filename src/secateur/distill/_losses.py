@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur.distill._checks import check_logits
 from secateur.errors import TrainingError
 
 VARIANCE_FLOOR = 1e-6
@@ -34,12 +35,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
         Hinton et al., arXiv:1503.02531, Eq. (1) and Section 2.
     """
     check_temperature(temperature)
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise TrainingError(
-            "`student_logits` and `teacher_logits` must both have the shape (batch, classes); got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}. "
-            "Use a teacher with the student's classes, or set kd_weight=0."
-        )
+    check_logits(student_logits, teacher_logits)
     student = F.log_softmax(widened(student_logits) / temperature, dim=1)
     teacher = F.log_softmax(widened(teacher_logits.detach()) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

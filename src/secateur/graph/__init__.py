@@ -19,6 +19,7 @@ from secateur.graph._mixing import compute_over_kept_
 from secateur.graph._record import shadow_of
 from secateur.graph._running import undisturbed
 from secateur.graph._trace import HeadUnit, trace
+from secateur.graph._untie import untie
 from secateur.graph._zeroed import zero_branches_
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "shadow_of",
     "trace",
     "undisturbed",
+    "untie",
     "zero_branches_",
 ]

@@ -55,6 +55,9 @@ class ChannelAxis:
         sites: Where the channels live.
         divisor: Widths of this axis must be a multiple of it (1: any).
         frozen_because: None if channels may be removed, else the reason why not, as a sentence for a user.
+        into: None, or the axis of the stream into whose channels these are added; see `untie`. What is kept of this
+            axis is also kept of the stream: its channels are that axis' channels.
+        outlet: The module whose output is added to the stream; empty without ``into``.
     """
 
     name: str
@@ -62,6 +65,8 @@ class ChannelAxis:
     sites: tuple[Site, ...]
     divisor: int = 1
     frozen_because: str | None = None
+    into: str | None = None
+    outlet: str = ""
 
 
 @dataclass(frozen=True)
@@ -343,8 +348,11 @@ class ChannelGraph:
         """The same graph with more axes frozen.
 
         Args:
-            reasons: Why, by axis name. Axes already frozen keep their first reason.
+            reasons: Why, by axis name. Axes already frozen keep their first reason. The stream of a branch that must
+                stay whole must stay whole too, for the same reason.
         """
+        streams = {axis.into: reasons[axis.name] for axis in self.axes if axis.into and axis.name in reasons}
+        reasons = {**streams, **reasons}
         new = {name: reason for name, reason in reasons.items() if self.by_name[name].frozen_because is None}
         sizes = {name: self.by_name[name].size for name in new}
 

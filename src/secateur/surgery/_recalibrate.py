@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.graph import shadow_of
 from secateur.surgery._cut import Wound
 from secateur.surgery._slice import kept_positions_of_tensors
+from secateur.surgery._widen import original_names
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
@@ -41,8 +42,9 @@ class RecalibrateBatchNorm:
         before = batch_statistics(wound.original, wound.images)
         after = batch_statistics(small, wound.images)
         kept = kept_positions_of_tensors(wound.graph, wound.architecture)
-        modules = dict(small.named_modules())
-        for name, (mean, variance) in after.items():
+        modules, names = dict(small.named_modules()), original_names(small)
+        for place, (mean, variance) in after.items():
+            name = names[place]
             if name not in before:
                 continue
             old_mean, old_variance = before[name]
@@ -50,7 +52,7 @@ class RecalibrateBatchNorm:
             if positions is not None:
                 chosen = torch.from_numpy(positions).to(old_mean.device)
                 old_mean, old_variance = old_mean[chosen], old_variance[chosen]
-            layer: Any = modules[name]
+            layer: Any = modules[place]
             layer.running_mean.add_((mean - old_mean).to(layer.running_mean.dtype))
             ratio = (variance + self.eps) / (old_variance + self.eps)
             layer.running_var.mul_(ratio.to(layer.running_var.dtype))

@@ -1,23 +1,25 @@
 """Refit: every layer that lost inputs learns, in closed form, to give what it gave before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.graph import Role, shadow_of
+from secateur.graph import ChannelAxis, ChannelGraph, Role, shadow_of
 from secateur.surgery._cut import Wound
 from secateur.surgery._patches import Sampler, follows_weight, is_plain, positions_per_image, sample_positions
 from secateur.surgery._slice import KeptByDim, kept_positions_of_tensors
+from secateur.surgery._widen import narrow
 
 
 @dataclass(frozen=True)
 class Refit:
     """Fold the removed channels into the kept ones by least squares, layer by layer.
 
-    For a layer with weight W (output channels x patch) that lost inputs, or reads what a removed block had added to,
+    For a layer with weight W (output channels x patch) that lost inputs, or reads a stream to which a removed block or
+    what is gone of a narrower branch had added,
     with X' the patches it now receives in the already repaired cut model, Y the outputs of the original on the same
     images (kept channels only), and W_S the sliced weight, the new weight is
 
@@ -54,7 +56,7 @@ class Refit:
         samplers = [sampler for sampler in samplers if sampler.module in targets]
         for group in _groups(samplers, self.max_passes):
             for module, rows in _inputs(small, group, wound.images).items():
-                self._solve_(small.get_submodule(module), rows, targets[module])
+                self._solve_(narrow(small, module), rows, targets[module])
 
     def _samplers(self, small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[Sampler]:
         order = layers_that_lost_inputs(small, wound, kept)
@@ -62,7 +64,7 @@ class Refit:
         samplers: list[Sampler] = []
         for number, name in enumerate(order):
             shape = wound.graph.activations[name].shape
-            layer = small.get_submodule(name)
+            layer = narrow(small, name)
             positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _middle(shape)
             unknowns = int(layer.get_parameter("weight").numel() // layer.get_parameter("weight").size(0))
             wanted = positions_per_image(unknowns, images, self.rows_per_unknown)
@@ -98,30 +100,46 @@ def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
 
 
 def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:
-    """Plain layers, in order of execution, that read fewer channels, or channels to which a removed block had added."""
+    """Plain layers, in order of execution, that read fewer channels, or channels to which less is added than before."""
     gone = wound.graph.removed_modules(wound.architecture.removed_blocks)
-    names = _behind_removed_blocks(wound)
+    names = _behind_removed_blocks(wound) | _behind_narrow_branches(wound)
     for axis in wound.graph.prunable:
         for site in axis.sites:
             module, _, parameter = site.tensor.rpartition(".")
             if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
                 names.add(module)
     order = (name for name in wound.graph.activations if name in names and not gone(name))
-    return [name for name in order if is_plain(small.get_submodule(name))]
+    return [name for name in order if is_plain(narrow(small, name))]
 
 
 def _behind_removed_blocks(wound: Wound) -> set[str]:
     """Modules that run after a removed block and whose weight reads what the block had added to."""
     graph, found = wound.graph, set[str]()
-    place = {name: number for number, name in enumerate(graph.activations)}
     for block in (graph.blocks_by_name[name] for name in wound.architecture.removed_blocks):
-        last = max((place[module] for module in block.modules if module in place), default=len(place))
         tensors = set(block.tensors)
         for axis in graph.axes:
             if any(site.tensor in tensors and site.role is Role.OUTPUT for site in axis.sites):
-                readers = (s.tensor.rpartition(".") for s in axis.sites if s.role is Role.INPUT)
-                found |= {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
+                found |= _readers_behind(graph, axis, block.modules)
     return found
+
+
+def _behind_narrow_branches(wound: Wound) -> set[str]:
+    """Modules that run after a branch which lost channels that its stream has, and whose weight reads the stream."""
+    graph, found = wound.graph, set[str]()
+    widths = {**{axis.name: axis.size for axis in graph.axes}, **wound.architecture.widths}
+    for axis in graph.axes:
+        if axis.into is not None and widths[axis.name] < widths[axis.into]:
+            found |= _readers_behind(graph, axis, (axis.outlet,))
+    return found
+
+
+def _readers_behind(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str]) -> set[str]:
+    """Modules that run after some others and whose weight reads an axis, or the stream that it is added into."""
+    place = {name: number for number, name in enumerate(graph.activations)}
+    last = max((place[module] for module in modules if module in place), default=len(place))
+    stream = axis if axis.into is None else graph.by_name[axis.into]
+    readers = (site.tensor.rpartition(".") for site in stream.sites if site.role is Role.INPUT)
+    return {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
 
 
 def _targets(
@@ -179,7 +197,7 @@ def run_watched(
         return forward
 
     with torch.no_grad():
-        hooks = [model.get_submodule(s.module).register_forward_hook(hook(s)) for s in samplers]
+        hooks = [narrow(model, s.module).register_forward_hook(hook(s)) for s in samplers]
         try:
             for batch in images:
                 seen.clear()

@@ -13,6 +13,7 @@ from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Role, compute_over_kept_, copy_model, zero_branches_
 from secateur.graph._channels import IntArray
 from secateur.surgery._blocks import replace_, replacements_of
+from secateur.surgery._widen import check_branches, widen_, widenings_of
 
 KeptByDim = dict[int, IntArray]
 """Dimension of a tensor to the positions that stay."""
@@ -22,7 +23,8 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
     """Refuse an architecture that does not fit the graph.
 
     Raises:
-        SurgeryError: For an unknown or frozen axis, a channel out of range, or a block that may not be removed.
+        SurgeryError: For an unknown or frozen axis, a channel out of range, a block that may not be removed, or a
+            branch that keeps other channels than the stream it is added into.
     """
     for name in architecture.removed_blocks:
         block = graph.blocks_by_name.get(name)
@@ -42,6 +44,7 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
             raise SurgeryError(f"`architecture` cuts the axis {name!r}, which must stay whole: {axis.frozen_because}.")
         if channels[-1] >= axis.size:
             raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
+    check_branches(graph, architecture)
 
 
 def kept_positions_of_tensors(
@@ -52,7 +55,8 @@ def kept_positions_of_tensors(
     Args:
         graph: The channel graph of the whole model.
         architecture: Channels to keep.
-        roles: Only sites of these are looked at.
+        roles: Only sites of these are looked at, and those of branches: what a branch gives is read by a sum, which has
+            no weights.
     """
     masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
     for name, channels in architecture.kept:
@@ -62,7 +66,7 @@ def kept_positions_of_tensors(
         gone = np.ones(axis.size, dtype=bool)
         gone[list(channels)] = False
         for site in axis.sites:
-            if site.role not in roles:
+            if site.role not in roles and axis.into is None:
                 continue
             dims = masks.setdefault(site.tensor, {})
             if site.dim not in dims:
@@ -81,6 +85,8 @@ def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
 
 def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """A new, smaller model: blocks removed, every tensor sliced, every size set. Weights that stay are unchanged.
+
+    A branch that keeps fewer channels than its stream is put into a `Widen`, which adds ``.inner`` to its names.
 
     Args:
         model: The traced model; not modified, nothing is shared with the result.
@@ -105,6 +111,7 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
     edits = (e for e in graph.edits if not gone(e.module))
     set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
     declare_sizes(small)
+    widen_(small, widenings_of(graph, architecture))
     return small
 
 

@@ -70,8 +70,12 @@ def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
             raise SurgeryError(f"`replacements` must name modules of the model; got {name!r}.") from error
         if not name:
             raise SurgeryError("`replacements` must name modules within the model; got the model itself.")
-        stand_in = _CLASSES[replacement.stand_in](replacement.items)
-        setattr(model.get_submodule(path), leaf, stand_in.train(model.training))
+        setattr(model.get_submodule(path), leaf, stand_in_of(replacement).train(model.training))
+
+
+def stand_in_of(replacement: Replacement) -> PassThrough:
+    """A new module to take the place of the one that goes."""
+    return _CLASSES[replacement.stand_in](replacement.items)
 
 
 def replacements_in(model: nn.Module) -> tuple[Replacement, ...]:

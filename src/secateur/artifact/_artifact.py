@@ -14,7 +14,7 @@ from secateur.artifact._manifest import FORMAT, Manifest, Recipe
 from secateur.artifact._schema import parse
 from secateur.artifact._tensors import describe, deserialise, install, serialise
 from secateur.errors import ArtifactError, SurgeryError
-from secateur.surgery import declare_sizes, replace_, replacements_in
+from secateur.surgery import declare_sizes, replace_, replacements_in, widen_, widenings_in
 
 MANIFEST_NAME = "secateur.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -75,7 +75,8 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
             )
     records = describe(model)
     weights = serialise(model, records)
-    manifest = Manifest(recipe, records, hashlib.sha256(weights).hexdigest(), len(weights), replacements_in(model))
+    digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
+    manifest = Manifest(recipe, records, digest, len(weights), *built)
     text = manifest.to_bytes()
     try:
         with atomic_folder(folder) as part:
@@ -98,8 +99,8 @@ def load(
 ) -> Loaded:
     """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
 
-    The source is built, gets the stand-ins of removed blocks, the recorded sizes and ints, then the recorded tensors.
-    Nothing is unpickled or traced.
+    The source is built, gets the stand-ins of removed blocks, what widens narrow branches, the recorded sizes and ints,
+    then the recorded tensors. Nothing is unpickled or traced.
     Every byte of the weights is covered by the hash in secateur.json; nothing is used before it is checked.
 
     Args:
@@ -133,17 +134,23 @@ def load(
     tensors = deserialise(weights, manifest.tensors)
     with torch.random.fork_rng(devices=[]):
         model = build(manifest.recipe.source) if factory is None else factory()
-    _remove_blocks_(model, manifest)
+    _rebuild_(model, manifest)
     for edit in manifest.recipe.edits:
         set_edit(model, edit)
     install(model, manifest.tensors, tensors)
+    if widenings_in(model) != manifest.widenings:
+        raise ArtifactError(
+            "`widenings` must say what the weights hold; got another order of channels (secateur.json). "
+            "The file is damaged: save the artifact again."
+        )
     declare_sizes(model)
     return Loaded(model.eval(), manifest)
 
 
-def _remove_blocks_(model: nn.Module, manifest: Manifest) -> None:
+def _rebuild_(model: nn.Module, manifest: Manifest) -> None:
     try:
         replace_(model, manifest.replacements)
+        widen_(model, manifest.widenings)
     except SurgeryError as error:
         raise ArtifactError(
             f"{error} The source builds another model than the one that was saved: use the same version of its code."

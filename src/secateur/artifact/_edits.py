@@ -11,7 +11,7 @@ from typing import TypeGuard, cast
 from torch import nn
 
 from secateur.errors import ArtifactError
-from secateur.surgery import replacements_in
+from secateur.surgery import original_names, replacements_in
 
 
 @dataclass(frozen=True, order=True)
@@ -42,7 +42,8 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
 
     Args:
         original: The model as its source builds it.
-        model: The same architecture after surgery; the same module names, less those of removed blocks.
+        model: The same architecture after surgery; the same module names, less those of removed blocks, and with what
+            widens narrow branches around some.
 
     Returns:
         The values of ``model`` where they differ, in the order of its modules.
@@ -52,14 +53,15 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
     """
     removed = tuple(f"{replacement.module}." for replacement in replacements_in(model))
     theirs = {name: module for name, module in original.named_modules() if not name.startswith(removed)}
-    ours = dict(model.named_modules())
-    if theirs.keys() != ours.keys():
-        different = sorted(theirs.keys() ^ ours.keys())[:5]
+    ours, names = dict(model.named_modules()), original_names(model)
+    if theirs.keys() != set(names.values()):
+        different = sorted(theirs.keys() ^ set(names.values()))[:5]
         raise ArtifactError(
             f"`model` must have the modules of `original`; got different ones: {different}. "
             "Only channels and removed blocks may differ: build both from the same source."
         )
-    return tuple(edit for name, module in ours.items() for edit in _differences(name, theirs[name], module))
+    pairs = ((name, theirs[origin], ours[name]) for name, origin in names.items())
+    return tuple(edit for name, old, module in pairs for edit in _differences(name, old, module))
 
 
 def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[Edit]:

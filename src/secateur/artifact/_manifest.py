@@ -12,16 +12,19 @@ from secateur.artifact._provenance import Provenance
 from secateur.artifact._schema import MAX_DIMENSIONS, MAX_TENSORS, Fields, parse, wrong
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.graph import Replacement, StandIn
+from secateur.surgery import Widening
 
-SCHEMA = 2
-"""The version of secateur.json that this code writes, and the newest that it reads.
+SCHEMA = 3
+"""The version of secateur.json that this code writes, and the newest that it reads. Older ones are still read.
 
-1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``. Still read.
+1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``.
+2: without branches that are narrower than the stream they are added into: no ``widenings``.
 """
 
 FORMAT = "secateur-artifact"
 _LARGEST_DIMENSION = 2**40
 _LONGEST_TUPLE = 64
+_MAX_CHANNELS = 2**20
 
 
 def _nothing() -> dict[str, object]:
@@ -137,6 +140,7 @@ class Manifest:
         weights_sha256: Hash of model.safetensors, hexadecimal.
         weights_bytes: Its size.
         replacements: The stand-ins of the modules that went with removed blocks.
+        widenings: The modules that are narrower than the stream they are added into.
         schema: Version of this file's layout.
     """
 
@@ -145,6 +149,7 @@ class Manifest:
     weights_sha256: str
     weights_bytes: int
     replacements: tuple[Replacement, ...] = ()
+    widenings: tuple[Widening, ...] = ()
     schema: int = SCHEMA
 
     def to_bytes(self) -> bytes:
@@ -159,8 +164,15 @@ class Manifest:
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         stand_ins = [[r.module, r.stand_in.value, r.items] for r in self.replacements]
-        recipe = self.recipe.to_json()
-        data = {"format": FORMAT, "schema": self.schema, **recipe, "replacements": stand_ins, "weights": weights}
+        wide = [[w.module, w.dim, w.missing, list(w.order)] for w in self.widenings]
+        data = {
+            "format": FORMAT,
+            "schema": self.schema,
+            **self.recipe.to_json(),
+            "replacements": stand_ins,
+            "widenings": wide,
+            "weights": weights,
+        }
         try:
             data["sha256"] = digest(data)
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
@@ -201,6 +213,7 @@ class Manifest:
             weights_sha256=weights.text("sha256"),
             weights_bytes=weights.integer("bytes", least=0),
             replacements=() if schema < 2 else _replacements(fields),
+            widenings=() if schema < 3 else _widenings(fields),
             schema=schema,
         )
 
@@ -253,6 +266,25 @@ def _replacement(row: object, where: str) -> Replacement:
     if items is not None and items > _LONGEST_TUPLE:
         raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
     return Replacement(fields.text("module"), StandIn(kind), items)
+
+
+def _widenings(fields: Fields) -> tuple[Widening, ...]:
+    rows = enumerate(fields.items("widenings", MAX_TENSORS))
+    return tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
+
+
+def _widening(row: object, where: str) -> Widening:
+    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
+        raise wrong(where, "[module, dim, missing, order]", row)
+    fields = Fields(dict(zip(("module", "dim", "missing", "order"), cast(list[object], row), strict=True)), where)
+    dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
+    order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
+    for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
+        if value >= limit:
+            raise wrong(fields.path(name), f"below {limit}", value)
+    if any(place > len(order) for place in order):
+        raise wrong(fields.path("order"), "a list of places among the channels", max(order))
+    return Widening(fields.text("module"), dim, missing, order)
 
 
 def _edit(row: object, where: str) -> Edit:

@@ -210,7 +210,7 @@ def test_work_folder_that_is_not_ours(run: Run, digits_weights: Path, tmp_path: 
 
 def test_damaged_work_folder(run: Run, digits_weights: Path, tmp_path: Path):
     (tmp_path / "out.work").mkdir()
-    (tmp_path / "out.work" / "run.json").write_text("{")
+    (tmp_path / "out.work" / "settings.json").write_text("{")
     with _nothing_left(tmp_path):
         _refused(run(*compress_words(digits_weights, tmp_path / "out"), "--resume"), "is damaged", "--restart")
 

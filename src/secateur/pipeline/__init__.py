@@ -5,8 +5,9 @@ from secateur.pipeline._demo import Demo, demo
 from secateur.pipeline._export import export_files
 from secateur.pipeline._open import Opened, load, open_model, usual_size
 from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, HEAL, SPACE, STRATEGY, Format
+from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, Format
 from secateur.pipeline._result import CompressResult
+from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
 from secateur.pipeline._survey import Survey, survey
 from secateur.pipeline._verify import Verified, verify
 from secateur.pipeline._work import Leftover
@@ -20,8 +21,11 @@ __all__ = [
     "CompressResult",
     "Demo",
     "Format",
+    "FromScratch",
+    "Inherit",
     "Leftover",
     "Opened",
+    "Start",
     "Survey",
     "Verified",
     "check_belongs",

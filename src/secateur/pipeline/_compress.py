@@ -1,5 +1,6 @@
 """The public verb: a trained network and a budget go in, a smaller verified one comes out."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from secateur.graph import Choices, HeadUnit, StandIn
 from secateur.graph.rules import Rule
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
-from secateur.pipeline._halfway import go_halfway
+from secateur.pipeline._halfway import Batches, go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
-from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, HEAL, NO_RULES, SPACE, STRATEGY, Delivery, Format, Plan
+from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, NO_RULES, SPACE, STRATEGY, Delivery, Format, Plan
 from secateur.pipeline._result import CompressResult, Halfway
-from secateur.pipeline._work import Leftover, Workplace
+from secateur.pipeline._start import Inherit, Start
+from secateur.pipeline._work import Leftover, Workplace, workplace
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
-from secateur.surgery import Healer
 from secateur.train import Progress, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
 
 CALIBRATION_IMAGES = 1024
@@ -44,7 +45,7 @@ def compress(
     space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
-    heal: Sequence[Healer] = HEAL,
+    start: Start = Inherit(),  # noqa: B008 - frozen
     calibration_images: int = CALIBRATION_IMAGES,
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
@@ -74,17 +75,19 @@ def compress(
         space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
         objective: What the recovery minimises.
-        heal: Repairs right after the cut, in order.
+        start: What the student begins with: `Inherit`, the weights of its channels, healed, or `FromScratch`, none;
+            then it needs as many epochs and as high a learning rate as the original did.
         calibration_images: Training images for search and healing; fewer if there are not so many.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
-            end. Until then the work lies in ``<out>.work``.
+            end. Until then the work lies in ``<out>.work``, from which an interrupted run goes on, also in the middle
+            of a search or training of hours.
         export: Files for other runtimes; only with ``out``.
         source: How the original is built, so that the artifact can be loaded without you; see
             `secateur.models.load_model`. Without it, loading needs ``factory=``.
         leftover: What to do with an interrupted run at the same ``out``.
         seed: Of everything that is random.
         device: Where to compute; None means the accelerator if there is one.
-        progress: Shows the training.
+        progress: Shows the search, where it takes long, and the training.
         tell: Receives one sentence per step.
         name: Of the model, for the report; None means its class.
         command: The exact command or call, for the record.
@@ -110,7 +113,7 @@ def compress(
         space=space,
         schedule=replace(schedule, seed=seed),
         objective=objective,
-        heal=tuple(heal),
+        start=start,
         calibration=min(calibration_images, len(data.train)),
         seed=seed,
         fabric=open_fabric(schedule.precision, device=device),
@@ -127,12 +130,18 @@ def _run(plan: Plan) -> CompressResult:
     batches = calibration(plan.data.train, plan.calibration, device=plan.device, seed=plan.seed)
     placed = own_copy(plan.model, plan.device)
     check_belongs(placed, plan.data, batches[0][0])
-    work = None
-    if plan.delivery is not None:
-        work = Workplace.open(plan.delivery.folder, plan.settings(), plan.delivery.leftover)
-    steps = [_measured(plan, "original", placed)]
-    half = go_halfway(plan, placed, batches, work)
-    steps.append(_measured(plan, "cut and healed", half.student))
+    plan.start.check(placed, plan.schedule)
+    with contextlib.ExitStack() as stack:
+        work = None
+        if plan.delivery is not None:
+            work = stack.enter_context(workplace(plan.delivery.folder, plan.settings(), plan.delivery.leftover))
+        return _work(plan, placed, batches, work)
+
+
+def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> CompressResult:
+    steps = [_measured(plan, "original", original)]
+    half = go_halfway(plan, original, batches, work)
+    steps.append(_measured(plan, plan.start.done, half.student))
     trained = _recover(plan, half, work)
     student = half.student
     if trained is not None and trained.best_epoch > 0:
@@ -146,8 +155,6 @@ def _run(plan: Plan) -> CompressResult:
     else:
         report, files = deliver(finished, plan.delivery)
         folder = plan.delivery.folder
-    if work is not None:
-        work.remove()
     home = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
     return CompressResult(student.to(home), half.graph, half.found, half.verification, trained, report, folder, files)
 

@@ -191,8 +191,8 @@ def _doubts(run: Finished) -> tuple[str, ...]:
         )
     if run.trained is not None and run.trained.best_epoch == 0:
         found.append(
-            "No epoch was better on the validation images than the healed student, which is kept. If the original was "
-            "trained on these images, they favour the student that has changed least."
+            "No epoch was better on the validation images than the student before training, which is kept. If the "
+            "original was trained on these images, they favour the student that has changed least."
         )
     return tuple(found)
 

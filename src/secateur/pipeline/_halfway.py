@@ -13,9 +13,10 @@ from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph, trace
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
+from secateur.pipeline._start import Uncut
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, Shallower, search
-from secateur.surgery import Cut, Healing, Verification, apply_architecture, cut
+from secateur.surgery import Cut, Healing, Verification, apply_architecture
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
@@ -27,7 +28,7 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
         plan: The run.
         original: Our copy of the model, in eval mode, on the device of the run.
         batches: Calibration images and labels from the training split, on the device of the run.
-        work: Where to keep the result for a resume.
+        work: Where to keep checkpoints of the search and the result for a resume.
     """
     began = time.perf_counter()
     graph = plan.choices.apply(trace(original, batches[0][0][:2], heads=plan.heads, rules=plan.rules))
@@ -37,26 +38,32 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
     )
     left = None if work is None else work.read()
     if left is not None:
-        plan.tell("Going on with the interrupted run: its architecture and healed weights are taken as they were.")
+        plan.tell("Going on with the interrupted run: its architecture and weights are taken as they were.")
         return _take_up(original, graph, left)
-    found, pruned = _search_and_cut(plan, original, graph, batches)
+    found, pruned = _search_and_cut(plan, original, graph, batches, work)
     if work is not None:
         work.write(_cutting(found, pruned))
     return Halfway(original, pruned.model, pruned.graph, found, pruned.verification, pruned.healing)
 
 
-def _search_and_cut(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches) -> tuple[Found, Cut]:
-    """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget."""
+def _search_and_cut(
+    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, work: Workplace | None
+) -> tuple[Found, Cut]:
+    """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget.
+
+    Every search has checkpoints of its own: they cannot be continued with another graph.
+    """
     images = [images for images, _ in batches]
     while True:
         began = time.perf_counter()
         found = _search(plan, original, graph, batches)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
-        pruned = cut(original, graph, found.architecture, calibration=images, heal=plan.heal)
+        uncut = Uncut(original, original, graph, images, plan.seed)
+        pruned = plan.start.cut(uncut, found.architecture)
         if not pruned.verification.frozen:
             plan.tell(
-                f"Cut and healed in {time.perf_counter() - began:.1f} s; sliced equals masked within "
+                f"{plan.start.done.capitalize()} in {time.perf_counter() - began:.1f} s; sliced equals masked within "
                 f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
             )
             for repair in pruned.healing:
@@ -75,7 +82,13 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
     """
     try:
         return search(
-            original, graph, plan.strategy, budget=plan.budget, batches=batches, space=plan.space, seed=plan.seed
+            original,
+            graph,
+            plan.strategy,
+            budget=plan.budget,
+            batches=batches,
+            space=plan.space,
+            seed=plan.seed,
         )
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []

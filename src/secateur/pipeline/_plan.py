@@ -1,7 +1,7 @@
 """Everything one run of `compress` is asked to do, as frozen data."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,9 +17,9 @@ from secateur.distill import Objective
 from secateur.graph import Choices, HeadUnit
 from secateur.graph.rules import Rule
 from secateur.models import ModelSource
+from secateur.pipeline._start import Start
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
-from secateur.surgery import Healer, RecalibrateBatchNorm, Refit
 from secateur.train import Progress, Schedule
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ GENTLE = Schedule(epochs=1, learning_rate=0.01)
 
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 """The teacher's probabilities, a little of the labels, and the teacher's features at the last layer of each size."""
-
-HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
-"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 
 NO_RULES: Mapping[str, Rule] = MappingProxyType({})
@@ -93,7 +90,7 @@ class Plan:
     space: SearchSpace
     schedule: Schedule
     objective: Objective
-    heal: Sequence[Healer]
+    start: Start
     calibration: int
     seed: int
     fabric: "Fabric"
@@ -125,7 +122,7 @@ class Plan:
             "heads": self.heads.value,
             "rules": ", ".join(sorted(self.rules)) or "none",
             "space": repr(self.space),
-            "heal": ", ".join(describe(healer) for healer in self.heal),
+            "start": describe(self.start),
             "calibration": str(self.calibration),
             "seed": str(self.seed),
         }

@@ -1,6 +1,8 @@
-"""The work of a run that is not finished: what was found, the healed student, and the training checkpoint.
+"""The work of a run that is not finished: checkpoints of the search, what it found, the cut student, checkpoints of the
+training.
 
-It lies beside the output folder as ``<out>.work``, so that an interrupted run can go on, and is removed at the end.
+It lies beside the output folder as ``<out>.work``, from the first moment on, so that an interrupted run can go on; it
+is removed at the end, and when a run ends before there is anything to go on from.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from secateur.artifact import atomic_file
+from secateur.artifact import atomic_file, atomic_folder
 from secateur.errors import ArtifactError
 from secateur.pipeline._disk import told_of_disk
 
@@ -55,56 +57,94 @@ class Cutting:
     student: Mapping[str, Tensor]
 
 
+@contextlib.contextmanager
+def workplace(out: Path, settings: Mapping[str, str], leftover: Leftover) -> Generator["Workplace"]:
+    """The work of a run, until the run is finished.
+
+    Args:
+        out: The output folder that the work is for.
+        settings: Everything that makes two runs the same run, as text by name.
+        leftover: What to do with the work of an interrupted run.
+
+    Raises:
+        ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
+            settings; or if the folder cannot be written.
+    """
+    place = Workplace(out.with_name(f"{out.name}.work"))
+    if place.folder.exists():
+        _meet(place.folder, settings, leftover)
+    if not place.folder.exists():
+        with told_of_disk(place.folder), atomic_folder(place.folder) as draft:
+            (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
+    try:
+        yield place
+    except BaseException:
+        if place.empty:
+            place.remove()
+        raise
+    place.remove()
+
+
+def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None:
+    """What is there already is refused, gone on with, or removed."""
+    if not (folder / _SETTINGS).is_file():
+        raise ArtifactError(
+            f"{folder} must be the work of an interrupted run, or not be there; got something else. "
+            "Move it away, or choose another --out."
+        )
+    if leftover is Leftover.REFUSE:
+        raise ArtifactError(
+            f"`out` must have no unfinished run beside it; got {folder}. Go on with it (--resume), or remove "
+            "it and begin again (--restart)."
+        )
+    if leftover is Leftover.DISCARD:
+        shutil.rmtree(folder)
+        return
+    try:
+        then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    different = [
+        f"{name} was {then.get(name, 'absent')}, now {settings.get(name, 'absent')}"
+        for name in sorted(then.keys() | settings.keys())
+        if then.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ArtifactError(
+            f"A resumed run must have the settings it was begun with; {'; '.join(different)} ({folder}). "
+            "Use the old settings, or begin again with --restart."
+        )
+
+
 @dataclass(frozen=True)
 class Workplace:
-    """The folder of an unfinished run.
-
-    Attributes:
-        folder: Its path; need not exist yet.
-        settings: Everything that makes two runs the same run, as text by name.
-    """
+    """The folder of an unfinished run."""
 
     folder: Path
-    settings: Mapping[str, str]
-
-    @classmethod
-    def open(cls, out: Path, settings: Mapping[str, str], leftover: Leftover) -> "Workplace":
-        """Begin beside an output folder.
-
-        Raises:
-            ArtifactError: If an interrupted run is there and must not be touched, or is one with other settings.
-        """
-        place = cls(out.with_name(f"{out.name}.work"), settings)
-        if not place.folder.exists():
-            return place
-        if not (place.folder / _STATE).is_file():
-            raise ArtifactError(
-                f"{place.folder} must be the work of an interrupted run, or not be there; got something else. "
-                "Move it away, or choose another --out."
-            )
-        if leftover is Leftover.DISCARD:
-            shutil.rmtree(place.folder)
-        elif leftover is Leftover.REFUSE:
-            raise ArtifactError(
-                f"`out` must have no unfinished run beside it; got {place.folder}. Go on with it (--resume), or remove "
-                "it and begin again (--restart)."
-            )
-        return place
 
     @property
     def checkpoint(self) -> Path:
         """The folder for training checkpoints."""
         return self.folder / "checkpoint"
 
+    def search_checkpoint(self, search: int) -> Path:
+        """The folder for checkpoints of a search; the searches of one run are numbered from 0."""
+        return self.folder / f"search-{search}"
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to go on from: no file beside the settings."""
+        files = (path for path in self.folder.rglob("*") if not path.is_dir())
+        return all(path == self.folder / _SETTINGS for path in files)
+
     def write(self, cutting: Cutting) -> None:
         """Keep the first half of the run.
 
         Raises:
-            ArtifactError: If the disk is full; no work folder is left then.
+            ArtifactError: If the disk is full; what was there before is as it was.
         """
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in cutting.student.items()}
         state = {
-            "settings": dict(self.settings),
             "found": dict(cutting.found),
             "frozen": [list(pair) for pair in cutting.frozen],
             "kept_blocks": [list(pair) for pair in cutting.kept_blocks],
@@ -112,33 +152,32 @@ class Workplace:
             "verification": dict(cutting.verification),
             "healing": [dict(repair) for repair in cutting.healing],
         }
-        with told_of_disk(self.folder), self._removed_on_error():
+        with told_of_disk(self.folder), self._undone_on_error():
             with atomic_file(self.folder / _STUDENT) as part:
                 part.write_bytes(safetensors.torch.save(tensors))
             with atomic_file(self.folder / _STATE) as part:
                 part.write_text(json.dumps(state, indent=1))
 
     @contextlib.contextmanager
-    def _removed_on_error(self) -> Generator[None]:
+    def _undone_on_error(self) -> Generator[None]:
         try:
             yield
         except OSError:
-            self.remove()
+            (self.folder / _STUDENT).unlink(missing_ok=True)
             raise
 
     def read(self) -> Cutting | None:
-        """The first half of an interrupted run with the same settings; None if there is none.
+        """The first half of an interrupted run; None if it was interrupted before the cut.
 
         Raises:
-            ArtifactError: If it is damaged or is that of another run.
+            ArtifactError: If it is damaged.
         """
         if not (self.folder / _STATE).is_file():
             return None
         try:
             state = cast(dict[str, Any], json.loads((self.folder / _STATE).read_text()))
             student = safetensors.torch.load((self.folder / _STUDENT).read_bytes())
-            then = cast(dict[str, str], dict(state["settings"]))
-            cutting = Cutting(
+            return Cutting(
                 dict(state["found"]),
                 tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
                 tuple((str(block), str(reason)) for block, reason in state["kept_blocks"]),
@@ -148,28 +187,17 @@ class Workplace:
                 student,
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ArtifactError(
-                f"The unfinished run in {self.folder} is damaged ({error}). Begin again with --restart."
-            ) from error
-        self._check_same(then)
-        return cutting
-
-    def _check_same(self, then: Mapping[str, str]) -> None:
-        different = [
-            f"{name} was {then.get(name, 'absent')}, now {self.settings.get(name, 'absent')}"
-            for name in sorted(then.keys() | self.settings.keys())
-            if then.get(name) != self.settings.get(name)
-        ]
-        if different:
-            raise ArtifactError(
-                f"A resumed run must have the settings it was begun with; {'; '.join(different)} ({self.folder}). "
-                "Use the old settings, or begin again with --restart."
-            )
+            raise _damaged(self.folder, error) from error
 
     def remove(self) -> None:
         """Remove the work; the run is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _damaged(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"The unfinished run in {folder} is damaged ({error}). Begin again with --restart.")
+
+
+_SETTINGS = "settings.json"
 _STATE = "run.json"
 _STUDENT = "student.safetensors"

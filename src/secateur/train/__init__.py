@@ -3,7 +3,7 @@
 from secateur.train._batches import Batches, TrainingData
 from secateur.train._evaluate import Accuracy, evaluate
 from secateur.train._fit import distill, fit
-from secateur.train._machine import Precision, best_precision, open_fabric
+from secateur.train._machine import Precision, best_precision, open_fabric, seeded
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._schedule import SGD, AdamW, Schedule
@@ -31,4 +31,5 @@ __all__ = [
     "evaluate",
     "fit",
     "open_fabric",
+    "seeded",
 ]

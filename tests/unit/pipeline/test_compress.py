@@ -265,7 +265,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
         proof = replace(done.verification, frozen=((axis, "for this test"),))
         return replace(done, graph=graph.with_frozen({axis: "for this test"}), verification=proof)
 
-    monkeypatch.setattr("secateur.pipeline._halfway.cut", sceptical)
+    monkeypatch.setattr("secateur.pipeline._start.cut", sceptical)
     said: list[str] = []
     model = _model()
     result = compress(model, _data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph
+from secateur.importance import channel_positions
 from secateur.search._problem import FloatArray
 from secateur.search._space import IntArray
 
@@ -41,46 +42,6 @@ class RunningCovariance:
     def covariance(self) -> FloatArray:
         """(channels, channels), divided by the number of samples."""
         return self._scatter / self.samples
-
-
-def readers(model: nn.Module, example: tuple[Any, ...], names: set[str]) -> dict[str, str]:
-    """Run once: which batch norm reads the very tensor that a module returns.
-
-    Args:
-        model: Runs on the example with hooks, which are removed again. It should be a copy in evaluation mode.
-        example: Positional arguments.
-        names: Modules of interest.
-
-    Returns:
-        Module name to batch norm name, for the modules that have one.
-    """
-    outputs: list[tuple[str, Tensor]] = []  # holding the tensors keeps their identities unique
-    found: dict[str, str] = {}
-
-    def returned(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.append((name, output))
-
-        return hook
-
-    def read(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for producer, output in outputs:
-                if inputs and inputs[0] is output:
-                    found[producer] = name
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(returned(name)) for name in sorted(names)]
-    norms = [(name, module) for name, module in model.named_modules() if _is_batch_norm(module)]
-    hooks += [module.register_forward_pre_hook(read(name)) for name, module in norms]
-    try:
-        model(*example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def observe(
@@ -119,23 +80,6 @@ def observe(
     return {axis: {name: run for name, run in runs.items() if run.samples > 1} for axis, runs in found.items()}
 
 
-def channel_positions(graph: ChannelGraph, module: str, axis: str) -> IntArray | None:
-    """(axis size, multiplicity) positions of the channels of an axis in a module's output.
-
-    None if the output does not show every channel equally often.
-    """
-    activation = graph.activations.get(module)
-    if activation is None:
-        return None
-    number = next(index for index, each in enumerate(graph.axes) if each.name == axis)
-    here = np.flatnonzero(activation.axis == number)
-    channels = activation.channel[here]
-    counts = np.bincount(channels, minlength=graph.axes[number].size)
-    if counts.min() < 1 or counts.min() != counts.max():
-        return None
-    return here[np.argsort(channels, kind="stable")].reshape(len(counts), -1)
-
-
 def _gather(run: RunningCovariance, positions: IntArray, dim: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -146,8 +90,3 @@ def _gather(run: RunningCovariance, positions: IntArray, dim: int) -> Callable[.
             run.add(piece.double().numpy())
 
     return hook
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """A module that keeps a running variance for each channel."""
-    return isinstance(getattr(module, "running_var", None), Tensor)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import ChannelAxis, shadow_of
-from secateur.importance import Evidence, Filters, producers, tensors_of
-from secateur.search._covariance import RunningCovariance, observe, readers
+from secateur.importance import Evidence, Filters, producers, readers, tensors_of
+from secateur.search._covariance import RunningCovariance, observe
 from secateur.search._problem import FloatArray
 from secateur.search._spectrum import (
     Covariance,

@@ -8,7 +8,8 @@ from secateur.errors import DataError, ModelError
 from secateur.graph import Activation, ChannelGraph
 from secateur.importance import Evidence
 from secateur.search import Activations, Correlation, Covariance, RawWeights, Weights, unexplained_variance
-from secateur.search._covariance import RunningCovariance, readers
+from secateur.importance import readers
+from secateur.search._covariance import RunningCovariance
 from secateur.search._spectrum import eigenvalues_of_covariance, eigenvalues_of_rows
 
 

@@ -1,0 +1,19 @@
+"""A supernet by slicing: every subnet of a traced model is the same model, called with parts of its tensors."""
+
+from secateur.supernet._calibrate import calibrated
+from secateur.supernet._interpolate import interpolate_channels, interpolation_matrix
+from secateur.supernet._mixture import Mixture
+from secateur.supernet._order import best_first, inverse, reordered
+from secateur.supernet._supernet import Subnet, Supernet
+
+__all__ = [
+    "Mixture",
+    "Subnet",
+    "Supernet",
+    "best_first",
+    "calibrated",
+    "interpolate_channels",
+    "interpolation_matrix",
+    "inverse",
+    "reordered",
+]

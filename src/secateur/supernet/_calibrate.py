@@ -1,0 +1,67 @@
+"""Batch-norm statistics of single subnets."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.supernet._supernet import Subnet, Supernet
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+
+def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Batch-norm statistics of one subnet, to be passed to it as ``tensors``.
+
+    Every batch norm uses the statistics of the batch meanwhile; their means and unbiased variances are averaged over
+    the batches. The supernet is left as it is.
+
+    Args:
+        supernet: In any mode.
+        subnet: Which one.
+        batches: Normalised images, in batches of two or more.
+
+    Returns:
+        Buffer name to its value; empty if the subnet has no batch norms with running statistics.
+
+    References:
+        Yu & Huang, arXiv:1903.05134, Section 3.3.
+    """
+    gone = supernet.graph.removed_modules(subnet.removed_blocks)
+    norms = {
+        name: module
+        for name, module in supernet.model.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats and not gone(name)
+    }
+    statistics = _untouched(supernet, subnet, norms)
+    if not statistics:
+        return {}
+    training = {module: module.training for module in supernet.modules()}
+    momenta = {norm: norm.momentum for norm in norms.values()}
+    supernet.eval()
+    try:
+        for norm in norms.values():
+            norm.training, norm.momentum = True, None  # None is torch's word for the plain mean over all batches.
+        with torch.no_grad():
+            for images in batches:
+                supernet(subnet, images, tensors=statistics)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in training.items():
+            module.training = mode
+    return statistics
+
+
+def _untouched(supernet: Supernet, subnet: Subnet, norms: Iterable[str]) -> dict[str, Tensor]:
+    """Fresh statistics of the subnet's shapes."""
+    parts = supernet.tensors_of(subnet)
+    whole = dict(supernet.model.named_buffers())
+    fresh: dict[str, Tensor] = {}
+    for norm in norms:
+        prefix = f"{norm}." if norm else ""
+        for name, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            key = prefix + name
+            if key in whole:
+                fresh[key] = torch.full_like(parts.get(key, whole[key]), start)
+    return fresh

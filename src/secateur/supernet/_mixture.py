@@ -1,0 +1,244 @@
+"""Two widths and several depths in one forward pass: what a differentiable search looks at."""
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn, shadow_of
+from secateur.importance import readers, shown_along
+from secateur.supernet._interpolate import neighbours
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+_SMALL = 256
+"""Up to so many channels a blend is a product with a matrix: quicker than gathering, and a fraction of the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What is blended into the outputs of a subnet.
+
+    Where axis a is produced, with z the features at its width w_a in the subnet,
+
+        out = weights[a, 1] * z + weights[a, 0] * CWI(z[first narrow[a] channels], w_a),
+
+    and where a chain of n residual blocks ends, with x_d the residual stream after d of them,
+
+        out = sum_d depths[chain][d] * x_d.
+
+    Attributes:
+        narrow: The narrower width of each prunable axis, in the order of the graph; the subnet's own blends nothing.
+        weights: (axes, 2), of the narrow and of the wide one; rows sum to 1. Differentiable.
+        depths: For each chain of the graph: (n + 1,) weight of every number of blocks; sums to 1. Differentiable.
+            Empty leaves the chains alone. Where the blocks of a chain are not modules that return the stream itself,
+            every branch is scaled by the weight of the depths that have it: x_d differs from the above in that the
+            blocks see the scaled stream.
+
+    References:
+        Dong & Yang (TAS), arXiv:1905.09717, Eq. (4) and (5).
+    """
+
+    narrow: tuple[int, ...]
+    weights: Tensor
+    depths: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A module whose output shows channels of axes where these are produced.
+
+    Attributes:
+        module: Its name.
+        dim: Of its output, that carries the channels.
+        size: Full length of that dimension.
+        axes: (number of the axis, (axis size, multiplicity) positions along the dimension).
+    """
+
+    module: str
+    dim: int
+    size: int
+    axes: tuple[tuple[int, IntArray], ...]
+
+
+class Blend:
+    """Where the channels of every axis can be blended, and how.
+
+    Args:
+        points: Modules to hook.
+        chains: Chains of removable blocks.
+    """
+
+    def __init__(self, points: Sequence[_Point], chains: Sequence[tuple[Block, ...]], names: Sequence[str]):
+        self._points = tuple(points)
+        self._chains = tuple(chains)
+        self.axes = frozenset(names[number] for point in points for number, _ in point.axes)
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: ChannelGraph) -> "Blend":
+        """Find the points: where a producing layer, or the batch norm that reads it, returns its channels."""
+        after: Mapping[str, str] = {}
+        modules = {name for axis in graph.prunable for name in _producers(graph, axis)}
+        if graph.example:
+            with torch.no_grad():
+                after = readers(shadow_of(model), graph.example, modules)
+        found: dict[tuple[str, int], list[tuple[int, IntArray]]] = {}
+        for number, axis in enumerate(graph.prunable):
+            for module in _producers(graph, axis):
+                shown = ((name, shown_along(graph, name, axis.name)) for name in (after.get(module, ""), module) if name)
+                for name, (dim, positions) in ((name, where) for name, where in shown if where is not None):
+                    found.setdefault((name, dim), []).append((number, positions))
+                    break
+        points = [
+            _Point(module, dim, graph.activations[module].shape[dim], tuple(axes)) for (module, dim), axes in found.items()
+        ]
+        return cls(points, graph.chains, tuple(axis.name for axis in graph.prunable))
+
+    @contextlib.contextmanager
+    def hooked(self, model: nn.Module, widths: Sequence[int], mixture: Mixture) -> Generator[None]:
+        """Blend for as long as the context lasts.
+
+        Args:
+            model: Runs at the subnet's widths.
+            widths: Of the subnet.
+            mixture: What to blend.
+        """
+        blends = _Blends(widths, mixture)
+        with ExitStack() as stack:
+            for point in self._points:
+                blend = blends.at(point)
+                if blend is not None:
+                    hook = model.get_submodule(point.module).register_forward_hook(_applied(blend))
+                    stack.callback(hook.remove)
+            for chain, weights in zip(self._chains, mixture.depths, strict=False):
+                for hook in _depth_hooks(model, chain, weights):
+                    stack.callback(hook.remove)
+            yield
+
+
+def _producers(graph: ChannelGraph, axis: ChannelAxis) -> list[str]:
+    """The modules whose weights produce an axis, each once."""
+    sites = (site for site in axis.sites if site.role is Role.OUTPUT and len(graph.tensors[site.tensor]) > 1)
+    return list(dict.fromkeys(_owner(site.tensor) for site in sites))
+
+
+def _owner(tensor: str) -> str:
+    """The module of a tensor; of a parametrised one, the module that has the parametrisation."""
+    module, found, _ = tensor.partition(".parametrizations.")
+    return module if found else tensor.rpartition(".")[0]
+
+
+def _applied(blend: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return blend(output) if isinstance(output, Tensor) else output
+
+    return hook
+
+
+class _Blends:
+    """The blends of one forward pass."""
+
+    def __init__(self, widths: Sequence[int], mixture: Mixture):
+        self._widths, self._mixture = widths, mixture
+        # The last row is for positions of no axis: nothing but themselves.
+        self._weights = torch.cat([mixture.weights, torch.tensor([[0.0, 1.0]]).to(mixture.weights)])
+
+    def at(self, point: _Point) -> Callable[[Tensor], Tensor] | None:
+        """What to do with the output of a point; None if it is left alone.
+
+        Every row of an interpolation averages one channel or two neighbours, so that for each position
+        out = own * z + other * (z[first] + z[second]) / 2.
+        """
+        if all(self._mixture.narrow[number] == self._widths[number] for number, _ in point.axes):
+            return None
+        first, second, row = self._sources(point)
+        rows = self._weights[torch.from_numpy(row).to(self._weights.device)]
+        own, other, dim, device = rows[:, 1], rows[:, 0], point.dim, rows.device
+        if len(row) <= _SMALL:
+            matrix = torch.diag(own) + other[:, None] * _averaging(first, second).to(rows)
+            return lambda z: _times(matrix, z, dim)
+        lower, upper = torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
+        return lambda z: _gathered(z, own, other, lower, upper, dim)
+
+    def _sources(self, point: _Point) -> tuple[IntArray, IntArray, IntArray]:
+        """For each position that the subnet has: the two that its interpolation averages, and its row of weights."""
+        stays = np.ones(point.size, dtype=np.bool_)
+        for number, positions in point.axes:
+            stays[positions[self._widths[number] :]] = False
+        place, count = np.cumsum(stays) - 1, int(stays.sum())
+        first, second, row = np.arange(count), np.arange(count), np.full(count, -1)
+        for number, positions in point.axes:
+            mine = place[positions[: self._widths[number]]]
+            low, high = neighbours(self._mixture.narrow[number], self._widths[number])
+            first[mine], second[mine], row[mine] = mine[low], mine[high], number
+        return first, second, row
+
+
+def _averaging(first: IntArray, second: IntArray) -> Tensor:
+    """(n, n) matrix whose rows average two positions."""
+    matrix = np.zeros((len(first), len(first)))
+    rows = np.arange(len(first))
+    matrix[rows, first] += 0.5
+    matrix[rows, second] += 0.5
+    return torch.from_numpy(matrix)
+
+
+def _gathered(z: Tensor, own: Tensor, other: Tensor, first: Tensor, second: Tensor, dim: int) -> Tensor:
+    shape = [1] * z.dim()
+    shape[dim] = len(own)
+    average = 0.5 * (z.index_select(dim, first) + z.index_select(dim, second))
+    return own.view(shape).to(z.dtype) * z + other.view(shape).to(z.dtype) * average
+
+
+def _times(matrix: Tensor, z: Tensor, dim: int) -> Tensor:
+    """The matrix times z along a dimension."""
+    matrix = matrix.to(z.dtype)
+    if z.dim() == 4 and dim == 1:
+        return F.conv2d(z, matrix[:, :, None, None])
+    if dim == z.dim() - 1:
+        return F.linear(z, matrix)
+    return F.linear(z.movedim(dim, -1), matrix).movedim(-1, dim)
+
+
+def _depth_hooks(model: nn.Module, chain: tuple[Block, ...], weights: Tensor) -> list[Any]:
+    if all(len(b.replacements) == 1 and b.replacements[0].stand_in is StandIn.PASS_THROUGH for b in chain):
+        return _aggregated(model, [block.replacements[0].module for block in chain], weights)
+    present = weights.flip(0).cumsum(0).flip(0)  # present[d]: weight of all depths of d blocks or more
+    return [
+        model.get_submodule(replacement.module).register_forward_hook(_scaled(present[number]))
+        for number, block in enumerate(chain, 1)
+        for replacement in block.replacements
+        if replacement.stand_in is StandIn.SILENCE
+    ]
+
+
+def _aggregated(model: nn.Module, modules: Sequence[str], weights: Tensor) -> list[Any]:
+    """The last module returns the weighted sum of the streams after every number of blocks."""
+    streams: list[Tensor] = []
+
+    def begin(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        streams[:] = [next(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))]
+
+    def after(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        streams.append(output)
+        if len(streams) < len(weights):
+            return output
+        return torch.stack([w.to(x.dtype) * x for w, x in zip(weights, streams, strict=True)]).sum(0)
+
+    hooks = [model.get_submodule(name).register_forward_hook(after) for name in modules]
+    return [model.get_submodule(modules[0]).register_forward_pre_hook(begin, with_kwargs=True), *hooks]
+
+
+def _scaled(by: Tensor) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output * by.to(output.dtype)
+        return (output[0] * by.to(output[0].dtype), *output[1:])
+
+    return hook

@@ -1,0 +1,194 @@
+"""A supernet: one model whose subnets are the same model called with parts of its tensors."""
+
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from secateur.architecture import Architecture
+from secateur.errors import SurgeryError
+from secateur.graph import ChannelGraph
+from secateur.supernet._mixture import Blend, Mixture
+from secateur.supernet._order import IntArray, inverse, reordered
+from secateur.supernet._slices import Slices
+from secateur.surgery import apply_architecture, replacements_of, stand_in_of
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """One architecture of a supernet: the first channels of each axis.
+
+    Attributes:
+        widths: Channels of each prunable axis, in the order of the graph.
+        removed_blocks: Names of the blocks that are left out.
+    """
+
+    widths: tuple[int, ...]
+    removed_blocks: tuple[str, ...] = ()
+
+
+class Supernet(nn.Module):
+    """A traced model of which any narrower or shallower architecture can be called.
+
+    The channels are put in order once, the most important first; a subnet then takes a prefix of every axis, and its
+    weights are views of the whole ones. It costs what the cut model costs, computes what that computes, and its
+    gradients land in the whole tensors, so that any optimiser, autocast, accumulation and data parallelism work as
+    for an ordinary module. No layer is replaced, and the model is not written for it.
+
+    In training mode batch norms use the statistics of the batch. Running statistics are of no one subnet:
+    before a subnet is judged, measure its own, see `calibrated`.
+
+    Args:
+        model: The traced model; copied.
+        graph: Its channel graph.
+        order: For each axis a permutation of its channels, the most important first, see `best_first`; axes that are
+            not named stay as they are.
+
+    Attributes:
+        model: The model with its channels in order.
+        graph: The channel graph, which holds for it too.
+        order: As given.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray] | None = None):
+        super().__init__()
+        self.graph = graph
+        self.order: dict[str, IntArray] = dict(order or {})
+        self.model: nn.Module = reordered(model, graph, self.order)
+        self._slices = Slices(graph)
+        self._blend = Blend.of(self.model, graph)
+
+    @property
+    def full(self) -> Subnet:
+        """The whole model."""
+        return Subnet(tuple(self.graph.sizes.values()))
+
+    @property
+    def blended(self) -> frozenset[str]:
+        """The axes whose channels a `Mixture` can interpolate: some module's output shows them."""
+        return self._blend.axes
+
+    def subnet(self, widths: Mapping[str, int], removed_blocks: Iterable[str] = ()) -> Subnet:
+        """A subnet by names; axes that are not named are whole.
+
+        Raises:
+            SurgeryError: For an unknown axis or block, or a width out of range.
+        """
+        sizes = self.graph.sizes
+        for name, width in widths.items():
+            if name not in sizes or not 1 <= width <= sizes[name]:
+                raise SurgeryError(
+                    f"`widths` must name prunable axes with 1 to all of their channels; got {width} for {name!r}. "
+                    f"The graph has {', '.join(f'{n} ({size})' for n, size in list(sizes.items())[:3])}, ..."
+                )
+        known = {block.name for block in self.graph.removable}
+        unknown = sorted(set(removed_blocks) - known)
+        if unknown:
+            raise SurgeryError(f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable.")
+        return Subnet(tuple(widths.get(n, size) for n, size in sizes.items()), tuple(sorted(set(removed_blocks))))
+
+    def architecture(self, subnet: Subnet) -> Architecture:
+        """The subnet in terms of the original model's channels."""
+        kept = {
+            name: self.order[name][:width] if name in self.order else range(width)
+            for name, width in zip(self.graph.sizes, subnet.widths, strict=True)
+        }
+        return Architecture.of(kept, subnet.removed_blocks)
+
+    def extract(self, subnet: Subnet) -> nn.Module:
+        """The subnet as a model of its own; see `secateur.surgery.apply_architecture`."""
+        kept = {name: range(width) for name, width in zip(self.graph.sizes, subnet.widths, strict=True)}
+        return apply_architecture(self.model, self.graph, Architecture.of(kept, subnet.removed_blocks))
+
+    def in_original_order(self) -> nn.Module:
+        """The whole model, as it is trained now, with its channels where the original has them."""
+        return reordered(self.model, self.graph, inverse(self.order))
+
+    def forward(
+        self,
+        subnet: Subnet,
+        *inputs: Any,
+        mixture: Mixture | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        **named: Any,
+    ) -> Any:
+        """Run a subnet.
+
+        Args:
+            subnet: Which one.
+            inputs: Positional arguments of the model.
+            mixture: Blend narrower outputs into those of the subnet, see `Mixture`.
+            tensors: Take these, of the subnet's shapes, in the place of the model's own, by name.
+            named: Named arguments of the model.
+
+        Returns:
+            What the model returns.
+        """
+        given = {**self.tensors_of(subnet), **(tensors or {})}
+        with self._as(subnet), ExitStack() as stack:
+            if mixture is not None:
+                stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture))
+            return functional_call(self.model, given, inputs, named)
+
+    def tensors_of(self, subnet: Subnet) -> dict[str, Tensor]:
+        """The parameters and buffers of a subnet that have prunable axes, by name: parts of the model's own."""
+        tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        gone = self.graph.removed_modules(subnet.removed_blocks)
+        stay = {name: tensors[name] for name in self._slices.names if not gone(name.rpartition(".")[0])}
+        return self._slices.of(stay, subnet.widths)
+
+    @contextlib.contextmanager
+    def _as(self, subnet: Subnet) -> Generator[None]:
+        """Sizes and modules of the subnet, for one call."""
+        with ExitStack() as stack:
+            replacements = replacements_of(self.graph, subnet.removed_blocks)
+            for replacement in sorted(replacements, key=lambda r: r.module.count(".")):
+                stack.enter_context(_swapped(self.model, replacement.module, stand_in_of(replacement)))
+            stack.enter_context(self._sized(subnet))
+            yield
+
+    @contextlib.contextmanager
+    def _sized(self, subnet: Subnet) -> Generator[None]:
+        widths = dict(zip(self.graph.sizes, subnet.widths, strict=True))
+        gone = self.graph.removed_modules(subnet.removed_blocks)
+        before: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for edit in self.graph.edits:
+                if gone(edit.module):
+                    continue
+                holder = self.model.get_submodule(edit.module)
+                old = getattr(holder, edit.attribute)
+                before.append((holder, edit.attribute, old))
+                setattr(holder, edit.attribute, _with(old, edit.item, edit.extent.at(widths)))
+            yield
+        finally:
+            for holder, attribute, old in reversed(before):
+                setattr(holder, attribute, old)
+
+
+def _with(old: Any, item: int | None, value: int) -> Any:
+    if item is None:
+        return value
+    items: Sequence[Any] = [*old[:item], value, *old[item + 1 :]]
+    return type(old)(items)
+
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, name: str, stand_in: nn.Module) -> Generator[None]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        parent = model.get_submodule(path)
+        module = parent.get_submodule(leaf)
+    except AttributeError:  # It lies in a module that is gone already.
+        yield
+        return
+    setattr(parent, leaf, stand_in)
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, module)
+

@@ -1,13 +1,31 @@
 """Training: one plain loop on Lightning Fabric, with exact resume; the best epoch is chosen on validation images."""
 
 from secateur.train._batches import Batches, TrainingData
-from secateur.train._evaluate import Accuracy, evaluate
+from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
+from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._fit import distill, fit
-from secateur.train._machine import Precision, best_precision, open_fabric, seeded
+from secateur.train._ledger import Ledger
+from secateur.train._machine import (
+    Precision,
+    best_precision,
+    channels_last,
+    one_device,
+    open_fabric,
+    placed,
+    precision_of,
+    seeded,
+)
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._schedule import SGD, AdamW, Schedule
-from secateur.train._state import average_decay
+from secateur.train._state import (
+    average_decay,
+    digest,
+    optimiser_tensors,
+    tensors_of,
+    write_optimiser_,
+    write_tensors_,
+)
 from secateur.train._tensorboard import TensorBoard
 
 __all__ = [
@@ -16,9 +34,11 @@ __all__ = [
     "AdamW",
     "Batches",
     "EpochRecord",
+    "Ledger",
     "Meter",
     "Precision",
     "Progress",
+    "Saved",
     "Schedule",
     "Silent",
     "TensorBoard",
@@ -27,9 +47,21 @@ __all__ = [
     "TrainingData",
     "average_decay",
     "best_precision",
+    "channels_last",
+    "digest",
     "distill",
     "evaluate",
     "fit",
+    "load_checkpoint",
+    "measure",
+    "one_device",
     "open_fabric",
+    "optimiser_tensors",
+    "placed",
+    "precision_of",
+    "save_checkpoint",
     "seeded",
+    "tensors_of",
+    "write_optimiser_",
+    "write_tensors_",
 ]

@@ -7,16 +7,14 @@ to be learned: the student's feature is compared with the kept channels of the t
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from secateur.architecture import Architecture
 from secateur.distill._losses import VARIANCE_FLOOR, feature_loss
+from secateur.distill._taps import listen
 from secateur.errors import TrainingError
 from secateur.graph import ChannelGraph
 
@@ -106,7 +104,7 @@ class AlignedFeatures:
         with ExitStack() as handles:
             for owner, model, seen in (("student", student, watch.student), ("teacher", teacher, watch.teacher)):
                 for tap in self.taps:
-                    handles.callback(_listen(model, tap.module, seen, owner).remove)
+                    handles.callback(listen(model, tap.module, seen, owner).remove)
             yield watch
 
 
@@ -156,21 +154,3 @@ class FeatureWatch:
         if key not in self._kept:
             self._kept[key] = torch.tensor(tap.kept, device=device)
         return self._kept[key]
-
-
-def _listen(model: nn.Module, name: str, seen: dict[str, Tensor], owner: str) -> RemovableHandle:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise TrainingError(
-            f"`{owner}` must have the tapped module {name!r}; it has none. "
-            "A student whose block was removed cannot be compared there: name other `modules`."
-        ) from error
-
-    def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        # The first tensor in the order of the tracer, which the graph's activation describes.
-        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        if first is not None:
-            seen[name] = first
-
-    return module.register_forward_hook(remember)

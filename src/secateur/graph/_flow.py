@@ -70,6 +70,7 @@ class Flow:
         names: ATen name of each step.
         sources: The values each step reads, one for each tensor, `CONSTANT` included.
         fed: Whether the result of each step depends on the model's input.
+        hollow: Whether the numbers of each step's result were not computed; see `_unread`.
         pointwise: Whether each step works elementwise.
         call: The innermost module call each step ran in; -1 for none.
         additions: The sums of two tensors, by step.
@@ -80,6 +81,7 @@ class Flow:
     names: list[str] = field(default_factory=list[str])
     sources: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     fed: list[bool] = field(default_factory=list[bool])
+    hollow: list[bool] = field(default_factory=list[bool])
     pointwise: list[bool] = field(default_factory=list[bool])
     call: list[int] = field(default_factory=list[int])
     additions: dict[int, Addition] = field(default_factory=dict[int, Addition])
@@ -97,10 +99,21 @@ class Flow:
             return max(mark, self._writers.get(tensor.untyped_storage()._cdata, CONSTANT))  # pyright: ignore[reportPrivateUsage]
         return mark
 
+    def is_fed(self, tensor: torch.Tensor) -> bool:
+        """Whether what a tensor holds depends on the model's input."""
+        value = self.value_of(tensor)
+        return value >= 0 and self.fed[value]
+
+    def is_hollow(self, tensor: torch.Tensor) -> bool:
+        """Whether what a tensor holds was not computed, or from something that was not."""
+        value = self.value_of(tensor)
+        return value >= 0 and self.hollow[value]
+
     def feed(self, example: Any) -> None:
         """The inputs of the model."""
         for tensor in tree_leaves(example):
             if isinstance(tensor, torch.Tensor):
+                self.hollow.append(False)
                 self._append(INPUT, (), fed=True, pointwise=False)
                 # By its storage: the caller's tensor is not to carry a mark of ours.
                 self._writers[tensor.untyped_storage()._cdata] = len(self.names) - 1  # pyright: ignore[reportPrivateUsage]
@@ -113,9 +126,25 @@ class Flow:
         return self._added if min(left, right) >= 0 and self.fed[left] and self.fed[right] else None
 
     def step(
-        self, func: Any, name: str, plain: bool, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
+        self,
+        func: Any,
+        name: str,
+        plain: bool,
+        inputs: tuple[torch.Tensor, ...],
+        outputs: tuple[torch.Tensor, ...],
+        *,
+        hollow: bool = False,
     ) -> None:
-        """One ATen call that has just run; ``plain`` if it was given positional arguments only (no ``alpha``)."""
+        """One ATen call that has just run.
+
+        Args:
+            func: The ATen overload.
+            name: Its base name.
+            plain: Whether it was given positional arguments only (no ``alpha``).
+            inputs: The tensors it was given.
+            outputs: The tensors it returned.
+            hollow: Whether it was not run at all, and others stand in for what it would return.
+        """
         sources = tuple(map(self.value_of, inputs))
         number = len(self.names)
         added = self.addition(name, inputs)
@@ -123,8 +152,9 @@ class Flow:
             self._added += 1
             if plain:
                 self.additions[number] = Addition(added, sources[0], sources[1])
-        fed = any(source >= 0 and self.fed[source] for source in sources)
-        self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
+        written = [source for source in sources if source >= 0]
+        self.hollow.append(hollow or any(self.hollow[source] for source in written))
+        self._append(name, sources, any(self.fed[source] for source in written), torch.Tag.pointwise in func.tags)
         if not outputs:
             self.given.add(number)
         for tensor in outputs:

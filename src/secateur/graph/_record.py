@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,13 +21,16 @@ from secateur.graph._rules import apply_rule
 from secateur.graph._running import undisturbed
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph._sizing import bind_sizes
+from secateur.graph._unread import PRODUCTS, READERS, NumbersReadError, reads_numbers, stand_in
 
 
 class Where:
-    """Which module is running, and by which rules beyond the built-in ones."""
+    """Which module is running, by which rules beyond the built-in ones, and whether every number is computed."""
 
-    def __init__(self, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, rules: Mapping[str, Rule], *, computed: bool) -> None:
         self.rules = rules
+        self.computed = computed
+        self.was_read = False
         self.stack: list[str] = []
         self.flow = Flow()
 
@@ -35,6 +38,11 @@ class Where:
     def module(self) -> str:
         """Qualified name of the innermost running module."""
         return self.stack[-1] if self.stack else ""
+
+    def refuse(self) -> NoReturn:
+        """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
+        self.was_read = True
+        raise NumbersReadError
 
 
 class OperationRecorder(TorchDispatchMode):
@@ -49,19 +57,30 @@ class OperationRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        out = func(*args, **kwargs)
+        name = base_name(func)
+        made = None if self.where.computed else self._unread(func, name, args, kwargs, inputs)
+        out = func(*args, **kwargs) if made is None else made
         outputs = (
             (out,)
             if isinstance(out, torch.Tensor)
             else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
         )
-        name = base_name(func)
         self.ledger.seen.update(map(id, inputs))
         call = Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed)
         apply_rule(call, self.where.rules)
         self.mixed += name in MIXING_KINDS
-        self.where.flow.step(func, name, not kwargs, inputs, outputs)
+        self.where.flow.step(func, name, not kwargs, inputs, outputs, hollow=made is not None)
         return out
+
+    def _unread(self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """What stands in for the result of the call; None if it is to be made."""
+        hollow = [t for t in inputs if self.where.flow.is_hollow(t)]
+        ruled = not self.where.rules.keys().isdisjoint((name, func._schema.name))
+        if hollow and (ruled or reads_numbers(func, name, hollow)):
+            self.where.refuse()
+        # What does not depend on the input might be kept for later, somewhere beyond the shadow.
+        fed = func in PRODUCTS and not kwargs and any(map(self.where.flow.is_fed, inputs))
+        return stand_in(func, args) if fed else None
 
 
 class SizeRecorder(TorchFunctionMode):
@@ -74,10 +93,12 @@ class SizeRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in READERS and self.where.flow.is_hollow(args[0]):
+            self.where.refuse()
         out = func(*args, **kwargs)
         if func == _SHAPE:
             return self._remember(args[0], out)
-        name = getattr(func, "__name__", "")
         if name == "size":
             return self._remember_size(args, kwargs, out)
         if name in {"numel", "nelement"}:
@@ -139,6 +160,8 @@ def record(
 ) -> tuple[Ledger, dict[Attribute, int]]:
     """Trace one forward pass of a shadow of the model in eval mode.
 
+    Products are not computed, as long as nobody reads their numbers; see `_unread`.
+
     Args:
         model: Any module.
         example: Positional arguments, tensors already at batch 1.
@@ -151,6 +174,14 @@ def record(
     Raises:
         TraceError: If the model cannot run the example.
     """
+    with contextlib.suppress(TraceError, NumbersReadError):
+        return _record(model, example, Where(rules, computed=False), by_head)
+    return _record(model, example, Where(rules, computed=True), by_head)
+
+
+def _record(
+    model: nn.Module, example: tuple[Any, ...], where: Where, by_head: BoolArray | None
+) -> tuple[Ledger, dict[Attribute, int]]:
     try:
         shadow = shadow_of(model)
     except Exception as error:
@@ -158,7 +189,7 @@ def record(
             f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a "
             "tensor, a module nor plain data, such as open files or generators."
         ) from error
-    ledger, where = Ledger(), Where(rules)
+    ledger = Ledger()
     if by_head is not None:
         ledger.by_head = by_head
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
@@ -170,6 +201,8 @@ def record(
         try:
             out = shadow(*example)
         except Exception as error:
+            if where.was_read:
+                raise NumbersReadError from error
             shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in example]
             raise TraceError(
                 f"the model cannot run the example input of shape {shapes} (in module {where.module or 'itself'!r}): "
@@ -181,6 +214,8 @@ def record(
     ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
     if ledger.unseen():
         _record_training(model, shadow, example, ledger, where)
+    if where.was_read:
+        raise NumbersReadError
     return ledger, attributes
 
 
@@ -201,6 +236,7 @@ def _record_training(
         len(ledger.touched),
     )
     recorders = SizeRecorder(ledger, where), OperationRecorder(ledger, where)
+    where.flow.feed(doubled)
     with contextlib.suppress(Exception), undisturbed(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
         tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]

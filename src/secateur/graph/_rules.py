@@ -32,7 +32,7 @@ def _rule_for(call: Call) -> Rule:
     rule = RULES.get(call.name)
     if rule is not None:
         return rule
-    if torch.Tag.pointwise in call.operator.tags:
+    if torch.Tag.pointwise in call.operator.tags and call.outputs:  # `equal` is said to be one, and gives a bool.
         return pointwise
     return unknown
 

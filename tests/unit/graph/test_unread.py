@@ -1,0 +1,212 @@
+"""Products are not computed while a model is traced, unless somebody reads their numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import ZOO
+
+from secateur.errors import TraceError
+from secateur.graph import trace
+from secateur.graph._inputs import positional
+from secateur.graph._record import Where, _record
+from secateur.graph._unread import PRODUCTS, NumbersReadError, stand_in
+
+ATEN = torch.ops.aten
+LAST = torch.channels_last
+USUAL = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_what_is_learnt_is_the_same_with_every_number(name):
+    """The calls, their order, their shapes and all that follows from them, in every net of the zoo."""
+    model, example = ZOO[name]()
+    example = positional(model, example)
+    lean, full = Where({}, computed=False), Where({}, computed=True)
+    try:
+        ledger, attributes = _record(model, example, lean, None)
+    except NumbersReadError:
+        pytest.skip("its numbers are read")
+    wanted, wanted_attributes = _record(model, example, full, None)
+    assert any(lean.flow.hollow)
+    assert (lean.flow.names, lean.flow.sources, lean.flow.given) == (
+        full.flow.names,
+        full.flow.sources,
+        full.flow.given,
+    )
+    assert attributes == wanted_attributes
+    assert [(call.module, call.given_shape) for call in lean.flow.calls] == [
+        (call.module, call.given_shape) for call in full.flow.calls
+    ]
+    for mine, theirs in ((ledger.ties, wanted.ties), (ledger.freezes, wanted.freezes)):
+        assert [str(item) for item in mine] == [str(item) for item in theirs]
+
+
+CONVOLUTIONS = [
+    ((2, 4, 9, 8), (6, 4, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+    ((1, 4, 9, 8), (6, 2, 3, 2), [2, 1], [0, 1], [2, 1], False, [0, 0], 2),
+    ((1, 4, 1, 1), (6, 4, 1, 1), [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+    ((1, 6, 9, 8), (6, 1, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 6),
+    ((1, 4, 5, 6), (4, 3, 3, 3), [2, 2], [1, 1], [1, 1], True, [1, 1], 2),
+    ((1, 4, 7), (6, 4, 3), [2], [1], [1], False, [0], 1),
+    ((1, 2, 5, 5, 5), (3, 2, 3, 3, 3), [1, 1, 1], [0, 0, 0], [1, 1, 1], False, [0, 0, 0], 1),
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biased):
+    shape, weight, *rest = case
+    channels = weight[1] * rest[-1] if rest[3] else weight[0]
+    args = (image(*shape), image(*weight), image(channels) if biased else None, *rest)
+    made, real = stand_in(ATEN.convolution.default, args), ATEN.convolution.default(*args)
+    assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize(
+    ("product", "args"),
+    [
+        (ATEN.mm.default, (image(3, 4), image(5, 4).t())),
+        (ATEN.addmm.default, (image(5), image(4, 3).t(), image(4, 5))),
+        (ATEN.addmm.default, (image(3, 5), image(3, 4), image(4, 5))),
+        (ATEN.bmm.default, (image(2, 3, 4), image(2, 5, 4).transpose(1, 2))),
+        (ATEN.bmm.default, (image(3, 2, 4).transpose(0, 1), image(2, 4, 5))),
+    ],
+)
+def test_a_matrix_product_that_is_not_computed_has_its_shape_and_layout(product, args):
+    made, real = stand_in(product, args), product(*args)
+    assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+    assert not made.any()
+
+
+@pytest.mark.parametrize(
+    ("product", "args"),
+    [
+        (ATEN.mm.default, (image(3, 4), image(5, 4))),
+        (ATEN.mm.default, (image(3, 4), image(4, 5).double())),
+        (ATEN.mm.default, (torch.ones(3, 4, dtype=torch.int64), torch.ones(4, 5, dtype=torch.int64))),
+        (ATEN.mm.default, (image(0, 4), image(4, 5))),
+        (ATEN.addmm.default, (image(1), image(3, 4), image(4, 5))),
+        (ATEN.convolution.default, (image(1, 3, 2, 2), image(5, 3, 3, 3), None, *USUAL)),
+        (ATEN.convolution.default, (image(1, 4, 9, 9), image(5, 3, 3, 3), None, *USUAL)),
+        (ATEN.convolution.default, (image(1, 3, 9, 9).to(memory_format=LAST), image(5, 3, 3, 3), None, *USUAL)),
+    ],
+)
+def test_an_unusual_or_impossible_product_is_left_to_torch(product, args):
+    assert product in PRODUCTS
+    assert stand_in(product, args) is None
+
+
+class Reading(nn.Module):
+    """Takes one of two ways, by the numbers of a convolution's result."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.stem, self.further, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        nn.init.ones_(self.stem.weight)
+        nn.init.zeros_(self.stem.bias)
+
+    def forward(self, x):
+        y = self.stem(x)
+        if self.read(y):
+            y = self.further(y)
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda y: y.max() > 0,
+        lambda y: float(y.sum()) > 0,
+        lambda y: y.tolist() != torch.zeros_like(y).tolist(),
+        lambda y: y.detach().numpy().any(),
+        lambda y: torch.equal(y, y.abs()),
+        lambda y: len(y.nonzero()) > 0,
+        lambda y: len(y[y > 0]) > 0,
+        lambda y: (y > 0)[0, 0, 0, 0],
+        lambda y: len(torch.masked_select(y, torch.ones(1, dtype=torch.bool))) * 0 + y.max().item() > 0,
+    ],
+)
+def test_numbers_that_are_read_are_right(read):
+    """All inputs and weights are positive: with real numbers, a further layer runs."""
+    model = Reading(read).eval()
+    example = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    with pytest.raises(NumbersReadError):
+        _record(model, (example,), Where({}, computed=False), None)
+    assert [operation.module for operation in trace(model, example).operations] == ["stem", "further", "head"]
+
+
+def test_a_model_that_catches_what_reading_raises_is_traced_with_its_numbers():
+    def read(y):
+        try:
+            return bool(y.max() > 0)
+        except Exception:
+            return False
+
+    where = Where({}, computed=False)
+    with pytest.raises(NumbersReadError):
+        _record(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
+    assert where.was_read
+
+
+def test_what_does_not_depend_on_the_input_is_computed():
+    """A table made from products, kept outside of the model, holds its real numbers after a trace."""
+    tables: dict[int, Tensor] = {}
+
+    class WithTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            size = x.size(0)
+            if size not in tables:
+                tables[size] = torch.ones(size, 2) @ torch.ones(2, 6)
+            return self.second(self.first(x) + tables[size])
+
+    graph = trace(WithTable().eval(), image(1, 3))
+    assert tables[1].tolist() == [[2.0] * 6]
+    assert graph.by_name["first"].frozen_because is not None
+
+
+@pytest.mark.parametrize("name", ["relu", "aten::relu"])
+def test_an_operation_with_a_rule_of_the_users_own_gets_its_numbers(name):
+    seen: list[float] = []
+
+    def rule(call):
+        seen.append(float(call.inputs[0].abs().max()))
+        return [call.ids(call.inputs[0])]
+
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    nn.init.ones_(model[0].bias)
+    graph = trace(model, image(1, 3), rules={name: rule})
+    assert seen[-1] > 0
+    assert [axis.name for axis in graph.prunable] == ["0"]
+
+
+def test_a_mistaken_example_is_refused_as_ever():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    for example in (image(1, 4, 9, 9), image(1, 3, 4, 4)):
+        with pytest.raises(TraceError, match="cannot run the example input"):
+            trace(model, example)
+
+
+def test_an_index_of_its_own_needs_no_numbers():
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+            self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+        def forward(self, x):
+            return self.second(F.relu(self.first(x))[:, self.order])
+
+    where = Where({}, computed=False)
+    ledger, _ = _record(Picking().eval(), (image(1, 5, 3),), where, None)
+    assert any(where.flow.hollow)
+    assert ledger.count > 0

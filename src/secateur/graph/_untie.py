@@ -135,10 +135,7 @@ class _Finder:
         for axis in graph.prunable:
             for site in axis.sites:
                 self.sites.setdefault(site.tensor.rpartition(".")[0], []).append((axis.name, site))
-        self.makers = {
-            axis.name: {s.tensor.rpartition(".")[0] for s in axis.sites if s.role is Role.OUTPUT}
-            for axis in graph.prunable
-        }
+        self.makers = {axis.name: _makers(axis) for axis in graph.prunable}
         self.parameters = frozenset(graph.parameters)
         self.shared = _shared(model)
 
@@ -152,19 +149,19 @@ class _Finder:
 
     def _branch(self, value: int, addition: int) -> _Branch | None:
         row: list[ModuleCall] = []
-        user = addition
+        users = range(addition, addition + 1)
         while True:
             call = self._returning(value)
-            if call is None or self.users[value] != [user]:
+            if call is None or not all(user in users for user in self.users[value]):
                 return None
             row.insert(0, call)
             roles = {site.role for _, site in self.sites.get(call.module, ())}
-            if Role.OUTPUT in roles:
+            if roles <= {Role.OUTPUT, Role.INPUT} and Role.OUTPUT in roles:
                 break
-            if roles != {Role.VECTOR} or not self._reads_only(call):
+            # The bias of a depthwise convolution has the role of an output.
+            if Role.VECTOR not in roles or Role.INPUT in roles or not self._reads_only(call):
                 return None
-            value = call.taken
-            user = next(step for step in range(call.begin, call.end) if call.taken in self.flow.sources[step])
+            value, users = call.taken, range(call.begin, call.end)
         return self._made(row)
 
     def _returning(self, value: int) -> ModuleCall | None:
@@ -185,9 +182,8 @@ class _Finder:
         own = self.sites[producer.module]
         axes = {axis for axis, site in own if site.role is Role.OUTPUT and len(self.makers[axis]) > 1}
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
-        mixed = any(site.role is Role.VECTOR and axis in axes for axis, site in own)
         # Zeros can only be put in the place of removed channels where the last module has parameters for them.
-        if not axes or not axes <= silent or mixed or not self._sizes_are_clear(producer.module, axes):
+        if not axes or not axes <= silent or not self._sizes_are_clear(producer.module, axes):
             return None
         mine = [(axis, site) for axis, site in own if site.role is Role.OUTPUT]
         mine += [pair for call in norms for pair in self.sites[call.module]]
@@ -215,6 +211,14 @@ class _Finder:
         # Of two equal factors of a product it does not matter which is the output.
         clear = all(len(extents) == 1 + reads and len(set(extents)) == 1 for extents in counted)
         return clear and (not reads or len(counted) == 1)
+
+
+def _makers(axis: ChannelAxis) -> set[str]:
+    """The modules that produce an axis; a depthwise convolution with a bias only carries it."""
+    roles: dict[str, set[Role]] = {}
+    for site in axis.sites:
+        roles.setdefault(site.tensor.rpartition(".")[0], set()).add(site.role)
+    return {module for module, found in roles.items() if Role.OUTPUT in found and Role.VECTOR not in found}
 
 
 def _users(flow: Flow) -> list[list[int]]:

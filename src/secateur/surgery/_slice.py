@@ -55,8 +55,8 @@ def kept_positions_of_tensors(
     Args:
         graph: The channel graph of the whole model.
         architecture: Channels to keep.
-        roles: Only sites of these are looked at, and those of branches: what a branch gives is read by a sum, which has
-            no weights.
+        roles: Only sites of these are looked at, and the last ones of branches: what they give is read by a sum, which
+            has no weights.
     """
     masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
     for name, channels in architecture.kept:
@@ -66,7 +66,8 @@ def kept_positions_of_tensors(
         gone = np.ones(axis.size, dtype=bool)
         gone[list(channels)] = False
         for site in axis.sites:
-            if site.role not in roles and axis.into is None:
+            gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.outlet
+            if site.role not in roles and not gives:
                 continue
             dims = masks.setdefault(site.tensor, {})
             if site.dim not in dims:
@@ -125,7 +126,7 @@ def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architectu
 
 
 def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A copy of the full model in which only the weights that read removed channels are zero.
+    """A copy of the full model in which only the weights that read removed channels, or add them to a stream, are zero.
 
     The channels themselves run on unchanged. As good a reference as `mask_removed`, and one that stays finite where
     the model divides by something that is zero for a channel of zeros.

@@ -18,6 +18,7 @@ from secateur.pipeline._open import load
 from secateur.pipeline._plan import Delivery, Format, Plan
 from secateur.pipeline._probe import probe_json, same_bits
 from secateur.pipeline._result import Halfway
+from secateur.pipeline._searched import search_epochs
 from secateur.report import (
     BlockFate,
     Check,
@@ -30,6 +31,7 @@ from secateur.report import (
     TrainedEpoch,
     write_report,
 )
+from secateur.search import Found
 from secateur.train import Trained
 
 _PARITY_IMAGES = 8
@@ -85,6 +87,8 @@ def report_of(
             BlockFate(block.name, block.name in half.found.architecture.removed_blocks, block.kept_because or "")
             for block in half.graph.blocks
         ),
+        search=search_epochs(half.found.notes, sizes),
+        macs_limit=_macs_limit(half.found),
         training=tuple(
             TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
             for record in history
@@ -99,6 +103,12 @@ def report_of(
         machine=provenance.machine,
         date=provenance.date,
     )
+
+
+def _macs_limit(found: Found) -> float | None:
+    """The budget's bound on the MACs as a fraction of the original's."""
+    limit = found.budget.limits(found.original).get("macs")
+    return None if limit is None or not found.original.macs else limit / found.original.macs
 
 
 def _gone_axes(half: Halfway) -> set[str]:

@@ -55,18 +55,24 @@ class Point:
 
 @dataclass(frozen=True)
 class LinePlot:
-    """A curve over epochs; ``reference`` is a (position from the top, words) line across, or None."""
+    """A curve over epochs, perhaps with a second one; ``reference`` is a line across with its words, or None."""
 
     title: str
     points: tuple[Point, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     reference: Point | None = None
+    second: tuple[Point, ...] = ()
 
     @property
     def path(self) -> str:
         """SVG path data in a box of 100 by 100."""
-        return "M" + " L".join(f"{point.x:.2f} {point.y:.2f}" for point in self.points)
+        return _path(self.points)
+
+    @property
+    def second_path(self) -> str:
+        """The same of the second curve."""
+        return _path(self.second)
 
 
 def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
@@ -80,20 +86,33 @@ def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
 
 def loss_plot(epochs: Sequence[TrainedEpoch]) -> LinePlot | None:
     """Training loss by epoch, or None with fewer than two finite values."""
-    return _line_plot("Training loss", [(e.epoch, e.loss) for e in epochs if math.isfinite(e.loss)])
+    return line_plot("Training loss", [(e.epoch, e.loss) for e in epochs if math.isfinite(e.loss)])
 
 
 def accuracy_plot(epochs: Sequence[TrainedEpoch], original: float | None) -> LinePlot | None:
     """Validation accuracy by epoch, with the original's as a line across; None with fewer than two values."""
     values = [(e.epoch, 100 * e.accuracy) for e in epochs if e.accuracy is not None and math.isfinite(e.accuracy)]
-    return _line_plot("Validation accuracy (%)", values, None if original is None else 100 * original)
+    return line_plot("Validation accuracy (%)", values, None if original is None else ("original", 100 * original))
 
 
-def _line_plot(title: str, values: Sequence[tuple[int, float]], across: float | None = None) -> LinePlot | None:
+def line_plot(
+    title: str,
+    values: Sequence[tuple[int, float]],
+    across: tuple[str, float] | None = None,
+    second: Sequence[tuple[int, float]] = (),
+) -> LinePlot | None:
+    """Finite values by epoch, ascending; None with fewer than two.
+
+    Args:
+        title: Above the plot.
+        values: (epoch, value) pairs.
+        across: Name and value of a line across.
+        second: Pairs of a second curve, at epochs of the first.
+    """
     if len(values) < 2:
         return None
     first, last = values[0][0], values[-1][0]
-    heights = [value for _, value in values] + ([] if across is None else [across])
+    heights = [value for _, value in (*values, *second)] + ([] if across is None else [across[1]])
     steps = _steps(min(heights), max(heights), 4)
     low, high = steps[0], steps[-1]
 
@@ -103,16 +122,25 @@ def _line_plot(title: str, values: Sequence[tuple[int, float]], across: float | 
     def down(value: float) -> float:
         return 100 * (high - value) / (high - low)
 
-    every = max(1, round(_steps(0, last - first, 5)[1]))
-    between = range(first - first % every + every, last, every)
-    marked = [first, *(e for e in between if min(e - first, last - e) > every * 0.45), last]
     return LinePlot(
         title=title,
         points=tuple(Point(left(e), down(v), f"epoch {e}: {v:.4g}") for e, v in values),
-        x_ticks=tuple(Tick(left(epoch), str(epoch)) for epoch in marked),
+        second=tuple(Point(left(e), down(v), f"epoch {e}: {v:.4g}") for e, v in second),
+        x_ticks=tuple(Tick(left(epoch), str(epoch)) for epoch in epoch_ticks(first, last)),
         y_ticks=tuple(Tick(down(step), f"{step:g}") for step in steps),
-        reference=None if across is None else Point(0, down(across), f"original {across:.2f}"),
+        reference=None if across is None else Point(0, down(across[1]), f"{across[0]} {across[1]:.2f}"),
     )
+
+
+def _path(points: Sequence[Point]) -> str:
+    return "M" + " L".join(f"{point.x:.2f} {point.y:.2f}" for point in points)
+
+
+def epoch_ticks(first: int, last: int) -> list[int]:
+    """Epochs to mark on a scale: both ends, and round ones between that leave them room."""
+    every = max(1, round(_steps(0, last - first, 5)[1]))
+    between = range(first - first % every + every, last, every)
+    return [first, *(e for e in between if min(e - first, last - e) > every * 0.45), last]
 
 
 def _steps(low: float, high: float, about: int) -> list[float]:

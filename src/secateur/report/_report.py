@@ -7,6 +7,7 @@ from pathlib import Path
 
 from secateur.artifact import atomic_file
 from secateur.report import _format
+from secateur.report._heat import search_plots
 from secateur.report._plots import accuracy_plot, loss_plot, width_plot
 from secateur.report._run import RunReport
 
@@ -67,6 +68,7 @@ def render(run: RunReport) -> str:
         widths=width_plot(run.widths) if run.widths else None,
         kept_sentence=_kept_sentence(run),
         curves=[curve for curve in curves if curve is not None],
+        search=search_plots(run.search, run.macs_limit),
         origin=_origin(run),
         **_words(),
     )

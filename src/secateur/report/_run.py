@@ -114,6 +114,67 @@ class TrainedEpoch:
 
 
 @dataclass(frozen=True)
+class SearchedWidth:
+    """One axis in one epoch of a search.
+
+    Attributes:
+        axis: Its name.
+        kept_fraction: Expected width / size, under the probabilities of the epoch.
+        width: The most probable width.
+        size: Of the whole axis.
+    """
+
+    axis: str
+    kept_fraction: float
+    width: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SearchedDepth:
+    """One stage of removable blocks in one epoch of a search.
+
+    Attributes:
+        stage: Name of its first block.
+        kept: Expected number of blocks, under the probabilities of the epoch.
+        blocks: The most probable number.
+        size: All blocks of the stage.
+    """
+
+    stage: str
+    kept: float
+    blocks: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SearchEpoch:
+    """One epoch of a search that learns probabilities of widths and depths; what was not noted is None.
+
+    Attributes:
+        epoch: From 1.
+        entropy: Of the choices, normalised: 1 is undecided, 0 is decided.
+        temperature: Of the sampling.
+        expected_macs: Expected MACs / MACs of the original.
+        current_macs: MACs of the most probable network / MACs of the original.
+        widths: By axis, in order of execution.
+        depths: By stage, in order of execution.
+        train_loss: Mean loss of the weights.
+        architecture_loss: Mean loss of the probabilities.
+    """
+
+    epoch: int
+    entropy: float
+    temperature: float | None = None
+    expected_macs: float | None = None
+    current_macs: float | None = None
+    widths: tuple[SearchedWidth, ...] = ()
+    depths: tuple[SearchedDepth, ...] = ()
+    train_loss: float | None = None
+    architecture_loss: float | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """Accuracy after one step of the way: the original, after the cut, after healing, after distillation."""
 
@@ -159,6 +220,8 @@ class RunReport:
         widths: Channels of every prunable axis, in order of execution.
         frozen: What was left whole, and why.
         blocks: The residual blocks of the model, in order of execution.
+        search: A search that learns, epoch by epoch; empty for all others.
+        macs_limit: The budget's bound on the MACs / MACs of the original, or None.
         training: The recovery, epoch by epoch.
         original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
             as a line across the curve.
@@ -183,6 +246,8 @@ class RunReport:
     widths: tuple[LayerWidth, ...] = ()
     frozen: tuple[FrozenAxis, ...] = ()
     blocks: tuple[BlockFate, ...] = ()
+    search: tuple[SearchEpoch, ...] = ()
+    macs_limit: float | None = None
     training: tuple[TrainedEpoch, ...] = ()
     original_validation_accuracy: float | None = None
     checks: tuple[Check, ...] = ()

@@ -15,6 +15,9 @@ from secateur.report import (
     MeasuredAccuracy,
     MeasuredLatency,
     RunReport,
+    SearchedDepth,
+    SearchedWidth,
+    SearchEpoch,
     Step,
     TrainedEpoch,
     write_report,
@@ -41,6 +44,31 @@ RUN = RunReport(
     ),
     widths=(LayerWidth("conv1", 16, 16), LayerWidth("layer1.0.conv1", 16, 7), LayerWidth("layer2.0.conv1", 32, 11)),
     frozen=(FrozenAxis("linear", 10, "These are the outputs of the model."),),
+    search=(
+        SearchEpoch(
+            1,
+            0.987,
+            5.0,
+            0.71,
+            0.65,
+            (SearchedWidth("conv1", 0.75, 12, 16), SearchedWidth("late", 0.5, 4, 8)),
+            (SearchedDepth("layer1.0", 2.5, 3, 3),),
+            1.234,
+            2.345,
+        ),
+        SearchEpoch(
+            2,
+            0.123,
+            0.1,
+            0.52,
+            0.49,
+            (SearchedWidth("conv1", 1.0, 16, 16), SearchedWidth("late", 0.25, 2, 8)),
+            (SearchedDepth("layer1.0", 1.5, 1, 3),),
+            0.5678,
+            None,
+        ),
+    ),
+    macs_limit=0.5,
     training=(TrainedEpoch(1, 1.5, 0.8), TrainedEpoch(2, 0.7512, 0.8812), TrainedEpoch(3, 0.61, 0.9)),
     original_validation_accuracy=0.92,
     checks=(
@@ -107,6 +135,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
         *("batch 8, 2 threads, 31 rounds", "200.0 ms", "150.0 ms", "1.33x"),
         *("Cut, not healed", "34.56 %", "0.7512", "88.12 %", "34 of 64 channels are kept", "layer2.0.conv1"),
         *("Sliced = masked", "in float32", "1.2e-6", "3.4e-7", "1.0e-5", "✓ holds", "✗ fails", "3.5e-1"),
+        *("2 epochs of search", "16 of 16", "2 of 8", "1 of 3 blocks", "20 % kept", "budget 50.00", "0.987", "2.3450"),
         *("These are the outputs of the model.", "secateur compress --budget macs=50%", "torch 2.15.0"),
         *("cpu Xeon 8488C", "2026-01-31 09:05 UTC"),
     ]
@@ -155,7 +184,7 @@ def test_pictures_have_words_and_tables_have_headers() -> None:
     page = Page(render(RUN))
     assert all(a.get("aria-label") for _, a in page.tags if a.get("role") == "img")
     assert all("scope" in a for tag, a in page.tags if tag == "th")
-    assert sum(tag == "caption" for tag, _ in page.tags) == sum(tag == "table" for tag, _ in page.tags) == 6
+    assert sum(tag == "caption" for tag, _ in page.tags) == sum(tag == "table" for tag, _ in page.tags) == 7
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
     assert ("html", {"lang": "en"}) in page.tags
     assert any(a.get("name") == "viewport" for _, a in page.tags)
@@ -218,7 +247,7 @@ def test_values_that_are_not_numbers_do_not_break_the_curve() -> None:
         TrainedEpoch(3, 0.5, 0.5),
         TrainedEpoch(4, 0.5, 0.5),
     )
-    page = Page(render(replace(RUN, training=training)))
+    page = Page(render(replace(RUN, training=training, search=())))
     paths = [a["d"] for tag, a in page.tags if a.get("class") == "curve"]
     assert len(paths) == 2
     assert all("nan" not in path for path in paths)

@@ -1,0 +1,60 @@
+"""What a search notes on its way, as the report wants it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from secateur.pipeline._searched import search_epochs
+from secateur.report import SearchedDepth, SearchedWidth, SearchEpoch
+
+SIZES = {"conv1": 16, "layer1.0.conv1": 16, "layer2.0.conv1": 32}
+
+
+def noted(**changed: Any) -> dict[str, Any]:
+    return {
+        "epoch": 1, "temperature": 4.5, "entropy": 0.9, "expected": {"macs": 0.6, "params": 0.7},
+        "argmax": {"macs": 0.55}, "widths": {"layer2.0.conv1": [24.0, 20], "conv1": [8.0, 10]},
+        "depths": {"layer1.0": [2.5, 3, 4]}, "weight_loss": 1.25, "architecture_loss": 0.5, "validation": None,
+        "seconds": 3.0, **changed,
+    }  # fmt: skip
+
+
+def test_notes_become_epochs_in_order_of_execution() -> None:
+    notes = json.loads(json.dumps({"search": [noted(), noted(epoch=2, entropy=0.1)]}))
+    first, second = search_epochs(notes, SIZES)
+    assert first == SearchEpoch(
+        epoch=1, entropy=0.9, temperature=4.5, expected_macs=0.6, current_macs=0.55,
+        widths=(SearchedWidth("conv1", 0.5, 10, 16), SearchedWidth("layer2.0.conv1", 0.75, 20, 32)),
+        depths=(SearchedDepth("layer1.0", 2.5, 3, 4),), train_loss=1.25, architecture_loss=0.5,
+    )  # fmt: skip
+    assert (second.epoch, second.entropy) == (2, 0.1)
+
+
+@pytest.mark.parametrize("notes", [{}, {"search": None}, {"search": "a search"}, {"search": 3}, {"search": {"a": 1}}])
+def test_other_notes_are_no_search(notes: dict[str, Any]) -> None:
+    assert search_epochs(notes, SIZES) == ()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        None, 7, "epoch", {}, noted(widths=None), noted(widths={"conv1": 3}), noted(widths={"conv1": []}),
+        noted(widths={"conv1": ["many", 3]}), noted(widths={"conv1": [float("nan"), 3]}), noted(depths={"a": [1, 2]}),
+        noted(entropy=float("inf")), noted(entropy=None), noted(expected=[0.5]), noted(epoch="first"),
+        noted(depths={"a": [1.0, float("inf"), 2]}),
+    ],
+)  # fmt: skip
+def test_an_odd_epoch_is_left_out(odd: Any) -> None:
+    found = search_epochs({"search": [odd, noted(epoch=2)]}, SIZES)
+    assert [epoch.epoch for epoch in found] == [2]
+
+
+def test_what_is_missing_or_not_finite_is_none() -> None:
+    sparse = {"epoch": 3, "entropy": 0.5, "widths": {"elsewhere": [1.0, 1]}, "weight_loss": float("nan")}
+    assert search_epochs({"search": [sparse]}, SIZES) == (SearchEpoch(3, 0.5),)
+
+
+def test_an_epoch_noted_twice_counts_once_and_order_is_by_epoch() -> None:
+    found = search_epochs({"search": [noted(epoch=2), noted(epoch=1), noted(epoch=2, entropy=0.25)]}, SIZES)
+    assert [(epoch.epoch, epoch.entropy) for epoch in found] == [(1, 0.9), (2, 0.25)]

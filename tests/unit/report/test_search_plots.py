@@ -50,7 +50,7 @@ def test_many_epochs_share_columns_and_the_last_is_at_the_right() -> None:
     found = cells(plots.widths)
     assert found[0, 119] == 1.0
     assert [found[0, column] for column in range(120)] == sorted(found.values())
-    assert [tick.text for tick in plots.widths.ticks] == ["1", "200", "400", "600", "800", "1000"]
+    assert [tick.text for tick in plots.widths.ticks] == ["8", "200", "400", "600", "800", "1000"]
     assert plots.widths.ticks[-1].at == pytest.approx(100 * 119.5 / 120)
     # Read from the picture at a tick: the colour there is that of its epoch, within a column and half a shade.
     for tick in plots.widths.ticks:

@@ -4,6 +4,7 @@ from secateur.models._load import load_model
 from secateur.models._resnet import (
     CifarResNet,
     PaddedShortcut,
+    ProjectionShortcut,
     cifar_resnet20,
     cifar_resnet32,
     cifar_resnet44,
@@ -18,6 +19,7 @@ __all__ = [
     "CifarResNet",
     "ModelSource",
     "PaddedShortcut",
+    "ProjectionShortcut",
     "cifar_resnet20",
     "cifar_resnet32",
     "cifar_resnet44",

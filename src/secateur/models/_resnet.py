@@ -1,4 +1,6 @@
-"""The residual networks of the CIFAR section of He et al., with parameter-free shortcuts (option A)."""
+"""The residual networks of the CIFAR section of He et al.: parameter-free shortcuts (option A), or projections (B)."""
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,6 +9,9 @@ from secateur.errors import ModelError
 
 _CIFAR_WIDTHS = (16, 32, 64)
 _DIGITS_WIDTHS = (16, 32, 64)
+
+Shortcut = Callable[[int, int, int], nn.Module]
+"""Makes the shortcut of a block that changes the shape, from its input channels, output channels and stride."""
 
 
 class PaddedShortcut(nn.Module):
@@ -24,6 +29,12 @@ class PaddedShortcut(nn.Module):
         self.low = low
         self.high = high
 
+    @classmethod
+    def between(cls, in_channels: int, channels: int, stride: int) -> "PaddedShortcut":
+        """Half of the new channels before the old ones, half after."""
+        low = (channels - in_channels) // 2
+        return cls(stride, low, channels - in_channels - low)
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) to (n, low + c + high, ceil(h / stride), ceil(w / stride))."""
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.low, self.high))
@@ -33,10 +44,25 @@ class PaddedShortcut(nn.Module):
         return f"stride={self.stride}, low={self.low}, high={self.high}"
 
 
+class ProjectionShortcut(nn.Sequential):
+    """Option B: a 1 x 1 convolution with a stride, and batch norm.
+
+    Args:
+        in_channels: Of the input.
+        channels: Of the output.
+        stride: Of rows and columns.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+
+
 class BasicBlock(nn.Module):
     """relu(x' + bn(conv(relu(bn(conv(x)))))) with 3 x 3 convolutions; x' is the shortcut of x."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, shortcut: Shortcut = PaddedShortcut.between
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -44,8 +70,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            low = (channels - in_channels) // 2
-            self.shortcut = PaddedShortcut(stride, low, channels - in_channels - low)
+            self.shortcut = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in_channels, h, w) to (n, channels, h / stride, w / stride)."""
@@ -64,13 +89,21 @@ class CifarResNet(nn.Module):
         widths: Channels of each stage.
         num_classes: Outputs.
         in_channels: Of the images.
+        shortcut: What the first blocks of the second and third stage have: `PaddedShortcut.between` (option A) or
+            `ProjectionShortcut` (option B).
 
     References:
         He et al., arXiv:1512.03385, Section 4.2.
     """
 
     def __init__(
-        self, blocks: int, *, widths: tuple[int, int, int] = _CIFAR_WIDTHS, num_classes: int = 10, in_channels: int = 3
+        self,
+        blocks: int,
+        *,
+        widths: tuple[int, int, int] = _CIFAR_WIDTHS,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        shortcut: Shortcut = PaddedShortcut.between,
     ) -> None:
         super().__init__()
         if min(blocks, num_classes, in_channels, *widths) < 1:
@@ -80,9 +113,9 @@ class CifarResNet(nn.Module):
             )
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(widths[0], widths[0], blocks, stride=1)
-        self.layer2 = _stage(widths[0], widths[1], blocks, stride=2)
-        self.layer3 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.layer1 = _stage(widths[0], widths[0], blocks, 1, shortcut)
+        self.layer2 = _stage(widths[0], widths[1], blocks, 2, shortcut)
+        self.layer3 = _stage(widths[1], widths[2], blocks, 2, shortcut)
         self.linear = nn.Linear(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -95,8 +128,8 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride)
+def _stage(in_channels: int, channels: int, blocks: int, stride: int, shortcut: Shortcut) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride, shortcut)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from secateur import graph, models
+from secateur.cost import counted_macs
 from secateur.data import load_data
 from secateur.errors import ModelError
-from secateur.models import CifarResNet, PaddedShortcut, load_model, read_weights
+from secateur.models import CifarResNet, PaddedShortcut, ProjectionShortcut, load_model, read_weights
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,15 @@ def test_odd_widths_are_padded_with_one_more_at_the_end():
     model = CifarResNet(1, widths=(4, 7, 7))
     assert (model.layer2[0].shortcut.low, model.layer2[0].shortcut.high) == (1, 2)
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(("blocks", "macs"), [(3, 40.81), (5, 69.12), (9, 125.75), (18, 253.15)])
+def test_projections_cost_what_is_published(blocks: int, macs: float):
+    """The base networks of arXiv:1905.09717, in million."""
+    model = CifarResNet(blocks, shortcut=ProjectionShortcut)
+    assert round(counted_macs(model, torch.zeros(1, 3, 32, 32)) / 1e6, 2) == macs
+    kinds = [name for name, module in model.named_modules() if isinstance(module, ProjectionShortcut)]
+    assert kinds == ["layer2.0.shortcut", "layer3.0.shortcut"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,15 @@ from secateur.surgery._slice import (
     set_sizes,
 )
 from secateur.surgery._verify import Verification
-from secateur.surgery._widen import Widen, Widening, original_names, widen_, widenings_in, widenings_of
+from secateur.surgery._widen import (
+    Widen,
+    Widening,
+    original_names,
+    widen_,
+    widenings_in,
+    widenings_of,
+    within_streams,
+)
 
 __all__ = [
     "Cut",
@@ -44,4 +52,5 @@ __all__ = [
     "widen_",
     "widenings_in",
     "widenings_of",
+    "within_streams",
 ]

@@ -228,7 +228,9 @@ def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) 
         guilty = cut_axes & {name for m in inside for name in graph.touching[m]}
         if guilty:
             reason = f"cutting {module or 'the model'} was not exact: {mismatch.what}"
-            return dict.fromkeys(sorted(guilty), reason)
+            # A branch that stays whole keeps its stream whole.
+            streams = {graph.by_name[name].into for name in guilty} - {None}
+            return dict.fromkeys(sorted(guilty.union(map(str, streams))), reason)
         if not module:
             raise SurgeryError(f"the model could not be cut correctly: {mismatch.what}. Please report this model.")
         module = module.rpartition(".")[0]

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph import ChannelGraph, undisturbed
-from secateur.surgery._slice import mask_readers, mask_removed
+from secateur.graph import ChannelGraph, compute_over_kept_, shadow_of, undisturbed, zero_branches_
+from secateur.graph._zeroed import zero_weights_
+from secateur.surgery._slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -59,19 +60,10 @@ def compare(
 ) -> Verification | Mismatch:
     """Run both on the example and compare; look again in float64 where rounding may be the reason."""
     example = graph.example
-    masked = mask_removed(model, graph, architecture).eval()
     sliced = copy.copy(small) if not small.training else copy.deepcopy(small).eval()
-    want = _outputs(masked, example)
-    if not _finite(want):
-        # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
-        masked = mask_readers(model, graph, architecture).eval()
-        want = _outputs(masked, example)
+    reference, masked, want = _masked(model, graph, architecture)
     if not want:
         raise SurgeryError("the model's output must hold a floating-point tensor to compare cuts by; it holds none.")
-    if not _finite(want):
-        raise SurgeryError(
-            "the model's output on the example is not finite (NaN or inf). Check its weights and the input."
-        )
     try:
         got = _outputs(sliced, example)
     except Exception as error:
@@ -83,12 +75,46 @@ def compare(
         doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
         return _inside(found, masked, sliced, graph, architecture) if doubtful else found
     if found is not None and dtype == torch.float32:
-        want, got, masked, sliced, example = _in_double(masked, sliced, example)
+        masked = reference(copy_with(model, {}).double(), graph, architecture).eval()
+        sliced = copy.deepcopy(sliced).double()
+        example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+        want, got = _outputs(masked, example), _outputs(sliced, example)
         found = _difference(want, got, DOUBLE_CHECK, torch.float64)
         if found is not None and found.max_rel <= found.tolerance:
             return found
     what = "output shapes differ" if found is None else f"outputs differ by {found.max_rel:.1e} (relative)"
     return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
+
+
+def _zeroed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
+    masked = zero_weights_(shadow_of(model), kept_positions_of_tensors(graph, architecture))
+    masked = compute_over_kept_(masked, graph, architecture.by_name)
+    removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
+    return zero_branches_(masked, removed) if removed else masked
+
+
+_Reference = Callable[[nn.Module, ChannelGraph, Architecture], nn.Module]
+_REFERENCES: Sequence[_Reference] = (
+    _zeroed,
+    # A weight that is not finite stays so when multiplied by zero.
+    mask_removed,
+    # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
+    mask_readers,
+)
+"""Ways to make the masked original. A later one is taken where the outputs of those before it are not finite."""
+
+
+def _masked(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
+    """The first reference with finite outputs: how it is made, itself, and the outputs."""
+    for reference in _REFERENCES:
+        masked = reference(model, graph, architecture).eval()
+        want = _outputs(masked, graph.example)
+        if all(bool(torch.isfinite(t).all()) for t in want):
+            return reference, masked, want
+    raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
 
 
 def _inside(
@@ -100,10 +126,6 @@ def _inside(
     """
     module = _first_difference(masked, sliced, graph, architecture, graph.example)
     return Mismatch(module, "features differ behind an output that does not show it") if module else found
-
-
-def _finite(tensors: list[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -124,12 +146,6 @@ def _difference(
     if math.isnan(absolute):
         relative = float("inf")
     return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
-
-
-def _in_double(masked: nn.Module, sliced: nn.Module, example: tuple[Any, ...]) -> Any:
-    masked, sliced = copy.deepcopy(masked).double(), copy.deepcopy(sliced).double()
-    example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
-    return _outputs(masked, example), _outputs(sliced, example), masked, sliced, example
 
 
 def _running_when_failed(model: nn.Module, example: tuple[Any, ...]) -> str:

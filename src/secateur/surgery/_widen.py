@@ -84,9 +84,24 @@ def check_branches(graph: ChannelGraph, architecture: Architecture) -> None:
         if more:
             raise SurgeryError(
                 f"`architecture` must keep of {axis.name!r} some of the channels that it keeps of {stream!r}, the "
-                f"stream it is added into; got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too, or "
-                f"keep them in {stream!r}."
+                f"stream it is added into; got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
+                f"(`within_streams` does), or keep them in {stream!r}."
             )
+
+
+def within_streams(graph: ChannelGraph, architecture: Architecture) -> Architecture:
+    """The same architecture in which every branch keeps only what its stream keeps; nothing it costs becomes more.
+
+    For searches that choose the channels of every axis by itself. A branch that would keep nothing keeps the first
+    channel of its stream.
+    """
+    kept = dict(architecture.by_name)
+    for axis in graph.axes:
+        if axis.into is not None:
+            stream = kept.get(axis.into, range(graph.by_name[axis.into].size))
+            own = set(_kept(graph, axis.name, kept))
+            kept[axis.name] = tuple(channel for channel in stream if channel in own) or (stream[0],)
+    return Architecture.of(kept, architecture.removed_blocks)
 
 
 def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widening, ...]:

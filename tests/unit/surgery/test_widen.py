@@ -30,6 +30,7 @@ from secateur.surgery import (
     widen_,
     widenings_in,
     widenings_of,
+    within_streams,
 )
 from secateur.surgery._recalibrate import batch_statistics
 from secateur.surgery._refit import layers_that_lost_inputs
@@ -99,8 +100,26 @@ def test_a_branch_that_keeps_more_than_its_stream_is_refused():
     for kept in ({"1.conv2/branch": [0, 4, 7]}, {"1.conv2/branch": [4, 7]}):
         with pytest.raises(SurgeryError, match=message):
             apply_architecture(model, graph, Architecture.of({"0.0": [0, 1], **kept}))
-    with pytest.raises(SurgeryError, match=r"Remove these from '1.conv2/branch' too, or keep them in '0.0'"):
+    with pytest.raises(SurgeryError, match=r"Remove these from '1.conv2/branch' too \(.*\), or keep them in '0.0'"):
         cut(model, graph, Architecture.of({"0.0": [0, 1]}))
+
+
+def test_branches_are_brought_within_their_streams():
+    _, _, graph = zoo("residual")
+    asked = Architecture.of(
+        {"0.0": [2, 4], "1.conv2/branch": [0, 1, 4], "2.conv2": [1, 3], "3.conv2/branch": [0]}, ["3"]
+    )
+    assert within_streams(graph, asked) == Architecture.of(
+        {
+            "0.0": [2, 4],
+            "1.conv2/branch": [4],
+            "2.conv2": [1, 3],
+            "2.conv2/branch": [1, 3],
+            "2.shortcut.0/branch": [1, 3],
+            "3.conv2/branch": [1],
+        },
+        ["3"],
+    )
 
 
 def test_what_a_removed_block_keeps_of_its_branch_has_no_effect():
@@ -176,7 +195,7 @@ def test_a_branch_that_cannot_be_cut_right_stays_whole_and_its_stream_too():
     assert "1.conv/branch" in {axis.name for axis in graph.prunable}
     made = cut(model, graph, Architecture.of({"1.conv/branch": range(5), "0.0": range(6), "2.0": range(3)}))
     assert made.architecture == Architecture.of({"2.0": range(3)})
-    assert {name for name, _ in made.verification.frozen} >= {"1.conv/branch"}
+    assert {name for name, _ in made.verification.frozen} == {"1.conv/branch", "0.0"}
     assert {axis.name for axis in made.graph.axes if axis.frozen_because} >= {"1.conv/branch", "0.0"}
 
 

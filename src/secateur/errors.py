@@ -33,6 +33,10 @@ class ModelError(SecateurError, ValueError):
     """A model name, factory or weights file that cannot be used."""
 
 
+class SparsityError(SecateurError, ValueError):
+    """Scores, budgets or masks of single weights that do not fit the model or each other."""
+
+
 class ArtifactError(SecateurError, ValueError):
     """An artifact folder that is damaged, foreign, or from the future."""
 

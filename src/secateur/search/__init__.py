@@ -1,6 +1,7 @@
 """Find which channels to keep so that a model costs no more than a budget."""
 
 from secateur.search._depth import Shallower
+from secateur.search._describe import describe
 from secateur.search._fit import Fit, fit
 from secateur.search._knapsack import Knapsack
 from secateur.search._pca import PCASlimming
@@ -13,21 +14,26 @@ from secateur.search._ranking import (
     by_axis_norm,
     by_axis_rank,
 )
-from secateur.search._search import Found, describe, search
+from secateur.search._search import Found, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
 from secateur.search._space import AxisRule, SearchSpace
 from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
+from secateur.search._tas import TAS, Cosine, Depths, Linear, Widths
 from secateur.search._uniform import Uniform
 
 __all__ = [
+    "TAS",
     "Activations",
     "AxisRule",
     "Correlation",
+    "Cosine",
     "Covariance",
+    "Depths",
     "Fit",
     "Found",
     "GlobalImportance",
     "Knapsack",
+    "Linear",
     "Matrix",
     "PCASlimming",
     "Problem",
@@ -39,6 +45,7 @@ __all__ = [
     "Strategy",
     "Uniform",
     "Weights",
+    "Widths",
     "as_scored",
     "by_axis_max",
     "by_axis_mean",

@@ -4,13 +4,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, CostModel
 from secateur.importance import Evidence, Importance, checked_scores
 from secateur.search._space import IntArray, SearchSpace
+from secateur.train import Progress as Watch
+from secateur.train import Silent, TrainingData
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Progress = Callable[[float, str], None]
@@ -29,6 +37,10 @@ class Problem:
         budget: As the user gave it.
         space: As the user gave it.
         progress: To be called now and then.
+        training: Training and validation images, or None.
+        checkpoint: Folder for checkpoints of a strategy that trains, or None.
+        watch: Shows the training of a strategy that trains.
+        fabric: Device and precision of a strategy that trains, or None.
     """
 
     evidence: Evidence
@@ -36,6 +48,10 @@ class Problem:
     budget: Budget
     space: SearchSpace
     progress: Progress
+    training: TrainingData | None = None
+    checkpoint: Path | None = None
+    watch: Watch = field(default_factory=Silent)
+    fabric: "Fabric | None" = None
 
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:
@@ -84,10 +100,12 @@ class Proposal:
     Attributes:
         architecture: Within the budget and the space.
         notes: What it learnt on the way, as plain data (JSON), for the report.
+        weights: The whole model's tensors as it has trained them, by name; None if it trains nothing.
     """
 
     architecture: Architecture
     notes: Mapping[str, object] = field(default_factory=dict[str, object])
+    weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 class Strategy(ABC):

@@ -1,8 +1,9 @@
 """The verb: search an architecture within a budget."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import FunctionType
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -11,8 +12,14 @@ from secateur.cost import Budget, Cost, CostModel, format_count
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph import ChannelGraph
 from secateur.importance import Evidence
-from secateur.search._problem import Problem, Progress, Strategy
+from secateur.search._describe import describe
+from secateur.search._problem import Problem, Progress, Proposal, Strategy
 from secateur.search._space import SearchSpace
+from secateur.train import Progress as Watch
+from secateur.train import Silent, TrainingData
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Found:
         budget: The bounds it keeps to.
         strategy: The strategy and its configuration, as text.
         notes: What the strategy learnt, as plain data; always ``utilisation``: cost / limit by limited field.
+        weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
+            instead of its own. None if the search trains nothing. Not part of the JSON object.
     """
 
     architecture: Architecture
@@ -34,9 +43,10 @@ class Found:
     budget: Budget
     strategy: str
     notes: dict[str, object] = field(default_factory=dict[str, object])
+    weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object with every field."""
+        """A JSON object with every field but the weights."""
         return {
             "architecture": self.architecture.to_json(),
             "cost": self.cost.to_json(),
@@ -57,6 +67,10 @@ def search(
     space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
     seed: int = 0,
     progress: Progress | None = None,
+    data: TrainingData | None = None,
+    checkpoint: Path | None = None,
+    watch: Watch = Silent(),  # noqa: B008 -- frozen
+    fabric: "Fabric | None" = None,
 ) -> Found:
     """Find which channels to keep so that the model costs no more than the budget.
 
@@ -74,46 +88,44 @@ def search(
         space: The allowed widths.
         seed: For strategies that draw random numbers; the global random state is neither read nor changed.
         progress: Called with the finished fraction and a description.
+        data: Training and validation images for strategies that train; never test images.
+        checkpoint: Folder for the checkpoints of strategies that train, which go on from one that is there.
+        watch: Shows the training of strategies that train.
+        fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
 
     Raises:
         BudgetError: If the budget cannot be read or no architecture of the space is within it.
         SurgeryError: If the graph is not of this model, or the strategy leaves the space.
         ModelError: If the strategy finds weights or scores that are not finite.
-        DataError: If the strategy needs batches and there are none.
+        DataError: If the strategy needs batches or training images and there are none.
+        TrainingError: If the training of a strategy fails, or its checkpoint is of another search.
     """
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     evidence = Evidence(model, graph, tuple(batches), seed)
-    problem = Problem(evidence, CostModel(graph), limits, space, progress or _silent)
+    problem = Problem(evidence, CostModel(graph), limits, space, progress or _silent, data, checkpoint, watch, fabric)
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
-        return _found(problem, strategy, whole, {})
+        return _found(problem, strategy, Proposal(whole))
     _check_feasible(problem, strategy)
     proposal = strategy.find(problem)
     _check_space(problem, strategy, proposal.architecture)
-    return _found(problem, strategy, proposal.architecture, dict(proposal.notes))
-
-
-def describe(thing: object) -> str:
-    """A strategy or any part of one as text that is the same in every process: functions by their name."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        inside = ", ".join(f"{part.name}={describe(getattr(thing, part.name))}" for part in fields(thing))
-        return f"{type(thing).__name__}({inside})"
-    return thing.__qualname__ if isinstance(thing, FunctionType) else repr(thing)
+    return _found(problem, strategy, proposal)
 
 
 def _silent(fraction: float, what: str) -> None:
     """Report no progress."""
 
 
-def _found(problem: Problem, strategy: Strategy, architecture: Architecture, notes: dict[str, object]) -> Found:
+def _found(problem: Problem, strategy: Strategy, proposal: Proposal) -> Found:
+    architecture, notes = proposal.architecture, dict(proposal.notes)
     cost, original = problem.costs.cost(architecture), problem.costs.original
     if not problem.budget.allows(cost, original):
         raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {describe(strategy)}.")
     notes["utilisation"] = {
         name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
     }
-    return Found(architecture, cost, original, problem.budget, describe(strategy), notes)
+    return Found(architecture, cost, original, problem.budget, describe(strategy), notes, proposal.weights)
 
 
 def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:

@@ -2,11 +2,14 @@
 
 from secateur.supernet._calibrate import calibrated
 from secateur.supernet._interpolate import interpolate_channels, interpolation_matrix
-from secateur.supernet._mixture import Mixture
+from secateur.supernet._mixture import Blending, Fade, Interpolate, Mixture
 from secateur.supernet._order import best_first, inverse, reordered
 from secateur.supernet._supernet import Subnet, Supernet
 
 __all__ = [
+    "Blending",
+    "Fade",
+    "Interpolate",
     "Mixture",
     "Subnet",
     "Supernet",

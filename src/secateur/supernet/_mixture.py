@@ -1,6 +1,7 @@
 """Two widths and several depths in one forward pass: what a differentiable search looks at."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +16,50 @@ from secateur.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn, shad
 from secateur.importance import readers, shown_along
 from secateur.supernet._interpolate import neighbours
 
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 _SMALL = 256
 """Up to so many channels a blend is a product with a matrix: quicker than gathering, and a fraction of the layer."""
+
+
+class Blending(ABC):
+    """How the features of a narrow width are seen at a wider one, of which they are the first channels."""
+
+    @abstractmethod
+    def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
+        """What is seen as channel i of the wide one: share[i] * (z[first[i]] + z[second[i]]) / 2.
+
+        Returns:
+            first, second and share, (wide,) each.
+        """
+
+
+@dataclass(frozen=True)
+class Interpolate(Blending):
+    """Channel-wise interpolation: the narrow features are spread over all channels of the wide ones.
+
+    References:
+        Dong & Yang (TAS), arXiv:1905.09717, Eq. (4).
+    """
+
+    def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
+        """One channel or the mean of two neighbours, see `neighbours`."""
+        return (*neighbours(narrow, wide), np.ones(wide))
+
+
+@dataclass(frozen=True)
+class Fade(Blending):
+    """Every channel stays where it is, and those that the narrow features lack are zero: what a real cut does.
+
+    Ours. Interpolated channels meet the weights of other channels, which a network must first learn to bear; a search
+    of few epochs that starts from trained weights has no time for that.
+    """
+
+    def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
+        """The channel itself, or nothing."""
+        own = np.arange(wide)
+        return own, own, (own < narrow).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +68,7 @@ class Mixture:
 
     Where axis a is produced, with z the features at its width w_a in the subnet,
 
-        out = weights[a, 1] * z + weights[a, 0] * CWI(z[first narrow[a] channels], w_a),
+        out = weights[a, 1] * z + weights[a, 0] * blending(z[first narrow[a] channels], w_a),
 
     and where a chain of n residual blocks ends, with x_d the residual stream after d of them,
 
@@ -40,6 +81,7 @@ class Mixture:
             Empty leaves the chains alone. Where the blocks of a chain are not modules that return the stream itself,
             every branch is scaled by the weight of the depths that have it: x_d differs from the above in that the
             blocks see the scaled stream.
+        blending: How narrow features are seen at the wider width.
 
     References:
         Dong & Yang (TAS), arXiv:1905.09717, Eq. (4) and (5).
@@ -48,6 +90,7 @@ class Mixture:
     narrow: tuple[int, ...]
     weights: Tensor
     depths: tuple[Tensor, ...] = ()
+    blending: Blending = Interpolate()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +134,13 @@ class Blend:
         found: dict[tuple[str, int], list[tuple[int, IntArray]]] = {}
         for number, axis in enumerate(graph.prunable):
             for module in _producers(graph, axis):
-                shown = ((name, shown_along(graph, name, axis.name)) for name in (after.get(module, ""), module) if name)
-                for name, (dim, positions) in ((name, where) for name, where in shown if where is not None):
-                    found.setdefault((name, dim), []).append((number, positions))
-                    break
-        points = [
-            _Point(module, dim, graph.activations[module].shape[dim], tuple(axes)) for (module, dim), axes in found.items()
-        ]
+                names = [name for name in (after.get(module, ""), module) if name]
+                shown = [(name, shown_along(graph, name, axis.name)) for name in names]
+                point = next(((name, *where) for name, where in shown if where is not None), None)
+                if point is not None:
+                    found.setdefault(point[:2], []).append((number, point[2]))
+        shapes = {name: activation.shape for name, activation in graph.activations.items()}
+        points = [_Point(name, dim, shapes[name][dim], tuple(axes)) for (name, dim), axes in found.items()]
         return cls(points, graph.chains, tuple(axis.name for axis in graph.prunable))
 
     @contextlib.contextmanager
@@ -152,48 +195,49 @@ class _Blends:
     def at(self, point: _Point) -> Callable[[Tensor], Tensor] | None:
         """What to do with the output of a point; None if it is left alone.
 
-        Every row of an interpolation averages one channel or two neighbours, so that for each position
-        out = own * z + other * (z[first] + z[second]) / 2.
+        out = own * z + other * (z[first] + z[second]) / 2 for each position.
         """
         if all(self._mixture.narrow[number] == self._widths[number] for number, _ in point.axes):
             return None
-        first, second, row = self._sources(point)
-        rows = self._weights[torch.from_numpy(row).to(self._weights.device)]
-        own, other, dim, device = rows[:, 1], rows[:, 0], point.dim, rows.device
+        first, second, share, row = (torch.from_numpy(part) for part in self._sources(point))
+        rows = self._weights[row.to(self._weights.device)]
+        own, other, dim = rows[:, 1], rows[:, 0] * share.to(rows), point.dim
+        if torch.equal(first, second) and torch.equal(first, torch.arange(len(first))):
+            return lambda z: _along(own + other, z, dim) * z
         if len(row) <= _SMALL:
             matrix = torch.diag(own) + other[:, None] * _averaging(first, second).to(rows)
             return lambda z: _times(matrix, z, dim)
-        lower, upper = torch.from_numpy(first).to(device), torch.from_numpy(second).to(device)
-        return lambda z: _gathered(z, own, other, lower, upper, dim)
+        lower, upper = first.to(rows.device), second.to(rows.device)
+        average = lambda z: 0.5 * (z.index_select(dim, lower) + z.index_select(dim, upper))  # noqa: E731
+        return lambda z: _along(own, z, dim) * z + _along(other, z, dim) * average(z)
 
-    def _sources(self, point: _Point) -> tuple[IntArray, IntArray, IntArray]:
-        """For each position that the subnet has: the two that its interpolation averages, and its row of weights."""
+    def _sources(self, point: _Point) -> tuple[IntArray, IntArray, FloatArray, IntArray]:
+        """For each position that the subnet has: what is blended into it, and its row of weights."""
         stays = np.ones(point.size, dtype=np.bool_)
         for number, positions in point.axes:
             stays[positions[self._widths[number] :]] = False
         place, count = np.cumsum(stays) - 1, int(stays.sum())
-        first, second, row = np.arange(count), np.arange(count), np.full(count, -1)
+        first, second, share, row = np.arange(count), np.arange(count), np.zeros(count), np.full(count, -1)
         for number, positions in point.axes:
             mine = place[positions[: self._widths[number]]]
-            low, high = neighbours(self._mixture.narrow[number], self._widths[number])
-            first[mine], second[mine], row[mine] = mine[low], mine[high], number
-        return first, second, row
+            low, high, part = self._mixture.blending.sources(self._mixture.narrow[number], self._widths[number])
+            first[mine], second[mine], share[mine], row[mine] = mine[low], mine[high], part[:, None], number
+        return first, second, share, row
 
 
-def _averaging(first: IntArray, second: IntArray) -> Tensor:
+def _averaging(first: Tensor, second: Tensor) -> Tensor:
     """(n, n) matrix whose rows average two positions."""
-    matrix = np.zeros((len(first), len(first)))
-    rows = np.arange(len(first))
-    matrix[rows, first] += 0.5
-    matrix[rows, second] += 0.5
-    return torch.from_numpy(matrix)
+    rows, matrix = torch.arange(len(first)), torch.zeros(len(first), len(first))
+    for column in (first, second):
+        matrix.index_put_((rows, column), torch.tensor(0.5), accumulate=True)
+    return matrix
 
 
-def _gathered(z: Tensor, own: Tensor, other: Tensor, first: Tensor, second: Tensor, dim: int) -> Tensor:
+def _along(values: Tensor, z: Tensor, dim: int) -> Tensor:
+    """Values for each position of a dimension, shaped to multiply z."""
     shape = [1] * z.dim()
-    shape[dim] = len(own)
-    average = 0.5 * (z.index_select(dim, first) + z.index_select(dim, second))
-    return own.view(shape).to(z.dtype) * z + other.view(shape).to(z.dtype) * average
+    shape[dim] = len(values)
+    return values.view(shape).to(z.dtype)
 
 
 def _times(matrix: Tensor, z: Tensor, dim: int) -> Tensor:

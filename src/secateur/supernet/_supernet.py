@@ -88,7 +88,9 @@ class Supernet(nn.Module):
         known = {block.name for block in self.graph.removable}
         unknown = sorted(set(removed_blocks) - known)
         if unknown:
-            raise SurgeryError(f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable.")
+            raise SurgeryError(
+                f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable."
+            )
         return Subnet(tuple(widths.get(n, size) for n, size in sizes.items()), tuple(sorted(set(removed_blocks))))
 
     def architecture(self, subnet: Subnet) -> Architecture:
@@ -191,4 +193,3 @@ def _swapped(model: nn.Module, name: str, stand_in: nn.Module) -> Generator[None
         yield
     finally:
         setattr(parent, leaf, module)
-

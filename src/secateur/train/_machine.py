@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from secateur.errors import TrainingError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.precision import Precision as FabricPrecision
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Precision(Enum):
@@ -101,7 +103,7 @@ def precision_of(fabric: "Fabric") -> Precision:
     return Precision(name)
 
 
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
+def placed(model: Model, device: torch.device) -> Model:
     """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
     model = copy.deepcopy(model).to(device)
     for parameter in model.parameters():

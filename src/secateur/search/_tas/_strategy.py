@@ -1,0 +1,185 @@
+"""TAS: transformable architecture search, on any traced model."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.cost import Cost
+from secateur.errors import BudgetError, DataError
+from secateur.importance import Importance, Reconstruction
+from secateur.search._describe import describe
+from secateur.search._problem import Problem, Proposal, Strategy
+from secateur.search._tas._candidates import Candidates, Depths, Widths
+from secateur.search._tas._choice import Choice
+from secateur.search._tas._engine import Adam, Course, Run
+from secateur.search._tas._halves import halves
+from secateur.search._tas._price import Price
+from secateur.search._tas._temperature import Cosine, Linear
+from secateur.supernet import Blending, Fade, Supernet, best_first, calibrated
+from secateur.train import (
+    Schedule,
+    digest,
+    load_checkpoint,
+    one_device,
+    placed,
+    precision_of,
+    save_checkpoint,
+    tensors_of,
+    write_tensors_,
+)
+
+_CALIBRATION = 8
+"""Batches that batch-norm statistics are measured on."""
+
+
+@dataclass(frozen=True)
+class TAS(Strategy):
+    """Learn how wide every axis and how deep every chain of residual blocks should be, by gradient descent.
+
+    Every axis has a few candidate widths with probabilities p = softmax(alpha). In each step two of them are drawn
+    (Gumbel-softmax, without replacement) and the network runs once, at the wider one of each axis: the features of the
+    narrower one are a part of it, interpolated to the same number of channels and blended in with the weights of the
+    draw. Every chain of blocks ends with the sum of the streams after each candidate number of blocks. One half of the
+    training images teaches the weights, the other one alpha, in turns, with 2 * `Price.loss` added for the budget.
+
+    Found is the most likely architecture, moved as little as it takes to fill the budget (`derive`), and the weights
+    of the whole network as the search has trained them, from which the student inherits.
+
+    Departures from the paper: weights are sliced before the convolution is computed, not its output after; the network
+    is sliced from one trained network with its channels in order of importance, so that candidates of one axis share
+    their first channels; the batch norm is shared by the candidates, whose statistics, those of the batch, are the
+    same; channels that must stay the same (residual streams) have one choice, unless the graph is untied
+    (`secateur.graph.untie`). The search is short and starts from trained weights, so that the learning rate of alpha
+    is higher (0.001 in the paper, for 600 epochs).
+
+    Attributes:
+        widths: Candidate widths; None leaves them alone.
+        depths: Candidate depths; None keeps all blocks.
+        schedule: Of the weights: epochs of the search, batch size, learning rate, optimiser. Its seed is replaced by
+            that of the search.
+        architecture: Optimiser of alpha.
+        temperature: Of the draws, `Linear` as in the paper or `Cosine` as in its code.
+        tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to
+            grow, 0 to 1.
+        importance: The order of the channels: every width keeps the first ones.
+
+    Raises:
+        BudgetError: If neither widths nor depths are searched, or the tolerance is out of range.
+
+    References:
+        Dong & Yang, Network Pruning via Transformable Architecture Search, NeurIPS 2019, arXiv:1905.09717.
+    """
+
+    widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
+    depths: Depths | None = None
+    schedule: Schedule = Schedule(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
+    architecture: Adam = Adam(learning_rate=0.02)  # noqa: RUF009 -- frozen
+    temperature: Linear | Cosine = Linear()  # noqa: RUF009 -- frozen
+    blending: Blending = Fade()  # noqa: RUF009 -- frozen
+    tolerance: float = 0.05
+    importance: Importance = field(default_factory=Reconstruction)
+
+    def __post_init__(self) -> None:
+        if self.widths is None and self.depths is None:
+            raise BudgetError("`widths` or `depths` must be given, or there is nothing to search; got None for both.")
+        if not 0 <= self.tolerance < 1:
+            raise BudgetError(f"`tolerance` must lie in [0, 1); got {self.tolerance}. 0.05 is usual.")
+        if self.schedule.epochs < 1:
+            raise BudgetError(f"`schedule` must have at least one epoch of search; got {self.schedule.epochs}.")
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest candidates."""
+        graph = problem.evidence.graph
+        widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in problem.levels]
+        smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
+        chains = graph.chains if self.depths is not None else ()
+        gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
+        macs, params = problem.costs.without(gone).of_widths(smallest[None])
+        return Cost(int(macs[0]), int(params[0]))
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
+
+        Raises:
+            DataError: If there are no training images, or they cannot be split in two.
+            BudgetError: If nothing has two candidates.
+            TrainingError: If a loss is no longer finite; the checkpoint of the last epoch stays.
+        """
+        if problem.training is None:
+            raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
+        evidence = problem.evidence
+        order = best_first(problem.scores(self.importance))
+        supernet = Supernet(evidence.model, evidence.graph, order)
+        candidates = Candidates.of(problem, self.widths, self.depths, supernet.blended)
+        run = self._run(problem, supernet, candidates)
+        derived = run.derived()
+        unsearched = sorted(set(evidence.graph.sizes) - supernet.blended) if self.widths else []
+        notes = {"search": run.history, "unsearched": unsearched}
+        architecture = run.supernet.architecture(run.subnet(derived))
+        return Proposal(architecture, notes, _weights(run, problem))
+
+    def _run(self, problem: Problem, supernet: Supernet, candidates: Candidates) -> Run:
+        """Search, or go on with a search that was interrupted."""
+        course = self._course(problem, candidates)
+        run = Run(course, placed(supernet, course.fabric.device), Choice(candidates).to(course.fabric.device))
+        settings = {} if problem.checkpoint is None else self._settings(problem, course)
+        saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
+        epochs = course.schedule.epochs
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            if saved is not None:
+                run.restore(saved)
+            with problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter:
+                while run.epoch < epochs:
+                    run.train_epoch(meter)
+                    if problem.checkpoint is not None:
+                        save_checkpoint(problem.checkpoint, run.saved(settings))
+        return run
+
+    def _course(self, problem: Problem, candidates: Candidates) -> Course:
+        data, seed = problem.training, problem.evidence.seed
+        assert data is not None
+        first, second = halves(data.train, seed)
+        fabric = one_device(problem.fabric, None if problem.fabric is not None else self.schedule.precision)
+        calibration = tuple(images.to(fabric.device) for images, _ in problem.evidence.batches[:_CALIBRATION])
+        return Course(
+            price=Price(problem, candidates, self.tolerance),
+            for_weights=first,
+            for_choice=second,
+            validation=data.validation if len(data.validation) and calibration else None,
+            augment=data.augment,
+            calibration=calibration,
+            schedule=replace(self.schedule, seed=seed),
+            adam=self.architecture,
+            temperature=self.temperature,
+            blending=self.blending,
+            fabric=fabric,
+        )
+
+    def _settings(self, problem: Problem, course: Course) -> Mapping[str, str]:
+        """Everything that must be equal for a search to be the same search."""
+        return {
+            "strategy": describe(self),
+            "budget": str(problem.budget),
+            "space": repr(problem.space),
+            "seed": str(problem.evidence.seed),
+            "precision": precision_of(course.fabric).name,
+            "model": digest(problem.evidence.model),
+            "images": f"{len(course.for_weights)} and {len(course.for_choice)}",
+            "validation": "none" if course.validation is None else f"{len(course.validation)} images",
+            "augment": repr(course.augment),
+            "calibration": f"{sum(map(len, course.calibration))} images",
+        }
+
+
+def _weights(run: Run, problem: Problem) -> dict[str, Tensor]:
+    """The whole model's tensors after the search, in its own order of channels and with statistics of its own."""
+    supernet = run.supernet
+    statistics = calibrated(supernet, supernet.full, (images for images, _ in problem.evidence.batches[:_CALIBRATION]))
+    write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
+    trained: nn.Module = copy.deepcopy(problem.evidence.model)
+    write_tensors_(trained, tensors_of(supernet.in_original_order()))
+    return {name: tensor.detach() for name, tensor in trained.state_dict().items()}

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, type(torch.relu)})
+_CONTAINERS = frozenset({dict, OrderedDict, set, list})
 _USUAL = ("__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+_CONVOLUTION = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
+"""Its ``__setstate__`` only adds what very old pickles lack, so that its copies are the usual ones."""
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -22,7 +25,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if known is not None:
         return known
     kind = type(model)
-    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _USUAL):
+    if not _copies_as_usual(kind):
         return copy.deepcopy(model, memo)  # it has its own idea of a copy
     twin = kind.__new__(kind)
     memo[id(model)] = twin
@@ -30,8 +33,8 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for name, value in vars(model).items():
         if _is_plain(value):
             held[name] = value
-        elif type(value) in {dict, OrderedDict} and not value:
-            held[name] = type(value)()
+        elif type(value) in _CONTAINERS and not value:
+            held[name] = memo.setdefault(id(value), type(value)())
         elif name == "_modules":
             children = value.items()
             held[name] = type(value)(
@@ -42,6 +45,11 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             held[name] = copy.deepcopy(value, memo)
     return twin
+
+
+def _copies_as_usual(kind: type[nn.Module]) -> bool:
+    own = [name for name in _USUAL if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
+    return not own or (own == ["__setstate__"] and kind.__setstate__ is _CONVOLUTION.__setstate__)
 
 
 def _copy_tensor(tensor: Any, memo: dict[int, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""The reference for removed blocks: the original in which their branches give zero."""
+"""The reference for a cut: the original in which removed channels have zero weights and removed branches give zero."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.graph._call import base_name
-from secateur.graph._channels import Block
+from secateur.graph._channels import Block, IntArray
 from secateur.graph._flow import Flow
 from secateur.graph._running import run_under_
 
@@ -51,3 +51,64 @@ def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     """Make a full model add zeros in the place of some residual branches whenever it runs; returns it."""
     blocks = tuple(blocks)
     return run_under_(model, lambda inputs: ZeroBranches(blocks, inputs))
+
+
+class ZeroWeights(TorchDispatchMode):
+    """While active, every call of a run gets some parameters with zeros in places.
+
+    They are made for each call and dropped after it, so that no second set of weights is held, nor memory for one
+    touched. A weight that is not finite stays so: it is multiplied by zero.
+
+    Args:
+        factors: By the identity of a parameter, what it is multiplied by.
+    """
+
+    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]]):
+        super().__init__()
+        self._factors = factors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in (kwargs or {}).items()})
+
+    def _zeroed(self, argument: Any) -> Any:
+        if isinstance(argument, list):
+            return list(map(self._zeroed, argument))
+        factors = self._factors.get(id(argument))
+        if factors is None:
+            return argument
+        first, *others = factors
+        product = argument * first
+        for factor in others:
+            product.mul_(factor)
+        return product
+
+
+def zero_weights_(model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]]) -> nn.Module:
+    """Make a model compute with zeros in the places of some of its weights whenever it runs; returns it.
+
+    Args:
+        model: Gets two hooks; its parameters stay as they are.
+        kept: By the name of a parameter, the positions that stay of some of its dimensions. Other names are ignored.
+    """
+    factors = {
+        id(parameter): _factors(parameter.detach(), kept[name])
+        for name, parameter in model.named_parameters()
+        if kept.get(name)
+    }
+    return run_under_(model, lambda _: ZeroWeights(factors)) if factors else model
+
+
+def _factors(tensor: torch.Tensor, kept: Mapping[int, IntArray]) -> tuple[torch.Tensor, ...]:
+    """Zeros and ones, (*shape[1:]) and (shape[0], 1, ...): products along the memory instead of one per dimension."""
+    vectors: dict[int, torch.Tensor] = {}
+    for dim, positions in kept.items():
+        vector = tensor.new_zeros(tensor.size(dim))
+        vector[torch.from_numpy(positions).to(tensor.device)] = 1
+        vectors[dim] = vector.view(-1, *[1] * (tensor.dim() - 1 - dim))
+    first = [vectors.pop(0)] if 0 in vectors else []
+    if not vectors:
+        return tuple(first)
+    rest = tensor.new_ones(tensor.shape[1:])
+    for vector in vectors.values():
+        rest *= vector
+    return (rest, *first)

@@ -28,6 +28,8 @@ class Peculiar(nn.Module):
         self.register_module("nothing", None)
         self.own = Peculiar.Own(4, 2)
         self.register_buffer("steps", torch.zeros(()))
+        self.seen, self.conv, self.recurrent = set(), nn.Conv1d(4, 2, 3), nn.GRU(4, 2)
+        self.conv.seen = self.seen
         self.first.register_forward_hook(lambda *_: None)
 
 
@@ -43,6 +45,9 @@ def test_a_copy_shares_nothing_and_keeps_the_ties():
     assert (twin.sizes, twin.absent, twin.nothing) == ((2, 3), None, None)
     assert twin.own.was_copied
     assert twin.steps is not model.steps
+    assert twin.conv.seen is twin.seen is not model.seen
+    assert twin.conv.weight is not model.conv.weight
+    assert twin.recurrent._flat_weights[0] is twin.recurrent.weight_ih_l0
     assert len(twin.first._forward_hooks) == 1
     twin.first.register_forward_hook(lambda *_: None)
     assert len(model.first._forward_hooks) == 1

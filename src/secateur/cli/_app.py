@@ -58,6 +58,7 @@ def inspect(
     axis_min_width: options.AxisMinWidth = None,
     axis_min_kept: options.AxisMinKept = None,
     attention: options.Attention = AttentionName.DIMENSIONS,
+    untied: options.Untied = False,
     tree: options.ShowTree = False,
     draw: options.Draw = None,
     as_json: options.AsJson = False,
@@ -82,7 +83,8 @@ def inspect(
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
     heads = _choices.heads_of(attention)
-    found = survey(inputs.opened.model, inputs.example(1), choices=choices, heads=heads, space=space)
+    branches = _choices.branches_of(untied)
+    found = survey(inputs.opened.model, inputs.example(1), choices=choices, heads=heads, branches=branches, space=space)
     name = inputs.opened.name
     if as_json:
         out().print(Text(json.dumps({"model": name, **found.to_json()}, indent=1)), soft_wrap=True)
@@ -126,7 +128,12 @@ def compress(
     axis_min_width: options.AxisMinWidth = None,
     axis_min_kept: options.AxisMinKept = None,
     attention: options.Attention = AttentionName.DIMENSIONS,
+    untied: options.Untied = False,
+    search_epochs: options.SearchEpochs = None,
+    search_over: options.SearchOver = None,
+    search_learning_rate: options.SearchLearningRate = None,
     calibration: options.Calibration = 1024,
+    from_scratch: options.FromScratch = False,
     epochs: options.Epochs = 1,
     batch_size: options.BatchSize = 128,
     learning_rate: options.LearningRate = 0.01,
@@ -146,6 +153,7 @@ def compress(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
+    tensorboard: options.TensorBoard = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -157,12 +165,15 @@ def compress(
     from secateur.pipeline import Leftover, check_output
     from secateur.pipeline import compress as run
     from secateur.search import SearchSpace
-    from secateur.train import Schedule, Silent, TerminalProgress
+    from secateur.train import Schedule
 
     if resume and restart:
         raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
     # Whatever can be refused at once is, before anything is loaded.
     limits, formats = Budget.parse(budget), _choices.formats_of(export)
+    searching = _choices.Searching(search_epochs, search_over, search_learning_rate)
+    found_by = _choices.strategy_of(strategy, importance, remove_blocks, searching)
+    progress = _choices.progress_of(quiet, tensorboard)
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     schedule = Schedule(
@@ -194,10 +205,12 @@ def compress(
             inputs.opened.model,
             inputs.images,
             budget=limits,
-            strategy=_choices.strategy_of(strategy, importance, remove_blocks),
+            strategy=found_by,
             choices=choices,
             heads=_choices.heads_of(attention),
+            branches=_choices.branches_of(untied),
             space=space,
+            start=_choices.start_of(from_scratch),
             schedule=schedule,
             objective=objective,
             calibration_images=calibration,
@@ -207,7 +220,7 @@ def compress(
             leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
             seed=seed,
             device=_choices.device_of(device),
-            progress=Silent() if quiet else TerminalProgress(),
+            progress=progress,
             tell=_silent if quiet else _tell,
             name=inputs.opened.name,
             command=command_line(),
@@ -339,21 +352,21 @@ def demo(
     export: options.Export = "onnx",
     seed: options.Seed = 0,
     thread_count: options.Threads = 1,  # the networks are so small that a second thread only waits
+    tensorboard: options.TensorBoard = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Train a small network on handwritten digits, compress it to 30 % of its MACs, and show the proof."""
     from secateur.cli import _choices
     from secateur.pipeline import demo as run
-    from secateur.train import Silent, TerminalProgress
 
-    formats = _choices.formats_of(export)
+    formats, progress = _choices.formats_of(export), _choices.progress_of(quiet, tensorboard)
     with threads(thread_count):
         result = run(
             out_folder,
             export=formats,
             seed=seed,
-            progress=Silent() if quiet else TerminalProgress(),
+            progress=progress,
             tell=_silent if quiet else _tell,
             command=command_line(),
         )

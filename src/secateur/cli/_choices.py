@@ -3,38 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from secateur.cli._options import AttentionName, ImportanceName, OptimiserName, PrecisionName, StrategyName
+from secateur.cli._options import (
+    AttentionName,
+    ImportanceName,
+    OptimiserName,
+    PrecisionName,
+    SearchedName,
+    StrategyName,
+)
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from secateur.graph import Choices, HeadUnit
     from secateur.importance import Importance
-    from secateur.pipeline import Format
-    from secateur.search import AxisRule, Strategy
-    from secateur.train import SGD, AdamW, Precision
+    from secateur.pipeline import Branches, Format, Start
+    from secateur.search import TAS, AxisRule, Strategy
+    from secateur.train import SGD, AdamW, Precision, Progress
 
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
 Number = TypeVar("Number", int, float)
 
 
-def strategy_of(name: StrategyName, importance: ImportanceName | None, removed_blocks: float = 0.0) -> Strategy:
+@dataclass(frozen=True)
+class Searching:
+    """What the flags say about a search that learns; None where they say nothing.
+
+    Attributes:
+        epochs: Of the search.
+        over: What is searched.
+        learning_rate: Of the weights.
+    """
+
+    epochs: int | None = None
+    over: SearchedName | None = None
+    learning_rate: float | None = None
+
+
+def strategy_of(
+    name: StrategyName,
+    importance: ImportanceName | None,
+    removed_blocks: float = 0.0,
+    searching: Searching = Searching(),
+) -> Strategy:
     """The strategy of a name, with an importance or with its usual one.
 
     Args:
         name: Of the strategy for widths.
         importance: Which channels stay; None for its usual one.
         removed_blocks: Largest fraction of the residual blocks that may go; 0 for none.
+        searching: For a search that learns.
+
+    Raises:
+        ChoiceError: If a flag has no effect on this strategy.
     """
     from secateur.search import Shallower
 
+    if name is StrategyName.TAS:
+        if removed_blocks:
+            raise ChoiceError(
+                f"`--remove-blocks` must be left out with --strategy tas, which searches depths itself; got "
+                f"{removed_blocks:g}. Say --search-over depths, or both."
+            )
+        return _tas_of(importance, searching)
+    if searching != Searching():
+        raise ChoiceError(
+            "`--search-epochs`, `--search-over` and `--search-learning-rate` must go with --strategy tas; got "
+            f"{name.value}, which learns nothing. Leave them out, or say --strategy tas."
+        )
     widths = _widths_of(name, importance)
     return Shallower(widths, most=removed_blocks) if removed_blocks else widths
+
+
+def _tas_of(importance: ImportanceName | None, searching: Searching) -> TAS:
+    from secateur.search import TAS, Depths, Widths
+
+    usual = TAS()
+    schedule = usual.schedule
+    if searching.epochs is not None:
+        schedule = replace(schedule, epochs=searching.epochs)
+    if searching.learning_rate is not None:
+        schedule = replace(schedule, learning_rate=searching.learning_rate)
+    return replace(
+        usual,
+        widths=None if searching.over is SearchedName.DEPTHS else Widths(),
+        depths=Depths() if searching.over in (SearchedName.DEPTHS, SearchedName.BOTH) else None,
+        schedule=schedule,
+        importance=usual.importance if importance is None else importance_of(importance),
+    )
 
 
 def _widths_of(name: StrategyName, importance: ImportanceName | None) -> Strategy:
@@ -46,7 +109,7 @@ def _widths_of(name: StrategyName, importance: ImportanceName | None) -> Strateg
         StrategyName.PCA_ACTIVATIONS: PCASlimming(source=Activations()),
         StrategyName.GLOBAL: GlobalImportance(),
         StrategyName.UNIFORM: Uniform(),
-    }[name]
+    }[name]  # TAS is no strategy for widths alone.
     return usual if importance is None else replace(usual, importance=importance_of(importance))
 
 
@@ -85,6 +148,32 @@ def heads_of(name: AttentionName) -> HeadUnit:
     from secateur.graph import HeadUnit
 
     return {AttentionName.HEADS: HeadUnit.HEAD, AttentionName.DIMENSIONS: HeadUnit.DIMENSION}[name]
+
+
+def branches_of(untied: bool) -> Branches:
+    """Whether the branches of a residual stream may be narrower than it."""
+    from secateur.pipeline import Branches
+
+    return Branches.UNTIED if untied else Branches.TIED
+
+
+def start_of(from_scratch: bool) -> Start:
+    """What the recovery begins with."""
+    from secateur.pipeline import FromScratch, Inherit
+
+    return FromScratch() if from_scratch else Inherit()
+
+
+def progress_of(quiet: bool, tensorboard: Path | None) -> Progress:
+    """How searches and trainings are shown.
+
+    Raises:
+        TrainingError: If the folder or the package for TensorBoard is missing.
+    """
+    from secateur.train import Silent, TensorBoard, TerminalProgress
+
+    shown = Silent() if quiet else TerminalProgress()
+    return shown if tensorboard is None else TensorBoard(tensorboard, shown)
 
 
 def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisRule, ...]:

@@ -15,6 +15,15 @@ class StrategyName(StrEnum):
     PCA_ACTIVATIONS = "pca-activations"
     GLOBAL = "global"
     UNIFORM = "uniform"
+    TAS = "tas"
+
+
+class SearchedName(StrEnum):
+    """What a search that learns searches, by name; see `secateur.search.TAS`."""
+
+    WIDTHS = "widths"
+    DEPTHS = "depths"
+    BOTH = "both"
 
 
 class ImportanceName(StrEnum):
@@ -160,6 +169,23 @@ RemoveBlocks = Annotated[
         rich_help_panel=_CUT,
     ),
 ]
+Untied = Annotated[
+    bool,
+    typer.Option(
+        "--untied", help="Branches of a residual stream may keep fewer channels than it.", rich_help_panel=_CUT
+    ),
+]
+SearchEpochs = Annotated[
+    int | None, typer.Option(help="Of --strategy tas; its usual number if left out.", min=1, rich_help_panel=_CUT)
+]
+SearchOver = Annotated[
+    SearchedName | None,
+    typer.Option(help="What --strategy tas searches; widths if left out.", rich_help_panel=_CUT),
+]
+SearchLearningRate = Annotated[
+    float | None,
+    typer.Option("--search-learning-rate", help="Highest of the weights in --strategy tas.", rich_help_panel=_CUT),
+]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
 
 ShowTree = Annotated[
@@ -175,6 +201,14 @@ Draw = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_SHOW)]
 
+FromScratch = Annotated[
+    bool,
+    typer.Option(
+        "--from-scratch",
+        help="Draw all weights anew: needs --epochs and --lr like the original.",
+        rich_help_panel=_TRAIN,
+    ),
+]
 Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=_TRAIN)]
 LearningRate = Annotated[
@@ -217,6 +251,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", ric
 Threads = Annotated[
     int | None,
     typer.Option("--threads", help="Of PyTorch on the CPU; all if left out.", min=1, rich_help_panel=_RUN),
+]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard", help="Also log the search and training there.", metavar="FOLDER", rich_help_panel=_RUN
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the results.", rich_help_panel=_RUN)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_RUN)]

@@ -9,6 +9,7 @@ from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, Format
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
 from secateur.pipeline._survey import Survey, survey
+from secateur.pipeline._traced import Branches
 from secateur.pipeline._verify import Verified, verify
 from secateur.pipeline._work import Leftover
 
@@ -18,6 +19,7 @@ __all__ = [
     "HEAL",
     "SPACE",
     "STRATEGY",
+    "Branches",
     "CompressResult",
     "Demo",
     "Format",

@@ -17,9 +17,20 @@ from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of
 from secateur.pipeline._halfway import Batches, go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
-from secateur.pipeline._plan import ALIGNED, EVERYTHING, GENTLE, NO_RULES, SPACE, STRATEGY, Delivery, Format, Plan
+from secateur.pipeline._plan import (
+    ALIGNED,
+    EVERYTHING,
+    GENTLE,
+    NO_RULES,
+    SPACE,
+    STRATEGY,
+    Delivery,
+    Format,
+    Plan,
+)
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
+from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover, Workplace, workplace
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
@@ -41,6 +52,7 @@ def compress(
     strategy: Strategy = STRATEGY,
     choices: Choices = EVERYTHING,
     heads: HeadUnit = HeadUnit.DIMENSION,
+    branches: Branches = Branches.TIED,
     rules: Mapping[str, Rule] = NO_RULES,
     space: SearchSpace = SPACE,
     schedule: Schedule = GENTLE,
@@ -71,6 +83,7 @@ def compress(
         strategy: How the architecture is found.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
+        branches: Whether the branches of a residual stream may be narrower than it.
         rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
@@ -109,6 +122,7 @@ def compress(
         strategy=strategy,
         choices=choices,
         heads=heads,
+        branches=branches,
         rules=rules,
         space=space,
         schedule=replace(schedule, seed=seed),

@@ -251,6 +251,7 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
         "choices": asdict(run.plan.choices),
         "heads": run.plan.heads.value,
+        "branches": run.plan.branches.value,
         "space": asdict(run.plan.space),
     }
 

@@ -1,6 +1,7 @@
 """The whole way on a data set that scikit-learn brings: train a small network, then compress it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from secateur.pipeline._plan import STRATEGY, Format
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._work import Leftover
 from secateur.search import Strategy
-from secateur.train import Progress, Schedule, TerminalProgress, Trained, fit
+from secateur.train import Meter, Progress, Schedule, TerminalProgress, Trained, fit
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def demo(
     data = load_data("digits", seed=seed)
     fresh, source = load_model("digits_resnet", seed=seed)
     tell(f"Training {source.name} on {len(data.train)} digits of {data.name}, {settings.teaching.epochs} epochs.")
-    taught = _teach(fresh, data, settings, seed, progress)
+    taught = _teach(fresh, data, settings, seed, _Called("teach", progress))
     tell(f"Trained. Now compressing it to {settings.budget}.")
     return compress(
         taught.model,
@@ -84,6 +85,18 @@ def demo(
         name=source.name,
         command=command,
     )
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A progress under another word: two trainings in one log would write over each other."""
+
+    what: str
+    inner: Progress
+
+    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[Meter]:
+        del what
+        return self.inner.watch(self.what, epochs=epochs, steps=steps, done=done)
 
 
 def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, progress: Progress) -> Trained:

@@ -1,22 +1,26 @@
 """The first half of a run: trace, search, cut, heal. No training."""
 
+import copy
+import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, Cost, format_count
-from secateur.errors import BudgetError
-from secateur.graph import ChannelGraph, trace
+from secateur.cost import Budget, Cost, CostModel, format_count
+from secateur.errors import BudgetError, ModelError
+from secateur.graph import ChannelGraph
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._start import Uncut
+from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, Shallower, search
-from secateur.surgery import Cut, Healing, Verification, apply_architecture
+from secateur.surgery import Cut, Healing, Verification, apply_architecture, within_streams
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
@@ -31,7 +35,14 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
         work: Where to keep checkpoints of the search and the result for a resume.
     """
     began = time.perf_counter()
-    graph = plan.choices.apply(trace(original, batches[0][0][:2], heads=plan.heads, rules=plan.rules))
+    graph = traced(
+        original,
+        batches[0][0][:2],
+        choices=plan.choices,
+        heads=plan.heads,
+        branches=plan.branches,
+        rules=plan.rules,
+    )
     plan.tell(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
         f"{len(graph.prunable)} prunable{f' ({plan.chosen})' if plan.chosen else ''}."
@@ -54,12 +65,13 @@ def _search_and_cut(
     Every search has checkpoints of its own: they cannot be continued with another graph.
     """
     images = [images for images, _ in batches]
-    while True:
+    for number in itertools.count():
         began = time.perf_counter()
-        found = _search(plan, original, graph, batches)
+        found = _search(plan, original, graph, batches, None if work is None else work.search_checkpoint(number))
+        found = _within_streams(graph, found)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
-        uncut = Uncut(original, original, graph, images, plan.seed)
+        uncut = Uncut(original, _searched(original, found), graph, images, plan.seed)
         pruned = plan.start.cut(uncut, found.architecture)
         if not pruned.verification.frozen:
             plan.tell(
@@ -68,13 +80,45 @@ def _search_and_cut(
             )
             for repair in pruned.healing:
                 plan.tell(describe_healing(repair))
-            return found, pruned
+            return replace(found, weights=None), pruned  # The cut has what it needs of them.
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+    raise AssertionError("counting ended")
 
 
-def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches) -> Found:
+def _within_streams(graph: ChannelGraph, found: Found) -> Found:
+    """What was found, with branches that keep only what their stream keeps: strategies choose axis by axis."""
+    architecture = within_streams(graph, found.architecture)
+    if architecture == found.architecture:
+        return found
+    cost = CostModel(graph).cost(architecture)
+    limits = found.budget.limits(found.original)
+    utilisation = {name: getattr(cost, name) / limit if limit else 1.0 for name, limit in limits.items()}
+    return replace(found, architecture=architecture, cost=cost, notes={**found.notes, "utilisation": utilisation})
+
+
+def _searched(original: nn.Module, found: Found) -> nn.Module:
+    """The original, or a copy of it with the weights that the search trained.
+
+    Raises:
+        ModelError: If they are not those of the whole model.
+    """
+    if found.weights is None:
+        return original
+    model = copy.deepcopy(original)
+    try:
+        model.load_state_dict(dict(found.weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(
+            f"`weights` of the search must be those of the whole model, by their names in its state_dict; got others: "
+            f"{reason}. Mend {found.strategy}."
+        ) from error
+    return model
+
+
+def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, checkpoint: Path | None) -> Found:
     """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
 
     Raises:
@@ -89,6 +133,10 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
             batches=batches,
             space=plan.space,
             seed=plan.seed,
+            data=plan.data,
+            checkpoint=checkpoint,
+            watch=plan.progress,
+            fabric=plan.fabric,
         )
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []

@@ -18,6 +18,7 @@ from secateur.graph import Choices, HeadUnit
 from secateur.graph.rules import Rule
 from secateur.models import ModelSource
 from secateur.pipeline._start import Start
+from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
 from secateur.train import Progress, Schedule
@@ -86,6 +87,7 @@ class Plan:
     strategy: Strategy
     choices: Choices
     heads: HeadUnit
+    branches: Branches
     rules: Mapping[str, Rule]
     space: SearchSpace
     schedule: Schedule
@@ -120,6 +122,7 @@ class Plan:
             "strategy": describe(self.strategy),
             "choices": repr(self.choices),
             "heads": self.heads.value,
+            "branches": self.branches.value,
             "rules": ", ".join(sorted(self.rules)) or "none",
             "space": repr(self.space),
             "start": describe(self.start),

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
-from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit, trace
+from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit
 from secateur.graph.rules import Rule
 from secateur.pipeline._plan import EVERYTHING, NO_RULES, SPACE
+from secateur.pipeline._traced import Branches, traced
 from secateur.report import places
 from secateur.search import SearchSpace
 from secateur.surgery import parameter_share
@@ -82,6 +83,7 @@ def survey(
     *,
     choices: Choices = EVERYTHING,
     heads: HeadUnit = HeadUnit.DIMENSION,
+    branches: Branches = Branches.TIED,
     rules: Mapping[str, Rule] = NO_RULES,
     space: SearchSpace = SPACE,
 ) -> Survey:
@@ -92,6 +94,7 @@ def survey(
         example: One input or a batch of it.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
+        branches: Whether the branches of a residual stream may be narrower than it.
         rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
 
@@ -99,7 +102,7 @@ def survey(
         TraceError: If the model cannot run the example.
         ChoiceError: If a pattern matches nothing, or nothing is left to cut.
     """
-    graph = choices.apply(trace(model, example, heads=heads, rules=rules))
+    graph = traced(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
     costs = CostModel(graph)
     least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
     fewer = costs.without(block.name for block in graph.removable)

@@ -5,39 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_search import data, model
 from torch import nn
 
 import secateur
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.pipeline import FromScratch, Inherit, Leftover, compress
 from secateur.search import Uniform
 from secateur.train import Schedule, Silent
 
 ONE_EPOCH = Schedule(epochs=1, batch_size=32)
-
-
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
-def _data() -> ImageData:
-    usual = Normalisation.usual(3)
-    return ImageData(
-        train=_split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
-        mean=usual.mean, std=usual.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
-    )  # fmt: skip
-
-
-def _model() -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
-        )  # fmt: skip
 
 
 @pytest.fixture
@@ -64,11 +41,11 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
     torch.manual_seed(99)
     state = torch.get_rng_state()
     words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent(), "seed": 5}
-    result = compress(_model(), _data(), start=FromScratch(), **words)
+    result = compress(model(), data(), start=FromScratch(), **words)
     torch.manual_seed(7)  # another state: the weights come from the seed alone
-    compress(_model(), _data(), start=FromScratch(), **words)
-    compress(_model(), _data(), start=FromScratch(), **{**words, "seed": 6})
-    compress(_model(), _data(), **words)
+    compress(model(), data(), start=FromScratch(), **words)
+    compress(model(), data(), start=FromScratch(), **{**words, "seed": 6})
+    compress(model(), data(), **words)
     torch.manual_seed(99)
     assert torch.equal(state, torch.get_rng_state())
     first, again, other, inherited = map(_weights, begun)
@@ -88,12 +65,12 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
 
 def test_repairs_belong_to_inherited_weights(begun: list[nn.Module]):
     words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent()}
-    model = _model()
-    plain = compress(model, _data(), start=Inherit(heal=()), **words)
+    net = model()
+    plain = compress(net, data(), start=Inherit(heal=()), **words)
     kept = list(plain.architecture.by_name["0"])
-    assert torch.equal(begun[0][0].weight, model[0].weight[kept])
-    assert torch.equal(begun[0][3].weight, model[3].weight[list(plain.architecture.by_name["3"])][:, kept])
-    healed = compress(model, _data(), **words)
+    assert torch.equal(begun[0][0].weight, net[0].weight[kept])
+    assert torch.equal(begun[0][3].weight, net[3].weight[list(plain.architecture.by_name["3"])][:, kept])
+    healed = compress(net, data(), **words)
     assert not torch.equal(begun[1][3].weight, begun[0][3].weight)
     assert any(note.startswith("Refit") for note in healed.report.notes)
     assert not any("Refit" in note for note in plain.report.notes)
@@ -111,19 +88,19 @@ class Scaled(nn.Module):
 
 
 def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
-    model = _model()
-    model.insert(3, Scaled())
+    net = model()
+    net.insert(3, Scaled())
     words = {"budget": "macs=50%", "schedule": ONE_EPOCH, "progress": Silent(), "out": tmp_path / "out", "export": ()}
     with pytest.raises(ModelError, match=r"3 \(Scaled\) has parameters of its own \(gain\) and no reset_parameters"):
-        compress(model, _data(), start=FromScratch(), **words)
+        compress(net, data(), start=FromScratch(), **words)
     assert list(tmp_path.iterdir()) == []
 
     class Drawable(Scaled):
         def reset_parameters(self) -> None:
             nn.init.normal_(self.gain)
 
-    model[3] = Drawable()
-    assert compress(model, _data(), start=FromScratch(), **{**words, "out": None}).failed == ()
+    net[3] = Drawable()
+    assert compress(net, data(), start=FromScratch(), **{**words, "out": None}).failed == ()
 
 
 def test_attention_of_torch_is_drawn_too():
@@ -139,7 +116,7 @@ def test_attention_of_torch_is_drawn_too():
 
 def test_a_student_from_scratch_needs_a_recovery():
     with pytest.raises(TrainingError, match=r"must have epochs for a student from scratch.*got 0\. Give it as many"):
-        compress(_model(), _data(), budget="macs=50%", start=FromScratch(), schedule=Schedule(epochs=0))
+        compress(model(), data(), budget="macs=50%", start=FromScratch(), schedule=Schedule(epochs=0))
 
 
 def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -150,13 +127,13 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
         "budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "export": (), "progress": Silent(),
         "start": FromScratch(), "out": tmp_path / "out",
     }  # fmt: skip
-    whole = compress(_model(), _data(), **{**words, "out": None})
+    whole = compress(model(), data(), **{**words, "out": None})
     with monkeypatch.context() as patch:
         patch.setattr("secateur.pipeline._compress.distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_model(), _data(), **words)
+            compress(model(), data(), **words)
     with pytest.raises(ArtifactError, match=r"start was FromScratch\(\), now Inherit\("):
-        compress(_model(), _data(), **{**words, "start": Inherit(), "leftover": Leftover.RESUME})
-    resumed = compress(_model(), _data(), **words, leftover=Leftover.RESUME)
+        compress(model(), data(), **{**words, "start": Inherit(), "leftover": Leftover.RESUME})
+    resumed = compress(model(), data(), **words, leftover=Leftover.RESUME)
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
-    assert secateur.verify(tmp_path / "out", factory=_model).passed
+    assert secateur.verify(tmp_path / "out", factory=model).passed

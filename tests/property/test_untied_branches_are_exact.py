@@ -18,8 +18,8 @@ from secateur.graph import ChannelAxis, ChannelGraph, trace, untie
 from secateur.surgery import Widen, apply_architecture, cut, mask_removed, original_names
 
 UNTIED = (
-    "residual", "preact_residual", "option_a_residual", "inverted_residual_se", "gated_chunk", "attention",
-    "grouped_query_attention",
+    "residual", "preact_residual", "option_a_residual", "inverted_residual_se", "gated_chunk", "layer_scale",
+    "multi_branch_add", "nested", "branching", "attention", "grouped_query_attention",
 )  # fmt: skip
 each_net = pytest.mark.parametrize("name", UNTIED)
 

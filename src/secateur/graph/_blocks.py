@@ -31,7 +31,7 @@ _RESHAPING = frozenset({
 _ALIKE = frozenset({
     "permute", "transpose", "t", "clone", "contiguous", "alias", "detach", "_to_copy", "native_dropout", "dropout",
 })  # fmt: skip
-_ZERO_OF_ZERO = _RESHAPING | _ALIKE | frozenset({
+ZERO_OF_ZERO = _RESHAPING | _ALIKE | frozenset({
     "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "neg", "div", "mean", "sum", "avg_pool2d",
     "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
 })  # fmt: skip
@@ -259,7 +259,7 @@ class _Finder:
             return any(source in zero for source in sources)
         if name in {"cat", "stack"} or step in self.flow.additions:
             return all(source in zero for source in sources)
-        return name in _ZERO_OF_ZERO and sources[:1] != () and sources[0] in zero
+        return name in ZERO_OF_ZERO and sources[:1] != () and sources[0] in zero
 
     def _gives_one_tensor(self, call: ModuleCall) -> bool:
         """Whether nothing but its first tensor matters of what a module returns."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph._blocks import ZERO_OF_ZERO
 from secateur.graph._call import MIXING_KINDS, base_name
 from secateur.graph._channels import (
     Activation,
@@ -40,10 +41,11 @@ def untie(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     """A graph in which every branch that is added to a residual stream has an axis of its own.
 
     A branch is a module that produces channels of a stream which other modules produce too, and the norms behind it
-    that read its output and nothing else, if the output of the last of them is used once: as an operand of a sum. The
-    new axis has the channels of the stream, the sites of these modules, and the stream's name in `ChannelAxis.into`.
-    All else stays with the stream: the layers that read it, norms on it, producers that are not added (a stem). An
-    architecture keeps of a branch some of the channels that it keeps of the stream.
+    that read its output and nothing else, if the output of the last of them is used once: as an operand of a sum,
+    perhaps after steps that leave zeros zero (an activation, a factor for each channel, a permutation). The new axis
+    has the channels of the stream, the sites of these modules, and the stream's name in `ChannelAxis.into`. All else
+    stays with the stream: the layers that read it, norms on it, producers that are not added (a stem). An architecture
+    keeps of a branch some of the channels that it keeps of the stream.
 
     A model without such sums, DenseNet for example, has the same graph as before.
 
@@ -135,9 +137,29 @@ class _Finder:
         for axis in graph.prunable:
             for site in axis.sites:
                 self.sites.setdefault(site.tensor.rpartition(".")[0], []).append((axis.name, site))
-        self.makers = {axis.name: _makers(axis) for axis in graph.prunable}
+        # A bias may be an output's too, that of a depthwise convolution, which makes no channels.
+        self.makers = {
+            axis.name: {
+                site.tensor.rpartition(".")[0]
+                for site in axis.sites
+                if site.role is Role.OUTPUT and len(graph.tensors[site.tensor]) > 1
+            }
+            for axis in graph.prunable
+        }
         self.parameters = frozenset(graph.parameters)
-        self.shared = _shared(model)
+        shared = _shared(model)
+        owners = [call for call in run.flow.calls if call.module in self.sites]
+        # The innermost module with tensors of its own that returns a value; calls are in order of entry.
+        self.returned = {
+            call.given: call
+            for call in owners
+            if call.begin <= call.given < call.end
+            and call.items is None
+            and self.times[call.module] == 1
+            and call.module in graph.activations
+            and call.module not in shared
+            and not any(call.begin <= other.begin and other.end <= call.end for other in owners if other is not call)
+        }
 
     def branches(self) -> Iterator[_Branch]:
         """Every branch, in order of the sums."""
@@ -149,28 +171,28 @@ class _Finder:
 
     def _branch(self, value: int, addition: int) -> _Branch | None:
         row: list[ModuleCall] = []
-        users = range(addition, addition + 1)
+        value, users = self._begin(value, addition)
         while True:
-            call = self._returning(value)
+            call = self.returned.get(value)
             if call is None or not all(user in users for user in self.users[value]):
                 return None
             row.insert(0, call)
-            roles = {site.role for _, site in self.sites.get(call.module, ())}
-            if roles <= {Role.OUTPUT, Role.INPUT} and Role.OUTPUT in roles:
+            if any(call.module in makers for makers in self.makers.values()):
                 break
-            # The bias of a depthwise convolution has the role of an output.
-            if Role.VECTOR not in roles or Role.INPUT in roles or not self._reads_only(call):
+            if any(site.role is Role.INPUT for _, site in self.sites[call.module]) or not self._reads_only(call):
                 return None
             value, users = call.taken, range(call.begin, call.end)
         return self._made(row)
 
-    def _returning(self, value: int) -> ModuleCall | None:
-        """The innermost module, run once and with tensors of its own, that returns this value."""
-        number = self.flow.call[value] if value >= 0 else -1
-        call = self.flow.calls[number] if number >= 0 else None
-        if call is None or call.given != value or call.items is not None or self.times[call.module] > 1:
-            return None
-        return call if call.module in self.graph.activations and call.module not in self.shared else None
+    def _begin(self, value: int, user: int) -> tuple[int, range]:
+        """What a module returns that becomes the operand of a sum by steps that leave zeros zero, and who uses it."""
+        while value >= 0 and value not in self.returned and self.users[value] == [user]:
+            name, sources = self.flow.names[value], self.flow.sources[value]
+            fed = [source for source in sources if source != CONSTANT and self.flow.fed[source]]
+            if len(fed) != 1 or not (name == "mul" or (name in ZERO_OF_ZERO and fed[0] == sources[0])):
+                break
+            value, user = fed[0], value
+        return value, range(user, user + 1)
 
     def _reads_only(self, call: ModuleCall) -> bool:
         """Whether a module computes its output from one value, and its own tensors."""
@@ -180,12 +202,12 @@ class _Finder:
     def _made(self, row: list[ModuleCall]) -> _Branch | None:
         producer, *norms = row
         own = self.sites[producer.module]
-        axes = {axis for axis, site in own if site.role is Role.OUTPUT and len(self.makers[axis]) > 1}
+        axes = {axis for axis, makers in self.makers.items() if producer.module in makers and len(makers) > 1}
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
         # Zeros can only be put in the place of removed channels where the last module has parameters for them.
-        if not axes or not axes <= silent or not self._sizes_are_clear(producer.module, axes):
+        if not axes or not axes <= silent or not self._is_clear(producer.module, axes):
             return None
-        mine = [(axis, site) for axis, site in own if site.role is Role.OUTPUT]
+        mine = [(axis, site) for axis, site in own if site.role is not Role.INPUT]
         mine += [pair for call in norms for pair in self.sites[call.module]]
         steps = {step for call in row for step in range(call.begin, call.end)}
         narrow = {call.given for call in row[:-1]}
@@ -197,10 +219,12 @@ class _Finder:
             frozenset(call.module for call in self.flow.calls if call.given in narrow),
         )
 
-    def _sizes_are_clear(self, producer: str, axes: Collection[str]) -> bool:
-        """Whether the sizes of a producer say which are those of its output, should it read the same axis."""
-        reads = any(site.role is Role.INPUT and axis in axes for axis, site in self.sites[producer])
-        if reads and any(e.module == producer and _holds(e.extent, axes) for e in self.graph.edits):
+    def _is_clear(self, producer: str, axes: Collection[str]) -> bool:
+        """Whether it is clear what of a producer belongs to its output, should it read the same axis."""
+        roles = {site.role for axis, site in self.sites[producer] if axis in axes}
+        reads = Role.INPUT in roles
+        edited = any(e.module == producer and _holds(e.extent, axes) for e in self.graph.edits)
+        if reads and (edited or Role.VECTOR in roles):
             return False
         counted = [
             [extent for extent in operation.extents if _holds(extent, axes)]
@@ -211,14 +235,6 @@ class _Finder:
         # Of two equal factors of a product it does not matter which is the output.
         clear = all(len(extents) == 1 + reads and len(set(extents)) == 1 for extents in counted)
         return clear and (not reads or len(counted) == 1)
-
-
-def _makers(axis: ChannelAxis) -> set[str]:
-    """The modules that produce an axis; a depthwise convolution with a bias only carries it."""
-    roles: dict[str, set[Role]] = {}
-    for site in axis.sites:
-        roles.setdefault(site.tensor.rpartition(".")[0], set()).add(site.role)
-    return {module for module, found in roles.items() if Role.OUTPUT in found and Role.VECTOR not in found}
 
 
 def _users(flow: Flow) -> list[list[int]]:

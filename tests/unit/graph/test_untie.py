@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from cuts import apart, outputs
@@ -159,6 +160,18 @@ class LastNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Scaled(nn.Module):
+    """A linear layer over channels at the end, a permutation, and a factor that the parent holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.gamma = conv(8, 5), nn.Linear(5, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.gamma[:, None, None] * out
+
+
 def conv(inputs: int = 8, outputs: int = 8, **settings) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **settings)
 
@@ -171,6 +184,9 @@ ROWS = {
     "two_norms": lambda: nn.Sequential(conv(8, 5), conv(5), nn.BatchNorm2d(8, affine=False), Scale(8)),
     "depthwise": lambda: nn.Sequential(conv(8, 5), conv(5), conv(groups=8), nn.BatchNorm2d(8)),
     "groups": lambda: nn.Sequential(conv(8, 4), conv(4, 8, groups=2), nn.BatchNorm2d(8)),
+    "activation_behind": lambda: nn.Sequential(conv(8, 5), conv(5), nn.BatchNorm2d(8), nn.GELU()),
+    "norm_with_activation": lambda: timm.layers.ConvNormAct(8, 8, 3, apply_act=True),
+    "factor_behind": Scaled,
     "identities": lambda: nn.Sequential(conv(), nn.Identity(), nn.BatchNorm2d(8), nn.Dropout()),
 }
 
@@ -233,7 +249,7 @@ class Direct(nn.Module):
 NO_ROWS = {
     "used_twice": Twice,
     "run_twice": Repeated,
-    "relu_behind": lambda: nn.Sequential(conv(), nn.ReLU()),
+    "sigmoid_behind": lambda: nn.Sequential(conv(), nn.Sigmoid()),
     "norm_without_parameters": lambda: nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False)),
     "norm_in_the_producer": Direct,
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
@@ -65,13 +66,15 @@ def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatA
 
 
 def _rows(tensor: Tensor, site: Site) -> FloatArray:
-    values = tensor.detach().cpu().double().numpy()
-    picked = np.moveaxis(values, site.dim, 0)[site.index]
-    rows = np.ascontiguousarray(picked.reshape(len(site.index), -1))
-    if not np.isfinite(rows).all():
-        bad = rows[~np.isfinite(rows)]
+    values = tensor.detach().cpu().movedim(site.dim, 0)
+    index = site.index.reshape(-1)
+    if not np.array_equal(index, np.arange(len(values))):
+        values = values[torch.from_numpy(index)]
+    # The sum of what is finite may overflow, but that of what is not is never finite.
+    if not values.sum().isfinite() and not values.isfinite().all():
+        bad = values[~values.isfinite()]
         raise ModelError(
-            f"`{site.tensor}` must be finite; got {bad[0]} and {len(bad)} such of {rows.size} weights. "
+            f"`{site.tensor}` must be finite; got {float(bad[0])} and {len(bad)} such of {values.numel()} weights. "
             "Load weights that were trained without overflow."
         )
-    return rows
+    return values.reshape(len(site.index), -1).double().contiguous().numpy()

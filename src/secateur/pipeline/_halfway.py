@@ -149,7 +149,7 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
 
 def describe_healing(repair: Healing) -> str:
     """One repair in words."""
-    words = f"{repair.healer}: distance from the original's logits {repair.before:.3f} -> {repair.after:.3f}"
+    words = f"{repair.healer}: distance from the uncut logits {repair.before:.3f} -> {repair.after:.3f}"
     return words + ("." if repair.kept else "; undone, because it made things worse.")
 
 

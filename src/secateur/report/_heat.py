@@ -76,7 +76,7 @@ def search_plots(epochs: Sequence[SearchEpoch], macs_limit: float | None) -> Sea
 
 
 def _entropy_plot(epochs: Sequence[SearchEpoch]) -> LinePlot | None:
-    return line_plot("Entropy of the choices", _finite((e.epoch, e.entropy) for e in epochs))
+    return line_plot("Entropy of the choices", _finite((e.epoch, e.entropy) for e in epochs), span=(0.0, 1.0))
 
 
 def _cost_plot(epochs: Sequence[SearchEpoch], limit: float | None) -> LinePlot | None:

@@ -100,6 +100,7 @@ def line_plot(
     values: Sequence[tuple[int, float]],
     across: tuple[str, float] | None = None,
     second: Sequence[tuple[int, float]] = (),
+    span: tuple[float, ...] = (),
 ) -> LinePlot | None:
     """Finite values by epoch, ascending; None with fewer than two.
 
@@ -108,11 +109,12 @@ def line_plot(
         values: (epoch, value) pairs.
         across: Name and value of a line across.
         second: Pairs of a second curve, at epochs of the first.
+        span: Values that the scale must show, whatever the curves do.
     """
     if len(values) < 2:
         return None
     first, last = values[0][0], values[-1][0]
-    heights = [value for _, value in (*values, *second)] + ([] if across is None else [across[1]])
+    heights = [value for _, value in (*values, *second)] + [*span, *([] if across is None else [across[1]])]
     steps = _steps(min(heights), max(heights), 4)
     low, high = steps[0], steps[-1]
 

@@ -71,6 +71,9 @@ def test_curves_show_entropy_and_both_costs_with_the_budget() -> None:
     entropy, cost = plots.curves
     assert [point.text for point in entropy.points] == ["epoch 1: 0.9", "epoch 2: 0.8", "epoch 3: 0.7"]
     assert entropy.reference is None
+    # Always from 0 to 1: a scale of its own would make nothing look like much.
+    assert [tick.text for tick in entropy.y_ticks] == ["0", "0.25", "0.5", "0.75", "1"]
+    assert [point.y for point in entropy.points] == pytest.approx([10, 20, 30])
     assert [point.text for point in cost.points] == ["epoch 1: 70", "epoch 2: 60", "epoch 3: 50"]
     assert [point.text for point in cost.second] == ["epoch 1: 50", "epoch 2: 50", "epoch 3: 50"]
     assert cost.reference is not None

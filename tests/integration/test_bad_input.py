@@ -215,6 +215,16 @@ def test_damaged_work_folder(run: Run, digits_weights: Path, tmp_path: Path):
         _refused(run(*compress_words(digits_weights, tmp_path / "out"), "--resume"), "is damaged", "--restart")
 
 
+def test_flags_that_contradict_each_other(run: Run, digits_weights: Path, tmp_path: Path):
+    words = compress_words(digits_weights, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with _nothing_left(tmp_path):
+        _refused(run(*words, "--search-epochs", 3), "must go with --strategy tas")
+        _refused(run(*words, "--strategy", "tas", "--remove-blocks", 0.5), "--search-over depths")
+        _refused(run(*words, "--from-scratch", "--epochs", 0), "must have epochs for a student from scratch")
+        _refused(run(*words, "--tensorboard", tmp_path / "file"), "must be a folder for event files")
+
+
 def _tamper_weights(folder: Path) -> None:
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-3] ^= 1

@@ -187,6 +187,64 @@ def test_older_artifact_is_replaced_whole(small: Small, run: Run, tmp_path: Path
     assert "Uniform" in json.loads((out / "secateur.json").read_text())["metrics"]["search"]["strategy"]
 
 
+def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_path: Path):
+    out, log = tmp_path / "out", tmp_path / "curves"
+    words = (
+        *compress_words(small.weights, out), "--epochs", 1, "--export", "", "--limit", 600,
+        *("--strategy", "tas", "--search-epochs", 2, "--search-over", "both", "--untied", "--tensorboard", log),
+    )  # fmt: skip
+    found = run(*words)
+    assert found.exit_code == 0, found.output
+    metrics = json.loads((out / "secateur.json").read_text())["metrics"]
+    assert [epoch["epoch"] for epoch in metrics["search"]["search"]] == [1, 2]
+    assert metrics["branches"] == "untied"
+    assert metrics["search"]["strategy"].startswith("TAS(widths=Widths(")
+    page = (out / "report.html").read_text()
+    assert "How the search decided" in page
+    assert "Widths over the search" in page
+    assert "Depths over the search" in page
+    assert sorted(path.name for path in log.iterdir()) == ["search", "train"]
+    loaded = secateur.load(out).model
+    original = run("inspect", "--model", "digits_resnet", "--json")
+    macs = json.loads(original.stdout)["original"]["macs"]
+    assert 0.97 * 0.5 * macs <= counted_macs(loaded, torch.zeros(1, 1, 8, 8)) <= 0.5 * macs
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ("--epochs", 0, "--export", "", "--limit", 600, "--strategy", "tas", "--search-epochs", 3)
+    whole = run(*compress_words(small.weights, tmp_path / "whole"), *words)
+    assert whole.exit_code == 0, whole.output
+    parts = (*compress_words(small.weights, tmp_path / "parts"), *words)
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.train.TerminalProgress", _StopsInEpoch2)
+        stopped = run(*parts)
+    assert stopped.exit_code == 130
+    assert "--resume" in stopped.stderr
+    assert run(*parts).exit_code == 2
+    resumed = run(*parts, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_student_from_scratch(run: Run, small: Small, tmp_path: Path):
+    out = tmp_path / "out"
+    words = ("--export", "", "--strategy", "uniform", "--from-scratch", "--epochs", 4, "--lr", 0.05)
+    found = run(*compress_words(small.weights, out), *words)
+    assert found.exit_code == 0, found.output
+    steps = {s["step"]: s["top1"] for s in json.loads((out / "secateur.json").read_text())["metrics"]["test_accuracy"]}
+    assert list(steps) == ["original", "cut, weights drawn anew", "distilled"]
+    assert steps["cut, weights drawn anew"] < 0.3 < steps["distilled"]
+
+
+def test_inspect_shows_untied_branches(run: Run):
+    found = run("inspect", "--model", "cifar_resnet20", "--untied")
+    assert found.exit_code == 0, found.output
+    assert "layer1.0.conv2/branch" in found.stdout
+    assert "/branch" not in run("inspect", "--model", "cifar_resnet20").stdout
+
+
 @pytest.mark.shared
 def test_cifar_resnet20_healed_only(run: Run, tmp_path: Path, cifar10_folder: Path, weights_folder: Path):
     out = tmp_path / "out"

@@ -18,12 +18,13 @@ from secateur.search._search import Found, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
 from secateur.search._space import AxisRule, SearchSpace
 from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
-from secateur.search._tas import TAS, Cosine, Depths, Linear, Widths
+from secateur.search._tas import TAS, Adam, Cosine, Depths, Linear, OriginalWeights, SearchedWeights, Widths
 from secateur.search._uniform import Uniform
 
 __all__ = [
     "TAS",
     "Activations",
+    "Adam",
     "AxisRule",
     "Correlation",
     "Cosine",
@@ -35,11 +36,13 @@ __all__ = [
     "Knapsack",
     "Linear",
     "Matrix",
+    "OriginalWeights",
     "PCASlimming",
     "Problem",
     "Proposal",
     "RawWeights",
     "SearchSpace",
+    "SearchedWeights",
     "Shallower",
     "Source",
     "Strategy",

@@ -14,6 +14,7 @@ from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, CostModel
 from secateur.importance import Evidence, Importance, checked_scores
 from secateur.search._space import IntArray, SearchSpace
+from secateur.search._streams import Streams
 from secateur.train import Progress as Watch
 from secateur.train import Silent, TrainingData
 
@@ -73,9 +74,14 @@ class Problem:
         Returns:
             (n,) dimensionless.
         """
-        macs, params = self.costs.of_widths(widths, blocks)
+        macs, params = self.costs.of_widths(self.streams.fitted(widths), blocks)
         by_field = {"macs": macs, "params": params}
         return np.max([by_field[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
+
+    @cached_property
+    def streams(self) -> Streams:
+        """Which widths go together in an untied graph."""
+        return Streams.of(self.evidence.graph)
 
     def scores(self, importance: Importance) -> dict[str, FloatArray]:
         """Scores of every prunable axis: name to (axis size,).
@@ -123,14 +129,18 @@ class Strategy(ABC):
 def keep_best(problem: Problem, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
     """Keep the channels with the highest scores; of equal ones those with the lower index.
 
+    A branch keeps channels of its stream only.
+
     Args:
         problem: For the axes.
         widths: (axes,) how many to keep.
         scores: Axis name to (axis size,).
     """
-    return Architecture.of(
-        {
-            name: np.argsort(-scores[name], kind="stable")[:width]
-            for name, width in zip(problem.costs.axes, widths, strict=True)
-        }
-    )
+    width = dict(zip(problem.costs.axes, problem.streams.fitted(widths[None])[0], strict=True))
+    best = {name: np.argsort(-scores[name], kind="stable") for name in problem.costs.axes}
+    kept = {name: order[: width[name]] for name, order in best.items()}
+    for axis in problem.evidence.graph.prunable:
+        if axis.into in kept:
+            inside = best[axis.name][np.isin(best[axis.name], kept[axis.into])]
+            kept[axis.name] = inside[: width[axis.name]]
+    return Architecture.of(kept)

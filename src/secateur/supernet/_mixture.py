@@ -134,8 +134,9 @@ class Blend:
         found: dict[tuple[str, int], list[tuple[int, IntArray]]] = {}
         for number, axis in enumerate(graph.prunable):
             for module in _producers(graph, axis):
-                names = [name for name in (after.get(module, ""), module) if name]
-                shown = [(name, shown_along(graph, name, axis.name)) for name in names]
+                # The output of an outlet counts as the stream's, though it is narrower until it is widened.
+                names = [(axis.outlet, axis.into), (after.get(module, ""), axis.name), (module, axis.name)]
+                shown = [(name, shown_along(graph, name, channels)) for name, channels in names if name and channels]
                 point = next(((name, *where) for name, where in shown if where is not None), None)
                 if point is not None:
                     found.setdefault(point[:2], []).append((number, point[2]))
@@ -144,18 +145,21 @@ class Blend:
         return cls(points, graph.chains, tuple(axis.name for axis in graph.prunable))
 
     @contextlib.contextmanager
-    def hooked(self, model: nn.Module, widths: Sequence[int], mixture: Mixture) -> Generator[None]:
+    def hooked(
+        self, model: nn.Module, widths: Sequence[int], mixture: Mixture, gone: Callable[[str], bool]
+    ) -> Generator[None]:
         """Blend for as long as the context lasts.
 
         Args:
             model: Runs at the subnet's widths.
             widths: Of the subnet.
             mixture: What to blend.
+            gone: Says of a module that it is removed.
         """
         blends = _Blends(widths, mixture)
         with ExitStack() as stack:
             for point in self._points:
-                blend = blends.at(point)
+                blend = None if gone(point.module) else blends.at(point)
                 if blend is not None:
                     hook = model.get_submodule(point.module).register_forward_hook(_applied(blend))
                     stack.callback(hook.remove)

@@ -1,7 +1,7 @@
 """A supernet: one model whose subnets are the same model called with parts of its tensors."""
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from secateur.graph import ChannelGraph
 from secateur.supernet._mixture import Blend, Mixture
 from secateur.supernet._order import IntArray, inverse, reordered
 from secateur.supernet._slices import Slices
-from secateur.surgery import apply_architecture, replacements_of, stand_in_of
+from secateur.surgery import Widen, apply_architecture, replacements_of, stand_in_of, widenings_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Supernet(nn.Module):
     def __init__(self, model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray] | None = None):
         super().__init__()
         self.graph = graph
-        self.order: dict[str, IntArray] = dict(order or {})
+        self.order: dict[str, IntArray] = _with_branches(graph, order or {})
         self.model: nn.Module = reordered(model, graph, self.order)
         self._slices = Slices(graph)
         self._blend = Blend.of(self.model, graph)
@@ -103,8 +103,7 @@ class Supernet(nn.Module):
 
     def extract(self, subnet: Subnet) -> nn.Module:
         """The subnet as a model of its own; see `secateur.surgery.apply_architecture`."""
-        kept = {name: range(width) for name, width in zip(self.graph.sizes, subnet.widths, strict=True)}
-        return apply_architecture(self.model, self.graph, Architecture.of(kept, subnet.removed_blocks))
+        return apply_architecture(self.model, self.graph, self._prefix(subnet))
 
     def in_original_order(self) -> nn.Module:
         """The whole model, as it is trained now, with its channels where the original has them."""
@@ -133,7 +132,11 @@ class Supernet(nn.Module):
         given = {**self.tensors_of(subnet), **(tensors or {})}
         with self._as(subnet), ExitStack() as stack:
             if mixture is not None:
-                stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture))
+                gone = self.graph.removed_modules(subnet.removed_blocks)
+                stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture, gone))
+            # After the blending: a narrow branch takes its place in the stream last of all.
+            for outlet, hook in self._widening(subnet):
+                stack.callback(self.model.get_submodule(outlet).register_forward_hook(hook).remove)
             return functional_call(self.model, given, inputs, named)
 
     def tensors_of(self, subnet: Subnet) -> dict[str, Tensor]:
@@ -142,6 +145,18 @@ class Supernet(nn.Module):
         gone = self.graph.removed_modules(subnet.removed_blocks)
         stay = {name: tensors[name] for name in self._slices.names if not gone(name.rpartition(".")[0])}
         return self._slices.of(stay, subnet.widths)
+
+    def _widening(self, subnet: Subnet) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """For each branch that is narrower than its stream: its outlet, and a hook that widens what it returns."""
+        if any(axis.into for axis in self.graph.prunable):
+            for widening in widenings_of(self.graph, self._prefix(subnet)):
+                widen = Widen(nn.Identity(), widening.dim, widening.missing, widening.order)
+                yield widening.module, _on_output(widen)
+
+    def _prefix(self, subnet: Subnet) -> Architecture:
+        """The subnet in terms of the channels as they are ordered here."""
+        kept = {name: range(width) for name, width in zip(self.graph.sizes, subnet.widths, strict=True)}
+        return Architecture.of(kept, subnet.removed_blocks)
 
     @contextlib.contextmanager
     def _as(self, subnet: Subnet) -> Generator[None]:
@@ -170,6 +185,17 @@ class Supernet(nn.Module):
         finally:
             for holder, attribute, old in reversed(before):
                 setattr(holder, attribute, old)
+
+
+def _with_branches(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """Branches have the channels of their streams, in the same order."""
+    found = {name: permutation for name, permutation in order.items() if graph.by_name[name].into is None}
+    streams = ((axis.name, str(axis.into)) for axis in graph.axes if axis.into is not None)
+    return {**found, **{name: found[stream] for name, stream in streams if stream in found}}
+
+
+def _on_output(widen: nn.Module) -> Callable[..., Any]:
+    return lambda _module, _inputs, output: widen.to(output.device)(output)
 
 
 def _with(old: Any, item: int | None, value: int) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 
 from secateur.errors import BudgetError
 from secateur.search._problem import Problem
+from secateur.search._streams import Streams
 
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
@@ -79,6 +80,7 @@ class Candidates:
         chains: (m,) numbers of the chains of the graph that have a choice.
         depths: (m, candidates) numbers of blocks kept, ascending.
         open_depths: (m, candidates) False for padding.
+        streams: Which widths go together.
     """
 
     axes: IntArray
@@ -87,6 +89,7 @@ class Candidates:
     chains: IntArray
     depths: IntArray
     open_depths: BoolArray
+    streams: Streams
 
     @classmethod
     def of(cls, problem: Problem, widths: Widths | None, depths: Depths | None, seen: frozenset[str]) -> "Candidates":
@@ -115,7 +118,7 @@ class Candidates:
                 "`space` must leave some axis two widths, or some chain of blocks two depths; got none with a choice. "
                 "Lower divisor, min_width or min_kept_fraction, or search depths too (for a net with residual blocks)."
             )
-        return cls(*_table(by_axis), *_table(by_chain))
+        return cls(*_table(by_axis), *_table(by_chain), problem.streams)
 
 
 def _table(rows: dict[int, tuple[int, ...]]) -> tuple[IntArray, IntArray, BoolArray]:

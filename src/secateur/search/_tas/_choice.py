@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +115,8 @@ def draw(
         for number, (small, large) in zip(candidates.axes.tolist(), picked, strict=True):
             narrow[number], wide[number] = small, large
         weights = weights.index_copy(0, torch.from_numpy(candidates.axes).to(device), shares)
+    wide = candidates.streams.fitted(np.array([wide]))[0].tolist()
+    narrow = [min(few, many) for few, many in zip(narrow, wide, strict=True)]
     depths: tuple[Tensor, ...] = ()
     if len(candidates.chains):
         depths = _spread(supernet, choice, draw_all(choice.log_depths, temperature, generator))

@@ -51,7 +51,8 @@ def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths:
     if not len(candidates.axes):
         return Derived(problem.costs.sizes.copy(), removed)
     inner = replace(problem, costs=problem.costs.without(removed))
-    return Derived(fit(inner, _keys(problem, candidates, widths)).widths, removed)
+    found = fit(inner, _keys(problem, candidates, widths)).widths
+    return Derived(problem.streams.fitted(found[None])[0], removed)
 
 
 def _keys(problem: Problem, candidates: Candidates, p: FloatArray) -> list[FloatArray]:

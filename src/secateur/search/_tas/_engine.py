@@ -211,6 +211,11 @@ class Run:
         return derive(price.problem, price.candidates, widths, depths)
 
     @property
+    def calibration(self) -> tuple[Tensor, ...]:
+        """Image batches for batch norms, on the device."""
+        return self._course.calibration
+
+    @property
     def _log_p(self) -> tuple[Tensor, Tensor]:
         return self._choice.log_widths, self._choice.log_depths
 

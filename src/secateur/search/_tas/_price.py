@@ -40,8 +40,24 @@ class Price:
             table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=device)
             means = (choice.log_widths.double().exp() * table).sum(1)
             widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
+        for stream, branches in self.problem.streams.sums:
+            widest = self._widest(choice, branches.tolist())
+            widths = widths.index_put((torch.tensor([stream], device=device),), widest)
         by_field = {"macs": costs.macs_of, "params": costs.params_of}
         return {name: by_field[name](widths, self.presence(choice)) for name in self.problem.limits}
+
+    def _widest(self, choice: Choice, axes: list[int]) -> Tensor:
+        """E[max of the widths] = sum_v v * (F(v) - F(v-)), F(v) the product of P(width <= v) over the axes."""
+        row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
+        p = choice.log_widths.double().exp()
+        table = torch.as_tensor(self.candidates.widths, device=p.device)
+        full = max(int(self.problem.costs.sizes[axis]) for axis in axes)
+        if any(axis not in row for axis in axes):
+            return torch.tensor(float(full), dtype=torch.float64, device=p.device)
+        rows = torch.tensor([row[axis] for axis in axes], device=p.device)
+        values = table[rows].unique()
+        below = (p[rows, :, None] * (table[rows, :, None] <= values)).sum(1).prod(0)
+        return (values * torch.diff(below, prepend=below.new_zeros(1))).sum()
 
     def presence(self, choice: Choice) -> Tensor:
         """(blocks,) probability that each removable block is kept."""
@@ -59,7 +75,7 @@ class Price:
     def most_likely(self, choice: Choice) -> Cost:
         """Cost of the architecture of the most likely candidates."""
         widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
-        macs, params = self.problem.costs.of_widths(widths[None], blocks[None])
+        macs, params = self.problem.costs.of_widths(self.problem.streams.fitted(widths[None]), blocks[None])
         return Cost(int(macs[0]), int(params[0]))
 
     @staticmethod

@@ -1,12 +1,10 @@
 """TAS: transformable architecture search, on any traced model."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from secateur.cost import Cost
 from secateur.errors import BudgetError, DataError
@@ -17,9 +15,10 @@ from secateur.search._tas._candidates import Candidates, Depths, Widths
 from secateur.search._tas._choice import Choice
 from secateur.search._tas._engine import Adam, Course, Run
 from secateur.search._tas._halves import halves
+from secateur.search._tas._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._tas._price import Price
 from secateur.search._tas._temperature import Cosine, Linear
-from secateur.supernet import Blending, Fade, Supernet, best_first, calibrated
+from secateur.supernet import Blending, Fade, Supernet, best_first
 from secateur.train import (
     Schedule,
     digest,
@@ -28,8 +27,6 @@ from secateur.train import (
     placed,
     precision_of,
     save_checkpoint,
-    tensors_of,
-    write_tensors_,
 )
 
 _CALIBRATION = 8
@@ -46,8 +43,7 @@ class TAS(Strategy):
     draw. Every chain of blocks ends with the sum of the streams after each candidate number of blocks. One half of the
     training images teaches the weights, the other one alpha, in turns, with 2 * `Price.loss` added for the budget.
 
-    Found is the most likely architecture, moved as little as it takes to fill the budget (`derive`), and the weights
-    of the whole network as the search has trained them, from which the student inherits.
+    Found is the most likely architecture, moved as little as it takes to fill the budget (`derive`).
 
     Departures from the paper: weights are sliced before the convolution is computed, not its output after; the network
     is sliced from one trained network with its channels in order of importance, so that candidates of one axis share
@@ -66,6 +62,7 @@ class TAS(Strategy):
         tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to
             grow, 0 to 1.
         importance: The order of the channels: every width keeps the first ones.
+        hand_on: The weights that the student is cut from.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or the tolerance is out of range.
@@ -82,6 +79,7 @@ class TAS(Strategy):
     blending: Blending = Fade()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
     importance: Importance = field(default_factory=Reconstruction)
+    hand_on: OriginalWeights | SearchedWeights = OriginalWeights()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
         if self.widths is None and self.depths is None:
@@ -120,7 +118,7 @@ class TAS(Strategy):
         unsearched = sorted(set(evidence.graph.sizes) - supernet.blended) if self.widths else []
         notes = {"search": run.history, "unsearched": unsearched}
         architecture = run.supernet.architecture(run.subnet(derived))
-        return Proposal(architecture, notes, _weights(run, problem))
+        return Proposal(architecture, notes, self.hand_on.of(run, problem))
 
     def _run(self, problem: Problem, supernet: Supernet, candidates: Candidates) -> Run:
         """Search, or go on with a search that was interrupted."""
@@ -173,13 +171,3 @@ class TAS(Strategy):
             "augment": repr(course.augment),
             "calibration": f"{sum(map(len, course.calibration))} images",
         }
-
-
-def _weights(run: Run, problem: Problem) -> dict[str, Tensor]:
-    """The whole model's tensors after the search, in its own order of channels and with statistics of its own."""
-    supernet = run.supernet
-    statistics = calibrated(supernet, supernet.full, (images for images, _ in problem.evidence.batches[:_CALIBRATION]))
-    write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
-    trained: nn.Module = copy.deepcopy(problem.evidence.model)
-    write_tensors_(trained, tensors_of(supernet.in_original_order()))
-    return {name: tensor.detach() for name, tensor in trained.state_dict().items()}

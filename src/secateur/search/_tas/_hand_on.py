@@ -1,0 +1,34 @@
+"""Which weights the student is cut from."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.search._problem import Problem
+from secateur.search._tas._engine import Run
+from secateur.supernet import calibrated
+from secateur.train import tensors_of, write_tensors_
+
+
+@dataclass(frozen=True)
+class OriginalWeights:
+    """Those of the model as it was: a short search leaves weights that are worse than these, cut and healed."""
+
+    def of(self, run: Run, problem: Problem) -> None:
+        """None: the model's own."""
+
+
+@dataclass(frozen=True)
+class SearchedWeights:
+    """Those that the search has trained: for long searches, and for models that come without trained weights."""
+
+    def of(self, run: Run, problem: Problem) -> Mapping[str, Tensor]:
+        """The whole model's ``state_dict``, in its own order of channels, with batch-norm statistics of its own."""
+        supernet = run.supernet
+        statistics = calibrated(supernet, supernet.full, run.calibration)
+        write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
+        trained = copy.deepcopy(problem.evidence.model)
+        write_tensors_(trained, tensors_of(supernet.in_original_order()))
+        return {name: tensor.detach() for name, tensor in trained.state_dict().items()}

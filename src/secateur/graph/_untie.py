@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,7 +206,9 @@ class _Finder:
         axes = {axis for axis, makers in self.makers.items() if producer.module in makers and len(makers) > 1}
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
         # Zeros can only be put in the place of removed channels where the last module has parameters for them.
-        if not axes or not axes <= silent or not self._is_clear(producer.module, axes):
+        numbers = [number for number, axis in enumerate(self.graph.axes) if axis.name in axes]
+        seen = lane_of(self.graph.activations[row[-1].module], numbers) is not None
+        if not axes or not axes <= silent or not seen or not self._is_clear(producer.module, axes):
             return None
         mine = [(axis, site) for axis, site in own if site.role is not Role.INPUT]
         mine += [pair for call in norms for pair in self.sites[call.module]]
@@ -223,8 +226,9 @@ class _Finder:
         """Whether it is clear what of a producer belongs to its output, should it read the same axis."""
         roles = {site.role for axis, site in self.sites[producer] if axis in axes}
         reads = Role.INPUT in roles
-        edited = any(e.module == producer and _holds(e.extent, axes) for e in self.graph.edits)
-        if reads and (edited or Role.VECTOR in roles):
+        if any(e.module == producer and _holds(e.extent, axes) for e in self.graph.edits):
+            return False  # the groups of a convolution, say: they follow its input as well
+        if reads and Role.VECTOR in roles:
             return False
         counted = [
             [extent for extent in operation.extents if _holds(extent, axes)]
@@ -235,6 +239,13 @@ class _Finder:
         # Of two equal factors of a product it does not matter which is the output.
         clear = all(len(extents) == 1 + reads and len(set(extents)) == 1 for extents in counted)
         return clear and (not reads or len(counted) == 1)
+
+
+def lane_of(activation: Activation, axes: Collection[int]) -> Lane | None:
+    """The dimension of a module's output along which some axes (by number) run; None if it is not a single one."""
+    main = Lane(0, activation.dim, activation.axis, activation.channel)
+    lanes = [lane for lane in (main, *activation.others) if np.isin(lane.axis, list(axes)).any()]
+    return lanes[0] if len(lanes) == 1 else None
 
 
 def _users(flow: Flow) -> list[list[int]]:

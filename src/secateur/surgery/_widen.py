@@ -13,6 +13,7 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelAxis, ChannelGraph
 from secateur.graph._channels import IntArray
+from secateur.graph._untie import lane_of
 
 
 class Widen(nn.Module):
@@ -114,7 +115,8 @@ def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widen
     found: list[Widening] = []
     for outlet, branches in outlets.items():
         # The graph gives the output of this module the channels of the stream, which it has in the cut model again.
-        stream = graph.activations[outlet]
+        stream = lane_of(graph.activations[outlet], branches)
+        assert stream is not None, "untie takes no branch whose channels run along two dimensions"
         whole = np.ones(len(stream.axis), dtype=bool)
         there, mine = whole.copy(), whole.copy()
         for number in np.unique(stream.axis).tolist():

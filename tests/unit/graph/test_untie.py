@@ -183,7 +183,7 @@ ROWS = {
     "group_norm": lambda: nn.Sequential(conv(8, 5), conv(5), nn.GroupNorm(4, 8)),
     "two_norms": lambda: nn.Sequential(conv(8, 5), conv(5), nn.BatchNorm2d(8, affine=False), Scale(8)),
     "depthwise": lambda: nn.Sequential(conv(8, 5), conv(5), conv(groups=8), nn.BatchNorm2d(8)),
-    "groups": lambda: nn.Sequential(conv(8, 4), conv(4, 8, groups=2), nn.BatchNorm2d(8)),
+    "groups": lambda: nn.Sequential(conv(8, 6), conv(6, 8, groups=2), nn.BatchNorm2d(8)),
     "activation_behind": lambda: nn.Sequential(conv(8, 5), conv(5), nn.BatchNorm2d(8), nn.GELU()),
     "norm_with_activation": lambda: timm.layers.ConvNormAct(8, 8, 3, apply_act=True),
     "factor_behind": Scaled,
@@ -252,6 +252,7 @@ NO_ROWS = {
     "sigmoid_behind": lambda: nn.Sequential(conv(), nn.Sigmoid()),
     "norm_without_parameters": lambda: nn.Sequential(conv(), nn.BatchNorm2d(8, affine=False)),
     "norm_in_the_producer": Direct,
+    "tied_to_its_input": lambda: nn.Sequential(conv(8, 4), conv(4, 8, groups=4)),
 }
 
 
@@ -267,6 +268,36 @@ def test_shared_weights_stay_tied():
     model.second.weight = model.first.weight
     graph = trace(randomised(model), torch.zeros(1, 3, 6, 6))
     assert untie(model, graph) is graph
+
+
+class Mixer(nn.Module):
+    """Tokens are mixed, then channels; there are more tokens than channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.first, self.second = nn.Linear(36, 10), nn.Linear(10, 36)
+        self.third, self.fourth = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        x = x + self.second(torch.relu(self.first(x)))
+        x = x.transpose(1, 2)
+        x = x + self.fourth(torch.relu(self.third(x)))
+        return self.head(x.mean(1))
+
+
+def test_the_channels_of_a_branch_may_run_beside_others():
+    model = randomised(Mixer())
+    example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    graph = untie(model, trace(model, example))
+    (axis,) = (axis for axis in graph.prunable if axis.into)
+    assert (axis.outlet, axis.size, graph.activations["fourth"].dim) == ("fourth", 8, 1)
+    architecture = Architecture.of({axis.name: [1, 2, 6], str(axis.into): [1, 2, 3, 6, 7], "third": [0, 5]})
+    made = cut(model, graph, architecture)
+    assert made.architecture == architecture
+    assert made.model.fourth.dim == 2
 
 
 class Pair(nn.Module):

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from secateur.graph import trace as trace
     from secateur.models import ModelSource as ModelSource
     from secateur.models import load_model as load_model
+    from secateur.pipeline import Branches as Branches
     from secateur.pipeline import CompressResult as CompressResult
     from secateur.pipeline import Format as Format
+    from secateur.pipeline import FromScratch as FromScratch
+    from secateur.pipeline import Inherit as Inherit
     from secateur.pipeline import compress as compress
     from secateur.pipeline import load as load
     from secateur.pipeline import survey as survey
     from secateur.pipeline import verify as verify
+    from secateur.search import TAS as TAS
     from secateur.search import AxisRule as AxisRule
     from secateur.search import GlobalImportance as GlobalImportance
     from secateur.search import Knapsack as Knapsack
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.train import SGD as SGD
     from secateur.train import AdamW as AdamW
     from secateur.train import Schedule as Schedule
+    from secateur.train import TensorBoard as TensorBoard
     from secateur.train import distill as distill
     from secateur.train import evaluate as evaluate
 
@@ -64,8 +69,19 @@ _HOMES = {
     "export": ("export_onnx", "export_pt2", "measure_latency"),
     "graph": ("ChannelGraph", "Choices", "HeadUnit", "trace"),
     "models": ("ModelSource", "load_model"),
-    "pipeline": ("CompressResult", "Format", "compress", "load", "survey", "verify"),
+    "pipeline": (
+        "Branches",
+        "CompressResult",
+        "Format",
+        "FromScratch",
+        "Inherit",
+        "compress",
+        "load",
+        "survey",
+        "verify",
+    ),
     "search": (
+        "TAS",
         "AxisRule",
         "GlobalImportance",
         "Knapsack",
@@ -76,7 +92,7 @@ _HOMES = {
         "search",
     ),
     "surgery": ("RecalibrateBatchNorm", "Refit", "cut"),
-    "train": ("SGD", "AdamW", "Schedule", "distill", "evaluate"),
+    "train": ("SGD", "AdamW", "Schedule", "TensorBoard", "distill", "evaluate"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

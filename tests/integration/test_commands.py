@@ -272,7 +272,9 @@ def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
     demo = pipeline.demo
     monkeypatch.setattr("secateur.pipeline.demo", quick)
-    found = run("demo", "--out", tmp_path / "demo", "--export", "", "--quiet")
+    log = tmp_path / "curves"
+    found = run("demo", "--out", tmp_path / "demo", "--export", "", "--quiet", "--tensorboard", log)
+    assert sorted(path.name for path in log.iterdir()) == ["teach", "train"]
     assert found.exit_code == 0, found.output
     assert "report.html in a browser" in found.stdout
     manifest = json.loads((tmp_path / "demo" / "secateur.json").read_text())

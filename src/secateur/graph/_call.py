@@ -60,6 +60,17 @@ def base_name(operator: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.startswith("__") else name
 
 
+def tensors_in(*values: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors among arguments or results of an ATen call, in order; they lie in lists and tuples at most."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+    return tuple(found)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One recorded ATen call.

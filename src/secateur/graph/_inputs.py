@@ -65,8 +65,9 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TraceError: For wrapped, compiled, quantised or lazy modules, weights on the meta device, or no parameters.
     """
+    absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for name, module in model.named_modules():
-        reason = _obstacle(module)
+        reason = _kind_of_obstacle(module) or (_absent_weights(module) if absent else None)
         if reason:
             where = f"the module {name!r} of `model`" if name else "`model`"
             raise TraceError(f"{where} ({type(module).__name__}) {reason}")
@@ -74,13 +75,14 @@ def check_model(model: nn.Module) -> None:
         raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _kind_of_obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     origin = f"{kind.__module__}.{kind.__qualname__}"
+    return next((reason for pattern, reason in _OBSTACLES.items() if origin.startswith(pattern)), None)
+
+
+def _absent_weights(module: nn.Module) -> str | None:
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    for pattern, reason in _OBSTACLES.items():
-        if origin.startswith(pattern):
-            return reason
     if any(is_lazy(tensor) for tensor in own):
         return "has parameters without a shape yet. Run it once on real input first."
     if any(tensor.is_meta for tensor in own):

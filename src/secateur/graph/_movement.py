@@ -1,6 +1,7 @@
 """Operations that only move channels: most simply run on the ids."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,10 +42,65 @@ def movement(call: Call) -> Sequence[ChannelIds]:
 def _moved(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
     results: list[ChannelIds] = [{} for _ in call.outputs]
     for dim, vector in carried.items():
+        place = _destination(call, dim, vector)
+        if place is not None:
+            for result in results:
+                _put(call, result, place, vector)
+            continue
         moved = _execute_on_ids(call, call.inputs[0], dim, vector)
         for result, ids in zip(results, moved, strict=True):
             _place(call, result, ids, vector)
     return results
+
+
+def _destination(call: Call, dim: int, vector: IntArray) -> int | None:
+    """The dimension that ids go to without any change among them, which needs no execution; None if not sure."""
+    find = _DESTINATIONS.get(call.name)
+    if find is None or call.kwargs or len(vector) < 2 or vector[0] == vector[-1] or not call.outputs[0].numel():
+        return None
+    return find(call, dim)
+
+
+def _transposed(call: Call, dim: int) -> int | None:
+    rank = call.inputs[0].dim()
+    first, second = (d % rank for d in call.args[1:]) if len(call.args) > 1 else (0, rank - 1)
+    return {first: second, second: first}.get(dim, dim)
+
+
+def _permuted(call: Call, dim: int) -> int | None:
+    rank = call.inputs[0].dim()
+    return [d % rank for d in call.args[1]].index(dim)
+
+
+def _unsqueezed(call: Call, dim: int) -> int | None:
+    return dim + (dim >= call.args[1] % call.outputs[0].dim())
+
+
+def _expanded(call: Call, dim: int) -> int | None:
+    return dim + call.outputs[0].dim() - call.inputs[0].dim()
+
+
+def _beside(call: Call, dim: int) -> int | None:
+    """Of a cut along another dimension."""
+    position = 1 if call.name == "slice" else 2
+    return None if call.argument(position, 0) % call.inputs[0].dim() == dim else dim
+
+
+def _kept_by_reshape(call: Call, dim: int) -> int | None:
+    old, new = call.inputs[0].shape, call.outputs[0].shape
+    first, low, second, high = _group(old, new, dim)
+    longer = [d for d in range(second, high) if new[d] > 1]
+    return longer[0] if math.prod(old[first:low]) == old[dim] and len(longer) == 1 else None
+
+
+_DESTINATIONS: Mapping[str, Callable[[Call, int], int | None]] = {
+    **dict.fromkeys(("t", "transpose"), _transposed),
+    "permute": _permuted,
+    "unsqueeze": _unsqueezed,
+    "expand": _expanded,
+    **dict.fromkeys(("slice", "split", "split_with_sizes"), _beside),
+    **dict.fromkeys(_RESHAPES, _kept_by_reshape),
+}
 
 
 def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray) -> list[torch.Tensor]:
@@ -66,6 +122,15 @@ def _reshaped(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray
 
     Both shapes are matched from the left into the shortest groups of equal product; only one group holds the ids.
     """
+    first, low, second, high = _group(old, new, dim)
+    shape = [1] * (low - first)
+    shape[dim - first] = len(vector)
+    ids = torch.from_numpy(vector).view(shape).expand(tuple(old[first:low])).reshape(tuple(new[second:high]))
+    return ids[(None,) * second + (...,) + (None,) * (len(new) - high)]
+
+
+def _group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, int, int]:
+    """The shortest run of old dimensions around one, and that of new ones, which hold equally many positions."""
     first = second = 0
     while True:
         low, high = first + 1, second + 1
@@ -76,12 +141,8 @@ def _reshaped(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray
             else:
                 right, high = right * new[high], high + 1
         if dim < low:
-            break
+            return first, low, second, high
         first, second = low, high
-    shape = [1] * (low - first)
-    shape[dim - first] = len(vector)
-    ids = torch.from_numpy(vector).view(shape).expand(tuple(old[first:low])).reshape(tuple(new[second:high]))
-    return ids[(None,) * second + (...,) + (None,) * (len(new) - high)]
 
 
 def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
@@ -93,7 +154,9 @@ def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) 
         if ids.numel():
             call.ledger.freeze(ids.reshape(-1)[:1].numpy(), f"{call.where} picks single channels")
         return
-    if len(dims) > 1 and call.ledger.is_by_head(vector):
+    if len(dims) == 1:
+        free = dims[0]
+    elif call.ledger.is_by_head(vector):
         free = dims[-2]
     else:
         free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
@@ -105,10 +168,14 @@ def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) 
         picked = call.ledger.tie_rows(flat)
     else:
         picked = np.ascontiguousarray(flat[0])
-    if free in result:
-        call.ledger.freeze(picked, f"{call.where} merges two kinds of channels into one dimension")
+    _put(call, result, free, picked)
+
+
+def _put(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None:
+    if dim in result:
+        call.ledger.freeze(ids, f"{call.where} merges two kinds of channels into one dimension")
         return
-    result[free] = picked
+    result[dim] = ids
 
 
 def _distinct(ids: torch.Tensor, dim: int) -> int:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
-from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name
+from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name, tensors_in
 from secateur.graph._copying import copy_model
 from secateur.graph._flow import Flow
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
@@ -56,15 +56,11 @@ class OperationRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        inputs = tensors_in(args, *kwargs.values())
         name = base_name(func)
         made = None if self.where.computed else self._unread(func, name, args, kwargs, inputs)
         out = func(*args, **kwargs) if made is None else made
-        outputs = (
-            (out,)
-            if isinstance(out, torch.Tensor)
-            else tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        )
+        outputs = tensors_in(out)
         self.ledger.seen.update(map(id, inputs))
         call = Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed)
         apply_rule(call, self.where.rules)
@@ -258,7 +254,8 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             where.stack.pop()
             where.flow.leave(out)
-            tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
+            leaves = (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
+            tensor = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
             if tensor is not None:
                 known = ledger.outputs.pop(name, None)
                 calls = known.calls + 1 if known else 1

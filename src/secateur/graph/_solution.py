@@ -45,9 +45,11 @@ class Solution:
             return known[1]
         roots = self.root[ids]
         owner = self.axis_of[roots]
+        # Nearly always they all belong to the same axis.
+        alike = len(owner) > 0 and bool((owner == owner[0]).all())
         found: list[_Part] = []
-        for number in np.unique(owner).tolist():
-            here = roots[owner == number]
+        for number in [int(owner[0])] if alike else np.unique(owner).tolist():
+            here = roots if alike else roots[owner == number]
             times = None
             if number >= 0:
                 counts = np.bincount(self.channel_of[here], minlength=self.axes[number].size)
@@ -56,10 +58,13 @@ class Solution:
         self._counted[id(ids)] = ids, found
         return found
 
+    def axes_in(self, ids: IntArray) -> set[int]:
+        """Numbers of the axes that a vector of ids belongs to."""
+        return {number for number, _, _ in self._census(ids) if number >= 0}
+
     def freeze(self, vectors: Iterable[IntArray], reason: str) -> bool:
         """Freeze every axis these ids belong to; True if that is news."""
-        numbers = {int(n) for ids in vectors for n in np.unique(self.axis_of[self.root[ids]]) if n >= 0}
-        return self._freeze_numbers(numbers, reason)
+        return self._freeze_numbers(set[int]().union(*map(self.axes_in, vectors)), reason)
 
     def freeze_named(self, names: Iterable[str], reason: str) -> bool:
         """Freeze axes by name; True if that is news."""

@@ -251,10 +251,6 @@ def _stages(ledger: Ledger) -> tuple[str, ...]:
 def _touching(ledger: Ledger, solution: Solution) -> dict[str, tuple[str, ...]]:
     """For every module, the axes that operations run by it saw."""
     seen: dict[str, set[int]] = {}
-    done: set[tuple[str, int]] = set()
     for module, ids in ledger.touched:
-        if (module, id(ids)) in done:
-            continue
-        done.add((module, id(ids)))
-        seen.setdefault(module, set()).update(np.unique(solution.axis_of[solution.root[ids]]).tolist())
-    return {module: tuple(solution.axes[n].name for n in sorted(numbers) if n >= 0) for module, numbers in seen.items()}
+        seen.setdefault(module, set()).update(solution.axes_in(ids))
+    return {module: tuple(solution.axes[n].name for n in sorted(numbers)) for module, numbers in seen.items()}

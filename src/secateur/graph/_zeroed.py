@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from secateur.graph._call import base_name
+from secateur.graph._call import base_name, tensors_in
 from secateur.graph._channels import Block, IntArray
 from secateur.graph._flow import Flow
 from secateur.graph._running import run_under_
@@ -33,7 +32,7 @@ class ZeroBranches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = base_name(func)
-        inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        inputs = tensors_in(args, *kwargs.values())
         operand = self._operands.get(self._flow.addition(name, inputs))  # type: ignore[arg-type]
         given = args
         if operand == 1:
@@ -42,8 +41,7 @@ class ZeroBranches(TorchDispatchMode):
             # An addition in place must still write into its first operand.
             given = (args[0].zero_() if func._schema.is_mutable else torch.zeros_like(args[0]), args[1])
         out = func(*given, **kwargs)
-        outputs = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        self._flow.step(func, name, not kwargs, inputs, outputs)
+        self._flow.step(func, name, not kwargs, inputs, tensors_in(out))
         return out
 
 

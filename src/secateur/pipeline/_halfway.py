@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, Cost, CostModel, format_count
+from secateur.cost import Budget, Cost, format_count
 from secateur.errors import BudgetError, ModelError
 from secateur.graph import ChannelGraph
 from secateur.pipeline._plan import Plan
@@ -20,7 +20,7 @@ from secateur.pipeline._start import Uncut
 from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, Shallower, search
-from secateur.surgery import Cut, Healing, Verification, apply_architecture, within_streams
+from secateur.surgery import Cut, Healing, Verification, apply_architecture
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
@@ -68,7 +68,6 @@ def _search_and_cut(
     for number in itertools.count():
         began = time.perf_counter()
         found = _search(plan, original, graph, batches, None if work is None else work.search_checkpoint(number))
-        found = _within_streams(graph, found)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
         uncut = Uncut(original, _searched(original, found), graph, images, plan.seed)
@@ -85,17 +84,6 @@ def _search_and_cut(
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
     raise AssertionError("counting ended")
-
-
-def _within_streams(graph: ChannelGraph, found: Found) -> Found:
-    """What was found, with branches that keep only what their stream keeps: strategies choose axis by axis."""
-    architecture = within_streams(graph, found.architecture)
-    if architecture == found.architecture:
-        return found
-    cost = CostModel(graph).cost(architecture)
-    limits = found.budget.limits(found.original)
-    utilisation = {name: getattr(cost, name) / limit if limit else 1.0 for name, limit in limits.items()}
-    return replace(found, architecture=architecture, cost=cost, notes={**found.notes, "utilisation": utilisation})
 
 
 def _searched(original: nn.Module, found: Found) -> nn.Module:

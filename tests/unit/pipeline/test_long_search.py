@@ -312,7 +312,6 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
     assert untied == ("stem", "branch/branch")
     kept = done.architecture.by_name
     assert set(kept["branch/branch"]) < set(kept["stem"])
-    # The search chose axis by axis; what the branch lost besides is in the costs, and the budget is emptier.
     assert done.found.cost.macs == counted_macs(done.model, torch.zeros(1, 3, 8, 8))
     utilisation = done.found.notes["utilisation"]
     assert utilisation == {"macs": done.found.cost.macs / (0.6 * done.found.original.macs)}

@@ -1,0 +1,144 @@
+"""The folder of an unfinished run: there from the first moment, gone when nobody needs it."""
+
+import contextlib
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.errors import ArtifactError
+from secateur.pipeline import Leftover
+from secateur.pipeline._work import Cutting, workplace
+
+SETTINGS = {"budget": "macs<=50%", "seed": "0"}
+
+
+def cutting() -> Cutting:
+    return Cutting(
+        found={"strategy": "Uniform()"},
+        frozen=(("conv1", "reaches the output"),),
+        kept_blocks=(("layer1", "is shared"),),
+        architecture={"kept": {"conv2": [0, 2]}, "removed_blocks": []},
+        verification={"max_abs": 0.0},
+        healing=({"healer": "Refit()"},),
+        student={"weight": torch.arange(6.0).reshape(2, 3).t()},  # not contiguous
+    )
+
+
+def interrupted(out: Path, *, with_search: bool = False, with_cut: bool = False) -> Path:
+    with contextlib.suppress(KeyboardInterrupt), workplace(out, SETTINGS, Leftover.RESUME) as work:
+        if with_search:
+            work.search_checkpoint(0).mkdir()
+            (work.search_checkpoint(0) / "state.json").write_text("{}")
+        if with_cut:
+            work.write(cutting())
+        raise KeyboardInterrupt
+    return out.with_name(f"{out.name}.work")
+
+
+def test_it_is_ours_from_the_first_moment_and_gone_at_the_end(tmp_path: Path):
+    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+        assert json.loads((tmp_path / "out.work" / "settings.json").read_text()) == SETTINGS
+        assert work.read() is None
+        assert not work.search_checkpoint(0).exists()
+        assert work.search_checkpoint(0) != work.search_checkpoint(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_worth_something_stays(tmp_path: Path):
+    assert not interrupted(tmp_path / "out").exists()
+    assert interrupted(tmp_path / "out", with_search=True).is_dir()
+    assert interrupted(tmp_path / "out").is_dir()  # resumed, and interrupted again before anything new
+    assert interrupted(tmp_path / "other", with_cut=True).is_dir()
+
+
+def test_what_was_written_is_read_again(tmp_path: Path):
+    interrupted(tmp_path / "out", with_cut=True)
+    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work:
+        read = work.read()
+    wanted = cutting()
+    assert read is not None
+    assert torch.equal(read.student["weight"], wanted.student["weight"])
+    for name in ("found", "frozen", "kept_blocks", "architecture", "verification", "healing"):
+        assert getattr(read, name) == getattr(wanted, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", b"{"),
+        ("run.json", b"{}"),
+        ("run.json", b"[1]"),
+        ("student.safetensors", b"not tensors"),
+        ("settings.json", b"{"),
+        ("settings.json", b"7"),
+    ],
+)
+def test_damage_is_said(tmp_path: Path, name: str, content: bytes):
+    folder = interrupted(tmp_path / "out", with_cut=True)
+    (folder / name).write_bytes(content)
+    with (
+        pytest.raises(ArtifactError, match=r"unfinished run in .*out\.work is damaged \(.*Begin again with --restart"),
+        workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work,
+    ):
+        work.read()
+    assert folder.is_dir()
+    with workplace(tmp_path / "out", SETTINGS, Leftover.DISCARD) as work:
+        assert work.read() is None
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path):
+    folder = interrupted(tmp_path / "out", with_search=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for settings, said in (
+        ({**SETTINGS, "seed": "1"}, "seed was 0, now 1 "),
+        ({"seed": "0"}, "budget was macs<=50%, now absent"),
+        ({**SETTINGS, "heads": "head"}, "heads was absent, now head"),
+    ):
+        with (
+            pytest.raises(ArtifactError, match=f"must have the settings it was begun with; {said}"),
+            workplace(tmp_path / "out", settings, Leftover.RESUME),
+        ):
+            pass
+    with (
+        pytest.raises(
+            ArtifactError, match=r"no unfinished run beside it; got .*out\.work\. Go on with it \(--resume\)"
+        ),
+        workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE),
+    ):
+        pass
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("leftover", list(Leftover))
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, leftover: Leftover):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "run.json").write_text("mine")
+    with (
+        pytest.raises(ArtifactError, match=r"must be the work of an interrupted run, or not be there.*Move it away"),
+        workplace(tmp_path / "out", SETTINGS, leftover),
+    ):
+        pass
+    assert (tmp_path / "out.work" / "run.json").read_text() == "mine"
+
+
+def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path) -> None:
+        if "run" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write() -> None:
+        with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work, monkeypatch.context() as patch:
+            patch.setattr("secateur.artifact._files._flush", full)
+            work.write(cutting())
+
+    interrupted(tmp_path / "out", with_search=True)
+    with pytest.raises(ArtifactError, match=r"could not be written: No space left on device.*--resume"):
+        write()
+    names = sorted(path.name for path in (tmp_path / "out.work").iterdir())
+    assert names == ["search-0", "settings.json"]
+    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work:
+        assert work.read() is None
+        assert (work.search_checkpoint(0) / "state.json").is_file()

@@ -32,7 +32,9 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, with zeros where it is pruned."""
-        return weight * self.kept
+        # Not weight * kept: the strides of a product are not those of the weight where dimensions have size 1, and the
+        # convolutions then convert between memory orders (MobileNet-v3-small, batch 32: 60 % more time per step).
+        return weight.clone().mul_(self.kept)
 
 
 def masked(model: nn.Module, masks: Masks) -> nn.Module:

@@ -196,6 +196,16 @@ def test_copies_do_not_share_what_parametrisation_does_to_classes() -> None:
     assert len(masks_of(both)) == 2
 
 
+def test_masked_weights_keep_their_memory_order() -> None:
+    # One channel in, or a 1x1 kernel: where several orders mean the same, and products choose another one.
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8)).to(memory_format=torch.channels_last)
+    small = masked(model, half(model))
+    for before, after in zip(model, small, strict=True):
+        assert after.weight.stride() == before.weight.stride()
+    for before, after in zip(model, make_permanent_(small), strict=True):
+        assert after.weight.stride() == before.weight.stride()
+
+
 def test_masks_are_replaced_in_place_and_what_is_pruned_counts_as_zero() -> None:
     model = small_net()
     small = masked(model, half(model, 0.5))

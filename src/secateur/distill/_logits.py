@@ -62,12 +62,16 @@ def dkd_loss(
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """log (q_label, 1 - q_label), of shape (batch, 2), and log p over the other classes, (batch, classes - 1)."""
-    is_label = F.one_hot(labels, logits.shape[1]).bool()
-    others = logits[~is_label].view(len(logits), -1)
+    """log (q_label, 1 - q_label), of shape (batch, 2), and log p over the other classes, with 0 at the label.
+
+    Zeros in both models' log p add nothing to a divergence; leaving the label out by index would wait for the device.
+    """
+    is_label = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    target = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.masked_fill(is_label, -torch.inf)
     # log(1 - q) as a difference of log-sums: exact where the teacher is so sure that 1 - q rounds to 0.
-    binary = torch.stack([logits[is_label], others.logsumexp(1)], 1)
-    return binary.log_softmax(1), others.log_softmax(1)
+    binary = torch.stack([target, others.logsumexp(1)], 1)
+    return binary.log_softmax(1), others.log_softmax(1).masked_fill(is_label, 0.0)
 
 
 def dist_loss(

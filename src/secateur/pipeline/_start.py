@@ -88,9 +88,10 @@ class Inherit(Start):
 class FromScratch(Start):
     """The student keeps its architecture alone: its weights are drawn anew, and all it knows comes from the recovery.
 
-    The cut is made and proved with the original's weights. Then every module draws its own, in order of registration,
-    by its ``reset_parameters()`` (or torch's other spelling, ``_reset_parameters()``). The same seed gives the same
-    weights on every device.
+    The cut is made and proved with the original's weights. Then every module draws its own by its
+    ``reset_parameters()`` (or torch's other spelling, ``_reset_parameters()``), as when it was made: what a module
+    holds before the module itself, which may have other wishes for it. The same seed gives the same weights on every
+    device.
     """
 
     @property
@@ -130,7 +131,7 @@ def redrawn(model: nn.Module, seed: int) -> nn.Module:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model.to("cpu")  # Where a seed means the same on every machine.
     with seeded(torch.device("cpu"), seed), torch.no_grad():
-        for module in model.modules():
+        for module in reversed(list(model.modules())):
             draw = _drawing_of(module)
             if draw is not None:
                 draw()

@@ -11,6 +11,7 @@ from torch import nn
 import secateur
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.pipeline import FromScratch, Inherit, Leftover, compress
+from secateur.pipeline._start import redrawn
 from secateur.search import Uniform
 from secateur.train import Schedule, Silent
 
@@ -104,14 +105,22 @@ def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
 
 
 def test_attention_of_torch_is_drawn_too():
-    from secateur.pipeline._start import redrawn
-
     attention = nn.MultiheadAttention(8, 2)
     before = attention.in_proj_weight.clone()
     bound = (6 / (8 + 24)) ** 0.5  # Glorot's uniform distribution
     drawn = redrawn(attention, 3).in_proj_weight
     assert not torch.equal(before, drawn)
     assert 0.8 * bound < drawn.abs().max() <= bound
+
+
+def test_a_module_has_the_last_word_about_what_it_holds():
+    class Gentle(nn.Sequential):
+        def reset_parameters(self) -> None:
+            nn.init.zeros_(self[-1].weight)
+
+    drawn = redrawn(Gentle(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
+    assert torch.equal(drawn[1].weight, torch.zeros(4))
+    assert drawn[0].weight.abs().min() > 0
 
 
 def test_a_student_from_scratch_needs_a_recovery():

@@ -23,8 +23,9 @@ _OWN = "_secateur_own"
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A parameter or buffer and its ids."""
+    """A parameter or buffer and its ids. It is held, as a model may drop it: another tensor would get its identity."""
 
+    tensor: torch.Tensor
     name: str
     is_parameter: bool
     shape: tuple[int, ...]
@@ -113,7 +114,7 @@ class Ledger:
     def store(self, name: str, tensor: torch.Tensor) -> None:
         """Give every dimension of a parameter or buffer its ids."""
         ids = {dim: self.new(size) for dim, size in enumerate(tensor.shape) if size > 1}
-        self.stored[id(tensor)] = Stored(name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids)
+        self.stored[id(tensor)] = Stored(tensor, name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids)
 
     def ids_of(self, tensor: torch.Tensor) -> ChannelIds:
         """The ids a tensor carries; empty if none."""

@@ -21,7 +21,7 @@ from secateur.graph._rules import apply_rule
 from secateur.graph._running import undisturbed
 from secateur.graph._sizes import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph._sizing import bind_sizes
-from secateur.graph._unread import PRODUCTS, READERS, NumbersReadError, reads_numbers, stand_in
+from secateur.graph._unread import READERS, STAND_INS, NumbersReadError, reads_numbers, stand_in
 
 
 class Where:
@@ -75,8 +75,8 @@ class OperationRecorder(TorchDispatchMode):
         if hollow and (ruled or reads_numbers(func, name, hollow)):
             self.where.refuse()
         # What does not depend on the input might be kept for later, somewhere beyond the shadow.
-        fed = func in PRODUCTS and not kwargs and any(map(self.where.flow.is_fed, inputs))
-        return stand_in(func, args) if fed else None
+        fed = func in STAND_INS and any(map(self.where.flow.is_fed, inputs))
+        return stand_in(func, args, kwargs) if fed else None
 
 
 class SizeRecorder(TorchFunctionMode):
@@ -156,7 +156,7 @@ def record(
 ) -> tuple[Ledger, dict[Attribute, int]]:
     """Trace one forward pass of a shadow of the model in eval mode.
 
-    Products are not computed, as long as nobody reads their numbers; see `_unread`.
+    What does most of the arithmetic is not computed, as long as nobody reads their numbers; see `_unread`.
 
     Args:
         model: Any module.

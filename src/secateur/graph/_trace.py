@@ -36,9 +36,9 @@ def trace(
     """Find which channels of which tensors must be kept or removed together.
 
     The model runs once, in eval mode, at batch 1, while every operation is recorded (index tracing): any python
-    control flow is fine because the model simply runs. Its products (convolutions, matrix products of what it is
-    given) are computed only if somebody reads their numbers. The model itself is not changed: a shadow that shares
-    its parameters runs in its place, and random state is put back.
+    control flow is fine because the model simply runs. What does most of its arithmetic (such as convolutions) is
+    computed only if somebody reads the numbers that follow from it. The model itself is not changed: a shadow that
+    shares its parameters runs in its place, and random state is put back.
 
     Args:
         model: A trained network.

@@ -1,5 +1,6 @@
 """Tracing leaves no trace, and refuses well."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from zoo import ZOO
 
 from secateur.errors import TraceError
 from secateur.graph import shadow_of, trace
+from secateur.graph._ledger import Ledger
 from secateur.graph._sizes import SizeInt
 from secateur.surgery import apply_architecture
 
@@ -194,3 +196,12 @@ def test_weight_norm_and_other_computed_weights_can_be_traced_and_cut():
     assert "3" in {a.name for a in graph.prunable}
     small = apply_architecture(model, graph, one_channel(graph))
     assert small.eval()(x).shape == model(x).shape
+
+
+def test_tensors_known_by_identity_live_as_long_as_what_knows_them():
+    """A model may replace a buffer while it runs, and another tensor would take its memory, and so its identity."""
+    ledger, tensor = Ledger(), torch.ones(3)
+    alive = weakref.ref(tensor)
+    ledger.store("table", tensor)
+    del tensor
+    assert alive() is not None

@@ -1,4 +1,4 @@
-"""Products are not computed while a model is traced, unless somebody reads their numbers."""
+"""Most arithmetic is not done while a model is traced, unless somebody reads their numbers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from secateur.errors import TraceError
 from secateur.graph import trace
 from secateur.graph._inputs import positional
 from secateur.graph._record import Where, _record
-from secateur.graph._unread import PRODUCTS, NumbersReadError, stand_in
+from secateur.graph._unread import STAND_INS, NumbersReadError, stand_in
 
 ATEN = torch.ops.aten
 LAST = torch.channels_last
@@ -46,6 +46,11 @@ def test_what_is_learnt_is_the_same_with_every_number(name):
         assert [str(item) for item in mine] == [str(item) for item in theirs]
 
 
+def layout(found) -> list[tuple]:
+    tensors = found if isinstance(found, tuple) else (found,)
+    return [(t.shape, t.stride(), t.dtype) for t in tensors]
+
+
 CONVOLUTIONS = [
     ((2, 4, 9, 8), (6, 4, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
     ((1, 4, 9, 8), (6, 2, 3, 2), [2, 1], [0, 1], [2, 1], False, [0, 0], 2),
@@ -59,12 +64,16 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biased):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biased, dtype):
     shape, weight, *rest = case
     channels = weight[1] * rest[-1] if rest[3] else weight[0]
-    args = (image(*shape), image(*weight), image(channels) if biased else None, *rest)
-    made, real = stand_in(ATEN.convolution.default, args), ATEN.convolution.default(*args)
-    assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+    args = [image(*shape).to(dtype), image(*weight).to(dtype), image(channels).to(dtype) if biased else None, *rest]
+    assert layout(stand_in(ATEN.convolution.default, args, {})) == layout(ATEN.convolution.default(*args))
+    if len(shape) == 4:
+        for position in (0, 1):
+            args[position] = args[position].clone(memory_format=LAST)
+            assert stand_in(ATEN.convolution.default, args, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -75,12 +84,38 @@ def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biase
         (ATEN.addmm.default, (image(3, 5), image(3, 4), image(4, 5))),
         (ATEN.bmm.default, (image(2, 3, 4), image(2, 5, 4).transpose(1, 2))),
         (ATEN.bmm.default, (image(3, 2, 4).transpose(0, 1), image(2, 4, 5))),
+        (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(3).abs()] * 4, False, 0.1, 1e-5)),
+        (ATEN.native_batch_norm.default, (image(1, 3, 1, 1), *[image(3).abs()] * 4, False, 0.1, 1e-5)),
+        (ATEN.native_batch_norm.default, (image(2, 3), None, None, *[image(3).abs()] * 2, False, 0.1, 1e-5)),
+        (ATEN._scaled_dot_product_flash_attention_for_cpu.default, [image(2, 3, 5, 8)] * 3),
+        (
+            ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+            [image(2, 5, 3, 8).transpose(1, 2), *[image(2, 3, 7, 8)] * 2],
+        ),
+        *[
+            (operation, (image(*shape),))
+            for operation in STAND_INS
+            if operation._schema.name.split("::")[1] in {"relu", "silu", "gelu", "hardswish", "sigmoid"}
+            for shape in ((2, 3, 4, 5), (1, 3, 1, 1), (4,))
+        ],
     ],
 )
-def test_a_matrix_product_that_is_not_computed_has_its_shape_and_layout(product, args):
-    made, real = stand_in(product, args), product(*args)
-    assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
-    assert not made.any()
+def test_what_is_not_computed_has_its_shapes_and_layout(product, args):
+    assert layout(stand_in(product, args, {})) == layout(product(*args))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 6, 20, 16)])
+def test_attention_with_a_bias_and_a_scale_stays_so(shape):
+    operation = ATEN._scaled_dot_product_flash_attention_for_cpu.default
+    args, kwargs = [image(*shape)] * 3, {"attn_mask": image(1, 1, shape[2], shape[2]), "scale": 0.3}
+    assert layout(stand_in(operation, args, kwargs)) == layout(operation(*args, **kwargs))
+
+
+def test_an_operation_in_place_returns_what_it_is_given():
+    x = image(2, 3)
+    before = x.clone()
+    assert stand_in(ATEN.relu_.default, (x,), {}) is x
+    assert x.equal(before)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +128,16 @@ def test_a_matrix_product_that_is_not_computed_has_its_shape_and_layout(product,
         (ATEN.addmm.default, (image(1), image(3, 4), image(4, 5))),
         (ATEN.convolution.default, (image(1, 3, 2, 2), image(5, 3, 3, 3), None, *USUAL)),
         (ATEN.convolution.default, (image(1, 4, 9, 9), image(5, 3, 3, 3), None, *USUAL)),
-        (ATEN.convolution.default, (image(1, 3, 9, 9).to(memory_format=LAST), image(5, 3, 3, 3), None, *USUAL)),
+        (ATEN.convolution.default, (image(1, 3, 9, 9).transpose(2, 3), image(5, 3, 3, 3), None, *USUAL)),
+        (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(3).abs()] * 4, True, 0.1, 1e-5)),
+        (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(4).abs()] * 4, False, 0.1, 1e-5)),
+        (ATEN.relu.default, (image(3, 4).t(),)),
+        (ATEN._scaled_dot_product_flash_attention_for_cpu.default, (*[image(2, 3, 5, 8)] * 3, 0.0, True)),
     ],
 )
-def test_an_unusual_or_impossible_product_is_left_to_torch(product, args):
-    assert product in PRODUCTS
-    assert stand_in(product, args) is None
+def test_an_unusual_or_impossible_call_is_left_to_torch(product, args):
+    assert product in STAND_INS
+    assert stand_in(product, args, {}) is None
 
 
 class Reading(nn.Module):

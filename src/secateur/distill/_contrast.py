@@ -38,7 +38,7 @@ def contrastive_loss(
         TrainingError: If a number is out of range or the shapes do not belong together.
 
     References:
-        Tian et al. (CRD), arXiv:1910.10699, Eq. (10) and (19).
+        Tian et al. (CRD), arXiv:1910.10699, the objective of the critic, with h(T, S) of the form with N / M.
     """
     check_positive("temperature", temperature, "0.07")
     check_positive("samples", samples, "The number of training images")
@@ -79,7 +79,7 @@ class ContrastiveRepresentation(nn.Module):
         scales: (2,), see ``scale`` of `contrastive_loss`; set by the first batch.
 
     References:
-        Tian et al. (CRD), arXiv:1910.10699, Sections 3.1 and 3.2 and Eq. (19).
+        Tian et al. (CRD), arXiv:1910.10699.
     """
 
     student_bank: Tensor

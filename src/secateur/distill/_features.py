@@ -60,7 +60,7 @@ def attention_map(feature: Tensor) -> Tensor:
         TrainingError: If the feature has no positions.
 
     References:
-        Zagoruyko & Komodakis, arXiv:1612.03928, Section 3.1 with p = 2.
+        Zagoruyko & Komodakis, arXiv:1612.03928, Section 3.1, with the sum of squares.
     """
     if feature.ndim not in {3, 4}:
         raise TrainingError(
@@ -116,7 +116,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TrainingError: If the shapes differ or are not those of maps.
 
     References:
-        Chen et al. (ReviewKD), arXiv:2104.09044, Section 3.4 (hierarchical context loss); levels and weights are those
+        Chen et al. (ReviewKD), arXiv:2104.09044, the hierarchical context loss (HCL); levels and weights are those
         of the reference code.
     """
     check_same_shape(student, teacher)
@@ -153,7 +153,7 @@ def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         TrainingError: If the shapes do not belong together.
 
     References:
-        Ahn et al. (VID), arXiv:1904.05835, Eq. (5).
+        Ahn et al. (VID), arXiv:1904.05835, the loss with a Gaussian of one variance for each channel.
     """
     check_same_images(mean, teacher, images=1)
     check_same_shape(mean, teacher)

@@ -47,7 +47,7 @@ def dkd_loss(
         TrainingError: If a number is out of range or the shapes do not belong together.
 
     References:
-        Zhao et al., arXiv:2203.08679, Eq. (5) to (7); the factor T^2 is that of the reference code.
+        Zhao et al., arXiv:2203.08679, Eq. (7); the factor T^2 is that of the reference code.
     """
     check_temperature(temperature)
     check_weight("alpha", alpha)
@@ -105,7 +105,7 @@ def dist_loss(
         TrainingError: If a number is out of range or the shapes differ.
 
     References:
-        Huang et al., arXiv:2205.10536, Eq. (6) to (9); the factor T^2 is that of the reference code.
+        Huang et al., arXiv:2205.10536, the losses L_inter and L_intra; the factor T^2 is that of the reference code.
     """
     check_temperature(temperature)
     check_weight("inter", inter)

@@ -31,7 +31,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TrainingError: If the batches differ, or there are fewer than two images.
 
     References:
-        Park et al. (RKD), arXiv:1904.05068, Eq. (5) to (8).
+        Park et al. (RKD), arXiv:1904.05068, the distance-wise loss (psi_D).
     """
     check_same_images(student, teacher, images=2)
     return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher.detach()))
@@ -67,7 +67,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TrainingError: If the batches differ, or there are fewer than three images.
 
     References:
-        Park et al. (RKD), arXiv:1904.05068, Eq. (9) to (11).
+        Park et al. (RKD), arXiv:1904.05068, the angle-wise loss (psi_A).
     """
     check_same_images(student, teacher, images=3)
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher.detach()))
@@ -102,7 +102,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TrainingError: If the batches differ.
 
     References:
-        Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, Eq. (1) to (4).
+        Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, L_SP.
     """
     check_same_images(student, teacher, images=2)
     return F.mse_loss(_similarities(student), _similarities(teacher.detach()))
@@ -131,7 +131,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         TrainingError: If the batches differ, or there are fewer than two images.
 
     References:
-        Passalis & Tefas (PKT), arXiv:1803.10837, Eq. (4) to (8), cosine kernel.
+        Passalis & Tefas (PKT), arXiv:1803.10837, the conditional probabilities with the cosine kernel.
     """
     check_same_images(student, teacher, images=2)
     return F.kl_div(_neighbours(student), _neighbours(teacher.detach()), reduction="batchmean", log_target=True)

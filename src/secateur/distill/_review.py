@@ -29,7 +29,7 @@ class AttentionFusion(nn.Module):
         deepest: Whether there is no deeper level.
 
     References:
-        Chen et al. (ReviewKD), arXiv:2104.09044, Fig. 3(a) (attention based fusion); layers and initial values of the
+        Chen et al. (ReviewKD), arXiv:2104.09044, attention based fusion (ABF); layers and initial values of the
         reference code.
     """
 
@@ -82,7 +82,7 @@ class KnowledgeReview(nn.Module):
         levels: From shallow to deep.
 
     References:
-        Chen et al. (ReviewKD), arXiv:2104.09044, Eq. (6) and (7).
+        Chen et al. (ReviewKD), arXiv:2104.09044.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def erk(weights: Weights, density: float) -> dict[str, int]:
         SparsityError: If ``density`` is out of range.
 
     References:
-        Evci et al. (RigL), arXiv:1911.11134, Section 3 (Erdos-Renyi-Kernel).
+        Evci et al. (RigL), arXiv:1911.11134, Erdos-Renyi-Kernel (ERK).
     """
     check_density("density", density, dense=True)
     sizes = {name: weight.numel() for name, weight in weights.items()}
@@ -120,7 +120,7 @@ def keep_n_of_m(scores: Scores, n: int, m: int) -> dict[str, Tensor]:
         SparsityError: If n and m do not fit each other, or m does not divide an input dimension.
 
     References:
-        Mishra et al., arXiv:2104.08378, Section 3.
+        Mishra et al., arXiv:2104.08378.
     """
     if not 1 <= n < m:
         raise SparsityError(f"`n` and `m` must be such that 1 <= n < m; got {n} and {m}. 2 of 4 is usual.")

@@ -53,7 +53,7 @@ class Iterative(SparsitySchedule):
         rounds: >= 1; one is `OneShot`.
 
     References:
-        Frankle & Carbin, arXiv:1803.03635, Section 1 (iterative pruning).
+        Frankle & Carbin, arXiv:1803.03635, iterative pruning.
     """
 
     density: float

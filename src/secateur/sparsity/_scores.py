@@ -24,7 +24,7 @@ def magnitude(weights: Weights) -> dict[str, Tensor]:
         weights: Of `prunable`.
 
     References:
-        Han et al., arXiv:1506.02626, Section 3.
+        Han et al., arXiv:1506.02626.
     """
     return {name: weight.detach().abs() for name, weight in weights.items()}
 
@@ -61,7 +61,7 @@ def taylor(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: L
         SparsityError: If there are no batches, or a score is not finite.
 
     References:
-        Molchanov et al., arXiv:1906.10771, Eq. (8), for single weights.
+        Molchanov et al., arXiv:1906.10771, the first-order criterion, for single weights.
     """
     sums, count = _summed(model, weights, batches, loss, lambda weight, gradient: (weight * gradient).square())
     return {name: total / count for name, total in sums.items()}
@@ -86,7 +86,7 @@ def snip(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Los
         SparsityError: See `taylor`.
 
     References:
-        Lee et al. (SNIP), arXiv:1810.02340, Eq. (6).
+        Lee et al. (SNIP), arXiv:1810.02340, connection sensitivity.
     """
     sums, _ = _summed(model, weights, batches, loss, torch.mul)
     scores = {name: total.abs() for name, total in sums.items()}
@@ -116,7 +116,7 @@ def movement(
         SparsityError: See `taylor`.
 
     References:
-        Sanh et al., arXiv:2005.07683, Section 3 (the accumulated score of movement pruning).
+        Sanh et al., arXiv:2005.07683, the accumulated score of movement pruning.
     """
     sums, _ = _summed(model, weights, batches, loss, torch.mul, learning_rate=learning_rate)
     return {name: _pruned_last(-total, weights[name]) for name, total in sums.items()}

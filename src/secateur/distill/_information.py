@@ -23,7 +23,8 @@ class VariationalInformation(nn.Module):
         variance_floor: In squared units of the teacher's feature.
 
     References:
-        Ahn et al. (VID), arXiv:1904.05835, the softplus of each channel's variance; 5.0 and 1e-5 are the numbers of the reference code.
+        Ahn et al. (VID), arXiv:1904.05835, the softplus of each channel's variance; 5.0 and 1e-5 are the numbers of the
+        reference code.
     """
 
     def __init__(

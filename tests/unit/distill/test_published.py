@@ -62,7 +62,7 @@ def test_relations_agree() -> None:
     rows = [x.flatten(1) for x in MAPS]
     pkt = theirs(published.PKTLoss(*PLACES, eps=1e-12), *rows) * 6  # They take the mean over pairs.
     assert pkt_loss(*MAPS).item() == pytest.approx(pkt, rel=1e-6)
-    # Their SPKDLoss divides rows by the sum of magnitudes, not by the L2 norm of the paper's Eq. (2): not compared.
+    # Their SPKDLoss divides rows by the sum of magnitudes, not by the L2 norm of the paper: not compared.
     for ours, factors in ((rkd_distance_loss, (1.0, 0.0)), (rkd_angle_loss, (0.0, 1.0))):
         rkd = theirs(published.RKDLoss("m", "m", *factors, reduction="mean"), *MAPS)
         assert ours(*MAPS).item() == pytest.approx(rkd, rel=1e-6)

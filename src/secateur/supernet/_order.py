@@ -34,12 +34,13 @@ def reordered(model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArra
     Args:
         model: The traced model; not modified.
         graph: Its channel graph.
-        order: Axis name to a permutation of its channels; an axis that is not named stays as it is.
+        order: Axis name to a permutation of its channels; an axis that is not named stays as it is. Branches go with
+            their streams, see `with_branches`.
 
     Raises:
         SurgeryError: If an order names an unknown axis or is no permutation.
     """
-    moves = _moves(graph, order)
+    moves = _moves(graph, with_branches(graph, order))
 
     def moved(name: str, tensor: Tensor) -> Tensor:
         for dim, positions in moves[name].items():
@@ -52,6 +53,13 @@ def reordered(model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArra
 def inverse(order: Mapping[str, IntArray]) -> dict[str, IntArray]:
     """The order that undoes another one."""
     return {name: np.argsort(permutation) for name, permutation in order.items()}
+
+
+def with_branches(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """The order with branches in that of their streams, whose channels they have, whatever it says of them itself."""
+    into = {axis.name: axis.into for axis in graph.axes if axis.into is not None}
+    found = {name: permutation for name, permutation in order.items() if name not in into}
+    return {**found, **{name: found[stream] for name, stream in into.items() if stream in found}}
 
 
 def _moves(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, dict[int, IntArray]]:

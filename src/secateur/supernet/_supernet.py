@@ -13,7 +13,7 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph
 from secateur.supernet._mixture import Blend, Mixture
-from secateur.supernet._order import IntArray, inverse, reordered
+from secateur.supernet._order import IntArray, inverse, reordered, with_branches
 from secateur.supernet._slices import Slices
 from secateur.surgery import Widen, apply_architecture, replacements_of, stand_in_of, widenings_of
 
@@ -57,7 +57,7 @@ class Supernet(nn.Module):
     def __init__(self, model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray] | None = None):
         super().__init__()
         self.graph = graph
-        self.order: dict[str, IntArray] = _with_branches(graph, order or {})
+        self.order: dict[str, IntArray] = with_branches(graph, order or {})
         self.model: nn.Module = reordered(model, graph, self.order)
         self._slices = Slices(graph)
         self._blend = Blend.of(self.model, graph)
@@ -78,7 +78,7 @@ class Supernet(nn.Module):
         Raises:
             SurgeryError: For an unknown axis or block, or a width out of range.
         """
-        sizes = self.graph.sizes
+        sizes, removed = self.graph.sizes, set(removed_blocks)
         for name, width in widths.items():
             if name not in sizes or not 1 <= width <= sizes[name]:
                 raise SurgeryError(
@@ -86,12 +86,12 @@ class Supernet(nn.Module):
                     f"The graph has {', '.join(f'{n} ({size})' for n, size in list(sizes.items())[:3])}, ..."
                 )
         known = {block.name for block in self.graph.removable}
-        unknown = sorted(set(removed_blocks) - known)
+        unknown = sorted(removed - known)
         if unknown:
             raise SurgeryError(
                 f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable."
             )
-        return Subnet(tuple(widths.get(n, size) for n, size in sizes.items()), tuple(sorted(set(removed_blocks))))
+        return Subnet(tuple(widths.get(n, size) for n, size in sizes.items()), tuple(sorted(removed)))
 
     def architecture(self, subnet: Subnet) -> Architecture:
         """The subnet in terms of the original model's channels."""
@@ -185,13 +185,6 @@ class Supernet(nn.Module):
         finally:
             for holder, attribute, old in reversed(before):
                 setattr(holder, attribute, old)
-
-
-def _with_branches(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:
-    """Branches have the channels of their streams, in the same order."""
-    found = {name: permutation for name, permutation in order.items() if graph.by_name[name].into is None}
-    streams = ((axis.name, str(axis.into)) for axis in graph.axes if axis.into is not None)
-    return {**found, **{name: found[stream] for name, stream in streams if stream in found}}
 
 
 def _on_output(widen: nn.Module) -> Callable[..., Any]:

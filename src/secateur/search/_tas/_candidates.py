@@ -112,7 +112,9 @@ class Candidates:
         }
         chains = problem.evidence.graph.chains
         by_chain = {number: depths.of(len(chain)) for number, chain in enumerate(chains) if depths is not None}
-        by_axis = {number: found for number, found in by_axis.items() if len(found) > 1}
+        by_axis, by_chain = (
+            {number: found for number, found in rows.items() if len(found) > 1} for rows in (by_axis, by_chain)
+        )
         if not by_axis and not by_chain:
             raise BudgetError(
                 "`space` must leave some axis two widths, or some chain of blocks two depths; got none with a choice. "

@@ -29,6 +29,7 @@ from secateur.report import (
     RunReport,
     Step,
     TrainedEpoch,
+    sizes_in_order,
     write_report,
 )
 from secateur.search import Found
@@ -66,7 +67,7 @@ def report_of(
     """Every number of a run as plain data."""
     plan, half = run.plan, run.half
     provenance = Provenance.here(plan.command, plan.seed)
-    sizes, widths, gone = half.graph.sizes, half.found.architecture.widths, _gone_axes(half)
+    sizes, widths, gone = sizes_in_order(half.graph), half.found.architecture.widths, _gone_axes(half)
     history = () if run.trained is None else run.trained.history
     return RunReport(
         model=plan.name,

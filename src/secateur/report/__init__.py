@@ -1,7 +1,7 @@
 """Reports: one run as one page that needs nothing else."""
 
 from secateur.report._drawing import check_drawing, write_drawing
-from secateur.report._places import Place, inside, places, sentence_of
+from secateur.report._places import Place, inside, places, sentence_of, sizes_in_order
 from secateur.report._report import write_report
 from secateur.report._run import (
     BlockFate,
@@ -38,6 +38,7 @@ __all__ = [
     "inside",
     "places",
     "sentence_of",
+    "sizes_in_order",
     "write_drawing",
     "write_report",
 ]

@@ -69,6 +69,15 @@ def places(graph: ChannelGraph) -> tuple[Place, ...]:
     return tuple(place for place in found if place.params or place.macs or place.axes)
 
 
+def sizes_in_order(graph: ChannelGraph) -> dict[str, int]:
+    """Full width of each prunable axis, in order of the first layer that has it.
+
+    An untied branch stands where it is computed; the graph itself names branches after everything else.
+    """
+    met = dict.fromkeys(axis for place in places(graph) for axis in (*place.reads, *place.axes))
+    return {axis: graph.sizes[axis] for axis in dict.fromkeys((*met, *graph.sizes)) if axis in graph.sizes}
+
+
 def inside(block: Block, layers: Iterable[Place]) -> tuple[Place, ...]:
     """The layers that go with a block."""
     return tuple(place for place in layers if block.replaces(place.module))

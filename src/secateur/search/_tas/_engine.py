@@ -159,8 +159,8 @@ class Run:
             for step, (own, other) in enumerate(course.batches(self.epoch), self.epoch * course.steps):
                 rate = course.schedule.learning_rate_at(step, steps=total)
                 temperature = course.temperature.at(step / max(total - 1, 1))
-                weight_loss = self._learn(own, temperature, rate, generator)
-                parts = self._decide(other, temperature, generator)
+                weight_loss = self.learn(own, temperature, rate, generator)
+                parts = self.decide(other, temperature, generator)
                 looked = ledger.add(weight_loss, parts, rate)
                 if looked or ledger.steps == course.steps:
                     meter.step(self.epoch + 1, ledger.steps, self._numbers(ledger.latest, temperature))
@@ -168,7 +168,7 @@ class Run:
         self.epoch += 1
         self._close(ledger.means, temperature, perf_counter() - began, meter)
 
-    def _learn(
+    def learn(
         self, batch: tuple[Tensor, Tensor], temperature: float, rate: float, generator: torch.Generator
     ) -> Tensor:
         """One step of the weights: gradients of the logits are neither needed nor computed."""
@@ -182,9 +182,7 @@ class Run:
         self._optimiser.step()
         return loss
 
-    def _decide(
-        self, batch: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def decide(self, batch: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator) -> dict[str, Tensor]:
         """One step of the choice: gradients of the weights are neither needed nor computed."""
         for weight in self._weights:
             weight.requires_grad = False

@@ -20,6 +20,7 @@ from secateur.search._tas._price import Price
 from secateur.search._tas._temperature import Cosine, Linear
 from secateur.supernet import Blending, Fade, Supernet, best_first
 from secateur.train import (
+    Batches,
     Schedule,
     digest,
     load_checkpoint,
@@ -74,7 +75,7 @@ class TAS(Strategy):
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
     schedule: Schedule = Schedule(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
-    architecture: Adam = Adam(learning_rate=0.02)  # noqa: RUF009 -- frozen
+    architecture: Adam = Adam(learning_rate=0.05)  # noqa: RUF009 -- frozen
     temperature: Linear | Cosine = Linear()  # noqa: RUF009 -- frozen
     blending: Blending = Fade()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
@@ -122,7 +123,8 @@ class TAS(Strategy):
 
     def _run(self, problem: Problem, supernet: Supernet, candidates: Candidates) -> Run:
         """Search, or go on with a search that was interrupted."""
-        course = self._course(problem, candidates)
+        assert problem.training is not None
+        course = self.course(problem, candidates, halves(problem.training.train, problem.evidence.seed))
         run = Run(course, placed(supernet, course.fabric.device), Choice(candidates).to(course.fabric.device))
         settings = {} if problem.checkpoint is None else self._settings(problem, course)
         saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
@@ -137,18 +139,23 @@ class TAS(Strategy):
                         save_checkpoint(problem.checkpoint, run.saved(settings))
         return run
 
-    def _course(self, problem: Problem, candidates: Candidates) -> Course:
+    def course(self, problem: Problem, candidates: Candidates, images: tuple[Batches, Batches]) -> Course:
+        """Everything of a search that does not change.
+
+        Args:
+            problem: What to solve.
+            candidates: What there is to choose from.
+            images: For the weights, and for the choice.
+        """
         data, seed = problem.training, problem.evidence.seed
-        assert data is not None
-        first, second = halves(data.train, seed)
         fabric = one_device(problem.fabric, None if problem.fabric is not None else self.schedule.precision)
         calibration = tuple(images.to(fabric.device) for images, _ in problem.evidence.batches[:_CALIBRATION])
         return Course(
             price=Price(problem, candidates, self.tolerance),
-            for_weights=first,
-            for_choice=second,
-            validation=data.validation if len(data.validation) and calibration else None,
-            augment=data.augment,
+            for_weights=images[0],
+            for_choice=images[1],
+            validation=data.validation if data and len(data.validation) and calibration else None,
+            augment=data.augment if data else None,
             calibration=calibration,
             schedule=replace(self.schedule, seed=seed),
             adam=self.architecture,

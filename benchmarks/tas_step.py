@@ -1,0 +1,179 @@
+"""The price of a search step of TAS against an ordinary training step of the same network, in turns.
+
+    python benchmarks/tas_step.py
+
+ResNet-56, batches of 64 images of CIFAR's shape, one thread, all precisions this machine computes in; the median of
+rounds in which every kind of step runs once, in processor seconds. An ordinary step is forward, backward and SGD of the
+full network. A search alternates two kinds of step on batches of their own: one of the weights (forward and backward
+of the two widths that are drawn, SGD) and one of the choice (forward, backward to the logits, the expected cost, Adam).
+Peak memory is
+that of a process of its own (Linux only).
+
+    --memory KIND    only run steps of one kind and print the peak, for the parent process
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _record import surroundings, table, write_record
+
+from secateur.cost import Budget, CostModel
+from secateur.graph import trace
+from secateur.importance import L2, Evidence
+from secateur.models import cifar_resnet56
+from secateur.search import TAS, Problem, SearchSpace
+from secateur.search._tas._candidates import Candidates
+from secateur.search._tas._choice import Choice
+from secateur.search._tas._engine import Run
+from secateur.supernet import Blending, Fade, Interpolate, Supernet, best_first
+from secateur.train import Precision, Schedule, best_precision, channels_last, open_fabric, placed
+
+BATCH = 64
+TEMPERATURE = 5.0
+
+
+class Steps:
+    """One step of each kind, ready to be called again and again."""
+
+    def __init__(self, precision: Precision, blending: Blending):
+        torch.manual_seed(0)
+        self._fabric = open_fabric(precision, device=torch.device("cpu"))
+        self._batch = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
+        model = cifar_resnet56().eval()
+        graph = trace(model, self._batch[0][:2])
+        self._full = placed(model, self._fabric.device).train()
+        self._sgd = Schedule(epochs=1).optimiser.build(self._full, 0.01)
+        evidence = Evidence(model, graph, ((self._batch),))
+        problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+        supernet = Supernet(model, graph, best_first(L2().scores(evidence)))
+        strategy = TAS(blending=blending)
+        candidates = Candidates.of(problem, strategy.widths, strategy.depths, supernet.blended)
+        course = strategy.course(replace(problem, fabric=self._fabric), candidates, (_Images(), _Images()))
+        self._run = Run(course, placed(supernet, self._fabric.device).train(), Choice(candidates))
+        self._noise = torch.Generator().manual_seed(0)
+
+    def ordinary(self) -> None:
+        """A training step of the full network."""
+        self._sgd.zero_grad()
+        with self._fabric.autocast():
+            logits = self._full(channels_last(self._batch[0]))
+        self._fabric.backward(F.cross_entropy(logits.float(), self._batch[1]))
+        self._sgd.step()
+
+    def weights(self) -> None:
+        """A search step of the weights."""
+        self._run.learn(self._batch, TEMPERATURE, 0.01, self._noise)
+
+    def choice(self) -> None:
+        """A search step of the choice."""
+        self._run.decide(self._batch, TEMPERATURE, self._noise)
+
+    @property
+    def kinds(self) -> dict[str, Callable[[], None]]:
+        """Every kind of step by name."""
+        return {"ordinary": self.ordinary, "weights": self.weights, "choice": self.choice}
+
+
+class _Images:
+    """Only the number of images is asked for."""
+
+    def __len__(self) -> int:
+        return BATCH
+
+    def batches(self, *_: Any, **__: Any) -> Any:
+        """Nothing."""
+        return iter(())
+
+
+def times(steps: Steps, rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of each kind of step, in turns."""
+    found: dict[str, list[float]] = {kind: [] for kind in steps.kinds}
+    for number in range(rounds + 1):
+        for kind, step in steps.kinds.items():
+            began = time.process_time()
+            step()
+            if number:  # The first round warms up.
+                found[kind].append(time.process_time() - began)
+    return found
+
+
+def peak(kind: str, precision: Precision, blending: Blending) -> float:
+    """MiB that the process takes at most while it runs ten steps of a kind, beyond what it takes with nothing built."""
+    empty = _status("VmRSS")
+    steps = Steps(precision, blending)
+    Path("/proc/self/clear_refs").write_text("5")  # Forget the peak so far.
+    for _ in range(10):
+        steps.kinds[kind]()
+    return (_status("VmHWM") - empty) / 1024
+
+
+def _status(field: str) -> int:
+    """A number of KiB that Linux knows about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measured_apart(kind: str, precision: Precision, blending: str) -> float:
+    """The peak of a kind of step, from a process of its own."""
+    command = [sys.executable, __file__, "--memory", kind, "--precision", precision.value, "--blending", blending]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+BLENDINGS: dict[str, Blending] = {"fade": Fade(), "interpolate": Interpolate()}
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", type=Precision, help=argparse.SUPPRESS)
+    parser.add_argument("--blending", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory:
+        print(peak(arguments.memory, arguments.precision, BLENDINGS[arguments.blending]))
+        return
+    rows: list[list[str]] = []
+    records: list[dict[str, Any]] = []
+    for precision in dict.fromkeys((best_precision(torch.device("cpu")), Precision.FLOAT32)):
+        for name, blending in BLENDINGS.items():
+            found = times(Steps(precision, blending), arguments.rounds)
+            memory = {kind: measured_apart(kind, precision, name) for kind in found}
+            record = {"precision": precision.value, "blending": name, "seconds": found, "peak_mib": memory}
+            records.append(record)
+            rows.append(_row(record))
+            print(rows[-1], flush=True)
+    header = ["precision", "blending", "ordinary, s", "weights, s", "choice, s", "weights / ordinary",
+              "choice / ordinary", "mean of the two", "peak memory, ratios"]  # fmt: skip
+    path = write_record("tas_step", {"runs": records, "surroundings": surroundings()})
+    title = "# A search step of TAS and an ordinary training step, ResNet-56, batch 64, one thread\n\n"
+    path.with_suffix(".md").write_text(title + table(header, rows))
+    print(table(header, rows))
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    medians = {kind: statistics.median(seconds) for kind, seconds in record["seconds"].items()}
+    base, memory = medians["ordinary"], record["peak_mib"]
+    ratios = [medians[kind] / base for kind in ("weights", "choice")]
+    return [
+        record["precision"],
+        record["blending"],
+        *(f"{seconds:.3f}" for seconds in medians.values()),
+        *(f"{ratio:.2f}" for ratio in ratios),
+        f"**{statistics.mean(ratios):.2f}**",
+        ", ".join(f"{memory[kind] / memory['ordinary']:.2f}" for kind in ("weights", "choice")),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn, shadow_of
-from secateur.importance import readers, shown_along
+from secateur.importance import shown_along
 from secateur.supernet._interpolate import neighbours
+from secateur.supernet._norms import norms_after
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -126,20 +127,18 @@ class Blend:
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph) -> "Blend":
         """Find the points: where a producing layer, or the batch norm that reads it, returns its channels."""
-        after: Mapping[str, str] = {}
-        modules = {name for axis in graph.prunable for name in _producers(graph, axis)}
+        after: Mapping[str, tuple[str, ...]] = {}
+        names = _all_names(model)
+        producers = {axis.name: _producers(graph, axis, names) for axis in graph.prunable}
         if graph.example:
-            with torch.no_grad():
-                after = readers(shadow_of(model), graph.example, modules)
+            after = norms_after(shadow_of(model), graph.example, {name for each in producers.values() for name in each})
         found: dict[tuple[str, int], list[tuple[int, IntArray]]] = {}
         for number, axis in enumerate(graph.prunable):
-            for module in _producers(graph, axis):
+            for module in producers[axis.name]:
                 # The output of an outlet counts as the stream's, though it is narrower until it is widened.
-                names = [(axis.outlet, axis.into), (after.get(module, ""), axis.name), (module, axis.name)]
-                shown = [(name, shown_along(graph, name, channels)) for name, channels in names if name and channels]
-                point = next(((name, *where) for name, where in shown if where is not None), None)
-                if point is not None:
-                    found.setdefault(point[:2], []).append((number, point[2]))
+                places = [((axis.outlet,), axis.into), (after.get(module, ()), axis.name), ((module,), axis.name)]
+                for name, dim, positions in _first_shown(graph, places):
+                    found.setdefault((name, dim), []).append((number, positions))
         shapes = {name: activation.shape for name, activation in graph.activations.items()}
         points = [_Point(name, dim, shapes[name][dim], tuple(axes)) for (name, dim), axes in found.items()]
         return cls(points, graph.chains, tuple(axis.name for axis in graph.prunable))
@@ -169,10 +168,30 @@ class Blend:
             yield
 
 
-def _producers(graph: ChannelGraph, axis: ChannelAxis) -> list[str]:
-    """The modules whose weights produce an axis, each once."""
+def _first_shown(
+    graph: ChannelGraph, places: Iterable[tuple[tuple[str, ...], str | None]]
+) -> list[tuple[str, int, IntArray]]:
+    """Of several (modules, axis) the first whose outputs all show the axis: name, dimension and positions of each."""
+    for modules, axis in places:
+        shown = [(name, shown_along(graph, name, axis)) for name in modules if name and axis]
+        if shown and all(where is not None for _, where in shown):
+            return [(name, *where) for name, where in shown if where is not None]
+    return []
+
+
+def _producers(graph: ChannelGraph, axis: ChannelAxis, names: Mapping[str, Sequence[str]]) -> list[str]:
+    """The modules whose weights produce an axis, each once; ``names`` are all those of a tensor."""
     sites = (site for site in axis.sites if site.role is Role.OUTPUT and len(graph.tensors[site.tensor]) > 1)
-    return list(dict.fromkeys(_owner(site.tensor) for site in sites))
+    return list(dict.fromkeys(_owner(name) for site in sites for name in names.get(site.tensor, (site.tensor,))))
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of every parameter, by its first one: several modules may share it."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return names
 
 
 def _owner(tensor: str) -> str:

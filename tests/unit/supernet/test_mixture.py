@@ -1,0 +1,297 @@
+"""Two widths in one pass against forward passes written by hand, with torch's own pooling."""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cuts import apart, zoo_net
+from torch import Tensor, nn
+
+from secateur.graph import ChannelGraph, trace, untie
+from secateur.supernet import Blending, Fade, Interpolate, Mixture, Subnet, Supernet
+
+BLENDINGS = [Interpolate(), Fade()]
+each_blending = pytest.mark.parametrize("blending", BLENDINGS, ids=["interpolate", "fade"])
+Blend = Callable[[Tensor, str], Tensor]
+
+
+def double(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
+    """A net of the zoo in float64."""
+    model, example, graph = zoo_net(name)
+    return in_double(model, example, graph)
+
+
+def in_double(model: nn.Module, example: Tensor, graph: ChannelGraph) -> tuple[nn.Module, Tensor, ChannelGraph]:
+    graph = replace(graph, example=tuple(tensor.double() for tensor in graph.example))
+    return copy.deepcopy(model).double(), example.double(), graph
+
+
+def drawn(graph: ChannelGraph, blending: Blending, seed: int = 0) -> tuple[Subnet, Mixture]:
+    """Two random widths and random weights of every axis."""
+    draw = np.random.default_rng(seed)
+    pairs = [np.sort(draw.integers(1, axis.size // axis.divisor + 1, 2)) * axis.divisor for axis in graph.prunable]
+    weights = torch.from_numpy(draw.dirichlet((1, 1), len(pairs)))
+    narrow, wide = zip(*(map(int, pair) for pair in pairs), strict=True)
+    return Subnet(wide), Mixture(narrow, weights, (), blending)
+
+
+def seen(z: Tensor, few: int, blending: Blending, groups: int = 1) -> Tensor:
+    """The first channels of every group at the width of all of them, dimension 1; torch's own operations alone."""
+    batch, channels, *pixels = z.shape
+    rows = z.reshape(batch, groups, channels // groups, -1)
+    if isinstance(blending, Fade):
+        found = torch.cat([rows[:, :, :few], torch.zeros_like(rows[:, :, few:])], 2)
+    else:
+        found = F.adaptive_avg_pool3d(rows[:, :, :few], (groups, channels // groups, rows.shape[3])).squeeze(1)
+        pooled = [F.adaptive_avg_pool2d(rows[:, g, :few], (channels // groups, rows.shape[3])) for g in range(groups)]
+        found = torch.stack(pooled, 1)
+    return found.reshape(batch, channels, *pixels)
+
+
+def blender(graph: ChannelGraph, mixture: Mixture, groups: dict[str, int] | None = None) -> Blend:
+    """Eq. (4) for the channels of an axis, by its name."""
+
+    def blend(z: Tensor, axis: str) -> Tensor:
+        number = list(graph.sizes).index(axis)
+        small, large = mixture.weights[number]
+        return large * z + small * seen(z, mixture.narrow[number], mixture.blending, (groups or {}).get(axis, 1))
+
+    return blend
+
+
+def plain(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    for number in range(3):
+        conv, norm, _ = net[number]
+        x = F.relu(blend(norm(conv(x)), f"{number}.0"))
+    return net[3](x)
+
+
+def residual(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    x = F.relu(blend(net[0][1](net[0][0](x)), "0.0"))
+    for number, stream in ((1, "0.0"), (2, "2.conv2"), (3, "2.conv2")):
+        block = net[number]
+        y = F.relu(blend(block.bn1(block.conv1(x)), f"{number}.conv1"))
+        y = blend(block.bn2(block.conv2(y)), stream)
+        x = F.relu(y + (blend(block.shortcut(x), stream) if number == 2 else x))
+    return net[4](x)
+
+
+def preact_residual(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    """The stream goes two ways from the first convolution: into a norm, and past it."""
+    x = blend(net[0](x), "0")
+    for number in (1, 2):
+        block = net[number]
+        y = blend(block.norm2(block.conv1(F.relu(block.norm1(x)))), f"{number}.conv1")
+        x = x + blend(block.conv2(F.relu(y)), "0")
+    return net[5](F.relu(net[3](x)))
+
+
+def dense(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    x = blend(net[0](x), "0")
+    for number in (1, 2, 3):
+        layer = net[number]
+        x = torch.cat([x, blend(layer.conv(F.relu(layer.norm(x))), f"{number}.conv")], 1)
+    return net[8](F.avg_pool2d(blend(net[6](F.relu(net[4](x))), "6"), 2))
+
+
+def few_groups(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    for number in range(4):
+        x = F.relu(blend(net[number][1](net[number][0](x)), f"{number}.0"))
+    return net[4](x)
+
+
+def flatten_linear(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    for number in (0, 2):
+        x = F.max_pool2d(F.relu(blend(net[number][1](net[number][0](x)), f"{number}.0")), 2)
+    return net[8](F.relu(blend(net[5](x.flatten(1)), "5")))
+
+
+def shared_weights(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    x = F.relu(blend(net.stem[1](net.stem[0](x)), "stem.0"))
+    for norm in net.norms:
+        x = F.relu(blend(norm(net.shared(x)), "stem.0"))
+    return net.head(x)
+
+
+def tied_parameter(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    x = F.relu(blend(net.stem[1](net.stem[0](x)), "stem.0"))
+    return net.head(F.relu(blend(net.second(F.relu(blend(net.first(x), "stem.0"))), "stem.0")))
+
+
+def depthwise_separable(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
+    """A depthwise convolution makes no channels."""
+    for number in range(5):
+        x = net[number][1](net[number][0](x))
+        x = F.relu(blend(x, f"{number}.0") if number in (0, 2, 4) else x)
+    return net[5](x)
+
+
+HAND_WRITTEN = {
+    function.__name__: function
+    for function in (
+        plain, residual, preact_residual, dense, few_groups, flatten_linear, shared_weights, tied_parameter,
+        depthwise_separable,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
+@each_blending
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_a_mixture_is_what_is_written(name, blending, matrix, monkeypatch):
+    monkeypatch.setattr(sys.modules["secateur.supernet._mixture"], "_SMALL", 256 if matrix else 0)
+    model, x, graph = double(name)
+    supernet = Supernet(model, graph)
+    groups = {"1.0": 3, "2.0": 3} if name == "few_groups" else {}
+    for seed in range(4):
+        subnet, mixture = drawn(graph, blending, seed)
+        with torch.no_grad():
+            got = supernet(subnet, x, mixture=mixture)
+            want = HAND_WRITTEN[name](supernet.extract(subnet), x, blender(graph, mixture, groups))
+        assert apart([want], [got]) <= 1e-12
+
+
+@each_blending
+@pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
+@pytest.mark.parametrize("name", ["plain", "flatten_linear", "dense"])
+def test_gradients_of_the_weights(name, blending, matrix, monkeypatch):
+    """gradcheck, float64. A wrong one would lead every search astray."""
+    monkeypatch.setattr(sys.modules["secateur.supernet._mixture"], "_SMALL", 256 if matrix else 0)
+    model, x, graph = double(name)
+    supernet = Supernet(model, graph)
+    subnet, mixture = drawn(graph, blending, 1)
+    weights = mixture.weights.clone().requires_grad_()
+    logits = lambda w: supernet(subnet, x[:1], mixture=replace(mixture, weights=w)).tanh()  # noqa: E731
+    assert torch.autograd.gradcheck(logits, (weights,))
+
+
+def test_gradients_of_the_model_are_those_of_the_hand_written_pass():
+    model, x, graph = double("residual")
+    supernet = Supernet(model, graph)
+    subnet, mixture = drawn(graph, Interpolate(), 3)
+    small = supernet.extract(subnet)
+    residual(small, x, blender(graph, mixture)).square().sum().backward()
+    supernet(subnet, x, mixture=mixture).square().sum().backward()
+    rows, columns = subnet.widths[1], subnet.widths[0]
+    got = supernet.model.get_parameter("1.conv1.weight").grad
+    torch.testing.assert_close(got[:rows, :columns], small.get_parameter("1.conv1.weight").grad, rtol=1e-10, atol=1e-10)
+    assert not got[rows:].any()
+    assert not got[:, columns:].any()
+
+
+@each_blending
+@pytest.mark.parametrize("name", ["plain", "residual", "dense", "few_groups", "inverted_residual_se", "attention"])
+def test_equal_widths_blend_nothing(name, blending):
+    model, x, graph = double(name)
+    supernet = Supernet(model, graph)
+    subnet, mixture = drawn(graph, blending, 5)
+    same = replace(mixture, narrow=subnet.widths)
+    with torch.no_grad():
+        assert torch.equal(supernet(subnet, x, mixture=same), supernet(subnet, x))
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "residual", "preact_residual", "dense", "few_groups", "flatten_linear", "shared_weights", "mlp"]
+)
+def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
+    """Without biases behind the blending, a channel that fades to zero is a channel that is cut."""
+    model, x, graph = double(name)
+    supernet = Supernet(silent_where_zero(model, name), graph)
+    subnet, mixture = drawn(graph, Fade(), 2)
+    narrow = replace(mixture, weights=torch.tensor([[1.0, 0.0]]).double().repeat(len(subnet.widths), 1))
+    with torch.no_grad():
+        got, want = supernet(subnet, x, mixture=narrow), supernet(Subnet(mixture.narrow), x)
+    assert apart([want], [got]) <= 1e-12
+
+
+def silent_where_zero(model: nn.Module, name: str) -> nn.Module:
+    """Norms in front of which channels are blended must give zeros for zeros."""
+    if name in ("preact_residual", "dense"):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.zeros_(module.running_mean)
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def test_all_weight_on_the_wide_is_the_subnet():
+    model, x, graph = double("residual")
+    supernet = Supernet(model, graph)
+    subnet, mixture = drawn(graph, Interpolate(), 2)
+    wide = replace(mixture, weights=torch.tensor([[0.0, 1.0]]).double().repeat(len(subnet.widths), 1))
+    with torch.no_grad():
+        assert apart([supernet(subnet, x)], [supernet(subnet, x, mixture=wide)]) <= 1e-12
+
+
+@each_blending
+def test_narrow_branches_are_blended_before_they_are_widened(blending):
+    """Untied: each branch has widths of its own, and is added into the first channels of the stream."""
+    model, x, graph = double("residual")
+    graph = untie(model, graph)
+    supernet = Supernet(model, graph)
+    sizes = list(graph.sizes)
+    wide = dict(graph.sizes) | {"0.0": 7, "1.conv1": 9}
+    branch = next(axis.name for axis in graph.prunable if axis.outlet == "1.bn2")
+    wide[branch] = 5
+    narrow = wide | {branch: 2, "0.0": 4, "1.conv1": 6}
+    weights = torch.from_numpy(np.random.default_rng(0).dirichlet((1, 1), len(sizes)))
+    mixture = Mixture(tuple(narrow[n] for n in sizes), weights, (), blending)
+    blend = blender(graph, mixture)
+    with torch.no_grad():
+        got = supernet(supernet.subnet(wide), x, mixture=mixture)
+        net = supernet.model
+        stem = F.batch_norm(
+            F.conv2d(x, net[0][0].weight[:7], padding=1), net[0][1].running_mean[:7], net[0][1].running_var[:7],
+            net[0][1].weight[:7], net[0][1].bias[:7],
+        )  # fmt: skip
+        stream = F.relu(blend(stem, "0.0"))
+        block = net[1]
+        inner = F.batch_norm(
+            F.conv2d(stream, block.conv1.weight[:9, :7], padding=1), block.bn1.running_mean[:9],
+            block.bn1.running_var[:9], block.bn1.weight[:9], block.bn1.bias[:9],
+        )  # fmt: skip
+        added = F.batch_norm(
+            F.conv2d(F.relu(blend(inner, "1.conv1")), block.conv2.weight[:5, :9], padding=1),
+            block.bn2.running_mean[:5], block.bn2.running_var[:5], block.bn2.weight[:5], block.bn2.bias[:5],
+        )  # fmt: skip
+        stream = F.relu(F.pad(blend(added, branch), (0, 0, 0, 0, 0, 2)) + stream)
+        rest = supernet.extract(supernet.subnet({"0.0": 7, branch: 7}))
+        want = rest[4](rest[3](rest[2](stream)))
+    assert apart([want], [got]) <= 1e-12
+
+
+def test_axes_that_no_module_shows_cannot_be_blended():
+    model, _, graph = zoo_net("functional")
+    assert Supernet(model, graph).blended == frozenset()
+    model, _, graph = zoo_net("residual")
+    assert Supernet(model, graph).blended == frozenset(graph.sizes)
+
+
+def test_a_mixture_of_one_traced_net_in_many_dimensions():
+    """Channels last of three dimensions, as in a transformer: Eq. (4) along the last one."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 10), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net, x = Tokens().eval(), torch.randn(2, 5, 6)
+    model, x, graph = in_double(net, x, trace(net, x))
+    for blending in BLENDINGS:
+        mixture = Mixture((3,), torch.tensor([[0.3, 0.7]], dtype=torch.float64), (), blending)
+        with torch.no_grad():
+            got = Supernet(model, graph)(Subnet((8,)), x, mixture=mixture)
+            z = F.linear(x, model.first.weight[:8], model.first.bias[:8]).movedim(2, 1)
+            z = (0.7 * z + 0.3 * seen(z, 3, blending)).movedim(1, 2)
+            want = F.linear(torch.tanh(z), model.second.weight[:, :8], model.second.bias)
+        assert apart([want], [got]) <= 1e-12

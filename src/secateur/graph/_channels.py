@@ -133,9 +133,8 @@ class Block:
         modules: Names of the modules that run in the branch, those that stay (without effect) too.
         tensors: Names of the parameters and buffers that go.
         kept_because: None if the block may be removed, else the reason why not, as a sentence for a user.
-        follows: Name of the block directly before it on the residual stream, removable or not: the one whose sum, or
-            what the module returns that goes with it as a whole, is the very value x that this block's sum adds to.
-            None where anything else computes x.
+        follows: Name of the block directly before it on the residual stream, removable or not: its sum, or what the
+            module that goes with it as a whole returns, is the very value x. None where anything else computes x.
     """
 
     name: str
@@ -268,6 +267,7 @@ class ChannelGraph:
         unseen: Parameters that took no part, neither in evaluation nor in training: a branch that the example did not
             take, or dead weight. They stay as they are, and may not fit a cut model that runs them after all.
         blocks: Residual branches that can be removed, and those that turned out not to be, in order of execution.
+        calls: ATen names of all calls of the forward pass, in order.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -282,6 +282,7 @@ class ChannelGraph:
     mixings: tuple[Mixing, ...] = ()
     unseen: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
+    calls: tuple[str, ...] = ()
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -310,10 +311,9 @@ class ChannelGraph:
 
     @cached_property
     def chains(self) -> tuple[tuple[Block, ...], ...]:
-        """The longest runs of blocks that may be removed and each `follow <Block.follows>` the one before, in order.
+        """The longest runs of removable blocks that each follow the one before; a block that follows none begins one.
 
-        Every block that may be removed is in one of them, be it alone. Of several that follow the same block, the
-        first one to run goes on with its chain.
+        Of several that follow the same block, the first to run goes on with its chain.
         """
         chains: list[list[Block]] = []
         for block in self.removable:

@@ -98,6 +98,7 @@ class Ledger:
     scaling: set[str] = field(default_factory=set[str])
     by_head: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     blocks: tuple[Block, ...] = ()
+    calls: tuple[str, ...] = ()
     seen: set[int] = field(default_factory=set[int])
     count: int = 0
 

@@ -15,7 +15,7 @@ from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
 from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name, tensors_in
 from secateur.graph._copying import copy_model
-from secateur.graph._flow import Flow
+from secateur.graph._flow import INPUT, Flow
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
 from secateur.graph._rules import apply_rule
 from secateur.graph._running import undisturbed
@@ -207,6 +207,7 @@ def _record(
     tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
     where.flow.finish(out)
+    ledger.calls = tuple(name for name in where.flow.names if name != INPUT)
     ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
     if ledger.unseen():
         _record_training(model, shadow, example, ledger, where)

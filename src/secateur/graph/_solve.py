@@ -69,6 +69,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
         unseen=ledger.unseen(),
         blocks=ledger.blocks,
+        calls=ledger.calls,
     )
 
 

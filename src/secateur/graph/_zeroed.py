@@ -59,13 +59,17 @@ class ZeroWeights(TorchDispatchMode):
 
     Args:
         factors: By the identity of a parameter, what it is multiplied by.
+        calls: The ATen names of the calls of each run are put into it.
     """
 
-    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]]):
+    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]], calls: list[str]):
         super().__init__()
         self._factors = factors
+        self._calls = calls
+        calls.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls.append(base_name(func))
         return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in (kwargs or {}).items()})
 
     def _zeroed(self, argument: Any) -> Any:
@@ -81,19 +85,20 @@ class ZeroWeights(TorchDispatchMode):
         return product
 
 
-def zero_weights_(model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]]) -> nn.Module:
+def zero_weights_(model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]], calls: list[str]) -> nn.Module:
     """Make a model compute with zeros in the places of some of its weights whenever it runs; returns it.
 
     Args:
         model: Gets two hooks; its parameters stay as they are.
         kept: By the name of a parameter, the positions that stay of some of its dimensions. Other names are ignored.
+        calls: Filled, whenever it runs, with the ATen names of the calls it makes.
     """
     factors = {
         id(parameter): _factors(parameter.detach(), kept[name])
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
-    return run_under_(model, lambda _: ZeroWeights(factors)) if factors else model
+    return run_under_(model, lambda _: ZeroWeights(factors, calls))
 
 
 def _factors(tensor: torch.Tensor, kept: Mapping[int, IntArray]) -> tuple[torch.Tensor, ...]:

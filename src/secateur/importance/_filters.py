@@ -1,6 +1,6 @@
 """The weights of a channel as rows of a matrix, one matrix per tensor that holds them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +46,15 @@ def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters
     Raises:
         ModelError: If a weight is NaN or infinite.
     """
+    return tuple(_each_producer(axis, tensors))
+
+
+def _each_producer(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> Iterator[Filters]:
+    """The same one by one, as they are large."""
     weights = [site for site in axis.sites if tensors[site.tensor].ndim > 1]
     sites = [site for site in weights if site.role is Role.OUTPUT] or weights or list(axis.sites)
-    return tuple(Filters(site, _rows(tensors[site.tensor], site)) for site in sites)
+    for site in sites:
+        yield Filters(site, _rows(tensors[site.tensor], site))
 
 
 def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
@@ -60,7 +66,7 @@ def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatA
     """
     tensors = tensors_of(evidence.model)
     return {
-        axis.name: np.mean([score(filters.rows) for filters in producers(axis, tensors)], axis=0)
+        axis.name: np.mean([score(filters.rows) for filters in _each_producer(axis, tensors)], axis=0)
         for axis in evidence.graph.prunable
     }
 

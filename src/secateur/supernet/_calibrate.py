@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import DataError
 from secateur.supernet._supernet import Subnet, Supernet
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
@@ -24,6 +25,9 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
     Returns:
         Buffer name to its value; empty if the subnet has no batch norms with running statistics.
 
+    Raises:
+        DataError: If there are batch norms and no images.
+
     References:
         Yu & Huang, arXiv:1903.05134, Section 3.3.
     """
@@ -38,6 +42,7 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
         return {}
     training = {module: module.training for module in supernet.modules()}
     momenta = {norm: norm.momentum for norm in norms.values()}
+    seen = 0
     supernet.eval()
     try:
         for norm in norms.values():
@@ -45,11 +50,14 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
         with torch.no_grad():
             for images in batches:
                 supernet(subnet, images, tensors=statistics)
+                seen += 1
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in training.items():
             module.training = mode
+    if not seen:
+        raise DataError("`batches` must hold images to measure batch norms on; got none. Pass some training images.")
     return statistics
 
 

@@ -274,15 +274,22 @@ def _times(matrix: Tensor, z: Tensor, dim: int) -> Tensor:
 
 
 def _depth_hooks(model: nn.Module, chain: tuple[Block, ...], weights: Tensor) -> list[Any]:
-    if all(len(b.replacements) == 1 and b.replacements[0].stand_in is StandIn.PASS_THROUGH for b in chain):
+    if all(_is_module(block) for block in chain):
         return _aggregated(model, [block.replacements[0].module for block in chain], weights)
     present = weights.flip(0).cumsum(0).flip(0)  # present[d]: weight of all depths of d blocks or more
     return [
-        model.get_submodule(replacement.module).register_forward_hook(_scaled(present[number]))
+        model.get_submodule(replacement.module).register_forward_hook(
+            _scaled(present[number], from_input=_is_module(block)), with_kwargs=True
+        )
         for number, block in enumerate(chain, 1)
         for replacement in block.replacements
-        if replacement.stand_in is StandIn.SILENCE
+        if replacement.stand_in is StandIn.SILENCE or _is_module(block)
     ]
+
+
+def _is_module(block: Block) -> bool:
+    """Whether the block is one module that takes the stream and returns it with the branch added."""
+    return len(block.replacements) == 1 and block.replacements[0].stand_in is StandIn.PASS_THROUGH
 
 
 def _aggregated(model: nn.Module, modules: Sequence[str], weights: Tensor) -> list[Any]:
@@ -290,7 +297,7 @@ def _aggregated(model: nn.Module, modules: Sequence[str], weights: Tensor) -> li
     streams: list[Tensor] = []
 
     def begin(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        streams[:] = [next(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))]
+        streams[:] = [_first_tensor(inputs, named)]
 
     def after(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         streams.append(output)
@@ -302,10 +309,19 @@ def _aggregated(model: nn.Module, modules: Sequence[str], weights: Tensor) -> li
     return [model.get_submodule(modules[0]).register_forward_pre_hook(begin, with_kwargs=True), *hooks]
 
 
-def _scaled(by: Tensor) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+def _scaled(by: Tensor, *, from_input: bool) -> Callable[..., Any]:
+    """What a branch returns, scaled; of a module that returns the stream, what it adds to its input."""
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        if from_input:
+            before = _first_tensor(inputs, named)
+            return before + (output - before) * by.to(output.dtype)
         if isinstance(output, Tensor):
             return output * by.to(output.dtype)
         return (output[0] * by.to(output[0].dtype), *output[1:])
 
     return hook
+
+
+def _first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    return next(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))

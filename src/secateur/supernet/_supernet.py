@@ -73,10 +73,10 @@ class Supernet(nn.Module):
         return self._blend.axes
 
     def subnet(self, widths: Mapping[str, int], removed_blocks: Iterable[str] = ()) -> Subnet:
-        """A subnet by names; axes that are not named are whole.
+        """A subnet by names; axes that are not named are whole, branches as wide as their streams.
 
         Raises:
-            SurgeryError: For an unknown axis or block, or a width out of range.
+            SurgeryError: For an unknown axis or block, a width out of range, or a branch wider than its stream.
         """
         sizes, removed = self.graph.sizes, set(removed_blocks)
         for name, width in widths.items():
@@ -91,7 +91,17 @@ class Supernet(nn.Module):
             raise SurgeryError(
                 f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable."
             )
-        return Subnet(tuple(widths.get(n, size) for n, size in sizes.items()), tuple(sorted(removed)))
+        full = {**sizes, **widths}
+        for axis in self.graph.prunable:
+            if axis.into is None or axis.into not in full:
+                continue
+            if widths.get(axis.name, 1) > full[axis.into]:
+                raise SurgeryError(
+                    f"`widths` must not be wider for {axis.name!r} than for {axis.into!r}, its stream; "
+                    f"got {full[axis.name]} and {full[axis.into]}. Narrow the branch too, or leave it out."
+                )
+            full[axis.name] = min(full[axis.name], full[axis.into])
+        return Subnet(tuple(full[name] for name in sizes), tuple(sorted(removed)))
 
     def architecture(self, subnet: Subnet) -> Architecture:
         """The subnet in terms of the original model's channels."""

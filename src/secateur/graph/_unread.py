@@ -125,6 +125,15 @@ def _in_place(source: Tensor, *_: Any, **__: Any) -> Tensor:
     return source
 
 
+def _of_two(left: Tensor, right: Any, **_: Any) -> Tensor | None:
+    same = isinstance(right, Tensor) and left.shape == right.shape and _is_in_order(left) and _is_in_order(right)
+    return torch.empty_like(left) if same else None
+
+
+def _of_two_in_place(left: Tensor, right: Any, **_: Any) -> Tensor | None:
+    return left if isinstance(right, Tensor) and left.shape == right.shape else None
+
+
 def _batch_norm(source: Tensor, *vectors_training_and_more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     """With running statistics only: those of the input are of no use to anyone then, and are empty."""
     *vectors, training, _, _ = vectors_training_and_more
@@ -152,6 +161,9 @@ STAND_INS: Mapping[Any, Callable[..., Any]] = {
     _ATEN.bmm.default: _product,
     _ATEN.addmm.default: _added_product,
     _ATEN.convolution.default: _convolution,
+    _ATEN.add.Tensor: _of_two,
+    _ATEN.mul.Tensor: _of_two,
+    _ATEN.add_.Tensor: _of_two_in_place,
     _ATEN.native_batch_norm.default: _batch_norm,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     **dict.fromkeys(

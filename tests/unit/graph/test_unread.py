@@ -87,6 +87,8 @@ def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biase
         (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(3).abs()] * 4, False, 0.1, 1e-5)),
         (ATEN.native_batch_norm.default, (image(1, 3, 1, 1), *[image(3).abs()] * 4, False, 0.1, 1e-5)),
         (ATEN.native_batch_norm.default, (image(2, 3), None, None, *[image(3).abs()] * 2, False, 0.1, 1e-5)),
+        (ATEN.add.Tensor, (image(2, 3, 4, 5), image(2, 3, 4, 5))),
+        (ATEN.mul.Tensor, (image(1, 3, 1, 1), image(1, 3, 1, 1))),
         (ATEN._scaled_dot_product_flash_attention_for_cpu.default, [image(2, 3, 5, 8)] * 3),
         (
             ATEN._scaled_dot_product_flash_attention_for_cpu.default,
@@ -115,6 +117,7 @@ def test_an_operation_in_place_returns_what_it_is_given():
     x = image(2, 3)
     before = x.clone()
     assert stand_in(ATEN.relu_.default, (x,), {}) is x
+    assert stand_in(ATEN.add_.Tensor, (x, image(2, 3)), {"alpha": 2}) is x
     assert x.equal(before)
 
 
@@ -132,6 +135,10 @@ def test_an_operation_in_place_returns_what_it_is_given():
         (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(3).abs()] * 4, True, 0.1, 1e-5)),
         (ATEN.native_batch_norm.default, (image(2, 3, 4, 5), *[image(4).abs()] * 4, False, 0.1, 1e-5)),
         (ATEN.relu.default, (image(3, 4).t(),)),
+        (ATEN.add.Tensor, (image(3, 4), image(4))),
+        (ATEN.add.Tensor, (image(3, 4), image(4, 3).t())),
+        (ATEN.mul.Tensor, (image(3, 4), 2.0)),
+        (ATEN.add_.Tensor, (image(3, 4), image(4))),
         (ATEN._scaled_dot_product_flash_attention_for_cpu.default, (*[image(2, 3, 5, 8)] * 3, 0.0, True)),
     ],
 )

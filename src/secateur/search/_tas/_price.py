@@ -1,6 +1,6 @@
 """What the relaxed choice is expected to cost, and the loss that draws it to the budget."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,10 @@ class Price:
         """E[cost] by limited field, in its own unit, float64, differentiable.
 
         Widths are replaced by their expectations under p and every block by the probability that it is kept. For
-        operations whose factors are different axes (all but those that have one axis at both ends) and blocks that
-        do not lie in each other this is the expectation itself, since costs are multilinear and choices independent.
+        operations whose factors are different axes (all but those that have one axis, or a stream and its branch, at
+        both ends) and blocks that do not lie in each other this is the expectation itself, since costs are multilinear
+        and choices independent. In an untied graph a branch counts with E[min] of its own width and the stream's, and
+        a stream that is nothing but the sum of its branches with E[max] of theirs.
         """
         costs, device = self.problem.costs, choice.widths.device
         widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
@@ -40,24 +42,26 @@ class Price:
             table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=device)
             means = (choice.log_widths.double().exp() * table).sum(1)
             widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
-        for stream, branches in self.problem.streams.sums:
-            widest = self._widest(choice, branches.tolist())
+        streams = self.problem.streams
+        for branch, stream in streams.branches.tolist():
+            if stream not in self.candidates.axes:
+                continue
+            narrower = -_expected_maximum([(-w, p) for w, p in self._drawn(choice, (branch, stream))])
+            widths = widths.index_put((torch.tensor([branch], device=device),), narrower)
+        for stream, branches in streams.sums:
+            widest = _expected_maximum(self._drawn(choice, branches.tolist()))
             widths = widths.index_put((torch.tensor([stream], device=device),), widest)
         by_field = {"macs": costs.macs_of, "params": costs.params_of}
         return {name: by_field[name](widths, self.presence(choice)) for name in self.problem.limits}
 
-    def _widest(self, choice: Choice, axes: list[int]) -> Tensor:
-        """E[max of the widths] = sum_v v * (F(v) - F(v-)), F(v) the product of P(width <= v) over the axes."""
+    def _drawn(self, choice: Choice, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """The widths of each axis and their probabilities; axes without a choice are whole."""
         row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
         p = choice.log_widths.double().exp()
-        table = torch.as_tensor(self.candidates.widths, device=p.device)
-        full = max(int(self.problem.costs.sizes[axis]) for axis in axes)
-        if any(axis not in row for axis in axes):
-            return torch.tensor(float(full), dtype=torch.float64, device=p.device)
-        rows = torch.tensor([row[axis] for axis in axes], device=p.device)
-        values = table[rows].unique()
-        below = (p[rows, :, None] * (table[rows, :, None] <= values)).sum(1).prod(0)
-        return (values * torch.diff(below, prepend=below.new_zeros(1))).sum()
+        table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=p.device)
+        whole = torch.as_tensor(self.problem.costs.sizes, dtype=torch.float64, device=p.device)
+        one = p.new_ones(1)
+        return [(table[row[axis]], p[row[axis]]) if axis in row else (whole[axis].view(1), one) for axis in axes]
 
     def presence(self, choice: Choice) -> Tensor:
         """(blocks,) probability that each removable block is kept."""
@@ -129,3 +133,14 @@ class Price:
         original = self.problem.costs.original
         values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.problem.limits}
         return {name: value / max(getattr(original, name), 1) for name, value in values.items()}
+
+
+def _expected_maximum(drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """E[max] of independent draws = sum_v v * (F(v) - F(v-)), F(v) the product of their P(value <= v).
+
+    Args:
+        drawn: Values and probabilities of each.
+    """
+    values = torch.cat([each for each, _ in drawn]).unique()
+    below = torch.stack([(p[:, None] * (each[:, None] <= values)).sum(0) for each, p in drawn]).prod(0)
+    return (values * torch.diff(below, prepend=below.new_zeros(1))).sum()

@@ -1,6 +1,6 @@
 """The reference for a cut: the original in which removed channels have zero weights and removed branches give zero."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,33 @@ def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     return run_under_(model, lambda inputs: ZeroBranches(blocks, inputs))
 
 
+class OtherCallError(Exception):
+    """A run makes another call than it has to."""
+
+
+class ExpectedCalls:
+    """The calls that a run has to make, one after the other.
+
+    Args:
+        names: Their ATen names.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+        self._made = 0
+
+    @property
+    def all_made(self) -> bool:
+        """Whether none is missing."""
+        return self._made == len(self._names)
+
+    def make(self, name: str) -> None:
+        """The next call; raises `OtherCallError` if it is not the one expected."""
+        if self.all_made or self._names[self._made] != name:
+            raise OtherCallError(f"call {self._made} is {name}")
+        self._made += 1
+
+
 class ZeroWeights(TorchDispatchMode):
     """While active, every call of a run gets some parameters with zeros in places.
 
@@ -59,17 +86,17 @@ class ZeroWeights(TorchDispatchMode):
 
     Args:
         factors: By the identity of a parameter, what it is multiplied by.
-        calls: The ATen names of the calls of each run are put into it.
+        expected: The calls that the run has to make; None if it may make any.
     """
 
-    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]], calls: list[str]):
+    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]], expected: ExpectedCalls | None):
         super().__init__()
         self._factors = factors
-        self._calls = calls
-        calls.clear()
+        self._expected = expected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._calls.append(base_name(func))
+        if self._expected is not None:
+            self._expected.make(base_name(func))
         return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in (kwargs or {}).items()})
 
     def _zeroed(self, argument: Any) -> Any:
@@ -85,20 +112,22 @@ class ZeroWeights(TorchDispatchMode):
         return product
 
 
-def zero_weights_(model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]], calls: list[str]) -> nn.Module:
+def zero_weights_(
+    model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]], expected: ExpectedCalls | None = None
+) -> nn.Module:
     """Make a model compute with zeros in the places of some of its weights whenever it runs; returns it.
 
     Args:
         model: Gets two hooks; its parameters stay as they are.
         kept: By the name of a parameter, the positions that stay of some of its dimensions. Other names are ignored.
-        calls: Filled, whenever it runs, with the ATen names of the calls it makes.
+        expected: The calls that it has to make when it runs, once; any other raises `OtherCallError`.
     """
     factors = {
         id(parameter): _factors(parameter.detach(), kept[name])
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
-    return run_under_(model, lambda _: ZeroWeights(factors, calls))
+    return run_under_(model, lambda _: ZeroWeights(factors, expected))
 
 
 def _factors(tensor: torch.Tensor, kept: Mapping[int, IntArray]) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, compute_over_kept_, shadow_of, undisturbed, zero_branches_
-from secateur.graph._zeroed import zero_weights_
+from secateur.graph._zeroed import ExpectedCalls, zero_weights_
 from secateur.surgery._slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
 
 TOLERANCE: Mapping[torch.dtype, float] = {
@@ -105,14 +105,13 @@ def _on_the_middle(
     example = tuple(map(_middle, graph.example))
     if all(part is whole for part, whole in zip(example, graph.example, strict=True)):
         return None
-    calls: list[str] = []
+    calls = ExpectedCalls(graph.calls)
     masked = _zeroed(model, graph, architecture, calls)
     try:
-        want = _outputs(masked, example)
-        if tuple(calls) != graph.calls or not want or not _finite(want):
-            return None
-        got = _outputs(sliced, example)
+        want, got = _outputs(masked, example), _outputs(sliced, example)
     except Exception:
+        return None
+    if not calls.all_made or not want or not _finite(want):
         return None
     dtype = want[0].dtype
     found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
@@ -131,11 +130,11 @@ def _middle(part: Any) -> Any:
 
 
 def _zeroed(
-    model: nn.Module, graph: ChannelGraph, architecture: Architecture, calls: list[str] | None = None
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture, expected: ExpectedCalls | None = None
 ) -> nn.Module:
     """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
     kept = kept_positions_of_tensors(graph, architecture)
-    masked = zero_weights_(shadow_of(model), kept, [] if calls is None else calls)
+    masked = zero_weights_(shadow_of(model), kept, expected)
     masked = compute_over_kept_(masked, graph, architecture.by_name)
     removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
     return zero_branches_(masked, removed) if removed else masked

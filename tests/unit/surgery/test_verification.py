@@ -41,6 +41,15 @@ class Resizing(Net):
         return x if x.size(2) == 64 else F.interpolate(x, (64, 64))
 
 
+class Leaving(Net):
+    """Is done earlier on images of another size than it was made for."""
+
+    def forward(self, x):
+        if x.size(2) == 64:
+            return super().forward(x)
+        return torch.relu(self.body(torch.relu(self.stem(x))))
+
+
 class Flat(Net):
     """Knows how many pixels there are by the width of its head."""
 
@@ -72,6 +81,7 @@ def half(graph: ChannelGraph) -> Architecture:
         (Net, (40, 40), (40, 40)),
         (Fixed, (64, 64), (64, 64)),
         (Resizing, (64, 64), (64, 64)),
+        (Leaving, (64, 64), (64, 64)),
         (Flat, (64, 64), (64, 64)),
         (OnlyLarge, (64, 64), (64, 64)),
     ],

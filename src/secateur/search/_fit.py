@@ -31,7 +31,7 @@ class Fit:
     utilisation: float
 
 
-def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
+def fit(problem: Problem, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None) -> Fit:
     """Widen the smallest architecture in the order of the keys until the budget is full.
 
     A step takes one axis from one allowed width to the next. All steps of all axes are sorted by key (ties: steps
@@ -50,12 +50,13 @@ def fit(problem: Problem, keys: Sequence[FloatArray]) -> Fit:
     Args:
         problem: Levels, costs and limits.
         keys: For each axis: (steps,) when to take its steps, lowest first; made non-decreasing if it is not.
+        levels: For each axis: (steps + 1,) the widths to choose from, ascending; None means all that the space allows.
 
     Returns:
         Allowed widths within the budget that fill it to at least 99 % if any within reach of 3 and 4 do; no single
         step more fits, unless they do.
     """
-    ladder = _Ladder.of(problem, keys)
+    ladder = _Ladder.of(problem, keys, problem.levels if levels is None else levels)
     counts, threshold = ladder.climb()
     counts = ladder.nearest(ladder.exchange(ladder.nearest(counts)))
     return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilisation(counts))
@@ -95,9 +96,9 @@ class _Ladder:
     keys: FloatArray
 
     @classmethod
-    def of(cls, problem: Problem, keys: Sequence[FloatArray]) -> "_Ladder":
-        tops = np.array([len(levels) - 1 for levels in problem.levels], dtype=np.int64)
-        levels = np.stack([np.pad(row, (0, tops.max() + 1 - len(row)), mode="edge") for row in problem.levels])
+    def of(cls, problem: Problem, keys: Sequence[FloatArray], rows: Sequence[IntArray]) -> "_Ladder":
+        tops = np.array([len(row) - 1 for row in rows], dtype=np.int64)
+        levels = np.stack([np.pad(row, (0, tops.max() + 1 - len(row)), mode="edge") for row in rows])
         axes = np.repeat(np.arange(len(tops)), tops)
         numbers = np.concatenate([np.arange(top) for top in tops])
         flat = np.concatenate([np.maximum.accumulate(row) if len(row) else row for row in keys])

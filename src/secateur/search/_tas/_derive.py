@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from secateur.errors import BudgetError
-from secateur.search._fit import fit
+from secateur.search._fit import PROMISED, fit
 from secateur.search._problem import FloatArray, Problem
 from secateur.search._tas._candidates import Candidates
 
@@ -30,10 +30,10 @@ def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths:
     """The most likely architecture, moved as little as it takes to fill the budget.
 
     Depths first: those most likely. While nothing within the budget is left of the widths, the step to a shallower
-    candidate that costs least likelihood for what it spares is taken, and where widths are not searched, deeper ones
-    are while they fit. Then the widths: the steps up to the most likely ones come first, the least doubtful before the
-    others; those beyond follow, the most likely first. `fit` takes as many as there is room for. The step beyond a
-    width w is in doubt by P(width <= w).
+    candidate that costs least likelihood for what it spares is taken; while whole widths would not fill the budget,
+    that to a deeper one, if there is one that fits. Then the widths: the steps up to the most likely ones come first,
+    the least doubtful before the others; those beyond follow, the most likely first. `fit` takes as many as there is
+    room for. The step beyond a width w is in doubt by P(width <= w). Axes without a choice stay whole.
 
     Args:
         problem: Costs, limits and allowed widths.
@@ -51,17 +51,19 @@ def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths:
     if not len(candidates.axes):
         return Derived(problem.costs.sizes.copy(), removed)
     inner = replace(problem, costs=problem.costs.without(removed))
-    found = fit(inner, _keys(problem, candidates, widths)).widths
+    searched = set(candidates.axes.tolist())
+    levels = [each if axis in searched else each[-1:] for axis, each in enumerate(problem.levels)]
+    found = fit(inner, _keys(levels, candidates, widths), levels).widths
     return Derived(problem.streams.fitted(found[None])[0], removed)
 
 
-def _keys(problem: Problem, candidates: Candidates, p: FloatArray) -> list[FloatArray]:
+def _keys(all_levels: Sequence[IntArray], candidates: Candidates, p: FloatArray) -> list[FloatArray]:
     """When to take each step of each axis; see `derive`. Steps up to the smallest candidate come first of all."""
     row = {axis: number for number, axis in enumerate(candidates.axes.tolist())}
     keys: list[FloatArray] = []
-    for axis, levels in enumerate(problem.levels):
+    for axis, levels in enumerate(all_levels):
         if axis not in row:
-            keys.append(np.full(len(levels) - 1, -1.0))
+            keys.append(np.zeros(0))
             continue
         mine, likely = candidates.widths[row[axis]], p[row[axis]]
         at_most = (likely[None, :] * (mine[None, :] <= levels[:-1, None])).sum(axis=1)
@@ -71,7 +73,7 @@ def _keys(problem: Problem, candidates: Candidates, p: FloatArray) -> list[Float
 
 
 class _Blocks:
-    """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width."""
+    """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width or whole."""
 
     def __init__(self, problem: Problem, candidates: Candidates, p: FloatArray, widths: IntArray):
         self._problem, self._candidates, self._p, self._widths = problem, candidates, p, widths
@@ -87,7 +89,7 @@ class _Blocks:
                     f"`budget` must be within reach; got {self._problem.budget}. Raise it, or allow smaller widths."
                 )
             now = min(options, key=lambda option: self._regret(now, option))
-        while not len(self._candidates.axes):
+        while self._cost(now, whole=True) < PROMISED:
             options = [self._moved(now, chain, 1) for chain, number in enumerate(now) if number < self._last[chain]]
             options = [option for option in options if self._cost(option) <= 1]
             if not options:
@@ -106,9 +108,11 @@ class _Blocks:
     def _likelihood(self, now: Sequence[int]) -> float:
         return float(sum(np.log(max(self._p[chain, number], 1e-300)) for chain, number in enumerate(now)))
 
-    def _cost(self, now: Sequence[int]) -> float:
+    def _cost(self, now: Sequence[int], *, whole: bool = False) -> float:
+        """Utilisation."""
         costs = self._problem.costs.without(self._names(now))
-        return float(replace(self._problem, costs=costs).utilisation(self._widths[None])[0])
+        widths = costs.sizes if whole else self._widths
+        return float(replace(self._problem, costs=costs).utilisation(widths[None])[0])
 
     def _names(self, now: Sequence[int]) -> tuple[str, ...]:
         chains = self._problem.evidence.graph.chains

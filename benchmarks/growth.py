@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py
 
-ResNet-18/50/101/152 and EfficientNet-B0..B4 of torchvision on images of 64 pixels, so that the network's own arithmetic
-weighs little; what the plain forward takes is measured beside it, alternately, and taken off. The best of several
-rounds. Writes results/growth.json and docs/growth.svg, with the straight line through the origin that fits best.
+ResNet-18/50/101/152 and EfficientNet-B0..B4 of torchvision on images of 64 pixels. The plain forward is measured beside
+it, for comparison: a trace does not do its arithmetic. The best of several rounds. Writes results/growth.json and
+docs/growth.svg, with the straight line through the origin that fits best.
 """
 
 import argparse
@@ -67,11 +67,11 @@ def draw(rows: list[dict[str, Any]], slope: float) -> str:
     """A scatter plot with the fitted line, as SVG that reads on light and dark."""
     width, height, margin = 640, 400, 56
     most = 1.1 * max(row["operations"] for row in rows)
-    top = 1.15 * max(row["own_s"] for row in rows)
+    top = 1.15 * max(row["trace_s"] for row in rows)
 
-    def at(operations: float, own: float) -> tuple[float, float]:
+    def at(operations: float, spent: float) -> tuple[float, float]:
         across = margin + operations / most * (width - 2 * margin)
-        return across, height - margin - own / top * (height - 2 * margin)
+        return across, height - margin - spent / top * (height - 2 * margin)
 
     (x0, y0), (x1, y1) = at(0, 0), at(most, min(slope * most, top))
     parts = [
@@ -81,14 +81,14 @@ def draw(rows: list[dict[str, Any]], slope: float) -> str:
         f'<path d="M{x0},{margin} V{y0} H{width - margin}" fill="none" stroke="#555"/>',
         f'<path d="M{x0},{y0} L{x1:.1f},{y1:.1f}" stroke="#999" stroke-dasharray="4"/>',
         f'<text x="{width / 2}" y="{height - 16}" text-anchor="middle">operations of one forward pass</text>',
-        f'<text x="{margin}" y="{margin - 16}">trace without the forward, CPU seconds</text>',
+        f'<text x="{margin}" y="{margin - 16}">trace, CPU seconds</text>',
         f'<text x="{x1:.1f}" y="{y1 - 6:.1f}" text-anchor="end" fill="#777">{1e3 * slope:.2f} ms each</text>',
     ]
     for row in rows:
-        x, y = at(row["operations"], row["own_s"])
+        x, y = at(row["operations"], row["trace_s"])
         colour = "#3367a8" if row["model"].startswith("resnet") else "#b5542a"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 7:.1f}" y="{y + 12:.1f}">{row["model"]} ({row["own_s"]:.2f})</text>')
+        parts.append(f'<text x="{x + 7:.1f}" y="{y + 12:.1f}">{row["model"]} ({row["trace_s"]:.2f})</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -100,17 +100,16 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(name, arguments.rounds) for name in MODELS]
     for row in rows:
-        row["own_s"] = max(row["trace_s"] - row["forward_s"], 0.0)
         print(row, flush=True)
-    operations, own = (np.array([row[key] for row in rows], dtype=float) for key in ("operations", "own_s"))
-    slope = float(operations @ own / (operations @ operations))
-    power = float(np.polyfit(np.log(operations), np.log(own), 1)[0])
+    operations, spent = (np.array([row[key] for row in rows], dtype=float) for key in ("operations", "trace_s"))
+    slope = float(operations @ spent / (operations @ operations))
+    power = float(np.polyfit(np.log(operations), np.log(spent), 1)[0])
     write_record(
         "growth",
         {"rows": rows, "seconds_per_operation": slope, "fitted_power": power, "surroundings": surroundings()},
     )
     PICTURE.write_text(draw(rows, slope))
-    print(f"{1e3 * slope:.3f} ms per operation; own time grows with operations to the power {power:.2f}")
+    print(f"{1e3 * slope:.3f} ms per operation; the time grows with operations to the power {power:.2f}")
 
 
 if __name__ == "__main__":

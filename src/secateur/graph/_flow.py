@@ -18,6 +18,11 @@ CONSTANT = -1
 _RUNS = itertools.count()
 
 
+def _memory(tensor: torch.Tensor) -> int:
+    """What tensors that share their numbers have in common, as long as one of them lives."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
 @dataclass(frozen=True)
 class Addition:
     """A sum of two tensors of the same shape that both depend on the model's input.
@@ -89,6 +94,7 @@ class Flow:
     given: set[int] = field(default_factory=set[int])
     _open: list[int] = field(default_factory=list[int])
     _writers: dict[int, int] = field(default_factory=dict[int, int])
+    _uncomputed: set[int] = field(default_factory=set[int])
     _added: int = 0
     _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
@@ -96,7 +102,7 @@ class Flow:
         """The step that wrote what a tensor holds."""
         mark = getattr(tensor, self._mark, CONSTANT)
         if self._writers and tensor.layout == torch.strided:
-            return max(mark, self._writers.get(tensor.untyped_storage()._cdata, CONSTANT))  # pyright: ignore[reportPrivateUsage]
+            return max(mark, self._writers.get(_memory(tensor), CONSTANT))
         return mark
 
     def is_fed(self, tensor: torch.Tensor) -> bool:
@@ -105,9 +111,14 @@ class Flow:
         return value >= 0 and self.fed[value]
 
     def is_hollow(self, tensor: torch.Tensor) -> bool:
-        """Whether what a tensor holds was not computed, or from something that was not."""
+        """Whether what a tensor holds was not computed, or from something that was not.
+
+        Its memory tells too: ``x.data`` and the like are made by no step.
+        """
         value = self.value_of(tensor)
-        return value >= 0 and self.hollow[value]
+        if value >= 0 and self.hollow[value]:
+            return True
+        return bool(self._uncomputed) and tensor.layout == torch.strided and _memory(tensor) in self._uncomputed
 
     def feed(self, example: Any) -> None:
         """The inputs of the model."""
@@ -116,7 +127,7 @@ class Flow:
                 self.hollow.append(False)
                 self._append(INPUT, (), fed=True, pointwise=False)
                 # By its storage: the caller's tensor is not to carry a mark of ours.
-                self._writers[tensor.untyped_storage()._cdata] = len(self.names) - 1  # pyright: ignore[reportPrivateUsage]
+                self._writers[_memory(tensor)] = len(self.names) - 1
 
     def addition(self, name: str, inputs: tuple[torch.Tensor, ...]) -> int | None:
         """The number of a sum of two tensors that is about to run; None if it is none that counts."""
@@ -152,17 +163,20 @@ class Flow:
             self._added += 1
             if plain:
                 self.additions[number] = Addition(added, sources[0], sources[1])
-        written = [source for source in sources if source >= 0]
-        self.hollow.append(hollow or any(self.hollow[source] for source in written))
-        self._append(name, sources, any(self.fed[source] for source in written), torch.Tag.pointwise in func.tags)
+        fed = any(source >= 0 and self.fed[source] for source in sources)
+        self.hollow.append(hollow or any(map(self.is_hollow, inputs)))
+        self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
         if not outputs:
             self.given.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
+        strided = [_memory(tensor) for tensor in outputs if tensor.layout == torch.strided]
         if func._schema.is_mutable:
-            for tensor in outputs:
-                if tensor.layout == torch.strided:
-                    self._writers[tensor.untyped_storage()._cdata] = number  # pyright: ignore[reportPrivateUsage]
+            self._writers.update(dict.fromkeys(strided, number))
+        if self.hollow[number]:
+            self._uncomputed.update(strided)
+        else:
+            self._uncomputed.difference_update(strided)  # Memory that was freed since, and is used again.
 
     def _append(self, name: str, sources: tuple[int, ...], fed: bool, pointwise: bool) -> None:
         self.names.append(name)

@@ -75,7 +75,7 @@ class OperationRecorder(TorchDispatchMode):
         if hollow and (ruled or reads_numbers(func, name, hollow)):
             self.where.refuse()
         # What does not depend on the input might be kept for later, somewhere beyond the shadow.
-        fed = func in STAND_INS and any(map(self.where.flow.is_fed, inputs))
+        fed = func in STAND_INS and not ruled and any(map(self.where.flow.is_fed, inputs))
         return stand_in(func, args, kwargs) if fed else None
 
 

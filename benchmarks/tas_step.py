@@ -6,25 +6,21 @@ ResNet-56, batches of 64 images of CIFAR's shape, one thread, all precisions thi
 rounds in which every kind of step runs once, in processor seconds. An ordinary step is forward, backward and SGD of the
 full network. A search alternates two kinds of step on batches of their own: one of the weights (forward and backward
 of the two widths that are drawn, SGD) and one of the choice (forward, backward to the logits, the expected cost, Adam).
-Peak memory is
-that of a process of its own (Linux only).
-
-    --memory KIND    only run steps of one kind and print the peak, for the parent process
+Peak memory is what is alive of tensors at most.
 """
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _record import surroundings, table, write_record
+from torch.profiler import ProfilerActivity, profile
 
 from secateur.cost import Budget, CostModel
 from secateur.graph import trace
@@ -106,26 +102,15 @@ def times(steps: Steps, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def peak(kind: str, precision: Precision, blending: Blending) -> float:
-    """MiB that the process takes at most while it runs ten steps of a kind, beyond what it takes with nothing built."""
-    empty = _status("VmRSS")
-    steps = Steps(precision, blending)
-    Path("/proc/self/clear_refs").write_text("5")  # Forget the peak so far.
-    for _ in range(10):
-        steps.kinds[kind]()
-    return (_status("VmHWM") - empty) / 1024
-
-
-def _status(field: str) -> int:
-    """A number of KiB that Linux knows about this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def measured_apart(kind: str, precision: Precision, blending: str) -> float:
-    """The peak of a kind of step, from a process of its own."""
-    command = [sys.executable, __file__, "--memory", kind, "--precision", precision.value, "--blending", blending]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def peak(steps: Steps, kind: str) -> float:
+    """MiB of tensors that are alive at once at most while five steps run, beyond those alive before."""
+    steps.kinds[kind]()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        for _ in range(5):
+            steps.kinds[kind]()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return float(alive.max()) / 2**20
 
 
 BLENDINGS: dict[str, Blending] = {"fade": Fade(), "interpolate": Interpolate()}
@@ -135,20 +120,15 @@ def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--precision", type=Precision, help=argparse.SUPPRESS)
-    parser.add_argument("--blending", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.memory:
-        print(peak(arguments.memory, arguments.precision, BLENDINGS[arguments.blending]))
-        return
     rows: list[list[str]] = []
     records: list[dict[str, Any]] = []
     for precision in dict.fromkeys((best_precision(torch.device("cpu")), Precision.FLOAT32)):
         for name, blending in BLENDINGS.items():
-            found = times(Steps(precision, blending), arguments.rounds)
-            memory = {kind: measured_apart(kind, precision, name) for kind in found}
+            steps = Steps(precision, blending)
+            found = times(steps, arguments.rounds)
+            memory = {kind: peak(steps, kind) for kind in found}
             record = {"precision": precision.value, "blending": name, "seconds": found, "peak_mib": memory}
             records.append(record)
             rows.append(_row(record))

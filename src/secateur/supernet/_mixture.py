@@ -16,6 +16,7 @@ from secateur.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn, shad
 from secateur.importance import shown_along
 from secateur.supernet._interpolate import neighbours
 from secateur.supernet._norms import norms_after
+from secateur.supernet._scale import scale_channels
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -226,7 +227,10 @@ class _Blends:
         rows = self._weights[row.to(self._weights.device)]
         own, other, dim = rows[:, 1], rows[:, 0] * share.to(rows), point.dim
         if torch.equal(first, second) and torch.equal(first, torch.arange(len(first))):
-            return lambda z: _along(own + other, z, dim) * z
+            # What is seen whole in the narrow features too has the factor 1, because the weights sum to 1.
+            lacking = torch.nonzero(share < 1)[:, 0]
+            lacking = lacking[row[lacking] >= 0].to(rows.device)
+            return lambda z: scale_channels(z, (own + other)[lacking], lacking, dim=dim)
         if len(row) <= _SMALL:
             matrix = torch.diag(own) + other[:, None] * _averaging(first, second).to(rows)
             return lambda z: _times(matrix, z, dim)

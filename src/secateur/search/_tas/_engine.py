@@ -230,18 +230,18 @@ class Run:
         return {
             "loss": loss,
             field: expected[field],
-            f"{field}_argmax": likely[field],
+            f"{field}_likeliest": likely[field],
             "entropy": choice.entropy,
             "temperature": temperature,
         }
 
     def _close(self, means: Mapping[str, float], temperature: float, seconds: float, meter: Meter) -> None:
-        numbers = self._numbers(means["total"], temperature)
+        numbers = {f"epoch_{name}": value for name, value in self._numbers(means["total"], temperature).items()}
         accuracy = self._validated()
         self.history.append(self._record(means, temperature, accuracy, seconds))
         if accuracy is not None:
-            numbers["validation"] = accuracy
-        numbers |= {"epoch_loss": numbers.pop("loss"), "architecture_loss": means["architecture"]}
+            numbers["validation_accuracy"] = accuracy
+        numbers["epoch_architecture_loss"] = means["architecture"]
         meter.epoch(self.epoch, numbers, self._line(means, accuracy, seconds))
 
     def _line(self, means: Mapping[str, float], accuracy: float | None, seconds: float) -> str:

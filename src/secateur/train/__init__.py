@@ -18,6 +18,7 @@ from secateur.train._machine import (
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._schedule import SGD, AdamW, Schedule
+from secateur.train._stages import distill_after_hints
 from secateur.train._state import (
     average_decay,
     digest,
@@ -50,6 +51,7 @@ __all__ = [
     "channels_last",
     "digest",
     "distill",
+    "distill_after_hints",
     "evaluate",
     "fit",
     "load_checkpoint",

@@ -1,5 +1,6 @@
 """The training loop: a student, what it learns from, and all the state that changes meanwhile."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.distill import AlignedFeatures, FeatureWatch, Objective
+from secateur.distill import AlignedFeatures, FeatureWatch, Objective, TapWatch
 from secateur.errors import TrainingError
 from secateur.train._batches import Batches
 from secateur.train._checkpoint import Saved
@@ -97,7 +98,11 @@ class Engine:
         self._teach = None if self._teacher is None else task.fabric.setup_module(self._teacher, move_to_device=False)
         decay = task.schedule.ema_decay
         self._average = None if decay is None else MovingAverage(self._student, decay)
-        self._optimiser = task.schedule.optimiser.build(self._student, task.schedule.learning_rate)
+        # A copy, because losses may learn too: adaptors, variances, embeddings.
+        self._objective = copy.deepcopy(task.objective)
+        self._losses = self._objective.learned.to(device).train()
+        learners = nn.ModuleList([self._student, self._losses])
+        self._optimiser = task.schedule.optimiser.build(learners, task.schedule.learning_rate)
         self._forward, self._stepper = task.fabric.setup(self._student, self._optimiser, move_to_device=False)
         self._checked = False
 
@@ -122,10 +127,10 @@ class Engine:
         steps, schedule = self._task.steps, self._task.schedule
         rate, images_seen, looked = 0.0, 0, False
         with seeded(self._task.fabric.device, schedule.seed, self.epoch), ExitStack() as stack:
-            watch = self._watch(stack)
+            watch, taps = self._watch(stack), self._watch_taps(stack)
             for step, (images, labels) in enumerate(self._task.batches(self.epoch), self.epoch * steps):
                 rate = schedule.learning_rate_at(step, steps=schedule.epochs * steps)
-                looked = ledger.add(*self._step(images, labels, rate, watch), rate)
+                looked = ledger.add(*self._step(images, labels, rate, watch, taps), rate)
                 images_seen += len(images)
                 if looked:
                     _show(meter, ledger, rate)
@@ -144,9 +149,10 @@ class Engine:
 
     def saved(self, settings: dict[str, str]) -> Saved:
         """Everything that changes in a run, to go on from here."""
-        tensors = {f"student/{name}": t for name, t in tensors_of(self._student).items()}
-        for name, t in optimiser_tensors(self._optimiser, self._student).items():
-            tensors[f"optimiser/{name}"] = t
+        tensors: dict[str, Tensor] = {}
+        for model, here, optimiser in self._learners:
+            tensors |= {f"{here}{name}": t for name, t in tensors_of(model).items()}
+            tensors |= {f"{optimiser}{name}": t for name, t in optimiser_tensors(self._optimiser, model).items()}
         if self._average is not None:
             tensors |= {f"average/{name}": t for name, t in tensors_of(self._average.model).items()}
         best = None
@@ -161,13 +167,19 @@ class Engine:
         """Inverse of `saved`."""
         self.epoch = saved.epoch
         self.history = [EpochRecord.from_json(record) for record in saved.numbers["history"]]
-        write_tensors_(self._student, _under(saved.tensors, "student/"))
-        write_optimiser_(self._optimiser, self._student, _under(saved.tensors, "optimiser/"))
+        for model, here, optimiser in self._learners:
+            write_tensors_(model, _under(saved.tensors, here))
+            write_optimiser_(self._optimiser, model, _under(saved.tensors, optimiser))
         if self._average is not None:
             write_tensors_(self._average.model, _under(saved.tensors, "average/"))
             self._average.updates = int(saved.numbers["updates"])
         if saved.numbers["best"] is not None:
             self.best = Best(**saved.numbers["best"], tensors=_under(saved.tensors, "best/"))
+
+    @property
+    def _learners(self) -> tuple[tuple[nn.Module, str, str], ...]:
+        """What the optimiser changes, and where a checkpoint holds it and its running means."""
+        return (self._student, "student/", "optimiser/"), (self._losses, "losses/", "losses-optimiser/")
 
     @property
     def _judged(self) -> nn.Module:
@@ -176,12 +188,17 @@ class Engine:
 
     def _watch(self, stack: ExitStack) -> FeatureWatch | None:
         alignment = self._task.alignment
-        if alignment is None or self._teacher is None or not self._task.objective.feature_weight:
+        if alignment is None or self._teacher is None or not self._objective.feature_weight:
             return None
         return stack.enter_context(alignment.watch(self._student, self._teacher))
 
+    def _watch_taps(self, stack: ExitStack) -> TapWatch | None:
+        if self._teacher is None or not self._objective.terms:
+            return None
+        return stack.enter_context(self._objective.watch(self._student, self._teacher))
+
     def _step(
-        self, images: Tensor, labels: Tensor, rate: float, watch: FeatureWatch | None
+        self, images: Tensor, labels: Tensor, rate: float, watch: FeatureWatch | None, taps: TapWatch | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = channels_last(images)
         teacher_logits = None
@@ -191,11 +208,12 @@ class Engine:
         logits = self._forward(images)
         if not self._checked:
             self._check_first(logits, labels)
-        total, parts = self._task.objective(
+        total, parts = self._objective(
             logits,
             teacher_logits=teacher_logits,
             labels=labels,
             feature=None if watch is None else watch.loss(),
+            watch=taps,
         )
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -230,7 +248,7 @@ class Engine:
     def _check_first(self, logits: Tensor, labels: Tensor) -> None:
         self._checked = True
         check_logits(logits, len(labels))
-        if self._task.objective.label_weight:
+        if self._objective.label_weight or self._objective.terms:
             check_labels(labels, logits.shape[1])
 
     def _check_epoch(self, ledger: Ledger, rate: float) -> None:

@@ -53,7 +53,7 @@ def fit(
         student: A classifier with float32 weights that gives logits (batch, classes).
         source: Training images.
         schedule: Epochs, learning rate, optimiser, precision, seed.
-        objective: The loss.
+        objective: The loss. Losses of its terms that are modules are learned with the student, in a copy.
         teacher: Needed if the objective asks for it. It keeps its own mode, device and memory order.
         alignment: Where features are compared; needed if ``objective.feature_weight`` > 0.
         augment: Passed to ``source.batches``.
@@ -192,4 +192,7 @@ def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict
     settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
     settings["student"] = digest(student)
     settings["teacher"] = "none" if teacher is None else digest(teacher)
+    if task.objective.terms:  # Not its repr, which would hold addresses of functions.
+        settings["objective.terms"] = "; ".join(term.description for term in task.objective.terms)
+        settings["losses"] = digest(task.objective.learned)
     return settings

@@ -16,7 +16,8 @@ class EpochRecord:
     Attributes:
         epoch: From 1; 0 is before training.
         train_loss: Mean total loss over the epoch's steps, in nats if the objective has no feature part; None at 0.
-        parts: Mean of each part of the loss before weighting: "label" and "kd" in nats, "feature" dimensionless.
+        parts: Mean of each part of the loss before weighting: "label" and "kd" in nats, "feature" dimensionless, and
+            each term of the objective by its name.
         learning_rate: Of the epoch's last step; None at 0.
         validation_accuracy: Fraction of validation images whose highest logit is the label's; None if not validated.
         validation_loss: Mean cross-entropy on the validation images, in nats; None if not validated.

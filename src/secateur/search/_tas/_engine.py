@@ -161,8 +161,8 @@ class Run:
                 temperature = course.temperature.at(step / max(total - 1, 1))
                 weight_loss = self.learn(own, temperature, rate, generator)
                 parts = self.decide(other, temperature, generator)
-                looked = ledger.add(weight_loss, parts, rate)
-                if looked or ledger.steps == course.steps:
+                if ledger.add(weight_loss, parts, rate) or ledger.steps == course.steps:
+                    ledger.look(rate)
                     meter.step(self.epoch + 1, ledger.steps, self._numbers(ledger.latest, temperature))
         ledger.look(rate)
         self.epoch += 1

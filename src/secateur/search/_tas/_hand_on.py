@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.errors import DataError
 from secateur.search._problem import Problem
 from secateur.search._tas._engine import Run
 from secateur.supernet import calibrated
@@ -16,6 +17,9 @@ from secateur.train import tensors_of, write_tensors_
 class OriginalWeights:
     """Those of the model as it was: a short search leaves weights that are worse than these, cut and healed."""
 
+    def check(self, problem: Problem) -> None:
+        """Nothing is needed."""
+
     def of(self, run: Run, problem: Problem) -> None:
         """None: the model's own."""
 
@@ -23,6 +27,20 @@ class OriginalWeights:
 @dataclass(frozen=True)
 class SearchedWeights:
     """Those that the search has trained: for long searches, and for models that come without trained weights."""
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a search that could not hand on its weights, before it begins.
+
+        Raises:
+            DataError: If there are batch norms and no images to measure them on.
+        """
+        evidence = problem.evidence
+        norms = any(isinstance(getattr(module, "running_var", None), Tensor) for module in evidence.model.modules())
+        if norms and not evidence.batches:
+            raise DataError(
+                "`batches` must hold training images for SearchedWeights, which measures batch norms on them; got none."
+                " Pass some, or use hand_on=OriginalWeights()."
+            )
 
     def of(self, run: Run, problem: Problem) -> Mapping[str, Tensor]:
         """The whole model's ``state_dict``, in its own order of channels, with batch-norm statistics of its own."""

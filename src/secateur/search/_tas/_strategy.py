@@ -1,5 +1,6 @@
 """TAS: transformable architecture search, on any traced model."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -104,19 +105,28 @@ class TAS(Strategy):
         """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
 
         Raises:
-            DataError: If there are no training images, or they cannot be split in two.
+            DataError: If there are no training images, they cannot be split in two, or batches are missing that
+                `SearchedWeights` needs.
             BudgetError: If nothing has two candidates.
             TrainingError: If a loss is no longer finite; the checkpoint of the last epoch stays.
         """
         if problem.training is None:
             raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
+        self.hand_on.check(problem)
+        # Modules made in inference mode could not be trained.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return self._find(problem)
+
+    def _find(self, problem: Problem) -> Proposal:
         evidence = problem.evidence
         order = best_first(problem.scores(self.importance))
         supernet = Supernet(evidence.model, evidence.graph, order)
         candidates = Candidates.of(problem, self.widths, self.depths, supernet.blended)
         run = self._run(problem, supernet, candidates)
         derived = run.derived()
-        unsearched = sorted(set(evidence.graph.sizes) - supernet.blended) if self.widths else []
+        # Streams that are nothing but sums follow their branches.
+        chosen = supernet.blended.union(problem.costs.axes[stream] for stream, _ in problem.streams.sums)
+        unsearched = sorted(set(evidence.graph.sizes) - chosen) if self.widths else []
         notes = {"search": run.history, "unsearched": unsearched}
         architecture = run.supernet.architecture(run.subnet(derived))
         return Proposal(architecture, notes, self.hand_on.of(run, problem))
@@ -126,17 +136,17 @@ class TAS(Strategy):
         assert problem.training is not None
         course = self.course(problem, candidates, halves(problem.training.train, problem.evidence.seed))
         run = Run(course, placed(supernet, course.fabric.device), Choice(candidates).to(course.fabric.device))
-        settings = {} if problem.checkpoint is None else self._settings(problem, course)
+        run.derived()  # Refuses a budget that the axes with a choice cannot reach, before anything is trained.
+        settings = {} if problem.checkpoint is None else self._settings(problem, course, supernet)
         saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
         epochs = course.schedule.epochs
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            if saved is not None:
-                run.restore(saved)
-            with problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter:
-                while run.epoch < epochs:
-                    run.train_epoch(meter)
-                    if problem.checkpoint is not None:
-                        save_checkpoint(problem.checkpoint, run.saved(settings))
+        if saved is not None:
+            run.restore(saved)
+        with problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter:
+            while run.epoch < epochs:
+                run.train_epoch(meter)
+                if problem.checkpoint is not None:
+                    save_checkpoint(problem.checkpoint, run.saved(settings))
         return run
 
     def course(self, problem: Problem, candidates: Candidates, images: tuple[Batches, Batches]) -> Course:
@@ -164,7 +174,7 @@ class TAS(Strategy):
             fabric=fabric,
         )
 
-    def _settings(self, problem: Problem, course: Course) -> Mapping[str, str]:
+    def _settings(self, problem: Problem, course: Course, supernet: Supernet) -> Mapping[str, str]:
         """Everything that must be equal for a search to be the same search."""
         return {
             "strategy": describe(self),
@@ -173,8 +183,17 @@ class TAS(Strategy):
             "seed": str(problem.evidence.seed),
             "precision": precision_of(course.fabric).name,
             "model": digest(problem.evidence.model),
+            "axes": f"{len(supernet.order)}, {_order_digest(supernet)}",
             "images": f"{len(course.for_weights)} and {len(course.for_choice)}",
             "validation": "none" if course.validation is None else f"{len(course.validation)} images",
             "augment": repr(course.augment),
             "calibration": f"{sum(map(len, course.calibration))} images",
         }
+
+
+def _order_digest(supernet: Supernet) -> str:
+    """SHA-256 of the order of the channels: the weights of a checkpoint stand in it."""
+    sha = hashlib.sha256()
+    for name, order in sorted(supernet.order.items()):
+        sha.update(f"{name}: {order.tolist()}\n".encode())
+    return sha.hexdigest()

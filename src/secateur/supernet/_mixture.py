@@ -164,8 +164,10 @@ class Blend:
                     hook = model.get_submodule(point.module).register_forward_hook(_applied(blend))
                     stack.callback(hook.remove)
             for chain, weights in zip(self._chains, mixture.depths, strict=False):
-                for hook in _depth_hooks(model, chain, weights):
-                    stack.callback(hook.remove)
+                # A chain within a removed block is gone with it.
+                if all(_is_there(model, each.module) for block in chain for each in block.replacements):
+                    for hook in _depth_hooks(model, chain, weights):
+                        stack.callback(hook.remove)
             yield
 
 
@@ -289,6 +291,14 @@ def _depth_hooks(model: nn.Module, chain: tuple[Block, ...], weights: Tensor) ->
         for replacement in block.replacements
         if replacement.stand_in is StandIn.SILENCE or _is_module(block)
     ]
+
+
+def _is_there(model: nn.Module, module: str) -> bool:
+    try:
+        model.get_submodule(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_module(block: Block) -> bool:

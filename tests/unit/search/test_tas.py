@@ -83,6 +83,14 @@ def test_depths_alone_leave_all_axes_whole():
     assert kept == sorted(kept, reverse=True)
 
 
+def test_depths_of_a_net_without_prunable_axes():
+    given = net()
+    frozen = given.graph.with_frozen({axis.name: "it shall stay" for axis in given.graph.prunable})
+    found = run(Net(given.model, frozen, given.batches), quick(widths=None), budget="macs=60%")
+    assert found.architecture.removed_blocks
+    assert found.architecture.kept == ()
+
+
 def test_widths_alone_leave_all_blocks():
     assert run(net(), quick(depths=None)).architecture.removed_blocks == ()
 

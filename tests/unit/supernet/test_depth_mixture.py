@@ -205,3 +205,38 @@ def test_no_depths_leave_the_chains_alone():
     supernet = Supernet(model, graph)
     with torch.no_grad():
         assert torch.equal(supernet(supernet.full, x, mixture=mixture(graph)), model(x))
+
+
+class Inside(nn.Module):
+    """A residual block whose branch holds residual blocks."""
+
+    def __init__(self, width: int = 7):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.inner = nn.Sequential(Whole(width), Whole(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.leave(self.inner(self.enter(x)))
+
+
+def test_chains_in_removed_blocks_are_left_alone():
+    """Their modules are gone, so nothing can be mixed there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Conv2d(3, 7, 1), Inside(), nn.Flatten(), nn.Linear(7 * 16, 4)).double().eval()
+        x = torch.randn(2, 3, 4, 4).double()
+    graph = trace(model, x[:1])
+    assert sorted([block.name for block in chain] for chain in graph.chains) == [["1"], ["1.inner.0", "1.inner.1"]]
+    supernet, depths = Supernet(model, graph), [shares(len(chain)) for chain in graph.chains]
+    outer = next(number for number, chain in enumerate(graph.chains) if chain[0].name == "1")
+    with torch.no_grad():
+        short = supernet.subnet({}, ["1"])
+        assert apart([supernet(short, x)], [supernet(short, x, mixture=mixture(graph, *depths))]) <= 1e-12
+        stream = model[0](x)
+        q, inner = depths[outer], depths[1 - outer]
+        first = model[1].enter(stream)
+        second = model[1].inner[0](first)
+        third = model[1].inner[1](second)
+        mixed = model[1].leave(inner[0] * first + inner[1] * second + inner[2] * third)
+        want = model[3](model[2](q[0] * stream + q[1] * (stream + mixed)))
+        assert apart([want], [supernet(supernet.full, x, mixture=mixture(graph, *depths))]) <= 1e-12

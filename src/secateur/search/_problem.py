@@ -95,7 +95,7 @@ class Problem:
     def least(self) -> Cost:
         """Cost of the smallest widths of the space."""
         widths = np.array([levels[0] for levels in self.levels], dtype=np.int64)
-        macs, params = self.costs.of_widths(widths[None])
+        macs, params = self.costs.of_widths(self.streams.fitted(widths[None]))
         return Cost(int(macs[0]), int(params[0]))
 
 

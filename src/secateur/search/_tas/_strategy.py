@@ -98,7 +98,7 @@ class TAS(Strategy):
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
         chains = graph.chains if self.depths is not None else ()
         gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
-        macs, params = problem.costs.without(gone).of_widths(smallest[None])
+        macs, params = problem.costs.without(gone).of_widths(problem.streams.fitted(smallest[None]))
         return Cost(int(macs[0]), int(params[0]))
 
     def find(self, problem: Problem) -> Proposal:

@@ -26,7 +26,9 @@ def in_the_open() -> Generator[None]:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Generator[None]:
     """Run a model in the open: random state and settings are put back afterwards."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # Nothing can lie on a device that was never asked for anything.
+    parameters = model.parameters() if torch.cuda.is_initialized() else ()
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), in_the_open():
         yield
 

@@ -86,7 +86,7 @@ def compare(
         doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
         return _inside(found, masked, sliced, graph, architecture) if doubtful else found
     if found is not None and dtype == torch.float32:
-        masked = reference(copy_with(model, {}).double(), graph, architecture).eval()
+        masked = reference(copy_with(model, {}).double(), graph, architecture)
         sliced = copy.deepcopy(sliced).double()
         example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
         want, got = _outputs(masked, example), _outputs(sliced, example)
@@ -144,11 +144,11 @@ _Reference = Callable[[nn.Module, ChannelGraph, Architecture], nn.Module]
 _REFERENCES: Sequence[_Reference] = (
     _zeroed,
     # A weight that is not finite stays so when multiplied by zero.
-    mask_removed,
+    lambda *original: mask_removed(*original).eval(),
     # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
-    mask_readers,
+    lambda *original: mask_readers(*original).eval(),
 )
-"""Ways to make the masked original. A later one is taken where the outputs of those before it are not finite."""
+"""Ways to make the masked original, in eval mode. A later one is taken where the outputs of the former are not finite."""
 
 
 def _masked(
@@ -156,7 +156,7 @@ def _masked(
 ) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
     """The first reference with finite outputs: how it is made, itself, and the outputs."""
     for reference in _REFERENCES:
-        masked = reference(model, graph, architecture).eval()
+        masked = reference(model, graph, architecture)
         want = _outputs(masked, graph.example)
         if _finite(want):
             return reference, masked, want

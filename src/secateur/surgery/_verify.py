@@ -148,7 +148,7 @@ _REFERENCES: Sequence[_Reference] = (
     # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
     lambda *original: mask_readers(*original).eval(),
 )
-"""Ways to make the masked original, in eval mode. A later one is taken where the outputs of the former are not finite."""
+"""Ways to make the masked original, in eval mode. A later one is taken where outputs of the former are not finite."""
 
 
 def _masked(

@@ -2,18 +2,16 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.errors import ModelError, TrainingError
+from secateur.errors import TrainingError
 from secateur.graph import ChannelGraph
 from secateur.surgery import Cut, Healer, RecalibrateBatchNorm, Refit, cut
-from secateur.train import Schedule, seeded
+from secateur.train import Schedule, check_redrawable, redraw_
 
 HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
 """Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
@@ -111,36 +109,11 @@ class FromScratch(Start):
                 "`schedule` must have epochs for a student from scratch, which knows nothing yet; got 0. Give it as "
                 "many as the original had (--epochs), or let it inherit weights."
             )
-        for name, module in model.named_modules():
-            own = ", ".join(parameter for parameter, _ in module.named_parameters(recurse=False))
-            if own and _drawing_of(module) is None:
-                raise ModelError(
-                    f"`start` must be able to draw all weights anew; {name or 'the model'} ({type(module).__name__}) "
-                    f"has parameters of its own ({own}) and no reset_parameters(). Give it this method, or let the "
-                    "student inherit its weights (without --from-scratch; in Python: start=Inherit())."
-                )
+        check_redrawable(
+            model, "start", "let the student inherit its weights (without --from-scratch; in Python: start=Inherit())."
+        )
 
     def cut(self, uncut: Uncut, architecture: Architecture) -> Cut:
         """See `Start.cut`."""
         pruned = cut(uncut.original, uncut.graph, architecture)
-        return dataclasses.replace(pruned, model=redrawn(pruned.model, uncut.seed))
-
-
-def redrawn(model: nn.Module, seed: int) -> nn.Module:
-    """The model itself with newly drawn weights; the caller's random state stays."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    model.to("cpu")  # Where a seed means the same on every machine.
-    with seeded(torch.device("cpu"), seed), torch.no_grad():
-        for module in reversed(list(model.modules())):
-            draw = _drawing_of(module)
-            if draw is not None:
-                draw()
-    return model.to(device)
-
-
-def _drawing_of(module: nn.Module) -> Callable[[], object] | None:
-    for name in ("reset_parameters", "_reset_parameters"):
-        draw = getattr(module, name, None)
-        if callable(draw):
-            return cast(Callable[[], object], draw)
-    return None
+        return dataclasses.replace(pruned, model=redraw_(pruned.model, uncut.seed))

@@ -18,7 +18,18 @@ from secateur.search._search import Found, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
 from secateur.search._space import AxisRule, SearchSpace
 from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
-from secateur.search._tas import TAS, Adam, Cosine, Depths, Linear, OriginalWeights, SearchedWeights, Widths
+from secateur.search._tas import (
+    TAS,
+    Adam,
+    Cosine,
+    Depths,
+    Linear,
+    OriginalWeights,
+    Redrawn,
+    SearchedWeights,
+    Warm,
+    Widths,
+)
 from secateur.search._uniform import Uniform
 
 __all__ = [
@@ -41,12 +52,14 @@ __all__ = [
     "Problem",
     "Proposal",
     "RawWeights",
+    "Redrawn",
     "SearchSpace",
     "SearchedWeights",
     "Shallower",
     "Source",
     "Strategy",
     "Uniform",
+    "Warm",
     "Weights",
     "Widths",
     "as_scored",

@@ -17,6 +17,7 @@ from secateur.train._machine import (
 )
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
+from secateur.train._redraw import check_redrawable, redraw_
 from secateur.train._schedule import SGD, AdamW, Schedule
 from secateur.train._stages import distill_after_hints
 from secateur.train._state import (
@@ -49,6 +50,7 @@ __all__ = [
     "average_decay",
     "best_precision",
     "channels_last",
+    "check_redrawable",
     "digest",
     "distill",
     "distill_after_hints",
@@ -61,6 +63,7 @@ __all__ = [
     "optimiser_tensors",
     "placed",
     "precision_of",
+    "redraw_",
     "save_checkpoint",
     "seeded",
     "tensors_of",

@@ -11,9 +11,8 @@ from torch import nn
 import secateur
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.pipeline import FromScratch, Inherit, Leftover, compress
-from secateur.pipeline._start import redrawn
 from secateur.search import Uniform
-from secateur.train import Schedule, Silent
+from secateur.train import Schedule, Silent, redraw_
 
 ONE_EPOCH = Schedule(epochs=1, batch_size=32)
 
@@ -108,7 +107,7 @@ def test_attention_of_torch_is_drawn_too():
     attention = nn.MultiheadAttention(8, 2)
     before = attention.in_proj_weight.clone()
     bound = (6 / (8 + 24)) ** 0.5  # Glorot's uniform distribution
-    drawn = redrawn(attention, 3).in_proj_weight
+    drawn = redraw_(attention, 3).in_proj_weight
     assert not torch.equal(before, drawn)
     assert 0.8 * bound < drawn.abs().max() <= bound
 
@@ -118,7 +117,7 @@ def test_a_module_has_the_last_word_about_what_it_holds():
         def reset_parameters(self) -> None:
             nn.init.zeros_(self[-1].weight)
 
-    drawn = redrawn(Gentle(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
+    drawn = redraw_(Gentle(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
     assert torch.equal(drawn[1].weight, torch.zeros(4))
     assert drawn[0].weight.abs().min() > 0
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import Activation, ChannelGraph
-from secateur.importance import Evidence
+from secateur.importance import Evidence, readers
 from secateur.search import Activations, Correlation, Covariance, RawWeights, Weights, unexplained_variance
-from secateur.importance import readers
 from secateur.search._covariance import RunningCovariance
 from secateur.search._spectrum import eigenvalues_of_covariance, eigenvalues_of_rows
 

@@ -12,6 +12,7 @@ from secateur.errors import BudgetError, DataError
 from secateur.importance import Importance, Reconstruction
 from secateur.search._describe import describe
 from secateur.search._problem import Problem, Proposal, Strategy
+from secateur.search._tas._begin import Redrawn, Warm
 from secateur.search._tas._candidates import Candidates, Depths, Widths
 from secateur.search._tas._choice import Choice
 from secateur.search._tas._engine import Adam, Course, Run
@@ -41,9 +42,9 @@ class TAS(Strategy):
 
     Every axis has a few candidate widths with probabilities p = softmax(alpha). In each step two of them are drawn
     (Gumbel-softmax, without replacement) and the network runs once, at the wider one of each axis: the features of the
-    narrower one are a part of it, interpolated to the same number of channels and blended in with the weights of the
-    draw. Every chain of blocks ends with the sum of the streams after each candidate number of blocks. One half of the
-    training images teaches the weights, the other one alpha, in turns, with 2 * `Price.loss` added for the budget.
+    narrower one are a part of it, and blended in with the weights of the draw. Every chain of blocks ends with the sum
+    of the streams after each candidate number of blocks. One half of the training images teaches the weights, the other
+    one alpha, in turns, with 2 * `Price.loss` added for the budget.
 
     Found is the most likely architecture, moved as little as it takes to fill the budget (`derive`).
 
@@ -52,7 +53,9 @@ class TAS(Strategy):
     their first channels; the batch norm is shared by the candidates, whose statistics, those of the batch, are the
     same; channels that must stay the same (residual streams) have one choice, unless the graph is untied
     (`secateur.graph.untie`). The search is short and starts from trained weights, so that the learning rate of alpha
-    is higher (0.001 in the paper, for 600 epochs).
+    is higher (0.001 in the paper, for 600 epochs), and so that by default channels that the narrower width lacks fade
+    instead of all of them being interpolated: interpolated channels meet the weights of others, and the trained network
+    is lost. With ``Redrawn``, ``Interpolate``, its learning rate and an untied graph it is the paper's search.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
@@ -61,9 +64,11 @@ class TAS(Strategy):
             that of the search.
         architecture: Optimiser of alpha.
         temperature: Of the draws, `Linear` as in the paper or `Cosine` as in its code.
+        blending: How the narrower width is seen at the wider one: `Fade`, or `Interpolate` as in the paper.
         tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to
             grow, 0 to 1.
         importance: The order of the channels: every width keeps the first ones.
+        begin: The weights that the search begins with.
         hand_on: The weights that the student is cut from.
 
     Raises:
@@ -81,6 +86,7 @@ class TAS(Strategy):
     blending: Blending = Fade()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
     importance: Importance = field(default_factory=Reconstruction)
+    begin: Warm | Redrawn = Warm()  # noqa: RUF009 -- frozen
     hand_on: OriginalWeights | SearchedWeights = OriginalWeights()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
@@ -120,7 +126,7 @@ class TAS(Strategy):
     def _find(self, problem: Problem) -> Proposal:
         evidence = problem.evidence
         order = best_first(problem.scores(self.importance))
-        supernet = Supernet(evidence.model, evidence.graph, order)
+        supernet = Supernet(self.begin.of(evidence.model, evidence.seed), evidence.graph, order)
         candidates = Candidates.of(problem, self.widths, self.depths, supernet.blended)
         run = self._run(problem, supernet, candidates)
         derived = run.derived()

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn, shadow_of
 from secateur.importance import shown_along
 from secateur.supernet._interpolate import neighbours
-from secateur.supernet._norms import norms_after
+from secateur.supernet._norms import is_batch_norm, norms_after
 from secateur.supernet._scale import scale_channels
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -26,7 +26,14 @@ _SMALL = 256
 
 
 class Blending(ABC):
-    """How the features of a narrow width are seen at a wider one, of which they are the first channels."""
+    """How the features of a narrow width are seen at a wider one, of which they are the first channels.
+
+    Attributes:
+        behind_norms: Whether to blend again behind every batch norm that reads the channels. In training a norm undoes
+            it where channels have only been scaled, and a channel of zeros leaves it as its bias.
+    """
+
+    behind_norms: ClassVar[bool] = False
 
     @abstractmethod
     def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
@@ -58,6 +65,8 @@ class Fade(Blending):
     of few epochs that starts from trained weights has no time for that.
     """
 
+    behind_norms: ClassVar[bool] = True
+
     def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
         """The channel itself, or nothing."""
         own = np.arange(wide)
@@ -72,7 +81,8 @@ class Mixture:
 
         out = weights[a, 1] * z + weights[a, 0] * blending(z[first narrow[a] channels], w_a),
 
-    and where a chain of n residual blocks ends, with x_d the residual stream after d of them,
+    the same again behind every batch norm that reads these channels, for a blending that asks for it, and where a chain
+    of n residual blocks ends, with x_d the residual stream after d of them,
 
         out = sum_d depths[chain][d] * x_d.
 
@@ -117,11 +127,19 @@ class Blend:
 
     Args:
         points: Modules to hook.
+        norms: Those to hook too for blendings that are also done behind norms.
         chains: Chains of removable blocks.
+        names: Of the prunable axes.
     """
 
-    def __init__(self, points: Sequence[_Point], chains: Sequence[tuple[Block, ...]], names: Sequence[str]):
-        self._points = tuple(points)
+    def __init__(
+        self,
+        points: Sequence[_Point],
+        norms: Sequence[_Point],
+        chains: Sequence[tuple[Block, ...]],
+        names: Sequence[str],
+    ):
+        self._points, self._norms = tuple(points), tuple(norms)
         self._chains = tuple(chains)
         self.axes = frozenset(names[number] for point in points for number, _ in point.axes)
 
@@ -133,16 +151,23 @@ class Blend:
         producers = {axis.name: _producers(graph, axis, names) for axis in graph.prunable}
         if graph.example:
             after = norms_after(shadow_of(model), graph.example, {name for each in producers.values() for name in each})
-        found: dict[tuple[str, int], list[tuple[int, IntArray]]] = {}
+        found: _Found = {}
+        norms: _Found = {}
+        first = {name for each in after.values() for name in each}
+        others = [name for name, module in model.named_modules() if is_batch_norm(module) and name not in first]
         for number, axis in enumerate(graph.prunable):
             for module in producers[axis.name]:
                 # The output of an outlet counts as the stream's, though it is narrower until it is widened.
                 places = [((axis.outlet,), axis.into), (after.get(module, ()), axis.name), ((module,), axis.name)]
                 for name, dim, positions in _first_shown(graph, places):
                     found.setdefault((name, dim), []).append((number, positions))
-        shapes = {name: activation.shape for name, activation in graph.activations.items()}
-        points = [_Point(name, dim, shapes[name][dim], tuple(axes)) for (name, dim), axes in found.items()]
-        return cls(points, graph.chains, tuple(axis.name for axis in graph.prunable))
+            for norm in others:
+                for name, dim, positions in _first_shown(graph, [((norm,), axis.name)]):
+                    norms.setdefault((name, dim), []).append((number, positions))
+        norms = {place: axes for place, axes in norms.items() if place not in found}
+        return cls(
+            _points(graph, found), _points(graph, norms), graph.chains, tuple(axis.name for axis in graph.prunable)
+        )
 
     @contextlib.contextmanager
     def hooked(
@@ -158,7 +183,7 @@ class Blend:
         """
         blends = _Blends(widths, mixture)
         with ExitStack() as stack:
-            for point in self._points:
+            for point in (*self._points, *(self._norms if mixture.blending.behind_norms else ())):
                 blend = None if gone(point.module) else blends.at(point)
                 if blend is not None:
                     hook = model.get_submodule(point.module).register_forward_hook(_applied(blend))
@@ -169,6 +194,15 @@ class Blend:
                     for hook in _depth_hooks(model, chain, weights):
                         stack.callback(hook.remove)
             yield
+
+
+_Found = dict[tuple[str, int], list[tuple[int, IntArray]]]
+"""Module and dimension of its output: number and positions of each axis along it."""
+
+
+def _points(graph: ChannelGraph, found: _Found) -> list[_Point]:
+    shapes = {name: activation.shape for name, activation in graph.activations.items()}
+    return [_Point(name, dim, shapes[name][dim], tuple(axes)) for (name, dim), axes in found.items()]
 
 
 def _first_shown(

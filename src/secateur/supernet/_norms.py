@@ -44,7 +44,7 @@ def norms_after(model: nn.Module, example: tuple[Any, ...], modules: Collection[
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(after(name)) for name in sorted(modules)]
-    found = [(name, module) for name, module in model.named_modules() if _is_batch_norm(module)]
+    found = [(name, module) for name, module in model.named_modules() if is_batch_norm(module)]
     hooks += [module.register_forward_pre_hook(before(name)) for name, module in found]
     try:
         with torch.no_grad(), reads:
@@ -71,6 +71,6 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module) -> bool:
     """A module that keeps a running variance for each channel."""
     return isinstance(getattr(module, "running_var", None), Tensor)

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,26 @@ from secateur.supernet import Blending, Fade, Interpolate, Mixture, Subnet, Supe
 
 BLENDINGS = [Interpolate(), Fade()]
 each_blending = pytest.mark.parametrize("blending", BLENDINGS, ids=["interpolate", "fade"])
-Blend = Callable[[Tensor, str], Tensor]
+
+
+class Blend:
+    """Eq. (4) for the channels of an axis, by its name; `behind` a norm only if the blending asks for it."""
+
+    def __init__(self, graph: ChannelGraph, mixture: Mixture, groups: dict[str, int] | None = None):
+        self.names, self.mixture, self.groups = list(graph.sizes), mixture, groups or {}
+
+    def __call__(self, z: Tensor, axis: str) -> Tensor:
+        number = self.names.index(axis)
+        small, large = self.mixture.weights[number]
+        narrow, groups = self.mixture.narrow[number], self.groups.get(axis, 1)
+        return large * z + small * seen(z, narrow, self.mixture.blending, groups)
+
+    def behind(self, z: Tensor, *axes: tuple[str, int]) -> Tensor:
+        """Channels of several axes side by side: names and widths."""
+        if not self.mixture.blending.behind_norms:
+            return z
+        parts = z.split([width for _, width in axes], dim=1)
+        return torch.cat([self(part, name) for part, (name, _) in zip(parts, axes, strict=True)], 1)
 
 
 def double(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
@@ -53,17 +71,6 @@ def seen(z: Tensor, few: int, blending: Blending, groups: int = 1) -> Tensor:
     return found.reshape(batch, channels, *pixels)
 
 
-def blender(graph: ChannelGraph, mixture: Mixture, groups: dict[str, int] | None = None) -> Blend:
-    """Eq. (4) for the channels of an axis, by its name."""
-
-    def blend(z: Tensor, axis: str) -> Tensor:
-        number = list(graph.sizes).index(axis)
-        small, large = mixture.weights[number]
-        return large * z + small * seen(z, mixture.narrow[number], mixture.blending, (groups or {}).get(axis, 1))
-
-    return blend
-
-
 def plain(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
     for number in range(3):
         conv, norm, _ = net[number]
@@ -84,19 +91,23 @@ def residual(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
 def preact_residual(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
     """The stream goes two ways from the first convolution: into a norm, and past it."""
     x = blend(net[0](x), "0")
+    stream = ("0", x.shape[1])
     for number in (1, 2):
         block = net[number]
-        y = blend(block.norm2(block.conv1(F.relu(block.norm1(x)))), f"{number}.conv1")
-        x = x + blend(block.conv2(F.relu(y)), "0")
-    return net[5](F.relu(net[3](x)))
+        y = block.conv1(F.relu(blend.behind(block.norm1(x), stream)))
+        x = x + blend(block.conv2(F.relu(blend(block.norm2(y), f"{number}.conv1"))), "0")
+    return net[5](F.relu(blend.behind(net[3](x), stream)))
 
 
 def dense(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
     x = blend(net[0](x), "0")
+    axes = [("0", x.shape[1])]
     for number in (1, 2, 3):
         layer = net[number]
-        x = torch.cat([x, blend(layer.conv(F.relu(layer.norm(x))), f"{number}.conv")], 1)
-    return net[8](F.avg_pool2d(blend(net[6](F.relu(net[4](x))), "6"), 2))
+        new = blend(layer.conv(F.relu(blend.behind(layer.norm(x), *axes))), f"{number}.conv")
+        axes.append((f"{number}.conv", new.shape[1]))
+        x = torch.cat([x, new], 1)
+    return net[8](F.avg_pool2d(blend(net[6](F.relu(blend.behind(net[4](x), *axes))), "6"), 2))
 
 
 def few_groups(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
@@ -124,10 +135,10 @@ def tied_parameter(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
 
 
 def depthwise_separable(net: nn.Module, x: Tensor, blend: Blend) -> Tensor:
-    """A depthwise convolution makes no channels."""
+    """A depthwise convolution makes no channels; a norm behind it reads them again."""
     for number in range(5):
         x = net[number][1](net[number][0](x))
-        x = F.relu(blend(x, f"{number}.0") if number in (0, 2, 4) else x)
+        x = F.relu(blend(x, f"{number}.0") if number in (0, 2, 4) else blend.behind(x, (f"{number - 1}.0", x.shape[1])))
     return net[5](x)
 
 
@@ -152,7 +163,7 @@ def test_a_mixture_is_what_is_written(name, blending, matrix, monkeypatch):
         subnet, mixture = drawn(graph, blending, seed)
         with torch.no_grad():
             got = supernet(subnet, x, mixture=mixture)
-            want = HAND_WRITTEN[name](supernet.extract(subnet), x, blender(graph, mixture, groups))
+            want = HAND_WRITTEN[name](supernet.extract(subnet), x, Blend(graph, mixture, groups))
         assert apart([want], [got]) <= 1e-12
 
 
@@ -175,7 +186,7 @@ def test_gradients_of_the_model_are_those_of_the_hand_written_pass():
     supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, Interpolate(), 3)
     small = supernet.extract(subnet)
-    residual(small, x, blender(graph, mixture)).square().sum().backward()
+    residual(small, x, Blend(graph, mixture)).square().sum().backward()
     supernet(subnet, x, mixture=mixture).square().sum().backward()
     rows, columns = subnet.widths[1], subnet.widths[0]
     got = supernet.model.get_parameter("1.conv1.weight").grad
@@ -196,12 +207,16 @@ def test_equal_widths_blend_nothing(name, blending):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "residual", "preact_residual", "dense", "few_groups", "flatten_linear", "shared_weights", "mlp"]
-)
+    "name",
+    [
+        "plain", "residual", "preact_residual", "dense", "few_groups", "flatten_linear", "shared_weights", "mlp",
+        "depthwise_separable", "depth_multiplier", "inverted_residual_se", "shuffle_v2", "option_a_residual",
+    ],
+)  # fmt: skip
 def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
-    """Without biases behind the blending, a channel that fades to zero is a channel that is cut."""
+    """A channel that fades to zero is a channel that is cut: no norm brings it back with its bias."""
     model, x, graph = double(name)
-    supernet = Supernet(silent_where_zero(model, name), graph)
+    supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, Fade(), 2)
     narrow = replace(mixture, weights=torch.tensor([[1.0, 0.0]]).double().repeat(len(subnet.widths), 1))
     with torch.no_grad():
@@ -209,14 +224,22 @@ def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
     assert apart([want], [got]) <= 1e-12
 
 
-def silent_where_zero(model: nn.Module, name: str) -> nn.Module:
-    """Norms in front of which channels are blended must give zeros for zeros."""
-    if name in ("preact_residual", "dense"):
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.zeros_(module.running_mean)
-                nn.init.zeros_(module.bias)
-    return model
+@each_blending
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "residual", "preact_residual", "dense", "many_groups", "depthwise_separable", "depth_multiplier"],
+)
+def test_every_axis_matters_to_the_loss_in_training(name, blending):
+    """A search learns from these gradients. A norm behind the blending must not undo it."""
+    model, _, graph = double(name)
+    x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    supernet = Supernet(model, graph).train()
+    weights = torch.full((len(graph.sizes), 2), 0.5, dtype=torch.float64).requires_grad_()
+    narrow = tuple(max(1, axis.size // 2 // axis.divisor) * axis.divisor for axis in graph.prunable)
+    logits = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (), blending))
+    F.cross_entropy(logits, torch.arange(16) % 5).backward()
+    towards = (weights.grad[:, 1] - weights.grad[:, 0]).abs()
+    assert towards.min() > 1e-6, dict(zip(graph.sizes, towards.tolist(), strict=True))
 
 
 def test_all_weight_on_the_wide_is_the_subnet():
@@ -241,7 +264,7 @@ def test_narrow_branches_are_blended_before_they_are_widened(blending):
     narrow = wide | {branch: 2, "0.0": 4, "1.conv1": 6}
     weights = torch.from_numpy(np.random.default_rng(0).dirichlet((1, 1), len(sizes)))
     mixture = Mixture(tuple(narrow[n] for n in sizes), weights, (), blending)
-    blend = blender(graph, mixture)
+    blend = Blend(graph, mixture)
     with torch.no_grad():
         got = supernet(supernet.subnet(wide), x, mixture=mixture)
         net = supernet.model

@@ -98,7 +98,10 @@ def test_cutting_twice_equals_cutting_once(name, data):
     narrow = apply_architecture(middle, again, one_channel(again))
     masked = mask_removed(middle, again, one_channel(again))
     assert apart(outputs(masked, example), outputs(narrow, example)) <= EXACT[torch.float32]
-    assert CostModel(again).original == CostModel(graph).cost(first)
+    traced, computed = CostModel(again).original, CostModel(graph).cost(first)
+    assert traced.params == computed.params
+    # A sum over a single channel is a plain product, which is no multiply-accumulate: torch.einsum then skips the sum.
+    assert traced.macs <= computed.macs if 1 in first.widths.values() else traced.macs == computed.macs
 
 
 @each_net

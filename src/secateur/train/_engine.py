@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.distill import AlignedFeatures, FeatureWatch, Objective, TapWatch
 from secateur.errors import TrainingError
+from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches
 from secateur.train._checkpoint import Saved
 from secateur.train._evaluate import check_labels, check_logits, measure
@@ -48,11 +49,21 @@ class Task:
     schedule: Schedule
     alignment: AlignedFeatures | None
     fabric: "Fabric"
+    sparsify: Sparsify | None = None
 
     @property
     def steps(self) -> int:
         """Optimiser steps of one epoch."""
         return self.schedule.steps_per_epoch(len(self.source))
+
+    def density_after(self, epoch: int) -> float | None:
+        """Kept fraction of the weights after so many epochs; None if none are pruned."""
+        steps = self.schedule.epochs * self.steps
+        return None if self.sparsify is None else self.sparsify.density_before(max(epoch * self.steps - 1, 0), steps)
+
+    def settled(self, epoch: int) -> bool:
+        """Whether so many epochs have ended with as few weights as the result may have."""
+        return self.density_after(epoch) == self.density_after(self.schedule.epochs)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of an epoch, from 0."""
@@ -130,6 +141,8 @@ class Engine:
             watch, taps = self._watch(stack), self._watch_taps(stack)
             for step, (images, labels) in enumerate(self._task.batches(self.epoch), self.epoch * steps):
                 rate = schedule.learning_rate_at(step, steps=schedule.epochs * steps)
+                if self._task.sparsify is not None:
+                    self._task.sparsify.update_(self._student, step, schedule.epochs * steps)
                 looked = ledger.add(*self._step(images, labels, rate, watch, taps), rate)
                 images_seen += len(images)
                 if looked:
@@ -240,8 +253,10 @@ class Engine:
             if not math.isfinite(result.loss):
                 raise diverged(f"validation loss ({result.loss:g})", f"epoch {record.epoch}", schedule.learning_rate)
             record = dataclasses.replace(record, validation_accuracy=result.top1, validation_loss=result.loss)
-            if self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss):
+            better = self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss)
+            if better and self._task.settled(record.epoch):
                 self.best = Best(record.epoch, result.top1, result.loss, copied(tensors_of(self._judged)))
+        record = dataclasses.replace(record, density=self._task.density_after(record.epoch))
         self.history.append(record)
         meter.epoch(record.epoch, record.numbers, record.line(self._task.schedule.epochs))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.distill import AlignedFeatures, Objective
 from secateur.errors import TrainingError
+from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches, TrainingData
 from secateur.train._checkpoint import load_checkpoint, save_checkpoint
 from secateur.train._engine import Engine, Task
@@ -35,6 +36,7 @@ def fit(
     alignment: AlignedFeatures | None = None,
     augment: Any = None,
     validation: Batches | None = None,
+    sparsify: Sparsify | None = None,
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -58,6 +60,8 @@ def fit(
         alignment: Where features are compared; needed if ``objective.feature_weight`` > 0.
         augment: Passed to ``source.batches``.
         validation: Images to choose the best epoch on (never the test split); None returns the last epoch.
+        sparsify: Prunes single weights meanwhile: the result is masked (`secateur.sparsity.make_permanent_` makes it an
+            ordinary model), and the best epoch is chosen among those that end with the final density.
         checkpoint: Folder for checkpoints; None writes none.
         progress: `TerminalProgress()`, `Silent()`, or your own.
         fabric: A Fabric for one device, with its precision; None opens one, see `open_fabric`.
@@ -75,8 +79,10 @@ def fit(
         raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
     fabric = one_device(fabric, schedule.precision)
     teacher = teacher if objective.needs_teacher else None
-    task = Task(source, validation, augment, objective, schedule, alignment, fabric)
+    task = Task(source, validation, augment, objective, schedule, alignment, fabric, sparsify)
     with torch.inference_mode(mode=False), torch.enable_grad():
+        if sparsify is not None:
+            student = sparsify.begun(student, schedule.epochs * task.steps)
         engine = Engine(task, student, teacher)
         settings = {} if checkpoint is None else _settings(task, student, teacher)
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
@@ -104,6 +110,7 @@ def distill(
     schedule: Schedule,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
+    sparsify: Sparsify | None = None,
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -118,6 +125,7 @@ def distill(
         objective: See `fit`.
         alignment: ``AlignedFeatures.of(graph, architecture)`` for a cut student; needed if
             ``objective.feature_weight`` > 0.
+        sparsify: See `fit`.
         checkpoint: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
@@ -137,6 +145,7 @@ def distill(
         alignment=alignment,
         augment=data.augment,
         validation=data.validation if len(data.validation) else None,
+        sparsify=sparsify,
         checkpoint=checkpoint,
         progress=progress,
         fabric=fabric,
@@ -192,6 +201,8 @@ def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict
     settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
     settings["student"] = digest(student)
     settings["teacher"] = "none" if teacher is None else digest(teacher)
+    if task.sparsify is not None:
+        settings["sparsify"] = repr(task.sparsify)
     if task.objective.terms:  # Not its repr, which would hold addresses of functions.
         settings["objective.terms"] = "; ".join(term.description for term in task.objective.terms)
         settings["losses"] = digest(task.objective.learned)

@@ -23,6 +23,7 @@ class EpochRecord:
         validation_loss: Mean cross-entropy on the validation images, in nats; None if not validated.
         seconds: Wall-clock time of the epoch's training steps, without validation; 0.0 at 0.
         images_per_s: Training images per second; None at 0.
+        density: Kept fraction of the weights that may be pruned, at the end of the epoch; None if none are.
     """
 
     epoch: int
@@ -33,6 +34,7 @@ class EpochRecord:
     validation_loss: float | None
     seconds: float
     images_per_s: float | None
+    density: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -53,6 +55,7 @@ class EpochRecord:
             "validation_accuracy": self.validation_accuracy,
             "validation_loss": self.validation_loss,
             "images_per_s": self.images_per_s,
+            "density": self.density,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -66,6 +69,8 @@ class EpochRecord:
             words.append(f"lr {self.learning_rate:.2g}")
         if self.validation_accuracy is not None:
             words.append(f"validation {100 * self.validation_accuracy:.2f} % (loss {self.validation_loss:.4f})")
+        if self.density is not None:
+            words.append(f"weights {100 * self.density:.1f} %")
         if self.images_per_s is not None:
             words.append(f"{self.seconds:.1f} s  {self.images_per_s:.0f} images/s")
         return "  ".join(words)

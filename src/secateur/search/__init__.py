@@ -1,8 +1,10 @@
 """Find which channels to keep so that a model costs no more than a budget."""
 
+from secateur.search._begin import Redrawn, Warm
 from secateur.search._depth import Shallower
 from secateur.search._describe import describe
 from secateur.search._fit import Fit, fit
+from secateur.search._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._knapsack import Knapsack
 from secateur.search._pca import PCASlimming
 from secateur.search._problem import Problem, Proposal, Strategy, keep_best
@@ -14,22 +16,12 @@ from secateur.search._ranking import (
     by_axis_norm,
     by_axis_rank,
 )
+from secateur.search._ratios import Depths, Widths
 from secateur.search._search import Found, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
 from secateur.search._space import AxisRule, SearchSpace
 from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
-from secateur.search._tas import (
-    TAS,
-    Adam,
-    Cosine,
-    Depths,
-    Linear,
-    OriginalWeights,
-    Redrawn,
-    SearchedWeights,
-    Warm,
-    Widths,
-)
+from secateur.search._tas import TAS, Adam, Cosine, Linear
 from secateur.search._uniform import Uniform
 
 __all__ = [

@@ -33,7 +33,7 @@ from secateur.search import (
     describe,
     search,
 )
-from secateur.search._tas._halves import halves
+from secateur.search._halves import halves
 from secateur.supernet import Interpolate
 from secateur.surgery import cut
 from secateur.train import AdamW, Precision

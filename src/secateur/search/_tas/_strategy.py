@@ -10,14 +10,15 @@ import torch
 from secateur.cost import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.importance import Importance, Reconstruction
+from secateur.search._begin import Redrawn, Warm
 from secateur.search._describe import describe
+from secateur.search._halves import halves
+from secateur.search._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._problem import Problem, Proposal, Strategy
-from secateur.search._tas._begin import Redrawn, Warm
-from secateur.search._tas._candidates import Candidates, Depths, Widths
+from secateur.search._ratios import Depths, Widths
+from secateur.search._tas._candidates import Candidates
 from secateur.search._tas._choice import Choice
 from secateur.search._tas._engine import Adam, Course, Run
-from secateur.search._tas._halves import halves
-from secateur.search._tas._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._tas._price import Price
 from secateur.search._tas._temperature import Cosine, Linear
 from secateur.supernet import Blending, Fade, Supernet, best_first
@@ -135,7 +136,7 @@ class TAS(Strategy):
         unsearched = sorted(set(evidence.graph.sizes) - chosen) if self.widths else []
         notes = {"search": run.history, "unsearched": unsearched}
         architecture = run.supernet.architecture(run.subnet(derived))
-        return Proposal(architecture, notes, self.hand_on.of(run, problem))
+        return Proposal(architecture, notes, self.hand_on.of(run.supernet, run.calibration, problem))
 
     def _run(self, problem: Problem, supernet: Supernet, candidates: Candidates) -> Run:
         """Search, or go on with a search that was interrupted."""

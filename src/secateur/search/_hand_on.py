@@ -1,15 +1,14 @@
 """Which weights the student is cut from."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from secateur.errors import DataError
 from secateur.search._problem import Problem
-from secateur.search._tas._engine import Run
-from secateur.supernet import calibrated
+from secateur.supernet import Supernet, calibrated
 from secateur.train import tensors_of, write_tensors_
 
 
@@ -20,7 +19,7 @@ class OriginalWeights:
     def check(self, problem: Problem) -> None:
         """Nothing is needed."""
 
-    def of(self, run: Run, problem: Problem) -> None:
+    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: Problem) -> None:
         """None: the model's own."""
 
 
@@ -42,10 +41,9 @@ class SearchedWeights:
                 " Pass some, or use hand_on=OriginalWeights()."
             )
 
-    def of(self, run: Run, problem: Problem) -> Mapping[str, Tensor]:
+    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: Problem) -> Mapping[str, Tensor]:
         """The whole model's ``state_dict``, in its own order of channels, with batch-norm statistics of its own."""
-        supernet = run.supernet
-        statistics = calibrated(supernet, supernet.full, run.calibration)
+        statistics = calibrated(supernet, supernet.full, calibration)
         write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
         trained = copy.deepcopy(problem.evidence.model)
         write_tensors_(trained, tensors_of(supernet.in_original_order()))

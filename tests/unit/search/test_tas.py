@@ -155,20 +155,20 @@ def test_every_width_keeps_the_most_important_channels():
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_searched_weights_are_the_supernet_in_the_models_own_order(untied):
     """They load strictly; the whole model with them computes what the supernet does, calibrated on the batches."""
-    runs = []
+    supernets = []
 
     @dataclass(frozen=True)
     class Kept(SearchedWeights):
-        def of(self, run: Any, problem: Any) -> Any:
-            runs.append(run)
-            return super().of(run, problem)
+        def of(self, supernet: Any, calibration: Any, problem: Any) -> Any:
+            supernets.append(supernet)
+            return super().of(supernet, calibration, problem)
 
     given = net(untied=untied)
     found = run(given, quick(hand_on=Kept()))
     assert found.weights is not None
     trained = copy.deepcopy(given.model)
     trained.load_state_dict(dict(found.weights), strict=True)
-    supernet = runs[0].supernet.eval()
+    supernet = supernets[0].eval()
     assert any(not np.array_equal(order, np.arange(len(order))) for order in supernet.order.values())
     images = torch.cat([images for images, _ in given.batches])
     with torch.no_grad():

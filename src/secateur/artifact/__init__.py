@@ -12,6 +12,7 @@ from secateur.artifact._artifact import (
     read_manifest,
     refuse_foreign,
     save,
+    weights_bytes,
 )
 from secateur.artifact._edits import Edit, edits_between
 from secateur.artifact._files import atomic_file, atomic_folder
@@ -41,4 +42,5 @@ __all__ = [
     "refuse_foreign",
     "save",
     "this_machine",
+    "weights_bytes",
 ]

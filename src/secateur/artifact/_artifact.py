@@ -1,5 +1,6 @@
 """Save a compressed model as a folder and load it again, bit for bit, without pickle and without tracing."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from secateur.artifact._manifest import FORMAT, Manifest, Recipe
 from secateur.artifact._schema import parse
 from secateur.artifact._tensors import describe, deserialise, install, serialise
 from secateur.errors import ArtifactError, SurgeryError
+from secateur.sparsity import make_permanent_, masks_of, nonzero_params
 from secateur.surgery import declare_sizes, replace_, replacements_in, widen_, widenings_in
 
 MANIFEST_NAME = "secateur.json"
@@ -55,7 +57,8 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
 
     Args:
         folder: Where. A missing or empty folder, or an older artifact, which is replaced whole.
-        model: The compressed model; any device, not changed.
+        model: The compressed model; any device, not changed. Masks are left out, their zeros stay; tensors with many
+            zeros take one bit for each of them.
         recipe: Everything else.
 
     Returns:
@@ -67,6 +70,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     """
     folder = Path(folder).absolute()
     refuse_foreign(folder)
+    model = _unmasked(model)
     for edit in recipe.edits:
         if held_value(model, edit) != edit.value:
             raise ArtifactError(
@@ -76,7 +80,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     records = describe(model)
     weights = serialise(model, records)
     digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
-    manifest = Manifest(recipe, records, digest, len(weights), *built)
+    manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
     text = manifest.to_bytes()
     try:
         with atomic_folder(folder) as part:
@@ -88,6 +92,20 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
             "make room or choose another folder."
         ) from error
     return Manifest.from_bytes(text)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Size of the weights file that `save` writes for a model.
+
+    Raises:
+        ArtifactError: If the model holds something that is not numbers.
+    """
+    model = _unmasked(model)
+    return len(serialise(model, describe(model)))
+
+
+def _unmasked(model: nn.Module) -> nn.Module:
+    return make_permanent_(copy.deepcopy(model)) if masks_of(model) else model
 
 
 def load(
@@ -138,6 +156,11 @@ def load(
     for edit in manifest.recipe.edits:
         set_edit(model, edit)
     install(model, manifest.tensors, tensors)
+    if manifest.nonzero not in (None, nonzero_params(model)):
+        raise ArtifactError(
+            f"`weights.nonzero` must be the number of parameters that are not zero; got {manifest.nonzero}, the file "
+            f"has {nonzero_params(model)} (secateur.json). The file is damaged: save the artifact again."
+        )
     if widenings_in(model) != manifest.widenings:
         raise ArtifactError(
             "`widenings` must say what the weights hold; got another order of channels (secateur.json). "

@@ -14,11 +14,12 @@ from secateur.errors import ArtifactError, SurgeryError
 from secateur.graph import Replacement, StandIn
 from secateur.surgery import Widening
 
-SCHEMA = 3
+SCHEMA = 4
 """The version of secateur.json that this code writes, and the newest that it reads. Older ones are still read.
 
 1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``.
 2: without branches that are narrower than the stream they are added into: no ``widenings``.
+3: without tensors stored sparsely: no ``sparse`` in their records, and no ``nonzero`` in ``weights``.
 """
 
 FORMAT = "secateur-artifact"
@@ -90,6 +91,7 @@ class TensorRecord:
             can decide the kernel and with it the last bit of a result.
         parameter: Whether it is a parameter (else a buffer).
         same_as: Name of the tensor that it is (tied weights), or None.
+        sparse: Whether the file holds one bit for each element and the elements that are not zero.
     """
 
     name: str
@@ -98,6 +100,7 @@ class TensorRecord:
     layout: str
     parameter: bool
     same_as: str | None = None
+    sparse: bool = False
 
     def to_json(self) -> dict[str, object]:
         """A JSON object; what is usual is left out."""
@@ -108,6 +111,8 @@ class TensorRecord:
             data["buffer"] = True
         if self.same_as is not None:
             data["same_as"] = self.same_as
+        if self.sparse:
+            data["sparse"] = True
         return data
 
     @classmethod
@@ -115,8 +120,9 @@ class TensorRecord:
         """Inverse of `to_json`, checked."""
         fields = Fields(data, where)
         plain = cast(Mapping[str, object], data)
-        if plain.get("buffer", False) not in (True, False):
-            raise wrong(fields.path("buffer"), "true or false", plain["buffer"])
+        for flag in ("buffer", "sparse"):
+            if plain.get(flag, False) not in (True, False):
+                raise wrong(fields.path(flag), "true or false", plain[flag])
         shape = fields.integers("shape", least=0, limit=MAX_DIMENSIONS)
         if any(size > _LARGEST_DIMENSION for size in shape):
             raise wrong(fields.path("shape"), "a list of sizes below 2^40", list(shape))
@@ -127,6 +133,7 @@ class TensorRecord:
             layout=fields.text("layout") if "layout" in plain else "contiguous",
             parameter=not plain.get("buffer", False),
             same_as=fields.text("same_as") if "same_as" in plain else None,
+            sparse=bool(plain.get("sparse", False)),
         )
 
 
@@ -141,6 +148,7 @@ class Manifest:
         weights_bytes: Its size.
         replacements: The stand-ins of the modules that went with removed blocks.
         widenings: The modules that are narrower than the stream they are added into.
+        nonzero: Number of parameters that are not zero; None in artifacts from before it was noted.
         schema: Version of this file's layout.
     """
 
@@ -150,6 +158,7 @@ class Manifest:
     weights_bytes: int
     replacements: tuple[Replacement, ...] = ()
     widenings: tuple[Widening, ...] = ()
+    nonzero: int | None = None
     schema: int = SCHEMA
 
     def to_bytes(self) -> bytes:
@@ -161,6 +170,7 @@ class Manifest:
         weights = {
             "sha256": self.weights_sha256,
             "bytes": self.weights_bytes,
+            "nonzero": self.nonzero,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         stand_ins = [[r.module, r.stand_in.value, r.items] for r in self.replacements]
@@ -214,6 +224,7 @@ class Manifest:
             weights_bytes=weights.integer("bytes", least=0),
             replacements=() if schema < 2 else _replacements(fields),
             widenings=() if schema < 3 else _widenings(fields),
+            nonzero=None if schema < 4 else weights.optional_integer("nonzero", least=0),
             schema=schema,
         )
 

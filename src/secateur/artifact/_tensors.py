@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.artifact._manifest import TensorRecord
+from secateur.artifact._sparse import packed, saves_space, unpacked
 from secateur.errors import ArtifactError
 
 _DTYPES = {
@@ -55,14 +56,19 @@ def describe(model: nn.Module) -> tuple[TensorRecord, ...]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         same_as = None if holder == name else holder
         parameter = isinstance(tensor, nn.Parameter)
-        records.append(TensorRecord(name, dtype, tuple(tensor.shape), _layout(tensor), parameter, same_as))
+        sparse = same_as is None and saves_space(tensor)
+        records.append(TensorRecord(name, dtype, tuple(tensor.shape), _layout(tensor), parameter, same_as, sparse))
     return tuple(records)
 
 
 def serialise(model: nn.Module, records: Sequence[TensorRecord]) -> bytes:
     """The bytes of model.safetensors."""
     tensors = dict(named_tensors(model))
-    held = {r.name: tensors[r.name].detach().cpu().contiguous() for r in records if r.same_as is None}
+    held: dict[str, Tensor] = {}
+    for record in records:
+        if record.same_as is None:
+            tensor = tensors[record.name].detach().cpu().contiguous()
+            held |= packed(record.name, tensor) if record.sparse else {record.name: tensor}
     return safetensors.torch.save(held)
 
 
@@ -80,6 +86,7 @@ def deserialise(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
             f"model.safetensors is damaged ({error}). Copy the artifact again, or make it again."
         ) from error
     held = {record.name: record for record in records if record.same_as is None}
+    found = unpacked(found, (record for record in held.values() if record.sparse))
     _same_names(found, held, "model.safetensors", "secateur.json")
     for record in records:
         holder = record.same_as or record.name

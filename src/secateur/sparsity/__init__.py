@@ -2,7 +2,7 @@
 
 from secateur.sparsity._allocation import density_of, erk, keep_globally, keep_largest, keep_n_of_m, per_layer
 from secateur.sparsity._encoding import decode_sparse, encode_sparse
-from secateur.sparsity._masks import Mask, make_permanent_, masked, masked_like, masks_of, set_masks_
+from secateur.sparsity._masks import Mask, make_permanent_, masked, masked_like, masks_of, nonzero_params, set_masks_
 from secateur.sparsity._plan import Sparsify
 from secateur.sparsity._pruning import (
     Allocation,
@@ -54,6 +54,7 @@ __all__ = [
     "masked_like",
     "masks_of",
     "movement",
+    "nonzero_params",
     "per_layer",
     "prunable",
     "random_scores",

@@ -75,6 +75,21 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: mask.kept.clone() for name, mask in _masks(model).items()}
 
 
+def nonzero_params(model: nn.Module) -> int:
+    """The number of a model's parameters that are not zero, shared ones once; masked ones count as zero.
+
+    The count of all of them is `secateur.cost.counted_params`.
+    """
+    firsts = {places[0].name: places[0] for places in places_of(model).values()}
+    kept = {
+        id(parametrised(place.module)[place.own].original): mask.kept
+        for place in firsts.values()
+        if (mask := _mask_at(place)) is not None
+    }
+    each = ((parameter.detach(), kept.get(id(parameter))) for parameter in model.parameters())
+    return sum(int((tensor if mask is None else tensor * mask).count_nonzero()) for tensor, mask in each)
+
+
 def set_masks_(model: nn.Module, masks: Masks) -> nn.Module:
     """Put other values into the masks of a model, in place: the next step of a gradual schedule.
 
@@ -141,6 +156,9 @@ def make_permanent_(model: nn.Module) -> nn.Module:
             )
         _own_class_(place.module)
         parametrize.remove_parametrizations(place.module, place.own)
+        with torch.no_grad():
+            # A mask makes -0.0 of negative weights, which is no zero to a file: -0.0 + 0.0 = 0.0.
+            getattr(place.module, place.own).add_(0.0)
     return model
 
 

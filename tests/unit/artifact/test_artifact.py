@@ -218,7 +218,7 @@ def test_longer_weights_are_refused(saved: Path) -> None:
 
 
 def test_future_schema_is_refused_politely(saved: Path) -> None:
-    change_manifest(saved, lambda data: data.update(schema=4, weights="unknown to us"))
+    change_manifest(saved, lambda data: data.update(schema=5, weights="unknown to us"))
     with pytest.raises(ArtifactError, match=r"newer Secateur. Upgrade with `pip install --upgrade secateur`"):
         load(saved, build=build)
 

@@ -259,3 +259,12 @@ def test_a_mask_that_keeps_nothing_warns() -> None:
     with pytest.warns(UserWarning, match=r"the mask of '6\.weight' keeps no weight: its layer is reduced to its bias"):
         small = masked(model, empty).eval()
     torch.testing.assert_close(small(IMAGES), model[6].bias.expand(4, 3))
+
+
+def test_zeros_that_stay_are_plain_zeros() -> None:
+    model = small_net()
+    permanent = make_permanent_(masked(model, half(model)))
+    for name, weight in prunable(model).items():
+        found = permanent.get_parameter(name)
+        assert bool((weight < 0).logical_and(found == 0).any()), "a negative weight is pruned"
+        assert not bool((found == 0).logical_and(found.signbit()).any()), "a file would hold -0.0 as a value"

@@ -6,18 +6,13 @@ added into those.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from secateur.graph._blocks import ZERO_OF_ZERO
-from secateur.graph._call import MIXING_KINDS, base_name
 from secateur.graph._channels import (
     Activation,
     ChannelAxis,
@@ -31,8 +26,7 @@ from secateur.graph._channels import (
     Site,
 )
 from secateur.graph._flow import CONSTANT, Flow, ModuleCall
-from secateur.graph._record import shadow_of
-from secateur.graph._running import undisturbed
+from secateur.graph._watch import Run, watch
 
 BRANCH = "/branch"
 """Ends the name of a branch axis; what comes before it is the module that produces the channels."""
@@ -54,52 +48,9 @@ def untie(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
         model: The traced model; not modified. It runs once more on the example.
         graph: Its channel graph.
     """
-    seen = _watch(model, graph.example)
+    seen = watch(model, graph.example)
     branches = tuple(_Finder(model, graph, seen).branches())
     return _separated(graph, branches) if branches else graph
-
-
-@dataclass(eq=False)
-class _Run:
-    """One forward pass: its flow, and the number of each call that computes over channels by its step."""
-
-    flow: Flow
-    mixings: dict[int, int]
-
-
-class _Watching(TorchDispatchMode):
-    def __init__(self, run: _Run):
-        super().__init__()
-        self._run = run
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        out = func(*args, **kwargs)
-        outputs = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        name = base_name(func)
-        if name in MIXING_KINDS:
-            self._run.mixings[len(self._run.mixings)] = len(self._run.flow.names)
-        self._run.flow.step(func, name, not kwargs, inputs, outputs)
-        return out
-
-
-def _watch(model: nn.Module, example: tuple[Any, ...]) -> _Run:
-    run = _Run(Flow(), {})
-    run.flow.feed(example)
-    shadow = shadow_of(model)
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: run.flow.enter(name, args, kwargs)
-
-    for name, module in shadow.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_pre_hook(enter(name), with_kwargs=True)
-            module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
-    with undisturbed(model), torch.no_grad(), _Watching(run):
-        out = shadow(*example)
-    run.flow.finish(out)
-    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +79,7 @@ class _Branch:
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, graph: ChannelGraph, run: _Run):
+    def __init__(self, model: nn.Module, graph: ChannelGraph, run: Run):
         self.graph = graph
         self.flow = run.flow
         self.mixings = run.mixings

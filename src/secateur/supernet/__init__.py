@@ -4,6 +4,7 @@ from secateur.supernet._calibrate import calibrated
 from secateur.supernet._interpolate import interpolate_channels, interpolation_matrix
 from secateur.supernet._mixture import Blending, Fade, Interpolate, Mixture
 from secateur.supernet._order import best_first, inverse, reordered
+from secateur.supernet._stagewise import calibrated_stages, features, run_stages, stage_losses
 from secateur.supernet._supernet import Subnet, Supernet
 
 __all__ = [
@@ -15,8 +16,12 @@ __all__ = [
     "Supernet",
     "best_first",
     "calibrated",
+    "calibrated_stages",
+    "features",
     "interpolate_channels",
     "interpolation_matrix",
     "inverse",
     "reordered",
+    "run_stages",
+    "stage_losses",
 ]

@@ -1,6 +1,7 @@
 """Batch-norm statistics of single subnets."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,45 +32,64 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
     References:
         Yu & Huang, arXiv:1903.05134, Section 3.3.
     """
-    gone = supernet.graph.removed_modules(subnet.removed_blocks)
-    norms = {
-        name: module
-        for name, module in supernet.model.named_modules()
-        if isinstance(module, BatchNorm) and module.track_running_stats and not gone(name)
-    }
-    statistics = _untouched(supernet, subnet, norms)
+    statistics = untouched(supernet, subnet)
     if not statistics:
         return {}
+    with measuring(supernet), torch.no_grad():
+        seen = 0
+        for images in batches:
+            supernet(subnet, images, tensors=statistics)
+            seen += 1
+    check_seen(seen)
+    return statistics
+
+
+@contextlib.contextmanager
+def measuring(supernet: Supernet) -> Generator[None]:
+    """Batch norms use the statistics of the batch, and average them plainly; all else is in evaluation mode."""
     training = {module: module.training for module in supernet.modules()}
+    norms = _norms(supernet)
     momenta = {norm: norm.momentum for norm in norms.values()}
-    seen = 0
     supernet.eval()
     try:
         for norm in norms.values():
             norm.training, norm.momentum = True, None  # None is torch's word for the plain mean over all batches.
-        with torch.no_grad():
-            for images in batches:
-                supernet(subnet, images, tensors=statistics)
-                seen += 1
+        yield
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in training.items():
             module.training = mode
-    if not seen:
-        raise DataError("`batches` must hold images to measure batch norms on; got none. Pass some training images.")
-    return statistics
 
 
-def _untouched(supernet: Supernet, subnet: Subnet, norms: Iterable[str]) -> dict[str, Tensor]:
-    """Fresh statistics of the subnet's shapes."""
+def untouched(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:
+    """Fresh statistics of the subnet's shapes; what runs while `measuring` with them as ``tensors`` fills them."""
+    gone = supernet.graph.removed_modules(subnet.removed_blocks)
     parts = supernet.tensors_of(subnet)
     whole = dict(supernet.model.named_buffers())
     fresh: dict[str, Tensor] = {}
-    for norm in norms:
+    for norm in _norms(supernet):
         prefix = f"{norm}." if norm else ""
         for name, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             key = prefix + name
-            if key in whole:
+            if key in whole and not gone(norm):
                 fresh[key] = torch.full_like(parts.get(key, whole[key]), start)
     return fresh
+
+
+def check_seen(batches: int) -> None:
+    """Refuse statistics of no images.
+
+    Raises:
+        DataError: If there were no batches.
+    """
+    if not batches:
+        raise DataError("`batches` must hold images to measure batch norms on; got none. Pass some training images.")
+
+
+def _norms(supernet: Supernet) -> Mapping[str, BatchNorm]:
+    return {
+        name: module
+        for name, module in supernet.model.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats
+    }

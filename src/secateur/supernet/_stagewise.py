@@ -1,7 +1,7 @@
 """All stages of a subnet in one forward pass, each fed with what the full net hands on.
 
-    features(supernet, stages, images, tensors=None) -> (output, features)
-    run_stages(supernet, subnet, stages, images, features, tensors=None) -> outputs
+    features(supernet, stages, images, *, tensors=None) -> (output, features)
+    run_stages(supernet, subnet, stages, images, features, *, tensors=None) -> outputs
     stage_losses(outputs, targets) -> (stages,)
     calibrated_stages(supernet, subnets, stages, batches, full=None) -> [statistics of each subnet]
 
@@ -27,7 +27,7 @@ _LEAST_VARIANCE = 1e-12
 
 
 def features(
-    supernet: Supernet, stages: Sequence[Stage], images: Tensor, tensors: Mapping[str, Tensor] | None = None
+    supernet: Supernet, stages: Sequence[Stage], images: Tensor, *, tensors: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """Run the full net, and keep what it hands on at every cut.
 
@@ -58,6 +58,7 @@ def run_stages(
     stages: Sequence[Stage],
     images: Tensor,
     features: Sequence[Tensor],
+    *,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """One forward pass of a subnet in which each stage is fed with the full net's feature.
@@ -160,10 +161,10 @@ def calibrated_stages(
     for images in batches:
         with torch.no_grad():
             with _evaluating(supernet) if full is not None else measuring(supernet):
-                _, handed_on = features(supernet, stages, images, own if full is None else full)
+                _, handed_on = features(supernet, stages, images, tensors=own if full is None else full)
             with measuring(supernet):
                 for subnet, tensors in zip(subnets, statistics, strict=True):
-                    run_stages(supernet, subnet, stages, images, handed_on, tensors)
+                    run_stages(supernet, subnet, stages, images, handed_on, tensors=tensors)
         seen += 1
     check_seen(seen)
     return statistics

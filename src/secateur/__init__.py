@@ -22,11 +22,16 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError as SecateurError
     from secateur.export import export_onnx as export_onnx
     from secateur.export import export_pt2 as export_pt2
-    from secateur.export import measure_latency as measure_latency
     from secateur.graph import ChannelGraph as ChannelGraph
     from secateur.graph import Choices as Choices
     from secateur.graph import HeadUnit as HeadUnit
     from secateur.graph import trace as trace
+    from secateur.latency import OnnxRuntime as OnnxRuntime
+    from secateur.latency import TorchCompiled as TorchCompiled
+    from secateur.latency import TorchEager as TorchEager
+    from secateur.latency import measure as measure
+    from secateur.latency import measure_latency as measure_latency
+    from secateur.latency import measure_pairs as measure_pairs
     from secateur.models import ModelSource as ModelSource
     from secateur.models import load_model as load_model
     from secateur.pipeline import Branches as Branches
@@ -66,8 +71,9 @@ _HOMES = {
     "data": ("ImageData", "load_data"),
     "distill": ("AlignedFeatures", "Objective"),
     "errors": ("SecateurError",),
-    "export": ("export_onnx", "export_pt2", "measure_latency"),
+    "export": ("export_onnx", "export_pt2"),
     "graph": ("ChannelGraph", "Choices", "HeadUnit", "trace"),
+    "latency": ("OnnxRuntime", "TorchCompiled", "TorchEager", "measure", "measure_latency", "measure_pairs"),
     "models": ("ModelSource", "load_model"),
     "pipeline": (
         "Branches",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save
 from secateur.cost import counted_macs, counted_params
 from secateur.errors import ArtifactError, ExportError
-from secateur.export import LatencyRecord, Quartiles, measure_latency
+from secateur.latency import LatencyRecord, Quartiles, measure_latency
 from secateur.pipeline._disk import told_of_disk
 from secateur.pipeline._export import export_file
 from secateur.pipeline._halfway import describe_healing

@@ -1,0 +1,32 @@
+"""Latency: how long a forward pass takes on a target, measured; and what it would take at other widths, predicted."""
+
+from secateur.latency._clock import Clock
+from secateur.latency._layers import ConvolutionShape, LayerShape, LinearShape
+from secateur.latency._measure import (
+    Latency,
+    LatencyRecord,
+    measure,
+    measure_all,
+    measure_latency,
+    measure_pairs,
+)
+from secateur.latency._targets import OnnxRuntime, Target, TorchCompiled, TorchEager
+from secateur.latency._turns import Quartiles
+
+__all__ = [
+    "Clock",
+    "ConvolutionShape",
+    "Latency",
+    "LatencyRecord",
+    "LayerShape",
+    "LinearShape",
+    "OnnxRuntime",
+    "Quartiles",
+    "Target",
+    "TorchCompiled",
+    "TorchEager",
+    "measure",
+    "measure_all",
+    "measure_latency",
+    "measure_pairs",
+]

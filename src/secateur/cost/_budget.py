@@ -13,15 +13,18 @@ _UNITS = {"": Decimal(1), "k": Decimal(10**3), "m": Decimal(10**6), "g": Decimal
 _AMOUNT = re.compile(r"(?P<number>(\d[\d_]*)?(\.\d+)?(e[+-]?\d+)?)\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 _CLAUSE = re.compile(r"(?P<field>[A-Za-z_]+)\s*(?P<sign>[<>=!]+)\s*(?P<amount>.*)")
 _LATER = ("latency", "latency_s", "size", "size_bytes", "activation_bytes")
+_NONZERO = "nonzero"
+_LIMITED = (*FIELDS, _NONZERO)
+"""What a budget can limit: the fields of `Cost`, which the channels decide, and what is left of the weights."""
 _EXAMPLE = "Write, for example, 'macs=50%' or 'macs<=20M, params<=200k'"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """An upper bound on one field of `Cost`.
+    """An upper bound on one field of `Cost`, or on the number of parameters that are not zero.
 
     Attributes:
-        field: "macs" or "params".
+        field: "macs", "params" or "nonzero".
         value: Percent of the original if relative, else the count itself.
         relative: Whether ``value`` is percent of the original.
     """
@@ -32,7 +35,8 @@ class Limit:
 
     def of(self, original: Cost) -> float:
         """The bound as a count, for a model whose whole cost is ``original``."""
-        return self.value * getattr(original, self.field) / 100 if self.relative else self.value
+        whole = original.params if self.field == _NONZERO else getattr(original, self.field)
+        return self.value * whole / 100 if self.relative else self.value
 
     def __str__(self) -> str:
         return f"{self.field}<={self.amount}"
@@ -60,6 +64,8 @@ class Budget:
     Attributes:
         macs: Bound on multiply-accumulates at batch 1.
         params: Bound on the number of parameters.
+        nonzero: Bound on the number of parameters that are not zero, a percentage being of all of the original's.
+            Channels are cut to the other bounds first; weight pruning sees to this one.
 
     Raises:
         BudgetError: If nothing is limited or a value cannot be read.
@@ -67,11 +73,12 @@ class Budget:
 
     macs: str | float | None = None
     params: str | float | None = None
+    nonzero: str | float | None = None
 
     def __post_init__(self) -> None:
-        found = [_read(name, getattr(self, name)) for name in FIELDS if getattr(self, name) is not None]
+        found = [_read(name, getattr(self, name)) for name in _LIMITED if getattr(self, name) is not None]
         if not found:
-            raise BudgetError(f"`budget` must limit {' or '.join(FIELDS)}; got no limit. {_EXAMPLE}.")
+            raise BudgetError(f"`budget` must limit {' or '.join(_LIMITED)}; got no limit. {_EXAMPLE}.")
         for limit in found:
             object.__setattr__(self, limit.field, limit.amount if limit.relative else limit.value)
 
@@ -92,15 +99,19 @@ class Budget:
 
     @cached_property
     def parts(self) -> tuple[Limit, ...]:
-        """The limits, in the order of the fields of `Cost`."""
-        return tuple(_read(name, getattr(self, name)) for name in FIELDS if getattr(self, name) is not None)
+        """The limits, in the order of the fields."""
+        return tuple(_read(name, getattr(self, name)) for name in _LIMITED if getattr(self, name) is not None)
 
     def limits(self, original: Cost) -> dict[str, float]:
-        """The bounds as counts by field name, for a model whose whole cost is ``original``."""
-        return {limit.field: limit.of(original) for limit in self.parts}
+        """The bounds on fields of `Cost` as counts by name, for a model whose whole cost is ``original``."""
+        return {limit.field: limit.of(original) for limit in self.parts if limit.field in FIELDS}
+
+    def nonzero_limit(self, original: Cost) -> float | None:
+        """The bound on parameters that are not zero, as a count; None if there is none."""
+        return next((limit.of(original) for limit in self.parts if limit.field == _NONZERO), None)
 
     def allows(self, cost: Cost, original: Cost) -> bool:
-        """Whether ``cost`` is within every bound (equal to it is within)."""
+        """Whether ``cost`` is within every bound on a field of it (equal to it is within)."""
         return all(getattr(cost, name) <= bound for name, bound in self.limits(original).items())
 
     def __str__(self) -> str:
@@ -116,9 +127,9 @@ def _clause(part: str, text: str) -> tuple[str, str]:
     if sign not in ("=", "<="):
         raise BudgetError(f"`budget` must use = or <=, both an upper bound; got {sign!r} in {part!r}. {_EXAMPLE}.")
     if field in _LATER:
-        raise BudgetError(f"`budget` must limit {' or '.join(FIELDS)}; {field!r} is not yet supported (in {part!r}).")
-    if field not in FIELDS:
-        raise BudgetError(f"`budget` must limit {' or '.join(FIELDS)}; got the unknown field {field!r} in {part!r}.")
+        raise BudgetError(f"`budget` must limit {' or '.join(_LIMITED)}; {field!r} is not yet supported (in {part!r}).")
+    if field not in _LIMITED:
+        raise BudgetError(f"`budget` must limit {' or '.join(_LIMITED)}; got the unknown field {field!r} in {part!r}.")
     return field, amount
 
 

@@ -109,5 +109,18 @@ def test_values_that_are_no_amount_are_refused(value):
 
 
 def test_an_empty_budget_is_refused():
-    with pytest.raises(BudgetError, match=r"must limit macs or params; got no limit\. Write, for example"):
+    with pytest.raises(BudgetError, match=r"must limit macs or params or nonzero; got no limit\. Write, for example"):
         Budget()
+
+
+def test_a_bound_on_nonzero_parameters_is_for_weight_pruning_alone():
+    budget, original = Budget.parse("nonzero=20%, macs=50%"), Cost(macs=1000, params=300)
+    assert budget == Budget(macs="50%", nonzero="20%")
+    assert str(budget) == "macs<=50%, nonzero<=20%"
+    assert budget.limits(original) == {"macs": 500.0}
+    assert budget.allows(Cost(macs=500, params=300), original)
+    assert budget.nonzero_limit(original) == 60.0
+    assert Budget(nonzero="1k").nonzero_limit(original) == 1000.0
+    assert Budget(macs="50%").nonzero_limit(original) is None
+    with pytest.raises(BudgetError, match="`nonzero` must be above 0%"):
+        Budget(nonzero="0%")

@@ -42,6 +42,8 @@ def print_survey(survey: Survey, name: str) -> None:
         out().print(table)
     if survey.graph.blocks:
         _print_blocks(survey)
+    if len(survey.stages) > 1:
+        _print_stages(survey)
     for line in _summary(survey):
         out().print(Text(line), soft_wrap=True)
 
@@ -55,6 +57,16 @@ def _print_blocks(survey: Survey) -> None:
         params, share = sum(place.params for place in mine), sum(place.macs for place in mine) / macs
         row = (block.name, _few([place.module for place in mine if place.macs]), format_count(params))
         table.add_row(*row, f"{100 * share:.1f} %", block.kept_because or "")
+    out().print(table)
+
+
+def _print_stages(survey: Survey) -> None:
+    macs = max(sum(stage.macs for stage in survey.stages), 1)
+    title = "Stages: each hands on a single tensor"
+    table = plain_table(title, ("stage", "ends at", "axes", "blocks", "of the MACs"), numbers=0)
+    for stage in survey.stages:
+        row = (stage.name, stage.cut or "the output", str(len(stage.axes)), str(len(stage.blocks)))
+        table.add_row(*row, f"{100 * stage.macs / macs:.1f} %")
     out().print(table)
 
 

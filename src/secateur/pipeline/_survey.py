@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost import Cost, CostModel
-from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit
+from secateur.graph import ChannelAxis, ChannelGraph, Choices, HeadUnit, Stage, stages_of
 from secateur.graph.rules import Rule
 from secateur.pipeline._plan import EVERYTHING, NO_RULES, SPACE
 from secateur.pipeline._traced import Branches, traced
@@ -30,6 +30,7 @@ class Survey:
         prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
         space: Which widths are allowed.
+        stages: The parts of the model that hand on a single tensor, see `secateur.graph.stages_of`.
     """
 
     graph: ChannelGraph
@@ -39,6 +40,7 @@ class Survey:
     prunable_share: float
     prunable_macs_share: float
     space: SearchSpace
+    stages: tuple[Stage, ...]
 
     @property
     def frozen(self) -> dict[str, list[str]]:
@@ -50,7 +52,7 @@ class Survey:
         return found
 
     def to_json(self) -> dict[str, object]:
-        """Costs, shares, axes with their sites, blocks, and layers in order of execution, as a JSON object."""
+        """Costs, shares, axes with their sites, blocks; stages and layers in order of execution. A JSON object."""
         return {
             "original": self.original.to_json(),
             "smallest": self.smallest.to_json(),
@@ -61,6 +63,7 @@ class Survey:
                 {"name": block.name, "tensors": list(block.tensors), "kept_because": block.kept_because}
                 for block in self.graph.blocks
             ],
+            "stages": [asdict(stage) for stage in self.stages],
             "layers": [asdict(place) for place in places(self.graph)],
             "never_ran": list(self.graph.unseen),
         }
@@ -109,7 +112,8 @@ def survey(
     smallest, shallowest = (Cost(*(int(n[0]) for n in some.of_widths(least))) for some in (costs, fewer))
     share = parameter_share(graph)
     assert math.isfinite(share)
-    return Survey(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space)
+    stages = stages_of(model, graph)
+    return Survey(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
 
 
 def _macs_share(graph: ChannelGraph) -> float:

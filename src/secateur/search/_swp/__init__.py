@@ -1,0 +1,1 @@
+"""Stage-wise pruning."""

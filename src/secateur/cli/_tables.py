@@ -27,6 +27,9 @@ def print_before_after(report: RunReport) -> None:
         table.add_row(f"test accuracy (n = {after.accuracy.n})", _accuracy(before), _accuracy(after), change)
     for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
         table.add_row(name, format_count(old), format_count(new), _relative(old, new))
+    if after.weights != after.params:
+        counts = format_count(before.weights), format_count(after.weights)
+        table.add_row("non-zero parameters", *counts, _relative(before.weights, after.weights))
     if before.size_bytes is not None and after.size_bytes is not None:
         sizes = f"{format_count(before.size_bytes)}B", f"{format_count(after.size_bytes)}B"
         table.add_row("weights file", *sizes, _relative(before.size_bytes, after.size_bytes))
@@ -34,6 +37,10 @@ def print_before_after(report: RunReport) -> None:
         name = f"latency, {record.runtime}, {record.threads} thread, batch {record.batch_size}"
         times = f"{1e3 * record.before[1]:.3g} ms", f"{1e3 * record.after[1]:.3g} ms"
         table.add_row(name, *times, f"{record.speedup[1]:.2f} x the speed")
+    if report.efficiency is not None:
+        efficiency = [f"{value:.2f}" for value in report.efficiency]
+        table.add_row("Performance Efficiency over non-zero parameters (ours)", "1.00", efficiency[0], "")
+        table.add_row("Performance Efficiency over MACs (ours)", "1.00", efficiency[1], "")
     out().print(table)
 
 

@@ -32,8 +32,10 @@ from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover, Workplace, workplace
+from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
+from secateur.sparsity import Sparsify, WeightPruning
 from secateur.train import Progress, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
 
 CALIBRATION_IMAGES = 1024
@@ -58,6 +60,7 @@ def compress(
     schedule: Schedule = GENTLE,
     objective: Objective = ALIGNED,
     start: Start = Inherit(),  # noqa: B008 - frozen
+    pruning: WeightPruning | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
@@ -79,7 +82,8 @@ def compress(
     Args:
         model: A trained classifier of the data's classes; not changed.
         data: Training, validation and test images, see `secateur.load_data`.
-        budget: Upper bounds on the cost, such as ``"macs=50%"``.
+        budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
+            zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
         strategy: How the architecture is found.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
@@ -90,6 +94,7 @@ def compress(
         objective: What the recovery minimises.
         start: What the student begins with: `Inherit`, the weights of its channels, healed, or `FromScratch`, none;
             then it needs as many epochs and as high a learning rate as the original did.
+        pruning: How single weights are chosen if the budget bounds ``nonzero``; None is `WeightPruning()`.
         calibration_images: Training images for search and healing; fewer if there are not so many.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
             end. Until then the work lies in ``<out>.work``, from which an interrupted run goes on, also in the middle
@@ -115,10 +120,11 @@ def compress(
     delivery = None if out is None else Delivery(Path(out), tuple(dict.fromkeys(export)), source, leftover)
     if delivery is not None:
         check_output(delivery.folder)
+    limits = Budget.parse(budget) if isinstance(budget, str) else budget
     plan = Plan(
         model=model,
         data=data,
-        budget=Budget.parse(budget) if isinstance(budget, str) else budget,
+        budget=limits,
         strategy=strategy,
         choices=choices,
         heads=heads,
@@ -136,6 +142,7 @@ def compress(
         delivery=delivery,
         progress=progress,
         tell=tell,
+        pruning=pruning_for(limits, pruning),
     )
     return _run(plan)
 
@@ -156,11 +163,17 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | N
     steps = [_measured(plan, "original", original)]
     half = go_halfway(plan, original, batches, work)
     steps.append(_measured(plan, plan.start.done, half.student))
-    trained = _recover(plan, half, work)
+    zeros = zeros_for(plan, half, batches)
+    trained = _recover(plan, half, work, zeros)
     student = half.student
-    if trained is not None and trained.best_epoch > 0:
+    if trained is not None and (trained.best_epoch > 0 or zeros is not None):
         student = trained.model
-        steps.append(_measured(plan, "distilled", student))
+        steps.append(_measured(plan, "distilled" if zeros is None else "weights pruned and distilled", student))
+    elif zeros is not None:
+        student = zeros.begun(student, 0)
+        steps.append(_measured(plan, "weights pruned", student))
+    if zeros is not None:
+        student = with_zeros(student)
     finished = Finished(
         plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu(), _validated(plan, half, trained)
     )
@@ -173,7 +186,7 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | N
     return CompressResult(student.to(home), half.graph, half.found, half.verification, trained, report, folder, files)
 
 
-def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | None:
+def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify | None) -> Trained | None:
     if plan.schedule.epochs == 0:
         return None
     objective, alignment = plan.objective, None
@@ -190,6 +203,7 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None) -> Trained | Non
         schedule=plan.schedule,
         objective=objective,
         alignment=alignment,
+        sparsify=zeros,
         checkpoint=None if work is None else work.checkpoint,
         progress=plan.progress,
         fabric=plan.fabric,

@@ -4,10 +4,9 @@ import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor, nn
 
-from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save
+from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save, weights_bytes
 from secateur.cost import counted_macs, counted_params
 from secateur.errors import ArtifactError, ExportError
 from secateur.latency import LatencyRecord, Quartiles, measure_latency
@@ -19,6 +18,7 @@ from secateur.pipeline._plan import Delivery, Format, Plan
 from secateur.pipeline._probe import probe_json, same_bits
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._searched import search_epochs
+from secateur.pipeline._zeros import within
 from secateur.report import (
     BlockFate,
     Check,
@@ -33,6 +33,7 @@ from secateur.report import (
     write_report,
 )
 from secateur.search import Found
+from secateur.sparsity import nonzero_params
 from secateur.train import Trained
 
 _PARITY_IMAGES = 8
@@ -146,6 +147,7 @@ def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:
     half, proof = run.half, run.half.verification
     found, params = half.found, counted_params(run.student)
     macs = counted_macs(run.student, run.images[:1].to(run.plan.device))
+    few, zeros = within(run.plan.budget, run.student, found.original)
     return (
         Check(
             "Sliced model = original with the removed channels zeroed",
@@ -162,9 +164,9 @@ def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:
         ),
         Check(
             "Within the budget",
-            found.budget.allows(found.cost, found.original),
+            found.budget.allows(found.cost, found.original) and few,
             detail=f"{found.budget}: {100 * found.cost.macs / max(found.original.macs, 1):.2f} % of the MACs, "
-            f"{100 * found.cost.params / max(found.original.params, 1):.2f} % of the parameters",
+            f"{100 * found.cost.params / max(found.original.params, 1):.2f} % of the parameters{zeros}",
         ),
     )
 
@@ -194,13 +196,18 @@ def _edits(plan: Plan, student: nn.Module, delivery: Delivery) -> tuple[Edit, ..
 def _doubts(run: Finished) -> tuple[str, ...]:
     """What a reader must know before believing the rest."""
     found: list[str] = []
+    if run.plan.pruning is not None:
+        found.append(
+            "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
+            "with any number. What is faster is so for its cut channels."
+        )
     first, chance = run.steps[0].accuracy, 1 / len(run.plan.data.classes)
     if first.top1 <= 2 * chance:
         found.append(
             f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
             f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std)."
         )
-    if run.trained is not None and run.trained.best_epoch == 0:
+    if run.trained is not None and run.trained.best_epoch == 0 and run.plan.pruning is None:
         found.append(
             "No epoch was better on the validation images than the student before training, which is kept. If the "
             "original was trained on these images, they favour the student that has changed least."
@@ -245,6 +252,9 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
     return {
         "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
         "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
+        "nonzero": {"before": report.before.nonzero, "after": report.after.nonzero},
+        "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
+        "pruning": None if run.plan.pruning is None else repr(run.plan.pruning),
         "latency": [asdict(latency) for latency in report.latency],
         "history": [] if trained is None else [record.to_json() for record in trained.history],
         "best_epoch": None if trained is None else trained.best_epoch,
@@ -265,14 +275,7 @@ def _verification(run: Finished, report: RunReport) -> dict[str, object]:
 
 
 def _measured(model: nn.Module, macs: int, step: Step) -> Measured:
-    return Measured(macs, counted_params(model), _weights_bytes(model), step.accuracy)
-
-
-def _weights_bytes(model: nn.Module) -> int:
-    """Size of the weights as one safetensors file."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    plain = {str(n): t.detach().cpu().contiguous().clone() for n, t in enumerate(tensors.values())}
-    return len(safetensors.torch.save(plain))
+    return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
 
 
 def _measured_latency(record: LatencyRecord) -> MeasuredLatency:

@@ -21,6 +21,7 @@ from secateur.pipeline._start import Start
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
+from secateur.sparsity import WeightPruning
 from secateur.train import Progress, Schedule
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Plan:
     delivery: Delivery | None
     progress: Progress
     tell: Callable[[str], None]
+    pruning: WeightPruning | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +117,8 @@ class Plan:
     def settings(self) -> dict[str, str]:
         """Everything that decides the cut student, as text by name: two runs with the same are the same."""
         data = self.data
-        return {
+        zeros = {} if self.pruning is None else {"pruning": repr(self.pruning)}
+        return zeros | {
             "model": _digest(self.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "budget": str(self.budget),

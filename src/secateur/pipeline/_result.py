@@ -43,7 +43,7 @@ class CompressResult:
         graph: The channel graph of the original.
         found: What the search found: architecture, costs, budget.
         verification: The proof that the sliced model equals the masked original.
-        trained: The recovery, or None if there were no epochs.
+        trained: The recovery, or None if there were no epochs; its model is masked if single weights were pruned.
         report: Every number: before and after, accuracy on the way, widths, checks, latency, provenance.
         folder: The artifact, or None if none was asked for.
         files: Everything that was written.
@@ -62,6 +62,11 @@ class CompressResult:
     def architecture(self) -> Architecture:
         """The kept channels of each axis."""
         return self.found.architecture
+
+    @property
+    def nonzero(self) -> int:
+        """Parameters of the model that are not zero."""
+        return self.report.after.weights
 
     @property
     def failed(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from secateur.pipeline._open import load
 from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import TOLERANCE, probe_difference, probe_images
 from secateur.report import Check
+from secateur.sparsity import nonzero_params
 from secateur.train import evaluate
 
 
@@ -82,6 +83,8 @@ def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
     recipe = manifest.recipe
     found = {"macs": counted_macs(model, probe_images(recipe.input_shape)), "params": counted_params(model)}
     said = {name: recipe.cost_after.get(name) for name in found}
+    if manifest.nonzero is not None:
+        found["nonzero"], said["nonzero"] = nonzero_params(model), manifest.nonzero
     return Check("Counted costs = recorded costs", found == said, detail=f"counted {found}, recorded {said}")
 
 

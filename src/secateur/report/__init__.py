@@ -1,6 +1,7 @@
 """Reports: one run as one page that needs nothing else."""
 
 from secateur.report._drawing import check_drawing, write_drawing
+from secateur.report._efficiency import performance_efficiency
 from secateur.report._places import Place, inside, places, sentence_of, sizes_in_order
 from secateur.report._report import write_report
 from secateur.report._run import (
@@ -36,6 +37,7 @@ __all__ = [
     "TrainedEpoch",
     "check_drawing",
     "inside",
+    "performance_efficiency",
     "places",
     "sentence_of",
     "sizes_in_order",

@@ -97,6 +97,8 @@ def tiles(run: RunReport) -> list[Tile]:
         ("MACs", before.macs, after.macs, _format.count),
         ("Parameters", before.params, after.params, _format.count),
     ]
+    if after.weights != after.params:
+        costs.append(("Non-zero parameters", before.weights, after.weights, _format.count))
     if before.size_bytes is not None and after.size_bytes is not None:
         costs.append(("File size", before.size_bytes, after.size_bytes, _format.size))
     for what, old, new, words in costs:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from secateur.report._efficiency import performance_efficiency
+
 _Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -44,12 +46,19 @@ class Measured:
         params: Parameters.
         size_bytes: Size of its weights file, or None.
         accuracy: On the test images, or None.
+        nonzero: Parameters that are not zero; None means all of them.
     """
 
     macs: int
     params: int
     size_bytes: int | None = None
     accuracy: MeasuredAccuracy | None = None
+    nonzero: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Parameters that are not zero."""
+        return self.params if self.nonzero is None else self.nonzero
 
 
 @dataclass(frozen=True)
@@ -257,3 +266,20 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=_nothing)
     machine: Mapping[str, str] = field(default_factory=_nothing)
     date: str = ""
+
+    @property
+    def efficiency(self) -> tuple[float, float] | None:
+        """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies."""
+        before, after = self.before, self.after
+        if before.accuracy is None or after.accuracy is None:
+            return None
+        found = [
+            performance_efficiency(
+                accuracy=after.accuracy.top1,
+                original_accuracy=before.accuracy.top1,
+                size=size,
+                original_size=original,
+            )
+            for size, original in ((after.weights, before.weights), (after.macs, before.macs))
+        ]
+        return found[0], found[1]

@@ -1,5 +1,6 @@
 """What is pruned: a score and a budget, each a choice that can be written down, put together as one."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.errors import SparsityError
-from secateur.sparsity._allocation import erk, keep_globally, keep_largest, keep_n_of_m, per_layer
+from secateur.errors import BudgetError, SparsityError
+from secateur.sparsity._allocation import erk, keep_globally, keep_largest, keep_n_of_m
 from secateur.sparsity._schedule import Cubic, SparsitySchedule
 from secateur.sparsity._scores import Batch, magnitude, movement, random_scores, snip, taylor
 from secateur.sparsity._weights import Scores, Weights, check_density, prunable
@@ -90,7 +91,11 @@ class Allocation(ABC):
 
     @abstractmethod
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
-        """Masks that keep a fraction of all weights, in (0, 1]."""
+        """Masks that keep at most a fraction of all weights, in (0, 1]."""
+
+    def nearest(self, density: float) -> float:
+        """The largest fraction up to ``density`` that can be asked for."""
+        return density
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,11 @@ class Globally(Allocation):
 
 @dataclass(frozen=True)
 class Evenly(Allocation):
-    """`per_layer`: the same fraction of every tensor, up to rounding."""
+    """The same fraction of every tensor, rounded down."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
-        return keep_largest(scores, per_layer(scores, density))
+        return keep_largest(scores, {name: math.floor(density * score.numel()) for name, score in scores.items()})
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,10 @@ class NOfM(Allocation):
 
     n: int = 2
     m: int = 4
+
+    def nearest(self, density: float) -> float:
+        """See `Allocation.nearest`: that of the pattern, if it is not above."""
+        return min(density, self.n / self.m)
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`.
@@ -188,3 +197,30 @@ class WeightPruning:
         device = next(iter(weights.values())).device
         here = [(images.to(device), labels.to(device)) for images, labels in batches]
         return self.allocation(self.score(model, weights, here), density)
+
+    def density_within(self, model: nn.Module, nonzero: float) -> float:
+        """The kept fraction with which a model has at most so many parameters that are not zero.
+
+        What may not be pruned (biases, norms, what is excluded) counts whole.
+
+        Args:
+            model: Without masks.
+            nonzero: Bound on its parameters that are not zero.
+
+        Returns:
+            In (0, 1]; 1 if the model is within the bound as it is.
+
+        Raises:
+            BudgetError: If what may not be pruned is more than that, with the least that can be reached.
+        """
+        size = sum(weight.numel() for weight in prunable(model, exclude=self.exclude).values())
+        rest = sum(parameter.numel() for parameter in model.parameters()) - size
+        room = math.floor(nonzero) - rest
+        if room >= size:
+            return 1.0
+        if room < 1:
+            raise BudgetError(
+                f"`nonzero` must leave room for the {rest} parameters that are not pruned one by one (biases, norms, "
+                f"what is excluded); got {math.floor(nonzero)}. Allow more than {rest}, or exclude less."
+            )
+        return self.allocation.nearest(room / size)

@@ -132,6 +132,10 @@ def compress(
     search_epochs: options.SearchEpochs = None,
     search_over: options.SearchOver = None,
     search_learning_rate: options.SearchLearningRate = None,
+    weight_score: options.WeightScore = None,
+    weight_allocation: options.WeightAllocation = None,
+    weight_schedule: options.WeightSchedule = None,
+    dense: options.Dense = None,
     calibration: options.Calibration = 1024,
     from_scratch: options.FromScratch = False,
     epochs: options.Epochs = 1,
@@ -160,6 +164,7 @@ def compress(
     """Compress a trained classifier to a budget: search, cut, heal, distil, verify, export, report."""
     from secateur.cli import _choices
     from secateur.cli._inputs import Inputs
+    from secateur.cli._weights import pruning_of
     from secateur.cost import Budget
     from secateur.distill import Objective
     from secateur.pipeline import Leftover, check_output
@@ -211,6 +216,7 @@ def compress(
             branches=_choices.branches_of(untied),
             space=space,
             start=_choices.start_of(from_scratch),
+            pruning=pruning_of(weight_score, weight_allocation, weight_schedule, dense),
             schedule=schedule,
             objective=objective,
             calibration_images=calibration,

@@ -39,6 +39,34 @@ class ImportanceName(StrEnum):
     RANDOM = "random"
 
 
+class WeightScoreName(StrEnum):
+    """Scores of single weights by name; see `secateur.sparsity.WeightScore`."""
+
+    MAGNITUDE = "magnitude"
+    TAYLOR = "taylor"
+    SNIP = "snip"
+    MOVEMENT = "movement"
+    RANDOM = "random"
+
+
+class AllocationName(StrEnum):
+    """How many weights each layer keeps, by name; see `secateur.sparsity.Allocation`."""
+
+    GLOBAL = "global"
+    ERK = "erk"
+    EVEN = "even"
+    TWO_OF_FOUR = "2:4"
+    FOUR_OF_EIGHT = "4:8"
+
+
+class WeightScheduleName(StrEnum):
+    """When weights go, by name; see `secateur.sparsity.SparsitySchedule`."""
+
+    CUBIC = "cubic"
+    ITERATIVE = "iterative"
+    ONE_SHOT = "one-shot"
+
+
 class OptimiserName(StrEnum):
     """Optimisers by name."""
 
@@ -105,7 +133,9 @@ ValidationFraction = Annotated[
 BudgetText = Annotated[
     str,
     typer.Option(
-        help="Upper bounds, such as macs=50% or 'macs<=20M, params<=200k'.", rich_help_panel=_CUT, show_default=False
+        help="Upper bounds, such as macs=50% or 'macs<=20M, params<=200k'; nonzero=20% prunes single weights.",
+        rich_help_panel=_CUT,
+        show_default=False,
     ),
 ]
 Strategy = Annotated[StrategyName, typer.Option(help="How widths are found.", rich_help_panel=_CUT)]
@@ -187,6 +217,23 @@ SearchLearningRate = Annotated[
     typer.Option("--search-learning-rate", help="Highest of the weights in --strategy tas.", rich_help_panel=_CUT),
 ]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
+
+WeightScore = Annotated[
+    WeightScoreName | None,
+    typer.Option(help="With a bound on nonzero: what single weights are worth.", rich_help_panel=_CUT),
+]
+WeightAllocation = Annotated[
+    AllocationName | None,
+    typer.Option(help="The same: which layers lose them.", rich_help_panel=_CUT),
+]
+WeightSchedule = Annotated[
+    WeightScheduleName | None,
+    typer.Option(help="The same: when they go in the recovery.", rich_help_panel=_CUT),
+]
+Dense = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="The same: layers that lose none, by name; repeatable.", rich_help_panel=_CUT),
+]
 
 ShowTree = Annotated[
     bool, typer.Option("--tree", help="Show the modules instead: parameters, MACs, channels.", rich_help_panel=_SHOW)

@@ -1,5 +1,6 @@
 """Latency: how long a forward pass takes on a target, measured; and what it would take at other widths, predicted."""
 
+from secateur.latency._cache import Cache, cache_folder
 from secateur.latency._clock import Clock
 from secateur.latency._layers import ConvolutionShape, LayerShape, LinearShape
 from secateur.latency._measure import (
@@ -10,13 +11,16 @@ from secateur.latency._measure import (
     measure_latency,
     measure_pairs,
 )
+from secateur.latency._predict import LatencyFit, fit_latency
 from secateur.latency._targets import OnnxRuntime, Target, TorchCompiled, TorchEager
 from secateur.latency._turns import Quartiles
 
 __all__ = [
+    "Cache",
     "Clock",
     "ConvolutionShape",
     "Latency",
+    "LatencyFit",
     "LatencyRecord",
     "LayerShape",
     "LinearShape",
@@ -25,6 +29,8 @@ __all__ = [
     "Target",
     "TorchCompiled",
     "TorchEager",
+    "cache_folder",
+    "fit_latency",
     "measure",
     "measure_all",
     "measure_latency",

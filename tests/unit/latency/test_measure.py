@@ -2,18 +2,15 @@
 
 import gc
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 import torch
+from pretend import Pretend
 from torch import nn
 
 from secateur.errors import ExportError
 from secateur.latency import (
     Clock,
-    LayerShape,
     OnnxRuntime,
     Quartiles,
     Target,
@@ -27,37 +24,6 @@ from secateur.latency import (
     measure_latency,
     measure_pairs,
 )
-
-
-@dataclass(frozen=True)
-class Pretend(Target):
-    """A pass takes as many hundredths of a second as the model has parameters, by a clock of its own."""
-
-    now: list[float]
-    played: list[int]
-    threads: int = 1
-    batch: int = 1
-
-    @property
-    def runtime(self) -> str:
-        return "pretend 1"
-
-    @property
-    def clock(self) -> Clock:
-        return Clock("pretended time", lambda: self.now[0])
-
-    @contextmanager
-    def opened(self, model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Generator:
-        size = sum(p.numel() for p in model.parameters())
-
-        def run() -> None:
-            self.played.append(size)
-            self.now[0] += 0.01 * size * len(inputs[0])
-
-        yield run
-
-    def seconds_alone(self, shape: LayerShape) -> float:
-        raise NotImplementedError
 
 
 def of_size(size: int) -> nn.Module:
@@ -146,16 +112,16 @@ def test_settings_are_checked(wrong: dict[str, int]) -> None:
 
 
 def test_several_models_take_turns_and_get_their_own_times() -> None:
-    target = Pretend([0.0], [])
+    target = Pretend()
     found = measure_all([of_size(3), of_size(2), of_size(7)], target, (1,), rounds=4, warmup=0)
     assert [latency.seconds.median for latency in found] == pytest.approx([0.03, 0.02, 0.07])
     assert [latency.seconds.spread for latency in found] == pytest.approx([0, 0, 0])
-    assert target.played[-12:] == [3, 2, 7, 7, 2, 3] * 2
+    assert target.played[-12:] == pytest.approx([0.03, 0.02, 0.07, 0.07, 0.02, 0.03] * 2)
     assert (found[0].runtime, found[0].rounds, found[0].clock) == ("pretend 1", 4, "pretended time")
 
 
 def test_pairs_give_the_ratio() -> None:
-    record = measure_pairs(of_size(6), of_size(3), Pretend([0.0], [], batch=2), (1,), rounds=3, warmup=1)
+    record = measure_pairs(of_size(6), of_size(3), Pretend(batch=2), (1,), rounds=3, warmup=1)
     assert record.speedup.median == pytest.approx(2)
     assert (record.before.median, record.after.median) == pytest.approx((0.12, 0.06))
 
@@ -168,7 +134,7 @@ def test_real_samples_are_repeated_to_fill_the_batch() -> None:
 
 
 def test_load_is_recorded_and_json_is_plain() -> None:
-    latency = measure(of_size(2), Pretend([0.0], []), (1,), rounds=3)
+    latency = measure(of_size(2), Pretend(), (1,), rounds=3)
     assert latency.load is None or len(latency.load) == 2
     assert latency.to_json()["seconds"] == pytest.approx({"lower": 0.02, "median": 0.02, "upper": 0.02})
 
@@ -201,6 +167,6 @@ def test_a_target_needs_threads_and_samples(kind: type[Target]) -> None:
 
 def test_a_shape_and_a_model_are_needed() -> None:
     with pytest.raises(ExportError, match="`shape` must be that of one input"):
-        measure(of_size(1), Pretend([0.0], []), (3, 0))
+        measure(of_size(1), Pretend(), (3, 0))
     with pytest.raises(ExportError, match="`models` must be at least one model"):
-        measure_all([], Pretend([0.0], []), (1,))
+        measure_all([], Pretend(), (1,))

@@ -1,0 +1,150 @@
+"""The verb: a model of the latency of every architecture of a graph, measured on this machine."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.architecture import Architecture
+from secateur.cost import LatencyModel
+from secateur.graph import ChannelGraph
+from secateur.latency._cache import Cache
+from secateur.latency._measure import Inputs, inputs_for, measure_all
+from secateur.latency._table import Tell, layer_times
+from secateur.latency._targets import Target
+from secateur.search import SearchSpace
+from secateur.surgery import apply_architecture
+
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+_FRACTIONS = (1.0, 0.5, 0.25)
+"""Of the widths of the whole models that are measured, and two with other fractions for every axis."""
+_ROUNDS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyFit:
+    """A latency model, and how well it says what was measured.
+
+    Attributes:
+        model: Predicts any widths.
+        target: What was measured on, as text.
+        widths: (n, axes) of the whole models that were measured, the uncut one first.
+        measured: (n,) seconds.
+        predicted: (n,) what a model fitted to the others says: no measurement is predicted from itself.
+    """
+
+    model: LatencyModel
+    target: str
+    widths: IntArray
+    measured: FloatArray
+    predicted: FloatArray
+
+    @property
+    def errors(self) -> FloatArray:
+        """(n,) predicted / measured - 1."""
+        return self.predicted / self.measured - 1
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object: target, measured and predicted seconds, largest and mean absolute error."""
+        return {
+            "target": self.target,
+            "measured": self.measured.tolist(),
+            "predicted": self.predicted.tolist(),
+            "largest_error": float(np.abs(self.errors).max()),
+            "mean_error": float(np.abs(self.errors).mean()),
+            "coefficients": list(self.model.coefficients),
+        }
+
+
+def fit_latency(
+    model: nn.Module,
+    graph: ChannelGraph,
+    target: Target,
+    shape: tuple[int, ...] | Tensor | Inputs,
+    *,
+    space: SearchSpace = SearchSpace(divisor=8),  # noqa: B008 -- frozen
+    cache: Cache | None = None,
+    tell: Tell | None = None,
+) -> LatencyFit:
+    """Time the layers of a traced model at some widths and some whole models, and fit the latency of all others.
+
+    Convolutions and linear layers are timed alone on a grid of input and output widths (`secateur.cost.TimeGrid`).
+    What else a runtime does is fitted to five whole models, cut and measured in turns: the uncut one, two with 1/2 and
+    1/4 of every axis, two with fractions of their own for every axis (`secateur.cost.LatencyModel`).
+
+    Args:
+        model: The traced model; not changed.
+        graph: Its channel graph.
+        target: Runtime, threads and batch size.
+        shape: Of one input without the batch; or real samples, see `measure`.
+        space: Widths to time; others are interpolated.
+        cache: Measurements of this machine; None means those in the user's cache folder, see `Cache`.
+        tell: Called with the finished fraction and a description.
+
+    Raises:
+        ExportError: If a model cannot be brought to the target.
+    """
+    cache = Cache.of(target) if cache is None else cache
+    tell = tell or _silent
+    times = layer_times(model, graph, target, space, cache=cache, tell=tell)
+    plain = LatencyModel.of(graph, times)
+    widths = probes(graph, space)
+    tell(0.9, "timing whole models")
+    measured = _whole_models(model, graph, target, inputs_for(target, shape), widths, cache=cache)
+    others = [np.arange(len(widths)) != left_out for left_out in range(len(widths))]
+    predicted = [
+        plain.fitted(widths[rest], measured[rest]).of_widths(widths[~rest])[0] if rest.any() else np.nan
+        for rest in others
+    ]
+    fitted = plain.fitted(widths, measured)
+    return LatencyFit(fitted, target.key, widths, measured, np.array(predicted))
+
+
+def probes(graph: ChannelGraph, space: SearchSpace) -> IntArray:
+    """(n, axes) different widths of the whole models that are measured, the uncut one first; see `fit_latency`."""
+    levels = space.levels(graph)
+    random = np.random.default_rng(0)
+    fractions = [np.full(len(levels), f) for f in _FRACTIONS] + [random.uniform(0.25, 1, len(levels)) for _ in "ab"]
+    rows = [[_nearest(mine, f) for mine, f in zip(levels, row, strict=True)] for row in fractions]
+    column = {axis.name: number for number, axis in enumerate(graph.prunable)}
+    for row in rows:
+        for number, axis in enumerate(graph.prunable):
+            if axis.into in column:
+                row[number] = min(row[number], row[column[axis.into]])
+    return np.array(list(dict.fromkeys(map(tuple, rows))), dtype=np.int64).reshape(-1, len(levels))
+
+
+def architecture_of(graph: ChannelGraph, widths: IntArray) -> Architecture:
+    """The first channels of every prunable axis, (axes,) of them: any others take the same time."""
+    return Architecture.of({a.name: range(int(w)) for a, w in zip(graph.prunable, widths, strict=True)})
+
+
+def _nearest(levels: IntArray, fraction: float) -> int:
+    return int(levels[np.abs(levels - fraction * levels[-1]).argmin()])
+
+
+def _whole_models(
+    model: nn.Module, graph: ChannelGraph, target: Target, inputs: Inputs, widths: IntArray, *, cache: Cache
+) -> FloatArray:
+    """Seconds of each; measured together, in turns, unless all are known."""
+    names = [_name(graph, inputs, row) for row in widths]
+    if not all(name in cache.seconds for name in names):
+        cut = [apply_architecture(model, graph, architecture_of(graph, row)) for row in widths]
+        found = measure_all(cut, target, inputs, rounds=_ROUNDS, warmup=2)
+        cache.seconds.update(zip(names, (latency.seconds.median for latency in found), strict=True))
+        cache.write()
+    return np.array([cache.seconds[name] for name in names])
+
+
+def _name(graph: ChannelGraph, inputs: Inputs, widths: IntArray) -> str:
+    """One whole model as text: two with the same calls, tensors and widths take the same time."""
+    tensors = [(name, [extent.at(graph.sizes) for extent in extents]) for name, extents in graph.tensors.items()]
+    what = repr((graph.calls, tensors, [tuple(each.shape) for each in inputs], widths.tolist()))
+    return f"whole model {hashlib.sha256(what.encode()).hexdigest()[:32]}"
+
+
+def _silent(fraction: float, what: str) -> None:
+    """Report no progress."""

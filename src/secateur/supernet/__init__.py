@@ -3,8 +3,8 @@
 from secateur.supernet._calibrate import calibrated
 from secateur.supernet._interpolate import interpolate_channels, interpolation_matrix
 from secateur.supernet._mixture import Blending, Fade, Interpolate, Mixture
-from secateur.supernet._order import best_first, inverse, reordered
-from secateur.supernet._stagewise import calibrated_stages, features, run_stages, stage_losses
+from secateur.supernet._order import best_first, inverse, order_digest, reordered
+from secateur.supernet._stagewise import calibrated_stages, features, run_stages, stage_losses, stage_variances
 from secateur.supernet._supernet import Subnet, Supernet
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "interpolate_channels",
     "interpolation_matrix",
     "inverse",
+    "order_digest",
     "reordered",
     "run_stages",
     "stage_losses",
+    "stage_variances",
 ]

@@ -2,7 +2,8 @@
 
     features(supernet, stages, images, *, tensors=None) -> (output, features)
     run_stages(supernet, subnet, stages, images, features, *, tensors=None) -> outputs
-    stage_losses(outputs, targets) -> (stages,)
+    stage_losses(outputs, targets, variances=None) -> (stages,)
+    stage_variances(targets) -> (stages,)
     calibrated_stages(supernet, subnets, stages, batches, full=None) -> [statistics of each subnet]
 
 With x_0 the images, f_s stage s of the full net and x_s = f_s(x_(s-1)), a subnet's stages compute y_s = g_s(x_(s-1)):
@@ -15,6 +16,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import SurgeryError
@@ -103,29 +105,51 @@ def run_stages(
     return (*found, output)
 
 
-def stage_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def stage_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], variances: Tensor | None = None) -> Tensor:
     """How far each stage's output is from the full net's, in units of the variance of the latter.
 
-    L_s = mean((y_s - x_s)^2) / Var(x_s), the mean and the (biased) variance over all elements, images and channels
-    alike: 1 is what the best constant reaches, 0 is the full net. In single precision at least, under autocast too. To
-    the variance 1e-12 of the mean square of x_s is added, and the least positive number, for targets that are constant.
+    L_s = mean((y_s - x_s)^2) / Var(x_s), the mean over all elements, images and channels alike: 1 is what the best
+    constant reaches, 0 is the full net. In single precision at least, under autocast too.
 
     Args:
         outputs: Of `run_stages`: any shapes.
-        targets: Of the full net, of the same shapes; detached here.
+        targets: Of the full net, of the same shapes: its features and its output. Detached here.
+        variances: Of the targets, see `stage_variances`, where many outputs are compared with the same. None:
+            measured here.
 
     Returns:
         (stages,), dimensionless.
     """
-    return torch.stack([_loss(y, x.detach()) for y, x in zip(outputs, targets, strict=True)])
+    of_targets = stage_variances(targets) if variances is None else variances
+    pairs = zip(outputs, targets, of_targets, strict=True)
+    return torch.stack([_mean_square(y, x.detach()) / variance for y, x, variance in pairs])
 
 
-def _loss(output: Tensor, target: Tensor) -> Tensor:
+def stage_variances(targets: Sequence[Tensor]) -> Tensor:
+    """Var(x_s) of each target, biased, over all its elements: what `stage_losses` divides by.
+
+    To it 1e-12 of the mean square of x_s is added, and the least positive number, for targets that are constant.
+
+    Args:
+        targets: Any shapes.
+
+    Returns:
+        (stages,), not differentiable.
+    """
+    return torch.stack([_variance(target.detach()) for target in targets])
+
+
+def _variance(target: Tensor) -> Tensor:
+    x = target.to(torch.promote_types(torch.float32, target.dtype))
+    mean = x.mean()
+    variance = _mean_square(x, mean.expand_as(x))
+    return variance + _LEAST_VARIANCE * (variance + mean**2) + torch.finfo(x.dtype).tiny
+
+
+def _mean_square(output: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(output.device.type, enabled=False):
         kind = torch.promote_types(torch.float32, target.dtype)
-        y, x = output.to(kind), target.to(kind)
-        least = _LEAST_VARIANCE * x.square().mean() + torch.finfo(kind).tiny
-        return (y - x).square().mean() / (x.var(correction=0) + least)
+        return F.mse_loss(output.to(kind), target.to(kind))
 
 
 def calibrated_stages(

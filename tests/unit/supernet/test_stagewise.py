@@ -26,6 +26,7 @@ from secateur.supernet import (
     features,
     run_stages,
     stage_losses,
+    stage_variances,
 )
 from secateur.surgery import original_names
 
@@ -306,6 +307,17 @@ def test_losses_are_their_formula():
     assert got.dtype == torch.float64
     # What is added to the variance is 1e-12 of the mean square, which is ten variances of the first target.
     np.testing.assert_allclose(got.numpy(), wanted, rtol=2e-11)
+
+
+def test_variances_may_be_measured_once():
+    case = resnet_case()
+    with torch.no_grad():
+        output, handed_on = features(case.supernet, case.stages, case.images)
+        outputs = run_stages(case.supernet, case.subnet(1), case.stages, case.images, handed_on)
+    targets = (*handed_on, output)
+    variances = stage_variances(targets)
+    np.testing.assert_allclose(variances.numpy(), [np.var(x.numpy()) for x in targets], rtol=2e-11)
+    assert torch.equal(stage_losses(outputs, targets, variances), stage_losses(outputs, targets))
 
 
 def test_losses_are_0_for_the_full_net_and_1_for_the_mean():

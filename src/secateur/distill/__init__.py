@@ -3,6 +3,7 @@
 from secateur.distill._adaptors import Resize, adaptors_of
 from secateur.distill._aligned import AlignedFeatures, FeatureWatch, Tap
 from secateur.distill._contrast import ContrastiveRepresentation, contrastive_loss
+from secateur.distill._ensemble import Ensemble
 from secateur.distill._features import attention_loss, attention_map, hcl_loss, hint_loss, vid_loss
 from secateur.distill._information import VariationalInformation
 from secateur.distill._logits import dist_loss, dkd_loss, standardised, standardised_kd_loss
@@ -17,6 +18,7 @@ __all__ = [
     "AlignedFeatures",
     "AttentionFusion",
     "ContrastiveRepresentation",
+    "Ensemble",
     "FeatureWatch",
     "Features",
     "KnowledgeReview",

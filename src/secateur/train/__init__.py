@@ -1,6 +1,7 @@
 """Training: one plain loop on Lightning Fabric, with exact resume; the best epoch is chosen on validation images."""
 
 from secateur.train._batches import Batches, TrainingData
+from secateur.train._chains import born_again, distill_chain
 from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
 from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._fit import distill, fit
@@ -49,11 +50,13 @@ __all__ = [
     "TrainingData",
     "average_decay",
     "best_precision",
+    "born_again",
     "channels_last",
     "check_redrawable",
     "digest",
     "distill",
     "distill_after_hints",
+    "distill_chain",
     "evaluate",
     "fit",
     "load_checkpoint",

@@ -3,13 +3,12 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.distill import AlignedFeatures, FeatureWatch, Objective, TapWatch
@@ -22,6 +21,7 @@ from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import Precision, channels_last, placed, seeded
 from secateur.train._progress import Meter
 from secateur.train._record import EpochRecord
+from secateur.train._remember import RememberedLogits
 from secateur.train._schedule import Schedule
 from secateur.train._state import (
     MovingAverage,
@@ -33,6 +33,7 @@ from secateur.train._state import (
     write_optimiser_,
     write_tensors_,
 )
+from secateur.train._teaching import Teaching
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -97,7 +98,9 @@ class Engine:
         epoch: Epochs trained.
     """
 
-    def __init__(self, task: Task, student: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(
+        self, task: Task, student: nn.Module, teacher: nn.Module | None, memory: RememberedLogits | None = None
+    ) -> None:
         device = task.fabric.device
         self.history: list[EpochRecord] = []
         self.best: Best | None = None
@@ -106,7 +109,9 @@ class Engine:
         self._student = placed(student, device).train()
         self._teacher = None if teacher is None else placed(teacher, device).eval().requires_grad_(requires_grad=False)
         # Set up by Fabric too, so that both models see their input in the same precision.
-        self._teach = None if self._teacher is None else task.fabric.setup_module(self._teacher, move_to_device=False)
+        self._teaching = None
+        if self._teacher is not None:
+            self._teaching = Teaching(task.fabric.setup_module(self._teacher, move_to_device=False), memory)
         decay = task.schedule.ema_decay
         self._average = None if decay is None else MovingAverage(self._student, decay)
         # A copy, because losses may learn too: adaptors, variances, embeddings.
@@ -138,6 +143,7 @@ class Engine:
         steps, schedule = self._task.steps, self._task.schedule
         rate, images_seen, looked = 0.0, 0, False
         with seeded(self._task.fabric.device, schedule.seed, self.epoch), ExitStack() as stack:
+            stack.enter_context(self._taught())
             watch, taps = self._watch(stack), self._watch_taps(stack)
             for step, (images, labels) in enumerate(self._task.batches(self.epoch), self.epoch * steps):
                 rate = schedule.learning_rate_at(step, steps=schedule.epochs * steps)
@@ -147,7 +153,7 @@ class Engine:
                 images_seen += len(images)
                 if looked:
                     _show(meter, ledger, rate)
-        ledger.look(rate)
+            ledger.look(rate)
         self._check_epoch(ledger, rate)
         if not looked:
             _show(meter, ledger, rate)
@@ -199,6 +205,22 @@ class Engine:
         """What is validated and returned."""
         return self._student if self._average is None else self._average.model
 
+    @contextmanager
+    def _taught(self) -> Generator[None]:
+        """An epoch of the teacher's. If the losses are no numbers because its logits are none, the error says that."""
+        if self._teaching is None:
+            yield
+            return
+        self._teaching.begin(self.epoch)
+        try:
+            yield
+        except TrainingError:
+            self._teaching.check()
+            raise
+        self._teaching.end()
+        if self.epoch == 0:
+            self._teaching.warn_of_guessing()
+
     def _watch(self, stack: ExitStack) -> FeatureWatch | None:
         alignment = self._task.alignment
         if alignment is None or self._teacher is None or not self._objective.feature_weight:
@@ -214,10 +236,7 @@ class Engine:
         self, images: Tensor, labels: Tensor, rate: float, watch: FeatureWatch | None, taps: TapWatch | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = channels_last(images)
-        teacher_logits = None
-        if self._teach is not None:
-            with torch.no_grad():
-                teacher_logits = self._teach(images)
+        teacher_logits = None if self._teaching is None else self._teaching.logits(images, labels)
         logits = self._forward(images)
         if not self._checked:
             self._check_first(logits, labels)

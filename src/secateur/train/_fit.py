@@ -19,6 +19,7 @@ from secateur.train._engine import Engine, Task
 from secateur.train._machine import one_device, precision_of
 from secateur.train._progress import Meter, Progress, TerminalProgress
 from secateur.train._record import Trained
+from secateur.train._remember import RememberedLogits
 from secateur.train._schedule import Schedule
 from secateur.train._state import digest, write_tensors_
 
@@ -37,6 +38,7 @@ def fit(
     augment: Any = None,
     validation: Batches | None = None,
     sparsify: Sparsify | None = None,
+    remember: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -62,6 +64,8 @@ def fit(
         validation: Images to choose the best epoch on (never the test split); None returns the last epoch.
         sparsify: Prunes single weights meanwhile: the result is masked (`secateur.sparsity.make_permanent_` makes it an
             ordinary model), and the best epoch is chosen among those that end with the final density.
+        remember: Folder where the teacher's logits are kept, epoch by epoch: a second run with the same seed, images
+            and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
         checkpoint: Folder for checkpoints; None writes none.
         progress: `TerminalProgress()`, `Silent()`, or your own.
         fabric: A Fabric for one device, with its precision; None opens one, see `open_fabric`.
@@ -83,7 +87,7 @@ def fit(
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
             student = sparsify.begun(student, schedule.epochs * task.steps)
-        engine = Engine(task, student, teacher)
+        engine = Engine(task, student, teacher, _memory(task, teacher, remember))
         settings = {} if checkpoint is None else _settings(task, student, teacher)
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
         if saved is not None:
@@ -111,6 +115,7 @@ def distill(
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
     sparsify: Sparsify | None = None,
+    remember: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -126,6 +131,7 @@ def distill(
         alignment: ``AlignedFeatures.of(graph, architecture)`` for a cut student; needed if
             ``objective.feature_weight`` > 0.
         sparsify: See `fit`.
+        remember: See `fit`.
         checkpoint: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
@@ -146,10 +152,27 @@ def distill(
         augment=data.augment,
         validation=data.validation if len(data.validation) else None,
         sparsify=sparsify,
+        remember=remember,
         checkpoint=checkpoint,
         progress=progress,
         fabric=fabric,
     )
+
+
+def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> RememberedLogits | None:
+    if folder is None or teacher is None:
+        if folder is not None:
+            warnings.warn("`remember` has no effect: the objective asks for no teacher.", stacklevel=3)
+        return None
+    objective = task.objective
+    listening = ["feature_weight"] if objective.feature_weight else [term.name for term in objective.terms if term.taps]
+    if listening:
+        raise TrainingError(
+            f"`remember` must go with losses of logits alone; {', '.join(listening)} listens inside of the teacher, "
+            "which must run. Leave `remember` out."
+        )
+    settings = {"teacher": digest(teacher), "precision": precision_of(task.fabric).name}
+    return RememberedLogits(folder, task.schedule.seed, settings)
 
 
 def _run(engine: Engine, epochs: int, meter: Meter, checkpoint: Path | None, settings: dict[str, str]) -> None:

@@ -45,5 +45,9 @@ class TrainingError(SecateurError, ValueError):
     """Training settings or values (NaN) that cannot lead to a result."""
 
 
+class WorkerError(SecateurError):
+    """Work handed to other processes that was not done."""
+
+
 class ExportError(SecateurError):
     """An exported file that could not be made or does not agree with the model."""

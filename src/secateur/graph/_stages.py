@@ -173,16 +173,20 @@ class _Division:
         return sorted(set(more), key=lambda output: output.value)
 
     def _equal_parts(self, outputs: list[LiveOutput], parts: int, low: int, high: int) -> list[LiveOutput]:
-        """The outputs that divide the MACs between two steps most evenly, of the outermost modules that suffice."""
+        """The outputs that divide the MACs between two steps most evenly, of the outermost modules that can do so."""
         outputs = list(behind_widening(tuple(outputs), self._steps))
-        depths = sorted({output.module.count(".") for output in outputs})
-        levels = ([o for o in outputs if o.module.count(".") <= depth] for depth in depths)
-        enough = next((level for level in levels if len(level) >= parts - 1), outputs)
         inside = [(step, macs) for step, macs in self.passage.macs if low < step < high]
-        total = sum(macs for _, macs in inside)
-        before = {o: sum(macs for step, macs in inside if step <= o.value) / max(total, 1) for o in enough}
-        chosen = (min(enough, key=lambda o: abs(before[o] - part / parts), default=None) for part in range(1, parts))
-        return [output for output in chosen if output is not None]
+        total = max(sum(macs for _, macs in inside), 1)
+        before = {output: sum(macs for step, macs in inside if step <= output.value) / total for output in outputs}
+        aims = [part / parts for part in range(1, parts)]
+        chosen: list[LiveOutput] = []
+        for depth in sorted({output.module.count(".") for output in outputs}):
+            level = [output for output in outputs if output.module.count(".") <= depth]
+            chosen = [min(level, key=lambda output: abs(before[output] - aim)) for aim in aims]
+            # Each nearer to its own aim than to those of others.
+            if all(abs(before[output] - aim) < 0.5 / parts for output, aim in zip(chosen, aims, strict=True)):
+                break
+        return chosen
 
 
 def _stage(step: int, ends: Sequence[int]) -> int:

@@ -43,6 +43,8 @@ PUBLISHED = {
     ),
     "densenet121": (("features.transition1.conv", 13, 0), ("features.transition2.conv", 24, 0), ("", 81, 0)),
     "convnext_atto": (("stages.0", 2, 2), ("stages.1", 2, 2), ("stages.2", 6, 6), ("", 3, 2)),
+    # Its last resolution has more than half of the MACs; the block that ends the first part of it goes with the cut.
+    "regnetx_002": (("s1", 3, 0), ("s2", 2, 0), ("s3", 4, 3), ("s4.b3", 3, 1), ("", 4, 4)),
     "vit_tiny_patch16_224": (("blocks.2", 6, 6), ("blocks.5", 6, 6), ("blocks.8", 6, 6), ("", 6, 6)),
 }
 

@@ -1,6 +1,6 @@
 """The last part of a run: check, write and export, all in a draft folder that appears whole or not at all."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save, weights_bytes
 from secateur.cost import counted_macs, counted_params
-from secateur.errors import ArtifactError, ExportError
-from secateur.latency import LatencyRecord, Quartiles, measure_latency
+from secateur.latency import LatencyRecord
+from secateur.pipeline._checks import copied, export_check, latency_between, reload_check, shown_latency
 from secateur.pipeline._disk import told_of_disk
-from secateur.pipeline._export import export_file
 from secateur.pipeline._halfway import describe_healing
-from secateur.pipeline._open import load
-from secateur.pipeline._plan import Delivery, Format, Plan
-from secateur.pipeline._probe import probe_json, same_bits
+from secateur.pipeline._plan import Delivery, Plan
+from secateur.pipeline._probe import probe_json
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._searched import search_epochs
 from secateur.pipeline._zeros import within
@@ -25,7 +23,6 @@ from secateur.report import (
     FrozenAxis,
     LayerWidth,
     Measured,
-    MeasuredLatency,
     RunReport,
     Step,
     TrainedEpoch,
@@ -35,8 +32,6 @@ from secateur.report import (
 from secateur.search import Found
 from secateur.sparsity import nonzero_params
 from secateur.train import Trained
-
-_PARITY_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +74,7 @@ def report_of(
         choices=plan.chosen,
         before=_measured(half.original, half.found.original.macs, run.steps[0]),
         after=_measured(run.student, half.found.cost.macs, run.steps[-1]),
-        latency=tuple(map(_measured_latency, latency)),
+        latency=tuple(map(shown_latency, latency)),
         steps=run.steps,
         widths=tuple(
             LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()
@@ -129,9 +124,9 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
     tell = run.plan.tell
     with told_of_disk(delivery.folder), atomic_folder(delivery.folder) as draft:
         save(draft, run.student, _recipe(run, delivery))
-        checks = [_reload_check(run, draft)]
-        checks += [_export(run, draft, form) for form in delivery.formats]
-        latency, notes = _latency(run)
+        checks = [reload_check(run.student, run.images, draft, _own_factory(run))]
+        checks += [export_check(run.student, run.images, draft, form) for form in delivery.formats]
+        latency, notes = latency_between(run.half.original, run.student, run.images)
         report = report_of(run, tuple(checks), latency, notes)
         write_report(draft / "report.html", report)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
@@ -215,36 +210,11 @@ def _doubts(run: Finished) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _reload_check(run: Finished, draft: Path) -> Check:
+def _own_factory(run: Finished) -> Callable[[], nn.Module] | None:
+    """Builds the original where the artifact does not name how."""
     delivery = run.plan.delivery
     own = delivery is not None and delivery.source is None
-    reloaded = load(draft, factory=(lambda: _copy(run.plan.model)) if own else None, trust_source=True).model
-    equal = same_bits(_copy(run.student).cpu(), reloaded, run.images[:_PARITY_IMAGES])
-    detail = f"{min(_PARITY_IMAGES, len(run.images))} images, bit for bit" if equal else "outputs differ"
-    if not equal:
-        raise ArtifactError(
-            "The saved artifact must give the same bits as the model in memory; it does not. This is a bug in "
-            "Secateur: nothing was written; please report the model."
-        )
-    return Check("Reloaded artifact = model in memory", True, 0.0, 0.0, 0.0, detail)
-
-
-def _export(run: Finished, draft: Path, form: Format) -> Check:
-    """Export one file. A failure is a failed check: the artifact itself is good and must not be lost."""
-    name = f"{form.file} = model in PyTorch"
-    try:
-        parity = export_file(run.student, run.images[:_PARITY_IMAGES], draft, form)
-    except ExportError as error:
-        return Check(name, False, detail=f"not written: {error}")
-    sizes = " and ".join(map(str, parity.batch_sizes))
-    return Check(name, True, parity.max_abs, parity.max_rel, parity.tolerance, f"batch sizes {sizes}")
-
-
-def _latency(run: Finished) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
-    try:
-        return measure_latency(run.half.original, run.student, run.images[:1]), ()
-    except ExportError as error:
-        return (), (f"Latency was not measured: {error}",)
+    return (lambda: copied(run.plan.model)) if own else None
 
 
 def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
@@ -270,30 +240,9 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
 def _verification(run: Finished, report: RunReport) -> dict[str, object]:
     return {
         "checks": [asdict(check) for check in report.checks],
-        "probe": probe_json(_copy(run.student).cpu(), run.plan.data.size),
+        "probe": probe_json(copied(run.student).cpu(), run.plan.data.size),
     }
 
 
 def _measured(model: nn.Module, macs: int, step: Step) -> Measured:
     return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
-
-
-def _measured_latency(record: LatencyRecord) -> MeasuredLatency:
-    return MeasuredLatency(
-        runtime=record.runtime,
-        threads=record.threads,
-        batch_size=record.batch_size,
-        rounds=record.rounds,
-        before=_triple(record.before),
-        after=_triple(record.after),
-        speedup=_triple(record.speedup),
-        clock=record.clock,
-    )
-
-
-def _triple(found: Quartiles) -> tuple[float, float, float]:
-    return found.lower, found.median, found.upper
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()

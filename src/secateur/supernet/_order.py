@@ -1,5 +1,6 @@
 """Channels in another order: the most important ones first, so that every subnet is a prefix."""
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -53,6 +54,14 @@ def reordered(model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArra
 def inverse(order: Mapping[str, IntArray]) -> dict[str, IntArray]:
     """The order that undoes another one."""
     return {name: np.argsort(permutation) for name, permutation in order.items()}
+
+
+def order_digest(order: Mapping[str, IntArray]) -> str:
+    """SHA-256 of an order: weights of a supernet stand in it."""
+    sha = hashlib.sha256()
+    for name, permutation in sorted(order.items()):
+        sha.update(f"{name}: {permutation.tolist()}\n".encode())
+    return sha.hexdigest()
 
 
 def with_branches(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:

@@ -16,6 +16,7 @@ from secateur.train._machine import (
     precision_of,
     seeded,
 )
+from secateur.train._parallel import average_gradients_, own_part
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._redraw import check_redrawable, redraw_
@@ -49,6 +50,7 @@ __all__ = [
     "Trained",
     "TrainingData",
     "average_decay",
+    "average_gradients_",
     "best_precision",
     "born_again",
     "channels_last",
@@ -64,6 +66,7 @@ __all__ = [
     "one_device",
     "open_fabric",
     "optimiser_tensors",
+    "own_part",
     "placed",
     "precision_of",
     "redraw_",

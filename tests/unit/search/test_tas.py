@@ -422,7 +422,7 @@ def test_no_data_is_refused():
 def test_images_that_cannot_be_halved_are_refused(labels, message):
     data = replace(noise(), train=split_of(labels))
     with pytest.raises(
-        DataError, match=r"`data.train` must give both halves images of two classes or more; " + message
+        DataError, match=r"`data.train` must give both parts images of two classes or more; " + message
     ):
         run(net(), quick(), data=data)
 

@@ -1,0 +1,183 @@
+"""Training of the supernet: the full net from the labels, the others stage by stage from the full net."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secateur.search._swp._nets import Nets
+from secateur.search._swp._options import Options
+from secateur.search._swp._supervision import Supervision
+from secateur.search._swp._tally import Tally
+from secateur.supernet import Supernet, features, run_stages
+from secateur.train import (
+    Batches,
+    Ledger,
+    Meter,
+    Saved,
+    Schedule,
+    average_gradients_,
+    channels_last,
+    optimiser_tensors,
+    own_part,
+    seeded,
+    tensors_of,
+    write_optimiser_,
+    write_tensors_,
+)
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """Everything of a training that does not change.
+
+    Attributes:
+        options: What there is to choose from.
+        nets: Which networks learn in a step.
+        supervision: What those beside the full one learn from.
+        images: To learn from.
+        augment: Varies them.
+        schedule: Epochs, batch size of all processes together, learning rate, optimiser, seed.
+        fabric: Devices and precision.
+    """
+
+    options: Options
+    nets: Nets
+    supervision: Supervision
+    images: Batches
+    augment: Any
+    schedule: Schedule
+    fabric: "Fabric"
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.schedule.steps_per_epoch(len(self.images))
+
+
+class Run:
+    """A training in progress. Whatever changes in it lies here, and all of it goes into a checkpoint.
+
+    Args:
+        course: What does not change.
+        supernet: On the device; trained in place.
+
+    Attributes:
+        course: As given.
+        epoch: Epochs done.
+        history: A JSON object for each of them.
+        tally: What was trained how often.
+    """
+
+    def __init__(self, course: Course, supernet: Supernet):
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.tally = Tally(course.options)
+        self.course, self._supernet = course, supernet
+        self._weights = [p for p in supernet.parameters() if p.requires_grad]
+        self._optimiser = course.schedule.optimiser.build(supernet, course.schedule.learning_rate)
+
+    def train_epoch(self, meter: Meter) -> None:
+        """One pass over the training images.
+
+        Raises:
+            TrainingError: If a loss is no longer finite.
+        """
+        course, began = self.course, perf_counter()
+        schedule, size = course.schedule, course.schedule.batch_size
+        ledger, rate = Ledger(self.epoch + 1), 0.0
+        draw = np.random.default_rng((schedule.seed, self.epoch))
+        self._supernet.train()
+        with seeded(course.fabric.device, schedule.seed, self.epoch):
+            batches = course.images.batches(
+                size,
+                device=course.fabric.device,
+                seed=schedule.seed,
+                epoch=self.epoch,
+                augment=course.augment,
+                drop_last=len(course.images) >= size,
+            )
+            for step, (images, labels) in enumerate(batches, self.epoch * course.steps):
+                rate = schedule.learning_rate_at(step, steps=schedule.epochs * course.steps)
+                total, parts = self.learn(images, labels, rate, draw)
+                if ledger.add(total, parts, rate) or ledger.steps == course.steps:
+                    ledger.look(rate)
+                    meter.step(self.epoch + 1, ledger.steps, {"loss": ledger.latest, "learning_rate": rate})
+        ledger.look(rate)
+        self.epoch += 1
+        self._close(ledger.means, perf_counter() - began, meter)
+
+    def learn(
+        self, images: Tensor, labels: Tensor, rate: float, draw: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step: gradients of all networks are added up, then all weights move once.
+
+        The loss is  CE(full net, labels) + mean over the other networks of sum over the stages of the supervision's.
+        No gradient crosses a cut, nor reaches the full net through what it teaches.
+        """
+        course, supernet, stages = self.course, self._supernet, self.course.options.stages
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._optimiser.zero_grad()
+        images, labels = (own_part(course.fabric, tensor) for tensor in (images, labels))
+        images = channels_last(images)
+        with course.fabric.autocast(), nullcontext() if course.nets.full_learns else torch.no_grad():
+            logits, handed_on = features(supernet, stages, images)
+        full = F.cross_entropy(logits.float(), labels)
+        if course.nets.full_learns:
+            course.fabric.backward(full)
+            self.tally.add(course.options.whole)
+        targets, beside = (*handed_on, logits.detach()), course.nets.of(course.options, draw)
+        of_stage = torch.zeros(len(stages), device=full.device)
+        for rows in beside:
+            with course.fabric.autocast():
+                outputs = run_stages(supernet, course.options.subnet(rows), stages, images, handed_on)
+            losses = course.supervision.losses(outputs, targets, labels) / len(beside)
+            course.fabric.backward(losses.sum())
+            of_stage += losses.detach()
+            self.tally.add(rows)
+        average_gradients_(course.fabric, self._weights)
+        self._optimiser.step()
+        full = full.detach()
+        parts = {"full": full, **{f"stage_{number}": loss for number, loss in enumerate(of_stage, 1)}}
+        return full + of_stage.sum(), parts
+
+    def _close(self, means: Mapping[str, float], seconds: float, meter: Meter) -> None:
+        stages = [means[f"stage_{number}"] for number in range(1, len(self.course.options.stages) + 1)]
+        fairness = self.tally.fairness
+        self.history.append(
+            {"epoch": self.epoch, "full": means["full"], "stages": stages, "fairness": fairness, "seconds": seconds}
+        )
+        numbers = {f"epoch_{name}_loss": value for name, value in means.items()}
+        line = (
+            f"epoch {self.epoch}/{self.course.schedule.epochs}  full net {means['full']:.4f}  "
+            f"stages {' '.join(f'{loss:.3f}' for loss in stages)}  fairness {fairness:.2f}  {seconds:.1f} s"
+        )
+        meter.epoch(self.epoch, {**numbers, "fairness": fairness}, line)
+
+    def saved(self, settings: Mapping[str, str]) -> Saved:
+        """Everything that changes in a training, to go on from here."""
+        tensors = {f"supernet/{name}": t for name, t in tensors_of(self._supernet).items()}
+        tensors |= {f"optimiser/{key}": t for key, t in optimiser_tensors(self._optimiser, self._supernet).items()}
+        return Saved(self.epoch, tensors, {"history": self.history, "tally": self.tally.to_json()}, settings)
+
+    def restore(self, saved: Saved) -> None:
+        """Inverse of `saved`."""
+        self.epoch = min(saved.epoch, self.course.schedule.epochs)
+        self.history = [dict(entry) for entry in saved.numbers["history"]]
+        self.tally.restore(saved.numbers["tally"])
+        write_tensors_(self._supernet, _under(saved.tensors, "supernet/"))
+        write_optimiser_(self._optimiser, self._supernet, _under(saved.tensors, "optimiser/"))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,52 @@
+"""One step on several processes: each takes its part of the batch, and gradients are averaged."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import TrainingError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def own_part(fabric: "Fabric", batch: Tensor) -> Tensor:
+    """This process's part of a batch: every n-th item, for n processes.
+
+    The mean of the parts' mean losses is that of the batch, and so are the gradients, wherever the number of processes
+    divides the batch and nothing is normalised over it.
+
+    Raises:
+        TrainingError: If there are more processes than items.
+    """
+    if fabric.world_size == 1:
+        return batch
+    if len(batch) < fabric.world_size:
+        raise TrainingError(
+            f"`batch_size` must give every process an image; got {len(batch)} for {fabric.world_size} processes."
+        )
+    return batch[fabric.global_rank :: fabric.world_size]
+
+
+def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over all processes; with one process nothing is done.
+
+    All at once, in one message, after as many backward passes as a step has. A parameter without a gradient in this
+    process counts as zero.
+    """
+    if fabric.world_size == 1:
+        return
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    mean = fabric.all_reduce(flat, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    _spread(learning, gradients, mean)
+
+
+def _spread(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], mean: Tensor) -> None:
+    parts = mean.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+        parameter.grad = part.reshape(gradient.shape).to(gradient)

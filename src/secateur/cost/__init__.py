@@ -1,24 +1,29 @@
 """What an architecture costs, and the budget it must keep to."""
 
-from secateur.cost._budget import Budget, Limit
-from secateur.cost._cost import Cost, format_count
+from secateur.cost._budget import Budget, Limit, amount_of
+from secateur.cost._cost import Cost, format_cost, format_count
 from secateur.cost._count import counted_macs, counted_params
 from secateur.cost._grid import ALIGNMENTS, TimeGrid, alignment
 from secateur.cost._latency import LatencyModel, ends_of, timeable
-from secateur.cost._model import CostModel
+from secateur.cost._model import CostModel, Modelled
+from secateur.cost._size import FileSize
 
 __all__ = [
     "ALIGNMENTS",
     "Budget",
     "Cost",
     "CostModel",
+    "FileSize",
     "LatencyModel",
     "Limit",
+    "Modelled",
     "TimeGrid",
     "alignment",
+    "amount_of",
     "counted_macs",
     "counted_params",
     "ends_of",
+    "format_cost",
     "format_count",
     "timeable",
 ]

@@ -53,7 +53,7 @@ class TimeGrid:
         return near * (1 - share) + far * share
 
     def at_tensor(self, outs: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-        """Seconds at real-valued widths (...), among the best aligned ones; differentiable almost everywhere."""
+        """Seconds at real-valued widths (...), among the best aligned and the largest; differentiable almost everywhere."""
         rows, columns = _best_aligned(self.outs), _best_aligned(self.reads)
         table = torch.as_tensor(self._rising[np.ix_(rows, columns)], dtype=outs.dtype, device=outs.device)
         low, high, share = _between(self.outs[rows], outs)
@@ -122,8 +122,9 @@ def _by_alignment(nodes: IntArray) -> list[IntArray]:
 
 
 def _best_aligned(nodes: IntArray) -> IntArray:
-    """The nodes of the best alignment that has two of them; all if none has."""
-    return next((mine for mine in _by_alignment(nodes) if len(mine) > 1), np.arange(len(nodes)))
+    """The nodes of the best alignment that has two of them, and the largest of all; all if none has two."""
+    found = next((mine for mine in _by_alignment(nodes) if len(mine) > 1), np.arange(len(nodes)))
+    return np.union1d(found, [len(nodes) - 1])
 
 
 def _between(nodes: IntArray, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

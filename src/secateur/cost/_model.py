@@ -1,16 +1,35 @@
 """The cost of any architecture of a graph, from a formula: nothing is built and nothing runs."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Never, Protocol
 
 import numpy as np
 import torch
 
 from secateur.architecture import Architecture
+from secateur.cost._budget import amount_of
 from secateur.cost._cost import Cost
-from secateur.cost._polynomial import IntArray, Polynomial
+from secateur.cost._polynomial import FloatArray, IntArray, Polynomial
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Extent
+
+
+class Modelled(Protocol):
+    """What computes a further field of `Cost` from widths and blocks, in the columns of `CostModel`."""
+
+    @property
+    def field(self) -> str:
+        """Name of the field."""
+        ...
+
+    def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> IntArray | FloatArray:
+        """(n,) of whole widths (n, axes) and blocks (n or 1, blocks)."""
+        ...
+
+    def of_tensor(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """(...) of real-valued widths (..., axes) and presences (..., blocks), differentiable."""
+        ...
 
 
 class CostModel:
@@ -20,6 +39,10 @@ class CostModel:
     params(w, b) = sum over parameters of the product of the extents(w) of its dimensions, * the same product of b.
     Extents are linear in the widths, so both are polynomials that never decrease: more never costs less.
 
+    Args:
+        graph: Its operations, parameters, widths and blocks.
+        more: What computes further fields of `Cost`, such as `LatencyModel` and `FileSize`; of the same graph.
+
     Attributes:
         axes: Names of the prunable axes: the columns of every width array.
         sizes: (axes,) full widths.
@@ -28,7 +51,8 @@ class CostModel:
         original: Cost of the whole model.
     """
 
-    def __init__(self, graph: ChannelGraph):
+    def __init__(self, graph: ChannelGraph, more: Sequence[Modelled] = ()):
+        self._more = tuple(more)
         self.axes: tuple[str, ...] = tuple(axis.name for axis in graph.prunable)
         self._frozen = {axis.name: axis.size for axis in graph.axes if axis.frozen_because is not None}
         self.sizes: IntArray = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
@@ -64,9 +88,48 @@ class CostModel:
         Raises:
             SurgeryError: If it names an axis, a channel or a block that the graph does not have.
         """
-        widths, blocks = self.widths(architecture), self._present(architecture.removed_blocks)
-        macs, params = self.of_widths(widths[None], blocks[None])
-        return Cost(macs=int(macs[0]), params=int(params[0]))
+        return self.cost_of(self.widths(architecture), self._present(architecture.removed_blocks))
+
+    def cost_of(self, widths: IntArray, blocks: IntArray | None = None) -> Cost:
+        """Cost of one architecture, every field that is known.
+
+        Args:
+            widths: (axes,) whole numbers.
+            blocks: (blocks,) 1 or 0; None means ``present``.
+        """
+        row = None if blocks is None else blocks[None]
+        macs, params = self.of_widths(widths[None], row)
+        row = self.present[None] if row is None else row
+        more = {model.field: model.of_widths(widths[None], row)[0].item() for model in self._more}
+        return Cost(int(macs[0]), int(params[0]), **more)  # pyright: ignore[reportArgumentType]
+
+    def fields(
+        self, names: Iterable[str], widths: IntArray, blocks: IntArray | None = None
+    ) -> dict[str, IntArray | FloatArray]:
+        """Some fields of the costs of many architectures, (n,) each; see `of_widths` for the arguments.
+
+        Raises:
+            BudgetError: If nothing computes one of them.
+        """
+        macs, params = self.of_widths(widths, blocks)
+        found: dict[str, IntArray | FloatArray] = {"macs": macs, "params": params}
+        row = self.present[None] if blocks is None else blocks
+        wanted = list(names)
+        found.update({model.field: model.of_widths(widths, row) for model in self._more if model.field in wanted})
+        return {name: found[name] if name in found else _unknown(self.original, name) for name in wanted}
+
+    def expected(
+        self, names: Iterable[str], widths: torch.Tensor, blocks: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The same for real-valued widths (..., axes) and presences (..., blocks), 0 to 1; differentiable in both.
+
+        Raises:
+            BudgetError: If nothing computes one of them.
+        """
+        if blocks is None:
+            blocks = torch.as_tensor(self.present, dtype=widths.dtype, device=widths.device)
+        known = {"macs": self.macs_of, "params": self.params_of, **{more.field: more.of_tensor for more in self._more}}
+        return {name: known[name](widths, blocks) if name in known else _unknown(self.original, name) for name in names}
 
     def _present(self, removed_blocks: Iterable[str]) -> IntArray:
         position = {name: index for index, name in enumerate(self.blocks)}
@@ -139,6 +202,11 @@ class CostModel:
         if blocks is None:
             blocks = torch.as_tensor(self.present, dtype=widths.dtype, device=widths.device)
         return torch.cat([widths, blocks.expand(*widths.shape[:-1], len(self.blocks))], dim=-1)
+
+
+def _unknown(original: Cost, name: str) -> Never:
+    amount_of(original, name)
+    raise AssertionError(f"nothing computes {name}, yet the whole model has it")
 
 
 def _column(block: str) -> str:

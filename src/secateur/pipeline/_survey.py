@@ -107,9 +107,9 @@ def survey(
     """
     graph = traced(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
     costs = CostModel(graph)
-    least = np.array([[levels[0] for levels in space.levels(graph)]], dtype=np.int64).reshape(1, -1)
+    least = np.array([levels[0] for levels in space.levels(graph)], dtype=np.int64)
     fewer = costs.without(block.name for block in graph.removable)
-    smallest, shallowest = (Cost(*(int(n[0]) for n in some.of_widths(least))) for some in (costs, fewer))
+    smallest, shallowest = (some.cost_of(least) for some in (costs, fewer))
     share = parameter_share(graph)
     assert math.isfinite(share)
     stages = stages_of(model, graph)

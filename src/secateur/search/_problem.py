@@ -61,7 +61,7 @@ class Problem:
 
     @cached_property
     def limits(self) -> Mapping[str, float]:
-        """Upper bounds as counts, by field of `Cost`."""
+        """Upper bounds by field of `Cost`, in its units."""
         return self.budget.limits(self.costs.original)
 
     def utilisation(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
@@ -74,9 +74,8 @@ class Problem:
         Returns:
             (n,) dimensionless.
         """
-        macs, params = self.costs.of_widths(self.streams.fitted(widths), blocks)
-        by_field = {"macs": macs, "params": params}
-        return np.max([by_field[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
+        found = self.costs.fields(self.limits, self.streams.fitted(widths), blocks)
+        return np.max([found[name] / max(limit, _TINY) for name, limit in self.limits.items()], axis=0)
 
     @cached_property
     def streams(self) -> Streams:
@@ -95,8 +94,7 @@ class Problem:
     def least(self) -> Cost:
         """Cost of the smallest widths of the space."""
         widths = np.array([levels[0] for levels in self.levels], dtype=np.int64)
-        macs, params = self.costs.of_widths(self.streams.fitted(widths[None]))
-        return Cost(int(macs[0]), int(params[0]))
+        return self.costs.cost_of(self.streams.fitted(widths[None])[0])
 
 
 @dataclass(frozen=True)

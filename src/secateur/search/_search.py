@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, Cost, CostModel, format_count
+from secateur.cost import Budget, Cost, CostModel, FileSize, Limit, Modelled, format_cost
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph import ChannelGraph
 from secateur.importance import Evidence
@@ -71,6 +71,7 @@ def search(
     checkpoint: Path | None = None,
     watch: Watch = Silent(),  # noqa: B008 -- frozen
     fabric: "Fabric | None" = None,
+    latency: Modelled | None = None,
 ) -> Found:
     """Find which channels to keep so that the model costs no more than the budget.
 
@@ -92,9 +93,11 @@ def search(
         checkpoint: Folder for the checkpoints of strategies that train, which go on from one that is there.
         watch: Shows the training of strategies that train.
         fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
+        latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
 
     Raises:
-        BudgetError: If the budget cannot be read or no architecture of the space is within it.
+        BudgetError: If the budget cannot be read, limits a latency that nothing computes, or no architecture of the
+            space is within it.
         SurgeryError: If the graph is not of this model, or the strategy leaves the space.
         ModelError: If the strategy finds weights or scores that are not finite.
         DataError: If the strategy needs batches or training images and there are none.
@@ -103,7 +106,8 @@ def search(
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     evidence = Evidence(model, graph, tuple(batches), seed)
-    problem = Problem(evidence, CostModel(graph), limits, space, progress or _silent, data, checkpoint, watch, fabric)
+    costs = CostModel(graph, _more(model, graph, limits, latency))
+    problem = Problem(evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric)
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
         return _found(problem, strategy, Proposal(whole))
@@ -111,6 +115,12 @@ def search(
     proposal = strategy.find(problem)
     _check_space(problem, strategy, proposal.architecture)
     return _found(problem, strategy, proposal)
+
+
+def _more(model: nn.Module, graph: ChannelGraph, budget: Budget, latency: Modelled | None) -> list[Modelled]:
+    """What computes the limited fields that a cost model does not have by itself."""
+    more: list[Modelled] = [FileSize.of(model, graph)] if FileSize.field in budget.fields else []
+    return more if latency is None else [*more, latency]
 
 
 def _silent(fraction: float, what: str) -> None:
@@ -146,7 +156,10 @@ def _check_feasible(problem: Problem, strategy: Strategy) -> None:
     smallest, original = strategy.least(problem), problem.costs.original
     if problem.budget.allows(smallest, original):
         return
-    reach = ", ".join(_range(name, getattr(smallest, name), getattr(original, name)) for name in problem.limits)
+    ranges = (
+        (limit, getattr(smallest, limit.field), getattr(original, limit.field)) for limit in problem.budget.of_cost
+    )
+    reach = ", ".join(_range(limit, least, most) for limit, least, most in ranges)
     space = problem.space
     way_out = (
         f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
@@ -157,8 +170,9 @@ def _check_feasible(problem: Problem, strategy: Strategy) -> None:
     raise BudgetError(f"`budget` must be within reach; got {problem.budget}. Reachable: {reach}. {way_out}")
 
 
-def _range(name: str, least: int, most: int) -> str:
-    return f"{name} {format_count(least)} ({100 * least / max(most, 1):.1f} %) to {format_count(most)}"
+def _range(limit: Limit, least: float, most: float) -> str:
+    low, high = format_cost(limit.field, least), format_cost(limit.field, most)
+    return f"{limit.word} {low} ({100 * least / (most or 1):.1f} %) to {high}"
 
 
 def _check_space(problem: Problem, strategy: Strategy, architecture: Architecture) -> None:

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.cost import Budget, Cost, Limit
+from secateur.cost import Budget, Cost, Limit, format_cost
 from secateur.errors import BudgetError
 
-ORIGINAL = Cost(macs=1000, params=300)
+ORIGINAL = Cost(macs=1000, params=300, size_bytes=1300, latency_s=0.006)
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,20 @@ ORIGINAL = Cost(macs=1000, params=300)
         ("macs=2e7", {"macs": 2e7}),
         ("macs=.5k", {"macs": 500.0}),
         ("params=30,macs=10%", {"macs": 100.0, "params": 30.0}),
+        ("latency=4ms", {"latency_s": 0.004}),
+        ("latency<=1.5 s", {"latency_s": 1.5}),
+        ("latency=750us", {"latency_s": 0.00075}),
+        ("latency=750µs", {"latency_s": 0.00075}),
+        ("latency=25%", {"latency_s": 0.0015}),
+        ("size=2MB", {"size_bytes": 2e6}),
+        ("size<=1.5MiB", {"size_bytes": 1.5 * 2**20}),
+        ("size=900b", {"size_bytes": 900.0}),
+        ("macs=50%, latency=60%, size<=2MB", {"macs": 500.0, "size_bytes": 2e6, "latency_s": 0.0036}),
     ],
 )
 def test_budgets_are_read(text, limits):
-    assert Budget.parse(text).limits(ORIGINAL) == limits
+    assert Budget.parse(text).limits(ORIGINAL) == pytest.approx(limits, rel=1e-15)
+    assert Budget.parse(text).fields == tuple(limits)
 
 
 def test_values_may_be_numbers_or_text():
@@ -55,6 +65,14 @@ def test_allows_up_to_and_with_the_bound():
         (Budget(macs=123_456_789), "macs<=123456789"),
         (Budget(params="33.3%"), "params<=33.3%"),
         (Budget(params=999), "params<=999"),
+        (Budget(latency=0.004), "latency<=4ms"),
+        (Budget(latency="1500us"), "latency<=1.5ms"),
+        (Budget(latency=2, macs="50%"), "macs<=50%, latency<=2s"),
+        (Budget(latency="60%"), "latency<=60%"),
+        (Budget(latency=0.123456789012), "latency<=0.123456789012s"),
+        (Budget(size=2e6), "size<=2MB"),
+        (Budget(size="2KiB"), "size<=2.048kB"),
+        (Budget(size=1234567891), "size<=1234567891B"),
     ],
 )
 def test_budgets_are_shown_as_they_would_be_written(budget, text):
@@ -63,9 +81,9 @@ def test_budgets_are_shown_as_they_would_be_written(budget, text):
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.floats(1e-6, 100), st.floats(1, 1e15))
-def test_text_reads_back_to_the_same_budget(percent, count):
-    budget = Budget(macs=f"{percent!r}%", params=count)
+@given(st.floats(1e-6, 100), st.floats(1, 1e15), st.floats(1e-9, 1e3))
+def test_text_reads_back_to_the_same_budget(percent, count, seconds):
+    budget = Budget(macs=f"{percent!r}%", params=count, size=count, latency=seconds)
     assert Budget.parse(str(budget)) == budget
 
 
@@ -79,9 +97,13 @@ def test_text_reads_back_to_the_same_budget(percent, count):
         ("macs=1,000", "separated by commas; got '000'"),
         ("macs=50% params=3k", "`macs` must be a number with an optional unit"),
         ("macs>=50%", "must use = or <=, both an upper bound; got '>='"),
-        ("latency=4ms", "'latency' is not yet supported"),
-        ("size=1M", "'size' is not yet supported"),
-        ("activation_bytes=1M", "'activation_bytes' is not yet supported"),
+        ("latency=4", "`latency` must have the unit %, s, ms or us; got '' in '4'"),
+        ("latency=soon", "`latency` must be a number with the unit % or s, ms or us; got 'soon'"),
+        ("latency=0ms", "`latency` must be above 0; got '0ms'"),
+        ("latency=120%", "`latency` must be above 0% and at most 100%"),
+        ("size=1M", "`size` must have the unit %, B, kB, MB, GB, KiB, MiB or GiB; got 'm'"),
+        ("size=0.1B", "`size` must be at least 1 when it is a count"),
+        ("activation_bytes=1M", "got the unknown field 'activation_bytes'"),
         ("flops=50%", "got the unknown field 'flops'"),
         ("macs=50%, macs=40%", "must limit macs once"),
         ("macs=", "`macs` must be a number"),
@@ -109,7 +131,9 @@ def test_values_that_are_no_amount_are_refused(value):
 
 
 def test_an_empty_budget_is_refused():
-    with pytest.raises(BudgetError, match=r"must limit macs or params or nonzero; got no limit\. Write, for example"):
+    with pytest.raises(
+        BudgetError, match=r"must limit macs or params or nonzero or size or latency; got no limit\. Write, for example"
+    ):
         Budget()
 
 
@@ -124,3 +148,29 @@ def test_a_bound_on_nonzero_parameters_is_for_weight_pruning_alone():
     assert Budget(macs="50%").nonzero_limit(original) is None
     with pytest.raises(BudgetError, match="`nonzero` must be above 0%"):
         Budget(nonzero="0%")
+
+
+def test_a_bound_on_what_is_not_known_is_an_error_that_says_who_knows():
+    plain = Cost(macs=1000, params=300)
+    with pytest.raises(BudgetError, match=r"a limit of latency, and a cost without latency_s\. .*fit_latency"):
+        Budget(latency="50%").limits(plain)
+    assert Budget(latency="4ms").limits(plain) == {"latency_s": 0.004}
+    with pytest.raises(BudgetError, match="a limit of size, and a cost without size_bytes"):
+        Budget(size="4kB").allows(plain, plain)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("latency_s", 0.0042, "4.2 ms"),
+        ("latency_s", 2.5, "2.5 s"),
+        ("latency_s", 0.00099, "990 us"),
+        ("latency_s", 0.0009999, "1 ms"),
+        ("latency_s", 0.0, "0 us"),
+        ("size_bytes", 1_250_000, "1.25 MB"),
+        ("size_bytes", 12, "12 B"),
+        ("macs", 40_900_000, "40.9 M"),
+    ],
+)
+def test_costs_are_shown_with_their_units(field, value, text):
+    assert format_cost(field, value) == text

@@ -164,13 +164,17 @@ def test_shared_parameters_count_once():
 
 
 def test_cost_round_trips_through_json():
-    cost = Cost(12, 3)
-    assert Cost.from_json(cost.to_json()) == cost
+    for cost in (Cost(12, 3), Cost(12, 3, size_bytes=100), Cost(12, 3, size_bytes=100, latency_s=0.5)):
+        assert Cost.from_json(cost.to_json()) == cost
+    assert Cost(12, 3).to_json() == {"macs": 12, "params": 3}
 
 
 @pytest.mark.parametrize(
-    "data", [{"macs": 1}, {"macs": 1, "params": 2.5}, {"macs": 1, "params": True}, {"macs": -1, "params": 1}]
-)
+    "data",
+    [{"macs": 1}, {"macs": 1, "params": 2.5}, {"macs": 1, "params": True}, {"macs": -1, "params": 1},
+     {"macs": 1, "params": 1, "flops": 2}, {"macs": 1, "params": 1, "size_bytes": 1.5},
+     {"macs": 1, "params": 1, "latency_s": float("inf")}, {"macs": 1, "params": 1, "latency_s": "soon"}],
+)  # fmt: skip
 def test_damaged_cost_is_refused(data):
     with pytest.raises(BudgetError, match="`cost` must hold the whole numbers macs, params"):
         Cost.from_json(data)

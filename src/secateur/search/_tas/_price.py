@@ -34,7 +34,8 @@ class Price:
         operations whose factors are different axes (all but those that have one axis, or a stream and its branch, at
         both ends) and blocks that do not lie in each other this is the expectation itself, since costs are multilinear
         and choices independent. In an untied graph a branch counts with E[min] of its own width and the stream's, and
-        a stream that is nothing but the sum of its branches with E[max] of theirs.
+        a stream that is nothing but the sum of its branches with E[max] of theirs. A latency between well aligned
+        widths is interpolated, so its steps do not show here; what is most likely is priced with them.
         """
         costs, device = self.problem.costs, choice.widths.device
         widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
@@ -51,8 +52,7 @@ class Price:
         for stream, branches in streams.sums:
             widest = _expected_maximum(self._drawn(choice, branches.tolist()))
             widths = widths.index_put((torch.tensor([stream], device=device),), widest)
-        by_field = {"macs": costs.macs_of, "params": costs.params_of}
-        return {name: by_field[name](widths, self.presence(choice)) for name in self.problem.limits}
+        return costs.expected(self.problem.limits, widths, self.presence(choice))
 
     def _drawn(self, choice: Choice, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
         """The widths of each axis and their probabilities; axes without a choice are whole."""
@@ -79,8 +79,7 @@ class Price:
     def most_likely(self, choice: Choice) -> Cost:
         """Cost of the architecture of the most likely candidates."""
         widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
-        macs, params = self.problem.costs.of_widths(self.problem.streams.fitted(widths[None]), blocks[None])
-        return Cost(int(macs[0]), int(params[0]))
+        return self.problem.costs.cost_of(self.problem.streams.fitted(widths[None])[0], blocks)
 
     @staticmethod
     def top(log_p: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -120,7 +119,7 @@ class Price:
         original, limits = self.problem.costs.original, self.problem.limits
         now = self.most_likely(choice)
         field = max(limits, key=lambda name: getattr(now, name) / max(limits[name], 1e-300))
-        expected = torch.log(self.expected(choice)[field] / max(getattr(original, field), 1))
+        expected = torch.log(self.expected(choice)[field] / (getattr(original, field) or 1))
         cost, limit = getattr(now, field), limits[field]
         if cost > limit:
             return expected
@@ -132,7 +131,7 @@ class Price:
         """Limited fields as fractions of the whole model's."""
         original = self.problem.costs.original
         values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.problem.limits}
-        return {name: value / max(getattr(original, name), 1) for name, value in values.items()}
+        return {name: value / (getattr(original, name) or 1) for name, value in values.items()}
 
 
 def _expected_maximum(drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

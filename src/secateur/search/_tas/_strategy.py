@@ -1,6 +1,5 @@
 """TAS: transformable architecture search, on any traced model."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +20,7 @@ from secateur.search._tas._choice import Choice
 from secateur.search._tas._engine import Adam, Course, Run
 from secateur.search._tas._price import Price
 from secateur.search._tas._temperature import Cosine, Linear
-from secateur.supernet import Blending, Fade, Supernet, best_first
+from secateur.supernet import Blending, Fade, Supernet, best_first, order_digest
 from secateur.train import (
     Batches,
     Schedule,
@@ -82,7 +81,7 @@ class TAS(Strategy):
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
     schedule: Schedule = Schedule(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
-    architecture: Adam = Adam(learning_rate=0.05)  # noqa: RUF009 -- frozen
+    architecture: Adam = Adam(learning_rate=0.1)  # noqa: RUF009 -- frozen
     temperature: Linear | Cosine = Linear()  # noqa: RUF009 -- frozen
     blending: Blending = Fade()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
@@ -105,8 +104,7 @@ class TAS(Strategy):
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
         chains = graph.chains if self.depths is not None else ()
         gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
-        macs, params = problem.costs.without(gone).of_widths(problem.streams.fitted(smallest[None]))
-        return Cost(int(macs[0]), int(params[0]))
+        return problem.costs.without(gone).cost_of(problem.streams.fitted(smallest[None])[0])
 
     def find(self, problem: Problem) -> Proposal:
         """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
@@ -190,17 +188,9 @@ class TAS(Strategy):
             "seed": str(problem.evidence.seed),
             "precision": precision_of(course.fabric).name,
             "model": digest(problem.evidence.model),
-            "axes": f"{len(supernet.order)}, {_order_digest(supernet)}",
+            "axes": f"{len(supernet.order)}, {order_digest(supernet.order)}",
             "images": f"{len(course.for_weights)} and {len(course.for_choice)}",
             "validation": "none" if course.validation is None else f"{len(course.validation)} images",
             "augment": repr(course.augment),
             "calibration": f"{sum(map(len, course.calibration))} images",
         }
-
-
-def _order_digest(supernet: Supernet) -> str:
-    """SHA-256 of the order of the channels: the weights of a checkpoint stand in it."""
-    sha = hashlib.sha256()
-    for name, order in sorted(supernet.order.items()):
-        sha.update(f"{name}: {order.tolist()}\n".encode())
-    return sha.hexdigest()

@@ -12,7 +12,7 @@ from secateur.cli._options import AttentionName, OptimiserName, PrecisionName, S
 from secateur.errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
-    from secateur.pipeline import CompressResult
+    from secateur.pipeline import CompressResult, Distilled
 
 app = typer.Typer(
     name="secateur",
@@ -132,6 +132,10 @@ def compress(
     search_epochs: options.SearchEpochs = None,
     search_over: options.SearchOver = None,
     search_learning_rate: options.SearchLearningRate = None,
+    search_candidates: options.SearchCandidates = None,
+    combine: options.Combine = None,
+    stage_end: options.StageEnd = None,
+    ray: options.Ray = None,
     weight_score: options.WeightScore = None,
     weight_allocation: options.WeightAllocation = None,
     weight_schedule: options.WeightSchedule = None,
@@ -164,6 +168,7 @@ def compress(
     """Compress a trained classifier to a budget: search, cut, heal, distil, verify, export, report."""
     from secateur.cli import _choices
     from secateur.cli._inputs import Inputs
+    from secateur.cli._searching import Searching, strategy_of
     from secateur.cli._weights import pruning_of
     from secateur.cost import Budget
     from secateur.distill import Objective
@@ -176,8 +181,9 @@ def compress(
         raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
     # Whatever can be refused at once is, before anything is loaded.
     limits, formats = Budget.parse(budget), _choices.formats_of(export)
-    searching = _choices.Searching(search_epochs, search_over, search_learning_rate)
-    found_by = _choices.strategy_of(strategy, importance, remove_blocks, searching)
+    cuts = None if stage_end is None else tuple(stage_end)
+    searching = Searching(search_epochs, search_over, search_learning_rate, search_candidates, combine, cuts, ray)
+    found_by = strategy_of(strategy, importance, remove_blocks, searching)
     progress = _choices.progress_of(quiet, tensorboard)
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
@@ -229,6 +235,115 @@ def compress(
             progress=progress,
             tell=_silent if quiet else _tell,
             name=inputs.opened.name,
+            command=command_line(),
+        )
+    _show(result)
+
+
+@app.command()
+@told
+def distill(
+    *,
+    teacher: options.Teacher,
+    student: options.Student,
+    data: options.Data,
+    out_folder: options.Out,
+    teacher_weights: options.TeacherWeights = None,
+    student_weights: options.StudentWeights = None,
+    trust_source: options.TrustSource = False,
+    limit: options.Limit = None,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    validation_fraction: options.ValidationFraction = 0.1,
+    loss: options.Losses = None,
+    hints: options.Hints = None,
+    hint_epochs: options.HintEpochs = 0,
+    remember: options.Remember = None,
+    epochs: options.Epochs = 30,
+    batch_size: options.BatchSize = 128,
+    learning_rate: options.LearningRate = 0.05,
+    warmup: options.Warmup = 0.05,
+    optimizer: options.Optimiser = OptimiserName.SGD,
+    weight_decay: options.WeightDecay = None,
+    ema: options.Ema = None,
+    label_smoothing: options.LabelSmoothing = 0.0,
+    temperature: options.Temperature = 4.0,
+    label_weight: options.LabelWeight = 0.1,
+    precision: options.Precision = PrecisionName.AUTO,
+    export: options.Export = "onnx",
+    resume: options.Resume = False,
+    restart: options.Restart = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    tensorboard: options.TensorBoard = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Teach any student by any teacher: train, verify, export, report."""
+    from dataclasses import replace
+
+    from secateur.cli import _choices
+    from secateur.cli._inputs import Inputs
+    from secateur.cli._losses import OF_LOGITS, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
+    from secateur.pipeline import Hinting, Leftover, Pupil, check_output, distill_into
+    from secateur.train import Schedule
+
+    if resume and restart:
+        raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
+    losses, taps, formats = losses_of(loss), taps_of(hints), _choices.formats_of(export)
+    progress = _choices.progress_of(quiet, tensorboard)
+    schedule = Schedule(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_fraction=warmup,
+        optimiser=_choices.optimiser_of(optimizer, weight_decay),
+        ema_decay=ema,
+        precision=_choices.precision_of(precision),
+        seed=seed,
+    )
+    check_output(out_folder)
+    known = Inputs(
+        teacher,
+        teacher_weights,
+        data,
+        image_size=image_size,
+        trust_source=trust_source,
+        seed=seed,
+        limit=limit,
+        mean=_choices.numbers_of(mean, "--mean"),
+        std=_choices.numbers_of(std, "--std"),
+        validation_fraction=validation_fraction,
+    )
+    learner = replace(known, model=student, weights=student_weights)
+    images, taught = known.images, learner.opened_for(known.images)
+    pair = Pair(taught.model, known.opened.model, known.example(2), len(images.train))
+    if any(name not in OF_LOGITS for name in losses):
+        taps = taps or inferred_taps(pair)
+    objective = objective_of(
+        losses, pair, taps, temperature=temperature, label_weight=label_weight, label_smoothing=label_smoothing
+    )
+    hinting = None
+    if hint_epochs:
+        hinting = Hinting(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
+    with threads(thread_count):
+        result = distill_into(
+            Pupil(taught.model, taught.name, taught.source, taught.architecture),
+            teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
+            data=images,
+            schedule=schedule,
+            objective=objective,
+            hinting=hinting,
+            remember=remember,
+            out=out_folder,
+            export=formats,
+            leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
+            seed=seed,
+            device=_choices.device_of(device),
+            progress=progress,
+            tell=_silent if quiet else _tell,
             command=command_line(),
         )
     _show(result)
@@ -380,7 +495,7 @@ def demo(
     out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
 
 
-def _show(result: "CompressResult") -> None:
+def _show(result: "CompressResult | Distilled") -> None:
     from secateur.cli._tables import print_before_after, print_checks, print_steps, print_written
 
     print_before_after(result.report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from secateur.cli._options import (
@@ -11,8 +10,6 @@ from secateur.cli._options import (
     ImportanceName,
     OptimiserName,
     PrecisionName,
-    SearchedName,
-    StrategyName,
 )
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 
@@ -24,93 +21,12 @@ if TYPE_CHECKING:
     from secateur.graph import Choices, HeadUnit
     from secateur.importance import Importance
     from secateur.pipeline import Branches, Format, Start
-    from secateur.search import TAS, AxisRule, Strategy
+    from secateur.search import AxisRule
     from secateur.train import SGD, AdamW, Precision, Progress
 
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Searching:
-    """What the flags say about a search that learns; None where they say nothing.
-
-    Attributes:
-        epochs: Of the search.
-        over: What is searched.
-        learning_rate: Of the weights.
-    """
-
-    epochs: int | None = None
-    over: SearchedName | None = None
-    learning_rate: float | None = None
-
-
-def strategy_of(
-    name: StrategyName,
-    importance: ImportanceName | None,
-    removed_blocks: float = 0.0,
-    searching: Searching = Searching(),
-) -> Strategy:
-    """The strategy of a name, with an importance or with its usual one.
-
-    Args:
-        name: Of the strategy for widths.
-        importance: Which channels stay; None for its usual one.
-        removed_blocks: Largest fraction of the residual blocks that may go; 0 for none.
-        searching: For a search that learns.
-
-    Raises:
-        ChoiceError: If a flag has no effect on this strategy.
-    """
-    from secateur.search import Shallower
-
-    if name is StrategyName.TAS:
-        if removed_blocks:
-            raise ChoiceError(
-                f"`--remove-blocks` must be left out with --strategy tas, which searches depths itself; got "
-                f"{removed_blocks:g}. Say --search-over depths, or both."
-            )
-        return _tas_of(importance, searching)
-    if searching != Searching():
-        raise ChoiceError(
-            "`--search-epochs`, `--search-over` and `--search-learning-rate` must go with --strategy tas; got "
-            f"{name.value}, which learns nothing. Leave them out, or say --strategy tas."
-        )
-    widths = _widths_of(name, importance)
-    return Shallower(widths, most=removed_blocks) if removed_blocks else widths
-
-
-def _tas_of(importance: ImportanceName | None, searching: Searching) -> TAS:
-    from secateur.search import TAS, Depths, Widths
-
-    usual = TAS()
-    schedule = usual.schedule
-    if searching.epochs is not None:
-        schedule = replace(schedule, epochs=searching.epochs)
-    if searching.learning_rate is not None:
-        schedule = replace(schedule, learning_rate=searching.learning_rate)
-    return replace(
-        usual,
-        widths=None if searching.over is SearchedName.DEPTHS else Widths(),
-        depths=Depths() if searching.over in (SearchedName.DEPTHS, SearchedName.BOTH) else None,
-        schedule=schedule,
-        importance=usual.importance if importance is None else importance_of(importance),
-    )
-
-
-def _widths_of(name: StrategyName, importance: ImportanceName | None) -> Strategy:
-    from secateur.search import Activations, GlobalImportance, Knapsack, PCASlimming, Uniform
-
-    usual: Knapsack | PCASlimming | GlobalImportance | Uniform = {
-        StrategyName.KNAPSACK: Knapsack(),
-        StrategyName.PCA: PCASlimming(),
-        StrategyName.PCA_ACTIVATIONS: PCASlimming(source=Activations()),
-        StrategyName.GLOBAL: GlobalImportance(),
-        StrategyName.UNIFORM: Uniform(),
-    }[name]  # TAS is no strategy for widths alone.
-    return usual if importance is None else replace(usual, importance=importance_of(importance))
 
 
 def importance_of(name: ImportanceName) -> Importance:

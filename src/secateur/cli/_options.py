@@ -16,14 +16,22 @@ class StrategyName(StrEnum):
     GLOBAL = "global"
     UNIFORM = "uniform"
     TAS = "tas"
+    SWP = "swp"
 
 
 class SearchedName(StrEnum):
-    """What a search that learns searches, by name; see `secateur.search.TAS`."""
+    """What a search that learns searches, by name; see `secateur.search.TAS` and `secateur.search.SWP`."""
 
     WIDTHS = "widths"
     DEPTHS = "depths"
     BOTH = "both"
+
+
+class CombinationName(StrEnum):
+    """How one candidate of every stage is chosen, by name; see `secateur.search.SWP`."""
+
+    EXACT = "exact"
+    EVOLUTION = "evolution"
 
 
 class ImportanceName(StrEnum):
@@ -37,6 +45,23 @@ class ImportanceName(StrEnum):
     TAYLOR = "taylor"
     LAMP = "lamp"
     RANDOM = "random"
+
+
+class LossName(StrEnum):
+    """Distillation losses by name; see `secateur.distill`."""
+
+    KD = "kd"
+    DKD = "dkd"
+    DIST = "dist"
+    STANDARDISED = "standardised"
+    HINT = "hint"
+    ATTENTION = "attention"
+    VID = "vid"
+    RKD = "rkd"
+    SP = "sp"
+    PKT = "pkt"
+    CRD = "crd"
+    REVIEW = "review"
 
 
 class WeightScoreName(StrEnum):
@@ -206,15 +231,44 @@ Untied = Annotated[
     ),
 ]
 SearchEpochs = Annotated[
-    int | None, typer.Option(help="Of --strategy tas; its usual number if left out.", min=1, rich_help_panel=_CUT)
+    int | None,
+    typer.Option(help="Of --strategy tas or swp; its usual number if left out.", min=1, rich_help_panel=_CUT),
 ]
 SearchOver = Annotated[
     SearchedName | None,
-    typer.Option(help="What --strategy tas searches; widths if left out.", rich_help_panel=_CUT),
+    typer.Option(help="What --strategy tas or swp searches; widths if left out.", rich_help_panel=_CUT),
 ]
 SearchLearningRate = Annotated[
     float | None,
-    typer.Option("--search-learning-rate", help="Highest of the weights in --strategy tas.", rich_help_panel=_CUT),
+    typer.Option(
+        "--search-learning-rate", help="Highest of the weights in --strategy tas or swp.", rich_help_panel=_CUT
+    ),
+]
+SearchCandidates = Annotated[
+    int | None,
+    typer.Option(help="Judged in every stage by --strategy swp; its usual number if left out.", rich_help_panel=_CUT),
+]
+Combine = Annotated[
+    CombinationName | None,
+    typer.Option(
+        help="How --strategy swp chooses one candidate of every stage; exact if left out.", rich_help_panel=_CUT
+    ),
+]
+StageEnd = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE",
+        help="Ends a stage in --strategy swp; repeatable. Found if left out: see inspect.",
+        rich_help_panel=_CUT,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Judge candidates of --strategy swp on Ray: local, auto (this machine's cluster), or HOST:PORT.",
+        rich_help_panel=_CUT,
+    ),
 ]
 Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
 
@@ -279,6 +333,49 @@ KdWeight = Annotated[float, typer.Option(help="Of the teacher's probabilities.",
 LabelWeight = Annotated[float, typer.Option(help="Of the labels.", min=0, rich_help_panel=_TRAIN)]
 FeatureWeight = Annotated[float, typer.Option(help="Of the teacher's aligned features.", min=0, rich_help_panel=_TRAIN)]
 Precision = Annotated[PrecisionName, typer.Option(help="Number formats of the training.", rich_help_panel=_TRAIN)]
+
+Teacher = Annotated[
+    str, typer.Option(help="As --model of the other commands.", rich_help_panel=_MODEL, show_default=False)
+]
+Student = Annotated[
+    str, typer.Option(help="The same; new weights if none are given.", rich_help_panel=_MODEL, show_default=False)
+]
+TeacherWeights = Annotated[
+    Path | None,
+    typer.Option(help="Of the teacher: a .safetensors file, or a torch file without code.", rich_help_panel=_MODEL),
+]
+StudentWeights = Annotated[
+    Path | None, typer.Option(help="The same for the student, to begin with.", rich_help_panel=_MODEL)
+]
+Losses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--loss",
+        metavar="NAME[=WEIGHT]",
+        help=f"{', '.join(LossName)}; repeatable. kd alone if left out.",
+        rich_help_panel=_TRAIN,
+    ),
+]
+Hints = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="STUDENT=TEACHER",
+        help="Modules whose outputs losses of features compare; the last at each resolution if left out. Repeatable.",
+        rich_help_panel=_TRAIN,
+    ),
+]
+HintEpochs = Annotated[
+    int, typer.Option(help="Epochs of losses of features alone, before the others.", min=0, rich_help_panel=_TRAIN)
+]
+Remember = Annotated[
+    Path | None,
+    typer.Option(
+        "--remember",
+        metavar="FOLDER",
+        help="Keep the teacher's logits there; later runs with the same seed read them.",
+        rich_help_panel=_TRAIN,
+    ),
+]
 
 Out = Annotated[
     Path,

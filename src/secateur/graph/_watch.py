@@ -1,18 +1,20 @@
 """One more forward pass of a traced model, to see where its values come from and go to."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from secateur.graph._call import MIXING_KINDS, base_name
+from secateur.graph._call import MIXING_KINDS, base_name, tensors_in
 from secateur.graph._flow import Flow
 from secateur.graph._record import shadow_of
 from secateur.graph._running import undisturbed
+from secateur.graph._unread import READERS, STAND_INS, NumbersReadError, reads_numbers, stand_in
 
 
 @dataclass(eq=False)
@@ -31,30 +33,62 @@ class Run:
 
 
 class _Watching(TorchDispatchMode):
-    def __init__(self, run: Run, names: dict[int, str]):
+    def __init__(self, run: Run, names: dict[int, str], *, computed: bool):
         super().__init__()
-        self._run, self._names = run, names
+        self._run, self._names, self._computed = run, names, computed
+        self.was_read = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        out = func(*args, **kwargs)
-        outputs = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        inputs = tensors_in(args, *kwargs.values())
         name = base_name(func)
+        made = None if self._computed else self._unread(func, name, args, kwargs, inputs)
+        out = func(*args, **kwargs) if made is None else made
         if name in MIXING_KINDS:
             self._run.mixings[len(self._run.mixings)] = len(self._run.flow.names)
-        self._run.flow.step(func, name, not kwargs, inputs, outputs)
+        self._run.flow.step(func, name, not kwargs, inputs, tensors_in(out), hollow=made is not None)
         self._run.stored.append(tuple(self._names[id(t)] for t in inputs if id(t) in self._names))
         return out
 
+    def _unread(self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """What stands in for the result of the call; None if it is to be made."""
+        hollow = [t for t in inputs if self._run.flow.is_hollow(t)]
+        if hollow and reads_numbers(func, name, hollow):
+            self.refuse()
+        return stand_in(func, args, kwargs) if func in STAND_INS and any(map(self._run.flow.is_fed, inputs)) else None
+
+    def refuse(self) -> NoReturn:
+        """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
+        self.was_read = True
+        raise NumbersReadError
+
+
+class _Guarding(TorchFunctionMode):
+    """Sees numbers handed out without any ATen call."""
+
+    def __init__(self, watching: _Watching, flow: Flow):
+        super().__init__()
+        self._watching, self._flow = watching, flow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in READERS and self._flow.is_hollow(args[0]):
+            self._watching.refuse()
+        return func(*args, **(kwargs or {}))
+
 
 def watch(model: nn.Module, example: tuple[Any, ...]) -> Run:
-    """Run a shadow of a model once.
+    """Run a shadow of a model once; what nobody reads is not computed, see `_unread`.
 
     Args:
         model: The traced model; not modified.
         example: Positional arguments, tensors at batch 1.
     """
+    with contextlib.suppress(NumbersReadError):
+        return _watch(model, example, computed=False)
+    return _watch(model, example, computed=True)
+
+
+def _watch(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run:
     run = Run()
     run.flow.feed(example)
     run.stored.extend(() for _ in run.flow.names)
@@ -68,7 +102,10 @@ def watch(model: nn.Module, example: tuple[Any, ...]) -> Run:
             module.register_forward_pre_hook(enter(name), with_kwargs=True)
             module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
-    with undisturbed(model), torch.no_grad(), _Watching(run, names):
+    watching = _Watching(run, names, computed=computed)
+    with undisturbed(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
         out = shadow(*example)
     run.flow.finish(out)
+    if watching.was_read:
+        raise NumbersReadError
     return run

@@ -55,12 +55,16 @@ class Inputs:
     @cached_property
     def opened(self) -> Opened:
         """The model."""
-        known = self.data is not None and not is_artifact(self.model)
+        return self.opened_for(self.images if self.data is not None and not is_artifact(self.model) else None)
+
+    def opened_for(self, images: ImageData | None) -> Opened:
+        """The model for an image set: with its classes and channels, unless it is an artifact."""
+        sized = None if is_artifact(self.model) else images
         return open_model(
             self.model,
             weights=self.weights,
-            num_classes=len(self.images.classes) if known else None,
-            in_channels=self.images.size[0] if known else None,
+            num_classes=None if sized is None else len(sized.classes),
+            in_channels=None if sized is None else sized.size[0],
             trust_source=self.trust_source,
             seed=self.seed,
         )

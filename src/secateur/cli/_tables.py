@@ -20,7 +20,8 @@ def print_before_after(report: RunReport) -> None:
     """Accuracy, MACs, parameters, file size and latency of the original and the compressed model."""
     from secateur.cost import format_count
 
-    table = plain_table(f"{report.model}, {report.budget}", ("", "before", "after", "change"), numbers=3)
+    title = ", ".join(filter(None, (report.model, report.budget)))
+    table = plain_table(title, ("", "before", "after", "change"), numbers=3)
     before, after = report.before, report.after
     if before.accuracy is not None and after.accuracy is not None:
         change = f"{100 * (after.accuracy.top1 - before.accuracy.top1):+.2f} points"

@@ -9,6 +9,7 @@ from secateur.distill._information import VariationalInformation
 from secateur.distill._logits import dist_loss, dkd_loss, standardised, standardised_kd_loss
 from secateur.distill._losses import feature_loss, kd_loss, label_loss
 from secateur.distill._objective import Objective
+from secateur.distill._pairs import paired_stages
 from secateur.distill._relations import pkt_loss, rkd_angle_loss, rkd_distance_loss, similarity_loss
 from secateur.distill._review import AttentionFusion, KnowledgeReview
 from secateur.distill._taps import Features, Taps, TapWatch, tapped, watch_taps
@@ -46,6 +47,7 @@ __all__ = [
     "labelled_feature",
     "labelled_logits",
     "logits",
+    "paired_stages",
     "pkt_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",

@@ -3,9 +3,11 @@
 from secateur.pipeline._compress import compress
 from secateur.pipeline._demo import Demo, demo
 from secateur.pipeline._export import export_files
+from secateur.pipeline._foreign import distill_into
 from secateur.pipeline._open import Opened, load, open_model, usual_size
 from secateur.pipeline._outset import check_belongs, check_output
 from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, Format
+from secateur.pipeline._pupil import Distilled, Hinting, Pupil
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
 from secateur.pipeline._survey import Survey, survey
@@ -22,11 +24,14 @@ __all__ = [
     "Branches",
     "CompressResult",
     "Demo",
+    "Distilled",
     "Format",
     "FromScratch",
+    "Hinting",
     "Inherit",
     "Leftover",
     "Opened",
+    "Pupil",
     "Start",
     "Survey",
     "Verified",
@@ -34,6 +39,7 @@ __all__ = [
     "check_output",
     "compress",
     "demo",
+    "distill_into",
     "export_files",
     "load",
     "open_model",

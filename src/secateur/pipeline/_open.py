@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 
 from secateur import artifact
+from secateur.architecture import Architecture
 from secateur.artifact import MANIFEST_NAME, Loaded, Manifest
 from secateur.errors import ModelError
 from secateur.models import ModelSource, load_model
@@ -29,6 +30,11 @@ class Opened:
     source: ModelSource
     name: str
     manifest: Manifest | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """What was kept of the original, if it is a cut model."""
+        return Architecture() if self.manifest is None else self.manifest.recipe.architecture
 
 
 def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Loaded:

@@ -1,0 +1,185 @@
+"""Any student from any teacher: the artifact, the report, resume, and what does not belong together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur.cost import counted_macs
+from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.distill import Objective, PerTap, Term, adaptors_of, features, hint_loss, paired_stages
+from secateur.errors import ArtifactError, ModelError, TrainingError
+from secateur.graph import trace
+from secateur.models import CifarResNet, ModelSource, load_model
+from secateur.pipeline import Hinting, Leftover, Pupil, distill_into, load, verify
+from secateur.train import Schedule, Silent, distill, distill_after_hints, open_fabric
+
+SHORT = Schedule(epochs=2, batch_size=16)
+
+
+def _split(n: int, seed: int) -> MemorySplit:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+
+
+class _Dying(MemorySplit):
+    def batches(self, *args: Any, epoch: int = 0, **settings: Any) -> Any:
+        if settings.get("augment") is not None and epoch == 1:
+            raise KeyboardInterrupt
+        return super().batches(*args, epoch=epoch, **settings)
+
+
+def _data(train: MemorySplit | None = None) -> ImageData:
+    normalisation = Normalisation.usual(3)
+    return ImageData(
+        train=train or _split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
+        mean=normalisation.mean, std=normalisation.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
+    )  # fmt: skip
+
+
+def _resnet(widths: tuple[int, int, int], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CifarResNet(1, widths=widths, num_classes=4).eval()
+
+
+TEACHER = Pupil(_resnet((8, 16, 24), 1), "teacher")
+STUDENT = Pupil(_resnet((4, 8, 12)), "student")
+TAPS = {"layer1": "layer1", "layer3": "layer3"}
+
+
+def hint() -> Term:
+    adaptors = adaptors_of(STUDENT.model, TEACHER.model, TAPS, torch.zeros(1, 3, 8, 8))
+    return Term("hint", PerTap(hint_loss, dict(adaptors.items())), of=features, taps=TAPS)
+
+
+def run(data: ImageData | None = None, **settings: Any) -> Any:
+    defaults: dict[str, Any] = {"teacher": TEACHER, "schedule": SHORT, "progress": Silent(), "export": ()}
+    return distill_into(settings.pop("student", STUDENT), data=data or _data(), **(defaults | settings))
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+
+
+def test_the_student_is_that_of_the_engine() -> None:
+    objective = Objective(terms=(hint(),))
+    before = {name: tensor.clone() for name, tensor in STUDENT.model.state_dict().items()}
+    result = run(objective=objective)
+    by_hand = distill(
+        STUDENT.model, teacher=TEACHER.model, data=_data(), schedule=SHORT, objective=objective, progress=Silent(),
+        fabric=open_fabric(),
+    )  # fmt: skip
+    assert equal(result.model, by_hand.model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in STUDENT.model.state_dict().items())
+    report = result.report
+    assert [step.name for step in report.steps] == ["teacher", "student before", "distilled"]
+    assert report.before.macs == counted_macs(TEACHER.model, torch.zeros(1, 3, 8, 8))
+    assert report.after.macs == counted_macs(STUDENT.model, torch.zeros(1, 3, 8, 8))
+    assert report.strategy == "distilled from teacher: 0.9 kd (T = 4) + 0.1 labels + 1 hint"
+    assert result.failed == ()
+    assert (result.folder, result.files) == (None, ())
+
+
+def test_hints_come_first_if_they_shall() -> None:
+    hinting = Hinting((hint(),), Schedule(epochs=1, batch_size=16))
+    result = run(hinting=hinting)
+    by_hand = distill_after_hints(
+        STUDENT.model, teacher=TEACHER.model, data=_data(), hints=hinting.hints, hint_schedule=hinting.schedule,
+        schedule=SHORT, progress=Silent(), fabric=open_fabric(),
+    )  # fmt: skip
+    assert equal(result.model, by_hand.model)
+    assert result.report.strategy.endswith("after 1 epochs of hints")
+
+
+def test_an_artifact_is_written_loaded_and_verified(tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    result = run(out=out)
+    loaded = load(out, factory=lambda: _resnet((4, 8, 12)))
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), result.model(images))
+    assert verify(out, factory=lambda: _resnet((4, 8, 12))).passed
+    assert sorted(path.name for path in result.files) == ["model.safetensors", "report.html", "secateur.json"]
+    assert "student from teacher" in (out / "report.html").read_text()
+    assert loaded.manifest.recipe.metrics["distillation"]["teacher"] == "teacher"
+    assert not (tmp_path / "small.work").exists()
+
+
+def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
+    model, source = load_model("cifar_resnet20", num_classes=4)
+    run(student=Pupil(model, "cifar_resnet20", source), out=tmp_path / "small", schedule=Schedule(1, batch_size=32))
+    assert (
+        load(tmp_path / "small").manifest.recipe.source == ModelSource.parse("cifar_resnet20", num_classes=4).to_json()
+    )
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    out, split = tmp_path / "small", _split(64, 0)
+    dying = _Dying(split.images, split.labels, split.normalisation)
+    whole = run(objective=Objective(terms=(hint(),)))
+    with pytest.raises(KeyboardInterrupt):
+        run(_data(dying), out=out, objective=Objective(terms=(hint(),)))
+    assert not out.exists()
+    with pytest.raises(ArtifactError, match="unfinished run beside it"):
+        run(out=out, objective=Objective(terms=(hint(),)))
+    with pytest.raises(ArtifactError, match="seed was 0, now 1"):
+        run(out=out, objective=Objective(terms=(hint(),)), leftover=Leftover.RESUME, seed=1)
+    resumed = run(out=out, objective=Objective(terms=(hint(),)), leftover=Leftover.RESUME)
+    assert equal(resumed.model, whole.model)
+
+
+class Wide(nn.Module):
+    """Three logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1))
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_other_classes_or_inputs_are_refused(who: str) -> None:
+    with pytest.raises(ModelError, match="one logit for each of the 4 classes"):
+        run(**{who: Pupil(Wide())})
+    with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
+        run(**{who: Pupil(nn.Sequential(nn.Flatten(), nn.Linear(10, 4)))})
+
+
+def test_taps_that_do_not_exist_are_refused_with_the_nearest() -> None:
+    term = Term("hint", PerTap(hint_loss), of=features, taps={"layer3": "layr3"})
+    with pytest.raises(TrainingError, match=r"`teacher` must have the tapped module 'layr3'.*Did you mean layer3"):
+        run(objective=Objective(terms=(term,)))
+
+
+def test_stages_are_paired_by_their_resolution() -> None:
+    class Stem(nn.Module):
+        """A network that begins at half the resolution."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.two(self.one(images)).mean((2, 3)))
+
+    images = torch.zeros(2, 3, 8, 8)
+    student, teacher = trace(STUDENT.model, images), trace(Stem().eval(), images)
+    assert paired_stages(student, trace(TEACHER.model, images)) == {n: n for n in ("layer1", "layer2", "layer3")}
+    assert paired_stages(student, teacher) == {"layer2": "one", "layer3": "two"}
+    assert paired_stages(teacher, student) == {"one": "layer2", "two": "layer3"}
+    # No resolution in common: the last ones, in order.
+    larger = trace(STUDENT.model, torch.zeros(2, 3, 40, 40))
+    assert paired_stages(larger, teacher) == {"layer2": "one", "layer3": "two"}
+    flat = trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images)
+    with pytest.raises(TrainingError, match="`student` must have modules with traced channels"):
+        paired_stages(flat, teacher)
+    with pytest.raises(TrainingError, match="`teacher` must have modules with traced channels"):
+        paired_stages(teacher, flat)

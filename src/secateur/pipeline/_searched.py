@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from secateur.report import SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.report import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
 
 
 def search_epochs(notes: Mapping[str, object], sizes: Mapping[str, int]) -> tuple[SearchEpoch, ...]:
@@ -25,6 +25,44 @@ def search_epochs(notes: Mapping[str, object], sizes: Mapping[str, int]) -> tupl
     found = [_epoch(epoch, sizes) for epoch in cast(Sequence[Any], noted)]
     read = [epoch for epoch in found if epoch is not None]
     return tuple(sorted({epoch.epoch: epoch for epoch in read}.values(), key=lambda epoch: epoch.epoch))
+
+
+def judged_stages(notes: Mapping[str, object], macs: int) -> tuple[JudgedStage, ...]:
+    """The stages of a stage-wise search, from ``notes["stages"]``; empty for all others, or if one cannot be read.
+
+    Args:
+        notes: Of the search: each stage is an object ``{"name", "cut", "candidates": {"log10", "trained"}, "losses":
+            [...], "costs": {"macs": [...]}, "chosen": number}``.
+        macs: Of the original.
+    """
+    noted = notes.get("stages")
+    if not isinstance(noted, Sequence) or isinstance(noted, str):
+        return ()
+    try:
+        return tuple(_stage(stage, macs) for stage in cast(Sequence[Any], noted))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError):
+        return ()
+
+
+def fairness(notes: Mapping[str, object]) -> float | None:
+    """How fairly the channels were trained, from ``notes["fairness"]``."""
+    noted = notes.get("fairness")
+    return float(noted) if isinstance(noted, float | int) and math.isfinite(noted) else None
+
+
+def _stage(noted: Any, macs: int) -> JudgedStage:
+    found = JudgedStage(
+        name=str(noted["name"]),
+        cut=str(noted["cut"]),
+        possible=_finite(noted["candidates"]["log10"]),
+        trained=int(noted["candidates"]["trained"]),
+        losses=tuple(map(_finite, noted["losses"])),
+        macs=tuple(_finite(count) / macs for count in noted["costs"]["macs"]),
+        chosen=int(noted["chosen"]),
+    )
+    if len(found.losses) != len(found.macs) or not 0 <= found.chosen < len(found.losses):
+        raise ValueError("candidates, their costs and the choice do not go together")
+    return found
 
 
 def _epoch(noted: Any, sizes: Mapping[str, int]) -> SearchEpoch | None:

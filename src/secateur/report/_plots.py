@@ -78,7 +78,7 @@ class LinePlot:
 def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
     """Bars of all axes on one scale from zero."""
     widest = max(max(width.before, width.after) for width in widths)
-    steps = [widest * quarter / 4 for quarter in range(5)] if widest % 4 == 0 else _steps(0.0, float(widest), 4)
+    steps = [widest * quarter / 4 for quarter in range(5)] if widest % 4 == 0 else round_steps(0.0, float(widest), 4)
     top = steps[-1]
     bars = tuple(Bar(w.name, w.before, w.after, 100 * w.before / top, 100 * w.after / top) for w in widths)
     return BarPlot(bars, _groups([w.name for w in widths]), tuple(Tick(100 * s / top, f"{s:g}") for s in steps))
@@ -115,7 +115,7 @@ def line_plot(
         return None
     first, last = values[0][0], values[-1][0]
     heights = [value for _, value in (*values, *second)] + [*span, *([] if across is None else [across[1]])]
-    steps = _steps(min(heights), max(heights), 4)
+    steps = round_steps(min(heights), max(heights), 4)
     low, high = steps[0], steps[-1]
 
     def left(epoch: float) -> float:
@@ -140,12 +140,12 @@ def _path(points: Sequence[Point]) -> str:
 
 def epoch_ticks(first: int, last: int) -> list[int]:
     """Epochs to mark on a scale: both ends, and round ones between that leave them room."""
-    every = max(1, round(_steps(0, last - first, 5)[1]))
+    every = max(1, round(round_steps(0, last - first, 5)[1]))
     between = range(first - first % every + every, last, every)
     return [first, *(e for e in between if min(e - first, last - e) > every * 0.45), last]
 
 
-def _steps(low: float, high: float, about: int) -> list[float]:
+def round_steps(low: float, high: float, about: int) -> list[float]:
     """Round numbers, evenly spaced, that enclose [low, high]."""
     span = (high - low) or abs(high) or 1.0
     rough = span / about

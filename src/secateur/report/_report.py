@@ -10,6 +10,7 @@ from secateur.report import _format
 from secateur.report._heat import search_plots
 from secateur.report._plots import accuracy_plot, loss_plot, width_plot
 from secateur.report._run import RunReport
+from secateur.report._stages import stage_plots
 
 _FACTS = ("data", "strategy", "budget", "choices")
 """Fields under the headline; empty ones are left out."""
@@ -69,6 +70,7 @@ def render(run: RunReport) -> str:
         kept_sentence=_kept_sentence(run),
         curves=[curve for curve in curves if curve is not None],
         search=search_plots(run.search, run.macs_limit),
+        stages=stage_plots(run.stages),
         origin=_origin(run),
         **_words(),
     )

@@ -184,6 +184,29 @@ class SearchEpoch:
 
 
 @dataclass(frozen=True)
+class JudgedStage:
+    """One stage of a stage-wise search.
+
+    Attributes:
+        name: Of the stage.
+        cut: The module that ends it; empty for the last one.
+        possible: log10 of the number of its candidates.
+        trained: How many different ones were trained.
+        losses: Of the candidates that were judged.
+        macs: Of each of these, over the MACs of the original.
+        chosen: The number of the one that was taken.
+    """
+
+    name: str
+    cut: str
+    possible: float
+    trained: int
+    losses: tuple[float, ...]
+    macs: tuple[float, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Accuracy after one step of the way: the original, after the cut, after healing, after distillation."""
 
@@ -230,6 +253,8 @@ class RunReport:
         frozen: What was left whole, and why.
         blocks: The residual blocks of the model, in order of execution.
         search: A search that learns, epoch by epoch; empty for all others.
+        stages: Stages of a stage-wise search; empty for all others.
+        fairness: How often the channel trained least was trained by it, per time of the one trained most; or None.
         macs_limit: The budget's bound on the MACs / MACs of the original, or None.
         training: The recovery, epoch by epoch.
         original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
@@ -256,6 +281,8 @@ class RunReport:
     frozen: tuple[FrozenAxis, ...] = ()
     blocks: tuple[BlockFate, ...] = ()
     search: tuple[SearchEpoch, ...] = ()
+    stages: tuple[JudgedStage, ...] = ()
+    fairness: float | None = None
     macs_limit: float | None = None
     training: tuple[TrainedEpoch, ...] = ()
     original_validation_accuracy: float | None = None

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from secateur.pipeline._searched import search_epochs
-from secateur.report import SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.pipeline._searched import fairness, judged_stages, search_epochs
+from secateur.report import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
 
 SIZES = {"conv1": 16, "layer1.0.conv1": 16, "layer2.0.conv1": 32}
 
@@ -58,3 +58,34 @@ def test_what_is_missing_or_not_finite_is_none() -> None:
 def test_an_epoch_noted_twice_counts_once_and_order_is_by_epoch() -> None:
     found = search_epochs({"search": [noted(epoch=2), noted(epoch=1), noted(epoch=2, entropy=0.25)]}, SIZES)
     assert [(epoch.epoch, epoch.entropy) for epoch in found] == [(1, 0.9), (2, 0.25)]
+
+
+def judged(**changed: Any) -> dict[str, Any]:
+    return {
+        "name": "stage1", "cut": "layer1", "axes": 2, "blocks": 0, "candidates": {"log10": 1.5, "trained": 3},
+        "losses": [0.5, 0.0], "costs": {"macs": [10, 40], "params": [1, 2]}, "chosen": 1, **changed,
+    }  # fmt: skip
+
+
+def test_notes_become_stages() -> None:
+    notes = json.loads(json.dumps({"stages": [judged(), judged(name="stage2", cut="")], "fairness": 0.25}))
+    first, second = judged_stages(notes, 200)
+    assert first == JudgedStage("stage1", "layer1", 1.5, 3, (0.5, 0.0), (0.05, 0.2), 1)
+    assert (second.name, second.cut) == ("stage2", "")
+    assert fairness(notes) == 0.25
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        None, "stages", [judged(losses=[0.5])], [judged(chosen=2)], [judged(losses=[float("nan"), 0])], [{}],
+        [judged(costs={"params": [1, 2]})],
+    ],
+)  # fmt: skip
+def test_stages_that_cannot_be_read_are_left_out(stages: Any) -> None:
+    assert judged_stages({"stages": stages}, 200) == ()
+
+
+@pytest.mark.parametrize("odd", [None, "fair", float("nan")])
+def test_fairness_that_was_not_noted_is_none(odd: Any) -> None:
+    assert fairness({"fairness": odd}) is None

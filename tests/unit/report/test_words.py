@@ -6,7 +6,7 @@ import math
 import pytest
 
 from secateur.report import LayerWidth, MeasuredAccuracy, TrainedEpoch, _format
-from secateur.report._plots import _steps, accuracy_plot, loss_plot, width_plot
+from secateur.report._plots import accuracy_plot, loss_plot, round_steps, width_plot
 
 
 def plain(text: str) -> str:
@@ -69,7 +69,7 @@ def test_interval_of_no_images_is_everything() -> None:
     ("low", "high"), [(0, 1), (0.31, 2.4), (88.1, 93.4), (5, 5), (0, 0), (-1e-9, 1e9), (1e-7, 2e-7)]
 )
 def test_scales_enclose_the_values_evenly(low: float, high: float) -> None:
-    steps = _steps(low, high, 4)
+    steps = round_steps(low, high, 4)
     gap = steps[1] - steps[0]
     assert steps[0] <= low + 1e-9 * abs(gap)
     assert steps[-1] >= high - 1e-9 * abs(gap)

@@ -1,4 +1,4 @@
-"""ResNet-20 at 55 % of its MACs on CIFAR-10: TAS against other strategies with the same total compute.
+"""ResNet-20 at 55 % of its MACs on CIFAR-10: TAS and SWP against other strategies with the same total compute.
 
     python benchmarks/tas_cifar10.py --seeds 0 1 2
     python benchmarks/tas_cifar10.py --summary
@@ -9,6 +9,8 @@ once. Random search draws widths, cuts and heals each network as all methods do,
 validation images; it draws as many as take the processor time of the search of TAS.
 
     tas        1 epoch of search, 2 of recovery
+    swp        1 epoch of training the supernet (full, tiny and one drawn network in a step), 48 candidates of every
+               stage judged, 2 epochs of recovery; boundary axes (the residual streams) stay whole
     random     random search, 2 epochs of recovery
     uniform    3 epochs of recovery
     pca        PCASlimming, 3 epochs of recovery
@@ -37,7 +39,19 @@ from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, trace
 from secateur.importance import Evidence, Reconstruction
 from secateur.models import load_model
-from secateur.search import TAS, Knapsack, PCASlimming, Problem, SearchSpace, Uniform, fit, keep_best, search
+from secateur.search import (
+    SWP,
+    TAS,
+    Knapsack,
+    PCASlimming,
+    Problem,
+    Sandwich,
+    SearchSpace,
+    Uniform,
+    fit,
+    keep_best,
+    search,
+)
 from secateur.surgery import Cut, RecalibrateBatchNorm, Refit, cut
 from secateur.train import Schedule, Silent, distill, evaluate, open_fabric
 
@@ -69,6 +83,24 @@ def tas(
         fabric=open_fabric(None, device=torch.device("cpu")),
     )
     return found.architecture, {"search": found.notes["search"], "strategy": found.strategy}
+
+
+def swp(
+    model: nn.Module, graph: ChannelGraph, batches: Batches, data: ImageData, seed: int
+) -> tuple[Architecture, dict[str, Any]]:
+    """One epoch of training, with one drawn network in a step, and few candidates, to cost about what TAS does."""
+    found = search(
+        model,
+        graph,
+        SWP(nets=Sandwich(random=1), candidates=48, rounds=3, held_out=1000),
+        budget=BUDGET,
+        batches=batches,
+        space=SPACE,
+        seed=seed,
+        data=data,
+        fabric=open_fabric(None, device=torch.device("cpu")),
+    )
+    return found.architecture, {"strategy": found.strategy, **found.notes}
 
 
 def random(
@@ -110,6 +142,7 @@ def of(strategy: Uniform | PCASlimming | Knapsack) -> Method:
 
 METHODS: dict[str, tuple[Method, int]] = {
     "tas": (tas, EPOCHS - SEARCH_EPOCHS),
+    "swp": (swp, EPOCHS - SEARCH_EPOCHS),
     "random": (random, EPOCHS - SEARCH_EPOCHS),
     "uniform": (of(Uniform(importance=Reconstruction())), EPOCHS),
     "pca": (of(PCASlimming(importance=Reconstruction())), EPOCHS),

@@ -8,12 +8,16 @@ import contextlib
 import os
 import pickle
 import queue
+import socket
 import struct
 import sys
 import threading
 import traceback
 from collections import deque
 from typing import Any, BinaryIO
+
+_PATIENCE = 120
+"""Seconds in which Ray must be there. On a busy machine it starts in ten."""
 
 
 def write(stream: BinaryIO, message: tuple[object, ...]) -> None:
@@ -184,11 +188,17 @@ def main() -> None:
     settings, packed = first
     # Behind the installed packages, so that no module of the caller's hides one that Ray needs.
     sys.path.extend(path for path in settings["paths"] if path not in sys.path)
+    # An address that nobody answers at would be tried for ever.
+    patience = threading.Timer(_PATIENCE, _give_up, args=(out,))
+    patience.start()
     try:
+        _check_answers(settings["address"])
         cluster = Cluster(settings, packed)
     except Exception as error:
         write(out, ("failed", f"{type(error).__name__}: {error}"))
         return
+    finally:
+        patience.cancel()
     write(out, ("ready", cluster.size))
     inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, inbox), daemon=True).start()
@@ -198,6 +208,18 @@ def main() -> None:
             serve(cluster, inbox, out)
     finally:
         cluster.ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """An error at once if nobody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _give_up(out: BinaryIO) -> None:
+    write(out, ("failed", f"no answer within {_PATIENCE} s"))
+    os._exit(1)
 
 
 def _listen(stream: BinaryIO, inbox: "queue.SimpleQueue[tuple[Any, ...] | None]") -> None:

@@ -1,5 +1,6 @@
 """The same tasks in this process and on Ray, with workers that are killed and tasks that raise."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from worker_tasks import by_kind, picky, scaled, where
 
 from secateur.errors import WorkerError
 from secateur.workers import InProcess, OnRay, Pool
+
+# Not importorskip: to import Ray would change this process.
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 
 def test_in_process_computes_in_order_and_in_this_process():
@@ -54,12 +58,12 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         pass
 
 
+@needs_ray
 class TestOnRay:
     """One start of Ray serves all of these, as it takes ten seconds: the task says which function is called."""
 
     @pytest.fixture(scope="class")
     def pool(self) -> Pool:
-        pytest.importorskip("ray", reason="Ray is not installed")
         with OnRay(workers=2, retries=1).running(by_kind, torch.arange(5.0)) as pool:
             yield pool
 
@@ -109,10 +113,10 @@ class TestOnRay:
             list(pool.map([("killed_always", None)]))
 
 
+@needs_ray
 @pytest.mark.slow
 def test_nothing_of_this_process_changes_and_nothing_is_left():
     """Environment, signals, threads and modules; no process, no file in the temporary folder or in the home."""
-    pytest.importorskip("cloudpickle", reason="Ray's extra is not installed")
     before, folders = _state(), _left_behind()
     with OnRay(workers=1).running(picky, None) as pool:
         assert list(pool.map([1])) == [(0, 1)]
@@ -125,9 +129,9 @@ def test_nothing_of_this_process_changes_and_nothing_is_left():
     assert _left_behind() == folders
 
 
+@needs_ray
 @pytest.mark.slow
 def test_kill_9_of_the_caller_ends_ray(tmp_path):
-    pytest.importorskip("ray", reason="Ray is not installed")
     program = (
         "import sys; from worker_tasks import where; from secateur.workers import OnRay\n"
         "with OnRay(workers=1).running(where, None) as pool:\n"
@@ -146,9 +150,9 @@ def test_kill_9_of_the_caller_ends_ray(tmp_path):
     assert _gone(everyone)
 
 
+@needs_ray
 @pytest.mark.slow
 def test_kill_9_of_what_speaks_to_ray_is_an_error_and_leaves_nothing():
-    pytest.importorskip("ray", reason="Ray is not installed")
     with OnRay(workers=1).running(where, None) as pool:
         assert len(list(pool.map([0.0]))) == 1
         (driver,) = _children()
@@ -159,9 +163,9 @@ def test_kill_9_of_what_speaks_to_ray_is_an_error_and_leaves_nothing():
     assert _gone(everyone)
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_an_error():
-    pytest.importorskip("ray", reason="Ray is not installed")
     with (
         pytest.raises(WorkerError, match=r"`address` must lead to a Ray that can be used; got '127.0.0.1:1'"),
         OnRay("127.0.0.1:1").running(picky, None),

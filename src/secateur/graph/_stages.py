@@ -81,10 +81,9 @@ class _Division:
         self.passage = passage
         self.graph = passage.graph
         self._readers = passage.steps_of_tensor
-        self._spans = {
-            call.module: (call.begin, max(call.begin, call.end - 1)) for call in reversed(passage.flow.calls)
-        }
-        self._again = {module for module, times in passage.times.items() if times > 1}
+        self._spans: dict[str, list[int]] = {}
+        for call in passage.flow.calls:
+            self._spans.setdefault(call.module, []).extend((call.begin, max(call.begin, call.end - 1)))
         self._steps = [step for step, _ in passage.macs]
         self._total = max(sum(macs for _, macs in passage.macs), 1)
 
@@ -122,9 +121,10 @@ class _Division:
         return stages.pop() if all(steps) and len(stages) == 1 else None
 
     def _stage_of_block(self, block: Block, ends: Sequence[int]) -> int | None:
-        names = [name for name in block.modules if name in self._spans]
-        stages = {_stage(step, ends) for name in names for step in self._spans[name]}
-        return stages.pop() if len(stages) == 1 and not self._again.intersection(names) else None
+        """The stage in which what goes with a block runs; what stays may be shared, and has no effect without it."""
+        steps = (step for gone in block.replacements for step in self._spans.get(gone.module, ()))
+        stages = {_stage(step, ends) for step in steps}
+        return stages.pop() if len(stages) == 1 else None
 
     def _check_operations(
         self, ends: Sequence[int], axes: dict[str, int | None], blocks: dict[str, int | None]

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from cuts import zoo_net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -289,6 +290,16 @@ def test_a_block_that_would_take_the_cut_along_belongs_to_no_stage():
     assert "layer2.2" in outside.blocks
     around, _ = stages_of(model, graph, ["layer2"])
     assert {"layer2.1", "layer2.2"} <= set(around.blocks)
+
+
+def test_blocks_may_call_a_module_twice():
+    """As those of torchvision's ResNets call their activation; they take it along."""
+    model = torchvision.models.resnet18(num_classes=4).eval()
+    graph = trace(model, torch.zeros(1, 3, 64, 64))
+    stages = stages_of(model, graph)
+    assert [stage.cut for stage in stages] == ["layer1", "layer2", "layer3", ""]
+    blocks = [stage.blocks for stage in stages]
+    assert blocks == [("layer1.0", "layer1.1"), ("layer2.1",), ("layer3.1",), ("layer4.1",)]
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------

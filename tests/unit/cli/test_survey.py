@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cli._survey import print_survey
+from secateur.models import cifar_resnet20
 from secateur.pipeline import survey
 
 
@@ -25,3 +26,23 @@ def test_layers_that_never_ran_are_named(capsys):
     assert "Never ran on this input, in evaluation or in training: right." in said
     print_survey(survey(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
     assert "in training: left." in " ".join(capsys.readouterr().out.split())
+
+
+def test_stages_are_shown_with_where_they_end(capsys):
+    found = survey(cifar_resnet20(), torch.zeros(1, 3, 32, 32))
+    stages = found.to_json()["stages"]
+    assert [(stage["name"], stage["cut"], len(stage["axes"]), len(stage["blocks"])) for stage in stages] == [
+        ("stage1", "layer1", 3, 3),
+        ("stage2", "layer2", 3, 2),
+        ("stage3", "", 5, 2),
+    ]
+    assert sum(stage["macs"] for stage in stages) == found.original.macs
+    print_survey(found, "resnet20")
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["stage1", "layer1", "3", "3", "36.0", "%"] in said
+    assert ["stage3", "the", "output", "5", "2", "32.0", "%"] in said
+
+
+def test_a_model_that_is_one_stage_has_no_table_of_them(capsys):
+    print_survey(survey(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
+    assert "Stages" not in capsys.readouterr().out

@@ -1,5 +1,13 @@
 """Models by name, their source as plain data, and weights from files that cannot run code."""
 
+from secateur.models._cifar import (
+    cifar_densenet40,
+    cifar_densenet52,
+    cifar_efficientnet,
+    cifar_efficientnet_150,
+    cifar_mobilenetv2,
+    cifar_mobilenetv2_150,
+)
 from secateur.models._load import load_model
 from secateur.models._resnet import (
     CifarResNet,
@@ -20,6 +28,12 @@ __all__ = [
     "ModelSource",
     "PaddedShortcut",
     "ProjectionShortcut",
+    "cifar_densenet40",
+    "cifar_densenet52",
+    "cifar_efficientnet",
+    "cifar_efficientnet_150",
+    "cifar_mobilenetv2",
+    "cifar_mobilenetv2_150",
     "cifar_resnet20",
     "cifar_resnet32",
     "cifar_resnet44",

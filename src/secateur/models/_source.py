@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.models import _resnet
+from secateur.models import _cifar, _resnet
 
 Kind = Literal["timm", "torchvision", "secateur", "python"]
 
@@ -26,6 +26,12 @@ BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
         _resnet.cifar_resnet56,
         _resnet.cifar_resnet110,
         _resnet.digits_resnet,
+        _cifar.cifar_densenet40,
+        _cifar.cifar_densenet52,
+        _cifar.cifar_efficientnet,
+        _cifar.cifar_efficientnet_150,
+        _cifar.cifar_mobilenetv2,
+        _cifar.cifar_mobilenetv2_150,
     )
 }
 """Models that come with Secateur, by name."""

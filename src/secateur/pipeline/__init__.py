@@ -10,6 +10,7 @@ from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, Format
 from secateur.pipeline._pupil import Distilled, Hinting, Pupil
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
+from secateur.pipeline._study import FAMILIES, Family, Study, StudyResult, run_study
 from secateur.pipeline._survey import Survey, survey
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._verify import Verified, verify
@@ -17,6 +18,7 @@ from secateur.pipeline._work import Leftover
 
 __all__ = [
     "ALIGNED",
+    "FAMILIES",
     "GENTLE",
     "HEAL",
     "SPACE",
@@ -25,6 +27,7 @@ __all__ = [
     "CompressResult",
     "Demo",
     "Distilled",
+    "Family",
     "Format",
     "FromScratch",
     "Hinting",
@@ -33,6 +36,8 @@ __all__ = [
     "Opened",
     "Pupil",
     "Start",
+    "Study",
+    "StudyResult",
     "Survey",
     "Verified",
     "check_belongs",
@@ -43,6 +48,7 @@ __all__ = [
     "export_files",
     "load",
     "open_model",
+    "run_study",
     "survey",
     "usual_size",
     "verify",

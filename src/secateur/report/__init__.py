@@ -2,6 +2,7 @@
 
 from secateur.report._drawing import check_drawing, write_drawing
 from secateur.report._efficiency import performance_efficiency
+from secateur.report._page import Page, PageTable, write_page
 from secateur.report._places import Place, inside, places, sentence_of, sizes_in_order
 from secateur.report._report import write_report
 from secateur.report._run import (
@@ -30,6 +31,8 @@ __all__ = [
     "Measured",
     "MeasuredAccuracy",
     "MeasuredLatency",
+    "Page",
+    "PageTable",
     "Place",
     "RunReport",
     "SearchEpoch",
@@ -44,5 +47,6 @@ __all__ = [
     "sentence_of",
     "sizes_in_order",
     "write_drawing",
+    "write_page",
     "write_report",
 ]

@@ -1,0 +1,180 @@
+"""The workbench of the study: networks that several cells begin with, trained once and kept on disk."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from secateur.artifact import atomic_file
+from secateur.data import ImageData, Split
+from secateur.distill import Objective, PerTap, Taps, Term, adaptors_of, features, hint_loss, paired_stages
+from secateur.graph import trace
+from secateur.models import load_model
+from secateur.pipeline._study._plan import Family, Study, Taught
+from secateur.sparsity import Sparsify
+from secateur.train import Schedule, Silent, evaluate, fit, precision_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+TEMPERATURE = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A trained network.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        accuracy: On the test images, a fraction.
+    """
+
+    model: nn.Module
+    accuracy: float
+
+
+class Bench:
+    """Trains, measures and keeps networks.
+
+    Args:
+        study: What is compared.
+        data: The images.
+        folder: Of the study.
+        fabric: Device and precision.
+        tell: Receives one sentence per network.
+    """
+
+    def __init__(
+        self, study: Study, data: ImageData, folder: Path, *, fabric: "Fabric", tell: Callable[[str], None]
+    ) -> None:
+        self._study, self._data, self._folder, self._fabric, self._tell = study, data, folder, fabric, tell
+        count = study.test_images
+        self._test = data.test if count is None else data.test.subset(torch.arange(min(count, len(data.test))))
+        self._example = next(iter(data.train.batches(2, device="cpu")))[0]
+        self._held: dict[str, Network] = {}
+        self._taps: dict[Family, Taps] = {}
+
+    def teacher(self, family: Family) -> Network:
+        """The teacher of a family, from labels."""
+        return self._kept(
+            f"{family.name}-teacher",
+            family.teacher,
+            self._study.seeds[0],
+            lambda fresh: self._train(fresh, self._data.train, self._study.teaching, Objective.of_labels()),
+        )
+
+    def student(self, family: Family, taught: Taught, seed: int) -> Network:
+        """A student before pruning."""
+
+        def learn(fresh: nn.Module) -> nn.Module:
+            return self.taught(
+                fresh, family, taught, schedule=replace(self._study.learning, seed=seed), images=self._data.train
+            )
+
+        return self._kept(f"{family.name}-{taught.replace('+', '-')}-seed{seed}", family.student, seed, learn)
+
+    def taught(
+        self,
+        model: nn.Module,
+        family: Family,
+        taught: Taught,
+        *,
+        schedule: Schedule,
+        images: Split,
+        sparsify: Sparsify | None = None,
+    ) -> nn.Module:
+        """A network after a training in one of the ways."""
+        if taught is Taught.LABELS:
+            return self._train(model, images, schedule, Objective.of_labels(), sparsify=sparsify)
+        teacher = self.teacher(family).model
+        if taught is Taught.KD:
+            # The batches of a seed are the same in all cells: the teacher runs over them once.
+            memory = self._folder / "logits" / f"{family.name}-{len(images)}-{schedule.batch_size}"
+            objective = Objective(temperature=TEMPERATURE)
+            return self._train(model, images, schedule, objective, teacher=teacher, sparsify=sparsify, remember=memory)
+        taps = self._taps_of(family)
+        adaptors = adaptors_of(model, teacher, taps, self._example[:1], seed=schedule.seed)
+        hint = Term(
+            "hint", PerTap(hint_loss, dict(adaptors.items())), of=features, weight=self._study.hint_weight, taps=taps
+        )
+        objective = Objective(temperature=TEMPERATURE, terms=(hint,))
+        return self._train(model, images, schedule, objective, teacher=teacher, sparsify=sparsify)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """On the test images of the study, a fraction."""
+        precision, device = precision_of(self._fabric), self._fabric.device
+        return evaluate(model, self._test, batch_size=500, precision=precision, device=device).top1
+
+    @property
+    def recovery_images(self) -> Split:
+        """What a recovery is shown: the same images for all cells."""
+        count, train = self._study.recovery_images, self._data.train
+        if count is None or count >= len(train):
+            return train
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count]
+        return train.subset(chosen.sort().values)
+
+    @property
+    def example(self) -> Tensor:
+        """Two images on the CPU."""
+        return self._example
+
+    def _taps_of(self, family: Family) -> Taps:
+        if family not in self._taps:
+            classes, channels = len(self._data.classes), self._data.size[0]
+            student, _ = load_model(family.student, num_classes=classes, in_channels=channels)
+            graphs = trace(student, self._example), trace(self.teacher(family).model, self._example)
+            self._taps[family] = paired_stages(*graphs)
+        return self._taps[family]
+
+    def _train(
+        self,
+        model: nn.Module,
+        images: Split,
+        schedule: Schedule,
+        objective: Objective,
+        *,
+        teacher: nn.Module | None = None,
+        sparsify: Sparsify | None = None,
+        remember: Path | None = None,
+    ) -> nn.Module:
+        return fit(
+            model,
+            images,
+            schedule=schedule,
+            objective=objective,
+            teacher=teacher,
+            augment=self._data.augment,
+            sparsify=sparsify,
+            remember=remember,
+            progress=Silent(),
+            fabric=self._fabric,
+        ).model
+
+    def _kept(self, name: str, spec: str, seed: int, train: Callable[[nn.Module], nn.Module]) -> Network:
+        """From memory, from disk, or trained now and kept there."""
+        if name in self._held:
+            return self._held[name]
+        fresh, _ = load_model(spec, num_classes=len(self._data.classes), in_channels=self._data.size[0], seed=seed)
+        weights, numbers = (self._folder / "models" / f"{name}.{end}" for end in ("safetensors", "json"))
+        if numbers.is_file():
+            fresh.load_state_dict(safetensors.torch.load(weights.read_bytes()))
+            self._held[name] = Network(fresh.eval(), float(json.loads(numbers.read_text())["accuracy"]))
+            return self._held[name]
+        began = time.process_time()
+        model = train(fresh)
+        accuracy = self.accuracy(model)
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
+        with atomic_file(weights) as part:
+            part.write_bytes(safetensors.torch.save(tensors))
+        with atomic_file(numbers) as part:  # Last: where it is, the weights are.
+            part.write_text(json.dumps({"accuracy": accuracy, "cpu_s": time.process_time() - began}))
+        self._tell(f"Trained {name}: {100 * accuracy:.2f} % on the test images.")
+        self._held[name] = Network(model, accuracy)
+        return self._held[name]

@@ -1,0 +1,123 @@
+"""From the cells to a table, a page, and the answer in numbers."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.artifact import Provenance, atomic_file
+from secateur.pipeline._study._plan import Order, Pruned, Taught
+from secateur.report import Page, PageTable
+
+Row = Mapping[str, Any]
+
+_WAYS = tuple((taught, order) for taught in (Taught.KD, Taught.KD_AND_HINTS) for order in Order)
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> Path:
+    """One row per cell, a column for each number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_file(path) as part:
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), part)
+    return path
+
+
+def gains(rows: Iterable[Row], pruned: Pruned, taught: Taught, order: Order) -> list[float]:
+    """How much better a way is than labels alone, for each family, size and seed of one kind of pruning; fractions."""
+    found = {_key(row): float(row["accuracy"]) for row in rows if row["pruned"] == pruned}
+    places = sorted({key[:3] for key in found})
+    pairs = (
+        (found.get((*place, taught.value, order.value)), found.get((*place, Taught.LABELS.value, Order.BOTH.value)))
+        for place in places
+    )
+    return [one - other for one, other in pairs if one is not None and other is not None]
+
+
+def page_of(rows: Sequence[Row], facts: tuple[tuple[str, str], ...], provenance: Provenance) -> Page:
+    """The page of a study."""
+    machine = ", ".join(f"{name} {value}" for name, value in provenance.machine.items())
+    cpu = sum(float(row["cpu_s"]) for row in rows)
+    return Page(
+        title="Pruning and distillation: which kinds suit each other?",
+        facts=(*facts, ("machine", machine), ("date", provenance.date), ("CPU time of the cells", f"{cpu:.0f} s")),
+        notes=(
+            "Short training on few images, if the settings above say so: compare ways with each other, not with "
+            "published numbers.",
+            "Weights are set to zero in place: MACs and latency stay. Cut channels are really gone.",
+            "Performance Efficiency is our definition: (accuracy / teacher's accuracy) / (size / teacher's size).",
+        ),
+        tables=(_gain_table(rows), *(_family_table(rows, family) for family in _distinct(rows, "family"))),
+        command=provenance.command,
+    )
+
+
+def _gain_table(rows: Sequence[Row]) -> PageTable:
+    lines: list[tuple[str, ...]] = []
+    for taught, order in _WAYS:
+        cells = [gains(rows, pruned, taught, order) for pruned in Pruned]
+        lines.append((f"{taught.value}: {order.value}", *map(_points, cells), _difference(*cells)))
+    return PageTable(
+        "What distillation adds to labels alone",
+        ("way", "weights pruned", "channels cut", "weights minus channels"),
+        tuple(lines),
+        "Points of test accuracy, mean and standard error over families, sizes and seeds. A positive last column says "
+        "that weight pruning gains more from the teacher.",
+    )
+
+
+def _family_table(rows: Sequence[Row], family: object) -> PageTable:
+    own = [row for row in rows if row["family"] == family]
+    sizes = sorted({(str(row["pruned"]), float(row["kept"])) for row in own}, key=lambda pair: (pair[0], -pair[1]))
+    columns = [f"{'macs' if kind == Pruned.CHANNELS else 'weights'} {100 * kept:g} %" for kind, kept in sizes]
+    ways = [(Taught.LABELS, Order.BOTH), *_WAYS]
+    lines: list[tuple[str, ...]] = []
+    for taught, order in ways:
+        name = "labels alone" if taught is Taught.LABELS else f"{taught.value}: {order.value}"
+        chosen = [row for row in own if (row["taught"], row["order"]) == (taught.value, order.value)]
+        lines.append((name, *(_accuracy_of(chosen, size) for size in sizes)))
+    first = own[0]
+    return PageTable(
+        str(family),
+        ("way", *columns),
+        tuple(lines),
+        f"Test accuracy, mean and spread (half the range) over the seeds, then Performance Efficiency over non-zero "
+        f"parameters. Teacher: {100 * float(first['teacher_accuracy']):.2f} %.",
+    )
+
+
+def _accuracy_of(rows: Sequence[Row], size: tuple[str, float]) -> str:
+    chosen = [row for row in rows if (row["pruned"], row["kept"]) == size]
+    if not chosen:
+        return "none"
+    accuracies = [100 * float(row["accuracy"]) for row in chosen]
+    efficiency = statistics.fmean(float(row["efficiency_params"]) for row in chosen)
+    half = (max(accuracies) - min(accuracies)) / 2
+    return f"{statistics.fmean(accuracies):.2f} ± {half:.2f} % (PE {efficiency:.2f})"
+
+
+def _points(values: Sequence[float]) -> str:
+    if not values:
+        return "none"
+    return f"{100 * statistics.fmean(values):+.2f} ± {100 * _error(values):.2f} (n = {len(values)})"
+
+
+def _difference(weights: Sequence[float], channels: Sequence[float]) -> str:
+    if not weights or not channels:
+        return "none"
+    error = (_error(weights) ** 2 + _error(channels) ** 2) ** 0.5
+    return f"{100 * (statistics.fmean(weights) - statistics.fmean(channels)):+.2f} ± {100 * error:.2f}"
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    return row["family"], row["kept"], row["seed"], row["taught"], row["order"]
+
+
+def _distinct(rows: Sequence[Row], name: str) -> list[object]:
+    return list(dict.fromkeys(row[name] for row in rows))

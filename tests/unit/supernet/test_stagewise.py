@@ -11,11 +11,12 @@ import pytest
 import timm
 import torch
 from cuts import apart, zoo_net
+from swp_runs import BatchNorm, alone, finest
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 
-from secateur.errors import ChoiceError, DataError, SurgeryError
+from secateur.errors import DataError, SurgeryError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
 from secateur.models import cifar_resnet20
 from secateur.supernet import (
@@ -35,7 +36,6 @@ TOLERANCE = 1e-12
 PUBLISHED = (
     "resnet18", "mobilenetv2_050", "efficientnet_b0", "densenet121", "convnext_atto", "vit_tiny_patch16_224",
 )  # fmt: skip
-BatchNorm = nn.modules.batchnorm._BatchNorm
 each_case = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
 
@@ -98,49 +98,6 @@ def resnet_case(untied: bool = False) -> Case:
         torch.manual_seed(0)
         model, images = cifar_resnet20().eval(), torch.randn(6, 3, 16, 16)
     return made(model, trace(model, images), images, untied, finely=False)
-
-
-def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
-    """Cuts wherever there can be one."""
-    cuts: list[str] = []
-    for name, _ in model.named_modules():
-        for some in ([*cuts, name], [*cuts[:-1], name]):
-            try:
-                stages_of(model, graph, some)
-            except ChoiceError:
-                continue
-            cuts = some
-            break
-    return cuts
-
-
-class _StageIsOverError(Exception):
-    pass
-
-
-def alone(model: nn.Module, stages: Sequence[Stage], number: int, images: Tensor, handed_on: Sequence[Tensor]):
-    """One stage of an ordinary model: fed at its start, left at its end."""
-    names = {original: name for name, original in original_names(model).items()}
-    found: list[Tensor] = []
-
-    def feed(_module, _inputs, _output):
-        return handed_on[number - 1].clone()
-
-    def leave(_module, _inputs, output):
-        found.append(output)
-        raise _StageIsOverError
-
-    with ExitStack() as stack:
-        if number > 0:
-            hook = model.get_submodule(names[stages[number - 1].cut]).register_forward_hook(feed)
-            stack.callback(hook.remove)
-        if number < len(stages) - 1:
-            hook = model.get_submodule(names[stages[number].cut]).register_forward_hook(leave)
-            stack.callback(hook.remove)
-        try:
-            return model(images)
-        except _StageIsOverError:
-            return found[0]
 
 
 def tensors_of(value: object) -> list[Tensor]:

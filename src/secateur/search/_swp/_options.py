@@ -108,7 +108,16 @@ class Options:
         widths, blocks = costs.sizes.copy(), costs.present.copy()
         for stage, row in zip(self.of_stage, rows, strict=True):
             stage.write_(row, widths, blocks)
-        return self.problem.streams.fitted(widths[None])[0], blocks
+        fitted = self.problem.streams.fitted(widths[None])[0]
+        # A stream that crosses a cut stays whole, however narrow its branches: the next stage has learnt to read that.
+        fitted[self._crossing] = costs.sizes[self._crossing]
+        return fitted, blocks
+
+    @cached_property
+    def _crossing(self) -> list[int]:
+        """Numbers of the axes that are nothing but sums of branches and are in no stage."""
+        inside = {name for stage in self.stages for name in stage.axes}
+        return [number for number, _ in self.problem.streams.sums if self.problem.costs.axes[number] not in inside]
 
     def subnet(self, rows: Rows) -> Subnet:
         """The net with these candidates."""

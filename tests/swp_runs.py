@@ -1,0 +1,160 @@
+"""A tiny net in two stages and a quick search for the tests of SWP; also parts of stages, run by hand."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from slow_search import data as noise
+from tas_runs import Block, Net
+from torch import Tensor, nn
+
+from secateur.cost import Budget, CostModel
+from secateur.errors import ChoiceError
+from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
+from secateur.importance import L2, Evidence
+from secateur.search import SWP, Depths, Problem, SearchedWeights, SearchSpace, Widths
+from secateur.search._swp._options import Options
+from secateur.surgery import original_names
+from secateur.train import SGD, Precision, Schedule
+
+SPACE, WIDTHS, DEPTHS = SearchSpace(), Widths((0.3, 0.6)), Depths()
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Staged(nn.Sequential):
+    """Two residual blocks at each of two resolutions, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Block(8, 10), Block(8, 10),
+            nn.Conv2d(8, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), Block(12, 14), Block(12, 14),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+        )  # fmt: skip
+
+
+def staged(*, untied: bool = False) -> Net:
+    """The net, its graph and two batches of its training images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        model = Staged().eval()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    batches = tuple(noise().train.batches(16, device=torch.device("cpu")))[:2]
+    return Net(model, untie(model, graph) if untied else graph, batches)
+
+
+def quick_schedule(epochs: int = 2, **changes: Any) -> Schedule:
+    usual: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.05, "optimiser": SGD(), "warmup_fraction": 0.0}
+    return Schedule(epochs, **(usual | {"precision": Precision.FLOAT32} | changes))
+
+
+def quick(epochs: int = 2, **fields: Any) -> SWP:
+    """Widths and depths, three steps an epoch, four candidates a round, in half a second."""
+    given: dict[str, Any] = {
+        "schedule": quick_schedule(epochs), "importance": L2(), "depths": Depths(), "candidates": 12, "rounds": 3,
+        "held_out": 16, "hand_on": SearchedWeights(),
+    }  # fmt: skip
+    return SWP(**(given | fields))
+
+
+def problem_of(
+    model: nn.Module, graph: ChannelGraph, budget: str = "macs=50%, params=60%", space: SearchSpace = SPACE
+) -> Problem:
+    """A search without data."""
+    costs = CostModel(graph)
+    return Problem(Evidence(model, graph), costs, Budget.parse(budget), space, lambda _done, _what: None)
+
+
+def options_of(
+    given: Net,
+    *,
+    widths: Widths | None = WIDTHS,
+    depths: Depths | None = DEPTHS,
+    cuts: Sequence[str] | None = None,
+    **settings: Any,
+) -> Options:
+    """What there is to choose from."""
+    problem = problem_of(given.model, given.graph, **settings)
+    return Options.of(problem, stages_of(given.model, given.graph, cuts), widths, depths)
+
+
+def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
+    """Cuts wherever there can be one."""
+    cuts: list[str] = []
+    for name, _ in model.named_modules():
+        for some in ([*cuts, name], [*cuts[:-1], name]):
+            try:
+                stages_of(model, graph, some)
+            except ChoiceError:
+                continue
+            cuts = some
+            break
+    return cuts
+
+
+class _StageIsOverError(Exception):
+    pass
+
+
+def alone(model: nn.Module, stages: Sequence[Stage], number: int, images: Tensor, handed_on: Sequence[Tensor]):
+    """One stage of an ordinary model: fed at its start, left at its end."""
+    names = {original: name for name, original in original_names(model).items()}
+    found: list[Tensor] = []
+
+    def feed(_module, _inputs, _output):
+        return handed_on[number - 1].clone()
+
+    def leave(_module, _inputs, output):
+        found.append(output)
+        raise _StageIsOverError
+
+    with ExitStack() as stack:
+        if number > 0:
+            hook = model.get_submodule(names[stages[number - 1].cut]).register_forward_hook(feed)
+            stack.callback(hook.remove)
+        if number < len(stages) - 1:
+            hook = model.get_submodule(names[stages[number].cut]).register_forward_hook(leave)
+            stack.callback(hook.remove)
+        try:
+            return model(images)
+        except _StageIsOverError:
+            return found[0]
+
+
+def whole(model: nn.Module, stages: Sequence[Stage], images: Tensor) -> tuple[Tensor, ...]:
+    """What an ordinary model computes at the end of every stage, detached but for the last."""
+    found: list[Tensor] = []
+    with ExitStack() as stack:
+        for stage in stages[:-1]:
+            module = model.get_submodule(stage.cut)
+            hook = module.register_forward_hook(lambda _m, _i, out: found.append(out.detach().clone()))
+            stack.callback(hook.remove)
+        output = model(images)
+    return (*found, output)
+
+
+def fresh_norms_(model: nn.Module) -> nn.Module:
+    """Batch norms that forget what they know, use the batch, and average plainly; all else in evaluation mode."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.reset_running_stats()
+            module.train()
+            module.momentum = None
+    return model
+
+
+def recalibrated(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """A copy with batch-norm statistics of these images, in evaluation mode."""
+    model = fresh_norms_(copy.deepcopy(model))
+    with torch.no_grad():
+        for images in batches:
+            model(images)
+    return model.eval()
+
+
+def as_text(notes: Mapping[str, Any]) -> str:
+    """Notes without the times."""
+    training = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in notes["training"]]
+    return repr({**notes, "training": training})

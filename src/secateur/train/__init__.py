@@ -5,7 +5,7 @@ from secateur.train._chains import born_again, distill_chain
 from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
 from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._fit import distill, fit
-from secateur.train._ledger import Ledger
+from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import (
     Precision,
     best_precision,
@@ -16,7 +16,7 @@ from secateur.train._machine import (
     precision_of,
     seeded,
 )
-from secateur.train._parallel import average_gradients_, own_part
+from secateur.train._parallel import average_gradients_, averaged, own_part
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._redraw import check_redrawable, redraw_
@@ -25,6 +25,7 @@ from secateur.train._stages import distill_after_hints
 from secateur.train._state import (
     average_decay,
     digest,
+    finite,
     optimiser_tensors,
     tensors_of,
     write_optimiser_,
@@ -51,6 +52,7 @@ __all__ = [
     "TrainingData",
     "average_decay",
     "average_gradients_",
+    "averaged",
     "best_precision",
     "born_again",
     "channels_last",
@@ -59,7 +61,9 @@ __all__ = [
     "distill",
     "distill_after_hints",
     "distill_chain",
+    "diverged",
     "evaluate",
+    "finite",
     "fit",
     "load_checkpoint",
     "measure",

@@ -41,9 +41,16 @@ def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> 
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
-    mean = fabric.all_reduce(flat, reduce_op="mean")
+    _spread(learning, gradients, averaged(fabric, flat))
+
+
+def averaged(fabric: "Fabric", values: Tensor) -> Tensor:
+    """The mean of some values over all processes; with one process the values themselves."""
+    if fabric.world_size == 1:
+        return values
+    mean = fabric.all_reduce(values, reduce_op="mean")
     assert isinstance(mean, Tensor)
-    _spread(learning, gradients, mean)
+    return mean
 
 
 def _spread(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], mean: Tensor) -> None:

@@ -109,13 +109,15 @@ class Candidates:
         return found
 
     def _parents(self, stage: int) -> list[IntArray]:
-        """The candidates of a stage that no other one beats in loss and limited costs."""
+        """The candidates of a stage that no other one beats in loss and limited costs, from the best loss on."""
         if self.rounds == 0 or not self.rows[stage]:
             return []
         table = self.table()
         whole = table.whole
         costs = np.stack([whole.costs[field][stage] for field in table.limits])
-        return [self.rows[stage][number] for number in undominated(whole.losses[stage], costs).tolist()]
+        best = undominated(whole.losses[stage], costs)
+        best = best[np.argsort(whole.losses[stage][best], kind="stable")]
+        return [self.rows[stage][number] for number in best.tolist()]
 
     def to_json(self) -> dict[str, object]:
         """Everything, as plain data."""

@@ -23,7 +23,10 @@ from secateur.train import (
     Saved,
     Schedule,
     average_gradients_,
+    averaged,
     channels_last,
+    diverged,
+    finite,
     optimiser_tensors,
     own_part,
     seeded,
@@ -90,7 +93,7 @@ class Run:
         """One pass over the training images.
 
         Raises:
-            TrainingError: If a loss is no longer finite.
+            TrainingError: If a loss or a weight is no longer finite.
         """
         course, began = self.course, perf_counter()
         schedule, size = course.schedule, course.schedule.batch_size
@@ -113,6 +116,8 @@ class Run:
                     ledger.look(rate)
                     meter.step(self.epoch + 1, ledger.steps, {"loss": ledger.latest, "learning_rate": rate})
         ledger.look(rate)
+        if not finite(self._supernet):
+            raise diverged("weights", f"the end of epoch {ledger.epoch}", rate)
         self.epoch += 1
         self._close(ledger.means, perf_counter() - began, meter)
 
@@ -123,6 +128,9 @@ class Run:
 
         The loss is  CE(full net, labels) + mean over the other networks of sum over the stages of the supervision's.
         No gradient crosses a cut, nor reaches the full net through what it teaches.
+
+        Returns:
+            The loss of the whole batch, in all processes alike, and its parts.
         """
         course, supernet, stages = self.course, self._supernet, self.course.options.stages
         for group in self._optimiser.param_groups:
@@ -147,9 +155,9 @@ class Run:
             self.tally.add(rows)
         average_gradients_(course.fabric, self._weights)
         self._optimiser.step()
-        full = full.detach()
-        parts = {"full": full, **{f"stage_{number}": loss for number, loss in enumerate(of_stage, 1)}}
-        return full + of_stage.sum(), parts
+        seen = averaged(course.fabric, torch.cat([full.detach().reshape(1), of_stage]))
+        names = ["full", *(f"stage_{number}" for number in range(1, len(stages) + 1))]
+        return seen.sum(), dict(zip(names, seen, strict=True))
 
     def _close(self, means: Mapping[str, float], seconds: float, meter: Meter) -> None:
         stages = [means[f"stage_{number}"] for number in range(1, len(self.course.options.stages) + 1)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.graph import Stage
 from secateur.search._problem import FloatArray
-from secateur.search._swp._supervision import Supervision
+from secateur.search._swp._supervision import Supervision, Target
 from secateur.supernet import Subnet, Supernet, calibrated, calibrated_stages, features, run_stages
 from secateur.train import Batches, Precision, channels_last, precision_of
 
@@ -97,12 +97,12 @@ def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
         statistics = calibrated_stages(judge.supernet, subnets, judge.stages, judge.calibration, judge.full)
         for images, labels in judge.held_out:
             logits, handed_on = features(judge.supernet, judge.stages, images, tensors=judge.full)
-            targets = (*handed_on, logits)
+            target = Target.of((*handed_on, logits), labels)
             for number, subnet in enumerate(subnets):
                 outputs = run_stages(
                     judge.supernet, subnet, judge.stages, images, handed_on, tensors=statistics[number]
                 )
-                total[number] += judge.supervision.losses(outputs, targets, labels).double().cpu().numpy()
+                total[number] += judge.supervision.losses(outputs, target).double().cpu().numpy()
     return total / len(judge.held_out)
 
 

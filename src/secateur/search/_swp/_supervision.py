@@ -3,14 +3,40 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.distill import kd_loss
 from secateur.errors import BudgetError
 from secateur.graph import Stage
-from secateur.supernet import stage_losses
+from secateur.supernet import stage_losses, stage_variances
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the full net has computed for a batch, and its labels: made once for all networks that learn from it.
+
+    Attributes:
+        outputs: Of every stage, float32 or better, detached.
+        labels: (batch,) class numbers.
+    """
+
+    outputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    @classmethod
+    def of(cls, outputs: Sequence[Tensor], labels: Tensor) -> "Target":
+        """The target of outputs of any precision."""
+        kinds = [torch.promote_types(torch.float32, output.dtype) for output in outputs]
+        return cls(tuple(output.detach().to(kind) for output, kind in zip(outputs, kinds, strict=True)), labels)
+
+    @cached_property
+    def variances(self) -> Tensor:
+        """(stages,) see `stage_variances`."""
+        return stage_variances(self.outputs)
 
 
 class Supervision(ABC):
@@ -25,13 +51,12 @@ class Supervision(ABC):
             )
 
     @abstractmethod
-    def losses(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def losses(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
         """(stages,) mean losses over a batch.
 
         Args:
             outputs: What each stage of the network has computed.
-            targets: What those of the full net have.
-            labels: (batch,) class numbers.
+            target: What those of the full net have.
         """
 
 
@@ -42,9 +67,9 @@ class InPlace(Supervision):
     def check(self, stages: Sequence[Stage]) -> None:
         """Any stages."""
 
-    def losses(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def losses(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
         """mean((y - x)^2) / Var(x) of each stage."""
-        return stage_losses(outputs, targets)
+        return stage_losses(outputs, target.outputs, target.variances)
 
 
 @dataclass(frozen=True)
@@ -55,15 +80,15 @@ class SoftLabels(Supervision):
         Yu & Huang, arXiv:1903.05134, Section 3.2; Yu & Huang (AutoSlim), arXiv:1903.11728.
     """
 
-    def losses(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def losses(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
         """KL(softmax(x) || softmax(y)) of the logits."""
-        return kd_loss(outputs[-1].float(), targets[-1].float(), temperature=1.0).reshape(1)
+        return kd_loss(outputs[-1].float(), target.outputs[-1], temperature=1.0).reshape(1)
 
 
 @dataclass(frozen=True)
 class Labels(Supervision):
     """No distillation: the labels, for one stage."""
 
-    def losses(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def losses(self, outputs: Sequence[Tensor], target: Target) -> Tensor:
         """Cross-entropy."""
-        return F.cross_entropy(outputs[-1].float(), labels).reshape(1)
+        return F.cross_entropy(outputs[-1].float(), target.labels).reshape(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.search._swp._nets import Nets
 from secateur.search._swp._options import Options
-from secateur.search._swp._supervision import Supervision
+from secateur.search._swp._supervision import Supervision, Target
 from secateur.search._swp._tally import Tally
 from secateur.supernet import Supernet, features, run_stages
 from secateur.train import (
@@ -144,12 +144,12 @@ class Run:
         if course.nets.full_learns:
             course.fabric.backward(full)
             self.tally.add(course.options.whole)
-        targets, beside = (*handed_on, logits.detach()), course.nets.of(course.options, draw)
+        target, beside = Target.of((*handed_on, logits), labels), course.nets.of(course.options, draw)
         of_stage = torch.zeros(len(stages), device=full.device)
         for rows in beside:
             with course.fabric.autocast():
                 outputs = run_stages(supernet, course.options.subnet(rows), stages, images, handed_on)
-            losses = course.supervision.losses(outputs, targets, labels) / len(beside)
+            losses = course.supervision.losses(outputs, target) / len(beside)
             course.fabric.backward(losses.sum())
             of_stage += losses.detach()
             self.tally.add(rows)

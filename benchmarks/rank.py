@@ -1,0 +1,226 @@
+"""Does a supernet rank networks as their retraining does? Kendall's tau, for SWP and what is left without its parts.
+
+    python benchmarks/rank.py             # what is missing, then the table
+    python benchmarks/rank.py --summary
+
+ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each at most 1 % of the MACs under 50 % of the
+MACs: size alone says nothing about them. Each is cut out of the original, healed, and trained for two epochs on 10,000
+training images with distillation; its accuracy on 5,000 validation images is the truth. Every supernet is trained for
+two epochs on the same 10,000 images, and judges the networks on 2,000 others. Intervals: bootstrap over the networks.
+
+    swp               stages, sandwich, in-place distillation
+    without stages    the same for the whole net: one stage, its output against the full net's
+    without sandwich  three drawn networks in a step instead of the full, the tiny and two drawn ones
+    without in-place  one stage, the labels
+    autoslim          one stage, sandwich, soft labels of the full net: as AutoSlim trains
+    untrained         the original's weights: stages, nothing trained
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
+from scipy.stats import kendalltau
+
+from secateur.architecture import Architecture
+from secateur.cost import Budget, CostModel
+from secateur.data import ImageData, calibration, load_data
+from secateur.distill import AlignedFeatures, Objective
+from secateur.graph import ChannelGraph, stages_of, trace
+from secateur.importance import Evidence, Reconstruction
+from secateur.models import load_model
+from secateur.search import SWP, Drawn, Labels, Problem, SearchSpace, SoftLabels, Widths
+from secateur.search._halves import held_out
+from secateur.search._swp._options import Options
+from secateur.search._swp._score import Judge, losses_of
+from secateur.search._swp._train import Course, Run
+from secateur.supernet import Supernet, best_first
+from secateur.surgery import RecalibrateBatchNorm, Refit, cut
+from secateur.train import Schedule, Silent, distill, evaluate, open_fabric, placed
+
+NETWORKS = 24
+IMAGES = 10_000
+EPOCHS = 2
+SPACE = SearchSpace(min_kept_fraction=0.25)
+ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
+VARIANTS = {
+    "swp": SWP(),
+    "without stages": SWP(cuts=()),
+    "without sandwich": SWP(nets=Drawn(3)),
+    "without in-place": SWP(cuts=(), supervision=Labels()),
+    "autoslim": SWP(cuts=(), supervision=SoftLabels()),
+    "untrained": SWP(),
+}
+Batches = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class Bench:
+    """Model, data and the networks to be ranked."""
+
+    def __init__(self) -> None:
+        self.data: ImageData = load_data(str(CIFAR10), seed=0)
+        self.model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
+        self.batches: Batches = calibration(self.data.train, 1024, device=torch.device("cpu"), seed=0)
+        self.graph: ChannelGraph = trace(self.model, self.batches[0][0][:1])
+        evidence = Evidence(self.model, self.graph, self.batches)
+        self.problem = Problem(evidence, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
+        self.scores = self.problem.scores(Reconstruction())
+        rest, self.aside = held_out(self.data.train, 2000, 0)
+        # Every fourth or so: enough to learn from, and no image that judges.
+        self.images = rest.subset(torch.arange(0, len(rest), len(rest) // IMAGES)[:IMAGES])  # type: ignore[attr-defined]
+        self.options = Options.of(self.problem, stages_of(self.model, self.graph), Widths(), None)
+        self.networks = self._drawn()
+
+    def _drawn(self) -> list[Any]:
+        draw, found = np.random.default_rng(0), list[Any]()
+        while len(found) < NETWORKS:
+            rows = self.options.drawn(draw)
+            widths, _ = self.options.network(rows)
+            if 0.98 <= float(self.problem.utilisation(widths[None])[0]) <= 1:
+                found.append(rows)
+        return found
+
+    def supernet(self) -> Supernet:
+        """From the original's weights."""
+        return Supernet(self.model, self.graph, best_first(self.scores))
+
+
+def retrained(bench: Bench, number: int) -> dict[str, Any]:
+    """The truth about one network."""
+    architecture: Architecture = bench.supernet().architecture(bench.options.subnet(bench.networks[number]))
+    images = [images for images, _ in bench.batches]
+    done = cut(bench.model, bench.graph, architecture, calibration=images, heal=(Refit(), RecalibrateBatchNorm()))
+    began = time.process_time()
+    trained = distill(
+        done.model,
+        teacher=bench.model,
+        data=replace(bench.data, train=bench.images),  # type: ignore[arg-type]
+        schedule=Schedule(epochs=EPOCHS, learning_rate=0.02, seed=number),
+        objective=ALIGNED,
+        alignment=AlignedFeatures.of(done.graph, done.architecture),
+        progress=Silent(),
+    )
+    last = trained.history[-1].validation_accuracy
+    return {
+        "number": number,
+        "widths": dict(architecture.widths),
+        "macs": bench.problem.costs.cost(architecture).macs / bench.problem.costs.original.macs,
+        "healed": evaluate(done.model, bench.data.validation).top1,
+        "retrained": last,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "surroundings": surroundings(),
+    }
+
+
+def judged(bench: Bench, variant: str) -> dict[str, Any]:
+    """What one way to train a supernet says of all networks."""
+    strategy, fabric = VARIANTS[variant], open_fabric(None, device=torch.device("cpu"))
+    stages = stages_of(bench.model, bench.graph, strategy.cuts)
+    options = Options.of(bench.problem, stages, strategy.widths, strategy.depths)
+    supernet = placed(bench.supernet(), fabric.device)
+    schedule = replace(strategy.schedule, epochs=EPOCHS)
+    run = Run(
+        Course(options, strategy.nets, strategy.supervision, bench.images, bench.data.augment, schedule, fabric),
+        supernet,
+    )
+    began = time.process_time()
+    if variant != "untrained":
+        with Silent().watch("search", epochs=EPOCHS, steps=run.course.steps, done=0) as meter:
+            while run.epoch < EPOCHS:
+                run.train_epoch(meter)
+    trained = time.process_time() - began
+    began = time.process_time()
+    judge = Judge.of(
+        supernet,
+        stages=stages,
+        supervision=strategy.supervision,
+        calibration=[images for images, _ in bench.batches[:4]],
+        images=bench.aside,
+        fabric=fabric,
+    )
+    losses = losses_of(judge, [bench.options.subnet(rows) for rows in bench.networks])
+    return {
+        "variant": variant,
+        "losses": losses.sum(1).tolist(),
+        "stages": losses.tolist(),
+        "fairness": run.tally.fairness,
+        "training": run.history,
+        "cpu_seconds_of_training": round(trained, 1),
+        "cpu_seconds_of_judging": round(time.process_time() - began, 1),
+        "surroundings": surroundings(),
+    }
+
+
+def tau_of(losses: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    """Kendall's tau of -loss and accuracy, and its 95 % interval by bootstrap."""
+    draw = np.random.default_rng(0)
+    samples: list[float] = []
+    for _ in range(2000):
+        taken = draw.integers(0, len(truth), len(truth))
+        samples.append(float(kendalltau(-losses[taken], truth[taken]).statistic))
+    low, high = np.nanpercentile(samples, [2.5, 97.5])
+    return float(kendalltau(-losses, truth).statistic), float(low), float(high)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A record that is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def summary() -> str:
+    """All records as one table."""
+    found = [read(f"rank/network{number:02}") for number in range(NETWORKS)]
+    known = [record for record in found if record is not None]
+    truth = np.array([record["retrained"] for record in known])
+    numbers = [record["number"] for record in known]
+    rows: list[list[str]] = []
+    for variant in VARIANTS:
+        record = read(f"rank/{variant.replace(' ', '-')}")
+        if record is not None:
+            tau, low, high = tau_of(np.array(record["losses"])[numbers], truth)
+            cells = [f"**{tau:.2f}**", f"{low:.2f} to {high:.2f}", f"{record['fairness']:.2f}"]
+            rows.append(
+                [variant, *cells, f"{record['cpu_seconds_of_training']:.0f}", f"{record['cpu_seconds_of_judging']:.0f}"]
+            )
+    healed = np.array([record["healed"] for record in known])
+    tau, low, high = tau_of(-healed, truth)
+    spent = sum(record["cpu_seconds"] for record in known)
+    rows.append(["each cut, healed, validated", f"**{tau:.2f}**", f"{low:.2f} to {high:.2f}", "", "", ""])
+    rows.append(["(each retrained: the truth)", "1", "", "", f"{spent:.0f}", ""])
+    header = ["proxy", "Kendall's tau", "95 % interval", "fairness", "training, CPU s", "judging, CPU s"]
+    spread = f"Retrained accuracy of the {len(known)} networks: {100 * truth.min():.1f} to {100 * truth.max():.1f} %.\n"
+    return table(header, rows) + "\n" + spread
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="only print and write the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.summary:
+        bench = Bench()
+        for variant in VARIANTS:
+            name = f"rank/{variant.replace(' ', '-')}"
+            if read(name) is None:
+                write_record(name, judged(bench, variant))
+                print(name, flush=True)
+        for number in range(NETWORKS):
+            name = f"rank/network{number:02}"
+            if read(name) is None:
+                record = retrained(bench, number)
+                write_record(name, record)
+                print(name, record["healed"], record["retrained"], record["cpu_seconds"], flush=True)
+    title = "# Supernets as judges: ResNet-20 at 50 % of its MACs, CIFAR-10\n\n"
+    (RESULTS / "rank.md").write_text(title + summary())
+    print(summary())
+
+
+if __name__ == "__main__":
+    main()

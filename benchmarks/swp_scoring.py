@@ -1,0 +1,166 @@
+"""Candidates judged per second: all stages in one pass against whole subnets, built and judged one by one.
+
+    python benchmarks/swp_scoring.py
+
+Both judge on the same images of CIFAR-10 (batch norms measured on some of them, the loss on others), in the same
+precision, with one thread, in turns; medians of rounds, in processor seconds. One by one: the subnet is cut out as a
+model of its own, its batch norms are measured, and it is evaluated. In one pass: `losses_of`, which needs the full net
+once for every eight networks. A network is one candidate of every stage, so that as many are judged at once as the
+model has stages. Stages as they are found, and, finer, one for every residual block or group of them (`--stage-end`).
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
+from torch import Tensor, nn
+
+from secateur.cost import Budget, CostModel
+from secateur.data import ImageData, calibration, load_data
+from secateur.graph import ChannelGraph, stages_of, trace
+from secateur.importance import L2, Evidence
+from secateur.models import load_model
+from secateur.search import InPlace, Problem, SearchSpace, Widths
+from secateur.search._swp._options import Options
+from secateur.search._swp._score import Judge, losses_of
+from secateur.supernet import Subnet, Supernet, best_first
+from secateur.train import Precision, channels_last, open_fabric, placed
+
+NETWORKS = 8
+Pair = tuple[Tensor, Tensor]
+
+
+def model_of(name: str) -> nn.Module:
+    """A network for images of 32 x 32 pixels and ten classes; the CIFAR ResNets are trained."""
+    if name.startswith("cifar_"):
+        model, _ = load_model(name, weights=WEIGHTS / f"{name.replace('cifar_', 'cifar10_')}.safetensors")
+        return model.eval()
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10).eval()
+
+
+def blockwise(model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
+    """Every module that the sum of a residual block, or a stage, ends with, as far as it can end a stage."""
+    named = dict(model.named_modules())
+    wanted = [block.name for block in graph.blocks if block.name in named]
+    found: list[str] = []
+    for name in wanted:
+        try:
+            stages_of(model, graph, (*found, name))
+        except Exception:
+            continue
+        found.append(name)
+    return tuple(found[:-1])
+
+
+def one_by_one(judge: Judge, subnets: list[Subnet]) -> list[float]:
+    """Cross-entropy of every subnet on the images held out."""
+    losses: list[float] = []
+    for subnet in subnets:
+        model = judge.supernet.extract(subnet)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=judge.precision is Precision.BF16_MIXED):
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.reset_running_stats()
+                    module.momentum = None
+            model.train()
+            for images in judge.calibration:
+                model(images)
+            model.eval()
+            parts = [float(F.cross_entropy(model(images).float(), labels)) for images, labels in judge.held_out]
+        losses.append(statistics.mean(parts))
+    return losses
+
+
+class _Held:
+    """Batches of a fixed split, as the judge reads them."""
+
+    def __init__(self, batches: tuple[Pair, ...]):
+        self._images = torch.cat([images for images, _ in batches])
+        self._labels = torch.cat([labels for _, labels in batches])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, size: int, **_: Any) -> Any:
+        return zip(self._images.split(size), self._labels.split(size), strict=True)
+
+
+def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: int) -> dict[str, Any]:
+    """Both ways to judge the same networks, in turns."""
+    model = model_of(name)
+    batches = calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
+    graph = trace(model, batches[0][0][:1])
+    stages = stages_of(model, graph, blockwise(model, graph) if fine else None)
+    evidence = Evidence(model, graph, batches)
+    problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    options = Options.of(problem, stages, Widths(), None)
+    supernet = placed(Supernet(model, graph, best_first(L2().scores(evidence))), torch.device("cpu"))
+    fabric = open_fabric(precision, device=torch.device("cpu"))
+    images = [channels_last(images) for images, _ in batches[:2]]
+    held: Any = _Held(batches[2:])
+    judge = Judge.of(supernet, stages=stages, supervision=InPlace(), calibration=images, images=held, fabric=fabric)
+    draw = np.random.default_rng(0)
+    subnets = [options.subnet(options.drawn(draw)) for _ in range(NETWORKS)]
+    ways = {"in one pass": lambda: losses_of(judge, subnets), "one by one": lambda: one_by_one(judge, subnets)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, judged in ways.items():
+            began = time.process_time()
+            judged()
+            seconds[way].append(time.process_time() - began)
+    free = sum(len(stage.tops) > 0 for stage in options.of_stage)
+    medians = {way: statistics.median(found) for way, found in seconds.items()}
+    rates = {"in one pass": free * NETWORKS / medians["in one pass"], "one by one": NETWORKS / medians["one by one"]}
+    return {
+        "model": name,
+        "stages": len(stages),
+        "stages_with_a_choice": free,
+        "precision": precision.name,
+        "seconds": seconds,
+        "candidates_per_second": rates,
+        "ratio": rates["in one pass"] / rates["one by one"],
+        "ends": [stage.cut for stage in stages],
+    }
+
+
+def main() -> None:
+    """Run everything and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["cifar_resnet20", "cifar_resnet56", "mobilenetv2_050"])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data = load_data(str(CIFAR10), limit=3000, seed=0)
+    records: list[dict[str, Any]] = []
+    for name in arguments.models:
+        for fine in (False, True):
+            record = run(name, fine, data, Precision.BF16_MIXED, arguments.rounds)
+            records.append(record)
+            print({key: value for key, value in record.items() if key not in ("seconds", "ends")}, flush=True)
+    path = write_record("swp_scoring", {"runs": records, "surroundings": surroundings()})
+    header = ["model", "stages", "with a choice", "candidates/s in one pass", "subnets/s one by one", "ratio"]
+    rows = [
+        [
+            r["model"],
+            str(r["stages"]),
+            str(r["stages_with_a_choice"]),
+            f"{r['candidates_per_second']['in one pass']:.1f}",
+            f"{r['candidates_per_second']['one by one']:.1f}",
+            f"**{r['ratio']:.1f}**",
+        ]
+        for r in records
+    ]
+    title = "# Candidates judged per second, 1,500 images of CIFAR-10, bfloat16, one thread\n\n"
+    path.with_suffix(".md").write_text(title + table(header, rows))
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python benchmarks/rank.py             # what is missing, then the table
     python benchmarks/rank.py --summary
 
-ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each at most 1 % of the MACs under 50 % of the
-MACs: size alone says nothing about them. Each is cut out of the original, healed, and trained for two epochs on 10,000
+ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each with 49 to 50 % of the MACs:
+size alone says nothing about them. Each is cut out of the original, healed, and trained for two epochs on 10,000
 training images with distillation; its accuracy on 5,000 validation images is the truth. Every supernet is trained for
 two epochs on the same 10,000 images, and judges the networks on 2,000 others. Intervals: bootstrap over the networks.
 

@@ -1,5 +1,6 @@
 """Choosing one candidate per stage by evolution, as in the paper."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -77,10 +78,8 @@ class Evolution(Combination):
 
 
 def _genetic() -> ModuleType:
-    try:
-        from secateur.search._swp import _genetic
-    except ModuleNotFoundError as error:
-        if error.name != "pymoo":
-            raise
-        raise ImportError("`Evolution` needs pymoo; got none. Run pip install 'secateur[evolution]'.") from error
+    if importlib.util.find_spec("pymoo") is None:
+        raise ImportError("`Evolution` needs pymoo; got none. Run pip install 'secateur[evolution]'.")
+    from secateur.search._swp import _genetic
+
     return _genetic

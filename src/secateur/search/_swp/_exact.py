@@ -12,7 +12,8 @@ from secateur.search._swp._table import Choice, Combination, FloatArray, Table
 _FEW = 10
 """Candidates of a stage that the first choice is made of."""
 _LARGE = 1e6
-"""Losses and costs go to the solver as numbers up to this: its tolerances of 1e-6 are then 1e-12 of the range."""
+"""Losses and costs go to the solver as numbers up to this."""
+_SPARE = 1e-5 * _LARGE
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ class _Program:
 
     def solve(self) -> tuple[int, ...] | None:
         """Rows of a choice within the room, the best one up to the solver's tolerances; None if it finds none."""
-        # What is over by the solver's tolerance is refused, and asked for again with a little less room.
-        for spare in (0.0, 1e-5):
+        # To the solver 1e-6 of a candidate is none of it. An answer that is over the room by that is refused, and asked
+        # for again with a little less room: no longer the best perhaps, but close.
+        for spare in (0.0, _SPARE):
             limits = [LinearConstraint(self.usage, -np.inf, (self.room - spare).tolist())] if len(self.room) else []
             found = milp(
                 self.objective,

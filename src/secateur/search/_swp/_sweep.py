@@ -157,7 +157,7 @@ def sweep(rows: Rows, bound: Bound | None = None, *, most: int = MOST) -> Sums:
         step = max(_BLOCK // len(rows.losses[stage]), 1)
         blocks = [
             _extended(sums.at(np.arange(first, min(first + step, len(sums.loss)))), rows, stage, rest, bound)
-            for first in range(0, len(sums.loss), step)
+            for first in range(0, max(len(sums.loss), 1), step)
         ]
         sums = _without_dominated(_joined(blocks, complete=sums.complete))
         if len(sums.loss) > most:

@@ -4,12 +4,13 @@ from secateur.cost._budget import Budget, Limit, amount_of
 from secateur.cost._cost import Cost, format_cost, format_count
 from secateur.cost._count import counted_macs, counted_params
 from secateur.cost._grid import ALIGNMENTS, TimeGrid, alignment
-from secateur.cost._latency import LatencyModel, ends_of, timeable
+from secateur.cost._latency import TERMS, LatencyModel, ends_of, timeable
 from secateur.cost._model import CostModel, Modelled
 from secateur.cost._size import FileSize
 
 __all__ = [
     "ALIGNMENTS",
+    "TERMS",
     "Budget",
     "Cost",
     "CostModel",

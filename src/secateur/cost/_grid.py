@@ -53,7 +53,7 @@ class TimeGrid:
         return near * (1 - share) + far * share
 
     def at_tensor(self, outs: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-        """Seconds at real-valued widths (...), among the best aligned and the largest; differentiable almost everywhere."""
+        """Seconds at real-valued widths (...), among the best aligned and the largest; differentiable."""
         rows, columns = _best_aligned(self.outs), _best_aligned(self.reads)
         table = torch.as_tensor(self._rising[np.ix_(rows, columns)], dtype=outs.dtype, device=outs.device)
         low, high, share = _between(self.outs[rows], outs)

@@ -6,15 +6,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from secateur.cost import Budget
 from secateur.errors import ArtifactError, ExportError
-from secateur.latency import LatencyRecord, Quartiles, measure_latency
+from secateur.latency import LatencyRecord, Quartiles, Target, measure_latency, measure_pairs
 from secateur.pipeline._export import export_file
 from secateur.pipeline._open import load
 from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import same_bits
+from secateur.pipeline._timed import at_best, limit_of, used
 from secateur.report import Check, MeasuredLatency
 
 _PARITY_IMAGES = 8
+_PROOF_ROUNDS = 50
 
 
 def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[[], nn.Module] | None) -> Check:
@@ -59,6 +62,25 @@ def latency_between(
         return measure_latency(original, student, images[:1]), ()
     except ExportError as error:
         return (), (f"Latency was not measured: {error}",)
+
+
+def on_time(
+    budget: Budget, target: Target, original: nn.Module, student: nn.Module, images: Tensor
+) -> tuple[LatencyRecord, Check]:
+    """Measure anew whether the finished model keeps to a bound on latency.
+
+    It does if it is not above it by more than the spread: the quartile on the quick side is within.
+    """
+    record = measure_pairs(original, student, target, images[: target.batch], rounds=_PROOF_ROUNDS)
+    limit = limit_of(budget, record.before.median)
+    low, middle, high = (f"{1e3 * seconds:.4g}" for seconds in _triple(record.after))
+    beside = "" if record.load is None else f", load average {record.load[0]:g} to {record.load[1]:g}"
+    detail = (
+        f"median {middle} ms, quartiles {low} and {high} ms, {100 * used(budget, record):.1f} % of the bound of "
+        f"{1e3 * limit:.4g} ms; original {1e3 * record.before.median:.4g} ms ({target.key}, {record.rounds} pairs, "
+        f"{record.clock}{beside})"
+    )
+    return record, Check("Latency within the budget, measured again", at_best(budget, record) <= 1, detail=detail)
 
 
 def shown_latency(record: LatencyRecord) -> MeasuredLatency:

@@ -13,8 +13,9 @@ from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import Choices, HeadUnit, StandIn
 from secateur.graph.rules import Rule
+from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
-from secateur.pipeline._deliver import Finished, deliver, report_of
+from secateur.pipeline._deliver import Finished, deliver, report_of, timed
 from secateur.pipeline._halfway import Batches, go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._plan import (
@@ -30,6 +31,7 @@ from secateur.pipeline._plan import (
 )
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
+from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover, Workplace, workplace
 from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
@@ -61,6 +63,8 @@ def compress(
     objective: Objective = ALIGNED,
     start: Start = Inherit(),  # noqa: B008 - frozen
     pruning: WeightPruning | None = None,
+    target: Target = OnnxRuntime(),  # noqa: B008 - frozen
+    cache: Cache | None = None,
     calibration_images: int = CALIBRATION_IMAGES,
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
@@ -95,6 +99,10 @@ def compress(
         start: What the student begins with: `Inherit`, the weights of its channels, healed, or `FromScratch`, none;
             then it needs as many epochs and as high a learning rate as the original did.
         pruning: How single weights are chosen if the budget bounds ``nonzero``; None is `WeightPruning()`.
+        target: What a bound on latency is on: runtime, threads and batch size, see `secateur.latency`. Latency is
+            predicted from a table of layers, then measured and corrected until the network is within the bound, and
+            measured again at the end. With a divisor of 1 in ``space``, 8, 16 and 32 are tried.
+        cache: Of measurements; None means those of this machine, in the user's cache folder.
         calibration_images: Training images for search and healing; fewer if there are not so many.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
             end. Until then the work lies in ``<out>.work``, from which an interrupted run goes on, also in the middle
@@ -143,6 +151,8 @@ def compress(
         progress=progress,
         tell=tell,
         pruning=pruning_for(limits, pruning),
+        target=target,
+        cache=cache,
     )
     return _run(plan)
 
@@ -178,7 +188,8 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | N
         plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu(), _validated(plan, half, trained)
     )
     if plan.delivery is None:
-        report, files, folder = report_of(finished), (), None
+        latency, proof, notes = timed(finished) if is_timed(plan.budget) else ((), (), ())
+        report, files, folder = report_of(finished, proof, latency, notes), (), None
     else:
         report, files = deliver(finished, plan.delivery)
         folder = plan.delivery.folder

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save, weights_bytes
 from secateur.cost import counted_macs, counted_params
 from secateur.latency import LatencyRecord
-from secateur.pipeline._checks import copied, export_check, latency_between, reload_check, shown_latency
+from secateur.pipeline._checks import copied, export_check, latency_between, on_time, reload_check, shown_latency
 from secateur.pipeline._disk import told_of_disk
 from secateur.pipeline._halfway import describe_healing
 from secateur.pipeline._plan import Delivery, Plan
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._result import Halfway
-from secateur.pipeline._searched import search_epochs
+from secateur.pipeline._searched import fairness, judged_stages, search_epochs
+from secateur.pipeline._slow import slow_because
+from secateur.pipeline._timed import is_timed
 from secateur.pipeline._zeros import within
 from secateur.report import (
     BlockFate,
@@ -85,6 +87,8 @@ def report_of(
             for block in half.graph.blocks
         ),
         search=search_epochs(half.found.notes, sizes),
+        stages=judged_stages(half.found.notes, half.found.original.macs),
+        fairness=fairness(half.found.notes),
         macs_limit=_macs_limit(half.found),
         training=tuple(
             TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
@@ -126,7 +130,8 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         save(draft, run.student, _recipe(run, delivery))
         checks = [reload_check(run.student, run.images, draft, _own_factory(run))]
         checks += [export_check(run.student, run.images, draft, form) for form in delivery.formats]
-        latency, notes = latency_between(run.half.original, run.student, run.images)
+        latency, proof, notes = timed(run)
+        checks += proof
         report = report_of(run, tuple(checks), latency, notes)
         write_report(draft / "report.html", report)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
@@ -136,6 +141,20 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
     for check in report.checks:
         tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
     return report, tuple(delivery.folder / name for name in names)
+
+
+def timed(run: Finished) -> tuple[tuple[LatencyRecord, ...], tuple[Check, ...], tuple[str, ...]]:
+    """The times of both models: on the target first if the budget limits the latency there, which is then checked."""
+    original, student, plan = run.half.original, run.student, run.plan
+    usual, notes = latency_between(original, student, run.images)
+    macs = run.half.found.cost.macs / max(run.half.found.original.macs, 1)
+    if not is_timed(plan.budget):
+        return usual, (), (*notes, *(cause for first in usual[:1] for cause in slow_because(run.half, macs, first)))
+    record, check = on_time(plan.budget, plan.target, original, student, run.images)
+    # What was measured on the target is not measured twice.
+    same = (record.runtime, record.threads, record.batch_size)
+    others = (other for other in usual if (other.runtime, other.threads, other.batch_size) != same)
+    return (record, *others), (check,), (*notes, *slow_because(run.half, macs, record))
 
 
 def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:

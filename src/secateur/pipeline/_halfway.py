@@ -8,21 +8,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, Cost, format_count
+from secateur.cost import Budget, Cost, LatencyModel, format_count
 from secateur.errors import BudgetError, ModelError
 from secateur.graph import ChannelGraph
+from secateur.pipeline._on_time import search_on_time
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._start import Uncut
+from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
-from secateur.search import Found, Shallower, search
+from secateur.search import Found, SearchSpace, Shallower, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> Halfway:
@@ -112,20 +116,31 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
     Raises:
         BudgetError: If no architecture that the choices and the space leave is within the budget.
     """
-    try:
+
+    remembered: dict[int, dict[str, FloatArray]] = {}
+
+    def searching(budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None) -> Found:
         return search(
             original,
             graph,
             plan.strategy,
-            budget=plan.budget,
+            budget=budget,
             batches=batches,
-            space=plan.space,
+            space=space,
             seed=plan.seed,
             data=plan.data,
-            checkpoint=checkpoint,
+            checkpoint=folder,
             watch=plan.progress,
             fabric=plan.fabric,
+            latency=latency,
+            remembered=remembered,
         )
+
+    try:
+        if not is_timed(plan.budget):
+            return searching(plan.budget, plan.space, None, checkpoint)
+        images = [images for images, _ in batches]
+        return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint)
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
         if graph.removable and not isinstance(plan.strategy, Shallower):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from secateur.cost import Budget
+from secateur.cost import Budget, LatencyModel
 from secateur.data import ImageData
 from secateur.distill import Objective
 from secateur.graph import Choices, HeadUnit
 from secateur.graph.rules import Rule
+from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
 from secateur.pipeline._start import Start
 from secateur.pipeline._traced import Branches
@@ -103,6 +104,8 @@ class Plan:
     progress: Progress
     tell: Callable[[str], None]
     pruning: WeightPruning | None = None
+    target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
+    cache: Cache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +120,7 @@ class Plan:
     def settings(self) -> dict[str, str]:
         """Everything that decides the cut student, as text by name: two runs with the same are the same."""
         data = self.data
-        zeros = {} if self.pruning is None else {"pruning": repr(self.pruning)}
-        return zeros | {
+        found = {
             "model": _digest(self.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "budget": str(self.budget),
@@ -132,6 +134,11 @@ class Plan:
             "calibration": str(self.calibration),
             "seed": str(self.seed),
         }
+        if self.pruning is not None:
+            found["pruning"] = repr(self.pruning)
+        if LatencyModel.field in self.budget.fields:
+            found["target"] = self.target.key
+        return found
 
 
 def _digest(model: nn.Module) -> str:

@@ -127,6 +127,11 @@ class Shallower(Strategy):
         mine = {"disturbance": disturbance, "distance": _as_json(distance), "healed": _as_json(healed)}
         return Proposal(best.architecture, {**best.notes, **mine})
 
+    @property
+    def trains(self) -> bool:
+        """As the inner strategy."""
+        return self.strategy.trains
+
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest widths without the dearest blocks."""
         return self.strategy.least(replace(problem, costs=problem.costs.without(self._dearest(problem))))

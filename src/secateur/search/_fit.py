@@ -130,6 +130,8 @@ class _Ladder:
             # As far as the budget is full enough, but never over it.
             enough = self._longest(counts, rest, FULL_ENOUGH) + 1
             taken = min(enough, self._longest(counts, rest, 1.0))
+            if self.utilisation(self._after(counts, rest, taken)) > 1:
+                taken = enough - 1  # Times go down too: between two prefixes that fit there may be one that does not.
 
     def _after(self, counts: IntArray, axes: IntArray, taken: int) -> IntArray:
         return counts + np.bincount(axes[:taken], minlength=len(counts))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from secateur.cost import LatencyModel
 from secateur.importance import Importance, Reconstruction
 from secateur.search._fit import fit, step_values
 from secateur.search._problem import FloatArray, Problem, Proposal, Strategy, keep_best
@@ -38,8 +39,14 @@ class Knapsack(Strategy):
 
 
 def _prices(problem: Problem) -> FloatArray:
-    """(axes,) share of the budget that the last channel of each axis costs in the full network."""
+    """(axes,) share of the budget that the last channel of each axis costs in the full network.
+
+    Times go in steps of many channels, up and down: where they are limited it is the mean over all the channels that
+    the space lets go.
+    """
     full = np.array([levels[-1] for levels in problem.levels], dtype=np.int64)
-    fewer = np.tile(full, (len(full), 1)) - np.eye(len(full), dtype=np.int64)
+    least = np.array([levels[0] for levels in problem.levels], dtype=np.int64)
+    gone = np.maximum(full - least, 1) if LatencyModel.field in problem.limits else np.ones_like(full)
+    fewer = np.tile(full, (len(full), 1)) - np.diag(gone)
     spared = problem.utilisation(full[None])[0] - problem.utilisation(fewer)
-    return np.maximum(spared, 1e-12)
+    return np.maximum(spared / gone, 1e-12)

@@ -42,6 +42,7 @@ class Problem:
         checkpoint: Folder for checkpoints of a strategy that trains, or None.
         watch: Shows the training of a strategy that trains.
         fabric: Device and precision of a strategy that trains, or None.
+        remembered: Scores by identity of the importance, shared by several searches of one model; None keeps none.
     """
 
     evidence: Evidence
@@ -53,6 +54,7 @@ class Problem:
     checkpoint: Path | None = None
     watch: Watch = field(default_factory=Silent)
     fabric: "Fabric | None" = None
+    remembered: "dict[int, dict[str, FloatArray]] | None" = None
 
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:
@@ -88,7 +90,12 @@ class Problem:
         Raises:
             ModelError: If they cannot be ranked (missing, mis-shaped, NaN or infinite).
         """
-        return checked_scores(importance.scores(self.evidence), self.evidence.graph, importance)
+        if self.remembered is None or id(importance) not in self.remembered:
+            found = checked_scores(importance.scores(self.evidence), self.evidence.graph, importance)
+            if self.remembered is None:
+                return found
+            self.remembered[id(importance)] = found
+        return self.remembered[id(importance)]
 
     @property
     def least(self) -> Cost:
@@ -118,6 +125,11 @@ class Strategy(ABC):
     @abstractmethod
     def find(self, problem: Problem) -> Proposal:
         """Find an architecture within the budget: the same one for the same problem, whatever ran before."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains: then one search takes long, and the same one again goes on from its checkpoint."""
+        return False
 
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest architecture that it could find: a budget below it is refused."""

@@ -92,6 +92,11 @@ class SWP(Strategy):
         if self.held_out < 1:
             raise BudgetError(f"`held_out` must be at least 1 image; got {self.held_out}. 2000 are usual.")
 
+    @property
+    def trains(self) -> bool:
+        """See `Strategy.trains`."""
+        return True
+
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest candidates of all stages."""
         options = self._options(problem)

@@ -97,6 +97,11 @@ class TAS(Strategy):
         if self.schedule.epochs < 1:
             raise BudgetError(f"`schedule` must have at least one epoch of search; got {self.schedule.epochs}.")
 
+    @property
+    def trains(self) -> bool:
+        """See `Strategy.trains`."""
+        return True
+
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest candidates."""
         graph = problem.evidence.graph

@@ -1,0 +1,222 @@
+"""A search under a bound on latency: predicted, cut, measured, corrected, and measured again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.cost import TERMS, Budget, LatencyModel, Limit, format_cost
+from secateur.errors import BudgetError
+from secateur.graph import ChannelGraph
+from secateur.latency import Cache, LatencyFit, LatencyRecord, Target, fit_latency, measure_pairs
+from secateur.search import Found, SearchSpace
+from secateur.surgery import apply_architecture
+
+DIVISORS = (8, 16, 32)
+"""Widths that kernels are made for; which of them pays is measured."""
+_ROUNDS = 4
+"""Most searches with one divisor: each corrects the prediction by what was measured of the one before."""
+_AIM = 0.98
+"""Of the bound: what is aimed at, as a measurement has a spread."""
+_NEAR = 0.955
+"""Of the bound: near enough to it."""
+
+Searching = Callable[[SearchSpace, LatencyModel], Found]
+"""Searches in a space with a latency model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One search and what its network really takes.
+
+    Attributes:
+        space: The widths that were allowed.
+        found: Within the budget as predicted.
+        predicted: Seconds, before any correction.
+        record: Original and cut network, measured in pairs.
+        used: Measured latency / bound.
+    """
+
+    space: SearchSpace
+    found: Found
+    predicted: float
+    record: LatencyRecord
+    used: float
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        return {
+            "divisor": self.space.divisor,
+            "predicted_s": self.predicted,
+            "measured_s": self.record.after.median,
+            "speedup": self.record.speedup.median,
+            "of_the_bound": self.used,
+            "macs": self.found.cost.macs,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Timed:
+    """A search under a bound on latency.
+
+    Attributes:
+        original: The uncut model, in eval mode.
+        graph: Its channel graph.
+        target: What the bound is on.
+        images: Samples of the input, on the CPU.
+        budget: As the user gave it; limits the latency.
+        cache: Of measurements; None means the user's.
+        tell: Receives one sentence per step.
+    """
+
+    original: nn.Module
+    graph: ChannelGraph
+    target: Target
+    images: Tensor
+    budget: Budget
+    cache: Cache | None
+    tell: Callable[[str], None]
+
+    def fit(self, space: SearchSpace) -> LatencyFit:
+        """What predicts the latency of widths of a space."""
+        found = fit_latency(self.original, self.graph, self.target, self.images, space=space, cache=self.cache)
+        worst = 100 * float(abs(found.errors).max())
+        self.tell(
+            f"The original takes {format_cost('latency_s', found.measured[0])} ({self.target.key}). Predicted from its "
+            f"layers, {len(found.measured)} whole models are at most {worst:.1f} % off."
+        )
+        return found
+
+    def within(self, space: SearchSpace, fit: LatencyFit, searching: Searching) -> Iterator[Trial]:
+        """Search, measure, correct, and search again, until the measured latency is near the bound and not above it.
+
+        The factor on all predictions is what the last network took / what was predicted of it.
+        """
+        original = float(fit.measured[0])
+        limit = limit_of(self.budget, original)
+        aim = 1.0 if original <= limit else _AIM
+        factor, seen = original / float(fit.model.of_widths(fit.model.sizes[None])[0]), set[object]()
+        for _ in range(_ROUNDS):
+            found = searching(space, fit.model.scaled(factor / aim))
+            if found.architecture in seen:
+                return
+            seen.add(found.architecture)
+            assert found.cost.latency_s is not None
+            trial = self._measured(space, found, found.cost.latency_s * aim / factor)
+            self.tell(
+                f"Divisor {space.divisor}: predicted {format_cost('latency_s', factor * trial.predicted)}, measured "
+                f"{format_cost('latency_s', trial.record.after.median)}, {100 * trial.used:.1f} % of the bound."
+            )
+            yield trial
+            if _NEAR <= trial.used <= 1:
+                return
+            factor = trial.used * limit / trial.predicted
+
+    def _measured(self, space: SearchSpace, found: Found, predicted: float) -> Trial:
+        small = apply_architecture(self.original, self.graph, found.architecture)
+        record = measure_pairs(self.original, small, self.target, self.images)
+        return Trial(space, found, predicted, record, used(self.budget, record))
+
+
+def is_timed(budget: Budget) -> bool:
+    """Whether a budget limits the latency."""
+    return LatencyModel.field in budget.fields
+
+
+def limit_of(budget: Budget, original_s: float) -> float:
+    """The bound on latency in seconds, for an original that takes ``original_s``."""
+    limit = _limit(budget)
+    return limit.value * original_s / 100 if limit.relative else limit.value
+
+
+def used(budget: Budget, record: LatencyRecord) -> float:
+    """Measured latency / bound. For a relative bound from the ratio of pairs, in which drift of the machine cancels."""
+    limit = _limit(budget)
+    return 100 / (record.speedup.median * limit.value) if limit.relative else record.after.median / limit.value
+
+
+def at_best(budget: Budget, record: LatencyRecord) -> float:
+    """The same for the quartile that is on the quick side: what is not above 1 is not above the bound for certain."""
+    limit = _limit(budget)
+    return 100 / (record.speedup.upper * limit.value) if limit.relative else record.after.lower / limit.value
+
+
+def _limit(budget: Budget) -> Limit:
+    return next(limit for limit in budget.of_cost if limit.field == LatencyModel.field)
+
+
+def spaces_of(space: SearchSpace, graph: ChannelGraph) -> list[SearchSpace]:
+    """The spaces to try: that of the user if it has a divisor, else one for each of `DIVISORS`.
+
+    A space is left out if it allows the same widths as one before it, or no axis a choice; the user's is tried if none
+    is left.
+    """
+    tried: dict[tuple[tuple[int, ...], ...], SearchSpace] = {}
+    for divisor in DIVISORS if space.divisor == 1 else ():
+        coarse = replace(space, divisor=divisor)
+        levels = tuple(tuple(mine.tolist()) for mine in coarse.levels(graph))
+        if any(len(mine) > 1 for mine in levels):
+            tried.setdefault(levels, coarse)
+    return [*tried.values()] or [space]
+
+
+def best_of(trials: Iterable[Trial], distance: Callable[[Trial], float]) -> tuple[Trial, Mapping[int, float]]:
+    """The trial that is taken: of each space the one that fills the bound best, of these the nearest to the original.
+
+    Args:
+        trials: Of all spaces, at least one.
+        distance: How far the outputs of a trial's network are from the original's; asked only if there is a choice.
+
+    Returns:
+        It, and the distances by divisor.
+
+    Raises:
+        BudgetError: If none is within the bound.
+    """
+    tried = list(trials)
+    fitting: dict[SearchSpace, Trial] = {}
+    for trial in tried:
+        if trial.used <= 1 and trial.used >= (fitting[trial.space].used if trial.space in fitting else 0):
+            fitting[trial.space] = trial
+    if not fitting:
+        least = min(tried, key=lambda trial: trial.used)
+        raise BudgetError(
+            "`budget` must be within reach; the quickest network that was found takes "
+            f"{format_cost('latency_s', least.record.after.median)} when measured, {100 * least.used:.1f} % of the "
+            "bound. Raise the bound on latency, or let the search go lower (--min-kept, --remove-blocks)."
+        )
+    if len(fitting) == 1:
+        return next(iter(fitting.values())), {}
+    distances = {space.divisor: distance(trial) for space, trial in fitting.items()}
+    return min(fitting.values(), key=lambda trial: distances[trial.space.divisor]), distances
+
+
+def noted(trial: Trial, fit: LatencyFit, budget: Budget, notes: Mapping[str, object]) -> Found:
+    """What a search found, with measured latencies in the place of predicted ones, and how they came about."""
+    found, original = trial.found, float(fit.measured[0])
+    said = {
+        "target": fit.target,
+        "divisor": trial.space.divisor,
+        "prediction": fit.to_json(),
+        "parts": _parts(trial, fit),
+        **notes,
+    }
+    return replace(
+        found,
+        cost=replace(found.cost, latency_s=trial.used * limit_of(budget, original)),
+        original=replace(found.original, latency_s=original),
+        budget=budget,
+        notes={**found.notes, "latency": said},
+    )
+
+
+def _parts(trial: Trial, fit: LatencyFit) -> dict[str, float]:
+    """The shares of the terms of the predicted latency."""
+    architecture, model = trial.found.architecture, fit.model
+    gone = set(architecture.removed_blocks)
+    widths = [architecture.widths.get(name, size) for name, size in zip(model.axes, model.sizes.tolist(), strict=True)]
+    blocks = [int(name not in gone) for name in model.blocks]
+    terms = model.terms(np.array([widths], dtype=np.int64), np.array([blocks], dtype=np.int64).reshape(1, -1))[0]
+    parts = terms * np.array(model.coefficients)
+    return dict(zip(TERMS, (parts / parts.sum()).tolist(), strict=True))

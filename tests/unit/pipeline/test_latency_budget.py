@@ -1,0 +1,239 @@
+"""A bound on latency is met by measuring, on a machine whose times are known exactly."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from pretend import Pretend
+from torch import Tensor, nn
+
+from secateur.architecture import Architecture
+from secateur.cost import Budget
+from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.errors import BudgetError
+from secateur.graph import trace
+from secateur.importance import L2
+from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
+from secateur.pipeline import CompressResult, _deliver, _slow, _timed, compress
+from secateur.search import SearchSpace, Shallower, Uniform
+from secateur.train import Schedule, Silent
+
+
+def _split(n: int, seed: int) -> MemorySplit:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+
+
+def _data() -> ImageData:
+    normalisation = Normalisation.usual(3)
+    return ImageData(
+        train=_split(64, 0),
+        validation=_split(16, 1),
+        test=_split(32, 2),
+        classes=("a", "b", "c", "d"),
+        mean=normalisation.mean,
+        std=normalisation.std,
+        size=(3, 8, 8),
+        name="noise",
+        augment=Augment(padding=1),
+    )
+
+
+def _model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(96, 64, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
+        )  # fmt: skip
+
+
+def _up(width: int) -> int:
+    """Kernels for vectors of 16 channels."""
+    return -(-width // 16) * 16
+
+
+def layer(shape: LayerShape) -> float:
+    return 1e-6 + 1e-8 * _up(shape.out) * shape.read
+
+
+def whole(model: nn.Module, inputs: Sequence[Tensor]) -> float:
+    """Wide layers are slower in a net than alone, and a pass costs a tenth of a millisecond."""
+    del inputs
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return 1e-4 + sum(
+        1e-6 + (1.2 + m.weight.shape[1] / 200) * 1e-8 * _up(len(m.weight)) * m.weight.shape[1] for m in layers
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_other_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the pretended machine counts here; what real runtimes take is measured elsewhere."""
+    monkeypatch.setattr(_deliver, "latency_between", lambda *_: ((), ()))
+
+
+def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list[str]]:
+    target, told = Pretend(whole, layer), list[str]()
+    arguments = {
+        "budget": budget,
+        "strategy": Uniform(L2()),
+        "schedule": Schedule(epochs=0),
+        "target": target,
+        "cache": Cache.of(target, folder),
+        "calibration_images": 32,
+        "progress": Silent(),
+        "tell": told.append,
+        **more,
+    }
+    return compress(_model(), _data(), **arguments), told
+
+
+@pytest.mark.parametrize("budget", ["latency=60%", "latency=0.14ms", "macs=90%, latency=45%, size<=300kB"])
+def test_a_bound_is_met_by_measuring(tmp_path: Path, budget: str) -> None:
+    result, told = run(tmp_path, budget)
+    before, after = whole(_model(), ()), whole(result.model, ())
+    limit = _timed.limit_of(Budget.parse(budget), before)
+    assert 0.8 * limit <= after <= limit
+    assert (result.found.original.latency_s, result.found.cost.latency_s) == pytest.approx((before, after))
+    assert str(result.found.budget) == str(Budget.parse(budget))
+    assert not result.failed
+    proof = next(check for check in result.report.checks if check.name.startswith("Latency within"))
+    assert f"{100 * after / limit:.1f} % of the bound" in proof.detail
+    first = result.report.latency[0]
+    assert (first.runtime, first.after[1]) == ("pretend 1", pytest.approx(after))
+    notes = result.found.notes["latency"]
+    assert notes["target"] == "pretend 1, 1 thread, batch 1"
+    assert {trial["divisor"] for trial in notes["trials"]} <= {8, 16, 32}
+    assert any("of the bound" in line for line in told)
+
+
+def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "latency=50%", space=SearchSpace(divisor=8, min_kept_fraction=0.1))
+    trials = result.found.notes["latency"]["trials"]
+    limit = 0.5 * whole(_model(), ())
+    assert all(trial["divisor"] == 8 for trial in trials)
+    assert trials[-1]["measured_s"] == pytest.approx(result.found.cost.latency_s)
+    assert trials[-1]["measured_s"] <= limit
+    assert trials[-1]["of_the_bound"] == pytest.approx(trials[-1]["measured_s"] / limit)
+
+
+def test_a_divisor_of_the_user_is_kept(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "latency=60%", space=SearchSpace(divisor=4))
+    assert {trial["divisor"] for trial in result.found.notes["latency"]["trials"]} == {4}
+
+
+def test_a_bound_that_cannot_be_met_names_the_reach(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"Reachable: latency [\d.]+ us \([\d.]+ %\) to"):
+        run(tmp_path, "latency=3us")
+
+
+def test_networks_that_are_all_slower_than_predicted_are_refused_with_what_they_took(tmp_path: Path) -> None:
+    run(tmp_path, "latency=1s")  # What is measured for predictions is now known.
+    target = Pretend(lambda model, inputs: whole(model, inputs) * (1 if len(model[3].weight) == 96 else 5), layer)
+    with pytest.raises(BudgetError, match=r"quickest network that was found takes .* when measured"):
+        run(tmp_path, "latency=60%", target=target, space=SearchSpace(divisor=32, min_kept_fraction=0.3))
+
+
+def test_a_model_that_is_quick_enough_stays_whole(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "latency=1s")
+    assert result.found.cost.macs == result.found.original.macs
+
+
+def test_an_artifact_holds_the_proof_and_is_resumed_by_the_same_target(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "latency=60%", out=tmp_path / "out", export=())
+    assert result.folder is not None
+    text = (result.folder / "secateur.json").read_text()
+    assert "Latency within the budget, measured again" in text
+    assert '"latency_s"' in text
+    assert "pretend 1" in (result.folder / "report.html").read_text()
+
+
+def record(before: float, after: float, spread: float = 0.0) -> LatencyRecord:
+    def around(middle: float) -> Quartiles:
+        return Quartiles(middle * (1 - spread), middle, middle * (1 + spread))
+
+    return LatencyRecord("x 1", 1, 1, 9, "ours", around(before), around(after), around(before / after))
+
+
+def test_use_of_a_bound() -> None:
+    relative, seconds = Budget(latency="50%"), Budget(latency=0.3, macs="50%")
+    assert _timed.limit_of(relative, 0.8) == pytest.approx(0.4)
+    assert _timed.limit_of(seconds, 0.8) == 0.3
+    assert _timed.used(relative, record(0.8, 0.3)) == pytest.approx(0.75)
+    assert _timed.used(seconds, record(0.8, 0.3)) == pytest.approx(1)
+    assert _timed.at_best(relative, record(0.8, 0.4, 0.1)) == pytest.approx(1 / 1.1)
+    assert _timed.at_best(seconds, record(0.8, 0.4, 0.1)) == pytest.approx(1.2)
+    assert _timed.is_timed(seconds)
+    assert not _timed.is_timed(Budget(macs="50%"))
+
+
+def test_spaces_are_those_that_differ() -> None:
+    graph = trace(_model().eval(), torch.zeros(1, 3, 8, 8))
+    assert [space.divisor for space in _timed.spaces_of(SearchSpace(), graph)] == [8, 16, 32]
+    assert [space.divisor for space in _timed.spaces_of(SearchSpace(divisor=2), graph)] == [2]
+    assert [space.divisor for space in _timed.spaces_of(SearchSpace(min_width=80), graph)] == [8, 16]
+    small = trace(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)).eval(), torch.zeros(1, 3, 4, 4))
+    assert _timed.spaces_of(SearchSpace(), small) == [SearchSpace()]
+
+
+def test_the_nearest_of_the_fullest_is_taken(tmp_path: Path) -> None:
+    found, _ = run(tmp_path, "latency=60%")
+
+    def trial(divisor: int, used: float) -> _timed.Trial:
+        return _timed.Trial(SearchSpace(divisor=divisor), found.found, 1.0, record(2.0, 1.0), used)
+
+    trials = [trial(8, 0.8), trial(8, 0.99), trial(8, 1.1), trial(16, 0.97), trial(32, 1.2)]
+    best, distances = _timed.best_of(trials, lambda each: {8: 0.3, 16: 0.2}[each.space.divisor])
+    assert best is trials[3]
+    assert distances == {8: 0.3, 16: 0.2}
+    alone, distances = _timed.best_of(trials[:3], lambda _: pytest.fail("there is no choice"))
+    assert alone is trials[1]
+    assert distances == {}
+    with pytest.raises(BudgetError, match=r"takes 1 s when measured, 110\.0 % of the bound"):
+        _timed.best_of(trials[2:3], lambda _: 0.0)
+
+
+def test_a_slow_network_is_told_why(tmp_path: Path) -> None:
+    found, _ = run(tmp_path, "latency=60%")
+
+    class Half:
+        pass
+
+    half = Half()
+    half.found = found.found
+    assert _slow.slow_because(half, 0.5, record(1.0, 0.6)) == ()
+    assert _slow.slow_because(half, 0.95, record(1.0, 1.0)) == ()
+    (said,) = _slow.slow_because(half, 0.5, record(1.0, 0.9))
+    assert said.startswith("The MACs fell by 50 %, the time on x 1 by 10 % only (1 thread, batch 1).")
+    assert "not spent in convolutions" in said
+    odd = Architecture.of({name: range(width - 1) for name, width in found.architecture.widths.items()})
+    half.found = dataclasses.replace(found.found, architecture=odd)
+    assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
+    half.found = dataclasses.replace(found.found, notes={})
+    assert "layers are so small" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
+
+
+def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    places: list[object] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Trained(Uniform):
+        @property
+        def trains(self) -> bool:
+            return True
+
+        def find(self, problem):
+            places.append((problem.checkpoint, problem.space.divisor))
+            return super().find(problem)
+
+    assert Shallower(Trained()).trains
+    assert not Shallower(Uniform()).trains
+    result, _ = run(tmp_path, "latency=50%", strategy=Trained(L2()))
+    assert len(set(places)) == 1
+    assert places[0][0] is not None
+    assert result.found.cost.latency_s <= 0.5 * result.found.original.latency_s

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from secateur.pipeline import load as load
     from secateur.pipeline import survey as survey
     from secateur.pipeline import verify as verify
+    from secateur.search import SWP as SWP
     from secateur.search import TAS as TAS
     from secateur.search import AxisRule as AxisRule
     from secateur.search import GlobalImportance as GlobalImportance
@@ -87,6 +88,7 @@ _HOMES = {
         "verify",
     ),
     "search": (
+        "SWP",
         "TAS",
         "AxisRule",
         "GlobalImportance",

@@ -2,13 +2,13 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from poisoned import Exploding, poisoned
 from small_runs import Blobs
 from tas_runs import Interrupted, Net, Recorder, Stopped, net, noise, quick, run
 from torch import Tensor, nn
@@ -331,34 +331,6 @@ def test_a_checkpoint_with_its_channels_in_another_order_is_refused(tmp_path):
 # Losses that are not finite.
 
 
-@dataclass(frozen=True)
-class Poisoned:
-    """A split of which one batch of one epoch is not finite."""
-
-    split: Any
-    epoch: int
-    step: int
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    @property
-    def labels(self) -> Tensor:
-        return self.split.labels
-
-    def subset(self, index: Tensor) -> "Poisoned":
-        return replace(self, split=self.split.subset(index))
-
-    def batches(self, batch_size: int, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, (images, labels) in enumerate(self.split.batches(batch_size, **settings), 1):
-            bad = settings.get("epoch") == self.epoch - 1 and number == self.step
-            yield images * (float("nan") if bad else 1), labels
-
-
-def poisoned(epoch: int, step: int) -> Any:
-    return replace(noise(), train=Poisoned(noise().train, epoch, step))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(("epoch", "step"), [(1, 1), (2, 1), (3, 2)])
 def test_a_loss_that_is_not_finite_stops_the_search(epoch, step, tmp_path):
     """It says when; what was good is kept, and with good images the search goes on from there."""
@@ -368,20 +340,6 @@ def test_a_loss_that_is_not_finite_stops_the_search(epoch, step, tmp_path):
     seen = Recorder()
     assert_same(run(net(), quick(3)), run(net(), quick(3), checkpoint=tmp_path, watch=seen))
     assert seen.opened[0]["done"] == epoch - 1
-
-
-class Exploding(nn.Module):
-    """A factor of one whose gradient is infinite when it is told to be."""
-
-    def __init__(self):
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(()))
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.factor.requires_grad:
-            self.factor.register_hook(lambda gradient: gradient * float("inf"))
-        return x * self.factor
 
 
 def test_weights_that_are_not_finite_leave_no_checkpoint(tmp_path):
@@ -421,9 +379,7 @@ def test_no_data_is_refused():
 )
 def test_images_that_cannot_be_halved_are_refused(labels, message):
     data = replace(noise(), train=split_of(labels))
-    with pytest.raises(
-        DataError, match=r"`data.train` must give both parts images of two classes or more; " + message
-    ):
+    with pytest.raises(DataError, match=r"`data.train` must give both parts images of two classes or more; " + message):
         run(net(), quick(), data=data)
 
 

@@ -1,0 +1,179 @@
+"""Which candidates are judged, round by round."""
+
+import itertools
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from swp_runs import options_of, staged
+
+from secateur.errors import TrainingError
+from secateur.search import Exact, Widths
+from secateur.search._swp._candidates import Candidates
+from secateur.search._swp._options import Options, Rows
+
+Losses = Callable[[Rows], list[float]]
+
+
+def options_to_search(untied: bool = False) -> Options:
+    """Eight widths an axis: 80 candidates in the first stage, 40 without blocks, thousands in the last."""
+    return options_of(staged(untied=untied), widths=Widths(), budget="macs=50%")
+
+
+def losses_by_size(options: Options) -> Losses:
+    """The less of each choice, the more is lost; by other weights for each."""
+    draw = np.random.default_rng(7)
+    weights = [draw.uniform(0.2, 1.0, len(of.tops)) for of in options.of_stage]
+
+    def of(rows: Rows) -> list[float]:
+        missing = [(top - row) / np.maximum(top, 1) for top, row in zip(options.whole, rows, strict=True)]
+        return [float((w * m**2).sum()) for w, m in zip(weights, missing, strict=True)]
+
+    return of
+
+
+def judged_(candidates: Candidates, count: int, losses: Losses) -> list[Rows]:
+    proposed = candidates.proposed(count)
+    stages = len(candidates.rows)
+    candidates.judged(proposed, np.array([losses(rows) for rows in proposed]).reshape(len(proposed), stages))
+    return proposed
+
+
+def as_tuples(rows: Rows) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for row in rows]
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
+    options = options_to_search(untied)
+    candidates = Candidates(options, 0)
+    for number in range(4):
+        assert candidates.rounds == number
+        before = [len(rows) for rows in candidates.rows]
+        proposed = judged_(candidates, 8, losses_by_size(options))
+        assert len(proposed) == 8
+        for stage, rows in enumerate(candidates.rows):
+            new = as_tuples(tuple(rows[before[stage] :]))
+            # Where there is nothing new the first is taken again, and not entered.
+            got = as_tuples(tuple(network[stage] for network in proposed))
+            assert got == new + [tuple(rows[0].tolist())] * (8 - len(new))
+    for of, rows, losses in zip(options.of_stage, candidates.rows, candidates.losses, strict=True):
+        assert len(losses) == len(rows) == len(set(as_tuples(tuple(rows)))) == min(32, of.size)
+        assert all(((row >= 0) & (row <= of.tops)).all() for row in rows)
+
+
+def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
+    options = options_to_search()
+    for seed in range(5):
+        candidates = Candidates(options, seed)
+        proposed = candidates.proposed(32)
+        assert as_tuples(proposed[0]) == as_tuples(options.whole)
+        assert as_tuples(proposed[1]) == as_tuples(options.tiny)
+        size = np.array([rows[2].sum() / options.whole[2].sum() for rows in proposed])
+        assert (np.histogram(size, bins=4, range=(0, 1))[0] >= 2).all()
+
+
+def test_small_spaces_are_judged_to_the_last_candidate():
+    options = options_of(staged(), widths=Widths((0.5,)))
+    assert [of.size for of in options.of_stage] == [2, 2, 2 * 2 * 2 * 3]
+    candidates = Candidates(options, 0)
+    counts = []
+    for _ in range(12):
+        judged_(candidates, 6, losses_by_size(options))
+        counts.append([len(rows) for rows in candidates.rows])
+    assert counts[0] == [2, 2, 6]
+    assert counts[-1][:2] == [2, 2]
+    assert counts[-1][2] >= 20
+    assert all(set(as_tuples(tuple(rows))) == {(0,), (1,)} for rows in candidates.rows[:2])
+
+
+def test_when_nothing_is_left_a_round_is_empty():
+    options = options_of(staged(), widths=Widths((0.5,)), depths=None, cuts=["4"])
+    assert [of.size for of in options.of_stage] == [4, 8]
+    candidates = Candidates(options, 0)
+    judged_(candidates, 32, losses_by_size(options))
+    assert [len(rows) for rows in candidates.rows] == [4, 8]
+    assert judged_(candidates, 32, losses_by_size(options)) == []
+    assert candidates.rounds == 2
+    assert [len(rows) for rows in candidates.rows] == [4, 8]
+
+
+def test_candidates_follow_the_seed_and_what_was_judged_only():
+    options, losses = options_to_search(), losses_by_size(options_to_search())
+
+    def all_of(seed: int, losses: Losses) -> list[list[tuple[int, ...]]]:
+        candidates = Candidates(options, seed)
+        for _ in range(3):
+            np.random.seed(len(candidates.rows[0]))
+            judged_(candidates, 6, losses)
+        return [as_tuples(tuple(rows)) for rows in candidates.rows]
+
+    state = np.random.get_state()
+    try:
+        first = all_of(0, losses)
+        assert first == all_of(0, losses)
+        assert first != all_of(1, losses)
+        upside_down = all_of(0, lambda rows: [1 - loss for loss in losses(rows)])
+        assert upside_down != first
+        assert [rows[:6] for rows in upside_down] == [rows[:6] for rows in first]
+    finally:
+        np.random.set_state(state)
+
+
+def test_candidates_that_are_restored_go_on_as_if_nothing_had_happened():
+    options = options_to_search()
+    losses = losses_by_size(options)
+    candidates = Candidates(options, 4)
+    for _ in range(2):
+        judged_(candidates, 6, losses)
+    again = Candidates(options, 4)
+    again.restore(json.loads(json.dumps(candidates.to_json())))
+    assert again.rounds == 2
+    for each in (candidates, again):
+        judged_(each, 6, losses)
+    assert again.to_json() == candidates.to_json()
+
+
+def test_rounds_improve_the_best_combination_or_keep_it():
+    """They come near the best of the whole space, which enumeration and the exact combination of it tell."""
+    options = options_to_search()
+    losses = losses_by_size(options)
+    space = Candidates(options, 0)
+    every = [[np.array(row) for row in itertools.product(*(range(t + 1) for t in of.tops))] for of in options.of_stage]
+    most = max(map(len, every))
+    networks = [tuple(rows[n % len(rows)] for rows in every) for n in range(most)]
+    space.judged(networks, np.array([losses(rows) for rows in networks]))
+    assert [len(rows) for rows in space.rows] == [of.size for of in options.of_stage]
+    best = Exact().combine(space.table(), 0).loss
+    for seed in range(3):
+        candidates = Candidates(options, seed)
+        found = []
+        for _ in range(6):
+            judged_(candidates, 16, losses)
+            found.append(Exact().combine(candidates.table(), 0).loss)
+        assert found == sorted(found, reverse=True)
+        assert found[-1] < found[0]
+        assert best <= found[-1] <= 1.25 * best
+
+
+def test_parents_are_those_that_none_beats_from_the_best_on():
+    options = options_to_search()
+    losses = losses_by_size(options)
+    candidates = Candidates(options, 0)
+    judged_(candidates, 24, losses)
+    table = candidates.table()
+    for stage, rows in enumerate(candidates.rows):
+        points = list(zip(candidates.losses[stage], table.costs["macs"][stage].tolist(), strict=True))
+        best = [p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
+        parents = [tuple(row.tolist()) for row in candidates._parents(stage)]
+        numbers = [as_tuples(tuple(rows)).index(parent) for parent in parents]
+        assert [points[number] for number in numbers] == sorted(best)
+
+
+def test_losses_that_are_not_finite_are_refused_when_they_are_used():
+    options = options_to_search()
+    candidates = Candidates(options, 0)
+    judged_(candidates, 4, lambda rows: [float("nan")] * len(rows))
+    with pytest.raises(TrainingError, match="`losses` must be finite; got nan for candidate 0 of stage 0"):
+        candidates.proposed(4)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph
+from secateur.supernet._memory import Memories
 from secateur.supernet._mixture import Blend, Mixture
 from secateur.supernet._order import IntArray, inverse, reordered, with_branches
 from secateur.supernet._slices import Slices
@@ -61,6 +62,7 @@ class Supernet(nn.Module):
         self.model: nn.Module = reordered(model, graph, self.order)
         self._slices = Slices(graph)
         self._blend = Blend.of(self.model, graph)
+        self._memories = Memories(self.model)
 
     @property
     def full(self) -> Subnet:
@@ -140,7 +142,7 @@ class Supernet(nn.Module):
             What the model returns.
         """
         given = {**self.tensors_of(subnet), **(tensors or {})}
-        with self._as(subnet), ExitStack() as stack:
+        with self._as(subnet), self._memories.kept_out(), ExitStack() as stack:
             if mixture is not None:
                 gone = self.graph.removed_modules(subnet.removed_blocks)
                 stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture, gone))

@@ -183,6 +183,39 @@ def test_branches_wider_than_their_stream_are_refused():
     assert supernet.subnet({"0.0": 5}).widths[place] == 5
 
 
+class Remembering(nn.Module):
+    """Keeps what it derives from a parameter in its first call in evaluation mode, as attention biases are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 8))
+        self.known: dict[str, Tensor] = {}
+        self.latest: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.last(self.first(x) * self.scale.exp())
+        if "factor" not in self.known:
+            self.known["factor"] = self.scale.exp()
+        if self.latest is None:
+            self.latest = self.scale.sin()
+        return self.last(self.first(x) * self.known["factor"] + self.latest)
+
+
+def test_what_one_subnet_remembers_is_not_taken_for_anothers():
+    torch.manual_seed(0)
+    model, x = Remembering().eval(), torch.randn(4, 6)
+    supernet = copy.deepcopy(Supernet(model, trace(model, x))).eval()
+    (axis,) = supernet.graph.prunable
+    for width in (axis.size, 3, 5, axis.size):
+        subnet = Subnet((width,))
+        wanted = supernet.extract(subnet).eval()(x)
+        torch.testing.assert_close(supernet(subnet, x), wanted, rtol=1e-6, atol=1e-6)
+    assert supernet.model.known == {}
+    assert supernet.model.latest is None
+
+
 def test_copies_are_independent():
     model, x, graph = zoo_net("residual")
     supernet = Supernet(model, graph, {"0.0": np.arange(8)[::-1].copy()})

@@ -1,4 +1,4 @@
-"""The command line: ``secateur inspect | compress | distill | evaluate | verify | export | demo``."""
+"""The command line: ``secateur inspect | compress | distill | compare | evaluate | verify | export | demo``."""
 
 from secateur.cli._app import app, main
 

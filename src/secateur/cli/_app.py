@@ -1,18 +1,18 @@
 """The commands. Each is thin: words to objects, one verb of `secateur.pipeline`, and what it wrote."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from secateur.cli import _options as options
 from secateur.cli._boundary import BAD_INPUT, command_line, err, out, threads, told
+from secateur.cli._compare import compare
+from secateur.cli._distill import distill
 from secateur.cli._options import AttentionName, OptimiserName, PrecisionName, StrategyName
+from secateur.cli._saying import show, silent, tell
 from secateur.errors import ArtifactError, ModelError
-
-if TYPE_CHECKING:
-    from secateur.pipeline import CompressResult, Distilled
 
 app = typer.Typer(
     name="secateur",
@@ -233,120 +233,15 @@ def compress(
             seed=seed,
             device=_choices.device_of(device),
             progress=progress,
-            tell=_silent if quiet else _tell,
+            tell=silent if quiet else tell,
             name=inputs.opened.name,
             command=command_line(),
         )
-    _show(result)
+    show(result)
 
 
-@app.command()
-@told
-def distill(
-    *,
-    teacher: options.Teacher,
-    student: options.Student,
-    data: options.Data,
-    out_folder: options.Out,
-    teacher_weights: options.TeacherWeights = None,
-    student_weights: options.StudentWeights = None,
-    trust_source: options.TrustSource = False,
-    limit: options.Limit = None,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    validation_fraction: options.ValidationFraction = 0.1,
-    loss: options.Losses = None,
-    hints: options.Hints = None,
-    hint_epochs: options.HintEpochs = 0,
-    remember: options.Remember = None,
-    epochs: options.Epochs = 30,
-    batch_size: options.BatchSize = 128,
-    learning_rate: options.LearningRate = 0.05,
-    warmup: options.Warmup = 0.05,
-    optimizer: options.Optimiser = OptimiserName.SGD,
-    weight_decay: options.WeightDecay = None,
-    ema: options.Ema = None,
-    label_smoothing: options.LabelSmoothing = 0.0,
-    temperature: options.Temperature = 4.0,
-    label_weight: options.LabelWeight = 0.1,
-    precision: options.Precision = PrecisionName.AUTO,
-    export: options.Export = "onnx",
-    resume: options.Resume = False,
-    restart: options.Restart = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    thread_count: options.Threads = None,
-    tensorboard: options.TensorBoard = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
-) -> None:
-    """Teach any student by any teacher: train, verify, export, report."""
-    from dataclasses import replace
-
-    from secateur.cli import _choices
-    from secateur.cli._inputs import Inputs
-    from secateur.cli._losses import OF_LOGITS, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
-    from secateur.pipeline import Hinting, Leftover, Pupil, check_output, distill_into
-    from secateur.train import Schedule
-
-    if resume and restart:
-        raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
-    losses, taps, formats = losses_of(loss), taps_of(hints), _choices.formats_of(export)
-    progress = _choices.progress_of(quiet, tensorboard)
-    schedule = Schedule(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_fraction=warmup,
-        optimiser=_choices.optimiser_of(optimizer, weight_decay),
-        ema_decay=ema,
-        precision=_choices.precision_of(precision),
-        seed=seed,
-    )
-    check_output(out_folder)
-    known = Inputs(
-        teacher,
-        teacher_weights,
-        data,
-        image_size=image_size,
-        trust_source=trust_source,
-        seed=seed,
-        limit=limit,
-        mean=_choices.numbers_of(mean, "--mean"),
-        std=_choices.numbers_of(std, "--std"),
-        validation_fraction=validation_fraction,
-    )
-    learner = replace(known, model=student, weights=student_weights)
-    images, taught = known.images, learner.opened_for(known.images)
-    pair = Pair(taught.model, known.opened.model, known.example(2), len(images.train))
-    if any(name not in OF_LOGITS for name in losses):
-        taps = taps or inferred_taps(pair)
-    objective = objective_of(
-        losses, pair, taps, temperature=temperature, label_weight=label_weight, label_smoothing=label_smoothing
-    )
-    hinting = None
-    if hint_epochs:
-        hinting = Hinting(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
-    with threads(thread_count):
-        result = distill_into(
-            Pupil(taught.model, taught.name, taught.source, taught.architecture),
-            teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
-            data=images,
-            schedule=schedule,
-            objective=objective,
-            hinting=hinting,
-            remember=remember,
-            out=out_folder,
-            export=formats,
-            leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
-            seed=seed,
-            device=_choices.device_of(device),
-            progress=progress,
-            tell=_silent if quiet else _tell,
-            command=command_line(),
-        )
-    _show(result)
+app.command()(distill)
+app.command()(compare)
 
 
 @app.command()
@@ -488,28 +383,8 @@ def demo(
             export=formats,
             seed=seed,
             progress=progress,
-            tell=_silent if quiet else _tell,
+            tell=silent if quiet else tell,
             command=command_line(),
         )
-    _show(result)
+    show(result)
     out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
-
-
-def _show(result: "CompressResult | Distilled") -> None:
-    from secateur.cli._tables import print_before_after, print_checks, print_steps, print_written
-
-    print_before_after(result.report)
-    print_steps(result.report)
-    print_checks(result.report.checks)
-    print_written(result.files)
-    if result.failed:
-        err().print(Text("Error: " + "; ".join(result.failed), style="bold red"), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT)
-
-
-def _tell(message: str) -> None:
-    err().print(Text(message, style="dim"), soft_wrap=True)
-
-
-def _silent(message: str) -> None:
-    del message

@@ -13,7 +13,7 @@ from rich.text import Text
 from secateur.cli._boundary import out
 
 if TYPE_CHECKING:
-    from secateur.report import Check, Measured, RunReport
+    from secateur.report import Check, Measured, Page, RunReport
 
 
 def print_before_after(report: RunReport) -> None:
@@ -70,6 +70,17 @@ def print_written(paths: Iterable[Path]) -> None:
 
     for path in paths:
         out().print(Text(f"Wrote {path} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
+
+
+def print_page(page: Page) -> None:
+    """The tables of a page."""
+    for shown in page.tables:
+        table = plain_table(shown.title, shown.columns, numbers=len(shown.columns) - 1)
+        for row in shown.rows:
+            table.add_row(*row)
+        out().print(table)
+    for note in page.notes:
+        out().print(Text(note), soft_wrap=True)
 
 
 def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:

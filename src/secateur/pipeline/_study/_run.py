@@ -22,7 +22,7 @@ from secateur.pipeline._study._bench import Bench
 from secateur.pipeline._study._plan import Cell, Pruned, Study
 from secateur.pipeline._study._results import page_of, write_parquet
 from secateur.pipeline._zeros import with_zeros
-from secateur.report import performance_efficiency, write_page
+from secateur.report import Page, performance_efficiency, write_page
 from secateur.search import Uniform, search
 from secateur.sparsity import Cubic, Sparsify, WeightPruning, nonzero_params
 from secateur.surgery import cut
@@ -41,11 +41,13 @@ class StudyResult:
         rows: One mapping per cell, see the columns of ``results.parquet``.
         table: ``results.parquet``.
         page: ``study.html``.
+        content: What the page shows.
     """
 
     rows: tuple[Mapping[str, Any], ...]
     table: Path
     page: Path
+    content: Page
 
 
 def run_study(
@@ -92,8 +94,9 @@ def run_study(
         table = write_parquet(out / "results.parquet", rows)
         facts = tuple((name.replace("_", " "), text) for name, text in settings.items())
         provenance = Provenance.here(command, study.seeds[0])
-        page = write_page(out / "study.html", page_of(rows, facts, provenance))
-    return StudyResult(tuple(rows), table, page)
+        content = page_of(rows, facts, provenance)
+        page = write_page(out / "study.html", content)
+    return StudyResult(tuple(rows), table, page, content)
 
 
 def _settings(study: Study, data: ImageData, precision: str) -> dict[str, str]:

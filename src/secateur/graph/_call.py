@@ -1,12 +1,14 @@
 """One recorded ATen call, and what its rules have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from secateur.graph._channels import IntArray
+from secateur.graph._flow import is_mutable
 from secateur.graph._ledger import ChannelIds, Ledger, MixedCall
 
 # fmt: off
@@ -54,10 +56,17 @@ MIXING_KINDS = frozenset(
 """ATen names of the calls that are numbered, whether they meet channels or not."""
 
 
+@cache
 def base_name(operator: Any) -> str:
     """Name of an ATen overload without namespace and without the underscore of an in-place form."""
     name: str = operator._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.startswith("__") else name
+
+
+@cache
+def _arguments(operator: Any) -> Mapping[str, tuple[int, Any]]:
+    """Position and default of every argument of an ATen overload, by name."""
+    return {a.name: (number, a.default_value) for number, a in enumerate(operator._schema.arguments)}
 
 
 def tensors_in(*values: Any) -> tuple[torch.Tensor, ...]:
@@ -117,11 +126,11 @@ class Call:
 
     def named(self, name: str) -> Any:
         """An argument by its name in the operator's schema; the default if left out, None if there is no such."""
-        for position, argument in enumerate(self.operator._schema.arguments):
-            if argument.name == name:
-                given = self.args[position] if len(self.args) > position else self.kwargs.get(name)
-                return argument.default_value if given is None else given
-        return None
+        position, default = _arguments(self.operator).get(name, (None, None))
+        if position is None:
+            return None
+        given = self.args[position] if len(self.args) > position else self.kwargs.get(name)
+        return default if given is None else given
 
     def dims(self, name: str = "dim") -> set[int] | None:
         """Dimensions of the first input that an argument names, counted from the front; None if it names none."""
@@ -133,7 +142,7 @@ class Call:
 
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
         """Note that the call computes over channels, which a cut model does over the kept ones only."""
-        if self.operator._schema.is_mutable or self.name not in MIXING_KINDS:
+        if is_mutable(self.operator) or self.name not in MIXING_KINDS:
             return unknown(self)
         read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
         written = tuple((t, dim, ids) for t, found in enumerate(results) for dim, ids in found.items())

@@ -391,8 +391,8 @@ class ChannelGraph:
 
 def _remaining(axis: IntArray, channel: IntArray, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
     keep = np.ones(axis.shape, dtype=bool)
-    for number in np.unique(axis):
-        mask = alive.get(int(number))
+    for number in set(axis.tolist()):
+        mask = alive.get(number)
         if mask is not None:
             here = axis == number
             keep[here] = mask[channel[here]]

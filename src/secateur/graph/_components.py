@@ -1,10 +1,31 @@
 """Which ids are one: connected components of the ties, vectorised."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from secateur.graph._channels import IntArray
+
+
+def distinct(values: IntArray) -> IntArray:
+    """The different numbers in a vector, increasing.
+
+    As `numpy.unique`, which imports `numpy.ma` when it is first called: longer than a small network takes to trace.
+    """
+    ordered = np.sort(values)
+    return ordered[run_starts(ordered)]
+
+
+def distinct_rows(matrix: IntArray) -> IntArray:
+    """The different rows of a matrix with at least one, in lexicographic order."""
+    ordered = matrix[np.lexsort(matrix.T[::-1])]
+    return ordered[np.append(0, np.flatnonzero((ordered[1:] != ordered[:-1]).any(1)) + 1)]
+
+
+def run_starts(ordered: np.ndarray[tuple[int, ...], Any]) -> IntArray:
+    """Where the runs of equal numbers in a vector begin."""
+    return np.append(np.arange(min(len(ordered), 1)), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
 
 
 def components(count: int, ties: Sequence[tuple[IntArray, IntArray]]) -> IntArray:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,10 +32,11 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(model)] = twin
     held = vars(twin)
     for name, value in vars(model).items():
-        if _is_plain(value):
+        kind = type(value)
+        if kind in _CONTAINERS and not value:
+            held[name] = memo.setdefault(id(value), kind())
+        elif kind in _PLAIN or _is_plain(value):
             held[name] = value
-        elif type(value) in _CONTAINERS and not value:
-            held[name] = memo.setdefault(id(value), type(value)())
         elif name == "_modules":
             children = value.items()
             held[name] = type(value)(
@@ -47,6 +49,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return twin
 
 
+@lru_cache(256)
 def _copies_as_usual(kind: type[nn.Module]) -> bool:
     own = [name for name in _USUAL if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
     return not own or (own == ["__setstate__"] and kind.__setstate__ is _CONVOLUTION.__setstate__)

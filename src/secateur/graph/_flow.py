@@ -5,8 +5,10 @@ named by the step that wrote it last, through whichever view that was.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -21,6 +23,32 @@ _RUNS = itertools.count()
 def _memory(tensor: torch.Tensor) -> int:
     """What tensors that share their numbers have in common, as long as one of them lives."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+@cache
+def is_pointwise(func: Any) -> bool:
+    """Whether an ATen overload is said to work elementwise."""
+    return torch.Tag.pointwise in func.tags
+
+
+@cache
+def is_mutable(func: Any) -> bool:
+    """Whether an ATen overload writes into an argument."""
+    return bool(func._schema.is_mutable)
+
+
+class Reading(NamedTuple):
+    """Where what a tensor holds comes from.
+
+    Attributes:
+        value: The step that wrote it; `CONSTANT` if none did.
+        fed: Whether it depends on the model's input.
+        hollow: Whether it was not computed, or from something that was not.
+    """
+
+    value: int
+    fed: bool
+    hollow: bool
 
 
 @dataclass(frozen=True)
@@ -98,27 +126,28 @@ class Flow:
     _added: int = 0
     _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
+    def read(self, tensor: torch.Tensor) -> Reading:
+        """Where what a tensor holds comes from.
+
+        Its memory tells too whether it was computed: ``x.data`` and the like are made by no step.
+        """
+        value: int = getattr(tensor, self._mark, CONSTANT)
+        uncomputed = False
+        if (self._writers or self._uncomputed) and tensor.layout == torch.strided:
+            memory = _memory(tensor)
+            value = max(value, self._writers.get(memory, CONSTANT))
+            uncomputed = memory in self._uncomputed
+        if value < 0:
+            return Reading(value, False, uncomputed)
+        return Reading(value, self.fed[value], uncomputed or self.hollow[value])
+
     def value_of(self, tensor: torch.Tensor) -> int:
         """The step that wrote what a tensor holds."""
-        mark = getattr(tensor, self._mark, CONSTANT)
-        if self._writers and tensor.layout == torch.strided:
-            return max(mark, self._writers.get(_memory(tensor), CONSTANT))
-        return mark
-
-    def is_fed(self, tensor: torch.Tensor) -> bool:
-        """Whether what a tensor holds depends on the model's input."""
-        value = self.value_of(tensor)
-        return value >= 0 and self.fed[value]
+        return self.read(tensor).value
 
     def is_hollow(self, tensor: torch.Tensor) -> bool:
-        """Whether what a tensor holds was not computed, or from something that was not.
-
-        Its memory tells too: ``x.data`` and the like are made by no step.
-        """
-        value = self.value_of(tensor)
-        if value >= 0 and self.hollow[value]:
-            return True
-        return bool(self._uncomputed) and tensor.layout == torch.strided and _memory(tensor) in self._uncomputed
+        """Whether what a tensor holds was not computed, or from something that was not."""
+        return self.read(tensor).hollow
 
     def feed(self, example: Any) -> None:
         """The inputs of the model."""
@@ -129,21 +158,21 @@ class Flow:
                 # By its storage: the caller's tensor is not to carry a mark of ours.
                 self._writers[_memory(tensor)] = len(self.names) - 1
 
-    def addition(self, name: str, inputs: tuple[torch.Tensor, ...]) -> int | None:
+    def addition(self, name: str, inputs: Sequence[torch.Tensor], read: Sequence[Reading]) -> int | None:
         """The number of a sum of two tensors that is about to run; None if it is none that counts."""
         if name != ADDITION or len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
             return None
-        left, right = map(self.value_of, inputs)
-        return self._added if min(left, right) >= 0 and self.fed[left] and self.fed[right] else None
+        return self._added if all(reading.fed for reading in read) else None
 
     def step(
         self,
         func: Any,
         name: str,
         plain: bool,
-        inputs: tuple[torch.Tensor, ...],
-        outputs: tuple[torch.Tensor, ...],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
         *,
+        read: Sequence[Reading],
         hollow: bool = False,
     ) -> None:
         """One ATen call that has just run.
@@ -154,24 +183,24 @@ class Flow:
             plain: Whether it was given positional arguments only (no ``alpha``).
             inputs: The tensors it was given.
             outputs: The tensors it returned.
+            read: Where what the inputs held came from.
             hollow: Whether it was not run at all, and others stand in for what it would return.
         """
-        sources = tuple(map(self.value_of, inputs))
+        sources = tuple(reading.value for reading in read)
         number = len(self.names)
-        added = self.addition(name, inputs)
+        added = self.addition(name, inputs, read)
         if added is not None:
             self._added += 1
             if plain:
                 self.additions[number] = Addition(added, sources[0], sources[1])
-        fed = any(source >= 0 and self.fed[source] for source in sources)
-        self.hollow.append(hollow or any(map(self.is_hollow, inputs)))
-        self._append(name, sources, fed, torch.Tag.pointwise in func.tags)
+        self.hollow.append(hollow or any(reading.hollow for reading in read))
+        self._append(name, sources, any(reading.fed for reading in read), is_pointwise(func))
         if not outputs:
             self.given.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
         strided = [_memory(tensor) for tensor in outputs if tensor.layout == torch.strided]
-        if func._schema.is_mutable:
+        if is_mutable(func):
             self._writers.update(dict.fromkeys(strided, number))
         if self.hollow[number]:
             self._uncomputed.update(strided)

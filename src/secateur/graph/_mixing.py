@@ -32,6 +32,7 @@ class OverKeptChannels(TorchDispatchMode):
         self._alive = graph.alive(kept)
         self._expected = {mixing.number: mixing for mixing in graph.mixings}
         self._number = 0
+        self._positions: dict[tuple[int, int], IntArray] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,11 +43,18 @@ class OverKeptChannels(TorchDispatchMode):
         self._number += 1
         if mixing is None or not self._is_same(mixing, name, args, kwargs):
             return func(*args, **kwargs)
-        read = [(lane, lane.kept(self._alive)) for lane in mixing.read]
+        read = [(lane, self._kept(lane)) for lane in mixing.read]
         if all(len(positions) == len(lane.axis) for lane, positions in read):
             return func(*args, **kwargs)
         args, kwargs = _gathered(name, args, kwargs, read)
-        return _scattered(func(*args, **kwargs), [(lane, lane.kept(self._alive)) for lane in mixing.written])
+        return _scattered(func(*args, **kwargs), [(lane, self._kept(lane)) for lane in mixing.written])
+
+    def _kept(self, lane: Lane) -> IntArray:
+        """Positions that remain along a lane; calls on the same stream share theirs."""
+        key = id(lane.axis), id(lane.channel)
+        if key not in self._positions:
+            self._positions[key] = lane.kept(self._alive)
+        return self._positions[key]
 
     def _is_same(self, mixing: Mixing, name: str, args: Any, kwargs: Any) -> bool:
         """Whether the model still runs what it ran when traced; where data decide, it may not, and all bets are off."""

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.graph._call import Call, merge, unknown
 from secateur.graph._channels import IntArray
+from secateur.graph._components import distinct_rows
 from secateur.graph._ledger import ChannelIds
 
 _SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
@@ -164,7 +165,7 @@ def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) 
     matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
     flat = matrix.numpy()
     if len(dims) > 1:
-        flat = np.unique(flat, axis=0)
+        flat = distinct_rows(flat)
         picked = call.ledger.tie_rows(flat)
     else:
         picked = np.ascontiguousarray(flat[0])

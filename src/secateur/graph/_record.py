@@ -15,7 +15,7 @@ from secateur.errors import TraceError
 from secateur.graph._blocks import find_blocks
 from secateur.graph._call import MIXING_KINDS, Call, Rule, base_name, tensors_in
 from secateur.graph._copying import copy_model
-from secateur.graph._flow import INPUT, Flow
+from secateur.graph._flow import INPUT, Flow, Reading
 from secateur.graph._ledger import BoolArray, Ledger, ModuleOutput
 from secateur.graph._rules import apply_rule
 from secateur.graph._running import undisturbed
@@ -57,25 +57,28 @@ class OperationRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tensors_in(args, *kwargs.values())
+        read = [self.where.flow.read(tensor) for tensor in inputs]
         name = base_name(func)
-        made = None if self.where.computed else self._unread(func, name, args, kwargs, inputs)
+        made = None if self.where.computed else self._unread(func, name, args, kwargs, inputs, read)
         out = func(*args, **kwargs) if made is None else made
         outputs = tensors_in(out)
         self.ledger.seen.update(map(id, inputs))
         call = Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed)
         apply_rule(call, self.where.rules)
         self.mixed += name in MIXING_KINDS
-        self.where.flow.step(func, name, not kwargs, inputs, outputs, hollow=made is not None)
+        self.where.flow.step(func, name, not kwargs, inputs, outputs, read=read, hollow=made is not None)
         return out
 
-    def _unread(self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def _unread(  # noqa: PLR0917
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[Reading]
+    ) -> Any:
         """What stands in for the result of the call; None if it is to be made."""
-        hollow = [t for t in inputs if self.where.flow.is_hollow(t)]
-        ruled = not self.where.rules.keys().isdisjoint((name, func._schema.name))
+        hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
+        ruled = bool(self.where.rules) and not self.where.rules.keys().isdisjoint((name, func._schema.name))
         if hollow and (ruled or reads_numbers(func, name, hollow)):
             self.where.refuse()
         # What does not depend on the input might be kept for later, somewhere beyond the shadow.
-        fed = func in STAND_INS and not ruled and any(map(self.where.flow.is_fed, inputs))
+        fed = func in STAND_INS and not ruled and any(reading.fed for reading in read)
         return stand_in(func, args, kwargs) if fed else None
 
 
@@ -122,32 +125,39 @@ _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 def shadow_of(model: nn.Module) -> nn.Module:
     """A copy with its own modules and buffers that shares the parameters: running it leaves the model as it was."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    in_eval = True
     for module in model.modules():
+        kind = type(module)
+        in_eval &= not module.training and kind.train is nn.Module.train and kind.eval is nn.Module.eval
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 shared[id(value)] = value
-    return copy_model(model, shared).eval()
+    shadow = copy_model(model, shared)
+    return shadow if in_eval else shadow.eval()
 
 
-def number_attributes(shadow: nn.Module) -> dict[Attribute, int]:
-    """Replace the ints held by the modules of a shadow by ints that remember where they are held."""
+_HOLDS_INTS = frozenset({int, tuple, list})
+
+
+def number_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int]:
+    """Replace the ints held by the modules of a shadow, by name, by ints that remember where they are held."""
     values: dict[Attribute, int] = {}
 
     def remember(place: Attribute, value: int) -> SizeInt:
         values[place] = value
         return SizeInt(value, place)
 
-    for name, module in shadow.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for key, value in vars(module).items():
-            if key.startswith("_") or key == "training":
+    for name, module in modules.items():
+        held = vars(module)
+        for key, value in held.items():
+            kind = type(value)
+            if kind not in _HOLDS_INTS or key.startswith("_"):
                 continue
-            if type(value) is int:
-                vars(module)[key] = remember(Attribute(name, key), value)
-            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-                items = (remember(Attribute(name, key, i), item) for i, item in enumerate(value))
-                vars(module)[key] = type(value)(items)
+            if kind is int:
+                held[key] = remember(Attribute(name, key), value)
+            elif value and all(type(item) is int for item in value):
+                items = [remember(Attribute(name, key, i), item) for i, item in enumerate(value)]
+                held[key] = items if kind is list else tuple(items)
     return values
 
 
@@ -190,8 +200,9 @@ def _record(
         ledger.by_head = by_head
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)
-    attributes = number_attributes(shadow)
-    _watch(shadow, ledger, where)
+    modules = {n: m for n, m in shadow.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    attributes = number_attributes(modules)
+    _watch(modules, ledger, where)
     where.flow.feed(example)
     with undisturbed(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
         try:
@@ -243,7 +254,7 @@ def _record_training(
     where.stack.clear()
 
 
-def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
+def _watch(modules: Mapping[str, nn.Module], ledger: Ledger, where: Where) -> None:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             where.stack.append(name)
@@ -260,11 +271,12 @@ def _watch(shadow: nn.Module, ledger: Ledger, where: Where) -> None:
             if tensor is not None:
                 known = ledger.outputs.pop(name, None)
                 calls = known.calls + 1 if known else 1
-                ledger.outputs[name] = ModuleOutput(name, tuple(map(int, tensor.shape)), ledger.ids_of(tensor), calls)
+                with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                    shape = tuple(tensor.shape)
+                ledger.outputs[name] = ModuleOutput(name, shape, ledger.ids_of(tensor), calls)
 
         return hook
 
-    for name, module in shadow.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_pre_hook(enter(name), with_kwargs=True)
-            module.register_forward_hook(leave(name))
+    for name, module in modules.items():
+        module.register_forward_pre_hook(enter(name), with_kwargs=True)
+        module.register_forward_hook(leave(name))

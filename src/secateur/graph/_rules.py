@@ -6,12 +6,11 @@ operation without a rule freezes every channel it meets, with the reason; so a m
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from secateur.graph import _layers as layers
 from secateur.graph import _movement as moves
 from secateur.graph._call import ATTENTION_KINDS, Call, Rule, merge, unknown
 from secateur.graph._channels import IntArray
+from secateur.graph._flow import is_pointwise
 from secateur.graph._ledger import ChannelIds
 
 
@@ -32,7 +31,7 @@ def _rule_for(call: Call) -> Rule:
     rule = RULES.get(call.name)
     if rule is not None:
         return rule
-    if torch.Tag.pointwise in call.operator.tags and call.outputs:  # `equal` is said to be one, and gives a bool.
+    if is_pointwise(call.operator) and call.outputs:  # `equal` is said to be one, and gives a bool.
         return pointwise
     return unknown
 

@@ -9,7 +9,7 @@ edit is needed because the number is computed from a shape.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from secateur.graph._channels import Extent, IntArray
 
@@ -21,8 +21,7 @@ class Literal:
     value: int
 
 
-@dataclass(frozen=True)
-class Attribute:
+class Attribute(NamedTuple):
     """An int held by a module: ``module.attribute`` or ``module.attribute[item]``."""
 
     module: str

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.graph._channels import ChannelAxis, Extent, IntArray
+from secateur.graph._components import distinct
 
 _Part = tuple[int, int, int | None]
 
@@ -20,6 +21,17 @@ class Solution:
     root: IntArray
     reasons: dict[int, str] = field(default_factory=dict)
     _counted: dict[int, tuple[IntArray, list[_Part]]] = field(default_factory=dict[int, tuple[IntArray, list[_Part]]])
+    _lanes: dict[int, tuple[IntArray, IntArray, IntArray]] = field(
+        default_factory=dict[int, tuple[IntArray, IntArray, IntArray]]
+    )
+
+    def lane(self, ids: IntArray) -> tuple[IntArray, IntArray]:
+        """The number of the axis (-1 if none) and the channel of it that each of some ids belongs to."""
+        known = self._lanes.get(id(ids))
+        if known is None:
+            roots = self.root[ids]
+            known = self._lanes[id(ids)] = ids, self.axis_of[roots], self.channel_of[roots]
+        return known[1:]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -38,6 +50,16 @@ class Solution:
                 terms.append((self.axes[number].name, times))
         return Extent(base, tuple(sorted(terms)))
 
+    def count(self, ids: IntArray, parts: list[tuple[int, int, int]]) -> None:
+        """Tell what a vector of ids holds, where that is known without looking.
+
+        Args:
+            ids: A dimension of a stored tensor.
+            parts: For each axis along it: its number, its positions, how often each of its channels. No axis twice.
+        """
+        rest = len(ids) - sum(total for _, total, _ in parts)
+        self._counted[id(ids)] = ids, [*([(-1, rest, None)] if rest else []), *sorted(parts)]
+
     def _census(self, ids: IntArray) -> list[_Part]:
         """For each axis in a vector of ids: its number, its positions, how often each channel (None: unequally)."""
         known = self._counted.get(id(ids))
@@ -48,7 +70,7 @@ class Solution:
         # Nearly always they all belong to the same axis.
         alike = len(owner) > 0 and bool((owner == owner[0]).all())
         found: list[_Part] = []
-        for number in [int(owner[0])] if alike else np.unique(owner).tolist():
+        for number in [int(owner[0])] if alike else distinct(owner).tolist():
             here = roots if alike else roots[owner == number]
             times = None
             if number >= 0:

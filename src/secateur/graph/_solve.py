@@ -20,7 +20,7 @@ from secateur.graph._channels import (
     Site,
     SizeEdit,
 )
-from secateur.graph._components import components
+from secateur.graph._components import components, run_starts
 from secateur.graph._ledger import CountedOperation, Ledger, MixedCall, ModuleOutput, Stored
 from secateur.graph._settle import mend, settle_sizes
 from secateur.graph._sizes import Attribute, shape_leaves
@@ -101,9 +101,10 @@ def _frozen_roots(ledger: Ledger, root: IntArray) -> IntArray:
 
 def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> Solution:
     """Group components that appear at the same places, equally often, into axes."""
-    order = np.lexsort((places.position, places.site, places.root))
+    order = np.argsort(places.root, kind="stable")  # Sites and positions are in order already.
     roots, sites, positions = places.root[order], places.site[order], places.position[order]
-    heads, starts = np.unique(roots, return_index=True)
+    starts = run_starts(roots)
+    heads = roots[starts]
     groups = _alike(frozen[heads], sites, positions, starts)
     roles = _roles(ledger, places)
     solution = Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
@@ -112,6 +113,7 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
     for ids in ledger.contracted:
         contracted[root[ids]] = True
     lengths: IntArray = np.diff(np.append(starts, len(roots)))
+    along: dict[tuple[str, int], list[tuple[int, int, int]]] = {(s.name, dim): [] for s, dim in places.tensors}
     for members in groups:
         reason, first = int(frozen[heads[members[0]]]), starts[members]
         where = first[:, None] + np.arange(int(lengths[members[0]]))
@@ -124,6 +126,8 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
         solution.axis_of[heads[members]] = number
         solution.channel_of[heads[members]] = np.arange(len(members))
         solution.axes.append(ChannelAxis(_name(axis_sites, taken), len(members), axis_sites))
+        for site in axis_sites:
+            along[site.tensor, site.dim].append((number, site.index.size, site.index.shape[1]))
         if reason < len(ledger.freezes):
             solution.reasons[number] = ledger.freezes[reason][1]
         elif not contracted[heads[members[0]]] and not any(site.role is Role.INPUT for site in axis_sites):
@@ -132,6 +136,8 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
             solution.reasons[number] = NOT_PRODUCED
         elif len(members) == 1:
             solution.reasons[number] = SINGLE
+    for stored, dim in places.tensors:
+        solution.count(stored.ids[dim], along[stored.name, dim])
     return solution
 
 
@@ -156,10 +162,10 @@ def _alike(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntA
     secrets = draw.integers(2**63, size=int(sites.max()) + int(reasons.max()) + 2, dtype=np.uint64)
     prints = np.add.reduceat(secrets[sites], starts) + secrets[len(secrets) - 1 - reasons]
     order = np.lexsort((positions[starts], sites[starts]))
-    _, first, kind = np.unique(prints[order], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))[kind]
-    grouped = np.argsort(rank, kind="stable")
-    return np.split(order[grouped], np.flatnonzero(np.diff(rank[grouped])) + 1)
+    kinds = prints[order]
+    grouped = np.argsort(kinds, kind="stable")
+    groups = np.split(grouped, run_starts(kinds[grouped])[1:])
+    return [order[group] for group in sorted(groups, key=lambda group: int(group[0]))]
 
 
 def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:
@@ -174,12 +180,15 @@ def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:
 def _sites(
     places: _Places, roles: Mapping[tuple[str, int], Role], pattern: IntArray, block: IntArray
 ) -> Iterable[Site]:
-    edges = np.flatnonzero(np.diff(pattern)) + 1
-    for low, high in zip([0, *edges], [*edges, len(pattern)], strict=True):
-        if pattern[low] < len(places.tensors):
-            stored, dim = places.tensors[pattern[low]]
+    edges = run_starts(pattern).tolist()
+    shared = np.ascontiguousarray(block[:, :1])
+    alike = (block == shared).all(0).tolist()
+    for number, low, high in zip(pattern[edges].tolist(), edges, [*edges[1:], len(pattern)], strict=True):
+        if number < len(places.tensors):
+            stored, dim = places.tensors[number]
             role = roles.get((stored.name, dim), Role.VECTOR)
-            yield Site(stored.name, dim, np.ascontiguousarray(block[:, low:high]), role)
+            one = high == low + 1 and alike[low]
+            yield Site(stored.name, dim, shared if one else np.ascontiguousarray(block[:, low:high]), role)
 
 
 def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
@@ -219,18 +228,16 @@ def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
 
 
 def _activation(solution: Solution, output: ModuleOutput) -> Activation:
-    roots = {dim: solution.root[ids] for dim, ids in output.ids.items()}
-    lanes = [Lane(0, dim, solution.axis_of[found], solution.channel_of[found]) for dim, found in sorted(roots.items())]
+    lanes = [Lane(0, dim, *solution.lane(ids)) for dim, ids in sorted(output.ids.items())]
     # A position embedding gives tokens ids as well, but no axis owns them.
-    main = max(lanes, key=lambda lane: int((lane.axis >= 0).sum()))
+    main = lanes[0] if len(lanes) == 1 else max(lanes, key=lambda lane: int((lane.axis >= 0).sum()))
     others = tuple(lane for lane in lanes if lane is not main and (lane.axis >= 0).any())
     return Activation(output.module, output.shape, main.dim, main.axis, main.channel, others)
 
 
 def _mixing(solution: Solution, call: MixedCall) -> Mixing:
     def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[Lane, ...]:
-        roots = [(tensor, dim, solution.root[ids]) for tensor, dim, ids in found]
-        return tuple(Lane(t, d, solution.axis_of[r], solution.channel_of[r]) for t, d, r in roots)
+        return tuple(Lane(tensor, dim, *solution.lane(ids)) for tensor, dim, ids in found)
 
     return Mixing(call.number, call.kind, lanes(call.read), lanes(call.written))
 

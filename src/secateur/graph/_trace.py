@@ -70,8 +70,10 @@ def trace(
 
 def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
     """(ids,) which belong to attention that must be cut by whole heads."""
-    root = components(ledger.count, ledger.ties)
     marked = np.zeros(ledger.count, dtype=bool)
+    if not ledger.attended:
+        return marked
+    root = components(ledger.count, ledger.ties)
     scaled = np.zeros(ledger.count, dtype=bool)
     for ids in ledger.scaled:
         scaled[root[ids]] = True

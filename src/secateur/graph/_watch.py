@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.graph._call import MIXING_KINDS, base_name, tensors_in
-from secateur.graph._flow import Flow
+from secateur.graph._flow import Flow, Reading
 from secateur.graph._record import shadow_of
 from secateur.graph._running import undisturbed
 from secateur.graph._unread import READERS, STAND_INS, NumbersReadError, reads_numbers, stand_in
@@ -41,21 +41,25 @@ class _Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tensors_in(args, *kwargs.values())
+        read = [self._run.flow.read(tensor) for tensor in inputs]
         name = base_name(func)
-        made = None if self._computed else self._unread(func, name, args, kwargs, inputs)
+        made = None if self._computed else self._unread(func, name, args, kwargs, inputs, read)
         out = func(*args, **kwargs) if made is None else made
         if name in MIXING_KINDS:
             self._run.mixings[len(self._run.mixings)] = len(self._run.flow.names)
-        self._run.flow.step(func, name, not kwargs, inputs, tensors_in(out), hollow=made is not None)
+        self._run.flow.step(func, name, not kwargs, inputs, tensors_in(out), read=read, hollow=made is not None)
         self._run.stored.append(tuple(self._names[id(t)] for t in inputs if id(t) in self._names))
         return out
 
-    def _unread(self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def _unread(  # noqa: PLR0917
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[Reading]
+    ) -> Any:
         """What stands in for the result of the call; None if it is to be made."""
-        hollow = [t for t in inputs if self._run.flow.is_hollow(t)]
+        hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
         if hollow and reads_numbers(func, name, hollow):
             self.refuse()
-        return stand_in(func, args, kwargs) if func in STAND_INS and any(map(self._run.flow.is_fed, inputs)) else None
+        fed = func in STAND_INS and any(reading.fed for reading in read)
+        return stand_in(func, args, kwargs) if fed else None
 
     def refuse(self) -> NoReturn:
         """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""

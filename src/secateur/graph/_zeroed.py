@@ -33,7 +33,8 @@ class ZeroBranches(TorchDispatchMode):
         kwargs = kwargs or {}
         name = base_name(func)
         inputs = tensors_in(args, *kwargs.values())
-        operand = self._operands.get(self._flow.addition(name, inputs))  # type: ignore[arg-type]
+        read = [self._flow.read(tensor) for tensor in inputs]
+        operand = self._operands.get(self._flow.addition(name, inputs, read))  # type: ignore[arg-type]
         given = args
         if operand == 1:
             given = (args[0], torch.zeros_like(args[1]))
@@ -41,7 +42,7 @@ class ZeroBranches(TorchDispatchMode):
             # An addition in place must still write into its first operand.
             given = (args[0].zero_() if func._schema.is_mutable else torch.zeros_like(args[0]), args[1])
         out = func(*given, **kwargs)
-        self._flow.step(func, name, not kwargs, inputs, tensors_in(out))
+        self._flow.step(func, name, not kwargs, inputs, tensors_in(out), read=read)
         return out
 
 
@@ -97,7 +98,14 @@ class ZeroWeights(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._expected is not None:
             self._expected.make(base_name(func))
-        return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in (kwargs or {}).items()})
+        kwargs = kwargs or {}
+        if self._spares((*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in kwargs.items()})
+
+    def _spares(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether none of them is to be zeroed; lists are not looked into."""
+        return self._factors.keys().isdisjoint(map(id, arguments)) and list not in map(type, arguments)
 
     def _zeroed(self, argument: Any) -> Any:
         if isinstance(argument, list):
@@ -122,25 +130,41 @@ def zero_weights_(
         kept: By the name of a parameter, the positions that stay of some of its dimensions. Other names are ignored.
         expected: The calls that it has to make when it runs, once; any other raises `OtherCallError`.
     """
+    make = _Factors()
     factors = {
-        id(parameter): _factors(parameter.detach(), kept[name])
+        id(parameter): make.of(parameter.detach(), kept[name])
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
     return run_under_(model, lambda _: ZeroWeights(factors, expected))
 
 
-def _factors(tensor: torch.Tensor, kept: Mapping[int, IntArray]) -> tuple[torch.Tensor, ...]:
-    """Zeros and ones, (*shape[1:]) and (shape[0], 1, ...): products along the memory instead of one per dimension."""
-    vectors: dict[int, torch.Tensor] = {}
-    for dim, positions in kept.items():
-        vector = tensor.new_zeros(tensor.size(dim))
-        vector[torch.from_numpy(positions).to(tensor.device)] = 1
-        vectors[dim] = vector.view(-1, *[1] * (tensor.dim() - 1 - dim))
-    first = [vectors.pop(0)] if 0 in vectors else []
-    if not vectors:
-        return tuple(first)
-    rest = tensor.new_ones(tensor.shape[1:])
-    for vector in vectors.values():
-        rest *= vector
-    return (rest, *first)
+class _Factors:
+    """Zeros and ones for parameters; those that keep the same positions of equally long dimensions share them."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._held: list[IntArray] = []
+
+    def of(self, tensor: torch.Tensor, kept: Mapping[int, IntArray]) -> tuple[torch.Tensor, ...]:
+        """(*shape[1:]) and (shape[0], 1, ...): products along the memory instead of one per dimension."""
+        first = [self._vector(tensor, 0, kept[0])] if 0 in kept else []
+        others = [dim for dim in kept if dim]
+        if not others:
+            return tuple(first)
+        key = (tensor.shape[1:], tensor.dtype, tensor.device, *((dim, id(kept[dim])) for dim in others))
+        if key not in self._made:
+            rest = tensor.new_ones(tensor.shape[1:])
+            for dim in others:
+                rest *= self._vector(tensor, dim, kept[dim])
+            self._made[key] = rest
+        return (self._made[key], *first)
+
+    def _vector(self, tensor: torch.Tensor, dim: int, positions: IntArray) -> torch.Tensor:
+        """Of the shape that multiplies along one dimension."""
+        key = (tensor.size(dim), tensor.dtype, tensor.device, id(positions))
+        if key not in self._made:
+            self._held.append(positions)  # As long as it lives, nothing else has its identity.
+            index = torch.from_numpy(positions).to(tensor.device)
+            self._made[key] = tensor.new_zeros(tensor.size(dim)).index_fill_(0, index, 1)
+        return self._made[key].view(-1, *[1] * (tensor.dim() - 1 - dim))

@@ -59,24 +59,29 @@ def kept_positions_of_tensors(
             has no weights.
     """
     masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
+    kept: dict[str, KeptByDim] = {}
     for name, channels in architecture.kept:
         axis = graph.by_name[name]
         if len(channels) == axis.size:
             continue
-        gone = np.ones(axis.size, dtype=bool)
-        gone[list(channels)] = False
+        stays = np.zeros(axis.size, dtype=bool)
+        stays[list(channels)] = True
+        known: dict[int, IntArray] = {}
         for site in axis.sites:
             gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.outlet
             if site.role not in roles and not gives:
                 continue
-            dims = masks.setdefault(site.tensor, {})
-            if site.dim not in dims:
-                dims[site.dim] = np.ones(full_size(graph, site.tensor, site.dim), dtype=bool)
-            dims[site.dim][site.index[gone].reshape(-1)] = False
-    return {
-        tensor: {dim: np.flatnonzero(mask).astype(np.int64) for dim, mask in dims.items()}
-        for tensor, dims in masks.items()
-    }
+            length = full_size(graph, site.tensor, site.dim)
+            if site.index.size == length:  # No other axis has a part in this dimension. Many sites share their index.
+                if id(site.index) not in known:
+                    known[id(site.index)] = np.sort(site.index[stays], axis=None)
+                kept.setdefault(site.tensor, {})[site.dim] = known[id(site.index)]
+                continue
+            mask = masks.setdefault(site.tensor, {}).setdefault(site.dim, np.ones(length, dtype=bool))
+            mask[site.index[~stays].reshape(-1)] = False
+    for tensor, dims in masks.items():
+        kept.setdefault(tensor, {}).update((dim, np.flatnonzero(mask)) for dim, mask in dims.items())
+    return kept
 
 
 def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:

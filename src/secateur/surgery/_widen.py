@@ -119,7 +119,7 @@ def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widen
         assert stream is not None, "untie takes no branch whose channels run along two dimensions"
         whole = np.ones(len(stream.axis), dtype=bool)
         there, mine = whole.copy(), whole.copy()
-        for number in np.unique(stream.axis).tolist():
+        for number in set(stream.axis.tolist()):
             here = stream.axis == number
             for mask, axis in ((there, number), (mine, branches.get(number, number))):
                 if axis in alive:

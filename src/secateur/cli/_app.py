@@ -7,11 +7,13 @@ import typer
 from rich.text import Text
 
 from secateur.cli import _options as options
+from secateur.cli._bench import bench
 from secateur.cli._boundary import BAD_INPUT, command_line, err, out, threads, told
 from secateur.cli._compare import compare
 from secateur.cli._distill import distill
 from secateur.cli._options import AttentionName, OptimiserName, PrecisionName, StrategyName
 from secateur.cli._saying import show, silent, tell
+from secateur.cli._targets import TargetBatch, TargetDevice, TargetName, TargetOption, TargetThreads
 from secateur.errors import ArtifactError, ModelError
 
 app = typer.Typer(
@@ -159,6 +161,10 @@ def compress(
     resume: options.Resume = False,
     restart: options.Restart = False,
     seed: options.Seed = 0,
+    target: TargetOption = TargetName.ORT,
+    target_threads: TargetThreads = 1,
+    target_batch: TargetBatch = 1,
+    target_device: TargetDevice = "cpu",
     device: options.Device = "auto",
     thread_count: options.Threads = None,
     tensorboard: options.TensorBoard = None,
@@ -169,6 +175,7 @@ def compress(
     from secateur.cli import _choices
     from secateur.cli._inputs import Inputs
     from secateur.cli._searching import Searching, strategy_of
+    from secateur.cli._targets import target_of
     from secateur.cli._weights import pruning_of
     from secateur.cost import Budget
     from secateur.distill import Objective
@@ -181,6 +188,7 @@ def compress(
         raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
     # Whatever can be refused at once is, before anything is loaded.
     limits, formats = Budget.parse(budget), _choices.formats_of(export)
+    timed_on = target_of(target, target_threads, target_batch, target_device)
     cuts = None if stage_end is None else tuple(stage_end)
     searching = Searching(search_epochs, search_over, search_learning_rate, search_candidates, combine, cuts, ray)
     found_by = strategy_of(strategy, importance, remove_blocks, searching)
@@ -225,6 +233,7 @@ def compress(
             pruning=pruning_of(weight_score, weight_allocation, weight_schedule, dense),
             schedule=schedule,
             objective=objective,
+            target=timed_on,
             calibration_images=calibration,
             out=out_folder,
             export=formats,
@@ -388,3 +397,6 @@ def demo(
         )
     show(result)
     out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
+
+
+app.command()(bench)

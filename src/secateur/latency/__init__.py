@@ -8,6 +8,7 @@ from secateur.latency._measure import (
     LatencyRecord,
     measure,
     measure_all,
+    measure_each,
     measure_latency,
     measure_pairs,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "fit_latency",
     "measure",
     "measure_all",
+    "measure_each",
     "measure_latency",
     "measure_pairs",
 ]

@@ -110,7 +110,19 @@ def measure_all(
     warmup: int = 5,
 ) -> list[Latency]:
     """Measure several models that take turns, so that they are compared under the same conditions; see `measure`."""
-    found, load = _rounds(models, target, inputs_for(target, shape), rounds, warmup)
+    return measure_each([(model, shape) for model in models], target, rounds=rounds, warmup=warmup)
+
+
+def measure_each(
+    models: Sequence[tuple[nn.Module, Sequence[int] | Tensor | Inputs]],
+    target: Target,
+    *,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> list[Latency]:
+    """The same for models that take inputs of their own: (model, shape) pairs."""
+    prepared = [(model, inputs_for(target, shape)) for model, shape in models]
+    found, load = _rounds(prepared, target, rounds, warmup)
     return [
         Latency(
             Quartiles.of(seconds), target.runtime, target.batch, target.threads, rounds, target.clock.name, load=load
@@ -129,7 +141,8 @@ def measure_pairs(
     warmup: int = 5,
 ) -> LatencyRecord:
     """Measure two models in alternating pairs, A B, B A, A B...; see `measure` for the arguments."""
-    found, load = _rounds((before, after), target, inputs_for(target, shape), rounds, warmup)
+    inputs = inputs_for(target, shape)
+    found, load = _rounds(((before, inputs), (after, inputs)), target, rounds, warmup)
     return _record(target, found, load)
 
 
@@ -181,14 +194,14 @@ def inputs_for(target: Target, shape: Sequence[int] | Tensor | Inputs) -> Inputs
 
 
 def _rounds(
-    models: Sequence[nn.Module], target: Target, inputs: Inputs, rounds: int, warmup: int
+    models: Sequence[tuple[nn.Module, Inputs]], target: Target, rounds: int, warmup: int
 ) -> tuple[list[tuple[float, ...]], tuple[float, float] | None]:
     """Seconds of every model in every round, and the load before and after."""
     _check(rounds, warmup, target.threads)
     if not models:
         raise ExportError(_NO_ONE)
     with ExitStack() as stack:
-        passes = [stack.enter_context(target.opened(model, inputs)) for model in models]
+        passes = [stack.enter_context(target.opened(model, inputs)) for model, inputs in models]
         before = load_average()
         found = take_turns(passes, target.clock, rounds, warmup)
         after = load_average()

@@ -1,0 +1,70 @@
+"""What a latency is on, from the words of the command line. Nothing here loads torch, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from secateur.latency import Target
+
+
+class TargetName(StrEnum):
+    """Runtimes by name; see `secateur.latency`."""
+
+    ORT = "ort"
+    TORCH = "torch"
+    COMPILED = "compiled"
+
+
+_PANEL = "Latency"
+_TARGET_HELP = "Runtime: ort (ONNX Runtime on the CPU), torch (eager), or compiled (torch.compile)."
+
+TargetOption = Annotated[
+    TargetName, typer.Option("--target", help=f"Of a bound on latency. {_TARGET_HELP}", rich_help_panel=_PANEL)
+]
+TargetThreads = Annotated[
+    int, typer.Option("--target-threads", help="Of the runtime on the CPU.", min=1, rich_help_panel=_PANEL)
+]
+TargetBatch = Annotated[int, typer.Option("--target-batch", help="Images per pass.", min=1, rich_help_panel=_PANEL)]
+TargetDevice = Annotated[
+    str,
+    typer.Option("--target-device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL),
+]
+
+BenchTarget = Annotated[TargetName, typer.Option("--target", help=_TARGET_HELP, rich_help_panel=_PANEL)]
+BenchThreads = Annotated[int, typer.Option("--threads", help="On the CPU.", min=1, rich_help_panel=_PANEL)]
+BenchBatch = Annotated[int, typer.Option("--batch", help="Images per pass.", min=1, rich_help_panel=_PANEL)]
+BenchDevice = Annotated[
+    str, typer.Option("--device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL)
+]
+Rounds = Annotated[
+    int, typer.Option(help="Turns of each model that are measured, after warm-up.", min=3, rich_help_panel=_PANEL)
+]
+
+
+def target_of(name: TargetName, threads: int, batch: int, device: str = "cpu") -> Target:
+    """The target of a name.
+
+    Raises:
+        ExportError: If a flag has no effect on it, or this machine has no such device.
+    """
+    import torch
+
+    from secateur.errors import ExportError
+    from secateur.latency import OnnxRuntime, TorchCompiled, TorchEager
+
+    if name is TargetName.ORT:
+        if device != "cpu":
+            raise ExportError(
+                f"`--target ort` must run on the CPU; got the device {device!r}. Say --target torch or compiled for it."
+            )
+        return OnnxRuntime(threads, batch)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        raise ExportError(f"A target's device must be one that this machine has; got {device!r} ({reason}).") from error
+    return (TorchEager if name is TargetName.TORCH else TorchCompiled)(threads, batch, device)

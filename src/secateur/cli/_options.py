@@ -158,7 +158,8 @@ ValidationFraction = Annotated[
 BudgetText = Annotated[
     str,
     typer.Option(
-        help="Upper bounds, such as macs=50% or 'macs<=20M, params<=200k'; nonzero=20% prunes single weights.",
+        help="Upper bounds, such as macs=50%, latency=4ms or 'macs<=20M, latency=60%, size<=2MB'; nonzero=20% prunes "
+        "single weights.",
         rich_help_panel=_CUT,
         show_default=False,
     ),

@@ -57,7 +57,8 @@ def search_on_time(
     timed = Timed(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell)
     spaces = spaces_of(plan.space, graph)
     fit = timed.fit(spaces[0])
-    within = replace(plan.budget, latency=limit_of(plan.budget, float(fit.measured[0])))
+    # Six digits: more would be shown in errors, and are far below what can be measured.
+    within = replace(plan.budget, latency=float(f"{limit_of(plan.budget, float(fit.measured[0])):.6g}"))
     if plan.strategy.trains:
         spaces = [_roomiest(original, graph, within, spaces, fit)]
     trials: list[Trial] = []

@@ -5,9 +5,10 @@ largest L2 norm, and the divisor of 8, 16 and 32 is the one that keeps most MACs
 widths alone cannot meet a bound, residual blocks go too. Every bound is proved by a measurement of its own, in
 alternating pairs.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py
+    OMP_NUM_THREADS=1 python benchmarks/latency.py [NAME...]
 """
 
+import json
 import sys
 import time
 from collections.abc import Generator
@@ -60,15 +61,23 @@ class Remembering(OnnxRuntime):
 def main() -> None:
     torch.set_num_threads(1)
     begun = surroundings()
-    rows: list[dict[str, Any]] = []
     wanted = sys.argv[1:]
     for name, spec, size in MODELS:
         if not wanted or name in wanted:
-            rows += of_model(name, spec, size)
+            found = of_model(name, spec, size)
+            kept = [row for row in known_rows() if row["model"] != name]
+            order = [model for model, _, _ in MODELS]
+            rows = sorted([*kept, *found], key=lambda row: (order.index(row["model"]), -row["budget_percent"]))
             record = {**begun, "load_average_after": surroundings()["load_average"], "weights": "random", "rows": rows}
             path = write_record("latency", record)
             (RESULTS / "latency.md").write_text(as_text(record))
             print(path, flush=True)
+
+
+def known_rows() -> list[dict[str, Any]]:
+    """Those of the last record: networks can be measured again one by one."""
+    path = RESULTS / "latency.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def of_model(name: str, spec: str, size: int) -> list[dict[str, Any]]:
@@ -97,6 +106,7 @@ def of_model(name: str, spec: str, size: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": name,
+                "date": surroundings()["date"],
                 "input": size,
                 "budget_percent": percent,
                 "strategy": strategy,

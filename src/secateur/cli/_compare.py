@@ -81,7 +81,7 @@ def compare(
     teacher_epochs: TeacherEpochs = 4,
     student_epochs: StudentEpochs = 3,
     recovery_epochs: RecoveryEpochs = 1,
-    recovery_images: RecoveryImages = 2560,
+    recovery_images: RecoveryImages = 2048,
     test_images: TestImages = 2000,
     batch_size: options.BatchSize = 64,
     learning_rate: options.LearningRate = 0.1,

@@ -116,7 +116,7 @@ class Study:
     teaching: Schedule = Schedule(epochs=4, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
     learning: Schedule = Schedule(epochs=3, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
     recovery: Schedule = Schedule(epochs=1, batch_size=64, learning_rate=0.02, warmup_fraction=0.1)  # noqa: RUF009
-    recovery_images: int | None = 2560
+    recovery_images: int | None = 2048
     test_images: int | None = 2000
     hint_weight: float = 1.0
 

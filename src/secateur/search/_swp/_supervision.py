@@ -1,7 +1,7 @@
 """What a network that learns beside the full one learns from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,21 +22,33 @@ class Target:
     Attributes:
         outputs: Of every stage, float32 or better, detached.
         labels: (batch,) class numbers.
+        averaged: The mean of a tensor over the processes that have the other parts of the batch; None if there are
+            none.
     """
 
     outputs: tuple[Tensor, ...]
     labels: Tensor
+    averaged: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
-    def of(cls, outputs: Sequence[Tensor], labels: Tensor) -> "Target":
+    def of(
+        cls, outputs: Sequence[Tensor], labels: Tensor, averaged: Callable[[Tensor], Tensor] | None = None
+    ) -> "Target":
         """The target of outputs of any precision."""
         kinds = [torch.promote_types(torch.float32, output.dtype) for output in outputs]
-        return cls(tuple(output.detach().to(kind) for output, kind in zip(outputs, kinds, strict=True)), labels)
+        outputs = tuple(output.detach().to(kind) for output, kind in zip(outputs, kinds, strict=True))
+        return cls(outputs, labels, averaged)
 
     @cached_property
     def variances(self) -> Tensor:
-        """(stages,) see `stage_variances`."""
-        return stage_variances(self.outputs)
+        """(stages,) see `stage_variances`; those of the whole batch, whoever has the other parts of it."""
+        own = stage_variances(self.outputs)
+        if self.averaged is None:
+            return own
+        # Var(x) = E[Var_i + mean_i^2] - E[mean_i]^2 over equal parts i.
+        means = torch.stack([output.mean() for output in self.outputs]).double()
+        squares, means = self.averaged(torch.cat([own.double() + means**2, means])).chunk(2)
+        return (squares - means**2).to(own)
 
 
 class Supervision(ABC):

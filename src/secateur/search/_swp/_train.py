@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,8 @@ class Run:
         if course.nets.full_learns:
             course.fabric.backward(full)
             self.tally.add(course.options.whole)
-        target, beside = Target.of((*handed_on, logits), labels), course.nets.of(course.options, draw)
+        shared = None if course.fabric.world_size == 1 else partial(averaged, course.fabric)
+        target, beside = Target.of((*handed_on, logits), labels, shared), course.nets.of(course.options, draw)
         of_stage = torch.zeros(len(stages), device=full.device)
         for rows in beside:
             with course.fabric.autocast():

@@ -23,16 +23,19 @@ def test_the_page_runs() -> None:
         names = {
             "student": cifar_resnet20(),
             "teacher": cifar_resnet20(),
+            "other_teacher": cifar_resnet20(),
+            "assistant": cifar_resnet20(),
             "example": torch.zeros(1, 3, 8, 8),
             "data": Data(),
             "schedule": small_schedule(1),
         }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     assert isinstance(names["trained"], Trained)
     assert names["mine"].name == "mine"
+    assert len(names["assisted"]) == len(names["generations"]) == 2
 
 
 def test_the_table_names_what_there_is() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import queue
+import shutil
 import socket
 import struct
 import sys
@@ -16,8 +17,8 @@ import traceback
 from collections import deque
 from typing import Any, BinaryIO
 
-_PATIENCE = 120
-"""Seconds in which Ray must be there. On a busy machine it starts in ten."""
+_PATIENCE = 300
+"""Seconds in which Ray must be there. It takes ten where a core is free, and minutes where none is."""
 
 
 def write(stream: BinaryIO, message: tuple[object, ...]) -> None:
@@ -208,6 +209,8 @@ def main() -> None:
             serve(cluster, inbox, out)
     finally:
         cluster.ray.shutdown()
+    # A caller that was killed cannot do that.
+    shutil.rmtree(settings["folder"], ignore_errors=True)
 
 
 def _check_answers(address: str) -> None:

@@ -132,6 +132,7 @@ def test_nothing_of_this_process_changes_and_nothing_is_left():
 @needs_ray
 @pytest.mark.slow
 def test_kill_9_of_the_caller_ends_ray(tmp_path):
+    folders = _left_behind()
     program = (
         "import sys; from worker_tasks import where; from secateur.workers import OnRay\n"
         "with OnRay(workers=1).running(where, None) as pool:\n"
@@ -148,6 +149,7 @@ def test_kill_9_of_the_caller_ends_ray(tmp_path):
     caller.wait()
     caller.stdout.close()
     assert _gone(everyone)
+    assert _left_behind() == folders
 
 
 @needs_ray

@@ -171,8 +171,13 @@ class Blend:
 
     @contextlib.contextmanager
     def hooked(
-        self, model: nn.Module, widths: Sequence[int], mixture: Mixture, gone: Callable[[str], bool]
-    ) -> Generator[None]:
+        self,
+        model: nn.Module,
+        widths: Sequence[int],
+        mixture: Mixture,
+        gone: Callable[[str], bool],
+        tensors: Mapping[str, Tensor],
+    ) -> Generator[Mapping[str, Tensor]]:
         """Blend for as long as the context lasts.
 
         Args:
@@ -180,20 +185,28 @@ class Blend:
             widths: Of the subnet.
             mixture: What to blend.
             gone: Says of a module that it is removed.
+            tensors: Of the subnet, by name.
+
+        Yields:
+            The tensors to run with: where a batch norm only has to scale its channels, its own scale and shift do it.
         """
-        blends = _Blends(widths, mixture)
+        blends, given = _Blends(widths, mixture), dict(tensors)
         with ExitStack() as stack:
             for point in (*self._points, *(self._norms if mixture.blending.behind_norms else ())):
                 blend = None if gone(point.module) else blends.at(point)
-                if blend is not None:
-                    hook = model.get_submodule(point.module).register_forward_hook(_applied(blend))
-                    stack.callback(hook.remove)
+                if blend is None:
+                    continue
+                module, affine = model.get_submodule(point.module), [f"{point.module}.{n}" for n in ("weight", "bias")]
+                if isinstance(blend, _Scaling) and is_batch_norm(module) and all(name in given for name in affine):
+                    given.update((name, blend.of_vector(given[name])) for name in affine)
+                else:
+                    stack.callback(module.register_forward_hook(_applied(blend)).remove)
             for chain, weights in zip(self._chains, mixture.depths, strict=False):
                 # A chain within a removed block is gone with it.
                 if all(_is_there(model, each.module) for block in chain for each in block.replacements):
                     for hook in _depth_hooks(model, chain, weights):
                         stack.callback(hook.remove)
-            yield
+            yield given
 
 
 _Found = dict[tuple[str, int], list[tuple[int, IntArray]]]
@@ -244,6 +257,22 @@ def _applied(blend: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return hook
 
 
+@dataclass(frozen=True, eq=False)
+class _Scaling:
+    """Multiply some channels, see `scale_channels`."""
+
+    factors: Tensor
+    positions: Tensor
+    dim: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return scale_channels(z, self.factors, self.positions, dim=self.dim)
+
+    def of_vector(self, vector: Tensor) -> Tensor:
+        """The same for one number per channel."""
+        return vector * torch.ones_like(vector).index_copy(0, self.positions, self.factors.to(vector.dtype))
+
+
 class _Blends:
     """The blends of one forward pass."""
 
@@ -252,7 +281,7 @@ class _Blends:
         # The last row is for positions of no axis: nothing but themselves.
         self._weights = torch.cat([mixture.weights, torch.tensor([[0.0, 1.0]]).to(mixture.weights)])
 
-    def at(self, point: _Point) -> Callable[[Tensor], Tensor] | None:
+    def at(self, point: _Point) -> "_Scaling | Callable[[Tensor], Tensor] | None":
         """What to do with the output of a point; None if it is left alone.
 
         out = own * z + other * (z[first] + z[second]) / 2 for each position.
@@ -266,7 +295,7 @@ class _Blends:
             # What is seen whole in the narrow features too has the factor 1, because the weights sum to 1.
             lacking = torch.nonzero(share < 1)[:, 0]
             lacking = lacking[row[lacking] >= 0].to(rows.device)
-            return lambda z: scale_channels(z, (own + other)[lacking], lacking, dim=dim)
+            return _Scaling((own + other)[lacking], lacking, dim)
         if len(row) <= _SMALL:
             matrix = torch.diag(own) + other[:, None] * _averaging(first, second).to(rows)
             return lambda z: _times(matrix, z, dim)

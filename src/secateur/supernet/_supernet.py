@@ -141,15 +141,15 @@ class Supernet(nn.Module):
         Returns:
             What the model returns.
         """
-        given = {**self.tensors_of(subnet), **(tensors or {})}
+        given: Mapping[str, Tensor] = {**self.tensors_of(subnet), **(tensors or {})}
         with self._as(subnet), self._memories.kept_out(), ExitStack() as stack:
             if mixture is not None:
                 gone = self.graph.removed_modules(subnet.removed_blocks)
-                stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture, gone))
+                given = stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture, gone, given))
             # After the blending: a narrow branch takes its place in the stream last of all.
             for outlet, hook in self._widening(subnet):
                 stack.callback(self.model.get_submodule(outlet).register_forward_hook(hook).remove)
-            return functional_call(self.model, given, inputs, named)
+            return functional_call(self.model, dict(given), inputs, named)
 
     def tensors_of(self, subnet: Subnet) -> dict[str, Tensor]:
         """The parameters and buffers of a subnet that have prunable axes, by name: parts of the model's own."""

@@ -1,8 +1,12 @@
 """``secateur compare`` on a few handwritten digits."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from command_line import Run
 
 
@@ -33,3 +37,30 @@ def test_unknown_words_are_refused(run: Run, tmp_path: Path) -> None:
     found = run(*words, "--weights-kept", "half")
     assert found.exit_code == 2
     assert "`--weights-kept` must be numbers separated by commas" in " ".join(found.stderr.split())
+
+
+STUDY = (
+    *("compare", "--study", "pruning-x-distillation", "--data", "digits", "--family", "resnet", "--seeds", "1"),
+    *("--weights-kept", "0.3", "--macs-kept", "0.5", "--limit", "200", "--teacher-epochs", "1", "--precision", "32"),
+    *("--student-epochs", "1", "--recovery-images", "64", "--test-images", "50", "--threads", "1"),
+)
+
+
+@pytest.mark.slow
+def test_a_study_killed_by_the_system_goes_on_to_the_same_numbers(run: Run, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "from secateur.cli import main; main()", *STUDY, "--out", str(tmp_path / "killed")]
+    victim = subprocess.Popen(words)
+    while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < 3:
+        assert victim.poll() is None, "it must still run"
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "killed" / "results.parquet").exists(), "killed too late to show anything"
+    tables: list[list[dict[str, object]]] = []
+    for folder in ("killed", "whole"):
+        found = run(*STUDY, "--out", tmp_path / folder)
+        assert found.exit_code == 0, found.output
+        rows = pq.read_table(tmp_path / folder / "results.parquet").to_pylist()
+        tables.append([{name: value for name, value in row.items() if name != "cpu_s"} for row in rows])
+    assert len(tables[0]) == 14
+    assert tables[0] == tables[1]

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.search import Shallower as Shallower
     from secateur.search import Uniform as Uniform
     from secateur.search import search as search
+    from secateur.sparsity import WeightPruning as WeightPruning
     from secateur.surgery import RecalibrateBatchNorm as RecalibrateBatchNorm
     from secateur.surgery import Refit as Refit
     from secateur.surgery import cut as cut
@@ -99,6 +100,7 @@ _HOMES = {
         "Uniform",
         "search",
     ),
+    "sparsity": ("WeightPruning",),
     "surgery": ("RecalibrateBatchNorm", "Refit", "cut"),
     "train": ("SGD", "AdamW", "Schedule", "TensorBoard", "distill", "evaluate"),
 }

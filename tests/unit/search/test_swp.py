@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,32 @@ def test_the_chosen_candidates_are_the_network_and_the_best_of_those_judged():
     )
     spent = base["macs"] + sum(stage["costs"]["macs"][n] for stage, n in zip(stages, chosen, strict=True))
     assert spent == found.cost.macs
+
+
+@dataclass(frozen=True)
+class Entangled:
+    """Seconds that are no sum over stages: what a layer takes grows with the widths of all others."""
+
+    field: str = "latency_s"
+
+    def of_widths(self, widths: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
+        total = widths.sum(axis=1).astype(np.float64)
+        return 1e-6 * (total + 0.02 * total**2)
+
+    def of_tensor(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("budget", ["latency=40%", "latency=60%", "macs=80%, latency=70%"])
+def test_costs_that_are_no_sums_over_stages_are_within_the_budget_too(budget):
+    """As a file's size is none, by some bytes: the combination by the sums alone would be over the limit."""
+    found = run(staged(), quick(0, depths=None, hand_on=OriginalWeights()), budget=budget, latency=Entangled())
+    assert max(found.notes["utilisation"].values()) <= 1  # type: ignore[attr-defined]
+    stages: Any = found.notes["stages"]
+    base: Any = found.notes["base"]
+    summed = base["latency_s"] + sum(stage["costs"]["latency_s"][stage["chosen"]] for stage in stages)
+    assert found.cost.latency_s is not None
+    assert summed < found.cost.latency_s
 
 
 def test_what_it_notes_can_be_written_as_json():

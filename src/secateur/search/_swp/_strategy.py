@@ -1,5 +1,6 @@
 """SWP: stage-wise pruning, on any traced model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,7 @@ from secateur.search._swp._nets import Nets, Sandwich
 from secateur.search._swp._options import Options
 from secateur.search._swp._score import Judge
 from secateur.search._swp._supervision import InPlace, Supervision
-from secateur.search._swp._table import Combination
+from secateur.search._swp._table import Choice, Combination
 from secateur.search._swp._train import Course, Run
 from secateur.supernet import Supernet, best_first, order_digest
 from secateur.train import Schedule, digest, open_fabric, placed, precision_of
@@ -164,9 +165,29 @@ class SWP(Strategy):
             fabric=fabric,
         )
         hunt.judge(judge, self.workers, self.rounds, self.candidates // self.rounds)
-        choice = self.combination.combine(hunt.candidates.table(), evidence.seed)
+        choice = self._combined(problem, options, hunt.candidates)
         architecture = supernet.architecture(options.subnet(hunt.candidates.network(choice.picked)))
         return Proposal(architecture, hunt.notes(choice), self.hand_on.of(supernet, calibration, problem))
+
+    def _combined(self, problem: Problem, options: Options, candidates: Candidates) -> Choice:
+        """The combination, within the budget as a whole network too.
+
+        What a stage adds to the size of a file depends on the others, by some digits of the header: where a combination
+        is over a limit by so much, it must leave so much room.
+        """
+        table = candidates.table()
+        while True:
+            choice = self.combination.combine(table, problem.evidence.seed)
+            cost = problem.costs.cost_of(*options.network(candidates.network(choice.picked)))
+            over = {field: getattr(cost, field) - limit for field, limit in problem.limits.items()}
+            tighter = {
+                field: min(choice.cost[field] - excess, math.nextafter(choice.cost[field], 0))
+                for field, excess in over.items()
+                if excess > 0
+            }
+            if not tighter:
+                return choice
+            table = replace(table, limits={**table.limits, **tighter})
 
     def _settings(self, problem: Problem) -> Mapping[str, str]:
         """Where candidates are judged and how they are combined may change when a search goes on."""

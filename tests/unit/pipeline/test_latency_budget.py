@@ -82,6 +82,7 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
     arguments = {
         "budget": budget,
         "strategy": Uniform(L2()),
+        "space": SearchSpace(divisor=8),
         "schedule": Schedule(epochs=0),
         "target": target,
         "cache": Cache.of(target, folder),
@@ -95,7 +96,7 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
 
 @pytest.mark.parametrize("budget", ["latency=60%", "latency=0.14ms", "macs=90%, latency=45%, size<=300kB"])
 def test_a_bound_is_met_by_measuring(tmp_path: Path, budget: str) -> None:
-    result, told = run(tmp_path, budget)
+    result, told = run(tmp_path, budget, space=SearchSpace())
     before, after = whole(_model(), ()), whole(result.model, ())
     limit = _timed.limit_of(Budget.parse(budget), before)
     assert 0.8 * limit <= after <= limit
@@ -108,7 +109,7 @@ def test_a_bound_is_met_by_measuring(tmp_path: Path, budget: str) -> None:
     assert (first.runtime, first.after[1]) == ("pretend 1", pytest.approx(after))
     notes = result.found.notes["latency"]
     assert notes["target"] == "pretend 1, 1 thread, batch 1"
-    assert {trial["divisor"] for trial in notes["trials"]} <= {8, 16, 32}
+    assert len({trial["divisor"] for trial in notes["trials"]}) > 1
     assert any("of the bound" in line for line in told)
 
 
@@ -234,7 +235,7 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
 
     assert Shallower(Trained()).trains
     assert not Shallower(Uniform()).trains
-    result, _ = run(tmp_path, "latency=50%", strategy=Trained(L2()))
+    result, _ = run(tmp_path, "latency=50%", strategy=Trained(L2()), space=SearchSpace())
     assert len(set(places)) == 1
     assert places[0][0] is not None
     assert result.found.cost.latency_s <= 0.5 * result.found.original.latency_s

@@ -64,8 +64,8 @@ class SWP(Strategy):
         BudgetError: If neither widths nor depths are searched, or a number is out of range.
 
     References:
-        Zhang, Rong, Yu & Ou, Evolutionary neural architecture search with stage-wise supernets, arXiv:2011.04908. The
-        exact combination is ours, as is what the paper leaves open: see PAPERS in the design, and docs/decisions.md.
+        Zhang, Rong, Yu & Ou (SWP), arXiv:2011.04908. The exact combination is ours, as is what the paper leaves open:
+        where stages end, the loss and its weight, how candidates are drawn (docs/decisions.md).
     """
 
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen

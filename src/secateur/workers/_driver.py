@@ -79,7 +79,7 @@ def _packed_error(error: Exception) -> bytes:
     return packed
 
 
-class Cluster:
+class Cluster:  # pragma: no cover -- in a process of its own, as the tests of `OnRay` run it
     """Ray, and the actors of one pool.
 
     Args:
@@ -178,7 +178,7 @@ def serve(cluster: Cluster, inbox: "queue.SimpleQueue[tuple[Any, ...] | None]", 
                 write(out, answer)
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover -- as `Cluster`
     """Read settings and the packed function, then serve."""
     # Ray prints to standard output; the caller reads messages there.
     out = os.fdopen(os.dup(1), "wb")
@@ -220,7 +220,7 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _give_up(out: BinaryIO) -> None:
+def _give_up(out: BinaryIO) -> None:  # pragma: no cover -- as `Cluster`
     write(out, ("failed", f"no answer within {_PATIENCE} s"))
     os._exit(1)
 

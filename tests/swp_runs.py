@@ -14,7 +14,7 @@ from secateur.cost import Budget, CostModel
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
 from secateur.importance import L2, Evidence
-from secateur.search import SWP, Depths, Problem, SearchedWeights, SearchSpace, Widths
+from secateur.search import SWP, Depths, Found, Problem, SearchedWeights, SearchSpace, Widths
 from secateur.search._swp._options import Options
 from secateur.surgery import original_names
 from secateur.train import SGD, Precision, Schedule
@@ -158,3 +158,13 @@ def as_text(notes: Mapping[str, Any]) -> str:
     """Notes without the times."""
     training = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in notes["training"]]
     return repr({**notes, "training": training})
+
+
+def assert_same(one: Found, other: Found) -> None:
+    """Bit by bit, but for the time it took."""
+    assert one.architecture == other.architecture
+    assert one.weights is not None
+    assert other.weights is not None
+    assert one.weights.keys() == other.weights.keys()
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    assert as_text(one.notes) == as_text(other.notes)

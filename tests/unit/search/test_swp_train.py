@@ -20,6 +20,7 @@ from secateur.errors import BudgetError, TrainingError
 from secateur.graph import trace
 from secateur.search import Drawn, InPlace, Labels, Nets, Sandwich, SoftLabels, Supervision
 from secateur.search._swp._options import Options, Rows
+from secateur.search._swp._supervision import Target
 from secateur.search._swp._tally import Tally
 from secateur.search._swp._train import Course, Run
 from secateur.supernet import Supernet
@@ -124,6 +125,22 @@ def test_a_step_is_that_of_the_really_cut_models(nets, supervision, cuts, untied
     assert list(parts) == ["full", *(f"stage_{n}" for n in range(1, len(losses)))]
     np.testing.assert_allclose([float(part) for part in parts.values()], losses, rtol=1e-5)
     assert float(total) == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_variances_of_parts_of_a_batch_are_those_of_the_batch():
+    """Two processes: what each says is averaged, and both then have what one process would have."""
+    draw = torch.Generator().manual_seed(3)
+    batch = [5 + torch.randn(8, 3, 4, 4, generator=draw), 0.1 * torch.randn(8, 4, generator=draw)]
+    labels = torch.zeros(4, dtype=torch.int64)
+    parts = [[tensor[rank::2] for tensor in batch] for rank in range(2)]
+    said: list[Tensor] = []
+    for part in parts:
+        _ = Target.of(part, labels, lambda tensor: said.append(tensor) or tensor).variances
+    mean = torch.stack(said).mean(0)
+    wanted = torch.stack([tensor.var(unbiased=False) for tensor in batch])
+    for part in parts:
+        torch.testing.assert_close(Target.of(part, labels, lambda _: mean).variances, wanted)
+        assert not torch.allclose(Target.of(part, labels).variances, wanted, rtol=1e-4)
 
 
 # --- which networks, and from what ------------------------------------------------------------------------------------

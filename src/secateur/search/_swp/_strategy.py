@@ -58,7 +58,8 @@ class SWP(Strategy):
         importance: The order of the channels: every width keeps the first ones.
         begin: The weights that the training begins with.
         hand_on: The weights that the student is cut from.
-        workers: Where candidates are judged: `InProcess`, or `OnRay`.
+        workers: Where candidates are judged: `InProcess`, or `OnRay`; the same bits if these compute with as many
+            threads as this process.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or a number is out of range.

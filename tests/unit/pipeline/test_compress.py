@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from noise_images import noise_data
 from torch import nn
 
 import secateur
 from secateur.cost import counted_macs
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
 from secateur.graph import Choices, HeadUnit
 from secateur.graph.rules import unknown
@@ -20,27 +20,6 @@ from secateur.surgery import cut
 from secateur.train import Schedule, Silent
 
 HEAL_ONLY = Schedule(epochs=0)
-
-
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
-def _data() -> ImageData:
-    normalisation = Normalisation.usual(3)
-    return ImageData(
-        train=_split(64, 0),
-        validation=_split(16, 1),
-        test=_split(32, 2),
-        classes=("a", "b", "c", "d"),
-        mean=normalisation.mean,
-        std=normalisation.std,
-        size=(3, 8, 8),
-        name="noise",
-        augment=Augment(padding=1),
-    )
 
 
 def _model() -> nn.Module:
@@ -62,7 +41,9 @@ def test_callers_model_mode_and_random_state_stay():
     model = _model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    result = compress(model, _data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent())
+    result = compress(
+        model, noise_data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
+    )
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -80,7 +61,7 @@ def test_callers_model_mode_and_random_state_stay():
 
 def test_same_seed_same_weights():
     first, second = (
-        compress(_model(), _data(), budget="macs=50%", schedule=Schedule(1, 32), progress=Silent(), seed=5)
+        compress(_model(), noise_data(), budget="macs=50%", schedule=Schedule(1, 32), progress=Silent(), seed=5)
         for _ in "12"
     )
     assert first.architecture == second.architecture
@@ -90,22 +71,22 @@ def test_same_seed_same_weights():
 
 def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
     out = tmp_path / "out"
-    result = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    result = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
     with pytest.raises(ArtifactError, match="factory"):
         secateur.load(out)
     loaded = secateur.load(out, factory=_model)
-    images = next(_data().test.batches(32))[0]
+    images = next(noise_data().test.batches(32))[0]
     with torch.no_grad():
         assert torch.equal(loaded.model(images), result.model(images))
     assert {path.name for path in result.files} == {path.name for path in out.iterdir()}
-    checks = secateur.verify(out, factory=_model, data=_data()).checks
+    checks = secateur.verify(out, factory=_model, data=noise_data()).checks
     assert all(check.passed for check in checks)
     assert len(checks) == 4
 
 
 def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
     out = tmp_path / "out"
-    compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
 
     class Louder(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +100,7 @@ def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
 
 def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
     out = tmp_path / "out"
-    compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
     (out / "model.onnx").write_bytes(b"not a model")
     found = secateur.verify(out, factory=_model)
     failed = [check for check in found.checks if not check.passed]
@@ -130,11 +111,11 @@ def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
 
 def test_curve_has_the_originals_accuracy_as_its_line():
     result = compress(
-        _model(), _data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
+        _model(), noise_data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
     )
-    wanted = secateur.evaluate(_model(), _data().validation).top1
+    wanted = secateur.evaluate(_model(), noise_data().validation).top1
     assert result.report.original_validation_accuracy == wanted
-    healed = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    healed = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
     assert healed.report.original_validation_accuracy is None
 
 
@@ -184,7 +165,7 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []
     result = compress(
-        _residual(), _data(), budget="macs=40%", strategy=Shallower(Uniform(), most=0.7), out=out, export=(),
+        _residual(), noise_data(), budget="macs=40%", strategy=Shallower(Uniform(), most=0.7), out=out, export=(),
         schedule=Schedule(epochs=2, batch_size=32), progress=Silent(), tell=said.append,
     )  # fmt: skip
     assert result.architecture.removed_blocks == ("early", "late.0")
@@ -201,16 +182,16 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     page = (out / "report.html").read_text()
     assert "2 of 3 residual blocks were removed whole" in page
     loaded = secateur.load(out, factory=_residual).model
-    images = next(_data().test.batches(32))[0]
+    images = next(noise_data().test.batches(32))[0]
     with torch.no_grad():
         assert torch.equal(loaded(images), result.model(images))
-    assert secateur.verify(out, factory=_residual, data=_data()).passed
+    assert secateur.verify(out, factory=_residual, data=noise_data()).passed
 
 
 def test_blocks_that_the_user_keeps_stay():
     result = compress(
         _residual(),
-        _data(),
+        noise_data(),
         budget="macs=70%",
         strategy=Shallower(Uniform(), most=1.0),
         choices=Choices(whole=("early.conv1",)),
@@ -224,7 +205,7 @@ def test_blocks_that_the_user_keeps_stay():
 
 def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
     with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
-        compress(_residual(), _data(), budget="macs=2%")
+        compress(_residual(), noise_data(), budget="macs=2%")
 
 
 def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -235,12 +216,12 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         "budget": "macs=40%", "strategy": Shallower(Uniform(), most=0.7), "choices": Choices(exclude=("late.1",)),
         "out": tmp_path / "out", "export": (), "progress": Silent(),
     }  # fmt: skip
-    whole = compress(_residual(), _data(), schedule=HEAL_ONLY, **{**words, "out": None})
+    whole = compress(_residual(), noise_data(), schedule=HEAL_ONLY, **{**words, "out": None})
     with monkeypatch.context() as patch:
         patch.setattr("secateur.pipeline._compress.distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_residual(), _data(), **words)
-    resumed = compress(_residual(), _data(), leftover=Leftover.RESUME, schedule=HEAL_ONLY, **words)
+            compress(_residual(), noise_data(), **words)
+    resumed = compress(_residual(), noise_data(), leftover=Leftover.RESUME, schedule=HEAL_ONLY, **words)
     assert resumed.architecture == whole.architecture
     assert "early" in resumed.architecture.removed_blocks
     assert resumed.report.blocks == whole.report.blocks
@@ -249,7 +230,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_original_that_guesses_is_noted():
-    result = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    result = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
     assert any("about what guessing gives (25.0 %)" in note for note in result.report.notes)
 
 
@@ -268,7 +249,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
     monkeypatch.setattr("secateur.pipeline._start.cut", sceptical)
     said: list[str] = []
     model = _model()
-    result = compress(model, _data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)
+    result = compress(model, noise_data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)
     assert calls == [2, 1]
     assert any("Searching again" in line for line in said)
     assert [frozen.reason for frozen in result.report.frozen if frozen.name == "0"] == ["for this test"]
@@ -282,7 +263,7 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     choices, space = Choices(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
     said: list[str] = []
     result = compress(
-        _model(), _data(), budget="macs=80%", choices=choices, space=space, schedule=HEAL_ONLY, out=out, export=(),
+        _model(), noise_data(), budget="macs=80%", choices=choices, space=space, schedule=HEAL_ONLY, out=out, export=(),
         tell=said.append,
     )  # fmt: skip
     assert result.model[0].out_channels == 16
@@ -302,11 +283,16 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
 @pytest.mark.parametrize("strategy", [Knapsack(L2()), PCASlimming(), GlobalImportance(), Uniform()])
 def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
     space = SearchSpace(rules=(AxisRule("0", divisor=4), AxisRule("3", min_width=17)))
-    result = compress(_model(), _data(), budget="macs=70%", space=space, schedule=HEAL_ONLY, strategy=strategy)
+    result = compress(_model(), noise_data(), budget="macs=70%", space=space, schedule=HEAL_ONLY, strategy=strategy)
     assert result.model[0].out_channels % 4 == 0
     assert result.model[3].out_channels >= 17
     only = compress(
-        _model(), _data(), budget="macs=70%", choices=Choices(include=("3",)), schedule=HEAL_ONLY, strategy=strategy
+        _model(),
+        noise_data(),
+        budget="macs=70%",
+        choices=Choices(include=("3",)),
+        schedule=HEAL_ONLY,
+        strategy=strategy,
     )
     assert only.model[0].out_channels == 16
     assert only.model[3].out_channels < 24
@@ -316,20 +302,20 @@ def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
     with pytest.raises(BudgetError, match=r"Reachable: macs .* Or loosen what you chose: exclude 0; 3: min_width 20\."):
         compress(
             _model(),
-            _data(),
+            noise_data(),
             budget="macs=30%",
             choices=Choices(exclude=("0",)),
             space=SearchSpace(rules=(AxisRule("3", 20),)),
         )
     with pytest.raises(BudgetError, match=r"--min-kept\.$"):
-        compress(_model(), _data(), budget="macs=1%", space=SearchSpace(5))
+        compress(_model(), noise_data(), budget="macs=1%", space=SearchSpace(5))
 
 
 def test_choices_that_match_nothing_are_refused_before_the_search():
     with pytest.raises(ChoiceError, match=r"`include` must match an axis.*'conv' matches none"):
-        compress(_model(), _data(), budget="macs=50%", choices=Choices(include=("conv",)))
+        compress(_model(), noise_data(), budget="macs=50%", choices=Choices(include=("conv",)))
     with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv' matches none"):
-        compress(_model(), _data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
+        compress(_model(), noise_data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
 
 
 def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -340,16 +326,16 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr("secateur.pipeline._compress.distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_model(), _data(), choices=Choices(exclude=("0",)), **first)
+            compress(_model(), noise_data(), choices=Choices(exclude=("0",)), **first)
     resumed = {**first, "leftover": Leftover.RESUME, "schedule": HEAL_ONLY}
     with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
-        compress(_model(), _data(), choices=Choices(include=("3",)), **resumed)
+        compress(_model(), noise_data(), choices=Choices(include=("3",)), **resumed)
     with pytest.raises(ArtifactError, match="heads was dimension, now head"):
-        compress(_model(), _data(), choices=Choices(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
+        compress(_model(), noise_data(), choices=Choices(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
     space = SearchSpace(min_kept_fraction=0.25, rules=(AxisRule("3", 4),))
     with pytest.raises(ArtifactError, match=r"space was SearchSpace\(.*now SearchSpace\(.*AxisRule\(pattern='3'"):
-        compress(_model(), _data(), choices=Choices(exclude=("0",)), space=space, **resumed)
-    done = compress(_model(), _data(), choices=Choices(exclude=("0",)), **resumed)
+        compress(_model(), noise_data(), choices=Choices(exclude=("0",)), space=space, **resumed)
+    done = compress(_model(), noise_data(), choices=Choices(exclude=("0",)), **resumed)
     assert done.model[0].out_channels == 16
 
 
@@ -361,11 +347,11 @@ def test_rules_of_the_users_own_reach_the_tracer():
     blind = {"relu": unknown}
     assert dict(survey(_model(), torch.zeros(1, 3, 8, 8), rules=blind).graph.sizes) == {}
     with pytest.raises(BudgetError, match="No axis of this model may be slimmed"):
-        compress(_model(), _data(), budget="macs=50%", rules=blind)
+        compress(_model(), noise_data(), budget="macs=50%", rules=blind)
 
 
 def test_model_that_does_not_fit_is_refused_before_the_search():
-    data = _data()
+    data = noise_data()
     with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
         compress(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4)), data, budget="macs=50%")
     with pytest.raises(ModelError, match=r"each of the 4 classes of noise.*got shape \(2, 9\)"):
@@ -389,8 +375,8 @@ def test_model_that_does_not_fit_is_refused_before_the_search():
 
 
 def test_channels_last_models_are_cut_as_others():
-    usual = compress(_model(), _data(), budget="macs=50%", schedule=HEAL_ONLY)
-    last = compress(_model().to(memory_format=torch.channels_last), _data(), budget="macs=50%", schedule=HEAL_ONLY)
+    usual = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
+    last = compress(_model().to(memory_format=torch.channels_last), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
     assert [axis.frozen_because for axis in last.graph.axes] == [axis.frozen_because for axis in usual.graph.axes]
     assert last.architecture.widths == usual.architecture.widths
     assert last.model[0].weight.is_contiguous(memory_format=torch.channels_last)

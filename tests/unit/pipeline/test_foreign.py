@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from noise_images import Dying, noise_data, noise_split
 from torch import Tensor, nn
 
 from secateur.cost import counted_macs
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.data import ImageData
 from secateur.distill import Objective, PerTap, Term, adaptors_of, features, hint_loss, paired_stages
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
@@ -17,27 +18,6 @@ from secateur.pipeline import Hinting, Leftover, Pupil, distill_into, load, veri
 from secateur.train import Schedule, Silent, distill, distill_after_hints, open_fabric
 
 SHORT = Schedule(epochs=2, batch_size=16)
-
-
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
-class _Dying(MemorySplit):
-    def batches(self, *args: Any, epoch: int = 0, **settings: Any) -> Any:
-        if settings.get("augment") is not None and epoch == 1:
-            raise KeyboardInterrupt
-        return super().batches(*args, epoch=epoch, **settings)
-
-
-def _data(train: MemorySplit | None = None) -> ImageData:
-    normalisation = Normalisation.usual(3)
-    return ImageData(
-        train=train or _split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
-        mean=normalisation.mean, std=normalisation.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
-    )  # fmt: skip
 
 
 def _resnet(widths: tuple[int, int, int], seed: int = 0) -> nn.Module:
@@ -58,7 +38,7 @@ def hint() -> Term:
 
 def run(data: ImageData | None = None, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"teacher": TEACHER, "schedule": SHORT, "progress": Silent(), "export": ()}
-    return distill_into(settings.pop("student", STUDENT), data=data or _data(), **(defaults | settings))
+    return distill_into(settings.pop("student", STUDENT), data=data or noise_data(), **(defaults | settings))
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
@@ -71,7 +51,7 @@ def test_the_student_is_that_of_the_engine() -> None:
     before = {name: tensor.clone() for name, tensor in STUDENT.model.state_dict().items()}
     result = run(objective=objective)
     by_hand = distill(
-        STUDENT.model, teacher=TEACHER.model, data=_data(), schedule=SHORT, objective=objective, progress=Silent(),
+        STUDENT.model, teacher=TEACHER.model, data=noise_data(), schedule=SHORT, objective=objective, progress=Silent(),
         fabric=open_fabric(),
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
@@ -89,7 +69,7 @@ def test_hints_come_first_if_they_shall() -> None:
     hinting = Hinting((hint(),), Schedule(epochs=1, batch_size=16))
     result = run(hinting=hinting)
     by_hand = distill_after_hints(
-        STUDENT.model, teacher=TEACHER.model, data=_data(), hints=hinting.hints, hint_schedule=hinting.schedule,
+        STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_schedule=hinting.schedule,
         schedule=SHORT, progress=Silent(), fabric=open_fabric(),
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
@@ -119,11 +99,11 @@ def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    out, split = tmp_path / "small", _split(64, 0)
-    dying = _Dying(split.images, split.labels, split.normalisation)
+    out, split = tmp_path / "small", noise_split(64, 0)
+    dying = Dying(split.images, split.labels, split.normalisation)
     whole = run(objective=Objective(terms=(hint(),)))
     with pytest.raises(KeyboardInterrupt):
-        run(_data(dying), out=out, objective=Objective(terms=(hint(),)))
+        run(noise_data(dying), out=out, objective=Objective(terms=(hint(),)))
     assert not out.exists()
     with pytest.raises(ArtifactError, match="unfinished run beside it"):
         run(out=out, objective=Objective(terms=(hint(),)))

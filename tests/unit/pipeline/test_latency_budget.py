@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from noise_images import noise_data
 from pretend import Pretend
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
 from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.importance import L2
@@ -19,27 +19,6 @@ from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.pipeline import CompressResult, _deliver, _slow, _timed, compress
 from secateur.search import SearchSpace, Shallower, Uniform
 from secateur.train import Schedule, Silent
-
-
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
-def _data() -> ImageData:
-    normalisation = Normalisation.usual(3)
-    return ImageData(
-        train=_split(64, 0),
-        validation=_split(16, 1),
-        test=_split(32, 2),
-        classes=("a", "b", "c", "d"),
-        mean=normalisation.mean,
-        std=normalisation.std,
-        size=(3, 8, 8),
-        name="noise",
-        augment=Augment(padding=1),
-    )
 
 
 def _model() -> nn.Module:
@@ -91,7 +70,7 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
         "tell": told.append,
         **more,
     }
-    return compress(_model(), _data(), **arguments), told
+    return compress(_model(), noise_data(), **arguments), told
 
 
 @pytest.mark.parametrize("budget", ["latency=60%", "latency=0.14ms", "macs=90%, latency=45%, size<=300kB"])

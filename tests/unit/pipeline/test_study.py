@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from noise_images import noise_data, noise_split
 
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
 from secateur.pipeline import FAMILIES, Family, Study, run_study
 from secateur.pipeline._study import Order, Pruned, Taught
@@ -23,18 +23,8 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
 def _data(n: int = 48) -> ImageData:
-    normalisation = Normalisation.usual(3)
-    return ImageData(
-        train=_split(n, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
-        mean=normalisation.mean, std=normalisation.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
-    )  # fmt: skip
+    return noise_data(noise_split(n, 0))
 
 
 def comparable(row: Any) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from noise_images import Dying, noise_data, noise_split
 from torch import nn
 
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.data import ImageData
 from secateur.errors import BudgetError
 from secateur.pipeline import FromScratch, Leftover, compress, verify
 from secateur.pipeline import load as load_artifact
@@ -19,27 +20,6 @@ from secateur.train import Schedule, Silent
 
 SHORT = Schedule(epochs=2, batch_size=16)
 HEAL_ONLY = Schedule(epochs=0)
-
-
-def _split(n: int, seed: int) -> MemorySplit:
-    draw = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
-
-
-class _Dying(MemorySplit):
-    def batches(self, *args: Any, epoch: int = 0, **settings: Any) -> Any:
-        if settings.get("augment") is not None and epoch == 1:
-            raise KeyboardInterrupt
-        return super().batches(*args, epoch=epoch, **settings)
-
-
-def _data(train: MemorySplit | None = None) -> ImageData:
-    normalisation = Normalisation.usual(3)
-    return ImageData(
-        train=train or _split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
-        mean=normalisation.mean, std=normalisation.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
-    )  # fmt: skip
 
 
 def _model() -> nn.Module:
@@ -55,7 +35,7 @@ def _model() -> nn.Module:
 
 def run(budget: str, data: ImageData | None = None, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"strategy": Uniform(), "schedule": SHORT, "progress": Silent(), "export": ()}
-    return compress(_model(), data or _data(), budget=budget, **(defaults | settings))
+    return compress(_model(), data or noise_data(), budget=budget, **(defaults | settings))
 
 
 def nonzero(model: nn.Module) -> int:
@@ -146,10 +126,10 @@ def test_a_killed_run_goes_on_under_the_same_masks(tmp_path: Path) -> None:
     pruning = WeightPruning(schedule=partial(OneShot), every=1)
     whole = run("macs=60%, nonzero=25%", pruning=pruning)
     out = tmp_path / "small"
-    split = _split(64, 0)
+    split = noise_split(64, 0)
     with pytest.raises(KeyboardInterrupt):
         run(
-            "macs=60%, nonzero=25%", _data(_Dying(split.images, split.labels, split.normalisation)), out=out,
+            "macs=60%, nonzero=25%", noise_data(Dying(split.images, split.labels, split.normalisation)), out=out,
             pruning=pruning,
         )  # fmt: skip
     resumed = run("macs=60%, nonzero=25%", out=out, pruning=pruning, leftover=Leftover.RESUME)

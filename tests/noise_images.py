@@ -1,0 +1,39 @@
+"""Noise of four classes for the tests of the pipeline: small enough to run the whole way."""
+
+from typing import Any
+
+import torch
+
+from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+
+
+def noise_split(n: int, seed: int) -> MemorySplit:
+    """Images of 8 x 8 pixels."""
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+
+
+def noise_data(train: MemorySplit | None = None) -> ImageData:
+    """64 images to learn from, or others; 16 to validate, 32 to test."""
+    normalisation = Normalisation.usual(3)
+    return ImageData(
+        train=train or noise_split(64, 0),
+        validation=noise_split(16, 1),
+        test=noise_split(32, 2),
+        classes=("a", "b", "c", "d"),
+        mean=normalisation.mean,
+        std=normalisation.std,
+        size=(3, 8, 8),
+        name="noise",
+        augment=Augment(padding=1),
+    )
+
+
+class Dying(MemorySplit):
+    """Training images that are interrupted in the second epoch."""
+
+    def batches(self, *args: Any, epoch: int = 0, **settings: Any) -> Any:
+        if settings.get("augment") is not None and epoch == 1:
+            raise KeyboardInterrupt
+        return super().batches(*args, epoch=epoch, **settings)

@@ -38,7 +38,7 @@ def _refused(found: Result, *words: str) -> None:
         ("macs=0%", "above 0%"),
         ("macs=150%", "at most 100%"),
         ("flops=50%", "unknown field 'flops'"),
-        ("latency=4ms", "not yet supported"),
+        ("latency=4parsecs", "must have the unit %, s, ms or us"),
         ("macs=50%,macs=40%", "once"),
         ("", "limits separated by commas"),
     ],
@@ -219,7 +219,8 @@ def test_flags_that_contradict_each_other(run: Run, digits_weights: Path, tmp_pa
     words = compress_words(digits_weights, tmp_path / "out")
     (tmp_path / "file").touch()
     with _nothing_left(tmp_path):
-        _refused(run(*words, "--search-epochs", 3), "must go with --strategy tas")
+        _refused(run(*words, "--search-epochs", 3), "must go with --strategy swp or tas")
+        _refused(run(*words, "--strategy", "tas", "--ray", "local"), "must go with --strategy swp")
         _refused(run(*words, "--strategy", "tas", "--remove-blocks", 0.5), "--search-over depths")
         _refused(run(*words, "--from-scratch", "--epochs", 0), "must have epochs for a student from scratch")
         _refused(run(*words, "--tensorboard", tmp_path / "file"), "must be a folder for event files")

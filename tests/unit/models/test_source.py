@@ -96,7 +96,7 @@ def test_a_source_keeps_its_own_arguments():
     [
         ("cifar_resnet21", r"must be a known name; got 'cifar_resnet21'\. Did you mean .*cifar_resnet20"),
         ("resnet50", r"got 'resnet50'\. Did you mean .*timm:resnet50 or torchvision:resnet50\?"),
-        ("qqqqqq", r"got 'qqqqqq'\. Built in are cifar_resnet20, .*, digits_resnet\."),
+        ("qqqqqq", r"got 'qqqqqq'\. Built in are cifar_resnet20, .*, digits_resnet, .*cifar_mobilenetv2_150\."),
         ("timm:resnet51", r"a name that timm knows; got 'resnet51'\. Did you mean timm:resnet"),
         ("timm:qqqqqq", r"got 'qqqqqq'\. See timm\.list_models\(\)"),
         ("timm:hf-hub:timm/resnet18.a1_in1k", "a name that timm knows; got 'hf-hub:timm/resnet18.a1_in1k'"),

@@ -64,8 +64,8 @@ def test_it_ends_within_the_budget_and_in_the_space(budget, untied):
     assert found.architecture.widths["0"] == 8
 
 
-def test_the_chosen_candidates_are_the_network_and_the_best_of_those_judged():
-    """The notes' losses and costs lead to the same combination by enumeration."""
+def test_the_chosen_candidates_are_the_best_of_those_judged_and_the_network_no_cheaper():
+    """The notes' losses and costs lead to the same combination by enumeration; what it leaves is filled."""
     found = run(staged(), quick(1))
     stages: Any = found.notes["stages"]
     base: Any = found.notes["base"]
@@ -81,7 +81,7 @@ def test_the_chosen_candidates_are_the_network_and_the_best_of_those_judged():
         found.notes["loss"]
     )
     spent = base["macs"] + sum(stage["costs"]["macs"][n] for stage, n in zip(stages, chosen, strict=True))
-    assert spent == found.cost.macs
+    assert spent <= found.cost.macs <= limit
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from secateur.search._problem import Problem, Proposal, Strategy
 from secateur.search._ratios import Depths, Widths
 from secateur.search._swp._candidates import Candidates
 from secateur.search._swp._exact import Exact
+from secateur.search._swp._fill import filled
 from secateur.search._swp._hunt import Hunt
 from secateur.search._swp._nets import Nets, Sandwich
 from secateur.search._swp._options import Options
@@ -110,7 +111,8 @@ class SWP(Strategy):
 
         ``training``: what every epoch looked like, with how fairly channels were trained; ``stages``: for each one
         where it ends, its axes and blocks, how many candidates it has, how many were trained, the judged ones' losses
-        and costs, and which was chosen; ``loss``, their sum.
+        and costs, and which was chosen; ``loss``, their sum. What the chosen ones leave of the budget is then filled
+        by widening them (`filled`).
 
         Raises:
             DataError: If there are no training images or calibration batches, or images cannot be held out.
@@ -167,7 +169,8 @@ class SWP(Strategy):
         )
         hunt.judge(judge, self.workers, self.rounds, self.candidates // self.rounds)
         choice = self._combined(problem, options, hunt.candidates)
-        architecture = supernet.architecture(options.subnet(hunt.candidates.network(choice.picked)))
+        rows = filled(options, hunt.candidates.network(choice.picked))
+        architecture = supernet.architecture(options.subnet(rows))
         return Proposal(architecture, hunt.notes(choice), self.hand_on.of(supernet, calibration, problem))
 
     def _combined(self, problem: Problem, options: Options, candidates: Candidates) -> Choice:

@@ -81,3 +81,21 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def accepts(split: Batches) -> int:
     """Has the type checker compare the class above with the protocol."""
     return len(split)
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+class Fragile(Blobs):
+    """Dies in the second step of an epoch."""
+
+    def __init__(self, n: int, epoch: int) -> None:
+        super().__init__(n)
+        self.epoch = epoch
+
+    def batches(self, batch_size: int, **settings: Any):
+        for step, batch in enumerate(super().batches(batch_size, **settings)):
+            if settings["epoch"] == self.epoch and step == 1:
+                raise Killed
+            yield batch

@@ -41,6 +41,10 @@ class Saved:
     numbers: Mapping[str, Any]
     settings: Mapping[str, str]
 
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
 
 def save_checkpoint(folder: Path, saved: Saved) -> None:
     """Write ``folder/epoch-000007`` in one step, then remove all but the last `KEPT_EPOCHS`.

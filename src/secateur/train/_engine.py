@@ -187,13 +187,13 @@ class Engine:
         self.epoch = saved.epoch
         self.history = [EpochRecord.from_json(record) for record in saved.numbers["history"]]
         for model, here, optimiser in self._learners:
-            write_tensors_(model, _under(saved.tensors, here))
-            write_optimiser_(self._optimiser, model, _under(saved.tensors, optimiser))
+            write_tensors_(model, saved.under(here))
+            write_optimiser_(self._optimiser, model, saved.under(optimiser))
         if self._average is not None:
-            write_tensors_(self._average.model, _under(saved.tensors, "average/"))
+            write_tensors_(self._average.model, saved.under("average/"))
             self._average.updates = int(saved.numbers["updates"])
         if saved.numbers["best"] is not None:
-            self.best = Best(**saved.numbers["best"], tensors=_under(saved.tensors, "best/"))
+            self.best = Best(**saved.numbers["best"], tensors=saved.under("best/"))
 
     @property
     def _learners(self) -> tuple[tuple[nn.Module, str, str], ...]:
@@ -297,7 +297,3 @@ class Engine:
 
 def _show(meter: Meter, ledger: Ledger, rate: float) -> None:
     meter.step(ledger.epoch, ledger.steps, {"loss": ledger.latest, "learning_rate": rate})
-
-
-def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

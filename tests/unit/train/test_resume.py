@@ -9,30 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, small_schedule, state
 from torch import nn
 
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
 from secateur.train import SGD, AdamW, Silent, Trained, fit
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
-
-
-class Fragile(Blobs):
-    """Dies in the second step of an epoch."""
-
-    def __init__(self, n: int, epoch: int) -> None:
-        super().__init__(n)
-        self.epoch = epoch
-
-    def batches(self, batch_size: int, **settings: Any):
-        for step, batch in enumerate(super().batches(batch_size, **settings)):
-            if settings["epoch"] == self.epoch and step == 1:
-                raise Killed
-            yield batch
 
 
 def run(source: Blobs, student: nn.Module | None = None, **settings: Any) -> Trained:

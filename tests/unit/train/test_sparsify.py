@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, small_schedule, state
 from torch import nn
 
 from secateur.distill import Objective
@@ -36,24 +36,6 @@ from secateur.train import Silent, Trained, fit
 
 GRADUAL = Sparsify(0.25, WeightPruning(schedule=partial(Cubic, end=0.6), every=2))
 BATCH = tuple(Blobs(32).batches(16, device=torch.device("cpu")))
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
-
-
-class Fragile(Blobs):
-    """Dies in the second step of an epoch."""
-
-    def __init__(self, n: int, epoch: int) -> None:
-        super().__init__(n)
-        self.epoch = epoch
-
-    def batches(self, batch_size: int, **settings: Any):
-        for step, batch in enumerate(super().batches(batch_size, **settings)):
-            if settings["epoch"] == self.epoch and step == 1:
-                raise Killed
-            yield batch
 
 
 def run(

@@ -185,9 +185,5 @@ class Run:
         self.epoch = min(saved.epoch, self.course.schedule.epochs)
         self.history = [dict(entry) for entry in saved.numbers["history"]]
         self.tally.restore(saved.numbers["tally"])
-        write_tensors_(self._supernet, _under(saved.tensors, "supernet/"))
-        write_optimiser_(self._optimiser, self._supernet, _under(saved.tensors, "optimiser/"))
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        write_tensors_(self._supernet, saved.under("supernet/"))
+        write_optimiser_(self._optimiser, self._supernet, saved.under("optimiser/"))

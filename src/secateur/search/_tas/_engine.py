@@ -314,10 +314,10 @@ class Run:
         """Inverse of `saved`."""
         self.epoch = saved.epoch
         self.history = [dict(entry) for entry in saved.numbers["history"]]
-        write_tensors_(self.supernet, _under(saved.tensors, "supernet/"))
-        write_tensors_(self._choice, _under(saved.tensors, "choice/"))
+        write_tensors_(self.supernet, saved.under("supernet/"))
+        write_tensors_(self._choice, saved.under("choice/"))
         for name, of, module in self._optimisers:
-            write_optimiser_(of, module, _under(saved.tensors, f"{name}/"))
+            write_optimiser_(of, module, saved.under(f"{name}/"))
 
     @property
     def _optimisers(self) -> tuple[tuple[str, torch.optim.Optimizer, nn.Module], ...]:
@@ -333,10 +333,6 @@ class _Fixed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.supernet(self._subnet, images, tensors=self._tensors)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _number(*seed: int) -> int:

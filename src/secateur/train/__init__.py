@@ -8,6 +8,7 @@ from secateur.train._fit import distill, fit
 from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import (
     Precision,
+    autocast,
     best_precision,
     channels_last,
     one_device,
@@ -50,6 +51,7 @@ __all__ = [
     "TerminalProgress",
     "Trained",
     "TrainingData",
+    "autocast",
     "average_decay",
     "average_gradients_",
     "averaged",

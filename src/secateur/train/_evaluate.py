@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from secateur.errors import TrainingError
 from secateur.train._batches import Batches
-from secateur.train._machine import Precision, channels_last, default_device, placed
+from secateur.train._machine import Precision, autocast, channels_last, default_device, placed
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def measure(
     n = 0
     with (
         torch.inference_mode(),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED),
+        autocast(precision, device),
     ):
         for images, labels in split.batches(batch_size, device=device, seed=None):
             logits = model(channels_last(images))

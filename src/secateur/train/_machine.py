@@ -103,6 +103,11 @@ def precision_of(fabric: "Fabric") -> Precision:
     return Precision(name)
 
 
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which forward passes run in a precision, where there is no Fabric to ask."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)
+
+
 def placed(model: Model, device: torch.device) -> Model:
     """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
     model = copy.deepcopy(model).to(device)

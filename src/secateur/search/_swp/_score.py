@@ -12,7 +12,7 @@ from secateur.graph import Stage
 from secateur.search._problem import FloatArray
 from secateur.search._swp._supervision import Supervision, Target
 from secateur.supernet import Subnet, Supernet, calibrated, calibrated_stages, features, run_stages
-from secateur.train import Batches, Precision, channels_last, precision_of
+from secateur.train import Batches, Precision, autocast, channels_last, precision_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -66,7 +66,7 @@ class Judge:
         size = -(-len(images) // max(round(len(images) / _BATCH), 1))
         held_out = tuple((channels_last(x), y) for x, y in images.batches(size, device=fabric.device))
         batches, precision = tuple(channels_last(images) for images in calibration), precision_of(fabric)
-        with _in(precision, fabric.device):
+        with autocast(precision, fabric.device):
             full = calibrated(supernet, supernet.full, batches)
         return cls(supernet, stages, supervision, batches, held_out, full, precision)
 
@@ -93,7 +93,7 @@ def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
         (subnets, stages) means over the batches, float64.
     """
     total = np.zeros((len(subnets), len(judge.stages)))
-    with torch.no_grad(), _in(judge.precision, judge.device):
+    with torch.no_grad(), autocast(judge.precision, judge.device):
         statistics = calibrated_stages(judge.supernet, subnets, judge.stages, judge.calibration, judge.full)
         for images, labels in judge.held_out:
             logits, handed_on = features(judge.supernet, judge.stages, images, tensors=judge.full)
@@ -104,7 +104,3 @@ def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
                 )
                 total[number] += judge.supervision.losses(outputs, target).double().cpu().numpy()
     return total / len(judge.held_out)
-
-
-def _in(precision: Precision, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)

@@ -25,8 +25,9 @@ def norms_after(model: nn.Module, example: tuple[Any, ...], modules: Collection[
         read by something else, too, are left out.
     """
     reads = _Reads()
-    returned: list[tuple[str, Tensor]] = []  # holding the tensors keeps their identities unique
-    norms: dict[int, str] = {}
+    # Holding the tensors keeps their identities unique: one that is freed leaves its number to a later one.
+    returned: list[tuple[str, Tensor]] = []
+    norms: dict[int, tuple[Tensor, str]] = {}
 
     def after(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -39,7 +40,7 @@ def norms_after(model: nn.Module, example: tuple[Any, ...], modules: Collection[
     def before(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs:
-                norms[id(inputs[0])] = name
+                norms[id(inputs[0])] = (inputs[0], name)
 
         return hook
 
@@ -55,7 +56,8 @@ def norms_after(model: nn.Module, example: tuple[Any, ...], modules: Collection[
     seen: dict[str, list[str]] = {}
     for name, output in returned:
         alone = reads.times[id(output)] == 1
-        seen.setdefault(name, []).append(norms.get(id(output), "") if alone else "")
+        _, norm = norms.get(id(output), (output, ""))
+        seen.setdefault(name, []).append(norm if alone else "")
     return {name: tuple(dict.fromkeys(after)) for name, after in seen.items() if all(after)}
 
 

@@ -5,15 +5,16 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
-from secateur.artifact._edits import held_value, set_edit
+from secateur.artifact._edits import held_value, set_edits
 from secateur.artifact._files import atomic_file, atomic_folder, read_bytes, write_bytes
 from secateur.artifact._manifest import FORMAT, Manifest, Recipe
-from secateur.artifact._schema import parse
-from secateur.artifact._tensors import describe, deserialise, install, serialise
+from secateur.artifact._schema import brief, parse
+from secateur.artifact._tensors import check_room, describe, deserialise, install, serialise
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.sparsity import make_permanent_, masks_of, nonzero_params
 from secateur.surgery import declare_sizes, replace_, replacements_in, widen_, widenings_in
@@ -26,7 +27,7 @@ OWN_FILES = (MANIFEST_NAME, WEIGHTS_NAME, "model.onnx", "model.onnx.data", "mode
 TRUSTED_KINDS = ("timm", "torchvision", "secateur")
 """Kinds of model source that run only the code of installed, known packages."""
 
-_MAX_MANIFEST_BYTES = 64 * 2**20
+_MAX_MANIFEST_BYTES = 16 * 2**20
 
 Build = Callable[[Mapping[str, object]], nn.Module]
 """Builds the original model from its recorded source."""
@@ -81,7 +82,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     weights = serialise(model, records)
     digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
     manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
-    text = manifest.to_bytes()
+    text = _text_of(manifest)
     try:
         with atomic_folder(folder) as part:
             write_bytes(part / WEIGHTS_NAME, weights)
@@ -92,6 +93,18 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
             "make room or choose another folder."
         ) from error
     return Manifest.from_bytes(text)
+
+
+def _text_of(manifest: Manifest) -> bytes:
+    """The text of a manifest that can be read again."""
+    text = manifest.to_bytes()
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"`recipe` must take at most {_MAX_MANIFEST_BYTES} bytes of JSON; got {len(text)}. "
+            "Leave out long lists of metrics; keep them in a file of their own."
+        )
+    Manifest.from_bytes(text)
+    return text
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -119,7 +132,8 @@ def load(
 
     The source is built, gets the stand-ins of removed blocks, what widens narrow branches, the recorded sizes and ints,
     then the recorded tensors. Nothing is unpickled or traced.
-    Every byte of the weights is covered by the hash in secateur.json; nothing is used before it is checked.
+    Every byte of the weights is covered by the hash in secateur.json; nothing is used before it is checked. Surgery
+    only takes away, so no file is read that could have more numbers than the model that its source builds.
 
     Args:
         folder: What `save` wrote.
@@ -136,26 +150,33 @@ def load(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    kind = manifest.recipe.source["kind"]
+    kind = cast(str, manifest.recipe.source["kind"])
     if factory is None and kind not in TRUSTED_KINDS and not trust_source:
         raise ArtifactError(
-            f"`trust_source` must be True to run the code that this artifact names; got a source of kind {kind!r} "
-            f"({folder}): {dict(manifest.recipe.source)}. If you trust it, pass trust_source=True (--trust-source); "
-            "else pass your own `factory`."
+            f"`trust_source` must be True to run the code that this artifact names; got a source of kind "
+            f"{brief(kind)} ({folder}): {brief(manifest.recipe.source, most=400)}. If you trust it, pass "
+            "trust_source=True (--trust-source); else pass your own `factory`."
         )
-    weights = read_bytes(folder / WEIGHTS_NAME, limit=manifest.weights_bytes)
+    with torch.random.fork_rng(devices=[]):
+        model = build(manifest.recipe.source) if factory is None else factory()
+    _rebuild_(model, manifest)
+    set_edits(model, manifest.recipe.edits)
+    most = check_room(model, manifest.tensors)
+    weights = read_bytes(folder / WEIGHTS_NAME, limit=min(manifest.weights_bytes, most))
     if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
         raise ArtifactError(
             f"{WEIGHTS_NAME} must have the SHA-256 that {MANIFEST_NAME} says; got another ({folder}). "
             "The file was cut short or changed: copy the artifact again, or make it again."
         )
     tensors = deserialise(weights, manifest.tensors)
-    with torch.random.fork_rng(devices=[]):
-        model = build(manifest.recipe.source) if factory is None else factory()
-    _rebuild_(model, manifest)
-    for edit in manifest.recipe.edits:
-        set_edit(model, edit)
     install(model, manifest.tensors, tensors)
+    _check_after(model, manifest)
+    declare_sizes(model)
+    return Loaded(model.eval(), manifest)
+
+
+def _check_after(model: nn.Module, manifest: Manifest) -> None:
+    """What the manifest counted is counted again."""
     if manifest.nonzero not in (None, nonzero_params(model)):
         raise ArtifactError(
             f"`weights.nonzero` must be the number of parameters that are not zero; got {manifest.nonzero}, the file "
@@ -166,8 +187,6 @@ def load(
             "`widenings` must say what the weights hold; got another order of channels (secateur.json). "
             "The file is damaged: save the artifact again."
         )
-    declare_sizes(model)
-    return Loaded(model.eval(), manifest)
 
 
 def _rebuild_(model: nn.Module, manifest: Manifest) -> None:
@@ -214,7 +233,7 @@ def amend(
         metrics={**manifest.recipe.metrics, **(metrics or {})},
         verification={**manifest.recipe.verification, **(verification or {})},
     )
-    text = replace(manifest, recipe=recipe).to_bytes()
+    text = _text_of(replace(manifest, recipe=recipe))
     with atomic_file(Path(folder) / MANIFEST_NAME) as part:
         write_bytes(part, text)
     return Manifest.from_bytes(text)

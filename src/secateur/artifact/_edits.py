@@ -10,6 +10,7 @@ from typing import TypeGuard, cast
 
 from torch import nn
 
+from secateur.artifact._schema import brief
 from secateur.errors import ArtifactError
 from secateur.surgery import original_names, replacements_in
 
@@ -31,7 +32,7 @@ class Edit:
     value: int
 
     def __str__(self) -> str:
-        place = f"{self.module}.{self.attribute}" if self.module else self.attribute
+        place = brief(f"{self.module}.{self.attribute}" if self.module else self.attribute)
         return place if self.item is None else f"{place}[{self.item}]"
 
 
@@ -80,13 +81,28 @@ def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[
             yield from (Edit(name, attribute, item, new) for item, (was, new) in pairs if was != new)
 
 
-def set_edit(model: nn.Module, edit: Edit) -> None:
-    """Set one recorded int on a model, in place.
+def set_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Set recorded ints on a model as its source builds it, in place.
+
+    Surgery sets sizes: numbers of channels and of what is padded to have them. So an int must be at most the one that
+    was there, or the largest dimension of a tensor of the model.
 
     Raises:
-        ArtifactError: If the model has no such int.
+        ArtifactError: If the model has no such int, or it must not become so large.
     """
+    largest = max((size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape), default=0)
+    for edit in edits:
+        _set_edit(model, edit, largest)
+
+
+def _set_edit(model: nn.Module, edit: Edit, largest: int) -> None:
     module, current = _find(model, edit)
+    held = cast(int, current) if edit.item is None else cast(Sequence[int], current)[edit.item]
+    if abs(edit.value) > max(abs(held), largest):
+        raise ArtifactError(
+            f"{edit} must be a size of the model, at most {max(abs(held), largest)}; got {edit.value} (secateur.json). "
+            "The file is damaged: save the artifact again."
+        )
     if edit.item is None:
         setattr(module, edit.attribute, edit.value)
         return

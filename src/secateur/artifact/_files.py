@@ -103,6 +103,8 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
             f"`folder` must hold {path.name}; got no such file in {path.parent}. "
             "Give the folder that `secateur compress` wrote."
         ) from error
+    except ValueError as error:
+        raise ArtifactError(f"`folder` must be a path; got {str(path)!r} ({error}).") from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise _not_regular(path, "a symbolic link") from error
@@ -118,7 +120,8 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
                 f"{path.name} must have at most {limit} bytes; got {status.st_size} ({path}). "
                 "The file is damaged or is not an artifact's."
             )
-        return file.read(limit + 1)
+        # Not the limit, which may be a stranger's claim: reading makes room for as much as it is asked for.
+        return file.read(status.st_size + 1)
 
 
 def _not_regular(path: Path, what: str) -> ArtifactError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -9,9 +10,10 @@ from typing import cast
 from secateur.architecture import Architecture
 from secateur.artifact._edits import Edit
 from secateur.artifact._provenance import Provenance
-from secateur.artifact._schema import MAX_DIMENSIONS, MAX_TENSORS, Fields, parse, wrong
+from secateur.artifact._rows import check_once, edits_of, replacements_of, source_of, widenings_of
+from secateur.artifact._schema import MAX_DIMENSIONS, MAX_TENSORS, Fields, brief, parse, wrong
 from secateur.errors import ArtifactError, SurgeryError
-from secateur.graph import Replacement, StandIn
+from secateur.graph import Replacement
 from secateur.surgery import Widening
 
 SCHEMA = 4
@@ -24,8 +26,8 @@ SCHEMA = 4
 
 FORMAT = "secateur-artifact"
 _LARGEST_DIMENSION = 2**40
-_LONGEST_TUPLE = 64
-_MAX_CHANNELS = 2**20
+_LARGEST_INPUT = 2**26
+"""Numbers of one input; 8192 x 8192 pixels of one channel."""
 
 
 def _nothing() -> dict[str, object]:
@@ -127,12 +129,12 @@ class TensorRecord:
         if any(size > _LARGEST_DIMENSION for size in shape):
             raise wrong(fields.path("shape"), "a list of sizes below 2^40", list(shape))
         return cls(
-            name=fields.text("name"),
-            dtype=fields.text("dtype"),
+            name=fields.name("name"),
+            dtype=fields.name("dtype"),
             shape=shape,
             layout=fields.text("layout") if "layout" in plain else "contiguous",
             parameter=not plain.get("buffer", False),
-            same_as=fields.text("same_as") if "same_as" in plain else None,
+            same_as=fields.name("same_as") if "same_as" in plain else None,
             sparse=bool(plain.get("sparse", False)),
         )
 
@@ -217,13 +219,15 @@ class Manifest:
             )
         weights = fields.fields("weights")
         records = enumerate(weights.items("tensors", MAX_TENSORS))
+        tensors = tuple(TensorRecord.from_json(record, f"weights.tensors[{n}]") for n, record in records)
+        check_once("weights.tensors", [tensor.name for tensor in tensors])
         return cls(
             recipe=_recipe(fields),
-            tensors=tuple(TensorRecord.from_json(record, f"weights.tensors[{n}]") for n, record in records),
+            tensors=tensors,
             weights_sha256=weights.text("sha256"),
             weights_bytes=weights.integer("bytes", least=0),
-            replacements=() if schema < 2 else _replacements(fields),
-            widenings=() if schema < 3 else _widenings(fields),
+            replacements=() if schema < 2 else replacements_of(fields),
+            widenings=() if schema < 3 else widenings_of(fields),
             nonzero=None if schema < 4 else weights.optional_integer("nonzero", least=0),
             schema=schema,
         )
@@ -240,16 +244,20 @@ def digest(data: Mapping[str, object]) -> str:
 
 def _recipe(fields: Fields) -> Recipe:
     pixels, cost = fields.fields("input"), fields.fields("cost")
-    fields.fields("source").text("kind")
     try:
         architecture = Architecture.from_json(fields.mapping("architecture"))
     except SurgeryError as error:
-        raise ArtifactError(f"`architecture` is damaged (secateur.json): {error} Save the artifact again.") from error
+        raise ArtifactError(
+            f"`architecture` is damaged (secateur.json): {brief(error)} Save the artifact again."
+        ) from error
+    shape = pixels.integers("shape", least=1, limit=MAX_DIMENSIONS)
+    if math.prod(shape) > _LARGEST_INPUT:
+        raise wrong(pixels.path("shape"), f"a size of at most {_LARGEST_INPUT} numbers", list(shape))
     return Recipe(
-        source=fields.mapping("source"),
+        source=source_of(fields),
         architecture=architecture,
-        edits=tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits"))),
-        input_shape=pixels.integers("shape", least=1, limit=MAX_DIMENSIONS),
+        edits=edits_of(fields),
+        input_shape=shape,
         mean=pixels.numbers("mean"),
         std=pixels.numbers("std"),
         classes=fields.texts("classes"),
@@ -258,53 +266,4 @@ def _recipe(fields: Fields) -> Recipe:
         metrics=fields.mapping("metrics"),
         verification=fields.mapping("verification"),
         provenance=Provenance.from_fields(fields.fields("provenance")),
-    )
-
-
-def _replacements(fields: Fields) -> tuple[Replacement, ...]:
-    rows = enumerate(fields.items("replacements", MAX_TENSORS))
-    return tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
-
-
-def _replacement(row: object, where: str) -> Replacement:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 3:
-        raise wrong(where, "[module, stand-in, items]", row)
-    fields = Fields(dict(zip(("module", "stand_in", "items"), cast(list[object], row), strict=True)), where)
-    kind = fields.text("stand_in")
-    if kind not in {stand_in.value for stand_in in StandIn}:
-        raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
-    items = fields.optional_integer("items", least=1)
-    if items is not None and items > _LONGEST_TUPLE:
-        raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
-    return Replacement(fields.text("module"), StandIn(kind), items)
-
-
-def _widenings(fields: Fields) -> tuple[Widening, ...]:
-    rows = enumerate(fields.items("widenings", MAX_TENSORS))
-    return tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
-
-
-def _widening(row: object, where: str) -> Widening:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
-        raise wrong(where, "[module, dim, missing, order]", row)
-    fields = Fields(dict(zip(("module", "dim", "missing", "order"), cast(list[object], row), strict=True)), where)
-    dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
-    order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
-    for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
-        if value >= limit:
-            raise wrong(fields.path(name), f"below {limit}", value)
-    if any(place > len(order) for place in order):
-        raise wrong(fields.path("order"), "a list of places among the channels", max(order))
-    return Widening(fields.text("module"), dim, missing, order)
-
-
-def _edit(row: object, where: str) -> Edit:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
-        raise wrong(where, "[module, attribute, item, value]", row)
-    fields = Fields(dict(zip(("module", "attribute", "item", "value"), cast(list[object], row), strict=True)), where)
-    return Edit(
-        fields.text("module"),
-        fields.text("attribute"),
-        fields.optional_integer("item", least=0),
-        fields.integer("value"),
     )

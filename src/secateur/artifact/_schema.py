@@ -1,6 +1,7 @@
 """Reading JSON that may be damaged or hostile: every value is checked before it is used."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -9,25 +10,63 @@ from secateur.errors import ArtifactError
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 MAX_ITEMS = 2_000_000
+MAX_DEPTH = 32
+MAX_NAME = 1_000
+"""Characters in the name of a module, attribute or tensor."""
+
+_LARGEST_INTEGER = 2**63 - 1
+_STRUCTURE = (b",", b":", b"[", b"{")
+_SHOWN = 80
 
 
 def parse(text: bytes, name: str) -> dict[str, object]:
-    """A JSON object from bytes: UTF-8, no NaN or infinity, no key twice.
+    """A JSON object from bytes: UTF-8, no NaN or infinity, no key twice, of bounded size and depth.
+
+    What Python makes of JSON can take a hundred times the room of the text. So the places where a value can begin are
+    counted before anything is made of them.
 
     Raises:
         ArtifactError: If the text is not that.
     """
+    if sum(map(text.count, _STRUCTURE)) > MAX_ITEMS:
+        raise _no_json(name, f"more than {MAX_ITEMS} values")
     try:
         data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        _check_values(data)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{name} must be JSON; got something else ({error}). The file is damaged: save the artifact again."
-        ) from error
+        raise _no_json(name, brief(error)) from error
     if not isinstance(data, dict):
         raise ArtifactError(
             f"{name} must hold a JSON object; got {type(data).__name__}. The file is not an artifact's."
         )
     return cast(dict[str, object], data)
+
+
+def _no_json(name: str, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{name} must be JSON; got something else ({reason}). The file is damaged: save the artifact again."
+    )
+
+
+def _check_values(data: object) -> None:
+    """Refuse what other readers of JSON cannot hold: deep nesting, huge numbers, half characters."""
+    waiting = [(data, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, str):
+            value.encode()  # half of a character (a lone surrogate) cannot be printed or written
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise ValueError("a number is too large")
+        elif isinstance(value, int):
+            if abs(value) > _LARGEST_INTEGER:
+                raise ValueError("a whole number is too large")
+        elif isinstance(value, (dict, list)):
+            if depth > MAX_DEPTH:
+                raise ValueError(f"values within more than {MAX_DEPTH} others")
+            held = cast(dict[str, object] | list[object], value)
+            inside = (*held, *held.values()) if isinstance(held, dict) else held
+            waiting.extend((item, depth + 1) for item in inside)
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -92,6 +131,13 @@ class Fields:
             raise wrong(self.path(key), "a string", value)
         return value
 
+    def name(self, key: str) -> str:
+        """A field that is the name of a module, attribute or tensor."""
+        value = self.text(key)
+        if len(value) > MAX_NAME:
+            raise wrong(self.path(key), f"a name of at most {MAX_NAME} characters", value)
+        return value
+
     def integer(self, key: str, *, least: int | None = None) -> int:
         """A field that is an int (at least ``least``)."""
         value = self._get(key)
@@ -135,8 +181,13 @@ class Fields:
 
 def wrong(where: str, wanted: str, got: object) -> ArtifactError:
     """The error for a field that is not what it must be."""
-    shown = str(got) if isinstance(got, str) else repr(got)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ArtifactError(
-        f"`{where}` must be {wanted}; got {shown} (secateur.json). The file is damaged: save the artifact again."
+        f"`{where}` must be {wanted}; got {brief(got)} (secateur.json). The file is damaged: save the artifact again."
     )
+
+
+def brief(value: object, *, most: int = _SHOWN) -> str:
+    """A value of a stranger in few characters, all of which can be printed."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,13 +1,14 @@
 """A model's tensors to and from safetensors, and the shapes of a rebuilt model."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from secateur.artifact._manifest import TensorRecord
+from secateur.artifact._schema import brief
 from secateur.artifact._sparse import packed, saves_space, unpacked
 from secateur.errors import ArtifactError
 
@@ -31,8 +32,10 @@ _LAYOUTS = {
     "channels_last": (torch.channels_last, 4),
     "channels_last_3d": (torch.channels_last_3d, 5),
 }
-_MAX_HEADER_BYTES = 64 * 2**20
+_MAX_HEADER_BYTES = 16 * 2**20
 _HEADER_SIZE_BYTES = 8
+_WIDEST = 8
+"""Bytes of the widest element."""
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -81,9 +84,9 @@ def deserialise(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
     _check_header(data)
     try:
         found = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # its own errors, and those of torch for shapes and dtypes that it does not know
         raise ArtifactError(
-            f"model.safetensors is damaged ({error}). Copy the artifact again, or make it again."
+            f"model.safetensors is damaged ({brief(error)}). Copy the artifact again, or make it again."
         ) from error
     held = {record.name: record for record in records if record.same_as is None}
     found = unpacked(found, (record for record in held.values() if record.sparse))
@@ -99,14 +102,36 @@ def deserialise(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
     return found
 
 
-def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Give a rebuilt model the saved tensors, in place: their shapes, dtypes and memory layout, and what is tied.
+def check_room(model: nn.Module, records: Sequence[TensorRecord]) -> int:
+    """Refuse records of tensors that a rebuilt model does not have, or that are larger than its own.
+
+    Surgery only takes away. So whatever the records claim, what is read takes no more room than the model.
+
+    Returns:
+        Bytes that the file of such tensors can have at most.
 
     Raises:
         ArtifactError: If the model has other tensors than the saved one.
     """
     present = dict(named_tensors(model))
     _same_names(present, {record.name: record for record in records}, "the rebuilt model", "secateur.json")
+    for record in records:
+        if math.prod(record.shape) > present[record.name].numel():
+            raise ArtifactError(
+                f"{brief(record.name)} must be at most as large as in the model's source, "
+                f"{tuple(present[record.name].shape)}; got {record.shape}. "
+                "The source builds another model than the one that was saved: use the same version of its code."
+            )
+    return _MAX_HEADER_BYTES + _WIDEST * sum(tensor.numel() for tensor in present.values())
+
+
+def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
+    """Give a rebuilt model the saved tensors, in place: their shapes, dtypes and memory layout, and what is tied.
+
+    Raises:
+        ArtifactError: If the model has tensors of another kind than the saved one.
+    """
+    present = dict(named_tensors(model))
     made: dict[str, Tensor] = {}
     for record in records:
         old = present[record.name]

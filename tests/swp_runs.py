@@ -3,8 +3,10 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from slow_search import data as noise
 from tas_runs import Block, Net
@@ -14,8 +16,10 @@ from secateur.cost import Budget, CostModel
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
 from secateur.importance import L2, Evidence
-from secateur.search import SWP, Depths, Found, Problem, SearchedWeights, SearchSpace, Widths
+from secateur.search import SWP, Depths, Found, Problem, SearchedWeights, SearchSpace, Supervision, Widths
 from secateur.search._swp._options import Options
+from secateur.search._swp._score import Judge
+from secateur.supernet import Subnet, Supernet, best_first, calibrated
 from secateur.surgery import original_names
 from secateur.train import SGD, Precision, Schedule
 
@@ -168,3 +172,26 @@ def assert_same(one: Found, other: Found) -> None:
     assert one.weights.keys() == other.weights.keys()
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
     assert as_text(one.notes) == as_text(other.notes)
+
+
+def supernet_of(options: Options, dtype: torch.dtype) -> Supernet:
+    """With channels in an order of their own."""
+    evidence = options.problem.evidence
+    draw = np.random.default_rng(2)
+    graph = replace(evidence.graph, example=tuple(tensor.to(dtype) for tensor in evidence.graph.example))
+    scores = {axis.name: draw.random(axis.size) for axis in graph.prunable}
+    return Supernet(copy.deepcopy(evidence.model).to(dtype), graph, best_first(scores)).eval()
+
+
+def judge_of(options: Options, supervision: Supervision, dtype: torch.dtype = torch.float64) -> Judge:
+    """A judge with images in two batches of calibration and two held out."""
+    supernet = supernet_of(options, dtype)
+    batches = [(images.to(dtype), labels) for images, labels in noise().train.batches(16, device=torch.device("cpu"))]
+    calibration = tuple(images for images, _ in batches[:2])
+    full = calibrated(supernet, supernet.full, calibration)
+    return Judge(supernet, options.stages, supervision, calibration, tuple(batches[2:]), full, Precision.FLOAT32)
+
+
+def subnets_of(options: Options, count: int) -> list[Subnet]:
+    draw = np.random.default_rng(1)
+    return [options.subnet(rows) for rows in (options.tiny, *(options.drawn(draw) for _ in range(count - 1)))]

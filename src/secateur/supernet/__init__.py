@@ -4,7 +4,14 @@ from secateur.supernet._calibrate import calibrated
 from secateur.supernet._interpolate import interpolate_channels, interpolation_matrix
 from secateur.supernet._mixture import Blending, Fade, Interpolate, Mixture
 from secateur.supernet._order import best_first, inverse, order_digest, reordered
-from secateur.supernet._stagewise import calibrated_stages, features, run_stages, stage_losses, stage_variances
+from secateur.supernet._stagewise import (
+    calibrated_stages,
+    carried_on,
+    features,
+    run_stages,
+    stage_losses,
+    stage_variances,
+)
 from secateur.supernet._supernet import Subnet, Supernet
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "best_first",
     "calibrated",
     "calibrated_stages",
+    "carried_on",
     "features",
     "interpolate_channels",
     "interpolation_matrix",

@@ -2,6 +2,7 @@
 
     features(supernet, stages, images, *, tensors=None) -> (output, features)
     run_stages(supernet, subnet, stages, images, features, *, tensors=None) -> outputs
+    carried_on(supernet, stages, images, number, feature, *, tensors=None) -> output
     stage_losses(outputs, targets, variances=None) -> (stages,)
     stage_variances(targets) -> (stages,)
     calibrated_stages(supernet, subnets, stages, batches, full=None) -> [statistics of each subnet]
@@ -103,6 +104,32 @@ def run_stages(
             "Remove the blocks of the stages only."
         )
     return (*found, output)
+
+
+def carried_on(
+    supernet: Supernet,
+    stages: Sequence[Stage],
+    images: Tensor,
+    number: int,
+    feature: Tensor,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Run the full net with another tensor in the place of what it hands on at one cut.
+
+    Args:
+        supernet: In any mode.
+        stages: Of its model.
+        images: Normalised.
+        number: Of the stage that ends at the cut; not the last one.
+        feature: Goes on instead, for example what a candidate of the stage has computed.
+        tensors: As for `Supernet.forward`.
+
+    Returns:
+        The model's output.
+    """
+    with _at_cuts(supernet, stages, lambda at, output: feature.clone() if at == number else output):
+        return supernet(supernet.full, images, tensors=tensors)
 
 
 def stage_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], variances: Tensor | None = None) -> Tensor:

@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 import torch
 from slow_search import data as noise
-from swp_runs import alone, as_text, fresh_norms_, options_of, quick, recalibrated, staged, whole
+from swp_runs import (
+    alone,
+    as_text,
+    fresh_norms_,
+    judge_of,
+    options_of,
+    quick,
+    recalibrated,
+    staged,
+    subnets_of,
+    supernet_of,
+    whole,
+)
 from tas_runs import run
 from torch import Tensor
 
 from secateur.search import InPlace, Labels, SoftLabels, Supervision
-from secateur.search._swp._options import Options
 from secateur.search._swp._score import Judge, losses_of
-from secateur.supernet import Subnet, Supernet, best_first, calibrated
+from secateur.supernet import Subnet
 from secateur.train import Precision, open_fabric
 from secateur.workers import InProcess, OnRay
 
@@ -24,29 +35,6 @@ from secateur.workers import InProcess, OnRay
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 CPU = torch.device("cpu")
-
-
-def supernet_of(options: Options, dtype: torch.dtype) -> Supernet:
-    """With channels in an order of their own."""
-    evidence = options.problem.evidence
-    draw = np.random.default_rng(2)
-    graph = replace(evidence.graph, example=tuple(tensor.to(dtype) for tensor in evidence.graph.example))
-    scores = {axis.name: draw.random(axis.size) for axis in graph.prunable}
-    return Supernet(copy.deepcopy(evidence.model).to(dtype), graph, best_first(scores)).eval()
-
-
-def judge_of(options: Options, supervision: Supervision, dtype: torch.dtype = torch.float64) -> Judge:
-    """A judge with images in two batches of calibration and two held out."""
-    supernet = supernet_of(options, dtype)
-    batches = [(images.to(dtype), labels) for images, labels in noise().train.batches(16, device=CPU)]
-    calibration = tuple(images for images, _ in batches[:2])
-    full = calibrated(supernet, supernet.full, calibration)
-    return Judge(supernet, options.stages, supervision, calibration, tuple(batches[2:]), full, Precision.FLOAT32)
-
-
-def subnets_of(options: Options, count: int) -> list[Subnet]:
-    draw = np.random.default_rng(1)
-    return [options.subnet(rows) for rows in (options.tiny, *(options.drawn(draw) for _ in range(count - 1)))]
 
 
 def loss_by_hand(supervision: Supervision, y: Tensor, x: Tensor, labels: Tensor) -> float:

@@ -30,6 +30,7 @@ class Judge:
         held_out: Batches of images that no weights have learnt from, and their labels.
         full: Batch-norm statistics of the full net.
         precision: Of the forward passes; losses are in float32 at least.
+        weights: (stages,) what each stage's losses are multiplied by, see `effects_of`; None leaves them as they are.
     """
 
     supernet: Supernet
@@ -39,6 +40,7 @@ class Judge:
     held_out: tuple[tuple[Tensor, Tensor], ...]
     full: Mapping[str, Tensor]
     precision: Precision
+    weights: FloatArray | None = None
 
     @classmethod
     def of(
@@ -90,7 +92,7 @@ def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
         subnets: Any widths and blocks of the stages.
 
     Returns:
-        (subnets, stages) means over the batches, float64.
+        (subnets, stages) means over the batches, weighted by stages, float64.
     """
     total = np.zeros((len(subnets), len(judge.stages)))
     with torch.no_grad(), autocast(judge.precision, judge.device):
@@ -103,4 +105,4 @@ def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
                     judge.supernet, subnet, judge.stages, images, handed_on, tensors=statistics[number]
                 )
                 total[number] += judge.supervision.losses(outputs, target).double().cpu().numpy()
-    return total / len(judge.held_out)
+    return total / len(judge.held_out) * (1.0 if judge.weights is None else judge.weights)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from secateur.cost import Cost
@@ -17,6 +18,7 @@ from secateur.search._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._problem import Problem, Proposal, Strategy
 from secateur.search._ratios import Depths, Widths
 from secateur.search._swp._candidates import Candidates
+from secateur.search._swp._effects import effects_of
 from secateur.search._swp._exact import Exact
 from secateur.search._swp._fill import filled
 from secateur.search._swp._hunt import Hunt
@@ -33,6 +35,9 @@ from secateur.workers import InProcess, Workers
 _CALIBRATION = 4
 """Image batches that the batch norms of a candidate are measured on."""
 
+_PROBES = 8
+"""Networks by which the weight of each stage's losses is measured."""
+
 
 @dataclass(frozen=True)
 class SWP(Strategy):
@@ -41,9 +46,10 @@ class SWP(Strategy):
     The model is divided into stages. In every step the full net learns from the labels, and the tiny net and some that
     are drawn learn beside it: each of their stages is fed with the full net's feature and learns to give what the full
     net's stage gives, so that one pass trains a candidate of every stage. Candidates of all stages are then judged on
-    images held out, by the same loss, one of every stage in a pass. Their losses and their costs add up, so that the
-    best combination within the budget is a multiple-choice knapsack. Axes whose channels are seen where stages meet
-    stay whole (see `secateur.graph.stages_of`); untie the graph to search residual branches as well.
+    images held out, by the same loss, one of every stage in a pass, times what arrives of it at the output
+    (`effects_of`). Their losses and their costs add up, so that the best combination within the budget is a
+    multiple-choice knapsack. Axes whose channels are seen where stages meet stay whole (see
+    `secateur.graph.stages_of`); untie the graph to search residual branches as well.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
@@ -111,8 +117,8 @@ class SWP(Strategy):
 
         ``training``: what every epoch looked like, with how fairly channels were trained; ``stages``: for each one
         where it ends, its axes and blocks, how many candidates it has, how many were trained, the judged ones' losses
-        and costs, and which was chosen; ``loss``, their sum. What the chosen ones leave of the budget is then filled
-        by widening them (`filled`).
+        and costs, and which was chosen; ``loss``, their sum; ``weights``, what the losses of each stage were
+        multiplied by. What the chosen ones leave of the budget is then filled by widening them (`filled`).
 
         Raises:
             DataError: If there are no training images or calibration batches, or images cannot be held out.
@@ -167,11 +173,16 @@ class SWP(Strategy):
             images=judged,
             fabric=fabric,
         )
+        draw = np.random.default_rng((evidence.seed, _PROBES))
+        probes = [options.subnet(options.drawn(draw)) for _ in range(_PROBES)]
+        weights = effects_of(judge, probes)
+        judge = replace(judge, weights=weights)
         hunt.judge(judge, self.workers, self.rounds, self.candidates // self.rounds)
         choice = self._combined(problem, options, hunt.candidates)
         rows = filled(options, hunt.candidates.network(choice.picked))
         architecture = supernet.architecture(options.subnet(rows))
-        return Proposal(architecture, hunt.notes(choice), self.hand_on.of(supernet, calibration, problem))
+        notes = {**hunt.notes(choice), "weights": weights.tolist()}
+        return Proposal(architecture, notes, self.hand_on.of(supernet, calibration, problem))
 
     def _combined(self, problem: Problem, options: Options, candidates: Candidates) -> Choice:
         """The combination, within the budget as a whole network too.

@@ -38,12 +38,13 @@ class Blobs:
         epoch: int = 0,
         augment: Any = None,
         drop_last: bool = False,
+        start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        self.calls.append({"seed": seed, "epoch": epoch, "augment": augment, "drop_last": drop_last})
+        self.calls.append({"seed": seed, "epoch": epoch, "augment": augment, "drop_last": drop_last, "start": start})
         order = torch.arange(len(self))
         if seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for rows in order.split(batch_size):
+        for rows in order.split(batch_size)[start:]:
             if drop_last and len(rows) < batch_size:
                 return
             yield self.images[rows].to(device) + (augment or 0), self.labels[rows].to(device)
@@ -88,14 +89,14 @@ class Killed(BaseException):
 
 
 class Fragile(Blobs):
-    """Dies in the second step of an epoch."""
+    """Dies before a step of an epoch, both from 0: the second, if nothing else is said."""
 
-    def __init__(self, n: int, epoch: int) -> None:
+    def __init__(self, n: int, epoch: int, step: int = 1) -> None:
         super().__init__(n)
-        self.epoch = epoch
+        self.epoch, self.step = epoch, step
 
     def batches(self, batch_size: int, **settings: Any):
-        for step, batch in enumerate(super().batches(batch_size, **settings)):
-            if settings["epoch"] == self.epoch and step == 1:
+        for step, batch in enumerate(super().batches(batch_size, **settings), settings.get("start", 0)):
+            if (settings["epoch"], step) == (self.epoch, self.step):
                 raise Killed
             yield batch

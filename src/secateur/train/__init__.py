@@ -18,9 +18,11 @@ from secateur.train._machine import (
     seeded,
 )
 from secateur.train._parallel import average_gradients_, averaged, own_part
+from secateur.train._partway import Partway
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._redraw import check_redrawable, redraw_
+from secateur.train._saving import Keeper, Saving, keeping
 from secateur.train._schedule import SGD, AdamW, Schedule
 from secateur.train._stages import distill_after_hints
 from secateur.train._state import (
@@ -32,6 +34,7 @@ from secateur.train._state import (
     write_optimiser_,
     write_tensors_,
 )
+from secateur.train._stop import Stopped, StopRequest, stoppable
 from secateur.train._tensorboard import TensorBoard
 
 __all__ = [
@@ -40,13 +43,18 @@ __all__ = [
     "AdamW",
     "Batches",
     "EpochRecord",
+    "Keeper",
     "Ledger",
     "Meter",
+    "Partway",
     "Precision",
     "Progress",
     "Saved",
+    "Saving",
     "Schedule",
     "Silent",
+    "StopRequest",
+    "Stopped",
     "TensorBoard",
     "TerminalProgress",
     "Trained",
@@ -67,6 +75,7 @@ __all__ = [
     "evaluate",
     "finite",
     "fit",
+    "keeping",
     "load_checkpoint",
     "measure",
     "one_device",
@@ -78,6 +87,7 @@ __all__ = [
     "redraw_",
     "save_checkpoint",
     "seeded",
+    "stoppable",
     "tensors_of",
     "write_optimiser_",
     "write_tensors_",

@@ -23,6 +23,7 @@ class Batches(Protocol):
         epoch: int = 0,
         augment: Any = None,
         drop_last: bool = False,
+        start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the images, a pure function of the arguments.
 
@@ -33,9 +34,12 @@ class Batches(Protocol):
             epoch: Changes order and augmentation; 0 or more.
             augment: Settings of the data room, passed through; None means none.
             drop_last: Leave a smaller last batch out.
+            start: Leave out so many batches at the beginning, with what it takes to read them: a resumed run begins
+                in the middle of an epoch.
 
         Returns:
-            Pairs of images, float32 (batch, channels, height, width), normalised, and labels, int64 (batch,).
+            Pairs of images, float32 (batch, channels, height, width), normalised, and labels, int64 (batch,), or
+            probabilities, float32 (batch, classes), where ``augment`` mixes images.
         """
         ...
 

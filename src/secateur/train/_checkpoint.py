@@ -1,4 +1,4 @@
-"""Checkpoints: a folder per epoch, complete or absent, without pickle."""
+"""Checkpoints: a folder each, complete or absent, without pickle."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from torch import Tensor
 from secateur.errors import TrainingError
 
 SCHEMA = 1
-KEPT_EPOCHS = 2
+KEPT = 2
 """The newest checkpoint and the one before, in case a disk damages the newest."""
 
-_EPOCH = re.compile(r"epoch-(\d{6,})")
+_NAME = re.compile(r"epoch-(\d{6,})(?:-step-(\d{6,}))?")
 _PARTIAL = "partial-"
 
 
@@ -34,12 +34,19 @@ class Saved:
         tensors: By name, on the CPU.
         numbers: JSON data.
         settings: What must be equal to go on from here.
+        step: Steps done of the epoch after these; 0 at the end of an epoch.
     """
 
     epoch: int
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
     settings: Mapping[str, str]
+    step: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder: ``epoch-000007``, or ``epoch-000007-step-000120`` within the epoch after that."""
+        return f"epoch-{self.epoch:06d}" + (f"-step-{self.step:06d}" if self.step else "")
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with a prefix, by the rest of their names."""
@@ -47,7 +54,7 @@ class Saved:
 
 
 def save_checkpoint(folder: Path, saved: Saved) -> None:
-    """Write ``folder/epoch-000007`` in one step, then remove all but the last `KEPT_EPOCHS`.
+    """Write ``folder/epoch-000007`` (see `Saved.name`) in one step, then remove all but the last `KEPT`.
 
     A process killed at any moment leaves complete checkpoints only (and a ``partial-`` folder, removed later).
 
@@ -62,17 +69,17 @@ def save_checkpoint(folder: Path, saved: Saved) -> None:
             shutil.rmtree(leftover)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
         _write(partial, saved)
-        target = folder / f"epoch-{saved.epoch:06d}"
+        target = folder / saved.name
         if target.exists():  # A damaged one, passed over when this run was resumed.
             shutil.rmtree(target)
         partial.replace(target)
         _flush(folder)
-        for old in _epochs(folder)[KEPT_EPOCHS:]:
+        for old in _complete(folder)[KEPT:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
-            "permissions and start again: the run goes on after its last complete epoch."
+            "permissions and start again: the run goes on after its last complete checkpoint."
         ) from error
 
 
@@ -87,6 +94,7 @@ def _write(partial: Path, saved: Saved) -> None:
     state = {
         "schema": SCHEMA,
         "epoch": saved.epoch,
+        "step": saved.step,
         "sha256": _sha256(partial / "tensors.safetensors"),
         "settings": dict(saved.settings),
         "numbers": dict(saved.numbers),
@@ -109,9 +117,8 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Saved | None:
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"`checkpoint` must be a folder; got the file {folder}. Name another folder.")
-    epochs = _epochs(folder)
     reasons: list[str] = []
-    for path in epochs:
+    for path in _complete(folder):
         try:
             saved = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -143,7 +150,8 @@ def _read(path: Path) -> Saved:
         tensors = load(content)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    return Saved(int(state["epoch"]), tensors, dict(state["numbers"]), dict(state["settings"]))
+    numbers, settings = dict(state["numbers"]), dict(state["settings"])
+    return Saved(int(state["epoch"]), tensors, numbers, settings, int(state.get("step", 0)))
 
 
 def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -159,10 +167,10 @@ def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str])
         )
 
 
-def _epochs(folder: Path) -> list[Path]:
+def _complete(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    found = [path for path in folder.glob("epoch-*") if _EPOCH.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")), reverse=True)
+    found = {path: match for path in folder.glob("epoch-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
 
 
 def _sha256(path: Path) -> str:

@@ -104,3 +104,23 @@ def check_labels(labels: Tensor, classes: int) -> None:
             f"`labels` must lie in 0...{classes - 1}, the model's classes; got {low}...{high}. "
             "Use a model with as many classes as the data."
         )
+
+
+def check_targets(labels: Tensor, classes: int) -> None:
+    """Refuse labels of training images that have no class: class numbers, or the probabilities of mixed images.
+
+    Raises:
+        TrainingError: See `check_labels`; or if there is not one probability for every class.
+    """
+    if not labels.is_floating_point():
+        check_labels(labels, classes)
+    elif labels.ndim != 2 or labels.shape[1] != classes:
+        raise TrainingError(
+            f"`labels` of mixed images must be probabilities of the model's {classes} classes; got the shape "
+            f"{tuple(labels.shape)}. Use a model with as many classes as the data."
+        )
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many highest logits are the label's, or the likeliest one's of a mixed image; waits for no device."""
+    return (logits.argmax(1) == (labels.argmax(1) if labels.is_floating_point() else labels)).sum()

@@ -14,14 +14,16 @@ from secateur.distill import AlignedFeatures, Objective
 from secateur.errors import TrainingError
 from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches, TrainingData
-from secateur.train._checkpoint import load_checkpoint, save_checkpoint
-from secateur.train._engine import Engine, Task
+from secateur.train._checkpoint import Saved, load_checkpoint
+from secateur.train._engine import Engine
 from secateur.train._machine import one_device, precision_of
 from secateur.train._progress import Meter, Progress, TerminalProgress
 from secateur.train._record import Trained
 from secateur.train._remember import RememberedLogits
+from secateur.train._saving import Keeper, Saving, keeping
 from secateur.train._schedule import Schedule
 from secateur.train._state import digest, write_tensors_
+from secateur.train._task import Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,6 +42,7 @@ def fit(
     sparsify: Sparsify | None = None,
     remember: Path | None = None,
     checkpoint: Path | None = None,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -50,8 +53,10 @@ def fit(
     (its moving average, if there is one) is validated in float32; the best epoch is returned, which may be epoch 0,
     the student as it came.
 
-    With a ``checkpoint`` folder every epoch ends with an atomic checkpoint. A run that finds one there goes on after
-    it: on the CPU, with the same number of threads, the result is bit-identical to that of an uninterrupted run.
+    With a ``checkpoint`` folder every epoch ends with an atomic checkpoint, and a long one has some within. A run that
+    finds one there goes on after it, in the middle of an epoch too: on the CPU, with the same number of threads, the
+    result is bit-identical to that of an uninterrupted run, and so is the history, but for times. Inside of a
+    `secateur.train.stoppable` block it can be asked to stop.
 
     Args:
         student: A classifier with float32 weights that gives logits (batch, classes).
@@ -67,6 +72,7 @@ def fit(
         remember: Folder where the teacher's logits are kept, epoch by epoch: a second run with the same seed, images
             and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
         checkpoint: Folder for checkpoints; None writes none.
+        saving: When checkpoints are written within an epoch.
         progress: `TerminalProgress()`, `Silent()`, or your own.
         fabric: A Fabric for one device, with its precision; None opens one, see `open_fabric`.
 
@@ -76,6 +82,7 @@ def fit(
     Raises:
         TrainingError: If settings contradict each other or the data, a loss is not finite, or the checkpoint is of a
             run with other settings.
+        Stopped: If that was asked for.
     """
     _check_student(student)
     _check_objective(objective, teacher, alignment)
@@ -92,8 +99,11 @@ def fit(
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
         if saved is not None:
             engine.restore(saved)
-        with progress.watch("train", epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter:
-            _run(engine, schedule.epochs, meter, checkpoint, settings)
+        with (
+            keeping(checkpoint, saving, fabric) as keeper,
+            progress.watch("train", epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter,
+        ):
+            _run(engine, schedule.epochs, meter, keeper, settings)
         model = copy.deepcopy(student).eval()
         write_tensors_(model, engine.result)
     return Trained(
@@ -117,6 +127,7 @@ def distill(
     sparsify: Sparsify | None = None,
     remember: Path | None = None,
     checkpoint: Path | None = None,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -133,6 +144,7 @@ def distill(
         sparsify: See `fit`.
         remember: See `fit`.
         checkpoint: See `fit`.
+        saving: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
 
@@ -154,6 +166,7 @@ def distill(
         sparsify=sparsify,
         remember=remember,
         checkpoint=checkpoint,
+        saving=saving,
         progress=progress,
         fabric=fabric,
     )
@@ -175,13 +188,15 @@ def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> Remem
     return RememberedLogits(folder, task.schedule.seed, settings)
 
 
-def _run(engine: Engine, epochs: int, meter: Meter, checkpoint: Path | None, settings: dict[str, str]) -> None:
+def _run(engine: Engine, epochs: int, meter: Meter, keeper: Keeper, settings: dict[str, str]) -> None:
+    def state() -> Saved:
+        return engine.saved(settings)
+
     if not engine.history:
         engine.validate_start(meter)
     while engine.epoch < epochs:
-        engine.train_epoch(meter)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, engine.saved(settings))
+        engine.train_epoch(meter, lambda: keeper.between(state))
+        keeper.save(state)
 
 
 def _check_student(student: nn.Module) -> None:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import TrainingError
+from secateur.train._progress import Meter
 
 STEPS_PER_LOOK = 20
 """At most so many steps between two looks at the losses. A look waits for the device, so it must be rare."""
@@ -17,7 +19,7 @@ SECONDS_PER_LOOK = 1.0
 
 
 class Ledger:
-    """Sums up the losses of one epoch; finds the step of the first that is not finite.
+    """Sums up the losses of one epoch; finds the step of the first that is not finite; remembers what was shown of it.
 
     Attributes:
         epoch: From 1.
@@ -31,6 +33,8 @@ class Ledger:
         self.latest = math.nan
         self._sums: dict[str, float] = {}
         self._unseen: list[Tensor] = []
+        self._shown: list[tuple[int, dict[str, float]]] = []
+        self._rate = 0.0
         self._looked = perf_counter()
 
     def add(self, total: Tensor, parts: Mapping[str, Tensor], rate: float) -> bool:
@@ -39,6 +43,7 @@ class Ledger:
             self._sums = dict.fromkeys(["total", *parts], 0.0)
         self._unseen.append(torch.stack([total.detach(), *parts.values()]))
         self.steps += 1
+        self._rate = rate
         looks = len(self._unseen) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
         if looks:
             self.look(rate)
@@ -62,10 +67,43 @@ class Ledger:
                 self._sums[name] += value
             self.latest = row[0]
 
+    def show(self, meter: Meter, numbers: Mapping[str, float]) -> None:
+        """Show numbers of the step that was looked at."""
+        self._shown.append((self.steps, dict(numbers)))
+        meter.step(self.epoch, self.steps, numbers)
+
+    def show_again(self, meter: Meter) -> None:
+        """Everything that was shown of the epoch before it was interrupted, so that no log has a gap."""
+        for step, numbers in self._shown:
+            meter.step(self.epoch, step, numbers)
+
+    @property
+    def unshown(self) -> bool:
+        """Whether the last step was not shown."""
+        return not self._shown or self._shown[-1][0] < self.steps
+
     @property
     def means(self) -> dict[str, float]:
         """Mean over the steps looked at: "total" and each part."""
         return {name: value / self.steps for name, value in self._sums.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of everything; looks at the losses not read yet.
+
+        Raises:
+            TrainingError: See `look`.
+        """
+        self.look(self._rate)
+        return {"steps": self.steps, "latest": self.latest, "sums": self._sums, "shown": self._shown}
+
+    @classmethod
+    def from_json(cls, epoch: int, data: Mapping[str, Any]) -> "Ledger":
+        """Inverse of `to_json`."""
+        ledger = cls(epoch)
+        ledger.steps, ledger.latest = int(data["steps"]), float(data["latest"])
+        ledger._sums = {name: float(value) for name, value in data["sums"].items()}
+        ledger._shown = [(int(step), dict(numbers)) for step, numbers in data["shown"]]
+        return ledger
 
 
 def diverged(what: str, where: str, rate: float) -> TrainingError:

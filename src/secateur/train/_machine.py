@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
@@ -108,6 +108,21 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)
 
 
+def in_precision(fabric: "Fabric", model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's forward in the precision of a Fabric, with a float32 output.
+
+    Not `Fabric.setup`: with several processes that would make every backward pass send its gradients, see
+    `average_gradients_`.
+    """
+
+    def forward(images: Tensor) -> Tensor:
+        with fabric.autocast():
+            output = model(images)
+        return output.float() if isinstance(output, Tensor) else output
+
+    return forward
+
+
 def placed(model: Model, device: torch.device) -> Model:
     """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
     model = copy.deepcopy(model).to(device)
@@ -127,19 +142,33 @@ def channels_last(images: Tensor) -> Tensor:
 def seeded(device: torch.device, *seed: int) -> Generator[None]:
     """Random numbers from a seed on the CPU and the device; the caller's state is put back afterwards."""
     number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+    before = random_states(device)
+    try:
+        for generator in _generators(device):
+            generator.manual_seed(number)
+        yield
+    finally:
+        set_random_states(device, before)
+
+
+def random_states(device: torch.device) -> tuple[Tensor, ...]:
+    """Where torch's random numbers are, on the CPU and on the device: uint8 tensors on the CPU."""
+    return tuple(generator.get_state() for generator in _generators(device))
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Inverse of `random_states`."""
+    for generator, state in zip(_generators(device), states, strict=True):
+        generator.set_state(state)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
     elif device.type == "mps":
         generators.append(torch.mps._get_default_mps_generator())  # pyright: ignore[reportPrivateUsage]
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(number)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    return generators
 
 
 @contextmanager

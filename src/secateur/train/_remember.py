@@ -77,16 +77,24 @@ class RememberedLogits:
         """
         from safetensors.torch import save
 
+        if noted := self.noted():
+            _write(self._path, save(noted))
+
+    def noted(self) -> dict[str, Tensor]:
+        """What was kept so far of an epoch that no file holds yet; empty if there is nothing."""
         if self._stored is not None or not self._made:
-            return
-        content = save(
-            {
-                "logits": torch.cat(self._made),
-                "sizes": torch.tensor([len(logits) for logits in self._made]),
-                "digests": torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8),
-            }
-        )
-        _write(self._path, content)
+            return {}
+        return {
+            "logits": torch.cat(self._made),
+            "sizes": torch.tensor([len(logits) for logits in self._made]),
+            "digests": torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8),
+        }
+
+    def take_up(self, noted: Mapping[str, Tensor]) -> None:
+        """Inverse of `noted`, after `begin`; nothing where another run has finished the epoch meanwhile."""
+        if self._stored is None and "logits" in noted:
+            made, self._digests = _parted(noted)
+            self._made = list(made)
 
     @property
     def _path(self) -> Path:
@@ -112,15 +120,19 @@ class RememberedLogits:
         from safetensors.torch import load
 
         try:
-            tensors = load(self._path.read_bytes())
-            logits = tensors["logits"].split(tensors["sizes"].tolist())
-            digests = bytes(tensors["digests"].tolist())
+            return _parted(load(self._path.read_bytes()))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise TrainingError(f"{self._path} is damaged ({error}). Delete it; the teacher runs again.") from error
-        return logits, [digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES)]
 
 
 _DIGEST_BYTES = 16
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], list[bytes]]:
+    """Logits and digests, batch by batch."""
+    digests = bytes(tensors["digests"].tolist())
+    parts = [digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES)]
+    return tensors["logits"].split(tensors["sizes"].tolist()), parts
 
 
 def _digest(images: Tensor) -> bytes:

@@ -2,12 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from secateur.errors import TrainingError
+from secateur.train._evaluate import hits
 from secateur.train._remember import RememberedLogits
 
 _DEVIATIONS = 2.0
@@ -27,13 +28,38 @@ class Teaching:
         self._step = self._images = self._classes = 0
         self._sound: Tensor | None = None
         self._right: Tensor | None = None
+        self._left: tuple[Mapping[str, int], Mapping[str, Tensor]] | None = None
 
     def begin(self, epoch: int) -> None:
-        """Open an epoch, from 0."""
+        """Open an epoch, from 0; where it was interrupted if that was said."""
         self._step = self._images = 0
         self._sound = self._right = None
         if self._memory is not None:
             self._memory.begin(epoch)
+        if self._left is not None:
+            self._go_on(*self._left)
+            self._left = None
+
+    def resume_with(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Have the next epoch go on where `numbers` and `tensors` were taken."""
+        self._left = numbers, tensors
+
+    def _go_on(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        self._step, self._images, self._classes = numbers["step"], numbers["images"], numbers["classes"]
+        self._sound, self._right = tensors.get("sound"), tensors.get("right")
+        if self._memory is not None:
+            self._memory.take_up(tensors)
+
+    def numbers(self) -> dict[str, int]:
+        """How far the epoch has come, as a JSON object."""
+        return {"step": self._step, "images": self._images, "classes": self._classes}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found so far in the epoch, and what is to be remembered of it."""
+        found = {} if self._memory is None else self._memory.noted()
+        if self._sound is not None and self._right is not None:
+            found |= {"sound": self._sound, "right": self._right}
+        return found
 
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """What the teacher says to the next batch of the epoch; without gradients."""
@@ -50,9 +76,9 @@ class Teaching:
 
     def _note(self, found: Tensor, labels: Tensor) -> None:
         # On the device, without waiting for it.
-        sound, right = found.isfinite().all(), (found.argmax(1) == labels).sum()
-        self._sound = sound if self._sound is None else self._sound & sound
-        self._right = right if self._right is None else self._right + right
+        sound, right = found.isfinite().all(), hits(found, labels)
+        self._sound = sound if self._sound is None else self._sound.to(sound.device) & sound
+        self._right = right if self._right is None else self._right.to(right.device) + right
         self._images += len(labels)
         self._classes = found.shape[1]
 

@@ -197,9 +197,9 @@ def test_dropout_differs_between_epochs() -> None:
 def test_the_source_is_read_as_the_protocol_says() -> None:
     source, validation = Blobs(40), Blobs(24, seed=1)
     run(small_net(), source, schedule=small_schedule(2, seed=7), augment=0.5, validation=validation)
-    expected = [{"seed": 7, "epoch": epoch, "augment": 0.5, "drop_last": True} for epoch in (0, 1)]
+    expected = [{"seed": 7, "epoch": epoch, "augment": 0.5, "drop_last": True, "start": 0} for epoch in (0, 1)]
     assert source.calls == expected
-    assert validation.calls == [{"seed": None, "epoch": 0, "augment": None, "drop_last": False}] * 3
+    assert validation.calls == [{"seed": None, "epoch": 0, "augment": None, "drop_last": False, "start": 0}] * 3
 
 
 def test_a_source_smaller_than_a_batch_is_one_step() -> None:

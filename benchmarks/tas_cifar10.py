@@ -1,12 +1,16 @@
-"""ResNet-20 at 55 % of its MACs on CIFAR-10: TAS and SWP against other strategies with the same total compute.
+"""ResNet-20 at 55 % or 50 % of its MACs on CIFAR-10: TAS and SWP against other strategies, with the same total compute.
 
     python benchmarks/tas_cifar10.py --seeds 0 1 2
+    python benchmarks/tas_cifar10.py --seeds 0 1 2 --setting 50
     python benchmarks/tas_cifar10.py --summary
 
-Every method gets passes over the training images worth three epochs of recovery, and starts from the same trained
-weights. A search step of TAS costs about an ordinary training step (see tas_step.py), an epoch of it passes each image
-once. Random search draws widths, cuts and heals each network as all methods do, and takes the one that is best on the
-validation images; it draws as many as take the processor time of the search of TAS.
+At 50 % the compute is equal in processor time, by more epochs of recovery for methods with less of a search, and there
+are half as many training images; see `SETTINGS`.
+
+At 55 % every method gets passes over the training images worth three epochs of recovery, and starts from the same
+trained weights. A search step of TAS costs about an ordinary training step (see tas_step.py), an epoch of it passes
+each image once. Random search draws widths, cuts and heals each network as all methods do, and takes the one that is
+best on the validation images; it draws as many as take the processor time of the search of TAS.
 
     tas        1 epoch of search, 2 of recovery
     swp        1 epoch of training the supernet (full, tiny and one drawn network in a step), 48 candidates of every
@@ -16,15 +20,16 @@ validation images; it draws as many as take the processor time of the search of 
     pca        PCASlimming, 3 epochs of recovery
     knapsack   the default of `compress`, 3 epochs of recovery
 
-Every run writes results/tas_cifar10/<method>-seed<seed>.json; runs that are there are not repeated. The test set is
-looked at once per run, at the end; all choices are made on 5,000 training images set aside.
+Every run writes results/<setting>/<method>-seed<seed>.json; runs that are there are not repeated. The test set is
+looked at once per run, at the end; all choices are made on a tenth of the training images, set aside.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,68 +60,118 @@ from secateur.search import (
 from secateur.surgery import Cut, RecalibrateBatchNorm, Refit, cut
 from secateur.train import Schedule, Silent, distill, evaluate, open_fabric
 
-BUDGET = "macs=55%"
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 SPACE = SearchSpace(min_kept_fraction=0.25)
-EPOCHS = 3
 SEARCH_EPOCHS = 1
 SECONDS_OF_RANDOM_SEARCH = 115.0
 """Processor time of the search of TAS on the machine of the records."""
 Batches = tuple[tuple[Tensor, Tensor], ...]
-Method = Callable[[nn.Module, ChannelGraph, Batches, ImageData, int], tuple[Architecture, dict[str, Any]]]
 
 
-def tas(
-    model: nn.Module, graph: ChannelGraph, batches: Batches, data: ImageData, seed: int
-) -> tuple[Architecture, dict[str, Any]]:
+@dataclass(frozen=True)
+class Setting:
+    """What all methods have in common.
+
+    Attributes:
+        title: Of the table.
+        folder: Of the records.
+        budget: Of the search.
+        images: Training images, those set aside included.
+        epochs: Of recovery, by method.
+    """
+
+    title: str
+    folder: str
+    budget: str
+    images: int
+    epochs: Mapping[str, int]
+
+
+SETTINGS = {
+    "55": Setting(
+        "ResNet-20 at 55 % of its MACs, CIFAR-10, same total compute (base 91.73 %)",
+        "tas_cifar10",
+        "macs=55%",
+        50_000,
+        {"tas": 2, "swp": 2, "random": 2, "uniform": 3, "pca": 3, "knapsack": 3},
+    ),
+    "50": Setting(
+        "ResNet-20 at 50 % of its MACs, half of CIFAR-10, same processor time (base 91.73 %)",
+        "swp_cifar10",
+        "macs=50%",
+        25_000,
+        {"tas": 4, "swp": 2, "uniform": 5, "pca": 5},
+    ),
+}
+Found = tuple[Architecture, dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What a method is given."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    batches: Batches
+    data: ImageData
+    seed: int
+    budget: str
+
+
+Method = Callable[[Case], Found]
+
+
+def tas(case: Case) -> Found:
     """One epoch of search, everything else as it comes."""
     strategy = TAS(schedule=Schedule(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
     found = search(
-        model,
-        graph,
+        case.model,
+        case.graph,
         strategy,
-        budget=BUDGET,
-        batches=batches,
+        budget=case.budget,
+        batches=case.batches,
         space=SPACE,
-        seed=seed,
-        data=data,
+        seed=case.seed,
+        data=case.data,
         fabric=open_fabric(None, device=torch.device("cpu")),
     )
     return found.architecture, {"search": found.notes["search"], "strategy": found.strategy}
 
 
-def swp(
-    model: nn.Module, graph: ChannelGraph, batches: Batches, data: ImageData, seed: int
-) -> tuple[Architecture, dict[str, Any]]:
+def swp(case: Case) -> Found:
     """One epoch of training, with one drawn network in a step, and few candidates, to cost about what TAS does."""
     found = search(
-        model,
-        graph,
+        case.model,
+        case.graph,
         SWP(nets=Sandwich(random=1), candidates=48, rounds=3, held_out=1000),
-        budget=BUDGET,
-        batches=batches,
+        budget=case.budget,
+        batches=case.batches,
         space=SPACE,
-        seed=seed,
-        data=data,
+        seed=case.seed,
+        data=case.data,
         fabric=open_fabric(None, device=torch.device("cpu")),
     )
     return found.architecture, {"strategy": found.strategy, **found.notes}
 
 
-def random(
-    model: nn.Module, graph: ChannelGraph, batches: Batches, data: ImageData, seed: int
-) -> tuple[Architecture, dict[str, Any]]:
+def random(case: Case) -> Found:
     """The best of many random architectures that fill the budget, each one healed and validated."""
-    problem = Problem(Evidence(model, graph, batches, seed), CostModel(graph), Budget.parse(BUDGET), SPACE, _silent)
+    problem = Problem(
+        Evidence(case.model, case.graph, case.batches, case.seed),
+        CostModel(case.graph),
+        Budget.parse(case.budget),
+        SPACE,
+        _silent,
+    )
     scores = problem.scores(Reconstruction())
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(case.seed)
     began, tried = time.process_time(), list[float]()
     best: tuple[float, Architecture] | None = None
     while time.process_time() - began < SECONDS_OF_RANDOM_SEARCH:
         # Sorted, the random keys of an axis make its width uniform among the allowed ones, as far as the budget goes.
         widths = fit(problem, [np.sort(draw.random(len(levels) - 1)) for levels in problem.levels]).widths
         architecture = keep_best(problem, widths, scores)
-        accuracy = evaluate(healed(model, graph, architecture, batches).model, data.validation).top1
+        accuracy = evaluate(healed(case.model, case.graph, architecture, case.batches).model, case.data.validation).top1
         tried.append(accuracy)
         if best is None or accuracy > best[0]:
             best = accuracy, architecture
@@ -131,24 +186,24 @@ def _silent(fraction: float, what: str) -> None:
 def of(strategy: Uniform | PCASlimming | Knapsack) -> Method:
     """A strategy that needs no training."""
 
-    def method(
-        model: nn.Module, graph: ChannelGraph, batches: Batches, data: ImageData, seed: int
-    ) -> tuple[Architecture, dict[str, Any]]:
-        found = search(model, graph, strategy, budget=BUDGET, batches=batches, space=SPACE, seed=seed)
+    def method(case: Case) -> Found:
+        found = search(
+            case.model, case.graph, strategy, budget=case.budget, batches=case.batches, space=SPACE, seed=case.seed
+        )
         return found.architecture, {"strategy": found.strategy}
 
     return method
 
 
-METHODS: dict[str, tuple[Method, int]] = {
-    "tas": (tas, EPOCHS - SEARCH_EPOCHS),
-    "swp": (swp, EPOCHS - SEARCH_EPOCHS),
-    "random": (random, EPOCHS - SEARCH_EPOCHS),
-    "uniform": (of(Uniform(importance=Reconstruction())), EPOCHS),
-    "pca": (of(PCASlimming(importance=Reconstruction())), EPOCHS),
-    "knapsack": (of(Knapsack()), EPOCHS),
+METHODS: dict[str, Method] = {
+    "tas": tas,
+    "swp": swp,
+    "random": random,
+    "uniform": of(Uniform(importance=Reconstruction())),
+    "pca": of(PCASlimming(importance=Reconstruction())),
+    "knapsack": of(Knapsack()),
 }
-"""The method and its epochs of recovery. All keep the channels that the same importance names."""
+"""All keep the channels that the same importance names."""
 
 
 def healed(model: nn.Module, graph: ChannelGraph, architecture: Architecture, batches: Batches) -> Cut:
@@ -157,14 +212,14 @@ def healed(model: nn.Module, graph: ChannelGraph, architecture: Architecture, ba
     return cut(model, graph, architecture, calibration=images, heal=(Refit(), RecalibrateBatchNorm()))
 
 
-def run(method: str, seed: int, data: ImageData) -> dict[str, Any]:
+def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, Any]:
     """One search and recovery."""
     teacher, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
     batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
     graph = trace(teacher, batches[0][0][:1])
-    find, epochs = METHODS[method]
+    epochs = setting.epochs[method]
     began = time.process_time()
-    architecture, notes = find(teacher, graph, batches, data, seed)
+    architecture, notes = METHODS[method](Case(teacher, graph, batches, data, seed, setting.budget))
     searched = time.process_time() - began
     done = healed(teacher, graph, architecture, batches)
     began = time.process_time()
@@ -195,9 +250,9 @@ def run(method: str, seed: int, data: ImageData) -> dict[str, Any]:
     }
 
 
-def summary() -> str:
+def summary(setting: Setting) -> str:
     """All records as one table."""
-    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "tas_cifar10").glob("*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / setting.folder).glob("*.json"))]
     rows: list[list[str]] = []
     for method in METHODS:
         found = sorted((r for r in records if r["method"] == method), key=lambda r: r["seed"])
@@ -230,24 +285,25 @@ def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--setting", choices=list(SETTINGS), default="55")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--summary", action="store_true", help="only print and write the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    setting = SETTINGS[arguments.setting]
     if not arguments.summary:
-        data = load_data(str(CIFAR10), seed=0)
+        data = load_data(str(CIFAR10), limit=setting.images, seed=0)
         for seed in arguments.seeds:
-            for method in arguments.methods:
-                name = f"tas_cifar10/{method}-seed{seed}"
+            for method in arguments.methods or setting.epochs:
+                name = f"{setting.folder}/{method}-seed{seed}"
                 if (RESULTS / f"{name}.json").exists():
                     continue
-                record = run(method, seed, data)
+                record = run(method, seed, data, setting)
                 write_record(name, record)
                 print(name, f"{100 * record['test']:.2f}", record["cpu_seconds_of_search"], flush=True)
-    title = "# ResNet-20 at 55 % of its MACs, CIFAR-10, same total compute (base 91.73 %)\n\n"
-    (RESULTS / "tas_cifar10.md").write_text(title + summary())
-    print(summary())
+    (RESULTS / f"{setting.folder}.md").write_text(f"# {setting.title}\n\n{summary(setting)}")
+    print(summary(setting))
 
 
 if __name__ == "__main__":

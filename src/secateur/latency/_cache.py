@@ -33,11 +33,13 @@ class Cache:
     Attributes:
         path: The file.
         seconds: By what was measured, as text.
+        asked: What was asked for, in order: what somebody's result depends on.
     """
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     _about: dict[str, object] = field(default_factory=dict[str, object])
+    asked: dict[str, None] = field(default_factory=dict[str, None], init=False)
 
     @classmethod
     def of(cls, target: Target, folder: Path | None = None) -> "Cache":
@@ -56,6 +58,11 @@ class Cache:
         """The seconds of something, measured now if they are not known; not yet written."""
         if what not in self.seconds:
             self.seconds[what] = measured()
+        return self.known(what)
+
+    def known(self, what: str) -> float:
+        """The seconds of something that is known."""
+        self.asked[what] = None
         return self.seconds[what]
 
     def write(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,13 @@ class LatencyRecord:
     def to_json(self) -> dict[str, object]:
         """A JSON object."""
         return {**asdict(self), "machine": dict(self.machine), "load": None if self.load is None else list(self.load)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "LatencyRecord":
+        """Inverse of `to_json`."""
+        fields: dict[str, Any] = {name: Quartiles(**data[name]) for name in ("before", "after", "speedup")}
+        fields["load"] = None if data["load"] is None else (float(data["load"][0]), float(data["load"][1]))
+        return cls(**{**data, **fields, "machine": dict(data["machine"])})
 
 
 def measure(

@@ -1,7 +1,8 @@
 """The verb: a model of the latency of every architecture of a graph, measured on this machine."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class LatencyFit:
         widths: (n, axes) of the whole models that were measured, the uncut one first.
         measured: (n,) seconds.
         predicted: (n,) what a model fitted to the others says: no measurement is predicted from itself.
+        seconds: Everything that it was fitted to, by what was measured, as a `Cache` has it: the same give the same
+            again.
     """
 
     model: LatencyModel
@@ -41,6 +44,7 @@ class LatencyFit:
     widths: IntArray
     measured: FloatArray
     predicted: FloatArray
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def errors(self) -> FloatArray:
@@ -88,6 +92,7 @@ def fit_latency(
         ExportError: If a model cannot be brought to the target.
     """
     cache = Cache.of(target) if cache is None else cache
+    cache.asked.clear()
     tell = tell or _silent
     times = layer_times(model, graph, target, space, cache=cache, tell=tell)
     plain = LatencyModel.of(graph, times)
@@ -100,7 +105,8 @@ def fit_latency(
         for rest in others
     ]
     fitted = plain.fitted(widths, measured)
-    return LatencyFit(fitted, target.key, widths, measured, np.array(predicted))
+    seconds = {what: cache.seconds[what] for what in cache.asked}
+    return LatencyFit(fitted, target.key, widths, measured, np.array(predicted), seconds)
 
 
 def probes(graph: ChannelGraph, space: SearchSpace) -> IntArray:
@@ -136,7 +142,7 @@ def _whole_models(
         found = measure_all(cut, target, inputs, rounds=_ROUNDS, warmup=2)
         cache.seconds.update(zip(names, (latency.seconds.median for latency in found), strict=True))
         cache.write()
-    return np.array([cache.seconds[name] for name in names])
+    return np.array([cache.known(name) for name in names])
 
 
 def _name(graph: ChannelGraph, inputs: Inputs, widths: IntArray) -> str:

@@ -40,7 +40,7 @@ def layer_times(
     if shapes:
         cache.write()
     return {
-        module: TimeGrid(outs, reads, np.array([[cache.seconds[repr(shape)] for shape in row] for row in rows]))
+        module: TimeGrid(outs, reads, np.array([[cache.known(repr(shape)) for shape in row] for row in rows]))
         for module, (outs, reads, rows) in wanted.items()
     }
 

@@ -33,7 +33,7 @@ from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
 from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import Branches
-from secateur.pipeline._work import Leftover, Workplace, workplace
+from secateur.pipeline._work import Leftover, Workplace, surroundings_of, workplace
 from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
@@ -165,7 +165,8 @@ def _run(plan: Plan) -> CompressResult:
     with contextlib.ExitStack() as stack:
         work = None
         if plan.delivery is not None:
-            work = stack.enter_context(workplace(plan.delivery.folder, plan.settings(), plan.delivery.leftover))
+            here, delivery = surroundings_of(plan.device), plan.delivery
+            work = stack.enter_context(workplace(delivery.folder, plan.settings(), delivery.leftover, here))
         return _work(plan, placed, batches, work)
 
 

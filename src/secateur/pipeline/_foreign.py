@@ -18,7 +18,7 @@ from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._pupil import Distilled, Hinting, Lesson, Pupil
-from secateur.pipeline._work import Leftover, workplace
+from secateur.pipeline._work import Leftover, surroundings_of, workplace
 from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch, write_report
 from secateur.sparsity import nonzero_params
 from secateur.train import (
@@ -89,7 +89,7 @@ def distill_into(
     if out is None:
         trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
-    with workplace(out, run.settings(), leftover) as work:
+    with workplace(out, run.settings(), leftover, surroundings_of(fabric.device)) as work:
         trained, steps = _learn(run, remember, work.checkpoint, progress, tell)
         learnt = _Learnt(run, trained, steps, images.detach().cpu())
         report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)

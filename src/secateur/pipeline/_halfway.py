@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, LatencyModel, format_count
-from secateur.errors import BudgetError, ModelError
+from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph import ChannelGraph
+from secateur.pipeline._measured import Measurements
 from secateur.pipeline._on_time import search_on_time
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
@@ -24,6 +25,7 @@ from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, SearchSpace, Shallower, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture
+from secateur.train import tensors_of, write_tensors_
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -69,9 +71,11 @@ def _search_and_cut(
     Every search has checkpoints of its own: they cannot be continued with another graph.
     """
     images = [images for images, _ in batches]
+    kept = Measurements.at(None if work is None else work.measurements)
     for number in itertools.count():
         began = time.perf_counter()
-        found = _search(plan, original, graph, batches, None if work is None else work.search_checkpoint(number))
+        checkpoint = None if work is None else work.search_checkpoint(number)
+        found = _search(plan, original, graph, batches, checkpoint=checkpoint, kept=kept)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
         uncut = Uncut(original, _searched(original, found), graph, images, plan.seed)
@@ -110,7 +114,15 @@ def _searched(original: nn.Module, found: Found) -> nn.Module:
     return model
 
 
-def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, checkpoint: Path | None) -> Found:
+def _search(
+    plan: Plan,
+    original: nn.Module,
+    graph: ChannelGraph,
+    batches: Batches,
+    *,
+    checkpoint: Path | None,
+    kept: Measurements,
+) -> Found:
     """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
 
     Raises:
@@ -140,7 +152,7 @@ def _search(plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batch
         if not is_timed(plan.budget):
             return searching(plan.budget, plan.space, None, checkpoint)
         images = [images for images, _ in batches]
-        return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint)
+        return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept)
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
         if graph.removable and not isinstance(plan.strategy, Shallower):
@@ -176,7 +188,7 @@ def _cutting(found: Found, pruned: Cut) -> Cutting:
         architecture=pruned.architecture.to_json(),
         verification=asdict(pruned.verification),
         healing=tuple(asdict(repair) for repair in pruned.healing),
-        student=pruned.model.state_dict(),
+        student=tensors_of(pruned.model),
     )
 
 
@@ -184,11 +196,25 @@ def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway
     graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
     graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
-    student.load_state_dict(dict(left.student))
+    _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
     healing = tuple(Healing(**cast(dict[str, Any], dict(repair))) for repair in left.healing)
     return Halfway(original, student, graph, _found(left.found), verification, healing)
+
+
+def _fill_(student: nn.Module, left: Cutting) -> None:
+    """Also the buffers that a state_dict leaves out.
+
+    Raises:
+        ArtifactError: If they are not those of the student.
+    """
+    wanted = {name: tensor.shape for name, tensor in tensors_of(student).items()}
+    if wanted != {name: tensor.shape for name, tensor in left.student.items()}:
+        raise ArtifactError(
+            "The unfinished run is damaged: its weights are not those of its architecture. Begin again with --restart."
+        )
+    write_tensors_(student, left.student)
 
 
 def _found(data: Mapping[str, object]) -> Found:

@@ -13,6 +13,7 @@ from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph
 from secateur.importance import L2
 from secateur.latency import LatencyFit
+from secateur.pipeline._measured import Measurements
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._start import HEAL
 from secateur.pipeline._timed import Timed, Trial, best_of, limit_of, noted, spaces_of
@@ -34,6 +35,7 @@ def search_on_time(
     *,
     searching: Search,
     checkpoint: Path | None,
+    kept: Measurements,
 ) -> Found:
     """Find an architecture whose measured latency is within the bound, and near to it.
 
@@ -48,13 +50,14 @@ def search_on_time(
         images: Calibration batches, on the device of the run.
         searching: The search.
         checkpoint: Where the search keeps its checkpoints, or None.
+        kept: What this run has measured; what is measured now is added.
 
     Raises:
         BudgetError: If nothing within the bound is found.
         ExportError: If a model cannot be brought to the target.
     """
     sample = images[0][: plan.target.batch].detach().cpu()
-    timed = Timed(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell)
+    timed = Timed(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell, kept)
     spaces = spaces_of(plan.space, graph)
     fit = timed.fit(spaces[0])
     # Six digits: more would be shown in errors, and are far below what can be measured.

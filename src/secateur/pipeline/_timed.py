@@ -1,7 +1,7 @@
 """A search under a bound on latency: predicted, cut, measured, corrected, and measured again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from secateur.cost import TERMS, Budget, LatencyModel, Limit, format_cost
 from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph
 from secateur.latency import Cache, LatencyFit, LatencyRecord, Target, fit_latency, measure_pairs
+from secateur.pipeline._measured import Measurements
 from secateur.search import Found, SearchSpace
 from secateur.surgery import apply_architecture
 
@@ -68,6 +69,7 @@ class Timed:
         budget: As the user gave it; limits the latency.
         cache: Of measurements; None means the user's.
         tell: Receives one sentence per step.
+        kept: What this run measured before it was interrupted, and measures now.
     """
 
     original: nn.Module
@@ -77,10 +79,14 @@ class Timed:
     budget: Budget
     cache: Cache | None
     tell: Callable[[str], None]
+    kept: Measurements = field(default_factory=Measurements)
 
     def fit(self, space: SearchSpace) -> LatencyFit:
         """What predicts the latency of widths of a space."""
-        found = fit_latency(self.original, self.graph, self.target, self.images, space=space, cache=self.cache)
+        cache = Cache.of(self.target) if self.cache is None else self.cache
+        cache.seconds.update(self.kept.seconds)
+        found = fit_latency(self.original, self.graph, self.target, self.images, space=space, cache=cache)
+        self.kept.keep({**self.kept.seconds, **found.seconds})
         worst = 100 * float(abs(found.errors).max())
         self.tell(
             f"The original takes {format_cost('latency_s', found.measured[0])} ({self.target.key}). Predicted from its "
@@ -114,8 +120,11 @@ class Timed:
             factor = trial.used * limit / trial.predicted
 
     def _measured(self, space: SearchSpace, found: Found, predicted: float) -> Trial:
-        small = apply_architecture(self.original, self.graph, found.architecture)
-        record = measure_pairs(self.original, small, self.target, self.images)
+        def measured() -> LatencyRecord:
+            small = apply_architecture(self.original, self.graph, found.architecture)
+            return measure_pairs(self.original, small, self.target, self.images)
+
+        record = self.kept.pair(found.architecture, measured)
         return Trial(space, found, predicted, record, used(self.budget, record))
 
 

@@ -1,13 +1,13 @@
-"""The work of a run that is not finished: checkpoints of the search, what it found, the cut student, checkpoints of the
-training.
+"""The work of a run that is not finished: checkpoints of the search, what was measured, what was found, the cut
+student, checkpoints of the training.
 
 It lies beside the output folder as ``<out>.work``, from the first moment on, so that an interrupted run can go on; it
-is removed at the end, and when a run ends before there is anything to go on from.
+is removed at the end, and when a run ends before there is anything to go on from. One process at a time has it.
 """
 
 import contextlib
 import json
-import shutil
+import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -16,11 +16,12 @@ from typing import Any, cast
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from secateur.artifact import atomic_file, atomic_folder
+from secateur.artifact import atomic_file, atomic_folder, this_machine
 from secateur.errors import ArtifactError
-from secateur.pipeline._disk import told_of_disk
+from secateur.pipeline._disk import LOCK, held, sweep, told_of_disk, vanish
 
 
 class Leftover(Enum):
@@ -58,31 +59,68 @@ class Cutting:
 
 
 @contextlib.contextmanager
-def workplace(out: Path, settings: Mapping[str, str], leftover: Leftover) -> Generator["Workplace"]:
+def workplace(
+    out: Path, settings: Mapping[str, str], leftover: Leftover, surroundings: Mapping[str, str] | None = None
+) -> Generator["Workplace"]:
     """The work of a run, until the run is finished.
 
     Args:
         out: The output folder that the work is for.
         settings: Everything that makes two runs the same run, as text by name.
         leftover: What to do with the work of an interrupted run.
+        surroundings: What the last bits of the results depend on beside them, as text by name, see
+            `surroundings_of`: a run that goes on among others warns.
 
     Raises:
         ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
-            settings; or if the folder cannot be written.
+            settings; if another process is at it; or if the folder cannot be written.
     """
-    place = Workplace(out.with_name(f"{out.name}.work"))
+    place, here = Workplace(out.with_name(f"{out.name}.work")), dict(surroundings or {})
     if place.folder.exists():
         _meet(place.folder, settings, leftover)
     if not place.folder.exists():
         with told_of_disk(place.folder), atomic_folder(place.folder) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
+            (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
+    with contextlib.ExitStack() as stack:
+        with told_of_disk(place.folder):
+            stack.enter_context(held(place.folder))
+        sweep(out, place.folder)
+        _compare(place.folder, here)
+        try:
+            yield place
+        except BaseException:
+            if place.empty:
+                place.remove()
+            raise
+        place.remove()
+
+
+def surroundings_of(device: torch.device) -> dict[str, str]:
+    """What the last bits of a result depend on beside the settings of a run."""
+    machine = this_machine()
+    found = {
+        "device": device.type if device.type == "cpu" else machine.get("accelerator", device.type),
+        "threads": str(torch.get_num_threads()),
+        "processor": machine.get("cpu", ""),
+        "torch": torch.__version__,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _compare(folder: Path, here: Mapping[str, str]) -> None:
+    """Warn of a run that goes on elsewhere."""
     try:
-        yield place
-    except BaseException:
-        if place.empty:
-            place.remove()
-        raise
-    place.remove()
+        then = cast(dict[str, str], dict(json.loads((folder / _SURROUNDINGS).read_text())))
+    except (OSError, ValueError, TypeError):
+        return
+    different = [f"{name} was {then[name]}, now {text}" for name, text in here.items() if then.get(name, text) != text]
+    if different:
+        warnings.warn(
+            f"The run goes on in other surroundings than it was begun in: {'; '.join(different)}. Its result may "
+            "differ in the last bits from that of an uninterrupted run, and by what follows from them.",
+            stacklevel=4,
+        )
 
 
 def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None:
@@ -98,7 +136,8 @@ def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None
             "it and begin again (--restart)."
         )
     if leftover is Leftover.DISCARD:
-        shutil.rmtree(folder)
+        with told_of_disk(folder), held(folder):
+            vanish(folder)
         return
     try:
         then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
@@ -132,10 +171,15 @@ class Workplace:
         return self.folder / f"search-{search}"
 
     @property
+    def measurements(self) -> Path:
+        """The file for what was measured, see `Measurements`."""
+        return self.folder / "measured.json"
+
+    @property
     def empty(self) -> bool:
-        """Whether there is nothing to go on from: no file beside the settings."""
+        """Whether there is nothing to go on from: no file beside those that every run begins with."""
         files = (path for path in self.folder.rglob("*") if not path.is_dir())
-        return all(path == self.folder / _SETTINGS for path in files)
+        return all(path.parent == self.folder and path.name in (_SETTINGS, _SURROUNDINGS, LOCK) for path in files)
 
     def write(self, cutting: Cutting) -> None:
         """Keep the first half of the run.
@@ -190,8 +234,9 @@ class Workplace:
             raise _damaged(self.folder, error) from error
 
     def remove(self) -> None:
-        """Remove the work; the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the work, as far as it can be; the run is finished."""
+        with contextlib.suppress(OSError):
+            vanish(self.folder)
 
 
 def _damaged(folder: Path, error: Exception) -> ArtifactError:
@@ -199,5 +244,6 @@ def _damaged(folder: Path, error: Exception) -> ArtifactError:
 
 
 _SETTINGS = "settings.json"
+_SURROUNDINGS = "surroundings.json"
 _STATE = "run.json"
 _STUDENT = "student.safetensors"

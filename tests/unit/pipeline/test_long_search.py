@@ -263,7 +263,11 @@ def test_killed_at_any_moment_of_the_search_and_started_again(tmp_path: Path):
 
     first = start(1)
     assert first.returncode == -signal.SIGKILL, first.stderr
-    assert [path.name for path in (tmp_path / "out.work").iterdir()] == ["settings.json"]
+    assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == [
+        "lock",
+        "settings.json",
+        "surroundings.json",
+    ]
     second = start(3)
     assert second.returncode == -signal.SIGKILL, second.stderr
     assert second.stdout.splitlines() == ["search from 0"]

@@ -3,6 +3,10 @@
 import contextlib
 import errno
 import json
+import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 
 from secateur.errors import ArtifactError
 from secateur.pipeline import Leftover
-from secateur.pipeline._work import Cutting, workplace
+from secateur.pipeline._work import Cutting, surroundings_of, workplace
 
 SETTINGS = {"budget": "macs<=50%", "seed": "0"}
 
@@ -138,7 +142,88 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
     with pytest.raises(ArtifactError, match=r"could not be written: No space left on device.*--resume"):
         write()
     names = sorted(path.name for path in (tmp_path / "out.work").iterdir())
-    assert names == ["search-0", "settings.json"]
+    assert names == ["lock", "search-0", "settings.json", "surroundings.json"]
     with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work:
         assert work.read() is None
         assert (work.search_checkpoint(0) / "state.json").is_file()
+
+
+def test_no_part_of_a_finished_run_is_ever_left_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process killed while it removes its work: what is left is hidden, and gone when the next run begins."""
+    monkeypatch.setattr("secateur.pipeline._disk.shutil.rmtree", lambda *_, **__: None)
+    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+        work.write(cutting())
+    assert not (tmp_path / "out.work").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+        assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+        assert work.read() is None
+
+
+def test_drafts_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path):
+    mine = (".out.01234567.part", ".out.work.89abcdef.part", ".out.work.89abcdef.old")
+    others = ("out", ".out.01234567.old", ".out2.01234567.part", ".out.part", "out.01234567.part")
+    for name in (*mine, *others):
+        (tmp_path / name).mkdir()
+    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*others, "out.work"))
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from secateur.pipeline._work import Leftover, workplace
+with workplace(Path(sys.argv[1]), {"budget": "macs<=50%", "seed": "0"}, Leftover.RESUME):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of fcntl are POSIX")
+def test_two_processes_are_not_at_one_run(tmp_path: Path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        for leftover in (Leftover.RESUME, Leftover.DISCARD):
+            with (
+                pytest.raises(ArtifactError, match=r"one process at a time; got one whose run another process is at"),
+                workplace(tmp_path / "out", SETTINGS, leftover),
+            ):
+                pass
+        assert (tmp_path / "out.work" / "settings.json").is_file()
+    finally:
+        other.kill()
+        other.communicate()
+    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME):
+        pass
+
+
+def test_other_surroundings_are_warned_of(tmp_path: Path):
+    here = {"threads": "2", "torch": "2.15"}
+
+    def interrupted_again(now: dict[str, str]) -> None:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            workplace(tmp_path / "out", SETTINGS, Leftover.RESUME, now) as work,
+        ):
+            work.search_checkpoint(0).mkdir(exist_ok=True)
+            (work.search_checkpoint(0) / "state.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    interrupted_again(here)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interrupted_again(here)
+    with pytest.warns(UserWarning, match=r"other surroundings than it was begun in: threads was 2, now 1\. Its result"):
+        interrupted_again(here | {"threads": "1"})
+
+
+def test_surroundings_are_what_the_last_bits_depend_on():
+    found = surroundings_of(torch.device("cpu"))
+    assert found["threads"] == str(torch.get_num_threads())
+    assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
+    assert found["processor"]

@@ -1,9 +1,11 @@
 """The workbench of the study: networks that several cells begin with, trained once and kept on disk."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 TEMPERATURE = 4.0
+UNFINISHED = "unfinished"
+"""The folder of a study for checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +70,21 @@ class Bench:
             f"{family.name}-teacher",
             family.teacher,
             self._study.seeds[0],
-            lambda fresh: self._train(fresh, self._data.train, self._study.teaching, Objective.of_labels()),
+            lambda fresh, unfinished: self._train(
+                fresh, self._data.train, self._study.teaching, Objective.of_labels(), checkpoint=unfinished
+            ),
         )
 
     def student(self, family: Family, taught: Taught, seed: int) -> Network:
         """A student before pruning."""
 
-        def learn(fresh: nn.Module) -> nn.Module:
-            return self.taught(
-                fresh, family, taught, schedule=replace(self._study.learning, seed=seed), images=self._data.train
-            )
+        name = f"{family.name}-{taught.replace('+', '-')}-seed{seed}"
 
-        return self._kept(f"{family.name}-{taught.replace('+', '-')}-seed{seed}", family.student, seed, learn)
+        def learn(fresh: nn.Module, unfinished: Path) -> nn.Module:
+            schedule = replace(self._study.learning, seed=seed)
+            return self.taught(fresh, family, taught, schedule=schedule, images=self._data.train, checkpoint=unfinished)
+
+        return self._kept(name, family.student, seed, learn)
 
     def taught(
         self,
@@ -87,24 +94,24 @@ class Bench:
         *,
         schedule: Schedule,
         images: Split,
+        checkpoint: Path,
         sparsify: Sparsify | None = None,
     ) -> nn.Module:
-        """A network after a training in one of the ways."""
+        """A network after a training in one of the ways, or after the rest of one that was interrupted."""
+        train = partial(self._train, model, images, schedule, checkpoint=checkpoint, sparsify=sparsify)
         if taught is Taught.LABELS:
-            return self._train(model, images, schedule, Objective.of_labels(), sparsify=sparsify)
+            return train(Objective.of_labels())
         teacher = self.teacher(family).model
         if taught is Taught.KD:
             # The batches of a seed are the same in all cells: the teacher runs over them once.
             memory = self._folder / "logits" / f"{family.name}-{len(images)}-{schedule.batch_size}"
-            objective = Objective(temperature=TEMPERATURE)
-            return self._train(model, images, schedule, objective, teacher=teacher, sparsify=sparsify, remember=memory)
+            return train(Objective(temperature=TEMPERATURE), teacher=teacher, remember=memory)
         taps = self._taps_of(family)
         adaptors = adaptors_of(model, teacher, taps, self._example[:1], seed=schedule.seed)
         hint = Term(
             "hint", PerTap(hint_loss, dict(adaptors.items())), of=features, weight=self._study.hint_weight, taps=taps
         )
-        objective = Objective(temperature=TEMPERATURE, terms=(hint,))
-        return self._train(model, images, schedule, objective, teacher=teacher, sparsify=sparsify)
+        return train(Objective(temperature=TEMPERATURE, terms=(hint,)), teacher=teacher)
 
     def accuracy(self, model: nn.Module) -> float:
         """On the test images of the study, a fraction."""
@@ -140,6 +147,7 @@ class Bench:
         schedule: Schedule,
         objective: Objective,
         *,
+        checkpoint: Path,
         teacher: nn.Module | None = None,
         sparsify: Sparsify | None = None,
         remember: Path | None = None,
@@ -153,11 +161,16 @@ class Bench:
             augment=self._data.augment,
             sparsify=sparsify,
             remember=remember,
+            checkpoint=checkpoint,
             progress=Silent(),
             fabric=self._fabric,
         ).model
 
-    def _kept(self, name: str, spec: str, seed: int, train: Callable[[nn.Module], nn.Module]) -> Network:
+    def unfinished(self, name: str) -> Path:
+        """The folder for checkpoints of a network or cell, until it is finished."""
+        return self._folder / UNFINISHED / name
+
+    def _kept(self, name: str, spec: str, seed: int, train: Callable[[nn.Module, Path], nn.Module]) -> Network:
         """From memory, from disk, or trained now and kept there."""
         if name in self._held:
             return self._held[name]
@@ -168,13 +181,14 @@ class Bench:
             self._held[name] = Network(fresh.eval(), float(json.loads(numbers.read_text())["accuracy"]))
             return self._held[name]
         began = time.process_time()
-        model = train(fresh)
+        model = train(fresh, self.unfinished(name))
         accuracy = self.accuracy(model)
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.state_dict().items()}
         with atomic_file(weights) as part:
             part.write_bytes(safetensors.torch.save(tensors))
         with atomic_file(numbers) as part:  # Last: where it is, the weights are.
             part.write_text(json.dumps({"accuracy": accuracy, "cpu_s": time.process_time() - began}))
+        shutil.rmtree(self.unfinished(name), ignore_errors=True)
         self._tell(f"Trained {name}: {100 * accuracy:.2f} % on the test images.")
         self._held[name] = Network(model, accuracy)
         return self._held[name]

@@ -1,8 +1,10 @@
 """Run the study cell by cell; each finished cell is a file, and what is finished is never done again."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +19,8 @@ from secateur.errors import ArtifactError
 from secateur.graph import trace
 from secateur.importance import L1
 from secateur.pipeline._compress import silent
-from secateur.pipeline._disk import told_of_disk
-from secateur.pipeline._study._bench import Bench
+from secateur.pipeline._disk import held, told_of_disk
+from secateur.pipeline._study._bench import UNFINISHED, Bench
 from secateur.pipeline._study._plan import Cell, Pruned, Study
 from secateur.pipeline._study._results import page_of, write_parquet
 from secateur.pipeline._zeros import with_zeros
@@ -62,7 +64,7 @@ def run_study(
     """Prune and distil in all ways, and write the table and the page.
 
     Every network and every cell is a file of its own in ``out``. An interrupted study, killed at any moment, goes on
-    when it is started again with the same settings; a cell that was begun is begun anew.
+    when it is started again with the same settings, in the middle of a training too; one process at a time.
 
     Args:
         study: What is compared.
@@ -78,8 +80,9 @@ def run_study(
     """
     fabric = open_fabric(study.teaching.precision, device=device)
     settings = _settings(study, data, precision_of(fabric).name)
-    with told_of_disk(out):
+    with told_of_disk(out), ExitStack() as stack:
         _meet(out, settings)
+        stack.enter_context(held(out))
         bench = Bench(study, data, out, fabric=fabric, tell=tell)
         cells = list(study.cells())
         rows: list[Mapping[str, Any]] = []
@@ -89,6 +92,7 @@ def run_study(
                 row = _measured(bench, study, cell)
                 with atomic_file(path) as part:
                     part.write_text(json.dumps(row, indent=1))
+                shutil.rmtree(bench.unfinished(cell.name), ignore_errors=True)
                 tell(f"Cell {number} of {len(cells)}, {cell.name}: {100 * row['accuracy']:.2f} %.")
             rows.append(cast("Mapping[str, Any]", json.loads(path.read_text())))
         table = write_parquet(out / "results.parquet", rows)
@@ -96,6 +100,7 @@ def run_study(
         provenance = Provenance.here(command, study.seeds[0])
         content = page_of(rows, facts, provenance)
         page = write_page(out / "study.html", content)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return StudyResult(tuple(rows), table, page, content)
 
 
@@ -111,7 +116,7 @@ def _settings(study: Study, data: ImageData, precision: str) -> dict[str, str]:
 def _meet(out: Path, settings: dict[str, str]) -> None:
     path = out / _SETTINGS
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not _ours(inside) for inside in out.iterdir())):
             raise ArtifactError(f"`out` must be a new folder, or that of a study; got {out}. Choose another path.")
         with atomic_file(path) as part:
             part.write_text(json.dumps(settings, indent=1))
@@ -132,6 +137,11 @@ def _meet(out: Path, settings: dict[str, str]) -> None:
         )
 
 
+def _ours(path: Path) -> bool:
+    """Whether a file is what is left of a study that was killed before anything else."""
+    return path.name.startswith(f".{Path(_SETTINGS).stem}.") and path.name.endswith(f".part{Path(_SETTINGS).suffix}")
+
+
 def _measured(bench: Bench, study: Study, cell: Cell) -> dict[str, Any]:
     began = time.process_time()
     teacher, student = bench.teacher(cell.family), bench.student(cell.family, cell.before, cell.seed)
@@ -142,7 +152,13 @@ def _measured(bench: Bench, study: Study, cell: Cell) -> dict[str, Any]:
     else:
         begin = _cut(student.model, bench, cell.kept)
     trained = bench.taught(
-        begin, cell.family, cell.after, schedule=schedule, images=bench.recovery_images, sparsify=sparsify
+        begin,
+        cell.family,
+        cell.after,
+        schedule=schedule,
+        images=bench.recovery_images,
+        checkpoint=bench.unfinished(cell.name),
+        sparsify=sparsify,
     )
     model = trained if sparsify is None else with_zeros(trained)
     accuracy, example = bench.accuracy(model), bench.example[:1]

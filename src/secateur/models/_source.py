@@ -36,7 +36,10 @@ BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
 }
 """Models that come with Secateur, by name."""
 
-_ARGUMENTS = {"num_classes": "num_classes", "in_channels": "in_channels"}
+_MOST = {"num_classes": 2**17, "in_channels": 2**12}
+"""Largest arguments: six times the classes of ImageNet-21k, and more channels than satellites have bands. A stranger's
+artifact could otherwise ask for terabytes of fresh weights."""
+_LONGEST_NAME = 500
 _TIMM_ARGUMENTS = {"num_classes": "num_classes", "in_channels": "in_chans"}
 _SUGGESTED = 3
 
@@ -57,15 +60,17 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ModelError(f"`kind` must be one of {list(get_args(Kind))}; got {self.kind!r}.")
-        if type(self.name) is not str or not self.name:  # pyright: ignore[reportUnnecessaryComparison]
-            raise ModelError(f"`name` must be the name of a model; got {self.name!r}.")
+            raise ModelError(f"`kind` must be one of {list(get_args(Kind))}; got {repr(self.kind)[:_LONGEST_NAME]}.")
+        if type(self.name) is not str or not 0 < len(self.name) <= _LONGEST_NAME:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ModelError(f"`name` must be the name of a model; got {repr(self.name)[:_LONGEST_NAME]}.")
         for key, value in self.arguments.items():
-            if key not in _ARGUMENTS or type(value) is not int or value < 1:  # pyright: ignore[reportUnnecessaryComparison]
+            if key not in _MOST or type(value) is not int or value < 1:  # pyright: ignore[reportUnnecessaryComparison]
                 raise ModelError(
-                    f"`arguments` must be positive integers among {sorted(_ARGUMENTS)}; got {key}={value!r} "
+                    f"`arguments` must be positive integers among {sorted(_MOST)}; got {key}={value!r} "
                     f"({self.kind}:{self.name})."
                 )
+            if value > _MOST[key]:
+                raise ModelError(f"`{key}` must be at most {_MOST[key]}; got {value} ({self.kind}:{self.name}).")
         object.__setattr__(self, "arguments", dict(self.arguments))
 
     @classmethod
@@ -97,7 +102,8 @@ class ModelSource:
             ModelError: If the object has other keys or values.
         """
         if set(data) != {"kind", "name", "arguments"} or not isinstance(data["arguments"], Mapping):
-            raise ModelError(f"a model source must have `kind`, `name` and `arguments`; got {dict(data)!r}.")
+            got = repr(dict(data))[:_LONGEST_NAME]
+            raise ModelError(f"a model source must have `kind`, `name` and `arguments`; got {got}.")
         return cls(cast(Kind, data["kind"]), cast(str, data["name"]), cast(Mapping[str, int], data["arguments"]))
 
     def build(self, *, trust_source: bool = False, seed: int = 0) -> nn.Module:
@@ -148,7 +154,7 @@ def _timm(source: ModelSource) -> nn.Module:
     arguments: dict[str, Any] = {_TIMM_ARGUMENTS[key]: value for key, value in source.arguments.items()}
     try:
         return timm.create_model(source.name, pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise ModelError(f"timm could not build {source.name} with {arguments}; got: {error}.") from error
 
 
@@ -165,7 +171,10 @@ def _torchvision(source: ModelSource) -> nn.Module:
             f"({source.name}). Models of timm take any number: timm:NAME."
         )
     arguments = {key: value for key, value in source.arguments.items() if key != "in_channels"}
-    return models.get_model(source.name, weights=None, **arguments)
+    try:
+        return models.get_model(source.name, weights=None, **arguments)
+    except Exception as error:
+        raise ModelError(f"torchvision could not build {source.name} with {arguments}; got: {error}.") from error
 
 
 def _did_you_mean(close: list[str], kind: str) -> str:

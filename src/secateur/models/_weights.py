@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ModelError
+from secateur.models._torch_file import AbsurdFileError, check_torch_file
 
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 """Left by DataParallel and by torch.compile."""
 
+_OF_NUMPY = (".npy", ".npz")
 _COUNTER = "num_batches_tracked"
-_NAMED = 5
+_NAMED, _LONGEST = 5, 200
+_HEADER_SIZE_BYTES = 8
+_MAX_HEADER_BYTES = 16 * 2**20
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -30,6 +34,11 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"`weights` must be a file; there is none at {path}. Check the path.")
+    if path.suffix in _OF_NUMPY:
+        raise ModelError(
+            f"`weights` must be a .safetensors file or a torch file; got numpy's {path}. Read it with "
+            "numpy.load(allow_pickle=False) and write it with safetensors.numpy.save_file."
+        )
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not tensors:
         raise ModelError(f"{path} must hold tensors by name; it is empty.")
@@ -67,21 +76,31 @@ def _unwrapped(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> dict[
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(_HEADER_SIZE_BYTES), "little")
+    if header > _MAX_HEADER_BYTES:
+        raise ModelError(_damaged(path))
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} must be a complete safetensors file; got: {error}. Copy it again.") from error
+    except Exception as error:  # its own errors, and those of torch for shapes and dtypes that it does not know
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} must be a complete safetensors file; got: {reason}. Copy it again.") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
+        check_torch_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(_unreadable(path, str(error))) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except AbsurdFileError as error:
+        raise ModelError(
+            f"{path} must hold tensors by name and nothing else; {error}. Where you trust it, save model.state_dict() "
+            "with safetensors.torch.save_file and use that."
+        ) from error
+    except Exception as error:  # a damaged file can end in any of them
         raise ModelError(_damaged(path)) from error
     for key in _NESTED_UNDER:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -92,10 +111,21 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     odd = next(((name, value) for name, value in content.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise ModelError(
-            f"{path} must hold tensors by name (a state_dict); {odd[0]!r} is {type(odd[1]).__name__}. Save only "
-            "model.state_dict()."
+            f"{path} must hold tensors by name (a state_dict); {_few([repr(odd[0])])} is {type(odd[1]).__name__}. "
+            "Save only model.state_dict()."
         )
-    return {str(name): value for name, value in content.items()}
+    tensors = {str(name): value for name, value in content.items()}
+    unusual = [name for name, value in tensors.items() if not _is_plain(value)]
+    if unusual:
+        raise ModelError(
+            f"{path} must hold dense tensors of floats or whole numbers; got others: {_few(unusual)}. Convert them."
+        )
+    return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex()
 
 
 def _unreadable(path: Path, reason: str) -> str:
@@ -143,4 +173,5 @@ def _check_values(tensors: Mapping[str, Tensor], path: Path | str) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_NAMED]]
+    return ", ".join(shown) + (", ..." if len(names) > _NAMED else "")

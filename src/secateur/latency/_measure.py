@@ -85,9 +85,10 @@ class LatencyRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "LatencyRecord":
         """Inverse of `to_json`."""
-        fields: dict[str, Any] = {name: Quartiles(**data[name]) for name in ("before", "after", "speedup")}
+        fields = dict(data)
+        fields |= {name: Quartiles(**data[name]) for name in ("before", "after", "speedup")}
         fields["load"] = None if data["load"] is None else (float(data["load"][0]), float(data["load"][1]))
-        return cls(**{**data, **fields, "machine": dict(data["machine"])})
+        return cls(**fields)
 
 
 def measure(

@@ -1,16 +1,18 @@
-"""Random crops and flips of a whole batch at once, as a pure function of (seed, epoch, image)."""
+"""How images are varied: crops and flips as a pure function of (seed, epoch, image)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from secateur.data._policy import check_policy
 from secateur.errors import DataError
 
-ORDER_STREAM, AUGMENT_STREAM = 0, 1
-"""Third word of the random seed, so that the order and the augmentation of an epoch are independent."""
+ORDER_STREAM, AUGMENT_STREAM, POLICY_STREAM, ERASE_STREAM, MIX_STREAM = range(5)
+"""Third word of the random seed, so that the order of an epoch and each kind of augmentation are independent."""
 
 _LOG_ASPECT = float(np.log(4 / 3))
 """Aspect ratios of resized crops are log-uniform in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842, Section 6)."""
@@ -26,17 +28,41 @@ class Augment:
         flip: Mirror left and right with probability 1/2.
         min_area: Smallest part of the image area that a random resized crop may cover, in (0, 1]; 1 takes no such
             crop. 0.08 is usual for photographs at 224 pixels (arXiv:1409.4842, Section 6).
+        auto_augment: A policy of timm by its name there, such as "rand-m9-mstd0.5-inc1" (RandAugment,
+            arXiv:1909.13719), "original" (AutoAugment, arXiv:1805.09501) or "augmix-m3-w3" (arXiv:1912.02781), after
+            crop and flip; None varies no colours or shapes. Grey or colour images only.
+        erase: Probability that a rectangle of the image is erased, see `secateur.data._erase`; in [0, 1].
+        mixup: Alpha of the Beta distribution that mixes pairs of images and their labels, see `secateur.data._mix`;
+            0 mixes none. 0.2 to 0.8 is usual on photographs.
+        cutmix: The same for pasting a part of one image into the other; 1.0 is usual. With both, each batch has one of
+            the two, with equal probability.
     """
 
     padding: int = 4
     flip: bool = True
     min_area: float = 1.0
+    auto_augment: str | None = None
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         if self.padding < 0:
             raise DataError(f"`padding` must be 0 or more pixels; got {self.padding}.")
         if not 0.0 < self.min_area <= 1.0:
             raise DataError(f"`min_area` must lie in (0, 1]; got {self.min_area}. 1 takes no resized crops.")
+        if self.auto_augment is not None:
+            check_policy(self.auto_augment)
+        if not 0.0 <= self.erase <= 1.0:
+            raise DataError(f"`erase` must be a probability in [0, 1]; got {self.erase}. 0.25 is usual.")
+        for name, alpha, usual in (("mixup", self.mixup, 0.2), ("cutmix", self.cutmix, 1.0)):
+            if not (math.isfinite(alpha) and alpha >= 0):
+                raise DataError(f"`{name}` must be finite and not negative; got {alpha}. {usual} is usual, 0 is none.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels become probabilities, float32 (n, classes)."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +78,7 @@ class Draws:
         left: (n,) the same for columns.
         flip: (n,) bool, mirrored or not.
         crops: (n, 4) float64, uniform in [0, 1): area, aspect, down, right of a resized crop (see `crop_boxes`).
+        keys: (n,) uint64, what a policy of timm draws from.
     """
 
     augment: Augment
@@ -59,6 +86,7 @@ class Draws:
     left: Tensor
     flip: Tensor
     crops: np.ndarray
+    keys: np.ndarray
 
     @classmethod
     def of_epoch(cls, augment: Augment, n: int, *, seed: int, epoch: int) -> "Draws":
@@ -67,15 +95,25 @@ class Draws:
         shifts = torch.from_numpy(random.integers(0, 2 * augment.padding + 1, size=(2, n)))
         flip = torch.from_numpy(random.random(n) < 0.5) & augment.flip
         crops = random.random((n, 4)) if augment.min_area < 1.0 else np.empty((n, 0))
-        return cls(augment, shifts[0], shifts[1], flip, crops)
+        keys = np.random.default_rng((seed, epoch, POLICY_STREAM)).integers(2**64, size=n, dtype=np.uint64)
+        return cls(augment, shifts[0], shifts[1], flip, crops, keys)
 
     def to(self, device: torch.device) -> "Draws":
         """The same choices with the tensors on another device."""
-        return Draws(self.augment, self.top.to(device), self.left.to(device), self.flip.to(device), self.crops)
+        return replace(self, top=self.top.to(device), left=self.left.to(device), flip=self.flip.to(device))
 
     def vary(self, pixels: Tensor, index: Tensor) -> Tensor:
         """Shift and mirror (n, h, w, c) pixels of the images at ``index``; all on the device of the draws."""
         return shift_and_flip(pixels, self.augment.padding, self.top[index], self.left[index], self.flip[index])
+
+    def vary_one(self, pixels: np.ndarray, i: int) -> np.ndarray:
+        """The same for the (h, w, c) pixels of image i, in memory of their own or not."""
+        height, width, _ = pixels.shape
+        padding, top, left = self.augment.padding, int(self.top[i]), int(self.left[i])
+        if padding:
+            padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
+            pixels = padded[top : top + height, left : left + width]
+        return pixels[:, ::-1] if bool(self.flip[i]) else pixels
 
 
 def crop_boxes(crops: np.ndarray, min_area: float, stretch: float = 1.0) -> np.ndarray:

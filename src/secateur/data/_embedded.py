@@ -7,9 +7,9 @@ import torch
 
 from secateur.data._choose import TEST_SEED, hold_out, training_count
 from secateur.data._image_data import TrainAndTest, usual_augment
+from secateur.data._memory import MemorySplit
 from secateur.data._normalise import Normalisation
 from secateur.data._pixels import resize_all
-from secateur.data._split import MemorySplit
 from secateur.errors import DataError
 
 DIGITS_NORMALISATION = Normalisation((0.305,), (0.376,))

@@ -1,9 +1,7 @@
 """Image folders: one subfolder per class; small ones are read into memory, large ones are streamed."""
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -12,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.data._ahead import filled_ahead
 from secateur.data._augment import Augment, Draws, crop_boxes
 from secateur.data._choose import training_count
+from secateur.data._epoch import Epoch
+from secateur.data._finish import Batch
 from secateur.data._image_data import TrainAndTest, usual_augment
+from secateur.data._memory import MemorySplit
 from secateur.data._normalise import Normalisation
 from secateur.data._pixels import MEMORY_LIMIT, decode_all, fit_square, open_image, probe, worker_count
-from secateur.data._split import Batch, MemorySplit, Split, checked_labels, epoch_order
+from secateur.data._split import Split, checked_classes, checked_labels
 from secateur.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
@@ -31,7 +33,6 @@ PHOTOGRAPH_MIN_AREA = 0.08
 """Of random resized crops in training (Szegedy et al., arXiv:1409.4842, Section 6)."""
 
 _PROBED = 64
-_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +47,18 @@ class FolderSplit:
         labels: (n,) integers, not negative.
         size: Channels, height, width of the images made; height = width.
         normalisation: Applied last.
+        classes: How many there are; 0 stands for the highest label + 1.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
     size: tuple[int, int, int]
     normalisation: Normalisation
+    classes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", checked_labels(self.labels, len(self.paths)))
+        object.__setattr__(self, "classes", checked_classes(self.labels, self.classes))
         if self.size[0] not in (1, 3) or self.size[1] != self.size[2]:
             raise DataError(f"`size` must be 1 or 3 channels and a square; got {self.size}.")
 
@@ -78,35 +82,37 @@ class FolderSplit:
         epoch: int = 0,
         augment: Augment | None = None,
         drop_last: bool = False,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """See `Split.batches`."""
-        order = epoch_order(len(self), batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=drop_last)
-        draws = None if augment is None else Draws.of_epoch(augment, len(self), seed=seed or 0, epoch=epoch)
-        return self._batches(order, batch_size, torch.device(device), draws)
+        return self._batches(
+            Epoch.of(
+                self,
+                batch_size,
+                device=device,
+                seed=seed,
+                epoch=epoch,
+                augment=augment,
+                drop_last=drop_last,
+                start=start,
+            )
+        )
 
-    def _batches(self, order: Tensor, batch_size: int, device: torch.device, draws: Draws | None) -> Iterator[Batch]:
-        for index, images in self._decoded(order, batch_size, draws):
-            pixels = torch.from_numpy(np.stack(images))
-            if draws is not None:
-                pixels = draws.vary(pixels, index)
-            yield self.normalisation(pixels.to(device)), self.labels[index].to(device)
+    def _batches(self, epoch: Epoch) -> Iterator[Batch]:
+        channels, height, width = self.size
 
-    def _decoded(
-        self, order: Tensor, batch_size: int, draws: Draws | None
-    ) -> Iterator[tuple[Tensor, list[np.ndarray]]]:
-        """The batches in order, each with its (h, w, c) images; threads decode the next ones meanwhile."""
-        pool = ThreadPoolExecutor(worker_count())
-        waiting: deque[tuple[Tensor, list[Future[np.ndarray]]]] = deque()
-        try:
-            for index in order.split(batch_size):
-                waiting.append((index, [pool.submit(self._image, i, draws) for i in index.tolist()]))
-                if len(waiting) > _BATCHES_AHEAD:
-                    due, futures = waiting.popleft()
-                    yield due, [future.result() for future in futures]
-            for due, futures in waiting:
-                yield due, [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        def fill(i: int, place: Tensor) -> None:
+            array = self._image(i, epoch.draws)
+            if epoch.draws is not None:
+                array = epoch.draws.vary_one(array, i)
+                if epoch.policy is not None:
+                    array = epoch.policy(array, int(epoch.draws.keys[i]))
+            np.copyto(place.numpy(), array)
+
+        ahead = filled_ahead(epoch.batches, (height, width, channels), fill, worker_count())
+        for place, chosen, pixels in ahead:
+            index = chosen.to(epoch.device)
+            yield epoch.finish(place, index, pixels.to(epoch.device), self.labels[chosen].to(epoch.device))
 
     def _image(self, i: int, draws: Draws | None) -> np.ndarray:
         from PIL.Image import Resampling

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from secateur.data._augment import Augment
 from secateur.data._choose import hold_out
-from secateur.data._split import Batch, Split
+from secateur.data._finish import Batch
+from secateur.data._split import Split
 from secateur.errors import DataError
 
 _CALIBRATION_EPOCH = 0

@@ -13,9 +13,9 @@ import torch
 
 from secateur.data._choose import training_count
 from secateur.data._image_data import TrainAndTest, usual_augment
+from secateur.data._memory import MemorySplit
 from secateur.data._normalise import Normalisation
 from secateur.data._pixels import check_memory, decode_all
-from secateur.data._split import MemorySplit
 from secateur.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     train.check_labels(classes)
     test.check_labels(classes)
     count = training_count(torch.from_numpy(train.labels), limit, classes)
-    splits = [table.split(n, image_size) for table, n in ((train, count), (test, len(test.labels)))]
+    splits = [table.split(n, image_size, len(classes)) for table, n in ((train, count), (test, len(test.labels)))]
     return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, usual_augment(splits[0].size))
 
 
@@ -116,7 +116,7 @@ class _Table:
                 "without labels: remove those files, and validation files are used instead."
             )
 
-    def split(self, count: int, image_size: int | None) -> MemorySplit:
+    def split(self, count: int, image_size: int | None, classes: int) -> MemorySplit:
         check_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
         encoded: list[bytes | None] = []
         for file in self.files:
@@ -126,7 +126,8 @@ class _Table:
         if empty is not None:
             raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")
         images = decode_all([item for item in encoded if item is not None], image_size, self.row_name)
-        return MemorySplit(images, torch.from_numpy(self.labels[:count]), Normalisation.usual(images.shape[1]))
+        labels = torch.from_numpy(self.labels[:count])
+        return MemorySplit(images, labels, Normalisation.usual(images.shape[1]), classes)
 
 
 def _of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:

@@ -26,7 +26,8 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise TrainingError(
             f"`labels` must be class indices of shape ({len(logits)},); got {labels.dtype} {tuple(labels.shape)}. "
-            "Give the labels of the batch, not one-hot."
+            "Give the labels of the batch, not one-hot; and leave mixup and cutmix out: this loss needs one class for "
+            "each image."
         )
 
 

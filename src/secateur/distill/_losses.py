@@ -44,11 +44,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 def label_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with the labels.
 
-    The batch mean of  -sum_c p_c log softmax(logits)_c  with  p = (1 - s) * onehot(label) + s / classes.
+    The batch mean of  -sum_c p_c log softmax(logits)_c  with  p = (1 - s) * onehot(label) + s / classes. Labels of
+    mixed images are probabilities already and stand in the place of onehot(label).
 
     Args:
         logits: (batch, classes), unnormalised.
-        labels: (batch,) class indices, int64.
+        labels: (batch,) class indices, int64, or (batch, classes) probabilities, floating.
         smoothing: s, dimensionless, in [0, 1).
 
     Returns:
@@ -60,12 +61,15 @@ def label_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Ten
     References:
         Szegedy et al., arXiv:1512.00567, Section 7 (label smoothing).
     """
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+    mixed = labels.is_floating_point()
+    if logits.ndim != 2 or labels.shape != (logits.shape if mixed else logits.shape[:1]):
         raise TrainingError(
-            "`logits` must have the shape (batch, classes) and `labels` (batch,); got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}. Give a classifier that returns logits."
+            "`logits` must have the shape (batch, classes) and `labels` (batch,), or that of the logits if they are "
+            f"probabilities; got {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}. Give a classifier "
+            "that returns logits of the data's classes."
         )
-    return F.cross_entropy(widened(logits), labels, label_smoothing=smoothing)
+    logits = widened(logits)
+    return F.cross_entropy(logits, labels.to(logits.dtype) if mixed else labels, label_smoothing=smoothing)
 
 
 def feature_loss(student: Tensor, teacher: Tensor, *, variance_floor: float = VARIANCE_FLOOR) -> Tensor:

@@ -84,7 +84,8 @@ class Objective:
         Args:
             student_logits: (batch, classes).
             teacher_logits: (batch, classes); needed if ``kd_weight`` > 0 or there are terms.
-            labels: (batch,) int64; needed if ``label_weight`` > 0 or there are terms.
+            labels: (batch,) int64, or probabilities (batch, classes) of mixed images; needed if ``label_weight`` > 0
+                or there are terms.
             feature: The aligned features' loss, a scalar; needed if ``feature_weight`` > 0.
             watch: Has heard both models at the taps of the terms; needed if there are terms. What it holds is let go.
 

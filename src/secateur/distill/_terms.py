@@ -22,7 +22,7 @@ class Seen:
     """What a loss may look at: one batch, as student and teacher saw it.
 
     Attributes:
-        labels: (batch,) class indices.
+        labels: (batch,) class indices, or probabilities (batch, classes) where images are mixed.
         student_logits: (batch, classes).
         teacher_logits: (batch, classes).
         student: The student's features at the taps of the term, in order.

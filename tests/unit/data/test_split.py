@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalisation, Split, calibration, load_data
@@ -54,6 +55,28 @@ def test_batch_sizes_and_drop_last(split: Split):
     assert [len(y) for _, y in split.batches(7)] == [7] * (n // 7) + [n % 7]
     assert [len(y) for _, y in split.batches(7, drop_last=True)] == [7] * (n // 7)
     assert [len(y) for _, y in split.batches(n + 5)] == [n]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_start_leaves_out_batches_and_changes_no_other(split: Split, drop_last: bool):
+    settings: dict[str, object] = {"seed": 3, "epoch": 2, "augment": Augment(padding=1), "drop_last": drop_last}
+    whole = list(split.batches(7, **settings))  # type: ignore[arg-type]
+    for start in range(len(whole) + 2):
+        rest = list(split.batches(7, start=start, **settings))  # type: ignore[arg-type]
+        assert len(rest) == max(len(whole) - start, 0)
+        for (images, labels), (wanted, named) in zip(rest, whole[start:], strict=True):
+            assert torch.equal(images, wanted)
+            assert torch.equal(labels, named)
+
+
+def test_nothing_is_decoded_of_what_is_left_out(tmp_path: Path):
+    paths = tuple(tmp_path / f"{n}.png" for n in range(10))  # Only the last two are there.
+    for path in paths[8:]:
+        Image.new("RGB", (8, 8)).save(path)
+    missing = FolderSplit(paths, torch.arange(10), (3, 8, 8), BYTES)
+    assert [len(images) for images, _ in missing.batches(4, start=2)] == [2]
+    with pytest.raises(DataError, match=r"7\.png"):
+        list(missing.batches(1, start=7))
 
 
 def test_order_depends_on_seed_and_epoch_only(split: Split):
@@ -179,6 +202,7 @@ def test_resized_crops_of_a_ramp_are_ramps_of_the_right_length():
     ("settings", "message"),
     [
         ({"batch_size": 0}, "`batch_size` must be positive; got 0"),
+        ({"start": -1}, "`start` must be the number of batches to leave out, 0 or more; got -1"),
         ({"epoch": -1}, "`seed` and `epoch` must not be negative; got None and -1"),
         ({"seed": -2}, "`seed` and `epoch` must not be negative; got -2 and 0"),
         ({"augment": Augment()}, "`seed` must be given when `augment` is"),

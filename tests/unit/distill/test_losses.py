@@ -49,6 +49,22 @@ def test_label_loss_is_its_formula_in_numpy() -> None:
     assert label_loss(logits, labels, smoothing=s).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_loss_of_probabilities_is_its_formula_in_numpy(smoothing: float) -> None:
+    logits, mixed = random(6, 5, seed=1) * 3, random(6, 5, seed=2).softmax(1)
+    target = (1 - smoothing) * mixed.numpy() + smoothing / 5
+    expected = -(target * np.log(softmax(logits.numpy()))).sum(axis=1).mean()
+    assert label_loss(logits, mixed, smoothing=smoothing).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_label_loss_of_certain_probabilities_is_that_of_classes() -> None:
+    logits, labels = random(6, 5, seed=1) * 3, torch.tensor([0, 4, 2, 2, 1, 3])
+    certain = torch.nn.functional.one_hot(labels, 5).float()  # float32 beside float64 logits
+    for smoothing in (0.0, 0.1):
+        classes = label_loss(logits, labels, smoothing=smoothing).item()
+        assert label_loss(logits, certain, smoothing=smoothing).item() == pytest.approx(classes, rel=1e-12)
+
+
 def test_feature_loss_is_its_formula_in_numpy() -> None:
     student, teacher = random(2, 3, 4, 4, seed=7), 10 * random(2, 3, 4, 4, seed=8) + 3
     s, t = student.numpy(), teacher.numpy()
@@ -106,8 +122,14 @@ def test_kd_loss_refuses_a_teacher_with_other_classes() -> None:
 
 
 def test_label_loss_refuses_logits_that_are_not_a_batch_of_classes() -> None:
-    with pytest.raises(TrainingError, match=r"got \(2, 3, 4\) and \(2,\)\. Give a classifier"):
+    with pytest.raises(TrainingError, match=r"got \(2, 3, 4\) and torch\.int64 \(2,\)\. Give a classifier"):
         label_loss(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2), torch.zeros(2, 4), torch.zeros(3, 3), torch.zeros(2, 3).long()])
+def test_label_loss_refuses_labels_of_other_shapes(labels: torch.Tensor) -> None:
+    with pytest.raises(TrainingError, match=r"or that of the logits if they are probabilities; got \(2, 3\) and"):
+        label_loss(torch.zeros(2, 3), labels)
 
 
 def test_feature_loss_refuses_other_shapes() -> None:

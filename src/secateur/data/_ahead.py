@@ -1,0 +1,45 @@
+"""Batches of bytes that threads fill while earlier ones are in use."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_BATCHES_AHEAD = 2
+
+Fill = Callable[[int, Tensor], None]
+"""Writes image i into its (h, w, c) place."""
+
+
+def filled_ahead(
+    batches: Iterable[tuple[int, Tensor]], shape: tuple[int, int, int], fill: Fill, threads: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Batches with their number, their positions and their (n, h, w, c) uint8 pixels.
+
+    Args:
+        batches: Numbers and (n,) positions, on the CPU.
+        shape: Height, width, channels of an image.
+        fill: Called once per position, in any order, by any thread. What it raises is raised here, at its batch.
+        threads: That fill.
+    """
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[tuple[int, Tensor, Tensor, list[Future[None]]]] = deque()
+    try:
+        for number, index in batches:
+            pixels = torch.empty((len(index), *shape), dtype=torch.uint8)
+            futures = [pool.submit(fill, i, place) for i, place in zip(index.tolist(), pixels, strict=True)]
+            waiting.append((number, index, pixels, futures))
+            if len(waiting) > _BATCHES_AHEAD:
+                yield _done(*waiting.popleft())
+        while waiting:
+            yield _done(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _done(number: int, index: Tensor, pixels: Tensor, futures: list[Future[None]]) -> tuple[int, Tensor, Tensor]:
+    for future in futures:
+        future.result()
+    return number, index, pixels

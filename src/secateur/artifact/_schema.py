@@ -49,13 +49,11 @@ def _no_json(name: str, reason: str) -> ArtifactError:
 
 
 def _check_values(data: object) -> None:
-    """Refuse what other readers of JSON cannot hold: deep nesting, huge numbers, half characters."""
+    """Refuse what other readers of JSON cannot hold: deep nesting, huge numbers."""
     waiting = [(data, 1)]
     while waiting:
         value, depth = waiting.pop()
-        if isinstance(value, str):
-            value.encode()  # half of a character (a lone surrogate) cannot be printed or written
-        elif isinstance(value, float):
+        if isinstance(value, float):
             if not math.isfinite(value):
                 raise ValueError("a number is too large")
         elif isinstance(value, int):
@@ -65,8 +63,7 @@ def _check_values(data: object) -> None:
             if depth > MAX_DEPTH:
                 raise ValueError(f"values within more than {MAX_DEPTH} others")
             held = cast(dict[str, object] | list[object], value)
-            inside = (*held, *held.values()) if isinstance(held, dict) else held
-            waiting.extend((item, depth + 1) for item in inside)
+            waiting.extend((item, depth + 1) for item in (held.values() if isinstance(held, dict) else held))
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:

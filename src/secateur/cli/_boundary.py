@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from secateur.cli._console import PlainConsole
 from secateur.errors import SecateurError
 
 BAD_INPUT = 2
@@ -35,7 +36,7 @@ def err() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else 120)
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else 120)
 
 
 def told(command: _Command) -> _Command:
@@ -62,7 +63,8 @@ def told(command: _Command) -> _Command:
 def command_line() -> str:
     """The exact command, for the record."""
     name = Path(sys.argv[0]).name if sys.argv else ""
-    return shlex.join(["secateur", *sys.argv[1:]]) if name in ("secateur", "secateur.exe") else f"secateur ({name})"
+    text = shlex.join(["secateur", *sys.argv[1:]]) if name in ("secateur", "secateur.exe") else f"secateur ({name})"
+    return text.encode(errors="backslashreplace").decode()  # file names need not be text
 
 
 @contextmanager

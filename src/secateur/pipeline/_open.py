@@ -11,8 +11,9 @@ from torch import nn
 from secateur import artifact
 from secateur.architecture import Architecture
 from secateur.artifact import MANIFEST_NAME, Loaded, Manifest
-from secateur.errors import ModelError
+from secateur.errors import ArtifactError, ModelError
 from secateur.models import ModelSource, load_model
+from secateur.pipeline._trial import check_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ def open_model(
         if weights is not None:
             raise ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
         loaded = load(folder, trust_source=trust_source)
+        check_runs(loaded.model, image_size_of(loaded.manifest))
         source = ModelSource.from_json(loaded.manifest.recipe.source)
         return Opened(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
     own = spec.startswith("python:")  # a factory of the user's own knows its sizes itself
@@ -101,6 +103,22 @@ def open_model(
     return Opened(model, source, source.name)
 
 
+def image_size_of(manifest: Manifest) -> tuple[int, int, int]:
+    """Channels, height, width of the images that an artifact was made for.
+
+    Raises:
+        ArtifactError: If it was made for something else.
+    """
+    shape = manifest.recipe.input_shape
+    if len(shape) != 3:
+        raise ArtifactError(
+            f"`input.shape` must be the channels, height and width of an image; got {list(shape)} (secateur.json). "
+            "The file is damaged: save the artifact again."
+        )
+    channels, height, width = shape
+    return channels, height, width
+
+
 def usual_size(opened: Opened) -> tuple[int, int, int]:
     """The image size a model was made for, as far as it says so: channels, height, width.
 
@@ -108,8 +126,7 @@ def usual_size(opened: Opened) -> tuple[int, int, int]:
     otherwise 3 x 224 x 224, the size of most classifiers.
     """
     if opened.manifest is not None:
-        channels, height, width = opened.manifest.recipe.input_shape
-        return channels, height, width
+        return image_size_of(opened.manifest)
     channels = opened.source.arguments.get("in_channels")
     if opened.source.kind == "secateur":
         digits = opened.source.name.startswith("digits")

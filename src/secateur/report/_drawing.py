@@ -47,5 +47,5 @@ def write_drawing(path: Path | str, graph: ChannelGraph, title: str) -> Path:
     path = Path(path).absolute()
     text = _WRITERS[path.suffix.lower()](graph, title)
     with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

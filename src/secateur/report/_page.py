@@ -65,5 +65,5 @@ def write_page(path: Path | str, page: Page) -> Path:
     )
     text = template.render(page=page, style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")))
     with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

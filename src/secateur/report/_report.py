@@ -44,7 +44,7 @@ def write_report(path: Path | str, run: RunReport) -> Path:
     path = Path(path).absolute()
     page = render(run)
     with atomic_file(path) as part:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -10,6 +10,8 @@ _ROW, _COLUMN, _LETTER = 22, 13, 6.75
 """Pixels: height of a row, distance of two lanes, advance of a letter of the 11 px monospace font."""
 _TOP, _PAD, _BAR, _BRACKET = 94, 14, 56, 9
 _MOST_LETTERS, _MOST_NOTE = 64, 90
+_NO_XML = frozenset({*map(chr, range(0xD800, 0xE000)), "\ufffe", "\uffff"})
+"""Characters beyond the control codes that no XML file may have."""
 _LEGEND = "● makes channels   ■ scales them   ○ reads them   ┆ stays whole   [ block"
 _STYLE = """
 text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#1d2330}
@@ -163,4 +165,4 @@ def _short(text: str, most: int) -> str:
 
 def _text(text: str) -> str:
     """Escaped, and without the characters that XML cannot hold."""
-    return escape("".join(c if c in "\t\n" or (c >= " " and not "\ud800" <= c <= "\udfff") else "\ufffd" for c in text))
+    return escape("".join(c if c in "\t\n" or (c >= " " and c not in _NO_XML) else "\ufffd" for c in text))

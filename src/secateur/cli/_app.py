@@ -13,6 +13,7 @@ from secateur.cli._compare import compare
 from secateur.cli._distill import distill
 from secateur.cli._options import AttentionName, OptimiserName, PrecisionName, StrategyName
 from secateur.cli._saying import show, silent, tell
+from secateur.cli._stopping import goes_on
 from secateur.cli._targets import TargetBatch, TargetDevice, TargetName, TargetOption, TargetThreads
 from secateur.errors import ArtifactError, ModelError
 
@@ -104,6 +105,7 @@ def inspect(
 
 @app.command()
 @told
+@goes_on
 def compress(
     *,
     model: options.Model,

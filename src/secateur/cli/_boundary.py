@@ -42,7 +42,8 @@ def _console(*, stderr: bool) -> Console:
 def told(command: _Command) -> _Command:
     """Make a command end with a message and a code, never with a traceback (unless it is asked for, or a bug).
 
-    Code 2 for whatever the user can mend, 130 for an interrupt. The command must have a ``debug`` argument.
+    Code 2 for whatever the user can mend, 130 for an interrupt (see also `secateur.cli._stopping.goes_on`). The command
+    must have a ``debug`` argument.
     """
 
     @functools.wraps(command)
@@ -51,7 +52,7 @@ def told(command: _Command) -> _Command:
             with _spoken_warnings():
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
-            raise _end(_after_interrupt(kwargs.get("out_folder")), INTERRUPTED) from None
+            raise _end("Interrupted. Nothing was written.", INTERRUPTED) from None
         except (SecateurError, OSError) as error:
             if kwargs.get("debug"):
                 raise
@@ -91,14 +92,6 @@ def _message(error: Exception) -> str:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror or error}{where}. Check the path, its permissions and the room on the disk."
     return str(error)
-
-
-def _after_interrupt(folder: object) -> str:
-    if isinstance(folder, Path):
-        work = folder.with_name(f"{folder.name}.work")
-        if work.is_dir():
-            return f"Interrupted. The work so far is in {work}: go on with the same command and --resume."
-    return "Interrupted. Nothing was written."
 
 
 @contextmanager

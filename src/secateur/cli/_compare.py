@@ -10,6 +10,7 @@ from secateur.cli import _options as options
 from secateur.cli._boundary import command_line, threads, told
 from secateur.cli._options import PrecisionName
 from secateur.cli._saying import silent, tell
+from secateur.cli._stopping import goes_on
 
 _RUN, _STUDY = "Run", "Study"
 
@@ -41,6 +42,12 @@ StudyOut = Annotated[
         show_default=False,
     ),
 ]
+StudyResume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with an interrupted study, which happens without it too.", rich_help_panel=_RUN
+    ),
+]
 Families = Annotated[
     list[FamilyName] | None,
     typer.Option("--family", help="Networks; all if left out. Repeatable.", rich_help_panel=_STUDY),
@@ -64,6 +71,7 @@ TestImages = Annotated[
 
 
 @told
+@goes_on
 def compare(
     *,
     study: StudyOption,
@@ -89,6 +97,7 @@ def compare(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
+    resume: StudyResume = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -100,6 +109,7 @@ def compare(
     from secateur.data import load_data
     from secateur.pipeline import FAMILIES, Study, run_study
 
+    del resume  # A study goes on by itself.
     assert study is StudyName.PRUNING_X_DISTILLATION  # the only one so far
     usual, wanted = Study(), set(family or FamilyName)
     each = {"batch_size": batch_size, "precision": _choices.precision_of(precision)}

@@ -4,10 +4,12 @@ from secateur.cli import _options as options
 from secateur.cli._boundary import command_line, threads, told
 from secateur.cli._options import OptimiserName, PrecisionName
 from secateur.cli._saying import show, silent, tell
+from secateur.cli._stopping import goes_on
 from secateur.errors import ArtifactError
 
 
 @told
+@goes_on
 def distill(
     *,
     teacher: options.Teacher,

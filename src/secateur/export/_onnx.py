@@ -86,13 +86,17 @@ def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
         ) from error
 
 
-def open_session(model: Path | bytes, *, threads: int, profile: Path | None = None) -> Any:
+def open_session(
+    model: Path | bytes, *, threads: int, profile: Path | None = None, optimised: Path | None = None
+) -> Any:
     """An ONNX Runtime session on the CPU with a fixed number of threads.
 
     Args:
         model: A file, or its content.
         threads: Within an operator; operators run one after the other.
         profile: Where to write the time of every operator, as the beginning of a file name; None does not take any.
+        optimised: Where to write the model with constants and batch norms folded, and nothing that is for one machine
+            only; such a session is slower.
     """
     import onnxruntime
 
@@ -104,6 +108,9 @@ def open_session(model: Path | bytes, *, threads: int, profile: Path | None = No
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimised is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(optimised)
     content = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

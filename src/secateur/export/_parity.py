@@ -23,7 +23,7 @@ class Parity:
     """How closely an exported file follows the model in PyTorch.
 
     Attributes:
-        format: ``onnx`` or ``pt2``.
+        format: ``onnx``, ``pt2``, ``openvino`` or ``executorch``.
         max_abs: Largest absolute difference of any output.
         max_rel: Largest absolute difference divided by the largest absolute value of that output.
         tolerance: Bound that ``max_rel`` had to meet.
@@ -89,7 +89,7 @@ def check_parity(name: str, model: nn.Module, exported: Runner, inputs: Inputs, 
         raise ExportError(
             f"The {name} file must compute what the model computes to within {tolerance:g} of the largest output; got "
             f"a difference of {max_rel:.3g} ({max_abs:.3g} absolute). The file was removed. "
-            "Try the other format, and please report the model."
+            "Try another format, and please report the model."
         )
     return Parity(name, max_abs, max_rel, tolerance, batch_sizes)
 
@@ -99,7 +99,7 @@ def _difference(name: str, wanted: Sequence[Tensor], found: Sequence[Tensor]) ->
     if shapes[0] != shapes[1]:
         raise ExportError(
             f"The {name} file must give outputs of shapes {shapes[0]}; got {shapes[1]}. The file was removed. "
-            "Try the other format, and please report the model."
+            "Try another format, and please report the model."
         )
     max_abs = max_rel = 0.0
     for ours, theirs in ((a.double(), b.double()) for a, b in zip(wanted, found, strict=True) if a.numel()):

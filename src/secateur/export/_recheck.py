@@ -7,18 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
+from secateur.export._executorch import executorch_runner
 from secateur.export._onnx import onnx_runner
+from secateur.export._openvino import openvino_runner
 from secateur.export._parity import TOLERANCE, Parity, Runner, flat_tensors
 from secateur.export._pt2 import pt2_runner
 
-_OPENERS: dict[str, Callable[[Path], Runner]] = {".onnx": onnx_runner, ".pt2": pt2_runner}
+_OPENERS: dict[str, Callable[[Path], Runner]] = {
+    ".onnx": onnx_runner,
+    ".pt2": pt2_runner,
+    ".xml": openvino_runner,
+    ".pte": executorch_runner,
+}
 
 
 def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, tolerance: float = TOLERANCE) -> Parity:
     """Run one exported file on images and compare its outputs with the model's.
 
     Args:
-        path: An ``.onnx`` file, or a ``.pt2`` file, which must be trusted: torch may unpickle parts of it.
+        path: An ``.onnx`` or ``.xml`` file; or a ``.pt2`` or ``.pte`` file, which must be trusted: torch may unpickle
+            parts of the one, and the runtime of the other believes what it says about itself.
         model: In eval mode, on the CPU.
         images: A batch.
         tolerance: Recorded with the result.

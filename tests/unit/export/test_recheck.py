@@ -47,5 +47,5 @@ def test_broken_file_says_so(tmp_path: Path, export, name: str):
 
 
 def test_file_of_another_kind_is_refused(tmp_path: Path):
-    with pytest.raises(ExportError, match=r"`path` must end in \.onnx or \.pt2; got .*model\.tflite"):
+    with pytest.raises(ExportError, match=r"`path` must end in \.onnx or \.pt2 or \.xml or \.pte; got .*model\.tflite"):
         compare_file(tmp_path / "model.tflite", _model(), IMAGES)

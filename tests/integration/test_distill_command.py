@@ -46,6 +46,9 @@ def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_pat
         (("--hint-epochs", 1), "`--hint-epochs` must go with a loss of features"),
         (("--loss", "hint", "--hints", "layer3=layr3"), "must have the tapped module 'layr3'"),
         (("--resume", "--restart"), "`--resume` goes on"),
+        (("--loss", "dkd", "--mixup", 0.2), "`--loss` must go without --mixup and --cutmix for dkd"),
+        (("--mixup", -1), "`mixup` must be finite and not negative"),
+        (("--rand-augment", "rad-m9"), "`auto_augment` must be a policy of timm"),
     ],
 )
 def test_bad_words_end_with_a_sentence(
@@ -55,3 +58,12 @@ def test_bad_words_end_with_a_sentence(
     assert found.exit_code == 2
     assert message in " ".join(found.stderr.split())
     assert not (tmp_path / "student").exists()
+
+
+def test_images_are_varied_and_mixed(run: Run, digits_weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    strong = ("--mixup", 0.2, "--cutmix", 1.0, "--rand-augment", "rand-m5-mstd0.5", "--erase", 0.2)
+    found = run(*words(digits_weights, out, *strong, "--label-smoothing", 0.1, "--label-weight", 0.5))
+    assert found.exit_code == 0, found.output
+    steps = secateur.load(out).manifest.recipe.metrics["test_accuracy"]
+    assert {step["step"]: step["top1"] for step in steps}["distilled"] > 0.3  # a tenth is chance; three epochs

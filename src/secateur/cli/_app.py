@@ -153,6 +153,10 @@ def compress(
     optimizer: options.Optimiser = OptimiserName.SGD,
     weight_decay: options.WeightDecay = None,
     ema: options.Ema = None,
+    auto_augment: options.AutoAugment = None,
+    erase: options.Erase = 0.0,
+    mixup: options.Mixup = 0.0,
+    cutmix: options.Cutmix = 0.0,
     label_smoothing: options.LabelSmoothing = 0.0,
     temperature: options.Temperature = 4.0,
     kd_weight: options.KdWeight = 0.9,
@@ -208,6 +212,7 @@ def compress(
         seed=seed,
     )
     objective = Objective(kd_weight, label_weight, feature_weight, temperature, label_smoothing)
+    varied = _choices.variation_of(auto_augment, erase, mixup, cutmix)
     check_output(out_folder)
     inputs = Inputs(
         model,
@@ -224,7 +229,7 @@ def compress(
     with threads(thread_count):
         result = run(
             inputs.opened.model,
-            inputs.images,
+            varied(inputs.images),
             budget=limits,
             strategy=found_by,
             choices=choices,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from secateur.cli._options import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from secateur.data import ImageData
     from secateur.graph import Choices, HeadUnit
     from secateur.importance import Importance
     from secateur.pipeline import Branches, Format, Start
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
 Number = TypeVar("Number", int, float)
+Variation = Callable[["ImageData"], "ImageData"]
+"""Gives the same images with another augmentation."""
 
 
 def importance_of(name: ImportanceName) -> Importance:
@@ -123,6 +127,23 @@ def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[
         pass
     what = "a whole number" if kind is int else "a number"
     raise ChoiceError(f"`{flag}` must be a name pattern, = and {what}, such as 'layer1.*=8'; got {word!r}.")
+
+
+def variation_of(auto_augment: str | None, erase: float, mixup: float, cutmix: float) -> Variation:
+    """What is done to training images beyond what is usual for them.
+
+    Raises:
+        DataError: If a number or the name of the policy is none.
+    """
+    from secateur.data import Augment
+
+    Augment(auto_augment=auto_augment, erase=erase, mixup=mixup, cutmix=cutmix)  # Refused before anything is loaded.
+
+    def varied(images: ImageData) -> ImageData:
+        wanted = replace(images.augment, auto_augment=auto_augment, erase=erase, mixup=mixup, cutmix=cutmix)
+        return replace(images, augment=wanted)
+
+    return varied
 
 
 def optimiser_of(name: OptimiserName, weight_decay: float | None) -> SGD | AdamW:

@@ -35,6 +35,10 @@ def distill(
     optimizer: options.Optimiser = OptimiserName.SGD,
     weight_decay: options.WeightDecay = None,
     ema: options.Ema = None,
+    auto_augment: options.AutoAugment = None,
+    erase: options.Erase = 0.0,
+    mixup: options.Mixup = 0.0,
+    cutmix: options.Cutmix = 0.0,
     label_smoothing: options.LabelSmoothing = 0.0,
     temperature: options.Temperature = 4.0,
     label_weight: options.LabelWeight = 0.1,
@@ -54,13 +58,25 @@ def distill(
 
     from secateur.cli import _choices
     from secateur.cli._inputs import Inputs
-    from secateur.cli._losses import OF_LOGITS, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
+    from secateur.cli._losses import (
+        OF_LOGITS,
+        Pair,
+        check_mixable,
+        hints_of,
+        inferred_taps,
+        losses_of,
+        objective_of,
+        taps_of,
+    )
     from secateur.pipeline import Hinting, Leftover, Pupil, check_output, distill_into
     from secateur.train import Schedule
 
     if resume and restart:
         raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
     losses, taps, formats = losses_of(loss), taps_of(hints), _choices.formats_of(export)
+    varied = _choices.variation_of(auto_augment, erase, mixup, cutmix)
+    if mixup or cutmix:
+        check_mixable(losses)
     progress = _choices.progress_of(quiet, tensorboard)
     schedule = Schedule(
         epochs=epochs,
@@ -100,7 +116,7 @@ def distill(
         result = distill_into(
             Pupil(taught.model, taught.name, taught.source, taught.architecture),
             teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
-            data=images,
+            data=varied(images),
             schedule=schedule,
             objective=objective,
             hinting=hinting,

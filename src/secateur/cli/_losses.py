@@ -33,6 +33,9 @@ USUAL = {
 
 OF_LOGITS = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDISED)
 
+OF_CLASSES = (LossName.DKD, LossName.CRD)
+"""They need one class for each image."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -73,6 +76,20 @@ def losses_of(words: Sequence[str] | None) -> dict[LossName, float]:
             raise TrainingError(f"`--loss` must name each loss once; got {name!r} again.")
         found[loss] = weight
     return found
+
+
+def check_mixable(losses: Mapping[LossName, float]) -> None:
+    """Refuse losses that have no use for the labels of mixed images.
+
+    Raises:
+        TrainingError: If there is one.
+    """
+    for loss in losses:
+        if loss in OF_CLASSES:
+            raise TrainingError(
+                f"`--loss` must go without --mixup and --cutmix for {loss}, which needs one class for each image; got "
+                "both. Leave one of them out."
+            )
 
 
 def taps_of(words: Sequence[str] | None) -> dict[str, str]:

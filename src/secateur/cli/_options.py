@@ -329,6 +329,28 @@ Ema = Annotated[
 LabelSmoothing = Annotated[
     float, typer.Option(help="Share of a label spread over all classes.", rich_help_panel=_TRAIN)
 ]
+AutoAugment = Annotated[
+    str | None,
+    typer.Option(
+        "--auto-augment",
+        "--rand-augment",
+        metavar="POLICY",
+        help="Vary training images as timm does: rand-m9-mstd0.5-inc1, original, augmix-m3-w3, ...",
+        rich_help_panel=_TRAIN,
+    ),
+]
+Erase = Annotated[
+    float, typer.Option(help="Probability that a part of a training image is erased.", rich_help_panel=_TRAIN)
+]
+Mixup = Annotated[
+    float, typer.Option(metavar="ALPHA", help="Mix pairs of training images; 0 does not.", rich_help_panel=_TRAIN)
+]
+Cutmix = Annotated[
+    float,
+    typer.Option(
+        metavar="ALPHA", help="Paste parts of training images into others; 0 does not.", rich_help_panel=_TRAIN
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="Of the softened probabilities.", rich_help_panel=_TRAIN)]
 KdWeight = Annotated[float, typer.Option(help="Of the teacher's probabilities.", min=0, rich_help_panel=_TRAIN)]
 LabelWeight = Annotated[float, typer.Option(help="Of the labels.", min=0, rich_help_panel=_TRAIN)]

@@ -123,6 +123,7 @@ class Plan:
         found = {
             "model": _digest(self.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "augment": repr(data.augment),
             "budget": str(self.budget),
             "strategy": describe(self.strategy),
             "choices": repr(self.choices),

@@ -96,6 +96,7 @@ class Lesson:
             "student": digest(self.student.model),
             "teacher": digest(self.teacher.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "augment": repr(data.augment),
             "hints": "none" if self.hinting is None else repr(self.hinting.schedule),
             "seed": str(self.schedule.seed),
         }

@@ -17,12 +17,14 @@ from secateur.cli._choices import (
     progress_of,
     rules_of,
     start_of,
+    variation_of,
 )
 from secateur.cli._options import (
     AttentionName,
     OptimiserName,
     PrecisionName,
 )
+from secateur.data import Augment, load_data
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 from secateur.graph import Choices, HeadUnit
 from secateur.pipeline import Branches, Format, FromScratch, Inherit
@@ -48,6 +50,16 @@ def test_optimisers_and_precisions():
     assert optimiser_of(OptimiserName.ADAMW, 0.1) == AdamW(weight_decay=0.1)
     assert precision_of(PrecisionName.AUTO) is None
     assert precision_of(PrecisionName.BF16) is Precision.BF16_MIXED
+
+
+def test_variations_are_added_to_what_is_usual_for_the_images():
+    usual = load_data("digits", limit=100)
+    varied = variation_of("rand-m5", 0.25, 0.2, 1.0)(usual)
+    assert varied.augment == Augment(1, flip=False, auto_augment="rand-m5", erase=0.25, mixup=0.2, cutmix=1.0)
+    assert varied.train is usual.train
+    assert variation_of(None, 0.0, 0.0, 0.0)(usual).augment == usual.augment
+    with pytest.raises(DataError, match="`auto_augment` must be a policy of timm"):
+        variation_of("rad-m5", 0.0, 0.0, 0.0)
 
 
 def test_choices_and_rules():

@@ -147,7 +147,7 @@ class _KilledSplit:
         return replace(self, split=self.split.subset(index))
 
     def batches(self, batch_size: int, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(self.split.batches(batch_size, **settings)):
+        for number, batch in enumerate(self.split.batches(batch_size, **settings), settings.get("start", 0)):
             if settings.get("epoch") == self.epoch and number == self.after:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch

@@ -16,7 +16,7 @@ from secateur.importance import Evidence, Importance, checked_scores
 from secateur.search._space import IntArray, SearchSpace
 from secateur.search._streams import Streams
 from secateur.train import Progress as Watch
-from secateur.train import Silent, TrainingData
+from secateur.train import Saving, Silent, TrainingData
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -43,6 +43,7 @@ class Problem:
         watch: Shows the training of a strategy that trains.
         fabric: Device and precision of a strategy that trains, or None.
         remembered: Scores by identity of the importance, shared by several searches of one model; None keeps none.
+        saving: When a strategy that trains writes checkpoints, beside those at the ends of epochs.
     """
 
     evidence: Evidence
@@ -55,6 +56,7 @@ class Problem:
     watch: Watch = field(default_factory=Silent)
     fabric: "Fabric | None" = None
     remembered: "dict[int, dict[str, FloatArray]] | None" = None
+    saving: Saving = Saving()  # noqa: RUF009 -- frozen
 
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:

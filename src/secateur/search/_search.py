@@ -16,7 +16,7 @@ from secateur.search._describe import describe
 from secateur.search._problem import FloatArray, Problem, Progress, Proposal, Strategy
 from secateur.search._space import SearchSpace
 from secateur.train import Progress as Watch
-from secateur.train import Silent, TrainingData
+from secateur.train import Saving, Silent, TrainingData
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -69,6 +69,7 @@ def search(
     progress: Progress | None = None,
     data: TrainingData | None = None,
     checkpoint: Path | None = None,
+    saving: Saving = Saving(),  # noqa: B008 -- frozen
     watch: Watch = Silent(),  # noqa: B008 -- frozen
     fabric: "Fabric | None" = None,
     latency: Modelled | None = None,
@@ -92,6 +93,7 @@ def search(
         progress: Called with the finished fraction and a description.
         data: Training and validation images for strategies that train; never test images.
         checkpoint: Folder for the checkpoints of strategies that train, which go on from one that is there.
+        saving: When they write checkpoints, beside those at the ends of epochs.
         watch: Shows the training of strategies that train.
         fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
         latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
@@ -105,12 +107,15 @@ def search(
         ModelError: If the strategy finds weights or scores that are not finite.
         DataError: If the strategy needs batches or training images and there are none.
         TrainingError: If the training of a strategy fails, or its checkpoint is of another search.
+        Stopped: If that was asked for while a strategy trains, see `secateur.train.stoppable`.
     """
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     evidence = Evidence(model, graph, tuple(batches), seed)
     costs = CostModel(graph, _more(model, graph, limits, latency))
-    problem = Problem(evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, remembered)
+    problem = Problem(
+        evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, remembered, saving
+    )
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
         return _found(problem, strategy, Proposal(whole))

@@ -84,7 +84,12 @@ class Ledger:
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean over the steps looked at: "total" and each part."""
+        """Mean over the steps: "total" and each part; looks at the losses not read yet.
+
+        Raises:
+            TrainingError: See `look`.
+        """
+        self.look(self._rate)
         return {name: value / self.steps for name, value in self._sums.items()}
 
     def to_json(self) -> dict[str, Any]:

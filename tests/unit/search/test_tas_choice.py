@@ -17,7 +17,7 @@ from secateur.search import TAS, Cosine, Depths, Linear, Problem, SearchSpace, W
 from secateur.search._streams import Streams
 from secateur.search._tas._candidates import Candidates
 from secateur.search._tas._choice import Choice, draw, draw_all, draw_two, gumbel
-from secateur.search._tas._engine import Adam
+from secateur.search._tas._course import Adam
 from secateur.supernet import Fade, Supernet
 
 DRAWS = 20_000

@@ -1,10 +1,9 @@
 """Training of the supernet: the full net from the labels, the others stage by stage from the full net."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from secateur.search._swp._tally import Tally
 from secateur.supernet import Supernet, features, run_stages
 from secateur.train import (
     Batches,
-    Ledger,
     Meter,
+    Partway,
     Saved,
     Schedule,
     average_gradients_,
@@ -30,7 +29,6 @@ from secateur.train import (
     finite,
     optimiser_tensors,
     own_part,
-    seeded,
     tensors_of,
     write_optimiser_,
     write_tensors_,
@@ -38,6 +36,10 @@ from secateur.train import (
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,18 @@ class Course:
         """Of an epoch."""
         return self.schedule.steps_per_epoch(len(self.images))
 
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of an epoch, without the first so many."""
+        return self.images.batches(
+            self.schedule.batch_size,
+            device=self.fabric.device,
+            seed=self.schedule.seed,
+            epoch=epoch,
+            augment=self.augment,
+            drop_last=len(self.images) >= self.schedule.batch_size,
+            start=start,
+        )
+
 
 class Run:
     """A training in progress. Whatever changes in it lies here, and all of it goes into a checkpoint.
@@ -89,38 +103,38 @@ class Run:
         self.course, self._supernet = course, supernet
         self._weights = [p for p in supernet.parameters() if p.requires_grad]
         self._optimiser = course.schedule.optimiser.build(supernet, course.schedule.learning_rate)
+        self._partway: Partway | None = None
+        self._draw = np.random.default_rng()
 
-    def train_epoch(self, meter: Meter) -> None:
-        """One pass over the training images.
+    def train_epoch(self, meter: Meter, between: Callable[[], None] = _nothing) -> None:
+        """One pass over the training images, or its rest.
+
+        Args:
+            meter: Where it is shown.
+            between: Called after every step, when all that changes can be saved.
 
         Raises:
             TrainingError: If a loss or a weight is no longer finite.
         """
-        course, began = self.course, perf_counter()
-        schedule, size = course.schedule, course.schedule.batch_size
-        ledger, rate = Ledger(self.epoch + 1), 0.0
-        draw = np.random.default_rng((schedule.seed, self.epoch))
+        course, schedule = self.course, self.course.schedule
+        part = self._partway = self._partway or Partway(self.epoch, course.fabric)
+        first, rate = self.epoch * course.steps, 0.0
+        if part.steps == 0:
+            self._draw = np.random.default_rng((schedule.seed, self.epoch))
         self._supernet.train()
-        with seeded(course.fabric.device, schedule.seed, self.epoch):
-            batches = course.images.batches(
-                size,
-                device=course.fabric.device,
-                seed=schedule.seed,
-                epoch=self.epoch,
-                augment=course.augment,
-                drop_last=len(course.images) >= size,
-            )
-            for step, (images, labels) in enumerate(batches, self.epoch * course.steps):
-                rate = schedule.learning_rate_at(step, steps=schedule.epochs * course.steps)
-                total, parts = self.learn(images, labels, rate, draw)
-                if ledger.add(total, parts, rate) or ledger.steps == course.steps:
-                    ledger.look(rate)
-                    meter.step(self.epoch + 1, ledger.steps, {"loss": ledger.latest, "learning_rate": rate})
-        ledger.look(rate)
+        with part.opened(schedule.seed, meter):
+            for images, labels in course.batches(self.epoch, part.steps):
+                rate = schedule.learning_rate_at(first + part.steps, steps=schedule.epochs * course.steps)
+                total, parts = self.learn(images, labels, rate, self._draw)
+                if part.ledger.add(total, parts, rate) or part.steps == course.steps:
+                    part.ledger.look(rate)
+                    part.ledger.show(meter, {"loss": part.ledger.latest, "learning_rate": rate})
+                between()
         if not finite(self._supernet):
-            raise diverged("weights", f"the end of epoch {ledger.epoch}", rate)
+            raise diverged("weights", f"the end of epoch {part.ledger.epoch}", rate)
+        self._partway = None
         self.epoch += 1
-        self._close(ledger.means, perf_counter() - began, meter)
+        self._close(part.ledger.means, part.seconds, meter)
 
     def learn(
         self, images: Tensor, labels: Tensor, rate: float, draw: np.random.Generator
@@ -178,7 +192,11 @@ class Run:
         """Everything that changes in a training, to go on from here."""
         tensors = {f"supernet/{name}": t for name, t in tensors_of(self._supernet).items()}
         tensors |= {f"optimiser/{key}": t for key, t in optimiser_tensors(self._optimiser, self._supernet).items()}
-        return Saved(self.epoch, tensors, {"history": self.history, "tally": self.tally.to_json()}, settings)
+        numbers: dict[str, Any] = {"history": self.history, "tally": self.tally.to_json()}
+        if self._partway is None:
+            return Saved(self.epoch, tensors, numbers, settings)
+        numbers |= {"partway": self._partway.numbers(), "draw": self._draw.bit_generator.state}
+        return Saved(self.epoch, {**tensors, **self._partway.tensors()}, numbers, settings, self._partway.steps)
 
     def restore(self, saved: Saved) -> None:
         """Inverse of `saved`."""
@@ -187,3 +205,6 @@ class Run:
         self.tally.restore(saved.numbers["tally"])
         write_tensors_(self._supernet, saved.under("supernet/"))
         write_optimiser_(self._optimiser, self._supernet, saved.under("optimiser/"))
+        if "partway" in saved.numbers:
+            self._partway = Partway.restored(saved, saved.numbers["partway"], self.course.fabric)
+            self._draw.bit_generator.state = saved.numbers["draw"]

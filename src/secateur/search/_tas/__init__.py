@@ -1,6 +1,6 @@
 """Differentiable search of widths and depths."""
 
-from secateur.search._tas._engine import Adam
+from secateur.search._tas._course import Adam
 from secateur.search._tas._strategy import TAS
 from secateur.search._tas._temperature import Cosine, Linear
 

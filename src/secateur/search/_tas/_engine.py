@@ -1,123 +1,37 @@
 """The search loop: one step for the weights, one for the choice, again and again."""
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import TrainingError
 from secateur.search._tas._choice import Choice, draw
+from secateur.search._tas._course import Course
 from secateur.search._tas._derive import Derived, derive
-from secateur.search._tas._price import Price
-from secateur.search._tas._temperature import Cosine, Linear
-from secateur.supernet import Blending, Subnet, Supernet, calibrated
+from secateur.supernet import Subnet, Supernet, calibrated
 from secateur.train import (
-    Batches,
-    Ledger,
     Meter,
+    Partway,
     Precision,
     Saved,
-    Schedule,
     channels_last,
     measure,
     optimiser_tensors,
-    seeded,
     tensors_of,
     write_optimiser_,
     write_tensors_,
 )
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+
+def _nothing() -> None:
+    """Do nothing."""
+
 
 COST_WEIGHT = 2.0
 """Of the cost in the loss of the architecture; Dong & Yang, reference code."""
-
-
-@dataclass(frozen=True)
-class Adam:
-    """The optimiser of the architecture.
-
-    Attributes:
-        learning_rate: > 0.
-        betas: Decay of the running mean and of the running square.
-        weight_decay: L2 factor of the logits: pulls towards equal probabilities.
-
-    References:
-        Dong & Yang (TAS), arXiv:1905.09717, reference code, but for the learning rate; see `TAS`.
-    """
-
-    learning_rate: float
-    betas: tuple[float, float] = (0.5, 0.999)
-    weight_decay: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise TrainingError(f"`learning_rate` must be positive and finite; got {self.learning_rate}. Try 0.02.")
-
-    def build(self, choice: Choice) -> torch.optim.Optimizer:
-        """A torch optimiser of the logits."""
-        return torch.optim.Adam(
-            choice.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Course:
-    """Everything of a search that does not change.
-
-    Attributes:
-        price: Costs, limits, tolerance.
-        for_weights: Images that the weights learn from.
-        for_choice: Images that the choice is judged on; none of the others.
-        validation: Images that the derived network is measured on after every epoch, for the record; None for none.
-        augment: For both.
-        calibration: Image batches for the batch norms of a derived network.
-        schedule: Epochs, batch size, learning rate and optimiser of the weights, seed.
-        adam: Optimiser of the choice.
-        temperature: Of the draws.
-        blending: Of the two widths that are drawn.
-        fabric: Device and precision.
-    """
-
-    price: Price
-    for_weights: Batches
-    for_choice: Batches
-    validation: Batches | None
-    augment: Any
-    calibration: tuple[Tensor, ...]
-    schedule: Schedule
-    adam: Adam
-    temperature: Linear | Cosine
-    blending: Blending
-    fabric: "Fabric"
-
-    @property
-    def steps(self) -> int:
-        """Pairs of steps in an epoch."""
-        return min(self.schedule.steps_per_epoch(len(half)) for half in (self.for_weights, self.for_choice))
-
-    def batches(self, epoch: int) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        """Pairs of batches, the first for the weights."""
-        size = self.schedule.batch_size
-        first, second = (
-            half.batches(
-                size,
-                device=self.fabric.device,
-                seed=self.schedule.seed,
-                epoch=epoch,
-                augment=self.augment,
-                drop_last=len(half) >= size,
-            )
-            for half in (self.for_weights, self.for_choice)
-        )
-        return zip(first, second, strict=False)
 
 
 class Run:
@@ -143,30 +57,42 @@ class Run:
         schedule = course.schedule
         self._optimiser = schedule.optimiser.build(supernet, schedule.learning_rate)
         self._architect = course.adam.build(choice)
+        self._partway: Partway | None = None
+        self._generator = torch.Generator()
 
-    def train_epoch(self, meter: Meter) -> None:
-        """One pass over both halves of the training images, then a look at the network they lead to.
+    def train_epoch(self, meter: Meter, between: Callable[[], None] = _nothing) -> None:
+        """One pass over both halves of the training images, or its rest, then a look at the network they lead to.
+
+        Args:
+            meter: Where it is shown.
+            between: Called after every pair of steps, when all that changes can be saved.
 
         Raises:
             TrainingError: If a loss is no longer finite.
         """
-        course, began = self._course, perf_counter()
-        ledger = Ledger(self.epoch + 1)
-        total, rate, temperature = course.schedule.epochs * course.steps, 0.0, 0.0
+        course, generator = self._course, self._generator
+        part = self._partway = self._partway or Partway(self.epoch, course.fabric)
+        first, total = self.epoch * course.steps, course.schedule.epochs * course.steps
         self.supernet.train()
-        with seeded(course.fabric.device, course.schedule.seed, self.epoch):
-            generator = torch.Generator().manual_seed(_number(course.schedule.seed, self.epoch))
-            for step, (own, other) in enumerate(course.batches(self.epoch), self.epoch * course.steps):
-                rate = course.schedule.learning_rate_at(step, steps=total)
-                temperature = course.temperature.at(step / max(total - 1, 1))
+        with part.opened(course.schedule.seed, meter):
+            if part.steps == 0:
+                generator.manual_seed(_number(course.schedule.seed, self.epoch))
+            for own, other in course.batches(self.epoch, part.steps):
+                rate = course.schedule.learning_rate_at(first + part.steps, steps=total)
+                temperature = self._temperature(first + part.steps)
                 weight_loss = self.learn(own, temperature, rate, generator)
                 parts = self.decide(other, temperature, generator)
-                if ledger.add(weight_loss, parts, rate) or ledger.steps == course.steps:
-                    ledger.look(rate)
-                    meter.step(self.epoch + 1, ledger.steps, self._numbers(ledger.latest, temperature))
-        ledger.look(rate)
+                if part.ledger.add(weight_loss, parts, rate) or part.steps == course.steps:
+                    part.ledger.look(rate)
+                    part.ledger.show(meter, self._numbers(part.ledger.latest, temperature))
+                between()
+        self._partway = None
         self.epoch += 1
-        self._close(ledger.means, temperature, perf_counter() - began, meter)
+        self._close(part.ledger.means, self._temperature(first + part.steps - 1), part.seconds, meter)
+
+    def _temperature(self, step: int) -> float:
+        """Of a step, from 0 over all epochs."""
+        return self._course.temperature.at(step / max(self._course.schedule.epochs * self._course.steps - 1, 1))
 
     def learn(
         self, batch: tuple[Tensor, Tensor], temperature: float, rate: float, generator: torch.Generator
@@ -308,7 +234,12 @@ class Run:
         tensors |= {f"choice/{name}": t for name, t in tensors_of(self._choice).items()}
         for name, of, module in self._optimisers:
             tensors |= {f"{name}/{key}": t for key, t in optimiser_tensors(of, module).items()}
-        return Saved(self.epoch, tensors, {"history": self.history}, settings)
+        numbers: dict[str, Any] = {"history": self.history}
+        if self._partway is None:
+            return Saved(self.epoch, tensors, numbers, settings)
+        numbers["partway"] = self._partway.numbers()
+        tensors |= {**self._partway.tensors(), "draw/generator": self._generator.get_state()}
+        return Saved(self.epoch, tensors, numbers, settings, self._partway.steps)
 
     def restore(self, saved: Saved) -> None:
         """Inverse of `saved`."""
@@ -318,6 +249,9 @@ class Run:
         write_tensors_(self._choice, saved.under("choice/"))
         for name, of, module in self._optimisers:
             write_optimiser_(of, module, saved.under(f"{name}/"))
+        if saved.step:
+            self._partway = Partway.restored(saved, saved.numbers["partway"], self._course.fabric)
+            self._generator.set_state(saved.tensors["draw/generator"])
 
     @property
     def _optimisers(self) -> tuple[tuple[str, torch.optim.Optimizer, nn.Module], ...]:

@@ -17,19 +17,21 @@ from secateur.search._problem import Problem, Proposal, Strategy
 from secateur.search._ratios import Depths, Widths
 from secateur.search._tas._candidates import Candidates
 from secateur.search._tas._choice import Choice
-from secateur.search._tas._engine import Adam, Course, Run
+from secateur.search._tas._course import Adam, Course
+from secateur.search._tas._engine import Run
 from secateur.search._tas._price import Price
 from secateur.search._tas._temperature import Cosine, Linear
 from secateur.supernet import Blending, Fade, Supernet, best_first, order_digest
 from secateur.train import (
     Batches,
+    Saved,
     Schedule,
     digest,
+    keeping,
     load_checkpoint,
     one_device,
     placed,
     precision_of,
-    save_checkpoint,
 )
 
 _CALIBRATION = 8
@@ -118,7 +120,8 @@ class TAS(Strategy):
             DataError: If there are no training images, they cannot be split in two, or batches are missing that
                 `SearchedWeights` needs.
             BudgetError: If nothing has two candidates.
-            TrainingError: If a loss is no longer finite; the checkpoint of the last epoch stays.
+            TrainingError: If a loss is no longer finite; the last checkpoints stay.
+            Stopped: If that was asked for.
         """
         if problem.training is None:
             raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
@@ -152,11 +155,17 @@ class TAS(Strategy):
         epochs = course.schedule.epochs
         if saved is not None:
             run.restore(saved)
-        with problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter:
+
+        def state() -> Saved:
+            return run.saved(settings)
+
+        with (
+            keeping(problem.checkpoint, problem.saving, course.fabric) as keeper,
+            problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter,
+        ):
             while run.epoch < epochs:
-                run.train_epoch(meter)
-                if problem.checkpoint is not None:
-                    save_checkpoint(problem.checkpoint, run.saved(settings))
+                run.train_epoch(meter, lambda: keeper.between(state))
+                keeper.save(state)
         return run
 
     def course(self, problem: Problem, candidates: Candidates, images: tuple[Batches, Batches]) -> Course:

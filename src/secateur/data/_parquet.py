@@ -1,9 +1,10 @@
 """Hugging Face image sets as parquet folders: columns of encoded images and of integer labels."""
 
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from secateur.data._choose import training_count
 from secateur.data._image_data import TrainAndTest, usual_augment
 from secateur.data._memory import MemorySplit
 from secateur.data._normalise import Normalisation
-from secateur.data._pixels import check_memory, decode_all
+from secateur.data._pixels import MEMORY_LIMIT, check_memory, decode_all, open_regular
 from secateur.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label")
 _TRAIN, _TEST, _VALIDATION = ("train",), ("test",), ("validation", "valid", "val", "dev")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
-_READ_ROWS = 1024
+_READ_ROWS, _FEW_ROWS, _LABEL_ROWS = 1024, 16, 2**18
+_MOST_ROWS = 2**26
+_MOST_CLASSES = 2**17
+_MOST_GROUP_BYTES = 2**30
+"""Of one column in one group of rows, unpacked. A kilobyte of parquet can say that it holds any number of rows."""
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -51,7 +56,10 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     test = _Table.open(folder, files, (_TEST, _VALIDATION))
     if train.names and test.names and train.names != test.names:
         raise DataError(_other_classes(folder, train.names, test.names))
-    classes = train.names or test.names or tuple(str(i) for i in range(int(train.labels.max()) + 1))
+    last = int(train.labels.max())
+    if max(last, len(train.names), len(test.names)) >= _MOST_CLASSES:
+        raise DataError(f"`data` must have fewer than {_MOST_CLASSES} classes; got the label {last} in {folder}.")
+    classes = train.names or test.names or tuple(str(i) for i in range(last + 1))
     train.check_labels(classes)
     test.check_labels(classes)
     count = training_count(torch.from_numpy(train.labels), limit, classes)
@@ -140,23 +148,28 @@ def _of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:
 def _warn_of_missing_shards(files: Sequence[Path]) -> None:
     shards = [match for file in files if (match := _SHARD.search(file.stem))]
     total = max((int(match[2]) for match in shards), default=0)
-    missing = sorted(set(range(total)) - {int(match[1]) for match in shards})
+    present = {int(match[1]) for match in shards}
+    missing = list(itertools.islice((number for number in range(total) if number not in present), 5))
     if missing:
         warnings.warn(
             f"{files[0].parent} holds {len(shards)} of {total} shards of {files[0].name.split('-')[0]}; missing: "
-            f"{missing[:5]}. Only the images that are there are used.",
+            f"{missing}. Only the images that are there are used.",
             stacklevel=2,
         )
 
 
-def _opened(file: Path) -> "ParquetFile":
-    import pyarrow
+def _opened(file: Path, once: Sequence[str] = ()) -> "ParquetFile":
+    """Open a file; in the columns ``once``, values that are the same are unpacked once."""
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
+        open_regular(file).close()
+        table = ParquetFile(file, read_dictionary=[*once])
+    except Exception as error:  # a damaged file can end in any of them
         raise _damaged(file, error) from error
+    if table.metadata.num_rows > _MOST_ROWS:
+        raise _damaged(file, ValueError(f"it says that it has {table.metadata.num_rows} rows, above {_MOST_ROWS}."))
+    return table
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
@@ -184,9 +197,12 @@ def _labels(file: Path, column: str) -> np.ndarray:
     if not pyarrow.types.is_integer(kind):
         raise DataError(f"column {column!r} of {file} must hold integer labels; got {kind}. Encode the classes.")
     try:
-        values = table.read(columns=[column]).column(0).cast(pyarrow.int64())
-    except (pyarrow.ArrowException, OSError) as error:
+        parts = [batch.column(0) for batch in table.iter_batches(_LABEL_ROWS, columns=[column])]
+        values = pyarrow.chunked_array(parts, kind).cast(pyarrow.int64())
+    except Exception as error:
         raise _damaged(file, error) from error
+    if len(values) != table.metadata.num_rows:
+        raise _damaged(file, ValueError(f"it has {len(values)} labels for {table.metadata.num_rows} rows."))
     if values.null_count:
         raise DataError(f"column {column!r} of {file} must have a label in every row; got {values.null_count} null(s).")
     return values.to_numpy()
@@ -202,16 +218,67 @@ def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:
     is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not is_struct and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
         raise DataError(f"column {column!r} of {file} must hold encoded images (struct with `bytes`); got {kind}.")
+    if is_struct:
+        column = f"{column}.bytes"
     encoded: list[bytes | None] = []
+    room = MEMORY_LIMIT
     try:
-        for batch in table.iter_batches(_READ_ROWS, columns=[f"{column}.bytes" if is_struct else column]):
-            array = batch.column(0)
-            encoded += (array.field("bytes") if is_struct else array).to_pylist()
+        for found in _parts(file, column):
+            # Values that are the same are one, and held once.
+            room -= sum(map(len, {id(value): value for value in found if value is not None}.values()))
+            encoded += found
+            if room < 0:
+                raise ValueError(f"its images take more than {MEMORY_LIMIT} bytes.")
             if len(encoded) >= count:
                 break
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:
         raise _damaged(file, error) from error
     return encoded[:count]
+
+
+def _parts(file: Path, column: str) -> Iterator[list[bytes | None]]:
+    """The values of a column, some rows at a time.
+
+    A file may say a thousand times that it has the same large image, in a dictionary. Such a column is read with its
+    dictionary, which holds it once. Columns that leave theirs on the way cannot be: the rest is read a few rows at a
+    time.
+    """
+    import pyarrow
+
+    table, done = _opened(file, (column,)), 0
+    _check_groups(table, column)
+    try:
+        for batch in table.iter_batches(_READ_ROWS, columns=[column]):
+            yield _unpacked(batch)
+            done += len(batch)
+        return
+    except pyarrow.ArrowNotImplementedError:
+        pass
+    for batch in _opened(file).iter_batches(_FEW_ROWS, columns=[column]):
+        if done < len(batch):
+            yield _unpacked(batch)[done:]
+        done = max(0, done - len(batch))
+
+
+def _check_groups(table: "ParquetFile", column: str) -> None:
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        for place in range(group.num_columns):
+            part = group.column(place)
+            if part.path_in_schema == column and part.total_uncompressed_size > _MOST_GROUP_BYTES:
+                raise ValueError(f"its images take {part.total_uncompressed_size} bytes in one group of rows.")
+
+
+def _unpacked(batch: Any) -> list[bytes | None]:
+    """The values of a batch; those that are the same in a dictionary are the same object."""
+    import pyarrow
+
+    array = batch.column(0)
+    array = array.field("bytes") if pyarrow.types.is_struct(array.type) else array
+    if not pyarrow.types.is_dictionary(array.type):
+        return array.to_pylist()
+    values: list[bytes | None] = array.dictionary.to_pylist()
+    return [None if place is None else values[place] for place in array.indices.to_pylist()]
 
 
 def _class_names(table: "ParquetFile", label: str) -> tuple[str, ...]:
@@ -220,5 +287,5 @@ def _class_names(table: "ParquetFile", label: str) -> tuple[str, ...]:
     try:
         known: Any = json.loads(metadata.get(b"huggingface", b"{}"))
         return tuple(str(name) for name in known["info"]["features"][label]["names"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ()

@@ -1,0 +1,195 @@
+"""Long commands that are killed, run out of disk, or lose the right to write: do they all go on to the same result?
+
+Every job (tests/killing.py) is run once uninterrupted. Then it is started, killed with ``kill -9`` at a random moment
+(uniform over the processor time of the whole run), sometimes again when it goes on, resumed, and compared: weights to
+the last bit, architecture and every number of the manifest but times. After each kill the output folder must be absent
+or whole; at the end ``secateur verify`` must pass and nothing may be left beside it. The uninterrupted run and the
+trials are processes with different hash seeds.
+
+Then disks (tests/full_disk.py): files that may not grow beyond a size, file systems with too little room, and ones that
+become read-only in the middle. The command must end with one clear error and code 2, leave nothing half-written, and go
+on to the same result once there is room.
+
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1]
+
+Writes results/faults.json and .md after every job.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from _record import RESULTS, surroundings, table, write_record
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+
+from full_disk import can_mount  # noqa: E402 -- beside the tests, which use it too
+from killing import JOBS  # noqa: E402
+
+SHARES = {"uniform": 14, "pca": 10, "weights": 16, "tas": 14, "swp": 14, "latency": 8, "distil": 14, "study": 14}
+"""Of the kills."""
+SAID = {
+    "uniform": "compress, uniform widths",
+    "pca": "compress, PCA, moving average",
+    "weights": "compress, then weights pruned gradually",
+    "tas": "compress, TAS",
+    "swp": "compress, SWP",
+    "latency": "compress, latency budget, measured before",
+    "distil": "distill, after a stage of hints",
+    "study": "compare",
+}
+SIZES = (200, 4_000, 60_000, 200_000, 500_000)
+"""Bytes: settings, measurements, students and checkpoints do not fit, one after the other."""
+ROOMS = (0, 16, 100, 400, 900, 1300)
+"""Kilobytes."""
+FROZEN, STOPS = 4, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=sum(SHARES.values()))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--job", action="append", choices=[*SHARES], help="Only these; the others' records stay.")
+    parser.add_argument("--no-disks", action="store_true")
+    parser.add_argument("--folder", type=Path, help="For what went wrong; a temporary one if left out.")
+    asked = parser.parse_args()
+    begun, path = surroundings(), RESULTS / "faults.json"
+    record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}}
+    if asked.job and path.is_file():
+        then = json.loads(path.read_text())
+        record |= {"jobs": then["jobs"], "disks": then["disks"]}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.folder or Path(temporary)
+        for number, (job, share) in enumerate(SHARES.items()):
+            if asked.job and job not in asked.job:
+                continue
+            kills = round(asked.kills * share / sum(SHARES.values()))
+            record["jobs"][job] = of_job(job, folder / job, asked.seed + number, kills, begun["commit"])
+            written(record)
+        if not asked.no_disks:
+            record["disks"] = {**record["disks"], **of_disks(folder, asked.seed)}
+            written(record)
+
+
+def of_job(job: str, folder: Path, seed: int, kills: int, commit: str) -> dict[str, Any]:
+    """The uninterrupted run and the trials of one job."""
+    folder.mkdir(parents=True)
+    (whole,) = rows("killing.py", 0, "whole", job, str(folder))
+    trials = list(rows("killing.py", seed, "kill", job, str(folder), str(seed), str(kills)))
+    stops = list(rows("killing.py", seed + 100, "stop", job, str(folder), str(seed), str(STOPS)))
+    for what, some in (("kills", trials), ("stops", stops)):
+        print(f"{job}, {what}: {_signals(some)} in {len(some)} runs, {_good(some)} good", flush=True)
+    return {
+        "command": " ".join(JOBS[job].words),
+        "commit": commit,
+        "seconds": whole["seconds"],
+        "trials": trials,
+        "stops": stops,
+    }
+
+
+def of_disks(folder: Path, seed: int) -> dict[str, Any]:
+    """Disks that cannot be written: for the job with most kinds of files, and for a training alone."""
+    found: dict[str, Any] = {}
+    for job in ("swp", "distil"):
+        place = folder / job
+        if not (place / "whole.json").is_file():
+            place.mkdir(exist_ok=True)
+            list(rows("killing.py", 0, "whole", job, str(place)))
+        mine: dict[str, Any] = {"limit": list(rows("full_disk.py", seed, "limit", job, str(place), *map(str, SIZES)))}
+        if can_mount(place / "mount"):
+            mine["room"] = list(rows("full_disk.py", seed, "room", job, str(place), *map(str, ROOMS)))
+            mine["frozen"] = list(rows("full_disk.py", seed, "frozen", job, str(place), str(seed), str(FROZEN)))
+        found[job] = mine
+        for what, faults in mine.items():
+            print(f"{job}, {what}: {sum(one['good'] for one in faults)} of {len(faults)} good", flush=True)
+    return found
+
+
+def rows(script: str, hash_seed: int, *words: str) -> Iterator[dict[str, Any]]:
+    """What one of the scripts prints, line by line."""
+    environment = os.environ | {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / script), *words]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+
+
+def written(record: dict[str, Any]) -> None:
+    """The record, and its tables."""
+    record["load_average_after"] = surroundings()["load_average"]
+    path = write_record("faults", record)
+    (RESULTS / "faults.md").write_text(as_text(record))
+    print(path, flush=True)
+
+
+def as_text(record: dict[str, Any]) -> str:
+    jobs = record["jobs"]
+    kills = [
+        [
+            SAID[name], f"{job['seconds']:.1f}", str(_signals(job["trials"])), str(len(job["trials"])),
+            str(sum(trial["same"] for trial in job["trials"])), _verified(job),
+            f"{_good(job['stops'])} ({_signals(job['stops'])})",
+        ]
+        for name, job in jobs.items()
+    ]  # fmt: skip
+    total = sum(_signals(job["trials"]) for job in jobs.values())
+    trials = [trial for job in jobs.values() for trial in job["trials"]]
+    disks = [
+        [SAID[name], what, str(len(faults)), str(sum(one["exit_code"] == 2 for one in faults)), _good(faults)]
+        for name, kinds in record["disks"].items()
+        for what, faults in kinds.items()
+    ]
+    return (
+        "# Faults\n\n"
+        f"Commit {record['commit']}, {record['date']}, {record['cpu']}, one thread, load average "
+        f"{record['load_average']} to {record['load_average_after']}. `{record['command']}`.\n\n"
+        f"{total} `kill -9` in {len(trials)} runs; {_good(trials)} ended with the weights of the uninterrupted run to "
+        "the last bit, its architecture and its numbers, with nothing left beside them. After every kill the output "
+        "folder was absent or whole.\n\n"
+        + table(["run", "processor s", "kills", "runs", "same result", "verified", "SIGINT, SIGTERM"], kills)
+        + _NOTES
+        + table(["run", "disk", "faults", "exit code 2", "good"], disks)
+    )
+
+
+_NOTES = """
+The last column: runs that were sent SIGINT or SIGTERM instead (how often), ended with 130 or 143, and went on to the
+same result. Loops write a checkpoint every three steps here, not every ten minutes. What is measured at the end for the
+report (two exports and two seconds) is left out; no result depends on it. Under a latency budget the runs begin with
+the measurements of the uninterrupted one, as no time is the same twice.
+
+## Disks
+
+limit: no file may be larger than a size (`RLIMIT_FSIZE`). room: a tmpfs with little room, enlarged afterwards. frozen:
+a tmpfs that becomes read-only at a random moment, writable again afterwards. Good: ended with one clear error and code
+2 (or did its work, where there was enough room), nothing half-written, and went on to the result of the uninterrupted
+run.
+
+"""
+
+
+def _signals(trials: list[dict[str, Any]]) -> int:
+    return sum(len(trial["kills_at"]) for trial in trials)
+
+
+def _verified(job: dict[str, Any]) -> str:
+    checked = [trial["verified"] for trial in job["trials"] if trial["verified"] is not None]
+    return f"{sum(checked)} of {len(checked)}" if checked else "no artifact"
+
+
+def _good(faults: list[dict[str, Any]]) -> str:
+    return f"{sum(one['good'] for one in faults)} of {len(faults)}"
+
+
+if __name__ == "__main__":
+    main()

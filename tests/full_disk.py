@@ -1,0 +1,131 @@
+"""Commands on disks that are full or become read-only: refused in words, nothing half-written, and resumed with room.
+
+    python full_disk.py limit JOB FOLDER BYTES...    no file may be larger (RLIMIT_FSIZE; needs no rights)
+    python full_disk.py room JOB FOLDER KBYTES...    a file system with so much room (tmpfs; needs the right to mount)
+    python full_disk.py frozen JOB FOLDER SEED N     one that becomes read-only at a random moment, N times (the same)
+
+FOLDER is one that ``killing.py whole`` has filled. One JSON object per line for every fault.
+"""
+
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from killing import JOBS, Job, ended, started, warm
+
+ROOM_KB = 65_536
+"""Enough for every run."""
+
+
+def no_larger(size: int) -> Callable[[], None]:
+    """Has this process write no file beyond a size."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount a file system."""
+    try:
+        with mounted(folder, 64):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def mounted(folder: Path, kilobytes: int) -> Generator[Path]:
+    """A file system in memory with little room."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _call("mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder))
+    try:
+        yield folder
+    finally:
+        _call("umount", str(folder))
+
+
+def limit(job: Job, folder: Path, size: int) -> dict[str, Any]:
+    """A run whose files may not be larger, and its end without that bound."""
+    room = _fresh(folder)
+    code = ended(started(job, room / "out", room / "log", no_larger(size)))
+    return {"bytes": size, **_judged(job, folder, room, room / "log", code)}
+
+
+def full(job: Job, folder: Path, kilobytes: int) -> dict[str, Any]:
+    """A run on a file system with little room, and its end after room was made."""
+    room, log = _fresh(folder), folder / "full.log"
+    log.unlink(missing_ok=True)
+    with mounted(room, kilobytes):
+        code = ended(started(job, room / "out", log))
+        used = shutil.disk_usage(room).used // 1024
+        _call("mount", "-o", f"remount,size={ROOM_KB}k", str(room))
+        return {"kilobytes": kilobytes, "used_after": used, **_judged(job, folder, room, log, code)}
+
+
+def frozen(job: Job, folder: Path, draw: random.Random) -> dict[str, Any]:
+    """A run whose file system becomes read-only meanwhile, and its end when it can be written again."""
+    room, log = _fresh(folder), folder / "full.log"
+    log.unlink(missing_ok=True)
+    seconds = json.loads((folder / "whole.json").read_text())["seconds"] * draw.random()
+    with mounted(room, ROOM_KB):
+        child = started(job, room / "out", log)
+        clock = (~child << 3) | 2
+        while time.clock_gettime(clock) < seconds:
+            time.sleep(0.001)
+        while subprocess.run(["mount", "-o", "remount,ro", str(room)], check=False, capture_output=True).returncode:
+            time.sleep(0.001)
+        code = ended(child)
+        _call("mount", "-o", "remount,rw", str(room))
+        return {"at": seconds, **_judged(job, folder, room, log, code)}
+
+
+def _judged(job: Job, folder: Path, room: Path, log: Path, code: int) -> dict[str, Any]:
+    """What the command said, whether anything is half-written, and whether it goes on to the same."""
+    said, out = log.read_text(), room / "out"
+    job.check(out)
+    error = next((line for line in said.splitlines() if line.startswith("Error:")), "")
+    whole = json.loads((folder / "whole.json").read_text())["outcome"]
+    clear = code == 0 or (code == 2 and bool(error) and "Traceback" not in said)
+    hidden = sorted(path.name for path in room.iterdir() if path.name.startswith("."))
+    again = ended(started(job, out, log)) if code else 0
+    same = again == 0 and json.loads(json.dumps(job.outcome(out))) == whole
+    found = {
+        "exit_code": code, "error": error.replace(str(room), "..."), "half_written": hidden, "resumed": again,
+        "same": same, "good": clear and not hidden and same,
+    }  # fmt: skip
+    return found if found["good"] else {**found, "log": log.read_text()[-3000:]}
+
+
+def _fresh(folder: Path) -> Path:
+    room = folder / "room"
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir()
+    return room
+
+
+def _call(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True)
+
+
+def main() -> None:
+    what, name, place, *numbers = sys.argv[1:]
+    job, folder = JOBS[name], Path(place)
+    warm()
+    if what == "frozen":
+        draw = random.Random(int(numbers[0]))
+        for _ in range(int(numbers[1])):
+            print(json.dumps(frozen(job, folder, draw)), flush=True)
+        return
+    for number in map(int, numbers):
+        found = limit(job, folder, number) if what == "limit" else full(job, folder, number)
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

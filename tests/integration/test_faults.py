@@ -1,0 +1,60 @@
+"""Long commands, killed, stopped or without room at random moments: all go on to the same result.
+
+A smaller number of the faults of benchmarks/faults.py, by the same code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import JOBS
+
+TESTS = Path(__file__).resolve().parents[1]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks, and clocks of Linux"),
+]
+
+
+def rows(script: str, hash_seed: int, *words: object) -> list[dict[str, Any]]:
+    """What one of the two scripts prints; each process has a hash seed of its own."""
+    environment = os.environ | {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / script), *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=JOBS)
+def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A job and the folder of its uninterrupted run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    rows("killing.py", 0, "whole", request.param, folder)
+    return request.param, folder
+
+
+def test_killed_runs_go_on_to_the_same(begun: tuple[str, Path]) -> None:
+    """Weights to the last bit, the architecture, all numbers but times; whole or absent after every kill."""
+    job, folder = begun
+    trials = rows("killing.py", 1, "kill", job, folder, 5, 3)
+    assert sum(len(trial["kills_at"]) for trial in trials) == 3
+    assert all(trial["good"] for trial in trials), trials
+
+
+def test_stopped_runs_go_on_to_the_same(begun: tuple[str, Path]) -> None:
+    job, folder = begun
+    trials = rows("killing.py", 2, "stop", job, folder, 6, 2)
+    assert sum(len(trial["kills_at"]) for trial in trials) == 2
+    assert all(trial["good"] for trial in trials), trials
+
+
+def test_full_disks_are_said_and_gone_on_from(begun: tuple[str, Path]) -> None:
+    job, folder = begun
+    faults = rows("full_disk.py", 3, "limit", job, folder, 200, 60_000)
+    assert faults[0]["exit_code"] == 2
+    assert all(fault["good"] for fault in faults), faults

@@ -1,0 +1,175 @@
+"""Signals during a long command: a checkpoint, 128 + the signal, and how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from secateur.cli._stopping import goes_on, obeyed
+from secateur.train import stoppable
+from secateur.train._stop import listening
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _same_handlers() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in BOTH]
+    yield
+    assert [signal.getsignal(number) for number in BOTH] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
+    done: list[str] = []
+
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        os.kill(os.getpid(), number)
+        done.append(str(out_folder))
+
+    with pytest.raises(typer.Exit) as ended:
+        command(out_folder=tmp_path / "out")
+    assert ended.value.exit_code == code
+    assert not done
+
+
+def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done: list[str] = []
+
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        with listening() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.asked
+            done.append("the step")
+            assert [signal.getsignal(number) for number in BOTH] == [
+                signal.SIG_DFL
+            ] * 2  # the second one is the system's
+            (out_folder.parent / "out.work").mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        command(out_folder=tmp_path / "out")
+    assert ended.value.exit_code == 143
+    assert done == ["the step"]
+    said = capfd.readouterr().err
+    assert "Stopping: a checkpoint is written after this step." in said
+    assert f"The work so far is in {tmp_path / 'out.work'}: go on with the same command and --resume:" in said
+
+
+def test_it_says_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/secateur", "compress", "--restart", "--out", "a folder"])
+    (tmp_path / "out.work").mkdir()
+
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        command(out_folder=tmp_path / "out")
+    assert ended.value.exit_code == 130  # whoever raised it
+    assert capfd.readouterr().err.splitlines()[-1] == "secateur compress --out 'a folder' --resume"
+
+
+def test_of_a_study_it_names_the_folder_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.json").write_text("{}")
+
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        command(out_folder=tmp_path)
+    assert f"The work so far is in {tmp_path}: " in capfd.readouterr().err
+
+
+def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        command(out_folder=tmp_path / "out")
+    assert capfd.readouterr().err == "Interrupted. Nothing was written.\n"
+
+
+def test_results_and_errors_come_through() -> None:
+    @goes_on
+    def command(*, out_folder: Path) -> str:
+        if out_folder.name == "bad":
+            raise ValueError("mine")
+        return "done"
+
+    assert command(out_folder=Path("good")) == "done"
+    with pytest.raises(ValueError, match="mine"):
+        command(out_folder=Path("bad"))
+
+
+def test_other_threads_change_nothing() -> None:
+    seen: list[object] = []
+
+    def elsewhere() -> None:
+        with obeyed() as caught:
+            seen.append([signal.getsignal(number) for number in BOTH])
+            seen.append(caught.exit_code)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [[signal.getsignal(number) for number in BOTH], 130]
+
+
+def test_a_request_from_outside_is_not_taken_over() -> None:
+    with stoppable() as outer:
+        with obeyed(), listening() as inner:
+            pass
+        with listening() as again:
+            assert again is outer
+    assert inner is not outer
+
+
+FORKS = """
+import os, signal, sys, time
+from secateur.cli._stopping import obeyed
+with obeyed():
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still here", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("never", flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_forked_worker_leaves_ctrl_c_to_its_parent_and_obeys_its_end() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines() == ["still here", "-15"]
+
+
+DEAF = """
+import os, signal, sys, time
+from secateur.cli._stopping import obeyed
+from secateur.train._stop import listening
+with obeyed(), listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never", flush=True)
+"""
+
+
+def test_the_second_signal_ends_a_loop_that_does_not_listen() -> None:
+    done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == "asked\n"

@@ -77,6 +77,8 @@ def save_checkpoint(folder: Path, saved: Saved) -> None:
         for old in _complete(folder)[KEPT:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
+        for leftover in folder.glob(f"{_PARTIAL}*"):  # Half of a checkpoint must not take the room of a full disk.
+            shutil.rmtree(leftover, ignore_errors=True)
         raise TrainingError(
             f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
             "permissions and start again: the run goes on after its last complete checkpoint."

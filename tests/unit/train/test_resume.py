@@ -108,6 +108,7 @@ def test_a_full_disk_is_said_in_words(tmp_path: Path, monkeypatch: pytest.Monkey
         TrainingError, match=r"`checkpoint` must be a folder that can be written; .*No space left.*goes on"
     ):
         run(Blobs(16), checkpoint=tmp_path)
+    assert not list(tmp_path.iterdir())  # half of a checkpoint would take the room of the next
 
 
 def truncate(path: Path) -> None:

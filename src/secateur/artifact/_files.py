@@ -111,10 +111,11 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         raise ArtifactError(
             f"{path} could not be read: {error.strerror}. Check the path and its permissions."
         ) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _not_regular(path, "a folder or device")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise _not_regular(path, "a folder or device")
         if status.st_size > limit:
             raise ArtifactError(
                 f"{path.name} must have at most {limit} bytes; got {status.st_size} ({path}). "

@@ -1,0 +1,91 @@
+"""What a hostile file must not do, watched for while it is read: run code, write, connect, or take for ever."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import SecateurError
+
+SECONDS = 20
+"""In which every refusal must come, on a busy machine too."""
+LONGEST_MESSAGE = 2_000
+
+_FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.chmod",
+    "os.symlink",
+    "os.link",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.bind",
+    "pickle.find_class",
+    "shutil.rmtree",
+    "ctypes.dlopen",
+)
+_WRITES = frozenset("wax+")
+_seen: list[str] = []
+_watching = False
+_installed = False
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watching:
+        return
+    if event in _FORBIDDEN:
+        _seen.append(f"{event} {arguments!r}"[:200])
+    elif event == "open" and isinstance(arguments[1], str) and _WRITES & set(arguments[1]):
+        _seen.append(f"open {arguments!r}"[:200])
+
+
+@contextlib.contextmanager
+def watched() -> Generator[None]:
+    """Fails if what runs inside of it does what only code can do, or takes too long."""
+    global _installed, _watching  # noqa: PLW0603
+    if not _installed:
+        sys.addaudithook(_hook)
+        _installed = True
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"took more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    _seen.clear()
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not _seen, _seen
+
+
+def refusal(action: Any, *arguments: Any, **named: Any) -> tuple[str | None, Any]:
+    """The message with which something is refused, or None and what it returned; any other error is a bug."""
+    with watched():
+        try:
+            return None, action(*arguments, **named)
+        except SecateurError as error:
+            said = str(error)
+    assert said.strip()
+    assert len(said) < LONGEST_MESSAGE, len(said)
+    return said, None
+
+
+def everything_in(folder: Path) -> dict[str, object]:
+    """Names, kinds and contents, to see that nothing was written."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        for path in sorted(folder.rglob("*"))
+    }

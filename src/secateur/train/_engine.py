@@ -158,7 +158,7 @@ class Engine:
             self._teaching.check()
             raise
         self._teaching.end()
-        if self.epoch == 0:
+        if self.epoch == 0 and self._task.fabric.is_global_zero:
             self._teaching.warn_of_guessing()
 
     def _close(self, record: EpochRecord, meter: Meter) -> None:
@@ -172,6 +172,7 @@ class Engine:
                 batch_size=schedule.batch_size,
                 precision=Precision.FLOAT32,
                 device=self._task.fabric.device,
+                fabric=self._task.fabric,
             )
             self._learner.student.train()
             if not math.isfinite(result.loss):

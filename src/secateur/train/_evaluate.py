@@ -1,6 +1,7 @@
 """How good a classifier is on a split."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,10 @@ from torch.nn import functional as F
 from secateur.errors import TrainingError
 from secateur.train._batches import Batches
 from secateur.train._machine import Precision, autocast, channels_last, default_device, placed
+from secateur.train._parallel import averaged
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,19 @@ def evaluate(
 
 
 def measure(
-    model: nn.Module, split: Batches, *, batch_size: int, precision: Precision, device: torch.device
+    model: nn.Module,
+    split: Batches,
+    *,
+    batch_size: int,
+    precision: Precision,
+    device: torch.device,
+    fabric: "Fabric | None" = None,
 ) -> Accuracy:
-    """As `evaluate`, of a model that lies on the device and is in eval mode already."""
+    """As `evaluate`, of a model that lies on the device and is in eval mode already.
+
+    With a Fabric of several processes each looks at its part of every batch, and all return the result of the whole.
+    """
+    rank, processes = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     if len(split) == 0:
         raise TrainingError("`split` must hold at least one image; got none. Check the data folder and its splits.")
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -68,6 +83,10 @@ def measure(
         autocast(precision, device),
     ):
         for images, labels in split.batches(batch_size, device=device, seed=None):
+            if processes > 1:
+                images, labels = images[rank::processes], labels[rank::processes]  # noqa: PLW2901 - its part
+                if len(labels) == 0:
+                    continue
             logits = model(channels_last(images))
             if n == 0:
                 check_logits(logits, len(labels))
@@ -75,6 +94,10 @@ def measure(
             correct += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits.float(), labels, reduction="sum")
             n += len(labels)
+    if fabric is not None and processes > 1:
+        said = torch.stack([correct.double(), loss.double(), torch.tensor(float(n), device=device).double()])
+        right, nats, images_of_all = (averaged(fabric, said) * processes).tolist()
+        return Accuracy(top1=right / images_of_all, loss=nats / images_of_all, n=round(images_of_all))
     return Accuracy(top1=correct.item() / n, loss=loss.item() / n, n=n)
 
 

@@ -16,8 +16,9 @@ from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches, TrainingData
 from secateur.train._checkpoint import Saved, load_checkpoint
 from secateur.train._engine import Engine
-from secateur.train._machine import one_device, precision_of
-from secateur.train._progress import Meter, Progress, TerminalProgress
+from secateur.train._machine import precision_of, usable
+from secateur.train._parallel import check_divisible, gathered
+from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import Trained
 from secateur.train._remember import RememberedLogits
 from secateur.train._saving import Keeper, Saving, keeping
@@ -74,7 +75,10 @@ def fit(
         checkpoint: Folder for checkpoints; None writes none.
         saving: When checkpoints are written within an epoch.
         progress: `TerminalProgress()`, `Silent()`, or your own.
-        fabric: A Fabric for one device, with its precision; None opens one, see `open_fabric`.
+        fabric: A Fabric for one device, or for several with the strategy ddp, and its precision; None opens one, see
+            `open_fabric`. Of several processes, all of which must call this with the same arguments, each takes its
+            part of every batch; batch norms are those of the whole batch, and the losses are those of one process. The
+            first one writes checkpoints and shows progress; all return the same model.
 
     Returns:
         The trained model, the history, and the best epoch.
@@ -88,7 +92,10 @@ def fit(
     _check_objective(objective, teacher, alignment)
     if schedule.epochs and len(source) == 0:
         raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
-    fabric = one_device(fabric, schedule.precision)
+    fabric = usable(fabric, schedule.precision)
+    if schedule.epochs:
+        check_divisible(fabric, min(schedule.batch_size, len(source)), schedule.accumulate)
+    progress = progress if fabric.is_global_zero else Silent()
     teacher = teacher if objective.needs_teacher else None
     task = Task(source, validation, augment, objective, schedule, alignment, fabric, sparsify)
     with torch.inference_mode(mode=False), torch.enable_grad():
@@ -97,6 +104,8 @@ def fit(
         engine = Engine(task, student, teacher, _memory(task, teacher, remember))
         settings = {} if checkpoint is None else _settings(task, student, teacher)
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
+        if fabric.world_size > 1:
+            _check_together(fabric, saved)
         if saved is not None:
             engine.restore(saved)
         with (
@@ -177,6 +186,10 @@ def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> Remem
         if folder is not None:
             warnings.warn("`remember` has no effect: the objective asks for no teacher.", stacklevel=3)
         return None
+    if task.fabric.world_size > 1:
+        raise TrainingError(
+            f"`remember` must go with one process; got {task.fabric.world_size}. Leave it out, or take one device."
+        )
     objective = task.objective
     listening = ["feature_weight"] if objective.feature_weight else [term.name for term in objective.terms if term.taps]
     if listening:
@@ -197,6 +210,16 @@ def _run(engine: Engine, epochs: int, meter: Meter, keeper: Keeper, settings: di
     while engine.epoch < epochs:
         engine.train_epoch(meter, lambda: keeper.between(state))
         keeper.save(state)
+
+
+def _check_together(fabric: "Fabric", saved: Saved | None) -> None:
+    """Refuse processes that have found different checkpoints."""
+    own = torch.tensor([-1, 0] if saved is None else [saved.epoch, saved.step])
+    if len(gathered(fabric, own).unique(dim=0)) > 1:
+        raise TrainingError(
+            "`checkpoint` must be one folder that all processes see; got different checkpoints in them. "
+            "Use a folder that all machines share."
+        )
 
 
 def _check_student(student: nn.Module) -> None:
@@ -239,6 +262,8 @@ def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict
     settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
     settings["student"] = digest(student)
     settings["teacher"] = "none" if teacher is None else digest(teacher)
+    if task.fabric.world_size > 1:
+        settings["processes"] = str(task.fabric.world_size)
     if task.sparsify is not None:
         settings["sparsify"] = repr(task.sparsify)
     if task.objective.terms:  # Not its repr, which would hold addresses of functions.

@@ -4,12 +4,15 @@ import copy
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from secateur.distill import FeatureWatch, TapWatch
 from secateur.train._checkpoint import Saved
 from secateur.train._evaluate import check_logits, check_targets
 from secateur.train._machine import channels_last, in_precision, placed
+from secateur.train._norms import synchronised_norms
+from secateur.train._parallel import average_gradients_, averaged, own_part
 from secateur.train._state import (
     MovingAverage,
     optimiser_tensors,
@@ -44,6 +47,7 @@ class Learner:
         self._objective = copy.deepcopy(task.objective)
         self._losses = self._objective.learned.to(task.fabric.device).train()
         learners = nn.ModuleList([self.student, self._losses])
+        self._learning = [p for p in learners.parameters() if p.requires_grad]
         self._optimiser = schedule.optimiser.build(learners, schedule.learning_rate)
         self._forward = in_precision(task.fabric, self.student)
         self._features: FeatureWatch | None = None
@@ -70,26 +74,43 @@ class Learner:
     def step(
         self, images: Tensor, labels: Tensor, rate: float, teach: Teach | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the optimiser.
+        """One step of the optimiser; of several processes each takes its part of the batch, and all move alike.
+
+        The gradient is that of the mean loss over the batch: the parts that it is computed in count by their images.
 
         Args:
-            images: A batch.
+            images: A batch, the same in all processes.
             labels: Of the batch.
             rate: Learning rate.
             teach: Gives the teacher's logits; None without a teacher.
 
         Returns:
-            The loss and its parts.
+            The loss of the batch and its parts, in all processes alike.
         """
+        fabric, schedule = self._task.fabric, self._task.schedule
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad()
-        total, parts = self._loss(channels_last(images), labels, teach)
-        self._task.fabric.backward(total)
+        names: list[str] = []
+        sums: Tensor | None = None
+        own = channels_last(own_part(fabric, images)), own_part(fabric, labels)
+        with synchronised_norms(fabric):
+            for some, of_them in zip(*(tensor.tensor_split(schedule.accumulate) for tensor in own), strict=True):
+                total, parts = self._loss(some, of_them, teach)
+                weight = len(of_them) * fabric.world_size / len(labels)  # 1 of one part, exactly.
+                fabric.backward(total * weight)
+                names = list(parts)
+                losses = torch.stack([total.detach(), *parts.values()]) * weight
+                sums = losses if sums is None else sums + losses
+        average_gradients_(fabric, self._learning)
+        if schedule.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._learning, schedule.clip_norm)
         self._optimiser.step()
         if self._average is not None:
             self._average.update(self.student)
-        return total, parts
+        assert sums is not None
+        seen = averaged(fabric, sums)
+        return seen[0], dict(zip(names, seen[1:], strict=True))
 
     def _loss(self, images: Tensor, labels: Tensor, teach: Teach | None) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits = None if teach is None else teach(images, labels)

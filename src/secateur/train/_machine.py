@@ -76,10 +76,33 @@ def one_device(fabric: "Fabric | None", precision: Precision | None) -> "Fabric"
     Raises:
         TrainingError: If it spans several processes, or has another precision than the one asked for.
     """
+    if fabric is not None and fabric.world_size > 1:
+        raise TrainingError(f"`fabric` must have one device; got {fabric.world_size}. Use Fabric(devices=1).")
+    return usable(fabric, precision)
+
+
+def usable(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
+    """The caller's Fabric if it can be used, or a new one.
+
+    Raises:
+        TrainingError: If it has another precision than the one asked for, its processes were not started, or each of
+            them holds a part of the model only.
+    """
     if fabric is None:
         return open_fabric(precision)
-    if fabric.world_size > 1:
-        raise TrainingError(f"`fabric` must have one device; got {fabric.world_size}. Use Fabric(devices=1).")
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+
+    if not isinstance(fabric.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        raise TrainingError(
+            f"`fabric` must have one device, or the strategy ddp; got {type(fabric.strategy).__name__}. Models that "
+            "are compressed fit on one device: use Fabric(strategy='ddp')."
+        )
+    if fabric.world_size > 1 and not torch.distributed.is_initialized():
+        raise TrainingError(
+            f"`fabric` must have started its {fabric.world_size} processes; got one that has not. "
+            "Call fabric.launch() first."
+        )
     if precision is not None and precision is not precision_of(fabric):
         raise TrainingError(
             f"`precision` must be that of `fabric`, {precision_of(fabric).name}; got {precision.name}. "
@@ -159,7 +182,8 @@ def random_states(device: torch.device) -> tuple[Tensor, ...]:
 def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
     """Inverse of `random_states`."""
     for generator, state in zip(_generators(device), states, strict=True):
-        generator.set_state(state)
+        # A copy: torch reads the bytes as larger numbers, and dies where they do not lie on such a boundary.
+        generator.set_state(state.clone())
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

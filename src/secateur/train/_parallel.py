@@ -12,11 +12,24 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+def check_divisible(fabric: "Fabric", batch: int, parts: int) -> None:
+    """Refuse batches that do not give every process as many images as the parts it computes them in.
+
+    Raises:
+        TrainingError: If so.
+    """
+    if batch < fabric.world_size * parts:
+        raise TrainingError(
+            f"`batch_size` must give every part of a batch an image; got {batch} images for {fabric.world_size} "
+            f"process(es) and `accumulate` {parts}. Take larger batches or fewer parts."
+        )
+
+
 def own_part(fabric: "Fabric", batch: Tensor) -> Tensor:
     """This process's part of a batch: every n-th item, for n processes.
 
     The mean of the parts' mean losses is that of the batch, and so are the gradients, wherever the number of processes
-    divides the batch and nothing is normalised over it.
+    divides the batch (or the parts are weighed by their images) and nothing is normalised over it.
 
     Raises:
         TrainingError: If there are more processes than items.
@@ -51,6 +64,19 @@ def averaged(fabric: "Fabric", values: Tensor) -> Tensor:
     mean = fabric.all_reduce(values, reduce_op="mean")
     assert isinstance(mean, Tensor)
     return mean
+
+
+def gathered(fabric: "Fabric", values: Tensor) -> Tensor:
+    """The values of all processes, (processes, ...), in each of them.
+
+    By a sum with zeros: all backends know that, for all types.
+    """
+    found = values.new_zeros((fabric.world_size, *values.shape), device=fabric.device)
+    found[fabric.global_rank] = values.to(fabric.device)
+    if fabric.world_size > 1:
+        found = fabric.all_reduce(found, reduce_op="sum")
+        assert isinstance(found, Tensor)
+    return found
 
 
 def _spread(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], mean: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.train._checkpoint import Saved
 from secateur.train._ledger import Ledger
 from secateur.train._machine import random_states, seeded, set_random_states
+from secateur.train._parallel import gathered
 from secateur.train._progress import Meter
 
 if TYPE_CHECKING:
@@ -73,12 +74,8 @@ class Partway:
 
     def tensors(self) -> dict[str, Tensor]:
         """Where the random numbers of all processes are, (processes, bytes) for each generator."""
-        found: dict[str, Tensor] = {}
-        for number, state in enumerate(random_states(self._fabric.device)):
-            states = self._fabric.all_gather(state)
-            assert isinstance(states, Tensor)
-            found[f"random/{number}"] = states.reshape(self._fabric.world_size, -1).cpu()
-        return found
+        states = random_states(self._fabric.device)
+        return {f"random/{number}": gathered(self._fabric, state).cpu() for number, state in enumerate(states)}
 
     @classmethod
     def restored(cls, saved: Saved, numbers: Mapping[str, Any], fabric: "Fabric") -> "Partway":

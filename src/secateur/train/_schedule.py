@@ -95,6 +95,11 @@ class Schedule:
         optimiser: `SGD` or `AdamW`.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then validated and
             returned, in [0, 1); None means no average. See `secateur.train.average_decay`.
+        accumulate: Parts that the batch of a step is computed in, one after the other, from 1 to ``batch_size``:
+            memory is that of one part, and the step is the same wherever nothing is normalised over the batch. Batch
+            norms see the parts, and losses that compare images with each other compare those of a part.
+        clip_norm: The gradient of all that learns is scaled down to this L2 norm where it is longer, > 0; None leaves
+            it alone. 1 is usual for transformers.
         precision: Number formats; None means the best the device has, see `best_precision`.
         seed: Of the order of the images, of augmentation and of dropout; >= 0.
     """
@@ -105,6 +110,8 @@ class Schedule:
     warmup_fraction: float = 0.05
     optimiser: SGD | AdamW = SGD()
     ema_decay: float | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
     precision: Precision | None = None
     seed: int = 0
 
@@ -112,6 +119,7 @@ class Schedule:
         for name, value, lowest in (
             ("epochs", self.epochs, 0),
             ("batch_size", self.batch_size, 1),
+            ("accumulate", self.accumulate, 1),
             ("seed", self.seed, 0),
         ):
             if not isinstance(value, int) or value < lowest:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -120,6 +128,13 @@ class Schedule:
             raise TrainingError(f"`learning_rate` must be positive and finite; got {self.learning_rate}. Try 0.05.")
         if not 0 <= self.warmup_fraction <= 1:
             raise TrainingError(f"`warmup_fraction` must be in [0, 1]; got {self.warmup_fraction}. 0.05 is usual.")
+        if self.accumulate > self.batch_size:
+            raise TrainingError(
+                f"`accumulate` must leave an image to every part of a batch; got {self.accumulate} parts of "
+                f"{self.batch_size} images. Lower it."
+            )
+        if self.clip_norm is not None and not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise TrainingError(f"`clip_norm` must be positive and finite; got {self.clip_norm}. None clips nothing.")
         if self.ema_decay is not None:
             _check_fraction("ema_decay", self.ema_decay)
 

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from small_runs import CPU, LABELS_ONLY, Blobs, small_net, small_schedule
 from torch import nn
 
 from secateur.errors import TrainingError
-from secateur.train import Precision, Silent, best_precision, fit, open_fabric
+from secateur.train import Precision, Silent, best_precision, fit, one_device, open_fabric
 from secateur.train._machine import placed
 
 
@@ -74,7 +75,14 @@ def test_a_fabric_of_the_caller_brings_its_precision() -> None:
 @pytest.mark.parametrize(
     ("fabric", "message"),
     [
-        (SimpleNamespace(world_size=2), r"`fabric` must have one device; got 2\. Use Fabric\(devices=1\)"),
+        (
+            SimpleNamespace(strategy=object()),
+            r"`fabric` must have one device, or the strategy ddp; got object\. Models",
+        ),
+        (
+            Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[LightningEnvironment()]),
+            r"`fabric` must have started its 2 processes; got one that has not\. Call fabric\.launch\(\) first",
+        ),
         (
             Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
             r"`precision` must be that of `fabric`, BF16_MIXED; got FLOAT32\. Give one of the two",
@@ -89,6 +97,12 @@ def test_other_fabrics_are_refused(fabric: Any, message: str) -> None:
     settings: dict[str, Any] = {"objective": LABELS_ONLY, "schedule": small_schedule(1)}
     with pytest.raises(TrainingError, match=message):
         fit(small_net(), Blobs(16), progress=Silent(), fabric=fabric, **settings)
+
+
+def test_what_needs_one_device_refuses_several() -> None:
+    fabric: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(TrainingError, match=r"`fabric` must have one device; got 2\. Use Fabric\(devices=1\)"):
+        one_device(fabric, None)
 
 
 def test_a_placed_copy_has_channels_last_convolutions_and_leaves_the_model() -> None:

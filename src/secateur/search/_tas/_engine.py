@@ -251,7 +251,7 @@ class Run:
             write_optimiser_(of, module, saved.under(f"{name}/"))
         if saved.step:
             self._partway = Partway.restored(saved, saved.numbers["partway"], self._course.fabric)
-            self._generator.set_state(saved.tensors["draw/generator"])
+            self._generator.set_state(saved.tensors["draw/generator"].clone())  # Aligned.
 
     @property
     def _optimisers(self) -> tuple[tuple[str, torch.optim.Optimizer, nn.Module], ...]:

@@ -12,7 +12,7 @@ on to the same result once there is room.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1]
 
-Writes results/faults.json and .md after every job.
+Writes results/faults.json and .md after every run.
 """
 
 import argparse
@@ -50,6 +50,8 @@ SIZES = (200, 4_000, 60_000, 200_000, 500_000)
 ROOMS = (0, 16, 100, 400, 900, 1300)
 """Kilobytes."""
 FROZEN, STOPS = 4, 4
+DISKS = ("swp", "distil")
+"""The job with most kinds of files, and a training alone."""
 
 
 def main() -> None:
@@ -57,64 +59,50 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=sum(SHARES.values()))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--job", action="append", choices=[*SHARES], help="Only these; the others' records stay.")
-    parser.add_argument("--no-disks", action="store_true")
     parser.add_argument("--folder", type=Path, help="For what went wrong; a temporary one if left out.")
     asked = parser.parse_args()
-    begun, path = surroundings(), RESULTS / "faults.json"
+    jobs, begun, path = asked.job or [*SHARES], surroundings(), RESULTS / "faults.json"
     record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}}
     if asked.job and path.is_file():
         then = json.loads(path.read_text())
         record |= {"jobs": then["jobs"], "disks": then["disks"]}
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
-        for number, (job, share) in enumerate(SHARES.items()):
-            if asked.job and job not in asked.job:
-                continue
-            kills = round(asked.kills * share / sum(SHARES.values()))
-            record["jobs"][job] = of_job(job, folder / job, asked.seed + number, kills, begun["commit"])
+        for job in jobs:
+            (folder / job).mkdir(parents=True)
+        for found in rows("killing.py", 0, [("whole", job, folder / job) for job in jobs]):
+            entry = {"command": " ".join(JOBS[found["job"]].words), "commit": begun["commit"], **found}
+            record["jobs"][found["job"]] = {**entry, "trials": [], "stops": []}
+        # In two rounds, so that an interrupted benchmark has something of every job.
+        shares = [(job, round(asked.kills * SHARES[job] / sum(SHARES.values()))) for job in jobs]
+        kills = [("kill", job, folder / job, asked.seed, share // 2) for job, share in shares]
+        kills += [("kill", job, folder / job, asked.seed + 1000, share - share // 2) for job, share in shares]
+        stops = [("stop", job, folder / job, asked.seed, STOPS) for job in jobs]
+        for what, wanted in (("trials", kills), ("stops", stops)):
+            for found in rows("killing.py", asked.seed + len(what), wanted):
+                record["jobs"][found["job"]][what].append(found)
+                written(record)
+        faults = [fault for job in DISKS if job in jobs for fault in faults_of(job, folder / job, asked.seed)]
+        for _, job, *_ in faults:
+            record["disks"][job] = {}
+        for found in rows("full_disk.py", asked.seed, faults):
+            record["disks"][found["job"]].setdefault(found["disk"], []).append(found)
             written(record)
-        if not asked.no_disks:
-            record["disks"] = {**record["disks"], **of_disks(folder, asked.seed)}
-            written(record)
 
 
-def of_job(job: str, folder: Path, seed: int, kills: int, commit: str) -> dict[str, Any]:
-    """The uninterrupted run and the trials of one job."""
-    folder.mkdir(parents=True)
-    (whole,) = rows("killing.py", 0, "whole", job, str(folder))
-    trials = list(rows("killing.py", seed, "kill", job, str(folder), str(seed), str(kills)))
-    stops = list(rows("killing.py", seed + 100, "stop", job, str(folder), str(seed), str(STOPS)))
-    for what, some in (("kills", trials), ("stops", stops)):
-        print(f"{job}, {what}: {_signals(some)} in {len(some)} runs, {_good(some)} good", flush=True)
-    return {
-        "command": " ".join(JOBS[job].words),
-        "commit": commit,
-        "seconds": whole["seconds"],
-        "trials": trials,
-        "stops": stops,
-    }
-
-
-def of_disks(folder: Path, seed: int) -> dict[str, Any]:
-    """Disks that cannot be written: for the job with most kinds of files, and for a training alone."""
-    found: dict[str, Any] = {}
-    for job in ("swp", "distil"):
-        place = folder / job
-        if not (place / "whole.json").is_file():
-            place.mkdir(exist_ok=True)
-            list(rows("killing.py", 0, "whole", job, str(place)))
-        mine: dict[str, Any] = {"limit": list(rows("full_disk.py", seed, "limit", job, str(place), *map(str, SIZES)))}
-        if can_mount(place / "mount"):
-            mine["room"] = list(rows("full_disk.py", seed, "room", job, str(place), *map(str, ROOMS)))
-            mine["frozen"] = list(rows("full_disk.py", seed, "frozen", job, str(place), str(seed), str(FROZEN)))
-        found[job] = mine
-        for what, faults in mine.items():
-            print(f"{job}, {what}: {sum(one['good'] for one in faults)} of {len(faults)} good", flush=True)
+def faults_of(job: str, folder: Path, seed: int) -> list[tuple[object, ...]]:
+    """The faults of disks for one job, as far as this process may mount."""
+    found: list[tuple[object, ...]] = [("limit", job, folder, *SIZES)]
+    if can_mount(folder / "mount"):
+        found += [("room", job, folder, *ROOMS), ("frozen", job, folder, seed, FROZEN)]
     return found
 
 
-def rows(script: str, hash_seed: int, *words: str) -> Iterator[dict[str, Any]]:
+def rows(script: str, hash_seed: int, wanted: list[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
     """What one of the scripts prints, line by line."""
+    if not wanted:
+        return
+    words = [str(word) for part in wanted for word in ("+", *part)][1:]
     environment = os.environ | {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / script), *words]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -127,9 +115,8 @@ def rows(script: str, hash_seed: int, *words: str) -> Iterator[dict[str, Any]]:
 def written(record: dict[str, Any]) -> None:
     """The record, and its tables."""
     record["load_average_after"] = surroundings()["load_average"]
-    path = write_record("faults", record)
+    write_record("faults", record)
     (RESULTS / "faults.md").write_text(as_text(record))
-    print(path, flush=True)
 
 
 def as_text(record: dict[str, Any]) -> str:

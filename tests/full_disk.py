@@ -4,7 +4,7 @@
     python full_disk.py room JOB FOLDER KBYTES...    a file system with so much room (tmpfs; needs the right to mount)
     python full_disk.py frozen JOB FOLDER SEED N     one that becomes read-only at a random moment, N times (the same)
 
-FOLDER is one that ``killing.py whole`` has filled. One JSON object per line for every fault.
+FOLDER is one that ``killing.py whole`` has filled. One JSON object per line for every fault; several with a + between.
 """
 
 import json
@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from killing import JOBS, Job, ended, started, warm
+from killing import JOBS, Job, asked, ended, started, warm
 
 ROOM_KB = 65_536
 """Enough for every run."""
@@ -113,18 +113,20 @@ def _call(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True)
 
 
-def main() -> None:
-    what, name, place, *numbers = sys.argv[1:]
-    job, folder = JOBS[name], Path(place)
-    warm()
+def faults(what: str, job: Job, folder: Path, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """What came of each."""
     if what == "frozen":
-        draw = random.Random(int(numbers[0]))
-        for _ in range(int(numbers[1])):
-            print(json.dumps(frozen(job, folder, draw)), flush=True)
-        return
-    for number in map(int, numbers):
-        found = limit(job, folder, number) if what == "limit" else full(job, folder, number)
-        print(json.dumps(found), flush=True)
+        draw = random.Random(numbers[0])
+        yield from (frozen(job, folder, draw) for _ in range(numbers[1]))
+    else:
+        yield from ((limit if what == "limit" else full)(job, folder, number) for number in numbers)
+
+
+def main() -> None:
+    warm()
+    for what, name, folder, *numbers in asked(sys.argv[1:]):
+        for found in faults(what, JOBS[name], Path(folder), [int(number) for number in numbers]):
+            print(json.dumps({"job": name, "disk": what, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ a set is the same by chance:
     python killing.py whole JOB FOLDER             the uninterrupted run: FOLDER/whole and what it came to
     python killing.py kill JOB FOLDER SEED KILLS   so many kills; one JSON object per line for every trial
     python killing.py stop JOB FOLDER SEED STOPS   the same with SIGINT and SIGTERM
+
+Several of these, with a + between them, share one process that forks.
 """
 
 import contextlib
@@ -17,8 +19,9 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +109,7 @@ JOBS = {
         whole_artifact,
     ),
     "latency": Job(
-        _words(f"{_COMPRESS} --strategy uniform --divisor 4 --budget latency=60% --epochs 2"),
+        _words(f"{_COMPRESS} --strategy uniform --divisor 4 --budget latency=85% --epochs 2"),
         artifact,
         whole_artifact,
         work=("settings.json", "measured.json"),
@@ -131,7 +134,7 @@ JOBS = {
 
 
 def warm() -> None:
-    """Import whatever the commands need, and no more threads than one."""
+    """Import whatever the commands need, by running one; a single thread must be left."""
     import lightning_fabric  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch
@@ -147,6 +150,15 @@ def warm() -> None:
     # Checkpoints within epochs too: every third step, not every ten minutes.
     keeper = _saving.Keeper.__init__
     _saving.Keeper.__init__ = lambda self, folder, _, *more: keeper(self, folder, _saving.Saving(steps=3), *more)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Path(os.devnull).open("w") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(nothing),
+    ):
+        words = [word.replace("{none}", "") for word in JOBS["uniform"].words]
+        assert _command([*words, "--out", f"{folder}/out"]) == 0
+        assert _command(["verify", f"{folder}/out"]) == 0
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process of several threads must not fork"
 
 
@@ -219,6 +231,7 @@ def run_whole(job: Job, folder: Path) -> dict[str, Any]:
         work = folder / "whole.work"
         child = started(job, out, log)
         while not (work / "run.json").exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         ended(child)
@@ -269,13 +282,13 @@ def trial(
     return found
 
 
-def run_kills(job: Job, folder: Path, seed: int, kills: int, numbers: Sequence[int]) -> None:
-    """Trials until so many signals have hit; each is printed."""
+def trials(job: Job, folder: Path, seed: int, count: int, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Trials until so many signals have hit."""
     whole, draw, done = json.loads((folder / "whole.json").read_text()), random.Random(seed), 0
-    while done < kills:
-        found = trial(job, folder, whole, draw, most=min(draw.choice((1, 1, 2, 3)), kills - done), numbers=numbers)
+    while done < count:
+        found = trial(job, folder, whole, draw, most=min(draw.choice((1, 1, 2, 3)), count - done), numbers=numbers)
         done += len(found["kills_at"])
-        print(json.dumps(found), flush=True)
+        yield found
 
 
 def _timeless(value: Any) -> Any:
@@ -288,16 +301,23 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def asked(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The parts of a list with a + between them."""
+    text = "\n".join(words)
+    yield from (tuple(part.strip("\n").split("\n")) for part in text.split("\n+\n"))
+
+
 def main() -> None:
-    what, name, folder, *numbers = sys.argv[1:]
-    job, place = JOBS[name], Path(folder)
     warm()
-    if what == "whole":
-        print(json.dumps({"seconds": run_whole(job, place)["seconds"]}))
-    else:
-        run_kills(
-            job, place, *map(int, numbers), (signal.SIGKILL,) if what == "kill" else (signal.SIGINT, signal.SIGTERM)
-        )
+    for what, name, folder, *numbers in asked(sys.argv[1:]):
+        job, place = JOBS[name], Path(folder)
+        if what == "whole":
+            print(json.dumps({"job": name, "seconds": run_whole(job, place)["seconds"]}), flush=True)
+            continue
+        seed, count = map(int, numbers)
+        signals = (signal.SIGKILL,) if what == "kill" else (signal.SIGINT, signal.SIGTERM)
+        for found in trials(job, place, seed, count, signals):
+            print(json.dumps({"job": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -173,13 +173,18 @@ class Workplace:
     @property
     def measurements(self) -> Path:
         """The file for what was measured, see `Measurements`."""
-        return self.folder / "measured.json"
+        return self.folder / _MEASURED
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to go on from: no file beside those that every run begins with."""
+        """Whether there is nothing to go on from: no file beside those that every run begins with.
+
+        Measurements by which nothing was found yet count as nothing: a bound that turns out to be out of reach must not
+        leave an unfinished run, and the cache of the machine knows most of them.
+        """
         files = (path for path in self.folder.rglob("*") if not path.is_dir())
-        return all(path.parent == self.folder and path.name in (_SETTINGS, _SURROUNDINGS, LOCK) for path in files)
+        nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, LOCK)
+        return all(path.parent == self.folder and path.name in nothing for path in files)
 
     def write(self, cutting: Cutting) -> None:
         """Keep the first half of the run.
@@ -245,5 +250,6 @@ def _damaged(folder: Path, error: Exception) -> ArtifactError:
 
 _SETTINGS = "settings.json"
 _SURROUNDINGS = "surroundings.json"
+_MEASURED = "measured.json"
 _STATE = "run.json"
 _STUDENT = "student.safetensors"

@@ -1,5 +1,6 @@
 """What a run measures, it decides by to its end: also when it is interrupted, and the machine has changed meanwhile."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pretend import Pretend
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.errors import ArtifactError
+from secateur.errors import ArtifactError, BudgetError
 from secateur.importance import L2
 from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.pipeline import CompressResult, Leftover, _deliver, compress
@@ -58,6 +59,12 @@ def test_damage_is_said(tmp_path: Path, content: str) -> None:
         Measurements.at(tmp_path / "measured.json")
 
 
+def test_a_bound_out_of_reach_leaves_no_unfinished_run(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="must be within reach"):
+        run(Machine(0.0), tmp_path / "out", tmp_path / "cache", budget="latency=1%")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def model() -> nn.Module:
     layers = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(),
@@ -84,10 +91,12 @@ class Machine:
         return 1e-6 + 1e-8 * shape.out * shape.read
 
 
-def run(machine: Machine, out: Path, cache: Path, tell: Callable[[str], None] = len) -> CompressResult:
+def run(
+    machine: Machine, out: Path, cache: Path, tell: Callable[[str], None] = len, budget: str = "latency=60%"
+) -> CompressResult:
     target = Pretend(machine.whole, machine.layer)
     return compress(
-        model(), noise_data(), budget="latency=60%", strategy=Uniform(L2()), space=SearchSpace(divisor=4),
+        model(), noise_data(), budget=budget, strategy=Uniform(L2()), space=SearchSpace(divisor=4),
         schedule=Schedule(epochs=0), target=target, cache=Cache.of(target, cache), calibration_images=32, out=out,
         export=(), leftover=Leftover.RESUME, progress=Silent(), tell=tell,
     )  # fmt: skip
@@ -101,11 +110,13 @@ def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
 
     def stop(message: str) -> None:
         if message.startswith("Found an architecture"):
+            shutil.copytree(tmp_path / "out.work", tmp_path / "killed")  # what kill -9 would leave
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(Machine(0.0), tmp_path / "out", tmp_path / "cache", stop)
-    assert not (tmp_path / "out.work" / "run.json").exists()
+    assert not (tmp_path / "killed" / "run.json").exists()
+    (tmp_path / "killed").rename(tmp_path / "out.work")
     busy = Machine(1e-5)
     resumed = run(busy, tmp_path / "out", tmp_path / "empty")
     assert busy.measured == 2  # the proof at the end, of both networks, and nothing else

@@ -1,6 +1,7 @@
 """How images are varied: crops and flips as a pure function of (seed, epoch, image)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from secateur.errors import DataError
 ORDER_STREAM, AUGMENT_STREAM, POLICY_STREAM, ERASE_STREAM, MIX_STREAM = range(5)
 """Third word of the random seed, so that the order of an epoch and each kind of augmentation are independent."""
 
-_LOG_ASPECT = float(np.log(4 / 3))
+_LOG_ASPECT = math.log(4 / 3)
 """Aspect ratios of resized crops are log-uniform in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842, Section 6)."""
 
 
@@ -77,7 +78,7 @@ class Draws:
         top: (n,) int64 rows by which the padded image is shifted, in [0, 2 * padding].
         left: (n,) the same for columns.
         flip: (n,) bool, mirrored or not.
-        crops: (n, 4) float64, uniform in [0, 1): area, aspect, down, right of a resized crop (see `crop_boxes`).
+        crops: (n, 4) float64, uniform in [0, 1): area, aspect, down, right of a resized crop (see `crop_box`).
         keys: (n,) uint64, what a policy of timm draws from.
     """
 
@@ -107,17 +108,18 @@ class Draws:
         return shift_and_flip(pixels, self.augment.padding, self.top[index], self.left[index], self.flip[index])
 
     def vary_one(self, pixels: np.ndarray, i: int) -> np.ndarray:
-        """The same for the (h, w, c) pixels of image i, in memory of their own or not."""
+        """The same for the (h, w, c) pixels of image i, in memory of their own or not; for draws on the CPU."""
         height, width, _ = pixels.shape
-        padding, top, left = self.augment.padding, int(self.top[i]), int(self.left[i])
+        padding = self.augment.padding
         if padding:
+            top, left = int(self.top[i]), int(self.left[i])
             padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
             pixels = padded[top : top + height, left : left + width]
-        return pixels[:, ::-1] if bool(self.flip[i]) else pixels
+        return pixels[:, ::-1] if self.flip.numpy()[i] else pixels
 
 
-def crop_boxes(crops: np.ndarray, min_area: float, stretch: float = 1.0) -> np.ndarray:
-    """Turn uniform numbers into boxes, as fractions of an image.
+def crop_box(crop: Sequence[float], min_area: float, stretch: float = 1.0) -> tuple[float, float, float, float]:
+    """Turn uniform numbers into a box, in fractions of an image.
 
     Area a is uniform in [min_area, 1], aspect r log-uniform in [3/4, 4/3] (times ``stretch``); then height = sqrt(a/r),
     width = sqrt(a*r), and the position is uniform. A side that would be longer than the image is cut to it; the usual
@@ -125,19 +127,17 @@ def crop_boxes(crops: np.ndarray, min_area: float, stretch: float = 1.0) -> np.n
     nearly whole.
 
     Args:
-        crops: (n, 4) uniform in [0, 1).
-        min_area: In (0, 1).
+        crop: Four numbers, uniform in [0, 1): area, aspect, down, right.
+        min_area: In (0, 1].
         stretch: Aspect (width / height) of the image that is made over that of the image cropped.
 
     Returns:
-        (n, 4) float64: top, left, height, width, all in [0, 1].
+        Top, left, height, width, all in [0, 1].
     """
-    area = min_area + (1.0 - min_area) * crops[:, 0]
-    aspect = stretch * np.exp(_LOG_ASPECT * (2.0 * crops[:, 1] - 1.0))
-    height = np.minimum(np.sqrt(area / aspect), 1.0)
-    width = np.minimum(np.sqrt(area * aspect), 1.0)
-    top, left = crops[:, 2] * (1.0 - height), crops[:, 3] * (1.0 - width)
-    return np.stack([top, left, height, width], axis=1)
+    area = min_area + (1.0 - min_area) * crop[0]
+    aspect = stretch * math.exp(_LOG_ASPECT * (2.0 * crop[1] - 1.0))
+    height, width = min(math.sqrt(area / aspect), 1.0), min(math.sqrt(area * aspect), 1.0)
+    return crop[2] * (1.0 - height), crop[3] * (1.0 - width), height, width
 
 
 def shift_and_flip(pixels: Tensor, padding: int, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """Image folders: one subfolder per class; small ones are read into memory, large ones are streamed."""
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateur.data._ahead import filled_ahead
-from secateur.data._augment import Augment, Draws, crop_boxes
+from secateur.data._augment import Augment, Draws, crop_box
 from secateur.data._choose import training_count
 from secateur.data._epoch import Epoch
 from secateur.data._finish import Batch
@@ -21,6 +23,9 @@ from secateur.data._normalise import Normalisation
 from secateur.data._pixels import MEMORY_LIMIT, decode_all, fit_square, open_image, probe, worker_count
 from secateur.data._split import Split, checked_classes, checked_labels
 from secateur.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 TEST_FOLDERS = ("test", "val", "validation", "valid")
@@ -40,7 +45,8 @@ class FolderSplit:
     """Image files decoded, cropped and resized by threads while they are needed; mirrored and normalised in batch.
 
     Without augmentation the shorter side is resized to side / 0.875 and the central square kept, unless the image
-    has the size already. With ``Augment.min_area`` below 1 a random box is resized instead.
+    has the size already. With ``Augment.min_area`` below 1 a random box is resized instead; a JPEG is then decoded at a
+    half, a quarter or an eighth of its size where the box has more than enough pixels.
 
     Attributes:
         paths: The files.
@@ -101,13 +107,13 @@ class FolderSplit:
     def _batches(self, epoch: Epoch) -> Iterator[Batch]:
         channels, height, width = self.size
 
-        def fill(i: int, place: Tensor) -> None:
+        def fill(i: int, place: np.ndarray) -> None:
             array = self._image(i, epoch.draws)
             if epoch.draws is not None:
                 array = epoch.draws.vary_one(array, i)
                 if epoch.policy is not None:
                     array = epoch.policy(array, int(epoch.draws.keys[i]))
-            np.copyto(place.numpy(), array)
+            np.copyto(place, array)
 
         ahead = filled_ahead(epoch.batches, (height, width, channels), fill, worker_count())
         for place, chosen, pixels in ahead:
@@ -115,22 +121,38 @@ class FolderSplit:
             yield epoch.finish(place, index, pixels.to(epoch.device), self.labels[chosen].to(epoch.device))
 
     def _image(self, i: int, draws: Draws | None) -> np.ndarray:
+        if draws is not None and draws.augment.min_area < 1.0:
+            array = np.asarray(self._cropped(i, draws))
+        else:
+            array = np.asarray(fit_square(self._opened(i), self.size[1], CROP_FRACTION))
+        return array[..., None] if array.ndim == 2 else array
+
+    def _cropped(self, i: int, draws: Draws) -> "Image":
         from PIL.Image import Resampling
 
-        channels, side, _ = self.size
-        image = open_image(self.paths[i], lambda: str(self.paths[i]))
-        if channels == 1 and image.mode == "RGB":
+        side, crop, min_area = self.size[1], draws.crops[i].tolist(), draws.augment.min_area
+        sizes: list[tuple[int, int]] = []  # The whole image's; decoded smaller, its sides are rounded up.
+
+        def least(size: tuple[int, int]) -> tuple[int, int]:
+            """So that the box has at least the pixels of the square that is made of it."""
+            sizes.append(size)
+            _, _, height, width = crop_box(crop, min_area, stretch=size[1] / size[0])
+            return math.ceil(side / width), math.ceil(side / height)
+
+        image = self._opened(i, least)
+        across, down = sizes[0]
+        box = crop_box(crop, min_area, stretch=down / across)
+        smaller = round(across / image.width)
+        box = _pixel_box(box, (across / smaller, down / smaller))
+        return image.resize((side, side), Resampling.BILINEAR, box=box)
+
+    def _opened(self, i: int, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> "Image":
+        image = open_image(self.paths[i], lambda: str(self.paths[i]), least)
+        if self.size[0] == 1 and image.mode == "RGB":
             raise DataError(
                 f"{self.paths[i]} must be grey like the other images; got colour. Convert one or the other."
             )
-        image = image.convert("RGB") if channels == 3 and image.mode == "L" else image
-        if draws is None or draws.augment.min_area == 1.0:
-            square = fit_square(image, side, CROP_FRACTION)
-        else:
-            fractions = crop_boxes(draws.crops[i : i + 1], draws.augment.min_area, stretch=image.height / image.width)
-            square = image.resize((side, side), Resampling.BILINEAR, box=_pixel_box(fractions[0].tolist(), image.size))
-        array = np.asarray(square)
-        return array[..., None] if array.ndim == 2 else array
+        return image.convert("RGB") if self.size[0] == 3 and image.mode == "L" else image
 
 
 def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
@@ -240,7 +262,7 @@ def _interleaved(by_class: Sequence[list[Path]]) -> tuple[tuple[Path, ...], Tens
     return tuple(path for path, _ in pairs), torch.tensor([label for _, label in pairs])
 
 
-def _pixel_box(fractions: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _pixel_box(fractions: Sequence[float], size: tuple[float, float]) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in pixels of (top, left, height, width) as fractions of the image."""
     (top, left, height, width), (across, down) = fractions, size
     return left * across, top * down, min(left + width, 1.0) * across, min(top + height, 1.0) * down

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from secateur.data._augment import Augment, Draws, crop_boxes, resized_crop
+from secateur.data._augment import Augment, Draws, crop_box, resized_crop
 from secateur.data._epoch import Epoch
 from secateur.data._finish import Batch
 from secateur.data._normalise import Normalisation
@@ -113,4 +113,4 @@ class MemorySplit:
 def _boxes(draws: Draws, device: torch.device) -> Tensor | None:
     if draws.augment.min_area == 1.0:
         return None
-    return torch.from_numpy(crop_boxes(draws.crops, draws.augment.min_area)).float().to(device)
+    return torch.tensor([crop_box(crop, draws.augment.min_area) for crop in draws.crops.tolist()]).to(device)

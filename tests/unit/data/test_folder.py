@@ -9,7 +9,7 @@ import torch
 from image_sets import CLASSES, encode, random_pixels
 from PIL import Image
 
-from secateur.data import Augment, FolderSplit, MemorySplit, load_data
+from secateur.data import Augment, FolderSplit, MemorySplit, Normalisation, load_data
 from secateur.errors import DataError
 
 Make = Callable[..., Path]
@@ -105,9 +105,28 @@ def test_streamed_crops_are_parts_of_the_photograph(tmp_path: Path):
     assert float(aspect[~whole].max()) < 1.45
 
 
-def load_folder_split(path: Path, copies: int) -> FolderSplit:
-    from secateur.data import Normalisation
+def test_large_jpegs_are_decoded_smaller_for_crops_and_hardly_differ(tmp_path: Path):
+    """A smooth photograph of 1,200 x 900: a crop of most of it to 64 pixels needs an eighth of its pixels per side."""
+    rows, columns = np.mgrid[0:900, 0:1200]
+    waves = [128 + 100 * np.sin(rows / 90 + k) * np.cos(columns / 70) for k in range(3)]
+    photo = np.stack(waves, axis=-1).round().astype(np.uint8)
+    paths = tmp_path / "photo.jpg", tmp_path / "photo.png"
+    Image.fromarray(photo).save(paths[0], quality=95)
+    with Image.open(paths[0]) as decoded:
+        decoded.save(paths[1])  # The same pixels, in a format that is always decoded whole.
+    augment = Augment(padding=0, flip=False, min_area=0.3)
+    batches = []
+    for path in paths:
+        split = FolderSplit((path,) * 20, torch.arange(20), (3, 64, 64), Normalisation((0.0,) * 3, (1 / 255,) * 3))
+        batches.append(next(split.batches(20, seed=0, augment=augment))[0])
+    difference = (batches[0] - batches[1]).abs()
+    assert 0 < float(difference.max()) <= 8
+    assert float(difference.mean()) < 1
+    whole = [next(load_folder_split(path, 1).batches(1))[0] for path in paths]
+    assert torch.equal(*whole)  # Nothing is approximated where models are judged.
 
+
+def load_folder_split(path: Path, copies: int) -> FolderSplit:
     return FolderSplit(
         (path,) * copies, torch.zeros(copies, dtype=torch.int64), (3, 16, 16), Normalisation((0.0,) * 3, (1 / 255,) * 3)
     )
@@ -218,7 +237,5 @@ def test_limit_is_checked(image_folder: Make):
 
 @pytest.mark.parametrize("size", [(2, 8, 8), (3, 8, 9)])
 def test_streams_make_squares_of_one_or_three_channels(size: tuple[int, int, int]):
-    from secateur.data import Normalisation
-
     with pytest.raises(DataError, match="`size` must be 1 or 3 channels and a square"):
         FolderSplit((Path("a.png"),), torch.zeros(1, dtype=torch.int64), size, Normalisation((0.5,), (0.5,)))

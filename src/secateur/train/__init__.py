@@ -3,6 +3,7 @@
 from secateur.train._batches import Batches, TrainingData
 from secateur.train._chains import born_again, distill_chain
 from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
+from secateur.train._csv import CsvLog
 from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._fit import distill, fit
 from secateur.train._ledger import Ledger, diverged
@@ -42,6 +43,7 @@ __all__ = [
     "Accuracy",
     "AdamW",
     "Batches",
+    "CsvLog",
     "EpochRecord",
     "Keeper",
     "Ledger",

@@ -47,13 +47,15 @@ class EpochRecord:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """What there is to plot over the epochs, by name."""
+        """What there is to plot or tabulate over the epochs, by name."""
         means = {f"mean_{name}": value for name, value in self.parts.items()}
         found = {
             "mean_loss": self.train_loss,
             **means,
+            "last_learning_rate": self.learning_rate,
             "validation_accuracy": self.validation_accuracy,
             "validation_loss": self.validation_loss,
+            "seconds": self.seconds if self.epoch else None,
             "images_per_s": self.images_per_s,
             "density": self.density,
         }

@@ -1,9 +1,7 @@
 """Teacher's logits on disk, so that a big teacher sees every augmented image once, whoever learns from it."""
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import TrainingError
+from secateur.train._files import write_whole
 
 _SETTINGS = "teacher.json"
 
@@ -141,18 +140,9 @@ def _digest(images: Tensor) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise TrainingError(
             f"`remember` must be a folder that can be written; got {path.parent} ({error}). Make room, or leave it out."
         ) from error

@@ -111,7 +111,7 @@ def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch
         (0, *validated),
         (1, 20, "loss", "learning_rate"),
         (1, 25, "loss", "learning_rate"),
-        (1, "mean_loss", "mean_label", *validated, "images_per_s"),
+        (1, "mean_loss", "mean_label", "last_learning_rate", *validated, "seconds", "images_per_s"),
         "closed",
     ]
 

@@ -10,8 +10,11 @@ from secateur.cost._cost import Cost
 from secateur.cost._quantity import BY_WORD, QUANTITIES, Quantity
 from secateur.errors import BudgetError
 
-_AMOUNT = re.compile(r"(?P<number>(\d[\d_]*)?(\.\d+)?(e[+-]?\d+)?)\s*(?P<unit>%|[a-zµ]*)", re.IGNORECASE)
+_AMOUNT = re.compile(
+    r"(?P<number>([0-9]+(_[0-9]+)*)?(\.[0-9]+)?(e[+-]?[0-9]{1,3})?)\s*(?P<unit>%|[a-zµ]*)", re.IGNORECASE
+)
 _CLAUSE = re.compile(r"(?P<word>[A-Za-z_]+)\s*(?P<sign>[<>=!]+)\s*(?P<amount>.*)")
+_LONGEST, _SHOWN = 1_000, 80
 _WORDS = " or ".join(BY_WORD)
 _EXAMPLE = "Write, for example, 'macs=50%', 'macs<=20M, params<=200k', 'latency=4ms' or 'size<=2MB'"
 
@@ -101,6 +104,8 @@ class Budget:
         Raises:
             BudgetError: If the text cannot be read, with the offending part.
         """
+        if len(text) > _LONGEST:
+            raise BudgetError(f"`budget` must have at most {_LONGEST} characters; got {len(text)}. {_EXAMPLE}.")
         values: dict[str, str] = {}
         for part in (part.strip() for part in text.split(",")):
             word, amount = _clause(part, text)
@@ -184,9 +189,9 @@ def _read(quantity: Quantity, value: object) -> Limit:
     word, plain = quantity.word, type(value) in (int, float)
     text = (repr(float(value)) if plain else value if isinstance(value, str) else "").strip()  # type: ignore[arg-type]
     match = _AMOUNT.fullmatch(text)
-    if match is None or not re.match(r"\.?\d", match["number"]) or float(match["number"]) == math.inf:
+    if match is None or not re.match(r"\.?[0-9]", match["number"]) or float(match["number"]) == math.inf:
         units = "an optional unit %, k, M or G" if "" in quantity.units else f"the unit % or {quantity.said}"
-        raise BudgetError(f"`{word}` must be a number with {units}; got {value!r}. {_EXAMPLE}.")
+        raise BudgetError(f"`{word}` must be a number with {units}; got {repr(value)[:_SHOWN]}. {_EXAMPLE}.")
     number, unit = Decimal(match["number"].replace("_", "")), match["unit"].lower()
     if unit == "%":
         if not 0 < number <= 100:

@@ -17,6 +17,7 @@ DIGITS_NORMALISATION = Normalisation((0.305,), (0.376,))
 
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_LEVELS = 16
+_SHOWN = 80
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 """Names after ``torchvision:`` and the classes they stand for."""
@@ -69,13 +70,13 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
 
     if name not in TORCHVISION_SETS:
         raise DataError(
-            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got {name!r}. Others can be given "
-            "as an image folder or as Hugging Face parquet."
+            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got {repr(name)[:_SHOWN]}. Others "
+            "can be given as an image folder or as Hugging Face parquet."
         )
     kind = getattr(datasets, TORCHVISION_SETS[name])
     try:
         train_set, test_set = kind(root=str(root), train=True), kind(root=str(root), train=False)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         command = f"torchvision.datasets.{TORCHVISION_SETS[name]}({str(root)!r}, download=True)"
         raise DataError(
             f"{root} must hold torchvision's {name}; it is missing or damaged. Download it with {command}, or name "

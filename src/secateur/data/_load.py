@@ -1,5 +1,6 @@
 """From a short description to a data set."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from secateur.errors import DataError
 
 _TORCHVISION = "torchvision:"
 _TORCHVISION_ROOT = "data"
+_SHOWN = 500
 
 
 def load_data(
@@ -69,12 +71,12 @@ def _read(spec: str | Path, *, limit: int | None, image_size: int | None) -> Tra
         name, _, root = spec.removeprefix(_TORCHVISION).partition(":")
         return read_torchvision(name, Path(root or _TORCHVISION_ROOT), limit=limit, image_size=image_size)
     folder = Path(spec)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "is none of these and there is no such folder"
+    if not os.path.isdir(spec):  # noqa: PTH112 - unlike Path's, it takes any text
+        problem = "is a file" if os.path.exists(spec) else "is none of these and there is no such folder"  # noqa: PTH110
         raise DataError(
             "`data` must be a folder (Hugging Face parquet, or train/ and test/ with class folders), "
-            f"'torchvision:cifar10[:ROOT]', 'torchvision:cifar100[:ROOT]' or 'digits'; got {str(spec)!r}, which "
-            f"{problem}. Check the path."
+            f"'torchvision:cifar10[:ROOT]', 'torchvision:cifar100[:ROOT]' or 'digits'; got "
+            f"{repr(str(spec))[:_SHOWN]}, which {problem}. Check the path."
         )
     files = parquet_files(folder)
     if files:

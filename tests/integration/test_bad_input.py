@@ -307,7 +307,7 @@ def test_failed_export_keeps_the_artifact_and_says_so(
     def fails(*_: object) -> None:
         raise ExportError("this operation is not in ONNX.")
 
-    monkeypatch.setattr("secateur.pipeline._checks.export_file", fails)
+    monkeypatch.setattr("secateur.pipeline._export_checks.export_file", fails)
     found = run(*compress_words(digits_weights, tmp_path / "out"), "--epochs", 0, "--quiet")
     _refused(found, "model.onnx", "this operation is not in ONNX")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

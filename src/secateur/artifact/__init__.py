@@ -15,7 +15,7 @@ from secateur.artifact._artifact import (
     weights_bytes,
 )
 from secateur.artifact._edits import Edit, edits_between
-from secateur.artifact._files import atomic_file, atomic_folder
+from secateur.artifact._files import atomic_file, atomic_folder, read_bytes
 from secateur.artifact._manifest import SCHEMA, Manifest, Recipe, TensorRecord
 from secateur.artifact._provenance import Provenance, installed_versions, this_machine
 
@@ -38,6 +38,7 @@ __all__ = [
     "installed_versions",
     "is_artifact",
     "load",
+    "read_bytes",
     "read_manifest",
     "refuse_foreign",
     "save",

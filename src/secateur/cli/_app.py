@@ -335,6 +335,8 @@ def verify(
     with threads(thread_count):
         found = run(artifact, data=images, trust_source=trust_source, device=_choices.device_of(device))
     print_checks(found.checks)
+    for said in found.passed_over:
+        out().print(Text(said), soft_wrap=True)
     out().print(Text("Wrote nothing: verify only checks."))
     if not found.passed:
         err().print(Text(f"Error: {artifact} does not hold what it says; see FAILED above.", style="bold red"))
@@ -352,7 +354,7 @@ def export(
     weights: options.Weights = None,
     data: options.MaybeData = None,
     image_size: options.ImageSize = None,
-    formats: Annotated[str, typer.Option("--export", help="onnx, pt2, or both.")] = "onnx",
+    formats: options.Export = "onnx",
     trust_source: options.TrustSource = False,
     seed: options.Seed = 0,
     debug: options.Debug = False,
@@ -370,10 +372,10 @@ def export(
     where = out_folder or Path(model)
     if where.exists() and not where.is_dir():
         raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
-    for path, parity in export_files(inputs.opened.model, inputs.example(4), where, wanted).items():
+    images = None if data is None else inputs.images
+    for path, agreed in export_files(inputs.opened.model, inputs.example(4), where, wanted, data=images).items():
         print_written([path])
-        agreed = f"It agrees with the model within {parity.max_rel:.1e} (at most {parity.tolerance:.0e})."
-        out().print(Text(agreed), soft_wrap=True)
+        out().print(Text(str(agreed)), soft_wrap=True)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from secateur.cli._options import (
     AttentionName,
+    FormatName,
     ImportanceName,
     OptimiserName,
     PrecisionName,
@@ -170,16 +171,24 @@ def formats_of(text: str) -> tuple[Format, ...]:
     """Export formats from "onnx,pt2".
 
     Raises:
-        ExportError: If one is unknown.
+        ExportError: If one is unknown, or its library is not installed.
     """
-    from secateur.pipeline import Format
+    from secateur.pipeline import Format, check_formats
 
-    known = {form.value: form for form in Format}
+    known = {
+        FormatName.ONNX: Format.ONNX,
+        FormatName.PT2: Format.PT2,
+        FormatName.OPENVINO: Format.OPENVINO,
+        FormatName.EXECUTORCH: Format.EXECUTORCH,
+        FormatName.INT8: Format.INT8,
+    }
     words = [word.strip().lower() for word in text.split(",") if word.strip()]
     for word in words:
-        if word not in known:
+        if word not in set(FormatName):
             raise ExportError(f"`--export` must name {' or '.join(known)}, separated by commas; got {word!r}.")
-    return tuple(dict.fromkeys(known[word] for word in words))
+    formats = tuple(dict.fromkeys(known[FormatName(word)] for word in words))
+    check_formats(formats)
+    return formats
 
 
 def numbers_of(text: str | None, name: str) -> tuple[float, ...] | None:

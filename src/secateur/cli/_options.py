@@ -114,6 +114,16 @@ class AttentionName(StrEnum):
     DIMENSIONS = "dimensions"
 
 
+class FormatName(StrEnum):
+    """Files for other runtimes by name; see `secateur.Format`."""
+
+    ONNX = "onnx"
+    PT2 = "pt2"
+    OPENVINO = "openvino"
+    EXECUTORCH = "executorch"
+    INT8 = "int8"
+
+
 _MODEL, _DATA, _CUT, _TRAIN, _RUN = "Model", "Data", "Search and cut", "Recovery", "Run"
 _SHOW = "Show"
 
@@ -407,7 +417,13 @@ Out = Annotated[
     ),
 ]
 Export = Annotated[
-    str, typer.Option(help="Files for other runtimes: onnx, pt2, both, or '' for none.", rich_help_panel=_RUN)
+    str,
+    typer.Option(
+        "--export",
+        metavar="NAMES",
+        help=f"Files for other runtimes, such as onnx,int8: {', '.join(FormatName)}; '' for none.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
 Restart = Annotated[

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 def show(result: CompressResult | Distilled) -> None:
     """The tables of a finished run; ends with an error if a check failed."""
-    from secateur.cli._tables import print_before_after, print_checks, print_steps, print_written
+    from secateur.cli._tables import print_before_after, print_checks, print_exports, print_steps, print_written
 
     print_before_after(result.report)
     print_steps(result.report)
+    print_exports(result.report)
     print_checks(result.report.checks)
     print_written(result.files)
     if result.failed:

@@ -51,6 +51,28 @@ def print_steps(report: RunReport) -> None:
     out().print(Text(f"Test accuracy: {way}"), soft_wrap=True)
 
 
+def print_exports(report: RunReport) -> None:
+    """Files for other runtimes: size, and of those in 8-bit integers accuracy and time beside the float file's."""
+    from secateur.cost import format_count
+
+    if not report.exports:
+        return
+    columns = ("file", "size", "difference", "accuracy", "in float", "same answer", "time", "float file's")
+    table = plain_table("Files for other runtimes", columns, numbers=len(columns) - 1)
+    for file in report.exports:
+        accuracies = (file.accuracy, file.float_accuracy)
+        shares = [None if each is None else each.top1 for each in accuracies] + [file.agreement]
+        times = () if file.latency is None else (file.latency.after[1], file.latency.before[1])
+        table.add_row(
+            file.name,
+            f"{format_count(file.size_bytes)}B",
+            "" if file.difference is None else f"{file.difference:.1e}",
+            *("" if share is None else f"{100 * share:.2f} %" for share in shares),
+            *(f"{1e3 * seconds:.3g} ms" for seconds in times),
+        )
+    out().print(table)
+
+
 def print_checks(checks: Iterable[Check]) -> None:
     """What was verified."""
     table = plain_table("Checks", ("check", "", "largest difference", "detail"), numbers=0)

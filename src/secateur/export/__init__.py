@@ -8,11 +8,13 @@ from secateur.export._openvino import export_openvino
 from secateur.export._parity import TOLERANCE, Parity
 from secateur.export._program import eval_copy
 from secateur.export._pt2 import export_pt2
-from secateur.export._quantised import Quantised, compare_int8_file
+from secateur.export._quantised import LEAST_KEPT, USUAL_KEPT, Quantised, compare_int8_file
 from secateur.export._recheck import compare_file
 
 __all__ = [
+    "LEAST_KEPT",
     "TOLERANCE",
+    "USUAL_KEPT",
     "Parity",
     "Quantised",
     "check_extra",

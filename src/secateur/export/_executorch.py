@@ -62,9 +62,14 @@ def export_executorch(
 
 def executorch_runner(path: Path) -> Runner:
     """Open a .pte file to run it; the runtime trusts its content."""
-    method = extra("executorch.runtime").Runtime.get().load_program(path.read_bytes()).load_method("forward")
+    # The program reads from these bytes, and the method from the program, without holding them: losing either while the
+    # method runs is a segmentation fault.
+    content = path.read_bytes()
+    program = extra("executorch.runtime").Runtime.get().load_program(content)
+    method, held = program.load_method("forward"), (content, program)
 
     def run(batch: Inputs) -> list[Tensor]:
+        assert held
         # What comes back lies in the runtime's memory, which the next run overwrites.
         return [tensor.clone() for tensor in method.execute([tensor.contiguous() for tensor in batch])]
 

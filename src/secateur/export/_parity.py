@@ -36,6 +36,9 @@ class Parity:
     tolerance: float
     batch_sizes: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"It agrees with the model within {self.max_rel:.1e} (at most {self.tolerance:.0e})."
+
     def to_json(self) -> dict[str, object]:
         """A JSON object."""
         return {**asdict(self), "batch_sizes": list(self.batch_sizes)}

@@ -9,6 +9,7 @@ from secateur.latency._measure import (
     measure,
     measure_all,
     measure_each,
+    measure_files,
     measure_latency,
     measure_pairs,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "measure",
     "measure_all",
     "measure_each",
+    "measure_files",
     "measure_latency",
     "measure_pairs",
 ]

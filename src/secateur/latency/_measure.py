@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,6 +154,36 @@ def measure_pairs(
     inputs = inputs_for(target, shape)
     found, load = _rounds(((before, inputs), (after, inputs)), target, rounds, warmup)
     return _record(target, found, load)
+
+
+def measure_files(
+    before: Path | bytes,
+    after: Path | bytes,
+    target: OnnxRuntime,
+    example: Tensor | Inputs,
+    *,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> LatencyRecord:
+    """Measure two ONNX files (or their content) in alternating pairs, such as a float one and its int8 one.
+
+    Args:
+        before: One file.
+        after: The other, of the same inputs.
+        target: Threads and batch size.
+        example: Real samples, repeated to ``target.batch`` of them.
+        rounds: See `measure`.
+        warmup: See `measure`.
+
+    Raises:
+        ExportError: If an argument cannot be used.
+    """
+    _check(rounds, warmup, target.threads)
+    inputs = inputs_for(target, example)
+    before_load = load_average()
+    found = take_turns([target.opened_file(each, inputs) for each in (before, after)], target.clock, rounds, warmup)
+    after_load = load_average()
+    return _record(target, found, None if before_load is None or after_load is None else (before_load, after_load))
 
 
 def measure_latency(

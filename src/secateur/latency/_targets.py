@@ -96,9 +96,13 @@ class OnnxRuntime(Target):
     @contextmanager
     def opened(self, model: nn.Module, inputs: Inputs) -> Generator[Pass]:
         """See `Target.opened`."""
-        session = open_session(onnx_bytes(eval_copy(model), inputs), threads=self.threads)
+        yield self.opened_file(onnx_bytes(eval_copy(model), inputs), inputs)
+
+    def opened_file(self, model: Path | bytes, inputs: Inputs) -> Pass:
+        """The same of an ONNX file, or its content."""
+        session = open_session(model, threads=self.threads)
         fed = feed(session, inputs)
-        yield lambda: session.run(None, fed)
+        return lambda: session.run(None, fed)
 
     def seconds_alone(self, shape: LayerShape) -> float:
         """See `Target.seconds_alone`."""

@@ -4,9 +4,10 @@ from secateur.pipeline._compress import compress
 from secateur.pipeline._demo import Demo, demo
 from secateur.pipeline._export import export_files
 from secateur.pipeline._foreign import distill_into
+from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._open import Opened, load, open_model, usual_size
 from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, Format
+from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY
 from secateur.pipeline._pupil import Distilled, Hinting, Pupil
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
@@ -41,6 +42,7 @@ __all__ = [
     "Survey",
     "Verified",
     "check_belongs",
+    "check_formats",
     "check_output",
     "compress",
     "demo",

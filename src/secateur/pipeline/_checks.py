@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from secateur.cost import Budget
 from secateur.errors import ArtifactError, ExportError
 from secateur.latency import LatencyRecord, Quartiles, Target, measure_latency, measure_pairs
-from secateur.pipeline._export import export_file
 from secateur.pipeline._open import load
-from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import same_bits
 from secateur.pipeline._timed import at_best, limit_of, used
 from secateur.report import Check, MeasuredLatency
@@ -41,17 +39,6 @@ def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[
             "Secateur: nothing was written; please report the model."
         )
     return Check("Reloaded artifact = model in memory", True, 0.0, 0.0, 0.0, detail)
-
-
-def export_check(student: nn.Module, images: Tensor, draft: Path, form: Format) -> Check:
-    """Export one file. A failure is a failed check: the artifact itself is good and must not be lost."""
-    name = f"{form.file} = model in PyTorch"
-    try:
-        parity = export_file(student, images[:_PARITY_IMAGES], draft, form)
-    except ExportError as error:
-        return Check(name, False, detail=f"not written: {error}")
-    sizes = " and ".join(map(str, parity.batch_sizes))
-    return Check(name, True, parity.max_abs, parity.max_rel, parity.tolerance, f"batch sizes {sizes}")
 
 
 def latency_between(

@@ -16,6 +16,7 @@ from secateur.graph.rules import Rule
 from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
 from secateur.pipeline._deliver import Finished, deliver, report_of, timed
+from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._halfway import Batches, go_halfway
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._plan import (
@@ -26,7 +27,6 @@ from secateur.pipeline._plan import (
     SPACE,
     STRATEGY,
     Delivery,
-    Format,
     Plan,
 )
 from secateur.pipeline._result import CompressResult, Halfway
@@ -128,6 +128,7 @@ def compress(
     delivery = None if out is None else Delivery(Path(out), tuple(dict.fromkeys(export)), source, leftover)
     if delivery is not None:
         check_output(delivery.folder)
+        check_formats(delivery.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     plan = Plan(
         model=model,

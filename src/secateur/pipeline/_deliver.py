@@ -1,7 +1,7 @@
 """The last part of a run: check, write and export, all in a draft folder that appears whole or not at all."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from secateur.artifact import Edit, Provenance, Recipe, amend, atomic_folder, edits_between, save, weights_bytes
 from secateur.cost import counted_macs, counted_params
 from secateur.latency import LatencyRecord
-from secateur.pipeline._checks import copied, export_check, latency_between, on_time, reload_check, shown_latency
+from secateur.pipeline._checks import copied, latency_between, on_time, reload_check, shown_latency
 from secateur.pipeline._disk import told_of_disk
+from secateur.pipeline._export import Samples
+from secateur.pipeline._export_checks import Exports, deliver_exports
 from secateur.pipeline._halfway import describe_healing
 from secateur.pipeline._plan import Delivery, Plan
 from secateur.pipeline._probe import probe_json
@@ -129,12 +131,13 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
     with told_of_disk(delivery.folder), atomic_folder(delivery.folder) as draft:
         save(draft, run.student, _recipe(run, delivery))
         checks = [reload_check(run.student, run.images, draft, _own_factory(run))]
-        checks += [export_check(run.student, run.images, draft, form) for form in delivery.formats]
+        exports = deliver_exports(run.student, Samples(run.images, run.plan.data), draft, delivery.formats)
         latency, proof, notes = timed(run)
-        checks += proof
-        report = report_of(run, tuple(checks), latency, notes)
+        checks += [*exports.checks, *proof]
+        notes = (*notes, *exports.notes)
+        report = replace(report_of(run, tuple(checks), latency, notes), exports=exports.shown)
         write_report(draft / "report.html", report)
-        amend(draft, metrics=_metrics(run, report), verification=_verification(run, report))
+        amend(draft, metrics=_metrics(run, report), verification=_verification(run, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for note in (*notes, *_doubts(run)):
         tell(f"Note: {note}")
@@ -256,8 +259,9 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
     }
 
 
-def _verification(run: Finished, report: RunReport) -> dict[str, object]:
+def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[str, object]:
     return {
+        **exports.to_json(),
         "checks": [asdict(check) for check in report.checks],
         "probe": probe_json(copied(run.student).cpu(), run.plan.data.size),
     }

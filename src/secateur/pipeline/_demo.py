@@ -11,8 +11,9 @@ from secateur.data import ImageData, load_data
 from secateur.distill import Objective
 from secateur.models import ModelSource, load_model
 from secateur.pipeline._compress import compress, silent
+from secateur.pipeline._formats import Format
 from secateur.pipeline._outset import check_output
-from secateur.pipeline._plan import STRATEGY, Format
+from secateur.pipeline._plan import STRATEGY
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._work import Leftover
 from secateur.search import Strategy

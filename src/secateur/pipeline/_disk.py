@@ -74,7 +74,7 @@ def held(folder: Path) -> Generator[None]:
     import fcntl
 
     # A lock of the process, not of the open file: children that outlive it do not have it.
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

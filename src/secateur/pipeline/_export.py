@@ -1,39 +1,100 @@
 """Files for other runtimes, from any model."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from secateur.export import Parity, export_onnx, export_pt2
-from secateur.pipeline._plan import Format
+from secateur.artifact import amend, is_artifact, read_manifest
+from secateur.data import ImageData, calibration
+from secateur.errors import ExportError
+from secateur.export import (
+    Parity,
+    Quantised,
+    export_executorch,
+    export_int8,
+    export_onnx,
+    export_openvino,
+    export_pt2,
+)
+from secateur.pipeline._formats import Format, check_formats
 
-_EXPORTERS = {Format.ONNX: export_onnx, Format.PT2: export_pt2}
+INT8_IMAGES = 512
+"""Training images that tell the range of every activation. More widen ranges by ever rarer values."""
+BATCH = 128
+"""Images per pass."""
+RECORD = "exports"
+"""Where secateur.json tells of exported files, within its verification."""
 
 
-def export_file(model: nn.Module, images: Tensor, folder: Path, form: Format) -> Parity:
-    """Write one exported file into a folder and compare it with the model.
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What exported files are compared on.
+
+    Attributes:
+        images: A few real ones, at least two, as the model takes them.
+        data: Where int8 takes its ranges (training images) and its accuracy (test images) from; None if there is none.
+    """
+
+    images: Tensor
+    data: ImageData | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One format in a folder.
+
+    Attributes:
+        form: Which.
+        agreed: How it was compared with the model.
+        sizes: Bytes of each file.
+        sha256: Of each file, hexadecimal.
+    """
+
+    form: Format
+    agreed: Parity | Quantised
+    sizes: tuple[int, ...]
+    sha256: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        rows = zip(self.form.files, self.sizes, self.sha256, strict=True)
+        files = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in rows]
+        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json()}
+
+
+def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) -> Exported:
+    """Write one format into a folder and compare it with the model.
 
     Args:
         model: Not changed.
-        images: At least two real ones.
+        samples: What it is compared on.
         folder: Where.
-        form: Which file.
+        form: Which.
 
     Raises:
         ExportError: If it cannot be made or disagrees; nothing is left then.
     """
-    return _EXPORTERS[form](model, images, folder / form.file)
+    agreed = _EXPORTERS[form](model, samples, folder / form.file)
+    contents = [(folder / name).read_bytes() for name in form.files]
+    return Exported(
+        form, agreed, tuple(map(len, contents)), tuple(hashlib.sha256(each).hexdigest() for each in contents)
+    )
 
 
-def export_files(model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format]) -> dict[Path, Parity]:
-    """Write exported files into a folder.
+def export_files(
+    model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format], *, data: ImageData | None = None
+) -> dict[Path, Parity | Quantised]:
+    """Write exported files into a folder; if that is an artifact, its secateur.json tells of them afterwards.
 
     Args:
         model: Not changed.
         images: At least two real ones.
         folder: Where.
         formats: Which files.
+        data: For int8, which takes ranges from training images and its accuracy from test images.
 
     Returns:
         How closely each file follows the model.
@@ -41,4 +102,41 @@ def export_files(model: nn.Module, images: Tensor, folder: Path, formats: Sequen
     Raises:
         ExportError: If one cannot be made or disagrees; those before it stay.
     """
-    return {folder / form.file: export_file(model, images, folder, form) for form in formats}
+    check_formats(formats)
+    samples, made = Samples(images, data), list[Exported]()
+    try:
+        for form in formats:
+            made.append(export_file(model, samples, folder, form))
+    finally:
+        if made and is_artifact(folder):
+            _record(folder, made)
+    return {folder / each.form.file: each.agreed for each in made}
+
+
+def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
+    """Exported files by format, for the verification in secateur.json."""
+    return {RECORD: {each.form.value: each.to_json() for each in exports}}
+
+
+def _record(folder: Path, made: Sequence[Exported]) -> None:
+    before = read_manifest(folder).recipe.verification.get(RECORD)
+    after = exports_json(made)[RECORD]
+    assert isinstance(after, dict)
+    amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **after}})
+
+
+def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantised:
+    data = samples.data
+    if data is None:
+        raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
+    ranges = calibration(data.train, min(INT8_IMAGES, len(data.train)), batch_size=BATCH)
+    return export_int8(model, [images for images, _ in ranges], data.test.batches(BATCH), path)
+
+
+_EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantised]] = {
+    Format.ONNX: lambda model, samples, path: export_onnx(model, samples.images, path),
+    Format.PT2: lambda model, samples, path: export_pt2(model, samples.images, path),
+    Format.OPENVINO: lambda model, samples, path: export_openvino(model, samples.images, path),
+    Format.EXECUTORCH: lambda model, samples, path: export_executorch(model, samples.images, path),
+    Format.INT8: _int8,
+}

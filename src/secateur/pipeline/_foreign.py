@@ -11,11 +11,13 @@ from secateur.artifact import Provenance, Recipe, amend, atomic_folder, edits_be
 from secateur.cost import counted_macs, counted_params
 from secateur.data import ImageData, calibration
 from secateur.distill import Objective
-from secateur.pipeline._checks import copied, export_check, latency_between, reload_check, shown_latency
+from secateur.pipeline._checks import copied, latency_between, reload_check, shown_latency
 from secateur.pipeline._compress import silent
 from secateur.pipeline._disk import told_of_disk
+from secateur.pipeline._export import Samples
+from secateur.pipeline._export_checks import Exports, deliver_exports
+from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
-from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._pupil import Distilled, Hinting, Lesson, Pupil
 from secateur.pipeline._work import Leftover, surroundings_of, workplace
@@ -85,6 +87,7 @@ def distill_into(
         check_belongs(own_copy(pupil.model, fabric.device), data, images)
     if out is not None:
         check_output(out)
+        check_formats(export)
     run = Lesson(student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command)
     if out is None:
         trained, steps = _learn(run, remember, None, progress, tell)
@@ -184,13 +187,20 @@ def _deliver(
         save(draft, student, _recipe(run, student))
         own = (lambda: copied(given.model)) if given.source is None else None
         checks: list[Check] = [reload_check(student, images, draft, own)]
-        checks += [export_check(student, images, draft, form) for form in formats]
+        exports = deliver_exports(student, Samples(images, run.data), draft, formats)
+        checks += exports.checks
         latency, notes = latency_between(run.teacher.model, student, images)
         report = _report(
-            run, trained, learnt.steps, checks=tuple(checks), latency=tuple(map(shown_latency, latency)), notes=notes
+            run,
+            trained,
+            learnt.steps,
+            checks=tuple(checks),
+            latency=tuple(map(shown_latency, latency)),
+            notes=(*notes, *exports.notes),
+            exports=exports.shown,
         )
         write_report(draft / "report.html", report)
-        amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report))
+        amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for check in report.checks:
         tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
@@ -230,8 +240,9 @@ def _metrics(run: Lesson, trained: Trained, report: RunReport) -> dict[str, obje
     }
 
 
-def _verification(run: Lesson, student: nn.Module, report: RunReport) -> dict[str, object]:
+def _verification(run: Lesson, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
     return {
+        **exports.to_json(),
         "checks": [asdict(check) for check in report.checks],
         "probe": probe_json(copied(student).cpu(), run.data.size),
     }

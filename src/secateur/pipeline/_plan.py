@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from secateur.graph import Choices, HeadUnit
 from secateur.graph.rules import Rule
 from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
+from secateur.pipeline._formats import Format
 from secateur.pipeline._start import Start
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
@@ -46,20 +46,6 @@ NO_RULES: Mapping[str, Rule] = MappingProxyType({})
 
 EVERYTHING = Choices()
 """Whatever can be cut may be cut."""
-
-
-class Format(Enum):
-    """Files that other runtimes read."""
-
-    ONNX = "onnx"
-    """For ONNX Runtime and most others."""
-    PT2 = "pt2"
-    """For `torch.export.load` and ahead-of-time compilation."""
-
-    @property
-    def file(self) -> str:
-        """Its name in an artifact."""
-        return f"model.{self.value}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,23 +1,20 @@
 """Verify an artifact where it lies: does it still compute what it did when it was made?"""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.artifact import Manifest
 from secateur.cost import counted_macs, counted_params
 from secateur.data import ImageData
-from secateur.errors import ExportError
-from secateur.export import compare_file
 from secateur.pipeline._open import image_size_of, load
-from secateur.pipeline._plan import Format
 from secateur.pipeline._probe import TOLERANCE, probe_difference, probe_images
 from secateur.pipeline._trial import check_runs
+from secateur.pipeline._verify_files import check_files
 from secateur.report import Check
 from secateur.sparsity import nonzero_params
 from secateur.train import evaluate
@@ -31,11 +28,13 @@ class Verified:
         model: The loaded model.
         manifest: What the artifact says.
         checks: Each with its result.
+        passed_over: Files that were not checked, with the reason; which is no failure.
     """
 
     model: nn.Module
     manifest: Manifest
     checks: tuple[Check, ...]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -57,7 +56,7 @@ def verify(
         folder: The artifact.
         data: Also measure its accuracy on the test images.
         factory: See `secateur.load`.
-        trust_source: See `secateur.load`; a ``.pt2`` file is read only then, because torch may unpickle parts of it.
+        trust_source: See `secateur.load`; ``.pt2`` and ``.pte`` files are read only then, see `secateur.Format`.
         device: Where to measure the accuracy.
 
     Raises:
@@ -76,10 +75,11 @@ def verify(
         _cost_check(model, manifest),
     ]
     checks += _probe_checks(model, manifest)
-    checks += _file_checks(folder, model, manifest, trust_source)
+    files, passed_over = check_files(folder, model, manifest, data, trust_source=trust_source)
+    checks += files
     if data is not None:
         checks.append(_accuracy_check(model, manifest, data, device))
-    return Verified(model, manifest, tuple(checks))
+    return Verified(model, manifest, tuple(checks), passed_over)
 
 
 def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
@@ -102,25 +102,6 @@ def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         return [Check(name, False, detail="`verification.probe` has no table of logits (secateur.json)")]
     return [Check(name, relative <= TOLERANCE, absolute, relative, TOLERANCE, "as on the machine that made it")]
-
-
-def _file_checks(folder: Path, model: nn.Module, manifest: Manifest, trust_source: bool) -> list[Check]:
-    images = probe_images(manifest.recipe.input_shape)
-    # Reading a .pt2 file may run code that it holds: without trust it is passed over, which is no failure.
-    formats = [form for form in Format if form is not Format.PT2 or trust_source]
-    present = [folder / form.file for form in formats if os.path.lexists(folder / form.file)]
-    return [_file_check(path, model, images) for path in present]
-
-
-def _file_check(path: Path, model: nn.Module, images: Tensor) -> Check:
-    """Whatever is wrong with a file from outside, the check has failed, and the others still run."""
-    name = f"{path.name} = model in PyTorch"
-    try:
-        found = compare_file(path, model, images)
-    except ExportError as error:
-        return Check(name, False, detail=str(error))
-    held = found.max_rel <= found.tolerance
-    return Check(name, held, found.max_abs, found.max_rel, found.tolerance, f"batch size {len(images)}")
 
 
 def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, device: torch.device | None) -> Check:

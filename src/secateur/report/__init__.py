@@ -8,6 +8,7 @@ from secateur.report._report import write_report
 from secateur.report._run import (
     BlockFate,
     Check,
+    ExportedFile,
     FrozenAxis,
     JudgedStage,
     LayerWidth,
@@ -25,6 +26,7 @@ from secateur.report._run import (
 __all__ = [
     "BlockFate",
     "Check",
+    "ExportedFile",
     "FrozenAxis",
     "JudgedStage",
     "LayerWidth",

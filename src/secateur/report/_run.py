@@ -236,6 +236,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class ExportedFile:
+    """A file for another runtime.
+
+    Attributes:
+        name: Its name, or that of the one to open if there are several.
+        size_bytes: Of all its files together.
+        difference: Largest absolute difference from the model's outputs / the largest of them; None if the file
+            computes with other numbers, so that only answers can be compared.
+        accuracy: Measured with the file itself, or None.
+        float_accuracy: Of the float model in the same runtime, on the same images.
+        agreement: Fraction of images for which both say the same class.
+        latency: Time of the float file (before) and of this one (after), or None.
+    """
+
+    name: str
+    size_bytes: int
+    difference: float | None = None
+    accuracy: MeasuredAccuracy | None = None
+    float_accuracy: MeasuredAccuracy | None = None
+    agreement: float | None = None
+    latency: MeasuredLatency | None = None
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything on the page.
 
@@ -259,6 +283,7 @@ class RunReport:
         training: The recovery, epoch by epoch.
         original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
             as a line across the curve.
+        exports: Files for other runtimes.
         checks: What was verified.
         notes: Further sentences the reader must know.
         command: The exact command or call.
@@ -286,6 +311,7 @@ class RunReport:
     macs_limit: float | None = None
     training: tuple[TrainedEpoch, ...] = ()
     original_validation_accuracy: float | None = None
+    exports: tuple[ExportedFile, ...] = ()
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
     command: str = ""

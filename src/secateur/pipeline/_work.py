@@ -82,6 +82,7 @@ def workplace(
         with told_of_disk(place.folder), atomic_folder(place.folder) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
             (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
+            (draft / LOCK).touch()  # With the rest: a disk that is full then leaves nothing.
     with contextlib.ExitStack() as stack:
         with told_of_disk(place.folder):
             stack.enter_context(held(place.folder))

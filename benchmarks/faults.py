@@ -47,8 +47,8 @@ SAID = {
 }
 SIZES = (200, 4_000, 60_000, 200_000, 500_000)
 """Bytes: settings, measurements, students and checkpoints do not fit, one after the other."""
-ROOMS = (0, 16, 100, 400, 900, 1300)
-"""Kilobytes."""
+ROOMS = (4, 16, 100, 400, 900, 1300)
+"""Kilobytes; a tmpfs of 0 would have no bound."""
 FROZEN, STOPS = 4, 4
 DISKS = ("swp", "distil")
 """The job with most kinds of files, and a training alone."""

@@ -1,0 +1,80 @@
+"""The same images through torchvision's and timm's loaders, as their users write them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from secateur.data import MemorySplit, Normalisation
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+WORKERS = 2
+
+
+def torchvision_cifar10(source: MemorySplit, batch_size: int) -> DataLoader[Any]:
+    """`torchvision.datasets.CIFAR10` in a DataLoader: pad 4, crop, flip, ToTensor, Normalize."""
+    dataset = CIFAR10.__new__(CIFAR10)  # Its __init__ reads files that are not here; its items come from these fields.
+    dataset.data = source.images.permute(0, 2, 3, 1).contiguous().numpy()
+    dataset.targets = source.labels.tolist()
+    dataset.target_transform = None
+    dataset.transform = transforms.Compose(
+        [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *_to_floats(source.normalisation)]
+    )
+    return _loader(dataset, batch_size)
+
+
+def torchvision_folder(
+    folder: Path, normalisation: Normalisation, side: int, batch_size: int, policy: str | None
+) -> DataLoader[Any]:
+    """`torchvision.datasets.ImageFolder` in a DataLoader: random resized crop, flip, policy, ToTensor, Normalize."""
+    policies: list[Any] = []
+    if policy is not None:
+        policies = [transforms.RandAugment(magnitude=9)]
+    steps = [transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip(), *policies]
+    return _loader(ImageFolder(str(folder), transforms.Compose([*steps, *_to_floats(normalisation)])), batch_size)
+
+
+def timm_folder(folder: Path, normalisation: Normalisation, side: int, batch_size: int, policy: str | None) -> Any:
+    """timm's dataset and loader, with the same crop and flip, on the CPU."""
+    from timm.data import auto_augment, create_dataset, create_loader
+
+    # timm asks for 0 bits at the highest magnitude, which Pillow 13 refuses: at least one, as ours.
+    least = auto_augment.posterize
+    for name, operation in auto_augment.NAME_TO_OP.items():
+        if operation is least:
+            auto_augment.NAME_TO_OP[name] = lambda image, bits, **_: least(image, max(1, bits))
+    return create_loader(
+        create_dataset("", str(folder)),
+        input_size=(3, side, side),
+        batch_size=batch_size,
+        is_training=True,
+        use_prefetcher=False,
+        color_jitter=None,
+        auto_augment=policy,
+        interpolation="bilinear",
+        mean=normalisation.mean,
+        std=normalisation.std,
+        num_workers=WORKERS,
+        persistent_workers=True,
+    )
+
+
+def _to_floats(normalisation: Normalisation) -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(normalisation.mean, normalisation.std)]
+
+
+def _loader(dataset: Any, batch_size: int) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
 Number = TypeVar("Number", int, float)
+
+_WIDEST = 2**20
+"""Channels; larger numbers have no meaning for an axis."""
 Variation = Callable[["ImageData"], "ImageData"]
 """Gives the same images with another augmentation."""
 
@@ -122,9 +125,9 @@ def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisR
 def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[str, Number]:
     pattern, _, number = word.rpartition("=")
     try:
-        if pattern:
+        if pattern and kind(number) <= _WIDEST:
             return pattern, kind(number)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     what = "a whole number" if kind is int else "a number"
     raise ChoiceError(f"`{flag}` must be a name pattern, = and {what}, such as 'layer1.*=8'; got {word!r}.")

@@ -126,6 +126,8 @@ class FormatName(StrEnum):
 
 _MODEL, _DATA, _CUT, _TRAIN, _RUN = "Model", "Data", "Search and cut", "Recovery", "Run"
 _SHOW = "Show"
+_SIDE, _WIDEST, _THREADS, _MANY, _SEEDS = 2**13, 2**20, 2**10, 2**31, 2**63 - 1
+"""Largest numbers that have a meaning; above them come those that no tensor can hold."""
 
 Model = Annotated[
     str,
@@ -151,10 +153,12 @@ _DATA_HELP = (
 Data = Annotated[str, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA, show_default=False)]
 MaybeData = Annotated[str | None, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA)]
 Limit = Annotated[
-    int | None, typer.Option(help="Use only the first so many training images.", min=1, rich_help_panel=_DATA)
+    int | None,
+    typer.Option(help="Use only the first so many training images.", min=1, max=_MANY, rich_help_panel=_DATA),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(help="Resize images to squares of this side, in pixels.", min=1, rich_help_panel=_DATA)
+    int | None,
+    typer.Option(help="Resize images to squares of this side, in pixels.", min=1, max=_SIDE, rich_help_panel=_DATA),
 ]
 Mean = Annotated[
     str | None,
@@ -180,9 +184,9 @@ Importance = Annotated[
     typer.Option(help="Which channels stay; the strategy's usual one if left out.", rich_help_panel=_CUT),
 ]
 Divisor = Annotated[
-    int, typer.Option(help="Widths are multiples of it; 8 or 16 for speed.", min=1, rich_help_panel=_CUT)
+    int, typer.Option(help="Widths are multiples of it; 8 or 16 for speed.", min=1, max=_WIDEST, rich_help_panel=_CUT)
 ]
-MinWidth = Annotated[int, typer.Option(help="Fewest channels of an axis.", min=1, rich_help_panel=_CUT)]
+MinWidth = Annotated[int, typer.Option(help="Fewest channels of an axis.", min=1, max=_WIDEST, rich_help_panel=_CUT)]
 MinKept = Annotated[
     float, typer.Option(help="Smallest part of an axis that stays, 0 to 1.", min=0, max=1, rich_help_panel=_CUT)
 ]
@@ -281,7 +285,9 @@ Ray = Annotated[
         rich_help_panel=_CUT,
     ),
 ]
-Calibration = Annotated[int, typer.Option(help="Training images for search and healing.", min=1, rich_help_panel=_CUT)]
+Calibration = Annotated[
+    int, typer.Option(help="Training images for search and healing.", min=1, max=_MANY, rich_help_panel=_CUT)
+]
 
 WeightScore = Annotated[
     WeightScoreName | None,
@@ -322,7 +328,7 @@ FromScratch = Annotated[
     ),
 ]
 Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]
-BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, rich_help_panel=_TRAIN)]
+BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, max=_WIDEST, rich_help_panel=_TRAIN)]
 LearningRate = Annotated[
     float, typer.Option("--lr", help="The highest; a high one wipes healing out.", rich_help_panel=_TRAIN)
 ]
@@ -429,11 +435,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupte
 Restart = Annotated[
     bool, typer.Option("--restart", help="Remove an interrupted run and begin again.", rich_help_panel=_RUN)
 ]
-Seed = Annotated[int, typer.Option(help="Of everything that is random.", min=0, rich_help_panel=_RUN)]
+Seed = Annotated[int, typer.Option(help="Of everything that is random.", min=0, max=_SEEDS, rich_help_panel=_RUN)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_RUN)]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Of PyTorch on the CPU; all if left out.", min=1, rich_help_panel=_RUN),
+    typer.Option(
+        "--threads", help="Of PyTorch on the CPU; all if left out.", min=1, max=_THREADS, rich_help_panel=_RUN
+    ),
 ]
 TensorBoard = Annotated[
     Path | None,

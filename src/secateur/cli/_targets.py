@@ -20,28 +20,37 @@ class TargetName(StrEnum):
 
 
 _PANEL = "Latency"
+_THREADS, _BATCH, _ROUNDS = 2**10, 2**16, 10**6
 _TARGET_HELP = "Runtime: ort (ONNX Runtime on the CPU), torch (eager), or compiled (torch.compile)."
 
 TargetOption = Annotated[
     TargetName, typer.Option("--target", help=f"Of a bound on latency. {_TARGET_HELP}", rich_help_panel=_PANEL)
 ]
 TargetThreads = Annotated[
-    int, typer.Option("--target-threads", help="Of the runtime on the CPU.", min=1, rich_help_panel=_PANEL)
+    int,
+    typer.Option("--target-threads", help="Of the runtime on the CPU.", min=1, max=_THREADS, rich_help_panel=_PANEL),
 ]
-TargetBatch = Annotated[int, typer.Option("--target-batch", help="Images per pass.", min=1, rich_help_panel=_PANEL)]
+TargetBatch = Annotated[
+    int, typer.Option("--target-batch", help="Images per pass.", min=1, max=_BATCH, rich_help_panel=_PANEL)
+]
 TargetDevice = Annotated[
     str,
     typer.Option("--target-device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL),
 ]
 
 BenchTarget = Annotated[TargetName, typer.Option("--target", help=_TARGET_HELP, rich_help_panel=_PANEL)]
-BenchThreads = Annotated[int, typer.Option("--threads", help="On the CPU.", min=1, rich_help_panel=_PANEL)]
-BenchBatch = Annotated[int, typer.Option("--batch", help="Images per pass.", min=1, rich_help_panel=_PANEL)]
+BenchThreads = Annotated[
+    int, typer.Option("--threads", help="On the CPU.", min=1, max=_THREADS, rich_help_panel=_PANEL)
+]
+BenchBatch = Annotated[int, typer.Option("--batch", help="Images per pass.", min=1, max=_BATCH, rich_help_panel=_PANEL)]
 BenchDevice = Annotated[
     str, typer.Option("--device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL)
 ]
 Rounds = Annotated[
-    int, typer.Option(help="Turns of each model that are measured, after warm-up.", min=3, rich_help_panel=_PANEL)
+    int,
+    typer.Option(
+        help="Turns of each model that are measured, after warm-up.", min=3, max=_ROUNDS, rich_help_panel=_PANEL
+    ),
 ]
 
 

@@ -130,6 +130,11 @@ class _Table:
         for file in self.files:
             if len(encoded) < count:
                 encoded += _encoded(file, self.image, count - len(encoded))
+        if len(encoded) < count:
+            raise DataError(
+                f"{self.files[-1].parent} must have an image for each of its {count} labels; got {len(encoded)}. "
+                "Download the files again."
+            )
         empty = next((i for i, item in enumerate(encoded) if item is None), None)
         if empty is not None:
             raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")

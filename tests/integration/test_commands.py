@@ -1,5 +1,6 @@
 """Every command on a real run with handwritten digits."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,12 @@ def test_compress_says_what_it_wrote_and_shows_before_and_after(small: Small):
     for row in ("test accuracy (n = 359)", "MACs", "parameters", "weights file", "latency, onnxruntime"):
         assert row in said
     names = sorted(path.name for path in small.folder.iterdir())
-    assert names == ["model.onnx", "model.pt2", "model.safetensors", "report.html", "secateur.json"]
+    assert names == ["history.csv", "model.onnx", "model.pt2", "model.safetensors", "report.html", "secateur.json"]
+    with (small.folder / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["loop"], row["epoch"]) for row in rows] == [("train", str(n)) for n in range(3)]
+    metrics = json.loads((small.folder / "secateur.json").read_text())["metrics"]
+    assert [float(row["validation_accuracy"]) for row in rows] == [e["validation_accuracy"] for e in metrics["history"]]
     for name in names:
         assert f"Wrote {small.folder / name}" in said.replace("\n", "")
     assert "FAILED" not in said

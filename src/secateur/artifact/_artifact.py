@@ -22,7 +22,7 @@ from secateur.surgery import declare_sizes, replace_, replacements_in, widen_, w
 MANIFEST_NAME = "secateur.json"
 WEIGHTS_NAME = "model.safetensors"
 OWN_FILES = (
-    *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "model.onnx", "model.onnx.data", "model.int8.onnx"),
+    *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx", "model.onnx.data", "model.int8.onnx"),
     *("model.pt2", "model.xml", "model.bin", "model.pte"),
 )
 """Every file that may lie in an artifact; a folder with others is not replaced."""

@@ -153,6 +153,8 @@ def compress(
     optimizer: options.Optimiser = OptimiserName.SGD,
     weight_decay: options.WeightDecay = None,
     ema: options.Ema = None,
+    accumulate: options.Accumulate = 1,
+    clip_norm: options.ClipNorm = None,
     auto_augment: options.AutoAugment = None,
     erase: options.Erase = 0.0,
     mixup: options.Mixup = 0.0,
@@ -208,6 +210,8 @@ def compress(
         warmup_fraction=warmup,
         optimiser=_choices.optimiser_of(optimizer, weight_decay),
         ema_decay=ema,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
         precision=_choices.precision_of(precision),
         seed=seed,
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from secateur.cli._console import PlainConsole
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, TrainingError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -50,6 +50,7 @@ def told(command: _Command) -> _Command:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             with _spoken_warnings():
+                _check_alone()
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise _end("Interrupted. Nothing was written.", INTERRUPTED) from None
@@ -80,6 +81,20 @@ def threads(count: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes that torchrun has started: all would write the same folder.
+
+    Raises:
+        TrainingError: If so.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1") and "RANK" in os.environ:
+        raise TrainingError(
+            f"`secateur` must run in one process; got number {os.environ['RANK']} of {processes} (RANK, WORLD_SIZE). "
+            "Start it without torchrun. In Python, secateur.train.distill(fabric=...) trains on several."
+        )
 
 
 def _end(message: str, code: int) -> typer.Exit:

@@ -168,6 +168,7 @@ def _run(plan: Plan) -> CompressResult:
         if plan.delivery is not None:
             here, delivery = surroundings_of(plan.device), plan.delivery
             work = stack.enter_context(workplace(delivery.folder, plan.settings(), delivery.leftover, here))
+            plan = replace(plan, progress=work.logged(plan.progress))
         return _work(plan, placed, batches, work)
 
 

@@ -20,6 +20,7 @@ from secateur.pipeline._result import Halfway
 from secateur.pipeline._searched import fairness, judged_stages, search_epochs
 from secateur.pipeline._slow import slow_because
 from secateur.pipeline._timed import is_timed
+from secateur.pipeline._work import workplace_of
 from secateur.pipeline._zeros import within
 from secateur.report import (
     BlockFate,
@@ -137,6 +138,7 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         notes = (*notes, *exports.notes)
         report = replace(report_of(run, tuple(checks), latency, notes), exports=exports.shown)
         write_report(draft / "report.html", report)
+        workplace_of(delivery.folder).hand_on_history(draft)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for note in (*notes, *_doubts(run)):

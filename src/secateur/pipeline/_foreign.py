@@ -20,7 +20,7 @@ from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._pupil import Distilled, Hinting, Lesson, Pupil
-from secateur.pipeline._work import Leftover, surroundings_of, workplace
+from secateur.pipeline._work import Leftover, surroundings_of, workplace, workplace_of
 from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch, write_report
 from secateur.sparsity import nonzero_params
 from secateur.train import (
@@ -93,7 +93,7 @@ def distill_into(
         trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
     with workplace(out, run.settings(), leftover, surroundings_of(fabric.device)) as work:
-        trained, steps = _learn(run, remember, work.checkpoint, progress, tell)
+        trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
         learnt = _Learnt(run, trained, steps, images.detach().cpu())
         report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)
     return Distilled(trained.model, trained, report, out, files)
@@ -200,6 +200,7 @@ def _deliver(
             exports=exports.shown,
         )
         write_report(draft / "report.html", report)
+        workplace_of(out).hand_on_history(draft)
         amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for check in report.checks:

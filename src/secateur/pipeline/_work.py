@@ -7,6 +7,7 @@ is removed at the end, and when a run ends before there is anything to go on fro
 
 import contextlib
 import json
+import shutil
 import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from secateur.artifact import atomic_file, atomic_folder, this_machine
 from secateur.errors import ArtifactError
 from secateur.pipeline._disk import LOCK, held, sweep, told_of_disk, vanish
+from secateur.train import CsvLog, Progress
 
 
 class Leftover(Enum):
@@ -75,7 +77,7 @@ def workplace(
         ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
             settings; if another process is at it; or if the folder cannot be written.
     """
-    place, here = Workplace(out.with_name(f"{out.name}.work")), dict(surroundings or {})
+    place, here = workplace_of(out), dict(surroundings or {})
     if place.folder.exists():
         _meet(place.folder, settings, leftover)
     if not place.folder.exists():
@@ -95,6 +97,11 @@ def workplace(
                 place.remove()
             raise
         place.remove()
+
+
+def workplace_of(out: Path) -> "Workplace":
+    """Where the work of a run with this output folder lies, whether there is any or not."""
+    return Workplace(out.with_name(f"{out.name}.work"))
 
 
 def surroundings_of(device: torch.device) -> dict[str, str]:
@@ -176,15 +183,25 @@ class Workplace:
         """The file for what was measured, see `Measurements`."""
         return self.folder / _MEASURED
 
+    def logged(self, progress: Progress) -> Progress:
+        """The same, with a table of all epochs kept in the work."""
+        return CsvLog(self.folder / _HISTORY, progress)
+
+    def hand_on_history(self, draft: Path) -> None:
+        """Copy the table of all epochs beside the report; nothing if there were none."""
+        if (self.folder / _HISTORY).is_file():
+            shutil.copyfile(self.folder / _HISTORY, draft / _HISTORY)
+
     @property
     def empty(self) -> bool:
         """Whether there is nothing to go on from: no file beside those that every run begins with.
 
         Measurements by which nothing was found yet count as nothing: a bound that turns out to be out of reach must not
-        leave an unfinished run, and the cache of the machine knows most of them.
+        leave an unfinished run, and the cache of the machine knows most of them. So does a table of epochs
+        without the checkpoints that its rows are of.
         """
         files = (path for path in self.folder.rglob("*") if not path.is_dir())
-        nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, LOCK)
+        nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, _HISTORY, LOCK)
         return all(path.parent == self.folder and path.name in nothing for path in files)
 
     def write(self, cutting: Cutting) -> None:
@@ -253,4 +270,5 @@ _SETTINGS = "settings.json"
 _SURROUNDINGS = "surroundings.json"
 _MEASURED = "measured.json"
 _STATE = "run.json"
+_HISTORY = "history.csv"
 _STUDENT = "student.safetensors"

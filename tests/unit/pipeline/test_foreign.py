@@ -84,7 +84,12 @@ def test_an_artifact_is_written_loaded_and_verified(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.model(images), result.model(images))
     assert verify(out, factory=lambda: _resnet((4, 8, 12))).passed
-    assert sorted(path.name for path in result.files) == ["model.safetensors", "report.html", "secateur.json"]
+    assert sorted(path.name for path in result.files) == [
+        "history.csv",
+        "model.safetensors",
+        "report.html",
+        "secateur.json",
+    ]
     assert "student from teacher" in (out / "report.html").read_text()
     assert loaded.manifest.recipe.metrics["distillation"]["teacher"] == "teacher"
     assert not (tmp_path / "small.work").exists()

@@ -1,0 +1,54 @@
+"""Flags of the training, from the words to the schedule; and one process only."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import secateur
+
+from secateur.errors import TrainingError
+from secateur.train import Schedule
+
+
+def schedule_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> Schedule:
+    """What `compress` would train with."""
+    seen: list[Schedule] = []
+
+    def pretended(*_: Any, schedule: Schedule, **__: Any) -> None:
+        seen.append(schedule)
+        raise TrainingError("seen")
+
+    monkeypatch.setattr("secateur.pipeline.compress", pretended)
+    usual = ("--model", "digits_resnet", "--data", "digits", "--budget", "macs=50%", "--out", folder / "out")
+    assert secateur("compress", *usual, *words).exit_code == 2
+    (schedule,) = seen
+    return schedule
+
+
+@pytest.mark.parametrize(("words", "wanted"), [((), (1, None)), (("--accumulate", 4, "--clip-norm", 1.5), (4, 1.5))])
+def test_parts_and_clipping_reach_the_schedule(monkeypatch, tmp_path, words, wanted):
+    schedule = schedule_of(monkeypatch, tmp_path, *words)
+    assert (schedule.accumulate, schedule.clip_norm) == wanted
+
+
+def test_bad_clipping_is_refused_before_anything_is_loaded(tmp_path):
+    words = ("--model", "none", "--data", "none", "--budget", "macs=50%", "--out", tmp_path / "out")
+    found = secateur("compress", *words, "--clip-norm", -1)
+    assert found.exit_code == 2
+    assert "`clip_norm` must be positive" in found.stderr
+
+
+def test_one_of_several_processes_is_refused(monkeypatch, tmp_path):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("--model", "none", "--data", "none", "--budget", "macs=50%", "--out", tmp_path / "out")
+    found = secateur("compress", *words)
+    assert found.exit_code == 2
+    assert "`secateur` must run in one process; got number 1 of 2" in found.stderr.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert schedule_of(monkeypatch, tmp_path).accumulate == 1

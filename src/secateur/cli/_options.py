@@ -344,15 +344,6 @@ WeightDecay = Annotated[
 Ema = Annotated[
     float | None, typer.Option(help="Decay of an average of the weights, such as 0.999.", rich_help_panel=_TRAIN)
 ]
-Accumulate = Annotated[
-    int,
-    typer.Option(
-        help="Parts that each batch is computed in: less memory, the same step.", min=1, rich_help_panel=_TRAIN
-    ),
-]
-ClipNorm = Annotated[
-    float | None, typer.Option(help="Longest gradient, as an L2 norm, such as 1.", rich_help_panel=_TRAIN)
-]
 LabelSmoothing = Annotated[
     float, typer.Option(help="Share of a label spread over all classes.", rich_help_panel=_TRAIN)
 ]

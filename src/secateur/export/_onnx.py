@@ -48,7 +48,7 @@ def export_onnx(
         with atomic_file(path) as part:
             part.write_bytes(content)
             session = open_session(part, threads=1)
-            return check_parity("onnx", reference, _runner(session), inputs, tolerance)
+            return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
     except OSError as error:
         raise not_written(path, error) from error
 
@@ -120,12 +120,9 @@ def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
     return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
 
 
-def onnx_runner(path: Path) -> Runner:
-    """Open an ONNX file to run it."""
-    return _runner(open_session(path, threads=torch.get_num_threads()))
+def session_runner(session: Any) -> Runner:
+    """Runs a session on inputs in their order."""
 
-
-def _runner(session: Any) -> Runner:
     def run(batch: Inputs) -> list[Tensor]:
         outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))
         return [torch.from_numpy(output) for output in outputs]

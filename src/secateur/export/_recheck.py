@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from secateur.errors import ExportError
 from secateur.export._executorch import executorch_runner
-from secateur.export._onnx import onnx_runner
 from secateur.export._openvino import openvino_runner
 from secateur.export._parity import TOLERANCE, Parity, Runner, flat_tensors
+from secateur.export._plain_onnx import plain_onnx_runner
 from secateur.export._pt2 import pt2_runner
 
 _OPENERS: dict[str, Callable[[Path], Runner]] = {
-    ".onnx": onnx_runner,
+    ".onnx": plain_onnx_runner,
     ".pt2": pt2_runner,
     ".xml": openvino_runner,
     ".pte": executorch_runner,

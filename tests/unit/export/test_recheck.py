@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 from secateur.errors import ExportError
@@ -49,3 +50,51 @@ def test_broken_file_says_so(tmp_path: Path, export, name: str):
 def test_file_of_another_kind_is_refused(tmp_path: Path):
     with pytest.raises(ExportError, match=r"`path` must end in \.onnx or \.pt2 or \.xml or \.pte; got .*model\.tflite"):
         compare_file(tmp_path / "model.tflite", _model(), IMAGES)
+
+
+def onnx_of(nodes: list[object], **more: object) -> bytes:
+    slots = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 1, 6, 6]) for name in ("input", "output")]
+    graph = helper.make_graph(nodes, "g", slots[:1], slots[1:], **more)
+    return helper.make_model(graph).SerializeToString()
+
+
+def endless() -> bytes:
+    """Runs for 2^62 rounds."""
+    boolean = helper.make_tensor_value_info("go", TensorProto.BOOL, [])
+    number = helper.make_tensor_value_info("i", TensorProto.INT64, [])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    steps = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Abs", ["x"], ["y"])]
+    on = helper.make_tensor_value_info("on", TensorProto.BOOL, [])
+    body = helper.make_graph(steps, "body", [number, boolean, x], [on, y])
+    rounds = helper.make_tensor("rounds", TensorProto.INT64, [], [2**62])
+    return onnx_of([helper.make_node("Loop", ["rounds", "", "input"], ["output"], body=body)], initializer=[rounds])
+
+
+def elsewhere(path: str) -> bytes:
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, [1], [0.0])
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=path)
+    return onnx_of([helper.make_node("Add", ["input", "w"], ["output"])], initializer=[tensor])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (endless(), "'Loop', which can repeat others without end"),
+        (elsewhere("../../../etc/passwd"), "its numbers in other files"),
+        (elsewhere("/dev/zero"), "its numbers in other files"),
+        (onnx_of([helper.make_node("Run", ["input"], ["output"], domain="evil")]), r"not ONNX's: \['evil'\]"),
+    ],
+)
+def test_an_onnx_file_of_a_stranger_only_computes(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(ExportError, match=words):
+        compare_file(tmp_path / "model.onnx", _model(), IMAGES)
+
+
+def test_links_to_other_files_are_not_followed(tmp_path: Path):
+    export_onnx(_model(), IMAGES, tmp_path / "real.onnx")
+    (tmp_path / "model.onnx").symlink_to(tmp_path / "real.onnx")
+    with pytest.raises(ExportError, match="must be a regular file; got a symbolic link"):
+        compare_file(tmp_path / "model.onnx", _model(), IMAGES)

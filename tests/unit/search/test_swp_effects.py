@@ -1,18 +1,18 @@
 """How much of a stage's error arrives at the output: with stages of really cut models, run one after the other."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from swp_runs import alone, fresh_norms_, judge_of, options_of, quick, recalibrated, staged, subnets_of, whole
+from swp_runs import alone, fresh_norms_, judge_of, options_of, quick, staged, subnets_of, whole
 from tas_runs import run
 from torch import Tensor
 
 from secateur.search import InPlace, Labels
-from secateur.search._swp._effects import effects_of
 from secateur.search._swp._score import losses_of
-from secateur.supernet import carried_on, features
+from secateur.supernet import carried_on, features, stage_effects
 
 
 def far(y: Tensor, x: Tensor) -> float:
@@ -22,24 +22,24 @@ def far(y: Tensor, x: Tensor) -> float:
 def test_effects_are_those_of_stages_run_one_after_the_other():
     options = options_of(staged())
     judge, subnets = judge_of(options, InPlace()), subnets_of(options, 3)
-    stages, images, last = judge.stages, judge.calibration[-1], len(judge.stages) - 1
-    full = recalibrated(judge.supernet.model, judge.calibration)
+    stages, images, last = judge.stages, judge.calibration[0], len(judge.stages) - 1
+    full = fresh_norms_(copy.deepcopy(judge.supernet.model))
     own, arrived = np.zeros(last + 1), np.zeros(last + 1)
     with torch.no_grad():
         targets = whole(full, stages, images)
         for subnet in subnets:
             for number in range(last + 1):
                 small = fresh_norms_(judge.supernet.extract(subnet))
-                first = judge.calibration[0]
-                alone(small, stages, number, first, whole(full, stages, first)[:-1])
-                output = alone(small.eval(), stages, number, images, targets[:-1])
+                output = alone(small, stages, number, images, targets[:-1])
                 own[number] += far(output, targets[number])
                 for later in range(number + 1, last + 1):
                     output = alone(full, stages, later, images, [output] * later)
                 arrived[number] += far(output, targets[-1])
     assert last > 0
-    np.testing.assert_allclose(effects_of(judge, subnets), arrived / own, rtol=1e-9)
-    assert effects_of(judge, subnets)[last] == 1
+    got = stage_effects(judge.supernet, subnets, stages, images)
+    np.testing.assert_allclose(got, arrived / own, rtol=1e-9)
+    assert got[last] == 1
+    np.testing.assert_array_equal(judge.weighing(subnets).weights, got)
 
 
 def test_the_full_nets_own_feature_leads_to_its_own_output():
@@ -65,9 +65,9 @@ def test_losses_are_multiplied_by_the_weights():
 
 def test_one_stage_and_stages_without_any_loss_weigh_one():
     whole_net = options_of(staged(), cuts=())
-    assert effects_of(judge_of(whole_net, Labels(), torch.float32), subnets_of(whole_net, 2)).tolist() == [1.0]
+    assert judge_of(whole_net, Labels(), torch.float32).weighing(subnets_of(whole_net, 2)).weights.tolist() == [1.0]
     options = options_of(staged())
-    assert effects_of(judge_of(options, InPlace()), []).tolist() == [1.0] * len(options.stages)
+    assert judge_of(options, InPlace()).weighing([]).weights.tolist() == [1.0] * len(options.stages)
 
 
 def test_a_search_says_what_it_weighed_by():

@@ -1,7 +1,7 @@
 """What candidates are worth, without training them: one pass judges one of every stage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,15 @@ from torch import Tensor
 from secateur.graph import Stage
 from secateur.search._problem import FloatArray
 from secateur.search._swp._supervision import Supervision, Target
-from secateur.supernet import Subnet, Supernet, calibrated, calibrated_stages, features, run_stages
+from secateur.supernet import (
+    Subnet,
+    Supernet,
+    calibrated,
+    calibrated_stages,
+    features,
+    run_stages,
+    stage_effects,
+)
 from secateur.train import Batches, Precision, autocast, channels_last, precision_of
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ class Judge:
         held_out: Batches of images that no weights have learnt from, and their labels.
         full: Batch-norm statistics of the full net.
         precision: Of the forward passes; losses are in float32 at least.
-        weights: (stages,) what each stage's losses are multiplied by, see `effects_of`; None leaves them as they are.
+        weights: (stages,) what each stage's losses are multiplied by, see `weighing`; None leaves them as they are.
     """
 
     supernet: Supernet
@@ -71,6 +79,17 @@ class Judge:
         with autocast(precision, fabric.device):
             full = calibrated(supernet, supernet.full, batches)
         return cls(supernet, stages, supervision, batches, held_out, full, precision)
+
+    def weighing(self, subnets: Sequence[Subnet]) -> "Judge":
+        """The same judge, who multiplies losses by what arrives of them at the output, see `stage_effects`.
+
+        Args:
+            subnets: Some that are drawn from the space. Images held out are for judging alone: the effect is measured
+                on a calibration batch.
+        """
+        with autocast(self.precision, self.device):
+            effects = stage_effects(self.supernet, subnets, self.stages, self.calibration[0])
+        return replace(self, weights=effects.numpy())
 
     @property
     def device(self) -> torch.device:

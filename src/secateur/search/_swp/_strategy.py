@@ -18,7 +18,6 @@ from secateur.search._hand_on import OriginalWeights, SearchedWeights
 from secateur.search._problem import Problem, Proposal, Strategy
 from secateur.search._ratios import Depths, Widths
 from secateur.search._swp._candidates import Candidates
-from secateur.search._swp._effects import effects_of
 from secateur.search._swp._exact import Exact
 from secateur.search._swp._fill import filled
 from secateur.search._swp._hunt import Hunt
@@ -35,7 +34,7 @@ from secateur.workers import InProcess, Workers
 _CALIBRATION = 4
 """Image batches that the batch norms of a candidate are measured on."""
 
-_PROBES = 8
+_PROBES = 16
 """Networks by which the weight of each stage's losses is measured."""
 
 
@@ -47,7 +46,7 @@ class SWP(Strategy):
     are drawn learn beside it: each of their stages is fed with the full net's feature and learns to give what the full
     net's stage gives, so that one pass trains a candidate of every stage. Candidates of all stages are then judged on
     images held out, by the same loss, one of every stage in a pass, times what arrives of it at the output
-    (`effects_of`). Their losses and their costs add up, so that the best combination within the budget is a
+    (`stage_effects`). Their losses and their costs add up, so that the best combination within the budget is a
     multiple-choice knapsack. Axes whose channels are seen where stages meet stay whole (see
     `secateur.graph.stages_of`); untie the graph to search residual branches as well.
 
@@ -175,13 +174,12 @@ class SWP(Strategy):
         )
         draw = np.random.default_rng((evidence.seed, _PROBES))
         probes = [options.subnet(options.drawn(draw)) for _ in range(_PROBES)]
-        weights = effects_of(judge, probes)
-        judge = replace(judge, weights=weights)
+        judge = judge.weighing(probes)
         hunt.judge(judge, self.workers, self.rounds, self.candidates // self.rounds)
         choice = self._combined(problem, options, hunt.candidates)
         rows = filled(options, hunt.candidates.network(choice.picked))
         architecture = supernet.architecture(options.subnet(rows))
-        notes = {**hunt.notes(choice), "weights": weights.tolist()}
+        notes = {**hunt.notes(choice), "weights": np.asarray(judge.weights).tolist()}
         return Proposal(architecture, notes, self.hand_on.of(supernet, calibration, problem))
 
     def _combined(self, problem: Problem, options: Options, candidates: Candidates) -> Choice:

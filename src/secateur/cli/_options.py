@@ -344,6 +344,15 @@ WeightDecay = Annotated[
 Ema = Annotated[
     float | None, typer.Option(help="Decay of an average of the weights, such as 0.999.", rich_help_panel=_TRAIN)
 ]
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        help="Parts that each batch is computed in: less memory, the same step.", min=1, rich_help_panel=_TRAIN
+    ),
+]
+ClipNorm = Annotated[
+    float | None, typer.Option(help="Longest gradient, as an L2 norm, such as 1.", rich_help_panel=_TRAIN)
+]
 LabelSmoothing = Annotated[
     float, typer.Option(help="Share of a label spread over all classes.", rich_help_panel=_TRAIN)
 ]
@@ -436,6 +445,17 @@ Export = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Remove an interrupted run and begin again.", rich_help_panel=_RUN)
+]
+CheckpointMinutes = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        help="Checkpoints of searches and trainings, beside those at the ends of epochs.",
+        rich_help_panel=_RUN,
+    ),
+]
+CheckpointSteps = Annotated[
+    int | None, typer.Option(metavar="N", help="The same: after so many steps.", min=1, rich_help_panel=_RUN)
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is random.", min=0, max=_SEEDS, rich_help_panel=_RUN)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_RUN)]

@@ -9,6 +9,7 @@ import pytest
 
 from secateur.report import (
     Check,
+    ExportedFile,
     FrozenAxis,
     LayerWidth,
     Measured,
@@ -81,6 +82,9 @@ RUN = RunReport(
     versions={"torch": "2.15.0", "secateur": "0.1.0"},
     machine={"cpu": "Xeon 8488C", "cores": "2"},
     date="2026-01-31T09:05:00+00:00",
+)
+INT8_TIME = MeasuredLatency(
+    "onnxruntime 1.31", 1, 1, 30, (0.002, 0.0021, 0.0022), (0.001, 0.0013, 0.0014), (1, 1, 1), CPU
 )
 EMPTY = RunReport("net", Measured(10, 10), Measured(10, 10))
 
@@ -263,3 +267,17 @@ def test_an_older_report_survives_a_failure(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path / "report.html", RUN)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "older")]
+
+
+def test_exported_files_are_shown_with_what_was_found_of_each() -> None:
+    in_float, in_int8 = MeasuredAccuracy(0.9043, 10_000), MeasuredAccuracy(0.8976, 10_000)
+    files = (
+        ExportedFile("model.xml", 798_069, difference=9.2e-7),
+        ExportedFile("model.int8.onnx", 220_000, None, in_int8, in_float, 0.9712, INT8_TIME),
+    )
+    text = Page(render(replace(RUN, exports=files))).text
+    for words in ("Files for other runtimes", "model.xml", "798.1 kB", "9.2e-7", "model.int8.onnx", "220.0 kB"):
+        assert words in text
+    for words in ("89.76 %", "90.43 %", "97.12 %", "1.30 ms", "2.10 ms"):
+        assert words in text
+    assert "Files for other runtimes" not in Page(render(RUN)).text

@@ -21,6 +21,8 @@ def filled_ahead(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Batches with their number, their positions and their (n, h, w, c) uint8 pixels.
 
+    The pixels' memory is used again for a later batch: what is kept of it must be copied before the next one is taken.
+
     Args:
         batches: Numbers and (n,) positions, on the CPU.
         shape: Height, width, channels of an image.
@@ -29,15 +31,20 @@ def filled_ahead(
     """
     pool = ThreadPoolExecutor(threads)
     waiting: deque[tuple[int, Tensor, Tensor, list[Future[None]]]] = deque()
+    free: deque[Tensor] = deque()
     try:
         for number, index in batches:
-            pixels = torch.empty((len(index), *shape), dtype=torch.uint8)
+            # Memory that is new to the process is cleared by the system first, which takes as long as a copy.
+            fits = free and len(free[0]) >= len(index)
+            pixels = free.popleft()[: len(index)] if fits else torch.empty((len(index), *shape), dtype=torch.uint8)
             places = list(zip(index.tolist(), pixels.numpy(), strict=True))
             parts = (places[at : at + _AT_ONCE] for at in range(0, len(places), _AT_ONCE))
             futures = [pool.submit(_fill_all, fill, part) for part in parts]
             waiting.append((number, index, pixels, futures))
             if len(waiting) > _BATCHES_AHEAD:
-                yield _done(*waiting.popleft())
+                done = waiting.popleft()
+                yield _done(*done)
+                free.append(done[2])
         while waiting:
             yield _done(*waiting.popleft())
     finally:

@@ -107,15 +107,18 @@ class Draws:
         """Shift and mirror (n, h, w, c) pixels of the images at ``index``; all on the device of the draws."""
         return shift_and_flip(pixels, self.augment.padding, self.top[index], self.left[index], self.flip[index])
 
-    def vary_one(self, pixels: np.ndarray, i: int) -> np.ndarray:
-        """The same for the (h, w, c) pixels of image i, in memory of their own or not; for draws on the CPU."""
-        height, width, _ = pixels.shape
+    def vary_one(self, pixels: np.ndarray, i: int, place: np.ndarray) -> None:
+        """Write the shifted and mirrored (h, w, c) pixels of image i into a place; for draws on the CPU."""
+        height, width, channels = pixels.shape
         padding = self.augment.padding
         if padding:
             top, left = int(self.top[i]), int(self.left[i])
             padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
             pixels = padded[top : top + height, left : left + width]
-        return pixels[:, ::-1] if self.flip.numpy()[i] else pixels
+        # A pixel at a time: mirrored byte by byte it takes more than twice the time.
+        whole = np.dtype((np.void, channels))
+        pixels, place = pixels.view(whole), place.view(whole)
+        np.copyto(place, pixels[:, ::-1] if self.flip.numpy()[i] else pixels)
 
 
 def crop_box(crop: Sequence[float], min_area: float, stretch: float = 1.0) -> tuple[float, float, float, float]:

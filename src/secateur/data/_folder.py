@@ -109,11 +109,12 @@ class FolderSplit:
 
         def fill(i: int, place: np.ndarray) -> None:
             array = self._image(i, epoch.draws)
-            if epoch.draws is not None:
-                array = epoch.draws.vary_one(array, i)
-                if epoch.policy is not None:
-                    array = epoch.policy(array, int(epoch.draws.keys[i]))
-            np.copyto(place, array)
+            if epoch.draws is None:
+                np.copyto(place, array)
+                return
+            epoch.draws.vary_one(array, i, place)
+            if epoch.policy is not None:
+                np.copyto(place, epoch.policy(place, int(epoch.draws.keys[i])))
 
         ahead = filled_ahead(epoch.batches, (height, width, channels), fill, worker_count())
         for place, chosen, pixels in ahead:

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 
-SECONDS = 20
+SECONDS = 60
 """In which every refusal must come, on a busy machine too."""
 LONGEST_MESSAGE = 2_000
 

@@ -40,8 +40,8 @@ class CsvLog:
         Raises:
             TrainingError: If the file is no such table, or cannot be written.
         """
-        # Epoch 0 is what was measured before the loop; a loop that goes on has it already.
-        rows = [row for row in _read(self.path) if row[_LOOP] != what or (done and int(row[_EPOCH]) <= done)]
+        # Epoch 0 is what was measured before the loop; one that goes on has it already, also within its first epoch.
+        rows = [row for row in _read(self.path) if row[_LOOP] != what or int(row[_EPOCH]) <= done]
         with self.inner.watch(what, epochs=epochs, steps=steps, done=done) as inner:
             yield _RowMeter(self.path, rows, what, inner)
 
@@ -55,6 +55,8 @@ class _RowMeter:
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
         named = {name: repr(float(value)) for name, value in numbers.items()}
+        # One that begins anew measures epoch 0 again.
+        self._rows = [row for row in self._rows if row[_LOOP] != self._what or int(row[_EPOCH]) < epoch]
         self._rows.append({_LOOP: self._what, _EPOCH: str(epoch), **named})
         _write(self._path, self._rows)  # Before the checkpoint that follows: nothing that it has done is missing.
         self._inner.epoch(epoch, numbers, line)

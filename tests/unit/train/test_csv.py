@@ -56,7 +56,7 @@ def test_steps_are_handed_on(tmp_path: Path) -> None:
     assert seen.steps[-1][:2] == (1, 3)
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 1)])
 def test_a_resumed_run_leaves_no_gap_and_no_double(tmp_path: Path, epoch: int, step: int) -> None:
     run(CsvLog(tmp_path / "whole.csv", Silent()))
     path, more = tmp_path / "history.csv", {"checkpoint": tmp_path / "run", "saving": Saving(math.inf, 2)}

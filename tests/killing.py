@@ -12,6 +12,7 @@ Several of these, with a + between them, share one process that forks.
 """
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -58,14 +59,16 @@ _COMPRESS = f"compress --model digits_resnet --calibration 64 --export {{none}} 
 
 
 def artifact(folder: Path) -> Any:
-    """The weights' digest, and the manifest without times."""
+    """The weights' digest, and the manifest and the table of epochs without times."""
     found = _timeless(json.loads((folder / "secateur.json").read_text()))
     # What is measured at the end is for the reader; nothing is decided by it.
     found["metrics"].pop("latency", None)
     found.pop("sha256")  # of all of it, times included
     checks = found["verification"]["checks"]
     found["verification"]["checks"] = [check for check in checks if not check["name"].startswith("Latency")]
-    return {"weights": _sha256(folder / "model.safetensors"), "manifest": found}
+    with (folder / "history.csv").open(newline="") as file:
+        history = [_timeless(row) for row in csv.DictReader(file)]
+    return {"weights": _sha256(folder / "model.safetensors"), "manifest": found, "history": history}
 
 
 def study(folder: Path) -> Any:

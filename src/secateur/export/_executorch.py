@@ -1,6 +1,8 @@
 """Export to ExecuTorch, the runtime for phones and small devices: .pte, computed by XNNPACK."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +64,24 @@ def export_executorch(
 
 def executorch_runner(path: Path) -> Runner:
     """Open a .pte file to run it; the runtime trusts its content."""
-    # The program reads from these bytes, and the method from the program, without holding them: losing either while the
-    # method runs is a segmentation fault.
     content = path.read_bytes()
     program = extra("executorch.runtime").Runtime.get().load_program(content)
-    method, held = program.load_method("forward"), (content, program)
+    return _Opened(content, program, program.load_method("forward"))
 
-    def run(batch: Inputs) -> list[Tensor]:
-        assert held
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A method that can run. The program reads from the bytes, and the method from the program, without holding them:
+    losing either while the method runs is a segmentation fault.
+    """
+
+    content: bytes
+    program: Any
+    method: Any
+
+    def __call__(self, batch: Inputs) -> list[Tensor]:
         # What comes back lies in the runtime's memory, which the next run overwrites.
-        return [tensor.clone() for tensor in method.execute([tensor.contiguous() for tensor in batch])]
-
-    return run
+        return [tensor.clone() for tensor in self.method.execute([tensor.contiguous() for tensor in batch])]
 
 
 def _lowered(model: nn.Module, inputs: Inputs, largest_batch: int) -> bytes:

@@ -10,7 +10,7 @@ from secateur.errors import ExportError
 from secateur.export._onnx import open_session, session_runner
 from secateur.export._parity import Runner
 
-_MOST_BYTES = 2**31
+MOST_BYTES = 2**31
 """One ONNX file is one protobuf message, and those end there."""
 _REPEATING = frozenset({"Loop", "Scan", "If", "SequenceMap"})
 """Operations that run others again and again, or by what they find. No export of ours has them."""
@@ -24,7 +24,7 @@ def plain_onnx_runner(path: Path) -> Runner:
         ArtifactError: If it is a link, a pipe or a device.
         ExportError: If it could run without end, or reads other files.
     """
-    content = read_bytes(path, limit=_MOST_BYTES)
+    content = read_bytes(path, limit=MOST_BYTES)
     check_plain(content)
     return session_runner(open_session(content, threads=torch.get_num_threads()))
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import ExportError
+from secateur.artifact import read_bytes
+from secateur.errors import ArtifactError, ExportError
 from secateur.export._onnx import feed, open_session
+from secateur.export._plain_onnx import MOST_BYTES, check_plain
 
 LEAST_KEPT = 0.95
 """Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantisation has failed."""
@@ -94,13 +96,16 @@ def compare_int8_file(path: Path | str, in_float: bytes, labelled: Iterable[tupl
     """Run an int8 file where it lies, beside the float model as ONNX content; see `compare_answers`.
 
     Raises:
-        ExportError: If one of them does not run, or gives no logits.
+        ArtifactError: If the file is a link, a pipe or a device.
+        ExportError: If one of them does not run, could run without end, or gives no logits.
     """
     threads = torch.get_num_threads()
     try:
-        sessions = open_session(in_float, threads=threads), open_session(Path(path), threads=threads)
+        content = read_bytes(Path(path), limit=MOST_BYTES)
+        check_plain(content)
+        sessions = open_session(in_float, threads=threads), open_session(content, threads=threads)
         return compare_answers(*sessions, labelled, 0.0)
-    except ExportError:
+    except (ArtifactError, ExportError):
         raise
     except Exception as error:
         # Whatever is wrong with a file from outside is said in words.

@@ -18,6 +18,9 @@ FORMATS = pytest.mark.parametrize(
     ("export", "name", "room"), [(export_onnx, "model.onnx", _onnx), (export_pt2, "model.pt2", _pt2)]
 )
 
+RUNNER = {_onnx: "session_runner", _pt2: "_runner"}
+"""What each room opens its file with."""
+
 
 class Net(nn.Module):
     """Convolutions, batch normalisation that differs between train and eval, an option-A pad, a flatten."""
@@ -127,13 +130,13 @@ def test_the_model_and_the_process_are_left_alone(export, name, room, model, ima
 @FORMATS
 @pytest.mark.usefixtures("translated_once")
 def test_a_file_that_disagrees_is_removed(export, name, room, model, images, tmp_path, monkeypatch) -> None:
-    real = room._runner
+    real = getattr(room, RUNNER[room])
 
     def wrong(session):
         run = real(session)
         return lambda batch: [output + 0.1 for output in run(batch)]
 
-    monkeypatch.setattr(room, "_runner", wrong)
+    monkeypatch.setattr(room, RUNNER[room], wrong)
     with pytest.raises(ExportError, match=r"must compute what the model computes .* file was removed"):
         export(model, images, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -143,7 +146,7 @@ def test_a_file_that_disagrees_is_removed(export, name, room, model, images, tmp
 @pytest.mark.usefixtures("translated_once")
 def test_a_failed_export_leaves_the_older_file(export, name, room, model, images, tmp_path, monkeypatch) -> None:
     (tmp_path / name).write_bytes(b"older")
-    monkeypatch.setattr(room, "_runner", lambda _: lambda batch: [batch[0]])
+    monkeypatch.setattr(room, RUNNER[room], lambda _: lambda batch: [batch[0]])
     with pytest.raises(ExportError, match=r"must give outputs of shapes \[\(1, 5\)\]"):
         export(model, images, tmp_path / name)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(name, b"older")]
@@ -206,7 +209,7 @@ def test_a_file_that_cannot_run_is_refused(model: Net, images: Tensor, tmp_path:
     def broken(batch: object) -> list[Tensor]:
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(_onnx, "_runner", lambda _: broken)
+    monkeypatch.setattr(_onnx, RUNNER[_onnx], lambda _: broken)
     with pytest.raises(ExportError, match=r"onnx file must run on 1 sample\(s\); got: RuntimeError: no kernel\."):
         export_onnx(model, images, tmp_path / "model.onnx")
 

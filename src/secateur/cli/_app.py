@@ -168,6 +168,8 @@ def compress(
     export: options.Export = "onnx",
     resume: options.Resume = False,
     restart: options.Restart = False,
+    checkpoint_minutes: options.CheckpointMinutes = 10.0,
+    checkpoint_steps: options.CheckpointSteps = None,
     seed: options.Seed = 0,
     target: TargetOption = TargetName.ORT,
     target_threads: TargetThreads = 1,
@@ -201,6 +203,7 @@ def compress(
     searching = Searching(search_epochs, search_over, search_learning_rate, search_candidates, combine, cuts, ray)
     found_by = strategy_of(strategy, importance, remove_blocks, searching)
     progress = _choices.progress_of(quiet, tensorboard)
+    saving = _choices.saving_of(checkpoint_minutes, checkpoint_steps)
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))
     schedule = Schedule(
@@ -250,6 +253,7 @@ def compress(
             export=formats,
             source=inputs.opened.source,
             leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
+            saving=saving,
             seed=seed,
             device=_choices.device_of(device),
             progress=progress,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from secateur.importance import Importance
     from secateur.pipeline import Branches, Format, Start
     from secateur.search import AxisRule
-    from secateur.train import SGD, AdamW, Precision, Progress
+    from secateur.train import SGD, AdamW, Precision, Progress, Saving
 
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
@@ -98,6 +98,17 @@ def progress_of(quiet: bool, tensorboard: Path | None) -> Progress:
 
     shown = Silent() if quiet else TerminalProgress()
     return shown if tensorboard is None else TensorBoard(tensorboard, shown)
+
+
+def saving_of(minutes: float, steps: int | None) -> Saving:
+    """When checkpoints are written within epochs.
+
+    Raises:
+        TrainingError: If the time is not positive.
+    """
+    from secateur.train import Saving
+
+    return Saving(60 * minutes, steps)
 
 
 def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisRule, ...]:

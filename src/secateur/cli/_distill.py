@@ -48,6 +48,8 @@ def distill(
     export: options.Export = "onnx",
     resume: options.Resume = False,
     restart: options.Restart = False,
+    checkpoint_minutes: options.CheckpointMinutes = 10.0,
+    checkpoint_steps: options.CheckpointSteps = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
@@ -80,6 +82,7 @@ def distill(
     if mixup or cutmix:
         check_mixable(losses)
     progress = _choices.progress_of(quiet, tensorboard)
+    saving = _choices.saving_of(checkpoint_minutes, checkpoint_steps)
     schedule = Schedule(
         epochs=epochs,
         batch_size=batch_size,
@@ -128,6 +131,7 @@ def distill(
             out=out_folder,
             export=formats,
             leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
+            saving=saving,
             seed=seed,
             device=_choices.device_of(device),
             progress=progress,

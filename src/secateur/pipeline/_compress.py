@@ -38,7 +38,7 @@ from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
 from secateur.sparsity import Sparsify, WeightPruning
-from secateur.train import Progress, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
+from secateur.train import Progress, Saving, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
 
 CALIBRATION_IMAGES = 1024
 """Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
@@ -70,6 +70,7 @@ def compress(
     export: Sequence[Format] = (Format.ONNX,),
     source: ModelSource | None = None,
     leftover: Leftover = Leftover.REFUSE,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
@@ -111,6 +112,7 @@ def compress(
         source: How the original is built, so that the artifact can be loaded without you; see
             `secateur.models.load_model`. Without it, loading needs ``factory=``.
         leftover: What to do with an interrupted run at the same ``out``.
+        saving: When searches and trainings write checkpoints, beside those at the ends of epochs; only with ``out``.
         seed: Of everything that is random.
         device: Where to compute; None means the accelerator if there is one.
         progress: Shows the search, where it takes long, and the training.
@@ -154,6 +156,7 @@ def compress(
         pruning=pruning_for(limits, pruning),
         target=target,
         cache=cache,
+        saving=saving,
     )
     return _run(plan)
 
@@ -219,6 +222,7 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify 
         alignment=alignment,
         sparsify=zeros,
         checkpoint=None if work is None else work.checkpoint,
+        saving=plan.saving,
         progress=plan.progress,
         fabric=plan.fabric,
     )

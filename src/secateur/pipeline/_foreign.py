@@ -25,6 +25,7 @@ from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, 
 from secateur.sparsity import nonzero_params
 from secateur.train import (
     Progress,
+    Saving,
     Schedule,
     TerminalProgress,
     Trained,
@@ -49,6 +50,7 @@ def distill_into(
     out: Path | None = None,
     export: Sequence[Format] = (Format.ONNX,),
     leftover: Leftover = Leftover.REFUSE,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
@@ -69,6 +71,7 @@ def distill_into(
             ``<out>.work``, from which an interrupted run goes on.
         export: Files for other runtimes; only with ``out``.
         leftover: What to do with an interrupted run at the same ``out``.
+        saving: When checkpoints are written, beside those at the ends of epochs; only with ``out``.
         seed: Of order, augmentation and dropout.
         device: Where to compute; None means the accelerator if there is one.
         progress: Shows the training.
@@ -88,7 +91,7 @@ def distill_into(
     if out is not None:
         check_output(out)
         check_formats(export)
-    run = Lesson(student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command)
+    run = Lesson(student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving)
     if out is None:
         trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
@@ -115,6 +118,7 @@ def _learn(
             objective=run.objective,
             remember=remember,
             checkpoint=checkpoint,
+            saving=run.saving,
             progress=progress,
             fabric=run.fabric,
         )
@@ -128,6 +132,7 @@ def _learn(
             schedule=run.schedule,
             objective=run.objective,
             checkpoint=checkpoint,
+            saving=run.saving,
             progress=progress,
             fabric=run.fabric,
         )

@@ -142,6 +142,7 @@ def _search(
             seed=plan.seed,
             data=plan.data,
             checkpoint=folder,
+            saving=plan.saving,
             watch=plan.progress,
             fabric=plan.fabric,
             latency=latency,

@@ -10,6 +10,7 @@ from secateur.train._batches import TrainingData
 from secateur.train._fit import distill, fit
 from secateur.train._progress import Progress, TerminalProgress
 from secateur.train._record import Trained
+from secateur.train._saving import Saving
 from secateur.train._schedule import Schedule
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def distill_after_hints(
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
     checkpoint: Path | None = None,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -46,6 +48,7 @@ def distill_after_hints(
         objective: Of the second.
         alignment: See `distill`.
         checkpoint: Folder for both stages' checkpoints, ``hints`` and ``student`` in it; a run that finds them goes on.
+        saving: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
 
@@ -66,6 +69,7 @@ def distill_after_hints(
         teacher=teacher,
         augment=data.augment,
         checkpoint=None if checkpoint is None else checkpoint / "hints",
+        saving=saving,
         progress=progress,
         fabric=fabric,
     )
@@ -77,6 +81,7 @@ def distill_after_hints(
         objective=objective,
         alignment=alignment,
         checkpoint=None if checkpoint is None else checkpoint / "student",
+        saving=saving,
         progress=progress,
         fabric=fabric,
     )

@@ -7,27 +7,27 @@ import pytest
 from command_line import secateur
 
 from secateur.errors import TrainingError
-from secateur.train import Schedule
+from secateur.train import Saving, Schedule
 
 
-def schedule_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> Schedule:
-    """What `compress` would train with."""
-    seen: list[Schedule] = []
+def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> dict[str, Any]:
+    """What `compress` would be called with."""
+    seen: list[dict[str, Any]] = []
 
-    def pretended(*_: Any, schedule: Schedule, **__: Any) -> None:
-        seen.append(schedule)
+    def pretended(*_: Any, **given: Any) -> None:
+        seen.append(given)
         raise TrainingError("seen")
 
     monkeypatch.setattr("secateur.pipeline.compress", pretended)
     usual = ("--model", "digits_resnet", "--data", "digits", "--budget", "macs=50%", "--out", folder / "out")
     assert secateur("compress", *usual, *words).exit_code == 2
-    (schedule,) = seen
-    return schedule
+    (given,) = seen
+    return given
 
 
 @pytest.mark.parametrize(("words", "wanted"), [((), (1, None)), (("--accumulate", 4, "--clip-norm", 1.5), (4, 1.5))])
 def test_parts_and_clipping_reach_the_schedule(monkeypatch, tmp_path, words, wanted):
-    schedule = schedule_of(monkeypatch, tmp_path, *words)
+    schedule: Schedule = seen_by(monkeypatch, tmp_path, *words)["schedule"]
     assert (schedule.accumulate, schedule.clip_norm) == wanted
 
 
@@ -51,4 +51,12 @@ def test_one_of_several_processes_is_refused(monkeypatch, tmp_path):
 def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert schedule_of(monkeypatch, tmp_path).accumulate == 1
+    assert seen_by(monkeypatch, tmp_path)["schedule"].accumulate == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [((), Saving(600.0, None)), (("--checkpoint-minutes", 0.5, "--checkpoint-steps", 7), Saving(30.0, 7))],
+)
+def test_times_of_checkpoints(monkeypatch, tmp_path, words, wanted):
+    assert seen_by(monkeypatch, tmp_path, *words)["saving"] == wanted

@@ -1,5 +1,6 @@
 """Any student from any teacher: the artifact, the report, resume, and what does not belong together."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
 from secateur.models import CifarResNet, ModelSource, load_model
 from secateur.pipeline import Hinting, Leftover, Pupil, distill_into, load, verify
-from secateur.train import Schedule, Silent, distill, distill_after_hints, open_fabric
+from secateur.train import Saving, Schedule, Silent, distill, distill_after_hints, open_fabric
 
 SHORT = Schedule(epochs=2, batch_size=16)
 
@@ -168,3 +169,11 @@ def test_stages_are_paired_by_their_resolution() -> None:
         paired_stages(flat, teacher)
     with pytest.raises(TrainingError, match="`teacher` must have modules with traced channels"):
         paired_stages(teacher, flat)
+
+
+def test_checkpoints_are_written_when_they_shall_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("secateur.train._saving.save_checkpoint", lambda folder, saved: written.append(saved.name))
+    run(out=tmp_path / "small", saving=Saving(math.inf, 2))
+    assert "epoch-000000-step-000002" in written
+    assert not any(name.endswith("1") and "step" in name for name in written)

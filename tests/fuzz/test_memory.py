@@ -18,7 +18,7 @@ def test_claims_take_no_memory(tmp_path: Path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3_000:]

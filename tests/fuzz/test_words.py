@@ -83,7 +83,7 @@ CLAUSES = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.one_of(st.text(max_size=60), st.lists(CLAUSES, max_size=4).map(",".join)))
 def test_any_budget(text: str):
     found = understood_or_refused(Budget.parse, text)
@@ -92,7 +92,7 @@ def test_any_budget(text: str):
         assert Budget.parse(str(found)) == found
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.one_of(st.text(max_size=40), st.builds("{}:{}".format, st.sampled_from(["timm", "torchvision"]), st.text())))
 def test_any_model(text: str):
     understood_or_refused(load_model, text)
@@ -127,7 +127,7 @@ def test_chosen_models(text: str):
     assert said
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.text(max_size=40))
 def test_any_data(text: str):
     if text not in ("digits", "/", ".", "..") and "/" not in text:
@@ -142,7 +142,7 @@ def test_chosen_data(text: str):
     assert said
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_any_list_of_numbers_formats_and_rules(text: str):
     understood_or_refused(lambda t: _choices.numbers_of(t, "--mean"), text)
@@ -161,7 +161,7 @@ def test_patterns_that_blow_up_others(pattern: str):
     assert said is None
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.sampled_from(["kind", "name", "arguments", "x"]),

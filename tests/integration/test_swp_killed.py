@@ -43,6 +43,7 @@ def killed(command: list[str], mark: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_a_killed_command_finds_the_same_to_the_last_bit(digits_weights, tmp_path):
     """SIGKILL while the second epoch of the supernet is trained, or later: no handler runs, nothing is flushed."""

@@ -22,7 +22,9 @@ def search(folder: Path, graph: str, *kill: int) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(("graph", "epoch", "batch"), [("tied", 1, 1), ("untied", 2, 0)])
+@pytest.mark.parametrize(
+    ("graph", "epoch", "batch"), [("tied", 1, 1), pytest.param("untied", 2, 0, marks=pytest.mark.slow)]
+)
 def test_a_killed_search_finds_the_same_to_the_last_bit(graph, epoch, batch, tmp_path):
     """SIGKILL while images of the second or third epoch are read; the checkpoints before it are complete."""
     dead = search(tmp_path, graph, epoch, batch)

@@ -248,6 +248,7 @@ compress(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_killed_at_any_moment_of_the_search_and_started_again(tmp_path: Path):
     """The process kills itself with SIGKILL: no handler runs, nothing is flushed."""

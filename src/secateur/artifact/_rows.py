@@ -32,6 +32,13 @@ def check_once(where: str, names: Sequence[Hashable]) -> None:
         raise wrong(where, "a list that names everything once", twice)
 
 
+def _named(row: object, where: str, *names: str) -> Fields:
+    """A row as fields, by the names of its places."""
+    if not isinstance(row, list) or len(cast(list[object], row)) != len(names):
+        raise wrong(where, f"[{', '.join(names).replace('_', '-')}]", row)
+    return Fields(dict(zip(names, cast(list[object], row), strict=True)), where)
+
+
 def replacements_of(fields: Fields) -> tuple[Replacement, ...]:
     """The stand-ins of removed modules."""
     rows = enumerate(fields.items("replacements", MAX_TENSORS))
@@ -41,9 +48,7 @@ def replacements_of(fields: Fields) -> tuple[Replacement, ...]:
 
 
 def _replacement(row: object, where: str) -> Replacement:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 3:
-        raise wrong(where, "[module, stand-in, items]", row)
-    fields = Fields(dict(zip(("module", "stand_in", "items"), cast(list[object], row), strict=True)), where)
+    fields = _named(row, where, "module", "stand_in", "items")
     kind = fields.text("stand_in")
     if kind not in {stand_in.value for stand_in in StandIn}:
         raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
@@ -62,9 +67,7 @@ def widenings_of(fields: Fields) -> tuple[Widening, ...]:
 
 
 def _widening(row: object, where: str) -> Widening:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
-        raise wrong(where, "[module, dim, missing, order]", row)
-    fields = Fields(dict(zip(("module", "dim", "missing", "order"), cast(list[object], row), strict=True)), where)
+    fields = _named(row, where, "module", "dim", "missing", "order")
     dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
     order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
     for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
@@ -83,9 +86,7 @@ def edits_of(fields: Fields) -> tuple[Edit, ...]:
 
 
 def _edit(row: object, where: str) -> Edit:
-    if not isinstance(row, list) or len(cast(list[object], row)) != 4:
-        raise wrong(where, "[module, attribute, item, value]", row)
-    fields = Fields(dict(zip(("module", "attribute", "item", "value"), cast(list[object], row), strict=True)), where)
+    fields = _named(row, where, "module", "attribute", "item", "value")
     return Edit(
         fields.name("module"),
         fields.name("attribute"),

@@ -19,7 +19,7 @@ from secateur.train._machine import (
     seeded,
 )
 from secateur.train._parallel import average_gradients_, averaged, own_part
-from secateur.train._partway import Partway
+from secateur.train._partway import Partway, nothing
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
 from secateur.train._record import EpochRecord, Trained
 from secateur.train._redraw import check_redrawable, redraw_
@@ -80,6 +80,7 @@ __all__ = [
     "keeping",
     "load_checkpoint",
     "measure",
+    "nothing",
     "one_device",
     "open_fabric",
     "optimiser_tensors",

@@ -15,17 +15,13 @@ from secateur.train._evaluate import measure
 from secateur.train._learner import Learner
 from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import Precision, in_precision, placed
-from secateur.train._partway import Partway
+from secateur.train._partway import Partway, nothing
 from secateur.train._progress import Meter
 from secateur.train._record import EpochRecord
 from secateur.train._remember import RememberedLogits
 from secateur.train._state import Tensors, copied, finite, tensors_of
 from secateur.train._task import Task
 from secateur.train._teaching import Teaching
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True)

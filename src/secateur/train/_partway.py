@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+def nothing() -> None:
+    """What a loop calls between steps if nobody saves."""
+
+
 class Partway:
     """The sums, the time and the random numbers of an epoch, as far as it has come.
 

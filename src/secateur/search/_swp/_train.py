@@ -27,6 +27,7 @@ from secateur.train import (
     channels_last,
     diverged,
     finite,
+    nothing,
     optimiser_tensors,
     own_part,
     tensors_of,
@@ -36,10 +37,6 @@ from secateur.train import (
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +103,7 @@ class Run:
         self._partway: Partway | None = None
         self._draw = np.random.default_rng()
 
-    def train_epoch(self, meter: Meter, between: Callable[[], None] = _nothing) -> None:
+    def train_epoch(self, meter: Meter, between: Callable[[], None] = nothing) -> None:
         """One pass over the training images, or its rest.
 
         Args:

@@ -19,16 +19,12 @@ from secateur.train import (
     Saved,
     channels_last,
     measure,
+    nothing,
     optimiser_tensors,
     tensors_of,
     write_optimiser_,
     write_tensors_,
 )
-
-
-def _nothing() -> None:
-    """Do nothing."""
-
 
 COST_WEIGHT = 2.0
 """Of the cost in the loss of the architecture; Dong & Yang, reference code."""
@@ -60,7 +56,7 @@ class Run:
         self._partway: Partway | None = None
         self._generator = torch.Generator()
 
-    def train_epoch(self, meter: Meter, between: Callable[[], None] = _nothing) -> None:
+    def train_epoch(self, meter: Meter, between: Callable[[], None] = nothing) -> None:
         """One pass over both halves of the training images, or its rest, then a look at the network they lead to.
 
         Args:

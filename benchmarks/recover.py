@@ -8,6 +8,8 @@ The test set is looked at once per run, at the end. The best epoch is chosen on 
 
 Methods, all at macs=50 %:
     ours      Knapsack(Reconstruction()) + Refit(), then plain KD + labels + aligned features
+    ours-kd   the same cut, then the same plain KD + labels without aligned features
+    ours-ce   the same cut, then cross-entropy
     peer-ce   Torch-Pruning 1.6.1, GroupMagnitudeImportance on the blocks' inner convolutions, then cross-entropy
     peer-kd   the same cut, then the same plain KD + labels as ours, without aligned features
 """
@@ -48,6 +50,16 @@ def ours(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
     return done.model, ALIGNED, AlignedFeatures.of(done.graph, done.architecture)
 
 
+def ours_kd(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
+    """Our cut, healed, distilled without features."""
+    return ours(teacher, data, seed)[0], KD, None
+
+
+def ours_ce(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
+    """Our cut, healed, trained on labels."""
+    return ours(teacher, data, seed)[0], Objective.of_labels(), None
+
+
 def peer_ce(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
     """The peer's cut, trained on labels."""
     return prune_inner_convolutions(teacher, torch.zeros(1, *data.size), kept_fraction=0.5), Objective.of_labels(), None
@@ -60,6 +72,8 @@ def peer_kd(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
 
 METHODS: dict[str, Callable[[nn.Module, ImageData, int], Recipe]] = {
     "ours": ours,
+    "ours-kd": ours_kd,
+    "ours-ce": ours_ce,
     "peer-ce": peer_ce,
     "peer-kd": peer_kd,
 }

@@ -112,7 +112,7 @@ JOBS = {
         whole_artifact,
     ),
     "latency": Job(
-        _words(f"{_COMPRESS} --strategy uniform --divisor 4 --budget latency=85% --epochs 2"),
+        _words(f"{_COMPRESS} --strategy uniform --divisor 4 --budget latency=85% --target-batch 64 --epochs 2"),
         artifact,
         whole_artifact,
         work=("settings.json", "measured.json"),

@@ -1,0 +1,213 @@
+"""What each loss of distillation adds to labels alone, in a short recovery, each at its own best learning rate.
+
+ResNet-20 at half of the MACs, one healed cut for all; the first 10,000 training images once. Every loss is trained at
+three learning rates with a seed of its own, judged on the 5,000 validation images; with the best rate it is trained
+with three other seeds, and only these see the test images, once each. Weights of losses are those that ``secateur
+distill`` takes if none is said; they were not tuned, except that of aligned features (docs/log.md).
+
+    OMP_NUM_THREADS=1 python benchmarks/losses.py [NAME...]
+    python benchmarks/losses.py --summary
+
+Every training writes results/losses/<name>.json; what is there is not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
+from torch import nn
+
+from secateur.cli._losses import USUAL, Pair, inferred_taps, objective_of
+from secateur.cli._options import LossName
+from secateur.cost import counted_macs
+from secateur.data import ImageData, Split, calibration, load_data
+from secateur.distill import AlignedFeatures, Objective
+from secateur.graph import trace
+from secateur.models import load_model
+from secateur.search import Knapsack, SearchSpace, search
+from secateur.surgery import Refit, cut
+from secateur.train import Schedule, Silent, evaluate, fit
+
+MODEL = "cifar_resnet20"
+IMAGES = 10_000
+RATES = (0.003, 0.01, 0.03)
+CHOOSING, SEEDS = 9, (0, 1, 2)
+KD = Objective(kd_weight=0.9, label_weight=0.1)
+OF_PROBABILITIES = (LossName.DKD, LossName.DIST, LossName.STANDARDISED)
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """What all losses begin with."""
+
+    student: nn.Module
+    teacher: nn.Module
+    alignment: AlignedFeatures
+    data: ImageData
+    images: Split
+
+    @property
+    def pair(self) -> Pair:
+        """For losses with adaptors, which are made for both networks' shapes."""
+        return Pair(self.student, self.teacher, next(iter(self.images.batches(2, device="cpu")))[0], len(self.images))
+
+
+def begin() -> Recovery:
+    """The healed cut."""
+    data = load_data(str(CIFAR10), seed=0)
+    teacher, _ = load_model(MODEL, weights=WEIGHTS / "cifar10_resnet20.safetensors")
+    batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=0)
+    graph, space = trace(teacher, batches[0][0][:1]), SearchSpace(min_kept_fraction=0.25)
+    found = search(teacher, graph, Knapsack(), budget="macs=50%", batches=batches, space=space, seed=0)
+    done = cut(teacher, graph, found.architecture, calibration=[x for x, _ in batches], heal=(Refit(),))
+    alignment = AlignedFeatures.of(done.graph, done.architecture)
+    return Recovery(done.model, teacher, alignment, data, data.train.subset(torch.arange(IMAGES)))
+
+
+def alone(loss: LossName) -> Callable[[Recovery], Objective]:
+    """A loss with its usual weight beside the labels, which have 1, or as little as for KD beside probabilities."""
+    label_weight = 0.1 if loss in OF_PROBABILITIES else 1.0
+
+    def made(recovery: Recovery) -> Objective:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return objective_of(
+                {loss: USUAL[loss]},
+                recovery.pair,
+                inferred_taps(recovery.pair),
+                temperature=4.0,
+                label_weight=label_weight,
+                label_smoothing=0.0,
+            )
+
+    return made
+
+
+WAYS: dict[str, Callable[[Recovery], Objective]] = {
+    "labels": lambda _: Objective.of_labels(),
+    "kd": lambda _: KD,
+    **{loss.value: alone(loss) for loss in LossName if loss is not LossName.KD},
+    "aligned": lambda _: Objective(kd_weight=0.0, label_weight=1.0, feature_weight=10.0),
+    "kd and hint": lambda recovery: replace(KD, terms=alone(LossName.HINT)(recovery).terms),
+    "kd and aligned": lambda _: replace(KD, feature_weight=10.0),
+}
+
+
+def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One recovery; test images are looked at by the seeds that count."""
+    objective, data = WAYS[name](recovery), recovery.data
+    began = time.process_time()
+    done = fit(
+        recovery.student,
+        recovery.images,
+        schedule=Schedule(epochs=1, learning_rate=rate, seed=seed),
+        objective=objective,
+        teacher=recovery.teacher if objective.needs_teacher else None,
+        alignment=recovery.alignment if objective.feature_weight else None,
+        augment=data.augment,
+        progress=Silent(),
+    )
+    spent, choosing = time.process_time() - began, seed == CHOOSING
+    part = data.validation if choosing else data.test
+    accuracy = {"validation" if choosing else "test": evaluate(done.model, part).top1}
+    return {"loss": name, "learning_rate": rate, "seed": seed, **accuracy, "cpu_s": round(spent, 1), **surroundings()}
+
+
+def kept(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """From disk, or trained now and kept there."""
+    place = f"losses/{name.replace(' ', '-')}-rate{rate:g}-seed{seed}"
+    if not (RESULTS / f"{place}.json").exists():
+        record = trained(recovery, name, rate, seed)
+        write_record(place, record)
+        print(place, {key: record[key] for key in ("validation", "test", "cpu_s") if key in record}, flush=True)
+    return json.loads((RESULTS / f"{place}.json").read_text())
+
+
+def chosen_rate(tried: list[dict[str, Any]]) -> float:
+    """The best on the validation images; of equal ones the lowest."""
+    return max(tried, key=lambda record: (record["validation"], -record["learning_rate"]))["learning_rate"]
+
+
+def started(recovery: Recovery) -> None:
+    """What there is before any training."""
+    if not (RESULTS / "losses" / "start.json").exists():
+        example = torch.zeros(1, *recovery.data.size)
+        facts = {
+            "start": evaluate(recovery.student, recovery.data.test).top1,
+            "teacher": evaluate(recovery.teacher, recovery.data.test).top1,
+            "kept_macs": counted_macs(recovery.student, example) / counted_macs(recovery.teacher, example),
+            "images": IMAGES,
+        }
+        write_record("losses/start", {**facts, **surroundings()})
+
+
+def rows() -> Iterator[list[str]]:
+    """One line per loss, the most gain first."""
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "losses").glob("*-seed*.json"))]
+    tried = {name: [r for r in records if r["loss"] == name and "validation" in r] for name in WAYS}
+    rates = {name: chosen_rate(found) for name, found in tried.items() if len(found) == len(RATES)}
+    found = {
+        name: {r["seed"]: r for r in records if r["loss"] == name and "test" in r and r["learning_rate"] == rate}
+        for name, rate in rates.items()
+    }
+    base = found["labels"]
+    for name, runs in sorted(found.items(), key=lambda pair: -_mean(pair[1])):
+        gains = [100 * (runs[seed]["test"] - base[seed]["test"]) for seed in runs]
+        error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 and name != "labels" else ""
+        validated = {r["learning_rate"]: r["validation"] for r in tried[name]}
+        yield [
+            name,
+            *(f"{100 * validated[rate]:.2f}" for rate in RATES),
+            f"{rates[name]:g}",
+            ", ".join(f"{100 * runs[seed]['test']:.2f}" for seed in sorted(runs)),
+            f"{100 * _mean(runs):.2f}",
+            f"{statistics.mean(gains):+.2f}{error}",
+            f"{statistics.median(r['cpu_s'] for r in runs.values()):.0f}",
+        ]
+
+
+def _mean(runs: dict[int, dict[str, Any]]) -> float:
+    return statistics.mean(record["test"] for record in runs.values())
+
+
+def summary() -> str:
+    """All records as one page."""
+    start = json.loads((RESULTS / "losses" / "start.json").read_text())
+    header = ["loss", *(f"validation % at {rate:g}" for rate in RATES), "rate taken", "test % per seed", "mean"]
+    return (
+        "# What each loss adds to labels alone\n\n"
+        f"{MODEL} at {100 * start['kept_macs']:.1f} % of the MACs (Knapsack, Refit), {start['images']} images of "
+        f"CIFAR-10 once, batch 64. Test accuracy before training {100 * start['start']:.2f} %, of the teacher "
+        f"{100 * start['teacher']:.2f} %. {start['date']}, {start['cpu']}, {start['threads']} thread, "
+        f"`python {start['command']}`.\n\n"
+        "Rates were chosen on 5,000 validation images with a seed that is not in the table; gains are points of test "
+        "accuracy over labels alone with the same seed, mean and standard error.\n\n"
+        + table([*header, "gain over labels", "processor s"], list(rows()))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(WAYS), help="losses; all if left out")
+    parser.add_argument("--summary", action="store_true", help="only write the table")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if not asked.summary:
+        recovery = begin()
+        started(recovery)
+        rates = {name: chosen_rate([kept(recovery, name, r, CHOOSING) for r in RATES]) for name in asked.names}
+        for seed in SEEDS:  # In rounds, so that an interrupted benchmark has something of every loss.
+            for name, rate in rates.items():
+                kept(recovery, name, rate, seed)
+    (RESULTS / "losses.md").write_text(summary())
+    print(summary())
+
+
+if __name__ == "__main__":
+    main()

@@ -28,19 +28,26 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; as ``python -m secateur`` too it calls itself secateur."""
+    app(prog_name="secateur")
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from secateur import __version__
 
         out().print(f"secateur {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    # A callback, because the body of this function runs only if a command follows.
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -64,8 +64,9 @@ def told(command: _Command) -> _Command:
 
 def command_line() -> str:
     """The exact command, for the record."""
-    name = Path(sys.argv[0]).name if sys.argv else ""
-    text = shlex.join(["secateur", *sys.argv[1:]]) if name in ("secateur", "secateur.exe") else f"secateur ({name})"
+    program = Path(sys.argv[0] if sys.argv else "")
+    ours = program.name in ("secateur", "secateur.exe") or program.parts[-2:] == ("secateur", "__main__.py")
+    text = shlex.join(["secateur", *sys.argv[1:]]) if ours else f"secateur ({program.name})"
     return text.encode(errors="backslashreplace").decode()  # file names need not be text
 
 

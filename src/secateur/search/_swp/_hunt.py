@@ -103,9 +103,9 @@ class Hunt:
                 empty = np.zeros((0, len(options.stages)))
                 self.candidates.judged(proposed, np.concatenate([empty, *ordered]))
                 self._judging = {}
-                keeper.save(self._state)
                 numbers, line = self._round(rounds)
-                meter.epoch(self.candidates.rounds, numbers, line)
+                meter.epoch(self.candidates.rounds, numbers, line)  # Before the checkpoint: a log misses nothing of it.
+                keeper.save(self._state)
 
     def _round(self, rounds: int) -> tuple[Mapping[str, float], str]:
         counts = [len(losses) for losses in self.candidates.losses]

@@ -1,9 +1,10 @@
 """What each loss of distillation adds to labels alone, in a short recovery, each at its own best learning rate.
 
 ResNet-20 at half of the MACs, one healed cut for all; the first 10,000 training images once. Every loss is trained at
-three learning rates with a seed of its own, judged on the 5,000 validation images; with the best rate it is trained
-with three other seeds, and only these see the test images, once each. Weights of losses are those that ``secateur
-distill`` takes if none is said; they were not tuned, except that of aligned features (docs/log.md).
+several learning rates, until the best has a worse one on both sides, with a seed of its own, judged on the 5,000
+validation images; with the best rate it is trained with three other seeds, and only these see the test images, once
+each. Weights of losses are those that ``secateur distill`` takes if none is said; they were not tuned, except that of
+aligned features (docs/log.md).
 
     OMP_NUM_THREADS=1 python benchmarks/losses.py [NAME...]
     python benchmarks/losses.py --summary
@@ -36,7 +37,8 @@ from secateur.train import Schedule, Silent, evaluate, fit
 
 MODEL = "cifar_resnet20"
 IMAGES = 10_000
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+FIRST = (0.003, 0.01)
 CHOOSING, SEEDS = 9, (0, 1, 2)
 KD = Objective(kd_weight=0.9, label_weight=0.1)
 OF_PROBABILITIES = (LossName.DKD, LossName.DIST, LossName.STANDARDISED)
@@ -129,6 +131,20 @@ def kept(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any
     return json.loads((RESULTS / f"{place}.json").read_text())
 
 
+def searched_rate(recovery: Recovery, name: str) -> float:
+    """The best rate on validation images, with a worse one on both sides as far as there are any."""
+    tried = [kept(recovery, name, rate, CHOOSING) for rate in FIRST]
+    while (rate := beside(tried)) is not None:
+        tried.append(kept(recovery, name, rate, CHOOSING))
+    return chosen_rate(tried)
+
+
+def beside(tried: list[dict[str, Any]]) -> float | None:
+    """The neighbour of the best rate that was not tried; None if there is none."""
+    at, known = RATES.index(chosen_rate(tried)), {record["learning_rate"] for record in tried}
+    return next((rate for rate in RATES[max(0, at - 1) : at + 2] if rate not in known), None)
+
+
 def chosen_rate(tried: list[dict[str, Any]]) -> float:
     """The best on the validation images; of equal ones the lowest."""
     return max(tried, key=lambda record: (record["validation"], -record["learning_rate"]))["learning_rate"]
@@ -151,19 +167,19 @@ def rows() -> Iterator[list[str]]:
     """One line per loss, the most gain first."""
     records = [json.loads(path.read_text()) for path in sorted((RESULTS / "losses").glob("*-seed*.json"))]
     tried = {name: [r for r in records if r["loss"] == name and "validation" in r] for name in WAYS}
-    rates = {name: chosen_rate(found) for name, found in tried.items() if len(found) == len(RATES)}
+    rates = {name: chosen_rate(found) for name, found in tried.items() if len(found) > 1 and beside(found) is None}
     found = {
         name: {r["seed"]: r for r in records if r["loss"] == name and "test" in r and r["learning_rate"] == rate}
         for name, rate in rates.items()
     }
     base = found["labels"]
-    for name, runs in sorted(found.items(), key=lambda pair: -_mean(pair[1])):
+    for name, runs in sorted(((name, runs) for name, runs in found.items() if runs), key=lambda pair: -_mean(pair[1])):
         gains = [100 * (runs[seed]["test"] - base[seed]["test"]) for seed in runs]
         error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 and name != "labels" else ""
-        validated = {r["learning_rate"]: r["validation"] for r in tried[name]}
+        validated = sorted((r["learning_rate"], r["validation"]) for r in tried[name])
         yield [
             name,
-            *(f"{100 * validated[rate]:.2f}" for rate in RATES),
+            ", ".join(f"{rate:g}: {100 * accuracy:.2f}" for rate, accuracy in validated),
             f"{rates[name]:g}",
             ", ".join(f"{100 * runs[seed]['test']:.2f}" for seed in sorted(runs)),
             f"{100 * _mean(runs):.2f}",
@@ -179,7 +195,7 @@ def _mean(runs: dict[int, dict[str, Any]]) -> float:
 def summary() -> str:
     """All records as one page."""
     start = json.loads((RESULTS / "losses" / "start.json").read_text())
-    header = ["loss", *(f"validation % at {rate:g}" for rate in RATES), "rate taken", "test % per seed", "mean"]
+    header = ["loss", "validation % by rate", "rate taken", "test % per seed", "mean"]
     return (
         "# What each loss adds to labels alone\n\n"
         f"{MODEL} at {100 * start['kept_macs']:.1f} % of the MACs (Knapsack, Refit), {start['images']} images of "
@@ -201,7 +217,7 @@ def main() -> None:
     if not asked.summary:
         recovery = begin()
         started(recovery)
-        rates = {name: chosen_rate([kept(recovery, name, r, CHOOSING) for r in RATES]) for name in asked.names}
+        rates = {name: searched_rate(recovery, name) for name in asked.names}
         for seed in SEEDS:  # In rounds, so that an interrupted benchmark has something of every loss.
             for name, rate in rates.items():
                 kept(recovery, name, rate, seed)

@@ -6,9 +6,9 @@ the last bit, architecture and every number of the manifest but times. After eac
 or whole; at the end ``secateur verify`` must pass and nothing may be left beside it. The uninterrupted run and the
 trials are processes with different hash seeds.
 
-Then disks (tests/full_disk.py): files that may not grow beyond a size, file systems with too little room, and ones that
-become read-only in the middle. The command must end with one clear error and code 2, leave nothing half-written, and go
-on to the same result once there is room.
+Then disks (tests/full_disk.py): files that may not grow beyond a size, file systems with too little room, and folders
+that can no longer be written from some moment on. The command must end with one clear error and code 2, leave nothing
+half-written, and go on to the same result once there is room.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1]
 
@@ -30,7 +30,7 @@ from _record import RESULTS, surroundings, table, write_record
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from full_disk import can_mount  # noqa: E402 -- beside the tests, which use it too
+from full_disk import can_freeze, can_mount  # noqa: E402 -- beside the tests, which use it too
 from killing import JOBS  # noqa: E402
 
 SHARES = {"uniform": 14, "pca": 10, "weights": 16, "tas": 14, "swp": 14, "latency": 8, "distil": 14, "study": 14}
@@ -94,7 +94,9 @@ def faults_of(job: str, folder: Path, seed: int) -> list[tuple[object, ...]]:
     """The faults of disks for one job, as far as this process may mount."""
     found: list[tuple[object, ...]] = [("limit", job, folder, *SIZES)]
     if can_mount(folder / "mount"):
-        found += [("room", job, folder, *ROOMS), ("frozen", job, folder, seed, FROZEN)]
+        found.append(("room", job, folder, *ROOMS))
+    if can_freeze(folder / "ice"):
+        found.append(("frozen", job, folder, seed, FROZEN))
     return found
 
 
@@ -158,9 +160,9 @@ the measurements of the uninterrupted one, as no time is the same twice.
 ## Disks
 
 limit: no file may be larger than a size (`RLIMIT_FSIZE`). room: a tmpfs with little room, enlarged afterwards. frozen:
-a tmpfs that becomes read-only at a random moment, writable again afterwards. Good: ended with one clear error and code
-2 (or did its work, where there was enough room), nothing half-written, and went on to the result of the uninterrupted
-run.
+folders in which nothing can be written from a random moment on (`chattr +i`), and again afterwards. Good: ended with
+one clear error and code 2 (or did its work, where there was enough room), nothing half-written, and went on to the
+result of the uninterrupted run.
 
 """
 

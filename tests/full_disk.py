@@ -1,13 +1,14 @@
-"""Commands on disks that are full or become read-only: refused in words, nothing half-written, and resumed with room.
+"""Commands on full disks, or where nothing can be written: refused in words, nothing half-written, resumed with room.
 
     python full_disk.py limit JOB FOLDER BYTES...    no file may be larger (RLIMIT_FSIZE; needs no rights)
     python full_disk.py room JOB FOLDER KBYTES...    a file system with so much room (tmpfs; needs the right to mount)
-    python full_disk.py frozen JOB FOLDER SEED N     one that becomes read-only at a random moment, N times (the same)
+    python full_disk.py frozen JOB FOLDER SEED N     nothing can be written from a random moment on, N times (chattr)
 
 FOLDER is one that ``killing.py whole`` has filled. One JSON object per line for every fault; several with a + between.
 """
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -50,6 +51,36 @@ def mounted(folder: Path, kilobytes: int) -> Generator[Path]:
         _call("umount", str(folder))
 
 
+def can_freeze(folder: Path) -> bool:
+    """Whether this process may make folders immutable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with immutable(folder):
+            return not _may_write(folder / "file")
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def _may_write(path: Path) -> bool:
+    try:
+        path.touch()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def immutable(folder: Path) -> Generator[None]:
+    """A folder in which, root or not, nothing can be written, made or removed. What is open already can be."""
+    # Twice: what was made while the first walk went on.
+    _call("chattr", "-R", "+i", str(folder), tolerant=True)
+    _call("chattr", "-R", "+i", str(folder))
+    try:
+        yield
+    finally:
+        _call("chattr", "-R", "-i", str(folder))
+
+
 def limit(job: Job, folder: Path, size: int) -> dict[str, Any]:
     """A run whose files may not be larger, and its end without that bound."""
     room = _fresh(folder)
@@ -69,20 +100,19 @@ def full(job: Job, folder: Path, kilobytes: int) -> dict[str, Any]:
 
 
 def frozen(job: Job, folder: Path, draw: random.Random) -> dict[str, Any]:
-    """A run whose file system becomes read-only meanwhile, and its end when it can be written again."""
+    """A run that loses the right to write meanwhile, and its end when it has it again."""
     room, log = _fresh(folder), folder / "full.log"
     log.unlink(missing_ok=True)
     seconds = json.loads((folder / "whole.json").read_text())["seconds"] * draw.random()
-    with mounted(room, ROOM_KB):
-        child = started(job, room / "out", log)
-        clock = (~child << 3) | 2
-        while time.clock_gettime(clock) < seconds:
-            time.sleep(0.001)
-        while subprocess.run(["mount", "-o", "remount,ro", str(room)], check=False, capture_output=True).returncode:
-            time.sleep(0.001)
+    child = started(job, room / "out", log)
+    clock = (~child << 3) | 2
+    while (
+        time.clock_gettime(clock) < seconds and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.001)
+    with immutable(room):
         code = ended(child)
-        _call("mount", "-o", "remount,rw", str(room))
-        return {"at": seconds, **_judged(job, folder, room, log, code)}
+    return {"at": seconds, **_judged(job, folder, room, log, code)}
 
 
 def _judged(job: Job, folder: Path, room: Path, log: Path, code: int) -> dict[str, Any]:
@@ -109,8 +139,8 @@ def _fresh(folder: Path) -> Path:
     return room
 
 
-def _call(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True)
+def _call(*words: str, tolerant: bool = False) -> None:
+    subprocess.run(words, check=not tolerant, capture_output=True)
 
 
 def faults(what: str, job: Job, folder: Path, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:

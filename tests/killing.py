@@ -29,6 +29,8 @@ from typing import Any
 
 _TIMES = ("seconds", "images_per_s", "cpu_s", "date", "command")
 """Fields that are never the same twice."""
+_BEGINNING_S = 0.1
+"""A command that reads its words listens to no signals yet, as while python starts."""
 _JITTER_S = 0.02
 """After the moment that was drawn: a process that waits for the disk uses no time of the processor."""
 
@@ -262,14 +264,14 @@ def trial(
     room.mkdir()
     if job.work:
         shutil.copytree(folder / "begin", room / "out.work")
-    moments, code, expected = list[float](), 1, 1
-    while code == expected and len(moments) < most:
+    moments, code, hit = list[float](), 1, True
+    while hit and len(moments) < most:
         number, moment = draw.choice(numbers), whole["seconds"] * draw.random()
-        expected = -number if number == signal.SIGKILL else 128 + number
         code = killed(started(job, out, log), moment, draw, number)
+        hit = code in _ends_of(number, moment)
         job.check(out)
-        moments += [moment] if code == expected else []
-    if code == expected:
+        moments += [moment] if hit else []
+    if hit:
         code = ended(started(job, out, log))
     found = {"kills_at": moments, "exit_code": code, "same": False, "left": [], "verified": None}
     if code == 0:
@@ -283,6 +285,13 @@ def trial(
     else:
         found["room"], found["log"] = str(room), log.read_text()[-3000:]
     return found
+
+
+def _ends_of(number: int, moment_s: float) -> tuple[int, ...]:
+    """The exit codes that a signal may lead to."""
+    if number == signal.SIGKILL:
+        return (-number,)
+    return (128 + number, -number) if moment_s < _BEGINNING_S else (128 + number,)
 
 
 def trials(job: Job, folder: Path, seed: int, count: int, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -85,7 +85,7 @@ def limit(job: Job, folder: Path, size: int) -> dict[str, Any]:
     """A run whose files may not be larger, and its end without that bound."""
     room = _fresh(folder)
     code = ended(started(job, room / "out", room / "log", no_larger(size)))
-    return {"bytes": size, **_judged(job, folder, room, room / "log", code)}
+    return {"bytes": size, **_judged(job, folder, room, room / "log", code, _hidden(room))}
 
 
 def full(job: Job, folder: Path, kilobytes: int) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def full(job: Job, folder: Path, kilobytes: int) -> dict[str, Any]:
         code = ended(started(job, room / "out", log))
         used = shutil.disk_usage(room).used // 1024
         _call("mount", "-o", f"remount,size={ROOM_KB}k", str(room))
-        return {"kilobytes": kilobytes, "used_after": used, **_judged(job, folder, room, log, code)}
+        judged = _judged(job, folder, room, log, code, _hidden(room))
+        return {"kilobytes": kilobytes, "used_after": used, **judged}
 
 
 def frozen(job: Job, folder: Path, draw: random.Random) -> dict[str, Any]:
@@ -112,24 +113,29 @@ def frozen(job: Job, folder: Path, draw: random.Random) -> dict[str, Any]:
         time.sleep(0.001)
     with immutable(room):
         code = ended(child)
-    return {"at": seconds, **_judged(job, folder, room, log, code)}
+    # Where nothing can be written nothing can be removed either: what counts is what is left in the end.
+    return {"at": seconds, **_judged(job, folder, room, log, code, ())}
 
 
-def _judged(job: Job, folder: Path, room: Path, log: Path, code: int) -> dict[str, Any]:
-    """What the command said, whether anything is half-written, and whether it goes on to the same."""
+def _judged(job: Job, folder: Path, room: Path, log: Path, code: int, half_written: Sequence[str]) -> dict[str, Any]:
+    """What the command said, whether anything is or stays half-written, and whether it goes on to the same."""
     said, out = log.read_text(), room / "out"
     job.check(out)
     error = next((line for line in said.splitlines() if line.startswith("Error:")), "")
     whole = json.loads((folder / "whole.json").read_text())["outcome"]
     clear = code == 0 or (code == 2 and bool(error) and "Traceback" not in said)
-    hidden = sorted(path.name for path in room.iterdir() if path.name.startswith("."))
     again = ended(started(job, out, log)) if code else 0
     same = again == 0 and json.loads(json.dumps(job.outcome(out))) == whole
+    left = [*half_written, *_hidden(room)]
     found = {
-        "exit_code": code, "error": error.replace(str(room), "..."), "half_written": hidden, "resumed": again,
-        "same": same, "good": clear and not hidden and same,
+        "exit_code": code, "error": error.replace(str(room), "..."), "half_written": left, "resumed": again,
+        "same": same, "good": clear and not left and same,
     }  # fmt: skip
     return found if found["good"] else {**found, "log": log.read_text()[-3000:]}
+
+
+def _hidden(room: Path) -> list[str]:
+    return sorted(path.name for path in room.iterdir() if path.name.startswith("."))
 
 
 def _fresh(folder: Path) -> Path:

@@ -17,6 +17,7 @@ import typer
 from rich.text import Text
 
 from secateur.cli._boundary import INTERRUPTED, err
+from secateur.errors import SecateurError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOPPING = b"\nStopping: a checkpoint is written after this step. The same signal once more ends everything at once.\n"
@@ -51,7 +52,10 @@ def goes_on(command: _Command) -> _Command:
         with obeyed() as caught:
             try:
                 return command(*args, **kwargs)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SecateurError) as error:
+                # Libraries catch interrupts and end with an error of their own, as torch's exporters do.
+                if isinstance(error, SecateurError) and caught.number is None:
+                    raise
                 err().print(Text(_after(kwargs["out_folder"])), soft_wrap=True)
                 raise typer.Exit(caught.exit_code) from None
 

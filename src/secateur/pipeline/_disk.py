@@ -23,8 +23,8 @@ def told_of_disk(folder: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise ArtifactError(
-            f"{folder} could not be written: {error.strerror or error}. Nothing half-written is left there; make room "
-            "or choose another folder, then go on with --resume."
+            f"{folder} could not be written: {error.strerror or error}. Make room, mend the permissions or choose "
+            "another folder, then go on with --resume; what was whole is as it was."
         ) from error
 
 

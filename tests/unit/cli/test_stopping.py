@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from secateur.cli._stopping import goes_on, obeyed
+from secateur.errors import ExportError
 from secateur.train import stoppable
 from secateur.train._stop import listening
 
@@ -39,6 +40,21 @@ def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: 
         command(out_folder=tmp_path / "out")
     assert ended.value.exit_code == code
     assert not done
+
+
+def test_a_library_that_makes_an_error_of_the_signal_is_seen_through(tmp_path: Path) -> None:
+    """As torch's ONNX exporter does, whose error becomes ours."""
+
+    @goes_on
+    def command(*, out_folder: Path) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ExportError("`model` must hold only operations that ONNX has.") from error
+
+    with pytest.raises(typer.Exit) as ended:
+        command(out_folder=tmp_path / "out")
+    assert ended.value.exit_code == 143
 
 
 def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,15 +119,16 @@ def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr().err == "Interrupted. Nothing was written.\n"
 
 
-def test_results_and_errors_come_through() -> None:
+@pytest.mark.parametrize("kind", [ValueError, ExportError])
+def test_results_and_errors_come_through(kind: type[Exception]) -> None:
     @goes_on
     def command(*, out_folder: Path) -> str:
         if out_folder.name == "bad":
-            raise ValueError("mine")
+            raise kind("mine")
         return "done"
 
     assert command(out_folder=Path("good")) == "done"
-    with pytest.raises(ValueError, match="mine"):
+    with pytest.raises(kind, match="mine"):
         command(out_folder=Path("bad"))
 
 

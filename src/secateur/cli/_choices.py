@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from secateur.importance import Importance
     from secateur.pipeline import Branches, Format, Start
     from secateur.search import AxisRule
-    from secateur.train import SGD, AdamW, Precision, Progress, Saving
+    from secateur.train import SGD, AdamW, Execution, Precision, Progress, Saving
 
 Words = Sequence[str] | None
 """What a repeatable flag gives."""
@@ -179,6 +179,13 @@ def precision_of(name: PrecisionName) -> Precision | None:
         PrecisionName.BF16: Precision.BF16_MIXED,
     }
     return names[name]
+
+
+def execution_of(compiled: bool) -> Execution:
+    """How the networks of a training are run."""
+    from secateur.train import Compiled, Eager
+
+    return Compiled() if compiled else Eager()
 
 
 def formats_of(text: str) -> tuple[Format, ...]:

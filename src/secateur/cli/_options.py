@@ -383,6 +383,14 @@ KdWeight = Annotated[float, typer.Option(help="Of the teacher's probabilities.",
 LabelWeight = Annotated[float, typer.Option(help="Of the labels.", min=0, rich_help_panel=_TRAIN)]
 FeatureWeight = Annotated[float, typer.Option(help="Of the teacher's aligned features.", min=0, rich_help_panel=_TRAIN)]
 Precision = Annotated[PrecisionName, typer.Option(help="Number formats of the training.", rich_help_panel=_TRAIN)]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Run both networks by torch.compile: about a minute at first, then often faster.",
+        rich_help_panel=_TRAIN,
+    ),
+]
 
 Teacher = Annotated[
     str, typer.Option(help="As --model of the other commands.", rich_help_panel=_MODEL, show_default=False)

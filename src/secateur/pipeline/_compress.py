@@ -38,7 +38,18 @@ from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
 from secateur.sparsity import Sparsify, WeightPruning
-from secateur.train import Progress, Saving, Schedule, TerminalProgress, Trained, distill, evaluate, open_fabric
+from secateur.train import (
+    Eager,
+    Execution,
+    Progress,
+    Saving,
+    Schedule,
+    TerminalProgress,
+    Trained,
+    distill,
+    evaluate,
+    open_fabric,
+)
 
 CALIBRATION_IMAGES = 1024
 """Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
@@ -71,6 +82,7 @@ def compress(
     source: ModelSource | None = None,
     leftover: Leftover = Leftover.REFUSE,
     saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
@@ -113,6 +125,7 @@ def compress(
             `secateur.models.load_model`. Without it, loading needs ``factory=``.
         leftover: What to do with an interrupted run at the same ``out``.
         saving: When searches and trainings write checkpoints, beside those at the ends of epochs; only with ``out``.
+        execution: How original and student are run in the recovery, see `secateur.train.fit`; not in searches.
         seed: Of everything that is random.
         device: Where to compute; None means the accelerator if there is one.
         progress: Shows the search, where it takes long, and the training.
@@ -132,6 +145,9 @@ def compress(
         check_output(delivery.folder)
         check_formats(delivery.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
+    fabric = open_fabric(schedule.precision, device=device)
+    if schedule.epochs:
+        execution.check(fabric)  # Before a search of hours, whose end would be the first to say it.
     plan = Plan(
         model=model,
         data=data,
@@ -147,7 +163,7 @@ def compress(
         start=start,
         calibration=min(calibration_images, len(data.train)),
         seed=seed,
-        fabric=open_fabric(schedule.precision, device=device),
+        fabric=fabric,
         name=name or type(model).__name__,
         command=command,
         delivery=delivery,
@@ -157,6 +173,7 @@ def compress(
         target=target,
         cache=cache,
         saving=saving,
+        execution=execution,
     )
     return _run(plan)
 
@@ -223,6 +240,7 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify 
         sparsify=zeros,
         checkpoint=None if work is None else work.checkpoint,
         saving=plan.saving,
+        execution=plan.execution,
         progress=plan.progress,
         fabric=plan.fabric,
     )

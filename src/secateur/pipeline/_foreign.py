@@ -24,6 +24,8 @@ from secateur.pipeline._work import Leftover, surroundings_of, workplace, workpl
 from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch, write_report
 from secateur.sparsity import nonzero_params
 from secateur.train import (
+    Eager,
+    Execution,
     Progress,
     Saving,
     Schedule,
@@ -51,6 +53,7 @@ def distill_into(
     export: Sequence[Format] = (Format.ONNX,),
     leftover: Leftover = Leftover.REFUSE,
     saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
@@ -72,6 +75,7 @@ def distill_into(
         export: Files for other runtimes; only with ``out``.
         leftover: What to do with an interrupted run at the same ``out``.
         saving: When checkpoints are written, beside those at the ends of epochs; only with ``out``.
+        execution: How both are run, see `secateur.train.fit`.
         seed: Of order, augmentation and dropout.
         device: Where to compute; None means the accelerator if there is one.
         progress: Shows the training.
@@ -85,13 +89,16 @@ def distill_into(
         SecateurError: One of its subclasses, with the way out.
     """
     fabric = open_fabric(schedule.precision, device=device)
+    execution.check(fabric)
     images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
     for pupil in (teacher, student):
         check_belongs(own_copy(pupil.model, fabric.device), data, images)
     if out is not None:
         check_output(out)
         check_formats(export)
-    run = Lesson(student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving)
+    run = Lesson(
+        student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
+    )
     if out is None:
         trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
@@ -119,6 +126,7 @@ def _learn(
             remember=remember,
             checkpoint=checkpoint,
             saving=run.saving,
+            execution=run.execution,
             progress=progress,
             fabric=run.fabric,
         )
@@ -133,6 +141,7 @@ def _learn(
             objective=run.objective,
             checkpoint=checkpoint,
             saving=run.saving,
+            execution=run.execution,
             progress=progress,
             fabric=run.fabric,
         )

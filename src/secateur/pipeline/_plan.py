@@ -23,7 +23,7 @@ from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
 from secateur.sparsity import WeightPruning
-from secateur.train import Progress, Saving, Schedule
+from secateur.train import Eager, Execution, Progress, Saving, Schedule
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -93,6 +93,7 @@ class Plan:
     target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
     cache: Cache | None = None
     saving: Saving = Saving()  # noqa: RUF009 - frozen
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from secateur.data import ImageData
 from secateur.distill import Objective, Term
 from secateur.models import ModelSource
 from secateur.report import RunReport
-from secateur.train import Saving, Schedule, Trained, digest
+from secateur.train import Eager, Execution, Saving, Schedule, Trained, digest
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -89,6 +89,7 @@ class Lesson:
     fabric: "Fabric"
     command: str
     saving: Saving = Saving()  # noqa: RUF009 - frozen
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     def settings(self) -> dict[str, str]:
         """What makes two runs the same; the rest is in the checkpoints' own settings."""

@@ -5,6 +5,7 @@ from secateur.train._chains import born_again, distill_chain
 from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
 from secateur.train._csv import CsvLog
 from secateur.train._evaluate import Accuracy, evaluate, measure
+from secateur.train._execution import Compiled, Eager, Execution
 from secateur.train._fit import distill, fit
 from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import (
@@ -43,8 +44,11 @@ __all__ = [
     "Accuracy",
     "AdamW",
     "Batches",
+    "Compiled",
     "CsvLog",
+    "Eager",
     "EpochRecord",
+    "Execution",
     "Keeper",
     "Ledger",
     "Meter",

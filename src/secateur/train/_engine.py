@@ -54,7 +54,7 @@ class Engine:
         self._teaching = None
         if teacher is not None:
             teacher = placed(teacher, task.fabric.device).eval().requires_grad_(requires_grad=False)
-            self._teaching = Teaching(in_precision(task.fabric, teacher), memory)
+            self._teaching = Teaching(in_precision(task.fabric, task.execution.prepared(teacher)), memory)
         self._learner = Learner(task, student, teacher)
 
     @property
@@ -81,7 +81,12 @@ class Engine:
         part = self._partway = self._partway or Partway(self.epoch, task.fabric)
         first = self.epoch * task.steps
         teach = None if self._teaching is None else self._teaching.logits
-        with part.opened(task.schedule.seed, meter), self._taught(), learner.watching():
+        with (
+            part.opened(task.schedule.seed, meter),
+            self._taught(),
+            learner.watching(),
+            task.execution.running(),
+        ):
             for images, labels in task.batches(self.epoch, part.steps):
                 step = first + part.steps
                 rate = task.learning_rate_at(step)

@@ -16,6 +16,7 @@ from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches, TrainingData
 from secateur.train._checkpoint import Saved, load_checkpoint
 from secateur.train._engine import Engine
+from secateur.train._execution import Eager, Execution
 from secateur.train._machine import precision_of, usable
 from secateur.train._parallel import check_divisible, gathered
 from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
@@ -44,6 +45,7 @@ def fit(
     remember: Path | None = None,
     checkpoint: Path | None = None,
     saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -74,6 +76,7 @@ def fit(
             and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
         checkpoint: Folder for checkpoints; None writes none.
         saving: When checkpoints are written within an epoch.
+        execution: How student and teacher are run: `Eager()`, or `Compiled()` by `torch.compile`, on one device.
         progress: `TerminalProgress()`, `Silent()`, or your own.
         fabric: A Fabric for one device, or for several with the strategy ddp, and its precision; None opens one, see
             `open_fabric`. Of several processes, all of which must call this with the same arguments, each takes its
@@ -95,9 +98,12 @@ def fit(
     fabric = usable(fabric, schedule.precision)
     if schedule.epochs:
         check_divisible(fabric, min(schedule.batch_size, len(source)), schedule.accumulate)
+    else:
+        execution = Eager()
+    execution.check(fabric)
     progress = progress if fabric.is_global_zero else Silent()
     teacher = teacher if objective.needs_teacher else None
-    task = Task(source, validation, augment, objective, schedule, alignment, fabric, sparsify)
+    task = Task(source, validation, augment, objective, schedule, alignment, fabric, sparsify, execution)
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
             student = sparsify.begun(student, schedule.epochs * task.steps)
@@ -137,6 +143,7 @@ def distill(
     remember: Path | None = None,
     checkpoint: Path | None = None,
     saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -154,6 +161,7 @@ def distill(
         remember: See `fit`.
         checkpoint: See `fit`.
         saving: See `fit`.
+        execution: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
 
@@ -176,6 +184,7 @@ def distill(
         remember=remember,
         checkpoint=checkpoint,
         saving=saving,
+        execution=execution,
         progress=progress,
         fabric=fabric,
     )
@@ -198,6 +207,8 @@ def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> Remem
             "which must run. Leave `remember` out."
         )
     settings = {"teacher": digest(teacher), "precision": precision_of(task.fabric).name}
+    if task.execution != Eager():
+        settings["execution"] = repr(task.execution)
     return RememberedLogits(folder, task.schedule.seed, settings)
 
 
@@ -262,6 +273,8 @@ def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict
     settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
     settings["student"] = digest(student)
     settings["teacher"] = "none" if teacher is None else digest(teacher)
+    if task.execution != Eager():
+        settings["execution"] = repr(task.execution)
     if task.fabric.world_size > 1:
         settings["processes"] = str(task.fabric.world_size)
     if task.sparsify is not None:

@@ -49,7 +49,7 @@ class Learner:
         learners = nn.ModuleList([self.student, self._losses])
         self._learning = [p for p in learners.parameters() if p.requires_grad]
         self._optimiser = schedule.optimiser.build(learners, schedule.learning_rate)
-        self._forward = in_precision(task.fabric, self.student)
+        self._forward = in_precision(task.fabric, task.execution.prepared(self.student))
         self._features: FeatureWatch | None = None
         self._taps: TapWatch | None = None
         self._checked = False

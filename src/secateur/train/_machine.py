@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -131,8 +131,8 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)
 
 
-def in_precision(fabric: "Fabric", model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's forward in the precision of a Fabric, with a float32 output.
+def in_precision(fabric: "Fabric", model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """A model's forward in the precision of a Fabric, with a float32 output.
 
     Not `Fabric.setup`: with several processes that would make every backward pass send its gradients, see
     `average_gradients_`.

@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.distill import AlignedFeatures, Objective, Term
 from secateur.train._batches import TrainingData
+from secateur.train._execution import Eager, Execution
 from secateur.train._fit import distill, fit
 from secateur.train._progress import Progress, TerminalProgress
 from secateur.train._record import Trained
@@ -29,6 +30,7 @@ def distill_after_hints(
     alignment: AlignedFeatures | None = None,
     checkpoint: Path | None = None,
     saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
@@ -49,6 +51,7 @@ def distill_after_hints(
         alignment: See `distill`.
         checkpoint: Folder for both stages' checkpoints, ``hints`` and ``student`` in it; a run that finds them goes on.
         saving: See `fit`.
+        execution: See `fit`.
         progress: See `fit`.
         fabric: See `fit`.
 
@@ -70,6 +73,7 @@ def distill_after_hints(
         augment=data.augment,
         checkpoint=None if checkpoint is None else checkpoint / "hints",
         saving=saving,
+        execution=execution,
         progress=progress,
         fabric=fabric,
     )
@@ -82,6 +86,7 @@ def distill_after_hints(
         alignment=alignment,
         checkpoint=None if checkpoint is None else checkpoint / "student",
         saving=saving,
+        execution=execution,
         progress=progress,
         fabric=fabric,
     )

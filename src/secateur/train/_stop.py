@@ -60,6 +60,12 @@ def stoppable() -> Generator[StopRequest]:
         _current.reset(token)
 
 
+def asked_to_stop() -> bool:
+    """Whether the block that this runs in was asked to stop."""
+    request = _current.get()
+    return request is not None and request.asked
+
+
 @contextmanager
 def listening() -> Generator[StopRequest]:
     """A loop that obeys the request of the block it runs in; outside of such a block nobody can ask."""

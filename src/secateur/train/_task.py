@@ -9,6 +9,7 @@ from torch import Tensor
 from secateur.distill import AlignedFeatures, Objective
 from secateur.sparsity import Sparsify
 from secateur.train._batches import Batches
+from secateur.train._execution import Eager, Execution
 from secateur.train._schedule import Schedule
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Task:
     alignment: AlignedFeatures | None
     fabric: "Fabric"
     sparsify: Sparsify | None = None
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     @property
     def steps(self) -> int:

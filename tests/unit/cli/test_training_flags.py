@@ -7,7 +7,7 @@ import pytest
 from command_line import secateur
 
 from secateur.errors import TrainingError
-from secateur.train import Saving, Schedule
+from secateur.train import Compiled, Eager, Execution, Saving, Schedule
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> dict[str, Any]:
@@ -60,3 +60,10 @@ def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
 )
 def test_times_of_checkpoints(monkeypatch, tmp_path, words, wanted):
     assert seen_by(monkeypatch, tmp_path, *words)["saving"] == wanted
+
+
+@pytest.mark.parametrize(("words", "wanted"), [((), Eager()), (("--compile",), Compiled())])
+def test_networks_are_compiled_if_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...], wanted: Execution
+) -> None:
+    assert seen_by(monkeypatch, tmp_path, *words)["execution"] == wanted

@@ -40,6 +40,9 @@ MOST_PIXELS = 2**26
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """What is decoded, whatever a file is called. PIL knows many more formats; some of them start other programs (EPS)."""
 
+_MOST_AT_ONCE = 2**24
+"""Bytes of a file that are read before it is known what they are; of larger ones only what the decoder asks for."""
+
 Encoded = bytes | Path
 """An image file, in memory or on disk."""
 
@@ -62,7 +65,7 @@ def open_image(
         DataError: If it cannot be decoded or has more than 8 bits per channel.
     """
     try:
-        with _opened(encoded) as image:
+        with _opened(_at_once(encoded)) as image:
             if least is not None:
                 image.draft(None, least(image.size))
             image.load()
@@ -78,6 +81,15 @@ def open_image(
             f"{where()} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG."
         )
     return image.convert(_CONVERTED_TO[image.mode])
+
+
+def _at_once(encoded: Encoded) -> Encoded:
+    """The bytes of a file of usual size: one call instead of PIL's dozens, each of which waits for a disk by itself."""
+    if isinstance(encoded, bytes):
+        return encoded
+    with open_regular(encoded) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.read(size) if size <= _MOST_AT_ONCE else encoded
 
 
 def probe(path: Path) -> tuple[str, tuple[int, int]]:

@@ -106,7 +106,14 @@ def main() -> None:
         # The first use of torch.compile in a process imports it; that is no part of compiling a network.
         with Compiled().running():
             torch.compile(lambda values: values * 2 + 1)(torch.ones(8))
-        found = [measure(name, arguments.batch, arguments.steps, arguments.rounds) for name in arguments.models]
+        found: list[dict[str, Any]] = []
+        for name in arguments.models:
+            found.append(measure(name, arguments.batch, arguments.steps, arguments.rounds))
+            write(found, arguments.batch)  # Compiling takes minutes: what is measured is kept.
+
+
+def write(found: list[dict[str, Any]], batch: int) -> None:
+    """The record and the table."""
     precision = best_precision(CPU).name
     path = write_record("compiled_step", {"surroundings": surroundings(), "precision": precision, "found": found})
     rows = [
@@ -122,7 +129,7 @@ def main() -> None:
     ]
     header = ["network", "eager images/s", "compiled", "ratio", "smallest to largest", "s of compiling", "pays after"]
     text = (
-        f"# Compiled training steps, batch {arguments.batch}, {precision}, one thread\n\n"
+        f"# Compiled training steps, batch {batch}, {precision}, one thread\n\n"
         f"{table(header, rows)}\nPays after: images seen in training until the compiling is won back.\n"
     )
     path.with_suffix(".md").write_text(text)

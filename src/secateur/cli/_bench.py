@@ -37,7 +37,7 @@ def bench(
     from secateur.cli._targets import target_of
     from secateur.latency import measure_each
 
-    runtime = target_of(target, thread_count, batch, device)
+    runtime = target_of(target, thread_count, batch, device, device_flag="--device")
     given = [Inputs(name, None, None, image_size=image_size, trust_source=trust_source, seed=seed) for name in models]
     found = measure_each([(each.opened.model, (each.example(batch),)) for each in given], runtime, rounds=rounds)
     names = [each.opened.name for each in given]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from secateur.cli._devices import check_device
 from secateur.cli._options import (
     AttentionName,
     FormatName,
@@ -13,7 +14,7 @@ from secateur.cli._options import (
     OptimiserName,
     PrecisionName,
 )
-from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
+from secateur.errors import ChoiceError, DataError, ExportError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -232,18 +233,4 @@ def device_of(text: str) -> torch.device | None:
     Raises:
         TrainingError: If this machine has no such device.
     """
-    import torch
-
-    if text == "auto":
-        return None
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise TrainingError(
-            f"`--device` must be one that this machine has; got {text!r} ({reason}). Say auto or cpu."
-        ) from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise TrainingError(f"`--device` must be auto, cpu, cuda, cuda:N or mps; got {text!r}.")
-    return device
+    return None if text == "auto" else check_device("--device", text, instead="auto or cpu")

@@ -2,14 +2,16 @@
 
 from secateur.cli import _options as options
 from secateur.cli._boundary import command_line, threads, told
-from secateur.cli._options import OptimiserName, PrecisionName
-from secateur.cli._saying import show, silent, tell
+from secateur.cli._options import PrecisionName
+from secateur.cli._saying import show
+from secateur.cli._shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
+from secateur.cli._spread import spread
 from secateur.cli._stopping import goes_on
-from secateur.errors import ArtifactError
 
 
 @told
 @goes_on
+@spread
 def distill(
     *,
     teacher: options.Teacher,
@@ -18,12 +20,7 @@ def distill(
     out_folder: options.Out,
     teacher_weights: options.TeacherWeights = None,
     student_weights: options.StudentWeights = None,
-    trust_source: options.TrustSource = False,
-    limit: options.Limit = None,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    validation_fraction: options.ValidationFraction = 0.1,
+    given: ImageFlags,
     loss: options.Losses = None,
     hints: options.Hints = None,
     hint_epochs: options.HintEpochs = 0,
@@ -31,38 +28,17 @@ def distill(
     epochs: options.Epochs = 30,
     batch_size: options.BatchSize = 128,
     learning_rate: options.LearningRate = 0.05,
-    warmup: options.Warmup = 0.05,
-    optimizer: options.Optimiser = OptimiserName.SGD,
-    weight_decay: options.WeightDecay = None,
-    ema: options.Ema = None,
-    accumulate: options.Accumulate = 1,
-    clip_norm: options.ClipNorm = None,
-    auto_augment: options.AutoAugment = None,
-    erase: options.Erase = 0.0,
-    mixup: options.Mixup = 0.0,
-    cutmix: options.Cutmix = 0.0,
-    label_smoothing: options.LabelSmoothing = 0.0,
-    temperature: options.Temperature = 4.0,
+    training: TrainingFlags,
     label_weight: options.LabelWeight = 0.1,
     precision: options.Precision = PrecisionName.AUTO,
     compiled: options.Compile = False,
-    export: options.Export = "onnx",
-    resume: options.Resume = False,
-    restart: options.Restart = False,
-    checkpoint_minutes: options.CheckpointMinutes = 10.0,
-    checkpoint_steps: options.CheckpointSteps = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    thread_count: options.Threads = None,
-    tensorboard: options.TensorBoard = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    work: WorkFlags,
+    machine: MachineFlags,
 ) -> None:
     """Teach any student by any teacher: train, verify, export, report."""
     from dataclasses import replace
 
     from secateur.cli import _choices
-    from secateur.cli._inputs import Inputs
     from secateur.cli._losses import (
         OF_LOGITS,
         Pair,
@@ -73,54 +49,36 @@ def distill(
         objective_of,
         taps_of,
     )
-    from secateur.pipeline import Hinting, Leftover, Pupil, check_output, distill_into
-    from secateur.train import Schedule
+    from secateur.pipeline import Hinting, Pupil, check_output, distill_into
 
-    if resume and restart:
-        raise ArtifactError("`--resume` goes on with an interrupted run and `--restart` removes it; give one of them.")
-    losses, taps, formats = losses_of(loss), taps_of(hints), _choices.formats_of(export)
-    varied = _choices.variation_of(auto_augment, erase, mixup, cutmix)
-    if mixup or cutmix:
+    leftover = work.leftover
+    losses, taps, formats = losses_of(loss), taps_of(hints), work.formats
+    varied = training.variation
+    if training.mixup or training.cutmix:
         check_mixable(losses)
-    progress = _choices.progress_of(quiet, tensorboard)
-    saving = _choices.saving_of(checkpoint_minutes, checkpoint_steps)
-    schedule = Schedule(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_fraction=warmup,
-        optimiser=_choices.optimiser_of(optimizer, weight_decay),
-        ema_decay=ema,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        precision=_choices.precision_of(precision),
-        seed=seed,
+    progress, saving = machine.progress, work.saving
+    schedule = training.schedule(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, precision=precision, seed=work.seed
     )
     check_output(out_folder)
-    known = Inputs(
-        teacher,
-        teacher_weights,
-        data,
-        image_size=image_size,
-        trust_source=trust_source,
-        seed=seed,
-        limit=limit,
-        mean=_choices.numbers_of(mean, "--mean"),
-        std=_choices.numbers_of(std, "--std"),
-        validation_fraction=validation_fraction,
-    )
+    known = given.inputs(teacher, teacher_weights, data, work.seed)
     learner = replace(known, model=student, weights=student_weights)
     images, taught = known.images, learner.opened_for(known.images)
     pair = Pair(taught.model, known.opened.model, known.example(2), len(images.train))
     if any(name not in OF_LOGITS for name in losses):
         taps = taps or inferred_taps(pair)
     objective = objective_of(
-        losses, pair, taps, temperature=temperature, label_weight=label_weight, label_smoothing=label_smoothing
+        losses,
+        pair,
+        taps,
+        temperature=training.temperature,
+        label_weight=label_weight,
+        label_smoothing=training.label_smoothing,
     )
     hinting = None
     if hint_epochs:
         hinting = Hinting(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
-    with threads(thread_count):
+    with threads(machine.thread_count):
         result = distill_into(
             Pupil(taught.model, taught.name, taught.source, taught.architecture),
             teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
@@ -131,13 +89,13 @@ def distill(
             remember=remember,
             out=out_folder,
             export=formats,
-            leftover=Leftover.RESUME if resume else Leftover.DISCARD if restart else Leftover.REFUSE,
+            leftover=leftover,
             saving=saving,
             execution=_choices.execution_of(compiled),
-            seed=seed,
-            device=_choices.device_of(device),
+            seed=work.seed,
+            device=machine.place,
             progress=progress,
-            tell=silent if quiet else tell,
+            tell=machine.tell,
             command=command_line(),
         )
     show(result)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secateur.cli._devices import check_device
+
 if TYPE_CHECKING:
     from secateur.latency import Target
 
@@ -54,14 +56,15 @@ Rounds = Annotated[
 ]
 
 
-def target_of(name: TargetName, threads: int, batch: int, device: str = "cpu") -> Target:
+def target_of(
+    name: TargetName, threads: int, batch: int, device: str = "cpu", *, device_flag: str = "--target-device"
+) -> Target:
     """The target of a name.
 
     Raises:
-        ExportError: If a flag has no effect on it, or this machine has no such device.
+        ExportError: If a flag has no effect on it.
+        TrainingError: If this machine has no such device.
     """
-    import torch
-
     from secateur.errors import ExportError
     from secateur.latency import OnnxRuntime, TorchCompiled, TorchEager
 
@@ -71,9 +74,5 @@ def target_of(name: TargetName, threads: int, batch: int, device: str = "cpu") -
                 f"`--target ort` must run on the CPU; got the device {device!r}. Say --target torch or compiled for it."
             )
         return OnnxRuntime(threads, batch)
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise ExportError(f"A target's device must be one that this machine has; got {device!r} ({reason}).") from error
+    check_device(device_flag, device)
     return (TorchEager if name is TargetName.TORCH else TorchCompiled)(threads, batch, device)

@@ -6,7 +6,7 @@ import pytest
 from command_line import secateur
 
 from secateur.cli._targets import TargetName, target_of
-from secateur.errors import ExportError
+from secateur.errors import ExportError, TrainingError
 from secateur.latency import OnnxRuntime, TorchCompiled, TorchEager
 
 
@@ -43,5 +43,13 @@ def test_targets_by_name():
     assert target_of(TargetName.COMPILED, 1, 1) == TorchCompiled(1, 1, "cpu")
     with pytest.raises(ExportError, match="`--target ort` must run on the CPU; got the device 'cuda'"):
         target_of(TargetName.ORT, 1, 1, "cuda")
-    with pytest.raises(ExportError, match="device must be one that this machine has; got 'moon'"):
+    with pytest.raises(
+        TrainingError, match=r"`--target-device` must be a device that this machine has.*'moon'.*Say cpu"
+    ):
         target_of(TargetName.TORCH, 1, 1, "moon")
+
+
+def test_a_device_that_is_not_there_is_named_with_the_flag_of_the_command():
+    found = secateur("bench", "digits_resnet", "--target", "torch", "--device", "moon")
+    assert found.exit_code == 2
+    assert "`--device` must be a device that this machine has" in found.stderr.replace("\n", " ")

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,8 +33,9 @@ from secateur.pipeline._plan import (
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
 from secateur.pipeline._timed import is_timed
+from secateur.pipeline._together import fabric_for, first_alone
 from secateur.pipeline._traced import Branches
-from secateur.pipeline._work import Leftover, Workplace, surroundings_of, workplace
+from secateur.pipeline._work import Leftover, Workplace, surroundings_of, workplace, workplace_of
 from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
@@ -44,12 +46,15 @@ from secateur.train import (
     Progress,
     Saving,
     Schedule,
+    Silent,
     TerminalProgress,
     Trained,
     distill,
     evaluate,
-    open_fabric,
 )
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CALIBRATION_IMAGES = 1024
 """Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
@@ -85,6 +90,7 @@ def compress(
     execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
+    fabric: "Fabric | None" = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     tell: Callable[[str], None] = silent,
     name: str = "",
@@ -128,6 +134,9 @@ def compress(
         execution: How original and student are run in the recovery, see `secateur.train.fit`; not in searches.
         seed: Of everything that is random.
         device: Where to compute; None means the accelerator if there is one.
+        fabric: Instead of a device: several processes, such as `secateur.train.open_group` has of torchrun. All call
+            this with the same arguments; the first searches, cuts, writes to ``out``, which all must see, and tells;
+            all train. Every one returns the model, only the first what was written.
         progress: Shows the search, where it takes long, and the training.
         tell: Receives one sentence per step.
         name: Of the model, for the report; None means its class.
@@ -145,7 +154,7 @@ def compress(
         check_output(delivery.folder)
         check_formats(delivery.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
-    fabric = open_fabric(schedule.precision, device=device)
+    fabric = fabric_for(fabric, schedule.precision, device, None if delivery is None else delivery.folder)
     if schedule.epochs:
         execution.check(fabric)  # Before a search of hours, whose end would be the first to say it.
     plan = Plan(
@@ -167,8 +176,8 @@ def compress(
         name=name or type(model).__name__,
         command=command,
         delivery=delivery,
-        progress=progress,
-        tell=tell,
+        progress=progress if fabric.is_global_zero else Silent(),
+        tell=tell if fabric.is_global_zero else silent,
         pruning=pruning_for(limits, pruning),
         target=target,
         cache=cache,
@@ -187,14 +196,18 @@ def _run(plan: Plan) -> CompressResult:
         work = None
         if plan.delivery is not None:
             here, delivery = surroundings_of(plan.device), plan.delivery
-            work = stack.enter_context(workplace(delivery.folder, plan.settings(), delivery.leftover, here))
-            plan = replace(plan, progress=work.logged(plan.progress))
+            if plan.fabric.is_global_zero:
+                work = stack.enter_context(workplace(delivery.folder, plan.settings(), delivery.leftover, here))
+                plan = replace(plan, progress=work.logged(plan.progress))
+            else:
+                work = workplace_of(delivery.folder)
         return _work(plan, placed, batches, work)
 
 
 def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> CompressResult:
     steps = [_measured(plan, "original", original)]
-    half = go_halfway(plan, original, batches, work)
+    with first_alone(plan.fabric):
+        half = go_halfway(plan, original, batches, work)
     steps.append(_measured(plan, plan.start.done, half.student))
     zeros = zeros_for(plan, half, batches)
     trained = _recover(plan, half, work, zeros)
@@ -210,7 +223,9 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | N
     finished = Finished(
         plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu(), _validated(plan, half, trained)
     )
-    if plan.delivery is None:
+    if not plan.fabric.is_global_zero:
+        report, files, folder = report_of(finished, (), (), ()), (), None
+    elif plan.delivery is None:
         latency, proof, notes = timed(finished) if is_timed(plan.budget) else ((), (), ())
         report, files, folder = report_of(finished, proof, latency, notes), (), None
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._pupil import Distilled, Hinting, Lesson, Pupil
+from secateur.pipeline._together import fabric_for
 from secateur.pipeline._work import Leftover, surroundings_of, workplace, workplace_of
 from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch, write_report
 from secateur.sparsity import nonzero_params
@@ -34,8 +36,10 @@ from secateur.train import (
     distill,
     distill_after_hints,
     evaluate,
-    open_fabric,
 )
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _IMAGES = 8
 
@@ -56,6 +60,7 @@ def distill_into(
     execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
+    fabric: "Fabric | None" = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     tell: Callable[[str], None] = silent,
     command: str = "",
@@ -78,6 +83,7 @@ def distill_into(
         execution: How both are run, see `secateur.train.fit`.
         seed: Of order, augmentation and dropout.
         device: Where to compute; None means the accelerator if there is one.
+        fabric: Instead of a device, see `compress`.
         progress: Shows the training.
         tell: Receives one sentence per step.
         command: The exact command or call, for the record.
@@ -88,7 +94,7 @@ def distill_into(
     Raises:
         SecateurError: One of its subclasses, with the way out.
     """
-    fabric = open_fabric(schedule.precision, device=device)
+    fabric = fabric_for(fabric, schedule.precision, device, out)
     execution.check(fabric)
     images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
     for pupil in (teacher, student):
@@ -99,10 +105,13 @@ def distill_into(
     run = Lesson(
         student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
     )
-    if out is None:
-        trained, steps = _learn(run, remember, None, progress, tell)
+    if out is None or not fabric.is_global_zero:
+        checkpoint = None if out is None else workplace_of(out).checkpoint
+        fabric.barrier()  # What the first has at the same place is gone on with or removed before.
+        trained, steps = _learn(run, remember, checkpoint, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
     with workplace(out, run.settings(), leftover, surroundings_of(fabric.device)) as work:
+        fabric.barrier()
         trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
         learnt = _Learnt(run, trained, steps, images.detach().cpu())
         report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)

@@ -144,7 +144,7 @@ def _search(
             checkpoint=folder,
             saving=plan.saving,
             watch=plan.progress,
-            fabric=plan.fabric,
+            fabric=plan.alone,
             latency=latency,
             remembered=remembered,
         )

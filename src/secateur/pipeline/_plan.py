@@ -23,7 +23,7 @@ from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Strategy, describe
 from secateur.sparsity import WeightPruning
-from secateur.train import Eager, Execution, Progress, Saving, Schedule
+from secateur.train import Eager, Execution, Progress, Saving, Schedule, open_fabric, precision_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -99,6 +99,13 @@ class Plan:
     def device(self) -> torch.device:
         """Where to compute."""
         return self.fabric.device
+
+    @property
+    def alone(self) -> "Fabric":
+        """Device and precision of this process alone: where a run has several, the first searches and all train."""
+        if self.fabric.world_size == 1:
+            return self.fabric
+        return open_fabric(precision_of(self.fabric), device=self.fabric.device)
 
     @property
     def chosen(self) -> str:

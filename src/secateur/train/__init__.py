@@ -7,6 +7,7 @@ from secateur.train._csv import CsvLog
 from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._execution import Compiled, Eager, Execution
 from secateur.train._fit import distill, fit
+from secateur.train._group import open_group, processes
 from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import (
     Precision,
@@ -18,6 +19,7 @@ from secateur.train._machine import (
     placed,
     precision_of,
     seeded,
+    usable,
 )
 from secateur.train._parallel import average_gradients_, averaged, own_part
 from secateur.train._partway import Partway, nothing
@@ -87,15 +89,18 @@ __all__ = [
     "nothing",
     "one_device",
     "open_fabric",
+    "open_group",
     "optimiser_tensors",
     "own_part",
     "placed",
     "precision_of",
+    "processes",
     "redraw_",
     "save_checkpoint",
     "seeded",
     "stoppable",
     "tensors_of",
+    "usable",
     "write_optimiser_",
     "write_tensors_",
 ]

@@ -51,23 +51,27 @@ def open_fabric(precision: Precision | None = None, *, device: torch.device | No
         precision: None means `best_precision` of the device.
         device: None means the accelerator if there is one, else the CPU.
     """
-    with _same_environment():
+    with same_environment():
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-        from lightning_fabric.plugins.precision import MixedPrecision
-        from lightning_fabric.plugins.precision import Precision as FullPrecision
 
     device = device or default_device()
-    if (precision or best_precision(device)) is Precision.BF16_MIXED:
-        plugin: FabricPrecision = MixedPrecision("bf16-mixed", device.type)
-    else:
-        plugin = FullPrecision()
     return Fabric(
         accelerator=device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         # The environment is named so that one process under SLURM or torchrun is not taken for a part of many.
-        plugins=[LightningEnvironment(), plugin],
+        plugins=[LightningEnvironment(), fabric_plugin(precision, device)],
     )
+
+
+def fabric_plugin(precision: Precision | None, device: torch.device) -> "FabricPrecision":
+    """What has a Fabric compute in a precision; None means `best_precision` of the device."""
+    with same_environment():
+        from lightning_fabric.plugins.precision import MixedPrecision
+        from lightning_fabric.plugins.precision import Precision as FullPrecision
+
+    mixed = (precision or best_precision(device)) is Precision.BF16_MIXED
+    return MixedPrecision("bf16-mixed", device.type) if mixed else FullPrecision()
 
 
 def one_device(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
@@ -196,7 +200,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 @contextmanager
-def _same_environment() -> Generator[None]:
+def same_environment() -> Generator[None]:
     """Put back the one variable that importing Fabric sets: it would change how torch looks for CUDA devices."""
     name = "PYTORCH_NVML_BASED_CUDA_CHECK"
     before = os.environ.get(name)

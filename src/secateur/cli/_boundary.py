@@ -43,14 +43,24 @@ def told(command: _Command) -> _Command:
     """Make a command end with a message and a code, never with a traceback (unless it is asked for, or a bug).
 
     Code 2 for whatever the user can mend, 130 for an interrupt (see also `secateur.cli._stopping.goes_on`). The command
-    must have a ``debug`` argument.
+    must have a ``debug`` argument. It is for one process: several that torchrun has started would do the same.
     """
+
+    @functools.wraps(command)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        _check_alone()
+        return command(*args, **kwargs)
+
+    return told_together(alone)  # type: ignore[return-value]
+
+
+def told_together(command: _Command) -> _Command:
+    """As `told`, for a command that torchrun may start several times at once."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             with _spoken_warnings():
-                _check_alone()
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise _end("Interrupted. Nothing was written.", INTERRUPTED) from None
@@ -85,7 +95,7 @@ def threads(count: int | None) -> Generator[None]:
 
 
 def _check_alone() -> None:
-    """Refuse to be one of several processes that torchrun has started: all would write the same folder.
+    """Refuse to be one of several processes that torchrun has started.
 
     Raises:
         TrainingError: If so.
@@ -93,8 +103,8 @@ def _check_alone() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes not in ("", "1") and "RANK" in os.environ:
         raise TrainingError(
-            f"`secateur` must run in one process; got number {os.environ['RANK']} of {processes} (RANK, WORLD_SIZE). "
-            "Start it without torchrun. In Python, secateur.train.distill(fabric=...) trains on several."
+            f"This command must run in one process; got number {os.environ['RANK']} of {processes} (RANK, WORLD_SIZE). "
+            "Start it without torchrun; compress and distill train on several."
         )
 
 
@@ -115,7 +125,7 @@ def _spoken_warnings() -> Generator[None]:
     """Warnings as one line each on standard error."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning):
+        if issubclass(category, UserWarning) and os.environ.get("RANK", "0") in ("", "0"):
             err().print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
 
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
 """The command that does the whole job."""
 
 from secateur.cli import _options as options
-from secateur.cli._boundary import command_line, threads, told
+from secateur.cli._boundary import command_line, told_together
 from secateur.cli._options import AttentionName, PrecisionName, StrategyName
 from secateur.cli._saying import show
 from secateur.cli._shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
@@ -10,7 +10,7 @@ from secateur.cli._stopping import goes_on
 from secateur.cli._targets import TargetBatch, TargetDevice, TargetName, TargetOption, TargetThreads
 
 
-@told
+@told_together
 @goes_on
 @spread
 def compress(
@@ -92,7 +92,7 @@ def compress(
     varied = training.variation
     check_output(out_folder)
     inputs = given.inputs(model, weights, data, work.seed)
-    with threads(machine.thread_count):
+    with machine.processes(schedule) as fabric:
         result = run(
             inputs.opened.model,
             varied(inputs.images),
@@ -115,10 +115,11 @@ def compress(
             saving=saving,
             execution=_choices.execution_of(compiled),
             seed=work.seed,
-            device=machine.place,
+            fabric=fabric,
             progress=progress,
             tell=machine.tell,
             name=inputs.opened.name,
             command=command_line(),
         )
-    show(result)
+    if fabric.is_global_zero:
+        show(result)

@@ -1,7 +1,7 @@
 """The command that distils any teacher into any student."""
 
 from secateur.cli import _options as options
-from secateur.cli._boundary import command_line, threads, told
+from secateur.cli._boundary import command_line, told_together
 from secateur.cli._options import PrecisionName
 from secateur.cli._saying import show
 from secateur.cli._shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
@@ -9,7 +9,7 @@ from secateur.cli._spread import spread
 from secateur.cli._stopping import goes_on
 
 
-@told
+@told_together
 @goes_on
 @spread
 def distill(
@@ -78,7 +78,7 @@ def distill(
     hinting = None
     if hint_epochs:
         hinting = Hinting(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
-    with threads(machine.thread_count):
+    with machine.processes(schedule) as fabric:
         result = distill_into(
             Pupil(taught.model, taught.name, taught.source, taught.architecture),
             teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
@@ -93,9 +93,10 @@ def distill(
             saving=saving,
             execution=_choices.execution_of(compiled),
             seed=work.seed,
-            device=machine.place,
+            fabric=fabric,
             progress=progress,
             tell=machine.tell,
             command=command_line(),
         )
-    show(result)
+    if fabric.is_global_zero:
+        show(result)

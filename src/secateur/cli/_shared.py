@@ -1,17 +1,20 @@
 """The flags that `compress` and `distill` share, in groups, and what they are turned into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.cli import _options as options
+from secateur.cli._boundary import threads
 from secateur.cli._options import OptimiserName, PrecisionName
 from secateur.cli._saying import silent, tell
+from secateur.cli._together import processes_of
 from secateur.errors import ArtifactError
 
 if TYPE_CHECKING:
-    import torch
+    from lightning_fabric import Fabric
 
     from secateur.cli._choices import Variation
     from secateur.cli._inputs import Inputs
@@ -165,16 +168,18 @@ class MachineFlags:
     quiet: options.Quiet = False
     debug: options.Debug = False
 
-    @property
-    def place(self) -> "torch.device | None":
-        """The device; None for the accelerator if there is one.
+    @contextmanager
+    def processes(self, schedule: "Schedule") -> "Generator[Fabric]":
+        """This process with its device and threads, and those that torchrun has started with it.
 
         Raises:
-            TrainingError: If this machine has no such device.
+            TrainingError: If this machine has no such device, or the processes cannot work together.
         """
         from secateur.cli import _choices
 
-        return _choices.device_of(self.device)
+        device = _choices.device_of(self.device)
+        with threads(self.thread_count), processes_of(device, schedule.precision) as fabric:
+            yield fabric
 
     @property
     def progress(self) -> "Progress":

@@ -13,7 +13,7 @@ from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
 from secateur.pipeline import FAMILIES, Family, Study, run_study
 from secateur.pipeline._study import Order, Pruned, Taught
-from secateur.pipeline._study._results import gains
+from secateur.pipeline._study._results import _size_table, gains
 from secateur.train import Precision, Schedule
 
 TINY = Schedule(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)
@@ -91,6 +91,23 @@ def test_the_gain_is_the_difference_to_labels_alone(whole: tuple[Path, tuple[Any
     for pruned in Pruned:
         found = gains(rows, pruned, Taught.KD, Order.BOTH)
         assert found == [by_hand[pruned, "kd", "both"] - by_hand[pruned, "none", "both"]]
+
+
+def test_gains_are_shown_for_every_size_on_its_own() -> None:
+    """A mean over sizes hides what nothing could save: here 10 % of the weights, which stay at chance."""
+    rows = [
+        {"family": family, "pruned": "weights", "kept": kept, "seed": 0, "taught": taught, "order": "both",
+         "accuracy": accuracy}
+        for kept, taught, accuracies in (
+            (0.5, "none", (0.5, 0.6)), (0.5, "kd", (0.54, 0.66)), (0.1, "none", (0.1, 0.1)), (0.1, "kd", (0.1, 0.1)),
+        )
+        for family, accuracy in zip("ab", accuracies, strict=True)
+    ]  # fmt: skip
+    table = _size_table(rows)
+    assert table.columns == ("way", "weights 50 %", "weights 10 %")
+    # (4 + 6) / 2 points, deviation sqrt(2), error sqrt(2) / sqrt(2).
+    assert {row[0]: row[1:] for row in table.rows}["kd: both"] == ("+5.00 ± 1.00 (n = 2)", "+0.00 ± 0.00 (n = 2)")
+    assert {row[0]: row[1:] for row in table.rows}["kd+hints: both"] == ("none", "none")
 
 
 def test_a_study_killed_between_and_within_cells_goes_on_to_the_same_numbers(

@@ -48,7 +48,11 @@ def page_of(rows: Sequence[Row], facts: tuple[tuple[str, str], ...], provenance:
             "Weights are set to zero in place: MACs and latency stay. Cut channels are really gone.",
             "Performance Efficiency is our definition: (accuracy / teacher's accuracy) / (size / teacher's size).",
         ),
-        tables=(_gain_table(rows), *(_family_table(rows, family) for family in _distinct(rows, "family"))),
+        tables=(
+            _gain_table(rows),
+            _size_table(rows),
+            *(_family_table(rows, family) for family in _distinct(rows, "family")),
+        ),
         command=provenance.command,
     )
 
@@ -67,10 +71,25 @@ def _gain_table(rows: Sequence[Row]) -> PageTable:
     )
 
 
+def _size_table(rows: Sequence[Row]) -> PageTable:
+    """A mean over sizes hides networks that nothing could save: what they gain is 0, whatever taught them."""
+    sizes = _sizes(rows)
+    lines: list[tuple[str, ...]] = []
+    for taught, order in _WAYS:
+        parts = ([row for row in rows if (row["pruned"], row["kept"]) == size] for size in sizes)
+        found = (gains(part, Pruned(kind), taught, order) for part, (kind, _) in zip(parts, sizes, strict=True))
+        lines.append((f"{taught.value}: {order.value}", *map(_points, found)))
+    return PageTable(
+        "The same for every size",
+        ("way", *map(_column, sizes)),
+        tuple(lines),
+        "Points of test accuracy, mean and standard error over families and seeds.",
+    )
+
+
 def _family_table(rows: Sequence[Row], family: object) -> PageTable:
     own = [row for row in rows if row["family"] == family]
-    sizes = sorted({(str(row["pruned"]), float(row["kept"])) for row in own}, key=lambda pair: (pair[0], -pair[1]))
-    columns = [f"{'macs' if kind == Pruned.CHANNELS else 'weights'} {100 * kept:g} %" for kind, kept in sizes]
+    sizes = _sizes(own)
     ways = [(Taught.LABELS, Order.BOTH), *_WAYS]
     lines: list[tuple[str, ...]] = []
     for taught, order in ways:
@@ -80,11 +99,21 @@ def _family_table(rows: Sequence[Row], family: object) -> PageTable:
     first = own[0]
     return PageTable(
         str(family),
-        ("way", *columns),
+        ("way", *map(_column, sizes)),
         tuple(lines),
         f"Test accuracy, mean and spread (half the range) over the seeds, then Performance Efficiency over non-zero "
         f"parameters. Teacher: {100 * float(first['teacher_accuracy']):.2f} %.",
     )
+
+
+def _sizes(rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """What was pruned, and how much of it stayed; the most first."""
+    return sorted({(str(row["pruned"]), float(row["kept"])) for row in rows}, key=lambda pair: (pair[0], -pair[1]))
+
+
+def _column(size: tuple[str, float]) -> str:
+    kind, kept = size
+    return f"{'macs' if kind == Pruned.CHANNELS else 'weights'} {100 * kept:g} %"
 
 
 def _accuracy_of(rows: Sequence[Row], size: tuple[str, float]) -> str:

@@ -51,11 +51,11 @@ def sweep(out: Path, work: Path) -> None:
         out: The output folder.
         work: The folder of its unfinished run.
     """
-    draft = re.compile(
-        rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part|\.{re.escape(work.name)}\.[0-9a-f]{{8}}\.(part|old)"
-    )
+    draft, tag = rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part", r"\.[0-9a-f]{8}\.(part|old)"
+    # The second is the draft of an artifact that is saved into a draft.
+    left = re.compile(rf"{draft}|\.{draft}{tag}|\.{re.escape(work.name)}{tag}")
     for path in out.absolute().parent.glob(".*"):
-        if draft.fullmatch(path.name):
+        if left.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -6,8 +6,8 @@ from secateur.pipeline._disk import sweep
 
 LEFT = (".out.0123abcd.part", "..out.0123abcd.part.89efcdab.part", ".out.work.0123abcd.part", ".out.work.0123abcd.old")
 OTHERS = (
-    "out", "out.work", ".out.0123abcd.old", ".out.part", ".out.0123abcd.part.txt", ".other.0123abcd.part", ".out.XYZ.part",
-    "..outs.0123abcd.part.89efcdab.part",
+    "out", "out.work", ".out.0123abcd.old", ".out.part", ".out.0123abcd.part.txt", ".other.0123abcd.part",
+    ".out.XYZ.part", "..outs.0123abcd.part.89efcdab.part",
 )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ _FORBIDDEN = (
     "shutil.rmtree",
     "ctypes.dlopen",
 )
+_ASKS_FOR_A_GPU = ("ctypes.dlopen", ("libnvidia-ml.so.1",))
+"""What torch does once in a process, whoever is the first to need a device."""
 _WRITES = frozenset("wax+")
 _seen: list[str] = []
 _watching = False
@@ -39,7 +41,7 @@ _installed = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching:
+    if not _watching or (event, arguments) == _ASKS_FOR_A_GPU:
         return
     if event in _FORBIDDEN:
         _seen.append(f"{event} {arguments!r}"[:200])

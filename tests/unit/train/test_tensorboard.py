@@ -1,6 +1,7 @@
 """Curves are read back from the event files, the way TensorBoard itself reads them."""
 
 import io
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,9 +86,13 @@ def test_a_resumed_run_goes_on_at_its_step_and_leaves_no_trace_of_what_it_repeat
         assert parts[name] == whole[name]
 
 
-def test_a_run_that_begins_anew_replaces_the_curves_of_its_kind_only(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, Silent())
-    for what, loss in (("search", 1.0), ("train", 2.0), ("train", 3.0)):
+def test_a_run_that_begins_anew_replaces_the_curves_of_its_kind_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, began = TensorBoard(tmp_path, Silent()), time.time()
+    for number, (what, loss) in enumerate((("search", 1.0), ("train", 2.0), ("train", 3.0))):
+        # Files are read in the order of their names: a second, then a counter, of which 10 comes before 9.
+        monkeypatch.setattr(time, "time", lambda now=began + number: now)
         with board.watch(what, epochs=1, steps=10, done=0) as meter:
             meter.step(1, 7, {"loss": loss})
     assert scalars(tmp_path / "search") == {"search/loss": [(7, 1.0)]}

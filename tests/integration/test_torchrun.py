@@ -53,7 +53,7 @@ def test_two_processes_give_what_one_gives(words: str, tmp_path: Path) -> None:
     assert one["architecture"] == two["architecture"]
     assert len(losses(tmp_path / "2")) == 2
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-4)
-    weights = [secateur.load(tmp_path / name).state_dict() for name in "12"]
+    weights = [secateur.load(tmp_path / name).model.state_dict() for name in "12"]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-2, atol=1e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]

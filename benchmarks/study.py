@@ -24,7 +24,7 @@ FOLDER = RESULTS / "study"
 def main() -> None:
     rows = pq.read_table(FOLDER / "results.parquet").to_pylist()
     settings = json.loads((FOLDER / "study.json").read_text())
-    shown = html.unescape(re.sub(r"<[^>]+>", " ", (FOLDER / "study.html").read_text()))
+    shown = html.unescape((FOLDER / "study.html").read_text())
     date = re.search(r"\d{4}-\d\d-\d\dT[\d:+]+", shown)
     page = page_of(rows, (), Provenance.here("", 0))
     parts = [

@@ -8,19 +8,17 @@ FOLDER is one that ``killing.py whole`` has filled. One JSON object per line for
 """
 
 import json
-import os
 import random
 import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from killing import JOBS, Job, asked, ended, started, warm
+from killing import JOBS, Job, asked, computed, ended, started, warm
 
 ROOM_KB = 65_536
 """Enough for every run."""
@@ -106,11 +104,7 @@ def frozen(job: Job, folder: Path, draw: random.Random) -> dict[str, Any]:
     log.unlink(missing_ok=True)
     seconds = json.loads((folder / "whole.json").read_text())["seconds"] * draw.random()
     child = started(job, room / "out", log)
-    clock = (~child << 3) | 2
-    while (
-        time.clock_gettime(clock) < seconds and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    ):
-        time.sleep(0.001)
+    computed(child, seconds)
     with immutable(room):
         code = ended(child)
     # Where nothing can be written nothing can be removed either: what counts is what is left in the end.

@@ -203,20 +203,22 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed(child: int, moment_s: float, draw: random.Random, number: int) -> int:
-    """Send a signal as soon as a process has used so much time of the processor; its exit code.
-
-    Time of the processor, as other programs may have it meanwhile.
-    """
+def computed(child: int, moment_s: float) -> bool:
+    """Wait until a process has used so much time of the processor, which others may have too; False if it has ended."""
     clock = (~child << 3) | 2  # CPUCLOCK_SCHED of the process, as clock_getcpuclockid(3) makes it.
     while time.clock_gettime(clock) < moment_s:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
         time.sleep(0.001)
-    time.sleep(_JITTER_S * draw.random())
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, number)
+    return True
+
+
+def killed(child: int, moment_s: float, draw: random.Random, number: int) -> int:
+    """Send a signal as soon as a process has used so much time of the processor; its exit code."""
+    if computed(child, moment_s):
+        time.sleep(_JITTER_S * draw.random())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
     return ended(child)
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from secateur.cli._console import PlainConsole
 from secateur.errors import SecateurError, TrainingError
+from secateur.workers import is_first, processes
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -100,10 +101,10 @@ def _check_alone() -> None:
     Raises:
         TrainingError: If so.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1") and "RANK" in os.environ:
+    together = processes()
+    if together > 1:
         raise TrainingError(
-            f"This command must run in one process; got number {os.environ['RANK']} of {processes} (RANK, WORLD_SIZE). "
+            f"This command must run in one process; got number {os.environ['RANK']} of {together} (RANK, WORLD_SIZE). "
             "Start it without torchrun; compress and distill train on several."
         )
 
@@ -125,7 +126,7 @@ def _spoken_warnings() -> Generator[None]:
     """Warnings as one line each on standard error."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning) and os.environ.get("RANK", "0") in ("", "0"):
+        if issubclass(category, UserWarning) and is_first():
             err().print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
 
     with warnings.catch_warnings():

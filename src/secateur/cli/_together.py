@@ -4,6 +4,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from secateur.workers import processes
+
 if TYPE_CHECKING:
     import torch
     from lightning_fabric import Fabric
@@ -22,7 +24,7 @@ def processes_of(device: "torch.device | None", precision: "Precision | None") -
     Raises:
         TrainingError: If the processes cannot work together.
     """
-    from secateur.train import open_fabric, open_group, processes
+    from secateur.train import open_fabric, open_group
 
     if processes() == 1:
         yield open_fabric(precision, device=device)

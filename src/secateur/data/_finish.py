@@ -1,10 +1,11 @@
 """The last steps of a batch, on its device: normalise, erase, mix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from secateur.data._again import Floats
 from secateur.data._augment import Augment
 from secateur.data._erase import erase_, erased_boxes
 from secateur.data._mix import Mix, drawn_mixes
@@ -24,12 +25,14 @@ class Finish:
         classes: Columns of mixed labels.
         boxes: (n, 4) of every image of the split, on the device, see `secateur.data._erase`; None erases nothing.
         mixes: Of every batch; empty mixes nothing.
+        floats: Memory of the batches.
     """
 
     normalisation: Normalisation
     classes: int = 0
     boxes: Tensor | None = None
     mixes: tuple[Mix, ...] = ()
+    floats: Floats = field(default_factory=Floats)
 
     @classmethod
     def of_epoch(
@@ -63,7 +66,7 @@ class Finish:
             pixels: (n, h, w, c), uint8 or float in [0, 255]; on the device.
             labels: (n,) int64, on the device.
         """
-        images = self.normalisation(pixels)
+        images = self.normalisation(pixels, self.floats)
         if self.boxes is not None:
             images = erase_(images, self.boxes[index])
         if self.mixes:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.data._again import Floats
 from secateur.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,11 +60,12 @@ class Normalisation:
             )
         return new
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, floats: Floats | None = None) -> Tensor:
         """Normalise a batch.
 
         Args:
             pixels: (n, h, w, c) uint8 or float in [0, 255].
+            floats: Memory for what is made on the CPU; None: new memory.
 
         Returns:
             (n, c, h, w) float32, channels last in memory.
@@ -74,14 +76,16 @@ class Normalisation:
         mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).mul_(255.0).repeat(width)
         std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).mul_(255.0).repeat(width)
         if pixels.device.type == "cpu":
-            return _by_parts(pixels, mean.numpy(), std.numpy()).permute(0, 3, 1, 2)
-        floats = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        floats.view(n * height, width * channels).sub_(mean).div_(std)
-        return floats.permute(0, 3, 1, 2)
+            made = (Floats() if floats is None else floats).take((n * height, width * channels))
+            _by_parts(pixels, mean.numpy(), std.numpy(), made)
+            return torch.from_numpy(made).view(pixels.shape).permute(0, 3, 1, 2)
+        images = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        images.view(n * height, width * channels).sub_(mean).div_(std)
+        return images.permute(0, 3, 1, 2)
 
 
-def _by_parts(pixels: Tensor, mean: np.ndarray, std: np.ndarray) -> Tensor:
-    """(pixels - mean) / std in new memory, by one thread, a part that stays in the cache after the other.
+def _by_parts(pixels: Tensor, mean: np.ndarray, std: np.ndarray, made: np.ndarray) -> None:
+    """Write (pixels - mean) / std into memory, by one thread, a part that stays in the cache after the other.
 
     torch's threads wait for their next work in a busy loop, on the cores where the next images are decoded, and its new
     memory comes in pages of 4 kB, whose first touch takes longer than the arithmetic; numpy asks for large ones.
@@ -90,11 +94,10 @@ def _by_parts(pixels: Tensor, mean: np.ndarray, std: np.ndarray) -> Tensor:
         pixels: (n, h, w, c) on the CPU.
         mean: (w * c,) float32, on the scale of pixels.
         std: The same.
+        made: (n * h, w * c) float32.
     """
-    bytes_ = (pixels if pixels.dtype == torch.uint8 else pixels.float()).reshape(-1, len(mean)).numpy()
-    floats = np.empty(bytes_.shape, np.float32)
+    bytes_ = (pixels if pixels.dtype == torch.uint8 else pixels.float()).reshape(made.shape).numpy()
     rows = max(1, _AT_ONCE // len(mean))
-    for at in range(0, len(floats), rows):
-        part = np.subtract(bytes_[at : at + rows], mean, out=floats[at : at + rows])
+    for at in range(0, len(made), rows):
+        part = np.subtract(bytes_[at : at + rows], mean, out=made[at : at + rows])
         np.divide(part, std, out=part)
-    return torch.from_numpy(floats).view(pixels.shape)

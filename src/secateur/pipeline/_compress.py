@@ -33,9 +33,9 @@ from secateur.pipeline._plan import (
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
 from secateur.pipeline._timed import is_timed
-from secateur.pipeline._together import fabric_for, first_alone
+from secateur.pipeline._together import fabric_for, first_alone, shared_workplace
 from secateur.pipeline._traced import Branches
-from secateur.pipeline._work import Leftover, Workplace, surroundings_of, workplace, workplace_of
+from secateur.pipeline._work import Leftover, Workplace
 from secateur.pipeline._zeros import pruning_for, with_zeros, zeros_for
 from secateur.report import MeasuredAccuracy, Step
 from secateur.search import SearchSpace, Strategy
@@ -195,12 +195,9 @@ def _run(plan: Plan) -> CompressResult:
     with contextlib.ExitStack() as stack:
         work = None
         if plan.delivery is not None:
-            here, delivery = surroundings_of(plan.device), plan.delivery
-            if plan.fabric.is_global_zero:
-                work = stack.enter_context(workplace(delivery.folder, plan.settings(), delivery.leftover, here))
-                plan = replace(plan, progress=work.logged(plan.progress))
-            else:
-                work = workplace_of(delivery.folder)
+            shared = shared_workplace(plan.fabric, plan.delivery.folder, plan.settings(), plan.delivery.leftover)
+            work = stack.enter_context(shared)
+            plan = replace(plan, progress=work.logged(plan.progress))
         return _work(plan, placed, batches, work)
 
 

@@ -21,8 +21,8 @@ from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._outset import check_belongs, check_output, own_copy
 from secateur.pipeline._probe import probe_json
 from secateur.pipeline._pupil import Distilled, Hinting, Lesson, Pupil
-from secateur.pipeline._together import fabric_for
-from secateur.pipeline._work import Leftover, surroundings_of, workplace, workplace_of
+from secateur.pipeline._together import fabric_for, shared_workplace
+from secateur.pipeline._work import Leftover, workplace_of
 from secateur.report import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch, write_report
 from secateur.sparsity import nonzero_params
 from secateur.train import (
@@ -105,14 +105,14 @@ def distill_into(
     run = Lesson(
         student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
     )
-    if out is None or not fabric.is_global_zero:
-        checkpoint = None if out is None else workplace_of(out).checkpoint
-        fabric.barrier()  # What the first has at the same place is gone on with or removed before.
-        trained, steps = _learn(run, remember, checkpoint, progress, tell)
+    tell = tell if fabric.is_global_zero else silent
+    if out is None:
+        trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
-    with workplace(out, run.settings(), leftover, surroundings_of(fabric.device)) as work:
-        fabric.barrier()
+    with shared_workplace(fabric, out, run.settings(), leftover) as work:
         trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
+        if not fabric.is_global_zero:
+            return Distilled(trained.model, trained, _report(run, trained, steps))
         learnt = _Learnt(run, trained, steps, images.detach().cpu())
         report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)
     return Distilled(trained.model, trained, report, out, files)

@@ -1,6 +1,7 @@
 """A search under a bound on latency: predicted, cut, measured, corrected, and measured again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,8 +17,8 @@ from secateur.surgery import apply_architecture
 
 DIVISORS = (8, 16, 32)
 """Widths that kernels are made for; which of them pays is measured."""
-_ROUNDS = 4
-"""Most searches with one divisor: each corrects the prediction by what was measured of the one before."""
+_ROUNDS = 5
+"""Most searches with one divisor: each corrects the prediction by what was measured of those before."""
 _AIM = 0.98
 """Of the bound: what is aimed at, as a measurement has a spread."""
 _NEAR = 0.955
@@ -97,27 +98,31 @@ class Timed:
     def within(self, space: SearchSpace, fit: LatencyFit, searching: Searching) -> Iterator[Trial]:
         """Search, measure, correct, and search again, until the measured latency is near the bound and not above it.
 
-        The factor on all predictions is what the last network took / what was predicted of it.
+        Each search is allowed a predicted latency; the first one what the whole model tells, later ones see `_allowed`.
         """
         original = float(fit.measured[0])
         limit = limit_of(self.budget, original)
         aim = 1.0 if original <= limit else _AIM
-        factor, seen = original / float(fit.model.of_widths(fit.model.sizes[None])[0]), set[object]()
+        allowed = aim * limit * float(fit.model.of_widths(fit.model.sizes[None])[0]) / original
+        trials, seen = list[Trial](), set[object]()
         for _ in range(_ROUNDS):
-            found = searching(space, fit.model.scaled(factor / aim))
+            factor = limit / allowed
+            found = searching(space, fit.model.scaled(factor))
             if found.architecture in seen:
                 return
             seen.add(found.architecture)
             assert found.cost.latency_s is not None
-            trial = self._measured(space, found, found.cost.latency_s * aim / factor)
+            trial = self._measured(space, found, found.cost.latency_s / factor)
+            predicted = format_cost("latency_s", aim * factor * trial.predicted)
             self.tell(
-                f"Divisor {space.divisor}: predicted {format_cost('latency_s', factor * trial.predicted)}, measured "
+                f"Divisor {space.divisor}: predicted {predicted}, measured "
                 f"{format_cost('latency_s', trial.record.after.median)}, {100 * trial.used:.1f} % of the bound."
             )
             yield trial
             if _NEAR <= trial.used <= 1:
                 return
-            factor = trial.used * limit / trial.predicted
+            trials.append(trial)
+            allowed = _allowed(trials, aim)
 
     def _measured(self, space: SearchSpace, found: Found, predicted: float) -> Trial:
         def measured() -> LatencyRecord:
@@ -149,6 +154,21 @@ def at_best(budget: Budget, record: LatencyRecord) -> float:
     """The same for the quartile that is on the quick side: what is not above 1 is not above the bound for certain."""
     limit = _limit(budget)
     return 100 / (record.speedup.upper * limit.value) if limit.relative else record.after.lower / limit.value
+
+
+def _allowed(trials: Sequence[Trial], aim: float) -> float:
+    """The predicted latency, in seconds, at which a part ``aim`` of the bound is expected to be used.
+
+    What was measured rises faster or slower than what was predicted, p: it is taken for a power of p between the two
+    trials around the aim, and for proportional to p as long as all lie on one side of it.
+    """
+    nearest = min(trials, key=lambda trial: abs(math.log(trial.used / aim)))
+    under = max((trial for trial in trials if trial.used < aim), key=lambda trial: trial.used, default=nearest)
+    over = min((trial for trial in trials if trial.used >= aim), key=lambda trial: trial.used, default=nearest)
+    if under.predicted < over.predicted:
+        part = math.log(aim / under.used) / math.log(over.used / under.used)
+        return under.predicted * (over.predicted / under.predicted) ** part
+    return nearest.predicted * aim / nearest.used
 
 
 def _limit(budget: Budget) -> Limit:

@@ -1,13 +1,14 @@
 """One run on several processes: the first finds, writes and speaks, all train."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from secateur.errors import TrainingError
+from secateur.pipeline._work import Leftover, Workplace, surroundings_of, workplace, workplace_of
 from secateur.train import Precision, open_fabric, usable
 
 if TYPE_CHECKING:
@@ -47,3 +48,20 @@ def first_alone(fabric: "Fabric") -> Generator[None]:
     yield
     if fabric.is_global_zero and fabric.world_size > 1:
         fabric.barrier()
+
+
+@contextmanager
+def shared_workplace(
+    fabric: "Fabric", out: Path, settings: Mapping[str, str], leftover: Leftover
+) -> Generator[Workplace]:
+    """The work of a run until it is finished, see `workplace`: the first process has it, then the others read it.
+
+    What was left at the same place is gone on with, or removed, before they look.
+    """
+    with ExitStack() as stack:
+        with first_alone(fabric):
+            if fabric.is_global_zero:
+                work = stack.enter_context(workplace(out, settings, leftover, surroundings_of(fabric.device)))
+            else:
+                work = workplace_of(out)
+        yield work

@@ -7,7 +7,7 @@ from secateur.train._csv import CsvLog
 from secateur.train._evaluate import Accuracy, evaluate, measure
 from secateur.train._execution import Compiled, Eager, Execution
 from secateur.train._fit import distill, fit
-from secateur.train._group import open_group, processes
+from secateur.train._group import open_group
 from secateur.train._ledger import Ledger, diverged
 from secateur.train._machine import (
     Precision,
@@ -94,7 +94,6 @@ __all__ = [
     "own_part",
     "placed",
     "precision_of",
-    "processes",
     "redraw_",
     "save_checkpoint",
     "seeded",

@@ -8,6 +8,7 @@ import torch
 
 from secateur.errors import TrainingError
 from secateur.train._machine import Precision, default_device, fabric_plugin, same_environment
+from secateur.workers import processes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -15,20 +16,6 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(days=30)
 """How long a process waits for the others: while the first searches alone, that may be long. Where one has died,
 torchrun ends the rest."""
-
-
-def processes() -> int:
-    """How many processes torchrun has started for this program; 1 without it.
-
-    Raises:
-        TrainingError: If its variables are no numbers.
-    """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return 1
-    text = os.environ["WORLD_SIZE"] or "1"
-    if not text.isdecimal() or int(text) < 1:
-        raise TrainingError(f"WORLD_SIZE must be a number of processes, as torchrun sets it; got {text!r}. Unset it.")
-    return int(text)
 
 
 def open_group(precision: Precision | None = None, *, device: torch.device | None = None) -> "Fabric":

@@ -3,9 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from noise_images import noise_data
 from pretend import Pretend
 from torch import Tensor, nn
@@ -177,6 +180,35 @@ def test_the_nearest_of_the_fullest_is_taken(tmp_path: Path) -> None:
     assert distances == {}
     with pytest.raises(BudgetError, match=r"takes 1 s when measured, 110\.0 % of the bound"):
         _timed.best_of(trials[2:3], lambda _: 0.0)
+
+
+@given(power=st.floats(0.4, 2.5), start=st.floats(0.3, 3.0))
+def test_what_is_allowed_next_follows_a_power_of_the_prediction(power: float, start: float) -> None:
+    aim = 0.98
+
+    def after(predicted: float) -> SimpleNamespace:
+        return SimpleNamespace(predicted=predicted, used=aim * predicted**power)
+
+    one = [after(start)]
+    assert _timed._allowed(one, aim) == pytest.approx(start ** (1 - power))
+    both = [after(start), after(0.5 * start), after(0.9 / start), after(1.2 / start)]
+    if min(trial.used for trial in both) < aim <= max(trial.used for trial in both):
+        assert _timed._allowed(both, aim) == pytest.approx(1.0)
+
+
+def test_noise_that_turns_two_trials_round_is_borne() -> None:
+    trials = [SimpleNamespace(predicted=2.0, used=0.9), SimpleNamespace(predicted=1.9, used=1.02)]
+    assert _timed._allowed(trials, 0.98) == pytest.approx(1.9 * 0.98 / 1.02)
+
+
+def test_a_network_whose_time_falls_faster_than_predicted_is_found_in_three_trials(tmp_path: Path) -> None:
+    full = whole(_model(), ())
+    steep = Pretend(lambda model, inputs: 1e-4 * (whole(model, inputs) / full) ** 2, layer)
+    fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
+    result, _ = run(tmp_path, "latency=30%", target=steep, cache=Cache.of(steep, tmp_path), space=fine)
+    trials = result.found.notes["latency"]["trials"]
+    assert len(trials) <= 3
+    assert 0.955 <= trials[-1]["of_the_bound"] <= 1
 
 
 def test_a_slow_network_is_told_why(tmp_path: Path) -> None:

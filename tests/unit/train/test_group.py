@@ -7,7 +7,8 @@ import torch
 
 from secateur.errors import TrainingError
 from secateur.pipeline._together import fabric_for, first_alone
-from secateur.train import Precision, open_fabric, open_group, processes
+from secateur.train import Precision, open_fabric, open_group
+from secateur.workers import processes
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
 

@@ -225,6 +225,22 @@ def test_flipped_tables(tmp_path: Path, seed: int):
     refusal(read_all, folder)
 
 
+@pytest.mark.parametrize("seed", [969, 1475, 1592, 1689])
+def test_damaged_statistics_do_not_end_the_process(tmp_path: Path, seed: int):
+    """pyarrow 26 aborts when it is asked for the column of a group in files like these."""
+    folder = table(tmp_path / "set", {})
+    path = folder / "train-00000-of-00001.parquet"
+    path.write_bytes(flipped(path.read_bytes(), seed, 1 + seed % 4))
+    refusal(read_all, folder)
+
+
+def test_groups_of_rows_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("secateur.data._parquet._MOST_GROUP_BYTES", 100)
+    said, _ = refusal(read_all, table(tmp_path / "set", {}))
+    assert said is not None
+    assert "bytes in one group of rows, above 100" in said
+
+
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, 0.99])
 def test_truncated_tables(tmp_path: Path, part: float):
     path = table(tmp_path / "set", {}) / "train-00000-of-00001.parquet"

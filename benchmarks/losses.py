@@ -192,8 +192,8 @@ def summary() -> str:
     return (
         "# What each loss adds to labels alone\n\n"
         f"{MODEL} at {100 * start['kept_macs']:.1f} % of the MACs (Knapsack, Refit), {start['images']} images of "
-        f"CIFAR-10 once, batch {Schedule(1).batch_size}. Test accuracy before training {100 * start['start']:.2f} %, of "
-        f"the teacher {100 * start['teacher']:.2f} %. {start['date']}, {start['cpu']}, {start['threads']} thread, "
+        f"CIFAR-10 once, batch {Schedule(1).batch_size}. Test accuracy before training {100 * start['start']:.2f} %, "
+        f"of the teacher {100 * start['teacher']:.2f} %. {start['date']}, {start['cpu']}, {start['threads']} thread, "
         f"`python {start['command']}`.\n\n"
         "Rates were chosen on 5,000 validation images with a seed that is not in the table; gains are points of test "
         "accuracy over labels alone with the same seed, mean and standard error.\n\n"

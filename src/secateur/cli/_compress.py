@@ -23,7 +23,7 @@ def compress(
     given: ImageFlags,
     strategy: options.Strategy = StrategyName.KNAPSACK,
     importance: options.Importance = None,
-    remove_blocks: options.RemoveBlocks = 0.0,
+    remove_blocks: options.RemoveBlocks = None,
     divisor: options.Divisor = 1,
     min_width: options.MinWidth = 1,
     min_kept: options.MinKept = 0.25,
@@ -71,7 +71,7 @@ def compress(
     from secateur.cli._weights import pruning_of
     from secateur.cost import Budget
     from secateur.distill import Objective
-    from secateur.pipeline import check_output
+    from secateur.pipeline import check_output, usual_blocks
     from secateur.pipeline import compress as run
     from secateur.search import SearchSpace
 
@@ -81,7 +81,7 @@ def compress(
     timed_on = target_of(target, target_threads, target_batch, target_device)
     cuts = None if stage_end is None else tuple(stage_end)
     searching = Searching(search_epochs, search_over, search_learning_rate, search_candidates, combine, cuts, ray)
-    found_by = strategy_of(strategy, importance, remove_blocks, searching)
+    found_by = strategy_of(strategy, importance, remove_blocks, searching, usual_blocks(limits))
     progress, saving = machine.progress, work.saving
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))

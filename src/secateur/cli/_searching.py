@@ -66,16 +66,18 @@ class Searching:
 def strategy_of(
     name: StrategyName,
     importance: ImportanceName | None,
-    removed_blocks: float = 0.0,
+    removed_blocks: float | None = None,
     searching: Searching = Searching(),
+    usual_blocks: float = 0.0,
 ) -> Strategy:
     """The strategy of a name, with an importance or with its usual one.
 
     Args:
         name: Of the strategy for widths.
         importance: Which channels stay; None for its usual one.
-        removed_blocks: Largest fraction of the residual blocks that may go; 0 for none.
+        removed_blocks: Largest fraction of the residual blocks that may go, 0 for none; None for the usual one.
         searching: For a search that learns.
+        usual_blocks: Of a strategy that does not search depths itself.
 
     Raises:
         ChoiceError: If a flag has no effect on this strategy.
@@ -85,8 +87,8 @@ def strategy_of(
     searching.check(name)
     learning = {StrategyName.TAS: TAS, StrategyName.SWP: SWP}
     if name not in learning:
-        widths = _widths_of(name, importance)
-        return Shallower(widths, most=removed_blocks) if removed_blocks else widths
+        widths, blocks = _widths_of(name, importance), usual_blocks if removed_blocks is None else removed_blocks
+        return Shallower(widths, most=blocks) if blocks else widths
     if removed_blocks:
         raise ChoiceError(
             f"`--remove-blocks` must be left out with --strategy {name.value}, which searches depths itself; got "

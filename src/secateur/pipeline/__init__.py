@@ -7,7 +7,7 @@ from secateur.pipeline._foreign import distill_into
 from secateur.pipeline._formats import Format, check_formats
 from secateur.pipeline._open import Opened, load, open_model, usual_size
 from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY
+from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, usual_blocks
 from secateur.pipeline._pupil import Distilled, Hinting, Pupil
 from secateur.pipeline._result import CompressResult
 from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
@@ -52,6 +52,7 @@ __all__ = [
     "open_model",
     "run_study",
     "survey",
+    "usual_blocks",
     "usual_size",
     "verify",
 ]

@@ -26,9 +26,9 @@ from secateur.pipeline._plan import (
     GENTLE,
     NO_RULES,
     SPACE,
-    STRATEGY,
     Delivery,
     Plan,
+    usual_strategy,
 )
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
@@ -69,7 +69,7 @@ def compress(
     data: ImageData,
     *,
     budget: Budget | str,
-    strategy: Strategy = STRATEGY,
+    strategy: Strategy | None = None,
     choices: Choices = EVERYTHING,
     heads: HeadUnit = HeadUnit.DIMENSION,
     branches: Branches = Branches.TIED,
@@ -107,7 +107,8 @@ def compress(
         data: Training, validation and test images, see `secateur.load_data`.
         budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
             zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
-        strategy: How the architecture is found.
+        strategy: How the architecture is found; None: by `Knapsack`, and where the budget limits the latency by
+            `Shallower` around it, as blocks take time that narrower layers hardly spare.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
         branches: Whether the branches of a residual stream may be narrower than it.
@@ -161,7 +162,7 @@ def compress(
         model=model,
         data=data,
         budget=limits,
-        strategy=strategy,
+        strategy=usual_strategy(limits) if strategy is None else strategy,
         choices=choices,
         heads=heads,
         branches=branches,

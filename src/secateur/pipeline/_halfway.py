@@ -23,7 +23,7 @@ from secateur.pipeline._start import Uncut
 from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
-from secateur.search import Found, SearchSpace, Shallower, search
+from secateur.search import Found, SearchSpace, Shallower, Strategy, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture
 from secateur.train import tensors_of, write_tensors_
 
@@ -156,11 +156,22 @@ def _search(
         return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept)
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
-        if graph.removable and not isinstance(plan.strategy, Shallower):
-            ways.append("Or let residual blocks go too (--remove-blocks; in Python: Shallower).")
+        if graph.removable:
+            ways += _with_fewer_blocks(plan.strategy)
         if not ways:
             raise
         raise BudgetError(" ".join((str(error), *ways))) from error
+
+
+def _with_fewer_blocks(strategy: Strategy) -> list[str]:
+    """A way out that takes more blocks than a strategy does, if there is one."""
+    if not isinstance(strategy, Shallower):
+        return ["Or let residual blocks go too (--remove-blocks; in Python: Shallower)."]
+    if strategy.most < 1:
+        return [
+            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.most:g}; in Python: Shallower)."
+        ]
+    return []
 
 
 def describe_healing(repair: Healing) -> str:

@@ -21,7 +21,7 @@ from secateur.pipeline._formats import Format
 from secateur.pipeline._start import Start
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
-from secateur.search import Knapsack, SearchSpace, Strategy, describe
+from secateur.search import Knapsack, SearchSpace, Shallower, Strategy, describe
 from secateur.sparsity import WeightPruning
 from secateur.train import Eager, Execution, Progress, Saving, Schedule, open_fabric, precision_of
 
@@ -135,6 +135,20 @@ class Plan:
         if LatencyModel.field in self.budget.fields:
             found["target"] = self.target.key
         return found
+
+
+def usual_blocks(budget: Budget) -> float:
+    """Which part of the residual blocks may go if nobody says so: any where time is limited, else none.
+
+    Narrow layers take little less time than wide ones, and removed ones none; docs/log.md has the numbers.
+    """
+    return 1.0 if LatencyModel.field in budget.fields else 0.0
+
+
+def usual_strategy(budget: Budget) -> Strategy:
+    """How an architecture is found if nobody says so."""
+    blocks = usual_blocks(budget)
+    return Shallower(STRATEGY, most=blocks) if blocks else STRATEGY
 
 
 def _digest(model: nn.Module) -> str:

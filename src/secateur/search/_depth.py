@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -11,34 +11,15 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph import shadow_of
-from secateur.importance import Importance
 from secateur.search._knapsack import Knapsack
-from secateur.search._problem import FloatArray, Problem, Proposal, Strategy
+from secateur.search._problem import Problem, Proposal, Strategy
 from secateur.surgery import Healer, OutputDistance, RecalibrateBatchNorm, Refit, apply_architecture, cut, replace_
 
 _TRIED = 9
 """Numbers of blocks tried at first, evenly spaced; then those beside the best."""
 
-
 _FINALISTS = 3
 """Candidates that are repaired before one is taken."""
-
-
-@dataclass(frozen=True, eq=False)
-class _SameScores(Problem):
-    """A problem that remembers the scores it was asked for: they are of the whole model, however deep the cut.
-
-    Attributes:
-        known: Scores by importance.
-    """
-
-    known: dict[int, dict[str, FloatArray]] = field(default_factory=dict[int, dict[str, FloatArray]])
-
-    def scores(self, importance: Importance) -> dict[str, FloatArray]:
-        """As `Problem.scores`; computed once for each object."""
-        if id(importance) not in self.known:
-            self.known[id(importance)] = super().scores(importance)
-        return self.known[id(importance)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +86,10 @@ class Shallower(Strategy):
         """
         if self._most(problem) == 0:
             return self.strategy.find(problem)
+        if problem.remembered is None:  # Scores are of the whole model, however deep the cut.
+            problem = replace(problem, remembered={})
         trials = _Trials(self.strategy, problem, self._images(problem))
-        problem.progress(0.0, "blocks")
-        disturbance = trials.disturbances()
+        disturbance = self._disturbances(problem, trials)
         spared = _spared(problem)
         order = sorted(disturbance, key=lambda name: disturbance[name] / spared[name])
         most = min(self._most(problem), len(order))
@@ -126,6 +108,14 @@ class Shallower(Strategy):
         best = trials.found[_nearest(healed or distance)[0]]
         mine = {"disturbance": disturbance, "distance": _as_json(distance), "healed": _as_json(healed)}
         return Proposal(best.architecture, {**best.notes, **mine})
+
+    def _disturbances(self, problem: Problem, trials: "_Trials") -> dict[str, float]:
+        """Of the whole model too: several searches of it share them."""
+        known = {} if problem.remembered is None else problem.remembered
+        if id(self) not in known:
+            problem.progress(0.0, "blocks")
+            known[id(self)] = {name: np.array(distance) for name, distance in trials.disturbances().items()}
+        return {name: float(distance) for name, distance in known[id(self)].items()}
 
     @property
     def trains(self) -> bool:
@@ -166,7 +156,7 @@ class _Trials:
 
     def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
         self._strategy, self._images = strategy, images
-        self._problem = _SameScores(*(getattr(problem, part.name) for part in fields(Problem)))
+        self._problem = problem
         self._model, self._graph = problem.evidence.model, problem.evidence.graph
         self._distance = OutputDistance(self._model, images)
         self.found: dict[int, _Candidate] = {}

@@ -42,7 +42,8 @@ class Problem:
         checkpoint: Folder for checkpoints of a strategy that trains, or None.
         watch: Shows the training of a strategy that trains.
         fabric: Device and precision of a strategy that trains, or None.
-        remembered: Scores by identity of the importance, shared by several searches of one model; None keeps none.
+        remembered: What was computed of the whole model, by identity of the importance or strategy that did, shared by
+            several searches; None keeps nothing.
         saving: When a strategy that trains writes checkpoints, beside those at the ends of epochs.
     """
 

@@ -98,7 +98,7 @@ def search(
         fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
         latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
         remembered: An empty dictionary that several searches of the same model, graph, strategy and batches share, so
-            that importances are computed once.
+            that what is of the whole model is computed once.
 
     Raises:
         BudgetError: If the budget cannot be read, limits a latency that nothing computes, or no architecture of the

@@ -206,6 +206,14 @@ def test_blocks_that_the_user_keeps_stay():
 def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
     with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
         compress(_residual(), noise_data(), budget="macs=2%")
+    few = Shallower(Uniform(), most=0.25)
+    with pytest.raises(
+        BudgetError, match=r"let more of the residual blocks go \(--remove-blocks, now 0\.25; in Python"
+    ):
+        compress(_residual(), noise_data(), budget="macs=2%", strategy=few)
+    with pytest.raises(BudgetError) as refused:
+        compress(_residual(), noise_data(), budget="macs=0.1%", strategy=Shallower(Uniform(), most=1.0))
+    assert "--remove-blocks" not in str(refused.value)
 
 
 def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

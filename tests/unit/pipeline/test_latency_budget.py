@@ -19,9 +19,12 @@ from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.importance import L2
 from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
-from secateur.pipeline import CompressResult, _deliver, _slow, _timed, compress
+from secateur.pipeline import STRATEGY, CompressResult, _deliver, _slow, _timed, compress, usual_blocks
+from secateur.pipeline._plan import usual_strategy
 from secateur.search import SearchSpace, Shallower, Uniform
 from secateur.train import Schedule, Silent
+
+TIMED = Budget(latency="50%")
 
 
 def _model() -> nn.Module:
@@ -103,6 +106,12 @@ def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
     assert trials[-1]["measured_s"] == pytest.approx(result.found.cost.latency_s)
     assert trials[-1]["measured_s"] <= limit
     assert trials[-1]["of_the_bound"] == pytest.approx(trials[-1]["measured_s"] / limit)
+
+
+def test_blocks_may_go_where_time_is_limited() -> None:
+    assert usual_strategy(Budget.parse("macs=50%")) == STRATEGY
+    assert usual_strategy(Budget.parse("macs=50%, latency=50%")) == Shallower(STRATEGY, most=usual_blocks(TIMED))
+    assert usual_blocks(TIMED) > 0
 
 
 def test_a_divisor_of_the_user_is_kept(tmp_path: Path) -> None:

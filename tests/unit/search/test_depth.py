@@ -12,7 +12,7 @@ from secateur.cost import CostModel
 from secateur.errors import BudgetError, DataError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
 from secateur.importance import L2, Importance
-from secateur.search import Knapsack, SearchSpace, Shallower, Uniform, search
+from secateur.search import Knapsack, SearchSpace, Shallower, Uniform, _depth, search
 from secateur.search._depth import _between, _spread
 from secateur.surgery import Refit, apply_architecture, cut, mask_removed, output_distance
 
@@ -107,6 +107,25 @@ def test_without_blocks_it_is_the_inner_strategy():
         alone = search(model, graph, inner, budget="macs=50%", batches=batches)
         assert (found.architecture, found.notes) == (alone.architecture, alone.notes)
     assert search(model, graph, Shallower(Uniform()), budget="macs=50%").architecture.widths  # it needs no images then
+
+
+def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypatch: pytest.MonkeyPatch):
+    model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4)
+    strategy, remembered, asked = Shallower(Uniform()), {}, []
+    apart = [search(model, graph, strategy, budget=f"macs={part}%", batches=batches) for part in (80, 60)]
+    real = _depth._Trials.disturbances
+
+    def counted(trials):
+        asked.append(trials)
+        return real(trials)
+
+    monkeypatch.setattr(_depth._Trials, "disturbances", counted)
+    together = [
+        search(model, graph, strategy, budget=f"macs={part}%", batches=batches, remembered=remembered)
+        for part in (80, 60)
+    ]
+    assert together == apart
+    assert len(asked) == 1
 
 
 def test_most_bounds_the_blocks():

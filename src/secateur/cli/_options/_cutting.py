@@ -80,9 +80,10 @@ AxisMinKept = Annotated[
     typer.Option(metavar="PATTERN=X", help="--min-kept for the axes that match; repeatable.", rich_help_panel=_CUT),
 ]
 RemoveBlocks = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Largest part of the residual blocks that may be removed whole, 0 to 1; 0 cuts channels only.",
+        help="Largest part of the residual blocks that may be removed whole, 0 to 1; 0 cuts channels only. 1 if the "
+        "budget limits the latency, else 0.",
         metavar="FRACTION",
         min=0,
         max=1,

@@ -155,6 +155,9 @@ def test_int8_is_a_step_of_compress(small: Small, run: Run, tmp_path: Path, monk
     entry = json.loads((tmp_path / "out" / "secateur.json").read_text())["verification"]["exports"]["int8"]
     steps = json.loads((tmp_path / "out" / "secateur.json").read_text())["metrics"]["test_accuracy"]
     assert entry["agreement"]["float_top1"] == pytest.approx(steps[-1]["top1"], abs=1.5 / 359)
+    assert entry["latency"]["runtime"].startswith("onnxruntime")
+    assert entry["latency"]["after"]["median"] > 0
+    assert secateur.verify(tmp_path / "out").passed
 
 
 def test_collapsed_int8_file_is_a_failed_check(small: Small, run: Run, tmp_path: Path, monkeypatch) -> None:

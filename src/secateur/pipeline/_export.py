@@ -113,15 +113,9 @@ def export_files(
     return {folder / each.form.file: each.agreed for each in made}
 
 
-def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
-    """Exported files by format, for the verification in secateur.json."""
-    return {RECORD: {each.form.value: each.to_json() for each in exports}}
-
-
 def _record(folder: Path, made: Sequence[Exported]) -> None:
     before = read_manifest(folder).recipe.verification.get(RECORD)
-    after = exports_json(made)[RECORD]
-    assert isinstance(after, dict)
+    after = {each.form.value: each.to_json() for each in made}
     amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **after}})
 
 

@@ -10,7 +10,7 @@ from secateur.errors import ExportError
 from secateur.export import USUAL_KEPT, Parity, Quantised, onnx_bytes
 from secateur.latency import LatencyRecord, OnnxRuntime, measure_files
 from secateur.pipeline._checks import copied, shown_latency
-from secateur.pipeline._export import Exported, Samples, export_file, exports_json
+from secateur.pipeline._export import RECORD, Exported, Samples, export_file
 from secateur.pipeline._formats import Format
 from secateur.report import Check, ExportedFile, MeasuredAccuracy
 
@@ -39,8 +39,9 @@ class Exports:
         return tuple(_shown(each, self.latency if each.form is Format.INT8 else None) for each in self.made)
 
     def to_json(self) -> dict[str, object]:
-        """For the verification in secateur.json."""
-        return exports_json(self.made)
+        """For the verification in secateur.json; what was measured stands beside what was compared."""
+        measured = {} if self.latency is None else {Format.INT8: {"latency": self.latency.to_json()}}
+        return {RECORD: {each.form.value: {**each.to_json(), **measured.get(each.form, {})} for each in self.made}}
 
 
 def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: Sequence[Format]) -> Exports:

@@ -30,7 +30,7 @@ from secateur.models import load_model
 from secateur.pipeline import compress
 from secateur.pipeline._on_time import _roomiest
 from secateur.pipeline._timed import Timed, limit_of, spaces_of, used
-from secateur.search import Found, SearchSpace, Uniform, search
+from secateur.search import Found, SearchSpace, Strategy, Uniform, search
 from secateur.surgery import apply_architecture
 from secateur.train import Schedule, Silent
 
@@ -169,14 +169,14 @@ def of_network(network: Network) -> list[dict[str, Any]]:
 
 def of_random(timed: Timed, fit: LatencyFit) -> Outcome:
     """Uniform widths."""
-    model, graph, strategy = timed.original, timed.graph, Uniform(L2())
+    model, graph = timed.original, timed.graph
     within = Budget(latency=limit_of(timed.budget, float(fit.measured[0])))
 
-    def again(space: SearchSpace, latency: Any) -> Found:
+    def again(strategy: Strategy, space: SearchSpace, latency: Any) -> Found:
         return search(model, graph, strategy, budget=within, space=space, latency=latency)
 
     space = _roomiest(model, graph, within, spaces_of(SPACE, graph), fit)
-    trials = list(timed.within(space, fit, again))
+    trials = list(timed.within(space, fit, Uniform(L2()), again))
     fitting = [trial for trial in trials if trial.used <= 1]
     best = max(fitting or trials, key=lambda trial: trial.used)
     small = apply_architecture(model, graph, best.found.architecture)

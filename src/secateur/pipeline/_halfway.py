@@ -131,11 +131,13 @@ def _search(
 
     remembered: dict[int, dict[str, FloatArray]] = {}
 
-    def searching(budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None) -> Found:
+    def searching(
+        strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
+    ) -> Found:
         return search(
             original,
             graph,
-            plan.strategy,
+            strategy,
             budget=budget,
             batches=batches,
             space=space,
@@ -151,7 +153,7 @@ def _search(
 
     try:
         if not is_timed(plan.budget):
-            return searching(plan.budget, plan.space, None, checkpoint)
+            return searching(plan.strategy, plan.budget, plan.space, None, checkpoint)
         images = [images for images, _ in batches]
         return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept)
     except BudgetError as error:

@@ -17,14 +17,14 @@ from secateur.pipeline._measured import Measurements
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._start import HEAL
 from secateur.pipeline._timed import Timed, Trial, best_of, limit_of, noted, spaces_of
-from secateur.search import Found, SearchSpace, Uniform, search
+from secateur.search import Found, SearchSpace, Strategy, Uniform, search
 from secateur.surgery import OutputDistance, cut
 
 _JUDGED_IMAGES = 256
 """Calibration images that candidates are healed and compared on."""
 
-Search = Callable[[Budget, SearchSpace, LatencyModel, Path | None], Found]
-"""The search of the plan with another budget, space, latency model and place for checkpoints."""
+Search = Callable[[Strategy, Budget, SearchSpace, LatencyModel, Path | None], Found]
+"""The search of the plan with another strategy, budget, space, latency model and place for checkpoints."""
 
 
 def search_on_time(
@@ -69,11 +69,11 @@ def search_on_time(
     with _folder(checkpoint, plan.strategy.trains) as folder:
         for space in spaces:
 
-            def again(space: SearchSpace, latency: LatencyModel) -> Found:
-                return searching(within, space, latency, folder)
+            def again(strategy: Strategy, space: SearchSpace, latency: LatencyModel) -> Found:
+                return searching(strategy, within, space, latency, folder)
 
             try:
-                trials += timed.within(space, fit, again)
+                trials += timed.within(space, fit, plan.strategy, again)
             except BudgetError as error:
                 refused = refused or error
                 plan.tell(f"Divisor {space.divisor}: {error}")

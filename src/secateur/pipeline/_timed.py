@@ -1,5 +1,6 @@
 """A search under a bound on latency: predicted, cut, measured, corrected, and measured again."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph
 from secateur.latency import Cache, LatencyFit, LatencyRecord, Target, fit_latency, measure_pairs
 from secateur.pipeline._measured import Measurements
-from secateur.search import Found, SearchSpace
+from secateur.search import Found, SearchSpace, Strategy
 from secateur.surgery import apply_architecture
 
 DIVISORS = (8, 16, 32)
@@ -24,7 +25,7 @@ _AIM = 0.98
 _NEAR = 0.955
 """Of the bound: near enough to it."""
 
-Searching = Callable[[SearchSpace, LatencyModel], Found]
+Searching = Callable[[Strategy, SearchSpace, LatencyModel], Found]
 """Searches in a space with a latency model."""
 
 
@@ -95,10 +96,11 @@ class Timed:
         )
         return found
 
-    def within(self, space: SearchSpace, fit: LatencyFit, searching: Searching) -> Iterator[Trial]:
+    def within(self, space: SearchSpace, fit: LatencyFit, strategy: Strategy, searching: Searching) -> Iterator[Trial]:
         """Search, measure, correct, and search again, until the measured latency is near the bound and not above it.
 
         Each search is allowed a predicted latency; the first one what the whole model tells, later ones see `_allowed`.
+        Later ones stay near to what the first has found, see `Strategy.again`.
         """
         original = float(fit.measured[0])
         limit = limit_of(self.budget, original)
@@ -107,7 +109,7 @@ class Timed:
         trials, seen = list[Trial](), set[object]()
         for _ in range(_ROUNDS):
             factor = limit / allowed
-            found = searching(space, fit.model.scaled(factor))
+            found = _next([trial.found for trial in trials], strategy, space, fit.model.scaled(factor), searching)
             if found.architecture in seen:
                 return
             seen.add(found.architecture)
@@ -154,6 +156,18 @@ def at_best(budget: Budget, record: LatencyRecord) -> float:
     """The same for the quartile that is on the quick side: what is not above 1 is not above the bound for certain."""
     limit = _limit(budget)
     return 100 / (record.speedup.upper * limit.value) if limit.relative else record.after.lower / limit.value
+
+
+def _next(
+    before: Sequence[Found], strategy: Strategy, space: SearchSpace, latency: LatencyModel, searching: Searching
+) -> Found:
+    """The next architecture: near to the first one, unless that leads nowhere."""
+    if before:
+        first = before[0]
+        with contextlib.suppress(BudgetError):
+            near = searching(strategy.again(first.architecture), space, latency)
+            return replace(near, strategy=first.strategy, notes={**first.notes, **near.notes})
+    return searching(strategy, space, latency)
 
 
 def _allowed(trials: Sequence[Trial], aim: float) -> float:

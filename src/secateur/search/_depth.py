@@ -22,6 +22,41 @@ _FINALISTS = 3
 """Candidates that are repaired before one is taken."""
 
 
+@dataclass(frozen=True)
+class Without(Strategy):
+    """Remove these residual blocks, and find the widths of the rest by another strategy.
+
+    Attributes:
+        strategy: Finds the widths.
+        blocks: Their names.
+    """
+
+    strategy: Strategy
+    blocks: tuple[str, ...]
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: those of the inner strategy."""
+        graph = problem.evidence.graph
+        proposal = self.strategy.find(self._rest(problem))
+        # What widths are found for layers that are gone has no effect; whole says least.
+        gone = {name for block in self.blocks for name in graph.blocks_by_name[block].tensors}
+        idle = {a.name: range(a.size) for a in graph.prunable if all(s.tensor in gone for s in a.sites)}
+        architecture = Architecture.of({**proposal.architecture.by_name, **idle}, self.blocks)
+        return replace(proposal, architecture=architecture)
+
+    @property
+    def trains(self) -> bool:
+        """As the inner strategy."""
+        return self.strategy.trains
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest widths without the blocks."""
+        return self.strategy.least(self._rest(problem))
+
+    def _rest(self, problem: Problem) -> Problem:
+        return replace(problem, costs=problem.costs.without(self.blocks))
+
+
 @dataclass(frozen=True, eq=False)
 class _Candidate:
     """An architecture with some blocks removed.
@@ -122,9 +157,13 @@ class Shallower(Strategy):
         """As the inner strategy."""
         return self.strategy.trains
 
+    def again(self, found: Architecture) -> Strategy:
+        """The same blocks go."""
+        return Without(self.strategy, found.removed_blocks)
+
     def least(self, problem: Problem) -> Cost:
         """Cost of the smallest widths without the dearest blocks."""
-        return self.strategy.least(replace(problem, costs=problem.costs.without(self._dearest(problem))))
+        return Without(self.strategy, tuple(self._dearest(problem))).least(problem)
 
     def _most(self, problem: Problem) -> int:
         """How many blocks may go."""
@@ -182,17 +221,14 @@ class _Trials:
     def remove(self, blocks: Sequence[str]) -> None:
         """Try without these; nothing is found if the budget is beyond reach then."""
         self.tried.add(len(blocks))
-        problem = replace(self._problem, costs=self._problem.costs.without(blocks))
-        if not problem.budget.allows(self._strategy.least(problem), problem.costs.original):
+        rest = Without(self._strategy, tuple(blocks))
+        if not self._problem.budget.allows(rest.least(self._problem), self._problem.costs.original):
             return
-        problem.progress(0.3 + 0.4 * len(blocks) / (len(problem.costs.blocks) + 1), f"{len(blocks)} blocks fewer")
-        proposal = self._strategy.find(replace(problem, progress=_silent))
-        # What widths are found for layers that are gone has no effect; whole says least.
-        gone = {name for block in blocks for name in self._graph.blocks_by_name[block].tensors}
-        idle = {a.name: range(a.size) for a in self._graph.prunable if all(s.tensor in gone for s in a.sites)}
-        architecture = Architecture.of({**proposal.architecture.by_name, **idle}, blocks)
-        small = apply_architecture(self._model, self._graph, architecture)
-        self.found[len(blocks)] = _Candidate(self._distance.of(small), architecture, proposal.notes)
+        step = 0.4 * len(blocks) / (len(self._problem.costs.blocks) + 1)
+        self._problem.progress(0.3 + step, f"{len(blocks)} blocks fewer")
+        proposal = rest.find(replace(self._problem, progress=_silent))
+        small = apply_architecture(self._model, self._graph, proposal.architecture)
+        self.found[len(blocks)] = _Candidate(self._distance.of(small), proposal.architecture, proposal.notes)
 
     def healed(self, heal: Sequence[Healer], numbers: Sequence[int]) -> dict[int, float]:
         """Distances of some candidates after repairs."""

@@ -21,7 +21,7 @@ from secateur.importance import L2
 from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.pipeline import STRATEGY, CompressResult, _deliver, _slow, _timed, compress, usual_blocks
 from secateur.pipeline._plan import usual_strategy
-from secateur.search import SearchSpace, Shallower, Uniform
+from secateur.search import Problem, Proposal, SearchSpace, Shallower, Uniform, describe
 from secateur.train import Schedule, Silent
 
 TIMED = Budget(latency="50%")
@@ -218,6 +218,39 @@ def test_a_network_whose_time_falls_faster_than_predicted_is_found_in_three_tria
     trials = result.found.notes["latency"]["trials"]
     assert len(trials) <= 3
     assert 0.955 <= trials[-1]["of_the_bound"] <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Near(Uniform):
+    """Says that it was asked again; out of reach if it shall be."""
+
+    lost: bool = False
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    def again(self, found: Architecture) -> Uniform:
+        return dataclasses.replace(self, asked=[*self.asked, "again"])
+
+    def find(self, problem: Problem) -> Proposal:
+        if self.asked and self.lost:
+            raise BudgetError("`blocks` must be others.")
+        proposal = super().find(problem)
+        return dataclasses.replace(proposal, notes={"first" if not self.asked else "near": True})
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_later_trials_stay_near_to_the_first_where_they_can(tmp_path: Path, lost: bool) -> None:
+    full = whole(_model(), ())
+    steep = Pretend(lambda model, inputs: 1e-4 * (whole(model, inputs) / full) ** 2, layer)
+    fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
+    strategy = Near(L2(), lost)
+    result, _ = run(
+        tmp_path, "latency=30%", strategy=strategy, target=steep, cache=Cache.of(steep, tmp_path), space=fine
+    )
+    assert result.found.cost.latency_s <= 0.3 * result.found.original.latency_s
+    assert len(result.found.notes["latency"]["trials"]) > 1
+    assert result.found.notes["first"]
+    assert ("near" in result.found.notes) is not lost
+    assert result.found.strategy == describe(strategy)
 
 
 def test_a_slow_network_is_told_why(tmp_path: Path) -> None:

@@ -128,6 +128,22 @@ def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypat
     assert len(asked) == 1
 
 
+def test_the_same_search_again_finds_the_same_without_looking_at_blocks(monkeypatch: pytest.MonkeyPatch):
+    model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4, 1.0, 1.0)
+    strategy = Shallower(Uniform())
+    found = search(model, graph, strategy, budget="macs=60%", batches=batches)
+    monkeypatch.setattr(_depth._Trials, "__init__", lambda *_: pytest.fail("blocks are known"))
+    near = strategy.again(found.architecture)
+    again = search(model, graph, near, budget="macs=60%", batches=batches)
+    assert (again.architecture, again.cost) == (found.architecture, found.cost)
+    assert near.again(found.architecture) is near
+    less = search(model, graph, near, budget="macs=40%", batches=batches)
+    assert less.architecture.removed_blocks == found.architecture.removed_blocks
+    assert 0.38 * found.original.macs < less.cost.macs <= 0.4 * found.original.macs
+    with pytest.raises(BudgetError, match="must be within reach"):
+        search(model, graph, near, budget="macs=1%", batches=batches)
+
+
 def test_most_bounds_the_blocks():
     model, graph, batches = chain(1e-4, 1e-4, 1e-4, 1e-4)
     for most, blocks in ((0.0, 0), (0.49, 1), (0.5, 2), (1.0, 4)):

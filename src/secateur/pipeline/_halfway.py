@@ -17,6 +17,7 @@ from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph import ChannelGraph
 from secateur.pipeline._measured import Measurements
 from secateur.pipeline._on_time import search_on_time
+from secateur.pipeline._paced import Paced
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._start import Uncut
@@ -130,6 +131,7 @@ def _search(
     """
 
     remembered: dict[int, dict[str, FloatArray]] = {}
+    paced = Paced(plan.tell)
 
     def searching(
         strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
@@ -145,6 +147,7 @@ def _search(
             data=plan.data,
             checkpoint=folder,
             saving=plan.saving,
+            progress=paced,
             watch=plan.progress,
             fabric=plan.alone,
             latency=latency,

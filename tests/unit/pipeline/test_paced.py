@@ -1,0 +1,40 @@
+"""A long search says where it is; a short one does not."""
+
+from collections.abc import Iterator
+
+import pytest
+from noise_images import noise_data
+from torch import nn
+from zoo import ZOO
+
+from secateur.pipeline import _paced, compress
+from secateur.pipeline._paced import Paced
+from secateur.search import Shallower, Uniform
+from secateur.train import Schedule, Silent
+
+
+def test_it_speaks_at_most_every_so_often() -> None:
+    seconds: Iterator[float] = iter([100.0, 101.0, 119.9, 120.0, 139.0, 141.0])
+    told: list[str] = []
+    paced = Paced(told.append, lambda: next(seconds))
+    for done in range(5):
+        paced(done / 5, f"step {done}")
+    assert told == ["Searching, 40 % done: step 2.", "Searching, 80 % done: step 4."]
+
+
+@pytest.mark.parametrize(("every", "spoken"), [(0.0, True), (1e9, False)])
+def test_compress_passes_it_on(monkeypatch: pytest.MonkeyPatch, every: float, spoken: bool) -> None:
+    monkeypatch.setattr(_paced, "_EVERY_S", every)
+    told: list[str] = []
+    model = nn.Sequential(ZOO["residual"]()[0], nn.Linear(5, 4))
+    compress(
+        model,
+        noise_data(),
+        budget="macs=70%",
+        strategy=Shallower(Uniform()),
+        schedule=Schedule(epochs=0),
+        calibration_images=32,
+        progress=Silent(),
+        tell=told.append,
+    )
+    assert any(line.startswith("Searching, ") and "blocks fewer" in line for line in told) is spoken

@@ -126,7 +126,6 @@ def of_network(network: Network) -> list[dict[str, Any]]:
     graph = trace(model, images[:1])
     target = Remembering()
     fit = Timed(model, graph, target, images[:1], Budget(latency="50%"), None, print).fit(spaces_of(SPACE, graph)[0])
-    scale = float(fit.measured[0]) / float(fit.model.of_widths(fit.model.sizes[None])[0])
     rows = []
     for percent in BUDGETS:
         budget = Budget(latency=f"{percent}%")
@@ -149,7 +148,7 @@ def of_network(network: Network) -> list[dict[str, Any]]:
                 "removed_blocks": len(found.architecture.removed_blocks),
                 "macs_percent": 100 * found.cost.macs / found.original.macs,
                 "healed_accuracy": outcome.healed,
-                "first_prediction_error": scale * first["predicted_s"] / (first["of_the_bound"] * limit) - 1,
+                "first_prediction_error": fit.scale * first["predicted_s"] / (first["of_the_bound"] * limit) - 1,
                 "original_ms": 1e3 * proof.before.median,
                 "proof_ms": 1e3 * proof.after.median,
                 "proof_quartiles_ms": [1e3 * proof.after.lower, 1e3 * proof.after.upper],

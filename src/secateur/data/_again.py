@@ -18,18 +18,18 @@ class Floats:
 
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
-        self._idle: list[int] = []
+        self._idle = 0
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
         """An array that nobody else has, float32, of any content."""
-        for at, idle in enumerate(self._idle):
-            if self._references(at) == idle and self._arrays[at].shape == shape:
+        for at in range(len(self._arrays)):
+            if self._references(at) == self._idle and self._arrays[at].shape == shape:
                 return self._arrays[at]
         if len(self._arrays) >= _KEPT:
             return np.empty(shape, np.float32)
         self._arrays.append(np.empty(shape, np.float32))
         # Counted, not known: what the call itself adds differs between versions of Python.
-        self._idle.append(self._references(-1))
+        self._idle = self._references(-1)
         return self._arrays[-1]
 
     def _references(self, at: int) -> int:

@@ -51,6 +51,11 @@ class LatencyFit:
         """(n,) predicted / measured - 1."""
         return self.predicted / self.measured - 1
 
+    @property
+    def scale(self) -> float:
+        """What the uncut model takes / what is predicted of it: the factor on predictions before anything is cut."""
+        return float(self.measured[0]) / float(self.model.of_widths(self.model.sizes[None])[0])
+
     def to_json(self) -> dict[str, object]:
         """A JSON object: target, measured and predicted seconds, largest and mean absolute error."""
         return {

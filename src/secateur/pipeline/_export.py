@@ -19,6 +19,7 @@ from secateur.export import (
     export_openvino,
     export_pt2,
 )
+from secateur.latency import LatencyRecord
 from secateur.pipeline._formats import Format, check_formats
 
 INT8_IMAGES = 512
@@ -51,18 +52,21 @@ class Exported:
         agreed: How it was compared with the model.
         sizes: Bytes of each file.
         sha256: Of each file, hexadecimal.
+        latency: Of the float file (before) and of this one (after), or None.
     """
 
     form: Format
     agreed: Parity | Quantised
     sizes: tuple[int, ...]
     sha256: tuple[str, ...]
+    latency: LatencyRecord | None = None
 
     def to_json(self) -> dict[str, object]:
         """A JSON object."""
         rows = zip(self.form.files, self.sizes, self.sha256, strict=True)
         files = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in rows]
-        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json()}
+        measured = {} if self.latency is None else {"latency": self.latency.to_json()}
+        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json(), **measured}
 
 
 def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) -> Exported:
@@ -113,10 +117,14 @@ def export_files(
     return {folder / each.form.file: each.agreed for each in made}
 
 
+def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
+    """Exported files by format, for the verification in secateur.json."""
+    return {each.form.value: each.to_json() for each in exports}
+
+
 def _record(folder: Path, made: Sequence[Exported]) -> None:
     before = read_manifest(folder).recipe.verification.get(RECORD)
-    after = {each.form.value: each.to_json() for each in made}
-    amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **after}})
+    amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **exports_json(made)}})
 
 
 def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantised:

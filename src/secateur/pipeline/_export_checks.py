@@ -10,7 +10,7 @@ from secateur.errors import ExportError
 from secateur.export import USUAL_KEPT, Parity, Quantised, onnx_bytes
 from secateur.latency import LatencyRecord, OnnxRuntime, measure_files
 from secateur.pipeline._checks import copied, shown_latency
-from secateur.pipeline._export import RECORD, Exported, Samples, export_file
+from secateur.pipeline._export import RECORD, Exported, Samples, export_file, exports_json
 from secateur.pipeline._formats import Format
 from secateur.report import Check, ExportedFile, MeasuredAccuracy
 
@@ -24,24 +24,21 @@ class Exports:
     Attributes:
         checks: One for each.
         made: Those that held.
-        latency: Of the int8 file beside the float one, or None.
         notes: What the reader must know.
     """
 
     checks: tuple[Check, ...]
     made: tuple[Exported, ...]
-    latency: LatencyRecord | None
     notes: tuple[str, ...]
 
     @property
     def shown(self) -> tuple[ExportedFile, ...]:
         """As the report has them."""
-        return tuple(_shown(each, self.latency if each.form is Format.INT8 else None) for each in self.made)
+        return tuple(map(_shown, self.made))
 
     def to_json(self) -> dict[str, object]:
-        """For the verification in secateur.json; what was measured stands beside what was compared."""
-        measured = {} if self.latency is None else {Format.INT8: {"latency": self.latency.to_json()}}
-        return {RECORD: {each.form.value: {**each.to_json(), **measured.get(each.form, {})} for each in self.made}}
+        """For the verification in secateur.json."""
+        return {RECORD: exports_json(self.made)}
 
 
 def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: Sequence[Format]) -> Exports:
@@ -67,11 +64,13 @@ def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: 
         made.append(found)
         checks.append(agreement_check(form, found.agreed))
         notes += _doubts(found)
-    latency = None
-    if any(each.form is Format.INT8 for each in made):
-        latency, said = _int8_latency(student, few.images, draft)
-        notes += said
-    return Exports(tuple(checks), tuple(made), latency, tuple(notes))
+    # After all of them: the float file may be one that is asked for later.
+    for at, each in enumerate(made):
+        if each.form is Format.INT8:
+            latency, said = _int8_latency(student, few.images, draft)
+            made[at] = replace(each, latency=latency)
+            notes += said
+    return Exports(tuple(checks), tuple(made), tuple(notes))
 
 
 def agreement_check(form: Format, agreed: Parity | Quantised) -> Check:
@@ -104,7 +103,7 @@ def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[Late
         return None, [f"The latency of {Format.INT8.file} was not measured: {error}"]
 
 
-def _shown(made: Exported, latency: LatencyRecord | None) -> ExportedFile:
+def _shown(made: Exported) -> ExportedFile:
     size, agreed = sum(made.sizes), made.agreed
     if isinstance(agreed, Parity):
         return ExportedFile(made.form.file, size, difference=agreed.max_rel)
@@ -114,5 +113,5 @@ def _shown(made: Exported, latency: LatencyRecord | None) -> ExportedFile:
         accuracy=MeasuredAccuracy(agreed.top1, agreed.n),
         float_accuracy=MeasuredAccuracy(agreed.float_top1, agreed.n),
         agreement=agreed.agreement,
-        latency=None if latency is None else shown_latency(latency),
+        latency=None if made.latency is None else shown_latency(made.latency),
     )

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
@@ -24,12 +23,11 @@ from secateur.pipeline._start import Uncut
 from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
-from secateur.search import Found, SearchSpace, Shallower, Strategy, search
+from secateur.search import Found, Remembered, SearchSpace, Shallower, Strategy, search
 from secateur.surgery import Cut, Healing, Verification, apply_architecture
 from secateur.train import tensors_of, write_tensors_
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
-FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> Halfway:
@@ -130,8 +128,7 @@ def _search(
         BudgetError: If no architecture that the choices and the space leave is within the budget.
     """
 
-    remembered: dict[int, dict[str, FloatArray]] = {}
-    paced = Paced(plan.tell)
+    remembered, paced = Remembered(), Paced(plan.tell)
 
     def searching(
         strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None

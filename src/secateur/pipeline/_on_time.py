@@ -91,10 +91,9 @@ def _roomiest(
 ) -> SearchSpace:
     """The space in which uniform widths keep most MACs within the bound."""
     kept: dict[SearchSpace, int] = {}
-    scale = float(fit.measured[0]) / float(fit.model.of_widths(fit.model.sizes[None])[0])
     for space in spaces:
         with contextlib.suppress(BudgetError):
-            latency = fit.model.scaled(scale)
+            latency = fit.model.scaled(fit.scale)
             found = search(original, graph, Uniform(L2()), budget=budget, space=space, latency=latency)
             kept[space] = found.cost.macs
     return max(kept, key=lambda space: kept[space], default=spaces[0])

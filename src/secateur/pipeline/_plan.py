@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from secateur.cost import Budget, LatencyModel
+from secateur.cost import Budget
 from secateur.data import ImageData
 from secateur.distill import Objective
 from secateur.graph import Choices, HeadUnit
@@ -19,6 +19,7 @@ from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
 from secateur.pipeline._formats import Format
 from secateur.pipeline._start import Start
+from secateur.pipeline._timed import is_timed
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Shallower, Strategy, describe
@@ -132,7 +133,7 @@ class Plan:
         }
         if self.pruning is not None:
             found["pruning"] = repr(self.pruning)
-        if LatencyModel.field in self.budget.fields:
+        if is_timed(self.budget):
             found["target"] = self.target.key
         return found
 
@@ -142,7 +143,7 @@ def usual_blocks(budget: Budget) -> float:
 
     Narrow layers take little less time than wide ones, and removed ones none; docs/log.md has the numbers.
     """
-    return 1.0 if LatencyModel.field in budget.fields else 0.0
+    return 1.0 if is_timed(budget) else 0.0
 
 
 def usual_strategy(budget: Budget) -> Strategy:

@@ -105,14 +105,12 @@ class Timed:
         original = float(fit.measured[0])
         limit = limit_of(self.budget, original)
         aim = 1.0 if original <= limit else _AIM
-        allowed = aim * limit * float(fit.model.of_widths(fit.model.sizes[None])[0]) / original
-        trials, seen = list[Trial](), set[object]()
+        allowed, trials = aim * limit / fit.scale, list[Trial]()
         for _ in range(_ROUNDS):
             factor = limit / allowed
             found = _next([trial.found for trial in trials], strategy, space, fit.model.scaled(factor), searching)
-            if found.architecture in seen:
+            if any(found.architecture == trial.found.architecture for trial in trials):
                 return
-            seen.add(found.architecture)
             assert found.cost.latency_s is not None
             trial = self._measured(space, found, found.cost.latency_s / factor)
             predicted = format_cost("latency_s", aim * factor * trial.predicted)

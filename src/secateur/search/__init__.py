@@ -17,6 +17,7 @@ from secateur.search._ranking import (
     by_axis_rank,
 )
 from secateur.search._ratios import Depths, Widths
+from secateur.search._remembered import Remembered
 from secateur.search._search import Found, search
 from secateur.search._sources import Activations, RawWeights, Source, Weights
 from secateur.search._space import AxisRule, SearchSpace
@@ -66,6 +67,7 @@ __all__ = [
     "Proposal",
     "RawWeights",
     "Redrawn",
+    "Remembered",
     "Sandwich",
     "SearchSpace",
     "SearchedWeights",

@@ -121,8 +121,6 @@ class Shallower(Strategy):
         """
         if self._most(problem) == 0:
             return self.strategy.find(problem)
-        if problem.remembered is None:  # Scores are of the whole model, however deep the cut.
-            problem = replace(problem, remembered={})
         trials = _Trials(self.strategy, problem, self._images(problem))
         disturbance = self._disturbances(problem, trials)
         spared = _spared(problem)
@@ -145,12 +143,12 @@ class Shallower(Strategy):
         return Proposal(best.architecture, {**best.notes, **mine})
 
     def _disturbances(self, problem: Problem, trials: "_Trials") -> dict[str, float]:
-        """Of the whole model too: several searches of it share them."""
-        known = {} if problem.remembered is None else problem.remembered
-        if id(self) not in known:
-            problem.progress(0.0, "blocks")
-            known[id(self)] = {name: np.array(distance) for name, distance in trials.disturbances().items()}
-        return {name: float(distance) for name, distance in known[id(self)].items()}
+        """Of the whole model, like scores: several searches of it share them."""
+        problem.progress(0.0, "blocks")
+        found = problem.remembered.of(
+            self, lambda: {name: np.array(distance) for name, distance in trials.disturbances().items()}
+        )
+        return {name: float(distance) for name, distance in found.items()}
 
     @property
     def trains(self) -> bool:

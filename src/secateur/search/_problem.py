@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, CostModel
 from secateur.importance import Evidence, Importance, checked_scores
+from secateur.search._remembered import FloatArray, Remembered
 from secateur.search._space import IntArray, SearchSpace
 from secateur.search._streams import Streams
 from secateur.train import Progress as Watch
@@ -21,7 +22,6 @@ from secateur.train import Saving, Silent, TrainingData
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Progress = Callable[[float, str], None]
 """Called with the finished fraction (0 to 1) and what is being done."""
 _TINY = 1e-300
@@ -42,8 +42,7 @@ class Problem:
         checkpoint: Folder for checkpoints of a strategy that trains, or None.
         watch: Shows the training of a strategy that trains.
         fabric: Device and precision of a strategy that trains, or None.
-        remembered: What was computed of the whole model, by identity of the importance or strategy that did, shared by
-            several searches; None keeps nothing.
+        remembered: What was computed of the whole model.
         saving: When a strategy that trains writes checkpoints, beside those at the ends of epochs.
     """
 
@@ -56,7 +55,7 @@ class Problem:
     checkpoint: Path | None = None
     watch: Watch = field(default_factory=Silent)
     fabric: "Fabric | None" = None
-    remembered: "dict[int, dict[str, FloatArray]] | None" = None
+    remembered: Remembered = field(default_factory=Remembered)
     saving: Saving = Saving()  # noqa: RUF009 -- frozen
 
     @cached_property
@@ -93,12 +92,10 @@ class Problem:
         Raises:
             ModelError: If they cannot be ranked (missing, mis-shaped, NaN or infinite).
         """
-        if self.remembered is None or id(importance) not in self.remembered:
-            found = checked_scores(importance.scores(self.evidence), self.evidence.graph, importance)
-            if self.remembered is None:
-                return found
-            self.remembered[id(importance)] = found
-        return self.remembered[id(importance)]
+        evidence = self.evidence
+        return self.remembered.of(
+            importance, lambda: checked_scores(importance.scores(evidence), evidence.graph, importance)
+        )
 
     @property
     def least(self) -> Cost:

@@ -13,7 +13,8 @@ from secateur.errors import BudgetError, SurgeryError
 from secateur.graph import ChannelGraph
 from secateur.importance import Evidence
 from secateur.search._describe import describe
-from secateur.search._problem import FloatArray, Problem, Progress, Proposal, Strategy
+from secateur.search._problem import Problem, Progress, Proposal, Strategy
+from secateur.search._remembered import Remembered
 from secateur.search._space import SearchSpace
 from secateur.train import Progress as Watch
 from secateur.train import Saving, Silent, TrainingData
@@ -73,7 +74,7 @@ def search(
     watch: Watch = Silent(),  # noqa: B008 -- frozen
     fabric: "Fabric | None" = None,
     latency: Modelled | None = None,
-    remembered: dict[int, dict[str, FloatArray]] | None = None,
+    remembered: Remembered | None = None,
 ) -> Found:
     """Find which channels to keep so that the model costs no more than the budget.
 
@@ -97,8 +98,8 @@ def search(
         watch: Shows the training of strategies that train.
         fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
         latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
-        remembered: An empty dictionary that several searches of the same model, graph, strategy and batches share, so
-            that what is of the whole model is computed once.
+        remembered: Shared by several searches of the same model, graph and batches, so that what is of the whole model
+            is computed once; None means its own.
 
     Raises:
         BudgetError: If the budget cannot be read, limits a latency that nothing computes, or no architecture of the
@@ -113,8 +114,9 @@ def search(
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     evidence = Evidence(model, graph, tuple(batches), seed)
     costs = CostModel(graph, _more(model, graph, limits, latency))
+    known = Remembered() if remembered is None else remembered
     problem = Problem(
-        evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, remembered, saving
+        evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, known, saving
     )
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})

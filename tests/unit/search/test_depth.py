@@ -12,7 +12,7 @@ from secateur.cost import CostModel
 from secateur.errors import BudgetError, DataError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
 from secateur.importance import L2, Importance
-from secateur.search import Knapsack, SearchSpace, Shallower, Uniform, _depth, search
+from secateur.search import Knapsack, Remembered, SearchSpace, Shallower, Uniform, _depth, search
 from secateur.search._depth import _between, _spread
 from secateur.surgery import Refit, apply_architecture, cut, mask_removed, output_distance
 
@@ -111,7 +111,7 @@ def test_without_blocks_it_is_the_inner_strategy():
 
 def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypatch: pytest.MonkeyPatch):
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4)
-    strategy, remembered, asked = Shallower(Uniform()), {}, []
+    strategy, remembered, asked = Shallower(Uniform()), Remembered(), []
     apart = [search(model, graph, strategy, budget=f"macs={part}%", batches=batches) for part in (80, 60)]
     real = _depth._Trials.disturbances
 

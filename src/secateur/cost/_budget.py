@@ -210,3 +210,8 @@ def _read(quantity: Quantity, value: object) -> Limit:
 
 def _shortest(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def is_timed(budget: Budget) -> bool:
+    """Whether a budget limits the latency."""
+    return "latency_s" in budget.fields

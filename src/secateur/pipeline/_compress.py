@@ -32,7 +32,7 @@ from secateur.pipeline._plan import (
 )
 from secateur.pipeline._result import CompressResult, Halfway
 from secateur.pipeline._start import Inherit, Start
-from secateur.pipeline._timed import is_timed
+from secateur.cost._budget import is_timed
 from secateur.pipeline._together import fabric_for, first_alone, shared_workplace
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover, Workplace

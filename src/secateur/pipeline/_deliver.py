@@ -19,7 +19,7 @@ from secateur.pipeline._probe import probe_json
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._searched import fairness, judged_stages, search_epochs
 from secateur.pipeline._slow import slow_because
-from secateur.pipeline._timed import is_timed
+from secateur.cost._budget import is_timed
 from secateur.pipeline._work import workplace_of
 from secateur.pipeline._zeros import within
 from secateur.report import (

@@ -20,7 +20,7 @@ from secateur.pipeline._paced import Paced
 from secateur.pipeline._plan import Plan
 from secateur.pipeline._result import Halfway
 from secateur.pipeline._start import Uncut
-from secateur.pipeline._timed import is_timed
+from secateur.cost._budget import is_timed
 from secateur.pipeline._traced import traced
 from secateur.pipeline._work import Cutting, Workplace
 from secateur.search import Found, Remembered, SearchSpace, Shallower, Strategy, search

@@ -19,7 +19,7 @@ from secateur.latency import Cache, OnnxRuntime, Target
 from secateur.models import ModelSource
 from secateur.pipeline._formats import Format
 from secateur.pipeline._start import Start
-from secateur.pipeline._timed import is_timed
+from secateur.cost._budget import is_timed
 from secateur.pipeline._traced import Branches
 from secateur.pipeline._work import Leftover
 from secateur.search import Knapsack, SearchSpace, Shallower, Strategy, describe

@@ -133,11 +133,6 @@ class Timed:
         return Trial(space, found, predicted, record, used(self.budget, record))
 
 
-def is_timed(budget: Budget) -> bool:
-    """Whether a budget limits the latency."""
-    return LatencyModel.field in budget.fields
-
-
 def limit_of(budget: Budget, original_s: float) -> float:
     """The bound on latency in seconds, for an original that takes ``original_s``."""
     limit = _limit(budget)

@@ -161,8 +161,8 @@ def test_use_of_a_bound() -> None:
     assert _timed.used(seconds, record(0.8, 0.3)) == pytest.approx(1)
     assert _timed.at_best(relative, record(0.8, 0.4, 0.1)) == pytest.approx(1 / 1.1)
     assert _timed.at_best(seconds, record(0.8, 0.4, 0.1)) == pytest.approx(1.2)
-    assert _timed.is_timed(seconds)
-    assert not _timed.is_timed(Budget(macs="50%"))
+    assert is_timed(seconds)
+    assert not is_timed(Budget(macs="50%"))
 
 
 def test_spaces_are_those_that_differ() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget
+from secateur.cost._budget import is_timed
 from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.importance import L2

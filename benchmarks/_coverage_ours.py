@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import Cut, apply_architecture, cut, parameter_share
-from secateur.surgery._verify import Verification, compare
+from secateur.prune import Cut, Verification, apply_architecture, cut, parameter_share
+from secateur.prune.verify import compare
 
 REMOVED = 0.05
 """A cut that removes a smaller fraction of the parameters counts as none."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from _record import RESULTS, surroundings, table, write_record
 
-from secateur.search._swp import Choice, Evolution, Exact, Table, pareto
+from secateur.nas import Choice, Evolution, Exact, Table, pareto
 
 CASES = ((4, 200, 1), (4, 200, 2), (4, 200, 3), (8, 200, 1), (8, 200, 2), (8, 200, 3))
 FIELDS = ("macs", "params", "latency_s")

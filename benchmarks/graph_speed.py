@@ -25,8 +25,8 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, trace
-from secateur.importance import L2, Evidence
-from secateur.surgery import apply_architecture, cut
+from secateur.prune import apply_architecture, cut
+from secateur.search import L2, Evidence
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet50": lambda: torchvision.models.resnet50(weights=None),

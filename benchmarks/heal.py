@@ -19,19 +19,24 @@ from torch import nn
 
 from secateur.data import calibration, load_data
 from secateur.graph import trace
-from secateur.importance import (
+from secateur.models import load_model
+from secateur.prune import RecalibrateBatchNorm, Refit, Wound, cut, output_distance
+from secateur.search import (
     L1,
     L2,
     LAMP,
     BatchNormScale,
     GeometricMedian,
+    Knapsack,
+    PCASlimming,
     RandomImportance,
     Reconstruction,
+    SearchSpace,
+    Strategy,
     Taylor,
+    Uniform,
+    search,
 )
-from secateur.models import load_model
-from secateur.search import Knapsack, PCASlimming, SearchSpace, Strategy, Uniform, search
-from secateur.surgery import RecalibrateBatchNorm, Refit, Wound, cut, output_distance
 from secateur.train import evaluate
 
 SPACE = SearchSpace(min_kept_fraction=0.25)

@@ -20,18 +20,15 @@ import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from torch import Tensor, nn
 
-from secateur.cost import Budget
+from secateur.cost import Budget, OnnxRuntime, measure_pairs
 from secateur.data import load_data
 from secateur.export import eval_copy, feed, onnx_bytes, open_session
 from secateur.graph import trace
-from secateur.importance import L2
-from secateur.latency import LatencyFit, OnnxRuntime, measure_pairs
 from secateur.models import load_model
 from secateur.pipeline import compress
-from secateur.pipeline._on_time import _roomiest
-from secateur.pipeline._timed import Timed, limit_of, spaces_of, used
-from secateur.search import Found, SearchSpace, Strategy, Uniform, search
-from secateur.surgery import apply_architecture
+from secateur.pipeline.latency import Timed, _roomiest, limit_of, spaces_of, used
+from secateur.prune import apply_architecture
+from secateur.search import L2, Found, LatencyFit, SearchSpace, Strategy, Uniform, search
 from secateur.train import Schedule, Silent
 
 

@@ -25,8 +25,8 @@ from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from recover import ALIGNED, KD, ours
 from torch import nn
 
-from secateur.cli._losses import OF_LOGITS, USUAL, Pair, inferred_taps, objective_of
-from secateur.cli._options import LossName
+from secateur.cli._words import OF_LOGITS, USUAL, Pair, inferred_taps, objective_of
+from secateur.cli.options import LossName
 from secateur.cost import counted_macs
 from secateur.data import ImageData, Split, load_data
 from secateur.distill import AlignedFeatures, Objective

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.models import cifar_resnet20
-from secateur.sparsity import keep_largest, magnitude, masked, per_layer, prunable
+from secateur.prune import keep_largest, magnitude, masked, per_layer, prunable
 
 CASES = (("cifar_resnet20", 32), ("cifar_resnet20", 128), ("mobilenetv3_small_100", 32), ("mobilenetv3_small_100", 128))
 

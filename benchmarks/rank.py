@@ -35,15 +35,14 @@ from secateur.cost import Budget, CostModel
 from secateur.data import ImageData, calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, stages_of, trace
-from secateur.importance import Evidence, Reconstruction
 from secateur.models import load_model
-from secateur.search import SWP, Drawn, Labels, Problem, SearchSpace, SoftLabels, Widths
-from secateur.search._halves import held_out
-from secateur.search._swp._options import Options
-from secateur.search._swp._score import Judge, losses_of
-from secateur.search._swp._train import Course, Run
-from secateur.supernet import Supernet, best_first
-from secateur.surgery import RecalibrateBatchNorm, Refit, cut
+from secateur.nas import SWP, Drawn, Labels, SoftLabels, Supernet, Widths, best_first
+from secateur.nas.common import held_out
+from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp_candidates import Options
+from secateur.nas.swp_train import Course, Run
+from secateur.prune import RecalibrateBatchNorm, Refit, cut
+from secateur.search import Evidence, Problem, Reconstruction, SearchSpace
 from secateur.train import Schedule, Silent, distill, evaluate, open_fabric, placed
 
 NETWORKS = 24

@@ -22,13 +22,12 @@ from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 from secateur.cost import Budget, CostModel
 from secateur.data import calibration, load_data
 from secateur.graph import stages_of, trace
-from secateur.importance import L2, Evidence
 from secateur.models import load_model
-from secateur.search import InPlace, Problem, SearchSpace, Widths
-from secateur.search._halves import held_out
-from secateur.search._swp._options import Options
-from secateur.search._swp._score import Judge, losses_of
-from secateur.supernet import Subnet, Supernet, best_first
+from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
+from secateur.nas.common import held_out
+from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp_candidates import Options
+from secateur.search import L2, Evidence, Problem, SearchSpace
 from secateur.train import Precision, open_fabric, placed
 from secateur.workers import InProcess, OnRay, Pool, Workers
 

@@ -30,8 +30,8 @@ from secateur.data import ImageData, calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import trace
 from secateur.models import load_model
+from secateur.prune import Refit, cut
 from secateur.search import Knapsack, SearchSpace, search
-from secateur.surgery import Refit, cut
 from secateur.train import Schedule, Silent, evaluate, fit
 
 KD = Objective(kd_weight=0.9, label_weight=0.1)

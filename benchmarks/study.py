@@ -15,8 +15,8 @@ import re
 import pyarrow.parquet as pq
 from _record import RESULTS, table
 
-from secateur.artifact import Provenance
-from secateur.pipeline._study._results import page_of
+from secateur._provenance import Provenance
+from secateur.pipeline._study import page_of
 
 FOLDER = RESULTS / "study"
 

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from secateur.cost import Budget, CostModel
 from secateur.data import ImageData, calibration, load_data
 from secateur.graph import ChannelGraph, stages_of, trace
-from secateur.importance import L2, Evidence
 from secateur.models import load_model
-from secateur.search import InPlace, Problem, SearchSpace, Widths
-from secateur.search._swp._options import Options
-from secateur.search._swp._score import Judge, losses_of
-from secateur.supernet import Subnet, Supernet, best_first
+from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
+from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp_candidates import Options
+from secateur.search import L2, Evidence, Problem, SearchSpace
 from secateur.train import Precision, channels_last, open_fabric, placed
 
 NETWORKS = 8

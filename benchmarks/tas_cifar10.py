@@ -42,22 +42,21 @@ from secateur.cost import Budget, CostModel, counted_macs
 from secateur.data import ImageData, calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, trace
-from secateur.importance import Evidence, Reconstruction
 from secateur.models import load_model
+from secateur.nas import SWP, TAS, Sandwich
+from secateur.prune import Cut, RecalibrateBatchNorm, Refit, cut
 from secateur.search import (
-    SWP,
-    TAS,
+    Evidence,
     Knapsack,
     PCASlimming,
     Problem,
-    Sandwich,
+    Reconstruction,
     SearchSpace,
     Uniform,
     fit,
     keep_best,
     search,
 )
-from secateur.surgery import Cut, RecalibrateBatchNorm, Refit, cut
 from secateur.train import Schedule, Silent, distill, evaluate, open_fabric
 
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)

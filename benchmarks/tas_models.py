@@ -19,10 +19,10 @@ from torch import nn
 from secateur.cost import counted_macs
 from secateur.data import ImageData, calibration, load_data
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.importance import L2
 from secateur.models import load_model
-from secateur.search import TAS, Depths, Widths, search
-from secateur.surgery import cut
+from secateur.nas import TAS, Depths, Widths
+from secateur.prune import cut
+from secateur.search import L2, search
 from secateur.train import Schedule
 
 MODELS = ("cifar_resnet20", "cifar_resnet56", "mobilenetv2_050", "densenet121", "efficientnet_b0", "convnext_atto")

@@ -24,13 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from secateur.cost import Budget, CostModel
 from secateur.graph import trace
-from secateur.importance import L2, Evidence
 from secateur.models import cifar_resnet56
-from secateur.search import TAS, Problem, SearchSpace
-from secateur.search._tas._candidates import Candidates
-from secateur.search._tas._choice import Choice
-from secateur.search._tas._engine import Run
-from secateur.supernet import Blending, Fade, Interpolate, Supernet, best_first
+from secateur.nas import TAS, Blending, Fade, Interpolate, Supernet, best_first
+from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.nas.tas_train import Run
+from secateur.search import L2, Evidence, Problem, SearchSpace
 from secateur.train import Precision, Schedule, best_precision, channels_last, open_fabric, placed
 
 BATCH = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 from click.testing import Result
 from typer.testing import CliRunner
 
-from secateur.cli import app
+from secateur.cli.app import app
 
 Run = Callable[..., Result]
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from small_runs import Blobs, small_net, small_schedule
 from torch import nn
 
+from secateur._runtime import Stopped, stoppable
 from secateur.distill import Objective
 from secateur.errors import TrainingError
-from secateur.train import SGD, Saving, Silent, Stopped, Trained, fit, stoppable
+from secateur.train import SGD, Saving, Silent, Trained, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -52,7 +53,7 @@ class Losses:
 
 def trained(name: str, progress: Any, fabric: "Fabric | None" = None, **more: Any) -> Trained:
     """Distilled from a teacher, with a moving average, clipping and validation images that two do not divide."""
-    from secateur.train import _ledger
+    from secateur.train import trainer as _ledger
 
     _ledger.SECONDS_PER_LOOK = -1.0
     schedule = small_schedule(
@@ -114,10 +115,9 @@ def _process(fabric: "Fabric", folder: Path) -> None:
 def _refusal(fabric: "Fabric", *, before: bool = False, **more: Any) -> str:
     """The message of an error; before, one process may leave a checkpoint that the other does not see."""
     if before:
-        from secateur.train import Saved
-        from secateur.train._checkpoint import save_checkpoint
-        from secateur.train._fit import _settings
-        from secateur.train._task import Task
+        from secateur.train import Saved, save_checkpoint
+        from secateur.train.config import Task
+        from secateur.train.fit import _settings
 
         schedule = small_schedule(
             EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimiser=SGD()

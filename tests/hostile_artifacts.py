@@ -14,15 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur.artifact import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, save
-from secateur.artifact._manifest import digest
 from secateur.cost import Budget, counted_macs, counted_params
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, save
+from secateur.export.manifest import digest
 from secateur.graph import trace
 from secateur.models import load_model
-from secateur.pipeline._probe import probe_json
+from secateur.pipeline.checks import probe_json
+from secateur.prune import ByERK, ByMagnitude, WeightPruning, cut, make_permanent_, masked
 from secateur.search import Uniform, search
-from secateur.sparsity import ByERK, ByMagnitude, WeightPruning, make_permanent_, masked
-from secateur.surgery import cut
 
 Json = Any
 

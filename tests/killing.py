@@ -145,8 +145,9 @@ def warm() -> None:
     import torch
 
     import secateur.cli  # noqa: F401
-    from secateur.pipeline import _deliver, _foreign
-    from secateur.train import _saving
+    from secateur.pipeline import distill as _foreign
+    from secateur.pipeline import finalize as _deliver
+    from secateur.train import checkpoint as _saving
 
     torch.set_num_threads(1)
     # Two exports and two seconds of measuring for every run, of which nothing depends.
@@ -184,7 +185,7 @@ def forked(words: Sequence[str], log: Path, prepare: Callable[[], None] = lambda
 
 
 def _command(words: Sequence[str]) -> int:
-    from secateur.cli import app
+    from secateur.cli.app import app
 
     try:
         app(list(words))

@@ -19,8 +19,8 @@ from PIL import Image
 from pyarrow import parquet
 
 import secateur
-from secateur.artifact import MANIFEST_NAME, WEIGHTS_NAME
 from secateur.data import load_data
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME
 from secateur.models import load_model, read_weights
 from secateur.pipeline import verify
 

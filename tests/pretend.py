@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from secateur.latency import Clock, LayerShape, Target
+from secateur._runtime import Clock
+from secateur.cost import LayerShape, Target
 
 
 def by_parameters(model: nn.Module, inputs: Sequence[torch.Tensor]) -> float:

@@ -14,9 +14,9 @@ from tas_runs import Net
 from torch import Tensor, nn
 
 from secateur.graph import trace
-from secateur.search import InPlace, OriginalWeights, Sandwich, search
-from secateur.search._swp._train import Course, Run
-from secateur.supernet import Supernet
+from secateur.nas import InPlace, OriginalWeights, Sandwich, Supernet
+from secateur.nas.swp_train import Course, Run
+from secateur.search import search
 from secateur.train import tensors_of
 
 if TYPE_CHECKING:

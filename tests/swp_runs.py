@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from secateur.cost import Budget, CostModel
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
-from secateur.importance import L2, Evidence
-from secateur.search import SWP, Depths, Found, Problem, SearchedWeights, SearchSpace, Supervision, Widths
-from secateur.search._swp._options import Options
-from secateur.search._swp._score import Judge
-from secateur.supernet import Subnet, Supernet, best_first, calibrated
-from secateur.surgery import original_names
+from secateur.nas import SWP, Depths, SearchedWeights, Subnet, Supernet, Supervision, Widths, best_first, calibrated
+from secateur.nas.swp import Judge
+from secateur.nas.swp_candidates import Options
+from secateur.prune import original_names
+from secateur.search import L2, Evidence, Found, Problem, SearchSpace
 from secateur.train import SGD, Precision, Schedule
 
 SPACE, WIDTHS, DEPTHS = SearchSpace(), Widths((0.3, 0.6)), Depths()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from secateur.data import ImageData
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.importance import L2
-from secateur.search import TAS, Depths, Found, SearchedWeights, Strategy, search
+from secateur.nas import TAS, Depths, SearchedWeights
+from secateur.search import L2, Found, Strategy, search
 from secateur.train import SGD, Precision, Schedule
 
 __all__ = ["Interrupted", "Net", "Recorder", "Stopped", "net", "noise", "quick", "run"]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.cli._losses import OF_LOGITS, USUAL, Pair, objective_of
-from secateur.cli._options import LossName
+from secateur.cli._words import OF_LOGITS, USUAL, Pair, objective_of
+from secateur.cli.options import LossName
 from secateur.distill import paired_stages
 from secateur.errors import SparsityError, TraceError, TrainingError
 from secateur.graph import trace
-from secateur.sparsity import (
+from secateur.prune import (
     AtRandom,
     ByERK,
     ByMagnitude,

@@ -13,17 +13,23 @@ from zoo import ZOO
 from secateur.cost import Budget, CostModel, counted_macs, counted_params
 from secateur.errors import BudgetError, ModelError
 from secateur.graph import ChannelGraph, trace
-from secateur.importance import L1, LAMP, BatchNormScale, GeometricMedian, RandomImportance, Taylor
+from secateur.prune import apply_architecture
 from secateur.search import (
+    L1,
+    LAMP,
     Activations,
+    BatchNormScale,
     Correlation,
+    GeometricMedian,
     GlobalImportance,
     Knapsack,
     PCASlimming,
+    RandomImportance,
     RawWeights,
     SearchSpace,
     Shallower,
     Strategy,
+    Taylor,
     Uniform,
     Weights,
     as_scored,
@@ -31,7 +37,6 @@ from secateur.search import (
     describe,
     search,
 )
-from secateur.surgery import apply_architecture
 
 STRATEGIES: list[Strategy] = [
     Uniform(),

@@ -23,7 +23,7 @@ from hostile_artifacts import (
 )
 
 import secateur
-from secateur.artifact import MANIFEST_NAME, WEIGHTS_NAME
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME
 from secateur.models import load_model
 from secateur.pipeline import verify
 

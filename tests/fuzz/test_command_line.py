@@ -11,7 +11,7 @@ from command_line import secateur
 from guarded import LONGEST_MESSAGE, everything_in, watched
 from hostile_artifacts import Good, deep, good_artifact, replaced, with_tensors
 
-from secateur.artifact import MANIFEST_NAME, WEIGHTS_NAME
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from guarded import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.cli import _choices
+from secateur.cli import _words as _choices
 from secateur.cost import Budget
 from secateur.data import load_data
 from secateur.errors import SecateurError

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -289,10 +290,10 @@ def test_full_disk_leaves_nothing(run: Run, digits_weights: Path, tmp_path: Path
 
     words = (*compress_words(digits_weights, tmp_path / "out"), "--epochs", 0, "--export", "")
     with monkeypatch.context() as patch, _nothing_left(tmp_path):
-        patch.setattr("secateur.artifact._files._flush", full)
+        patch.setattr(import_module("secateur._files"), "_flush", full)
         _refused(run(*words), "No space left on device", "Make room")
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.pipeline._deliver.write_report", full)
+        patch.setattr(import_module("secateur.pipeline.finalize"), "write_report", full)
         _refused(run(*words), "No space left on device", "--resume")
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     # With room again, the work is not lost.
@@ -307,7 +308,7 @@ def test_failed_export_keeps_the_artifact_and_says_so(
     def fails(*_: object) -> None:
         raise ExportError("this operation is not in ONNX.")
 
-    monkeypatch.setattr("secateur.pipeline._export_checks.export_file", fails)
+    monkeypatch.setattr(import_module("secateur.pipeline.exports"), "export_file", fails)
     found = run(*compress_words(digits_weights, tmp_path / "out"), "--epochs", 0, "--quiet")
     _refused(found, "model.onnx", "this operation is not in ONNX")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -320,7 +321,7 @@ def test_failed_export_keeps_the_artifact_and_says_so(
 def test_debug_shows_the_traceback(digits_weights: Path, tmp_path: Path):
     from typer.testing import CliRunner
 
-    from secateur.cli import app
+    from secateur.cli.app import app
     from secateur.errors import BudgetError
 
     words = [str(word) for word in (*compress_words(digits_weights, tmp_path / "out", "half"), "--debug")]

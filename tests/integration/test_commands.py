@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from command_line import Run, Small, compress_words
 
 import secateur
-from secateur.artifact import is_artifact
 from secateur.cost import counted_macs, counted_params
 from secateur.data import load_data
+from secateur.export import is_artifact
 from secateur.train import Silent
 
 
@@ -149,7 +150,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(
     out, work = tmp_path / "small", tmp_path / "small.work"
     words = (*compress_words(small.weights, out), "--epochs", 2, "--export", "")
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.train.TerminalProgress", _StopsInEpoch2)
+        patch.setattr(import_module("secateur.train.callbacks"), "TerminalProgress", _StopsInEpoch2)
         stopped = run(*words)
     assert stopped.exit_code == 130
     assert "--resume" in stopped.stderr
@@ -223,7 +224,7 @@ def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, m
     assert whole.exit_code == 0, whole.output
     parts = (*compress_words(small.weights, tmp_path / "parts"), *words)
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.train.TerminalProgress", _StopsInEpoch2)
+        patch.setattr(import_module("secateur.train.callbacks"), "TerminalProgress", _StopsInEpoch2)
         stopped = run(*parts)
     assert stopped.exit_code == 130
     assert "--resume" in stopped.stderr
@@ -277,7 +278,7 @@ def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.M
         return demo(*args, **kwargs, settings=short)
 
     demo = pipeline.demo
-    monkeypatch.setattr("secateur.pipeline.demo", quick)
+    monkeypatch.setattr(import_module("secateur.pipeline.demo"), "demo", quick)
     log = tmp_path / "curves"
     found = run("demo", "--out", tmp_path / "demo", "--export", "", "--quiet", "--tensorboard", log)
     assert sorted(path.name for path in log.iterdir()) == ["teach", "train"]

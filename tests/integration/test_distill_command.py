@@ -6,7 +6,7 @@ import pytest
 from command_line import Run
 
 import secateur
-from secateur.artifact import is_artifact
+from secateur.export import is_artifact
 
 
 def words(weights: Path, out: Path, *more: object) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import secateur
 from secateur.data import load_data
-from secateur.pipeline import Format
+from secateur.export import Format
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS: Mapping[Format, str] = {

@@ -32,7 +32,7 @@ def test_shows_shares_axes_reasons_and_blocks(run: Run):
 
 
 def test_reasons_that_differ_in_names_only_are_one_row():
-    from secateur.cli._survey import _grouped
+    from secateur.cli.inspect import _grouped
     from secateur.graph import ChannelAxis
 
     def axis(name: str, why: str) -> ChannelAxis:

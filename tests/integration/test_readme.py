@@ -44,7 +44,7 @@ def test_opens_with_the_two_commands():
 def test_commands_and_flags_exist():
     from typer.testing import CliRunner
 
-    from secateur.cli import app
+    from secateur.cli.app import app
 
     commands = _commands()
     assert len(commands) > 5

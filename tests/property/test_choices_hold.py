@@ -12,8 +12,8 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Choices, Role, trace
+from secateur.prune import cut
 from secateur.search import AxisRule, SearchSpace
-from secateur.surgery import cut
 
 NETS = sorted(ZOO)
 

@@ -12,7 +12,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import apply_architecture, cut, mask_removed
+from secateur.prune import apply_architecture, cut, mask_removed
 
 each_net = pytest.mark.parametrize("name", ZOO)
 

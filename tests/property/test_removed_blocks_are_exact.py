@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import apply_architecture, cut, mask_removed
+from secateur.prune import apply_architecture, cut, mask_removed
 
 WITH_BLOCKS = (
     "residual", "preact_residual", "option_a_residual", "inverted_residual_se", "layer_scale", "nested", "branching",

@@ -16,8 +16,8 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, untie
-from secateur.supernet import Subnet, Supernet, inverse, reordered
-from secateur.surgery import apply_architecture, cut, original_names
+from secateur.nas import Subnet, Supernet, inverse, reordered
+from secateur.prune import apply_architecture, cut, original_names
 
 TOLERANCE = 1e-12
 """Relative, float64: the same terms are summed in another order."""

@@ -15,7 +15,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelAxis, ChannelGraph, trace, untie
-from secateur.surgery import Widen, apply_architecture, cut, mask_removed, original_names
+from secateur.prune import Widen, apply_architecture, cut, mask_removed, original_names
 
 UNTIED = (
     "residual", "preact_residual", "option_a_residual", "inverted_residual_se", "gated_chunk", "layer_scale",

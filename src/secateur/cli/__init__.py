@@ -1,5 +1,5 @@
-"""The command line: ``secateur inspect | compress | distill | compare | evaluate | verify | export | demo``."""
+"""The command line: ``secateur inspect | compress | distill | evaluate | verify | export | demo``."""
 
-from secateur.cli._app import app, main
+from secateur.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -1,30 +1,59 @@
-"""What an architecture costs, and the budget it must keep to."""
+"""What an architecture costs, measured and predicted, and the budget it must keep to."""
 
-from secateur.cost._budget import Budget, Limit, amount_of
-from secateur.cost._cost import Cost, format_cost, format_count
-from secateur.cost._count import counted_macs, counted_params
-from secateur.cost._grid import ALIGNMENTS, TimeGrid, alignment
-from secateur.cost._latency import TERMS, LatencyModel, ends_of, timeable
-from secateur.cost._model import CostModel, Modelled
-from secateur.cost._size import FileSize
+from secateur.cost.budget import Budget, Cost, Limit, amount_of, format_cost, format_count
+from secateur.cost.latency_model import ALIGNMENTS, TERMS, LatencyModel, TimeGrid, alignment, ends_of, timeable
+from secateur.cost.macs import CostModel, Modelled, counted_macs, counted_params
+from secateur.cost.measure import (
+    Cache,
+    Latency,
+    LatencyRecord,
+    cache_folder,
+    measure,
+    measure_all,
+    measure_each,
+    measure_files,
+    measure_latency,
+    measure_pairs,
+)
+from secateur.cost.size import FileSize
+from secateur.cost.targets import OnnxRuntime, Target, TorchCompiled, TorchEager
+from secateur.cost.timing import ConvolutionShape, LayerShape, LinearShape, Quartiles
 
 __all__ = [
     "ALIGNMENTS",
     "TERMS",
     "Budget",
+    "Cache",
+    "ConvolutionShape",
     "Cost",
     "CostModel",
     "FileSize",
+    "Latency",
     "LatencyModel",
+    "LatencyRecord",
+    "LayerShape",
     "Limit",
+    "LinearShape",
     "Modelled",
+    "OnnxRuntime",
+    "Quartiles",
+    "Target",
     "TimeGrid",
+    "TorchCompiled",
+    "TorchEager",
     "alignment",
     "amount_of",
+    "cache_folder",
     "counted_macs",
     "counted_params",
     "ends_of",
     "format_cost",
     "format_count",
+    "measure",
+    "measure_all",
+    "measure_each",
+    "measure_files",
+    "measure_latency",
+    "measure_pairs",
     "timeable",
 ]

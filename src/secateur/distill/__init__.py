@@ -1,19 +1,56 @@
-"""Distillation losses, each alone or as a weighted sum: on logits, on features, on relations between images."""
+"""Distillation losses, each alone or in a weighted sum: on logits, on features, and on relations between images."""
 
-from secateur.distill._adaptors import Resize, adaptors_of
-from secateur.distill._aligned import AlignedFeatures, FeatureWatch, Tap
-from secateur.distill._contrast import ContrastiveRepresentation, contrastive_loss
-from secateur.distill._ensemble import Ensemble
-from secateur.distill._features import attention_loss, attention_map, hcl_loss, hint_loss, vid_loss
-from secateur.distill._information import VariationalInformation
-from secateur.distill._logits import dist_loss, dkd_loss, standardised, standardised_kd_loss
-from secateur.distill._losses import feature_loss, kd_loss, label_loss
-from secateur.distill._objective import Objective
-from secateur.distill._pairs import paired_stages
-from secateur.distill._relations import pkt_loss, rkd_angle_loss, rkd_distance_loss, similarity_loss
-from secateur.distill._review import AttentionFusion, KnowledgeReview
-from secateur.distill._taps import Features, Taps, TapWatch, tapped, watch_taps
-from secateur.distill._terms import PerTap, Seen, Term, features, labelled_feature, labelled_logits, logits
+from secateur.distill.feature_losses import (
+    attention_loss,
+    attention_map,
+    hcl_loss,
+    hint_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_loss,
+    vid_loss,
+)
+from secateur.distill.learned_losses import (
+    AttentionFusion,
+    ContrastiveRepresentation,
+    KnowledgeReview,
+    VariationalInformation,
+    contrastive_loss,
+)
+from secateur.distill.logit_losses import (
+    dist_loss,
+    dkd_loss,
+    feature_loss,
+    kd_loss,
+    label_loss,
+    standardised,
+    standardised_kd_loss,
+)
+from secateur.distill.objective import (
+    Ensemble,
+    Objective,
+    PerTap,
+    Seen,
+    Term,
+    features,
+    labelled_feature,
+    labelled_logits,
+    logits,
+)
+from secateur.distill.taps import (
+    AlignedFeatures,
+    Features,
+    FeatureWatch,
+    Resize,
+    Tap,
+    Taps,
+    TapWatch,
+    adaptors_of,
+    paired_stages,
+    tapped,
+    watch_taps,
+)
 
 __all__ = [
     "AlignedFeatures",

@@ -1,25 +1,52 @@
-"""Export: files for other runtimes, each run and compared with the model."""
+"""Artifacts and exported files: each is written, run, and compared with the model."""
 
-from secateur.export._executorch import export_executorch
-from secateur.export._extras import check_extra
-from secateur.export._int8 import export_int8
-from secateur.export._onnx import export_onnx, feed, onnx_bytes, open_session
-from secateur.export._openvino import export_openvino
-from secateur.export._parity import TOLERANCE, Parity
-from secateur.export._program import eval_copy
-from secateur.export._pt2 import export_pt2
-from secateur.export._quantised import LEAST_KEPT, USUAL_KEPT, Quantised, compare_int8_file
-from secateur.export._recheck import compare_file
+from secateur.export._common import TOLERANCE, Parity, check_extra, eval_copy
+from secateur.export.artifact import (
+    MANIFEST_NAME,
+    OWN_FILES,
+    WEIGHTS_NAME,
+    Build,
+    Loaded,
+    amend,
+    is_artifact,
+    load,
+    read_manifest,
+    refuse_foreign,
+    save,
+    weights_bytes,
+)
+from secateur.export.edits import Edit, edits_between
+from secateur.export.executorch import export_executorch
+from secateur.export.formats import Format, check_formats, compare_file
+from secateur.export.int8 import LEAST_KEPT, USUAL_KEPT, Quantised, compare_int8_file, export_int8
+from secateur.export.manifest import SCHEMA, Manifest, Recipe, TensorRecord
+from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session
+from secateur.export.openvino import export_openvino
+from secateur.export.torch_export import export_pt2
 
 __all__ = [
     "LEAST_KEPT",
+    "MANIFEST_NAME",
+    "OWN_FILES",
+    "SCHEMA",
     "TOLERANCE",
     "USUAL_KEPT",
+    "WEIGHTS_NAME",
+    "Build",
+    "Edit",
+    "Format",
+    "Loaded",
+    "Manifest",
     "Parity",
     "Quantised",
+    "Recipe",
+    "TensorRecord",
+    "amend",
     "check_extra",
+    "check_formats",
     "compare_file",
     "compare_int8_file",
+    "edits_between",
     "eval_copy",
     "export_executorch",
     "export_int8",
@@ -27,6 +54,12 @@ __all__ = [
     "export_openvino",
     "export_pt2",
     "feed",
+    "is_artifact",
+    "load",
     "onnx_bytes",
     "open_session",
+    "read_manifest",
+    "refuse_foreign",
+    "save",
+    "weights_bytes",
 ]

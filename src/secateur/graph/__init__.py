@@ -1,6 +1,8 @@
-"""The channel graph of a model: trace it once, know which channels belong together."""
+"""The channel graph: trace a model once and know which channels belong together."""
 
-from secateur.graph._channels import (
+from secateur.graph._record import shadow_of
+from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph.graph import (
     Activation,
     Block,
     ChannelAxis,
@@ -13,15 +15,10 @@ from secateur.graph._channels import (
     SizeEdit,
     StandIn,
 )
-from secateur.graph._choices import Choices, check_meant, means
-from secateur.graph._copying import copy_model
-from secateur.graph._mixing import compute_over_kept_
-from secateur.graph._record import shadow_of
-from secateur.graph._running import undisturbed
-from secateur.graph._stages import Stage, stages_of
-from secateur.graph._trace import HeadUnit, trace
-from secateur.graph._untie import untie
-from secateur.graph._zeroed import zero_branches_
+from secateur.graph.selection import Choices, check_meant, means
+from secateur.graph.stages import Stage, stages_of
+from secateur.graph.trace import HeadUnit, trace
+from secateur.graph.untie import untie
 
 __all__ = [
     "Activation",
@@ -40,12 +37,9 @@ __all__ = [
     "StandIn",
     "check_meant",
     "compute_over_kept_",
-    "copy_model",
     "means",
     "shadow_of",
     "stages_of",
     "trace",
-    "undisturbed",
     "untie",
-    "zero_branches_",
 ]

@@ -1,18 +1,17 @@
 """Models by name, their source as plain data, and weights from files that cannot run code."""
 
-from secateur.models._cifar import (
+from secateur.models.source import ModelSource, load_model
+from secateur.models.weights import load_weights_, read_weights
+from secateur.models.zoo import (
+    CifarResNet,
+    PaddedShortcut,
+    ProjectionShortcut,
     cifar_densenet40,
     cifar_densenet52,
     cifar_efficientnet,
     cifar_efficientnet_150,
     cifar_mobilenetv2,
     cifar_mobilenetv2_150,
-)
-from secateur.models._load import load_model
-from secateur.models._resnet import (
-    CifarResNet,
-    PaddedShortcut,
-    ProjectionShortcut,
     cifar_resnet20,
     cifar_resnet32,
     cifar_resnet44,
@@ -20,8 +19,6 @@ from secateur.models._resnet import (
     cifar_resnet110,
     digits_resnet,
 )
-from secateur.models._source import ModelSource
-from secateur.models._weights import load_weights_, read_weights
 
 __all__ = [
     "CifarResNet",

@@ -1,25 +1,29 @@
-"""The whole way: from a trained network and a budget to a verified artifact with a report."""
+"""The whole way from a trained network and a budget to a verified artifact with a report."""
 
-from secateur.pipeline._compress import compress
-from secateur.pipeline._demo import Demo, demo
-from secateur.pipeline._export import export_files
-from secateur.pipeline._foreign import distill_into
-from secateur.pipeline._formats import Format, check_formats
-from secateur.pipeline._open import Opened, load, open_model, usual_size
-from secateur.pipeline._outset import check_belongs, check_output
-from secateur.pipeline._plan import ALIGNED, GENTLE, SPACE, STRATEGY, usual_blocks
-from secateur.pipeline._pupil import Distilled, Hinting, Pupil
-from secateur.pipeline._result import CompressResult
-from secateur.pipeline._start import HEAL, FromScratch, Inherit, Start
-from secateur.pipeline._study import FAMILIES, Family, Study, StudyResult, run_study
-from secateur.pipeline._survey import Survey, survey
-from secateur.pipeline._traced import Branches
-from secateur.pipeline._verify import Verified, verify
-from secateur.pipeline._work import Leftover
+from secateur.pipeline.compress import compress
+from secateur.pipeline.config import (
+    ALIGNED,
+    GENTLE,
+    HEAL,
+    SPACE,
+    STRATEGY,
+    Branches,
+    CompressResult,
+    FromScratch,
+    Inherit,
+    Start,
+    usual_blocks,
+)
+from secateur.pipeline.demo import Demo, demo
+from secateur.pipeline.distill import Distilled, Hinting, Pupil, distill_into
+from secateur.pipeline.exports import export_files
+from secateur.pipeline.inspect import Survey, survey
+from secateur.pipeline.load import Opened, load, open_model, usual_size
+from secateur.pipeline.verify import Verified, verify
+from secateur.pipeline.workspace import Leftover, check_belongs, check_output
 
 __all__ = [
     "ALIGNED",
-    "FAMILIES",
     "GENTLE",
     "HEAL",
     "SPACE",
@@ -28,8 +32,6 @@ __all__ = [
     "CompressResult",
     "Demo",
     "Distilled",
-    "Family",
-    "Format",
     "FromScratch",
     "Hinting",
     "Inherit",
@@ -37,12 +39,9 @@ __all__ = [
     "Opened",
     "Pupil",
     "Start",
-    "Study",
-    "StudyResult",
     "Survey",
     "Verified",
     "check_belongs",
-    "check_formats",
     "check_output",
     "compress",
     "demo",
@@ -50,7 +49,6 @@ __all__ = [
     "export_files",
     "load",
     "open_model",
-    "run_study",
     "survey",
     "usual_blocks",
     "usual_size",

@@ -1,11 +1,16 @@
-"""Reports: one run as one page that needs nothing else."""
+"""Reports: one run as one page that needs nothing else, and drawings of a channel graph."""
 
-from secateur.report._drawing import check_drawing, write_drawing
-from secateur.report._efficiency import performance_efficiency
-from secateur.report._page import Page, PageTable, write_page
-from secateur.report._places import Place, inside, places, sentence_of, sizes_in_order
-from secateur.report._report import write_report
-from secateur.report._run import (
+from secateur.report.graph_drawing import (
+    Place,
+    check_drawing,
+    inside,
+    places,
+    sentence_of,
+    sizes_in_order,
+    write_drawing,
+)
+from secateur.report.html import Page, PageTable, write_page, write_report
+from secateur.report.run import (
     BlockFate,
     Check,
     ExportedFile,
@@ -21,6 +26,7 @@ from secateur.report._run import (
     SearchEpoch,
     Step,
     TrainedEpoch,
+    performance_efficiency,
 )
 
 __all__ = [

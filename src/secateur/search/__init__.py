@@ -1,93 +1,96 @@
 """Find which channels to keep so that a model costs no more than a budget."""
 
-from secateur.search._begin import Redrawn, Warm
-from secateur.search._depth import Shallower
-from secateur.search._describe import describe
-from secateur.search._fit import Fit, fit
-from secateur.search._hand_on import OriginalWeights, SearchedWeights
-from secateur.search._knapsack import Knapsack
-from secateur.search._pca import PCASlimming
-from secateur.search._problem import Problem, Proposal, Strategy, keep_best
-from secateur.search._ranking import (
+from secateur.search.base import Found, Problem, Proposal, Remembered, Strategy, describe, keep_best, search
+from secateur.search.depth import Shallower
+from secateur.search.importance import (
+    L1,
+    L2,
+    LAMP,
+    BatchNormScale,
+    Evidence,
+    Filters,
+    GeometricMedian,
+    Importance,
+    RandomImportance,
+    checked_scores,
+    mean_over_producers,
+    producers,
+    tensors_of,
+)
+from secateur.search.importance_data import Reconstruction, Taylor, channel_positions, readers, shown_along
+from secateur.search.knapsack import Fit, Knapsack, fit
+from secateur.search.latency_fit import LatencyFit, fit_latency
+from secateur.search.pca import (
+    Activations,
+    Correlation,
+    Covariance,
+    Matrix,
+    PCASlimming,
+    RawWeights,
+    Source,
+    Weights,
+    unexplained_variance,
+)
+from secateur.search.ranking import (
     GlobalImportance,
+    Uniform,
     as_scored,
     by_axis_max,
     by_axis_mean,
     by_axis_norm,
     by_axis_rank,
 )
-from secateur.search._ratios import Depths, Widths
-from secateur.search._remembered import Remembered
-from secateur.search._search import Found, search
-from secateur.search._sources import Activations, RawWeights, Source, Weights
-from secateur.search._space import AxisRule, SearchSpace
-from secateur.search._spectrum import Correlation, Covariance, Matrix, unexplained_variance
-from secateur.search._swp import (
-    SWP,
-    Combination,
-    Drawn,
-    Evolution,
-    Exact,
-    InPlace,
-    Labels,
-    Nets,
-    Sandwich,
-    SoftLabels,
-    Supervision,
-)
-from secateur.search._tas import TAS, Adam, Cosine, Linear
-from secateur.search._uniform import Uniform
+from secateur.search.space import AxisRule, SearchSpace
 
 __all__ = [
-    "SWP",
-    "TAS",
+    "L1",
+    "L2",
+    "LAMP",
     "Activations",
-    "Adam",
     "AxisRule",
-    "Combination",
+    "BatchNormScale",
     "Correlation",
-    "Cosine",
     "Covariance",
-    "Depths",
-    "Drawn",
-    "Evolution",
-    "Exact",
+    "Evidence",
+    "Filters",
     "Fit",
     "Found",
+    "GeometricMedian",
     "GlobalImportance",
-    "InPlace",
+    "Importance",
     "Knapsack",
-    "Labels",
-    "Linear",
+    "LatencyFit",
     "Matrix",
-    "Nets",
-    "OriginalWeights",
     "PCASlimming",
     "Problem",
     "Proposal",
+    "RandomImportance",
     "RawWeights",
-    "Redrawn",
+    "Reconstruction",
     "Remembered",
-    "Sandwich",
     "SearchSpace",
-    "SearchedWeights",
     "Shallower",
-    "SoftLabels",
     "Source",
     "Strategy",
-    "Supervision",
+    "Taylor",
     "Uniform",
-    "Warm",
     "Weights",
-    "Widths",
     "as_scored",
     "by_axis_max",
     "by_axis_mean",
     "by_axis_norm",
     "by_axis_rank",
+    "channel_positions",
+    "checked_scores",
     "describe",
     "fit",
+    "fit_latency",
     "keep_best",
+    "mean_over_producers",
+    "producers",
+    "readers",
     "search",
+    "shown_along",
+    "tensors_of",
     "unexplained_variance",
 ]

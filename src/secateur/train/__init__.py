@@ -1,15 +1,26 @@
-"""Training: one plain loop on Lightning Fabric, with exact resume; the best epoch is chosen on validation images."""
+"""Training: one loop on Lightning Fabric with exact resume; the best epoch is chosen on validation images."""
 
-from secateur.train._batches import Batches, TrainingData
-from secateur.train._chains import born_again, distill_chain
-from secateur.train._checkpoint import Saved, load_checkpoint, save_checkpoint
-from secateur.train._csv import CsvLog
-from secateur.train._evaluate import Accuracy, evaluate, measure
-from secateur.train._execution import Compiled, Eager, Execution
-from secateur.train._fit import distill, fit
-from secateur.train._group import open_group
-from secateur.train._ledger import Ledger, diverged
-from secateur.train._machine import (
+from secateur.train.callbacks import CsvLog, Meter, Progress, Silent, TensorBoard, TerminalProgress
+from secateur.train.checkpoint import (
+    Keeper,
+    Saved,
+    Saving,
+    average_decay,
+    digest,
+    finite,
+    keeping,
+    load_checkpoint,
+    optimiser_tensors,
+    save_checkpoint,
+    tensors_of,
+    write_optimiser_,
+    write_tensors_,
+)
+from secateur.train.config import SGD, AdamW, Batches, Schedule, TrainingData
+from secateur.train.device import (
+    Compiled,
+    Eager,
+    Execution,
     Precision,
     autocast,
     best_precision,
@@ -21,25 +32,11 @@ from secateur.train._machine import (
     seeded,
     usable,
 )
-from secateur.train._parallel import average_gradients_, averaged, own_part
-from secateur.train._partway import Partway, nothing
-from secateur.train._progress import Meter, Progress, Silent, TerminalProgress
-from secateur.train._record import EpochRecord, Trained
-from secateur.train._redraw import check_redrawable, redraw_
-from secateur.train._saving import Keeper, Saving, keeping
-from secateur.train._schedule import SGD, AdamW, Schedule
-from secateur.train._stages import distill_after_hints
-from secateur.train._state import (
-    average_decay,
-    digest,
-    finite,
-    optimiser_tensors,
-    tensors_of,
-    write_optimiser_,
-    write_tensors_,
-)
-from secateur.train._stop import Stopped, StopRequest, stoppable
-from secateur.train._tensorboard import TensorBoard
+from secateur.train.distributed import average_gradients_, averaged, open_group, own_part
+from secateur.train.evaluate import Accuracy, evaluate, measure
+from secateur.train.fit import distill, fit
+from secateur.train.recipes import born_again, check_redrawable, distill_after_hints, distill_chain, redraw_
+from secateur.train.trainer import EpochRecord, Ledger, Partway, Trained, diverged, nothing
 
 __all__ = [
     "SGD",
@@ -61,8 +58,6 @@ __all__ = [
     "Saving",
     "Schedule",
     "Silent",
-    "StopRequest",
-    "Stopped",
     "TensorBoard",
     "TerminalProgress",
     "Trained",
@@ -97,7 +92,6 @@ __all__ = [
     "redraw_",
     "save_checkpoint",
     "seeded",
-    "stoppable",
     "tensors_of",
     "usable",
     "write_optimiser_",

@@ -13,23 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur._files import atomic_folder
+from secateur._provenance import Provenance
 from secateur.architecture import Architecture
-from secateur.artifact import (
+from secateur.errors import ArtifactError
+from secateur.export import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
     Edit,
-    Provenance,
     Recipe,
     amend,
-    atomic_folder,
     edits_between,
     is_artifact,
     load,
     read_manifest,
     save,
 )
-from secateur.artifact._manifest import digest
-from secateur.errors import ArtifactError
+from secateur.export.manifest import digest
 
 
 class Net(nn.Module):
@@ -451,7 +451,7 @@ def test_an_older_artifact_survives_a_full_disk(saved: Path, images: Tensor, req
 
 
 def test_a_failed_second_rename_puts_the_older_artifact_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import secateur.artifact._files as files
+    from secateur import _files as files
 
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
     real = Path.rename
@@ -471,7 +471,7 @@ def test_a_failed_second_rename_puts_the_older_artifact_back(saved: Path, monkey
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_an_older_artifact_is_replaced_whole(saved: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import secateur.artifact._files as files
+    from secateur import _files as files
 
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda *_: False)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.artifact import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
-from secateur.artifact._manifest import digest
 from secateur.errors import ArtifactError
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
+from secateur.export.manifest import digest
 from secateur.graph import trace, untie
-from secateur.surgery import Widening, apply_architecture
+from secateur.prune import Widening, apply_architecture
 
 NETS = ("residual", "preact_residual", "option_a_residual", "inverted_residual_se", "attention")
 

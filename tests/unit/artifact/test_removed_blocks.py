@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.artifact import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
-from secateur.artifact._manifest import digest
 from secateur.errors import ArtifactError
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
+from secateur.export.manifest import digest
 from secateur.graph import Replacement, StandIn, trace
-from secateur.surgery import apply_architecture
+from secateur.prune import apply_architecture
 
 NETS = {
     "residual": ["3"],

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.artifact import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, load, read_manifest, save
-from secateur.artifact import weights_bytes as size_of_weights
-from secateur.artifact._manifest import digest
 from secateur.errors import ArtifactError
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, load, read_manifest, save
+from secateur.export import weights_bytes as size_of_weights
+from secateur.export.manifest import digest
 from secateur.models import cifar_resnet20, load_model
-from secateur.sparsity import (
+from secateur.prune import (
     ByERK,
     ByMagnitude,
     WeightPruning,

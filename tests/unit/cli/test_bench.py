@@ -5,9 +5,9 @@ import json
 import pytest
 from command_line import secateur
 
-from secateur.cli._targets import TargetName, target_of
+from secateur.cli.options import TargetName, target_of
+from secateur.cost import OnnxRuntime, TorchCompiled, TorchEager
 from secateur.errors import ExportError, TrainingError
-from secateur.latency import OnnxRuntime, TorchCompiled, TorchEager
 
 
 def test_models_of_different_inputs_are_compared_and_nothing_is_written():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.cli._choices import (
+from secateur.cli._words import (
     branches_of,
     choices_of,
     device_of,
@@ -19,18 +19,13 @@ from secateur.cli._choices import (
     start_of,
     variation_of,
 )
-from secateur.cli._options import (
-    AttentionName,
-    OptimiserName,
-    PrecisionName,
-)
+from secateur.cli.options import AttentionName, OptimiserName, PrecisionName
 from secateur.data import Augment, load_data
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
+from secateur.export import Format
 from secateur.graph import Choices, HeadUnit
-from secateur.pipeline import Branches, Format, FromScratch, Inherit
-from secateur.search import (
-    AxisRule,
-)
+from secateur.pipeline import Branches, FromScratch, Inherit
+from secateur.search import AxisRule
 from secateur.train import SGD, AdamW, Precision, Silent, TensorBoard, TerminalProgress
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from secateur.cli._console import PlainConsole, printable
+from secateur.cli.output import PlainConsole, printable
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202egnp.exe\u200b\udcff\r\x08"
 

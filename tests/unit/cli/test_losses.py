@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_runs import Blobs, small_schedule
 
-from secateur.cli._losses import OF_LOGITS, USUAL, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
-from secateur.cli._options import LossName
+from secateur.cli._words import OF_LOGITS, USUAL, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
+from secateur.cli.options import LossName
 from secateur.errors import TrainingError
 from secateur.models import CifarResNet
 from secateur.train import Silent, fit

@@ -4,23 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from secateur.cli._choices import importance_of
-from secateur.cli._options import CombinationName, ImportanceName, SearchedName, StrategyName
-from secateur.cli._searching import Searching, strategy_of
+from secateur.cli._words import importance_of
+from secateur.cli.options import CombinationName, ImportanceName, SearchedName, StrategyName
+from secateur.cli.shared import Searching, strategy_of
 from secateur.errors import ChoiceError
-from secateur.importance import L1, Importance, Reconstruction
+from secateur.nas import SWP, TAS, Depths, Evolution, Widths
 from secateur.search import (
-    SWP,
-    TAS,
+    L1,
     Activations,
-    Depths,
-    Evolution,
+    Importance,
     Knapsack,
     PCASlimming,
+    Reconstruction,
     Shallower,
     Strategy,
     Uniform,
-    Widths,
     describe,
 )
 from secateur.workers import OnRay

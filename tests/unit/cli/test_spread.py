@@ -8,9 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from secateur.cli._boundary import told
-from secateur.cli._shared import WorkFlags
-from secateur.cli._spread import spread
+from secateur.cli.options import spread
+from secateur.cli.output import told
+from secateur.cli.shared import WorkFlags
 from secateur.errors import ArtifactError
 from secateur.pipeline import Leftover
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from secateur.cli._boundary import command_line
+from secateur.cli.output import command_line
 
 
 def test_python_m_secateur_is_the_command():

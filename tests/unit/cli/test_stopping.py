@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from secateur.cli._stopping import goes_on, obeyed
+from secateur._runtime import listening, stoppable
+from secateur.cli.output import goes_on, obeyed
 from secateur.errors import ExportError
-from secateur.train import stoppable
-from secateur.train._stop import listening
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 BOTH = (signal.SIGINT, signal.SIGTERM)

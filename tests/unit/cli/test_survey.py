@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from secateur.cli._survey import print_survey
+from secateur.cli.inspect import print_survey
 from secateur.models import cifar_resnet20
 from secateur.pipeline import survey
 

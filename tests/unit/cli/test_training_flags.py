@@ -1,5 +1,6 @@
 """Flags of the training, from the words to the schedule; and one process only."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> di
         seen.append(given)
         raise TrainingError("seen")
 
-    monkeypatch.setattr("secateur.pipeline.compress", pretended)
+    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "compress", pretended)
     usual = ("--model", "digits_resnet", "--data", "digits", "--budget", "macs=50%", "--out", folder / "out")
     assert secateur("compress", *usual, *words).exit_code == 2
     (given,) = seen

@@ -1,8 +1,8 @@
 """From the words of the command line to how single weights are pruned."""
 
-from secateur.cli._options import AllocationName, WeightScheduleName, WeightScoreName
-from secateur.cli._weights import pruning_of
-from secateur.sparsity import (
+from secateur.cli._words import pruning_of
+from secateur.cli.options import AllocationName, WeightScheduleName, WeightScoreName
+from secateur.prune import (
     ByERK,
     ByTaylor,
     Cubic,

@@ -11,8 +11,8 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
+from secateur.prune import apply_architecture
 from secateur.search import SearchSpace
-from secateur.surgery import apply_architecture
 
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:

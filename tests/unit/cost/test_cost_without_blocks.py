@@ -13,7 +13,7 @@ from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
-from secateur.surgery import cut
+from secateur.prune import cut
 
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:

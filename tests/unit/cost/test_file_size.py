@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.artifact import Recipe, save
 from secateur.cost import CostModel, FileSize
+from secateur.export import Recipe, save
 from secateur.graph import trace, untie
 from secateur.models import load_model
-from secateur.surgery import apply_architecture, cut
+from secateur.prune import apply_architecture, cut
 
 
 def written(folder, model: nn.Module) -> int:

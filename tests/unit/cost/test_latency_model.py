@@ -9,7 +9,7 @@ from torch import nn
 from secateur.architecture import Architecture
 from secateur.cost import CostModel, LatencyModel, TimeGrid, counted_macs, ends_of, timeable
 from secateur.graph import trace
-from secateur.surgery import apply_architecture
+from secateur.prune import apply_architecture
 
 
 class Net(nn.Module):

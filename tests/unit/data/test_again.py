@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalisation
-from secateur.data._again import Floats
+from secateur.data._buffers import Floats
 
 HOLDERS: dict[str, Callable[[Tensor], object]] = {
     "itself": lambda batch: batch,

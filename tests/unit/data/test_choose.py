@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.data._choose import hold_out
+from secateur.data.splits import hold_out
 from secateur.errors import DataError
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalisation
-from secateur.data._erase import erased_boxes
+from secateur.data.transforms import erased_boxes
 from secateur.errors import DataError
 
 HALF = Normalisation((0.5,) * 3, (0.25,) * 3)

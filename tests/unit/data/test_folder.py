@@ -1,6 +1,7 @@
 """Image folders: in memory when small and of one size, streamed otherwise."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_folders_beyond_the_memory_limit_are_streamed_with_equal_pixels(
 ):
     folder = image_folder()
     held = load_data(folder)
-    monkeypatch.setattr("secateur.data._folder.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(import_module("secateur.data.images"), "MEMORY_LIMIT", 1000)
     streamed = load_data(folder)
     assert isinstance(streamed.train, FolderSplit)
     for a, b in zip(held.train.batches(10, seed=1), streamed.train.batches(10, seed=1), strict=True):
@@ -73,7 +74,7 @@ def test_folders_beyond_the_memory_limit_are_streamed_with_equal_pixels(
 def test_shifts_and_flips_of_held_and_streamed_sets_are_equal(image_folder: Make, monkeypatch: pytest.MonkeyPatch):
     folder = image_folder()
     held = load_data(folder)
-    monkeypatch.setattr("secateur.data._folder.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(import_module("secateur.data.images"), "MEMORY_LIMIT", 1000)
     streamed = load_data(folder)
     augment = Augment(padding=2)
     for a, b in zip(
@@ -176,7 +177,7 @@ def test_different_sizes_are_refused_without_image_size(image_folder: Make):
 
 def test_large_sets_that_are_not_square_need_an_image_size(image_folder: Make, monkeypatch: pytest.MonkeyPatch):
     folder = image_folder(size=lambda _: (6, 10))
-    monkeypatch.setattr("secateur.data._folder.MEMORY_LIMIT", 1000)
+    monkeypatch.setattr(import_module("secateur.data.images"), "MEMORY_LIMIT", 1000)
     with pytest.raises(DataError, match="`image_size` must be given for a large set of 10 x 6 images"):
         load_data(folder)
 

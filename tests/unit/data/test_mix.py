@@ -11,7 +11,7 @@ from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalisation
-from secateur.data._mix import Mix, drawn_mixes, pasted_box
+from secateur.data.transforms import Mix, drawn_mixes, pasted_box
 from secateur.distill import label_loss
 from secateur.errors import DataError
 

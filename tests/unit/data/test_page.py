@@ -33,7 +33,7 @@ def test_the_table_names_every_field_and_flags_that_there_are() -> None:
     fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} - {"digits", "load_data"}
     assert fields == {field.name for field in dataclasses.fields(Augment)}
     flags = set(re.findall(r"--[a-z][a-z-]+", PAGE.read_text(encoding="utf-8"))) - {"--data"}
-    from secateur.cli import app
+    from secateur.cli.app import app
 
     shown = CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "200"})
     assert flags

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -259,7 +260,7 @@ def test_two_configurations_in_one_folder_are_refused(tmp_path: Path):
 
 
 def test_sets_beyond_the_memory_limit_are_refused(parquet: Make, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("secateur.data._pixels.MEMORY_LIMIT", 4000)
+    monkeypatch.setattr(import_module("secateur.data.images"), "MEMORY_LIMIT", 4000)
     with pytest.raises(DataError, match=r"must take at most .* GiB; got 30 images of \d+ bytes. Pass `limit`"):
         load_data(parquet())
 

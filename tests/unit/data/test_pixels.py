@@ -1,5 +1,6 @@
 """How files become pixels and pixels become floats: the same whatever is read at once, by however many threads."""
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def saved(path: Path, kind: str, seed: int = 0) -> Path:
 def _read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read at once, or are larger than what is."""
     if request.param != "whole":
-        monkeypatch.setattr("secateur.data._pixels._MOST_AT_ONCE", 10)
+        monkeypatch.setattr(import_module("secateur.data.images"), "_MOST_AT_ONCE", 10)
 
 
 @pytest.mark.usefixtures("_read")
@@ -71,7 +72,7 @@ def test_batches_are_the_same_with_any_number_of_threads(tmp_path: Path, monkeyp
     split = split_of(*[saved(tmp_path / f"{seed}.jpg", "plain", seed) for seed in range(21)])
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr("secateur.data._folder.worker_count", lambda threads=threads: threads)
+        monkeypatch.setattr(import_module("secateur.data.images"), "worker_count", lambda threads=threads: threads)
         augment = Augment(padding=0, min_area=0.08, auto_augment="rand-m9-mstd0.5-inc1")
         found.append(torch.cat([images for images, _ in split.batches(4, seed=3, epoch=1, augment=augment)]))
     assert found[0].std() > 0

@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from secateur.data import Augment, FolderSplit, MemorySplit, Normalisation, Split
-from secateur.data._policy import policy_of
+from secateur.data.auto_augment import policy_of
 from secateur.errors import DataError
 
 BYTES = Normalisation((0.0,) * 3, (1 / 255,) * 3)
@@ -114,7 +115,7 @@ def test_what_becomes_of_an_image_depends_on_seed_and_epoch_only(
         return torch.cat([x for x, _ in batches])[torch.cat([y for _, y in batches]).argsort()]
 
     first = by_label(7, epoch=1)
-    monkeypatch.setattr("secateur.data._folder.worker_count", lambda: 1)
+    monkeypatch.setattr(import_module("secateur.data.images"), "worker_count", lambda: 1)
     torch.testing.assert_close(first, by_label(16, epoch=1), rtol=0, atol=0)
     assert not torch.equal(first, by_label(7, epoch=2))
 

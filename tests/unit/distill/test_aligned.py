@@ -8,7 +8,7 @@ from secateur.architecture import Architecture
 from secateur.distill import AlignedFeatures, Tap
 from secateur.errors import TrainingError
 from secateur.graph import trace
-from secateur.surgery import apply_architecture
+from secateur.prune import apply_architecture
 
 KEPT = {"conv1": (0, 2, 5, 6), "conv2": (1, 3, 4, 7, 8, 11)}
 ARCHITECTURE = Architecture.of(KEPT)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export import _executorch, _openvino, compare_file, export_executorch, export_openvino
+from secateur.export import (
+    compare_file,
+    export_executorch,
+    export_openvino,
+)
+from secateur.export import (
+    executorch as _executorch,
+)
+from secateur.export import (
+    openvino as _openvino,
+)
 
 IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export import _onnx, _pt2, export_onnx, export_pt2
+from secateur.export import export_onnx, export_pt2
+from secateur.export import onnx as _onnx
+from secateur.export import torch_export as _pt2
 
 FORMATS = pytest.mark.parametrize(
     ("export", "name", "room"), [(export_onnx, "model.onnx", _onnx), (export_pt2, "model.pt2", _pt2)]

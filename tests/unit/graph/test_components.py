@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.graph._components import components, distinct, distinct_rows, run_starts
+from secateur._arrays import components, distinct, distinct_rows, run_starts
 
 SMALL = st.integers(-3, 5)
 

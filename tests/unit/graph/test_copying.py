@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from zoo import ZOO
 
-from secateur.graph import copy_model
+from secateur._runtime import copy_model
 
 
 class Peculiar(nn.Module):

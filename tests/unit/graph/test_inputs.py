@@ -10,7 +10,7 @@ from zoo import ZOO
 from secateur.errors import TraceError
 from secateur.graph import trace
 from secateur.graph.rules import per_channel, pointwise
-from secateur.surgery import cut, mask_removed
+from secateur.prune import cut, mask_removed
 
 
 class TwoInputs(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, Role, trace
-from secateur.surgery import cut, mask_removed
+from secateur.prune import cut, mask_removed
 
 
 class Between(nn.Module):

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.graph import ChannelGraph, SizeEdit, trace
-from secateur.graph._channels import Extent
-from secateur.graph._sizes import (
+from secateur.graph import ChannelGraph, Extent, SizeEdit, trace
+from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
     Literal,
@@ -28,7 +27,7 @@ from secateur.graph._sizes import (
     expression_of,
     invert,
 )
-from secateur.surgery import apply_architecture, cut, mask_removed
+from secateur.prune import apply_architecture, cut, mask_removed
 
 PLACE = Attribute("block", "groups")
 WIDTH = Attribute("block", "sizes", 1)

@@ -8,7 +8,7 @@ from zoo import ZOO
 
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, Extent, HeadUnit, trace
-from secateur.surgery import cut
+from secateur.prune import cut
 
 Places = dict[tuple[str, int], list[list[int]]]
 

@@ -12,8 +12,8 @@ from zoo import ZOO
 from secateur.errors import TraceError
 from secateur.graph import shadow_of, trace
 from secateur.graph._ledger import Ledger
-from secateur.graph._sizes import SizeInt
-from secateur.surgery import apply_architecture
+from secateur.graph._size_ints import SizeInt
+from secateur.prune import apply_architecture
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

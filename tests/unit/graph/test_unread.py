@@ -9,9 +9,8 @@ from zoo import ZOO
 
 from secateur.errors import TraceError
 from secateur.graph import trace
-from secateur.graph._inputs import positional
-from secateur.graph._record import Where, _record
-from secateur.graph._unread import STAND_INS, NumbersReadError, stand_in
+from secateur.graph._record import STAND_INS, NumbersReadError, Where, _record, stand_in
+from secateur.graph.trace import positional
 
 ATEN = torch.ops.aten
 LAST = torch.channels_last

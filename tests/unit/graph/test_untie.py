@@ -15,7 +15,7 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, Extent, trace, untie
 from secateur.models import cifar_resnet20
-from secateur.surgery import apply_architecture, cut, mask_removed
+from secateur.prune import apply_architecture, cut, mask_removed
 
 
 def untied(name: str) -> tuple[ChannelGraph, ChannelGraph]:

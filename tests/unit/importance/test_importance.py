@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import Role
-from secateur.importance import (
+from secateur.search import (
     L1,
     L2,
     LAMP,

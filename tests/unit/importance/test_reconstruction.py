@@ -11,7 +11,7 @@ from zoo import ZOO
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import trace
-from secateur.importance import Evidence, Reconstruction
+from secateur.search import Evidence, Reconstruction
 
 
 def pictures(count: int = 64, seed: int = 0) -> Tensor:

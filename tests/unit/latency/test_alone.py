@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.cost import counted_macs
-from secateur.latency import ConvolutionShape, LinearShape, OnnxRuntime, TorchEager, _alone, _layers
+from secateur.cost import ConvolutionShape, LinearShape, OnnxRuntime, TorchEager, counted_macs
+from secateur.cost import timing as _alone
+from secateur.cost import timing as _layers
 
 CONVOLUTIONS = [
     nn.Conv2d(3, 8, 3, padding=1),

@@ -9,13 +9,13 @@ from pretend import Pretend
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import counted_macs
+from secateur.cost import Cache, LayerShape, TorchEager, counted_macs
+from secateur.cost import timing as _layers
 from secateur.graph import trace, untie
-from secateur.latency import Cache, LayerShape, TorchEager, _layers, fit_latency
-from secateur.latency._predict import probes
 from secateur.models import load_model
-from secateur.search import SearchSpace
-from secateur.surgery import apply_architecture
+from secateur.prune import apply_architecture
+from secateur.search import SearchSpace, fit_latency
+from secateur.search.latency_fit import probes
 
 SHAPE = (3, 8, 8)
 SPACE = SearchSpace(divisor=8)

@@ -9,10 +9,11 @@ import torch
 from pretend import Pretend
 from torch import nn
 
-from secateur.cost import alignment, ends_of
+from secateur.cost import Cache, ConvolutionShape, LayerShape, LinearShape, alignment, cache_folder, ends_of
+from secateur.cost import timing as _layers
 from secateur.graph import Extent, trace
-from secateur.latency import Cache, ConvolutionShape, LayerShape, LinearShape, _layers, _table, cache_folder
 from secateur.search import SearchSpace
+from secateur.search import latency_fit as _table
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
 

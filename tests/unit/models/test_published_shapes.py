@@ -20,7 +20,7 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import CifarResNet, ProjectionShortcut
-from secateur.surgery import cut
+from secateur.prune import cut
 
 FIXTURE = json.loads((Path(__file__).parents[2] / "fixtures" / "tas_shapes.json").read_text())
 

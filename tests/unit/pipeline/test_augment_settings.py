@@ -11,8 +11,8 @@ from secateur.data import Augment, ImageData
 from secateur.distill import Objective
 from secateur.graph import Choices, HeadUnit
 from secateur.pipeline import Branches, Inherit, Pupil
-from secateur.pipeline._plan import Plan
-from secateur.pipeline._pupil import Lesson
+from secateur.pipeline.config import Plan
+from secateur.pipeline.distill import Lesson
 from secateur.search import SearchSpace, Uniform
 from secateur.train import Schedule, Silent, open_fabric
 

@@ -1,6 +1,7 @@
 """`compress` as a function: what it leaves alone, what it says, and how it meets what cannot be cut."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,20 @@ import secateur
 from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
 from secateur.graph import Choices, HeadUnit
-from secateur.graph.rules import unknown
-from secateur.importance import L2
+from secateur.graph._ledger import unknown
 from secateur.pipeline import Leftover, compress, survey
-from secateur.search import AxisRule, GlobalImportance, Knapsack, PCASlimming, SearchSpace, Shallower, Strategy, Uniform
-from secateur.surgery import cut
+from secateur.prune import cut
+from secateur.search import (
+    L2,
+    AxisRule,
+    GlobalImportance,
+    Knapsack,
+    PCASlimming,
+    SearchSpace,
+    Shallower,
+    Strategy,
+    Uniform,
+)
 from secateur.train import Schedule, Silent
 
 HEAL_ONLY = Schedule(epochs=0)
@@ -226,7 +236,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
     }  # fmt: skip
     whole = compress(_residual(), noise_data(), schedule=HEAL_ONLY, **{**words, "out": None})
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.pipeline._compress.distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(_residual(), noise_data(), **words)
     resumed = compress(_residual(), noise_data(), leftover=Leftover.RESUME, schedule=HEAL_ONLY, **words)
@@ -254,7 +264,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
         proof = replace(done.verification, frozen=((axis, "for this test"),))
         return replace(done, graph=graph.with_frozen({axis: "for this test"}), verification=proof)
 
-    monkeypatch.setattr("secateur.pipeline._start.cut", sceptical)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", sceptical)
     said: list[str] = []
     model = _model()
     result = compress(model, noise_data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)
@@ -332,7 +342,7 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
 
     first = {"budget": "macs=80%", "out": tmp_path / "out", "export": (), "progress": Silent()}
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.pipeline._compress.distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(_model(), noise_data(), choices=Choices(exclude=("0",)), **first)
     resumed = {**first, "leftover": Leftover.RESUME, "schedule": HEAL_ONLY}

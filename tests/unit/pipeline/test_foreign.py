@@ -1,6 +1,7 @@
 """Any student from any teacher: the artifact, the report, resume, and what does not belong together."""
 
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ def test_stages_are_paired_by_their_resolution() -> None:
 
 def test_checkpoints_are_written_when_they_shall_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr("secateur.train._saving.save_checkpoint", lambda folder, saved: written.append(saved.name))
+    monkeypatch.setattr(
+        import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: written.append(saved.name)
+    )
     run(out=tmp_path / "small", saving=Saving(math.inf, 2))
     assert "epoch-000000-step-000002" in written
     assert not any(name.endswith("1") and "step" in name for name in written)

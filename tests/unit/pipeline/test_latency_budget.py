@@ -14,15 +14,27 @@ from pretend import Pretend
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget
-from secateur.cost._budget import is_timed
+from secateur.cost import Budget, Cache, LatencyRecord, LayerShape, Quartiles
+from secateur.cost.budget import is_timed
 from secateur.errors import BudgetError
 from secateur.graph import trace
-from secateur.importance import L2
-from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
-from secateur.pipeline import STRATEGY, CompressResult, _deliver, _slow, _timed, compress, usual_blocks
-from secateur.pipeline._plan import usual_strategy
-from secateur.search import Problem, Proposal, SearchSpace, Shallower, Uniform, describe
+from secateur.pipeline import (
+    STRATEGY,
+    CompressResult,
+    compress,
+    usual_blocks,
+)
+from secateur.pipeline import (
+    finalize as _deliver,
+)
+from secateur.pipeline import (
+    finalize as _slow,
+)
+from secateur.pipeline import (
+    latency as _timed,
+)
+from secateur.pipeline.config import usual_strategy
+from secateur.search import L2, Problem, Proposal, SearchSpace, Shallower, Uniform, describe
 from secateur.train import Schedule, Silent
 
 TIMED = Budget(latency="50%")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import secateur
 from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.pipeline import Branches, FromScratch, Inherit, Leftover, compress
+from secateur.prune import Cut, Wound, cut
 from secateur.search import Problem, Proposal, Strategy, Uniform
-from secateur.surgery import Cut, Wound, cut
 from secateur.train import Schedule, Silent
 
 HEAL_ONLY = Schedule(epochs=0)
@@ -90,8 +91,8 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
     def distill(student: nn.Module, *, teacher: nn.Module, **_: Any) -> None:
         teachers.append(teacher)
 
-    monkeypatch.setattr("secateur.pipeline._start.cut", watched)
-    monkeypatch.setattr("secateur.pipeline._compress.distill", distill)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
+    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "distill", distill)
     original = model()
     found = compress(original, data(), **words(None, schedule=Schedule(1, 32), start=Inherit(heal=())))
     trained = SlowSearch(epochs=4).weights(original, 3)
@@ -126,7 +127,7 @@ def test_from_scratch_has_no_use_for_the_weights_of_the_search(monkeypatch: pyte
         assert "heal" not in settings
         return cut(source, *args, **settings)
 
-    monkeypatch.setattr("secateur.pipeline._start.cut", watched)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
     original = model()
     compress(original, data(), **words(None, schedule=Schedule(1, 32), start=FromScratch()))
     assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in uncut[0].state_dict().items())
@@ -203,7 +204,7 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
         proof = replace(done.verification, frozen=(("0", "for this test"),))
         return replace(done, graph=graph.with_frozen({"0": "for this test"}), verification=proof)
 
-    monkeypatch.setattr("secateur.pipeline._start.cut", sceptical)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", sceptical)
 
     class SecondTime(Watching):
         def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
@@ -329,7 +330,7 @@ def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: py
     asked = {"strategy": Uniform(), "branches": Branches.UNTIED}
     whole = compress(Residual(), data(), **words(None, **asked))
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.pipeline._compress.distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(Residual(), data(), **words(tmp_path / "out", **asked, schedule=Schedule(1, 32)))
     resumed = compress(Residual(), data(), **words(tmp_path / "out", **asked, leftover=Leftover.RESUME))

@@ -10,12 +10,12 @@ from pretend import Pretend
 from torch import nn
 
 from secateur.architecture import Architecture
+from secateur.cost import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.errors import ArtifactError, BudgetError
-from secateur.importance import L2
-from secateur.latency import Cache, LatencyRecord, LayerShape, Quartiles
-from secateur.pipeline import CompressResult, Leftover, _deliver, compress
-from secateur.pipeline._measured import Measurements
-from secateur.search import SearchSpace, Uniform
+from secateur.pipeline import CompressResult, Leftover, compress
+from secateur.pipeline import finalize as _deliver
+from secateur.pipeline.latency import Measurements
+from secateur.search import L2, SearchSpace, Uniform
 from secateur.train import Schedule, Silent
 
 RECORD = LatencyRecord(

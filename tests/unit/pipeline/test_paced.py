@@ -7,8 +7,9 @@ from noise_images import noise_data
 from torch import nn
 from zoo import ZOO
 
-from secateur.pipeline import _paced, compress
-from secateur.pipeline._paced import Paced
+from secateur.pipeline import compress
+from secateur.pipeline import search_and_cut as _paced
+from secateur.pipeline.search_and_cut import Paced
 from secateur.search import Shallower, Uniform
 from secateur.train import Schedule, Silent
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from secateur.pipeline._searched import fairness, judged_stages, search_epochs
+from secateur.pipeline.finalize import fairness, judged_stages, search_epochs
 from secateur.report import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
 
 SIZES = {"conv1": 16, "layer1.0.conv1": 16, "layer2.0.conv1": 32}

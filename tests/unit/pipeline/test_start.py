@@ -1,6 +1,8 @@
 """What the recovery begins with."""
 
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ ONE_EPOCH = Schedule(epochs=1, batch_size=32)
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     """The students that recoveries began with."""
-    from secateur.pipeline import _compress
+    _compress = sys.modules["secateur.pipeline.compress"]
 
     seen: list[nn.Module] = []
     whole = _compress.distill
@@ -29,7 +31,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
         seen.append(student)
         return whole(student, **settings)
 
-    monkeypatch.setattr("secateur.pipeline._compress.distill", distill)
+    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "distill", distill)
     return seen
 
 
@@ -137,7 +139,7 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
     }  # fmt: skip
     whole = compress(model(), data(), **{**words, "out": None})
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.pipeline._compress.distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(model(), data(), **words)
     with pytest.raises(ArtifactError, match=r"start was FromScratch\(\), now Inherit\("):

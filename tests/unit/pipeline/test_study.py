@@ -11,9 +11,8 @@ from noise_images import noise_data, noise_split
 
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
-from secateur.pipeline import FAMILIES, Family, Study, run_study
-from secateur.pipeline._study import Order, Pruned, Taught
-from secateur.pipeline._study._results import _size_table, gains
+from secateur.pipeline._study import FAMILIES, Family, Order, Pruned, Study, Taught, run_study
+from secateur.pipeline._study import _size_table, gains
 from secateur.train import Precision, Schedule
 
 TINY = Schedule(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)

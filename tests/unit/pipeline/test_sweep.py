@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from secateur.pipeline._disk import sweep
+from secateur._files import sweep
 
 LEFT = (".out.0123abcd.part", "..out.0123abcd.part.89efcdab.part", ".out.work.0123abcd.part", ".out.work.0123abcd.old")
 OTHERS = (

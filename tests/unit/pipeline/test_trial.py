@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ArtifactError
-from secateur.pipeline._trial import check_runs
+from secateur.pipeline.load import check_runs
 
 
 class Pads(nn.Module):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from secateur.errors import ArtifactError
 from secateur.pipeline import Leftover
-from secateur.pipeline._work import Cutting, surroundings_of, workplace
+from secateur.pipeline.workspace import Cutting, surroundings_of, workplace
 
 SETTINGS = {"budget": "macs<=50%", "seed": "0"}
 
@@ -135,7 +136,7 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
 
     def write() -> None:
         with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work, monkeypatch.context() as patch:
-            patch.setattr("secateur.artifact._files._flush", full)
+            patch.setattr(import_module("secateur._files"), "_flush", full)
             work.write(cutting())
 
     interrupted(tmp_path / "out", with_search=True)
@@ -150,7 +151,7 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
 
 def test_no_part_of_a_finished_run_is_ever_left_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A process killed while it removes its work: what is left is hidden, and gone when the next run begins."""
-    monkeypatch.setattr("secateur.pipeline._disk.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(import_module("secateur._files").shutil, "rmtree", lambda *_, **__: None)
     with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
         work.write(cutting())
     assert not (tmp_path / "out.work").exists()

@@ -13,9 +13,9 @@ from secateur.data import ImageData
 from secateur.errors import BudgetError
 from secateur.pipeline import FromScratch, Leftover, compress, verify
 from secateur.pipeline import load as load_artifact
+from secateur.prune import ByERK, ByTaylor, Evenly, NOfM, OneShot, WeightPruning, masks_of, prunable
 from secateur.report import performance_efficiency
 from secateur.search import Uniform
-from secateur.sparsity import ByERK, ByTaylor, Evenly, NOfM, OneShot, WeightPruning, masks_of, prunable
 from secateur.train import Schedule, Silent
 
 SHORT = Schedule(epochs=2, batch_size=16)

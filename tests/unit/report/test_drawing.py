@@ -14,9 +14,7 @@ from secateur.cost import CostModel
 from secateur.errors import ExportError
 from secateur.graph import ChannelGraph, Choices, trace
 from secateur.report import places, sentence_of, write_drawing
-from secateur.report._dot import dot
-from secateur.report._layout import Mark, layout
-from secateur.report._svg import svg
+from secateur.report.graph_drawing import Mark, dot, layout, svg
 
 _SVG = "{http://www.w3.org/2000/svg}"
 

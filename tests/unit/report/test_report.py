@@ -23,7 +23,7 @@ from secateur.report import (
     TrainedEpoch,
     write_report,
 )
-from secateur.report._report import headline, render, tiles
+from secateur.report.html import headline, render, tiles
 
 CPU = "processor time"
 RUN = RunReport(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from secateur.report import Measured, RunReport, SearchedDepth, SearchedWidth, SearchEpoch
-from secateur.report._heat import HeatMap, search_plots
-from secateur.report._report import render
+from secateur.report.charts import HeatMap, search_plots
+from secateur.report.html import render
 
 
 def searched(epoch: int, *kept: float, entropy: float = 0.5, macs: float | None = 0.6) -> SearchEpoch:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from secateur.report import JudgedStage, Measured, RunReport, write_report
-from secateur.report._stages import stage_plots
+from secateur.report.charts import stage_plots
 
 STAGE = JudgedStage("stage1", "layer1", 3.2, 7, (0.0, 0.5, 0.2, 0.4, 0.1), (0.4, 0.1, 0.2, 0.3, 0.2), 4)
 

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from secateur.report import LayerWidth, MeasuredAccuracy, TrainedEpoch, _format
-from secateur.report._plots import accuracy_plot, loss_plot, round_steps, width_plot
+from secateur.report import LayerWidth, MeasuredAccuracy, TrainedEpoch
+from secateur.report import units as _format
+from secateur.report.charts import accuracy_plot, loss_plot, round_steps, width_plot
 
 
 def plain(text: str) -> str:

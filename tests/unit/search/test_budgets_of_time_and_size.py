@@ -8,13 +8,22 @@ from torch import nn
 from secateur.cost import Budget, CostModel, FileSize, LatencyModel, TimeGrid, ends_of, timeable
 from secateur.errors import BudgetError
 from secateur.graph import trace
-from secateur.importance import L2, Evidence
 from secateur.models import load_model
-from secateur.search import GlobalImportance, Knapsack, PCASlimming, SearchSpace, Shallower, Uniform, Widths, search
-from secateur.search._problem import Problem
-from secateur.search._tas._candidates import Candidates
-from secateur.search._tas._choice import Choice
-from secateur.search._tas._price import Price
+from secateur.nas import Widths
+from secateur.nas.tas_cost import Price
+from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.search import (
+    L2,
+    Evidence,
+    GlobalImportance,
+    Knapsack,
+    PCASlimming,
+    Problem,
+    SearchSpace,
+    Shallower,
+    Uniform,
+    search,
+)
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 STRATEGIES = [Uniform(), Knapsack(L2()), GlobalImportance(), PCASlimming()]

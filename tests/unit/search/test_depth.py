@@ -11,10 +11,10 @@ from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.errors import BudgetError, DataError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
-from secateur.importance import L2, Importance
-from secateur.search import Knapsack, Remembered, SearchSpace, Shallower, Uniform, _depth, search
-from secateur.search._depth import _between, _spread
-from secateur.surgery import Refit, apply_architecture, cut, mask_removed, output_distance
+from secateur.prune import Refit, apply_architecture, cut, mask_removed, output_distance
+from secateur.search import L2, Importance, Knapsack, Remembered, SearchSpace, Shallower, Uniform, search
+from secateur.search import depth as _depth
+from secateur.search.depth import _between, _spread
 
 Batches = tuple[tuple[Tensor, Tensor], ...]
 

@@ -8,7 +8,8 @@ import tas_runs
 from slow_search import data as noise
 
 from secateur.data import Augment, ImageData
-from secateur.search import Found, Labels
+from secateur.nas import Labels
+from secateur.search import Found
 
 STRATEGIES = {
     "tas": (tas_runs.net, tas_runs.quick()),

@@ -10,13 +10,16 @@ from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost, CostModel
 from secateur.errors import BudgetError, ModelError, SurgeryError
 from secateur.graph import ChannelGraph
-from secateur.importance import L1, L2, Importance, RandomImportance
 from secateur.search import (
+    L1,
+    L2,
     Activations,
     Correlation,
     GlobalImportance,
+    Importance,
     PCASlimming,
     Proposal,
+    RandomImportance,
     RawWeights,
     SearchSpace,
     Strategy,
@@ -227,7 +230,7 @@ def test_normalising_makes_the_scale_of_an_axis_irrelevant():
 def test_pca_widths_are_the_fewest_components_that_explain_tau():
     model, graph = residual(120, 100)
     found = search(model, graph, PCASlimming(RawWeights()), budget="macs=45%")
-    from secateur.importance import Evidence
+    from secateur.search import Evidence
 
     rest = RawWeights().unexplained(Evidence(model, graph))
     tau = found.notes["tau"]

@@ -1,6 +1,7 @@
 """Searches that are stopped in the middle of an epoch or a round, and go on there."""
 
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,15 +12,16 @@ from swp_runs import staged
 from tas_runs import Recorder, net, run
 from tas_runs import quick as quick_tas
 
+from secateur._runtime import Stopped, stoppable
 from secateur.search import Found
-from secateur.train import Saving, Stopped, stoppable
+from secateur.train import Saving
 
 EVERY_STEP = Saving(math.inf, 1)
 
 
 @pytest.fixture(autouse=True)
 def _every_step_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", -1.0)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", -1.0)
 
 
 def stopped_at(stop: Any, at: int) -> Recorder:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, ChoiceError
 from secateur.graph import ChannelAxis, Role, Site
-from secateur.importance import Evidence
-from secateur.search import AxisRule, Problem, SearchSpace, fit
+from secateur.search import AxisRule, Evidence, Problem, SearchSpace, fit
 
 
 def axis(size: int, divisor: int = 1) -> ChannelAxis:

@@ -6,10 +6,17 @@ from torch import nn
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import Activation, ChannelGraph
-from secateur.importance import Evidence, readers
-from secateur.search import Activations, Correlation, Covariance, RawWeights, Weights, unexplained_variance
-from secateur.search._covariance import RunningCovariance
-from secateur.search._spectrum import eigenvalues_of_covariance, eigenvalues_of_rows
+from secateur.search import (
+    Activations,
+    Correlation,
+    Covariance,
+    Evidence,
+    RawWeights,
+    Weights,
+    readers,
+    unexplained_variance,
+)
+from secateur.search.pca import RunningCovariance, eigenvalues_of_covariance, eigenvalues_of_rows
 
 
 def explained(rows: np.ndarray, correlation: bool = False) -> np.ndarray:

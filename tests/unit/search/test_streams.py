@@ -8,10 +8,10 @@ from hand_graphs import plain
 from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
 from secateur.graph import ChannelGraph, untie
-from secateur.importance import L2, Evidence
-from secateur.search import TAS, AxisRule, Problem, SearchSpace, Uniform, Widths, keep_best, search
-from secateur.search._streams import Streams
-from secateur.surgery import cut
+from secateur.nas import TAS, Widths
+from secateur.prune import cut
+from secateur.search import L2, AxisRule, Evidence, Problem, SearchSpace, Uniform, keep_best, search
+from secateur.search.space import Streams
 
 
 def residual() -> ChannelGraph:

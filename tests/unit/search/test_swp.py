@@ -21,22 +21,11 @@ from secateur.cost import CostModel
 from secateur.data import MemorySplit, Normalisation
 from secateur.errors import BudgetError, DataError
 from secateur.graph import stages_of, untie
-from secateur.importance import L1, L2, Evidence
+from secateur.nas import SWP, Drawn, Evolution, Exact, OriginalWeights, Redrawn, Widths
+from secateur.nas.common import held_out
 from secateur.pipeline import compress
-from secateur.search import (
-    SWP,
-    Drawn,
-    Evolution,
-    Exact,
-    OriginalWeights,
-    Redrawn,
-    SearchSpace,
-    Widths,
-    describe,
-    search,
-)
-from secateur.search._halves import held_out
-from secateur.surgery import cut
+from secateur.prune import cut
+from secateur.search import L1, L2, Evidence, SearchSpace, describe, search
 from secateur.train import Schedule, Silent
 
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])

@@ -9,9 +9,8 @@ import pytest
 from swp_runs import options_of, staged
 
 from secateur.errors import TrainingError
-from secateur.search import Exact, Widths
-from secateur.search._swp._candidates import Candidates
-from secateur.search._swp._options import Options, Rows
+from secateur.nas import Exact, Widths
+from secateur.nas.swp_candidates import Candidates, Options, Rows
 
 Losses = Callable[[Rows], list[float]]
 

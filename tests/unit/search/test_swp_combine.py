@@ -10,12 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import BudgetError, TrainingError
-from secateur.search._swp import _exact
-from secateur.search._swp._evolve import Evolution
-from secateur.search._swp._exact import Exact, exact
-from secateur.search._swp._front import pareto
-from secateur.search._swp._sweep import Bound, Rows, sweep, undominated
-from secateur.search._swp._table import Choice, Table
+from secateur.nas import Choice, Evolution, Exact, Table, pareto
+from secateur.nas import swp_knapsack as _exact
+from secateur.nas.swp_knapsack import exact
+from secateur.nas.swp_table import Bound, StageRows, sweep, undominated
 
 FIELDS = ("macs", "params", "latency_s")
 
@@ -143,7 +141,7 @@ def test_the_front_of_one_cost_is_that_of_all_choices(table):
 @given(tables(fields=2, most=1000))
 def test_the_solver_alone_and_the_sums_alone_agree(table):
     """Two ways: HiGHS in floating point with nothing known before, and sums in whole numbers without HiGHS."""
-    rows = Rows.of(table, tuple(table.whole.room))
+    rows = StageRows.of(table, tuple(table.whole.room))
     sums = sweep(rows)
     possible = every(table, ())
     assert sums.complete

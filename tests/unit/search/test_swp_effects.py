@@ -10,9 +10,8 @@ from swp_runs import alone, fresh_norms_, judge_of, options_of, quick, staged, s
 from tas_runs import run
 from torch import Tensor
 
-from secateur.search import InPlace, Labels
-from secateur.search._swp._score import losses_of
-from secateur.supernet import carried_on, features, stage_effects
+from secateur.nas import InPlace, Labels, carried_on, features, stage_effects
+from secateur.nas.swp import losses_of
 
 
 def far(y: Tensor, x: Tensor) -> float:

@@ -7,9 +7,9 @@ import pytest
 from swp_runs import options_of, staged
 
 from secateur.cost import Budget
-from secateur.search import Depths
-from secateur.search._swp._fill import filled
-from secateur.search._swp._options import Options, Rows
+from secateur.nas import Depths
+from secateur.nas.swp_candidates import Options, Rows
+from secateur.nas.swp_knapsack import filled
 
 
 def options(budget: Budget, *, untied: bool = False) -> Options:

@@ -16,11 +16,10 @@ from secateur.cost import CostModel, counted_macs
 from secateur.errors import BudgetError, ChoiceError
 from secateur.graph import trace, untie
 from secateur.models import cifar_resnet20
-from secateur.search import Depths, SearchSpace, Widths
-from secateur.search._swp._candidates import Candidates
-from secateur.search._swp._options import Options
-from secateur.supernet import Supernet, features, run_stages
-from secateur.surgery import cut
+from secateur.nas import Depths, Supernet, Widths, features, run_stages
+from secateur.nas.swp_candidates import Candidates, Options
+from secateur.prune import cut
+from secateur.search import SearchSpace
 
 FINELY = (
     "residual",

@@ -25,9 +25,8 @@ from swp_runs import (
 from tas_runs import run
 from torch import Tensor
 
-from secateur.search import InPlace, Labels, SoftLabels, Supervision
-from secateur.search._swp._score import Judge, losses_of
-from secateur.supernet import Subnet
+from secateur.nas import InPlace, Labels, SoftLabels, Subnet, Supervision
+from secateur.nas.swp import Judge, losses_of
 from secateur.train import Precision, open_fabric
 from secateur.workers import InProcess, OnRay
 

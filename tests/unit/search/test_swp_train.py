@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 from secateur.errors import BudgetError, TrainingError
 from secateur.graph import trace
-from secateur.search import Drawn, InPlace, Labels, Nets, Sandwich, SoftLabels, Supervision
-from secateur.search._swp._options import Options, Rows
-from secateur.search._swp._supervision import Target
-from secateur.search._swp._tally import Tally
-from secateur.search._swp._train import Course, Run
-from secateur.supernet import Supernet
-from secateur.surgery import original_names
+from secateur.nas import Drawn, InPlace, Labels, Nets, Sandwich, SoftLabels, Supernet, Supervision
+from secateur.nas.swp_candidates import Options, Rows
+from secateur.nas.swp_train import Course, Run, Tally, Target
+from secateur.prune import original_names
 from secateur.train import SGD, AdamW, Precision, open_fabric
 
 PLAIN = SGD(momentum=0.0, nesterov=False, weight_decay=0.0)

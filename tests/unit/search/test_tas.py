@@ -17,25 +17,10 @@ from secateur.cost import Budget, CostModel
 from secateur.data import MemorySplit, Normalisation
 from secateur.errors import BudgetError, DataError, TrainingError
 from secateur.graph import ChannelGraph, trace
-from secateur.importance import L1, L2, Evidence, Reconstruction
-from secateur.search import (
-    TAS,
-    Adam,
-    AxisRule,
-    Cosine,
-    Depths,
-    Found,
-    OriginalWeights,
-    Problem,
-    SearchedWeights,
-    SearchSpace,
-    Widths,
-    describe,
-    search,
-)
-from secateur.search._halves import halves
-from secateur.supernet import Interpolate
-from secateur.surgery import cut
+from secateur.nas import TAS, Adam, Cosine, Depths, Interpolate, OriginalWeights, SearchedWeights, Widths
+from secateur.nas.common import halves
+from secateur.prune import cut
+from secateur.search import L1, L2, AxisRule, Evidence, Found, Problem, Reconstruction, SearchSpace, describe, search
 from secateur.train import AdamW, Precision
 
 SEARCHES = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.search import Redrawn, Warm
+from secateur.nas import Redrawn, Warm
 
 
 def _model() -> nn.Module:

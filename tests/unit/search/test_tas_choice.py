@@ -12,13 +12,10 @@ from hand_graphs import plain, residual
 
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, TrainingError
-from secateur.importance import Evidence
-from secateur.search import TAS, Cosine, Depths, Linear, Problem, SearchSpace, Widths
-from secateur.search._streams import Streams
-from secateur.search._tas._candidates import Candidates
-from secateur.search._tas._choice import Choice, draw, draw_all, draw_two, gumbel
-from secateur.search._tas._course import Adam
-from secateur.supernet import Fade, Supernet
+from secateur.nas import TAS, Adam, Cosine, Depths, Fade, Linear, Supernet, Widths
+from secateur.nas.tas_sampler import Candidates, Choice, draw, draw_all, draw_two, gumbel
+from secateur.search import Evidence, Problem, SearchSpace
+from secateur.search.space import Streams
 
 DRAWS = 20_000
 

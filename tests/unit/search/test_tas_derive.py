@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.importance import Evidence
-from secateur.search import Depths, Problem, SearchSpace, Widths
-from secateur.search._tas._candidates import Candidates
-from secateur.search._tas._derive import Derived, derive
+from secateur.nas import Depths, Widths
+from secateur.nas.tas_cost import Derived, derive
+from secateur.nas.tas_sampler import Candidates
+from secateur.search import Evidence, Problem, SearchSpace
 
 
 class Block(nn.Module):

@@ -14,12 +14,11 @@ from torch import Tensor
 from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
 from secateur.graph import ChannelGraph, untie
-from secateur.importance import Evidence
-from secateur.search import Depths, Problem, SearchSpace, Widths
-from secateur.search._tas._candidates import Candidates
-from secateur.search._tas._choice import Choice
-from secateur.search._tas._price import Price
-from secateur.surgery import within_streams
+from secateur.nas import Depths, Widths
+from secateur.nas.tas_cost import Price
+from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.prune import within_streams
+from secateur.search import Evidence, Problem, SearchSpace
 
 FEW = Widths((0.3, 0.6))
 

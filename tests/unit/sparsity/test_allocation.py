@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import SparsityError
-from secateur.sparsity import density_of, erk, keep_globally, keep_largest, keep_n_of_m, per_layer
+from secateur.prune import density_of, erk, keep_globally, keep_largest, keep_n_of_m, per_layer
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import SparsityError
-from secateur.sparsity import decode_sparse, encode_sparse
+from secateur.prune import decode_sparse, encode_sparse
 
 
 def sparse(shape: tuple[int, ...], zeros: float, dtype: str = "float32") -> np.ndarray:

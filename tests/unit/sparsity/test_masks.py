@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from secateur.errors import SparsityError
-from secateur.sparsity import (
+from secateur.prune import (
     keep_largest,
     magnitude,
     make_permanent_,

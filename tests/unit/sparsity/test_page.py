@@ -7,7 +7,7 @@ import torch
 from small_runs import Blobs, small_schedule
 
 from secateur.models import cifar_resnet20
-from secateur.sparsity import prunable
+from secateur.prune import prunable
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "sparsity.md"
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from secateur.errors import SparsityError
-from secateur.sparsity import Cubic, Iterative, OneShot
+from secateur.prune import Cubic, Iterative, OneShot
 
 
 def test_one_shot_is_constant() -> None:

@@ -7,17 +7,7 @@ from torch import nn
 
 from secateur.distill import label_loss
 from secateur.errors import SparsityError
-from secateur.sparsity import (
-    keep_largest,
-    magnitude,
-    masked,
-    movement,
-    per_layer,
-    prunable,
-    random_scores,
-    snip,
-    taylor,
-)
+from secateur.prune import keep_largest, magnitude, masked, movement, per_layer, prunable, random_scores, snip, taylor
 
 WEIGHT = [2.0, -1.0, 0.5]
 BATCHES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import ZOO
 
-from secateur.sparsity import (
+from secateur.prune import (
     density_of,
     erk,
     keep_globally,

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError
 from secateur.graph import untie
-from secateur.supernet import Subnet, Supernet, calibrated
-from secateur.surgery import original_names
+from secateur.nas import Subnet, Supernet, calibrated
+from secateur.prune import original_names
 
 NETS = ("plain", "residual", "option_a_residual", "dense", "few_groups", "shared_weights", "split", "nested", "dropout")
 BatchNorm = nn.modules.batchnorm._BatchNorm

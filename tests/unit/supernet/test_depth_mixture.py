@@ -11,7 +11,7 @@ from cuts import apart, zoo_net
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph, StandIn, trace
-from secateur.supernet import Fade, Mixture, Subnet, Supernet
+from secateur.nas import Fade, Mixture, Subnet, Supernet
 
 
 class Whole(nn.Module):

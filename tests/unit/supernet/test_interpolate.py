@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secateur.supernet import interpolate_channels, interpolation_matrix
+from secateur.nas import interpolate_channels, interpolation_matrix
 
 WIDTHS = [(few, many) for many in range(1, 41) for few in range(1, many + 1)]
 

@@ -12,7 +12,7 @@ from cuts import apart, zoo_net
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.supernet import Blending, Fade, Interpolate, Mixture, Subnet, Supernet
+from secateur.nas import Blending, Fade, Interpolate, Mixture, Subnet, Supernet
 
 BLENDINGS = [Interpolate(), Fade()]
 each_blending = pytest.mark.parametrize("blending", BLENDINGS, ids=["interpolate", "fade"])
@@ -155,7 +155,7 @@ HAND_WRITTEN = {
 @each_blending
 @pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_a_mixture_is_what_is_written(name, blending, matrix, monkeypatch):
-    monkeypatch.setattr(sys.modules["secateur.supernet._mixture"], "_SMALL", 256 if matrix else 0)
+    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_SMALL", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
     groups = {"1.0": 3, "2.0": 3} if name == "few_groups" else {}
@@ -172,7 +172,7 @@ def test_a_mixture_is_what_is_written(name, blending, matrix, monkeypatch):
 @pytest.mark.parametrize("name", ["plain", "flatten_linear", "dense"])
 def test_gradients_of_the_weights(name, blending, matrix, monkeypatch):
     """gradcheck, float64. A wrong one would lead every search astray."""
-    monkeypatch.setattr(sys.modules["secateur.supernet._mixture"], "_SMALL", 256 if matrix else 0)
+    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_SMALL", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, blending, 1)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from zoo import ZOO
 
-from secateur.supernet._norms import norms_after
+from secateur.nas.mixture import norms_after
 
 
 def test_a_tensor_that_is_gone_is_not_taken_for_a_later_one_in_its_place():

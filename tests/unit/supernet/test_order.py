@@ -8,7 +8,7 @@ from torch import nn
 
 from secateur.errors import SurgeryError
 from secateur.graph import untie
-from secateur.supernet import Supernet, best_first, inverse, reordered
+from secateur.nas import Supernet, best_first, inverse, reordered
 
 
 def test_the_best_channels_come_first_and_of_equal_ones_the_lower():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from secateur.supernet._scale import scale_channels
+from secateur.nas.mixture import scale_channels
 
 
 @pytest.mark.parametrize(

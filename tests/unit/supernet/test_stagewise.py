@@ -19,7 +19,7 @@ from zoo import ZOO
 from secateur.errors import DataError, SurgeryError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
 from secateur.models import cifar_resnet20
-from secateur.supernet import (
+from secateur.nas import (
     Subnet,
     Supernet,
     calibrated,
@@ -29,7 +29,7 @@ from secateur.supernet import (
     stage_losses,
     stage_variances,
 )
-from secateur.surgery import original_names
+from secateur.prune import original_names
 
 TOLERANCE = 1e-12
 """Relative, float64: the same terms are summed in another order."""

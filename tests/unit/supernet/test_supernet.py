@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SurgeryError
 from secateur.graph import trace, untie
-from secateur.supernet import Fade, Mixture, Subnet, Supernet
+from secateur.nas import Fade, Mixture, Subnet, Supernet
 
 
 def half(supernet: Supernet, *, removed: bool = True) -> Subnet:

@@ -14,7 +14,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Extent, Site, SizeEdit, trace
-from secateur.surgery import Cut, apply_architecture, cut, mask_removed, parameter_share
+from secateur.prune import Cut, apply_architecture, cut, mask_removed, parameter_share
 
 
 def proven(made: Cut, model: nn.Module, example: Tensor, graph: ChannelGraph) -> None:

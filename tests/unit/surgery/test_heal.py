@@ -11,9 +11,8 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import RecalibrateBatchNorm, Refit, Wound, apply_architecture, cut, output_distance
-from secateur.surgery._patches import Sampler
-from secateur.surgery._refit import _groups, layers_that_lost_inputs
+from secateur.prune import RecalibrateBatchNorm, Refit, Wound, apply_architecture, cut, output_distance
+from secateur.prune.repair import Sampler, _groups, layers_that_lost_inputs
 
 HEALERS = [Refit(), RecalibrateBatchNorm()]
 each_healer = pytest.mark.parametrize("healer", HEALERS, ids=lambda h: type(h).__name__)

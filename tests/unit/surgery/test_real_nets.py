@@ -12,7 +12,7 @@ from zoo import _loud
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
-from secateur.surgery import apply_architecture, cut, mask_removed, parameter_share
+from secateur.prune import apply_architecture, cut, mask_removed, parameter_share
 
 
 def torchvision(name: str, **settings: object) -> nn.Module:

@@ -13,7 +13,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
-from secateur.surgery import (
+from secateur.prune import (
     PassThrough,
     RecalibrateBatchNorm,
     Refit,

@@ -13,7 +13,7 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import cifar_resnet20, cifar_resnet56
-from secateur.surgery import Widen, cut
+from secateur.prune import Widen, cut
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet20": (cifar_resnet20, 32, 9),

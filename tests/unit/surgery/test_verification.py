@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, trace
-from secateur.surgery import apply_architecture, cut
-from secateur.surgery._verify import Mismatch, compare
+from secateur.prune import apply_architecture, cut
+from secateur.prune.verify import Mismatch, compare
 
 
 def image(*sides: int) -> Tensor:

@@ -17,7 +17,7 @@ from secateur.errors import SurgeryError
 from secateur.export import export_onnx, export_pt2
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import cifar_resnet20
-from secateur.surgery import (
+from secateur.prune import (
     RecalibrateBatchNorm,
     Refit,
     Widen,
@@ -32,8 +32,7 @@ from secateur.surgery import (
     widenings_of,
     within_streams,
 )
-from secateur.surgery._recalibrate import batch_statistics
-from secateur.surgery._refit import layers_that_lost_inputs
+from secateur.prune.repair import batch_statistics, layers_that_lost_inputs
 
 
 def zoo(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:

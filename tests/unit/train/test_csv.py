@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_rows_that_no_checkpoint_knows_of_are_replaced(tmp_path: Path, monkeypat
             if saved.epoch == 1:
                 raise Killed
 
-        patch.setattr("secateur.train._saving.save_checkpoint", killed)
+        patch.setattr(import_module("secateur.train.checkpoint"), "save_checkpoint", killed)
         with pytest.raises(Killed):
             run(CsvLog(path, Silent()), checkpoint=tmp_path / "run")
     assert [row["epoch"] for row in table(path)] == ["0", "1"]

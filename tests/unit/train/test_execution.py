@@ -16,10 +16,11 @@ import torch
 from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, small_schedule, state
 from torch import Tensor, nn
 
+from secateur._runtime import stoppable
 from secateur.distill import AlignedFeatures, Objective, PerTap, Tap, Term, adaptors_of, features, hint_loss
 from secateur.errors import TrainingError
-from secateur.sparsity import Sparsify, WeightPruning
-from secateur.train import Compiled, Eager, Execution, Precision, Saving, Silent, Trained, fit, stoppable
+from secateur.prune import Sparsify, WeightPruning
+from secateur.train import Compiled, Eager, Execution, Precision, Saving, Silent, Trained, fit
 
 TRACED = Compiled(backend="eager")
 TEACHER = small_net(5)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from secateur._runtime import processes
 from secateur.errors import TrainingError
-from secateur.pipeline._together import fabric_for, first_alone
+from secateur.pipeline.workspace import fabric_for, first_alone
 from secateur.train import Precision, open_fabric, open_group
-from secateur.workers import processes
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
 

@@ -10,8 +10,7 @@ from small_runs import CPU, LABELS_ONLY, Blobs, small_net, small_schedule
 from torch import nn
 
 from secateur.errors import TrainingError
-from secateur.train import Precision, Silent, best_precision, fit, one_device, open_fabric
-from secateur.train._machine import placed
+from secateur.train import Precision, Silent, best_precision, fit, one_device, open_fabric, placed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, sma
 from tas_runs import Recorder
 from torch import nn
 
+from secateur._runtime import Stopped, stoppable
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
-from secateur.sparsity import Sparsify, WeightPruning
-from secateur.train import SGD, AdamW, Saving, Silent, Stopped, Trained, fit, stoppable
+from secateur.prune import Sparsify, WeightPruning
+from secateur.train import SGD, AdamW, Saving, Silent, Trained, fit
 
 EVERY_STEP = Saving(math.inf, 1)
 STEPS = 3
@@ -129,8 +131,10 @@ def test_checkpoints_are_written_by_time(
 ) -> None:
     """Every 600 seconds: the clock is looked at once when the loop begins, in every step, and at every writing."""
     seen: list[str] = []
-    monkeypatch.setattr("secateur.train._saving.save_checkpoint", lambda folder, saved: seen.append(saved.name))
-    monkeypatch.setattr("secateur.train._saving.monotonic", Clock(seconds))
+    monkeypatch.setattr(
+        import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: seen.append(saved.name)
+    )
+    monkeypatch.setattr(import_module("secateur.train.checkpoint"), "monotonic", Clock(seconds))
     run(Blobs(80), schedule=small_schedule(1), checkpoint=tmp_path, saving=Saving())
     within = [int(name[-6:]) for name in seen if "step" in name]
     assert within == written
@@ -138,7 +142,9 @@ def test_checkpoints_are_written_by_time(
 
 
 def test_no_checkpoints_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._saving.save_checkpoint", lambda *_: pytest.fail("nothing to write to"))
+    monkeypatch.setattr(
+        import_module("secateur.train.checkpoint"), "save_checkpoint", lambda *_: pytest.fail("nothing to write to")
+    )
     assert len(run(Blobs(48)).history) == 2
 
 
@@ -153,7 +159,7 @@ def test_bad_times_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_nothing_is_missing_in_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", -1.0)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", -1.0)
     whole, first, second = Recorder(), Recorder(), Recorder()
     run(Blobs(48), progress=whole)
     with pytest.raises(Killed):
@@ -166,7 +172,7 @@ def test_nothing_is_missing_in_what_is_shown(tmp_path: Path, monkeypatch: pytest
 
 
 def test_time_is_summed_up_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._partway.perf_counter", Clock(1.0))
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "perf_counter", Clock(1.0))
     with pytest.raises(Killed):
         run(Fragile(48, 0, 2), checkpoint=tmp_path)
     (record,) = run(Blobs(48), checkpoint=tmp_path, schedule=small_schedule(2)).history[:1]

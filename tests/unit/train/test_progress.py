@@ -3,6 +3,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_a_stream_that_is_no_terminal_gets_one_line_per_epoch() -> None:
 
 
 def test_slow_steps_are_shown_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", 0.0)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 0.0)
     seen: list[int] = []
 
     class Steps(Silent):
@@ -80,7 +81,7 @@ def test_silent_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", math.inf)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", math.inf)
     events: list[Any] = []
 
     class Mine:

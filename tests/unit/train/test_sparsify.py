@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.distill import Objective
 from secateur.errors import SparsityError, TrainingError
-from secateur.sparsity import (
+from secateur.prune import (
     AtRandom,
     ByERK,
     ByMovement,
@@ -135,14 +135,14 @@ def test_a_run_without_epochs_prunes_at_once() -> None:
 
 @pytest.mark.parametrize("score", [BySnip(), ByMovement(0.1), ByTaylor()])
 def test_scores_by_gradients_are_those_of_the_functions(score: Any) -> None:
-    from secateur import sparsity
+    from secateur import prune
 
     model, loss = small_net(), nn.functional.cross_entropy
     weights = prunable(model)
     by_hand = {
-        BySnip: lambda: sparsity.snip(model, weights, BATCH, loss),
-        ByTaylor: lambda: sparsity.taylor(model, weights, BATCH, loss),
-        ByMovement: lambda: sparsity.movement(model, weights, BATCH, loss, learning_rate=0.1),
+        BySnip: lambda: prune.snip(model, weights, BATCH, loss),
+        ByTaylor: lambda: prune.taylor(model, weights, BATCH, loss),
+        ByMovement: lambda: prune.movement(model, weights, BATCH, loss, learning_rate=0.1),
     }[type(score)]()
     assert same(WeightPruning(score).masks(model, 0.4, BATCH), keep_globally(by_hand, 0.4))
     with pytest.raises(SparsityError, match="`batches` must hold at least one batch"):

@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def run(progress: Progress, epochs: int = 2, checkpoint: Path | None = None) -> 
 
 
 def test_every_number_is_logged_at_its_step_and_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", 0.0)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 0.0)
     stream = io.StringIO()
     trained = run(TensorBoard(tmp_path / "new" / "events", TerminalProgress(stream)))
     found = scalars(tmp_path / "new" / "events" / "train")
@@ -73,7 +74,7 @@ class Dies(Silent):
 def test_a_resumed_run_goes_on_at_its_step_and_leaves_no_trace_of_what_it_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateur.train._ledger.SECONDS_PER_LOOK", 1e9)
+    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 1e9)
     run(TensorBoard(tmp_path / "whole", Silent()), epochs=4)
     with pytest.raises(KeyboardInterrupt):
         run(TensorBoard(tmp_path / "parts", Dies()), epochs=4, checkpoint=tmp_path / "checkpoint")
@@ -134,6 +135,6 @@ def test_what_cannot_be_logged_to_is_refused_at_once(tmp_path: Path, monkeypatch
     file.touch()
     with pytest.raises(TrainingError, match=r"`folder` must be a folder for event files; got the file .*Name another"):
         TensorBoard(file)
-    monkeypatch.setattr("secateur.train._tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"must have the package tensorboard; got none\. Run: pip install"):
         TensorBoard(tmp_path)

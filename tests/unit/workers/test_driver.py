@@ -10,7 +10,7 @@ import pytest
 import torch
 from worker_tasks import by_kind
 
-from secateur.workers import _driver
+from secateur import _ray_driver as _driver
 
 
 def packed(function: object, shared: object) -> np.ndarray:

@@ -1,0 +1,420 @@
+"""The command that measures: how long a pass of each of several models takes, in turns.
+
+The command that runs studies.
+
+The commands. Each is thin: words to objects, one verb of `secateur.pipeline`, and what it wrote."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from secateur.cli import options
+from secateur.cli.compress import compress
+from secateur.cli.distill import distill
+from secateur.cli.inspect import inspect
+from secateur.cli.options import BenchBatch, BenchDevice, BenchTarget, BenchThreads, PrecisionName, Rounds, TargetName
+from secateur.cli.output import BAD_INPUT, command_line, err, goes_on, out, show, silent, tell, threads, told
+from secateur.errors import ArtifactError, ModelError
+
+if TYPE_CHECKING:
+    from secateur.cost.measure import Latency
+
+
+@told
+def bench(
+    *,
+    models: Annotated[
+        list[str], typer.Argument(help="Artifacts, or models as for --model; the first is compared with.")
+    ],
+    image_size: options.ImageSize = None,
+    target: BenchTarget = TargetName.ORT,
+    thread_count: BenchThreads = 1,
+    batch: BenchBatch = 1,
+    device: BenchDevice = "cpu",
+    rounds: Rounds = 30,
+    trust_source: options.TrustSource = False,
+    as_json: options.AsJson = False,
+    seed: options.Seed = 0,
+    debug: options.Debug = False,
+) -> None:
+    """Measure the latency of models, in turns: warm-up, fixed threads, median and spread, and what else was running."""
+    import json
+
+    from secateur.cli.options import target_of
+    from secateur.cli.shared import Inputs
+    from secateur.cost.measure import measure_each
+
+    runtime = target_of(target, thread_count, batch, device, device_flag="--device")
+    given = [Inputs(name, None, None, image_size=image_size, trust_source=trust_source, seed=seed) for name in models]
+    found = measure_each([(each.opened.model, (each.example(batch),)) for each in given], runtime, rounds=rounds)
+    names = [each.opened.name for each in given]
+    if as_json:
+        rows = [{"model": name, **latency.to_json()} for name, latency in zip(names, found, strict=True)]
+        out().print(Text(json.dumps(rows, indent=1)), soft_wrap=True)
+        return
+    _show(names, [list(each.example(1).shape[1:]) for each in given], found)
+    out().print(Text("Wrote nothing: bench only measures."))
+
+
+def _show(names: list[str], shapes: list[list[int]], found: "list[Latency]") -> None:
+    from secateur.cli.output import plain_table
+    from secateur.cost.budget import format_cost
+
+    first = found[0]
+    columns = ("model", "input", "median", "quartiles", "spread", "speed of the first")
+    table = plain_table(f"Latency of one pass, {first.runtime}", columns, numbers=4)
+    for name, shape, latency in zip(names, shapes, found, strict=True):
+        seconds = latency.seconds
+        quartiles = f"{_time(seconds.lower)} to {_time(seconds.upper)}"
+        speed = f"{first.seconds.median / seconds.median:.2f} x"
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            format_cost("latency_s", seconds.median),
+            quartiles,
+            f"{100 * seconds.spread:.1f} %",
+            speed,
+        )
+    out().print(table)
+    load = "unknown" if first.load is None else f"{first.load[0]:g} before, {first.load[1]:g} after (this run included)"
+    out().print(
+        Text(
+            f"Batch {first.batch_size}, {first.threads} thread{'s' if first.threads > 1 else ''}, {first.rounds} "
+            f"rounds in turns, {first.clock}. Load average {load}; "
+            f"{first.machine['cores']} cores, {first.machine['cpu']}."
+        ),
+        soft_wrap=True,
+    )
+
+
+def _time(seconds: float) -> str:
+    from secateur.cost.budget import format_cost
+
+    return format_cost("latency_s", seconds)
+
+
+_RUN, _STUDY = "Run", "Study"
+
+
+class StudyName(StrEnum):
+    """Studies by name; see `secateur.pipeline.Study`."""
+
+    PRUNING_X_DISTILLATION = "pruning-x-distillation"
+
+
+class FamilyName(StrEnum):
+    """Families of the study by name; see `secateur.pipeline.FAMILIES`."""
+
+    RESNET = "resnet"
+    DENSENET = "densenet"
+    EFFICIENTNET = "efficientnet"
+    MOBILENET = "mobilenet"
+
+
+StudyOption = Annotated[
+    StudyName, typer.Option("--study", help="What is compared.", rich_help_panel=_STUDY, show_default=False)
+]
+StudyOut = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        help="Folder of the study. The same command goes on with an interrupted one.",
+        rich_help_panel=_RUN,
+        show_default=False,
+    ),
+]
+StudyResume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with an interrupted study, which happens without it too.", rich_help_panel=_RUN
+    ),
+]
+Families = Annotated[
+    list[FamilyName] | None,
+    typer.Option("--family", help="Networks; all if left out. Repeatable.", rich_help_panel=_STUDY),
+]
+Seeds = Annotated[int, typer.Option(help="How many students of each kind.", min=1, rich_help_panel=_STUDY)]
+WeightsKept = Annotated[
+    str, typer.Option(help="Parts of the weights that stay, such as 0.5,0.3,0.1.", rich_help_panel=_STUDY)
+]
+MacsKept = Annotated[
+    str, typer.Option(help="Parts of the MACs that stay when channels are cut.", rich_help_panel=_STUDY)
+]
+TeacherEpochs = Annotated[int, typer.Option(help="Training of the teachers.", min=0, rich_help_panel=_STUDY)]
+StudentEpochs = Annotated[int, typer.Option(help="Of the students before pruning.", min=0, rich_help_panel=_STUDY)]
+RecoveryEpochs = Annotated[int, typer.Option(help="After pruning.", min=0, rich_help_panel=_STUDY)]
+RecoveryImages = Annotated[
+    int, typer.Option(help="Training images of a recovery epoch; 0 for all.", min=0, rich_help_panel=_STUDY)
+]
+TestImages = Annotated[
+    int, typer.Option(help="First test images that count; 0 for all.", min=0, rich_help_panel=_STUDY)
+]
+
+
+@told
+@goes_on
+def compare(
+    *,
+    study: StudyOption,
+    data: options.Data,
+    out_folder: StudyOut,
+    limit: options.Limit = None,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    validation_fraction: options.ValidationFraction = 0.1,
+    family: Families = None,
+    seeds: Seeds = 2,
+    weights_kept: WeightsKept = "0.5,0.3,0.1",
+    macs_kept: MacsKept = "0.7,0.5",
+    teacher_epochs: TeacherEpochs = 4,
+    student_epochs: StudentEpochs = 3,
+    recovery_epochs: RecoveryEpochs = 1,
+    recovery_images: RecoveryImages = 2048,
+    test_images: TestImages = 2000,
+    batch_size: options.BatchSize = 64,
+    learning_rate: options.LearningRate = 0.1,
+    precision: options.Precision = PrecisionName.AUTO,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    resume: StudyResume = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run a study: which kind of pruning suits distillation? Goes on with an interrupted one by itself."""
+    from dataclasses import replace
+
+    from secateur.cli import _words as _choices
+    from secateur.cli.output import print_page, print_written
+    from secateur.data.load import load_data
+    from secateur.pipeline._study import FAMILIES, Study, run_study
+
+    del resume  # A study goes on by itself.
+    assert study is StudyName.PRUNING_X_DISTILLATION  # the only one so far
+    usual, wanted = Study(), set(family or FamilyName)
+    each = {"batch_size": batch_size, "precision": _choices.precision_of(precision)}
+    plan = Study(
+        families=tuple(one for one in FAMILIES if one.name in wanted),
+        seeds=tuple(range(seed, seed + seeds)),
+        weights_kept=_choices.numbers_of(weights_kept or None, "--weights-kept") or (),
+        macs_kept=_choices.numbers_of(macs_kept or None, "--macs-kept") or (),
+        teaching=replace(usual.teaching, epochs=teacher_epochs, learning_rate=learning_rate, **each),
+        learning=replace(usual.learning, epochs=student_epochs, learning_rate=learning_rate, **each),
+        recovery=replace(usual.recovery, epochs=recovery_epochs, learning_rate=learning_rate / 5, **each),
+        recovery_images=recovery_images or None,
+        test_images=test_images or None,
+    )
+    images = load_data(
+        data,
+        limit=limit,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        image_size=image_size,
+        mean=_choices.numbers_of(mean, "--mean"),
+        std=_choices.numbers_of(std, "--std"),
+    )
+    with threads(thread_count):
+        result = run_study(
+            plan,
+            images,
+            out=out_folder,
+            device=_choices.device_of(device),
+            tell=silent if quiet else tell,
+            command=command_line(),
+        )
+    print_page(result.content)
+    print_written([result.table, result.page])
+
+
+app = typer.Typer(
+    name="secateur",
+    help="Pruning shears for neural networks: a trained vision model and a budget go in, a smaller, verified one "
+    "comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; as ``python -m secateur`` too it calls itself secateur."""
+    app(prog_name="secateur")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from secateur import __version__
+
+        out().print(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    # A callback, because the body of this function runs only if a command follows.
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None: ...
+
+
+app.command()(inspect)
+app.command()(compress)
+app.command()(distill)
+app.command()(compare)
+
+
+@app.command()
+@told
+def evaluate(
+    *,
+    model: options.Model,
+    data: options.Data,
+    weights: options.Weights = None,
+    trust_source: options.TrustSource = False,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    batch_size: options.BatchSize = 250,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure the accuracy of a model or artifact on the test images."""
+    from secateur.cli import _words as _choices
+    from secateur.cli.shared import Inputs
+    from secateur.pipeline.workspace import check_belongs
+    from secateur.report.run import MeasuredAccuracy
+    from secateur.train.evaluate import evaluate as measure
+
+    inputs = Inputs(
+        model,
+        weights,
+        data,
+        image_size=image_size,
+        trust_source=trust_source,
+        seed=seed,
+        mean=_choices.numbers_of(mean, "--mean"),
+        std=_choices.numbers_of(std, "--std"),
+    )
+    with threads(thread_count):
+        check_belongs(inputs.opened.model, inputs.images, inputs.example(2))
+        found = measure(
+            inputs.opened.model, inputs.images.test, batch_size=batch_size, device=_choices.device_of(device)
+        )
+    low, high = MeasuredAccuracy(found.top1, found.n).interval
+    out().print(
+        f"{inputs.opened.name} on {inputs.images.name}: test accuracy {100 * found.top1:.2f} % of {found.n} images "
+        f"(95 % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {found.loss:.4f} nats"
+    )
+    out().print(Text("Wrote nothing: evaluate only measures."))
+
+
+@app.command()
+@told
+def verify(
+    *,
+    folder: Annotated[Path | None, typer.Argument(help="The artifact.", show_default=False)] = None,
+    model: Annotated[Path | None, typer.Option(help="The artifact, as for the other commands.")] = None,
+    data: options.MaybeData = None,
+    trust_source: options.TrustSource = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    thread_count: options.Threads = None,
+    debug: options.Debug = False,
+) -> None:
+    """Check that an artifact is whole and still computes what it did; with --data, that it is as accurate."""
+    from secateur.cli import _words as _choices
+    from secateur.cli.output import print_checks
+    from secateur.cli.shared import Inputs
+    from secateur.pipeline.verify import verify as run
+
+    artifact = folder or model
+    if artifact is None or (folder is not None and model is not None):
+        raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
+    images = None
+    if data is not None:
+        images = Inputs(str(artifact.absolute()), None, data, trust_source=trust_source, seed=seed).images
+    with threads(thread_count):
+        found = run(artifact, data=images, trust_source=trust_source, device=_choices.device_of(device))
+    print_checks(found.checks)
+    for said in found.passed_over:
+        out().print(Text(said), soft_wrap=True)
+    out().print(Text("Wrote nothing: verify only checks."))
+    if not found.passed:
+        err().print(Text(f"Error: {artifact} does not hold what it says; see FAILED above.", style="bold red"))
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+@told
+def export(
+    *,
+    model: options.Model,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Where; None: into the artifact folder.", show_default=False)
+    ] = None,
+    weights: options.Weights = None,
+    data: options.MaybeData = None,
+    image_size: options.ImageSize = None,
+    formats: options.Export = "onnx",
+    trust_source: options.TrustSource = False,
+    seed: options.Seed = 0,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model or artifact for other runtimes, and check that the files agree with it."""
+    from secateur.cli import _words as _choices
+    from secateur.cli.output import print_written
+    from secateur.cli.shared import Inputs
+    from secateur.pipeline.exports import export_files
+
+    wanted = _choices.formats_of(formats)
+    inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
+    if out_folder is None and inputs.opened.manifest is None:
+        raise ModelError("`--out` must say where the files go, because --model is no artifact folder; got none.")
+    where = out_folder or Path(model)
+    if where.exists() and not where.is_dir():
+        raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
+    images = None if data is None else inputs.images
+    for path, agreed in export_files(inputs.opened.model, inputs.example(4), where, wanted, data=images).items():
+        print_written([path])
+        out().print(Text(str(agreed)), soft_wrap=True)
+
+
+@app.command()
+@told
+def demo(
+    *,
+    out_folder: options.Out = Path("secateur-demo"),
+    export: options.Export = "onnx",
+    seed: options.Seed = 0,
+    thread_count: options.Threads = 1,  # the networks are so small that a second thread only waits
+    tensorboard: options.TensorBoard = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train a small network on handwritten digits, compress it to 30 % of its MACs, and show the proof."""
+    from secateur.cli import _words as _choices
+    from secateur.pipeline.demo import demo as run
+
+    formats, progress = _choices.formats_of(export), _choices.progress_of(quiet, tensorboard)
+    with threads(thread_count):
+        result = run(
+            out_folder,
+            export=formats,
+            seed=seed,
+            progress=progress,
+            tell=silent if quiet else tell,
+            command=command_line(),
+        )
+    show(result)
+    out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
+
+
+app.command()(bench)

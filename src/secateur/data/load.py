@@ -1,0 +1,183 @@
+"""Sets that Python packages bring or know: scikit-learn's digits and torchvision's CIFAR.
+
+From a short description to a data set."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, usual_augment
+from secateur.data.images import read_image_folder, resize_all
+from secateur.data.parquet import parquet_files, read_parquet
+from secateur.data.splits import TEST_SEED, hold_out, training_count
+from secateur.data.transforms import Normalisation
+from secateur.errors import DataError
+
+DIGITS_NORMALISATION = Normalisation((0.305,), (0.376,))
+"""Of the 1,797 digits as bytes / 255, measured: 0.3053 and 0.3761."""
+
+_DIGITS_TEST_FRACTION = 0.2
+_DIGITS_LEVELS = 16
+_SHOWN = 80
+
+TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+"""Names after ``torchvision:`` and the classes they stand for."""
+
+
+def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """The 1,797 handwritten digits of scikit-learn: 1 x 8 x 8, ten classes; a fixed fifth of each class is for test.
+
+    Args:
+        limit: Use the first so many training images.
+        image_size: Resize to squares of this side.
+
+    Raises:
+        DataError: If scikit-learn is not installed.
+
+    References:
+        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'") from error
+    bunch = load_digits()  # pyright: ignore[reportUnknownVariableType]
+    levels = np.asarray(bunch.images)  # type: ignore[union-attr]
+    images = torch.from_numpy(np.rint(levels * (255 / _DIGITS_LEVELS)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))  # type: ignore[union-attr]
+    classes = tuple(str(i) for i in range(10))
+    kept, held = hold_out(labels, _DIGITS_TEST_FRACTION, TEST_SEED)
+    kept = kept[: training_count(labels[kept], limit, classes)]
+    images = resize_all(images, image_size)
+    train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALISATION) for index in (kept, held))
+    return TrainAndTest(train, test, classes, "digits", usual_augment(train.size))
+
+
+def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """CIFAR-10 or CIFAR-100 as torchvision stores them; nothing is downloaded.
+
+    The files are pickles; torchvision reads them only after comparing their MD5 with the published one.
+
+    Args:
+        name: A key of ``TORCHVISION_SETS``.
+        root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        limit: Use the first so many training images.
+        image_size: Resize to squares of this side.
+
+    Raises:
+        DataError: If the name is unknown or the files are missing or damaged.
+    """
+    from torchvision import datasets
+
+    if name not in TORCHVISION_SETS:
+        raise DataError(
+            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got {repr(name)[:_SHOWN]}. Others "
+            "can be given as an image folder or as Hugging Face parquet."
+        )
+    kind = getattr(datasets, TORCHVISION_SETS[name])
+    try:
+        train_set, test_set = kind(root=str(root), train=True), kind(root=str(root), train=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        command = f"torchvision.datasets.{TORCHVISION_SETS[name]}({str(root)!r}, download=True)"
+        raise DataError(
+            f"{root} must hold torchvision's {name}; it is missing or damaged. Download it with {command}, or name "
+            f"the folder: torchvision:{name}:FOLDER."
+        ) from error
+    classes: tuple[str, ...] = tuple(train_set.classes)
+    count = training_count(torch.tensor(train_set.targets), limit, classes)
+    splits = [
+        MemorySplit(
+            resize_all(torch.from_numpy(np.asarray(dataset.data[:n])).permute(0, 3, 1, 2), image_size),
+            torch.tensor(dataset.targets[:n]),
+            Normalisation.usual(3),
+        )
+        for dataset, n in ((train_set, count), (test_set, None))
+    ]
+    return TrainAndTest(splits[0], splits[1], classes, name, usual_augment(splits[0].size))
+
+
+_TORCHVISION = "torchvision:"
+_TORCHVISION_ROOT = "data"
+_SHOWN_SPLITS = 500
+
+
+def load_data(
+    spec: str | Path,
+    *,
+    limit: int | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageData:
+    """Load a labelled image set; nothing is downloaded.
+
+    Args:
+        spec: One of
+
+            - a folder of Hugging Face parquet files (``train-*.parquet`` and ``test-*.parquet``; columns ``img`` or
+              ``image`` and ``label``),
+            - a folder with ``train`` and ``test`` (or ``val``), each with one folder of images per class,
+            - ``torchvision:cifar10`` or ``torchvision:cifar100``, optionally with ``:ROOT`` (``data`` if left out),
+            - ``digits``: scikit-learn's 8 x 8 handwritten digits.
+
+        limit: Use only the first so many training images (before validation images are taken from them).
+        validation_fraction: Part of the training images that is held out for choosing, class by class.
+        seed: Chooses the validation images.
+        image_size: Resize to squares of this side, in pixels; None keeps the size that all images share.
+        mean: Per channel, of pixels / 255. By default ImageNet's for colour images and 0.5 for grey ones.
+        std: The same.
+
+    Returns:
+        Three splits with class names and the usual augmentation.
+
+    Raises:
+        DataError: If anything of it is missing, damaged or contradictory; the message says what to do.
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(f"`image_size` must be positive, in pixels; got {image_size}.")
+    if not 0.0 < validation_fraction < 1.0:
+        raise DataError(
+            f"`validation_fraction` must lie in (0, 1), both excluded; got {validation_fraction}. 0.1 is usual."
+        )
+    sets = _read(spec, limit=limit, image_size=image_size)
+    normalisation = sets.train.normalisation.override(mean, std)
+    sets = replace(sets, train=sets.train.normalised(normalisation), test=sets.test.normalised(normalisation))
+    _warn_of_absent_classes(sets)
+    return ImageData.of(sets, validation_fraction=validation_fraction, seed=seed)
+
+
+def _read(spec: str | Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+    if spec == "digits":
+        return read_digits(limit=limit, image_size=image_size)
+    if isinstance(spec, str) and spec.startswith(_TORCHVISION):
+        name, _, root = spec.removeprefix(_TORCHVISION).partition(":")
+        return read_torchvision(name, Path(root or _TORCHVISION_ROOT), limit=limit, image_size=image_size)
+    folder = Path(spec)
+    if not os.path.isdir(spec):  # noqa: PTH112 - unlike Path's, it takes any text
+        problem = "is a file" if os.path.exists(spec) else "is none of these and there is no such folder"  # noqa: PTH110
+        raise DataError(
+            "`data` must be a folder (Hugging Face parquet, or train/ and test/ with class folders), "
+            f"'torchvision:cifar10[:ROOT]', 'torchvision:cifar100[:ROOT]' or 'digits'; got "
+            f"{repr(str(spec))[:_SHOWN_SPLITS]}, which {problem}. Check the path."
+        )
+    files = parquet_files(folder)
+    if files:
+        return read_parquet(folder, files, limit=limit, image_size=image_size)
+    return read_image_folder(folder, limit=limit, image_size=image_size)
+
+
+def _warn_of_absent_classes(sets: TrainAndTest) -> None:
+    absent = sorted(set(range(len(sets.classes))) - set(sets.train.labels.tolist()))
+    if absent:
+        warnings.warn(
+            f"{sets.name}: {len(absent)} of {len(sets.classes)} classes have no training image, such as "
+            f"{sets.classes[absent[0]]!r}.",
+            stacklevel=3,
+        )

@@ -1,0 +1,295 @@
+"""Hugging Face image sets as parquet folders: columns of encoded images and of integer labels."""
+
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from secateur.data.dataset import MemorySplit, TrainAndTest, usual_augment
+from secateur.data.images import MEMORY_LIMIT, check_memory, decode_all, open_regular
+from secateur.data.splits import training_count
+from secateur.data.transforms import Normalisation
+from secateur.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+
+_IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label")
+_TRAIN, _TEST, _VALIDATION = ("train",), ("test",), ("validation", "valid", "val", "dev")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
+_READ_ROWS, _FEW_ROWS, _LABEL_ROWS = 1024, 16, 2**18
+_MOST_ROWS = 2**26
+_MOST_CLASSES = 2**17
+_MOST_GROUP_BYTES = 2**30
+"""Of one group of rows, unpacked. A kilobyte of parquet can say that it holds any number of rows."""
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """The parquet files of a folder and of its direct subfolders, in order."""
+    return sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet")))
+
+
+def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """Read a Hugging Face parquet folder into memory.
+
+    Files belong to the split that their name, or else their folder's name, begins with: ``train``, ``test``, and
+    (used for testing where there is no ``test``) ``validation``, ``valid``, ``val`` or ``dev``.
+
+    Args:
+        folder: For names and errors.
+        files: Its parquet files.
+        limit: Use the first so many training images.
+        image_size: Resize to squares; None: all images have one size.
+
+    Raises:
+        DataError: If files, columns, images or labels are missing, damaged or do not fit together.
+    """
+    train = _Table.open(folder, files, (_TRAIN,))
+    test = _Table.open(folder, files, (_TEST, _VALIDATION))
+    if train.names and test.names and train.names != test.names:
+        raise DataError(_other_classes(folder, train.names, test.names))
+    last = int(train.labels.max())
+    if max(last, len(train.names), len(test.names)) >= _MOST_CLASSES:
+        raise DataError(f"`data` must have fewer than {_MOST_CLASSES} classes; got the label {last} in {folder}.")
+    classes = train.names or test.names or tuple(str(i) for i in range(last + 1))
+    train.check_labels(classes)
+    test.check_labels(classes)
+    count = training_count(torch.from_numpy(train.labels), limit, classes)
+    splits = [table.split(n, image_size, len(classes)) for table, n in ((train, count), (test, len(test.labels)))]
+    return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, usual_augment(splits[0].size))
+
+
+def _other_classes(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:
+    k = next((i for i, (a, b) in enumerate(zip(train, test, strict=False)) if a != b), min(len(train), len(test)))
+    names = [repr(classes[k]) if k < len(classes) else "nothing" for classes in (train, test)]
+    return (
+        f"train and test must have the same classes in the same order; class {k} is {names[0]} in train and {names[1]} "
+        f"in test ({folder}). Use one export of the data for both."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """The rows of one split: labels read, images not yet."""
+
+    files: tuple[Path, ...]
+    rows: tuple[int, ...]
+    image: str
+    label: str
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, files: Sequence[Path], choices: tuple[tuple[str, ...], ...]) -> "_Table":
+        chosen = next((found for prefixes in choices if (found := _of_split(files, prefixes))), [])
+        if not chosen:
+            raise DataError(
+                f"{folder} must hold {choices[0][0]} files, named {choices[0][0]}-*.parquet; got "
+                f"{', '.join(str(f.relative_to(folder)) for f in files[:5])}."
+            )
+        if len({file.parent for file in chosen}) > 1:
+            raise DataError(
+                f"{folder} must hold one configuration; got {choices[0][0]} files in "
+                f"{', '.join(sorted({str(f.parent) for f in chosen}))}. Name the folder of the one you want."
+            )
+        _warn_of_missing_shards(chosen)
+        first = _opened(chosen[0])
+        image, label = _column(first, chosen[0], _IMAGE_COLUMNS), _column(first, chosen[0], _LABEL_COLUMNS)
+        labels = [_labels(file, label) for file in chosen]
+        rows = tuple(len(part) for part in labels)
+        if not sum(rows):
+            raise DataError(f"{folder} must hold at least one {choices[0][0]} image; got an empty set.")
+        return cls(tuple(chosen), rows, image, label, np.concatenate(labels), _class_names(first, label))
+
+    def row_name(self, i: int) -> str:
+        """Which file and row image i of the split is."""
+        ends = np.cumsum(self.rows)
+        k = int(np.searchsorted(ends, i, side="right"))
+        return f"row {i - int(ends[k]) + self.rows[k]} of {self.files[k]} (column {self.image!r})"
+
+    def check_labels(self, classes: tuple[str, ...]) -> None:
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(classes)))
+        if wrong.size:
+            raise DataError(
+                f"labels must lie between 0 and {len(classes) - 1} ({len(classes)} classes); got "
+                f"{self.labels[wrong[0]]} in {self.row_name(int(wrong[0]))}. A label of -1 marks a set published "
+                "without labels: remove those files, and validation files are used instead."
+            )
+
+    def split(self, count: int, image_size: int | None, classes: int) -> MemorySplit:
+        check_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
+        encoded: list[bytes | None] = []
+        for file in self.files:
+            if len(encoded) < count:
+                encoded += _encoded(file, self.image, count - len(encoded))
+        if len(encoded) < count:
+            raise DataError(
+                f"{self.files[-1].parent} must have an image for each of its {count} labels; got {len(encoded)}. "
+                "Download the files again."
+            )
+        empty = next((i for i, item in enumerate(encoded) if item is None), None)
+        if empty is not None:
+            raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")
+        images = decode_all([item for item in encoded if item is not None], image_size, self.row_name)
+        labels = torch.from_numpy(self.labels[:count])
+        return MemorySplit(images, labels, Normalisation.usual(images.shape[1]), classes)
+
+
+def _of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:
+    """The files whose own name begins with a prefix as a word, or else whose folder's name does."""
+    begins = re.compile(rf"({'|'.join(prefixes)})(?![a-zA-Z])")
+    known = re.compile(rf"({'|'.join((*_TRAIN, *_TEST, *_VALIDATION))})(?![a-zA-Z])")
+    return [file for file in files if begins.match(file.name if known.match(file.name) else file.parent.name)]
+
+
+def _warn_of_missing_shards(files: Sequence[Path]) -> None:
+    shards = [match for file in files if (match := _SHARD.search(file.stem))]
+    total = max((int(match[2]) for match in shards), default=0)
+    present = {int(match[1]) for match in shards}
+    missing = list(itertools.islice((number for number in range(total) if number not in present), 5))
+    if missing:
+        warnings.warn(
+            f"{files[0].parent} holds {len(shards)} of {total} shards of {files[0].name.split('-')[0]}; missing: "
+            f"{missing}. Only the images that are there are used.",
+            stacklevel=2,
+        )
+
+
+def _opened(file: Path, once: Sequence[str] = ()) -> "ParquetFile":
+    """Open a file; in the columns ``once``, values that are the same are unpacked once."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        open_regular(file).close()
+        table = ParquetFile(file, read_dictionary=[*once])
+    except Exception as error:  # a damaged file can end in any of them
+        raise _damaged(file, error) from error
+    if table.metadata.num_rows > _MOST_ROWS:
+        raise _damaged(file, ValueError(f"it says that it has {table.metadata.num_rows} rows, above {_MOST_ROWS}."))
+    return table
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{file} must be a complete parquet file; {first_line} Download it again.")
+
+
+def _column(table: "ParquetFile", file: Path, names: tuple[str, ...]) -> str:
+    found: list[str] = table.schema_arrow.names
+    name = next((name for name in names if name in found), None)
+    if name is None:
+        wanted = " or ".join(repr(name) for name in names)
+        raise DataError(f"{file} must have a column {wanted}; got columns {found}. Rename yours.")
+    return name
+
+
+def _labels(file: Path, column: str) -> np.ndarray:
+    import pyarrow
+
+    table = _opened(file)
+    _column(table, file, (column,))
+    kind = table.schema_arrow.field(column).type
+    if table.metadata.num_rows == 0:
+        return np.empty(0, dtype=np.int64)
+    if not pyarrow.types.is_integer(kind):
+        raise DataError(f"column {column!r} of {file} must hold integer labels; got {kind}. Encode the classes.")
+    try:
+        parts = [batch.column(0) for batch in table.iter_batches(_LABEL_ROWS, columns=[column])]
+        values = pyarrow.chunked_array(parts, kind).cast(pyarrow.int64())
+    except Exception as error:
+        raise _damaged(file, error) from error
+    if len(values) != table.metadata.num_rows:
+        raise _damaged(file, ValueError(f"it has {len(values)} labels for {table.metadata.num_rows} rows."))
+    if values.null_count:
+        raise DataError(f"column {column!r} of {file} must have a label in every row; got {values.null_count} null(s).")
+    return values.to_numpy()
+
+
+def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:
+    """The encoded images of the first ``count`` rows (fewer if the file has fewer)."""
+    import pyarrow
+
+    table = _opened(file)
+    _column(table, file, (column,))
+    kind = table.schema_arrow.field(column).type
+    is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not is_struct and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
+        raise DataError(f"column {column!r} of {file} must hold encoded images (struct with `bytes`); got {kind}.")
+    if is_struct:
+        column = f"{column}.bytes"
+    encoded: list[bytes | None] = []
+    room = MEMORY_LIMIT
+    try:
+        for found in _parts(file, column):
+            # Values that are the same are one, and held once.
+            room -= sum(map(len, {id(value): value for value in found if value is not None}.values()))
+            encoded += found
+            if room < 0:
+                raise ValueError(f"its images take more than {MEMORY_LIMIT} bytes.")
+            if len(encoded) >= count:
+                break
+    except Exception as error:
+        raise _damaged(file, error) from error
+    return encoded[:count]
+
+
+def _parts(file: Path, column: str) -> Iterator[list[bytes | None]]:
+    """The values of a column, some rows at a time.
+
+    A file may say a thousand times that it has the same large image, in a dictionary. Such a column is read with its
+    dictionary, which holds it once. Columns that leave theirs on the way cannot be: the rest is read a few rows at a
+    time.
+    """
+    import pyarrow
+
+    table, done = _opened(file, (column,)), 0
+    _check_groups(table)
+    try:
+        for batch in table.iter_batches(_READ_ROWS, columns=[column]):
+            yield _unpacked(batch)
+            done += len(batch)
+        return
+    except pyarrow.ArrowNotImplementedError:
+        pass
+    for batch in _opened(file).iter_batches(_FEW_ROWS, columns=[column]):
+        if done < len(batch):
+            yield _unpacked(batch)[done:]
+        done = max(0, done - len(batch))
+
+
+def _check_groups(table: "ParquetFile") -> None:
+    # Sizes of single columns are not asked for: pyarrow ends the process where their statistics are damaged.
+    for number in range(table.metadata.num_row_groups):
+        size = table.metadata.row_group(number).total_byte_size
+        if not 0 <= size <= _MOST_GROUP_BYTES:
+            raise ValueError(f"its columns take {size} bytes in one group of rows, above {_MOST_GROUP_BYTES}.")
+
+
+def _unpacked(batch: Any) -> list[bytes | None]:
+    """The values of a batch; those that are the same in a dictionary are the same object."""
+    import pyarrow
+
+    array = batch.column(0)
+    array = array.field("bytes") if pyarrow.types.is_struct(array.type) else array
+    if not pyarrow.types.is_dictionary(array.type):
+        return array.to_pylist()
+    values: list[bytes | None] = array.dictionary.to_pylist()
+    return [None if place is None else values[place] for place in array.indices.to_pylist()]
+
+
+def _class_names(table: "ParquetFile", label: str) -> tuple[str, ...]:
+    """Class names in the Hugging Face metadata of the schema; empty if there are none."""
+    metadata: dict[bytes, bytes] = table.schema_arrow.metadata or {}
+    try:
+        known: Any = json.loads(metadata.get(b"huggingface", b"{}"))
+        return tuple(str(name) for name in known["info"]["features"][label]["names"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()

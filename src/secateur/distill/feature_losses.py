@@ -1,0 +1,306 @@
+"""Losses that compare features image by image: hints, attention maps, levels of a pyramid, a Gaussian around them.
+
+Losses that compare how the images of a batch relate to each other. The two features may have any sizes."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secateur.distill.logit_losses import check_same_images, check_same_shape, widened
+from secateur.errors import TrainingError
+
+NORM_FLOOR = 1e-12
+"""The floor of norms in `torch.nn.functional.normalize`."""
+LEVELS = (4, 2, 1)
+"""Sides of the coarser levels in `hcl_loss`, those of the reference code."""
+
+
+def channel_dim(feature: Tensor) -> int:
+    """The dimension that carries channels: the last of tokens (batch, tokens, channels), else the second.
+
+    That is the second of vectors (batch, channels) and of maps (batch, channels, height, width).
+    """
+    return 2 if feature.ndim == 3 else 1
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Equate features.
+
+    With s and t of one shape:  mean((s - t)^2) / 2. The paper has the squared norm; the mean over all elements
+    instead of the sum keeps the weight of the loss independent of the size of the feature.
+
+    Args:
+        student: Any shape, after an adaptor (the paper's regressor) where the shapes differ: see `adaptors_of`.
+        teacher: The same shape; no gradient flows into it.
+
+    Returns:
+        A scalar, in squared units of the feature, float32 or better.
+
+    Raises:
+        TrainingError: If the shapes differ.
+
+    References:
+        Romero et al. (FitNets), arXiv:1412.6550, Eq. (3).
+    """
+    check_same_shape(student, teacher)
+    return F.mse_loss(widened(student), widened(teacher.detach())) / 2
+
+
+def attention_map(feature: Tensor) -> Tensor:
+    """Where a feature is large: the sum of squares over channels, of length 1 for each image.
+
+    With Q = vec(sum_c A_c^2):  Q / max(||Q||_2, 1e-12).
+
+    Args:
+        feature: A map (batch, channels, height, width), or tokens (batch, tokens, channels).
+
+    Returns:
+        (batch, positions), dimensionless, float32 or better.
+
+    Raises:
+        TrainingError: If the feature has no positions.
+
+    References:
+        Zagoruyko & Komodakis, arXiv:1612.03928, Section 3.1, with the sum of squares.
+    """
+    if feature.ndim not in {3, 4}:
+        raise TrainingError(
+            "`feature` must be a map (batch, channels, height, width) or tokens (batch, tokens, channels); "
+            f"got {tuple(feature.shape)}. Tap a module before the pooling."
+        )
+    energy = widened(feature).square().sum(channel_dim(feature)).flatten(1)
+    return F.normalize(energy, dim=1, eps=NORM_FLOOR)
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Look where the teacher looks: equate attention maps.
+
+    With Q of `attention_map`:  mean over images and positions of (Q_student - Q_teacher)^2, as in the reference code,
+    whose factor beta / 2 is left to the weight (the paper: beta = 1000). The paper's equation has the norm itself.
+
+    Args:
+        student: A map or tokens, see `attention_map`. Channels may differ from the teacher's: no adaptor is needed.
+        teacher: The same images and positions; no gradient flows into it.
+
+    Returns:
+        A scalar, dimensionless, float32 or better.
+
+    Raises:
+        TrainingError: If a feature has no positions, or images or positions differ.
+
+    References:
+        Zagoruyko & Komodakis, arXiv:1612.03928, Eq. (2).
+    """
+    maps = attention_map(student), attention_map(teacher.detach())
+    if maps[0].shape != maps[1].shape:
+        raise TrainingError(
+            f"`student` must have the images and positions of the teacher's feature {tuple(teacher.shape)}; got "
+            f"{tuple(student.shape)}. Tap modules of one resolution, or put `Resize` before the loss."
+        )
+    return F.mse_loss(*maps)
+
+
+def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Equate maps on several levels of a pyramid.
+
+    With m_0 = mean((s - t)^2) at full size, and m_k the same after adaptive average pooling to 4x4, 2x2 and 1x1, as
+    far as these are lower than the map:  sum_k 2^-k m_k / sum_k 2^-k.
+
+    Args:
+        student: (batch, channels, height, width).
+        teacher: The same shape; no gradient flows into it.
+
+    Returns:
+        A scalar, in squared units of the feature, float32 or better.
+
+    Raises:
+        TrainingError: If the shapes differ or are not those of maps.
+
+    References:
+        Chen et al. (ReviewKD), arXiv:2104.09044, the hierarchical context loss (HCL); levels and weights are those
+        of the reference code.
+    """
+    check_same_shape(student, teacher)
+    if student.ndim != 4:
+        raise TrainingError(
+            f"`student` must be a map (batch, channels, height, width); got {tuple(student.shape)}. Use `hint_loss`."
+        )
+    student, teacher = widened(student), widened(teacher.detach())
+    losses = [F.mse_loss(student, teacher)]
+    losses += [
+        F.mse_loss(F.adaptive_avg_pool2d(student, side), F.adaptive_avg_pool2d(teacher, side))
+        for side in LEVELS
+        if side < min(student.shape[2:])
+    ]
+    weights = [2.0**-k for k in range(len(losses))]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
+
+
+def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+    """How improbable the teacher's feature is, if it is a Gaussian around what the student predicts.
+
+    The mean over all elements of  ((t - mean)^2 / variance + log(variance)) / 2, a bound of the mutual information of
+    the two features up to a constant. The paper has the sum over elements.
+
+    Args:
+        mean: The student's prediction of the teacher's feature, of its shape.
+        teacher: No gradient flows into it.
+        variance: (channels,), > 0, in squared units of the feature. See `VariationalInformation` for a learned one.
+
+    Returns:
+        A scalar, in nats up to a constant, float32 or better. It may be negative.
+
+    Raises:
+        TrainingError: If the shapes do not belong together.
+
+    References:
+        Ahn et al. (VID), arXiv:1904.05835, the loss with a Gaussian of one variance for each channel.
+    """
+    check_same_images(mean, teacher, images=1)
+    check_same_shape(mean, teacher)
+    channels = teacher.shape[channel_dim(teacher)]
+    if variance.shape != (channels,):
+        raise TrainingError(
+            f"`variance` must have one element for each of the teacher's {channels} channels; "
+            f"got {tuple(variance.shape)}. Set it up with the channels of the tapped module."
+        )
+    mean, target = (widened(x).movedim(channel_dim(x), -1) for x in (mean, teacher.detach()))
+    variance = widened(variance)
+    return ((target - mean).square() / variance + variance.log()).mean() / 2
+
+
+FLOOR = 1e-12
+"""Floor of distances and norms, far below those of any two different images."""
+KERNEL_FLOOR = 1e-7
+"""Floor of the kernel in `pkt_loss`: features of exactly opposite directions would have the probability 0."""
+
+
+def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Keep the distances between images, in units of their mean.
+
+    With d_ij = ||f_i - f_j||_2 of flattened features and mu its mean over i != j, the mean over all ordered pairs
+    (also i = j, as in the reference code) of  huber(d_student / mu_student - d_teacher / mu_teacher)  with
+    huber(x) = x^2 / 2 where |x| <= 1, else |x| - 1/2. The paper has the sum and a weight of 25.
+
+    Args:
+        student: (batch, ...), two images or more.
+        teacher: (batch, ...) of the same images; no gradient flows into it.
+
+    Returns:
+        A scalar, dimensionless, float32 or better.
+
+    Raises:
+        TrainingError: If the batches differ, or there are fewer than two images.
+
+    References:
+        Park et al. (RKD), arXiv:1904.05068, the distance-wise loss (psi_D).
+    """
+    check_same_images(student, teacher, images=2)
+    return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher.detach()))
+
+
+def _relative_distances(feature: Tensor) -> Tensor:
+    distances = _distances(widened(feature).flatten(1))
+    images = len(distances)
+    mean = distances.sum() / (images * (images - 1))
+    return distances / mean.clamp(min=FLOOR)
+
+
+def _distances(points: Tensor) -> Tensor:
+    # The quick way over a matrix product would lose half of the digits of small distances.
+    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Keep the angles in the triangles that images make.
+
+    With e_ij = (f_i - f_j) / ||f_i - f_j||_2 (0 if i = j), the mean over all ordered triples (i, j, k), degenerate
+    ones included as in the reference code, of  huber(<e_ij, e_kj>_student - <e_ij, e_kj>_teacher). The paper has the
+    sum and a weight of 50. Memory grows with the cube of the batch: 8 MiB at 128 images.
+
+    Args:
+        student: (batch, ...), three images or more.
+        teacher: (batch, ...) of the same images; no gradient flows into it.
+
+    Returns:
+        A scalar, dimensionless, float32 or better.
+
+    Raises:
+        TrainingError: If the batches differ, or there are fewer than three images.
+
+    References:
+        Park et al. (RKD), arXiv:1904.05068, the angle-wise loss (psi_A).
+    """
+    check_same_images(student, teacher, images=3)
+    return F.smooth_l1_loss(_cosines(student), _cosines(teacher.detach()))
+
+
+def _cosines(feature: Tensor) -> Tensor:
+    """<e_ij, e_kj> at [j, i, k], by inner products: the vectors e_ij themselves would take batch^2 features."""
+    points = widened(feature).flatten(1)
+    points = points - points.mean(0)  # Smaller numbers, fewer lost digits; differences stay.
+    inner = points @ points.T
+    # <f_i - f_j, f_k - f_j> = <i, k> - <i, j> - <k, j> + <j, j>
+    products = inner - inner[:, :, None] - inner[:, None, :] + inner.diagonal()[:, None, None]
+    distances = _distances(points)
+    inverse = torch.where(distances > FLOOR, 1 / distances.clamp(min=FLOOR), 0.0)
+    return products * inverse[:, :, None] * inverse[:, None, :]
+
+
+def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Keep which images activate alike.
+
+    With G = Q Q^T of flattened features Q (batch, anything), each row of G divided by its norm:
+    ||G_student - G_teacher||_F^2 / batch^2.
+
+    Args:
+        student: (batch, ...).
+        teacher: (batch, ...) of the same images; no gradient flows into it.
+
+    Returns:
+        A scalar, dimensionless, float32 or better. The paper's weight is 3000.
+
+    Raises:
+        TrainingError: If the batches differ.
+
+    References:
+        Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, L_SP.
+    """
+    check_same_images(student, teacher, images=2)
+    return F.mse_loss(_similarities(student), _similarities(teacher.detach()))
+
+
+def _similarities(feature: Tensor) -> Tensor:
+    rows = widened(feature).flatten(1)
+    return F.normalize(rows @ rows.T, dim=1, eps=FLOOR)
+
+
+def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Keep the probability that one image has another for its neighbour.
+
+    With K_ij = max((cos(f_i, f_j) + 1) / 2, 1e-7) and p_ij = K_ij / sum_k K_ik, the mean over the images i of
+    sum_j p_ij(teacher) log(p_ij(teacher) / p_ij(student)). Like the reference code, and unlike the paper's equation,
+    the sums include j = i. The reference code takes the mean over pairs: less by the size of the batch.
+
+    Args:
+        student: (batch, ...), two images or more.
+        teacher: (batch, ...) of the same images; no gradient flows into it.
+
+    Returns:
+        A scalar, in nats, float32 or better.
+
+    Raises:
+        TrainingError: If the batches differ, or there are fewer than two images.
+
+    References:
+        Passalis & Tefas (PKT), arXiv:1803.10837, the conditional probabilities with the cosine kernel.
+    """
+    check_same_images(student, teacher, images=2)
+    return F.kl_div(_neighbours(student), _neighbours(teacher.detach()), reduction="batchmean", log_target=True)
+
+
+def _neighbours(feature: Tensor) -> Tensor:
+    """log p_ij."""
+    rows = F.normalize(widened(feature).flatten(1), dim=1, eps=FLOOR)
+    kernel = ((rows @ rows.T + 1) / 2).clamp(min=KERNEL_FLOOR)
+    return (kernel / kernel.sum(1, keepdim=True)).log()

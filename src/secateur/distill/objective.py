@@ -1,0 +1,349 @@
+"""Terms: any loss on logits or features, with its weight and its taps, as one part of an objective.
+
+What the student is trained for: labels, the teacher's probabilities and features, and any further losses.
+
+Several teachers as one."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.distill.logit_losses import check_temperature, check_weight, kd_loss, label_loss, widened
+from secateur.distill.taps import Features, Taps, TapWatch, watch_taps
+from secateur.errors import TrainingError
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""A loss of a student's and a teacher's tensor."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a loss may look at: one batch, as student and teacher saw it.
+
+    Attributes:
+        labels: (batch,) class indices, or probabilities (batch, classes) where images are mixed.
+        student_logits: (batch, classes).
+        teacher_logits: (batch, classes).
+        student: The student's features at the taps of the term, in order.
+        teacher: The teacher's.
+    """
+
+    labels: Tensor
+    student_logits: Tensor
+    teacher_logits: Tensor
+    student: tuple[Tensor, ...] = ()
+    teacher: tuple[Tensor, ...] = ()
+
+
+def logits(seen: Seen) -> tuple[Tensor, Tensor]:
+    """For losses of (student_logits, teacher_logits), such as `dist_loss`."""
+    return seen.student_logits, seen.teacher_logits
+
+
+def labelled_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """For losses of (student_logits, teacher_logits, labels), such as `dkd_loss`."""
+    return seen.student_logits, seen.teacher_logits, seen.labels
+
+
+def features(seen: Seen) -> Features:
+    """For losses of all tapped features, (students, teachers), such as `PerTap` and `KnowledgeReview`."""
+    return seen.student, seen.teacher
+
+
+def labelled_feature(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """For losses of the first tap, (student, teacher, labels), such as `ContrastiveRepresentation`."""
+    return seen.student[0], seen.teacher[0], seen.labels
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of an objective.
+
+        Term("dkd", partial(dkd_loss, beta=2.0), of=labelled_logits, weight=0.9)
+        Term("hint", PerTap(hint_loss, adaptors), of=features, weight=10.0, taps={"layer2": "layer2"})
+
+    Attributes:
+        name: In histories and checkpoints; without dots.
+        loss: Gives a scalar for what ``of`` chooses. If it is a module, its parameters are learned with the student
+            (in a copy) and its tensors are part of checkpoints; parameters that a plain function refers to are not.
+        of: What the loss is given of a batch: `logits`, `labelled_logits`, `features`, `labelled_feature`, or a
+            function of your own.
+        weight: Factor of the loss in the objective, > 0.
+        taps: Module names of the student, each with the teacher's; needed by losses of features.
+    """
+
+    name: str
+    loss: Callable[..., Tensor]
+    of: Callable[[Seen], tuple[Any, ...]] = logits
+    weight: float = 1.0
+    taps: Taps = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        if not self.name or "." in self.name or self.name in {"total", "label", "kd", "feature"}:
+            raise TrainingError(
+                "`name` must be a word without dots, other than total, label, kd and feature; "
+                f"got {self.name!r}. Name the term after its loss, such as 'hint'."
+            )
+        check_weight("weight", self.weight)
+        if not self.weight:
+            raise TrainingError(f"`weight` must be positive; got 0 for term {self.name!r}. Leave the term out.")
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """The loss of a batch before weighting, a scalar.
+
+        Raises:
+            TrainingError: If the loss is not a scalar, or refuses what it is given.
+        """
+        loss = self.loss(*self.of(seen))
+        if loss.ndim:
+            raise TrainingError(
+                f"`loss` must give a scalar; got {tuple(loss.shape)} from term {self.name!r}. "
+                "Take the mean over the batch."
+            )
+        return loss
+
+    @property
+    def description(self) -> str:
+        """Everything but learned tensors in one line, equal in every process: two equal runs have equal terms."""
+        parts = (self.name, repr(self.weight), described(self.loss), described(self.of), repr(dict(self.taps)))
+        return " | ".join(" ".join(part.split()) for part in parts)
+
+
+class PerTap(nn.Module):
+    """The mean over the taps of a loss of two features.
+
+    Attributes:
+        losses: One for all taps, or one for each.
+        adaptors: Applied to the student's features first, in order.
+    """
+
+    def __init__(self, losses: PairLoss | Sequence[PairLoss], adaptors: Mapping[str, nn.Module] | None = None) -> None:
+        """Put together losses and adaptors.
+
+        Args:
+            losses: A function or module of (student, teacher), or one for each tap.
+            adaptors: Such as those of `adaptors_of`, one for each tap; None compares the features as they are.
+        """
+        super().__init__()
+        self.losses = tuple(losses) if isinstance(losses, Sequence) else (losses,)
+        # Registered, so that their parameters are learned.
+        self.learned = nn.ModuleList(loss for loss in self.losses if isinstance(loss, nn.Module))
+        self.adaptors = nn.ModuleDict(dict(adaptors or {}))
+
+    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            students: The student's features, in the order of the taps.
+            teachers: The teacher's.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TrainingError: If there are other numbers of taps, losses and adaptors.
+        """
+        count = len(students)
+        adaptors = list(self.adaptors.values()) or [nn.Identity()] * count
+        losses = self.losses * count if len(self.losses) == 1 else self.losses
+        if not (0 < count == len(adaptors) == len(losses)):
+            raise TrainingError(
+                f"`losses` and `adaptors` must be one for each tap; got {len(self.losses)} and {len(self.adaptors)} "
+                f"for {count} taps. Name the taps in the term, and make the adaptors for the same taps."
+            )
+        each = zip(losses, adaptors, students, teachers, strict=True)
+        return torch.stack([loss(adaptor(widened(s)), t) for loss, adaptor, s, t in each]).mean()
+
+    def extra_repr(self) -> str:
+        """The losses that are not modules."""
+        return ", ".join(described(loss) for loss in self.losses if not isinstance(loss, nn.Module))
+
+
+def described(value: object) -> str:
+    """A function, partial or module in words that hold in every process: no addresses."""
+    if isinstance(value, functools.partial):
+        arguments = [*map(described, value.args), *(f"{name}={described(v)}" for name, v in value.keywords.items())]
+        return f"{described(value.func)}({', '.join(arguments)})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]
+    return repr(value)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of the losses; one with weight 0 is not computed and needs no input.
+
+    total = label_weight * label + kd_weight * kd + feature_weight * feature + sum over terms of weight * loss
+
+    The defaults of the first two are those of Dong & Yang (arXiv:1905.09717, reference code): 0.1 and 0.9 at T = 4.
+
+    Attributes:
+        kd_weight: Weight of `kd_loss`, >= 0.
+        label_weight: Weight of `label_loss`, >= 0.
+        feature_weight: Weight of the aligned features' loss (`AlignedFeatures`), >= 0.
+        temperature: Of the softened probabilities in `kd_loss`, > 0.
+        label_smoothing: Share of the label's probability spread over all classes, in [0, 1).
+        terms: Further losses, of different names.
+    """
+
+    kd_weight: float = 0.9
+    label_weight: float = 0.1
+    feature_weight: float = 0.0
+    temperature: float = 4.0
+    label_smoothing: float = 0.0
+    terms: tuple[Term, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, weight in self._weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise TrainingError(f"`{name}` must be finite and not negative; got {weight}. Use 0 to leave it out.")
+        if not any(self._weights.values()) and not self.terms:
+            raise TrainingError("`Objective` must have a positive weight; got 0 for all three. Set kd_weight=1.")
+        check_temperature(self.temperature)
+        if not 0 <= self.label_smoothing < 1:
+            raise TrainingError(f"`label_smoothing` must be in [0, 1); got {self.label_smoothing}. 0.1 is usual.")
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise TrainingError(f"`terms` must have different names; got {', '.join(names)}. Rename one.")
+
+    @classmethod
+    def of_labels(cls, *, label_smoothing: float = 0.0) -> "Objective":
+        """Plain training on labels, without a teacher."""
+        return cls(kd_weight=0.0, label_weight=1.0, label_smoothing=label_smoothing)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher is part of the objective."""
+        return self.kd_weight > 0 or self.feature_weight > 0 or bool(self.terms)
+
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """The losses of the terms that are modules, by name: what is learned beside the student. Not copies."""
+        return nn.ModuleDict({term.name: term.loss for term in self.terms if isinstance(term.loss, nn.Module)})
+
+    def watch(self, student: nn.Module, teacher: nn.Module) -> AbstractContextManager[TapWatch]:
+        """Listen at the taps of all terms while the context is open, see `watch_taps`."""
+        return watch_taps(student, teacher, *(term.taps for term in self.terms))
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        *,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        feature: Tensor | None = None,
+        watch: TapWatch | None = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of one batch.
+
+        Args:
+            student_logits: (batch, classes).
+            teacher_logits: (batch, classes); needed if ``kd_weight`` > 0 or there are terms.
+            labels: (batch,) int64, or probabilities (batch, classes) of mixed images; needed if ``label_weight`` > 0
+                or there are terms.
+            feature: The aligned features' loss, a scalar; needed if ``feature_weight`` > 0.
+            watch: Has heard both models at the taps of the terms; needed if there are terms. What it holds is let go.
+
+        Returns:
+            The total, and its parts before weighting, detached: those of "label", "kd", "feature" with a weight, and
+            each term's under its name.
+
+        Raises:
+            TrainingError: If an input with a positive weight is missing or has the wrong shape.
+        """
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if self.label_weight:
+            target = _given(labels, "labels", "label_weight")
+            terms["label"] = (self.label_weight, label_loss(student_logits, target, smoothing=self.label_smoothing))
+        if self.kd_weight:
+            target = _given(teacher_logits, "teacher_logits", "kd_weight")
+            terms["kd"] = (self.kd_weight, kd_loss(student_logits, target, temperature=self.temperature))
+        if self.feature_weight:
+            terms["feature"] = (self.feature_weight, _given(feature, "feature", "feature_weight"))
+        if self.terms:
+            terms |= self._terms(student_logits, teacher_logits, labels, watch)
+        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+        return total, {name: loss.detach() for name, (_, loss) in terms.items()}
+
+    def _terms(
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, watch: TapWatch | None
+    ) -> dict[str, tuple[float, Tensor]]:
+        if labels is None or teacher_logits is None or watch is None:
+            raise TrainingError(
+                "`labels`, `teacher_logits` and `watch` must be given because the objective has terms; got None for "
+                "one. Run both models inside of Objective.watch(student, teacher)."
+            )
+        terms = {
+            term.name: (term.weight, term(Seen(labels, logits, teacher_logits, *watch.features(term.taps))))
+            for term in self.terms
+        }
+        watch.forget()
+        return terms
+
+    @property
+    def _weights(self) -> Mapping[str, float]:
+        return {
+            "kd_weight": self.kd_weight,
+            "label_weight": self.label_weight,
+            "feature_weight": self.feature_weight,
+        }
+
+
+def _given(tensor: Tensor | None, name: str, weight: str) -> Tensor:
+    if tensor is None:
+        raise TrainingError(f"`{name}` must be given because `{weight}` is positive; got None. Or set {weight}=0.")
+    return tensor
+
+
+class Ensemble(nn.Module):
+    """Teachers that speak with one voice: the weighted mean of their logits.
+
+    z(x) = sum_i a_i * z_i(x), with a_i = weight_i / sum of all weights. Taps name the modules of a teacher behind its
+    number: ``teachers.0.layer3``.
+
+    References:
+        Hinton et al., arXiv:1503.02531, Section 1, for ensembles as teachers; the mean of logits is the geometric mean
+        of the probabilities, up to normalisation.
+    """
+
+    share: Tensor
+
+    def __init__(self, teachers: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
+        """Put teachers together; they are not copied.
+
+        Args:
+            teachers: One or more, with the same classes.
+            weights: How much each counts, >= 0, not all 0; None counts all alike.
+
+        Raises:
+            TrainingError: If there are no teachers, or the weights do not fit.
+        """
+        super().__init__()
+        given = [1.0] * len(teachers) if weights is None else list(weights)
+        if not teachers or len(given) != len(teachers):
+            raise TrainingError(
+                f"`teachers` must be one or more with a weight each; got {len(teachers)} with {len(given)} weights. "
+                "Leave `weights` out to count all alike."
+            )
+        if not all(math.isfinite(weight) and weight >= 0 for weight in given) or not any(given):
+            raise TrainingError(f"`weights` must be finite, not negative and not all 0; got {given}. Use 1 for each.")
+        self.teachers = nn.ModuleList(teachers)
+        self.register_buffer("share", torch.tensor(given) / sum(given))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes).
+
+        Raises:
+            TrainingError: If the teachers give logits of different shapes.
+        """
+        each = [teacher(images) for teacher in self.teachers]
+        shapes = {tuple(logits.shape) for logits in each}
+        if len(shapes) > 1:
+            raise TrainingError(f"`teachers` must have the same classes; got logits of {sorted(shapes)}.")
+        return torch.einsum("t,tbc->bc", self.share, torch.stack([logits.float() for logits in each]))

@@ -1,0 +1,280 @@
+"""Save a compressed model as a folder and load it again, bit for bit, without pickle and without tracing."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from secateur._files import atomic_file, atomic_folder, read_bytes, write_bytes
+from secateur._json import brief, parse
+from secateur.errors import ArtifactError, SurgeryError
+from secateur.export.edits import held_value, set_edits
+from secateur.export.manifest import FORMAT, Manifest, Recipe
+from secateur.export.tensors import check_room, describe, deserialise, install, serialise
+from secateur.prune.masks import make_permanent_, masks_of, nonzero_params
+from secateur.prune.residual import widen_, widenings_in
+from secateur.prune.slice import declare_sizes, replace_, replacements_in
+
+MANIFEST_NAME = "secateur.json"
+WEIGHTS_NAME = "model.safetensors"
+OWN_FILES = (
+    *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx", "model.onnx.data", "model.int8.onnx"),
+    *("model.pt2", "model.xml", "model.bin", "model.pte"),
+)
+"""Every file that may lie in an artifact; a folder with others is not replaced."""
+
+TRUSTED_KINDS = ("timm", "torchvision", "secateur")
+"""Kinds of model source that run only the code of installed, known packages."""
+
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+Build = Callable[[Mapping[str, object]], nn.Module]
+"""Builds the original model from its recorded source."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model read from an artifact.
+
+    Attributes:
+        model: The compressed model, in eval mode, on the CPU.
+        manifest: What the artifact says about it.
+    """
+
+    model: nn.Module
+    manifest: Manifest
+
+
+def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
+    """Write an artifact: ``secateur.json`` and ``model.safetensors``.
+
+    The folder appears whole or not at all: whatever goes wrong (a full disk, a kill), nothing half-written is at
+    ``folder``, and an older artifact there survives. To add exports before the folder appears, save into a draft:
+
+        with atomic_folder("runs/small") as draft:
+            save(draft, model, recipe)
+            export_onnx(model, images, draft / "model.onnx")
+
+    Args:
+        folder: Where. A missing or empty folder, or an older artifact, which is replaced whole.
+        model: The compressed model; any device, not changed. Masks are left out, their zeros stay; tensors with many
+            zeros take one bit for each of them.
+        recipe: Everything else.
+
+    Returns:
+        What was written to secateur.json.
+
+    Raises:
+        ArtifactError: If the folder holds something else, the model something that is not numbers, the recipe something
+            that is not JSON or does not fit the model, or if the disk is full.
+    """
+    folder = Path(folder).absolute()
+    refuse_foreign(folder)
+    model = _unmasked(model)
+    for edit in recipe.edits:
+        if held_value(model, edit) != edit.value:
+            raise ArtifactError(
+                f"`recipe.edits` must say what `model` holds; got {edit} = {edit.value}, the model has "
+                f"{held_value(model, edit)}. Record them with edits_between(original, model)."
+            )
+    records = describe(model)
+    weights = serialise(model, records)
+    digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
+    manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
+    text = _text_of(manifest)
+    try:
+        with atomic_folder(folder) as part:
+            write_bytes(part / WEIGHTS_NAME, weights)
+            write_bytes(part / MANIFEST_NAME, text)
+    except OSError as error:
+        raise ArtifactError(
+            f"The artifact could not be written to {folder}: {error.strerror}. Nothing there was changed; "
+            "make room or choose another folder."
+        ) from error
+    return Manifest.from_bytes(text)
+
+
+def _text_of(manifest: Manifest) -> bytes:
+    """The text of a manifest that can be read again."""
+    text = manifest.to_bytes()
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"`recipe` must take at most {_MAX_MANIFEST_BYTES} bytes of JSON; got {len(text)}. "
+            "Leave out long lists of metrics; keep them in a file of their own."
+        )
+    Manifest.from_bytes(text)
+    return text
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Size of the weights file that `save` writes for a model.
+
+    Raises:
+        ArtifactError: If the model holds something that is not numbers.
+    """
+    model = _unmasked(model)
+    return len(serialise(model, describe(model)))
+
+
+def _unmasked(model: nn.Module) -> nn.Module:
+    return make_permanent_(copy.deepcopy(model)) if masks_of(model) else model
+
+
+def load(
+    folder: Path | str,
+    *,
+    build: Build,
+    factory: Callable[[], nn.Module] | None = None,
+    trust_source: bool = False,
+) -> Loaded:
+    """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
+
+    The source is built, gets the stand-ins of removed blocks, what widens narrow branches, the recorded sizes and ints,
+    then the recorded tensors. Nothing is unpickled or traced.
+    Every byte of the weights is covered by the hash in secateur.json; nothing is used before it is checked. Surgery
+    only takes away, so no file is read that could have more numbers than the model that its source builds.
+
+    Args:
+        folder: What `save` wrote.
+        build: Builds the original model from ``recipe.source``; called for sources of installed packages
+            (``timm``, ``torchvision``, ``secateur``), and for others only with ``trust_source``.
+        factory: Builds the original model, instead of ``build``; for a source that is your own code.
+        trust_source: Allow ``build`` to import and run the code that the artifact names.
+
+    Returns:
+        The model in eval mode on the CPU, and the manifest. The global random state is not changed.
+
+    Raises:
+        ArtifactError: If the artifact is damaged, tampered with, of a newer version, or names untrusted code.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    kind = cast(str, manifest.recipe.source["kind"])
+    if factory is None and kind not in TRUSTED_KINDS and not trust_source:
+        raise ArtifactError(
+            f"`trust_source` must be True to run the code that this artifact names; got a source of kind "
+            f"{brief(kind)} ({folder}): {brief(manifest.recipe.source, most=400)}. If you trust it, pass "
+            "trust_source=True (--trust-source); else pass your own `factory`."
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = build(manifest.recipe.source) if factory is None else factory()
+    _rebuild_(model, manifest)
+    set_edits(model, manifest.recipe.edits)
+    most = check_room(model, manifest.tensors)
+    weights = read_bytes(folder / WEIGHTS_NAME, limit=min(manifest.weights_bytes, most))
+    if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+        raise ArtifactError(
+            f"{WEIGHTS_NAME} must have the SHA-256 that {MANIFEST_NAME} says; got another ({folder}). "
+            "The file was cut short or changed: copy the artifact again, or make it again."
+        )
+    tensors = deserialise(weights, manifest.tensors)
+    install(model, manifest.tensors, tensors)
+    _check_after(model, manifest)
+    declare_sizes(model)
+    return Loaded(model.eval(), manifest)
+
+
+def _check_after(model: nn.Module, manifest: Manifest) -> None:
+    """What the manifest counted is counted again."""
+    if manifest.nonzero not in (None, nonzero_params(model)):
+        raise ArtifactError(
+            f"`weights.nonzero` must be the number of parameters that are not zero; got {manifest.nonzero}, the file "
+            f"has {nonzero_params(model)} (secateur.json). The file is damaged: save the artifact again."
+        )
+    if widenings_in(model) != manifest.widenings:
+        raise ArtifactError(
+            "`widenings` must say what the weights hold; got another order of channels (secateur.json). "
+            "The file is damaged: save the artifact again."
+        )
+
+
+def _rebuild_(model: nn.Module, manifest: Manifest) -> None:
+    try:
+        replace_(model, manifest.replacements)
+        widen_(model, manifest.widenings)
+    except SurgeryError as error:
+        raise ArtifactError(
+            f"{error} The source builds another model than the one that was saved: use the same version of its code."
+        ) from error
+
+
+def read_manifest(folder: Path | str) -> Manifest:
+    """Read and check secateur.json alone.
+
+    Raises:
+        ArtifactError: If it is missing, damaged, or of a newer version.
+    """
+    return Manifest.from_bytes(read_bytes(Path(folder) / MANIFEST_NAME, limit=_MAX_MANIFEST_BYTES))
+
+
+def amend(
+    folder: Path | str,
+    *,
+    metrics: Mapping[str, object] | None = None,
+    verification: Mapping[str, object] | None = None,
+) -> Manifest:
+    """Add results that can only be known once the artifact exists (reload and export checks) to secateur.json.
+
+    Args:
+        folder: What `save` wrote.
+        metrics: Entries to add or replace in ``recipe.metrics``.
+        verification: Entries to add or replace in ``recipe.verification``.
+
+    Returns:
+        The new manifest; the file is replaced atomically.
+
+    Raises:
+        ArtifactError: If the artifact is damaged or a value is not JSON.
+    """
+    manifest = read_manifest(folder)
+    recipe = replace(
+        manifest.recipe,
+        metrics={**manifest.recipe.metrics, **(metrics or {})},
+        verification={**manifest.recipe.verification, **(verification or {})},
+    )
+    text = _text_of(replace(manifest, recipe=recipe))
+    with atomic_file(Path(folder) / MANIFEST_NAME) as part:
+        write_bytes(part, text)
+    return Manifest.from_bytes(text)
+
+
+def is_artifact(folder: Path | str) -> bool:
+    """Whether a folder says that it is an artifact (it may still be damaged or too new to load)."""
+    try:
+        text = read_bytes(Path(folder) / MANIFEST_NAME, limit=_MAX_MANIFEST_BYTES)
+        return parse(text, MANIFEST_NAME).get("format") == FORMAT
+    except ArtifactError:
+        return False
+
+
+def refuse_foreign(folder: Path, name: str = "folder") -> None:
+    """Refuse to replace anything but a missing or empty folder, or an artifact with nothing of the user's in it.
+
+    Args:
+        folder: What would be replaced.
+        name: Of the argument, for the message.
+
+    Raises:
+        ArtifactError: If it is a file or link, or holds something else.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtifactError(
+            f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."
+        )
+    files = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if files and not is_artifact(folder):
+        raise ArtifactError(
+            f"`{name}` must be new, empty, or an older artifact; got {folder} with {files[:5]}. "
+            "Choose another folder, or empty this one yourself."
+        )
+    foreign = [file for file in files if file not in OWN_FILES]
+    if foreign:
+        raise ArtifactError(
+            f"`{name}` must hold nothing but the older artifact that is replaced; got {foreign[:5]} in {folder}. "
+            "Move them elsewhere or choose another folder."
+        )

@@ -1,0 +1,110 @@
+"""Export to ExecuTorch, the runtime for phones and small devices: .pte, computed by XNNPACK."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._files import atomic_file
+from secateur.errors import ExportError
+from secateur.export._common import (
+    TOLERANCE,
+    Inputs,
+    Parity,
+    Runner,
+    as_inputs,
+    check_parity,
+    eval_copy,
+    export_program,
+    extra,
+    first_line,
+    not_written,
+    quiet,
+)
+
+LARGEST_BATCH = 8
+"""The runtime plans its memory when the file is made, so the batch size has a bound."""
+
+
+def export_executorch(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    path: Path | str,
+    *,
+    tolerance: float = TOLERANCE,
+    largest_batch: int = LARGEST_BATCH,
+) -> Parity:
+    """Write a model for ExecuTorch with the XNNPACK backend (float32, any ARM or x86 CPU), run it, and compare it.
+
+    The file takes batches of 1 to ``largest_batch`` samples; its own description of the input has that number as the
+    first size. The file appears only if it agrees; an older file at ``path`` is replaced then.
+
+    Args:
+        model: Any device or mode; not changed.
+        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs. If there are
+            more than ``largest_batch``, the first so many are run.
+        path: Where, ending in ``.pte``.
+        tolerance: Largest accepted difference, relative to the largest output.
+        largest_batch: At least 2. Memory is planned for so many.
+
+    Returns:
+        How closely the file follows the model, run with batch sizes 1 and n.
+
+    Raises:
+        ExportError: If ExecuTorch is not installed (``pip install secateur[executorch]``), the model cannot be
+            captured or lowered, the file disagrees, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".pte":
+        raise ExportError(f"`path` must end in .pte; got {path}. Rename it, or use export_onnx for .onnx.")
+    if largest_batch < 2:
+        raise ExportError(f"`largest_batch` must be at least 2; got {largest_batch}. {LARGEST_BATCH} is usual.")
+    extra("executorch")
+    inputs = tuple(tensor[:largest_batch] for tensor in as_inputs(example))
+    reference = eval_copy(model)
+    content = _lowered(reference, inputs, largest_batch)
+    try:
+        with atomic_file(path) as part:
+            part.write_bytes(content)
+            return check_parity("executorch", reference, executorch_runner(part), inputs, tolerance)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def executorch_runner(path: Path) -> Runner:
+    """Open a .pte file to run it; the runtime trusts its content."""
+    content = path.read_bytes()
+    program = extra("executorch.runtime").Runtime.get().load_program(content)
+    return _Opened(content, program, program.load_method("forward"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A method that can run. The program reads from the bytes, and the method from the program, without holding them:
+    losing either while the method runs is a segmentation fault.
+    """
+
+    content: bytes
+    program: Any
+    method: Any
+
+    def __call__(self, batch: Inputs) -> list[Tensor]:
+        # What comes back lies in the runtime's memory, which the next run overwrites.
+        return [tensor.clone() for tensor in self.method.execute([tensor.contiguous() for tensor in batch])]
+
+
+def _lowered(model: nn.Module, inputs: Inputs, largest_batch: int) -> bytes:
+    exir = extra("executorch.exir")
+    partitioner = extra("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+    program = export_program(model, inputs, largest_batch)
+    try:
+        with quiet(), torch.no_grad():
+            lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
+            return lowered.to_executorch().buffer
+    except Exception as error:
+        raise ExportError(
+            f"`model` must hold only operations that ExecuTorch has; got {first_line(error)} "
+            "Use export_onnx or export_pt2, or replace the operation that is named."
+        ) from error

@@ -1,0 +1,259 @@
+"""Does a quantised classifier still give the right answers? Run it beside the float one on labelled images.
+
+int8: the ONNX model with weights and activations of eight bits, by ONNX Runtime's static quantisation."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._files import atomic_file, read_bytes
+from secateur.errors import ArtifactError, ExportError
+from secateur.export._common import eval_copy, first_line, not_written
+from secateur.export.onnx import MOST_BYTES, check_plain, feed, onnx_bytes, open_session
+
+LEAST_KEPT = 0.95
+"""Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantisation has failed."""
+USUAL_KEPT = 0.99
+"""What a quantised classifier must keep in MLPerf Inference (Reddi et al., ISCA 2020, Table I)."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Answers of an int8 classifier beside those of the float one, on the same images.
+
+    Attributes:
+        top1: Fraction of images that the int8 file classifies right.
+        float_top1: The same of the float model.
+        agreement: Fraction of images for which both say the same class, right or wrong. Accuracies alone would not
+            show mistakes that cancel.
+        n: Number of images.
+    """
+
+    top1: float
+    float_top1: float
+    agreement: float
+    n: int
+
+    @property
+    def kept(self) -> float:
+        """Accuracy of the int8 file / accuracy of the float model."""
+        return self.top1 / self.float_top1 if self.float_top1 else 1.0
+
+    @property
+    def usual(self) -> bool:
+        """Whether it keeps what is usual."""
+        return self.kept >= USUAL_KEPT
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.top1:.2f} % of {self.n} images right, in float {100 * self.float_top1:.2f} %; "
+            f"the same answer for {100 * self.agreement:.2f} %"
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def compare_answers(
+    in_float: Any, in_int8: Any, labelled: Iterable[tuple[Tensor, Tensor]], least_kept: float
+) -> Quantised:
+    """Run two ONNX Runtime sessions on labelled images.
+
+    Args:
+        in_float: Of the float model.
+        in_int8: Of the quantised one.
+        labelled: (images, labels) batches.
+        least_kept: See `LEAST_KEPT`.
+
+    Raises:
+        ExportError: If there are no images, one gives no logits of them, or too much accuracy is lost.
+    """
+    right = float_right = same = n = 0
+    for images, labels in labelled:
+        ours, theirs = _answers(in_float, images), _answers(in_int8, images)
+        if not n:
+            _answers(in_int8, images[:1])
+        wanted = labels.cpu()
+        right += int((theirs == wanted).sum())
+        float_right += int((ours == wanted).sum())
+        same += int((ours == theirs).sum())
+        n += len(wanted)
+    if not n:
+        raise ExportError("`labelled` must hold at least one image; got none. Pass test images with their labels.")
+    found = Quantised(right / n, float_right / n, same / n, n)
+    if found.kept < least_kept:
+        raise ExportError(
+            f"The int8 file must keep {100 * least_kept:g} % of the float model's accuracy; got {found}. The file was "
+            "removed: use the float one, or train with more weight decay, which keeps ranges narrow."
+        )
+    return found
+
+
+def compare_int8_file(path: Path | str, in_float: bytes, labelled: Iterable[tuple[Tensor, Tensor]]) -> Quantised:
+    """Run an int8 file where it lies, beside the float model as ONNX content; see `compare_answers`.
+
+    Raises:
+        ArtifactError: If the file is a link, a pipe or a device.
+        ExportError: If one of them does not run, could run without end, or gives no logits.
+    """
+    threads = torch.get_num_threads()
+    try:
+        content = read_bytes(Path(path), limit=MOST_BYTES)
+        check_plain(content)
+        sessions = open_session(in_float, threads=threads), open_session(content, threads=threads)
+        return compare_answers(*sessions, labelled, 0.0)
+    except (ArtifactError, ExportError):
+        raise
+    except Exception as error:
+        # Whatever is wrong with a file from outside is said in words.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"it does not run ({reason}): export it again") from error
+
+
+def _answers(session: Any, images: Tensor) -> Tensor:
+    """The class of every image."""
+    outputs = session.run(None, feed(session, (images.detach().cpu().contiguous(),)))
+    logits = torch.from_numpy(outputs[0])
+    if len(outputs) != 1 or logits.dim() != 2 or len(logits) != len(images):
+        raise ExportError(
+            f"`model` must give logits (batch, classes), for answers to be compared; got {len(outputs)} output(s), "
+            f"the first of shape {tuple(logits.shape)}. int8 is for classifiers."
+        )
+    if not torch.isfinite(logits).all():
+        raise ExportError("The model's and the int8 file's outputs must be finite; got NaN or infinity.")
+    return logits.argmax(1)
+
+
+Labelled = Iterable[tuple[Tensor, Tensor]]
+"""(images, labels) batches."""
+
+
+def export_int8(
+    model: nn.Module,
+    calibration: Sequence[Tensor],
+    labelled: Labelled,
+    path: Path | str,
+    *,
+    least_kept: float = LEAST_KEPT,
+) -> Quantised:
+    """Write a classifier as an ONNX file that computes with 8-bit integers, and compare its answers with the float's.
+
+    Batch norms are folded into the convolutions first. Weights then become signed integers with a scale for each
+    output channel, w = s_c q; activations unsigned ones with one scale and offset for each tensor, from the least and
+    the greatest value that the calibration images give. The file says so in pairs of QuantizeLinear and
+    DequantizeLinear (QDQ), which runtimes fuse into integer kernels. Weights take 7 of the 8 bits: processors without
+    VNNI add two products of 8 bits in 16, which overflows silently with all 8.
+
+    Eight bits do not follow a float model to 1e-4, so what is compared are answers: see `Quantised`. The file appears
+    only if enough accuracy is kept; an older file at ``path`` is replaced then.
+
+    Args:
+        model: Gives logits (batch, classes). Any device or mode; not changed.
+        calibration: Batches of real training images, as the model takes them; the first with at least two.
+        labelled: Batches on which accuracy is measured, images of which none was in ``calibration``.
+        path: Where, ending in ``.onnx``.
+        least_kept: Smallest accepted accuracy, as a fraction of the float model's.
+
+    Returns:
+        Accuracies of both and how often they agree, both run with ONNX Runtime.
+
+    Raises:
+        ExportError: If the model cannot be translated or quantised, too much accuracy is lost, or the file cannot be
+            written.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ExportError(f"`path` must end in .onnx; got {path}. An int8 model is an ONNX file: rename it.")
+    if not calibration or len(calibration[0]) < 2:
+        raise ExportError("`calibration` must hold batches of at least two images; got none. Pass training images.")
+    threads = torch.get_num_threads()
+    content = onnx_bytes(eval_copy(model), (calibration[0].detach().cpu(),))
+    try:
+        quantised = quantise(content, calibration)
+        with atomic_file(path) as part:
+            part.write_bytes(quantised)
+            sessions = open_session(content, threads=threads), open_session(part, threads=threads)
+            return compare_answers(*sessions, labelled, least_kept)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def quantise(content: bytes, calibration: Sequence[Tensor]) -> bytes:
+    """The content of an int8 ONNX file from that of a float one.
+
+    Args:
+        content: One input, free batch size.
+        calibration: Batches of real images.
+
+    Raises:
+        ExportError: If ONNX Runtime cannot quantise it.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    with tempfile.TemporaryDirectory(prefix="secateur-int8-") as folder:
+        folded, quantised = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
+        session = open_session(content, threads=1, optimised=folded)
+        try:
+            _say_prepared(folded)
+            with _silence():
+                quantize_static(
+                    folded,
+                    quantised,
+                    cast(Any, _Reader([feed(session, (each.detach().cpu().contiguous(),)) for each in calibration])),
+                    quant_format=QuantFormat.QDQ,
+                    calibrate_method=CalibrationMethod.MinMax,
+                    per_channel=True,
+                    weight_type=QuantType.QInt8,
+                    activation_type=QuantType.QUInt8,
+                    reduce_range=True,
+                )
+        except OSError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"`model` must be one that ONNX Runtime can quantise; got {first_line(error)} "
+                "Leave int8 out, and please report the model."
+            ) from error
+        return quantised.read_bytes()
+
+
+class _Reader:
+    """Hands out calibration batches one by one, as ONNX Runtime asks for them."""
+
+    def __init__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch, or None after the last."""
+        return next(self._batches, None)
+
+
+def _say_prepared(path: Path) -> None:
+    """Note in the file what has been done, or the quantiser warns that batch norms may not be folded."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx.save(model, path)
+
+
+@contextlib.contextmanager
+def _silence() -> Generator[None]:
+    """The quantiser speaks through the root logger and standard output."""
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

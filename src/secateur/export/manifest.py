@@ -1,0 +1,356 @@
+"""The lists of secateur.json, row by row, checked.
+
+What an artifact says about itself: secateur.json as frozen dataclasses."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from secateur._json import MAX_DIMENSIONS, MAX_TENSORS, Fields, brief, parse, wrong
+from secateur._provenance import Provenance
+from secateur.architecture import Architecture
+from secateur.errors import ArtifactError, SurgeryError
+from secateur.export.edits import Edit
+from secateur.graph.graph import Replacement, StandIn
+from secateur.prune.residual import Widening
+
+_LONGEST_SOURCE = 64 * 2**10
+"""Characters of JSON that say how the original is built."""
+_LONGEST_TUPLE = 64
+_MAX_CHANNELS = 2**20
+
+
+def source_of(fields: Fields) -> dict[str, object]:
+    """How the original is built: an object with a ``kind``; what else it needs is for its reader to check."""
+    source = fields.mapping("source")
+    fields.fields("source").name("kind")
+    if len(json.dumps(source)) > _LONGEST_SOURCE:
+        raise wrong("source", f"at most {_LONGEST_SOURCE} characters", source)
+    return source
+
+
+def check_once(where: str, names: Sequence[Hashable]) -> None:
+    """Refuse a list that names something twice."""
+    if len(set(names)) != len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise wrong(where, "a list that names everything once", twice)
+
+
+def _named(row: object, where: str, *names: str) -> Fields:
+    """A row as fields, by the names of its places."""
+    if not isinstance(row, list) or len(cast(list[object], row)) != len(names):
+        raise wrong(where, f"[{', '.join(names).replace('_', '-')}]", row)
+    return Fields(dict(zip(names, cast(list[object], row), strict=True)), where)
+
+
+def replacements_of(fields: Fields) -> tuple[Replacement, ...]:
+    """The stand-ins of removed modules."""
+    rows = enumerate(fields.items("replacements", MAX_TENSORS))
+    found = tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
+    check_once("replacements", [replacement.module for replacement in found])
+    return found
+
+
+def _replacement(row: object, where: str) -> Replacement:
+    fields = _named(row, where, "module", "stand_in", "items")
+    kind = fields.text("stand_in")
+    if kind not in {stand_in.value for stand_in in StandIn}:
+        raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
+    items = fields.optional_integer("items", least=1)
+    if items is not None and items > _LONGEST_TUPLE:
+        raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
+    return Replacement(fields.name("module"), StandIn(kind), items)
+
+
+def widenings_of(fields: Fields) -> tuple[Widening, ...]:
+    """The modules that are narrower than the stream they are added into."""
+    rows = enumerate(fields.items("widenings", MAX_TENSORS))
+    found = tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
+    check_once("widenings", [widening.module for widening in found])
+    return found
+
+
+def _widening(row: object, where: str) -> Widening:
+    fields = _named(row, where, "module", "dim", "missing", "order")
+    dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
+    order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
+    for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
+        if value >= limit:
+            raise wrong(fields.path(name), f"below {limit}", value)
+    if any(place > len(order) for place in order):
+        raise wrong(fields.path("order"), "a list of places among the channels", max(order))
+    return Widening(fields.name("module"), dim, missing, order)
+
+
+def edits_of(fields: Fields) -> tuple[Edit, ...]:
+    """The ints that surgery set."""
+    found = tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits")))
+    check_once("edits", [(edit.module, edit.attribute, edit.item) for edit in found])
+    return found
+
+
+def _edit(row: object, where: str) -> Edit:
+    fields = _named(row, where, "module", "attribute", "item", "value")
+    return Edit(
+        fields.name("module"),
+        fields.name("attribute"),
+        fields.optional_integer("item", least=0),
+        fields.integer("value"),
+    )
+
+
+SCHEMA = 4
+"""The version of secateur.json that this code writes, and the newest that it reads. Older ones are still read.
+
+1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``.
+2: without branches that are narrower than the stream they are added into: no ``widenings``.
+3: without tensors stored sparsely: no ``sparse`` in their records, and no ``nonzero`` in ``weights``.
+"""
+
+FORMAT = "secateur-artifact"
+_LARGEST_DIMENSION = 2**40
+_LARGEST_INPUT = 2**26
+"""Numbers of one input; 8192 x 8192 pixels of one channel."""
+
+
+def _nothing() -> dict[str, object]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a compressed model needs beside its weights to be built, used and believed. Plain data.
+
+    Attributes:
+        source: How the original model is built: ``ModelSource.to_json()``; its ``kind`` must be there.
+        architecture: Which channels were kept, and which blocks were removed.
+        edits: The ints that surgery set in modules, see `edits_between`.
+        input_shape: One input without the batch, (channels, height, width).
+        mean: Subtracted from each input channel (images scaled to 0..1) before the model.
+        std: Divided by, after the mean.
+        classes: Class names in the order of the logits; empty if unknown.
+        cost_before: Costs of the original, such as ``{"macs": ..., "params": ...}``.
+        cost_after: Costs of the saved model.
+        metrics: Accuracies and the like, any JSON.
+        verification: What was checked and how exactly it held, any JSON.
+        provenance: Who made it, when, with what.
+    """
+
+    source: Mapping[str, object]
+    architecture: Architecture
+    input_shape: tuple[int, ...]
+    edits: tuple[Edit, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    cost_before: Mapping[str, object] = field(default_factory=_nothing)
+    cost_after: Mapping[str, object] = field(default_factory=_nothing)
+    metrics: Mapping[str, object] = field(default_factory=_nothing)
+    verification: Mapping[str, object] = field(default_factory=_nothing)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        return {
+            "source": dict(self.source),
+            "architecture": self.architecture.to_json(),
+            "edits": [[edit.module, edit.attribute, edit.item, edit.value] for edit in self.edits],
+            "input": {"shape": list(self.input_shape), "mean": list(self.mean), "std": list(self.std)},
+            "classes": list(self.classes),
+            "cost": {"before": dict(self.cost_before), "after": dict(self.cost_after)},
+            "metrics": dict(self.metrics),
+            "verification": dict(self.verification),
+            "provenance": self.provenance.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One parameter or buffer of the saved model.
+
+    Attributes:
+        name: Its qualified name in the model.
+        dtype: Its dtype, such as ``float32``.
+        shape: Its shape.
+        layout: ``contiguous``, ``channels_last`` or ``channels_last_3d``: the order of its numbers in memory, which
+            can decide the kernel and with it the last bit of a result.
+        parameter: Whether it is a parameter (else a buffer).
+        same_as: Name of the tensor that it is (tied weights), or None.
+        sparse: Whether the file holds one bit for each element and the elements that are not zero.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    parameter: bool
+    same_as: str | None = None
+    sparse: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object; what is usual is left out."""
+        data: dict[str, object] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        if self.layout != "contiguous":
+            data["layout"] = self.layout
+        if not self.parameter:
+            data["buffer"] = True
+        if self.same_as is not None:
+            data["same_as"] = self.same_as
+        if self.sparse:
+            data["sparse"] = True
+        return data
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> "TensorRecord":
+        """Inverse of `to_json`, checked."""
+        fields = Fields(data, where)
+        plain = cast(Mapping[str, object], data)
+        for flag in ("buffer", "sparse"):
+            if plain.get(flag, False) not in (True, False):
+                raise wrong(fields.path(flag), "true or false", plain[flag])
+        shape = fields.integers("shape", least=0, limit=MAX_DIMENSIONS)
+        if any(size > _LARGEST_DIMENSION for size in shape):
+            raise wrong(fields.path("shape"), "a list of sizes below 2^40", list(shape))
+        return cls(
+            name=fields.name("name"),
+            dtype=fields.name("dtype"),
+            shape=shape,
+            layout=fields.text("layout") if "layout" in plain else "contiguous",
+            parameter=not plain.get("buffer", False),
+            same_as=fields.name("same_as") if "same_as" in plain else None,
+            sparse=bool(plain.get("sparse", False)),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of secateur.json.
+
+    Attributes:
+        recipe: What the caller said.
+        tensors: What model.safetensors holds.
+        weights_sha256: Hash of model.safetensors, hexadecimal.
+        weights_bytes: Its size.
+        replacements: The stand-ins of the modules that went with removed blocks.
+        widenings: The modules that are narrower than the stream they are added into.
+        nonzero: Number of parameters that are not zero; None in artifacts from before it was noted.
+        schema: Version of this file's layout.
+    """
+
+    recipe: Recipe
+    tensors: tuple[TensorRecord, ...]
+    weights_sha256: str
+    weights_bytes: int
+    replacements: tuple[Replacement, ...] = ()
+    widenings: tuple[Widening, ...] = ()
+    nonzero: int | None = None
+    schema: int = SCHEMA
+
+    def to_bytes(self) -> bytes:
+        """The text of secateur.json: one line per top-level key, so that a diff shows what changed.
+
+        Raises:
+            ArtifactError: If the recipe holds something that JSON cannot.
+        """
+        weights = {
+            "sha256": self.weights_sha256,
+            "bytes": self.weights_bytes,
+            "nonzero": self.nonzero,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+        stand_ins = [[r.module, r.stand_in.value, r.items] for r in self.replacements]
+        wide = [[w.module, w.dim, w.missing, list(w.order)] for w in self.widenings]
+        data = {
+            "format": FORMAT,
+            "schema": self.schema,
+            **self.recipe.to_json(),
+            "replacements": stand_ins,
+            "widenings": wide,
+            "weights": weights,
+        }
+        try:
+            data["sha256"] = digest(data)
+            lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"`recipe` must hold plain JSON values; got something else ({error}). "
+                "Turn arrays into lists, tensors into floats, and leave out what is NaN or infinite."
+            ) from error
+        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> "Manifest":
+        """Inverse of `to_bytes`; every field is checked.
+
+        Raises:
+            ArtifactError: If the text is not a manifest, or is one of a newer version.
+        """
+        data = parse(text, "secateur.json")
+        fields = Fields(data, "")
+        if data.get("format") != FORMAT:
+            raise wrong("format", FORMAT, data.get("format"))
+        schema = fields.integer("schema", least=1)
+        if schema > SCHEMA:
+            raise ArtifactError(
+                f"`schema` must be at most {SCHEMA}; got {schema}: this artifact was written by a newer Secateur. "
+                "Upgrade with `pip install --upgrade secateur`."
+            )
+        if fields.text("sha256") != digest(data):
+            raise ArtifactError(
+                "secateur.json must have the SHA-256 that its last line says; got another. It is damaged or was "
+                "changed by hand: copy the artifact again, or make it again."
+            )
+        weights = fields.fields("weights")
+        records = enumerate(weights.items("tensors", MAX_TENSORS))
+        tensors = tuple(TensorRecord.from_json(record, f"weights.tensors[{n}]") for n, record in records)
+        check_once("weights.tensors", [tensor.name for tensor in tensors])
+        return cls(
+            recipe=_recipe(fields),
+            tensors=tensors,
+            weights_sha256=weights.text("sha256"),
+            weights_bytes=weights.integer("bytes", least=0),
+            replacements=() if schema < 2 else replacements_of(fields),
+            widenings=() if schema < 3 else widenings_of(fields),
+            nonzero=None if schema < 4 else weights.optional_integer("nonzero", least=0),
+            schema=schema,
+        )
+
+
+def digest(data: Mapping[str, object]) -> str:
+    """SHA-256 (hexadecimal) of a manifest without its own ``sha256``, however its text is spaced and ordered.
+
+    It finds accidents (a damaged disk, an edit by hand), not forgers, who would write the right hash.
+    """
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _recipe(fields: Fields) -> Recipe:
+    pixels, cost = fields.fields("input"), fields.fields("cost")
+    try:
+        architecture = Architecture.from_json(fields.mapping("architecture"))
+    except SurgeryError as error:
+        raise ArtifactError(
+            f"`architecture` is damaged (secateur.json): {brief(error)} Save the artifact again."
+        ) from error
+    shape = pixels.integers("shape", least=1, limit=MAX_DIMENSIONS)
+    if math.prod(shape) > _LARGEST_INPUT:
+        raise wrong(pixels.path("shape"), f"a size of at most {_LARGEST_INPUT} numbers", list(shape))
+    return Recipe(
+        source=source_of(fields),
+        architecture=architecture,
+        edits=edits_of(fields),
+        input_shape=shape,
+        mean=pixels.numbers("mean"),
+        std=pixels.numbers("std"),
+        classes=fields.texts("classes"),
+        cost_before=cost.mapping("before"),
+        cost_after=cost.mapping("after"),
+        metrics=fields.mapping("metrics"),
+        verification=fields.mapping("verification"),
+        provenance=Provenance.from_fields(fields.fields("provenance")),
+    )

@@ -1,0 +1,207 @@
+"""Export to ONNX, run by ONNX Runtime on any machine.
+
+An ONNX file that may come from a stranger: opened only if all it does is compute, once, from what it holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._files import atomic_file, read_bytes
+from secateur.errors import ExportError
+from secateur.export._common import (
+    BATCH,
+    TOLERANCE,
+    Inputs,
+    Parity,
+    Runner,
+    as_inputs,
+    check_parity,
+    eval_copy,
+    export_program,
+    first_line,
+    not_written,
+    quiet,
+)
+
+_MOST_BYTES = 1_900_000_000
+"""One ONNX file is one protobuf message, and those end at 2 GiB."""
+
+
+def export_onnx(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+) -> Parity:
+    """Write a model as one ONNX file, run it with ONNX Runtime on the CPU, and compare it with the model.
+
+    The batch size is free; inputs are called ``input`` (or ``input_0``, ``input_1``...), outputs ``output``. Batch
+    normalisation is left in the file: runtimes fold it into the convolutions themselves. The file appears only if it
+    agrees; an older file at ``path`` is replaced then.
+
+    Args:
+        model: Any device or mode; not changed. Below 1.9 GB of weights.
+        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs.
+        path: Where, ending in ``.onnx``.
+        tolerance: Largest accepted difference, relative to the largest output.
+
+    Returns:
+        How closely the file follows the model, run with batch sizes 1 and n.
+
+    Raises:
+        ExportError: If the model cannot be captured or translated, the file disagrees, or it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ExportError(f"`path` must end in .onnx; got {path}. Rename it, or use export_pt2 for .pt2.")
+    inputs = as_inputs(example)
+    reference = eval_copy(model)
+    content = onnx_bytes(reference, inputs)
+    try:
+        with atomic_file(path) as part:
+            part.write_bytes(content)
+            session = open_session(part, threads=1)
+            return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
+    """A model in eval mode on the CPU as the content of an ONNX file.
+
+    Raises:
+        ExportError: If it cannot be captured or translated, or is too large for one file.
+    """
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size > _MOST_BYTES:
+        raise ExportError(
+            f"`model` must have at most {_MOST_BYTES / 1e9:g} GB of weights for one ONNX file; got "
+            f"{size / 1e9:.3g} GB. Use export_pt2."
+        )
+    program = export_program(model, inputs)
+    try:
+        with quiet():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                dynamic_shapes=tuple({0: BATCH} for _ in inputs),
+                input_names=_names("input", len(inputs)),
+                output_names=_names("output", len(program.graph_signature.user_outputs)),
+                verbose=False,
+            )
+            assert translated is not None
+            _strip(translated.model.graph)
+            return translated.model_proto.SerializeToString()
+    except Exception as error:
+        raise ExportError(
+            f"`model` must hold only operations that ONNX has; got {first_line(error)} "
+            "Use export_pt2, or replace the operation that is named."
+        ) from error
+
+
+def open_session(
+    model: Path | bytes, *, threads: int, profile: Path | None = None, optimised: Path | None = None
+) -> Any:
+    """An ONNX Runtime session on the CPU with a fixed number of threads.
+
+    Args:
+        model: A file, or its content.
+        threads: Within an operator; operators run one after the other.
+        profile: Where to write the time of every operator, as the beginning of a file name; None does not take any.
+        optimised: Where to write the model with constants and batch norms folded, and nothing that is for one machine
+            only; such a session is slower.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if optimised is not None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(optimised)
+    content = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
+    """The inputs of a session by name."""
+    return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
+
+
+def session_runner(session: Any) -> Runner:
+    """Runs a session on inputs in their order."""
+
+    def run(batch: Inputs) -> list[Tensor]:
+        outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))
+        return [torch.from_numpy(output) for output in outputs]
+
+    return run
+
+
+def _strip(graph: Any) -> None:
+    """Leave out the exporter's notes to itself, which hold paths and source lines of this machine."""
+    for node in graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _names(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{n}" for n in range(count)]
+
+
+MOST_BYTES = 2**31
+"""One ONNX file is one protobuf message, and those end there."""
+_REPEATING = frozenset({"Loop", "Scan", "If", "SequenceMap"})
+"""Operations that run others again and again, or by what they find. No export of ours has them."""
+_DOMAINS = frozenset({"", "ai.onnx"})
+
+
+def plain_onnx_runner(path: Path) -> Runner:
+    """Open an ONNX file to run it.
+
+    Raises:
+        ArtifactError: If it is a link, a pipe or a device.
+        ExportError: If it could run without end, or reads other files.
+    """
+    content = read_bytes(path, limit=MOST_BYTES)
+    check_plain(content)
+    return session_runner(open_session(content, threads=torch.get_num_threads()))
+
+
+def check_plain(content: bytes) -> None:
+    """Refuse a file that could run without end, or that has its numbers in other files.
+
+    Raises:
+        ExportError: If it is one.
+    """
+    import onnx
+
+    model: Any = onnx.ModelProto()
+    model.ParseFromString(content)
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    for node in nodes:
+        inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+        if node.op_type in _REPEATING or inner:
+            raise ExportError(f"it has the operation {node.op_type!r}, which can repeat others without end")
+        held = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
+        if any(map(_is_elsewhere, held)):
+            raise ExportError("it has its numbers in other files")
+    own = {function.domain for function in model.functions}
+    strange = sorted({node.domain for node in nodes} - _DOMAINS - own)
+    if strange:
+        raise ExportError(f"it needs operations that are not ONNX's: {strange[:5]}")
+    if any(map(_is_elsewhere, model.graph.initializer)) or model.graph.sparse_initializer:
+        raise ExportError("it has its numbers in other files")
+
+
+def _is_elsewhere(tensor: Any) -> bool:
+    return bool(tensor.external_data) or tensor.data_location != 0

@@ -1,0 +1,96 @@
+"""Export to OpenVINO's own format: a description (.xml) and its weights (.bin)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._files import atomic_file
+from secateur.errors import ExportError
+from secateur.export._common import (
+    TOLERANCE,
+    Inputs,
+    Parity,
+    Runner,
+    as_inputs,
+    check_parity,
+    eval_copy,
+    extra,
+    first_line,
+    not_written,
+)
+from secateur.export.onnx import onnx_bytes
+
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+"""On processors that compute in bfloat16 OpenVINO does so unless told otherwise: outputs of a ResNet-20 then differ by
+7e-3 of the largest instead of 4e-7."""
+
+
+def export_openvino(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+) -> Parity:
+    """Write a model for OpenVINO, run it on the CPU in float32, and compare it with the model.
+
+    Made from the ONNX translation, so that a model has one translation whose names, free batch size and limits both
+    formats share. Weights stay float32. The two files appear only if they agree; older ones are replaced then, in an
+    order in which no description ever lies beside the weights of another.
+
+    Args:
+        model: Any device or mode; not changed. Below 1.9 GB of weights.
+        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs.
+        path: Where the description goes, ending in ``.xml``; the weights lie beside it and end in ``.bin``.
+        tolerance: Largest accepted difference, relative to the largest output.
+
+    Returns:
+        How closely the files follow the model, run with batch sizes 1 and n.
+
+    Raises:
+        ExportError: If OpenVINO is not installed (``pip install secateur[openvino]``), the model cannot be captured or
+            translated, the files disagree, or they cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise ExportError(
+            f"`path` must end in .xml; got {path}. Rename it; the weights go beside it, into a .bin file."
+        )
+    openvino = extra("openvino")
+    inputs = as_inputs(example)
+    reference = eval_copy(model)
+    translated = _translated(openvino, onnx_bytes(reference, inputs))
+    try:
+        # The inner file is put in its place first.
+        with atomic_file(path) as description, atomic_file(path.with_suffix(".bin")) as weights:
+            openvino.serialize(translated, description, weights)
+            found = check_parity("openvino", reference, _runner(openvino, description, weights), inputs, tolerance)
+            path.unlink(missing_ok=True)
+        return found
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def openvino_runner(path: Path) -> Runner:
+    """Open an .xml file, with the .bin file beside it, to run it."""
+    return _runner(extra("openvino"), path, path.with_suffix(".bin"))
+
+
+def _translated(openvino: Any, content: bytes) -> Any:
+    try:
+        return openvino.Core().read_model(content)
+    except Exception as error:
+        raise ExportError(
+            f"`model` must hold only operations that OpenVINO has; got {first_line(error)} "
+            "Use export_onnx, or replace the operation that is named."
+        ) from error
+
+
+def _runner(openvino: Any, description: Path, weights: Path) -> Runner:
+    core = openvino.Core()
+    settings = {**FLOAT32, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(core.read_model(description, weights), "CPU", settings)
+
+    def run(batch: Inputs) -> list[Tensor]:
+        found = compiled([tensor.numpy() for tensor in batch])
+        return [torch.from_numpy(found[slot].copy()) for slot in compiled.outputs]
+
+    return run

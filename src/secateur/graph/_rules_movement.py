@@ -1,0 +1,317 @@
+"""Operations that only move channels: most simply run on the ids."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur._arrays import IntArray, distinct_rows
+from secateur.graph._ledger import Call, ChannelIds, merge, unknown
+
+_SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
+_RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias", "reshape"})
+_FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
+
+
+def created(call: Call) -> Sequence[ChannelIds]:
+    """A new tensor with the shape of another (``zeros_like``): its sizes follow that tensor's."""
+    source = call.inputs[0]
+    return [call.ids(source) if out.shape == source.shape else {} for out in call.outputs]
+
+
+def filled(call: Call) -> Sequence[ChannelIds]:
+    """``zero_``, ``fill_``: a value that no channel has a part in; the places stay what they are."""
+    return [call.ids(call.inputs[0]) for _ in call.outputs]
+
+
+def movement(call: Call) -> Sequence[ChannelIds]:
+    """Run the operation on the ids themselves."""
+    source = call.inputs[0]
+    for other in call.inputs[1:]:
+        call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    if call.name in _SAME and call.outputs[0].shape == source.shape:
+        return [call.ids(source) for _ in call.outputs]
+    if call.name in _RESHAPES and call.outputs[0].numel() != source.numel():
+        return unknown(call)
+    return _moved(call, call.ids(source))
+
+
+def _moved(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
+    results: list[ChannelIds] = [{} for _ in call.outputs]
+    for dim, vector in carried.items():
+        place = _destination(call, dim, vector)
+        if place is not None:
+            for result in results:
+                _put(call, result, place, vector)
+            continue
+        moved = _execute_on_ids(call, call.inputs[0], dim, vector)
+        for result, ids in zip(results, moved, strict=True):
+            _place(call, result, ids, vector)
+    return results
+
+
+def _destination(call: Call, dim: int, vector: IntArray) -> int | None:
+    """The dimension that ids go to without any change among them, which needs no execution; None if not sure."""
+    find = _DESTINATIONS.get(call.name)
+    if find is None or call.kwargs or len(vector) < 2 or vector[0] == vector[-1] or not call.outputs[0].numel():
+        return None
+    return find(call, dim)
+
+
+def _transposed(call: Call, dim: int) -> int | None:
+    rank = call.inputs[0].dim()
+    first, second = (d % rank for d in call.args[1:]) if len(call.args) > 1 else (0, rank - 1)
+    return {first: second, second: first}.get(dim, dim)
+
+
+def _permuted(call: Call, dim: int) -> int | None:
+    rank = call.inputs[0].dim()
+    return [d % rank for d in call.args[1]].index(dim)
+
+
+def _unsqueezed(call: Call, dim: int) -> int | None:
+    return dim + (dim >= call.args[1] % call.outputs[0].dim())
+
+
+def _expanded(call: Call, dim: int) -> int | None:
+    return dim + call.outputs[0].dim() - call.inputs[0].dim()
+
+
+def _beside(call: Call, dim: int) -> int | None:
+    """Of a cut along another dimension."""
+    position = 1 if call.name == "slice" else 2
+    return None if call.argument(position, 0) % call.inputs[0].dim() == dim else dim
+
+
+def _kept_by_reshape(call: Call, dim: int) -> int | None:
+    old, new = call.inputs[0].shape, call.outputs[0].shape
+    first, low, second, high = _group(old, new, dim)
+    longer = [d for d in range(second, high) if new[d] > 1]
+    return longer[0] if math.prod(old[first:low]) == old[dim] and len(longer) == 1 else None
+
+
+_DESTINATIONS: Mapping[str, Callable[[Call, int], int | None]] = {
+    **dict.fromkeys(("t", "transpose"), _transposed),
+    "permute": _permuted,
+    "unsqueeze": _unsqueezed,
+    "expand": _expanded,
+    **dict.fromkeys(("slice", "split", "split_with_sizes"), _beside),
+    **dict.fromkeys(_RESHAPES, _kept_by_reshape),
+}
+
+
+def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray) -> list[torch.Tensor]:
+    if call.name in _RESHAPES:
+        return [_reshaped(source.shape, call.outputs[0].shape, dim, vector)]
+    shape = [1] * source.dim()
+    shape[dim] = len(vector)
+    probe = torch.from_numpy(vector).view(shape).expand(source.shape)
+    if call.name in _FLOAT_ONLY:
+        probe = probe.double()
+    args, kwargs = tree_map_only(torch.Tensor, lambda t: probe if t is source else t, (call.args, call.kwargs))
+    kwargs = {key: value for key, value in kwargs.items() if key not in {"dtype", "device", "layout", "memory_format"}}
+    out = call.operator(*args, **kwargs)
+    return [t.long() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _reshaped(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray) -> torch.Tensor:
+    """Ids after a reshape, of size one along the dimensions that have no share in the dimension of the ids.
+
+    Both shapes are matched from the left into the shortest groups of equal product; only one group holds the ids.
+    """
+    first, low, second, high = _group(old, new, dim)
+    shape = [1] * (low - first)
+    shape[dim - first] = len(vector)
+    ids = torch.from_numpy(vector).view(shape).expand(tuple(old[first:low])).reshape(tuple(new[second:high]))
+    return ids[(None,) * second + (...,) + (None,) * (len(new) - high)]
+
+
+def _group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, int, int]:
+    """The shortest run of old dimensions around one, and that of new ones, which hold equally many positions."""
+    first = second = 0
+    while True:
+        low, high = first + 1, second + 1
+        left, right = old[first], new[second] if second < len(new) else 1
+        while left != right:
+            if left < right:
+                left, low = left * old[low], low + 1
+            else:
+                right, high = right * new[high], high + 1
+        if dim < low:
+            return first, low, second, high
+        first, second = low, high
+
+
+def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
+    """Find the dimension along which moved ids vary; of several, the one with most different ids stays free."""
+    dims = [d for d in range(ids.dim()) if _varies(ids, d)]
+    for d in set(range(ids.dim())) - set(dims):
+        ids = ids.narrow(d, 0, min(1, ids.size(d)))
+    if not dims:
+        if ids.numel():
+            call.ledger.freeze(ids.reshape(-1)[:1].numpy(), f"{call.where} picks single channels")
+        return
+    if len(dims) == 1:
+        free = dims[0]
+    elif call.ledger.is_by_head(vector):
+        free = dims[-2]
+    else:
+        free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
+    rest = [d for d in range(ids.dim()) if d != free]
+    matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
+    flat = matrix.numpy()
+    if len(dims) > 1:
+        flat = distinct_rows(flat)
+        picked = call.ledger.tie_rows(flat)
+    else:
+        picked = np.ascontiguousarray(flat[0])
+    _put(call, result, free, picked)
+
+
+def _put(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None:
+    if dim in result:
+        call.ledger.freeze(ids, f"{call.where} merges two kinds of channels into one dimension")
+        return
+    result[dim] = ids
+
+
+def _distinct(ids: torch.Tensor, dim: int) -> int:
+    """How many different ids the first line along a dimension holds."""
+    line = ids
+    for other in range(ids.dim() - 1, -1, -1):
+        if other != dim:
+            line = line.select(other, 0)
+    return int(line.unique().numel())
+
+
+def _varies(ids: torch.Tensor, dim: int) -> bool:
+    if ids.size(dim) <= 1 or ids.stride(dim) == 0:
+        return False
+    first = ids.narrow(dim, 0, 1)
+    if not torch.equal(first, ids.narrow(dim, ids.size(dim) - 1, 1)):
+        return True
+    return not bool((ids == first).all())
+
+
+def restrided(call: Call) -> Sequence[ChannelIds]:
+    """``as_strided`` that only renames strides of single positions, as global pooling of channels-last tensors does."""
+    source, out = call.inputs[0], call.outputs[0]
+    dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
+    same = out.shape == source.shape and dense and all(size == 1 for size in out.shape[2:])
+    return [call.ids(source)] if same else unknown(call)
+
+
+def picking(call: Call) -> Sequence[ChannelIds]:
+    """``select`` and ``unbind``: fine along other dimensions, along channels positions are fixed."""
+    source = call.inputs[0]
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % source.dim()
+    if dim in call.ids(source):
+        call.ledger.freeze(call.ids(source)[dim], f"{call.where} picks single channels")
+    rest = {d: ids for d, ids in call.ids(source).items() if d != dim}
+    return [{d - (d > dim): ids for d, ids in rest.items()} for _ in call.outputs]
+
+
+def elsewhere(call: Call) -> Sequence[ChannelIds]:
+    """``roll``, ``unfold``, ``diagonal``: movement along other dimensions; along channels positions would shift."""
+    named = [call.dims(name) for name in ("dims", "dim", "dimension", "dim1", "dim2")]
+    dims = set[int]().union(*(found for found in named if found is not None))
+    source = call.inputs[0]
+    ids = call.ids(source)
+    moved = {dim: vector for dim, vector in ids.items() if dim in dims or not dims}
+    if not moved:
+        return movement(call)
+    call.ledger.freeze_all([moved], f"{call.where} moves channels to other positions")
+    if call.outputs[0].shape != source.shape:
+        call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")
+        return [{} for _ in call.outputs]
+    return [{dim: vector for dim, vector in ids.items() if dim not in moved}]
+
+
+def shuffled(call: Call) -> Sequence[ChannelIds]:
+    """``channel_shuffle``: (groups, n) channels become (n, groups), so every group keeps the same positions."""
+    ids = dict(call.ids(call.inputs[0]))
+    if 1 in ids:
+        matrix = ids[1].reshape(call.named("groups"), -1)
+        call.ledger.tie_rows(matrix)
+        ids[1] = np.ascontiguousarray(matrix.T).reshape(-1)
+    return [ids]
+
+
+def unfolded(call: Call) -> Sequence[ChannelIds]:
+    """``im2col``: every channel becomes as many positions as the kernel has."""
+    ids = dict(call.ids(call.inputs[0]))
+    channels = ids.pop(1, None)
+    call.ledger.freeze_all([ids], f"{call.where} slides over channels")
+    return [{} if channels is None else {1: np.repeat(channels, call.outputs[0].size(1) // len(channels))}]
+
+
+def stacked(call: Call) -> Sequence[ChannelIds]:
+    """``stack``: a new dimension without channels; all others must agree."""
+    tensors: Sequence[torch.Tensor] = call.args[0]
+    new = int(call.named("dim")) % call.outputs[0].dim()
+    result: ChannelIds = {}
+    for dim in range(tensors[0].dim()):
+        merged = merge(call, [(call.ids(t).get(dim), t.size(dim)) for t in tensors])
+        if merged is not None:
+            result[dim + (dim >= new)] = merged
+    return [result]
+
+
+def index(call: Call) -> Sequence[ChannelIds]:
+    """Indexing with tensors: fine along other dimensions, frozen along channels."""
+    source = call.inputs[0]
+    for other in call.inputs[1:]:
+        call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    named = call.dims()
+    if named is None:
+        named = {dim for dim, indices in enumerate(call.args[1]) if indices is not None}
+    picked = {dim: ids for dim, ids in call.ids(source).items() if dim in named}
+    call.ledger.freeze_all([picked], f"{call.where} picks channels by a fixed index")
+    return _moved(call, {dim: ids for dim, ids in call.ids(source).items() if dim not in named})
+
+
+def fresh(call: Call) -> Sequence[ChannelIds]:
+    """``x.new_zeros(...)``: takes nothing but the dtype and device."""
+    return [{} for _ in call.outputs]
+
+
+def pad(call: Call) -> Sequence[ChannelIds]:
+    """Constant padding: new channels that no parameter produces (option-A shortcuts)."""
+    source, amounts = call.inputs[0], call.args[1]
+    result: ChannelIds = {}
+    for dim, vector in call.ids(source).items():
+        place = 2 * (source.dim() - 1 - dim)
+        low, high = (amounts[place], amounts[place + 1]) if place + 1 < len(amounts) else (0, 0)
+        if low < 0 or high < 0:
+            call.ledger.freeze(vector, f"{call.where} crops channels")
+            continue
+        parts = [call.ledger.new(low), vector, call.ledger.new(high)]
+        result[dim] = np.concatenate(parts) if low or high else vector
+    return [result]
+
+
+def concatenate(call: Call) -> Sequence[ChannelIds]:
+    """``cat`` puts ids side by side; other dimensions must agree."""
+    tensors: Sequence[torch.Tensor] = call.args[0]
+    rank = tensors[0].dim()
+    dim = call.argument(1, call.kwargs.get("dim", 0)) % rank
+    result: ChannelIds = {}
+    if any(dim in call.ids(t) for t in tensors):
+        parts = [call.ids(t).get(dim) for t in tensors]
+        result[dim] = np.concatenate(
+            [part if part is not None else _pinned(call, t.size(dim)) for part, t in zip(parts, tensors, strict=True)]
+        )
+    for other in range(rank):
+        if other != dim:
+            merged = merge(call, [(call.ids(t).get(other), t.size(other)) for t in tensors])
+            if merged is not None:
+                result[other] = merged
+    return [result]
+
+
+def _pinned(call: Call, size: int) -> IntArray:
+    ids = call.ledger.new(size)
+    call.ledger.freeze(ids, f"{call.where} adds channels that no parameter produces")
+    return ids

@@ -1,0 +1,273 @@
+"""Python ints that reach sized operations: bind each to the channels it counts.
+
+Works one level above ATen, on the calls as the model wrote them (``x.view(b, self.groups, -1)``), where ints still are
+`SizeInt`; `_rules` works on the ATen calls below them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from secateur._arrays import IntArray
+from secateur.graph._ledger import Ledger, by_whole_groups
+from secateur.graph._size_ints import ShapeOf, SizeFloat, SizeInt, expression_of, shape_leaves
+
+SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def bind_sizes(  # noqa: PLR0917
+    ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Bind the python ints of one call, if it is one that takes sizes."""
+    rule = SIZE_RULES.get(name)
+    if rule is not None:
+        scales = len(ledger.scaled)
+        rule(ledger, f"`{name}` in {where or 'the model itself'}", args, kwargs, out)
+        if len(ledger.scaled) > scales:
+            ledger.scaling.add(where)
+
+
+def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``view``, ``reshape``, ``expand``: one size per output dimension."""
+    sizes = _sizes_in(args[1:], kwargs)
+    if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
+        return
+    ids = ledger.ids_of(out)
+    for dim, size in enumerate(sizes):
+        if size != -1 and (dim in ids or isinstance(size, SizeInt)):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _expanded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``expand``: a dimension broadcast to a number of channels follows that number."""
+    _follow(ledger, out, _sizes_in(args[1:], kwargs))
+    _resized(ledger, where, args, kwargs, out)
+
+
+def _made(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``torch.zeros``, ``x.new_ones``: a dimension made as long as another has channels follows them."""
+    sizes = _sizes_in(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
+    _follow(ledger, out, sizes)
+    for dim, size in enumerate(sizes):
+        if isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ledger.ids_of(out).get(dim), where)
+
+
+def _follow(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
+    """Positions that are all alike have no identity: they take that of the channels they were counted by."""
+    if len(sizes) != out.dim():
+        return
+    ids = dict(ledger.ids_of(out))
+    for dim, size in enumerate(sizes):
+        if dim not in ids and isinstance(size, SizeInt) and size > 1:
+            counted = size.expression
+            ids[dim] = counted.ids if isinstance(counted, ShapeOf) else ledger.new(int(size))
+    ledger.mark(out, ids, own=ledger.is_own(out))
+
+
+def _sizes_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Sizes given one by one or as one sequence, by position or by name."""
+    given = args or tuple(v for k, v in kwargs.items() if k in {"shape", "size"})
+    return [size for item in given for size in (item if isinstance(item, tuple | list) else (item,))]
+
+
+def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``unflatten``: one dimension becomes several, each with its size."""
+    sizes = _given(args, kwargs, 2, "sizes")
+    first = _dim(args, kwargs, 1) % args[0].dim()
+    ids = ledger.ids_of(out)
+    for dim, size in enumerate(sizes, first):
+        if size != -1 and (dim in ids or isinstance(size, SizeInt)):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _chunked(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``chunk``: the pieces stay equally long, so the same positions of each go together."""
+    dim = _dim(args, kwargs, 2)
+    asked = _given(args, kwargs, 1, "chunks")
+    _tie_pieces(ledger, where, out, dim, complete=len(out) == asked)
+
+
+def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``split`` by one size (equal pieces) or by a list of sizes (each its own)."""
+    sizes = _given(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
+    dim = _dim(args, kwargs, 2)
+    if isinstance(sizes, int):
+        _tie_pieces(ledger, where, out, dim)
+        ledger.bind(expression_of(sizes), _along(ledger, out[0], dim), where)
+        return
+    pieces: list[tuple[Any, torch.Tensor]] = list(zip(sizes or (), out, strict=False))
+    for size, piece in pieces:
+        ids = _along(ledger, piece, dim)
+        if ids is not None or isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ids, where)
+
+
+def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: bool = True) -> None:
+    carried = [_along(ledger, piece, dim) for piece in pieces]
+    known = [ids for ids in carried if ids is not None]
+    if not complete or len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
+        for ids in known:
+            ledger.freeze(ids, f"{where} splits channels into unequal pieces")
+        return
+    for ids in known[1:]:
+        ledger.tie(known[0], ids)
+
+
+def _padded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``pad``: the amounts before and after the channels follow how many of the padded channels stay."""
+    amounts = _given(args, kwargs, 1, "pad")
+    rank = out.dim()
+    for dim in range(rank):
+        place = 2 * (rank - 1 - dim)
+        if place + 1 >= len(amounts):
+            continue
+        low, high = amounts[place], amounts[place + 1]
+        ids = ledger.ids_of(out).get(dim)
+        for amount, part in ((low, slice(0, low)), (high, slice(out.size(dim) - high, None))):
+            if amount or isinstance(amount, SizeInt):
+                ledger.bind(expression_of(amount), ids[part] if ids is not None and amount else None, where)
+
+
+def _indexed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``x[:, a:b]``: the bounds follow how many channels before them stay."""
+    source, item = args[0], args[1]
+    items = item if isinstance(item, tuple) else (item,)
+    consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
+    dim = 0
+    for part in items:
+        if part is None:
+            continue
+        if part is Ellipsis:
+            dim += source.dim() - consumed
+            continue
+        ids = ledger.ids_of(source).get(dim)
+        if isinstance(part, slice):
+            _bound_slice(ledger, where, part, ids)
+        dim += 1
+
+
+def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, Any] | None) -> None:
+    if ids is None:
+        for bound in (part.start, part.stop):
+            if isinstance(bound, SizeInt):
+                ledger.bind(expression_of(bound), None, where)
+        return
+    if part.step not in (None, 1):
+        ledger.freeze(ids, f"{where} skips channels by a step")
+    if part.start:
+        before = ids[: part.start] if part.start > 0 else ids[part.start :]
+        ledger.bind(expression_of(-part.start if part.start < 0 else part.start), before, where)
+    if part.stop is not None:
+        counted = ids[: part.stop] if part.stop >= 0 else ids[part.stop :]
+        if 0 < len(counted) < len(ids) or isinstance(part.stop, SizeInt):
+            ledger.bind(expression_of(-part.stop if part.stop < 0 else part.stop), counted, where)
+
+
+def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``narrow``: start and length count channels."""
+    source, dim, start, length = (
+        _given(args, kwargs, position, name) for position, name in enumerate(("input", "dim", "start", "length"))
+    )
+    ids = ledger.ids_of(source).get(dim % source.dim())
+    if ids is not None and isinstance(start, int):
+        ledger.bind(expression_of(start), ids[:start], where)
+        ledger.bind(expression_of(length), ids[start : start + length], where)
+
+
+def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A grouped convolution that loses whole groups has fewer of them."""
+    groups = _given(args, kwargs, 6, "groups", 1)
+    if groups != 1:
+        _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
+
+
+def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
+    """Where whole groups go, their number follows."""
+    members = None if ids is None else ids.reshape(int(groups), -1)
+    counted = members[:, 0] if members is not None and by_whole_groups(*members.shape) else None
+    if counted is not None or isinstance(groups, SizeInt):
+        ledger.bind(expression_of(groups), counted, where)
+
+
+def _normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``layer_norm``, ``rms_norm``: the sizes of the last dimensions."""
+    sizes = _given(args, kwargs, 1, "normalized_shape")
+    ids = ledger.ids_of(args[0])
+    for dim, size in enumerate(sizes, args[0].dim() - len(sizes)):
+        if dim in ids or isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ids.get(dim), where)
+
+
+def _group_normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``group_norm`` that loses whole groups has fewer of them."""
+    groups = _given(args, kwargs, 1, "num_groups")
+    _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
+
+
+def _attended(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``scaled_dot_product_attention``: its default scale is (head dimension) ** -0.5, which nothing can hold."""
+    if _given(args, kwargs, 6, "scale") is None:
+        for tensor in args[:2]:
+            ids = _along(ledger, tensor, -1)
+            if ids is not None:
+                ledger.bind(ShapeOf(ids), None, where)
+                ledger.scaled.append(ids)
+
+
+def _packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``multi_head_attention_forward``: one python int is the width of its input, of all heads, and of its output."""
+    reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, torch.Tensor):
+            ledger.freeze_all([ledger.ids_of(tensor)], reason)
+
+
+def _scaled(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A product with a number computed from sizes: the number must stay what it is."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, SizeInt | SizeFloat):
+            ledger.bind(value.expression, None, where)
+            ledger.scaled.extend(shape_leaves(value.expression))
+
+
+def _given(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """An argument passed by position or by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:
+    return int(_given(args, kwargs, position, "dim", 0))
+
+
+def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
+    return ledger.ids_of(tensor).get(dim % tensor.dim())
+
+
+_PRODUCTS = (
+    "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__",
+    "true_divide", "__pow__", "pow",
+)  # fmt: skip
+_MAKERS = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+SIZE_RULES: dict[str, SizeRule] = {
+    **dict.fromkeys(("view", "reshape"), _resized),
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
+    **dict.fromkeys(_MAKERS, _made),
+    "unflatten": _unflattened,
+    "chunk": _chunked,
+    "split": _split,
+    "split_with_sizes": _split,
+    "pad": _padded,
+    "__getitem__": _indexed,
+    "narrow": _narrowed,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
+    "group_norm": _group_normalised,
+    **dict.fromkeys(_PRODUCTS, _scaled),
+    "scaled_dot_product_attention": _attended,
+    "multi_head_attention_forward": _packed_attention,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
+}

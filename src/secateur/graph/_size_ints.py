@@ -1,0 +1,319 @@
+"""Python ints that remember where they came from.
+
+Most models that resist slicing do so because of sizes held as python ints: ``view(b, self.groups, c // self.groups)``,
+``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel
+counts read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation
+that sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
+edit is needed because the number is computed from a shape.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from secateur._arrays import IntArray
+from secateur.graph.graph import Extent
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number written in the source code, or of unknown origin."""
+
+    value: int
+
+
+class Attribute(NamedTuple):
+    """An int held by a module: ``module.attribute`` or ``module.attribute[item]``."""
+
+    module: str
+    attribute: str
+    item: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.module}.{self.attribute}" if self.module else self.attribute
+        return place if self.item is None else f"{place}[{self.item}]"
+
+
+@dataclass(frozen=True, eq=False)
+class ShapeOf:
+    """The length of a dimension whose positions carry these channel ids."""
+
+    ids: IntArray
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """``left <operator> right``, operator one of + - * // %."""
+
+    operator: str
+    left: "Expression"
+    right: "Expression"
+
+
+Expression = Literal | Attribute | ShapeOf | Arithmetic
+
+
+class SizeInt(int):
+    """An int with an `Expression`; arithmetic with ints keeps the expression, everything else drops it."""
+
+    expression: Expression
+
+    def __new__(cls, value: int, expression: Expression) -> "SizeInt":
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __neg__(self) -> "SizeInt":
+        match self.expression:
+            case Arithmetic("-", Literal(0), positive):
+                return SizeInt(-int(self), positive)
+            case expression:
+                return SizeInt(-int(self), Arithmetic("-", Literal(0), expression))
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return int, (int(self),)
+
+    def __copy__(self) -> "SizeInt":
+        return self
+
+    def __deepcopy__(self, memo: object) -> "SizeInt":
+        return self
+
+
+class SizeFloat(float):
+    """A float computed from sizes (``head_dim ** -0.5``): as long as its `expression` does not change, nor does it."""
+
+    expression: Expression
+
+    def __new__(cls, value: float, expression: Expression) -> "SizeFloat":
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        return float, (float(self),)
+
+
+def _floating(name: str) -> Callable[[Any, Any], Any]:
+    plain = getattr(float, name)
+
+    def apply(self: SizeInt | SizeFloat, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        value = plain(float(self), float(other))
+        theirs: Expression = getattr(other, "expression", Literal(0))
+        constant = isinstance(theirs, Literal)
+        return SizeFloat(value, self.expression if constant else Arithmetic("+", self.expression, theirs))
+
+    return apply
+
+
+for _name in ("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"):
+    setattr(SizeFloat, _name, _floating(_name))
+for _name in ("__truediv__", "__rtruediv__"):
+    setattr(SizeInt, _name, _floating(_name))
+
+
+def _power(self: SizeInt, other: Any) -> Any:
+    return int(self) ** other if isinstance(other, int) else _floating("__pow__")(self, other)
+
+
+SizeInt.__pow__ = _power  # type: ignore[method-assign, assignment]
+
+
+def expression_of(value: int) -> Expression:
+    """The expression behind an int; a plain int is a `Literal`."""
+    return value.expression if isinstance(value, SizeInt) else Literal(int(value))
+
+
+def _forward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+    def apply(self: SizeInt, other: Any) -> Any:
+        value = plain(int(self), other)
+        if type(value) is not int:
+            return value
+        return SizeInt(value, Arithmetic(operator, self.expression, expression_of(other)))
+
+    return apply
+
+
+def _backward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+    def apply(self: SizeInt, other: Any) -> Any:
+        value = plain(int(self), other)
+        if type(value) is not int:
+            return value
+        return SizeInt(value, Arithmetic(operator, expression_of(other), self.expression))
+
+    return apply
+
+
+for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod"}.items():
+    setattr(SizeInt, f"__{_name}__", _forward(_symbol, getattr(int, f"__{_name}__")))
+    setattr(SizeInt, f"__r{_name}__", _backward(_symbol, getattr(int, f"__r{_name}__")))
+
+
+class SizeTuple(tuple[int, ...]):
+    """What ``x.shape`` is while tracing: like `torch.Size`, but its elements keep their expressions."""
+
+    __slots__ = ()
+
+    def numel(self) -> int:
+        """Product of the sizes."""
+        total = 1
+        for size in self:
+            total = size * total
+        return total
+
+    def __getitem__(self, item: Any) -> Any:
+        picked = tuple.__getitem__(self, item)
+        return SizeTuple(picked) if isinstance(item, slice) else picked
+
+    def __add__(self, other: Any) -> "SizeTuple":  # type: ignore[override]
+        return SizeTuple(tuple(self) + tuple(other))
+
+
+def evaluate(
+    expression: Expression,
+    *,
+    attributes: Mapping[Attribute, Extent],
+    values: Mapping[Attribute, int],
+    measure: Callable[[IntArray], Extent | None],
+) -> Extent | None:
+    """The expression as a linear function of the widths, or None if it is not one.
+
+    Args:
+        expression: What to evaluate.
+        attributes: Attributes that will be edited, with their new value.
+        values: The present value of every attribute.
+        measure: Extent of a vector of channel ids.
+    """
+    match expression:
+        case Literal(value):
+            return Extent(value)
+        case Attribute():
+            return attributes.get(expression, Extent(values[expression]))
+        case ShapeOf(ids):
+            return measure(ids)
+        case Arithmetic(operator, left, right):
+            first, second = (
+                evaluate(side, attributes=attributes, values=values, measure=measure) for side in (left, right)
+            )
+            if first is None or second is None:
+                return None
+            return _combine(operator, first, second)
+
+
+def invert(
+    expression: Expression, wanted: Extent, known: Callable[[Expression], Extent | None]
+) -> tuple[Attribute, Extent] | None:
+    """An attribute in an expression, and the value that makes the whole expression ``wanted``.
+
+    Args:
+        expression: Sums, products, quotients of attributes and numbers.
+        wanted: What it must be.
+        known: The value of a part of it that will not be changed for this; None if it may be.
+
+    Returns:
+        None if there is no such attribute, or no whole number will do.
+    """
+    match expression:
+        case Attribute():
+            return expression, wanted
+        case Arithmetic("+" | "*" as operator, left, right):
+            value, inner = (known(right), left) if known(right) is not None else (known(left), right)
+            return None if value is None else _invert_commuting(operator, inner, value, wanted, known)
+        case Arithmetic("-", left, right) if (value := known(right)) is not None:
+            return invert(left, combine_extents(((1, wanted), (1, value))), known)
+        case Arithmetic("//", left, right) if (value := known(right)) is not None and not value.terms:
+            return invert(left, combine_extents(((value.base, wanted),)), known)
+        case _:
+            return None
+
+
+def _invert_commuting(
+    operator: str, inner: Expression, value: Extent, wanted: Extent, known: Callable[[Expression], Extent | None]
+) -> tuple[Attribute, Extent] | None:
+    if operator == "+":
+        return invert(inner, combine_extents(((1, wanted), (-1, value))), known)
+    if (
+        value.terms
+        or value.base <= 0
+        or any(number % value.base for number in (wanted.base, *dict(wanted.terms).values()))
+    ):
+        return None
+    return invert(inner, _quotient_of(wanted, value.base), known)
+
+
+def _quotient_of(extent: Extent, by: int) -> Extent:
+    return Extent(extent.base // by, tuple((name, k // by) for name, k in extent.terms))
+
+
+def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
+    if operator in "+-":
+        sign = 1 if operator == "+" else -1
+        return combine_extents(((1, left), (sign, right)))
+    if operator == "*":
+        return _product(left, right)
+    if right.terms:
+        return _ratio(left, right) if operator == "//" else None
+    if right.base == 0:
+        return None
+    return _quotient(left, right.base) if operator == "//" else _remainder(left, right.base)
+
+
+def _product(left: Extent, right: Extent) -> Extent | None:
+    if left.terms and right.terms:
+        return None
+    constant, other = (right.base, left) if left.terms else (left.base, right)
+    return combine_extents(((constant, other),))
+
+
+def _quotient(extent: Extent, by: int) -> Extent | None:
+    if not extent.terms:
+        return Extent(extent.base // by)
+    if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
+        return None
+    return _quotient_of(extent, by)
+
+
+def _ratio(left: Extent, right: Extent) -> Extent | None:
+    """The constant k if left = k * right for all widths: channels over a number of groups that follows them."""
+    times, rest = divmod(left.at({name: 1 for name, _ in left.terms}), right.at({name: 1 for name, _ in right.terms}))
+    return Extent(times) if not rest and combine_extents(((times, right),)) == left else None
+
+
+def _remainder(extent: Extent, by: int) -> Extent | None:
+    return Extent(extent.base % by) if all(k % by == 0 for _, k in extent.terms) else None
+
+
+def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:
+    """Sum of factor * extent."""
+    base, terms = 0, dict[str, int]()
+    for factor, extent in parts:
+        base += factor * extent.base
+        for name, k in extent.terms:
+            terms[name] = terms.get(name, 0) + factor * k
+    return Extent(base, tuple(sorted((name, k) for name, k in terms.items() if k)))
+
+
+def shape_leaves(expression: Expression) -> list[IntArray]:
+    """Every id vector the expression takes the length of."""
+    match expression:
+        case ShapeOf(ids):
+            return [ids]
+        case Arithmetic(_, left, right):
+            return shape_leaves(left) + shape_leaves(right)
+        case _:
+            return []
+
+
+def describe(expression: Expression) -> str:
+    """The expression for a human."""
+    match expression:
+        case Literal(value):
+            return str(value)
+        case Attribute():
+            return str(expression)
+        case ShapeOf():
+            return "x.shape[...]"
+        case Arithmetic(operator, left, right):
+            return f"({describe(left)} {operator} {describe(right)})"

@@ -1,0 +1,196 @@
+"""What comes in at the door: example inputs of any form, and models that cannot be traced as they are.
+
+`trace`: the public verb of this room."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from secateur._arrays import BoolArray, components
+from secateur.errors import TraceError
+from secateur.graph._ledger import Ledger, Rule
+from secateur.graph._record import record
+from secateur.graph._solve import NOT_CONSUMED, solve
+from secateur.graph.graph import ChannelGraph
+
+Example = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""One input; a tuple of positional inputs; a mapping of inputs by name; a list is one input (as detectors take it)."""
+
+
+def positional(model: nn.Module, example: Example) -> tuple[Any, ...]:
+    """The example as positional arguments at batch 1.
+
+    Of tensors that share the first dimension of the first one, only the first item is taken. What lies inside a list
+    or dict is passed on as it is.
+
+    Raises:
+        TraceError: If there is no tensor, an empty one, or a name that the model's forward does not take.
+    """
+    if isinstance(example, Mapping):
+        arguments = _by_position(model, example)
+    else:
+        arguments = example if isinstance(example, tuple) else (example,)
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise TraceError(f"`example` must hold at least one tensor; got {type(example).__name__}. Pass an input batch.")
+    if tensors[0].numel() == 0:
+        raise TraceError(
+            f"`example` must hold at least one image; got a batch of shape {tuple(tensors[0].shape)}. "
+            "Pass an input batch."
+        )
+    direct = [t for t in arguments if isinstance(t, torch.Tensor) and t.dim()]
+    batch = direct[0].shape[0] if direct else 1
+    return tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)
+
+
+def _by_position(model: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]:
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**named)
+    except TypeError as error:
+        raise TraceError(
+            f"`example` must name arguments of the model's forward{signature}; got {', '.join(named)}: {error}. "
+            "A dict that is itself the one argument goes into a tuple: ({...},)."
+        ) from error
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TraceError(
+            f"`example` names {', '.join(bound.kwargs)}, which the model's forward takes by keyword only. "
+            "Wrap the model in a module whose forward takes it by position."
+        )
+    return bound.args
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be traced as it is, with the way out.
+
+    Raises:
+        TraceError: For wrapped, compiled, quantised or lazy modules, weights on the meta device, or no parameters.
+    """
+    absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    for name, module in model.named_modules():
+        reason = _kind_of_obstacle(module) or (_absent_weights(module) if absent else None)
+        if reason:
+            where = f"the module {name!r} of `model`" if name else "`model`"
+            raise TraceError(f"{where} ({type(module).__name__}) {reason}")
+    if next(model.parameters(), None) is None:
+        raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
+
+
+def _kind_of_obstacle(module: nn.Module) -> str | None:
+    kind = type(module)
+    origin = f"{kind.__module__}.{kind.__qualname__}"
+    return next((reason for pattern, reason in _OBSTACLES.items() if origin.startswith(pattern)), None)
+
+
+def _absent_weights(module: nn.Module) -> str | None:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if any(is_lazy(tensor) for tensor in own):
+        return "has parameters without a shape yet. Run it once on real input first."
+    if any(tensor.is_meta for tensor in own):
+        return "has weights on the meta device, that is none. Load the weights first: model.to_empty(...), then load."
+    return None
+
+
+_OBSTACLES = {
+    "torch._dynamo.eval_frame.OptimizedModule": (
+        "is compiled. Pass the module that was compiled (`model._orig_mod`) and compile the result."
+    ),
+    "torch.nn.parallel.": "is a parallel wrapper. Pass the module inside (`model.module`) and wrap the result.",
+    "torch.distributed.fsdp.": "is sharded. Prune the plain module before it is wrapped.",
+    "torch.ao.nn.quantized": "is quantised. Prune the floating-point model and quantise the result.",
+    "torch.ao.nn.intrinsic.quantized": "is quantised. Prune the floating-point model and quantise the result.",
+}
+
+
+class HeadUnit(Enum):
+    """What is kept or removed as one in attention."""
+
+    DIMENSION = "dimension"
+    """The same dimensions of every head, where that leaves the scale of the attention as it is; else whole heads."""
+    HEAD = "head"
+    """Whole heads."""
+
+
+def trace(
+    model: nn.Module,
+    example: Example,
+    *,
+    heads: HeadUnit = HeadUnit.DIMENSION,
+    rules: Mapping[str, Rule] = MappingProxyType({}),
+) -> ChannelGraph:
+    """Find which channels of which tensors must be kept or removed together.
+
+    The model runs once, in eval mode, at batch 1, while every operation is recorded (index tracing): any python
+    control flow is fine because the model simply runs. What does most of its arithmetic (such as convolutions) is
+    computed only if somebody reads the numbers that follow from it. The model itself is not changed: a shadow that
+    shares its parameters runs in its place, and random state is put back.
+
+    Args:
+        model: A trained network.
+        example: One input, a tuple of positional inputs, or a mapping of inputs by name; of a batch, the first item is
+            used.
+        heads: What is kept or removed as one in attention. Where fewer dimensions per head would change the scale of
+            the attention (`scaled_dot_product_attention` takes it from them unless told), it is whole heads always.
+        rules: What further ATen or custom operations do to channels, by their name (``relu``, ``my_lib::my_op``);
+            see docs/rules.md. They go before the built-in rules.
+
+    Returns:
+        The channel graph. Channels that cannot be removed safely are in it too, with the reason.
+
+    Raises:
+        TraceError: If the model cannot run the example, or must be unwrapped, loaded or the like before.
+    """
+    check_model(model)
+    single = positional(model, example)
+    ledger, attributes = record(model, single, rules)
+    by_head = _by_head(ledger, heads)
+    if by_head.any():
+        ledger, attributes = record(model, single, rules, by_head=by_head)
+    graph = solve(ledger, attributes, single)
+    if not ledger.attended or not _is_entangled(graph):
+        return graph
+    ledger, attributes = record(model, single, rules, by_head=_by_head(ledger, HeadUnit.HEAD))
+    return max(graph, solve(ledger, attributes, single), key=_freedom)
+
+
+def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
+    """(ids,) which belong to attention that must be cut by whole heads."""
+    marked = np.zeros(ledger.count, dtype=bool)
+    if not ledger.attended:
+        return marked
+    root = components(ledger.count, ledger.ties)
+    scaled = np.zeros(ledger.count, dtype=bool)
+    for ids in ledger.scaled:
+        scaled[root[ids]] = True
+    for module, vectors in ledger.attended.items():
+        roots = root[np.concatenate(vectors)] if vectors else np.zeros(0, np.int64)
+        if heads is HeadUnit.HEAD or module in ledger.scaling or scaled[roots].any():
+            marked[roots] = True
+    return marked[root]
+
+
+def _is_entangled(graph: ChannelGraph) -> bool:
+    """Whether whole heads might leave more to choose than dimensions of heads.
+
+    So where heads are divided in one way here and in another there, which ties all channels together, and where the
+    dimensions of queries and keys meet each other alone, and no layer.
+    """
+    tied = (axis.size == 1 and any(site.index.size > 1 for site in axis.sites) for axis in graph.axes)
+    return any(tied) or any(axis.frozen_because == NOT_CONSUMED for axis in graph.axes)
+
+
+def _freedom(graph: ChannelGraph) -> int:
+    """Parameters in tensors with at least one prunable dimension."""
+    sizes = graph.sizes
+    free = (extents for extents in graph.tensors.values() if any(extent.terms for extent in extents))
+    return sum(math.prod(extent.at(sizes) for extent in extents) for extents in free)

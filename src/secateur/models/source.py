@@ -1,0 +1,273 @@
+"""Where a model comes from: plain data that can build it again.
+
+From a short description to a model with its weights."""
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError
+from secateur.models import zoo as _cifar
+from secateur.models import zoo as _resnet
+from secateur.models.weights import load_weights_
+
+Kind = Literal["timm", "torchvision", "secateur", "python"]
+
+BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
+    factory.__name__: factory
+    for factory in (
+        _resnet.cifar_resnet20,
+        _resnet.cifar_resnet32,
+        _resnet.cifar_resnet44,
+        _resnet.cifar_resnet56,
+        _resnet.cifar_resnet110,
+        _resnet.digits_resnet,
+        _cifar.cifar_densenet40,
+        _cifar.cifar_densenet52,
+        _cifar.cifar_efficientnet,
+        _cifar.cifar_efficientnet_150,
+        _cifar.cifar_mobilenetv2,
+        _cifar.cifar_mobilenetv2_150,
+    )
+}
+"""Models that come with Secateur, by name."""
+
+_MOST = {"num_classes": 2**17, "in_channels": 2**12}
+"""Largest arguments: six times the classes of ImageNet-21k, and more channels than satellites have bands. A stranger's
+artifact could otherwise ask for terabytes of fresh weights."""
+_LONGEST_NAME = 500
+_TIMM_ARGUMENTS = {"num_classes": "num_classes", "in_channels": "in_chans"}
+_SUGGESTED = 3
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How to build a model with fresh weights.
+
+    Attributes:
+        kind: Which library knows the name.
+        name: The model's name there; for "python", ``package.module:factory``.
+        arguments: ``num_classes`` and ``in_channels`` where they differ from the model's defaults; positive integers.
+    """
+
+    kind: Kind
+    name: str
+    arguments: Mapping[str, int] = field(default_factory=dict[str, int], hash=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ModelError(f"`kind` must be one of {list(get_args(Kind))}; got {repr(self.kind)[:_LONGEST_NAME]}.")
+        if type(self.name) is not str or not 0 < len(self.name) <= _LONGEST_NAME:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ModelError(f"`name` must be the name of a model; got {repr(self.name)[:_LONGEST_NAME]}.")
+        for key, value in self.arguments.items():
+            if key not in _MOST or type(value) is not int or value < 1:  # pyright: ignore[reportUnnecessaryComparison]
+                raise ModelError(
+                    f"`arguments` must be positive integers among {sorted(_MOST)}; got {key}={value!r} "
+                    f"({self.kind}:{self.name})."
+                )
+            if value > _MOST[key]:
+                raise ModelError(f"`{key}` must be at most {_MOST[key]}; got {value} ({self.kind}:{self.name}).")
+        object.__setattr__(self, "arguments", dict(self.arguments))
+
+    @classmethod
+    def parse(cls, spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> "ModelSource":
+        """Read ``timm:NAME``, ``torchvision:NAME``, ``python:package.module:factory`` or a built-in name.
+
+        Raises:
+            ModelError: If it is none of these.
+        """
+        prefix, colon, name = spec.partition(":")
+        kind, name = (prefix, name) if colon else ("secateur", spec)
+        if kind not in get_args(Kind) or not name:
+            raise ModelError(
+                f"`model` must be timm:NAME, torchvision:NAME, python:package.module:factory or one of "
+                f"{', '.join(BUILT_IN)}; got {spec!r}."
+            )
+        given = {"num_classes": num_classes, "in_channels": in_channels}
+        return cls(cast(Kind, kind), name, {key: value for key, value in given.items() if value is not None})
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object with ``kind``, ``name`` and ``arguments``."""
+        return {"kind": self.kind, "name": self.name, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> "ModelSource":
+        """Inverse of `to_json`.
+
+        Raises:
+            ModelError: If the object has other keys or values.
+        """
+        if set(data) != {"kind", "name", "arguments"} or not isinstance(data["arguments"], Mapping):
+            got = repr(dict(data))[:_LONGEST_NAME]
+            raise ModelError(f"a model source must have `kind`, `name` and `arguments`; got {got}.")
+        return cls(cast(Kind, data["kind"]), cast(str, data["name"]), cast(Mapping[str, int], data["arguments"]))
+
+    def build(self, *, trust_source: bool = False, seed: int = 0) -> nn.Module:
+        """Build the model with fresh weights, in evaluation mode; nothing is downloaded.
+
+        Args:
+            trust_source: Allow a "python" source to import and run code of that name.
+            seed: Of the fresh weights; the global random state stays as it was.
+
+        Raises:
+            ModelError: If the name is unknown, the arguments do not fit, or user code fails or is not trusted.
+        """
+        make = {"timm": _timm, "torchvision": _torchvision, "secateur": _built_in, "python": _python}[self.kind]
+        if self.kind == "python" and not trust_source:
+            raise ModelError(
+                f"python:{self.name} imports and runs code; that needs your consent. Pass trust_source=True "
+                "(--trust-source) if you know the code."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return make(self).eval()
+
+
+def _built_in(source: ModelSource) -> nn.Module:
+    if source.name not in BUILT_IN:
+        raise ModelError(f"`model` must be a known name; got {source.name!r}. {_elsewhere(source.name)}")
+    return BUILT_IN[source.name](**source.arguments)
+
+
+def _elsewhere(name: str) -> str:
+    """Suggest built-in names like this one, and the same name in the libraries."""
+    import timm
+    from torchvision import models
+
+    close = get_close_matches(name, BUILT_IN, _SUGGESTED)
+    close += [f"timm:{name}"] if timm.is_model(name) else []
+    close += [f"torchvision:{name}"] if name in models.list_models(module=models) else []
+    return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILT_IN)}."
+
+
+def _timm(source: ModelSource) -> nn.Module:
+    import timm
+
+    # a name with a scheme or a path ("hf-hub:", "local-dir:") would fetch or read a configuration
+    if not timm.is_model(source.name) or not set(source.name).isdisjoint(":/\\"):
+        close = get_close_matches(source.name, timm.list_models(), _SUGGESTED)
+        raise ModelError(f"`model` must be a name that timm knows; got {source.name!r}. {_did_you_mean(close, 'timm')}")
+    arguments: dict[str, Any] = {_TIMM_ARGUMENTS[key]: value for key, value in source.arguments.items()}
+    try:
+        return timm.create_model(source.name, pretrained=False, **arguments)
+    except Exception as error:
+        raise ModelError(f"timm could not build {source.name} with {arguments}; got: {error}.") from error
+
+
+def _torchvision(source: ModelSource) -> nn.Module:
+    from torchvision import models
+
+    names: list[str] = models.list_models(module=models)
+    if source.name not in names:
+        close = _did_you_mean(get_close_matches(source.name, names, _SUGGESTED), "torchvision")
+        raise ModelError(f"`model` must be a classification model of torchvision; got {source.name!r}. {close}")
+    if source.arguments.get("in_channels", 3) != 3:
+        raise ModelError(
+            f"`in_channels` must be 3 for torchvision models; got {source.arguments['in_channels']} "
+            f"({source.name}). Models of timm take any number: timm:NAME."
+        )
+    arguments = {key: value for key, value in source.arguments.items() if key != "in_channels"}
+    try:
+        return models.get_model(source.name, weights=None, **arguments)
+    except Exception as error:
+        raise ModelError(f"torchvision could not build {source.name} with {arguments}; got: {error}.") from error
+
+
+def _did_you_mean(close: list[str], kind: str) -> str:
+    listing = {"timm": "timm.list_models()", "torchvision": "torchvision.models.list_models()"}[kind]
+    return f"Did you mean {' or '.join(f'{kind}:{name}' for name in close)}?" if close else f"See {listing}."
+
+
+def _python(source: ModelSource) -> nn.Module:
+    spec = f"python:{source.name}"
+    module_name, colon, factory_name = source.name.partition(":")
+    if not colon or not factory_name or not module_name:
+        raise ModelError(f"`model` must be python:package.module:factory; got {spec!r}.")
+    factory = _factory(_imported(module_name, spec), factory_name, spec)
+    try:
+        signature(factory).bind(**source.arguments)
+    except TypeError as error:
+        raise ModelError(f"{spec} must accept the arguments {dict(source.arguments)}; got: {error}.") from error
+    except ValueError:
+        pass  # a factory written in C has no signature; calling it will tell
+    try:
+        model: object = factory(**source.arguments)
+    except Exception as error:
+        raise ModelError(f"{spec} failed: {_summary(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} must return a torch.nn.Module; got {type(model).__name__}.")
+    return model
+
+
+def _imported(module_name: str, spec: str) -> ModuleType:
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        way_out = "Install it, or put its folder on PYTHONPATH."
+        raise ModelError(f"{spec} must name a module that can be imported; {error}. {way_out}") from error
+    except Exception as error:
+        raise ModelError(f"{spec} could not be imported: {_summary(error)}.") from error
+
+
+def _factory(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
+    factory = getattr(module, name, None)
+    if factory is None:
+        public = [key for key in vars(module) if not key.startswith("_")]
+        close = get_close_matches(name, public, _SUGGESTED) or public[:_SUGGESTED]
+        raise ModelError(f"{spec} must name a function of {module.__name__}; there is none. It has {', '.join(close)}.")
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ModelError(f"{spec} must be a function or class that makes a model; got a {type(factory).__name__}.")
+    return factory
+
+
+def _summary(error: Exception) -> str:
+    """What went wrong in user code, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def load_model(
+    spec: str,
+    *,
+    weights: Path | str | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    trust_source: bool = False,
+    seed: int = 0,
+) -> tuple[nn.Module, ModelSource]:
+    """Build a model and load its weights; nothing is downloaded.
+
+    Args:
+        spec: One of
+
+            - ``cifar_resnet20`` (32, 44, 56, 110) or ``digits_resnet``, which come with Secateur,
+            - ``timm:NAME`` or ``torchvision:NAME`` (image classification),
+            - ``python:package.module:factory``: a function of yours that returns a model.
+
+        weights: A ``.safetensors`` file, or a torch file without code; None keeps fresh weights.
+        num_classes: Outputs; None takes the model's default.
+        in_channels: Of the images; None takes the model's default.
+        trust_source: Allow ``python:`` to import and run code of that name.
+        seed: Of fresh weights.
+
+    Returns:
+        The model in evaluation mode on the CPU, and the source that builds it again.
+
+    Raises:
+        ModelError: If the name is unknown, code is not trusted or fails, or the weights do not fit.
+    """
+    source = ModelSource.parse(spec, num_classes=num_classes, in_channels=in_channels)
+    model = source.build(trust_source=trust_source, seed=seed)
+    if weights is not None:
+        load_weights_(model, weights)
+    return model, source

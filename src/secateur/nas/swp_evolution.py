@@ -1,0 +1,135 @@
+"""Choose one candidate per stage by a genetic algorithm, as in the paper of SWP."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from secateur._arrays import IntArray
+from secateur.errors import BudgetError
+from secateur.nas.swp_table import Choice, Combination, StageRows, Table
+
+
+def _evolved(rows: StageRows, objectives: Sequence[int], sizes: "Evolution", mutation: float, seed: int) -> IntArray:
+    """Return the different choices met by a genetic algorithm of pymoo, (n, stages), in lexicographic order."""
+    # pymoo is an extra and takes a second to import, so its base classes are only known here.
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+    from pymoo.core.mutation import Mutation
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.ux import UniformCrossover
+    from pymoo.operators.sampling.rnd import IntegerRandomSampling
+    from pymoo.optimize import minimize
+
+    last = np.array([len(row) - 1 for row in rows.losses])
+    loss_scale = np.maximum([row.max() for row in rows.losses], 0).sum() or 1
+    cost_scale = np.maximum(sum(cost.max(axis=1) for cost in rows.costs), 1)
+    met: list[IntArray] = []
+
+    class Choices(Problem):
+        """Sums of losses and costs, as fractions of their ranges, of one candidate per stage."""
+
+        def _evaluate(self, x: IntArray, out: dict[str, object], *_: object, **__: object) -> None:
+            met.append(x.astype(np.int64))
+            loss, cost = rows.sums(x)
+            out["F"] = np.column_stack([loss / loss_scale, *(cost[field] / cost_scale[field] for field in objectives)])
+            if len(cost):
+                out["G"] = ((cost - rows.room[:, None]) / cost_scale[:, None]).T
+
+    class Redraw(Mutation):
+        """Each stage is drawn again with a small probability."""
+
+        def _do(self, _: object, X: IntArray, *__: object, random_state: Any, **___: object) -> IntArray:
+            drawn = random_state.integers(0, last + 1, X.shape)
+            return np.where(random_state.random(X.shape) < mutation, drawn, X)
+
+    settings: dict[str, Any] = {
+        "pop_size": sizes.population,
+        "sampling": IntegerRandomSampling(),
+        "crossover": UniformCrossover(),
+        "mutation": Redraw(),
+    }
+    problem = Choices(
+        n_var=len(last),
+        n_obj=1 + len(objectives),
+        n_ieq_constr=len(rows.room),
+        xl=np.zeros_like(last),
+        xu=last,
+        vtype=int,
+    )
+    algorithm = NSGA2(**settings) if objectives else GA(**settings)
+    minimize(problem, algorithm, ("n_gen", sizes.generations), seed=seed)
+    return np.unique(np.concatenate(met), axis=0)
+
+
+@dataclass(frozen=True)
+class Evolution(Combination):
+    """A genetic algorithm over the numbers of the candidates; needs the extra ``evolution``.
+
+    Parents are drawn by binary tournament; a child has each stage from one parent or the other, and each stage is
+    drawn anew with a small probability; the best of parents and children survive. Choices over a limit rank behind all
+    others, by how far they are over. Candidates that another one of their stage beats in everything are left out. It
+    ends after its generations, whatever it has found.
+
+    Attributes:
+        population: Choices in a generation.
+        generations: How many there are, with the first one, which is drawn.
+        mutation: Probability for each stage of a child to be drawn anew; None means one stage on average.
+
+    Raises:
+        BudgetError: If a number is out of range.
+
+    References:
+        The paper (Zhang et al., arXiv:2011.04908) searches by evolution without giving its operators. These are pymoo's
+        (Blank & Deb, IEEE Access 8, 2020); several objectives: NSGA-II, Deb et al., 2002.
+    """
+
+    population: int = 100
+    generations: int = 100
+    mutation: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("population", "generations"):
+            if getattr(self, name) < 2:
+                raise BudgetError(f"`{name}` must be at least 2; got {getattr(self, name)}. 100 is usual.")
+        if self.mutation is not None and not 0 <= self.mutation <= 1:
+            raise BudgetError(f"`mutation` must be a probability, 0 to 1; got {self.mutation}. None suits most.")
+
+    def combine(self, table: Table, seed: int) -> Choice:
+        """The best choice it meets.
+
+        Raises:
+            BudgetError: If no choice keeps to the limits, or it meets none that does.
+            ImportError: If pymoo is not installed.
+        """
+        table.check()
+        rows = StageRows.of(table, tuple(table.whole.room))
+        met = self.meet(rows, (), seed)
+        if not len(met):
+            raise BudgetError(
+                f"`generations` must be enough to meet a choice within the budget; got {self.generations} of "
+                f"{self.population}. `Exact` says whether there is one. {table.out_of_reach()}"
+            )
+        loss, cost = rows.sums(met)
+        best = np.lexsort((*met.T[::-1], *cost[::-1], loss))[0]
+        return table.choice(rows.picked(met[best].tolist()))
+
+    def meet(self, rows: StageRows, objectives: Sequence[int], seed: int) -> IntArray:
+        """(n, stages) the different choices within the room that it meets, by row, in lexicographic order.
+
+        Args:
+            rows: Candidates and room.
+            objectives: Costs to be minimised together with the loss, by number of the field; none means the loss only.
+            seed: For all that is drawn; the caller's random numbers are not touched.
+        """
+        mutation = 1 / len(rows.losses) if self.mutation is None else self.mutation
+        _check_pymoo()
+        met = _evolved(rows, objectives, self, mutation, seed)
+        return met[(rows.sums(met)[1] <= rows.room[:, None]).all(axis=0)]
+
+
+def _check_pymoo() -> None:
+    if importlib.util.find_spec("pymoo") is None:
+        raise ImportError("`Evolution` needs pymoo; got none. Run pip install 'secateur[evolution]'.")

@@ -1,0 +1,257 @@
+"""What the relaxed choice is expected to cost, and the loss that draws it to the budget.
+
+From probabilities to an architecture that fills the budget and is never over it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur._arrays import FloatArray, IntArray
+from secateur.cost.budget import Cost
+from secateur.errors import BudgetError
+from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.search.base import Problem
+from secateur.search.knapsack import PROMISED, fit
+
+
+@dataclass(frozen=True, eq=False)
+class Price:
+    """The cost of a choice.
+
+    Attributes:
+        problem: Costs and limits.
+        candidates: What there is to choose from.
+        tolerance: How far under the budget is near enough, as a fraction of the whole model's cost.
+    """
+
+    problem: Problem
+    candidates: Candidates
+    tolerance: float
+
+    def expected(self, choice: Choice) -> dict[str, Tensor]:
+        """E[cost] by limited field, in its own unit, float64, differentiable.
+
+        Widths are replaced by their expectations under p and every block by the probability that it is kept. For
+        operations whose factors are different axes (all but those that have one axis, or a stream and its branch, at
+        both ends) and blocks that do not lie in each other this is the expectation itself, since costs are multilinear
+        and choices independent. In an untied graph a branch counts with E[min] of its own width and the stream's, and
+        a stream that is nothing but the sum of its branches with E[max] of theirs. A latency between well aligned
+        widths is interpolated, so its steps do not show here; what is most likely is priced with them.
+        """
+        costs, device = self.problem.costs, choice.widths.device
+        widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
+        if len(self.candidates.axes):
+            table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=device)
+            means = (choice.log_widths.double().exp() * table).sum(1)
+            widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
+        streams = self.problem.streams
+        for branch, stream in streams.branches.tolist():
+            if stream not in self.candidates.axes:
+                continue
+            narrower = -_expected_maximum([(-w, p) for w, p in self._drawn(choice, (branch, stream))])
+            widths = widths.index_put((torch.tensor([branch], device=device),), narrower)
+        for stream, branches in streams.sums:
+            widest = _expected_maximum(self._drawn(choice, branches.tolist()))
+            widths = widths.index_put((torch.tensor([stream], device=device),), widest)
+        return costs.expected(self.problem.limits, widths, self.presence(choice))
+
+    def _drawn(self, choice: Choice, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+        """The widths of each axis and their probabilities; axes without a choice are whole."""
+        row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
+        p = choice.log_widths.double().exp()
+        table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=p.device)
+        whole = torch.as_tensor(self.problem.costs.sizes, dtype=torch.float64, device=p.device)
+        one = p.new_ones(1)
+        return [(table[row[axis]], p[row[axis]]) if axis in row else (whole[axis].view(1), one) for axis in axes]
+
+    def presence(self, choice: Choice) -> Tensor:
+        """(blocks,) probability that each removable block is kept."""
+        costs = self.problem.costs
+        present = torch.as_tensor(costs.present, dtype=torch.float64, device=choice.depths.device)
+        column = {name: index for index, name in enumerate(costs.blocks)}
+        p = choice.log_depths.double().exp()
+        for row, number in enumerate(self.candidates.chains.tolist()):
+            depths = torch.as_tensor(self.candidates.depths[row], device=p.device)
+            for place, block in enumerate(self.problem.evidence.graph.chains[number], 1):
+                kept = (p[row] * (depths >= place)).sum()
+                present = present.index_put((torch.tensor([column[block.name]], device=p.device),), kept)
+        return present
+
+    def most_likely(self, choice: Choice) -> Cost:
+        """Cost of the architecture of the most likely candidates."""
+        widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
+        return self.problem.costs.cost_of(self.problem.streams.fitted(widths[None])[0], blocks)
+
+    @staticmethod
+    def top(log_p: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """The most likely candidate of every row."""
+        return log_p.detach().cpu().argmax(1).numpy().astype(np.int64)
+
+    def widths_at(
+        self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """(axes,) widths of all prunable axes when each choice takes a candidate by number."""
+        widths = self.problem.costs.sizes.copy()
+        widths[self.candidates.axes] = self.candidates.widths[np.arange(len(picked)), picked]
+        return widths
+
+    def blocks_at(
+        self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """(blocks,) 1 for every removable block that is kept when each chain takes a candidate by number."""
+        costs = self.problem.costs
+        column = {name: index for index, name in enumerate(costs.blocks)}
+        present = costs.present.copy()
+        for row, number in enumerate(self.candidates.chains.tolist()):
+            for block in self.problem.evidence.graph.chains[number][self.candidates.depths[row, picked[row]] :]:
+                present[column[block.name]] = 0
+        return present
+
+    def loss(self, choice: Choice) -> Tensor:
+        """+log E if the most likely architecture costs more than the budget, -log E if less by over the tolerance.
+
+        With several limits the one counts whose budget is fullest. E is relative to the whole model's cost, which
+        changes no gradient.
+
+        References:
+            Dong & Yang (TAS), arXiv:1905.09717, Eq. (8), with the lower bound R - t * F_full of the reference code
+            (the paper writes (1 - t) R).
+        """
+        original, limits = self.problem.costs.original, self.problem.limits
+        now = self.most_likely(choice)
+        field = max(limits, key=lambda name: getattr(now, name) / max(limits[name], 1e-300))
+        expected = torch.log(self.expected(choice)[field] / (getattr(original, field) or 1))
+        cost, limit = getattr(now, field), limits[field]
+        if cost > limit:
+            return expected
+        if cost < limit - self.tolerance * getattr(original, field):
+            return -expected
+        return 0 * expected
+
+    def fractions(self, cost: Mapping[str, float] | Cost) -> dict[str, float]:
+        """Limited fields as fractions of the whole model's."""
+        original = self.problem.costs.original
+        values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.problem.limits}
+        return {name: value / (getattr(original, name) or 1) for name, value in values.items()}
+
+
+def _expected_maximum(drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """E[max] of independent draws = sum_v v * (F(v) - F(v-)), F(v) the product of their P(value <= v).
+
+    Args:
+        drawn: Values and probabilities of each.
+    """
+    values = torch.cat([each for each, _ in drawn]).unique()
+    below = torch.stack([(p[:, None] * (each[:, None] <= values)).sum(0) for each, p in drawn]).prod(0)
+    return (values * torch.diff(below, prepend=below.new_zeros(1))).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """An architecture within the budget.
+
+    Attributes:
+        widths: (axes,) of every prunable axis.
+        removed_blocks: Names.
+    """
+
+    widths: IntArray
+    removed_blocks: tuple[str, ...]
+
+
+def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths: FloatArray) -> Derived:
+    """The most likely architecture, moved as little as it takes to fill the budget.
+
+    Depths first: those most likely. While nothing within the budget is left of the widths, the step to a shallower
+    candidate that costs least likelihood for what it spares is taken; while whole widths would not fill the budget,
+    that to a deeper one, if there is one that fits. Then the widths: the steps up to the most likely ones come first,
+    the least doubtful before the others; those beyond follow, the most likely first. `fit` takes as many as there is
+    room for. The step beyond a width w is in doubt by P(width <= w). Axes without a choice stay whole.
+
+    Args:
+        problem: Costs, limits and allowed widths.
+        candidates: What the probabilities are of.
+        widths: (axes with a choice, candidates) probabilities.
+        depths: (chains with a choice, candidates) probabilities.
+
+    Raises:
+        BudgetError: If nothing fits the budget.
+    """
+    smallest = problem.costs.sizes.copy()
+    smallest[candidates.axes] = candidates.widths[:, 0]
+    blocks = _Blocks(problem, candidates, depths, smallest)
+    removed = blocks.removed()
+    if not len(candidates.axes):
+        return Derived(problem.costs.sizes.copy(), removed)
+    inner = replace(problem, costs=problem.costs.without(removed))
+    searched = set(candidates.axes.tolist())
+    levels = [each if axis in searched else each[-1:] for axis, each in enumerate(problem.levels)]
+    found = fit(inner, _keys(levels, candidates, widths), levels).widths
+    return Derived(problem.streams.fitted(found[None])[0], removed)
+
+
+def _keys(all_levels: Sequence[IntArray], candidates: Candidates, p: FloatArray) -> list[FloatArray]:
+    """When to take each step of each axis; see `derive`. Steps up to the smallest candidate come first of all."""
+    row = {axis: number for number, axis in enumerate(candidates.axes.tolist())}
+    keys: list[FloatArray] = []
+    for axis, levels in enumerate(all_levels):
+        if axis not in row:
+            keys.append(np.zeros(0))
+            continue
+        mine, likely = candidates.widths[row[axis]], p[row[axis]]
+        at_most = (likely[None, :] * (mine[None, :] <= levels[:-1, None])).sum(axis=1)
+        beyond = levels[1:] > mine[likely.argmax()]
+        keys.append(np.where(levels[1:] <= mine[0], -1.0, at_most + beyond))
+    return keys
+
+
+class _Blocks:
+    """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width or whole."""
+
+    def __init__(self, problem: Problem, candidates: Candidates, p: FloatArray, widths: IntArray):
+        self._problem, self._candidates, self._p, self._widths = problem, candidates, p, widths
+        self._last = [int(row.sum()) - 1 for row in candidates.open_depths]
+
+    def removed(self) -> tuple[str, ...]:
+        """Names of the blocks to remove."""
+        now = [int(row.argmax()) for row in self._p]
+        while self._cost(now) > 1:
+            options = [self._moved(now, chain, -1) for chain, number in enumerate(now) if number > 0]
+            if not options:
+                raise BudgetError(
+                    f"`budget` must be within reach; got {self._problem.budget}. Raise it, or allow smaller widths."
+                )
+            now = min(options, key=lambda option: self._regret(now, option))
+        while self._cost(now, whole=True) < PROMISED:
+            options = [self._moved(now, chain, 1) for chain, number in enumerate(now) if number < self._last[chain]]
+            options = [option for option in options if self._cost(option) <= 1]
+            if not options:
+                break
+            now = min(options, key=lambda option: self._regret(now, option))
+        return self._names(now)
+
+    def _moved(self, now: Sequence[int], chain: int, step: int) -> list[int]:
+        return [number + step * (place == chain) for place, number in enumerate(now)]
+
+    def _regret(self, now: Sequence[int], then: Sequence[int]) -> float:
+        """Loss of log likelihood for each unit of utilisation."""
+        change = abs(self._cost(now) - self._cost(then))
+        return (self._likelihood(now) - self._likelihood(then)) / max(change, 1e-12)
+
+    def _likelihood(self, now: Sequence[int]) -> float:
+        return float(sum(np.log(max(self._p[chain, number], 1e-300)) for chain, number in enumerate(now)))
+
+    def _cost(self, now: Sequence[int], *, whole: bool = False) -> float:
+        """Utilisation."""
+        costs = self._problem.costs.without(self._names(now))
+        widths = costs.sizes if whole else self._widths
+        return float(replace(self._problem, costs=costs).utilisation(widths[None])[0])
+
+    def _names(self, now: Sequence[int]) -> tuple[str, ...]:
+        chains = self._problem.evidence.graph.chains
+        picked = zip(self._candidates.chains.tolist(), now, strict=True)
+        kept = ((chains[chain], int(self._candidates.depths[row, n])) for row, (chain, n) in enumerate(picked))
+        return tuple(sorted(block.name for chain, depth in kept for block in chain[depth:]))

@@ -1,0 +1,114 @@
+"""The whole way on a data set that scikit-learn brings: train a small network, then compress it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from secateur.data.dataset import ImageData
+from secateur.data.load import load_data
+from secateur.distill.objective import Objective
+from secateur.export.formats import Format
+from secateur.models.source import ModelSource, load_model
+from secateur.pipeline.compress import compress, silent
+from secateur.pipeline.config import STRATEGY, CompressResult
+from secateur.pipeline.workspace import Leftover, check_output
+from secateur.search.base import Strategy
+from secateur.train.callbacks import Meter, Progress, TerminalProgress
+from secateur.train.config import Schedule
+from secateur.train.fit import fit
+from secateur.train.trainer import Trained
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Settings of the demonstration.
+
+    Attributes:
+        budget: Of the compressed network.
+        strategy: How its architecture is found.
+        teaching: Training of the original, from nothing, on the labels.
+        recovery: Distillation of the cut network.
+        label_smoothing: Of the original's training.
+    """
+
+    budget: str = "macs=30%"
+    strategy: Strategy = STRATEGY
+    teaching: Schedule = Schedule(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
+    recovery: Schedule = Schedule(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
+    label_smoothing: float = 0.05
+
+
+def demo(
+    out: Path | str,
+    *,
+    settings: Demo = Demo(),
+    export: Sequence[Format] = (Format.ONNX,),
+    seed: int = 0,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    tell: Callable[[str], None] = silent,
+    command: str = "",
+) -> CompressResult:
+    """Train a small residual network on handwritten digits, compress it, verify, export and report.
+
+    Args:
+        out: Folder for the artifact; an older artifact there, finished or not, is replaced.
+        settings: See `Demo`.
+        export: Files for other runtimes.
+        seed: Of everything that is random.
+        progress: Shows both trainings.
+        tell: Receives one sentence per step.
+        command: The exact command, for the record.
+
+    Raises:
+        ArtifactError: If the folder holds something else.
+        DataError: If scikit-learn is not installed.
+    """
+    check_output(Path(out))
+    data = load_data("digits", seed=seed)
+    fresh, source = load_model("digits_resnet", seed=seed)
+    tell(f"Training {source.name} on {len(data.train)} digits of {data.name}, {settings.teaching.epochs} epochs.")
+    taught = _teach(fresh, data, settings, seed, _Called("teach", progress))
+    tell(f"Trained. Now compressing it to {settings.budget}.")
+    return compress(
+        taught.model,
+        data,
+        budget=settings.budget,
+        strategy=settings.strategy,
+        schedule=settings.recovery,
+        out=out,
+        export=export,
+        source=ModelSource.from_json(source.to_json()),
+        leftover=Leftover.DISCARD,
+        seed=seed,
+        progress=progress,
+        tell=tell,
+        name=source.name,
+        command=command,
+    )
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A progress under another word: two trainings in one log would write over each other."""
+
+    what: str
+    inner: Progress
+
+    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[Meter]:
+        del what
+        return self.inner.watch(self.what, epochs=epochs, steps=steps, done=done)
+
+
+def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, progress: Progress) -> Trained:
+    return fit(
+        fresh,
+        data.train,
+        schedule=replace(settings.teaching, seed=seed),
+        objective=Objective.of_labels(label_smoothing=settings.label_smoothing),
+        augment=data.augment,
+        validation=data.validation,
+        progress=progress,
+    )

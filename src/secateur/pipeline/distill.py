@@ -1,0 +1,378 @@
+"""Who learns from whom, and what comes of it.
+
+A student of any kind learns from a teacher of any kind: the same engine, checks and artifact as for a cut one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from secateur._files import atomic_folder, told_of_disk
+from secateur._provenance import Provenance
+from secateur.architecture import Architecture
+from secateur.cost.macs import counted_macs, counted_params
+from secateur.data.dataset import ImageData, calibration
+from secateur.distill.objective import Objective, Term
+from secateur.export.artifact import amend, save, weights_bytes
+from secateur.export.edits import edits_between
+from secateur.export.formats import Format, check_formats
+from secateur.export.manifest import Recipe
+from secateur.models.source import ModelSource
+from secateur.pipeline.checks import copied, latency_between, probe_json, reload_check, shown_latency
+from secateur.pipeline.compress import silent
+from secateur.pipeline.exports import Exports, Samples, deliver_exports
+from secateur.pipeline.workspace import (
+    Leftover,
+    check_belongs,
+    check_output,
+    fabric_for,
+    own_copy,
+    shared_workplace,
+    workplace_of,
+)
+from secateur.prune.masks import nonzero_params
+from secateur.report.html import write_report
+from secateur.report.run import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch
+from secateur.train.callbacks import Progress, TerminalProgress
+from secateur.train.checkpoint import Saving, digest
+from secateur.train.config import Schedule
+from secateur.train.device import Eager, Execution
+from secateur.train.evaluate import evaluate
+from secateur.train.fit import distill
+from secateur.train.recipes import distill_after_hints
+from secateur.train.trainer import Trained
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Hinting:
+    """A stage of hints before everything else, see `secateur.train.distill_after_hints`.
+
+    Attributes:
+        hints: Losses of features.
+        schedule: Of the stage.
+    """
+
+    hints: tuple[Term, ...]
+    schedule: Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Pupil:
+    """A student or teacher, and what is written of it.
+
+    Attributes:
+        model: Not changed.
+        name: For the report; empty means its class.
+        source: How it is built, so that the artifact can be loaded; None: loading needs ``factory=``.
+        architecture: What was kept, if it is a cut model.
+    """
+
+    model: nn.Module
+    name: str = ""
+    source: ModelSource | None = None
+    architecture: Architecture = Architecture()  # noqa: RUF009 - frozen
+
+    @property
+    def called(self) -> str:
+        """Its name, or its class."""
+        return self.name or type(self.model).__name__
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A distilled student and what was measured.
+
+    Attributes:
+        model: In eval mode, on the device of the student that was given.
+        trained: The training.
+        report: Teacher and student side by side.
+        folder: The artifact, or None.
+        files: Everything that was written.
+    """
+
+    model: nn.Module
+    trained: Trained
+    report: RunReport
+    folder: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What did not hold, in words; empty if everything did."""
+        return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """One run, see `distill_into`."""
+
+    student: Pupil
+    teacher: Pupil
+    data: ImageData
+    schedule: Schedule
+    objective: Objective
+    hinting: Hinting | None
+    fabric: "Fabric"
+    command: str
+    saving: Saving = Saving()  # noqa: RUF009 - frozen
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
+
+    def settings(self) -> dict[str, str]:
+        """What makes two runs the same; the rest is in the checkpoints' own settings."""
+        data = self.data
+        return {
+            "student": digest(self.student.model),
+            "teacher": digest(self.teacher.model),
+            "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "augment": repr(data.augment),
+            "hints": "none" if self.hinting is None else repr(self.hinting.schedule),
+            "seed": str(self.schedule.seed),
+        }
+
+    @property
+    def losses(self) -> str:
+        """The objective in words."""
+        found = [f"{self.objective.kd_weight:g} kd (T = {self.objective.temperature:g})"] * bool(
+            self.objective.kd_weight
+        )
+        found += [f"{self.objective.label_weight:g} labels"] * bool(self.objective.label_weight)
+        found += [f"{term.weight:g} {term.name}" for term in self.objective.terms]
+        first = "" if self.hinting is None else f", after {self.hinting.schedule.epochs} epochs of hints"
+        return f"distilled from {self.teacher.called}: {' + '.join(found)}{first}"
+
+
+_IMAGES = 8
+
+
+def distill_into(
+    student: Pupil,
+    *,
+    teacher: Pupil,
+    data: ImageData,
+    schedule: Schedule,
+    objective: Objective = Objective(),  # noqa: B008 - frozen
+    hinting: Hinting | None = None,
+    remember: Path | None = None,
+    out: Path | None = None,
+    export: Sequence[Format] = (Format.ONNX,),
+    leftover: Leftover = Leftover.REFUSE,
+    saving: Saving = Saving(),  # noqa: B008 - frozen
+    execution: Execution = Eager(),  # noqa: B008 - frozen
+    seed: int = 0,
+    device: torch.device | None = None,
+    fabric: "Fabric | None" = None,
+    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
+    tell: Callable[[str], None] = silent,
+    command: str = "",
+) -> Distilled:
+    """Distil any teacher into any student, verify the result and write it as an artifact.
+
+    Args:
+        student: Learns; a copy is trained.
+        teacher: A trained classifier of the same classes.
+        data: The best epoch is chosen on the validation images; the test images are for the report alone.
+        schedule: Of the training. Its seed is replaced by ``seed``.
+        objective: The losses, see `secateur.distill.Objective`; no aligned features, which only a cut student has.
+        hinting: A stage of hints first; None goes without.
+        remember: Folder for the teacher's logits, see `secateur.train.fit`.
+        out: Folder for the artifact, the exports and the report; None writes nothing. Until the end the work lies in
+            ``<out>.work``, from which an interrupted run goes on.
+        export: Files for other runtimes; only with ``out``.
+        leftover: What to do with an interrupted run at the same ``out``.
+        saving: When checkpoints are written, beside those at the ends of epochs; only with ``out``.
+        execution: How both are run, see `secateur.train.fit`.
+        seed: Of order, augmentation and dropout.
+        device: Where to compute; None means the accelerator if there is one.
+        fabric: Instead of a device, see `compress`.
+        progress: Shows the training.
+        tell: Receives one sentence per step.
+        command: The exact command or call, for the record.
+
+    Returns:
+        The student and everything that was measured.
+
+    Raises:
+        SecateurError: One of its subclasses, with the way out.
+    """
+    fabric = fabric_for(fabric, schedule.precision, device, out)
+    execution.check(fabric)
+    images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
+    for pupil in (teacher, student):
+        check_belongs(own_copy(pupil.model, fabric.device), data, images)
+    if out is not None:
+        check_output(out)
+        check_formats(export)
+    run = Lesson(
+        student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
+    )
+    tell = tell if fabric.is_global_zero else silent
+    if out is None:
+        trained, steps = _learn(run, remember, None, progress, tell)
+        return Distilled(trained.model, trained, _report(run, trained, steps))
+    with shared_workplace(fabric, out, run.settings(), leftover) as work:
+        trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
+        if not fabric.is_global_zero:
+            return Distilled(trained.model, trained, _report(run, trained, steps))
+        learnt = _Learnt(run, trained, steps, images.detach().cpu())
+        report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)
+    return Distilled(trained.model, trained, report, out, files)
+
+
+def _learn(
+    run: Lesson, remember: Path | None, checkpoint: Path | None, progress: Progress, tell: Callable[[str], None]
+) -> tuple[Trained, tuple[Step, ...]]:
+    steps = [
+        _step(run, "teacher", run.teacher.model, tell),
+        _step(run, "student before", run.student.model, tell),
+    ]
+    if run.hinting is None:
+        trained = distill(
+            run.student.model,
+            teacher=run.teacher.model,
+            data=run.data,
+            schedule=run.schedule,
+            objective=run.objective,
+            remember=remember,
+            checkpoint=checkpoint,
+            saving=run.saving,
+            execution=run.execution,
+            progress=progress,
+            fabric=run.fabric,
+        )
+    else:
+        trained = distill_after_hints(
+            run.student.model,
+            teacher=run.teacher.model,
+            data=run.data,
+            hints=run.hinting.hints,
+            hint_schedule=replace(run.hinting.schedule, seed=run.schedule.seed),
+            schedule=run.schedule,
+            objective=run.objective,
+            checkpoint=checkpoint,
+            saving=run.saving,
+            execution=run.execution,
+            progress=progress,
+            fabric=run.fabric,
+        )
+    steps.append(_step(run, "distilled", trained.model, tell))
+    return trained, tuple(steps)
+
+
+def _step(run: Lesson, name: str, model: nn.Module, tell: Callable[[str], None]) -> Step:
+    found = evaluate(model, run.data.test, device=run.fabric.device)
+    tell(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
+    return Step(name, MeasuredAccuracy(found.top1, found.n))
+
+
+def _measured(model: nn.Module, data: ImageData, step: Step) -> Measured:
+    macs = counted_macs(copied(model).cpu(), torch.zeros(1, *data.size))
+    return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
+
+
+def _report(run: Lesson, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
+    provenance, data = Provenance.here(run.command, run.schedule.seed), run.data
+    report = RunReport(
+        model=f"{run.student.called} from {run.teacher.called}",
+        data=f"{data.name}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test "
+        "images",
+        strategy=run.losses,
+        before=_measured(run.teacher.model, data, steps[0]),
+        after=_measured(trained.model, data, steps[-1]),
+        steps=steps,
+        training=tuple(
+            TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
+            for record in trained.history
+            if record.train_loss is not None
+        ),
+        command=provenance.command,
+        seed=provenance.seed,
+        versions=provenance.versions,
+        machine=provenance.machine,
+        date=provenance.date,
+    )
+    return replace(report, **more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class _Learnt:
+    run: Lesson
+    trained: Trained
+    steps: tuple[Step, ...]
+    images: Tensor
+
+
+def _deliver(
+    learnt: _Learnt, out: Path, formats: tuple[Format, ...], tell: Callable[[str], None]
+) -> tuple[RunReport, tuple[Path, ...]]:
+    run, trained, images = learnt.run, learnt.trained, learnt.images
+    student, given = trained.model, run.student
+    with told_of_disk(out), atomic_folder(out) as draft:
+        save(draft, student, _recipe(run, student))
+        own = (lambda: copied(given.model)) if given.source is None else None
+        checks: list[Check] = [reload_check(student, images, draft, own)]
+        exports = deliver_exports(student, Samples(images, run.data), draft, formats)
+        checks += exports.checks
+        latency, notes = latency_between(run.teacher.model, student, images)
+        report = _report(
+            run,
+            trained,
+            learnt.steps,
+            checks=tuple(checks),
+            latency=tuple(map(shown_latency, latency)),
+            notes=(*notes, *exports.notes),
+            exports=exports.shown,
+        )
+        write_report(draft / "report.html", report)
+        workplace_of(out).hand_on_history(draft)
+        amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report, exports))
+        names = sorted(path.name for path in draft.iterdir())
+    for check in report.checks:
+        tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
+    return report, tuple(out / name for name in names)
+
+
+def _recipe(run: Lesson, student: nn.Module) -> Recipe:
+    given, data = run.student, run.data
+    pristine = given.model if given.source is None else given.source.build(trust_source=True)
+    example = torch.zeros(1, *data.size)
+    costs = [
+        {"macs": counted_macs(copied(model).cpu(), example), "params": counted_params(model)}
+        for model in (run.teacher.model, student)
+    ]
+    return Recipe(
+        source={"kind": "factory", "name": given.called} if given.source is None else given.source.to_json(),
+        architecture=given.architecture,
+        edits=edits_between(pristine, student),
+        input_shape=data.size,
+        mean=data.mean,
+        std=data.std,
+        classes=data.classes,
+        cost_before=costs[0],
+        cost_after=costs[1],
+        provenance=Provenance.here(run.command, run.schedule.seed),
+    )
+
+
+def _metrics(run: Lesson, trained: Trained, report: RunReport) -> dict[str, object]:
+    return {
+        "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
+        "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
+        "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
+        "history": [record.to_json() for record in trained.history],
+        "best_epoch": trained.best_epoch,
+        "distillation": {"teacher": run.teacher.called, "losses": run.losses},
+    }
+
+
+def _verification(run: Lesson, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
+    return {
+        **exports.to_json(),
+        "checks": [asdict(check) for check in report.checks],
+        "probe": probe_json(copied(student).cpu(), run.data.size),
+    }

@@ -1,0 +1,249 @@
+"""Files for other runtimes, from any model.
+
+Exported files of a finished run: each a check, a row of the report, and an entry of the artifact."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from secateur.cost.measure import LatencyRecord, measure_files
+from secateur.cost.targets import OnnxRuntime
+from secateur.data.dataset import ImageData, calibration
+from secateur.errors import ExportError
+from secateur.export._common import Parity
+from secateur.export.artifact import amend, is_artifact, read_manifest
+from secateur.export.executorch import export_executorch
+from secateur.export.formats import Format, check_formats
+from secateur.export.int8 import USUAL_KEPT, Quantised, export_int8
+from secateur.export.onnx import export_onnx, onnx_bytes
+from secateur.export.openvino import export_openvino
+from secateur.export.torch_export import export_pt2
+from secateur.pipeline.checks import copied, shown_latency
+from secateur.report.run import Check, ExportedFile, MeasuredAccuracy
+
+INT8_IMAGES = 512
+"""Training images that tell the range of every activation. More widen ranges by ever rarer values."""
+BATCH = 128
+"""Images per pass."""
+RECORD = "exports"
+"""Where secateur.json tells of exported files, within its verification."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What exported files are compared on.
+
+    Attributes:
+        images: A few real ones, at least two, as the model takes them.
+        data: Where int8 takes its ranges (training images) and its accuracy (test images) from; None if there is none.
+    """
+
+    images: Tensor
+    data: ImageData | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One format in a folder.
+
+    Attributes:
+        form: Which.
+        agreed: How it was compared with the model.
+        sizes: Bytes of each file.
+        sha256: Of each file, hexadecimal.
+        latency: Of the float file (before) and of this one (after), or None.
+    """
+
+    form: Format
+    agreed: Parity | Quantised
+    sizes: tuple[int, ...]
+    sha256: tuple[str, ...]
+    latency: LatencyRecord | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object."""
+        rows = zip(self.form.files, self.sizes, self.sha256, strict=True)
+        files = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in rows]
+        measured = {} if self.latency is None else {"latency": self.latency.to_json()}
+        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json(), **measured}
+
+
+def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) -> Exported:
+    """Write one format into a folder and compare it with the model.
+
+    Args:
+        model: Not changed.
+        samples: What it is compared on.
+        folder: Where.
+        form: Which.
+
+    Raises:
+        ExportError: If it cannot be made or disagrees; nothing is left then.
+    """
+    agreed = _EXPORTERS[form](model, samples, folder / form.file)
+    contents = [(folder / name).read_bytes() for name in form.files]
+    return Exported(
+        form, agreed, tuple(map(len, contents)), tuple(hashlib.sha256(each).hexdigest() for each in contents)
+    )
+
+
+def export_files(
+    model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format], *, data: ImageData | None = None
+) -> dict[Path, Parity | Quantised]:
+    """Write exported files into a folder; if that is an artifact, its secateur.json tells of them afterwards.
+
+    Args:
+        model: Not changed.
+        images: At least two real ones.
+        folder: Where.
+        formats: Which files.
+        data: For int8, which takes ranges from training images and its accuracy from test images.
+
+    Returns:
+        How closely each file follows the model.
+
+    Raises:
+        ExportError: If one cannot be made or disagrees; those before it stay.
+    """
+    check_formats(formats)
+    samples, made = Samples(images, data), list[Exported]()
+    try:
+        for form in formats:
+            made.append(export_file(model, samples, folder, form))
+    finally:
+        if made and is_artifact(folder):
+            _record(folder, made)
+    return {folder / each.form.file: each.agreed for each in made}
+
+
+def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
+    """Exported files by format, for the verification in secateur.json."""
+    return {each.form.value: each.to_json() for each in exports}
+
+
+def _record(folder: Path, made: Sequence[Exported]) -> None:
+    before = read_manifest(folder).recipe.verification.get(RECORD)
+    amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **exports_json(made)}})
+
+
+def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantised:
+    data = samples.data
+    if data is None:
+        raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
+    ranges = calibration(data.train, min(INT8_IMAGES, len(data.train)), batch_size=BATCH)
+    return export_int8(model, [images for images, _ in ranges], data.test.batches(BATCH), path)
+
+
+_EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantised]] = {
+    Format.ONNX: lambda model, samples, path: export_onnx(model, samples.images, path),
+    Format.PT2: lambda model, samples, path: export_pt2(model, samples.images, path),
+    Format.OPENVINO: lambda model, samples, path: export_openvino(model, samples.images, path),
+    Format.EXECUTORCH: lambda model, samples, path: export_executorch(model, samples.images, path),
+    Format.INT8: _int8,
+}
+
+
+_PARITY_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What became of the formats that were asked for.
+
+    Attributes:
+        checks: One for each.
+        made: Those that held.
+        notes: What the reader must know.
+    """
+
+    checks: tuple[Check, ...]
+    made: tuple[Exported, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[ExportedFile, ...]:
+        """As the report has them."""
+        return tuple(map(_shown, self.made))
+
+    def to_json(self) -> dict[str, object]:
+        """For the verification in secateur.json."""
+        return {RECORD: exports_json(self.made)}
+
+
+def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: Sequence[Format]) -> Exports:
+    """Write every format into a draft. A failure is a failed check: the artifact itself is good and must not be lost.
+
+    Args:
+        student: The finished model.
+        samples: What files are compared on.
+        draft: The artifact.
+        formats: Which.
+    """
+    few = replace(samples, images=samples.images[:_PARITY_IMAGES])
+    checks, made, notes = list[Check](), list[Exported](), list[str]()
+    for form in formats:
+        try:
+            found = export_file(student, few, draft, form)
+        except ExportError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError):  # A full disk says nothing of the file: the run goes on when there is room.
+                raise cause from None
+            checks.append(Check(_claim(form), False, detail=f"not written: {error}"))
+            continue
+        made.append(found)
+        checks.append(agreement_check(form, found.agreed))
+        notes += _doubts(found)
+    # After all of them: the float file may be one that is asked for later.
+    for at, each in enumerate(made):
+        if each.form is Format.INT8:
+            latency, said = _int8_latency(student, few.images, draft)
+            made[at] = replace(each, latency=latency)
+            notes += said
+    return Exports(tuple(checks), tuple(made), tuple(notes))
+
+
+def agreement_check(form: Format, agreed: Parity | Quantised) -> Check:
+    """What was found as a line of the report; for files that were accepted."""
+    if isinstance(agreed, Quantised):
+        return Check(_claim(form), True, detail=str(agreed))
+    sizes = " and ".join(map(str, agreed.batch_sizes))
+    return Check(_claim(form), True, agreed.max_abs, agreed.max_rel, agreed.tolerance, f"batch sizes {sizes}")
+
+
+def _claim(form: Format) -> str:
+    return f"{form.file} {'answers as the float model' if form is Format.INT8 else '= model in PyTorch'}"
+
+
+def _doubts(found: Exported) -> list[str]:
+    if not isinstance(found.agreed, Quantised) or found.agreed.usual:
+        return []
+    return [
+        f"{found.form.file} keeps {100 * found.agreed.kept:.1f} % of the float model's accuracy, less than the "
+        f"{100 * USUAL_KEPT:g} % that are usual for 8 bits: {found.agreed}. Use the float file where that matters."
+    ]
+
+
+def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[LatencyRecord | None, list[str]]:
+    in_float = draft / Format.ONNX.file
+    try:
+        before = in_float if in_float.exists() else onnx_bytes(copied(student).cpu(), (images,))
+        return measure_files(before, draft / Format.INT8.file, OnnxRuntime(), images[:1]), []
+    except ExportError as error:
+        return None, [f"The latency of {Format.INT8.file} was not measured: {error}"]
+
+
+def _shown(made: Exported) -> ExportedFile:
+    size, agreed = sum(made.sizes), made.agreed
+    if isinstance(agreed, Parity):
+        return ExportedFile(made.form.file, size, difference=agreed.max_rel)
+    return ExportedFile(
+        made.form.file,
+        size,
+        accuracy=MeasuredAccuracy(agreed.top1, agreed.n),
+        float_accuracy=MeasuredAccuracy(agreed.float_top1, agreed.n),
+        agreement=agreed.agreement,
+        latency=None if made.latency is None else shown_latency(made.latency),
+    )

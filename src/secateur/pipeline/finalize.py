@@ -1,0 +1,425 @@
+"""Why a network with fewer multiply-accumulates is hardly faster.
+
+What a search noted on its way, for the report.
+
+The last part of a run: check, write and export, all in a draft folder that appears whole or not at all."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from secateur._files import atomic_folder, told_of_disk
+from secateur._provenance import Provenance
+from secateur.cost.budget import is_timed
+from secateur.cost.macs import counted_macs, counted_params
+from secateur.cost.measure import LatencyRecord
+from secateur.export.artifact import amend, save, weights_bytes
+from secateur.export.edits import Edit, edits_between
+from secateur.export.manifest import Recipe
+from secateur.pipeline.checks import copied, latency_between, on_time, probe_json, reload_check, shown_latency
+from secateur.pipeline.config import Delivery, Halfway, Plan
+from secateur.pipeline.exports import Exports, Samples, deliver_exports
+from secateur.pipeline.search_and_cut import describe_healing, within
+from secateur.pipeline.workspace import workplace_of
+from secateur.prune.masks import nonzero_params
+from secateur.report.graph_drawing import sizes_in_order
+from secateur.report.html import write_report
+from secateur.report.run import (
+    BlockFate,
+    Check,
+    FrozenAxis,
+    JudgedStage,
+    LayerWidth,
+    Measured,
+    RunReport,
+    SearchedDepth,
+    SearchedWidth,
+    SearchEpoch,
+    Step,
+    TrainedEpoch,
+)
+from secateur.search.base import Found
+from secateur.train.trainer import Trained
+
+_NOTABLE = 0.1
+"""Part of the MACs that must be gone before anybody expects a faster network."""
+_PAID = 0.5
+"""Part of that which the time must have fallen by."""
+_ALIGNED = 8
+
+
+def slow_because(half: Halfway, macs: float, record: LatencyRecord) -> tuple[str, ...]:
+    """A sentence with the cause, if the MACs fell and the time did not; none otherwise.
+
+    Args:
+        half: Widths, and what the search noted of the latency.
+        macs: Of the student / of the original.
+        record: Both, measured.
+    """
+    time = 1 / record.speedup.median
+    if 1 - macs < _NOTABLE or 1 - time >= _PAID * (1 - macs):
+        return ()
+    said = (
+        f"The MACs fell by {100 * (1 - macs):.0f} %, the time on {record.runtime} by {100 * (1 - time):.0f} % only "
+        f"({record.threads} thread{'s' if record.threads > 1 else ''}, batch {record.batch_size})."
+    )
+    return (f"{said} {_cause(half)}",)
+
+
+def _cause(half: Halfway) -> str:
+    widths = half.found.architecture.widths
+    odd = [name for name, width in widths.items() if width % _ALIGNED]
+    if 4 * len(odd) > len(widths):
+        return (
+            f"{len(odd)} of {len(widths)} widths are no multiple of {_ALIGNED}, for which kernels are made: set a "
+            "divisor (--divisor 8), or bound the latency, and the divisor is found by measuring (--budget latency=50%)."
+        )
+    noted = half.found.notes.get("latency")
+    parts = cast(Mapping[str, Mapping[str, float]], noted).get("parts", {}) if isinstance(noted, Mapping) else {}
+    elsewhere = 1 - parts.get("layers", 1.0)
+    if elsewhere > 0.4:
+        return (
+            f"About {100 * elsewhere:.0f} % of it is not spent in convolutions and linear layers, but in activations, "
+            "sums and what every pass costs: fewer blocks (--remove-blocks) take that away, fewer channels hardly."
+        )
+    return (
+        "Its layers are so small that what a layer costs whatever its width weighs most, or are bound by memory: fewer "
+        "blocks (--remove-blocks), a larger batch or another runtime may gain more."
+    )
+
+
+def search_epochs(notes: Mapping[str, object], sizes: Mapping[str, int]) -> tuple[SearchEpoch, ...]:
+    """The epochs of a search that learns, from ``notes["search"]``; empty for all others.
+
+    Each epoch is an object ``{"epoch", "temperature", "entropy", "expected": {"macs": fraction}, "argmax": {"macs":
+    fraction}, "widths": {axis: [expected, most probable]}, "depths": {first block: [expected, most probable, all]},
+    "weight_loss", "architecture_loss"}``. A strategy may note what it likes: an epoch that cannot be read is left out,
+    because a report of a finished run must not fail for it.
+
+    Args:
+        notes: Of the search.
+        sizes: Full size by axis, in order of execution.
+    """
+    noted = notes.get("search")
+    if not isinstance(noted, Sequence) or isinstance(noted, str):
+        return ()
+    found = [_epoch(epoch, sizes) for epoch in cast(Sequence[Any], noted)]
+    read = [epoch for epoch in found if epoch is not None]
+    return tuple(sorted({epoch.epoch: epoch for epoch in read}.values(), key=lambda epoch: epoch.epoch))
+
+
+def judged_stages(notes: Mapping[str, object], macs: int) -> tuple[JudgedStage, ...]:
+    """The stages of a stage-wise search, from ``notes["stages"]``; empty for all others, or if one cannot be read.
+
+    Args:
+        notes: Of the search: each stage is an object ``{"name", "cut", "candidates": {"log10", "trained"}, "losses":
+            [...], "costs": {"macs": [...]}, "chosen": number}``.
+        macs: Of the original.
+    """
+    noted = notes.get("stages")
+    if not isinstance(noted, Sequence) or isinstance(noted, str):
+        return ()
+    try:
+        return tuple(_stage(stage, macs) for stage in cast(Sequence[Any], noted))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError):
+        return ()
+
+
+def fairness(notes: Mapping[str, object]) -> float | None:
+    """How fairly the channels were trained, from ``notes["fairness"]``."""
+    noted = notes.get("fairness")
+    return float(noted) if isinstance(noted, float | int) and math.isfinite(noted) else None
+
+
+def _stage(noted: Any, macs: int) -> JudgedStage:
+    found = JudgedStage(
+        name=str(noted["name"]),
+        cut=str(noted["cut"]),
+        possible=_finite(noted["candidates"]["log10"]),
+        trained=int(noted["candidates"]["trained"]),
+        losses=tuple(map(_finite, noted["losses"])),
+        macs=tuple(_finite(count) / macs for count in noted["costs"]["macs"]),
+        chosen=int(noted["chosen"]),
+    )
+    if len(found.losses) != len(found.macs) or not 0 <= found.chosen < len(found.losses):
+        raise ValueError("candidates, their costs and the choice do not go together")
+    return found
+
+
+def _epoch(noted: Any, sizes: Mapping[str, int]) -> SearchEpoch | None:
+    try:
+        widths = {str(axis): (float(pair[0]), int(pair[1])) for axis, pair in noted["widths"].items()}
+        depths = {str(block): tuple(map(float, three)) for block, three in noted.get("depths", {}).items()}
+        return SearchEpoch(
+            epoch=int(noted["epoch"]),
+            entropy=_finite(noted["entropy"]),
+            temperature=_number(noted.get("temperature")),
+            expected_macs=_number(noted.get("expected", {}).get("macs")),
+            current_macs=_number(noted.get("argmax", {}).get("macs")),
+            widths=tuple(
+                SearchedWidth(axis, _finite(widths[axis][0]) / size, widths[axis][1], size)
+                for axis, size in sizes.items()
+                if axis in widths
+            ),
+            depths=tuple(
+                SearchedDepth(block, _finite(kept), int(blocks), int(size))
+                for block, (kept, blocks, size) in depths.items()
+            ),
+            train_loss=_number(noted.get("weight_loss")),
+            architecture_loss=_number(noted.get("architecture_loss")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, ZeroDivisionError):
+        return None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} cannot be drawn")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """None for what is missing or not finite."""
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A run whose computing is done.
+
+    Attributes:
+        plan: What was asked for.
+        half: Original, graph, search.
+        student: The final model, on the device of the run.
+        trained: The recovery, or None.
+        steps: Test accuracy on the way, the original first and the student last.
+        images: A few normalised training images, on the CPU.
+        original_validation: Accuracy of the original on the validation images, a fraction; None without a recovery.
+    """
+
+    plan: Plan
+    half: Halfway
+    student: nn.Module
+    trained: Trained | None
+    steps: tuple[Step, ...]
+    images: Tensor
+    original_validation: float | None
+
+
+def report_of(
+    run: Finished, checks: tuple[Check, ...] = (), latency: tuple[LatencyRecord, ...] = (), notes: tuple[str, ...] = ()
+) -> RunReport:
+    """Every number of a run as plain data."""
+    plan, half = run.plan, run.half
+    provenance = Provenance.here(plan.command, plan.seed)
+    sizes, widths, gone = sizes_in_order(half.graph), half.found.architecture.widths, _gone_axes(half)
+    history = () if run.trained is None else run.trained.history
+    return RunReport(
+        model=plan.name,
+        data=f"{plan.data.name}: {len(plan.data.train)} training, {len(plan.data.validation)} validation and "
+        f"{len(plan.data.test)} test images",
+        strategy=half.found.strategy,
+        budget=str(plan.budget),
+        choices=plan.chosen,
+        before=_measured(half.original, half.found.original.macs, run.steps[0]),
+        after=_measured(run.student, half.found.cost.macs, run.steps[-1]),
+        latency=tuple(map(shown_latency, latency)),
+        steps=run.steps,
+        widths=tuple(
+            LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()
+        ),
+        frozen=tuple(FrozenAxis(a.name, a.size, a.frozen_because) for a in half.graph.axes if a.frozen_because),
+        blocks=tuple(
+            BlockFate(block.name, block.name in half.found.architecture.removed_blocks, block.kept_because or "")
+            for block in half.graph.blocks
+        ),
+        search=search_epochs(half.found.notes, sizes),
+        stages=judged_stages(half.found.notes, half.found.original.macs),
+        fairness=fairness(half.found.notes),
+        macs_limit=_macs_limit(half.found),
+        training=tuple(
+            TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
+            for record in history
+            if record.train_loss is not None
+        ),
+        original_validation_accuracy=run.original_validation,
+        checks=(*_checks_of_the_cut(run), *checks),
+        notes=(*notes, *_doubts(run), *map(describe_healing, half.healing)),
+        command=provenance.command,
+        seed=provenance.seed,
+        versions=provenance.versions,
+        machine=provenance.machine,
+        date=provenance.date,
+    )
+
+
+def _macs_limit(found: Found) -> float | None:
+    """The budget's bound on the MACs as a fraction of the original's."""
+    limit = found.budget.limits(found.original).get("macs")
+    return None if limit is None or not found.original.macs else limit / found.original.macs
+
+
+def _gone_axes(half: Halfway) -> set[str]:
+    """The axes of which nothing is left, because every layer that has them went with a block."""
+    removed = half.found.architecture.removed_blocks
+    tensors = {tensor for name in removed for tensor in half.graph.blocks_by_name[name].tensors}
+    return {axis.name for axis in half.graph.axes if all(site.tensor in tensors for site in axis.sites)}
+
+
+def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, ...]]:
+    """Write the artifact, the exports and the report.
+
+    Returns:
+        The whole report, and the files in their final places.
+    """
+    tell = run.plan.tell
+    with told_of_disk(delivery.folder), atomic_folder(delivery.folder) as draft:
+        save(draft, run.student, _recipe(run, delivery))
+        checks = [reload_check(run.student, run.images, draft, _own_factory(run))]
+        exports = deliver_exports(run.student, Samples(run.images, run.plan.data), draft, delivery.formats)
+        latency, proof, notes = timed(run)
+        checks += [*exports.checks, *proof]
+        notes = (*notes, *exports.notes)
+        report = replace(report_of(run, tuple(checks), latency, notes), exports=exports.shown)
+        write_report(draft / "report.html", report)
+        workplace_of(delivery.folder).hand_on_history(draft)
+        amend(draft, metrics=_metrics(run, report), verification=_verification(run, report, exports))
+        names = sorted(path.name for path in draft.iterdir())
+    for note in (*notes, *_doubts(run)):
+        tell(f"Note: {note}")
+    for check in report.checks:
+        tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
+    return report, tuple(delivery.folder / name for name in names)
+
+
+def timed(run: Finished) -> tuple[tuple[LatencyRecord, ...], tuple[Check, ...], tuple[str, ...]]:
+    """The times of both models: on the target first if the budget limits the latency there, which is then checked."""
+    original, student, plan = run.half.original, run.student, run.plan
+    usual, notes = latency_between(original, student, run.images)
+    macs = run.half.found.cost.macs / max(run.half.found.original.macs, 1)
+    if not is_timed(plan.budget):
+        return usual, (), (*notes, *(cause for first in usual[:1] for cause in slow_because(run.half, macs, first)))
+    record, check = on_time(plan.budget, plan.target, original, student, run.images)
+    # What was measured on the target is not measured twice.
+    same = (record.runtime, record.threads, record.batch_size)
+    others = (other for other in usual if (other.runtime, other.threads, other.batch_size) != same)
+    return (record, *others), (check,), (*notes, *slow_because(run.half, macs, record))
+
+
+def _checks_of_the_cut(run: Finished) -> tuple[Check, ...]:
+    half, proof = run.half, run.half.verification
+    found, params = half.found, counted_params(run.student)
+    macs = counted_macs(run.student, run.images[:1].to(run.plan.device))
+    few, zeros = within(run.plan.budget, run.student, found.original)
+    return (
+        Check(
+            "Sliced model = original with the removed channels zeroed",
+            proof.max_rel <= proof.tolerance,
+            proof.max_abs,
+            proof.max_rel,
+            proof.tolerance,
+            f"in {proof.dtype}",
+        ),
+        Check(
+            "Costs from the graph = costs counted on the cut model",
+            (macs, params) == (found.cost.macs, found.cost.params),
+            detail=f"counted {macs} MACs, {params} parameters; computed {found.cost.macs}, {found.cost.params}",
+        ),
+        Check(
+            "Within the budget",
+            found.budget.allows(found.cost, found.original) and few,
+            detail=f"{found.budget}: {100 * found.cost.macs / max(found.original.macs, 1):.2f} % of the MACs, "
+            f"{100 * found.cost.params / max(found.original.params, 1):.2f} % of the parameters{zeros}",
+        ),
+    )
+
+
+def _recipe(run: Finished, delivery: Delivery) -> Recipe:
+    plan, half, source = run.plan, run.half, delivery.source
+    return Recipe(
+        source={"kind": "factory", "name": type(plan.model).__qualname__} if source is None else source.to_json(),
+        architecture=half.found.architecture,
+        edits=_edits(plan, run.student, delivery),
+        input_shape=plan.data.size,
+        mean=plan.data.mean,
+        std=plan.data.std,
+        classes=plan.data.classes,
+        cost_before=half.found.original.to_json(),
+        cost_after=half.found.cost.to_json(),
+        provenance=Provenance.here(plan.command, plan.seed),
+    )
+
+
+def _edits(plan: Plan, student: nn.Module, delivery: Delivery) -> tuple[Edit, ...]:
+    # Against the model as its source builds it: the model that was given may be a cut one already.
+    pristine = plan.model if delivery.source is None else delivery.source.build(trust_source=True)
+    return edits_between(pristine, student)
+
+
+def _doubts(run: Finished) -> tuple[str, ...]:
+    """What a reader must know before believing the rest."""
+    found: list[str] = []
+    if run.plan.pruning is not None:
+        found.append(
+            "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
+            "with any number. What is faster is so for its cut channels."
+        )
+    first, chance = run.steps[0].accuracy, 1 / len(run.plan.data.classes)
+    if first.top1 <= 2 * chance:
+        found.append(
+            f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
+            f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std)."
+        )
+    if run.trained is not None and run.trained.best_epoch == 0 and run.plan.pruning is None:
+        found.append(
+            "No epoch was better on the validation images than the student before training, which is kept. If the "
+            "original was trained on these images, they favour the student that has changed least."
+        )
+    return tuple(found)
+
+
+def _own_factory(run: Finished) -> Callable[[], nn.Module] | None:
+    """Builds the original where the artifact does not name how."""
+    delivery = run.plan.delivery
+    own = delivery is not None and delivery.source is None
+    return (lambda: copied(run.plan.model)) if own else None
+
+
+def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
+    trained = run.trained
+    return {
+        "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
+        "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
+        "nonzero": {"before": report.before.nonzero, "after": report.after.nonzero},
+        "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
+        "pruning": None if run.plan.pruning is None else repr(run.plan.pruning),
+        "latency": [asdict(latency) for latency in report.latency],
+        "history": [] if trained is None else [record.to_json() for record in trained.history],
+        "best_epoch": None if trained is None else trained.best_epoch,
+        "healing": [asdict(repair) for repair in run.half.healing],
+        "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
+        "choices": asdict(run.plan.choices),
+        "heads": run.plan.heads.value,
+        "branches": run.plan.branches.value,
+        "space": asdict(run.plan.space),
+    }
+
+
+def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[str, object]:
+    return {
+        **exports.to_json(),
+        "checks": [asdict(check) for check in report.checks],
+        "probe": probe_json(copied(run.student).cpu(), run.plan.data.size),
+    }
+
+
+def _measured(model: nn.Module, macs: int, step: Step) -> Measured:
+    return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))

@@ -1,0 +1,126 @@
+"""What could be cut from a model, before anything is."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.cost.budget import Cost
+from secateur.cost.macs import CostModel
+from secateur.graph._ledger import Rule
+from secateur.graph.graph import ChannelAxis, ChannelGraph
+from secateur.graph.selection import Choices
+from secateur.graph.stages import Stage, stages_of
+from secateur.graph.trace import HeadUnit
+from secateur.pipeline.config import EVERYTHING, NO_RULES, SPACE, Branches, traced
+from secateur.prune.slice import parameter_share
+from secateur.report.graph_drawing import places
+from secateur.search.space import SearchSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a model offers to the shears.
+
+    Attributes:
+        graph: Its channel graph.
+        original: Cost of the whole model.
+        smallest: Cost of the smallest widths of the space: the lower end of what a budget can ask for.
+        shallowest: The same without all blocks that may be removed; only `Shallower` goes there.
+        prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
+        prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
+        space: Which widths are allowed.
+        stages: The parts of the model that hand on a single tensor, see `secateur.graph.stages_of`.
+    """
+
+    graph: ChannelGraph
+    original: Cost
+    smallest: Cost
+    shallowest: Cost
+    prunable_share: float
+    prunable_macs_share: float
+    space: SearchSpace
+    stages: tuple[Stage, ...]
+
+    @property
+    def frozen(self) -> dict[str, list[str]]:
+        """Names of frozen axes by the reason."""
+        found: dict[str, list[str]] = {}
+        for axis in self.graph.axes:
+            if axis.frozen_because is not None:
+                found.setdefault(axis.frozen_because, []).append(axis.name)
+        return found
+
+    def to_json(self) -> dict[str, object]:
+        """Costs, shares, axes with their sites, blocks; stages and layers in order of execution. A JSON object."""
+        return {
+            "original": self.original.to_json(),
+            "smallest": self.smallest.to_json(),
+            "shallowest": self.shallowest.to_json(),
+            "prunable_share": {"params": self.prunable_share, "macs": self.prunable_macs_share},
+            "axes": [self._axis_json(axis) for axis in self.graph.axes],
+            "blocks": [
+                {"name": block.name, "tensors": list(block.tensors), "kept_because": block.kept_because}
+                for block in self.graph.blocks
+            ],
+            "stages": [asdict(stage) for stage in self.stages],
+            "layers": [asdict(place) for place in places(self.graph)],
+            "never_ran": list(self.graph.unseen),
+        }
+
+    def _axis_json(self, axis: ChannelAxis) -> dict[str, object]:
+        widths = [axis.size] if axis.frozen_because is not None else self.space.widths(axis).tolist()
+        return {
+            "name": axis.name,
+            "size": axis.size,
+            "smallest_width": widths[0],
+            "width_step": widths[1] - widths[0] if len(widths) > 2 else None,
+            "frozen_because": axis.frozen_because,
+            "sites": [{"tensor": site.tensor, "dim": site.dim, "role": site.role.value} for site in axis.sites],
+        }
+
+
+def survey(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    choices: Choices = EVERYTHING,
+    heads: HeadUnit = HeadUnit.DIMENSION,
+    branches: Branches = Branches.TIED,
+    rules: Mapping[str, Rule] = NO_RULES,
+    space: SearchSpace = SPACE,
+) -> Survey:
+    """Trace a model and find the range of costs that a budget can ask for.
+
+    Args:
+        model: Any; not changed.
+        example: One input or a batch of it.
+        choices: Which layers may be cut at all, by name patterns.
+        heads: What is kept or removed as one in attention, see `secateur.trace`.
+        branches: Whether the branches of a residual stream may be narrower than it.
+        rules: What further operations do to channels, see `secateur.trace`.
+        space: Which widths are allowed, in general and for some axes.
+
+    Raises:
+        TraceError: If the model cannot run the example.
+        ChoiceError: If a pattern matches nothing, or nothing is left to cut.
+    """
+    graph = traced(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
+    costs = CostModel(graph)
+    least = np.array([levels[0] for levels in space.levels(graph)], dtype=np.int64)
+    fewer = costs.without(block.name for block in graph.removable)
+    smallest, shallowest = (some.cost_of(least) for some in (costs, fewer))
+    share = parameter_share(graph)
+    assert math.isfinite(share)
+    stages = stages_of(model, graph)
+    return Survey(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
+
+
+def _macs_share(graph: ChannelGraph) -> float:
+    sizes = graph.sizes
+    macs = [op.factor * math.prod(extent.at(sizes) for extent in op.extents) for op in graph.operations]
+    prunable = [any(extent.terms for extent in op.extents) for op in graph.operations]
+    return sum(itertools.compress(macs, prunable)) / max(sum(macs), 1.0)

@@ -1,0 +1,203 @@
+"""The first run of a model that a stranger described: it runs on images of its size, within a bound of memory.
+
+Models by name: an artifact folder, or whatever `secateur.models` knows."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from secateur.architecture import Architecture
+from secateur.errors import ArtifactError, ModelError
+from secateur.export import artifact
+from secateur.export.artifact import MANIFEST_NAME, Loaded
+from secateur.export.manifest import Manifest
+from secateur.models.source import ModelSource, load_model
+
+MOST_BYTES = 4 * 2**30
+"""Of one tensor that a layer makes."""
+
+
+def check_runs(model: nn.Module, size: Sequence[int]) -> None:
+    """Refuse a model that cannot run on one image, or would make a tensor of more than `MOST_BYTES`.
+
+    Before an operation runs, its shapes alone do (on the meta device), so that nothing is allocated to find out.
+
+    Args:
+        model: In eval mode, on the CPU.
+        size: Channels, height, width.
+
+    Raises:
+        ArtifactError: If it does not run, or does not give numbers for one image.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Bounded():
+            found: object = model(torch.zeros(1, *size))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ArtifactError(
+            f"The model must run on an image of `input.shape`, {'x'.join(map(str, size))}, as secateur.json says; it "
+            f"stopped with: {reason}. The artifact is damaged: copy it again, or make it again."
+        ) from error
+    del found
+
+
+class _Bounded(TorchDispatchMode):
+    """Stops an operation before it makes a tensor that is too large."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        settings = dict(kwargs or {})
+        for tensor in _shapes_of(func, args, settings):
+            if math.prod(tensor.shape) * tensor.element_size() > MOST_BYTES:
+                raise ValueError(f"{func} would make a tensor of shape {tuple(tensor.shape)}")
+        return func(*args, **settings)
+
+
+def _shapes_of(func: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> list[Tensor]:
+    """What an operation would give, as tensors without numbers; nothing if that depends on numbers."""
+    found: list[Tensor] = []
+    try:
+        given, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, settings))
+        if "device" in named:
+            named["device"] = torch.device("meta")
+        tree_map_only(torch.Tensor, found.append, func(*given, **named))
+    except Exception:  # the operation itself will say what is wrong with it
+        return []
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model and where it comes from.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        source: How its original is built.
+        name: For tables and reports.
+        manifest: Of the artifact it was loaded from, or None.
+    """
+
+    model: nn.Module
+    source: ModelSource
+    name: str
+    manifest: Manifest | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """What was kept of the original, if it is a cut model."""
+        return Architecture() if self.manifest is None else self.manifest.recipe.architecture
+
+
+def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Loaded:
+    """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
+
+    Args:
+        folder: What `compress` or ``secateur compress`` wrote.
+        factory: Builds the original model; needed if it was your own and is not importable by name.
+        trust_source: Import and run the code that the artifact names, for sources of kind ``python``.
+
+    Returns:
+        The model in eval mode on the CPU, and what the artifact says about it.
+
+    Raises:
+        ArtifactError: If the artifact is damaged, tampered with, of a newer version, or names untrusted code.
+        ModelError: If the original model cannot be built here.
+    """
+
+    def build(source: Mapping[str, object]) -> nn.Module:
+        return ModelSource.from_json(source).build(trust_source=trust_source)
+
+    return artifact.load(folder, build=build, factory=factory, trust_source=trust_source)
+
+
+def open_model(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    trust_source: bool = False,
+    seed: int = 0,
+) -> Opened:
+    """A model by name or folder.
+
+    Args:
+        spec: An artifact folder, or a name that `secateur.models.load_model` knows.
+        weights: A safetensors or ``weights_only`` torch file for a named model.
+        num_classes: Classes the model shall have; None means its own.
+        in_channels: Image channels the model shall take; None means its own.
+        trust_source: Allow ``python:`` models and artifacts of such.
+        seed: For initial weights.
+
+    Raises:
+        ModelError: If the name or the weights cannot be used.
+        ArtifactError: If the folder is not a good artifact.
+    """
+    folder = Path(spec)
+    if (folder / MANIFEST_NAME).exists() or (os.sep in spec and ":" not in spec):
+        if weights is not None:
+            raise ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
+        loaded = load(folder, trust_source=trust_source)
+        check_runs(loaded.model, image_size_of(loaded.manifest))
+        source = ModelSource.from_json(loaded.manifest.recipe.source)
+        return Opened(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
+    own = spec.startswith("python:")  # a factory of the user's own knows its sizes itself
+    model, source = load_model(
+        spec,
+        weights=weights,
+        num_classes=None if own else num_classes,
+        in_channels=None if own else in_channels,
+        trust_source=trust_source,
+        seed=seed,
+    )
+    return Opened(model, source, source.name)
+
+
+def image_size_of(manifest: Manifest) -> tuple[int, int, int]:
+    """Channels, height, width of the images that an artifact was made for.
+
+    Raises:
+        ArtifactError: If it was made for something else.
+    """
+    shape = manifest.recipe.input_shape
+    if len(shape) != 3:
+        raise ArtifactError(
+            f"`input.shape` must be the channels, height and width of an image; got {list(shape)} (secateur.json). "
+            "The file is damaged: save the artifact again."
+        )
+    channels, height, width = shape
+    return channels, height, width
+
+
+def usual_size(opened: Opened) -> tuple[int, int, int]:
+    """The image size a model was made for, as far as it says so: channels, height, width.
+
+    An artifact knows it, timm's models carry it as ``default_cfg``, Secateur's own are for CIFAR or digits;
+    otherwise 3 x 224 x 224, the size of most classifiers.
+    """
+    if opened.manifest is not None:
+        return image_size_of(opened.manifest)
+    channels = opened.source.arguments.get("in_channels")
+    if opened.source.kind == "secateur":
+        digits = opened.source.name.startswith("digits")
+        return (channels or 1, 8, 8) if digits else (channels or 3, 32, 32)
+    configured: object = getattr(opened.model, "default_cfg", None)
+    if isinstance(configured, Mapping):
+        size = cast(Mapping[str, object], configured).get("input_size")
+        if isinstance(size, tuple | list) and len(cast(Sequence[object], size)) == 3:
+            timm_channels, height, width = (int(side) for side in cast(Sequence[int], size))
+            return channels or timm_channels, height, width
+    return channels or 3, 224, 224

@@ -1,0 +1,310 @@
+"""Word of long work, not more often than somebody wants to read it.
+
+The first half of a run: trace, search, cut, heal. No training.
+
+The second half of a budget: single weights at zero, after the channels."""
+
+import copy
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from secateur.architecture import Architecture
+from secateur.cost.budget import Budget, Cost, format_count, is_timed
+from secateur.cost.latency_model import LatencyModel
+from secateur.errors import ArtifactError, BudgetError, ModelError
+from secateur.graph.graph import ChannelGraph
+from secateur.pipeline.config import Halfway, Plan, Uncut, traced
+from secateur.pipeline.latency import Measurements, search_on_time
+from secateur.pipeline.workspace import Cutting, Workplace
+from secateur.prune.cut import Cut, Healing
+from secateur.prune.masks import make_permanent_, nonzero_params
+from secateur.prune.slice import apply_architecture
+from secateur.prune.verify import Verification
+from secateur.prune.weight_pruning import Sparsify, WeightPruning
+from secateur.search.base import Found, Remembered, Strategy, search
+from secateur.search.depth import Shallower
+from secateur.search.space import SearchSpace
+from secateur.train.checkpoint import tensors_of, write_tensors_
+
+_EVERY_S = 20.0
+
+
+class Paced:
+    """Tells how far a search is, at most every twenty seconds, so that a short one is silent."""
+
+    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._clock = tell, clock
+        self._told = clock()
+
+    def __call__(self, fraction: float, what: str) -> None:
+        """Called whenever a search has something to say."""
+        now = self._clock()
+        if now - self._told >= _EVERY_S:
+            self._told = now
+            self._tell(f"Searching, {100 * fraction:.0f} % done: {what}.")
+
+
+Batches = tuple[tuple[Tensor, Tensor], ...]
+
+
+def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> Halfway:
+    """Find an architecture, cut the model to it and heal it, or take up what an interrupted run has left.
+
+    Args:
+        plan: The run.
+        original: Our copy of the model, in eval mode, on the device of the run.
+        batches: Calibration images and labels from the training split, on the device of the run.
+        work: Where to keep checkpoints of the search and the result for a resume.
+    """
+    began = time.perf_counter()
+    graph = traced(
+        original,
+        batches[0][0][:2],
+        choices=plan.choices,
+        heads=plan.heads,
+        branches=plan.branches,
+        rules=plan.rules,
+    )
+    plan.tell(
+        f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
+        f"{len(graph.prunable)} prunable{f' ({plan.chosen})' if plan.chosen else ''}."
+    )
+    left = None if work is None else work.read()
+    if left is not None:
+        plan.tell("Going on with the interrupted run: its architecture and weights are taken as they were.")
+        return _take_up(original, graph, left)
+    found, pruned = _search_and_cut(plan, original, graph, batches, work)
+    if work is not None:
+        work.write(_cutting(found, pruned))
+    return Halfway(original, pruned.model, pruned.graph, found, pruned.verification, pruned.healing)
+
+
+def _search_and_cut(
+    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, work: Workplace | None
+) -> tuple[Found, Cut]:
+    """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget.
+
+    Every search has checkpoints of its own: they cannot be continued with another graph.
+    """
+    images = [images for images, _ in batches]
+    kept = Measurements.at(None if work is None else work.measurements)
+    for number in itertools.count():
+        began = time.perf_counter()
+        checkpoint = None if work is None else work.search_checkpoint(number)
+        found = _search(plan, original, graph, batches, checkpoint=checkpoint, kept=kept)
+        plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
+        began = time.perf_counter()
+        uncut = Uncut(original, _searched(original, found), graph, images, plan.seed)
+        pruned = plan.start.cut(uncut, found.architecture)
+        if not pruned.verification.frozen:
+            plan.tell(
+                f"{plan.start.done.capitalize()} in {time.perf_counter() - began:.1f} s; sliced equals masked within "
+                f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
+            )
+            for repair in pruned.healing:
+                plan.tell(describe_healing(repair))
+            return replace(found, weights=None), pruned  # The cut has what it needs of them.
+        graph = pruned.graph
+        names = ", ".join(name for name, _ in pruned.verification.frozen)
+        plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+    raise AssertionError("counting ended")
+
+
+def _searched(original: nn.Module, found: Found) -> nn.Module:
+    """The original, or a copy of it with the weights that the search trained.
+
+    Raises:
+        ModelError: If they are not those of the whole model.
+    """
+    if found.weights is None:
+        return original
+    model = copy.deepcopy(original)
+    try:
+        model.load_state_dict(dict(found.weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(
+            f"`weights` of the search must be those of the whole model, by their names in its state_dict; got others: "
+            f"{reason}. Mend {found.strategy}."
+        ) from error
+    return model
+
+
+def _search(
+    plan: Plan,
+    original: nn.Module,
+    graph: ChannelGraph,
+    batches: Batches,
+    *,
+    checkpoint: Path | None,
+    kept: Measurements,
+) -> Found:
+    """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
+
+    Raises:
+        BudgetError: If no architecture that the choices and the space leave is within the budget.
+    """
+
+    remembered, paced = Remembered(), Paced(plan.tell)
+
+    def searching(
+        strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
+    ) -> Found:
+        return search(
+            original,
+            graph,
+            strategy,
+            budget=budget,
+            batches=batches,
+            space=space,
+            seed=plan.seed,
+            data=plan.data,
+            checkpoint=folder,
+            saving=plan.saving,
+            progress=paced,
+            watch=plan.progress,
+            fabric=plan.alone,
+            latency=latency,
+            remembered=remembered,
+        )
+
+    try:
+        if not is_timed(plan.budget):
+            return searching(plan.strategy, plan.budget, plan.space, None, checkpoint)
+        images = [images for images, _ in batches]
+        return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept)
+    except BudgetError as error:
+        ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
+        if graph.removable:
+            ways += _with_fewer_blocks(plan.strategy)
+        if not ways:
+            raise
+        raise BudgetError(" ".join((str(error), *ways))) from error
+
+
+def _with_fewer_blocks(strategy: Strategy) -> list[str]:
+    """A way out that takes more blocks than a strategy does, if there is one."""
+    if not isinstance(strategy, Shallower):
+        return ["Or let residual blocks go too (--remove-blocks; in Python: Shallower)."]
+    if strategy.most < 1:
+        return [
+            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.most:g}; in Python: Shallower)."
+        ]
+    return []
+
+
+def describe_healing(repair: Healing) -> str:
+    """One repair in words."""
+    words = f"{repair.healer}: distance from the uncut logits {repair.before:.3f} -> {repair.after:.3f}"
+    return words + ("." if repair.kept else "; undone, because it made things worse.")
+
+
+def _against(found: Found) -> str:
+    removed = len(found.architecture.removed_blocks)
+    blocks = f"{removed} block{'s' if removed > 1 else ''} removed, " if removed else ""
+    return (
+        f"{blocks}{format_count(found.cost.macs)} of {format_count(found.original.macs)} MACs "
+        f"({100 * found.cost.macs / max(found.original.macs, 1):.1f} %), "
+        f"{format_count(found.cost.params)} of {format_count(found.original.params)} parameters "
+        f"({100 * found.cost.params / max(found.original.params, 1):.1f} %)"
+    )
+
+
+def _cutting(found: Found, pruned: Cut) -> Cutting:
+    graph_frozen = tuple((axis.name, axis.frozen_because) for axis in pruned.graph.axes if axis.frozen_because)
+    return Cutting(
+        found=found.to_json(),
+        frozen=graph_frozen,
+        kept_blocks=tuple((block.name, block.kept_because) for block in pruned.graph.blocks if block.kept_because),
+        architecture=pruned.architecture.to_json(),
+        verification=asdict(pruned.verification),
+        healing=tuple(asdict(repair) for repair in pruned.healing),
+        student=tensors_of(pruned.model),
+    )
+
+
+def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway:
+    graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
+    graph = graph.with_kept_blocks(dict(left.kept_blocks))
+    student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
+    _fill_(student, left)
+    fields = cast(Mapping[str, Any], left.verification)
+    verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
+    healing = tuple(Healing(**cast(dict[str, Any], dict(repair))) for repair in left.healing)
+    return Halfway(original, student, graph, _found(left.found), verification, healing)
+
+
+def _fill_(student: nn.Module, left: Cutting) -> None:
+    """Also the buffers that a state_dict leaves out.
+
+    Raises:
+        ArtifactError: If they are not those of the student.
+    """
+    wanted = {name: tensor.shape for name, tensor in tensors_of(student).items()}
+    if wanted != {name: tensor.shape for name, tensor in left.student.items()}:
+        raise ArtifactError(
+            "The unfinished run is damaged: its weights are not those of its architecture. Begin again with --restart."
+        )
+    write_tensors_(student, left.student)
+
+
+def _found(data: Mapping[str, object]) -> Found:
+    fields = cast(Mapping[str, Any], data)
+    return Found(
+        architecture=Architecture.from_json(fields["architecture"]),
+        cost=Cost.from_json(fields["cost"]),
+        original=Cost.from_json(fields["original"]),
+        budget=Budget.parse(fields["budget"]),
+        strategy=fields["strategy"],
+        notes=dict(fields["notes"]),
+    )
+
+
+def pruning_for(budget: Budget, pruning: WeightPruning | None) -> WeightPruning | None:
+    """How weights are pruned: as the caller says, or as usual; None if the budget does not ask for it."""
+    if budget.nonzero is None:
+        if pruning is not None:
+            warnings.warn("`pruning` has no effect: the budget does not bound `nonzero`.", stacklevel=3)
+        return None
+    return pruning or WeightPruning()
+
+
+def zeros_for(plan: Plan, half: Halfway, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:
+    """The masks that the recovery trains under; None if the budget asks for none, or the channels meet it alone.
+
+    Raises:
+        BudgetError: If what may not be pruned is more than the budget allows.
+    """
+    limit = plan.budget.nonzero_limit(half.found.original)
+    if plan.pruning is None or limit is None:
+        return None
+    density = plan.pruning.density_within(half.student, limit)
+    if density == 1:
+        plan.tell("The channels alone meet the bound on non-zero parameters: no single weight is pruned.")
+        return None
+    plan.tell(
+        f"Pruning single weights: {100 * density:.1f} % of those that may go stay, "
+        f"so that at most {format_count(limit)} parameters are not zero."
+    )
+    return Sparsify(density, plan.pruning, tuple(batches))
+
+
+def with_zeros(masked: nn.Module) -> nn.Module:
+    """A copy without masks: an ordinary model with zeros in it."""
+    return make_permanent_(copy.deepcopy(masked)).eval()
+
+
+def within(budget: Budget, student: nn.Module, original: Cost) -> tuple[bool, str]:
+    """Whether a student has as few non-zero parameters as it must, and that in words; empty if nothing is asked."""
+    limit = budget.nonzero_limit(original)
+    if limit is None:
+        return True, ""
+    count = nonzero_params(student)
+    return count <= limit, f", {100 * count / max(original.params, 1):.2f} % of the parameters not zero"

@@ -1,0 +1,217 @@
+"""Exported files in an artifact, run again where they lie.
+
+Verify an artifact where it lies: does it still compute what it did when it was made?"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur._files import read_bytes
+from secateur.cost.macs import counted_macs, counted_params
+from secateur.data.dataset import ImageData
+from secateur.errors import ArtifactError, ExportError
+from secateur.export._common import check_extra, eval_copy
+from secateur.export.formats import Format, compare_file
+from secateur.export.int8 import LEAST_KEPT, compare_int8_file
+from secateur.export.manifest import Manifest
+from secateur.export.onnx import onnx_bytes
+from secateur.pipeline.checks import TOLERANCE, probe_difference, probe_images
+from secateur.pipeline.exports import BATCH, RECORD
+from secateur.pipeline.load import check_runs, image_size_of, load
+from secateur.prune.masks import nonzero_params
+from secateur.report.run import Check
+from secateur.train.evaluate import evaluate
+
+_MOST_BYTES = 2**31
+"""Of an int8 file: it is one protobuf message, and those end there."""
+
+
+def check_files(
+    folder: Path, model: nn.Module, manifest: Manifest, data: ImageData | None, *, trust_source: bool
+) -> tuple[list[Check], tuple[str, ...]]:
+    """Compare every exported file with the model.
+
+    Args:
+        folder: The artifact.
+        model: Loaded from it.
+        manifest: What it says.
+        data: For the accuracy of an int8 file; without it the file must be the one whose accuracy was recorded.
+        trust_source: Whether to read files that could do harm.
+
+    Returns:
+        A check for each file that was run, and a sentence for each that was not.
+    """
+    checks, passed_over = list[Check](), list[str]()
+    images = probe_images(manifest.recipe.input_shape)
+    for form in Format:
+        path = folder / form.file
+        if not os.path.lexists(path):
+            continue
+        reason = _not_now(form, trust_source=trust_source)
+        if reason:
+            passed_over.append(f"{form.file} was not checked: {reason}")
+        elif form is Format.INT8:
+            checks.append(_int8_check(path, model, manifest, data))
+        else:
+            checks.append(_file_check(path, model, images))
+    return checks, tuple(passed_over)
+
+
+def _not_now(form: Format, *, trust_source: bool) -> str:
+    """Why a format is passed over; empty if it is not."""
+    if form.trusting and not trust_source:
+        return "a file from a stranger could do harm when it is read. If you trust it, say --trust-source."
+    try:
+        if form.extra is not None:
+            check_extra(form.extra)
+    except ExportError as error:
+        return str(error)
+    return ""
+
+
+def _file_check(path: Path, model: nn.Module, images: Tensor) -> Check:
+    """Whatever is wrong with a file from outside, the check has failed, and the others still run."""
+    name = f"{path.name} = model in PyTorch"
+    try:
+        found = compare_file(path, model, images)
+    except ExportError as error:
+        return Check(name, False, detail=str(error))
+    held = found.max_rel <= found.tolerance
+    return Check(name, held, found.max_abs, found.max_rel, found.tolerance, f"batch size {len(images)}")
+
+
+def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageData | None) -> Check:
+    """Answers on the test images; without any, whether it is the file that was measured."""
+    try:
+        if data is None:
+            same = _recorded_digest(manifest) == hashlib.sha256(read_bytes(path, limit=_MOST_BYTES)).hexdigest()
+            said = "its accuracy is in secateur.json" if same else "another file: export it again, or say --data"
+            return Check(f"{path.name} = the file that was measured", same, detail=said)
+        in_float = onnx_bytes(eval_copy(model), (probe_images(manifest.recipe.input_shape),))
+        found = compare_int8_file(path, in_float, data.test.batches(BATCH))
+    except (ArtifactError, ExportError) as error:
+        return Check(f"{path.name} answers as the float model", False, detail=str(error))
+    return Check(f"{path.name} answers as the float model", found.kept >= LEAST_KEPT, detail=str(found))
+
+
+def _recorded_digest(manifest: Manifest) -> object:
+    """SHA-256 of the int8 file, as far as secateur.json says it."""
+    found: object = manifest.recipe.verification
+    for key in (RECORD, Format.INT8.value, "files"):
+        found = _at(found, key)
+    first = cast(list[object], found)[0] if isinstance(found, list) and found else None
+    return _at(first, "sha256")
+
+
+def _at(found: object, key: str) -> object:
+    return cast(Mapping[str, object], found).get(key) if isinstance(found, Mapping) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        model: The loaded model.
+        manifest: What the artifact says.
+        checks: Each with its result.
+        passed_over: Files that were not checked, with the reason; which is no failure.
+    """
+
+    model: nn.Module
+    manifest: Manifest
+    checks: tuple[Check, ...]
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(
+    folder: Path | str,
+    *,
+    data: ImageData | None = None,
+    factory: Callable[[], nn.Module] | None = None,
+    trust_source: bool = False,
+    device: torch.device | None = None,
+) -> Verified:
+    """Load an artifact and compare what it does with what it says.
+
+    Args:
+        folder: The artifact.
+        data: Also measure its accuracy on the test images.
+        factory: See `secateur.load`.
+        trust_source: See `secateur.load`; ``.pt2`` and ``.pte`` files are read only then, see `secateur.Format`.
+        device: Where to measure the accuracy.
+
+    Raises:
+        ArtifactError: If it cannot be loaded or run at all.
+    """
+    folder = Path(folder)
+    loaded = load(folder, factory=factory, trust_source=trust_source)
+    model, manifest = loaded.model, loaded.manifest
+    check_runs(model, image_size_of(manifest))
+    checks = [
+        Check(
+            "Weights = SHA-256 in secateur.json",
+            True,
+            detail=f"{manifest.weights_bytes} bytes, {manifest.weights_sha256[:16]}",
+        ),
+        _cost_check(model, manifest),
+    ]
+    checks += _probe_checks(model, manifest)
+    files, passed_over = check_files(folder, model, manifest, data, trust_source=trust_source)
+    checks += files
+    if data is not None:
+        checks.append(_accuracy_check(model, manifest, data, device))
+    return Verified(model, manifest, tuple(checks), passed_over)
+
+
+def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
+    recipe = manifest.recipe
+    found = {"macs": counted_macs(model, probe_images(recipe.input_shape)), "params": counted_params(model)}
+    said = {name: recipe.cost_after.get(name) for name in found}
+    if manifest.nonzero is not None:
+        found["nonzero"], said["nonzero"] = nonzero_params(model), manifest.nonzero
+    return Check("Counted costs = recorded costs", found == said, detail=f"counted {found}, recorded {said}")
+
+
+def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
+    probe = manifest.recipe.verification.get("probe")
+    if not isinstance(probe, Mapping):
+        return []
+    recorded = cast(Mapping[str, object], probe)
+    name = "Outputs for a seeded input = recorded outputs"
+    try:
+        absolute, relative = probe_difference(model, manifest.recipe.input_shape, recorded)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        return [Check(name, False, detail="`verification.probe` has no table of logits (secateur.json)")]
+    return [Check(name, relative <= TOLERANCE, absolute, relative, TOLERANCE, "as on the machine that made it")]
+
+
+def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, device: torch.device | None) -> Check:
+    found = evaluate(model, data.test, device=device)
+    name = f"Test accuracy on {data.name} = recorded accuracy"
+    n, said = _recorded_accuracy(manifest)
+    if n != found.n or said is None:
+        return Check(name, True, detail=f"{100 * found.top1:.2f} % of {found.n} images; recorded on other images")
+    # Other kernels may turn a prediction that was a tie: one image in a thousand is allowed.
+    held = abs(found.top1 - said) <= max(1e-3, 1.5 / found.n)
+    return Check(name, held, detail=f"{100 * found.top1:.2f} % of {found.n} images; recorded {100 * said:.2f} %")
+
+
+def _recorded_accuracy(manifest: Manifest) -> tuple[int | None, float | None]:
+    """Images and accuracy of the last step, as far as secateur.json says them."""
+    steps = manifest.recipe.metrics.get("test_accuracy")
+    last = cast(list[object], steps)[-1] if isinstance(steps, list) and steps else None
+    recorded = cast(Mapping[str, object], last) if isinstance(last, Mapping) else {}
+    n, top1 = recorded.get("n"), recorded.get("top1")
+    return n if type(n) is int else None, float(top1) if isinstance(top1, (int, float)) else None

@@ -1,0 +1,415 @@
+"""The work of a run that is not finished: checkpoints of the search, what was measured, what was found, the cut
+student, checkpoints of the training.
+
+It lies beside the output folder as ``<out>.work``, from the first moment on, so that an interrupted run can go on; it
+is removed at the end, and when a run ends before there is anything to go on from. One process at a time has it.
+
+What is checked before any work begins: the output folder, and that model and data belong together.
+
+One run on several processes: the first finds, writes and speaks, all train."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from secateur._files import LOCK, atomic_file, atomic_folder, held, sweep, told_of_disk, vanish
+from secateur._provenance import this_machine
+from secateur.data.dataset import ImageData
+from secateur.errors import ArtifactError, ModelError, TrainingError
+from secateur.export.artifact import refuse_foreign
+from secateur.train.callbacks import CsvLog, Progress
+from secateur.train.device import Precision, open_fabric, usable
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Leftover(Enum):
+    """What to do with the work of an interrupted run at the same place."""
+
+    REFUSE = "refuse"
+    """Stop with an error that says how to go on."""
+    RESUME = "resume"
+    """Go on after it, or begin if there is none."""
+    DISCARD = "discard"
+    """Remove it and begin again."""
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """The result of the first half of a run: everything up to the healed student.
+
+    Attributes:
+        found: What the search found, as JSON.
+        frozen: (axis, reason) pairs of everything that is whole.
+        kept_blocks: (block, reason) pairs of the blocks that had to stay.
+        architecture: What was kept, as JSON.
+        verification: Sliced against masked, as JSON.
+        healing: What each repair did, as JSON.
+        student: State of the healed student, by name.
+    """
+
+    found: Mapping[str, object]
+    frozen: tuple[tuple[str, str], ...]
+    kept_blocks: tuple[tuple[str, str], ...]
+    architecture: Mapping[str, object]
+    verification: Mapping[str, object]
+    healing: tuple[Mapping[str, object], ...]
+    student: Mapping[str, Tensor]
+
+
+@contextlib.contextmanager
+def workplace(
+    out: Path, settings: Mapping[str, str], leftover: Leftover, surroundings: Mapping[str, str] | None = None
+) -> Generator["Workplace"]:
+    """The work of a run, until the run is finished.
+
+    Args:
+        out: The output folder that the work is for.
+        settings: Everything that makes two runs the same run, as text by name.
+        leftover: What to do with the work of an interrupted run.
+        surroundings: What the last bits of the results depend on beside them, as text by name, see
+            `surroundings_of`: a run that goes on among others warns.
+
+    Raises:
+        ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
+            settings; if another process is at it; or if the folder cannot be written.
+    """
+    place, here = workplace_of(out), dict(surroundings or {})
+    if place.folder.exists():
+        _meet(place.folder, settings, leftover)
+    if not place.folder.exists():
+        with told_of_disk(place.folder), atomic_folder(place.folder) as draft:
+            (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
+            (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
+            (draft / LOCK).touch()  # With the rest: a disk that is full then leaves nothing.
+    with contextlib.ExitStack() as stack:
+        with told_of_disk(place.folder):
+            stack.enter_context(held(place.folder))
+        sweep(out, place.folder)
+        _compare(place.folder, here)
+        try:
+            yield place
+        except BaseException:
+            if place.empty:
+                place.remove()
+            raise
+        place.remove()
+
+
+def workplace_of(out: Path) -> "Workplace":
+    """Where the work of a run with this output folder lies, whether there is any or not."""
+    return Workplace(out.with_name(f"{out.name}.work"))
+
+
+def surroundings_of(device: torch.device) -> dict[str, str]:
+    """What the last bits of a result depend on beside the settings of a run."""
+    machine = this_machine()
+    found = {
+        "device": device.type if device.type == "cpu" else machine.get("accelerator", device.type),
+        "threads": str(torch.get_num_threads()),
+        "processor": machine.get("cpu", ""),
+        "torch": torch.__version__,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def _compare(folder: Path, here: Mapping[str, str]) -> None:
+    """Warn of a run that goes on elsewhere."""
+    try:
+        then = cast(dict[str, str], dict(json.loads((folder / _SURROUNDINGS).read_text())))
+    except (OSError, ValueError, TypeError):
+        return
+    different = [f"{name} was {then[name]}, now {text}" for name, text in here.items() if then.get(name, text) != text]
+    if different:
+        warnings.warn(
+            f"The run goes on in other surroundings than it was begun in: {'; '.join(different)}. Its result may "
+            "differ in the last bits from that of an uninterrupted run, and by what follows from them.",
+            stacklevel=4,
+        )
+
+
+def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None:
+    """What is there already is refused, gone on with, or removed."""
+    if not (folder / _SETTINGS).is_file():
+        raise ArtifactError(
+            f"{folder} must be the work of an interrupted run, or not be there; got something else. "
+            "Move it away, or choose another --out."
+        )
+    if leftover is Leftover.REFUSE:
+        raise ArtifactError(
+            f"`out` must have no unfinished run beside it; got {folder}. Go on with it (--resume), or remove "
+            "it and begin again (--restart)."
+        )
+    if leftover is Leftover.DISCARD:
+        with told_of_disk(folder), held(folder):
+            vanish(folder)
+        return
+    try:
+        then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    different = [
+        f"{name} was {then.get(name, 'absent')}, now {settings.get(name, 'absent')}"
+        for name in sorted(then.keys() | settings.keys())
+        if then.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ArtifactError(
+            f"A resumed run must have the settings it was begun with; {'; '.join(different)} ({folder}). "
+            "Use the old settings, or begin again with --restart."
+        )
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folder of an unfinished run."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder for training checkpoints."""
+        return self.folder / "checkpoint"
+
+    def search_checkpoint(self, search: int) -> Path:
+        """The folder for checkpoints of a search; the searches of one run are numbered from 0."""
+        return self.folder / f"search-{search}"
+
+    @property
+    def measurements(self) -> Path:
+        """The file for what was measured, see `Measurements`."""
+        return self.folder / _MEASURED
+
+    def logged(self, progress: Progress) -> Progress:
+        """The same, with a table of all epochs kept in the work."""
+        return CsvLog(self.folder / _HISTORY, progress)
+
+    def hand_on_history(self, draft: Path) -> None:
+        """Copy the table of all epochs beside the report; nothing if there were none."""
+        if (self.folder / _HISTORY).is_file():
+            shutil.copyfile(self.folder / _HISTORY, draft / _HISTORY)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to go on from: no file beside those that every run begins with.
+
+        Measurements by which nothing was found yet count as nothing: a bound that turns out to be out of reach must not
+        leave an unfinished run, and the cache of the machine knows most of them. So does a table of epochs
+        without the checkpoints that its rows are of.
+        """
+        files = (path for path in self.folder.rglob("*") if not path.is_dir())
+        nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, _HISTORY, LOCK)
+        return all(path.parent == self.folder and path.name in nothing for path in files)
+
+    def write(self, cutting: Cutting) -> None:
+        """Keep the first half of the run.
+
+        Raises:
+            ArtifactError: If the disk is full; what was there before is as it was.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in cutting.student.items()}
+        state = {
+            "found": dict(cutting.found),
+            "frozen": [list(pair) for pair in cutting.frozen],
+            "kept_blocks": [list(pair) for pair in cutting.kept_blocks],
+            "architecture": dict(cutting.architecture),
+            "verification": dict(cutting.verification),
+            "healing": [dict(repair) for repair in cutting.healing],
+        }
+        with told_of_disk(self.folder), self._undone_on_error():
+            with atomic_file(self.folder / _STUDENT) as part:
+                part.write_bytes(safetensors.torch.save(tensors))
+            with atomic_file(self.folder / _STATE) as part:
+                part.write_text(json.dumps(state, indent=1))
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Generator[None]:
+        try:
+            yield
+        except OSError:
+            (self.folder / _STUDENT).unlink(missing_ok=True)
+            raise
+
+    def read(self) -> Cutting | None:
+        """The first half of an interrupted run; None if it was interrupted before the cut.
+
+        Raises:
+            ArtifactError: If it is damaged.
+        """
+        if not (self.folder / _STATE).is_file():
+            return None
+        try:
+            state = cast(dict[str, Any], json.loads((self.folder / _STATE).read_text()))
+            student = safetensors.torch.load((self.folder / _STUDENT).read_bytes())
+            return Cutting(
+                dict(state["found"]),
+                tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
+                tuple((str(block), str(reason)) for block, reason in state["kept_blocks"]),
+                dict(state["architecture"]),
+                dict(state["verification"]),
+                tuple(dict(repair) for repair in state["healing"]),
+                student,
+            )
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise _damaged(self.folder, error) from error
+
+    def remove(self) -> None:
+        """Remove the work, as far as it can be; the run is finished."""
+        with contextlib.suppress(OSError):
+            vanish(self.folder)
+
+
+def _damaged(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"The unfinished run in {folder} is damaged ({error}). Begin again with --restart.")
+
+
+_SETTINGS = "settings.json"
+_SURROUNDINGS = "surroundings.json"
+_MEASURED = "measured.json"
+_STATE = "run.json"
+_HISTORY = "history.csv"
+_STUDENT = "student.safetensors"
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that could not be written at the end of the run.
+
+    Args:
+        folder: Where the artifact shall be.
+
+    Raises:
+        ArtifactError: If it is a file, holds something else than an artifact, or cannot be made there.
+    """
+    refuse_foreign(folder, "out")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            f"`out` must lie in a folder that can be written; got {folder}, and {above} cannot be. "
+            "Choose another path, or change its permissions."
+        )
+
+
+def own_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a model in eval mode on a device.
+
+    Raises:
+        ModelError: If the model holds something that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model).to(device).eval()
+    except Exception as error:
+        raise ModelError(
+            f"`model` must be copyable, because yours is never changed; copying {type(model).__name__} stopped with: "
+            f"{error}. Remove what it holds beside parameters, buffers and plain values, such as open files or hooks' "
+            "results."
+        ) from error
+
+
+def check_belongs(model: nn.Module, data: ImageData, images: Tensor) -> None:
+    """Refuse a model that does not classify the data's images.
+
+    Args:
+        model: In any mode; a copy runs.
+        data: For its name, sizes and classes.
+        images: A few of its normalised images, on the model's device.
+
+    Raises:
+        ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
+    """
+    size = "x".join(map(str, data.size))
+    broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ModelError(
+            f"`model` must have finite weights; got NaN or infinity in {len(broken)} tensor(s): {broken[:5]}. "
+            "Load other weights: these come from a training that diverged, or a damaged file."
+        )
+    runner = copy.deepcopy(model).eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = runner(images[:2])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"`model` must run the images of {data.name} ({size}); {type(model).__name__} stopped with: {reason}. "
+            "Choose the image size (--image-size) and channels that the model was made for."
+        ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape != (len(images[:2]), len(data.classes)):
+        got = type(logits).__name__ if shape is None else f"shape {shape}"
+        raise ModelError(
+            f"`model` must return one logit for each of the {len(data.classes)} classes of {data.name}, here shape "
+            f"({len(images[:2])}, {len(data.classes)}); got {got}. Use a model with that many classes, and wrap one "
+            "that returns more than its logits."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"`model` must give finite logits for the images of {data.name}; got NaN or infinity. "
+            "Check its weights and the normalisation (--mean, --std)."
+        )
+
+
+def fabric_for(
+    fabric: "Fabric | None", precision: Precision | None, device: torch.device | None, out: Path | None
+) -> "Fabric":
+    """The caller's Fabric, or one for a device in this process.
+
+    Raises:
+        TrainingError: If both are given, the Fabric cannot be used, or its processes have no folder to share.
+    """
+    if fabric is None:
+        return open_fabric(precision, device=device)
+    if device is not None:
+        raise TrainingError(
+            f"`device` must be left out with `fabric`, which has one; got {device}. Give one of the two."
+        )
+    if fabric.world_size > 1 and out is None:
+        raise TrainingError(
+            f"`out` must be given with {fabric.world_size} processes; got None. The first hands on to the others "
+            "there: name a folder that all machines share."
+        )
+    return usable(fabric, precision)
+
+
+@contextmanager
+def first_alone(fabric: "Fabric") -> Generator[None]:
+    """A block that the first process goes through before all others begin it.
+
+    If it fails there the others wait until torchrun ends them.
+    """
+    if not fabric.is_global_zero:
+        fabric.barrier()
+    yield
+    if fabric.is_global_zero and fabric.world_size > 1:
+        fabric.barrier()
+
+
+@contextmanager
+def shared_workplace(
+    fabric: "Fabric", out: Path, settings: Mapping[str, str], leftover: Leftover
+) -> Generator[Workplace]:
+    """The work of a run until it is finished, see `workplace`: the first process has it, then the others read it.
+
+    What was left at the same place is gone on with, or removed, before they look.
+    """
+    with ExitStack() as stack:
+        with first_alone(fabric):
+            if fabric.is_global_zero:
+                work = stack.enter_context(workplace(out, settings, leftover, surroundings_of(fabric.device)))
+            else:
+                work = workplace_of(out)
+        yield work

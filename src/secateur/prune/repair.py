@@ -1,0 +1,385 @@
+"""Inputs and outputs of a layer at sampled positions: the rows of a least-squares problem.
+
+Batch-norm statistics of a cut model.
+
+Refit: every layer that lost inputs learns, in closed form, to give what it gave before."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.graph._record import shadow_of
+from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
+from secateur.prune.cut import Wound
+from secateur.prune.residual import narrow, original_names
+from secateur.prune.slice import KeptByDim, kept_positions_of_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Which output positions of a layer are looked at, the same in the original and the cut model.
+
+    Attributes:
+        module: Qualified name of a convolution (2-d, one group) or linear layer.
+        positions: (count,) flat indices into the output positions of one image; None for all.
+    """
+
+    module: str
+    positions: Tensor | None
+
+    def rows_of_output(self, layer: nn.Module, out: Tensor) -> Tensor:
+        """(samples, output channels). A linear layer may give four dimensions too: its channels are the last."""
+        if isinstance(layer, nn.Conv2d):
+            flat = out.flatten(2)
+            if self.positions is not None:
+                flat = flat[:, :, self.positions.to(out.device)]
+            return flat.transpose(1, 2).reshape(-1, out.size(1))
+        flat = out.reshape(out.size(0), -1, out.size(-1))
+        if self.positions is not None:
+            flat = flat[:, self.positions.to(out.device)]
+        return flat.reshape(-1, out.size(-1))
+
+    def rows_of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """(samples, input channels x kernel positions), ordered as ``weight.flatten(1)``."""
+        if isinstance(layer, nn.Conv2d):
+            return self._patches(layer, x)
+        flat = x.reshape(x.size(0), -1, x.size(-1))
+        if self.positions is not None:
+            flat = flat[:, self.positions.to(x.device)]
+        return flat.reshape(-1, x.size(-1))
+
+    def _patches(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+        ph, pw = layer.padding  # type: ignore[misc]
+        x = F.pad(x, (int(pw), int(pw), int(ph), int(ph)))
+        width = (x.size(3) - dw * (kw - 1) - 1) // sw + 1
+        height = (x.size(2) - dh * (kh - 1) - 1) // sh + 1
+        where = torch.arange(height * width) if self.positions is None else self.positions
+        top, left = (where // width) * sh, (where % width) * sw
+        rows = top[:, None] + torch.arange(kh).repeat_interleave(kw) * dh
+        columns = left[:, None] + torch.arange(kw).repeat(kh) * dw
+        index = (rows * x.size(3) + columns).to(x.device)
+        taps = x.flatten(2)[:, :, index]
+        return taps.permute(0, 2, 1, 3).reshape(-1, x.size(1) * kh * kw)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """True for layers whose output is exactly weight times patches (+ bias): 2-d convolutions of one group, linear."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+def follows_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
+    """Whether the layer really computes what its class says (a subclass may standardise weights or pad by itself)."""
+    with torch.no_grad():
+        plain: Any = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
+        want = plain(layer, x[:1])
+        return want.shape == out[:1].shape and torch.allclose(want, out[:1], rtol=1e-3, atol=1e-4)
+
+
+def sample_positions(count: int, wanted: int, seed: int) -> Tensor | None:
+    """``wanted`` of ``count`` positions, spread by a seeded permutation; None if that is all of them."""
+    if wanted >= count:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
+
+
+def positions_per_image(unknowns: int, images: int, rows_per_unknown: int) -> int:
+    """How many positions of each image give about ``rows_per_unknown`` equations per unknown."""
+    return max(1, math.ceil(unknowns * rows_per_unknown / max(images, 1)))
+
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass(frozen=True)
+class RecalibrateBatchNorm:
+    """Measure the batch-norm statistics of the cut model anew, relative to the original's on the same images.
+
+    The running statistics of a trained model come from augmented images and many batches. Measuring the cut model
+    on a few clean images would replace them by something else, cut or not. So both models are measured on the same
+    images with batch statistics, and only the *change* is applied:
+
+        mean' = mean + (mean_cut - mean_original),   var' = var * var_cut / var_original
+
+    An uncut model is therefore left exactly as it is.
+
+    Attributes:
+        eps: Added to both variances before dividing.
+
+    References:
+        Recalibration itself: Yu & Huang, arXiv:1903.05134, Section 3.3; Li et al. (EagleEye), arXiv:2007.02491.
+        The relative form is ours.
+    """
+
+    eps: float = 1e-8
+
+    def heal_(self, small: nn.Module, wound: Wound) -> None:
+        """Update the running statistics of ``small`` in place."""
+        before = batch_statistics(wound.original, wound.images)
+        after = batch_statistics(small, wound.images)
+        kept = kept_positions_of_tensors(wound.graph, wound.architecture)
+        modules, names = dict(small.named_modules()), original_names(small)
+        for place, (mean, variance) in after.items():
+            name = names[place]
+            if name not in before:
+                continue
+            old_mean, old_variance = before[name]
+            positions = kept.get(f"{name}.running_mean", {}).get(0)
+            if positions is not None:
+                chosen = torch.from_numpy(positions).to(old_mean.device)
+                old_mean, old_variance = old_mean[chosen], old_variance[chosen]
+            layer: Any = modules[place]
+            layer.running_mean.add_((mean - old_mean).to(layer.running_mean.dtype))
+            ratio = (variance + self.eps) / (old_variance + self.eps)
+            layer.running_var.mul_(ratio.to(layer.running_var.dtype))
+
+
+def _with_company(images: Sequence[Tensor]) -> list[Tensor]:
+    """The same images, a last batch of one joined to its neighbour: one value has no variance, and torch refuses it."""
+    batches = list(images)
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and biased variance of every batch-norm input, with every batch norm normalising by its own batch.
+
+    Returns:
+        Module name to ((channels,) mean, (channels,) variance), float64, averaged over all images.
+    """
+    sums: dict[str, list[Any]] = {}
+    model = shadow_of(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm) and m.track_running_stats}
+
+    def watch(name: str) -> Any:
+        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().transpose(0, 1).flatten(1).double()
+            total = sums.setdefault(name, [0.0, 0.0, 0])
+            total[0], total[1] = total[0] + x.sum(1), total[1] + x.square().sum(1)
+            total[2] += x.size(1)
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(watch(name))
+        # Without running statistics a batch norm uses those of the batch, in eval mode too.
+        layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    with torch.no_grad():
+        for batch in _with_company(images):
+            model(batch)
+    return {
+        name: (total / count, (squares / count - (total / count).square()).clamp_min(0))
+        for name, (total, squares, count) in sums.items()
+    }
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fold the removed channels into the kept ones by least squares, layer by layer.
+
+    For a layer with weight W (output channels x patch) that lost inputs, or reads a stream to which a removed block or
+    what is gone of a narrower branch had added,
+    with X' the patches it now receives in the already repaired cut model, Y the outputs of the original on the same
+    images (kept channels only), and W_S the sliced weight, the new weight is
+
+        W' = argmin  ||Y - X' W'^T||^2 + ridge * mean(diag(X'^T X')) * ||W' - W_S||^2
+           = (Y^T X' + r W_S) (X'^T X' + r I)^-1
+
+    solved in float64; a bias is refitted with it as one more input that is always 1. Layers are visited in order of
+    execution and see what really arrives after the repairs before them, so errors do not add up. With X' the original
+    activations and one weight per channel instead of one per tap, this is the interpolative decomposition
+    M = G_SS^-1 G_SP, W' = W_S + W_P M^T.
+
+    Attributes:
+        ridge: Pull towards the sliced weight, relative to the mean energy of the inputs; dimensionless, > 0.
+        rows_per_unknown: Sampled output positions for each unknown of a layer (all if there are fewer).
+        max_passes: Layers beyond this number share a forward pass with their neighbours, so that the cost stays
+            linear in the model.
+
+    References:
+        He et al., Channel pruning for accelerating very deep networks, arXiv:1707.06168, Eq. (3) (reconstruction
+        after selection); the target from the uncut network as in their Section 3.2.
+    """
+
+    ridge: float = 1e-3
+    rows_per_unknown: int = 64
+    max_passes: int = 32
+
+    def heal_(self, small: nn.Module, wound: Wound) -> None:
+        """Refit the weights of ``small`` in place."""
+        kept = kept_positions_of_tensors(wound.graph, wound.architecture)
+        samplers = self._samplers(small, wound, kept)
+        if not samplers:
+            return
+        targets = _targets(shadow_of(wound.original), samplers, wound.images, kept)
+        samplers = [sampler for sampler in samplers if sampler.module in targets]
+        for group in _groups(samplers, self.max_passes):
+            for module, rows in _inputs(small, group, wound.images).items():
+                self._solve_(narrow(small, module), rows, targets[module])
+
+    def _samplers(self, small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[Sampler]:
+        order = layers_that_lost_inputs(small, wound, kept)
+        images = sum(len(batch) for batch in wound.images)
+        samplers: list[Sampler] = []
+        for number, name in enumerate(order):
+            shape = wound.graph.activations[name].shape
+            layer = narrow(small, name)
+            positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _middle(shape)
+            unknowns = int(layer.get_parameter("weight").numel() // layer.get_parameter("weight").size(0))
+            wanted = positions_per_image(unknowns, images, self.rows_per_unknown)
+            samplers.append(Sampler(name, sample_positions(positions, wanted, seed=number)))
+        return samplers
+
+    def _solve_(self, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        weight = layer.get_parameter("weight")
+        sliced = weight.detach().flatten(1).double()
+        bias = layer.bias
+        if isinstance(bias, Tensor):
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+            sliced = torch.cat([sliced, bias.detach().double()[:, None]], 1)
+        gram = (inputs.T @ inputs).double()
+        cross = (inputs.T @ outputs).double()
+        pull = self.ridge * gram.diagonal().mean()
+        gram.diagonal().add_(pull)
+        solved = torch.linalg.solve(gram, cross + pull * sliced.T).T
+        if not bool(torch.isfinite(solved).all()):
+            return
+        with torch.no_grad():
+            if isinstance(bias, Tensor):
+                bias.copy_(solved[:, -1])
+                solved = solved[:, :-1]
+            weight.copy_(solved.reshape(weight.shape))
+
+
+def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
+    """Neighbours that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
+    first, last = samplers[:-1], samplers[-1:]
+    size = max(1, -(-len(first) // max(most - 1, 1)))
+    return [*(first[start : start + size] for start in range(0, len(first), size)), last]
+
+
+def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:
+    """Plain layers, in order of execution, that read fewer channels, or channels to which less is added than before."""
+    gone = wound.graph.removed_modules(wound.architecture.removed_blocks)
+    names = _behind_removed_blocks(wound) | _behind_narrow_branches(wound)
+    for axis in wound.graph.prunable:
+        for site in axis.sites:
+            module, _, parameter = site.tensor.rpartition(".")
+            if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
+                names.add(module)
+    order = (name for name in wound.graph.activations if name in names and not gone(name))
+    return [name for name in order if is_plain(narrow(small, name))]
+
+
+def _behind_removed_blocks(wound: Wound) -> set[str]:
+    """Modules that run after a removed block and whose weight reads what the block had added to."""
+    graph, found = wound.graph, set[str]()
+    for block in (graph.blocks_by_name[name] for name in wound.architecture.removed_blocks):
+        tensors = set(block.tensors)
+        for axis in graph.axes:
+            if any(site.tensor in tensors and site.role is Role.OUTPUT for site in axis.sites):
+                found |= _readers_behind(graph, axis, block.modules)
+    return found
+
+
+def _behind_narrow_branches(wound: Wound) -> set[str]:
+    """Modules that run after a branch which lost channels that its stream has, and whose weight reads the stream."""
+    graph, found = wound.graph, set[str]()
+    widths = {**{axis.name: axis.size for axis in graph.axes}, **wound.architecture.widths}
+    for axis in graph.axes:
+        if axis.into is not None and widths[axis.name] < widths[axis.into]:
+            found |= _readers_behind(graph, axis, (axis.outlet,))
+    return found
+
+
+def _readers_behind(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str]) -> set[str]:
+    """Modules that run after some others and whose weight reads an axis, or the stream that it is added into."""
+    place = {name: number for number, name in enumerate(graph.activations)}
+    last = max((place[module] for module in modules if module in place), default=len(place))
+    stream = axis if axis.into is None else graph.by_name[axis.into]
+    readers = (site.tensor.rpartition(".") for site in stream.sites if site.role is Role.INPUT)
+    return {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
+
+
+def _targets(
+    original: nn.Module, samplers: Sequence[Sampler], images: Sequence[Tensor], kept: dict[str, KeptByDim]
+) -> dict[str, Tensor]:
+    """What each layer gave in the original: sampled rows, kept output channels."""
+    rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
+    skipped: set[str] = set()
+
+    def watch(sampler: Sampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        if not rows[sampler.module] and not follows_weight(layer, x, out):
+            skipped.add(sampler.module)
+        found = sampler.rows_of_output(layer, out)
+        positions = kept.get(f"{sampler.module}.weight", {}).get(0)
+        if positions is not None:
+            found = found.index_select(1, torch.from_numpy(positions).to(found.device))
+        rows[sampler.module].append(found)
+
+    run_watched(original, samplers, images, watch)
+    return {name: torch.cat(parts) for name, parts in rows.items() if name not in skipped}
+
+
+def _inputs(small: nn.Module, samplers: Sequence[Sampler], images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What arrives at each layer of a group now: sampled patches. The forward pass ends at the last of them."""
+    rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
+
+    def watch(sampler: Sampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        rows[sampler.module].append(sampler.rows_of_input(layer, x))
+
+    run_watched(small, samplers, images, watch)
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+class _Enough(Exception):  # noqa: N818
+    """Raised inside a forward pass once everything wanted has been seen."""
+
+
+def run_watched(
+    model: nn.Module,
+    samplers: Sequence[Sampler],
+    images: Sequence[Tensor],
+    watch: Callable[[Sampler, nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Run images and hand over the input and output of some layers; stop after the last of them."""
+    waiting = {sampler.module for sampler in samplers}
+    seen: set[str] = set()
+
+    def hook(sampler: Sampler) -> Any:
+        def forward(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            watch(sampler, layer, args[0].detach(), out.detach())
+            seen.add(sampler.module)
+            if seen == waiting:
+                raise _Enough
+
+        return forward
+
+    with torch.no_grad():
+        hooks = [narrow(model, s.module).register_forward_hook(hook(s)) for s in samplers]
+        try:
+            for batch in images:
+                seen.clear()
+                try:
+                    model(batch)
+                except _Enough:
+                    continue
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+def _middle(shape: tuple[int, ...]) -> int:
+    positions = 1
+    for size in shape[1:-1]:
+        positions *= size
+    return positions

@@ -1,0 +1,329 @@
+"""Remove residual blocks for real: stand-ins take the places of their modules.
+
+Cut a model for real: slice every tensor, set every size. Nothing is learnt or healed here."""
+
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur._arrays import IntArray
+from secateur._runtime import copy_model
+from secateur.architecture import Architecture
+from secateur.errors import SurgeryError
+from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph.graph import ChannelGraph, Replacement, Role, StandIn
+from secateur.prune.residual import check_branches, widen_, widenings_of
+from secateur.prune.zeroing import zero_branches_
+
+
+class PassThrough(nn.Module):
+    """Stands in for a removed module: returns its first tensor argument.
+
+    Args:
+        items: Length of the tuple to return, the tensor first and None after it; None to return the tensor itself.
+    """
+
+    def __init__(self, items: int | None = None):
+        super().__init__()
+        self._items = items
+
+    @property
+    def items(self) -> int | None:
+        """Length of the tuple that it returns; None if it returns a tensor."""
+        return self._items
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first tensor among the arguments."""
+        tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return self._packed(tensor)
+
+    def _packed(self, tensor: torch.Tensor) -> Any:
+        return tensor if self._items is None else (tensor, *[None] * (self._items - 1))
+
+    def extra_repr(self) -> str:
+        """What differs from the usual."""
+        return "" if self._items is None else f"items={self._items}"
+
+
+class Silence(PassThrough):
+    """Stands in for a removed module: returns zeros of the shape of its first tensor argument."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like the first tensor among the arguments."""
+        tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return self._packed(torch.zeros_like(tensor))
+
+
+_CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough, StandIn.SILENCE: Silence}
+
+
+def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
+    """Put the stand-ins into a model of ours, outermost first; a module within a replaced one is gone with it.
+
+    Raises:
+        SurgeryError: If the model lacks one of the modules.
+    """
+    done: list[str] = []
+    for replacement in sorted(replacements, key=lambda r: r.module.count(".")):
+        name = replacement.module
+        if any(name == outer or name.startswith(outer + ".") for outer in done):
+            continue
+        done.append(name)
+        path, _, leaf = name.rpartition(".")
+        try:
+            model.get_submodule(name)
+        except AttributeError as error:
+            raise SurgeryError(f"`replacements` must name modules of the model; got {name!r}.") from error
+        if not name:
+            raise SurgeryError("`replacements` must name modules within the model; got the model itself.")
+        setattr(model.get_submodule(path), leaf, stand_in_of(replacement).train(model.training))
+
+
+def stand_in_of(replacement: Replacement) -> PassThrough:
+    """A new module to take the place of the one that goes."""
+    return _CLASSES[replacement.stand_in](replacement.items)
+
+
+def replacements_in(model: nn.Module) -> tuple[Replacement, ...]:
+    """The stand-ins that a cut model holds: what `replace_` needs to make them again."""
+    kinds = {kind: stand_in for stand_in, kind in _CLASSES.items()}
+    return tuple(
+        Replacement(name, kinds[type(module)], module.items)
+        for name, module in model.named_modules()
+        if isinstance(module, PassThrough)
+    )
+
+
+def replacements_of(graph: ChannelGraph, removed_blocks: Iterable[str]) -> tuple[Replacement, ...]:
+    """What stands in for the modules of some blocks."""
+    return tuple(r for name in removed_blocks for r in graph.blocks_by_name[name].replacements)
+
+
+KeptByDim = dict[int, IntArray]
+"""Dimension of a tensor to the positions that stay."""
+
+
+def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
+    """Refuse an architecture that does not fit the graph.
+
+    Raises:
+        SurgeryError: For an unknown or frozen axis, a channel out of range, a block that may not be removed, or a
+            branch that keeps other channels than the stream it is added into.
+    """
+    for name in architecture.removed_blocks:
+        block = graph.blocks_by_name.get(name)
+        if block is None:
+            known = ", ".join(b.name for b in graph.removable[:8]) or "none"
+            raise SurgeryError(
+                f"`architecture` removes the block {name!r}, which this model lacks. It has: {known}, ..."
+            )
+        if block.kept_because is not None:
+            raise SurgeryError(f"`architecture` removes the block {name!r}, which must stay: {block.kept_because}.")
+    for name, channels in architecture.kept:
+        axis = graph.by_name.get(name)
+        if axis is None:
+            known = ", ".join(a.name for a in graph.prunable[:8])
+            raise SurgeryError(f"`architecture` names the axis {name!r}, which this model lacks. It has: {known}, ...")
+        if len(channels) < axis.size and axis.frozen_because is not None:
+            raise SurgeryError(f"`architecture` cuts the axis {name!r}, which must stay whole: {axis.frozen_because}.")
+        if channels[-1] >= axis.size:
+            raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
+    check_branches(graph, architecture)
+
+
+def kept_positions_of_tensors(
+    graph: ChannelGraph, architecture: Architecture, roles: Container[Role] = frozenset(Role)
+) -> dict[str, KeptByDim]:
+    """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out.
+
+    Args:
+        graph: The channel graph of the whole model.
+        architecture: Channels to keep.
+        roles: Only sites of these are looked at, and the last ones of branches: what they give is read by a sum, which
+            has no weights.
+    """
+    masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
+    kept: dict[str, KeptByDim] = {}
+    for name, channels in architecture.kept:
+        axis = graph.by_name[name]
+        if len(channels) == axis.size:
+            continue
+        stays = np.zeros(axis.size, dtype=bool)
+        stays[list(channels)] = True
+        known: dict[int, IntArray] = {}
+        for site in axis.sites:
+            gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.outlet
+            if site.role not in roles and not gives:
+                continue
+            length = full_size(graph, site.tensor, site.dim)
+            if site.index.size == length:  # No other axis has a part in this dimension. Many sites share their index.
+                if id(site.index) not in known:
+                    known[id(site.index)] = np.sort(site.index[stays], axis=None)
+                kept.setdefault(site.tensor, {})[site.dim] = known[id(site.index)]
+                continue
+            mask = masks.setdefault(site.tensor, {}).setdefault(site.dim, np.ones(length, dtype=bool))
+            mask[site.index[~stays].reshape(-1)] = False
+    for tensor, dims in masks.items():
+        kept.setdefault(tensor, {}).update((dim, np.flatnonzero(mask)) for dim, mask in dims.items())
+    return kept
+
+
+def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
+    """Length of a dimension in the traced model."""
+    return graph.tensors[tensor][dim].at(graph.sizes)
+
+
+def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A new, smaller model: blocks removed, every tensor sliced, every size set. Weights that stay are unchanged.
+
+    A branch that keeps fewer channels than its stream is put into a `Widen`, which adds ``.inner`` to its names.
+
+    Args:
+        model: The traced model; not modified, nothing is shared with the result.
+        graph: Its channel graph.
+        architecture: Which channels stay, and which blocks go.
+
+    Raises:
+        SurgeryError: If the architecture does not fit the graph.
+    """
+    check_architecture(graph, architecture)
+    kept = kept_positions_of_tensors(graph, architecture)
+
+    def sliced(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for dim, positions in kept[name].items():
+            tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+        return tensor
+
+    small = copy_with(model, dict.fromkeys(kept, sliced))
+    replace_(small, replacements_of(graph, architecture.removed_blocks))
+    gone = graph.removed_modules(architecture.removed_blocks)
+    widths = {**graph.sizes, **architecture.widths}
+    edits = (e for e in graph.edits if not gone(e.module))
+    set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
+    declare_sizes(small)
+    widen_(small, widenings_of(graph, architecture))
+    return small
+
+
+def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A copy of the full model in which the parameters of removed channels, and removed branches, are zero.
+
+    What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
+    reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
+    """
+    return _masked(model, graph, architecture, frozenset(Role))
+
+
+def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
+    """A copy of the full model in which only the weights that read removed channels, or add them to a stream, are zero.
+
+    The channels themselves run on unchanged. As good a reference as `mask_removed`, and one that stays finite where
+    the model divides by something that is zero for a channel of zeros.
+    """
+    return _masked(model, graph, architecture, frozenset({Role.INPUT}))
+
+
+def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role]) -> nn.Module:
+    check_architecture(graph, architecture)
+    kept = kept_positions_of_tensors(graph, architecture, roles)
+    parameters = set(graph.parameters)
+
+    def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        silent = tensor.clone()
+        for dim, positions in kept[name].items():
+            gone = np.setdiff1d(np.arange(tensor.size(dim)), positions, assume_unique=True)
+            silent.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+        return silent
+
+    full = copy_with(model, {name: masked for name in kept if name in parameters})
+    full = compute_over_kept_(full, graph, architecture.by_name)
+    if architecture.removed_blocks:
+        zero_branches_(full, (graph.blocks_by_name[name] for name in architecture.removed_blocks))
+    return full
+
+
+def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]) -> nn.Module:
+    """Deep copy of a model in which some tensors are replaced; sharing between modules is kept.
+
+    Args:
+        model: Left as it is.
+        changes: Tensor name to a function from (name, tensor) to its replacement.
+    """
+    memo: dict[int, Any] = {}
+    keep_alive: list[torch.Tensor] = []
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            change = changes.get(name)
+            if change is None:
+                continue
+            new = change(name, tensor.detach()).contiguous(memory_format=_memory_format(tensor))
+            replacement = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            keep_alive.append(replacement)
+            memo[id(tensor)] = replacement
+    for module in model.modules():
+        # Weights computed by a hook (weight norm) are no leaves and refuse to be copied; they are computed anew anyway.
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                keep_alive.append(value.detach().clone())
+                memo[id(value)] = keep_alive[-1]
+    return copy_model(model, memo)
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def set_sizes(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
+    """Set int attributes (module, attribute, item or None, value) on a model of ours."""
+    modules = dict(model.named_modules())
+    for name, attribute, item, value in sizes:
+        holder = modules[name]
+        if item is None:
+            setattr(holder, attribute, value)
+            continue
+        old = getattr(holder, attribute)
+        new = [*old]
+        new[item] = value
+        setattr(holder, attribute, type(old)(new))
+
+
+def declare_sizes(model: nn.Module) -> None:
+    """Make the sizes that torch's own layers declare (``out_channels``, ``num_features``) agree with their tensors."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+            first, second = module.weight.shape[:2]
+            if module.transposed:
+                module.in_channels, module.out_channels = first, second * module.groups
+            else:
+                module.out_channels, module.in_channels = first, second * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
+            vector = module.running_mean if _has_no_weight(module) else module.weight
+            if vector is not None:
+                module.num_features = vector.numel()
+        elif isinstance(module, nn.GroupNorm) and not _has_no_weight(module):
+            module.num_channels = module.weight.numel()
+        elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
+            module.normalized_shape = tuple(module.weight.shape)
+
+
+def _has_no_weight(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is None
+
+
+def parameter_share(graph: ChannelGraph) -> float:
+    """Fraction of the parameters that lies in tensors with at least one prunable dimension."""
+    sizes = graph.sizes
+    total = prunable = 0
+    for name in graph.parameters:
+        extents = graph.tensors[name]
+        count = math.prod(extent.at(sizes) for extent in extents)
+        total += count
+        prunable += count if any(extent.terms for extent in extents) else 0
+    return prunable / max(total, 1)

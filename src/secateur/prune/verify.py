@@ -1,0 +1,270 @@
+"""Proof that a cut is right: the sliced model equals the original in which the removed channels are zeroed."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from secateur._runtime import undisturbed
+from secateur.architecture import Architecture
+from secateur.errors import SurgeryError
+from secateur.graph._record import shadow_of
+from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph.graph import ChannelGraph
+from secateur.prune.slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
+from secateur.prune.zeroing import ExpectedCalls, zero_branches_, zero_weights_
+
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}
+"""Largest |sliced - masked| / largest |masked|. Sums of the same terms in another order differ by a few ulps per
+layer; a wrong channel differs by per cents (rolling one bias by one: 2e-2)."""
+DOUBLE_CHECK = 1e-9
+"""Tolerance of the second look in float64, taken where float32 rounding alone may exceed its tolerance."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How closely the sliced model follows the masked original on the example input.
+
+    Attributes:
+        max_abs: Largest absolute difference of the outputs.
+        max_rel: The same divided by the largest absolute output.
+        tolerance: Bound that ``max_rel`` had to meet.
+        dtype: Precision the comparison was made in.
+        frozen: (axis, reason) pairs that had to be frozen until the cut was right.
+        shape: Shape of the input that both ran on: the example's, or less where they make the same calls on less.
+    """
+
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    dtype: str
+    frozen: tuple[tuple[str, str], ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A cut that is wrong: where it first shows, and how."""
+
+    module: str
+    what: str
+
+
+def compare(
+    model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> Verification | Mismatch:
+    """Run both on the example and compare; look again in float64 where rounding may be the reason.
+
+    Whether channels lie where they belong does not depend on how many pixels there are. So the middle of the images is
+    enough where the model runs on it, makes the very calls it made when traced, and both agree. In any other case
+    the whole example decides.
+    """
+    example = graph.example
+    sliced = copy.copy(small) if not small.training else copy.deepcopy(small).eval()
+    found = _on_the_middle(model, sliced, graph, architecture)
+    if found is not None:
+        return found
+    reference, masked, want = _masked(model, graph, architecture)
+    if not want:
+        raise SurgeryError("the model's output must hold a floating-point tensor to compare cuts by; it holds none.")
+    try:
+        got = _outputs(sliced, example)
+    except Exception as error:
+        return Mismatch(_running_when_failed(sliced, example), f"the cut model does not run: {error}")
+    dtype = want[0].dtype
+    found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
+    found = found and replace(found, shape=graph.example_shape)
+    if found is not None and found.max_rel <= found.tolerance:
+        # Where only blocks are removed no sum has other terms, so that no difference at all is no reason for doubt.
+        doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
+        return _inside(found, masked, sliced, graph, architecture) if doubtful else found
+    if found is not None and dtype == torch.float32:
+        masked = reference(copy_with(model, {}).double(), graph, architecture)
+        sliced = copy.deepcopy(sliced).double()
+        example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+        want, got = _outputs(masked, example), _outputs(sliced, example)
+        found = _difference(want, got, DOUBLE_CHECK, torch.float64)
+        found = found and replace(found, shape=graph.example_shape)
+        if found is not None and found.max_rel <= found.tolerance:
+            return found
+    what = "output shapes differ" if found is None else f"outputs differ by {found.max_rel:.1e} (relative)"
+    return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
+
+
+def _on_the_middle(
+    model: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> Verification | None:
+    """Both compared on the middle of the images; None if that leaves any doubt."""
+    example = tuple(map(_middle, graph.example))
+    if all(part is whole for part, whole in zip(example, graph.example, strict=True)):
+        return None
+    calls = ExpectedCalls(graph.calls)
+    masked = _zeroed(model, graph, architecture, calls)
+    try:
+        want, got = _outputs(masked, example), _outputs(sliced, example)
+    except Exception:
+        return None
+    if not calls.all_made or not want or not _finite(want):
+        return None
+    dtype = want[0].dtype
+    found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
+    shape = next(tuple(part.shape) for part in example if isinstance(part, torch.Tensor))
+    return replace(found, shape=shape) if found is not None and 0 < found.max_rel <= found.tolerance else None
+
+
+def _middle(part: Any) -> Any:
+    """Of images, (n, channels, height, width), at most half of the rows and of the columns, in multiples of 32."""
+    if not isinstance(part, torch.Tensor) or part.dim() != 4 or not part.is_floating_point():
+        return part
+    height, width = (size // 64 * 32 for size in part.shape[2:])
+    top, left = (part.size(2) - height) // 2, (part.size(3) - width) // 2
+    middle = part[:, :, top : top + height, left : left + width]
+    return middle.contiguous() if middle.numel() else part
+
+
+def _zeroed(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture, expected: ExpectedCalls | None = None
+) -> nn.Module:
+    """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
+    kept = kept_positions_of_tensors(graph, architecture)
+    masked = zero_weights_(shadow_of(model), kept, expected)
+    masked = compute_over_kept_(masked, graph, architecture.by_name)
+    removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
+    return zero_branches_(masked, removed) if removed else masked
+
+
+_Reference = Callable[[nn.Module, ChannelGraph, Architecture], nn.Module]
+_REFERENCES: Sequence[_Reference] = (
+    _zeroed,
+    # A weight that is not finite stays so when multiplied by zero.
+    lambda *original: mask_removed(*original).eval(),
+    # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
+    lambda *original: mask_readers(*original).eval(),
+)
+"""Ways to make the masked original, in eval mode. A later one is taken where outputs of the former are not finite."""
+
+
+def _masked(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
+    """The first reference with finite outputs: how it is made, itself, and the outputs."""
+    for reference in _REFERENCES:
+        masked = reference(model, graph, architecture)
+        want = _outputs(masked, graph.example)
+        if _finite(want):
+            return reference, masked, want
+    raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
+
+
+def _inside(
+    found: Verification, masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> Verification | Mismatch:
+    """An output that is the same to the last bit may not depend on its input at all, as that of a head not trained yet.
+
+    Then it proves nothing, and every module on the way to it is compared.
+    """
+    module = _first_difference(masked, sliced, graph, architecture, graph.example)
+    return Mismatch(module, "features differ behind an output that does not show it") if module else found
+
+
+def _finite(tensors: list[torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(0)
+        out = model(*example)
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _difference(
+    want: list[torch.Tensor], got: list[torch.Tensor], tolerance: float, dtype: torch.dtype
+) -> Verification | None:
+    if [t.shape for t in want] != [t.shape for t in got] or not want:
+        return None
+    absolute = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True) if a.numel())
+    scale = max(float(t.abs().max()) for t in want if t.numel())
+    relative = absolute / scale if scale > 0 else absolute
+    if math.isnan(absolute):
+        relative = float("inf")
+    return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
+
+
+def _running_when_failed(model: nn.Module, example: tuple[Any, ...]) -> str:
+    """The innermost module whose forward was running when the model raised."""
+    stack: list[str] = []
+    hooks: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: stack.append(name)
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(enter(name)))
+        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        _outputs(model, example)
+    except Exception:
+        return stack[-1] if stack else ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ""
+
+
+def _first_difference(
+    masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture, example: tuple[Any, ...]
+) -> str:
+    """The first module, in order of execution, whose kept output channels differ."""
+    seen: dict[str, torch.Tensor] = _capture(masked, graph, example)
+    mine = _capture(sliced, graph, example)
+    # What runs in a removed branch has no effect in either, and need not be the same.
+    idle = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].modules}
+    alive = graph.alive(architecture.by_name)
+    for name, activation in graph.activations.items():
+        if name not in seen or name not in mine or name in idle:
+            continue
+        positions = torch.from_numpy(graph.kept_positions(name, architecture.by_name))
+        want = seen[name].index_select(activation.dim, positions.to(seen[name].device))
+        for lane in activation.others:
+            want = want.index_select(lane.dim, torch.from_numpy(lane.kept(alive)).to(want.device))
+        if want.shape != mine[name].shape:
+            return name
+        scale = float(want.abs().max()) or 1.0
+        if float((want - mine[name]).abs().max()) / scale > 1e-4:
+            return name
+    return ""
+
+
+def _capture(model: nn.Module, graph: ChannelGraph, example: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    hooks: list[Any] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
+            if tensor is not None:
+                # In-place activations that follow would overwrite it.
+                found[name] = tensor.detach().clone()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in graph.activations:
+            hooks.append(module.register_forward_hook(keep(name)))
+    try:
+        _outputs(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,214 @@
+"""Tables of many runs as one page that needs nothing else.
+
+One self-contained page about one run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from secateur._files import atomic_file
+from secateur.report import units as _format
+from secateur.report.charts import accuracy_plot, loss_plot, search_plots, stage_plots, width_plot
+from secateur.report.run import RunReport
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """One table.
+
+    Attributes:
+        title: Above it.
+        columns: Their names.
+        rows: Cells as text; the first of a row names it.
+        text: A sentence before it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of tables.
+
+    Attributes:
+        title: Of the page.
+        facts: (label, value) pairs under the title.
+        notes: Sentences the reader must know.
+        tables: In order.
+        command: The exact command or call.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    tables: tuple[PageTable, ...] = ()
+    command: str = ""
+
+
+def write_page(path: Path | str, page: Page) -> Path:
+    """Write tables as one HTML file that needs nothing else: no network, no scripts, light and dark.
+
+    Args:
+        path: Where; replaced atomically.
+        page: What to show. All of it is escaped.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    import jinja2
+    import markupsafe
+
+    path, here = Path(path).absolute(), files("secateur.report")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (here / "page.html").read_text(encoding="utf-8")
+    )
+    text = template.render(page=page, style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")))
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+_FACTS = ("data", "strategy", "budget", "choices")
+"""Fields under the headline; empty ones are left out."""
+_NOTABLE = 0.02
+"""Speedups nearer to 1 than this, or whose quartiles lie on both sides of 1, are not called faster or slower."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number at the top of the page; ``part`` is what is left of the original in percent, if that has a meaning."""
+
+    what: str
+    much: str
+    source: str
+    part: float | None = None
+
+
+def write_report(path: Path | str, run: RunReport) -> Path:
+    """Write a run as one HTML file that needs nothing else: no network, no scripts, light and dark, any screen.
+
+    Args:
+        path: Where; replaced atomically.
+        run: What to show. All of it is escaped.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path).absolute()
+    page = render(run)
+    with atomic_file(path) as part:
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def render(run: RunReport) -> str:
+    """The page as text."""
+    import jinja2
+    import markupsafe
+
+    here = files("secateur.report")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (here / "report.html").read_text(encoding="utf-8")
+    )
+    curves = (loss_plot(run.training), accuracy_plot(run.training, run.original_validation_accuracy))
+    return template.render(
+        run=run,
+        style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")),
+        nbsp="\u00a0",
+        headline=headline(run),
+        facts=[(name, value) for name in _FACTS if (value := getattr(run, name))],
+        tiles=tiles(run),
+        images=_images(run),
+        widths=width_plot(run.widths) if run.widths else None,
+        kept_sentence=_kept_sentence(run),
+        curves=[curve for curve in curves if curve is not None],
+        search=search_plots(run.search, run.macs_limit),
+        stages=stage_plots(run.stages),
+        origin=_origin(run),
+        **_words(),
+    )
+
+
+def headline(run: RunReport) -> str:
+    """The result as one sentence."""
+    cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
+    said = [f"{_format.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
+    if run.latency:
+        said.append(_speed(run.latency[0].speedup))
+    before, after = run.before.accuracy, run.after.accuracy
+    if before and after:
+        said.append(f"{_format.percent(after.top1, 2)} accuracy instead of {_format.percent(before.top1, 2)}")
+    return f"{run.model}: {', '.join(said)}."
+
+
+def tiles(run: RunReport) -> list[Tile]:
+    """The numbers at the top of the page."""
+    before, after = run.before, run.after
+    found: list[Tile] = []
+    if before.accuracy and after.accuracy:
+        was = f"from {_format.percent(before.accuracy.top1, 2)}"
+        found.append(Tile("Accuracy", _format.percent(after.accuracy.top1, 2), was, 100 * after.accuracy.top1))
+    costs = [
+        ("MACs", before.macs, after.macs, _format.count),
+        ("Parameters", before.params, after.params, _format.count),
+    ]
+    if after.weights != after.params:
+        costs.append(("Non-zero parameters", before.weights, after.weights, _format.count))
+    if before.size_bytes is not None and after.size_bytes is not None:
+        costs.append(("File size", before.size_bytes, after.size_bytes, _format.size))
+    for what, old, new, words in costs:
+        left = min(100.0, 100 * new / old) if old else 100.0
+        found.append(Tile(what, _format.change(old, new), f"{words(old)} → {words(new)}", left))
+    if run.latency:
+        first = run.latency[0]
+        times = f"{_format.duration(first.before[1])} → {_format.duration(first.after[1])}"
+        found.append(Tile("CPU speed", _format.factor(first.speedup[1]), times, min(100.0, 100 / first.speedup[1])))
+    return found
+
+
+def _speed(speedup: tuple[float, float, float]) -> str:
+    lower, median, upper = speedup
+    if lower < 1 < upper or abs(median - 1) < _NOTABLE:
+        return "about as fast as before"
+    words = _format.factor(median)
+    return f"{words}\u00a0as\u00a0fast" if median > 1 else f"slower ({words} the speed)"
+
+
+def _images(run: RunReport) -> str:
+    counts = sorted({accuracy.n for accuracy in (run.before.accuracy, run.after.accuracy) if accuracy})
+    return " and ".join(f"n = {n:,}" for n in counts)
+
+
+def _kept_sentence(run: RunReport) -> str:
+    kept, all_channels = sum(width.after for width in run.widths), sum(width.before for width in run.widths)
+    return f"{kept:,} of {all_channels:,} channels are kept." if all_channels else ""
+
+
+def _origin(run: RunReport) -> list[tuple[str, str]]:
+    seed = "none" if run.seed is None else str(run.seed)
+    rows = [
+        ("Seed", seed),
+        ("Date", _format.moment(run.date)),
+        ("Machine", _joined(run.machine)),
+        ("Versions", _joined(run.versions)),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _joined(entries: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in entries.items())
+
+
+def _words() -> dict[str, object]:
+    names = ("count", "size", "duration", "percent", "change", "points", "error", "factor", "moment")
+    return {name: getattr(_format, name) for name in names}

@@ -1,0 +1,372 @@
+"""What a report shows, as plain frozen data. The pipeline fills it in; nothing here knows how it was found.
+
+Performance Efficiency: accuracy that is left, against size that is left."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import truediv
+
+_Z95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def _nothing() -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class MeasuredAccuracy:
+    """A share of images classified right.
+
+    Attributes:
+        top1: Fraction, 0 to 1.
+        n: Number of images.
+    """
+
+    top1: float
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval for new images of the same kind, as fractions (Wilson, JASA 1927)."""
+        if self.n < 1:
+            return 0.0, 1.0
+        z2 = _Z95**2 / self.n
+        middle = (self.top1 + z2 / 2) / (1 + z2)
+        half = _Z95 / (1 + z2) * math.sqrt(self.top1 * (1 - self.top1) / self.n + z2 / (4 * self.n))
+        return middle - half, middle + half
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's numbers.
+
+    Attributes:
+        macs: Multiply-accumulates for one input.
+        params: Parameters.
+        size_bytes: Size of its weights file, or None.
+        accuracy: On the test images, or None.
+        nonzero: Parameters that are not zero; None means all of them.
+    """
+
+    macs: int
+    params: int
+    size_bytes: int | None = None
+    accuracy: MeasuredAccuracy | None = None
+    nonzero: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Parameters that are not zero."""
+        return self.params if self.nonzero is None else self.nonzero
+
+
+@dataclass(frozen=True)
+class MeasuredLatency:
+    """Time of one forward pass before and after, measured in turns.
+
+    Attributes:
+        runtime: Such as ``onnxruntime 1.31``.
+        threads: Threads used.
+        batch_size: Samples per pass.
+        rounds: Pairs of measurements.
+        before: First quartile, median, third quartile of the original, in seconds.
+        after: The same of the compressed model.
+        speedup: The same of original time / compressed time, pair by pair.
+        clock: What was counted, such as ``processor time``.
+    """
+
+    runtime: str
+    threads: int
+    batch_size: int
+    rounds: int
+    before: tuple[float, float, float]
+    after: tuple[float, float, float]
+    speedup: tuple[float, float, float]
+    clock: str
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """Number of channels of one axis before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class FrozenAxis:
+    """Channels that were not removed, and why, as a sentence."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class BlockFate:
+    """A residual block: whether it was removed, and, if it could not be, why, as a sentence."""
+
+    name: str
+    removed: bool
+    kept_because: str = ""
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """One epoch of the recovery: mean training loss, and validation accuracy (a fraction) if it was measured."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchedWidth:
+    """One axis in one epoch of a search.
+
+    Attributes:
+        axis: Its name.
+        kept_fraction: Expected width / size, under the probabilities of the epoch.
+        width: The most probable width.
+        size: Of the whole axis.
+    """
+
+    axis: str
+    kept_fraction: float
+    width: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SearchedDepth:
+    """One stage of removable blocks in one epoch of a search.
+
+    Attributes:
+        stage: Name of its first block.
+        kept: Expected number of blocks, under the probabilities of the epoch.
+        blocks: The most probable number.
+        size: All blocks of the stage.
+    """
+
+    stage: str
+    kept: float
+    blocks: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SearchEpoch:
+    """One epoch of a search that learns probabilities of widths and depths; what was not noted is None.
+
+    Attributes:
+        epoch: From 1.
+        entropy: Of the choices, normalised: 1 is undecided, 0 is decided.
+        temperature: Of the sampling.
+        expected_macs: Expected MACs / MACs of the original.
+        current_macs: MACs of the most probable network / MACs of the original.
+        widths: By axis, in order of execution.
+        depths: By stage, in order of execution.
+        train_loss: Mean loss of the weights.
+        architecture_loss: Mean loss of the probabilities.
+    """
+
+    epoch: int
+    entropy: float
+    temperature: float | None = None
+    expected_macs: float | None = None
+    current_macs: float | None = None
+    widths: tuple[SearchedWidth, ...] = ()
+    depths: tuple[SearchedDepth, ...] = ()
+    train_loss: float | None = None
+    architecture_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class JudgedStage:
+    """One stage of a stage-wise search.
+
+    Attributes:
+        name: Of the stage.
+        cut: The module that ends it; empty for the last one.
+        possible: log10 of the number of its candidates.
+        trained: How many different ones were trained.
+        losses: Of the candidates that were judged.
+        macs: Of each of these, over the MACs of the original.
+        chosen: The number of the one that was taken.
+    """
+
+    name: str
+    cut: str
+    possible: float
+    trained: int
+    losses: tuple[float, ...]
+    macs: tuple[float, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Accuracy after one step of the way: the original, after the cut, after healing, after distillation."""
+
+    name: str
+    accuracy: MeasuredAccuracy
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of two ways to compute the same outputs.
+
+    Attributes:
+        name: What was compared, such as ``Sliced model = masked original``.
+        passed: Whether it held.
+        max_abs: Largest absolute difference, or None if nothing was computed.
+        max_rel: The same relative to the largest output.
+        tolerance: The bound on ``max_rel``; 0 means bit for bit.
+        detail: One more sentence, such as the batch sizes.
+    """
+
+    name: str
+    passed: bool
+    max_abs: float | None = None
+    max_rel: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file for another runtime.
+
+    Attributes:
+        name: Its name, or that of the one to open if there are several.
+        size_bytes: Of all its files together.
+        difference: Largest absolute difference from the model's outputs / the largest of them; None if the file
+            computes with other numbers, so that only answers can be compared.
+        accuracy: Measured with the file itself, or None.
+        float_accuracy: Of the float model in the same runtime, on the same images.
+        agreement: Fraction of images for which both say the same class.
+        latency: Time of the float file (before) and of this one (after), or None.
+    """
+
+    name: str
+    size_bytes: int
+    difference: float | None = None
+    accuracy: MeasuredAccuracy | None = None
+    float_accuracy: MeasuredAccuracy | None = None
+    agreement: float | None = None
+    latency: MeasuredLatency | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything on the page.
+
+    Attributes:
+        model: Name of the model.
+        data: Name of the data.
+        strategy: How the architecture was found.
+        budget: What was asked for.
+        choices: What was chosen about layers and axes, in words.
+        before: The original.
+        after: The compressed model.
+        latency: Measured times; the first is the one in the headline.
+        steps: Accuracy on the way.
+        widths: Channels of every prunable axis, in order of execution.
+        frozen: What was left whole, and why.
+        blocks: The residual blocks of the model, in order of execution.
+        search: A search that learns, epoch by epoch; empty for all others.
+        stages: Stages of a stage-wise search; empty for all others.
+        fairness: How often the channel trained least was trained by it, per time of the one trained most; or None.
+        macs_limit: The budget's bound on the MACs / MACs of the original, or None.
+        training: The recovery, epoch by epoch.
+        original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
+            as a line across the curve.
+        exports: Files for other runtimes.
+        checks: What was verified.
+        notes: Further sentences the reader must know.
+        command: The exact command or call.
+        seed: Its seed.
+        versions: Package name to version.
+        machine: The machine in words.
+        date: ISO 8601.
+    """
+
+    model: str
+    before: Measured
+    after: Measured
+    data: str = ""
+    strategy: str = ""
+    budget: str = ""
+    choices: str = ""
+    latency: tuple[MeasuredLatency, ...] = ()
+    steps: tuple[Step, ...] = ()
+    widths: tuple[LayerWidth, ...] = ()
+    frozen: tuple[FrozenAxis, ...] = ()
+    blocks: tuple[BlockFate, ...] = ()
+    search: tuple[SearchEpoch, ...] = ()
+    stages: tuple[JudgedStage, ...] = ()
+    fairness: float | None = None
+    macs_limit: float | None = None
+    training: tuple[TrainedEpoch, ...] = ()
+    original_validation_accuracy: float | None = None
+    exports: tuple[ExportedFile, ...] = ()
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=_nothing)
+    machine: Mapping[str, str] = field(default_factory=_nothing)
+    date: str = ""
+
+    @property
+    def efficiency(self) -> tuple[float, float] | None:
+        """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies."""
+        before, after = self.before, self.after
+        if before.accuracy is None or after.accuracy is None:
+            return None
+        found = [
+            performance_efficiency(
+                accuracy=after.accuracy.top1,
+                original_accuracy=before.accuracy.top1,
+                size=size,
+                original_size=original,
+            )
+            for size, original in ((after.weights, before.weights), (after.macs, before.macs))
+        ]
+        return found[0], found[1]
+
+
+def performance_efficiency(
+    *,
+    accuracy: float,
+    original_accuracy: float,
+    size: float,
+    original_size: float,
+    formula: Callable[[float, float], float] = truediv,
+) -> float:
+    """What is kept of the accuracy, for what is kept of the size.
+
+    PE = (accuracy / original_accuracy) / (size / original_size): 1 for the original, 2 for half the size at the same
+    accuracy. It rewards size without end: a useless network of no parameters has the highest of all. So it is shown
+    beside the accuracy, never instead of it.
+
+    Args:
+        accuracy: Of the compressed model, a fraction.
+        original_accuracy: Of the original, on the same images.
+        size: Of the compressed model: non-zero parameters, or MACs for the second variant. Any unit.
+        original_size: Of the original, in the same unit.
+        formula: Of (kept accuracy, kept size), both as fractions; the quotient unless told otherwise.
+
+    Returns:
+        Dimensionless; NaN if the original has neither accuracy nor size, or nothing is left of the size.
+
+    References:
+        The name is that of Malihi & Heidemann, Appl. Syst. Innov. 2024, 7(4), 56, whose formula could not be read.
+        This definition is ours.
+    """
+    if not (original_accuracy > 0 and original_size > 0 and size > 0):
+        return math.nan
+    return formula(accuracy / original_accuracy, size / original_size)

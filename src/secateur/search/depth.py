@@ -1,0 +1,279 @@
+"""Fewer blocks, then fewer channels."""
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from secateur.architecture import Architecture
+from secateur.cost.budget import Cost
+from secateur.errors import BudgetError, DataError
+from secateur.graph._record import shadow_of
+from secateur.prune.cut import Healer, OutputDistance, cut
+from secateur.prune.repair import RecalibrateBatchNorm, Refit
+from secateur.prune.slice import apply_architecture, replace_
+from secateur.search.base import Problem, Proposal, Strategy
+from secateur.search.knapsack import Knapsack
+
+_TRIED = 9
+"""Numbers of blocks tried at first, evenly spaced; then those beside the best."""
+
+_FINALISTS = 3
+"""Candidates that are repaired before one is taken."""
+
+
+@dataclass(frozen=True)
+class Without(Strategy):
+    """Remove these residual blocks, and find the widths of the rest by another strategy.
+
+    Attributes:
+        strategy: Finds the widths.
+        blocks: Their names.
+    """
+
+    strategy: Strategy
+    blocks: tuple[str, ...]
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: those of the inner strategy."""
+        graph = problem.evidence.graph
+        proposal = self.strategy.find(self._rest(problem))
+        # What widths are found for layers that are gone has no effect; whole says least.
+        gone = {name for block in self.blocks for name in graph.blocks_by_name[block].tensors}
+        idle = {a.name: range(a.size) for a in graph.prunable if all(s.tensor in gone for s in a.sites)}
+        architecture = Architecture.of({**proposal.architecture.by_name, **idle}, self.blocks)
+        return replace(proposal, architecture=architecture)
+
+    @property
+    def trains(self) -> bool:
+        """As the inner strategy."""
+        return self.strategy.trains
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest widths without the blocks."""
+        return self.strategy.least(self._rest(problem))
+
+    def _rest(self, problem: Problem) -> Problem:
+        return replace(problem, costs=problem.costs.without(self.blocks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """An architecture with some blocks removed.
+
+    Attributes:
+        distance: Of its outputs from the original's.
+        architecture: Within the budget.
+        notes: Of the inner strategy.
+    """
+
+    distance: float
+    architecture: Architecture
+    notes: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Shallower(Strategy):
+    """Remove the residual blocks that matter least, and leave the rest of the budget to another strategy.
+
+    Blocks are ranked by what their removal does to the outputs for the budget it spares:
+
+        d(block) / p(block),   d = mean ||z' - z||^2 / mean ||z - mean(z)||^2,   p = spared share of the budget,
+
+    with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
+    k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
+    ``most`` of all blocks, the three whose cut models have the least d are repaired, and the one with the least d
+    then is taken; of equal ones the smaller k. With more than nine numbers to try, nine evenly spaced ones are, then
+    those between the best and its neighbours.
+
+    A model without blocks gives what the inner strategy gives.
+
+    Attributes:
+        strategy: Finds the widths.
+        most: Largest fraction of the blocks that may be removed, 0 to 1.
+        images: Most calibration images to look at, a whole number.
+        heal: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
+            candidate nearest to the original is taken as it is: quicker, but it says less of what repairs will leave.
+
+    References:
+        Removing whole blocks by the effect on the output: Veit et al., arXiv:1605.06431, Section 4.1; ranking them by
+        it: Men et al. (ShortGPT), arXiv:2403.03853, by the similarity of a block's input and output instead.
+    """
+
+    strategy: Strategy = field(default_factory=Knapsack)
+    most: float = 0.5
+    images: int = 128
+    heal: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.most <= 1:
+            raise BudgetError(f"`most` must be a fraction of the blocks, 0 to 1; got {self.most!r}.")
+        if type(self.images) is not int or self.images < 1:
+            raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: those of the inner strategy, ``disturbance`` (d by block), and d by number of blocks.
+
+        The last as ``distance`` and, of those that were repaired, ``healed``.
+
+        Raises:
+            DataError: If the model has blocks, and there are no images.
+        """
+        if self._most(problem) == 0:
+            return self.strategy.find(problem)
+        trials = _Trials(self.strategy, problem, self._images(problem))
+        disturbance = self._disturbances(problem, trials)
+        spared = _spared(problem)
+        order = sorted(disturbance, key=lambda name: disturbance[name] / spared[name])
+        most = min(self._most(problem), len(order))
+        for number in _spread(most):
+            trials.remove(order[:number])
+        for number in _between(trials.tried, trials.best, most):
+            trials.remove(order[:number])
+        if not trials.found:
+            trials.remove(self._dearest(problem))
+        if not trials.found:
+            raise BudgetError(
+                f"`budget` must be within reach; got {problem.budget}: not every block can be removed. Raise it."
+            )
+        distance = {number: candidate.distance for number, candidate in sorted(trials.found.items())}
+        healed = trials.healed(self.heal, _nearest(distance)[:_FINALISTS]) if self.heal else {}
+        best = trials.found[_nearest(healed or distance)[0]]
+        mine = {"disturbance": disturbance, "distance": _as_json(distance), "healed": _as_json(healed)}
+        return Proposal(best.architecture, {**best.notes, **mine})
+
+    def _disturbances(self, problem: Problem, trials: "_Trials") -> dict[str, float]:
+        """Of the whole model, like scores: several searches of it share them."""
+        problem.progress(0.0, "blocks")
+        found = problem.remembered.of(
+            self, lambda: {name: np.array(distance) for name, distance in trials.disturbances().items()}
+        )
+        return {name: float(distance) for name, distance in found.items()}
+
+    @property
+    def trains(self) -> bool:
+        """As the inner strategy."""
+        return self.strategy.trains
+
+    def again(self, found: Architecture) -> Strategy:
+        """The same blocks go."""
+        return Without(self.strategy, found.removed_blocks)
+
+    def least(self, problem: Problem) -> Cost:
+        """Cost of the smallest widths without the dearest blocks."""
+        return Without(self.strategy, tuple(self._dearest(problem))).least(problem)
+
+    def _most(self, problem: Problem) -> int:
+        """How many blocks may go."""
+        return math.floor(self.most * len(problem.costs.blocks) + 1e-9)
+
+    def _dearest(self, problem: Problem) -> list[str]:
+        spared = _spared(problem)
+        return sorted(spared, key=lambda name: -spared[name])[: self._most(problem)]
+
+    def _images(self, problem: Problem) -> list[Tensor]:
+        """The first images, in their batches."""
+        left, found = self.images, list[Tensor]()
+        for images, _ in problem.evidence.batches:
+            if left > 0:
+                found.append(images[:left])
+                left -= len(found[-1])
+        if not found:
+            raise DataError("`batches` must hold images for Shallower; got none. Pass calibration data.")
+        return found
+
+
+class _Trials:
+    """What is left of the model without some blocks, for several choices of them.
+
+    Attributes:
+        found: Candidates within the budget by the number of blocks removed.
+        tried: Numbers of blocks that were tried.
+    """
+
+    def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
+        self._strategy, self._images = strategy, images
+        self._problem = problem
+        self._model, self._graph = problem.evidence.model, problem.evidence.graph
+        self._distance = OutputDistance(self._model, images)
+        self.found: dict[int, _Candidate] = {}
+        self.tried: set[int] = set()
+
+    @property
+    def best(self) -> int:
+        """How many blocks the candidate nearest to the original lacks, the fewest of equals; -1 if there is none."""
+        return next(iter(_nearest({number: candidate.distance for number, candidate in self.found.items()})), -1)
+
+    def disturbances(self) -> dict[str, float]:
+        """How far the outputs are from the original's without each single block that can be removed exactly."""
+        everything = Architecture.of({}, (block.name for block in self._graph.removable))
+        sound = cut(self._model, self._graph, everything).graph.removable
+        found: dict[str, float] = {}
+        for done, block in enumerate(sound):
+            self._problem.progress(0.3 * done / len(sound), f"without {block.name}")
+            without = shadow_of(self._model)
+            replace_(without, block.replacements)
+            found[block.name] = self._distance.of(without)
+        return found
+
+    def remove(self, blocks: Sequence[str]) -> None:
+        """Try without these; nothing is found if the budget is beyond reach then."""
+        self.tried.add(len(blocks))
+        rest = Without(self._strategy, tuple(blocks))
+        if not self._problem.budget.allows(rest.least(self._problem), self._problem.costs.original):
+            return
+        step = 0.4 * len(blocks) / (len(self._problem.costs.blocks) + 1)
+        self._problem.progress(0.3 + step, f"{len(blocks)} blocks fewer")
+        proposal = rest.find(replace(self._problem, progress=_silent))
+        small = apply_architecture(self._model, self._graph, proposal.architecture)
+        self.found[len(blocks)] = _Candidate(self._distance.of(small), proposal.architecture, proposal.notes)
+
+    def healed(self, heal: Sequence[Healer], numbers: Sequence[int]) -> dict[int, float]:
+        """Distances of some candidates after repairs."""
+        distances: dict[int, float] = {}
+        for number in numbers:
+            self._problem.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
+            architecture = self.found[number].architecture
+            made = cut(self._model, self._graph, architecture, calibration=self._images, heal=heal)
+            distances[number] = self._distance.of(made.model)
+        return distances
+
+
+def _spared(problem: Problem) -> dict[str, float]:
+    """The share of the budget that each block costs in the full network; tiny if it costs none."""
+    costs = problem.costs
+    rows = 1 - np.eye(len(costs.blocks), dtype=np.int64)
+    full = np.broadcast_to(costs.sizes, (len(rows), len(costs.sizes)))
+    shares = problem.utilisation(costs.sizes[None])[0] - problem.utilisation(full, rows)
+    return {name: max(float(share), 1e-12) for name, share in zip(costs.blocks, shares, strict=True)}
+
+
+def _nearest(distances: Mapping[int, float]) -> list[int]:
+    """Numbers of blocks, the one with the least distance first; of equal ones the smallest."""
+    return sorted(distances, key=lambda number: (distances[number], number))
+
+
+def _as_json(distances: Mapping[int, float]) -> dict[str, float]:
+    return {str(number): distance for number, distance in sorted(distances.items())}
+
+
+def _spread(most: int) -> list[int]:
+    """Numbers from 0 to ``most``: all of them, or as many evenly spaced ones as are tried at first."""
+    return sorted({round(most * step / (_TRIED - 1)) for step in range(_TRIED)})
+
+
+def _between(found: Container[int], best: int, most: int) -> list[int]:
+    """The numbers next to the best one that were not tried, up to those that were."""
+    unknown: list[int] = []
+    for step in (-1, 1):
+        number = best + step
+        while 0 <= number <= most and number not in found:
+            unknown.append(number)
+            number += step
+    return sorted(unknown)
+
+
+def _silent(fraction: float, what: str) -> None:
+    """Report no progress: the inner strategy knows only its own part."""

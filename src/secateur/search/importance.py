@@ -1,0 +1,305 @@
+"""What every importance is: a number per channel, from the model and perhaps some data.
+
+The weights of a channel as rows of a matrix, one matrix per tensor that holds them.
+
+Importances that read nothing but weights.
+
+Importance by the scale of batch norms."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._arrays import FloatArray
+from secateur.errors import ModelError
+from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What an importance may look at. Nothing here is changed by looking.
+
+    Attributes:
+        model: The traced model, in any mode.
+        graph: Its channel graph.
+        batches: (images (n, ...), labels (n,) int64) pairs, normalised as the model expects them, on its device.
+            Importances that read only weights do not need them.
+        seed: For those that draw random numbers.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    batches: tuple[tuple[Tensor, Tensor], ...] = ()
+    seed: int = 0
+
+
+class Importance(ABC):
+    """How much a channel matters: higher is kept.
+
+    Implementations are frozen dataclasses whose fields are their configuration.
+    """
+
+    @abstractmethod
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """Score every channel of every prunable axis.
+
+        Returns:
+            Axis name to (axis size,) float64, finite, not negative. The unit is the method's own.
+        """
+
+
+def checked_scores(scores: Mapping[str, FloatArray], graph: ChannelGraph, source: object) -> dict[str, FloatArray]:
+    """The scores of every prunable axis, if all of them can be ranked.
+
+    Args:
+        scores: Axis name to (axis size,).
+        graph: The graph the axes belong to.
+        source: Who made the scores, for the message.
+
+    Raises:
+        ModelError: If an axis is missing, has another shape, or holds NaN or infinity.
+    """
+    for axis in graph.prunable:
+        if axis.name not in scores:
+            raise ModelError(f"`scores` must hold every prunable axis; {source!r} gave none for {axis.name!r}.")
+        values = np.asarray(scores[axis.name])
+        if values.shape != (axis.size,):
+            raise ModelError(
+                f"`scores[{axis.name!r}]` must have shape ({axis.size},); got {values.shape} from {source!r}."
+            )
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise ModelError(
+                f"`scores[{axis.name!r}]` must be finite; got {values[bad[0]]} for channel {bad[0]} and {len(bad)} "
+                f"such of {axis.size} from {source!r}. Look for NaN or infinity in the weights or the batches."
+            )
+    return {axis.name: np.asarray(scores[axis.name], dtype=np.float64) for axis in graph.prunable}
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """All weights that one tensor holds for the channels of an axis.
+
+    Attributes:
+        site: Where they come from.
+        rows: (axis size, weights per channel) float64.
+    """
+
+    site: Site
+    rows: FloatArray
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name it has, those left out of the ``state_dict`` too."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}
+
+
+def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters, ...]:
+    """The filters that produce the channels of an axis.
+
+    They are the weights (two dimensions or more) of convolutions and linears with the axis at their output. Where an
+    axis has none, because it begins at a parameter that is added or multiplied, the fallback is every weight matrix
+    or tensor that holds the axis at all (such as the layers that read it), and if there is none, every vector that
+    does. So an axis always has something to judge it by, and depthwise weights count only as a fallback.
+
+    Args:
+        axis: The axis.
+        tensors: The model's parameters and buffers, see `tensors_of`.
+
+    Raises:
+        ModelError: If a weight is NaN or infinite.
+    """
+    return tuple(_each_producer(axis, tensors))
+
+
+def _each_producer(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> Iterator[Filters]:
+    """The same one by one, as they are large."""
+    weights = [site for site in axis.sites if tensors[site.tensor].ndim > 1]
+    sites = [site for site in weights if site.role is Role.OUTPUT] or weights or list(axis.sites)
+    for site in sites:
+        yield Filters(site, _rows(tensors[site.tensor], site))
+
+
+def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
+    """Score the rows of each producer of each axis and average over the producers.
+
+    Args:
+        evidence: The model and its graph.
+        score: (channels, weights per channel) to (channels,).
+    """
+    tensors = tensors_of(evidence.model)
+    return {
+        axis.name: np.mean([score(filters.rows) for filters in _each_producer(axis, tensors)], axis=0)
+        for axis in evidence.graph.prunable
+    }
+
+
+def _rows(tensor: Tensor, site: Site) -> FloatArray:
+    values = tensor.detach().cpu().movedim(site.dim, 0)
+    index = site.index.reshape(-1)
+    if not np.array_equal(index, np.arange(len(values))):
+        values = values[torch.from_numpy(index)]
+    # The sum of what is finite may overflow, but that of what is not is never finite.
+    if not values.sum().isfinite() and not values.isfinite().all():
+        bad = values[~values.isfinite()]
+        raise ModelError(
+            f"`{site.tensor}` must be finite; got {float(bad[0])} and {len(bad)} such of {values.numel()} weights. "
+            "Load weights that were trained without overflow."
+        )
+    return values.reshape(len(site.index), -1).double().contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class L1(Importance):
+    """Sum of the absolute weights of a filter: s_c = sum_d |W[c, d]|.
+
+    W is (channels, weights per channel). On a coupled axis, the mean of s over its producers: a producer with larger
+    weights has more to say, as its channels contribute more to the sum that couples them.
+
+    References:
+        Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710, Section 3.1.
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
+        scores = mean_over_producers(evidence, lambda rows: np.abs(rows).sum(axis=1))
+        return checked_scores(scores, evidence.graph, self)
+
+
+@dataclass(frozen=True)
+class L2(Importance):
+    """Euclidean norm of a filter: s_c = sqrt(sum_d W[c, d]^2).
+
+    W is (channels, weights per channel). On a coupled axis, the mean of s over its producers.
+
+    References:
+        He et al., Soft Filter Pruning, arXiv:1808.06866, Section 3 (the p-norm with p = 2).
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
+        return checked_scores(mean_over_producers(evidence, norms), evidence.graph, self)
+
+
+@dataclass(frozen=True)
+class GeometricMedian(Importance):
+    """Distance of a filter to all filters of its layer: s_c = sum_j ||W[c] - W[j]||_2 (FPGM).
+
+    A filter with a small sum lies near the geometric median of the layer and is the most replaceable by the others,
+    however large its norm. All pairs are computed, in float64. On a coupled axis, the mean of s over its producers.
+
+    References:
+        He et al., Filter Pruning via Geometric Median, arXiv:1811.00250, Section 3 (not at
+        hand here, so the equation has no number).
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
+        return checked_scores(mean_over_producers(evidence, distance_sums), evidence.graph, self)
+
+
+@dataclass(frozen=True)
+class LAMP(Importance):
+    """Share of a channel's energy among the channels of its layer that are at least as strong.
+
+    With e_c = sum_d W[c, d]^2:  s_c = e_c / sum of e_j over every j that is not weaker than c (c included). Equal
+    energies are ordered by channel number. The strongest channel scores 1, so scores compare across layers as they
+    are: rank globally with `secateur.search.as_scored`. On a coupled axis, the mean of s over its producers.
+
+    References:
+        Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, arXiv:2010.07611 (the LAMP score). There
+        for single weights; here for whole channels [ours].
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in [0, 1]. Raises ModelError for weights that are not finite."""
+        return checked_scores(mean_over_producers(evidence, lamp), evidence.graph, self)
+
+
+@dataclass(frozen=True)
+class RandomImportance(Importance):
+    """Uniform random scores in [0, 1): the baseline every criterion must beat.
+
+    They depend on the evidence's seed and the position of the axis in the graph, on nothing else.
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, dimensionless."""
+        return {
+            axis.name: np.random.default_rng([evidence.seed, position]).random(axis.size)
+            for position, axis in enumerate(evidence.graph.prunable)
+        }
+
+
+def norms(rows: FloatArray) -> FloatArray:
+    """(channels,) Euclidean norm of each row of (channels, d)."""
+    return np.sqrt(np.einsum("cd,cd->c", rows, rows))
+
+
+def distance_sums(rows: FloatArray) -> FloatArray:
+    """(channels,) sum of the Euclidean distances of each row of (channels, d) to every row.
+
+    ||a - b||^2 = a.a + b.b - 2 a.b, one matrix product for all pairs. Rows are centred first: distances stay and the
+    cancellation shrinks to a relative 1e-8 of the spread of the rows in the worst case (equal rows).
+    """
+    centred = rows - rows.mean(axis=0)
+    gram = centred @ centred.T
+    squares = np.diagonal(gram)
+    distances = np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0)
+    np.fill_diagonal(distances, 0)
+    return np.sqrt(distances).sum(axis=1)
+
+
+def lamp(rows: FloatArray) -> FloatArray:
+    """(channels,) LAMP score of each row of (channels, d); rows of zeros score 0."""
+    energy = np.einsum("cd,cd->c", rows, rows)
+    order = np.argsort(energy, kind="stable")
+    ascending = energy[order]
+    at_least = np.cumsum(ascending[::-1])[::-1]
+    scores = np.empty_like(energy)
+    scores[order] = np.divide(ascending, at_least, out=np.zeros_like(ascending), where=at_least != 0)
+    return scores
+
+
+@dataclass(frozen=True)
+class BatchNormScale(Importance):
+    """Absolute scale of the batch norm on a channel: s_c = |gamma_c|.
+
+    With several batch norms on an axis, the mean of |gamma_c| over them. An axis without one (or with batch norms that
+    have no scale) falls back to the mean over its producers of the L2 norm of the filter, divided by its mean over
+    the channels, so that it is of the order of a fresh gamma (1).
+
+    References:
+        Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv:1708.06519, Section 3.
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, dimensionless. Raises ModelError for weights that are not finite."""
+        tensors = tensors_of(evidence.model)
+        modules = dict(evidence.model.named_modules())
+        scores = {axis.name: _of_axis(axis, tensors, modules) for axis in evidence.graph.prunable}
+        return checked_scores(scores, evidence.graph, self)
+
+
+def _of_axis(axis: ChannelAxis, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> FloatArray:
+    scales = [
+        np.abs(tensors[site.tensor].detach().cpu().double().numpy()[site.index]).mean(axis=1)
+        for site in axis.sites
+        if _is_scale(site.tensor, modules)
+    ]
+    if scales:
+        return np.mean(scales, axis=0)
+    strength: FloatArray = np.mean([norms(filters.rows) for filters in producers(axis, tensors)], axis=0)
+    average = strength.mean()
+    return strength / average if average > 0 else strength
+
+
+def _is_scale(tensor: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a tensor is gamma of a batch norm: the weight of a module that keeps a running variance."""
+    owner, _, name = tensor.rpartition(".")
+    return name == "weight" and getattr(modules.get(owner), "running_var", None) is not None

@@ -1,0 +1,391 @@
+"""Where in a running model the channels of an axis can be seen.
+
+Importance by the change of the loss, to first order.
+
+Importance by what is lost even after the best repair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
+
+from secateur._arrays import FloatArray, IntArray
+from secateur.errors import DataError
+from secateur.graph._record import shadow_of
+from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
+from secateur.search.importance import Evidence, Importance, checked_scores
+
+
+def readers(model: nn.Module, example: tuple[Any, ...], names: set[str]) -> dict[str, str]:
+    """Run once: which batch norm reads the very tensor that a module returns.
+
+    Args:
+        model: Runs on the example with hooks, which are removed again. It should be a copy in evaluation mode.
+        example: Positional arguments.
+        names: Modules of interest.
+
+    Returns:
+        Module name to batch norm name, for the modules that have one.
+    """
+    outputs: list[tuple[str, Tensor]] = []  # holding the tensors keeps their identities unique
+    found: dict[str, str] = {}
+
+    def returned(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return hook
+
+    def read(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            for producer, output in outputs:
+                if inputs and inputs[0] is output:
+                    found[producer] = name
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(returned(name)) for name in sorted(names)]
+    norms = [(name, module) for name, module in model.named_modules() if _is_batch_norm(module)]
+    hooks += [module.register_forward_pre_hook(read(name)) for name, module in norms]
+    try:
+        model(*example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def channel_positions(graph: ChannelGraph, module: str, axis: str) -> IntArray | None:
+    """(axis size, multiplicity) positions of the channels of an axis in a module's output, along its main dimension.
+
+    None if the output does not show every channel equally often.
+    """
+    activation = graph.activations.get(module)
+    return None if activation is None else _positions(graph, axis, activation.axis, activation.channel)
+
+
+def shown_along(graph: ChannelGraph, module: str, axis: str) -> tuple[int, IntArray] | None:
+    """The dimension of a module's output along which an axis runs, and `channel_positions` along it."""
+    activation = graph.activations.get(module)
+    if activation is None:
+        return None
+    lanes = [(activation.dim, activation.axis, activation.channel)]
+    lanes += [(lane.dim, lane.axis, lane.channel) for lane in activation.others]
+    found = ((dim, _positions(graph, axis, axes, channels)) for dim, axes, channels in lanes)
+    return next(((dim, positions) for dim, positions in found if positions is not None), None)
+
+
+def _positions(graph: ChannelGraph, axis: str, axes: IntArray, channels: IntArray) -> IntArray | None:
+    number = next(index for index, each in enumerate(graph.axes) if each.name == axis)
+    here = np.flatnonzero(axes == number)
+    counts = np.bincount(channels[here], minlength=graph.axes[number].size)
+    if counts.min() < 1 or counts.min() != counts.max():
+        return None
+    return here[np.argsort(channels[here], kind="stable")].reshape(len(counts), -1)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """A module that keeps a running variance for each channel."""
+    return isinstance(getattr(module, "running_var", None), Tensor)
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Taylor(Importance):
+    """Change of the loss when a channel becomes zero wherever it is read, to first order.
+
+    For one batch with mean cross-entropy L:  |sum over w reading the channel of w * dL/dw|. The weights that read a
+    channel x are those of the convolutions and linears with the axis at their input; for them the sum is
+    sum over images and positions of x * dL/dx, the derivative by a gate on the channel. The score is the mean over
+    the batches; since the absolute value is taken first, many small batches tell more than few large ones. The model
+    runs in evaluation mode. An axis that no weight reads (the queries of an attention) sums over all its sites.
+
+    Only the reading weights count: the sums over the filters that produce the channel and over its norms estimate the
+    same change again, and with less of it (under a batch norm the filter's sum leaves out the shift). Measured on a
+    ResNet-20 for CIFAR-10 cut to 70 % of its MACs by one ranking, no healing: accuracy 0.28 with all sites, 0.51 with
+    the reading weights (first 1,000 test images, 256 images to score).
+
+    References:
+        Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv:1906.10771, Section 3: the first-order
+        criterion with gates. The paper squares the sum; the absolute value ranks one
+        batch alike and keeps the unit.
+    """
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in nats.
+
+        Raises:
+            DataError: If the evidence has no batches or the model's output is not logits for the labels.
+            ModelError: If a score is not finite.
+        """
+        if not evidence.batches:
+            raise DataError("`batches` must hold labelled images for Taylor; got none. Pass calibration data.")
+        model = shadow_of(evidence.model)
+        leaves = {
+            id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
+        }
+        named = model.named_parameters(remove_duplicate=False)
+        parameters = {name: leaves[id(weight)] for name, weight in named if leaves[id(weight)].requires_grad}
+        axes = evidence.graph.prunable
+        sums = {axis.name: np.zeros(axis.size) for axis in axes}
+        for batch in evidence.batches:
+            products = _weight_times_gradient(model, parameters, batch)
+            for axis in axes:
+                sums[axis.name] += np.abs(_channel_sums(axis, products))
+        scores = {name: total / len(evidence.batches) for name, total in sums.items()}
+        return checked_scores(scores, evidence.graph, self)
+
+
+def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, FloatArray]:
+    """w * dL/dw of every parameter, as float64 on the CPU."""
+    images, labels = batch
+    with torch.enable_grad():
+        loss = functional.cross_entropy(_logits(model, parameters, images, labels), labels)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = cast("tuple[Tensor | None, ...]", found)  # the stubs forget allow_unused
+    return {
+        name: (weight.detach().double() * gradient.double()).cpu().numpy()
+        for (name, weight), gradient in zip(parameters.items(), gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    output = torch.func.functional_call(model, dict(parameters), (images,))
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(labels):
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(f"`model` must return logits ({len(labels)}, classes) for Taylor; got {got}. Wrap the model.")
+    if int(labels.max()) >= output.shape[1] or int(labels.min()) < 0:
+        raise DataError(
+            f"`labels` must be 0 to {output.shape[1] - 1}, the classes of the model; "
+            f"got {int(labels.min())} to {int(labels.max())}."
+        )
+    return output
+
+
+def _channel_sums(axis: ChannelAxis, products: dict[str, FloatArray]) -> FloatArray:
+    sites = [site for site in axis.sites if site.tensor in products]
+    total = np.zeros(axis.size)
+    for site in [site for site in sites if site.role is Role.INPUT] or sites:
+        values = np.moveaxis(products[site.tensor], site.dim, 0)
+        total += values.reshape(len(values), -1).sum(axis=1)[site.index].sum(axis=1)
+    return total
+
+
+_GONE = 1e-30
+
+
+@dataclass(frozen=True)
+class Reconstruction(Importance):
+    """Remove channels one after the other, each time the one whose loss the others can repair best.
+
+    A channel that its neighbours predict is worth little, however large it is. With x the channels of an axis as one
+    of its readers (convolution or linear, weight W) receives them, G = E[x x^T] over images and positions, and a set S
+    kept, the best linear prediction of channel j from the others leaves the energy r_j = 1 / (G^-1)_jj. The damage
+    to the logits z, to second order, is
+
+        d_j = 1/2 * sum over readers, sum_o E||dz/dy_o||^2 * sum_t W_ojt^2 * r_j
+
+    where y_o is the reader's output channel o (squared Jacobian summed over its positions, estimated with random
+    signs), and t runs over the kernel (and over the positions of a flattened channel). The channel with the smallest
+    d_j goes, G^-1 is downdated (Schur complement), and so on; the score of a channel is the largest damage done up to
+    its removal. So the scores of all axes have one unit and one network-wide threshold makes sense, and within an axis
+    the last ones standing are the set that explains the others: a greedy selection. No labels are needed.
+
+    Attributes:
+        ridge: Added to the diagonal of G, relative to its mean; dimensionless, > 0.
+        images: How many images of the evidence are used at most.
+
+    References:
+        Optimal Brain Surgeon, Hassibi & Stork, NeurIPS 1992, Eq. (5), for channels, with the Gauss-Newton matrix
+        factored as in Wang et al. (EigenDamage), arXiv:1905.05934, Section 3; the greedy order over all readers of a
+        coupled axis is ours.
+    """
+
+    ridge: float = 1e-4
+    images: int = 512
+
+    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+        """(axis size,) per axis, in squared logits.
+
+        An axis none of whose readers is a module of its own gets the highest score of all: it goes last.
+
+        Raises:
+            DataError: If the evidence has no batches.
+            ModelError: If a score is not finite.
+        """
+        if not evidence.batches:
+            raise DataError("`batches` must hold images for Reconstruction; got none. Pass calibration data.")
+        readers = _readers(evidence.model, evidence.graph)
+        moments = _Moments(readers)
+        moments.collect(evidence, self.images)
+        found: dict[str, FloatArray] = {}
+        for axis in evidence.graph.prunable:
+            pairs = [moments.of(axis, site) for site in readers.get(axis.name, ())]
+            if pairs:
+                found[axis.name] = self._eliminate(pairs)
+        highest = max((float(values.max()) for values in found.values()), default=1.0)
+        scores = {axis.name: found.get(axis.name, np.full(axis.size, highest)) for axis in evidence.graph.prunable}
+        return checked_scores(scores, evidence.graph, self)
+
+    def _eliminate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> FloatArray:
+        """Damage at removal for every channel, from (G, sum_o,t Jacobian * W^2) of every reader."""
+        if not all(bool(torch.isfinite(tensor).all()) for pair in pairs for tensor in pair):
+            return np.full(len(pairs[0][1]), np.nan)
+        inverses: list[Tensor] = []
+        for gram, _ in pairs:
+            floor = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
+            inverses.append(torch.linalg.inv(gram + floor * torch.eye(len(gram), dtype=gram.dtype)))
+        size = len(pairs[0][1])
+        alive = torch.ones(size, dtype=torch.bool)
+        scores, worst = np.zeros(size), 0.0
+        for _ in range(size):
+            damage = torch.stack(
+                [
+                    weight / inverse.diagonal().clamp_min(_GONE)
+                    for inverse, (_, weight) in zip(inverses, pairs, strict=True)
+                ]
+            ).sum(0)
+            damage[~alive] = torch.inf
+            gone = int(damage.argmin())
+            worst = max(worst, float(damage[gone]))
+            scores[gone] = 0.5 * worst
+            alive[gone] = False
+            for inverse in inverses:
+                _downdate_(inverse, gone)
+        return scores
+
+
+def _downdate_(inverse: Tensor, gone: int) -> None:
+    """The inverse Gram matrix of the remaining channels, in place: (G_SS)^-1 = A - a a^T / a_jj."""
+    column = inverse[:, gone].clone()
+    inverse.addr_(column, column, alpha=-1.0 / float(column[gone].clamp_min(_GONE)))
+    inverse[gone, :] = 0
+    inverse[:, gone] = 0
+    inverse[gone, gone] = _GONE
+
+
+Readers = dict[str, tuple[Site, ...]]
+
+
+def _readers(model: nn.Module, graph: ChannelGraph) -> Readers:
+    """The INPUT sites of every prunable axis that are weights of modules which can be watched."""
+    modules = dict(model.named_modules())
+
+    def watched(site: Site) -> bool:
+        module, _, parameter = site.tensor.rpartition(".")
+        plain = isinstance(modules.get(module), nn.Linear | nn.modules.conv._ConvNd)  # pyright: ignore[reportPrivateUsage]
+        return site.role is Role.INPUT and parameter == "weight" and plain
+
+    return {axis.name: tuple(filter(watched, axis.sites)) for axis in graph.prunable}
+
+
+class _Moments:
+    """Gram matrices of what readers receive, and squared Jacobians of the logits at what they give."""
+
+    def __init__(self, readers: Readers) -> None:
+        self.readers = readers
+        self.by_module: dict[str, list[Site]] = {}
+        for sites in readers.values():
+            for site in sites:
+                self.by_module.setdefault(_module_of(site), []).append(site)
+        self.grams: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
+        self.jacobians: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def of(self, axis: ChannelAxis, site: Site) -> tuple[Tensor, Tensor]:
+        """(size, size) E[x x^T] and (size,) sum over outputs and taps of Jacobian * W^2."""
+        gram = self.grams[id(site)] / max(self.counts[id(site)], 1)
+        weight = self.weights[site.tensor].movedim(site.dim, 0).flatten(2) if self._is_conv(site) else None
+        if weight is None:
+            weight = self.weights[site.tensor].movedim(site.dim, 0)[:, :, None]
+        jacobian = self.jacobians[_module_of(site)] / max(self.seen, 1)
+        energy = torch.einsum("cot,o->c", weight.square(), jacobian.to(weight.dtype))
+        return gram, energy[torch.from_numpy(site.index)].sum(1)
+
+    def _is_conv(self, site: Site) -> bool:
+        return self.weights[site.tensor].dim() > 2
+
+    def collect(self, evidence: Evidence, images: int) -> None:
+        """One forward and one backward pass over up to ``images`` images."""
+        if not self.by_module:
+            return
+        shadow = shadow_of(evidence.model)
+        draw = torch.Generator().manual_seed(evidence.seed)
+        given: dict[str, Tensor] = {}
+        for name in self.by_module:
+            layer: Any = shadow.get_submodule(name)
+            self.weights[f"{name}.weight"] = layer.weight.detach().double().cpu()
+            layer.register_forward_hook(self._watch(name, given))
+        for batch, _ in evidence.batches:
+            part = batch[: images - self.seen]
+            if not len(part):
+                return
+            given.clear()
+            with torch.enable_grad():
+                # A clone, because a model may write into its input.
+                outputs = shadow(part.detach().requires_grad_().clone())
+                probe = _random_projection(outputs, draw)
+                names = list(given)
+                gradients = torch.autograd.grad(probe, [given[n] for n in names], allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                self._add_jacobian(name, given[name], gradient)
+            self.seen += len(part)
+
+    def _watch(self, name: str, given: dict[str, Tensor]) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            rows = _channels_last(layer, args[0].detach())
+            for site in self.by_module[name]:
+                index = _arriving(layer, site)
+                part = rows[:, index.to(rows.device)]
+                part = part.movedim(1, -1).reshape(-1, part.shape[1]) if index.shape[1] > 1 else part[:, :, 0]
+                self.grams[id(site)] = self.grams.get(id(site), 0) + (part.T @ part).double().cpu()
+                self.counts[id(site)] = self.counts.get(id(site), 0) + len(part)
+            given[name] = out
+            # What follows may write in place; the gradient is wanted before that.
+            return out.clone()
+
+        return hook
+
+    def _add_jacobian(self, name: str, out: Tensor, gradient: Tensor | None) -> None:
+        squares = torch.zeros_like(out) if gradient is None else gradient.detach().square()
+        dim = 1 if out.dim() > 2 and self.weights[f"{name}.weight"].dim() > 2 else out.dim() - 1
+        total = squares.movedim(dim, 0).flatten(1).double().sum(1).cpu()
+        self.jacobians[name] = self.jacobians.get(name, 0) + total
+
+
+def _arriving(layer: nn.Module, site: Site) -> Tensor:
+    """(axis size, positions): where the channels lie in the layer's input; a grouped weight names one group's."""
+    index = torch.from_numpy(site.index)
+    if not isinstance(layer, nn.modules.conv._ConvNd) or site.dim == 0 or layer.groups == 1:  # pyright: ignore[reportPrivateUsage]
+        return index
+    return torch.cat([index + group * layer.weight.size(1) for group in range(layer.groups)], 1)
+
+
+def _module_of(site: Site) -> str:
+    return site.tensor.rpartition(".")[0]
+
+
+def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """(positions, channels)."""
+    return x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _random_projection(outputs: Any, draw: torch.Generator) -> Tensor:
+    """Sum of outputs with random signs; logits centred, since softmax does not see a common shift."""
+    total: Any = 0.0
+    for out in tree_leaves(outputs):
+        if isinstance(out, Tensor) and out.is_floating_point():
+            signs = torch.randint(0, 2, out.shape, generator=draw).to(out) * 2 - 1
+            total = total + (out * (signs - signs.mean(-1, keepdim=True) if out.dim() == 2 else signs)).sum()
+    return total

@@ -1,0 +1,252 @@
+"""Which widths of which layers are timed alone, and the table of their times.
+
+The verb: a model of the latency of every architecture of a graph, measured on this machine."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur._arrays import FloatArray, IntArray
+from secateur.architecture import Architecture
+from secateur.cost.latency_model import ALIGNMENTS, LatencyModel, TimeGrid, alignment, ends_of, timeable
+from secateur.cost.measure import Cache, inputs_for, measure_all
+from secateur.cost.targets import Inputs, Target
+from secateur.cost.timing import ConvolutionShape, LayerShape, shape_of
+from secateur.graph.graph import ChannelGraph, Extent
+from secateur.prune.slice import apply_architecture
+from secateur.search.space import SearchSpace
+
+Tell = Callable[[float, str], None]
+"""Called with the finished fraction (0 to 1) and what is being done."""
+
+_NODES = 4
+"""Widths of each alignment; three where a space has widths of every alignment."""
+
+
+def layer_times(
+    model: nn.Module, graph: ChannelGraph, target: Target, space: SearchSpace, *, cache: Cache, tell: Tell
+) -> dict[str, TimeGrid]:
+    """Times of every layer of a traced model that can be timed alone, by module name.
+
+    A layer is timed on the grid of some of its output and input widths: of those that the space allows, up to four of
+    each alignment (multiples of 16, of 8, of 4, others), evenly spaced and with the smallest and the largest.
+    """
+    wanted = dict(_grids(model, graph, space))
+    missing = [s for _, _, rows in wanted.values() for row in rows for s in row if repr(s) not in cache.seconds]
+    shapes = sorted({repr(shape): shape for shape in missing}.items())
+    for done, (what, shape) in enumerate(shapes):
+        if done % 64 == 0:
+            tell(done / len(shapes), "timing layers")
+            cache.write()
+        cache.get(what, lambda shape=shape: target.seconds_alone(shape))
+    if shapes:
+        cache.write()
+    return {
+        module: TimeGrid(outs, reads, np.array([[cache.known(repr(shape)) for shape in row] for row in rows]))
+        for module, (outs, reads, rows) in wanted.items()
+    }
+
+
+def _grids(
+    model: nn.Module, graph: ChannelGraph, space: SearchSpace
+) -> Iterator[tuple[str, tuple[IntArray, IntArray, list[list[LayerShape]]]]]:
+    modules = dict(model.named_modules())
+    levels = dict(zip((axis.name for axis in graph.prunable), space.levels(graph), strict=True))
+    for name, operation in timeable(graph).items():
+        macs = operation.factor * np.prod([extent.at(graph.sizes) for extent in operation.extents], dtype=np.float64)
+        shape = shape_of(modules[name], float(macs))
+        if shape is None:
+            continue
+        out, read = ends_of(graph, name)
+        if (out.at(graph.sizes), read.at(graph.sizes)) != (shape.out, shape.read):
+            continue  # A weight of another layout than torch's own layers have.
+        outs, reads = nodes(out, levels), nodes(read, levels)
+        outs = outs[[_fits(shape, int(width), read) for width in outs]]
+        rows = [[resized(shape, int(o), int(r), read) for r in reads] for o in outs]
+        yield name, (outs, reads, rows)
+
+
+def nodes(extent: Extent, levels: Mapping[str, IntArray]) -> IntArray:
+    """Some of the values that an extent can take, ascending.
+
+    Args:
+        extent: Linear in the widths.
+        levels: Allowed widths by axis. Of several axes each takes its widths in step with the others.
+    """
+    if not extent.terms:
+        return np.array([extent.base], dtype=np.int64)
+    most = max(len(levels[name]) for name, _ in extent.terms)
+    steps = np.arange(most) / max(most - 1, 1)
+    values = np.full(most, extent.base, dtype=np.int64)
+    for name, multiplicity in extent.terms:
+        mine = levels[name]
+        values += multiplicity * mine[np.round(steps * (len(mine) - 1)).astype(np.int64)]
+    values = np.unique(values[values > 0])
+    kinds = alignment(values)
+    present = [values[kinds == divisor] for divisor in ALIGNMENTS if (kinds == divisor).any()]
+    count = _NODES - 1 if len(present) == len(ALIGNMENTS) else _NODES
+    return np.unique(np.concatenate([_spread(mine, count) for mine in present]))
+
+
+def resized(shape: LayerShape, out: int, read: int, reads: Extent) -> LayerShape:
+    """A layer with other widths. Where its groups read a fixed number of channels, whole groups come and go."""
+    if isinstance(shape, ConvolutionShape) and shape.groups > 1 and not reads.terms:
+        return replace(shape, out=out, read=read, groups=out * shape.groups // shape.out)
+    return replace(shape, out=out, read=read)
+
+
+def _fits(shape: LayerShape, out: int, reads: Extent) -> bool:
+    """Whether a grouped convolution can have so many outputs."""
+    if not isinstance(shape, ConvolutionShape) or shape.groups == 1:
+        return True
+    each = shape.groups if reads.terms else shape.out // shape.groups
+    return out % each == 0
+
+
+def _spread(values: IntArray, count: int) -> IntArray:
+    """Up to ``count`` of some ascending values, evenly, with the first and the last."""
+    return values[np.unique(np.round(np.linspace(0, len(values) - 1, count)).astype(np.int64))]
+
+
+_FRACTIONS = (1.0, 0.5, 0.25)
+"""Of the widths of the whole models that are measured, and two with other fractions for every axis."""
+_ROUNDS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyFit:
+    """A latency model, and how well it says what was measured.
+
+    Attributes:
+        model: Predicts any widths.
+        target: What was measured on, as text.
+        widths: (n, axes) of the whole models that were measured, the uncut one first.
+        measured: (n,) seconds.
+        predicted: (n,) what a model fitted to the others says: no measurement is predicted from itself.
+        seconds: Everything that it was fitted to, by what was measured, as a `Cache` has it: the same give the same
+            again.
+    """
+
+    model: LatencyModel
+    target: str
+    widths: IntArray
+    measured: FloatArray
+    predicted: FloatArray
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def errors(self) -> FloatArray:
+        """(n,) predicted / measured - 1."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def scale(self) -> float:
+        """What the uncut model takes / what is predicted of it: the factor on predictions before anything is cut."""
+        return float(self.measured[0]) / float(self.model.of_widths(self.model.sizes[None])[0])
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object: target, measured and predicted seconds, largest and mean absolute error."""
+        return {
+            "target": self.target,
+            "measured": self.measured.tolist(),
+            "predicted": self.predicted.tolist(),
+            "largest_error": float(np.abs(self.errors).max()),
+            "mean_error": float(np.abs(self.errors).mean()),
+            "coefficients": list(self.model.coefficients),
+        }
+
+
+def fit_latency(
+    model: nn.Module,
+    graph: ChannelGraph,
+    target: Target,
+    shape: tuple[int, ...] | Tensor | Inputs,
+    *,
+    space: SearchSpace = SearchSpace(divisor=8),  # noqa: B008 -- frozen
+    cache: Cache | None = None,
+    tell: Tell | None = None,
+) -> LatencyFit:
+    """Time the layers of a traced model at some widths and some whole models, and fit the latency of all others.
+
+    Convolutions and linear layers are timed alone on a grid of input and output widths (`secateur.cost.TimeGrid`).
+    What else a runtime does is fitted to five whole models, cut and measured in turns: the uncut one, two with 1/2 and
+    1/4 of every axis, two with fractions of their own for every axis (`secateur.cost.LatencyModel`).
+
+    Args:
+        model: The traced model; not changed.
+        graph: Its channel graph.
+        target: Runtime, threads and batch size.
+        shape: Of one input without the batch; or real samples, see `measure`.
+        space: Widths to time; others are interpolated.
+        cache: Measurements of this machine; None means those in the user's cache folder, see `Cache`.
+        tell: Called with the finished fraction and a description.
+
+    Raises:
+        ExportError: If a model cannot be brought to the target.
+    """
+    cache = Cache.of(target) if cache is None else cache
+    cache.asked.clear()
+    tell = tell or _silent
+    times = layer_times(model, graph, target, space, cache=cache, tell=tell)
+    plain = LatencyModel.of(graph, times)
+    widths = probes(graph, space)
+    tell(0.9, "timing whole models")
+    measured = _whole_models(model, graph, target, inputs_for(target, shape), widths, cache=cache)
+    others = [np.arange(len(widths)) != left_out for left_out in range(len(widths))]
+    predicted = [
+        plain.fitted(widths[rest], measured[rest]).of_widths(widths[~rest])[0] if rest.any() else np.nan
+        for rest in others
+    ]
+    fitted = plain.fitted(widths, measured)
+    seconds = {what: cache.seconds[what] for what in cache.asked}
+    return LatencyFit(fitted, target.key, widths, measured, np.array(predicted), seconds)
+
+
+def probes(graph: ChannelGraph, space: SearchSpace) -> IntArray:
+    """(n, axes) different widths of the whole models that are measured, the uncut one first; see `fit_latency`."""
+    levels = space.levels(graph)
+    random = np.random.default_rng(0)
+    fractions = [np.full(len(levels), f) for f in _FRACTIONS] + [random.uniform(0.25, 1, len(levels)) for _ in "ab"]
+    rows = [[_nearest(mine, f) for mine, f in zip(levels, row, strict=True)] for row in fractions]
+    column = {axis.name: number for number, axis in enumerate(graph.prunable)}
+    for row in rows:
+        for number, axis in enumerate(graph.prunable):
+            if axis.into in column:
+                row[number] = min(row[number], row[column[axis.into]])
+    return np.array(list(dict.fromkeys(map(tuple, rows))), dtype=np.int64).reshape(-1, len(levels))
+
+
+def architecture_of(graph: ChannelGraph, widths: IntArray) -> Architecture:
+    """The first channels of every prunable axis, (axes,) of them: any others take the same time."""
+    return Architecture.of({a.name: range(int(w)) for a, w in zip(graph.prunable, widths, strict=True)})
+
+
+def _nearest(levels: IntArray, fraction: float) -> int:
+    return int(levels[np.abs(levels - fraction * levels[-1]).argmin()])
+
+
+def _whole_models(
+    model: nn.Module, graph: ChannelGraph, target: Target, inputs: Inputs, widths: IntArray, *, cache: Cache
+) -> FloatArray:
+    """Seconds of each; measured together, in turns, unless all are known."""
+    names = [_name(graph, inputs, row) for row in widths]
+    if not all(name in cache.seconds for name in names):
+        cut = [apply_architecture(model, graph, architecture_of(graph, row)) for row in widths]
+        found = measure_all(cut, target, inputs, rounds=_ROUNDS, warmup=2)
+        cache.seconds.update(zip(names, (latency.seconds.median for latency in found), strict=True))
+        cache.write()
+    return np.array([cache.known(name) for name in names])
+
+
+def _name(graph: ChannelGraph, inputs: Inputs, widths: IntArray) -> str:
+    """One whole model as text: two with the same calls, tensors and widths take the same time."""
+    tensors = [(name, [extent.at(graph.sizes) for extent in extents]) for name, extents in graph.tensors.items()]
+    what = repr((graph.calls, tensors, [tuple(each.shape) for each in inputs], widths.tolist()))
+    return f"whole model {hashlib.sha256(what.encode()).hexdigest()[:32]}"
+
+
+def _silent(fraction: float, what: str) -> None:
+    """Report no progress."""

@@ -1,0 +1,96 @@
+"""One ranking of all channels of the network.
+
+The same fraction of every layer: the baseline."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from secateur._arrays import FloatArray
+from secateur.search.base import Problem, Proposal, Strategy, keep_best
+from secateur.search.importance import L2, Importance, checked_scores
+from secateur.search.knapsack import fit, step_values
+
+Normalise = Callable[[FloatArray], FloatArray]
+
+
+def as_scored(scores: FloatArray) -> FloatArray:
+    """s: for importances that compare across axes by themselves (Taylor, LAMP, BatchNormScale)."""
+    return scores
+
+
+def by_axis_mean(scores: FloatArray) -> FloatArray:
+    """s / mean(s): an average channel of every axis is worth 1. Scores that are all zero stay zero."""
+    return _divided(scores, float(scores.mean()))
+
+
+def by_axis_max(scores: FloatArray) -> FloatArray:
+    """s / max(s): the best channel of every axis is worth 1. Scores that are all zero stay zero."""
+    return _divided(scores, float(scores.max()))
+
+
+def by_axis_norm(scores: FloatArray) -> FloatArray:
+    """s / ||s||_2: Molchanov et al., arXiv:1611.06440, Section 2.2 (layer-wise l2). All zero stay zero."""
+    return _divided(scores, float(np.linalg.norm(scores)))
+
+
+def by_axis_rank(scores: FloatArray) -> FloatArray:
+    """(number of channels with a lower score) / size: only the order within an axis counts."""
+    return np.searchsorted(np.sort(scores), scores) / len(scores)
+
+
+@dataclass(frozen=True)
+class GlobalImportance(Strategy):
+    """Rank the channels of all axes together and keep the best that fit the budget.
+
+    With divisors above 1, the channels between two allowed widths stay or go together and rank by their mean score.
+
+    Attributes:
+        importance: Which channels matter; they are ranked within and across axes.
+        normalise: Makes the scores of different axes comparable: (size,) to (size,), order-preserving.
+
+    References:
+        Molchanov et al., arXiv:1611.06440; Liu et al., arXiv:1708.06519 (one threshold for all layers).
+    """
+
+    importance: Importance = field(default_factory=L2)
+    normalise: Normalise = by_axis_mean
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: ``threshold``, the normalised score under which channels go."""
+        raw = problem.scores(self.importance)
+        graph = problem.evidence.graph
+        scores = checked_scores({name: self.normalise(values) for name, values in raw.items()}, graph, self.normalise)
+        axes = zip(problem.costs.axes, problem.levels, strict=True)
+        keys = [-step_values(scores[name], levels) for name, levels in axes]
+        found = fit(problem, keys)
+        # Rank within an axis by the raw scores: normalising may have made ties of what was not equal.
+        return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})
+
+
+def _divided(scores: FloatArray, by: float) -> FloatArray:
+    return scores / by if by > 0 else scores
+
+
+@dataclass(frozen=True)
+class Uniform(Strategy):
+    """Keep the same fraction f of every axis: width = the largest allowed width up to f * size.
+
+    f is the largest one within the budget; the room that rounding leaves goes to the axes whose next width is the
+    smallest part of their size.
+
+    Attributes:
+        importance: Which channels stay.
+
+    References:
+        The "uniform" baseline of the pruning literature, such as Liu et al., arXiv:1810.05270, Section 4.
+    """
+
+    importance: Importance = field(default_factory=L2)
+
+    def find(self, problem: Problem) -> Proposal:
+        """Notes: ``kept_fraction``, the f at which the next axis would overrun the budget."""
+        found = fit(problem, [levels[1:] / levels[-1] for levels in problem.levels])
+        scores = problem.scores(self.importance)
+        return Proposal(keep_best(problem, found.widths, scores), {"kept_fraction": min(found.threshold, 1.0)})

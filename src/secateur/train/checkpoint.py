@@ -1,0 +1,404 @@
+"""The tensors of modules and optimisers by name, and the moving average of weights.
+
+Checkpoints: a folder each, complete or absent, without pickle.
+
+When a long loop writes its checkpoints, and that it obeys a request to stop."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from secateur._runtime import Stopped, StopRequest, listening
+from secateur.errors import TrainingError
+from secateur.train.distributed import averaged
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer once, also the buffers a state_dict leaves out. The tensors themselves, no copies."""
+    return {
+        **{name: parameter.detach() for name, parameter in model.named_parameters()},
+        **dict(model.named_buffers()),
+    }
+
+
+def copied(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies on the same devices."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def write_tensors_(model: nn.Module, tensors: Tensors) -> None:
+    """Copy values into the model's own tensors, which keep device, type and memory order."""
+    with torch.no_grad():
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(tensors[name])
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's running tensors, named "<state name>/<parameter name>"."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def write_optimiser_(optimiser: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
+    """Inverse of `optimiser_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        # Running means lie beside their parameter; Adam's step count is a scalar on the CPU, as torch makes it.
+        beside = torch.empty_like(value if kind == "step" else parameter, requires_grad=False)
+        optimiser.state[parameter][kind] = beside.copy_(value)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and values of all tensors: equal for equal models only."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model).items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def finite(model: nn.Module) -> bool:
+    """Whether every parameter is finite; reads one number from the device."""
+    return bool(get_total_norm([p.detach() for p in model.parameters()]).isfinite())
+
+
+def average_decay(decay: float, update: int) -> float:
+    """Decay of a moving average at its n-th update, n from 0: min(decay, (1 + n) / (10 + n)).
+
+    The lower decay at first keeps the untrained start from weighing on the average.
+
+    References:
+        The rule of ``tf.train.ExponentialMovingAverage(num_updates=n)``.
+    """
+    return min(decay, (1 + update) / (10 + update))
+
+
+class MovingAverage:
+    """An exponential moving average of a model's parameters and floating buffers; other buffers are copied.
+
+    Attributes:
+        model: The average, in eval mode.
+        decay: Per update, before the rule of `average_decay`.
+        updates: Number of updates so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.decay = decay
+        self.updates = 0
+        tensors = tensors_of(self.model)
+        self._floating = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        self._others = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+
+    def update(self, model: nn.Module) -> None:
+        """Every floating tensor a becomes decay * a + (1 - decay) * x."""
+        mine, theirs = tensors_of(self.model), tensors_of(model)
+        average_ = get_ema_multi_avg_fn(average_decay(self.decay, self.updates))
+        with torch.no_grad():
+            average_([mine[n] for n in self._floating], [theirs[n] for n in self._floating], None)
+            for name in self._others:
+                mine[name].copy_(theirs[name])
+        self.updates += 1
+
+
+SCHEMA = 1
+KEPT = 2
+"""The newest checkpoint and the one before, in case a disk damages the newest."""
+
+_NAME = re.compile(r"epoch-(\d{6,})(?:-step-(\d{6,}))?")
+_PARTIAL = "partial-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one checkpoint holds.
+
+    Attributes:
+        epoch: Epochs done.
+        tensors: By name, on the CPU.
+        numbers: JSON data.
+        settings: What must be equal to go on from here.
+        step: Steps done of the epoch after these; 0 at the end of an epoch.
+    """
+
+    epoch: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+    settings: Mapping[str, str]
+    step: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder: ``epoch-000007``, or ``epoch-000007-step-000120`` within the epoch after that."""
+        return f"epoch-{self.epoch:06d}" + (f"-step-{self.step:06d}" if self.step else "")
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with a prefix, by the rest of their names."""
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(folder: Path, saved: Saved) -> None:
+    """Write ``folder/epoch-000007`` (see `Saved.name`) in one step, then remove all but the last `KEPT`.
+
+    A process killed at any moment leaves complete checkpoints only (and a ``partial-`` folder, removed later).
+
+    Raises:
+        TrainingError: If the folder cannot be written, or the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        _write(partial, saved)
+        target = folder / saved.name
+        if target.exists():  # A damaged one, passed over when this run was resumed.
+            shutil.rmtree(target)
+        partial.replace(target)
+        _flush(folder)
+        for old in _complete(folder)[KEPT:]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        for leftover in folder.glob(f"{_PARTIAL}*"):  # Half of a checkpoint must not take the room of a full disk.
+            shutil.rmtree(leftover, ignore_errors=True)
+        raise TrainingError(
+            f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
+            "permissions and start again: the run goes on after its last complete checkpoint."
+        ) from error
+
+
+def _write(partial: Path, saved: Saved) -> None:
+    from safetensors.torch import save_file
+
+    # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels-last).
+    tensors = {
+        name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in saved.tensors.items()
+    }
+    save_file(tensors, partial / "tensors.safetensors")
+    state = {
+        "schema": SCHEMA,
+        "epoch": saved.epoch,
+        "step": saved.step,
+        "sha256": _sha256(partial / "tensors.safetensors"),
+        "settings": dict(saved.settings),
+        "numbers": dict(saved.numbers),
+    }
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for path in (partial / "tensors.safetensors", partial / "state.json", partial):
+        _flush(path)
+
+
+def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Saved | None:
+    """The newest good checkpoint of the folder, or None if it has none yet.
+
+    Args:
+        folder: Where `save_checkpoint` wrote.
+        settings: The settings of the run that wants to go on.
+
+    Raises:
+        TrainingError: If the checkpoint is of a run with other settings, every checkpoint is damaged, or the
+            folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"`checkpoint` must be a folder; got the file {folder}. Name another folder.")
+    reasons: list[str] = []
+    for path in _complete(folder):
+        try:
+            saved = _read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        if reasons:
+            warnings.warn(f"going on from {path}, because later ones are damaged: {'; '.join(reasons)}", stacklevel=2)
+        _check_settings(path, saved.settings, settings)
+        return saved
+    if reasons:
+        raise TrainingError(
+            f"`checkpoint` must hold a readable checkpoint; got only damaged ones in {folder} "
+            f"({'; '.join(reasons)}). Delete the folder to start again."
+        )
+    return None
+
+
+def _read(path: Path) -> Saved:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    state = json.loads((path / "state.json").read_text())
+    if state["schema"] != SCHEMA:
+        raise ValueError(f"schema {state['schema']} was written by another version (this one reads {SCHEMA})")
+    content = (path / "tensors.safetensors").read_bytes()
+    if hashlib.sha256(content).hexdigest() != state["sha256"]:
+        raise ValueError("tensors.safetensors does not have the recorded SHA-256")
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    numbers, settings = dict(state["numbers"]), dict(state["settings"])
+    return Saved(int(state["epoch"]), tensors, numbers, settings, int(state.get("step", 0)))
+
+
+def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    different = [
+        f"{name} was {then.get(name, 'absent')}, now {now.get(name, 'absent')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if different:
+        raise TrainingError(
+            f"`checkpoint` must be continued with the settings it was begun with; got others than in {path}: "
+            f"{'; '.join(different)}. Use the old settings, or another folder for a new run."
+        )
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    found = {path: match for path in folder.glob("epoch-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder to disk, so that a power cut cannot undo the order of the steps."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When a loop writes a checkpoint within an epoch. There is always one at the end of every epoch.
+
+    Attributes:
+        seconds: As soon as the last one is so old, > 0; infinity for never.
+        steps: After so many steps since the last one, >= 1; None for never.
+    """
+
+    seconds: float = 600.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.seconds) or self.seconds <= 0:
+            raise TrainingError(f"`seconds` between checkpoints must be positive; got {self.seconds}. 600 is usual.")
+        if self.steps is not None and self.steps < 1:
+            raise TrainingError(f"`steps` between checkpoints must be at least 1; got {self.steps}. None is never.")
+
+
+class Keeper:
+    """Writes the checkpoints of a loop when they are due, the same in all processes.
+
+    Args:
+        folder: Where; None writes none.
+        saving: When.
+        request: That the loop shall stop.
+        fabric: The processes of the loop; the first one writes.
+    """
+
+    def __init__(self, folder: Path | None, saving: Saving, request: StopRequest, fabric: "Fabric") -> None:
+        self._folder, self._saving, self._request, self._fabric = folder, saving, request, fabric
+        self._steps, self._written = 0, monotonic()
+
+    def between(self, state: Callable[[], Saved]) -> None:
+        """To be called after every step: writes a checkpoint if one is due, and stops if that was asked for.
+
+        Args:
+            state: Gives what a checkpoint holds.
+
+        Raises:
+            Stopped: After a checkpoint.
+            TrainingError: If the checkpoint cannot be written.
+        """
+        self._steps += 1
+        due = monotonic() - self._written >= self._saving.seconds
+        due = due or (self._saving.steps is not None and self._steps >= self._saving.steps)
+        due, stop = self._agreed(due, self._request.asked)
+        if due or stop:
+            self.save(state)
+        if stop:
+            raise Stopped(self._folder)
+
+    def save(self, state: Callable[[], Saved]) -> None:
+        """Write a checkpoint now.
+
+        Raises:
+            TrainingError: If it cannot be written.
+        """
+        self._steps, self._written = 0, monotonic()
+        if self._folder is None:
+            return
+        saved = state()  # By all processes: it may hold something of each.
+        if self._fabric.is_global_zero:
+            save_checkpoint(self._folder, saved)
+        if self._fabric.world_size > 1:
+            self._fabric.barrier()
+
+    def end(self) -> None:
+        """To be called when the loop is through.
+
+        Raises:
+            Stopped: If that was asked for since the last step.
+        """
+        if self._agreed(self._request.asked)[0]:
+            raise Stopped(self._folder)
+
+    def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
+        """What any process wishes; clocks and signals differ, and all must do the same."""
+        if self._fabric.world_size == 1:
+            return wishes
+        said = torch.tensor(wishes, dtype=torch.float32, device=self._fabric.device)
+        return tuple(wish > 0 for wish in averaged(self._fabric, said).tolist())
+
+
+@contextmanager
+def keeping(folder: Path | None, saving: Saving, fabric: "Fabric") -> Generator[Keeper]:
+    """A loop that keeps checkpoints and obeys `stoppable`: it ends with `Stopped` if that is asked for meanwhile.
+
+    Args:
+        folder: For checkpoints; None writes none.
+        saving: When they are written within an epoch.
+        fabric: The processes of the loop.
+    """
+    with listening() as request:
+        keeper = Keeper(folder, saving, request, fabric)
+        yield keeper
+        keeper.end()

@@ -1,0 +1,259 @@
+"""Teacher's logits on disk, so that a big teacher sees every augmented image once, whoever learns from it.
+
+A teacher at work: its logits for every batch, looked after."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur._files import write_whole
+from secateur.errors import TrainingError
+from secateur.train.evaluate import hits
+
+_SETTINGS = "teacher.json"
+
+
+class RememberedLogits:
+    """The logits of one teacher for the batches of training runs with one seed, a file for each epoch.
+
+    Augmentation is a function of seed and epoch, so a second run sees the same images. A digest of every batch is kept
+    beside its logits: what is given back was computed from exactly these images, or there is an error.
+
+    Args:
+        folder: Where; made if it is not there. Runs with several seeds may share it.
+        seed: Of order and augmentation of the images.
+        settings: What the logits depend on beside the images: the teacher and its number formats.
+
+    Raises:
+        TrainingError: If the folder holds the logits of another teacher, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, seed: int, settings: Mapping[str, str]) -> None:
+        self._folder, self._seed = folder, seed
+        self._epoch = 0
+        self._stored: tuple[Tensor, ...] | None = None
+        self._digests: list[bytes] = []
+        self._made: list[Tensor] = []
+        self._meet(dict(settings))
+
+    def begin(self, epoch: int) -> None:
+        """Open an epoch, from 0: find what is there of it.
+
+        Raises:
+            TrainingError: If its file is damaged.
+        """
+        self._epoch = epoch
+        self._stored, self._made, self._digests = None, [], []
+        if self._path.is_file():
+            self._stored, self._digests = self._read()
+
+    def find(self, step: int, images: Tensor) -> Tensor | None:
+        """The logits for a batch of the epoch, or None if they were never kept.
+
+        Raises:
+            TrainingError: If what is kept for the step belongs to other images.
+        """
+        if self._stored is None:
+            return None
+        if step >= len(self._stored) or self._digests[step] != _digest(images):
+            raise TrainingError(
+                f"`remember` must hold logits for these images; those of step {step + 1} in {self._path} belong to "
+                "others (other data, augmentation, seed or batch size). Name another folder, or delete this one."
+            )
+        return self._stored[step].to(images.device)
+
+    def keep(self, images: Tensor, logits: Tensor) -> None:
+        """Take note of a batch of the epoch."""
+        self._digests.append(_digest(images))
+        self._made.append(logits.detach().cpu().contiguous())
+
+    def end(self) -> None:
+        """Close the epoch: write what was noted, in one step.
+
+        Raises:
+            TrainingError: If the file cannot be written.
+        """
+        from safetensors.torch import save
+
+        if noted := self.noted():
+            _write(self._path, save(noted))
+
+    def noted(self) -> dict[str, Tensor]:
+        """What was kept so far of an epoch that no file holds yet; empty if there is nothing."""
+        if self._stored is not None or not self._made:
+            return {}
+        return {
+            "logits": torch.cat(self._made),
+            "sizes": torch.tensor([len(logits) for logits in self._made]),
+            "digests": torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8),
+        }
+
+    def take_up(self, noted: Mapping[str, Tensor]) -> None:
+        """Inverse of `noted`, after `begin`; nothing where another run has finished the epoch meanwhile."""
+        if self._stored is None and "logits" in noted:
+            made, self._digests = _parted(noted)
+            self._made = list(made)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"seed-{self._seed}-epoch-{self._epoch:06d}.safetensors"
+
+    def _meet(self, settings: dict[str, str]) -> None:
+        path = self._folder / _SETTINGS
+        if not path.is_file():
+            _write(path, json.dumps(settings, indent=1).encode())
+            return
+        try:
+            then = json.loads(path.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{path} is damaged ({error}). Delete its folder; the teacher runs again.") from error
+        if then != settings:
+            raise TrainingError(
+                f"`remember` must be a folder for one teacher in one precision; got {self._folder}, which holds the "
+                f"logits of {then}, now it is {settings}. Name another folder."
+            )
+
+    def _read(self) -> tuple[tuple[Tensor, ...], list[bytes]]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return _parted(load(self._path.read_bytes()))
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise TrainingError(f"{self._path} is damaged ({error}). Delete it; the teacher runs again.") from error
+
+
+_DIGEST_BYTES = 16
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], list[bytes]]:
+    """Logits and digests, batch by batch."""
+    digests = bytes(tensors["digests"].tolist())
+    parts = [digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES)]
+    return tensors["logits"].split(tensors["sizes"].tolist()), parts
+
+
+def _digest(images: Tensor) -> bytes:
+    flat = images.detach().cpu().permute(0, *range(2, images.ndim), 1).contiguous().reshape(-1)
+    return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise TrainingError(
+            f"`remember` must be a folder that can be written; got {path.parent} ({error}). Make room, or leave it out."
+        ) from error
+
+
+_DEVIATIONS = 2.0
+"""A teacher that guesses is rarely so many standard deviations above chance."""
+
+
+class Teaching:
+    """Gives a teacher's logits, from memory where there is one, and finds out whether it has anything to teach.
+
+    Args:
+        teach: The teacher, ready to be called with a batch.
+        memory: Logits on disk; None computes all.
+    """
+
+    def __init__(self, teach: Callable[[Tensor], Tensor], memory: RememberedLogits | None) -> None:
+        self._teach, self._memory = teach, memory
+        self._step = self._images = self._classes = 0
+        self._sound: Tensor | None = None
+        self._right: Tensor | None = None
+        self._left: tuple[Mapping[str, int], Mapping[str, Tensor]] | None = None
+
+    def begin(self, epoch: int) -> None:
+        """Open an epoch, from 0; where it was interrupted if that was said."""
+        self._step = self._images = 0
+        self._sound = self._right = None
+        if self._memory is not None:
+            self._memory.begin(epoch)
+        if self._left is not None:
+            self._go_on(*self._left)
+            self._left = None
+
+    def resume_with(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Have the next epoch go on where `numbers` and `tensors` were taken."""
+        self._left = numbers, tensors
+
+    def _go_on(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        self._step, self._images, self._classes = numbers["step"], numbers["images"], numbers["classes"]
+        self._sound, self._right = tensors.get("sound"), tensors.get("right")
+        if self._memory is not None:
+            self._memory.take_up(tensors)
+
+    def numbers(self) -> dict[str, int]:
+        """How far the epoch has come, as a JSON object."""
+        return {"step": self._step, "images": self._images, "classes": self._classes}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found so far in the epoch, and what is to be remembered of it."""
+        found = {} if self._memory is None else self._memory.noted()
+        if self._sound is not None and self._right is not None:
+            found |= {"sound": self._sound, "right": self._right}
+        return found
+
+    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What the teacher says to the next batch of the epoch; without gradients."""
+        found = None if self._memory is None else self._memory.find(self._step, images)
+        if found is None:
+            with torch.no_grad():
+                found = self._teach(images)
+            if self._memory is not None:
+                self._memory.keep(images, found)
+        self._step += 1
+        if found.ndim == 2:  # Anything else is refused by the losses, with a better message.
+            self._note(found, labels)
+        return found
+
+    def _note(self, found: Tensor, labels: Tensor) -> None:
+        # On the device, without waiting for it.
+        sound, right = found.isfinite().all(), hits(found, labels)
+        self._sound = sound if self._sound is None else self._sound.to(sound.device) & sound
+        self._right = right if self._right is None else self._right.to(right.device) + right
+        self._images += len(labels)
+        self._classes = found.shape[1]
+
+    def check(self) -> None:
+        """Refuse a teacher that has said something that is no number in this epoch; waits for the device.
+
+        Raises:
+            TrainingError: If so.
+        """
+        if self._sound is not None and not bool(self._sound):
+            raise TrainingError(
+                "`teacher` must give finite logits; got NaN or infinity for training images. Check its weights and "
+                "the normalisation of the images, and try Precision.FLOAT32."
+            )
+
+    def end(self) -> None:
+        """Close the epoch; warns after the first one of a teacher that guesses.
+
+        Raises:
+            TrainingError: See `check`.
+        """
+        self.check()
+        if self._memory is not None:
+            self._memory.end()
+
+    def warn_of_guessing(self) -> None:
+        """Warn of a teacher that was no better than chance in this epoch."""
+        if self._right is None:
+            return
+        share, chance = int(self._right) / self._images, 1 / self._classes
+        if share <= chance + _DEVIATIONS * math.sqrt(chance * (1 - chance) / self._images):
+            warnings.warn(
+                f"`teacher` is right on {100 * share:.1f} % of {self._images} training images, no better than chance "
+                f"({100 * chance:.1f} %): check its weights, its classes and the normalisation of the images",
+                stacklevel=2,
+            )

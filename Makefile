@@ -9,7 +9,7 @@ OUT ?= runs/demo
 .PHONY: help demo test test-slow lint format clean
 
 help:
-	@echo "make demo       train, compress, distil, verify and export a small network (about 3 minutes after the install)"
+	@echo "make demo       train, compress, distill, verify and export a small network (about 3 minutes after the install)"
 	@echo "make test       the gate (format, lint, spelling, layers, types) and the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       the gate alone"

@@ -2,8 +2,8 @@
 
 GroupMagnitudeImportance (p = 2), ratio 0.5, the classifier ignored (README, examples/timm_models); ``num_heads`` for
 every module with a fused ``qkv`` and the unfused attention of timm (examples/timm_models), ``head_dim`` and
-``num_heads`` of those modules set afterwards; for torchvision's ViT ``round_to`` = heads and ``hidden_dim`` set
-afterwards, the heads of detectors ignored (examples/torchvision_models). It has no verification of its own.
+``num_heads`` of those modules set afterward; for torchvision's ViT ``round_to`` = heads and ``hidden_dim`` set
+afterward, the heads of detectors ignored (examples/torchvision_models). It has no verification of its own.
 """
 
 import time

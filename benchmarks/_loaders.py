@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from secateur.data import MemorySplit, Normalisation
+from secateur.data import MemorySplit, Normalization
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 WORKERS = 2
@@ -23,23 +23,23 @@ def torchvision_cifar10(source: MemorySplit, batch_size: int) -> DataLoader[Any]
     dataset.targets = source.labels.tolist()
     dataset.target_transform = None
     dataset.transform = transforms.Compose(
-        [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *_to_floats(source.normalisation)]
+        [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *_to_floats(source.normalization)]
     )
     return _loader(dataset, batch_size)
 
 
 def torchvision_folder(
-    folder: Path, normalisation: Normalisation, side: int, batch_size: int, policy: str | None
+    folder: Path, normalization: Normalization, side: int, batch_size: int, policy: str | None
 ) -> DataLoader[Any]:
     """`torchvision.datasets.ImageFolder` in a DataLoader: random resized crop, flip, policy, ToTensor, Normalize."""
     policies: list[Any] = []
     if policy is not None:
         policies = [transforms.RandAugment(magnitude=9)]
     steps = [transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip(), *policies]
-    return _loader(ImageFolder(str(folder), transforms.Compose([*steps, *_to_floats(normalisation)])), batch_size)
+    return _loader(ImageFolder(str(folder), transforms.Compose([*steps, *_to_floats(normalization)])), batch_size)
 
 
-def timm_folder(folder: Path, normalisation: Normalisation, side: int, batch_size: int, policy: str | None) -> Any:
+def timm_folder(folder: Path, normalization: Normalization, side: int, batch_size: int, policy: str | None) -> Any:
     """timm's dataset and loader, with the same crop and flip, on the CPU."""
     from timm.data import auto_augment, create_dataset, create_loader
 
@@ -57,15 +57,15 @@ def timm_folder(folder: Path, normalisation: Normalisation, side: int, batch_siz
         color_jitter=None,
         auto_augment=policy,
         interpolation="bilinear",
-        mean=normalisation.mean,
-        std=normalisation.std,
+        mean=normalization.mean,
+        std=normalization.std,
         num_workers=WORKERS,
         persistent_workers=True,
     )
 
 
-def _to_floats(normalisation: Normalisation) -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(normalisation.mean, normalisation.std)]
+def _to_floats(normalization: Normalization) -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(normalization.mean, normalization.std)]
 
 
 def _loader(dataset: Any, batch_size: int) -> DataLoader[Any]:

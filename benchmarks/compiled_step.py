@@ -31,18 +31,18 @@ Step = Callable[[], object]
 
 
 def step_of(execution: Execution, model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """One step of the optimiser on a copy of a model."""
+    """One step of the optimizer on a copy of a model."""
     student = placed(model, CPU).train()
     forward = execution.prepared(student)
-    optimiser = SGD().build(student, 0.01)
+    optimizer = SGD().build(student, 0.01)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with execution.running():
             with autocast(best_precision(CPU), CPU):
                 logits = forward(images)
             functional.cross_entropy(logits.float(), labels).backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -36,7 +36,7 @@ from _record import CIFAR10, surroundings, table, write_record
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.data import Augment, FolderSplit, MemorySplit, Normalisation, load_data
+from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, load_data
 from secateur.distill import Objective
 from secateur.models import load_model
 from secateur.train import Precision, Schedule, Silent, fit
@@ -53,20 +53,20 @@ Arms = Mapping[str, Callable[[int], float]]
 def bare(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> None:
     """The loop that everybody writes, in channels-last order."""
     model.train().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for images, labels in batches:
         loss = functional.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 
 def bare_batches(source: MemorySplit, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Bytes in memory, shuffled and normalised by hand."""
-    mean = torch.tensor(source.normalisation.mean).view(3, 1, 1) * 255
-    std = torch.tensor(source.normalisation.std).view(3, 1, 1) * 255
+    """Bytes in memory, shuffled and normalized by hand."""
+    mean = torch.tensor(source.normalization.mean).view(3, 1, 1) * 255
+    std = torch.tensor(source.normalization.std).view(3, 1, 1) * 255
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch))
     for index in order.split(BATCH):
         if len(index) == BATCH:
@@ -139,7 +139,7 @@ def cifar(source: MemorySplit, rounds: int) -> dict[str, dict[str, list[float]]]
 
 def folder(place: Path, images: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Ours, torchvision's and timm's, with and without RandAugment."""
-    usual = Normalisation.usual(3)
+    usual = Normalization.usual(3)
     paths = tuple(sorted(place.rglob("*.jpg")))
     split = FolderSplit(paths, torch.tensor([int(path.parent.name) for path in paths]), (3, SIDE, SIDE), usual)
     found: dict[str, dict[str, list[float]]] = {}

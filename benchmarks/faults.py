@@ -33,7 +33,7 @@ sys.path.insert(0, str(TESTS))
 from full_disk import can_freeze, can_mount  # noqa: E402 -- beside the tests, which use it too
 from killing import JOBS  # noqa: E402
 
-SHARES = {"uniform": 14, "pca": 10, "weights": 16, "tas": 14, "swp": 14, "latency": 8, "distil": 14, "study": 14}
+SHARES = {"uniform": 14, "pca": 10, "weights": 16, "tas": 14, "swp": 14, "latency": 8, "distill": 14, "study": 14}
 """Of the kills."""
 SAID = {
     "uniform": "compress, uniform widths",
@@ -42,7 +42,7 @@ SAID = {
     "tas": "compress, TAS",
     "swp": "compress, SWP",
     "latency": "compress, latency budget, measured before",
-    "distil": "distill, after a stage of hints",
+    "distill": "distill, after a stage of hints",
     "study": "compare",
 }
 SIZES = (200, 4_000, 60_000, 200_000, 500_000)
@@ -50,7 +50,7 @@ SIZES = (200, 4_000, 60_000, 200_000, 500_000)
 ROOMS = (4, 16, 100, 400, 900, 1300)
 """Kilobytes; a tmpfs of 0 would have no bound."""
 FROZEN, STOPS = 4, 4
-DISKS = ("swp", "distil")
+DISKS = ("swp", "distill")
 """The job with most kinds of files, and a training alone."""
 
 
@@ -159,8 +159,8 @@ the measurements of the uninterrupted one, as no time is the same twice.
 
 ## Disks
 
-limit: no file may be larger than a size (`RLIMIT_FSIZE`). room: a tmpfs with little room, enlarged afterwards. frozen:
-folders in which nothing can be written from a random moment on (`chattr +i`), and again afterwards. Good: ended with
+limit: no file may be larger than a size (`RLIMIT_FSIZE`). room: a tmpfs with little room, enlarged afterward. frozen:
+folders in which nothing can be written from a random moment on (`chattr +i`), and again afterward. Good: ended with
 one clear error and code 2 (or did its work, where there was enough room), nothing half-written, and went on to the
 result of the uninterrupted run.
 

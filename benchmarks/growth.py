@@ -86,8 +86,8 @@ def draw(rows: list[dict[str, Any]], slope: float) -> str:
     ]
     for row in rows:
         x, y = at(row["operations"], row["trace_s"])
-        colour = "#3367a8" if row["model"].startswith("resnet") else "#b5542a"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        color = "#3367a8" if row["model"].startswith("resnet") else "#b5542a"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
         parts.append(f'<text x="{x + 7:.1f}" y="{y + 12:.1f}">{row["model"]} ({row["trace_s"]:.2f})</text>')
     return "\n".join([*parts, "</svg>\n"])
 

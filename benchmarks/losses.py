@@ -133,7 +133,7 @@ def searched_rate(recovery: Recovery, name: str) -> float:
 
 
 def beside(tried: list[dict[str, Any]]) -> float | None:
-    """The neighbour of the best rate that was not tried; None if there is none."""
+    """The neighbor of the best rate that was not tried; None if there is none."""
     at, known = RATES.index(chosen_rate(tried)), {record["learning_rate"] for record in tried}
     return next((rate for rate in RATES[max(0, at - 1) : at + 2] if rate not in known), None)
 

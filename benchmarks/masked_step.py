@@ -35,11 +35,11 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         for which in (0, 1) if turn % 2 else (1, 0):
-            model, optimiser = pairs[which]
+            model, optimizer = pairs[which]
             began = time.process_time()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
-            optimiser.step()
+            optimizer.step()
             seconds[which].append(time.process_time() - began)
     lower = [statistics.quantiles(one[1:], n=4)[0] for one in seconds]
     return {

@@ -83,7 +83,7 @@ class Bench:
         while len(found) < NETWORKS:
             rows = self.options.drawn(draw)
             widths, _ = self.options.network(rows)
-            if 0.98 <= float(self.problem.utilisation(widths[None])[0]) <= 1:
+            if 0.98 <= float(self.problem.utilization(widths[None])[0]) <= 1:
                 found.append(rows)
         return found
 

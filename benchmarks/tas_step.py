@@ -45,7 +45,7 @@ class Steps:
         model = cifar_resnet56().eval()
         graph = trace(model, self._batch[0][:2])
         self._full = placed(model, self._fabric.device).train()
-        self._sgd = Schedule(epochs=1).optimiser.build(self._full, 0.01)
+        self._sgd = Schedule(epochs=1).optimizer.build(self._full, 0.01)
         evidence = Evidence(model, graph, ((self._batch),))
         problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
         supernet = Supernet(model, graph, best_first(L2().scores(evidence)))

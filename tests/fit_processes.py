@@ -57,7 +57,7 @@ def trained(name: str, progress: Any, fabric: "Fabric | None" = None, **more: An
 
     _ledger.SECONDS_PER_LOOK = -1.0
     schedule = small_schedule(
-        EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimiser=SGD(), **more.pop("also", {})
+        EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimizer=SGD(), **more.pop("also", {})
     )
     return fit(
         net(name), more.pop("source", Blobs(16 * STEPS)), schedule=schedule, objective=Objective(0.5, 0.5),
@@ -120,7 +120,7 @@ def _refusal(fabric: "Fabric", *, before: bool = False, **more: Any) -> str:
         from secateur.train.fit import _settings
 
         schedule = small_schedule(
-            EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimiser=SGD()
+            EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimizer=SGD()
         )
         task = Task(Blobs(160), Blobs(33), None, Objective(0.5, 0.5), schedule, None, fabric)
         save_checkpoint(more["checkpoint"], Saved(1, {}, {}, _settings(task, net("normed"), small_net(5))))

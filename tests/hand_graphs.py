@@ -85,7 +85,7 @@ class Plain(nn.Module):
 
 
 def plain(first: int = 8, second: int = 12) -> tuple[nn.Module, ChannelGraph]:
-    d = Draft(randomised(Plain(first, second)), torch.zeros(1, 3, 8, 8))
+    d = Draft(randomized(Plain(first, second)), torch.zeros(1, 3, 8, 8))
     d.axis("conv1", first, ("conv1.weight", 0, Role.OUTPUT), *norm_sites("bn1"), ("conv2.weight", 1, Role.INPUT))
     d.axis("conv2", second, ("conv2.weight", 0, Role.OUTPUT), *norm_sites("bn2"), ("fc.weight", 1, Role.INPUT))
     d.layer("conv1", of("conv1"), Extent(3), 64)
@@ -118,7 +118,7 @@ class Residual(nn.Module):
 
 
 def residual(stream: int = 8, inner: int = 6) -> tuple[nn.Module, ChannelGraph]:
-    d = Draft(randomised(Residual(stream, inner)), torch.zeros(1, 3, 8, 8))
+    d = Draft(randomized(Residual(stream, inner)), torch.zeros(1, 3, 8, 8))
     d.axis(
         "stem", stream, ("stem.weight", 0, Role.OUTPUT), *norm_sites("bn"), ("conv1.weight", 1, Role.INPUT),
         ("conv2.weight", 0, Role.OUTPUT), *norm_sites("bn2"), ("fc.weight", 1, Role.INPUT),
@@ -149,7 +149,7 @@ class Flat(nn.Module):
 
 def flat() -> tuple[nn.Module, ChannelGraph]:
     """One channel owns 16 inputs of the linear layer."""
-    d = Draft(randomised(Flat()), torch.zeros(1, 1, 4, 4))
+    d = Draft(randomized(Flat()), torch.zeros(1, 1, 4, 4))
     sites = (("conv.weight", 0, Role.OUTPUT), ("conv.bias", 0, Role.OUTPUT), ("fc.weight", 1, Role.INPUT))
     d.axis("conv", 6, *sites, fc_weight_1=rows(6, 16))
     d.layer("conv", of("conv"), Extent(1), 16)
@@ -172,7 +172,7 @@ class Concat(nn.Module):
 
 def concat() -> tuple[nn.Module, ChannelGraph]:
     """One input extent made of two axes."""
-    d = Draft(randomised(Concat()), torch.zeros(1, 3, 6, 6))
+    d = Draft(randomized(Concat()), torch.zeros(1, 3, 6, 6))
     for name, size in (("a", 4), ("b", 5)):
         sites = ((f"{name}.weight", 0, Role.OUTPUT), (f"{name}.bias", 0, Role.OUTPUT), ("c.weight", 1, Role.INPUT))
         d.axis(name, size, *sites, c_weight_1=rows(size, start=0 if name == "a" else 4))
@@ -202,7 +202,7 @@ class Depthwise(nn.Module):
 
 
 def depthwise(width: int = 12) -> tuple[nn.Module, ChannelGraph]:
-    d = Draft(randomised(Depthwise(width)), torch.zeros(1, 3, 6, 6))
+    d = Draft(randomized(Depthwise(width)), torch.zeros(1, 3, 6, 6))
     d.axis(
         "expand", width, ("expand.weight", 0, Role.OUTPUT), *norm_sites("bn1"), ("depthwise.weight", 0, Role.VECTOR),
         *norm_sites("bn2"), ("project.weight", 1, Role.INPUT),
@@ -233,7 +233,7 @@ class Embedding(nn.Module):
 
 
 def embedding() -> tuple[nn.Module, ChannelGraph]:
-    d = Draft(randomised(Embedding()), torch.zeros(1, 3, 2, 2))
+    d = Draft(randomized(Embedding()), torch.zeros(1, 3, 2, 2))
     d.axis("position", 6, ("position", 2, Role.VECTOR), ("fc.weight", 1, Role.INPUT))
     d.tensors["position"] = (Extent(1), Extent(4), of("position"))
     d.layer("fc", Extent(5), of("position"))
@@ -250,7 +250,7 @@ HAND_GRAPHS = {
 }
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in evaluation mode with all parameters and running statistics drawn anew (positive variances)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -119,7 +119,7 @@ JOBS = {
         whole_artifact,
         work=("settings.json", "measured.json"),
     ),
-    "distil": Job(
+    "distill": Job(
         _words(
             f"distill --teacher digits_resnet --student digits_resnet --epochs 3 --loss kd --loss hint {_RUN} "
             "--hint-epochs 1 --export {none}"

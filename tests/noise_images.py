@@ -4,26 +4,26 @@ from typing import Any
 
 import torch
 
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.data import Augment, ImageData, MemorySplit, Normalization
 
 
 def noise_split(n: int, seed: int) -> MemorySplit:
     """Images of 8 x 8 pixels."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+    return MemorySplit(images, torch.arange(n) % 4, Normalization.usual(3))
 
 
 def noise_data(train: MemorySplit | None = None) -> ImageData:
     """64 images to learn from, or others; 16 to validate, 32 to test."""
-    normalisation = Normalisation.usual(3)
+    normalization = Normalization.usual(3)
     return ImageData(
         train=train or noise_split(64, 0),
         validation=noise_split(16, 1),
         test=noise_split(32, 2),
         classes=("a", "b", "c", "d"),
-        mean=normalisation.mean,
-        std=normalisation.std,
+        mean=normalization.mean,
+        std=normalization.std,
         size=(3, 8, 8),
         name="noise",
         augment=Augment(padding=1),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur.data import Augment, ImageData, MemorySplit, Normalisation
+from secateur.data import Augment, ImageData, MemorySplit, Normalization
 from secateur.search import Problem, Proposal, Strategy, Uniform
 from secateur.train import Saved, load_checkpoint, save_checkpoint
 
@@ -65,7 +65,7 @@ def _train_(tensors: dict[str, Tensor], seed: int, epoch: int) -> None:
 
 def data() -> ImageData:
     """Four classes of noise."""
-    usual = Normalisation.usual(3)
+    usual = Normalization.usual(3)
     return ImageData(
         train=_split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
         mean=usual.mean, std=usual.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
@@ -75,7 +75,7 @@ def data() -> ImageData:
 def _split(n: int, seed: int) -> MemorySplit:
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalisation.usual(3))
+    return MemorySplit(images, torch.arange(n) % 4, Normalization.usual(3))
 
 
 def model() -> nn.Sequential:

@@ -66,7 +66,7 @@ def small_net(seed: int = 0, *, dropout: float = 0.0, width: int = 8, classes: i
 
 
 def small_schedule(epochs: int = 2, **changes: Any) -> Schedule:
-    settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimiser": SGD()}
+    settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimizer": SGD()}
     return Schedule(epochs, **(settings | changes))
 
 

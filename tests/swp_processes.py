@@ -27,7 +27,7 @@ STEPS = 24
 
 
 def unnormed() -> Net:
-    """Four convolutions and a head: nothing is normalised over the batch."""
+    """Four convolutions and a head: nothing is normalized over the batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model = nn.Sequential(

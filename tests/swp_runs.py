@@ -48,7 +48,7 @@ def staged(*, untied: bool = False) -> Net:
 
 
 def quick_schedule(epochs: int = 2, **changes: Any) -> Schedule:
-    usual: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.05, "optimiser": SGD(), "warmup_fraction": 0.0}
+    usual: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.05, "optimizer": SGD(), "warmup_fraction": 0.0}
     return Schedule(epochs, **(usual | {"precision": Precision.FLOAT32} | changes))
 
 

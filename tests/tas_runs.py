@@ -67,7 +67,7 @@ def net(*, untied: bool = False, blocks: int = 3) -> Net:
 def quick(epochs: int = 2, **fields: Any) -> TAS:
     """Both widths and depths, in half a second."""
     schedule = Schedule(
-        epochs, batch_size=16, learning_rate=0.05, optimiser=SGD(), precision=Precision.FLOAT32, warmup_fraction=0
+        epochs, batch_size=16, learning_rate=0.05, optimizer=SGD(), precision=Precision.FLOAT32, warmup_fraction=0
     )
     given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "hand_on": SearchedWeights()}
     return TAS(**(given | fields))

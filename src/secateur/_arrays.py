@@ -1,4 +1,4 @@
-"""Which ids are one: connected components of the ties, vectorised."""
+"""Which ids are one: connected components of the ties, vectorized."""
 
 from collections.abc import Sequence
 from typing import Any

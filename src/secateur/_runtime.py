@@ -135,7 +135,7 @@ def in_the_open() -> Generator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Generator[None]:
-    """Run a model in the open: random state and settings are put back afterwards."""
+    """Run a model in the open: random state and settings are put back afterward."""
     # Nothing can lie on a device that was never asked for anything.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device for p in parameters if p.device.type == "cuda"}

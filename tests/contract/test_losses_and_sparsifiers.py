@@ -32,7 +32,7 @@ from secateur.prune import (
 LEARNED = (LossName.VID, LossName.CRD, LossName.REVIEW)
 """Losses with something to learn: not 0 for two equal networks."""
 
-MATCHING = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDISED, LossName.SP, LossName.PKT)
+MATCHING = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDIZED, LossName.SP, LossName.PKT)
 SCORES = (ByMagnitude(), AtRandom(1), ByTaylor(), BySnip(), ByMovement(0.01))
 ALLOCATIONS = (Globally(), Evenly(), ByERK())
 

@@ -110,7 +110,7 @@ def test_result_is_valid_within_the_budget_and_the_same_every_time(strategy, nam
         assert found.cost == costs.cost(found.architecture)
         assert tuple(sorted(found.architecture.by_name)) == tuple(sorted(costs.axes))
         assert all(len(found.architecture.by_name[a]) in widths for a, widths in zip(costs.axes, levels, strict=True))
-        assert max(found.notes["utilisation"].values()) <= 1
+        assert max(found.notes["utilization"].values()) <= 1
     assert all(torch.equal(before[key], tensor) for key, tensor in it.model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -122,11 +122,11 @@ def test_budget_is_filled_where_widths_are_fine(strategy):
     batches = ((torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2, 1])),)
     for text in ("macs=83%", "macs=31%", "params=57%", "macs=50%, params=90%"):
         found = search(model, graph, strategy, budget=text, batches=batches)
-        assert 0.99 <= max(found.notes["utilisation"].values()) <= 1
+        assert 0.99 <= max(found.notes["utilization"].values()) <= 1
 
 
 @each_strategy
-def test_divisor_and_minimum_are_honoured(strategy):
+def test_divisor_and_minimum_are_honored(strategy):
     model, graph = residual(40, 36)
     batches = ((torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])),)
     space = SearchSpace(divisor=8, min_width=16)

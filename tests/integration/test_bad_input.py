@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 @contextmanager
 def _nothing_left(folder: Path) -> Iterator[None]:
-    """The folder's files are the same afterwards: no artifact, no draft, no work folder."""
+    """The folder's files are the same afterward: no artifact, no draft, no work folder."""
     before = sorted(folder.rglob("*"))
     yield
     assert sorted(folder.rglob("*")) == before
@@ -172,7 +172,7 @@ def test_parquet_without_the_columns(run: Run, tmp_path: Path):
     _refused(found, "must have a column 'img' or 'image'", "text")
 
 
-@pytest.mark.parametrize("flag", [("--limit", 3), ("--validation-fraction", 0), ("--lr", -1), ("--mean", "grey")])
+@pytest.mark.parametrize("flag", [("--limit", 3), ("--validation-fraction", 0), ("--lr", -1), ("--mean", "gray")])
 def test_flags_out_of_range(run: Run, digits_weights: Path, tmp_path: Path, flag: tuple[object, ...]):
     with _nothing_left(tmp_path):
         _refused(run(*compress_words(digits_weights, tmp_path / "out"), *flag), "must")

@@ -85,7 +85,7 @@ def test_verify_notices_an_export_of_another_model(small: Small, run: Run, tmp_p
     assert "does not hold what it says" in found.stderr
 
 
-def test_evaluate_uses_the_artifacts_normalisation(small: Small, run: Run):
+def test_evaluate_uses_the_artifacts_normalization(small: Small, run: Run):
     found = run("evaluate", "--model", small.folder, "--data", "digits", "--threads", 1)
     assert found.exit_code == 0, found.output
     steps = json.loads((small.folder / "secateur.json").read_text())["metrics"]["test_accuracy"]

@@ -21,7 +21,7 @@ RUN = (
 )
 # Aligned features are measured in units of their spread in the batch, of which a process sees a part.
 COMPRESS = f"compress --model digits_resnet --budget macs=50%,nonzero=40% --calibration 64 --feature-weight 0 {RUN}"
-DISTIL = f"distill --teacher digits_resnet --student digits_resnet --loss kd --loss hint {RUN}"
+DISTILL = f"distill --teacher digits_resnet --student digits_resnet --loss kd --loss hint {RUN}"
 
 
 def started(processes: int, words: str, out: Path, *more: str) -> "subprocess.CompletedProcess[str]":
@@ -43,7 +43,7 @@ def losses(out: Path) -> list[float]:
         return [float(row["mean_loss"]) for row in csv.DictReader(file) if row["mean_loss"]]
 
 
-@pytest.mark.parametrize("words", [COMPRESS, DISTIL], ids=["compress", "distill"])
+@pytest.mark.parametrize("words", [COMPRESS, DISTILL], ids=["compress", "distill"])
 def test_two_processes_give_what_one_gives(words: str, tmp_path: Path) -> None:
     for processes in (1, 2):
         done = started(processes, words, tmp_path / str(processes))

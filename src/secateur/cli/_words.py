@@ -181,8 +181,8 @@ def variation_of(auto_augment: str | None, erase: float, mixup: float, cutmix: f
     return varied
 
 
-def optimiser_of(name: OptimiserName, weight_decay: float | None) -> SGD | AdamW:
-    """The optimiser of a name, with its usual weight decay unless another is given."""
+def optimizer_of(name: OptimiserName, weight_decay: float | None) -> SGD | AdamW:
+    """The optimizer of a name, with its usual weight decay unless another is given."""
     from secateur.train.config import SGD, AdamW
 
     kind = SGD if name is OptimiserName.SGD else AdamW
@@ -259,7 +259,7 @@ USUAL = {
     LossName.KD: 0.9,
     LossName.DKD: 1.0,
     LossName.DIST: 1.0,
-    LossName.STANDARDISED: 0.9,
+    LossName.STANDARDIZED: 0.9,
     LossName.HINT: 1.0,
     LossName.ATTENTION: 500.0,
     LossName.VID: 1.0,
@@ -271,7 +271,7 @@ USUAL = {
 }
 """Weights where none is given: those of the papers as far as their scaling is ours (docs/distillation.md)."""
 
-OF_LOGITS = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDISED)
+OF_LOGITS = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDIZED)
 
 OF_CLASSES = (LossName.DKD, LossName.CRD)
 """They need one class for each image."""
@@ -284,7 +284,7 @@ class Pair:
     Attributes:
         student: Learns.
         teacher: Is learned from.
-        example: A few normalised images on the CPU.
+        example: A few normalized images on the CPU.
         images: Number of training images.
     """
 
@@ -415,8 +415,8 @@ def _terms(name: LossName, weight: float, pair: Pair, taps: Taps) -> list[Term]:
         similarity_loss,
     )
     from secateur.distill.learned_losses import ContrastiveRepresentation, KnowledgeReview
-    from secateur.distill.logit_losses import dist_loss, dkd_loss, standardised_kd_loss
-    from secateur.distill.objective import PerTap, Term, features, labelled_feature, labelled_logits, logits
+    from secateur.distill.logit_losses import dist_loss, dkd_loss, standardized_kd_loss
+    from secateur.distill.objective import PerTap, Term, features, labeled_feature, labeled_logits, logits
 
     def of_features(loss: Callable[..., Tensor]) -> Term:
         return Term(name.value, loss, features, weight, taps)
@@ -425,13 +425,13 @@ def _terms(name: LossName, weight: float, pair: Pair, taps: Taps) -> list[Term]:
         (student, *_), (teacher, *_) = _channels(pair, last)
         bank = min(pair.images, 16384)
         loss = ContrastiveRepresentation(student, teacher, size=bank, negatives=max(1, min(4096, bank // 2)))
-        return Term(name.value, loss, labelled_feature, weight, last)
+        return Term(name.value, loss, labeled_feature, weight, last)
 
     last = dict(list(taps.items())[-1:])
     made: dict[LossName, Callable[[], list[Term]]] = {
-        LossName.DKD: lambda: [Term(name.value, dkd_loss, labelled_logits, weight)],
+        LossName.DKD: lambda: [Term(name.value, dkd_loss, labeled_logits, weight)],
         LossName.DIST: lambda: [Term(name.value, dist_loss, logits, weight)],
-        LossName.STANDARDISED: lambda: [Term(name.value, standardised_kd_loss, logits, weight)],
+        LossName.STANDARDIZED: lambda: [Term(name.value, standardized_kd_loss, logits, weight)],
         LossName.HINT: lambda: [of_features(PerTap(hint_loss, _adaptors(pair, taps)))],
         LossName.ATTENTION: lambda: [of_features(PerTap(attention_loss))],
         LossName.VID: lambda: [of_features(PerTap(_vid(pair, taps)))],

@@ -70,7 +70,7 @@ def compress(
     target_device: TargetDevice = "cpu",
     machine: MachineFlags,
 ) -> None:
-    """Compress a trained classifier to a budget: search, cut, heal, distil, verify, export, report."""
+    """Compress a trained classifier to a budget: search, cut, heal, distill, verify, export, report."""
     from secateur.cli import _words as _choices
     from secateur.cli._words import pruning_of
     from secateur.cli.options import target_of

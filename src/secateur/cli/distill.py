@@ -1,4 +1,4 @@
-"""The command that distils any teacher into any student."""
+"""The command that distills any teacher into any student."""
 
 from secateur.cli import options
 from secateur.cli.options import PrecisionName, spread

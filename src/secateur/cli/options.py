@@ -135,7 +135,7 @@ class LossName(StrEnum):
     KD = "kd"
     DKD = "dkd"
     DIST = "dist"
-    STANDARDISED = "standardised"
+    STANDARDIZED = "standardized"
     HINT = "hint"
     ATTENTION = "attention"
     VID = "vid"
@@ -175,7 +175,7 @@ class WeightScheduleName(StrEnum):
 
 
 class OptimiserName(StrEnum):
-    """Optimisers by name."""
+    """Optimizers by name."""
 
     SGD = "sgd"
     ADAMW = "adamw"
@@ -427,7 +427,7 @@ LearningRate = Annotated[
 Warmup = Annotated[
     float, typer.Option(help="Part of the steps with a rising rate.", min=0, max=1, rich_help_panel=_TRAIN)
 ]
-Optimiser = Annotated[OptimiserName, typer.Option("--optimizer", help="For the recovery.", rich_help_panel=_TRAIN)]
+Optimizer = Annotated[OptimiserName, typer.Option("--optimizer", help="For the recovery.", rich_help_panel=_TRAIN)]
 WeightDecay = Annotated[
     float | None, typer.Option(help="None: the optimizer's usual one.", min=0, rich_help_panel=_TRAIN)
 ]

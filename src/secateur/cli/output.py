@@ -52,7 +52,7 @@ _INSTEAD = "\N{REPLACEMENT CHARACTER}"
 class PlainConsole(Console):
     """Replaces the characters that cannot be printed, whatever is shown.
 
-    Names of classes, modules and files can hold escape sequences, which change colours, titles or the clipboard of a
+    Names of classes, modules and files can hold escape sequences, which change colors, titles or the clipboard of a
     terminal; marks that reverse the order of letters; and halves of characters, which cannot be written at all. Only
     what rich itself adds for styles goes through, after this.
     """

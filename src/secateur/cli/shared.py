@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 class Inputs:
     """What ``--model``, ``--weights``, ``--data`` and the flags about images say; loaded when first used.
 
-    An artifact knows how its images are to be normalised and sized, so it is opened before the data; another model is
+    An artifact knows how its images are to be normalized and sized, so it is opened before the data; another model is
     built with the data's classes and channels, so it is opened after.
     """
 
@@ -299,7 +299,7 @@ class TrainingFlags:
     """How a student learns, beside the losses."""
 
     warmup: options.Warmup = 0.05
-    optimizer: options.Optimiser = OptimiserName.SGD
+    optimizer: options.Optimizer = OptimiserName.SGD
     weight_decay: options.WeightDecay = None
     ema: options.Ema = None
     accumulate: options.Accumulate = 1
@@ -327,7 +327,7 @@ class TrainingFlags:
             batch_size=batch_size,
             learning_rate=learning_rate,
             warmup_fraction=self.warmup,
-            optimiser=_choices.optimiser_of(self.optimizer, self.weight_decay),
+            optimizer=_choices.optimizer_of(self.optimizer, self.weight_decay),
             ema_decay=self.ema,
             accumulate=self.accumulate,
             clip_norm=self.clip_norm,

@@ -2,7 +2,7 @@
 
 from secateur.cost.budget import Budget, Cost, Limit, amount_of, format_cost, format_count
 from secateur.cost.latency_model import ALIGNMENTS, TERMS, LatencyModel, TimeGrid, alignment, ends_of, timeable
-from secateur.cost.macs import CostModel, Modelled, counted_macs, counted_params
+from secateur.cost.macs import CostModel, Modeled, counted_macs, counted_params
 from secateur.cost.measure import (
     Cache,
     Latency,
@@ -34,7 +34,7 @@ __all__ = [
     "LayerShape",
     "Limit",
     "LinearShape",
-    "Modelled",
+    "Modeled",
     "OnnxRuntime",
     "Quartiles",
     "Target",

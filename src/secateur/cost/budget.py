@@ -75,7 +75,7 @@ BY_WORD = {quantity.word: quantity for quantity in QUANTITIES}
 
 FIELDS = ("macs", "params")
 """The fields of `Cost` that every cost has."""
-MODELLED = ("size_bytes", "latency_s")
+MODELED = ("size_bytes", "latency_s")
 """The fields that a cost has if something computes them; see `CostModel`."""
 
 
@@ -98,7 +98,7 @@ class Cost:
 
     def to_json(self) -> dict[str, int | float]:
         """A JSON object with one number per field that is known."""
-        found = {name: getattr(self, name) for name in (*FIELDS, *MODELLED)}
+        found = {name: getattr(self, name) for name in (*FIELDS, *MODELED)}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
@@ -109,10 +109,10 @@ class Cost:
             BudgetError: If a field is missing, unknown or no number that it can have.
         """
         whole = all(type(data[name]) is int for name in (*FIELDS, "size_bytes") if name in data)
-        if not set(FIELDS) <= set(data) <= {*FIELDS, *MODELLED} or not whole or not all(map(_amount, data.values())):
+        if not set(FIELDS) <= set(data) <= {*FIELDS, *MODELED} or not whole or not all(map(_amount, data.values())):
             raise BudgetError(
                 f"`cost` must hold the whole numbers {', '.join(FIELDS)}, not negative, and may hold "
-                f"{' and '.join(MODELLED)}; got {dict(data)!r}."
+                f"{' and '.join(MODELED)}; got {dict(data)!r}."
             )
         return cls(**data)  # type: ignore[arg-type]
 

@@ -156,7 +156,7 @@ def counted_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-class Modelled(Protocol):
+class Modeled(Protocol):
     """What computes a further field of `Cost` from widths and blocks, in the columns of `CostModel`."""
 
     @property
@@ -192,7 +192,7 @@ class CostModel:
         original: Cost of the whole model.
     """
 
-    def __init__(self, graph: ChannelGraph, more: Sequence[Modelled] = ()):
+    def __init__(self, graph: ChannelGraph, more: Sequence[Modeled] = ()):
         self._more = tuple(more)
         self.axes: tuple[str, ...] = tuple(axis.name for axis in graph.prunable)
         self._frozen = {axis.name: axis.size for axis in graph.axes if axis.frozen_because is not None}

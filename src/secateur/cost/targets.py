@@ -74,7 +74,7 @@ class OnnxRuntime(Target):
     """ONNX Runtime on this CPU: what most deployments use.
 
     A pass is a run of a session over the file that `secateur.export_onnx` writes, with all of the runtime's own
-    optimisations. A layer alone is what the runtime's profile says its kernel takes: norms and most activations are
+    optimizations. A layer alone is what the runtime's profile says its kernel takes: norms and most activations are
     fused into it, and conversions of the memory layout are not counted, as they fall away between layers.
 
     Attributes:

@@ -3,6 +3,6 @@
 from secateur.data.dataset import ImageData, MemorySplit, Split, calibration
 from secateur.data.images import FolderSplit
 from secateur.data.load import load_data
-from secateur.data.transforms import Augment, Normalisation
+from secateur.data.transforms import Augment, Normalization
 
-__all__ = ["Augment", "FolderSplit", "ImageData", "MemorySplit", "Normalisation", "Split", "calibration", "load_data"]
+__all__ = ["Augment", "FolderSplit", "ImageData", "MemorySplit", "Normalization", "Split", "calibration", "load_data"]

@@ -19,7 +19,7 @@ class Floats:
     """Arrays of floats for one batch after the other.
 
     New memory is cleared by the system, page by page, when it is first written; for a batch of 64 images of 224 x 224
-    pixels that takes as long as normalising them. A tensor made by ``torch.from_numpy``, and every view of it, holds a
+    pixels that takes as long as normalizing them. A tensor made by ``torch.from_numpy``, and every view of it, holds a
     reference to the array, so an array with no reference but ours is free.
     """
 

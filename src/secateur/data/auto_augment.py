@@ -48,7 +48,7 @@ def check_policy(name: str) -> None:
     if not any(re.fullmatch(form, name) for form in _FORMS.values()):
         raise DataError(
             f"`auto_augment` must be a policy of timm, such as 'rand-m9-mstd0.5-inc1', 'original' or 'augmix-m3-w3'; "
-            f"got {name!r}. None varies no colours or shapes."
+            f"got {name!r}. None varies no colors or shapes."
         )
 
 
@@ -101,19 +101,19 @@ def policy_of(name: str, size: tuple[int, int, int], mean: tuple[float, ...]) ->
     Args:
         name: See `secateur.data.Augment`.
         size: Channels, height, width of the images.
-        mean: Of pixels / 255 per channel: what is shifted or turned in from outside has this colour.
+        mean: Of pixels / 255 per channel: what is shifted or turned in from outside has this color.
 
     Raises:
-        DataError: If the images are neither grey nor colour.
+        DataError: If the images are neither gray nor color.
     """
     if size[0] not in (1, 3):
-        raise DataError(f"`auto_augment` must be given grey or colour images; got {size[0]} channels. Leave it out.")
+        raise DataError(f"`auto_augment` must be given gray or color images; got {size[0]} channels. Leave it out.")
     from PIL.Image import Resampling
 
-    colour = tuple(min(255, round(255 * m)) for m in mean)
+    color = tuple(min(255, round(255 * m)) for m in mean)
     settings: dict[str, Any] = {
         "translate_const": int(min(size[1:]) * _TRANSLATED),
-        "img_mean": colour[0] if len(colour) == 1 else colour,
+        "img_mean": color[0] if len(color) == 1 else color,
         "interpolation": Resampling.BILINEAR,
     }
     timm: Any = _library()
@@ -180,7 +180,7 @@ def _posterised(image: "Image", bits: int, **_: Any) -> "Image":
     """The image with so many bits per channel, at least one.
 
     timm's policies ask for none at their highest magnitude. Pillow made a black image of that before version 13, which
-    refuses it; nothing can be learnt from a black image.
+    refuses it; nothing can be learned from a black image.
     """
     from PIL import ImageOps
 

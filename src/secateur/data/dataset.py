@@ -1,8 +1,8 @@
-"""What a split is: labelled images that come in normalised batches.
+"""What a split is: labeled images that come in normalized batches.
 
 Images held in memory.
 
-What a data set is: three splits, class names and how its images are normalised and varied."""
+What a data set is: three splits, class names and how its images are normalized and varied."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from secateur.data.epoch import Batch, Epoch
 from secateur.data.splits import hold_out
-from secateur.data.transforms import Augment, Draws, Normalisation, crop_box, resized_crop
+from secateur.data.transforms import Augment, Draws, Normalization, crop_box, resized_crop
 from secateur.errors import DataError
 
 
 class Split(Protocol):
-    """Labelled images of one split, in a fixed order."""
+    """Labeled images of one split, in a fixed order."""
 
     @property
     def labels(self) -> Tensor:
@@ -31,7 +31,7 @@ class Split(Protocol):
         ...
 
     @property
-    def normalisation(self) -> Normalisation:
+    def normalization(self) -> Normalization:
         """What turns its bytes into floats."""
         ...
 
@@ -46,7 +46,7 @@ class Split(Protocol):
         """The images at some positions, in that order."""
         ...
 
-    def normalised(self, normalisation: Normalisation) -> Self:
+    def normalized(self, normalization: Normalization) -> Self:
         """The same images with another mean and standard deviation."""
         ...
 
@@ -107,13 +107,13 @@ class MemorySplit:
     Attributes:
         images: (n, c, h, w) uint8.
         labels: (n,) integers, not negative.
-        normalisation: Applied last.
+        normalization: Applied last.
         classes: How many there are; 0 stands for the highest label + 1.
     """
 
     images: Tensor
     labels: Tensor
-    normalisation: Normalisation
+    normalization: Normalization
     classes: int = 0
     _copies: dict[torch.device, Batch] = field(default_factory=dict[torch.device, Batch], init=False, repr=False)
 
@@ -121,9 +121,9 @@ class MemorySplit:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             shape = tuple(self.images.shape)
             raise DataError(f"`images` must be uint8 of shape (n, c, h, w); got {self.images.dtype} {shape}.")
-        if self.images.shape[1] != len(self.normalisation.mean):
+        if self.images.shape[1] != len(self.normalization.mean):
             raise DataError(
-                f"`normalisation` must have one mean per channel; got {len(self.normalisation.mean)} for "
+                f"`normalization` must have one mean per channel; got {len(self.normalization.mean)} for "
                 f"{self.images.shape[1]} channel(s)."
             )
         object.__setattr__(self, "labels", checked_labels(self.labels, len(self.images)))
@@ -142,11 +142,11 @@ class MemorySplit:
     def subset(self, index: Tensor) -> "MemorySplit":
         """The images at some positions, in that order (copied)."""
         pixels = self.images.permute(0, 2, 3, 1)[index]  # one copy: rows are contiguous in this order
-        return MemorySplit(pixels.permute(0, 3, 1, 2), self.labels[index], self.normalisation, self.classes)
+        return MemorySplit(pixels.permute(0, 3, 1, 2), self.labels[index], self.normalization, self.classes)
 
-    def normalised(self, normalisation: Normalisation) -> "MemorySplit":
+    def normalized(self, normalization: Normalization) -> "MemorySplit":
         """The same images (shared) with another mean and standard deviation."""
-        return MemorySplit(self.images, self.labels, normalisation, self.classes)
+        return MemorySplit(self.images, self.labels, normalization, self.classes)
 
     def batches(
         self,
@@ -226,7 +226,7 @@ class TrainAndTest:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled image set.
+    """A labeled image set.
 
     Attributes:
         train: For training; does not overlap ``validation``.
@@ -260,17 +260,17 @@ class ImageData:
         if sets.train.size != sets.test.size:
             raise DataError(
                 f"training and test images must have the same (channels, height, width); got {sets.train.size} and "
-                f"{sets.test.size} in {sets.name}. Pass `image_size`, or make them all grey or all colour."
+                f"{sets.test.size} in {sets.name}. Pass `image_size`, or make them all gray or all color."
             )
         kept, held = hold_out(sets.train.labels, validation_fraction, seed)
-        normalisation = sets.train.normalisation
+        normalization = sets.train.normalization
         return cls(
             train=sets.train.subset(kept),
             validation=sets.train.subset(held),
             test=sets.test,
             classes=sets.classes,
-            mean=normalisation.mean,
-            std=normalisation.std,
+            mean=normalization.mean,
+            std=normalization.std,
             size=sets.train.size,
             name=sets.name,
             augment=sets.augment,
@@ -280,7 +280,7 @@ class ImageData:
 def usual_augment(size: tuple[int, int, int]) -> Augment:
     """The usual augmentation of small images: pad by 1/8 of the side (4 at 32 pixels, 1 at 8) and crop.
 
-    Colour images are mirrored too; grey ones are not, because most grey sets are characters.
+    Color images are mirrored too; gray ones are not, because most gray sets are characters.
 
     Args:
         size: Channels, height, width.

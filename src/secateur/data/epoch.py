@@ -1,4 +1,4 @@
-"""The last steps of a batch, on its device: normalise, erase, mix.
+"""The last steps of a batch, on its device: normalize, erase, mix.
 
 One pass over a split: everything that is drawn for it, before its first batch."""
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from secateur.data._buffers import Floats
 from secateur.data.auto_augment import Policy, policy_of
-from secateur.data.transforms import ORDER_STREAM, Augment, Draws, Mix, Normalisation, drawn_mixes, erase_, erased_boxes
+from secateur.data.transforms import ORDER_STREAM, Augment, Draws, Mix, Normalization, drawn_mixes, erase_, erased_boxes
 from secateur.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
-"""(n, c, h, w) float32 normalised images, channels last in memory, and labels on the same device: (n,) int64, or
+"""(n, c, h, w) float32 normalized images, channels last in memory, and labels on the same device: (n,) int64, or
 float32 probabilities (n, classes) where images are mixed."""
 
 
@@ -25,14 +25,14 @@ class Finish:
     """What makes a batch of an epoch's bytes.
 
     Attributes:
-        normalisation: Applied first.
+        normalization: Applied first.
         classes: Columns of mixed labels.
         boxes: (n, 4) of every image of the split, on the device, see `secateur.data._erase`; None erases nothing.
         mixes: Of every batch; empty mixes nothing.
         floats: Memory of the batches.
     """
 
-    normalisation: Normalisation
+    normalization: Normalization
     classes: int = 0
     boxes: Tensor | None = None
     mixes: tuple[Mix, ...] = ()
@@ -41,7 +41,7 @@ class Finish:
     @classmethod
     def of_epoch(
         cls,
-        normalisation: Normalisation,
+        normalization: Normalization,
         augment: Augment,
         *,
         images: int,
@@ -59,7 +59,7 @@ class Finish:
             boxes = erased_boxes(images, augment.erase, height, width, seed=seed, epoch=epoch).to(device)
         if augment.mixes:
             mixes = drawn_mixes(augment, batches, height, width, seed=seed, epoch=epoch)
-        return cls(normalisation, classes, boxes, mixes)
+        return cls(normalization, classes, boxes, mixes)
 
     def __call__(self, place: int, index: Tensor, pixels: Tensor, labels: Tensor) -> Batch:
         """One batch.
@@ -70,7 +70,7 @@ class Finish:
             pixels: (n, h, w, c), uint8 or float in [0, 255]; on the device.
             labels: (n,) int64, on the device.
         """
-        images = self.normalisation(pixels, self.floats)
+        images = self.normalization(pixels, self.floats)
         if self.boxes is not None:
             images = erase_(images, self.boxes[index])
         if self.mixes:
@@ -88,7 +88,7 @@ class Known(Protocol):
         ...
 
     @property
-    def normalisation(self) -> Normalisation:
+    def normalization(self) -> Normalization:
         """What turns bytes into the floats a model expects."""
         ...
 
@@ -109,7 +109,7 @@ class Epoch:
         batch_size: Images per batch; the last holds the rest.
         device: Where the batches are made.
         draws: How each image is varied; None varies nothing.
-        policy: How its colours and shapes are; None varies none.
+        policy: How its colors and shapes are; None varies none.
         finish: The last steps.
         start: Batches left out before these.
     """
@@ -148,12 +148,12 @@ class Epoch:
         order = _order(n, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=drop_last)
         left = order[start * batch_size :]
         if augment is None or seed is None:
-            return cls(left, batch_size, device, None, None, Finish(split.normalisation), start)
+            return cls(left, batch_size, device, None, None, Finish(split.normalization), start)
         policy = None
         if augment.auto_augment is not None:
-            policy = policy_of(augment.auto_augment, split.size, split.normalisation.mean)
+            policy = policy_of(augment.auto_augment, split.size, split.normalization.mean)
         finish = Finish.of_epoch(
-            split.normalisation,
+            split.normalization,
             augment,
             images=n,
             size=split.size,

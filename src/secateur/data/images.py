@@ -25,7 +25,7 @@ from secateur.data._buffers import filled_ahead
 from secateur.data.dataset import MemorySplit, Split, TrainAndTest, checked_classes, checked_labels, usual_augment
 from secateur.data.epoch import Batch, Epoch
 from secateur.data.splits import training_count
-from secateur.data.transforms import Augment, Draws, Normalisation, crop_box
+from secateur.data.transforms import Augment, Draws, Normalization, crop_box
 from secateur.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def open_image(
             eighth of its size, which is quicker to decode. None decodes the whole.
 
     Returns:
-        Mode "L" (grey) or "RGB"; transparency is dropped.
+        Mode "L" (gray) or "RGB"; transparency is dropped.
 
     Raises:
         DataError: If it cannot be decoded or has more than 8 bits per channel.
@@ -178,7 +178,7 @@ def decode_all(encoded: Sequence[Encoded], image_size: int | None, name: Callabl
         name: What to call image i in an error.
 
     Returns:
-        (n, c, h, w) uint8, channels last in memory. c is 1 if every image is grey, else 3.
+        (n, c, h, w) uint8, channels last in memory. c is 1 if every image is gray, else 3.
 
     Raises:
         DataError: If an image is damaged or differs in size, or the set is too large.
@@ -191,16 +191,16 @@ def decode_all(encoded: Sequence[Encoded], image_size: int | None, name: Callabl
     shape = decode(0).shape[:2]
     check_memory(len(encoded), 3 * math.prod(shape))
     pixels = np.empty((len(encoded), *shape, 3), dtype=np.uint8)
-    grey = True
+    gray = True
     for i, array in enumerate(_mapped(decode, encoded)):
         if array.shape[:2] != shape:
             raise DataError(
                 f"images must all have the same size unless `image_size` is given; got {_size(shape)} for {name(0)} "
                 f"and {_size(array.shape)} for {name(i)}. Pass image_size={min(shape)}, say."
             )
-        grey = grey and array.ndim == 2
+        gray = gray and array.ndim == 2
         pixels[i] = array[..., None] if array.ndim == 2 else array
-    kept = np.ascontiguousarray(pixels[..., :1]) if grey else pixels
+    kept = np.ascontiguousarray(pixels[..., :1]) if gray else pixels
     return torch.from_numpy(kept).permute(0, 3, 1, 2)
 
 
@@ -272,7 +272,7 @@ _PROBED = 64
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
-    """Image files decoded, cropped and resized by threads while they are needed; mirrored and normalised in batch.
+    """Image files decoded, cropped and resized by threads while they are needed; mirrored and normalized in batch.
 
     Without augmentation the shorter side is resized to side / 0.875 and the central square kept, unless the image
     has the size already. With ``Augment.min_area`` below 1 a random box is resized instead; a JPEG is then decoded at a
@@ -282,14 +282,14 @@ class FolderSplit:
         paths: The files.
         labels: (n,) integers, not negative.
         size: Channels, height, width of the images made; height = width.
-        normalisation: Applied last.
+        normalization: Applied last.
         classes: How many there are; 0 stands for the highest label + 1.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
     size: tuple[int, int, int]
-    normalisation: Normalisation
+    normalization: Normalization
     classes: int = 0
 
     def __post_init__(self) -> None:
@@ -305,9 +305,9 @@ class FolderSplit:
         """The images at some positions, in that order."""
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
 
-    def normalised(self, normalisation: Normalisation) -> "FolderSplit":
+    def normalized(self, normalization: Normalization) -> "FolderSplit":
         """The same images with another mean and standard deviation."""
-        return replace(self, normalisation=normalisation)
+        return replace(self, normalization=normalization)
 
     def batches(
         self,
@@ -381,7 +381,7 @@ class FolderSplit:
         image = open_image(self.paths[i], lambda: str(self.paths[i]), least)
         if self.size[0] == 1 and image.mode == "RGB":
             raise DataError(
-                f"{self.paths[i]} must be grey like the other images; got colour. Convert one or the other."
+                f"{self.paths[i]} must be gray like the other images; got color. Convert one or the other."
             )
         return image.convert("RGB") if self.size[0] == 3 and image.mode == "L" else image
 
@@ -427,7 +427,7 @@ class _Form:
     """How the images of a folder are held.
 
     Attributes:
-        channels: 1 if those probed are grey, else 3.
+        channels: 1 if those probed are gray, else 3.
         side: Height and width to make, or None if all are said to have one size that need not be square.
         in_memory: Or streamed.
     """
@@ -439,9 +439,9 @@ class _Form:
     def split(self, paths: tuple[Path, ...], labels: Tensor) -> Split:
         if self.side is None or self.in_memory:
             images = decode_all(paths, self.side, lambda i: str(paths[i]))
-            return MemorySplit(images, labels, Normalisation.usual(images.shape[1]))
+            return MemorySplit(images, labels, Normalization.usual(images.shape[1]))
         size = (self.channels, self.side, self.side)
-        return FolderSplit(paths, labels, size, Normalisation.usual(self.channels))
+        return FolderSplit(paths, labels, size, Normalization.usual(self.channels))
 
 
 def _form(sets: tuple[tuple[Path, ...], ...], image_size: int | None) -> _Form:

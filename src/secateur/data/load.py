@@ -15,10 +15,10 @@ from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, usual_au
 from secateur.data.images import read_image_folder, resize_all
 from secateur.data.parquet import parquet_files, read_parquet
 from secateur.data.splits import TEST_SEED, hold_out, training_count
-from secateur.data.transforms import Normalisation
+from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
-DIGITS_NORMALISATION = Normalisation((0.305,), (0.376,))
+DIGITS_NORMALIZATION = Normalization((0.305,), (0.376,))
 """Of the 1,797 digits as bytes / 255, measured: 0.3053 and 0.3761."""
 
 _DIGITS_TEST_FRACTION = 0.2
@@ -54,7 +54,7 @@ def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
     kept, held = hold_out(labels, _DIGITS_TEST_FRACTION, TEST_SEED)
     kept = kept[: training_count(labels[kept], limit, classes)]
     images = resize_all(images, image_size)
-    train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALISATION) for index in (kept, held))
+    train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALIZATION) for index in (kept, held))
     return TrainAndTest(train, test, classes, "digits", usual_augment(train.size))
 
 
@@ -94,7 +94,7 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
         MemorySplit(
             resize_all(torch.from_numpy(np.asarray(dataset.data[:n])).permute(0, 3, 1, 2), image_size),
             torch.tensor(dataset.targets[:n]),
-            Normalisation.usual(3),
+            Normalization.usual(3),
         )
         for dataset, n in ((train_set, count), (test_set, None))
     ]
@@ -116,7 +116,7 @@ def load_data(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageData:
-    """Load a labelled image set; nothing is downloaded.
+    """Load a labeled image set; nothing is downloaded.
 
     Args:
         spec: One of
@@ -131,7 +131,7 @@ def load_data(
         validation_fraction: Part of the training images that is held out for choosing, class by class.
         seed: Chooses the validation images.
         image_size: Resize to squares of this side, in pixels; None keeps the size that all images share.
-        mean: Per channel, of pixels / 255. By default ImageNet's for colour images and 0.5 for grey ones.
+        mean: Per channel, of pixels / 255. By default ImageNet's for color images and 0.5 for gray ones.
         std: The same.
 
     Returns:
@@ -147,8 +147,8 @@ def load_data(
             f"`validation_fraction` must lie in (0, 1), both excluded; got {validation_fraction}. 0.1 is usual."
         )
     sets = _read(spec, limit=limit, image_size=image_size)
-    normalisation = sets.train.normalisation.override(mean, std)
-    sets = replace(sets, train=sets.train.normalised(normalisation), test=sets.test.normalised(normalisation))
+    normalization = sets.train.normalization.override(mean, std)
+    sets = replace(sets, train=sets.train.normalized(normalization), test=sets.test.normalized(normalization))
     _warn_of_absent_classes(sets)
     return ImageData.of(sets, validation_fraction=validation_fraction, seed=seed)
 

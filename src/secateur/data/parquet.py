@@ -15,7 +15,7 @@ import torch
 from secateur.data.dataset import MemorySplit, TrainAndTest, usual_augment
 from secateur.data.images import MEMORY_LIMIT, check_memory, decode_all, open_regular
 from secateur.data.splits import training_count
-from secateur.data.transforms import Normalisation
+from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class _Table:
             raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")
         images = decode_all([item for item in encoded if item is not None], image_size, self.row_name)
         labels = torch.from_numpy(self.labels[:count])
-        return MemorySplit(images, labels, Normalisation.usual(images.shape[1]), classes)
+        return MemorySplit(images, labels, Normalization.usual(images.shape[1]), classes)
 
 
 def _of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:

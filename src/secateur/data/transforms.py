@@ -7,7 +7,7 @@ Mixup and CutMix: pairs of a batch are mixed, and their labels become probabilit
 The only augmentation that depends on the batch, and so on the batch size and its place in the epoch: an image is mixed
 with the one that stands as far from the end of the batch as it does from the beginning, as in timm.
 
-Random erasing: a rectangle of an image becomes the mean colour."""
+Random erasing: a rectangle of an image becomes the mean color."""
 
 import math
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from secateur.errors import DataError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of RGB / 255 over ImageNet, as in torchvision, timm and most published weights."""
 
-GREY_MEAN, GREY_STD = (0.5,), (0.5,)
+GRAY_MEAN, GRAY_STD = (0.5,), (0.5,)
 
 _AT_ONCE = 2**17
 """Floats of a part: half a megabyte, which fits into a second-level cache."""
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """(pixel / 255 - mean) / std, per channel.
 
     Attributes:
@@ -52,15 +52,15 @@ class Normalisation:
             raise DataError(f"`std` must be positive numbers (on the scale of pixels / 255); got {self.std}.")
 
     @classmethod
-    def usual(cls, channels: int) -> "Normalisation":
+    def usual(cls, channels: int) -> "Normalization":
         """ImageNet's for three channels, 0.5 and 0.5 otherwise."""
         if channels == 3:
             return cls(IMAGENET_MEAN, IMAGENET_STD)
-        return cls(GREY_MEAN * channels, GREY_STD * channels)
+        return cls(GRAY_MEAN * channels, GRAY_STD * channels)
 
-    def override(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Normalisation":
+    def override(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Normalization":
         """Replace what is given; the number of channels stays."""
-        new = Normalisation(
+        new = Normalization(
             self.mean if mean is None else tuple(float(m) for m in mean),
             self.std if std is None else tuple(float(s) for s in std),
         )
@@ -72,7 +72,7 @@ class Normalisation:
         return new
 
     def __call__(self, pixels: Tensor, floats: Floats | None = None) -> Tensor:
-        """Normalise a batch.
+        """Normalize a batch.
 
         Args:
             pixels: (n, h, w, c) uint8 or float in [0, 255].
@@ -123,7 +123,7 @@ _LOG_ASPECT = math.log(4 / 3)
 
 @dataclass(frozen=True)
 class Augment:
-    """How training images are varied. The defaults are the usual ones for 32 x 32 colour images.
+    """How training images are varied. The defaults are the usual ones for 32 x 32 color images.
 
     Attributes:
         padding: Zero (black) pixels added on every side before a crop of the original size is taken at random.
@@ -133,7 +133,7 @@ class Augment:
             crop. 0.08 is usual for photographs at 224 pixels (arXiv:1409.4842, Section 6).
         auto_augment: A policy of timm by its name there, such as "rand-m9-mstd0.5-inc1" (RandAugment,
             arXiv:1909.13719), "original" (AutoAugment, arXiv:1805.09501) or "augmix-m3-w3" (arXiv:1912.02781), after
-            crop and flip; None varies no colours or shapes. Grey or colour images only.
+            crop and flip; None varies no colors or shapes. Gray or color images only.
         erase: Probability that a rectangle of the image is erased, see `secateur.data._erase`; in [0, 1].
         mixup: Alpha of the Beta distribution that mixes pairs of images and their labels, see `secateur.data._mix`;
             0 mixes none. 0.2 to 0.8 is usual on photographs.
@@ -400,7 +400,7 @@ def erased_boxes(n: int, probability: float, height: int, width: int, *, seed: i
 
 
 def erase_(images: Tensor, boxes: Tensor) -> Tensor:
-    """Set the inside of each image's box to 0, which is the mean colour of normalised images.
+    """Set the inside of each image's box to 0, which is the mean color of normalized images.
 
     Args:
         images: (n, c, h, w), changed in place.

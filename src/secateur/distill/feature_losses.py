@@ -276,7 +276,7 @@ def _similarities(feature: Tensor) -> Tensor:
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Keep the probability that one image has another for its neighbour.
+    """Keep the probability that one image has another for its neighbor.
 
     With K_ij = max((cos(f_i, f_j) + 1) / 2, 1e-7) and p_ij = K_ij / sum_k K_ik, the mean over the images i of
     sum_j p_ij(teacher) log(p_ij(teacher) / p_ij(student)). Like the reference code, and unlike the paper's equation,
@@ -296,10 +296,10 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Passalis & Tefas (PKT), arXiv:1803.10837, the conditional probabilities with the cosine kernel.
     """
     check_same_images(student, teacher, images=2)
-    return F.kl_div(_neighbours(student), _neighbours(teacher.detach()), reduction="batchmean", log_target=True)
+    return F.kl_div(_neighbors(student), _neighbors(teacher.detach()), reduction="batchmean", log_target=True)
 
 
-def _neighbours(feature: Tensor) -> Tensor:
+def _neighbors(feature: Tensor) -> Tensor:
     """log p_ij."""
     rows = F.normalize(widened(feature).flatten(1), dim=1, eps=FLOOR)
     kernel = ((rows @ rows.T + 1) / 2).clamp(min=KERNEL_FLOOR)

@@ -20,8 +20,8 @@ from secateur.errors import TrainingError
 
 
 @contextmanager
-def initialised(seed: int) -> Generator[None]:
-    """Draw from the CPU's generator as from a fresh one with this seed; its state is put back afterwards."""
+def initialized(seed: int) -> Generator[None]:
+    """Draw from the CPU's generator as from a fresh one with this seed; its state is put back afterward."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -184,7 +184,7 @@ class KnowledgeReview(nn.Module):
             )
         width = min(HIGHEST_WIDTH, student_channels[-1]) if width is None else width
         last = len(student_channels) - 1
-        with initialised(seed):
+        with initialized(seed):
             self.levels = nn.ModuleList(
                 AttentionFusion(student, width, teacher, deepest=level == last)
                 for level, (student, teacher) in enumerate(zip(student_channels, teacher_channels, strict=True))
@@ -329,7 +329,7 @@ class ContrastiveRepresentation(nn.Module):
             if value < 1:
                 raise TrainingError(f"`{name}` must be at least 1; got {value}. 128 or more is usual.")
         self.negatives, self.temperature, self.seed = negatives, temperature, seed
-        with initialised(seed):
+        with initialized(seed):
             self.student_head = nn.Linear(student_channels, dimension)
             self.teacher_head = nn.Linear(teacher_channels, dimension)
             for name in ("student_bank", "teacher_bank"):

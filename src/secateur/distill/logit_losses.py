@@ -2,7 +2,7 @@
 
 The losses, as pure functions of tensors. Each computes in float32 or better, whatever autocast produced.
 
-Losses on logits beyond Hinton's: decoupled, by correlation, and after standardisation."""
+Losses on logits beyond Hinton's: decoupled, by correlation, and after standardization."""
 
 import math
 
@@ -74,7 +74,7 @@ def check_weight(name: str, value: float) -> None:
 
 VARIANCE_FLOOR = 1e-6
 """Added to the variance of a teacher feature, so that a constant feature gives a finite loss. Far below the variance
-of any feature that follows a normalisation (order 0.01 to 1)."""
+of any feature that follows a normalization (order 0.01 to 1)."""
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -84,7 +84,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     of the gradient when T changes.
 
     Args:
-        student_logits: (batch, classes), unnormalised.
+        student_logits: (batch, classes), unnormalized.
         teacher_logits: The same, from the teacher; no gradient flows into it.
         temperature: T, dimensionless, > 0. 4 is usual on CIFAR.
 
@@ -111,7 +111,7 @@ def label_loss(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Ten
     mixed images are probabilities already and stand in the place of onehot(label).
 
     Args:
-        logits: (batch, classes), unnormalised.
+        logits: (batch, classes), unnormalized.
         labels: (batch,) class indices, int64, or (batch, classes) probabilities, floating.
         smoothing: s, dimensionless, in [0, 1).
 
@@ -175,7 +175,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 DEVIATION_FLOOR = 1e-7
 """Below any spread of logits that means something; keeps constant logits from a division by zero. The reference code
-of logit standardisation has the same number."""
+of logit standardization has the same number."""
 NORM_FLOOR = 1e-8
 """The floor of norms in `torch.nn.functional.cosine_similarity`."""
 
@@ -199,7 +199,7 @@ def dkd_loss(
     `kd_loss` is the same with alpha = 1 and beta = 1 - q_label of the teacher, which is near 0 for a sure teacher.
 
     Args:
-        student_logits: (batch, classes), unnormalised; two classes or more.
+        student_logits: (batch, classes), unnormalized; two classes or more.
         teacher_logits: The same, from the teacher; no gradient flows into it.
         labels: (batch,) class indices, int64.
         temperature: T, dimensionless, > 0.
@@ -258,7 +258,7 @@ def dist_loss(
     Vectors of no variance count as uncorrelated, r = 0; in a batch of one image all classes are such vectors.
 
     Args:
-        student_logits: (batch, classes), unnormalised; two classes or more.
+        student_logits: (batch, classes), unnormalized; two classes or more.
         teacher_logits: The same, from the teacher; no gradient flows into it.
         temperature: T, dimensionless, > 0. The paper: 1 on ImageNet, 4 on CIFAR-100.
         inter: Weight beta of the relation between classes, >= 0.
@@ -290,7 +290,7 @@ def _uncorrelated(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student, teacher, dim=1, eps=NORM_FLOOR).mean()
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardized(logits: Tensor) -> Tensor:
     """Logits of mean 0 and standard deviation 1, image by image.
 
     (z - mean(z)) / sqrt(Var(z) + 1e-14), with the biased variance over the classes, as the paper writes it. The
@@ -310,14 +310,14 @@ def standardised(logits: Tensor) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (variance + DEVIATION_FLOOR**2).sqrt()
 
 
-def standardised_kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0) -> Tensor:
+def standardized_kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0) -> Tensor:
     """Match softened class probabilities whatever the scale of either model's logits.
 
-    `kd_loss(standardised(student), standardised(teacher))`: the student need not learn how large the teacher's logits
+    `kd_loss(standardized(student), standardized(teacher))`: the student need not learn how large the teacher's logits
     are, only how they compare.
 
     Args:
-        student_logits: (batch, classes), unnormalised; two classes or more.
+        student_logits: (batch, classes), unnormalized; two classes or more.
         teacher_logits: The same, from the teacher; no gradient flows into it.
         temperature: T, dimensionless, > 0. 2 is the paper's base temperature.
 
@@ -331,4 +331,4 @@ def standardised_kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temp
         Sun et al., arXiv:2403.01427, Algorithms 1 and 2.
     """
     check_logits(student_logits, teacher_logits, classes=2)
-    return kd_loss(standardised(student_logits), standardised(teacher_logits), temperature=temperature)
+    return kd_loss(standardized(student_logits), standardized(teacher_logits), temperature=temperature)

@@ -46,7 +46,7 @@ def logits(seen: Seen) -> tuple[Tensor, Tensor]:
     return seen.student_logits, seen.teacher_logits
 
 
-def labelled_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+def labeled_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """For losses of (student_logits, teacher_logits, labels), such as `dkd_loss`."""
     return seen.student_logits, seen.teacher_logits, seen.labels
 
@@ -56,7 +56,7 @@ def features(seen: Seen) -> Features:
     return seen.student, seen.teacher
 
 
-def labelled_feature(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+def labeled_feature(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """For losses of the first tap, (student, teacher, labels), such as `ContrastiveRepresentation`."""
     return seen.student[0], seen.teacher[0], seen.labels
 
@@ -65,14 +65,14 @@ def labelled_feature(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
 class Term:
     """One loss of an objective.
 
-        Term("dkd", partial(dkd_loss, beta=2.0), of=labelled_logits, weight=0.9)
+        Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits, weight=0.9)
         Term("hint", PerTap(hint_loss, adaptors), of=features, weight=10.0, taps={"layer2": "layer2"})
 
     Attributes:
         name: In histories and checkpoints; without dots.
         loss: Gives a scalar for what ``of`` chooses. If it is a module, its parameters are learned with the student
             (in a copy) and its tensors are part of checkpoints; parameters that a plain function refers to are not.
-        of: What the loss is given of a batch: `logits`, `labelled_logits`, `features`, `labelled_feature`, or a
+        of: What the loss is given of a batch: `logits`, `labeled_logits`, `features`, `labeled_feature`, or a
             function of your own.
         weight: Factor of the loss in the objective, > 0.
         taps: Module names of the student, each with the teacher's; needed by losses of features.
@@ -309,7 +309,7 @@ class Ensemble(nn.Module):
 
     References:
         Hinton et al., arXiv:1503.02531, Section 1, for ensembles as teachers; the mean of logits is the geometric mean
-        of the probabilities, up to normalisation.
+        of the probabilities, up to normalization.
     """
 
     share: Tensor

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from secateur._runtime import undisturbed
 from secateur.architecture import Architecture
 from secateur.distill.feature_losses import channel_dim
-from secateur.distill.learned_losses import initialised
+from secateur.distill.learned_losses import initialized
 from secateur.distill.logit_losses import VARIANCE_FLOOR, feature_loss
 from secateur.errors import TrainingError
 from secateur.graph.graph import ChannelGraph
@@ -104,7 +104,7 @@ def _heard(seen: Mapping[str, Tensor], name: str, owner: str) -> Tensor:
 
 @contextmanager
 def watch_taps(student: nn.Module, teacher: nn.Module, *taps: Taps) -> Generator[TapWatch]:
-    """Listen to both models while the context is open; nothing is left on them afterwards.
+    """Listen to both models while the context is open; nothing is left on them afterward.
 
     Args:
         student: The model that learns.
@@ -208,7 +208,7 @@ def adaptors_of(student: nn.Module, teacher: nn.Module, taps: Taps, example: Ten
         TrainingError: If a module is missing (with the names nearest to it), or no adaptor can join the shapes.
     """
     features = tapped(student, teacher, taps, example)
-    with initialised(seed):
+    with initialized(seed):
         return nn.ModuleDict(
             {
                 name.replace(".", "/"): _adaptor(name, of_student, of_teacher)
@@ -347,7 +347,7 @@ class AlignedFeatures:
 
     @contextmanager
     def watch(self, student: nn.Module, teacher: nn.Module) -> Generator["FeatureWatch"]:
-        """Listen to both models while the context is open; nothing is left on them afterwards.
+        """Listen to both models while the context is open; nothing is left on them afterward.
 
         Use: run the teacher, run the student, call `FeatureWatch.loss`, once per batch.
 

@@ -18,7 +18,7 @@ from secateur.export.artifact import (
 from secateur.export.edits import Edit, edits_between
 from secateur.export.executorch import export_executorch
 from secateur.export.formats import Format, check_formats, compare_file
-from secateur.export.int8 import LEAST_KEPT, USUAL_KEPT, Quantised, compare_int8_file, export_int8
+from secateur.export.int8 import LEAST_KEPT, USUAL_KEPT, Quantized, compare_int8_file, export_int8
 from secateur.export.manifest import SCHEMA, Manifest, Recipe, TensorRecord
 from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session
 from secateur.export.openvino import export_openvino
@@ -38,7 +38,7 @@ __all__ = [
     "Loaded",
     "Manifest",
     "Parity",
-    "Quantised",
+    "Quantized",
     "Recipe",
     "TensorRecord",
     "amend",

@@ -59,7 +59,7 @@ def extra(module: str) -> Any:
 
 
 TOLERANCE = 1e-4
-"""Largest accepted difference of float32 outputs, relative to the largest output. Runtimes fold batch normalisation
+"""Largest accepted difference of float32 outputs, relative to the largest output. Runtimes fold batch normalization
 into convolutions and sum in another order; a few hundred layers deep that stays near 1e-5."""
 
 Inputs = tuple[Tensor, ...]

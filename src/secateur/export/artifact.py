@@ -15,7 +15,7 @@ from secateur._json import brief, parse
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.export.edits import held_value, set_edits
 from secateur.export.manifest import FORMAT, Manifest, Recipe
-from secateur.export.tensors import check_room, describe, deserialise, install, serialise
+from secateur.export.tensors import check_room, describe, deserialize, install, serialize
 from secateur.prune.masks import make_permanent_, masks_of, nonzero_params
 from secateur.prune.residual import widen_, widenings_in
 from secateur.prune.slice import declare_sizes, replace_, replacements_in
@@ -83,7 +83,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
                 f"{held_value(model, edit)}. Record them with edits_between(original, model)."
             )
     records = describe(model)
-    weights = serialise(model, records)
+    weights = serialize(model, records)
     digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
     manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
     text = _text_of(manifest)
@@ -118,7 +118,7 @@ def weights_bytes(model: nn.Module) -> int:
         ArtifactError: If the model holds something that is not numbers.
     """
     model = _unmasked(model)
-    return len(serialise(model, describe(model)))
+    return len(serialize(model, describe(model)))
 
 
 def _unmasked(model: nn.Module) -> nn.Module:
@@ -172,7 +172,7 @@ def load(
             f"{WEIGHTS_NAME} must have the SHA-256 that {MANIFEST_NAME} says; got another ({folder}). "
             "The file was cut short or changed: copy the artifact again, or make it again."
         )
-    tensors = deserialise(weights, manifest.tensors)
+    tensors = deserialize(weights, manifest.tensors)
     install(model, manifest.tensors, tensors)
     _check_after(model, manifest)
     declare_sizes(model)

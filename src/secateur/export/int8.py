@@ -1,6 +1,6 @@
-"""Does a quantised classifier still give the right answers? Run it beside the float one on labelled images.
+"""Does a quantized classifier still give the right answers? Run it beside the float one on labeled images.
 
-int8: the ONNX model with weights and activations of eight bits, by ONNX Runtime's static quantisation."""
+int8: the ONNX model with weights and activations of eight bits, by ONNX Runtime's static quantization."""
 
 import contextlib
 import io
@@ -21,13 +21,13 @@ from secateur.export._common import eval_copy, first_line, not_written
 from secateur.export.onnx import MOST_BYTES, check_plain, feed, onnx_bytes, open_session
 
 LEAST_KEPT = 0.95
-"""Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantisation has failed."""
+"""Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantization has failed."""
 USUAL_KEPT = 0.99
-"""What a quantised classifier must keep in MLPerf Inference (Reddi et al., ISCA 2020, Table I)."""
+"""What a quantized classifier must keep in MLPerf Inference (Reddi et al., ISCA 2020, Table I)."""
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """Answers of an int8 classifier beside those of the float one, on the same images.
 
     Attributes:
@@ -65,21 +65,21 @@ class Quantised:
 
 
 def compare_answers(
-    in_float: Any, in_int8: Any, labelled: Iterable[tuple[Tensor, Tensor]], least_kept: float
-) -> Quantised:
-    """Run two ONNX Runtime sessions on labelled images.
+    in_float: Any, in_int8: Any, labeled: Iterable[tuple[Tensor, Tensor]], least_kept: float
+) -> Quantized:
+    """Run two ONNX Runtime sessions on labeled images.
 
     Args:
         in_float: Of the float model.
-        in_int8: Of the quantised one.
-        labelled: (images, labels) batches.
+        in_int8: Of the quantized one.
+        labeled: (images, labels) batches.
         least_kept: See `LEAST_KEPT`.
 
     Raises:
         ExportError: If there are no images, one gives no logits of them, or too much accuracy is lost.
     """
     right = float_right = same = n = 0
-    for images, labels in labelled:
+    for images, labels in labeled:
         ours, theirs = _answers(in_float, images), _answers(in_int8, images)
         if not n:
             _answers(in_int8, images[:1])
@@ -89,8 +89,8 @@ def compare_answers(
         same += int((ours == theirs).sum())
         n += len(wanted)
     if not n:
-        raise ExportError("`labelled` must hold at least one image; got none. Pass test images with their labels.")
-    found = Quantised(right / n, float_right / n, same / n, n)
+        raise ExportError("`labeled` must hold at least one image; got none. Pass test images with their labels.")
+    found = Quantized(right / n, float_right / n, same / n, n)
     if found.kept < least_kept:
         raise ExportError(
             f"The int8 file must keep {100 * least_kept:g} % of the float model's accuracy; got {found}. The file was "
@@ -99,7 +99,7 @@ def compare_answers(
     return found
 
 
-def compare_int8_file(path: Path | str, in_float: bytes, labelled: Iterable[tuple[Tensor, Tensor]]) -> Quantised:
+def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[tuple[Tensor, Tensor]]) -> Quantized:
     """Run an int8 file where it lies, beside the float model as ONNX content; see `compare_answers`.
 
     Raises:
@@ -111,7 +111,7 @@ def compare_int8_file(path: Path | str, in_float: bytes, labelled: Iterable[tupl
         content = read_bytes(Path(path), limit=MOST_BYTES)
         check_plain(content)
         sessions = open_session(in_float, threads=threads), open_session(content, threads=threads)
-        return compare_answers(*sessions, labelled, 0.0)
+        return compare_answers(*sessions, labeled, 0.0)
     except (ArtifactError, ExportError):
         raise
     except Exception as error:
@@ -134,18 +134,18 @@ def _answers(session: Any, images: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-Labelled = Iterable[tuple[Tensor, Tensor]]
+Labeled = Iterable[tuple[Tensor, Tensor]]
 """(images, labels) batches."""
 
 
 def export_int8(
     model: nn.Module,
     calibration: Sequence[Tensor],
-    labelled: Labelled,
+    labeled: Labeled,
     path: Path | str,
     *,
     least_kept: float = LEAST_KEPT,
-) -> Quantised:
+) -> Quantized:
     """Write a classifier as an ONNX file that computes with 8-bit integers, and compare its answers with the float's.
 
     Batch norms are folded into the convolutions first. Weights then become signed integers with a scale for each
@@ -154,13 +154,13 @@ def export_int8(
     DequantizeLinear (QDQ), which runtimes fuse into integer kernels. Weights take 7 of the 8 bits: processors without
     VNNI add two products of 8 bits in 16, which overflows silently with all 8.
 
-    Eight bits do not follow a float model to 1e-4, so what is compared are answers: see `Quantised`. The file appears
+    Eight bits do not follow a float model to 1e-4, so what is compared are answers: see `Quantized`. The file appears
     only if enough accuracy is kept; an older file at ``path`` is replaced then.
 
     Args:
         model: Gives logits (batch, classes). Any device or mode; not changed.
         calibration: Batches of real training images, as the model takes them; the first with at least two.
-        labelled: Batches on which accuracy is measured, images of which none was in ``calibration``.
+        labeled: Batches on which accuracy is measured, images of which none was in ``calibration``.
         path: Where, ending in ``.onnx``.
         least_kept: Smallest accepted accuracy, as a fraction of the float model's.
 
@@ -168,7 +168,7 @@ def export_int8(
         Accuracies of both and how often they agree, both run with ONNX Runtime.
 
     Raises:
-        ExportError: If the model cannot be translated or quantised, too much accuracy is lost, or the file cannot be
+        ExportError: If the model cannot be translated or quantized, too much accuracy is lost, or the file cannot be
             written.
     """
     path = Path(path)
@@ -179,16 +179,16 @@ def export_int8(
     threads = torch.get_num_threads()
     content = onnx_bytes(eval_copy(model), (calibration[0].detach().cpu(),))
     try:
-        quantised = quantise(content, calibration)
+        quantized = quantize(content, calibration)
         with atomic_file(path) as part:
-            part.write_bytes(quantised)
+            part.write_bytes(quantized)
             sessions = open_session(content, threads=threads), open_session(part, threads=threads)
-            return compare_answers(*sessions, labelled, least_kept)
+            return compare_answers(*sessions, labeled, least_kept)
     except OSError as error:
         raise not_written(path, error) from error
 
 
-def quantise(content: bytes, calibration: Sequence[Tensor]) -> bytes:
+def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
     """The content of an int8 ONNX file from that of a float one.
 
     Args:
@@ -196,19 +196,19 @@ def quantise(content: bytes, calibration: Sequence[Tensor]) -> bytes:
         calibration: Batches of real images.
 
     Raises:
-        ExportError: If ONNX Runtime cannot quantise it.
+        ExportError: If ONNX Runtime cannot quantize it.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     with tempfile.TemporaryDirectory(prefix="secateur-int8-") as folder:
-        folded, quantised = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-        session = open_session(content, threads=1, optimised=folded)
+        folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
+        session = open_session(content, threads=1, optimized=folded)
         try:
             _say_prepared(folded)
             with _silence():
                 quantize_static(
                     folded,
-                    quantised,
+                    quantized,
                     cast(Any, _Reader([feed(session, (each.detach().cpu().contiguous(),)) for each in calibration])),
                     quant_format=QuantFormat.QDQ,
                     calibrate_method=CalibrationMethod.MinMax,
@@ -221,10 +221,10 @@ def quantise(content: bytes, calibration: Sequence[Tensor]) -> bytes:
             raise
         except Exception as error:
             raise ExportError(
-                f"`model` must be one that ONNX Runtime can quantise; got {first_line(error)} "
+                f"`model` must be one that ONNX Runtime can quantize; got {first_line(error)} "
                 "Leave int8 out, and please report the model."
             ) from error
-        return quantised.read_bytes()
+        return quantized.read_bytes()
 
 
 class _Reader:
@@ -239,7 +239,7 @@ class _Reader:
 
 
 def _say_prepared(path: Path) -> None:
-    """Note in the file what has been done, or the quantiser warns that batch norms may not be folded."""
+    """Note in the file what has been done, or the quantizer warns that batch norms may not be folded."""
     import onnx
 
     model = onnx.load(path)
@@ -249,7 +249,7 @@ def _say_prepared(path: Path) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Generator[None]:
-    """The quantiser speaks through the root logger and standard output."""
+    """The quantizer speaks through the root logger and standard output."""
     before = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)

@@ -37,7 +37,7 @@ def export_onnx(
     """Write a model as one ONNX file, run it with ONNX Runtime on the CPU, and compare it with the model.
 
     The batch size is free; inputs are called ``input`` (or ``input_0``, ``input_1``...), outputs ``output``. Batch
-    normalisation is left in the file: runtimes fold it into the convolutions themselves. The file appears only if it
+    normalization is left in the file: runtimes fold it into the convolutions themselves. The file appears only if it
     agrees; an older file at ``path`` is replaced then.
 
     Args:
@@ -101,7 +101,7 @@ def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
 
 
 def open_session(
-    model: Path | bytes, *, threads: int, profile: Path | None = None, optimised: Path | None = None
+    model: Path | bytes, *, threads: int, profile: Path | None = None, optimized: Path | None = None
 ) -> Any:
     """An ONNX Runtime session on the CPU with a fixed number of threads.
 
@@ -109,7 +109,7 @@ def open_session(
         model: A file, or its content.
         threads: Within an operator; operators run one after the other.
         profile: Where to write the time of every operator, as the beginning of a file name; None does not take any.
-        optimised: Where to write the model with constants and batch norms folded, and nothing that is for one machine
+        optimized: Where to write the model with constants and batch norms folded, and nothing that is for one machine
             only; such a session is slower.
     """
     import onnxruntime
@@ -122,9 +122,9 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    if optimised is not None:
+    if optimized is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(optimised)
+        options.optimized_model_filepath = str(optimized)
     content = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

@@ -132,7 +132,7 @@ def describe(model: nn.Module) -> tuple[TensorRecord, ...]:
     return tuple(records)
 
 
-def serialise(model: nn.Module, records: Sequence[TensorRecord]) -> bytes:
+def serialize(model: nn.Module, records: Sequence[TensorRecord]) -> bytes:
     """The bytes of model.safetensors."""
     tensors = dict(named_tensors(model))
     held: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ def serialise(model: nn.Module, records: Sequence[TensorRecord]) -> bytes:
     return safetensors.torch.save(held)
 
 
-def deserialise(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
+def deserialize(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
     """The tensors of model.safetensors by name (the first name of tied ones), checked against their records.
 
     Raises:
@@ -244,7 +244,7 @@ def _refuse_extra_state(model: nn.Module) -> None:
 
 def _refuse_unusual(name: str, tensor: Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
-        raise ArtifactError(f"`model` must be initialised; got lazy {name}. Run the model once on an example first.")
+        raise ArtifactError(f"`model` must be initialized; got lazy {name}. Run the model once on an example first.")
     if tensor.layout != torch.strided or str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
         raise ArtifactError(
             f"{name} must be a dense tensor of a plain dtype; got {tensor.layout}, {tensor.dtype}. "

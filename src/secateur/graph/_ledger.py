@@ -1,4 +1,4 @@
-"""What is learnt while a model runs: which channel ids must go together, which must stay, what sizes depend on them.
+"""What is learned while a model runs: which channel ids must go together, which must stay, what sizes depend on them.
 
 Every position of every dimension of every parameter and buffer gets an integer id. An activation carries, for each
 dimension along which channels run, the vector of ids at its positions. The ledger only collects; `_solve` concludes.

@@ -34,7 +34,7 @@ from secateur.graph.graph import ChannelGraph, Lane, Mixing, Role
 def batch_norm(call: Call) -> Sequence[ChannelIds]:
     """One scale, shift, mean and variance per channel.
 
-    With statistics of the input itself (standardised weights), other dimensions that carry channels are averaged over.
+    With statistics of the input itself (standardized weights), other dimensions that carry channels are averaged over.
     """
     source = call.inputs[0]
     ids = dict(call.ids(source))
@@ -68,7 +68,7 @@ def group_norm(call: Call) -> Sequence[ChannelIds]:
     own = [(call.ids(t).get(0), t.size(0)) for t in call.inputs[1:]]
     merged = merge(call, [(ids.get(1), source.size(1)), *own])
     others = {dim: vector for dim, vector in ids.items() if dim != 1}
-    call.ledger.freeze_all([others], f"{call.where} normalises over them")
+    call.ledger.freeze_all([others], f"{call.where} normalizes over them")
     if merged is None:
         return [{} for _ in call.outputs]
     tie_groups(call.ledger, merged.reshape(groups, -1))

@@ -193,7 +193,7 @@ def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) 
         ledger.bind(expression_of(groups), counted, where)
 
 
-def _normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _normalized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``layer_norm``, ``rms_norm``: the sizes of the last dimensions."""
     sizes = _given(args, kwargs, 1, "normalized_shape")
     ids = ledger.ids_of(args[0])
@@ -202,7 +202,7 @@ def _normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
             ledger.bind(expression_of(size), ids.get(dim), where)
 
 
-def _group_normalised(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _group_normalized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``group_norm`` that loses whole groups has fewer of them."""
     groups = _given(args, kwargs, 1, "num_groups")
     _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
@@ -263,8 +263,8 @@ SIZE_RULES: dict[str, SizeRule] = {
     "pad": _padded,
     "__getitem__": _indexed,
     "narrow": _narrowed,
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
-    "group_norm": _group_normalised,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
+    "group_norm": _group_normalized,
     **dict.fromkeys(_PRODUCTS, _scaled),
     "scaled_dot_product_attention": _attended,
     "multi_head_attention_forward": _packed_attention,

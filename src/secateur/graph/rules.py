@@ -103,7 +103,7 @@ def reduction(call: Call) -> Sequence[ChannelIds]:
     return results
 
 
-def normalised(call: Call) -> Sequence[ChannelIds]:
+def normalized(call: Call) -> Sequence[ChannelIds]:
     """Softmax, cumsum and the like along one dimension; if that carries channels, over the kept ones."""
     source = call.inputs[0]
     ids = call.ids(source)
@@ -130,7 +130,7 @@ _REDUCTION = [
     "mean", "sum", "amax", "amin", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm", "prod",
     "logsumexp", "any", "all", "max", "min",
 ]
-_NORMALISED = [
+_NORMALIZED = [
     "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod",
 ]
 _BATCH_NORM = [
@@ -159,7 +159,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, moves.movement),
     **dict.fromkeys(_PER_CHANNEL, per_channel),
     **dict.fromkeys(_REDUCTION, reduction),
-    **dict.fromkeys(_NORMALISED, normalised),
+    **dict.fromkeys(_NORMALIZED, normalized),
     **dict.fromkeys(_BATCH_NORM, layers.batch_norm),
     **dict.fromkeys(_CREATED, moves.created),
     **dict.fromkeys(_FRESH, moves.fresh),
@@ -198,7 +198,7 @@ __all__ = [
     "matrix_product",
     "merge",
     "movement",
-    "normalised",
+    "normalized",
     "per_channel",
     "pointwise",
     "reduction",

@@ -144,7 +144,7 @@ def _jumped(reach: list[int]) -> list[int]:
 def _readers(flow: Flow, stored: list[tuple[str, ...]]) -> dict[str, set[int]]:
     """For each parameter and buffer the steps on whose results the input tells too, and which it enters.
 
-    It may be computed with before (a weight that is normalised): what counts is where the result is used.
+    It may be computed with before (a weight that is normalized): what counts is where the result is used.
     """
     behind: dict[int, set[str]] = {}
     readers: dict[str, set[int]] = {}
@@ -183,7 +183,7 @@ def _between(first: LiveOutput, second: LiveOutput, operations: list[int]) -> in
 
 
 _SMALL = 0.05
-"""Of the MACs: a stage with less is merged with a neighbour."""
+"""Of the MACs: a stage with less is merged with a neighbor."""
 _LARGE = 0.5
 """Of the MACs: a stage with more is divided."""
 _PARTS = 4
@@ -221,7 +221,7 @@ def stages_of(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | None 
 
     Where no cuts are given, they are found: at each spatial resolution the last one, by its outermost module, that a
     single layer has not just widened (such a layer belongs to what follows). Stages without a choice, or with less than
-    5 % of the MACs, are merged with the smaller of their neighbours. A stage with more than half of the MACs, a
+    5 % of the MACs, are merged with the smaller of their neighbors. A stage with more than half of the MACs, a
     transformer for example, is then divided into about equal parts of about a quarter of the MACs. A model without a
     single live tensor is one stage.
 
@@ -323,8 +323,8 @@ class _Division:
             if not poor:
                 break
             number = min(poor, key=lambda n: stages[n].macs)
-            neighbours = [n for n in (number - 1, number + 1) if 0 <= n < len(stages)]
-            other = min(neighbours, key=lambda n: stages[n].macs)
+            neighbors = [n for n in (number - 1, number + 1) if 0 <= n < len(stages)]
+            other = min(neighbors, key=lambda n: stages[n].macs)
             del cuts[min(number, other)]
         return cuts
 
@@ -374,7 +374,7 @@ def _checked(passage: Passage, model: nn.Module, cuts: Sequence[str]) -> list[Li
             begin = call.begin if call is not None else 0
             raise ChoiceError(
                 f"`cuts` must name modules that run once and return one tensor which alone the model's output depends "
-                f"on from there; {name!r} {_why_not(passage, name)}.{_neighbours(passage.outputs, begin)}"
+                f"on from there; {name!r} {_why_not(passage, name)}.{_neighbors(passage.outputs, begin)}"
             )
         found.append(passage.output_of(call))
     for first, second in itertools.pairwise(found):
@@ -395,7 +395,7 @@ def _why_not(passage: Passage, name: str) -> str:
     return "does not return one tensor" if call.items is not None else "is passed by, or computes nothing"
 
 
-def _neighbours(outputs: Iterable[LiveOutput], begin: int) -> str:
+def _neighbors(outputs: Iterable[LiveOutput], begin: int) -> str:
     before, after = [], []
     for output in outputs:
         (after if output.value >= begin else before).append(output.module)

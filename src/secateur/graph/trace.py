@@ -74,7 +74,7 @@ def check_model(model: nn.Module) -> None:
     """Refuse what cannot be traced as it is, with the way out.
 
     Raises:
-        TraceError: For wrapped, compiled, quantised or lazy modules, weights on the meta device, or no parameters.
+        TraceError: For wrapped, compiled, quantized or lazy modules, weights on the meta device, or no parameters.
     """
     absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for name, module in model.named_modules():
@@ -107,8 +107,8 @@ _OBSTACLES = {
     ),
     "torch.nn.parallel.": "is a parallel wrapper. Pass the module inside (`model.module`) and wrap the result.",
     "torch.distributed.fsdp.": "is sharded. Prune the plain module before it is wrapped.",
-    "torch.ao.nn.quantized": "is quantised. Prune the floating-point model and quantise the result.",
-    "torch.ao.nn.intrinsic.quantized": "is quantised. Prune the floating-point model and quantise the result.",
+    "torch.ao.nn.quantized": "is quantized. Prune the floating-point model and quantize the result.",
+    "torch.ao.nn.intrinsic.quantized": "is quantized. Prune the floating-point model and quantize the result.",
 }
 
 

@@ -166,7 +166,7 @@ def cifar_resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
 
 
 def digits_resnet(num_classes: int = 10, in_channels: int = 1) -> CifarResNet:
-    """One block per stage, for 8 x 8 grey digits; trains in seconds on a CPU."""
+    """One block per stage, for 8 x 8 gray digits; trains in seconds on a CPU."""
     return CifarResNet(1, widths=_DIGITS_WIDTHS, num_classes=num_classes, in_channels=in_channels)
 
 

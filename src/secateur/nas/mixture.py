@@ -98,11 +98,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def neighbours(channels: int, onto: int) -> tuple[IntArray, IntArray]:
+def neighbors(channels: int, onto: int) -> tuple[IntArray, IntArray]:
     """The first and the last channel that each one of ``onto`` channels averages when ``channels`` are spread over it.
 
     Row i averages the channels from floor(i * channels / onto) up to, not including, ceil((i + 1) * channels / onto):
-    adaptive average pooling along the channels. Spread over as many or more, that is one channel or two neighbours.
+    adaptive average pooling along the channels. Spread over as many or more, that is one channel or two neighbors.
 
     Args:
         channels: Width of the features.
@@ -119,7 +119,7 @@ def neighbours(channels: int, onto: int) -> tuple[IntArray, IntArray]:
 
 
 def interpolation_matrix(channels: int, onto: int) -> FloatArray:
-    """The matrix A of channel-wise interpolation: CWI(x)_i = sum_j A_ij x_j; see `neighbours`.
+    """The matrix A of channel-wise interpolation: CWI(x)_i = sum_j A_ij x_j; see `neighbors`.
 
     Args:
         channels: Width of the features.
@@ -128,7 +128,7 @@ def interpolation_matrix(channels: int, onto: int) -> FloatArray:
     Returns:
         (onto, channels), rows sum to 1.
     """
-    first, last = neighbours(channels, onto)
+    first, last = neighbors(channels, onto)
     columns = np.arange(channels)[None, :]
     inside = (columns >= first[:, None]) & (columns <= last[:, None])
     return inside / inside.sum(axis=1, keepdims=True)
@@ -228,8 +228,8 @@ class Interpolate(Blending):
     """
 
     def sources(self, narrow: int, wide: int) -> tuple[IntArray, IntArray, FloatArray]:
-        """One channel or the mean of two neighbours, see `neighbours`."""
-        return (*neighbours(narrow, wide), np.ones(wide))
+        """One channel or the mean of two neighbors, see `neighbors`."""
+        return (*neighbors(narrow, wide), np.ones(wide))
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _owner(tensor: str) -> str:
-    """The module of a tensor; of a parametrised one, the module that has the parametrisation."""
+    """The module of a tensor; of a parametrized one, the module that has the parametrization."""
     module, found, _ = tensor.partition(".parametrizations.")
     return module if found else tensor.rpartition(".")[0]
 

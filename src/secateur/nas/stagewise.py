@@ -37,7 +37,7 @@ def features(
     Args:
         supernet: In any mode.
         stages: Of its model, see `secateur.graph.stages_of`.
-        images: Normalised.
+        images: Normalized.
         tensors: As for `Supernet.forward`, for example the full net's own batch-norm statistics.
 
     Returns:
@@ -74,7 +74,7 @@ def run_stages(
         supernet: In any mode.
         subnet: Any widths of the stages' axes, any of their blocks removed; boundary axes whole.
         stages: Of its model.
-        images: Normalised, for the first stage.
+        images: Normalized, for the first stage.
         features: What the full net hands on at each cut, see `features`.
         tensors: As for `Supernet.forward`, for example statistics of `calibrated_stages`.
 
@@ -120,7 +120,7 @@ def carried_on(
     Args:
         supernet: In any mode.
         stages: Of its model.
-        images: Normalised.
+        images: Normalized.
         number: Of the stage that ends at the cut; not the last one.
         feature: Goes on instead, for example what a candidate of the stage has computed.
         tensors: As for `Supernet.forward`.
@@ -194,7 +194,7 @@ def calibrated_stages(
         supernet: In any mode; left as it is.
         subnets: Which ones, as for `run_stages`.
         stages: Of its model.
-        batches: Normalised images, in batches of two or more.
+        batches: Normalized images, in batches of two or more.
         full: The full net's own statistics, see `calibrated`, with which it then runs in evaluation mode. None: it
             uses those of each batch.
 
@@ -261,7 +261,7 @@ def stage_effects(supernet: Supernet, subnets: Sequence[Subnet], stages: Sequenc
         supernet: In any mode; left as it is.
         subnets: As for `run_stages`; a handful will do, because only the ratio of means is wanted.
         stages: Of its model.
-        images: Normalised, two or more.
+        images: Normalized, two or more.
 
     Returns:
         (stages,), float64, not differentiable; 1 for a stage where the subnets have no loss.

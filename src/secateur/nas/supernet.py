@@ -125,7 +125,7 @@ class Memories:
 
     @contextlib.contextmanager
     def kept_out(self) -> Generator[None]:
-        """Whatever is remembered meanwhile is forgotten afterwards."""
+        """Whatever is remembered meanwhile is forgotten afterward."""
         before: list[tuple[dict[str, Any], str, Any]] = []
         for module, name in self._places:
             held = vars(module)
@@ -236,7 +236,7 @@ class Supernet(nn.Module):
 
     The channels are put in order once, the most important first; a subnet then takes a prefix of every axis, and its
     weights are views of the whole ones. It costs what the cut model costs, computes what that computes, and its
-    gradients land in the whole tensors, so that any optimiser, autocast, accumulation and data parallelism work as
+    gradients land in the whole tensors, so that any optimizer, autocast, accumulation and data parallelism work as
     for an ordinary module. No layer is replaced, and the model is not written for it.
 
     In training mode batch norms use the statistics of the batch. Running statistics are of no one subnet:
@@ -437,7 +437,7 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
     Args:
         supernet: In any mode.
         subnet: Which one.
-        batches: Normalised images, in batches of two or more.
+        batches: Normalized images, in batches of two or more.
 
     Returns:
         Buffer name to its value; empty if the subnet has no batch norms with running statistics.

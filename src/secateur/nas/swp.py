@@ -46,7 +46,7 @@ class Judge:
         stages: Of its model.
         supervision: What the candidates are judged by.
         calibration: Image batches for the batch norms of every candidate.
-        held_out: Batches of images that no weights have learnt from, and their labels.
+        held_out: Batches of images that no weights have learned from, and their labels.
         full: Batch-norm statistics of the full net.
         precision: Of the forward passes; losses are in float32 at least.
         weights: (stages,) what each stage's losses are multiplied by, see `weighing`; None leaves them as they are.
@@ -247,7 +247,7 @@ class Hunt:
         return replace(saved, epoch=saved.epoch + rounds, numbers=numbers, step=saved.step + len(judging))
 
     def notes(self, choice: Choice) -> dict[str, object]:
-        """Everything that was learnt on the way, as plain data."""
+        """Everything that was learned on the way, as plain data."""
         options, tally = self.run.course.options, self.run.tally
         table = self.candidates.table()
         stages = [
@@ -299,7 +299,7 @@ class SWP(Strategy):
         cuts: Modules that end a stage; None finds them, () is the ablation without stages.
         nets: Which networks learn in a step: `Sandwich`, or `Drawn`, the ablation.
         supervision: What they learn from: `InPlace`; without stages also `SoftLabels` and `Labels`.
-        schedule: Of the training: epochs, batch size, learning rate, optimiser. Its seed is replaced by the search's.
+        schedule: Of the training: epochs, batch size, learning rate, optimizer. Its seed is replaced by the search's.
         candidates: Judged in every stage, over all rounds.
         rounds: The first draws from the whole space, the others near the best of the rounds before.
         held_out: Training images that no weights learn from, to judge on.
@@ -386,9 +386,9 @@ class SWP(Strategy):
         fabric = open_fabric(self.schedule.precision) if problem.fabric is None else problem.fabric
         order = best_first(problem.scores(self.importance))
         supernet = placed(Supernet(self.begin.of(evidence.model, evidence.seed), evidence.graph, order), fabric.device)
-        learnt, judged = held_out(data.train, self.held_out, evidence.seed)
+        learned, judged = held_out(data.train, self.held_out, evidence.seed)
         schedule = replace(self.schedule, seed=evidence.seed)
-        course = Course(options, self.nets, self.supervision, learnt, data.augment, schedule, fabric)
+        course = Course(options, self.nets, self.supervision, learned, data.augment, schedule, fabric)
         calibration = tuple(images.to(fabric.device) for images, _ in evidence.batches[:_CALIBRATION])
         if not calibration:
             raise DataError("`batches` must hold training images for SWP, to measure batch norms on; got none.")
@@ -400,7 +400,7 @@ class SWP(Strategy):
                 "precision": precision_of(fabric).name,
                 "stages": ", ".join(stage.cut for stage in options.stages),
                 "order": order_digest(supernet.order),
-                "images": f"{len(learnt)} and {len(judged)}",
+                "images": f"{len(learned)} and {len(judged)}",
                 "augment": repr(data.augment),
                 "calibration": f"{sum(map(len, calibration))} images",
             },

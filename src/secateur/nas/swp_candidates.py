@@ -112,7 +112,7 @@ class Options:
         for stage, row in zip(self.of_stage, rows, strict=True):
             stage.write_(row, widths, blocks)
         fitted = self.problem.streams.fitted(widths[None])[0]
-        # A stream that crosses a cut stays whole, however narrow its branches: the next stage has learnt to read that.
+        # A stream that crosses a cut stays whole, however narrow its branches: the next stage has learned to read that.
         fitted[self._crossing] = costs.sizes[self._crossing]
         return fitted, blocks
 
@@ -275,7 +275,7 @@ def _spread(options: StageOptions, draw: np.random.Generator) -> IntArray:
 
 
 def _child(options: StageOptions, parents: Sequence[IntArray], draw: np.random.Generator) -> IntArray:
-    """Each choice from one of two neighbouring parents, about one and a half of them moved by up to two steps."""
+    """Each choice from one of two neighboring parents, about one and a half of them moved by up to two steps."""
     at = int(draw.integers(len(parents)))
     other = min(max(at + int(draw.integers(-2, 3)), 0), len(parents) - 1)
     genes = np.where(draw.random(len(options.tops)) < 0.5, parents[at], parents[other])

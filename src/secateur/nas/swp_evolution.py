@@ -121,7 +121,7 @@ class Evolution(Combination):
 
         Args:
             rows: Candidates and room.
-            objectives: Costs to be minimised together with the loss, by number of the field; none means the loss only.
+            objectives: Costs to be minimized together with the loss, by number of the field; none means the loss only.
             seed: For all that is drawn; the caller's random numbers are not touched.
         """
         mutation = 1 / len(rows.losses) if self.mutation is None else self.mutation

@@ -28,7 +28,7 @@ from secateur.nas.stagewise import features, run_stages, stage_losses, stage_var
 from secateur.nas.supernet import Supernet
 from secateur.nas.swp_candidates import Options, Rows, StageOptions
 from secateur.train.callbacks import Meter
-from secateur.train.checkpoint import Saved, finite, optimiser_tensors, tensors_of, write_optimiser_, write_tensors_
+from secateur.train.checkpoint import Saved, finite, optimizer_tensors, tensors_of, write_optimizer_, write_tensors_
 from secateur.train.config import Batches, Schedule
 from secateur.train.device import channels_last
 from secateur.train.distributed import average_gradients_, averaged, own_part
@@ -68,7 +68,7 @@ class Tally:
         """How often the channel trained least was trained, per time of the one trained most; the least over all axes.
 
         A channel learns in every network that is wide enough for it and has its block. 1 is fair, 0 means that some
-        never learnt.
+        never learned.
         """
         if not any(self._seen):
             return 1.0
@@ -277,7 +277,7 @@ class Course:
         supervision: What those beside the full one learn from.
         images: To learn from.
         augment: Varies them.
-        schedule: Epochs, batch size of all processes together, learning rate, optimiser, seed.
+        schedule: Epochs, batch size of all processes together, learning rate, optimizer, seed.
         fabric: Devices and precision.
     """
 
@@ -327,7 +327,7 @@ class Run:
         self.tally = Tally(course.options)
         self.course, self._supernet = course, supernet
         self._weights = [p for p in supernet.parameters() if p.requires_grad]
-        self._optimiser = course.schedule.optimiser.build(supernet, course.schedule.learning_rate)
+        self._optimizer = course.schedule.optimizer.build(supernet, course.schedule.learning_rate)
         self._partway: Partway | None = None
         self._draw = np.random.default_rng()
 
@@ -373,9 +373,9 @@ class Run:
             The loss of the whole batch, in all processes alike, and its parts.
         """
         course, supernet, stages = self.course, self._supernet, self.course.options.stages
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimiser.zero_grad()
+        self._optimizer.zero_grad()
         images, labels = (own_part(course.fabric, tensor) for tensor in (images, labels))
         images = channels_last(images)
         with course.fabric.autocast(), nullcontext() if course.nets.full_learns else torch.no_grad():
@@ -395,7 +395,7 @@ class Run:
             of_stage += losses.detach()
             self.tally.add(rows)
         average_gradients_(course.fabric, self._weights)
-        self._optimiser.step()
+        self._optimizer.step()
         seen = averaged(course.fabric, torch.cat([full.detach().reshape(1), of_stage]))
         names = ["full", *(f"stage_{number}" for number in range(1, len(stages) + 1))]
         return seen.sum(), dict(zip(names, seen, strict=True))
@@ -416,7 +416,7 @@ class Run:
     def saved(self, settings: Mapping[str, str]) -> Saved:
         """Everything that changes in a training, to go on from here."""
         tensors = {f"supernet/{name}": t for name, t in tensors_of(self._supernet).items()}
-        tensors |= {f"optimiser/{key}": t for key, t in optimiser_tensors(self._optimiser, self._supernet).items()}
+        tensors |= {f"optimizer/{key}": t for key, t in optimizer_tensors(self._optimizer, self._supernet).items()}
         numbers: dict[str, Any] = {"history": self.history, "tally": self.tally.to_json()}
         if self._partway is None:
             return Saved(self.epoch, tensors, numbers, settings)
@@ -429,7 +429,7 @@ class Run:
         self.history = [dict(entry) for entry in saved.numbers["history"]]
         self.tally.restore(saved.numbers["tally"])
         write_tensors_(self._supernet, saved.under("supernet/"))
-        write_optimiser_(self._optimiser, self._supernet, saved.under("optimiser/"))
+        write_optimizer_(self._optimizer, self._supernet, saved.under("optimizer/"))
         if "partway" in saved.numbers:
             self._partway = Partway.restored(saved, saved.numbers["partway"], self.course.fabric)
             self._draw.bit_generator.state = saved.numbers["draw"]

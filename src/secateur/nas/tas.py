@@ -49,9 +49,9 @@ class TAS(Strategy):
     Attributes:
         widths: Candidate widths; None leaves them alone.
         depths: Candidate depths; None keeps all blocks.
-        schedule: Of the weights: epochs of the search, batch size, learning rate, optimiser. Its seed is replaced by
+        schedule: Of the weights: epochs of the search, batch size, learning rate, optimizer. Its seed is replaced by
             that of the search.
-        architecture: Optimiser of alpha.
+        architecture: Optimizer of alpha.
         temperature: Of the draws, `Linear` as in the paper or `Cosine` as in its code.
         blending: How the narrower width is seen at the wider one: `Fade`, or `Interpolate` as in the paper.
         tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to

@@ -237,7 +237,7 @@ class _Blocks:
         return [number + step * (place == chain) for place, number in enumerate(now)]
 
     def _regret(self, now: Sequence[int], then: Sequence[int]) -> float:
-        """Loss of log likelihood for each unit of utilisation."""
+        """Loss of log likelihood for each unit of utilization."""
         change = abs(self._cost(now) - self._cost(then))
         return (self._likelihood(now) - self._likelihood(then)) / max(change, 1e-12)
 
@@ -245,10 +245,10 @@ class _Blocks:
         return float(sum(np.log(max(self._p[chain, number], 1e-300)) for chain, number in enumerate(now)))
 
     def _cost(self, now: Sequence[int], *, whole: bool = False) -> float:
-        """Utilisation."""
+        """Utilization."""
         costs = self._problem.costs.without(self._names(now))
         widths = costs.sizes if whole else self._widths
-        return float(replace(self._problem, costs=costs).utilisation(widths[None])[0])
+        return float(replace(self._problem, costs=costs).utilization(widths[None])[0])
 
     def _names(self, now: Sequence[int]) -> tuple[str, ...]:
         chains = self._problem.evidence.graph.chains

@@ -20,7 +20,7 @@ from secateur.nas.supernet import Subnet, Supernet, calibrated
 from secateur.nas.tas_cost import Derived, Price, derive
 from secateur.nas.tas_sampler import Choice, draw
 from secateur.train.callbacks import Meter
-from secateur.train.checkpoint import Saved, optimiser_tensors, tensors_of, write_optimiser_, write_tensors_
+from secateur.train.checkpoint import Saved, optimizer_tensors, tensors_of, write_optimizer_, write_tensors_
 from secateur.train.config import Batches, Schedule
 from secateur.train.device import Precision, channels_last
 from secateur.train.evaluate import measure
@@ -83,12 +83,12 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Adam:
-    """The optimiser of the architecture.
+    """The optimizer of the architecture.
 
     Attributes:
         learning_rate: > 0.
         betas: Decay of the running mean and of the running square.
-        weight_decay: L2 factor of the logits: pulls towards equal probabilities.
+        weight_decay: L2 factor of the logits: pulls toward equal probabilities.
 
     References:
         Dong & Yang (TAS), arXiv:1905.09717, reference code, but for the learning rate; see `TAS`.
@@ -103,7 +103,7 @@ class Adam:
             raise TrainingError(f"`learning_rate` must be positive and finite; got {self.learning_rate}. Try 0.02.")
 
     def build(self, choice: Choice) -> torch.optim.Optimizer:
-        """A torch optimiser of the logits."""
+        """A torch optimizer of the logits."""
         return torch.optim.Adam(
             choice.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
@@ -120,8 +120,8 @@ class Course:
         validation: Images that the derived network is measured on after every epoch, for the record; None for none.
         augment: For both.
         calibration: Image batches for the batch norms of a derived network.
-        schedule: Epochs, batch size, learning rate and optimiser of the weights, seed.
-        adam: Optimiser of the choice.
+        schedule: Epochs, batch size, learning rate and optimizer of the weights, seed.
+        adam: Optimizer of the choice.
         temperature: Of the draws.
         blending: Of the two widths that are drawn.
         fabric: Device and precision.
@@ -187,7 +187,7 @@ class Run:
         self._course, self._choice = course, choice
         self._weights = [p for p in supernet.parameters() if p.requires_grad]
         schedule = course.schedule
-        self._optimiser = schedule.optimiser.build(supernet, schedule.learning_rate)
+        self._optimizer = schedule.optimizer.build(supernet, schedule.learning_rate)
         self._architect = course.adam.build(choice)
         self._partway: Partway | None = None
         self._generator = torch.Generator()
@@ -232,12 +232,12 @@ class Run:
         """One step of the weights: gradients of the logits are neither needed nor computed."""
         with torch.no_grad():
             drawn = draw(self.supernet, self._choice, temperature, self._course.blending, generator)
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimiser.zero_grad()
+        self._optimizer.zero_grad()
         loss = self._loss(batch, drawn.subnet, drawn.mixture)
         self._course.fabric.backward(loss)
-        self._optimiser.step()
+        self._optimizer.step()
         return loss
 
     def decide(self, batch: tuple[Tensor, Tensor], temperature: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -364,8 +364,8 @@ class Run:
         """Everything that changes in a search, to go on from here."""
         tensors = {f"supernet/{name}": t for name, t in tensors_of(self.supernet).items()}
         tensors |= {f"choice/{name}": t for name, t in tensors_of(self._choice).items()}
-        for name, of, module in self._optimisers:
-            tensors |= {f"{name}/{key}": t for key, t in optimiser_tensors(of, module).items()}
+        for name, of, module in self._optimizers:
+            tensors |= {f"{name}/{key}": t for key, t in optimizer_tensors(of, module).items()}
         numbers: dict[str, Any] = {"history": self.history}
         if self._partway is None:
             return Saved(self.epoch, tensors, numbers, settings)
@@ -379,15 +379,15 @@ class Run:
         self.history = [dict(entry) for entry in saved.numbers["history"]]
         write_tensors_(self.supernet, saved.under("supernet/"))
         write_tensors_(self._choice, saved.under("choice/"))
-        for name, of, module in self._optimisers:
-            write_optimiser_(of, module, saved.under(f"{name}/"))
+        for name, of, module in self._optimizers:
+            write_optimizer_(of, module, saved.under(f"{name}/"))
         if saved.step:
             self._partway = Partway.restored(saved, saved.numbers["partway"], self._course.fabric)
             self._generator.set_state(saved.tensors["draw/generator"].clone())  # Aligned.
 
     @property
-    def _optimisers(self) -> tuple[tuple[str, torch.optim.Optimizer, nn.Module], ...]:
-        return ("weights", self._optimiser, self.supernet), ("architect", self._architect, self._choice)
+    def _optimizers(self) -> tuple[tuple[str, torch.optim.Optimizer, nn.Module], ...]:
+        return ("weights", self._optimizer, self.supernet), ("architect", self._architect, self._choice)
 
 
 class _Fixed(nn.Module):

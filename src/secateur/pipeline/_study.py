@@ -78,9 +78,9 @@ class Taught(StrEnum):
 class Order(StrEnum):
     """When the teacher teaches."""
 
-    DISTIL_THEN_PRUNE = "distil, prune"
+    DISTILL_THEN_PRUNE = "distill, prune"
     """Before pruning; the recovery is from labels."""
-    PRUNE_THEN_DISTIL = "prune, distil"
+    PRUNE_THEN_DISTILL = "prune, distill"
     """In the recovery; before pruning there are labels."""
     BOTH = "both"
     """Before and after."""
@@ -124,12 +124,12 @@ class Cell:
     @property
     def before(self) -> Taught:
         """What it learns from before pruning."""
-        return Taught.LABELS if self.order is Order.PRUNE_THEN_DISTIL else self.taught
+        return Taught.LABELS if self.order is Order.PRUNE_THEN_DISTILL else self.taught
 
     @property
     def after(self) -> Taught:
         """What it learns from after pruning."""
-        return Taught.LABELS if self.order is Order.DISTIL_THEN_PRUNE else self.taught
+        return Taught.LABELS if self.order is Order.DISTILL_THEN_PRUNE else self.taught
 
     @property
     def name(self) -> str:
@@ -535,7 +535,7 @@ def run_study(
     tell: Callable[[str], None] = silent,
     command: str = "",
 ) -> StudyResult:
-    """Prune and distil in all ways, and write the table and the page.
+    """Prune and distill in all ways, and write the table and the page.
 
     Every network and every cell is a file of its own in ``out``. An interrupted study, killed at any moment, goes on
     when it is started again with the same settings, in the middle of a training too; one process at a time.
@@ -582,7 +582,7 @@ def _settings(study: Study, data: ImageData, precision: str) -> dict[str, str]:
     return {
         **{name: repr(getattr(study, name)) for name in asdict(study)},
         "data": f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {data.size}",
-        "normalisation": f"{data.mean}, {data.std}",
+        "normalization": f"{data.mean}, {data.std}",
         "precision": precision,
     }
 

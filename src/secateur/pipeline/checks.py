@@ -1,4 +1,4 @@
-"""A seeded input and the outputs for it: how a model can be recognised on another machine.
+"""A seeded input and the outputs for it: how a model can be recognized on another machine.
 
 What is checked of a finished model before anybody sees it: its artifact, its exported files, its speed."""
 
@@ -66,7 +66,7 @@ def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[
 
     Args:
         student: The model in memory.
-        images: A few, normalised, on the CPU.
+        images: A few, normalized, on the CPU.
         draft: The artifact.
         own: Builds the original, where the artifact does not name a source.
 

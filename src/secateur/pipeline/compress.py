@@ -123,7 +123,7 @@ def compress(
         rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
         schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
-        objective: What the recovery minimises.
+        objective: What the recovery minimizes.
         start: What the student begins with: `Inherit`, the weights of its channels, healed, or `FromScratch`, none;
             then it needs as many epochs and as high a learning rate as the original did.
         pruning: How single weights are chosen if the budget bounds ``nonzero``; None is `WeightPruning()`.

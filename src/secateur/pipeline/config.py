@@ -89,7 +89,7 @@ class Uncut:
         original: The model as it was given.
         searched: The same with the weights that the search trained; the original itself if it trained none.
         graph: The channel graph of both.
-        images: Calibration batches, normalised, on the models' device.
+        images: Calibration batches, normalized, on the models' device.
         seed: Of weights that are drawn.
     """
 

@@ -171,7 +171,7 @@ def distill_into(
     tell: Callable[[str], None] = silent,
     command: str = "",
 ) -> Distilled:
-    """Distil any teacher into any student, verify the result and write it as an artifact.
+    """Distill any teacher into any student, verify the result and write it as an artifact.
 
     Args:
         student: Learns; a copy is trained.
@@ -219,8 +219,8 @@ def distill_into(
         trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
         if not fabric.is_global_zero:
             return Distilled(trained.model, trained, _report(run, trained, steps))
-        learnt = _Learnt(run, trained, steps, images.detach().cpu())
-        report, files = _deliver(learnt, out, tuple(dict.fromkeys(export)), tell)
+        learned = _Learned(run, trained, steps, images.detach().cpu())
+        report, files = _deliver(learned, out, tuple(dict.fromkeys(export)), tell)
     return Distilled(trained.model, trained, report, out, files)
 
 
@@ -300,7 +300,7 @@ def _report(run: Lesson, trained: Trained, steps: tuple[Step, ...], **more: obje
 
 
 @dataclass(frozen=True, eq=False)
-class _Learnt:
+class _Learned:
     run: Lesson
     trained: Trained
     steps: tuple[Step, ...]
@@ -308,9 +308,9 @@ class _Learnt:
 
 
 def _deliver(
-    learnt: _Learnt, out: Path, formats: tuple[Format, ...], tell: Callable[[str], None]
+    learned: _Learned, out: Path, formats: tuple[Format, ...], tell: Callable[[str], None]
 ) -> tuple[RunReport, tuple[Path, ...]]:
-    run, trained, images = learnt.run, learnt.trained, learnt.images
+    run, trained, images = learned.run, learned.trained, learned.images
     student, given = trained.model, run.student
     with told_of_disk(out), atomic_folder(out) as draft:
         save(draft, student, _recipe(run, student))
@@ -322,7 +322,7 @@ def _deliver(
         report = _report(
             run,
             trained,
-            learnt.steps,
+            learned.steps,
             checks=tuple(checks),
             latency=tuple(map(shown_latency, latency)),
             notes=(*notes, *exports.notes),

@@ -17,7 +17,7 @@ from secateur.export._common import Parity
 from secateur.export.artifact import amend, is_artifact, read_manifest
 from secateur.export.executorch import export_executorch
 from secateur.export.formats import Format, check_formats
-from secateur.export.int8 import USUAL_KEPT, Quantised, export_int8
+from secateur.export.int8 import USUAL_KEPT, Quantized, export_int8
 from secateur.export.onnx import export_onnx, onnx_bytes
 from secateur.export.openvino import export_openvino
 from secateur.export.torch_export import export_pt2
@@ -58,7 +58,7 @@ class Exported:
     """
 
     form: Format
-    agreed: Parity | Quantised
+    agreed: Parity | Quantized
     sizes: tuple[int, ...]
     sha256: tuple[str, ...]
     latency: LatencyRecord | None = None
@@ -92,8 +92,8 @@ def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) 
 
 def export_files(
     model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format], *, data: ImageData | None = None
-) -> dict[Path, Parity | Quantised]:
-    """Write exported files into a folder; if that is an artifact, its secateur.json tells of them afterwards.
+) -> dict[Path, Parity | Quantized]:
+    """Write exported files into a folder; if that is an artifact, its secateur.json tells of them afterward.
 
     Args:
         model: Not changed.
@@ -129,7 +129,7 @@ def _record(folder: Path, made: Sequence[Exported]) -> None:
     amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **exports_json(made)}})
 
 
-def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantised:
+def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantized:
     data = samples.data
     if data is None:
         raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
@@ -137,7 +137,7 @@ def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantised:
     return export_int8(model, [images for images, _ in ranges], data.test.batches(BATCH), path)
 
 
-_EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantised]] = {
+_EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantized]] = {
     Format.ONNX: lambda model, samples, path: export_onnx(model, samples.images, path),
     Format.PT2: lambda model, samples, path: export_pt2(model, samples.images, path),
     Format.OPENVINO: lambda model, samples, path: export_openvino(model, samples.images, path),
@@ -205,9 +205,9 @@ def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: 
     return Exports(tuple(checks), tuple(made), tuple(notes))
 
 
-def agreement_check(form: Format, agreed: Parity | Quantised) -> Check:
+def agreement_check(form: Format, agreed: Parity | Quantized) -> Check:
     """What was found as a line of the report; for files that were accepted."""
-    if isinstance(agreed, Quantised):
+    if isinstance(agreed, Quantized):
         return Check(_claim(form), True, detail=str(agreed))
     sizes = " and ".join(map(str, agreed.batch_sizes))
     return Check(_claim(form), True, agreed.max_abs, agreed.max_rel, agreed.tolerance, f"batch sizes {sizes}")
@@ -218,7 +218,7 @@ def _claim(form: Format) -> str:
 
 
 def _doubts(found: Exported) -> list[str]:
-    if not isinstance(found.agreed, Quantised) or found.agreed.usual:
+    if not isinstance(found.agreed, Quantized) or found.agreed.usual:
         return []
     return [
         f"{found.form.file} keeps {100 * found.agreed.kept:.1f} % of the float model's accuracy, less than the "

@@ -201,7 +201,7 @@ class Finished:
         student: The final model, on the device of the run.
         trained: The recovery, or None.
         steps: Test accuracy on the way, the original first and the student last.
-        images: A few normalised training images, on the CPU.
+        images: A few normalized training images, on the CPU.
         original_validation: Accuracy of the original on the validation images, a fraction; None without a recovery.
     """
 
@@ -376,12 +376,12 @@ def _doubts(run: Finished) -> tuple[str, ...]:
     if first.top1 <= 2 * chance:
         found.append(
             f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
-            f"({100 * chance:.1f} %). Check its weights (--weights) and normalisation (--mean, --std)."
+            f"({100 * chance:.1f} %). Check its weights (--weights) and normalization (--mean, --std)."
         )
     if run.trained is not None and run.trained.best_epoch == 0 and run.plan.pruning is None:
         found.append(
             "No epoch was better on the validation images than the student before training, which is kept. If the "
-            "original was trained on these images, they favour the student that has changed least."
+            "original was trained on these images, they favor the student that has changed least."
         )
     return tuple(found)
 

@@ -326,7 +326,7 @@ def check_belongs(model: nn.Module, data: ImageData, images: Tensor) -> None:
     Args:
         model: In any mode; a copy runs.
         data: For its name, sizes and classes.
-        images: A few of its normalised images, on the model's device.
+        images: A few of its normalized images, on the model's device.
 
     Raises:
         ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
@@ -359,7 +359,7 @@ def check_belongs(model: nn.Module, data: ImageData, images: Tensor) -> None:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(
             f"`model` must give finite logits for the images of {data.name}; got NaN or infinity. "
-            "Check its weights and the normalisation (--mean, --std)."
+            "Check its weights and the normalization (--mean, --std)."
         )
 
 

@@ -25,7 +25,7 @@ class Wound:
         original: The full model; never modified.
         graph: Its channel graph.
         architecture: What was kept.
-        images: Calibration batches, normalised, on the model's device.
+        images: Calibration batches, normalized, on the model's device.
     """
 
     original: nn.Module
@@ -106,7 +106,7 @@ def cut(
         model: The traced model; not modified.
         graph: Its channel graph.
         architecture: Channels to keep, and blocks to remove.
-        calibration: Batches of normalised images for the healers.
+        calibration: Batches of normalized images for the healers.
         heal: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
 
     Raises:
@@ -160,7 +160,7 @@ class OutputDistance:
 
     Args:
         original: Runs once, here.
-        images: Batches of normalised images, on its device.
+        images: Batches of normalized images, on its device.
     """
 
     def __init__(self, original: nn.Module, images: Sequence[torch.Tensor]):

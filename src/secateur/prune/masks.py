@@ -98,22 +98,22 @@ class Place:
 def places_of(model: nn.Module) -> dict[str, list[Place]]:
     """By the name of a tensor, all places that share its parameter, the first one first.
 
-    A parametrised tensor is the one the module computes with; the insides of its parametrisation are left out.
+    A parametrized tensor is the one the module computes with; the insides of its parametrization are left out.
     """
     shared: dict[int, list[Place]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
         parameters: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-        for own, inner in parametrised(module).items():
+        for own, inner in parametrized(module).items():
             parameters |= {own: next(iter(inner.parameters(recurse=False)))}
         for own, parameter in parameters.items():
             shared.setdefault(id(parameter), []).append(Place(f"{prefix}.{own}" if prefix else own, module, own))
     return {place.name: places for places in shared.values() for place in places}
 
 
-def parametrised(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrisations of a module by the names of its tensors; empty if it has none."""
+def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of a module by the names of its tensors; empty if it has none."""
     if not parametrize.is_parametrized(module):
         return {}
     lists = cast("nn.ModuleDict", module.parametrizations)
@@ -151,7 +151,7 @@ _KEPT = re.compile(r"(?P<module>(.+\.)?)parametrizations\.(?P<own>[^.]+)\.\d+\.k
 
 
 class Mask(nn.Module):
-    """A parametrisation that holds pruned weights at zero: weight * kept. Pruned weights get no gradient.
+    """A parametrization that holds pruned weights at zero: weight * kept. Pruned weights get no gradient.
 
     Attributes:
         kept: bool, of the shape of the weight; in the state dict.
@@ -215,7 +215,7 @@ def nonzero_params(model: nn.Module) -> int:
     """
     firsts = {places[0].name: places[0] for places in places_of(model).values()}
     kept = {
-        id(parametrised(place.module)[place.own].original): mask.kept
+        id(parametrized(place.module)[place.own].original): mask.kept
         for place in firsts.values()
         if (mask := _mask_at(place)) is not None
     }
@@ -267,7 +267,7 @@ def masked_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def make_permanent_(model: nn.Module) -> nn.Module:
     """Take the masks off and leave their zeros in the weights, in place: an ordinary model again.
 
-    Parameters stay the objects they are, so an optimiser goes on with them (and may then make zeros non-zero).
+    Parameters stay the objects they are, so an optimizer goes on with them (and may then make zeros non-zero).
 
     Args:
         model: Masked or not.
@@ -276,12 +276,12 @@ def make_permanent_(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        SparsityError: If a masked weight has another parametrisation beside its mask.
+        SparsityError: If a masked weight has another parametrization beside its mask.
     """
     for place in {place.name: place for places in places_of(model).values() for place in places}.values():
         if _mask_at(place) is None:
             continue
-        others = [type(one).__name__ for one in parametrised(place.module)[place.own] if not isinstance(one, Mask)]
+        others = [type(one).__name__ for one in parametrized(place.module)[place.own] if not isinstance(one, Mask)]
         if others:
             raise SparsityError(
                 f"`model` must have only masks on its weights; got {', '.join(others)} on {place.name!r} too. "
@@ -302,7 +302,7 @@ def _masks(model: nn.Module) -> dict[str, Mask]:
 
 
 def _mask_at(place: Place) -> Mask | None:
-    inner = parametrised(place.module).get(place.own, ())
+    inner = parametrized(place.module).get(place.own, ())
     return next((one for one in inner if isinstance(one, Mask)), None)
 
 
@@ -317,9 +317,9 @@ def _check(name: str, kept: Tensor, weight: Tensor) -> None:
 
 
 def _own_class_(module: nn.Module) -> None:
-    """Give a parametrised module a class that no copy of it shares.
+    """Give a parametrized module a class that no copy of it shares.
 
-    torch keeps a parametrised tensor as a property of a class made for the module, and copies of the module share
+    torch keeps a parametrized tensor as a property of a class made for the module, and copies of the module share
     that class: adding or removing a property in one would break the others.
     """
     if parametrize.is_parametrized(module):

@@ -76,7 +76,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def follows_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """Whether the layer really computes what its class says (a subclass may standardise weights or pad by itself)."""
+    """Whether the layer really computes what its class says (a subclass may standardize weights or pad by itself)."""
     with torch.no_grad():
         plain: Any = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
         want = plain(layer, x[:1])
@@ -143,7 +143,7 @@ class RecalibrateBatchNorm:
 
 
 def _with_company(images: Sequence[Tensor]) -> list[Tensor]:
-    """The same images, a last batch of one joined to its neighbour: one value has no variance, and torch refuses it."""
+    """The same images, a last batch of one joined to its neighbor: one value has no variance, and torch refuses it."""
     batches = list(images)
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
@@ -151,7 +151,7 @@ def _with_company(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and biased variance of every batch-norm input, with every batch norm normalising by its own batch.
+    """Mean and biased variance of every batch-norm input, with every batch norm normalizing by its own batch.
 
     Returns:
         Module name to ((channels,) mean, (channels,) variance), float64, averaged over all images.
@@ -200,9 +200,9 @@ class Refit:
     M = G_SS^-1 G_SP, W' = W_S + W_P M^T.
 
     Attributes:
-        ridge: Pull towards the sliced weight, relative to the mean energy of the inputs; dimensionless, > 0.
+        ridge: Pull toward the sliced weight, relative to the mean energy of the inputs; dimensionless, > 0.
         rows_per_unknown: Sampled output positions for each unknown of a layer (all if there are fewer).
-        max_passes: Layers beyond this number share a forward pass with their neighbours, so that the cost stays
+        max_passes: Layers beyond this number share a forward pass with their neighbors, so that the cost stays
             linear in the model.
 
     References:
@@ -261,7 +261,7 @@ class Refit:
 
 
 def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
-    """Neighbours that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
+    """Neighbors that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
     first, last = samplers[:-1], samplers[-1:]
     size = max(1, -(-len(first) // max(most - 1, 1)))
     return [*(first[start : start + size] for start in range(0, len(first), size)), last]

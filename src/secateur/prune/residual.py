@@ -35,7 +35,7 @@ class Widen(nn.Module):
         self.dim = dim
         self.missing = missing
         index = torch.tensor(order) if order else None
-        # Not in the state dict: it says what the module is, not what it has learnt.
+        # Not in the state dict: it says what the module is, not what it has learned.
         self.register_buffer("index", index, persistent=False)
 
     @property

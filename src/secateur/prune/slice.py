@@ -1,6 +1,6 @@
 """Remove residual blocks for real: stand-ins take the places of their modules.
 
-Cut a model for real: slice every tensor, set every size. Nothing is learnt or healed here."""
+Cut a model for real: slice every tensor, set every size. Nothing is learned or healed here."""
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping

@@ -94,7 +94,7 @@ class Iterative(SparsitySchedule):
 
 @dataclass(frozen=True)
 class Cubic(SparsitySchedule):
-    """Fast while there is much to prune, slow towards the end.
+    """Fast while there is much to prune, slow toward the end.
 
     With sparsity s = 1 - density, u = (progress - begin) / (end - begin) clipped to [0, 1]:
     s = s_final + (s_initial - s_final) * (1 - u)^3.

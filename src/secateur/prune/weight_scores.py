@@ -262,9 +262,9 @@ def keep_globally(scores: Scores, density: float) -> dict[str, Tensor]:
 
 
 def keep_n_of_m(scores: Scores, n: int, m: int) -> dict[str, Tensor]:
-    """Masks that keep the n highest scores of every m neighbours along the input dimension.
+    """Masks that keep the n highest scores of every m neighbors along the input dimension.
 
-    Neighbours have consecutive positions in dimension 1 and equal ones elsewhere, as the sparse tensor cores of GPUs
+    Neighbors have consecutive positions in dimension 1 and equal ones elsewhere, as the sparse tensor cores of GPUs
     want it (2 of 4). Among equal scores the first stay.
 
     Args:

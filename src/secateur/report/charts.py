@@ -4,7 +4,7 @@ Why not plotly: it would add more than 4 MB and a script to a page of some 40 kB
 report runs no script at all, prints, follows light and dark through its style sheet, and its text never shrinks with
 the picture on a phone.
 
-A search over its epochs: what it still kept of every axis as a picture of colours, and how decided it was.
+A search over its epochs: what it still kept of every axis as a picture of colors, and how decided it was.
 
 What a stage-wise search had to choose from: for each stage its candidates, by cost and loss."""
 
@@ -159,7 +159,7 @@ def round_steps(low: float, high: float, about: int) -> list[float]:
 
 
 def _groups(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Neighbours that share the beginning of their names, by the shortest beginning that tells a few groups apart."""
+    """Neighbors that share the beginning of their names, by the shortest beginning that tells a few groups apart."""
     for depth in (1, 2):
         groups: list[tuple[str, int]] = []
         for name in names:
@@ -177,7 +177,7 @@ def _groups(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
 _MOST_COLUMNS = 120
 """More epochs than this share columns: a narrower one could not be seen."""
 _SHADES = 24
-"""Steps between the palest and the deepest colour; more cannot be told apart."""
+"""Steps between the palest and the deepest color; more cannot be told apart."""
 _MOST_LETTERS = 34
 
 
@@ -192,7 +192,7 @@ class HeatRow:
 
 @dataclass(frozen=True)
 class Shade:
-    """All cells of one colour: its depth, 0 to 1, and SVG path data in a box of columns by rows."""
+    """All cells of one color: its depth, 0 to 1, and SVG path data in a box of columns by rows."""
 
     depth: float
     path: str
@@ -200,14 +200,14 @@ class Shade:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows from top to bottom, epochs from left to right, kept fractions as colours.
+    """Rows from top to bottom, epochs from left to right, kept fractions as colors.
 
     Attributes:
         rows: In order of execution.
         columns: Width of the box of the paths; its height is the number of rows.
-        shades: The cells by colour.
+        shades: The cells by color.
         ticks: Epochs, in percent from the left.
-        low: The kept fraction of the palest colour; the deepest is everything kept.
+        low: The kept fraction of the palest color; the deepest is everything kept.
     """
 
     rows: tuple[HeatRow, ...]
@@ -263,7 +263,7 @@ def _finite(values: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _heat_map(rows: Sequence[HeatRow], marks: Sequence[int], kept: Sequence[dict[str, float]]) -> HeatMap | None:
-    """Colours of the kept fractions: ``kept[e][row name]`` at epoch ``marks[e]``."""
+    """Colors of the kept fractions: ``kept[e][row name]`` at epoch ``marks[e]``."""
     if not rows:
         return None
     columns = min(len(marks), _MOST_COLUMNS)
@@ -295,7 +295,7 @@ def _ticks(ends: Sequence[tuple[int, int]]) -> tuple[Tick, ...]:
 
 
 def _runs(shades: Sequence[int | None]) -> Iterable[tuple[int, int, int]]:
-    """(shade, start, length) of neighbours that are equal."""
+    """(shade, start, length) of neighbors that are equal."""
     start = 0
     for end in range(1, len(shades) + 1):
         if end == len(shades) or shades[end] != shades[start]:
@@ -310,7 +310,7 @@ def _unit(value: float | None) -> float | None:
 
 
 def _short(name: str) -> str:
-    """The end of a long name: it tells neighbours apart."""
+    """The end of a long name: it tells neighbors apart."""
     return name if len(name) <= _MOST_LETTERS else "…" + name[-_MOST_LETTERS + 1 :]
 
 

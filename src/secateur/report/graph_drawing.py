@@ -126,10 +126,10 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-_COLOURS = ("#2f7ed8", "#d9730d", "#2a9d5c", "#c9407f", "#7d5fd3", "#0f97a6", "#b8860b", "#d04a3a")
+_COLORS = ("#2f7ed8", "#d9730d", "#2a9d5c", "#c9407f", "#7d5fd3", "#0f97a6", "#b8860b", "#d04a3a")
 """Of mid lightness, so that they show on light and on dark."""
 WHOLE = "#8b8f98"
-"""The colour of what stays whole."""
+"""The color of what stays whole."""
 
 
 class Mark(Enum):
@@ -168,7 +168,7 @@ class Row:
         return self.place.params + sum(place.params for place in self.folded)
 
     @property
-    def colour_axes(self) -> tuple[str, ...]:
+    def color_axes(self) -> tuple[str, ...]:
         """The axes of its outputs."""
         return self.place.makes or self.place.carries
 
@@ -187,13 +187,13 @@ class Lane:
         axis: The axis.
         column: Counted from the left.
         marks: (row, what the layer does) pairs from the first row to the last.
-        colour: As #rrggbb; grey for one that stays whole.
+        color: As #rrggbb; gray for one that stays whole.
     """
 
     axis: ChannelAxis
     column: int
     marks: tuple[tuple[int, Mark], ...]
-    colour: str
+    color: str
 
     @property
     def whole(self) -> bool:
@@ -255,12 +255,12 @@ def layout(graph: ChannelGraph) -> Layout:
     """Rows in order of execution; every axis takes the leftmost column that is free from its first row to its last."""
     rows = _rows(places(graph))
     marks = _marks(rows)
-    colours = dict(zip((axis.name for axis in graph.prunable), itertools.cycle(_COLOURS), strict=False))
+    colors = dict(zip((axis.name for axis in graph.prunable), itertools.cycle(_COLORS), strict=False))
     columns, lanes = _Columns(), list[Lane]()
     for axis in sorted((axis for axis in graph.axes if axis.name in marks), key=lambda a: min(marks[a.name])):
         here = sorted(marks[axis.name].items())
         column = columns.free(here[0][0], here[-1][0])
-        lanes.append(Lane(axis, column, tuple(here), colours.get(axis.name, WHOLE)))
+        lanes.append(Lane(axis, column, tuple(here), colors.get(axis.name, WHOLE)))
     return Layout(rows, tuple(lanes), _brackets(graph, rows))
 
 
@@ -333,11 +333,11 @@ def dot(graph: ChannelGraph, title: str) -> str:
         "  node [shape=box, style=rounded, fontname=Helvetica, fontsize=10];",
         "  edge [fontname=Helvetica, fontsize=9];",
     ]
-    colours = {lane.axis.name: lane.colour for lane in drawn.lanes}
+    colors = {lane.axis.name: lane.color for lane in drawn.lanes}
     for number, row in enumerate(drawn.rows):
         words = "\n".join(filter(None, (row.label, row.channels, f"{_format.count(row.macs)} MACs")))
-        colour = next((colours[name] for name in row.colour_axes), WHOLE)
-        lines.append(f"  n{number} [label={_quoted(words)}, color={_quoted(colour)}];")
+        color = next((colors[name] for name in row.color_axes), WHOLE)
+        lines.append(f"  n{number} [label={_quoted(words)}, color={_quoted(color)}];")
     for lane in drawn.lanes:
         lines += _edges(lane)
     return "\n".join((*lines, "}\n"))
@@ -345,7 +345,7 @@ def dot(graph: ChannelGraph, title: str) -> str:
 
 def _edges(lane: Lane) -> list[str]:
     name = f"{lane.axis.name} ({lane.axis.size})"
-    hint = f"color={_quoted(lane.colour)}, tooltip={_quoted(lane.words)}"
+    hint = f"color={_quoted(lane.color)}, tooltip={_quoted(lane.words)}"
     look = f"{hint}, style=dashed" if lane.whole else hint
     makers = [row for row, mark in lane.marks if mark is not Mark.READS]
     lines: list[str] = []
@@ -389,8 +389,8 @@ text{fill:#e8ebf1}.bg{fill:#14171d}.faint{fill:#a4abb8}
 def svg(graph: ChannelGraph, title: str) -> str:
     """Draw a graph: layers in order of execution, and for each axis a lane through all layers that share it.
 
-    A filled dot makes the channels, a small square scales them, a ring reads them. Grey dashed lanes stay whole; their
-    reason shows when the mouse rests on them. Colours suit a light and a dark background.
+    A filled dot makes the channels, a small square scales them, a ring reads them. Gray dashed lanes stay whole; their
+    reason shows when the mouse rests on them. Colors suit a light and a dark background.
 
     Args:
         graph: What to draw.
@@ -454,18 +454,18 @@ class _Picture:
     def _row(self, number: int, row: Row) -> str:
         middle, share = self._middle(number), row.macs / self.macs
         mine = {lane.axis.name: lane for lane in self.drawn.lanes}
-        lanes = [mine[name] for name in row.colour_axes]
+        lanes = [mine[name] for name in row.color_axes]
         top, tall = middle - _ROW / 2 + 2, _ROW - 4
-        colour = lanes[0].colour if lanes else WHOLE
+        color = lanes[0].color if lanes else WHOLE
         parts = [
             f"<g><title>{_text(self._row_words(row))}</title>",
-            f'<rect x="{self.left}" y="{top}" width="{self.box:.1f}" height="{tall}" rx="3" fill="{colour}" '
+            f'<rect x="{self.left}" y="{top}" width="{self.box:.1f}" height="{tall}" rx="3" fill="{color}" '
             'fill-opacity="0.14"/>',
         ]
         for place, lane in enumerate(lanes):
             part = tall / len(lanes)
             box = f'x="{self.left}" y="{top + place * part:.2f}" width="5" height="{part:.2f}"'
-            parts.append(f'<rect {box} fill="{lane.colour}"/>')
+            parts.append(f'<rect {box} fill="{lane.color}"/>')
         parts.append(_words(self.left + 11, middle + 4, _short(row.label, _MOST_LETTERS)))
         parts.append(_words(self.channels, middle + 4, row.channels, "faint", anchor="end"))
         if row.macs:
@@ -499,20 +499,20 @@ class _Picture:
         return f"<g><title>{_text(bracket.words)}</title>{shape}</g>"
 
     def _lane(self, lane: Lane) -> str:
-        x, colour = self.lanes + lane.column * _COLUMN, lane.colour
+        x, color = self.lanes + lane.column * _COLUMN, lane.color
         first, last = self._middle(lane.marks[0][0]), self._middle(lane.marks[-1][0])
         dashed = ' stroke-dasharray="3 3"' if lane.whole else ""
-        line = f'<path d="M{x:.1f} {first}V{last}" stroke="{colour}" stroke-width="2.5" fill="none"{dashed}/>'
-        marks = "".join(_mark(x, self._middle(row), mark, colour) for row, mark in lane.marks)
+        line = f'<path d="M{x:.1f} {first}V{last}" stroke="{color}" stroke-width="2.5" fill="none"{dashed}/>'
+        marks = "".join(_mark(x, self._middle(row), mark, color) for row, mark in lane.marks)
         return f'<g class="axis"><title>{_text(lane.words)}</title>{line}{marks}</g>'
 
 
-def _mark(x: float, y: float, mark: Mark, colour: str) -> str:
+def _mark(x: float, y: float, mark: Mark, color: str) -> str:
     if mark is Mark.CARRIES:
-        return f'<rect x="{x - 3.5:.1f}" y="{y - 3.5}" width="7" height="7" fill="{colour}"/>'
+        return f'<rect x="{x - 3.5:.1f}" y="{y - 3.5}" width="7" height="7" fill="{color}"/>'
     if mark is Mark.MAKES:
-        return f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
-    return f'<circle class="ring" cx="{x:.1f}" cy="{y}" r="3.5" stroke="{colour}" stroke-width="2"/>'
+        return f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{color}"/>'
+    return f'<circle class="ring" cx="{x:.1f}" cy="{y}" r="3.5" stroke="{color}" stroke-width="2"/>'
 
 
 def _words(x: float, y: float, text: str, kind: str = "", *, anchor: str = "start") -> str:

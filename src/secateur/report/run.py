@@ -163,7 +163,7 @@ class SearchEpoch:
 
     Attributes:
         epoch: From 1.
-        entropy: Of the choices, normalised: 1 is undecided, 0 is decided.
+        entropy: Of the choices, normalized: 1 is undecided, 0 is decided.
         temperature: Of the sampling.
         expected_macs: Expected MACs / MACs of the original.
         current_macs: MACs of the most probable network / MACs of the original.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur._arrays import FloatArray, IntArray
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, Limit, format_cost
-from secateur.cost.macs import CostModel, Modelled
+from secateur.cost.macs import CostModel, Modeled
 from secateur.cost.size import FileSize
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
@@ -106,7 +106,7 @@ class Problem:
         """Upper bounds by field of `Cost`, in its units."""
         return self.budget.limits(self.costs.original)
 
-    def utilisation(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
+    def utilization(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
         """How full the budget is: the largest cost / limit over the limited fields; within the budget up to 1.
 
         Args:
@@ -148,7 +148,7 @@ class Proposal:
 
     Attributes:
         architecture: Within the budget and the space.
-        notes: What it learnt on the way, as plain data (JSON), for the report.
+        notes: What it learned on the way, as plain data (JSON), for the report.
         weights: The whole model's tensors as it has trained them, by name; None if it trains nothing.
     """
 
@@ -208,7 +208,7 @@ class Found:
         original: Cost of the whole model.
         budget: The bounds it keeps to.
         strategy: The strategy and its configuration, as text.
-        notes: What the strategy learnt, as plain data; always ``utilisation``: cost / limit by limited field.
+        notes: What the strategy learned, as plain data; always ``utilization``: cost / limit by limited field.
         weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
             instead of its own. None if the search trains nothing. Not part of the JSON object.
     """
@@ -248,7 +248,7 @@ def search(
     saving: Saving = Saving(),  # noqa: B008 -- frozen
     watch: Watch = Silent(),  # noqa: B008 -- frozen
     fabric: "Fabric | None" = None,
-    latency: Modelled | None = None,
+    latency: Modeled | None = None,
     remembered: Remembered | None = None,
 ) -> Found:
     """Find which channels to keep so that the model costs no more than the budget.
@@ -302,9 +302,9 @@ def search(
     return _found(problem, strategy, proposal)
 
 
-def _more(model: nn.Module, graph: ChannelGraph, budget: Budget, latency: Modelled | None) -> list[Modelled]:
+def _more(model: nn.Module, graph: ChannelGraph, budget: Budget, latency: Modeled | None) -> list[Modeled]:
     """What computes the limited fields that a cost model does not have by itself."""
-    more: list[Modelled] = [FileSize.of(model, graph)] if FileSize.field in budget.fields else []
+    more: list[Modeled] = [FileSize.of(model, graph)] if FileSize.field in budget.fields else []
     return more if latency is None else [*more, latency]
 
 
@@ -317,7 +317,7 @@ def _found(problem: Problem, strategy: Strategy, proposal: Proposal) -> Found:
     cost, original = problem.costs.cost(architecture), problem.costs.original
     if not problem.budget.allows(cost, original):
         raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {describe(strategy)}.")
-    notes["utilisation"] = {
+    notes["utilization"] = {
         name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
     }
     return Found(architecture, cost, original, problem.budget, describe(strategy), notes, proposal.weights)

@@ -86,7 +86,7 @@ class Shallower(Strategy):
     k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
     ``most`` of all blocks, the three whose cut models have the least d are repaired, and the one with the least d
     then is taken; of equal ones the smaller k. With more than nine numbers to try, nine evenly spaced ones are, then
-    those between the best and its neighbours.
+    those between the best and its neighbors.
 
     A model without blocks gives what the inner strategy gives.
 
@@ -246,7 +246,7 @@ def _spared(problem: Problem) -> dict[str, float]:
     costs = problem.costs
     rows = 1 - np.eye(len(costs.blocks), dtype=np.int64)
     full = np.broadcast_to(costs.sizes, (len(rows), len(costs.sizes)))
-    shares = problem.utilisation(costs.sizes[None])[0] - problem.utilisation(full, rows)
+    shares = problem.utilization(costs.sizes[None])[0] - problem.utilization(full, rows)
     return {name: max(float(share), 1e-12) for name, share in zip(costs.blocks, shares, strict=True)}
 
 

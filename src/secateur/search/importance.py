@@ -26,7 +26,7 @@ class Evidence:
     Attributes:
         model: The traced model, in any mode.
         graph: Its channel graph.
-        batches: (images (n, ...), labels (n,) int64) pairs, normalised as the model expects them, on its device.
+        batches: (images (n, ...), labels (n,) int64) pairs, normalized as the model expects them, on its device.
             Importances that read only weights do not need them.
         seed: For those that draw random numbers.
     """
@@ -244,11 +244,11 @@ def norms(rows: FloatArray) -> FloatArray:
 def distance_sums(rows: FloatArray) -> FloatArray:
     """(channels,) sum of the Euclidean distances of each row of (channels, d) to every row.
 
-    ||a - b||^2 = a.a + b.b - 2 a.b, one matrix product for all pairs. Rows are centred first: distances stay and the
+    ||a - b||^2 = a.a + b.b - 2 a.b, one matrix product for all pairs. Rows are centered first: distances stay and the
     cancellation shrinks to a relative 1e-8 of the spread of the rows in the worst case (equal rows).
     """
-    centred = rows - rows.mean(axis=0)
-    gram = centred @ centred.T
+    centered = rows - rows.mean(axis=0)
+    gram = centered @ centered.T
     squares = np.diagonal(gram)
     distances = np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0)
     np.fill_diagonal(distances, 0)

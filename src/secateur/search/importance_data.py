@@ -127,7 +127,7 @@ class Taylor(Importance):
             ModelError: If a score is not finite.
         """
         if not evidence.batches:
-            raise DataError("`batches` must hold labelled images for Taylor; got none. Pass calibration data.")
+            raise DataError("`batches` must hold labeled images for Taylor; got none. Pass calibration data.")
         model = shadow_of(evidence.model)
         leaves = {
             id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
@@ -187,7 +187,7 @@ _GONE = 1e-30
 class Reconstruction(Importance):
     """Remove channels one after the other, each time the one whose loss the others can repair best.
 
-    A channel that its neighbours predict is worth little, however large it is. With x the channels of an axis as one
+    A channel that its neighbors predict is worth little, however large it is. With x the channels of an axis as one
     of its readers (convolution or linear, weight W) receives them, G = E[x x^T] over images and positions, and a set S
     kept, the best linear prediction of channel j from the others leaves the energy r_j = 1 / (G^-1)_jj. The damage
     to the logits z, to second order, is
@@ -382,7 +382,7 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _random_projection(outputs: Any, draw: torch.Generator) -> Tensor:
-    """Sum of outputs with random signs; logits centred, since softmax does not see a common shift."""
+    """Sum of outputs with random signs; logits centered, since softmax does not see a common shift."""
     total: Any = 0.0
     for out in tree_leaves(outputs):
         if isinstance(out, Tensor) and out.is_floating_point():

@@ -16,7 +16,7 @@ from secateur.search.importance_data import Reconstruction
 FULL_ENOUGH = 0.995
 """Filling stops here. Going on would only widen the layers whose channels cost next to nothing."""
 PROMISED = 0.99
-"""Below this utilisation widths are exchanged between axes: a search lands at most 1 % under its budget."""
+"""Below this utilization widths are exchanged between axes: a search lands at most 1 % under its budget."""
 _NEARBY = 200_000
 """Most architectures that are tried around one that leaves the budget emptier than promised; a second."""
 
@@ -28,12 +28,12 @@ class Fit:
     Attributes:
         widths: (axes,) allowed widths within the budget.
         threshold: Key of the first step the budget has no room for; infinity if it has room for all.
-        utilisation: Largest cost / limit, at most 1.
+        utilization: Largest cost / limit, at most 1.
     """
 
     widths: IntArray
     threshold: float
-    utilisation: float
+    utilization: float
 
 
 def fit(problem: Problem, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None) -> Fit:
@@ -64,7 +64,7 @@ def fit(problem: Problem, keys: Sequence[FloatArray], levels: Sequence[IntArray]
     ladder = _Ladder.of(problem, keys, problem.levels if levels is None else levels)
     counts, threshold = ladder.climb()
     counts = ladder.nearest(ladder.exchange(ladder.nearest(counts)))
-    return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilisation(counts))
+    return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilization(counts))
 
 
 def step_values(scores: FloatArray, levels: IntArray) -> FloatArray:
@@ -115,9 +115,9 @@ class _Ladder:
         """(n, axes) widths after (n, axes) steps."""
         return self.levels[np.arange(len(self.tops)), counts]
 
-    def utilisation(self, counts: IntArray) -> float:
+    def utilization(self, counts: IntArray) -> float:
         """Of one architecture, (axes,) steps."""
-        return float(self.problem.utilisation(self.widths(counts[None]))[0])
+        return float(self.problem.utilization(self.widths(counts[None]))[0])
 
     def climb(self) -> tuple[IntArray, float]:
         """Steps taken in order while they fit, and the key of the first that did not."""
@@ -127,7 +127,7 @@ class _Ladder:
         rest = self.axes
         while True:
             counts = self._after(counts, rest, taken)
-            if taken == len(rest) or self.utilisation(counts) >= FULL_ENOUGH:
+            if taken == len(rest) or self.utilization(counts) >= FULL_ENOUGH:
                 return counts, threshold
             finished = rest[taken]
             rest = rest[taken + 1 :]
@@ -135,18 +135,18 @@ class _Ladder:
             # As far as the budget is full enough, but never over it.
             enough = self._longest(counts, rest, FULL_ENOUGH) + 1
             taken = min(enough, self._longest(counts, rest, 1.0))
-            if self.utilisation(self._after(counts, rest, taken)) > 1:
+            if self.utilization(self._after(counts, rest, taken)) > 1:
                 taken = enough - 1  # Times go down too: between two prefixes that fit there may be one that does not.
 
     def _after(self, counts: IntArray, axes: IntArray, taken: int) -> IntArray:
         return counts + np.bincount(axes[:taken], minlength=len(counts))
 
     def _longest(self, counts: IntArray, axes: IntArray, bound: float) -> int:
-        """Most of the steps ``axes`` that can follow ``counts`` with a utilisation up to ``bound``, by bisection."""
+        """Most of the steps ``axes`` that can follow ``counts`` with a utilization up to ``bound``, by bisection."""
         low, high = 0, len(axes)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.utilisation(self._after(counts, axes, middle)) <= bound:
+            if self.utilization(self._after(counts, axes, middle)) <= bound:
                 low = middle
             else:
                 high = middle - 1
@@ -154,7 +154,7 @@ class _Ladder:
 
     def nearest(self, counts: IntArray) -> IntArray:
         """The nearest steps that fill the budget as promised, or the same ones if these do or none nearby do."""
-        if self.utilisation(counts) >= PROMISED:
+        if self.utilization(counts) >= PROMISED:
             return counts
         radius = 1
         while True:
@@ -163,7 +163,7 @@ class _Ladder:
                 return counts
             ranges = [np.arange(first, last + 1) for first, last in zip(low, high, strict=True)]
             candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, len(counts))
-            full = self.problem.utilisation(self.widths(candidates))
+            full = self.problem.utilization(self.widths(candidates))
             good = np.flatnonzero((full >= PROMISED) & (full <= 1))
             if len(good):
                 steps = np.abs(candidates[good] - counts).sum(axis=1)
@@ -174,15 +174,15 @@ class _Ladder:
 
     def exchange(self, counts: IntArray) -> IntArray:
         """One step down against one step up while the budget is emptier than promised and that fills it better."""
-        now = self.utilisation(counts)
+        now = self.utilization(counts)
         while now < PROMISED:
-            better, value = self._best_neighbour(counts)
+            better, value = self._best_neighbor(counts)
             if value <= now:
                 break
             counts, now = better, value
         return counts
 
-    def _best_neighbour(self, counts: IntArray) -> tuple[IntArray, float]:
+    def _best_neighbor(self, counts: IntArray) -> tuple[IntArray, float]:
         """The fullest architecture within the budget that is one step up, or one down and one up, from here."""
         ups = np.eye(len(counts), dtype=np.int64)[counts < self.tops]
         downs = [np.zeros_like(counts), *np.eye(len(counts), dtype=np.int64)[counts > 0]]
@@ -190,7 +190,7 @@ class _Ladder:
         for down in downs:
             candidates = counts + ups - down
             # An axis that goes down and up stays; it is harmless, being no better than now.
-            full = self.problem.utilisation(self.widths(candidates)) if len(ups) else np.zeros(0)
+            full = self.problem.utilization(self.widths(candidates)) if len(ups) else np.zeros(0)
             full = np.where(full <= 1, full, 0)
             if len(full) and full.max() > value:
                 best, value = candidates[full.argmax()], float(full.max())
@@ -235,5 +235,5 @@ def _prices(problem: Problem) -> FloatArray:
     least = np.array([levels[0] for levels in problem.levels], dtype=np.int64)
     gone = np.maximum(full - least, 1) if LatencyModel.field in problem.limits else np.ones_like(full)
     fewer = np.tile(full, (len(full), 1)) - np.diag(gone)
-    spared = problem.utilisation(full[None])[0] - problem.utilisation(fewer)
+    spared = problem.utilization(full[None])[0] - problem.utilization(fewer)
     return np.maximum(spared / gone, 1e-12)

@@ -46,9 +46,9 @@ class RunningCovariance:
         count = data.shape[1]
         total = self.samples + count
         mean = data.mean(axis=1)
-        centred = data - mean[:, None]
+        centered = data - mean[:, None]
         shift = mean - self._mean
-        self._scatter += centred @ centred.T + np.outer(shift, shift) * (self.samples * count / total)
+        self._scatter += centered @ centered.T + np.outer(shift, shift) * (self.samples * count / total)
         self._mean += shift * (count / total)
         self.samples = total
 
@@ -106,7 +106,7 @@ def _gather(run: RunningCovariance, positions: IntArray, dim: int) -> Callable[.
 
 
 class Matrix(ABC):
-    """Which matrix of the variables is analysed: diag(s) C diag(s), C their covariance matrix."""
+    """Which matrix of the variables is analyzed: diag(s) C diag(s), C their covariance matrix."""
 
     @abstractmethod
     def scales(self, variances: FloatArray) -> FloatArray:
@@ -137,10 +137,10 @@ class Correlation(Matrix):
 
 def eigenvalues_of_rows(rows: FloatArray, matrix: Matrix) -> FloatArray:
     """Eigenvalues of the matrix of (variables, samples) data, up to a common factor; at most min(n, d) of them."""
-    centred = rows - rows.mean(axis=1, keepdims=True)
-    centred = centred * matrix.scales(np.einsum("nd,nd->n", centred, centred))[:, None]
+    centered = rows - rows.mean(axis=1, keepdims=True)
+    centered = centered * matrix.scales(np.einsum("nd,nd->n", centered, centered))[:, None]
     # The smaller Gram matrix has the same non-zero eigenvalues.
-    data = torch.from_numpy(centred)
+    data = torch.from_numpy(centered)
     with _one_thread():
         gram = data @ data.T if len(data) <= data.shape[1] else data.T @ data
         return np.asarray(torch.linalg.eigvalsh(gram).numpy(), dtype=np.float64)
@@ -159,7 +159,7 @@ def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> Float
     The cumulative contribution rate is CCR(i) = sum_{j <= i} l_j / sum_j l_j over eigenvalues l_1 >= l_2 >= ...
 
     The shape of the data caps the number of non-zero eigenvalues at ``rank``, often below ``size`` (27 weights of a
-    3 x 3 RGB filter give 64 filters a centred rank of 26). CCR would be 1 from there on, and the layer could never keep
+    3 x 3 RGB filter give 64 filters a centered rank of 26). CCR would be 1 from there on, and the layer could never keep
     its other filters. So the spectrum is stretched: CCR(i) is read at the component i * rank / size, linear between
     whole components. CCR then reaches 1 at i = size and nowhere before, unless eigenvalues below the cap are zero.
     Without any variance there is nothing to go by, and CCR(i) = i / size.
@@ -186,7 +186,7 @@ def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> Float
 def pooled(spectra: Sequence[FloatArray]) -> FloatArray:
     """The unexplained variance of an axis with several producers: the mean over them, (size + 1,).
 
-    Each producer's variance counts as 1, since their scales do not compare. Averaging CCR is pooling the normalised
+    Each producer's variance counts as 1, since their scales do not compare. Averaging CCR is pooling the normalized
     spectra component by component.
     """
     return np.mean(np.stack(spectra), axis=0)
@@ -194,7 +194,7 @@ def pooled(spectra: Sequence[FloatArray]) -> FloatArray:
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """One thread for torch, as before afterwards.
+    """One thread for torch, as before afterward.
 
     Eigenvalues take many small steps in which threads wait for each other. On a busy machine with two cores, a
     512 x 512 matrix took 10 s with two threads and 0.03 s with one.
@@ -399,7 +399,7 @@ class PCASlimming(Strategy):
     How many channels stay comes from the components; which ones, from the importance.
 
     An axis of N channels whose spectrum is shorter than N (the rank cap) can still keep them all, see
-    `unexplained_variance`; an axis with several producers (a residual stream) averages their normalised spectra.
+    `unexplained_variance`; an axis with several producers (a residual stream) averages their normalized spectra.
 
     Attributes:
         source: What the components are taken of.

@@ -12,7 +12,7 @@ from secateur.search.base import Problem, Proposal, Strategy, keep_best
 from secateur.search.importance import L2, Importance, checked_scores
 from secateur.search.knapsack import fit, step_values
 
-Normalise = Callable[[FloatArray], FloatArray]
+Normalize = Callable[[FloatArray], FloatArray]
 
 
 def as_scored(scores: FloatArray) -> FloatArray:
@@ -48,24 +48,24 @@ class GlobalImportance(Strategy):
 
     Attributes:
         importance: Which channels matter; they are ranked within and across axes.
-        normalise: Makes the scores of different axes comparable: (size,) to (size,), order-preserving.
+        normalize: Makes the scores of different axes comparable: (size,) to (size,), order-preserving.
 
     References:
         Molchanov et al., arXiv:1611.06440; Liu et al., arXiv:1708.06519 (one threshold for all layers).
     """
 
     importance: Importance = field(default_factory=L2)
-    normalise: Normalise = by_axis_mean
+    normalize: Normalize = by_axis_mean
 
     def find(self, problem: Problem) -> Proposal:
-        """Notes: ``threshold``, the normalised score under which channels go."""
+        """Notes: ``threshold``, the normalized score under which channels go."""
         raw = problem.scores(self.importance)
         graph = problem.evidence.graph
-        scores = checked_scores({name: self.normalise(values) for name, values in raw.items()}, graph, self.normalise)
+        scores = checked_scores({name: self.normalize(values) for name, values in raw.items()}, graph, self.normalize)
         axes = zip(problem.costs.axes, problem.levels, strict=True)
         keys = [-step_values(scores[name], levels) for name, levels in axes]
         found = fit(problem, keys)
-        # Rank within an axis by the raw scores: normalising may have made ties of what was not equal.
+        # Rank within an axis by the raw scores: normalizing may have made ties of what was not equal.
         return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})
 
 

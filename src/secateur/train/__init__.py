@@ -10,10 +10,10 @@ from secateur.train.checkpoint import (
     finite,
     keeping,
     load_checkpoint,
-    optimiser_tensors,
+    optimizer_tensors,
     save_checkpoint,
     tensors_of,
-    write_optimiser_,
+    write_optimizer_,
     write_tensors_,
 )
 from secateur.train.config import SGD, AdamW, Batches, Schedule, TrainingData
@@ -85,7 +85,7 @@ __all__ = [
     "one_device",
     "open_fabric",
     "open_group",
-    "optimiser_tensors",
+    "optimizer_tensors",
     "own_part",
     "placed",
     "precision_of",
@@ -94,6 +94,6 @@ __all__ = [
     "seeded",
     "tensors_of",
     "usable",
-    "write_optimiser_",
+    "write_optimizer_",
     "write_tensors_",
 ]

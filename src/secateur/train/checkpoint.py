@@ -1,4 +1,4 @@
-"""The tensors of modules and optimisers by name, and the moving average of weights.
+"""The tensors of modules and optimizers by name, and the moving average of weights.
 
 Checkpoints: a folder each, complete or absent, without pickle.
 
@@ -56,25 +56,25 @@ def write_tensors_(model: nn.Module, tensors: Tensors) -> None:
             tensor.copy_(tensors[name])
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's running tensors, named "<state name>/<parameter name>"."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's running tensors, named "<state name>/<parameter name>"."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def write_optimiser_(optimiser: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
-    """Inverse of `optimiser_tensors`."""
+def write_optimizer_(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
+    """Inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         # Running means lie beside their parameter; Adam's step count is a scalar on the CPU, as torch makes it.
         beside = torch.empty_like(value if kind == "step" else parameter, requires_grad=False)
-        optimiser.state[parameter][kind] = beside.copy_(value)
+        optimizer.state[parameter][kind] = beside.copy_(value)
 
 
 def digest(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """What the engine asks of data. The splits of `secateur.data` satisfy it; so does any class with these methods.
 
-How long, how fast and with which optimiser to train.
+How long, how fast and with which optimizer to train.
 
 What to learn and from what."""
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Batches(Protocol):
-    """Labelled images that can be read in batches, again and again."""
+    """Labeled images that can be read in batches, again and again."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -53,7 +53,7 @@ class Batches(Protocol):
                 in the middle of an epoch.
 
         Returns:
-            Pairs of images, float32 (batch, channels, height, width), normalised, and labels, int64 (batch,), or
+            Pairs of images, float32 (batch, channels, height, width), normalized, and labels, int64 (batch,), or
             probabilities, float32 (batch, classes), where ``augment`` mixes images.
         """
         ...
@@ -115,7 +115,7 @@ class SGD:
             )
 
     def build(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """A torch optimiser of the model's trainable parameters."""
+        """A torch optimizer of the model's trainable parameters."""
         groups = _groups(model.parameters(), self.weight_decay, self.vector_weight_decay)
         return torch.optim.SGD(groups, lr=learning_rate, momentum=self.momentum, nesterov=self.nesterov)
 
@@ -145,7 +145,7 @@ class AdamW:
         _check_not_negative("vector_weight_decay", self.vector_weight_decay)
 
     def build(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """A torch optimiser of the model's trainable parameters."""
+        """A torch optimizer of the model's trainable parameters."""
         groups = _groups(model.parameters(), self.weight_decay, self.vector_weight_decay)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=self.betas, eps=self.epsilon)
 
@@ -159,11 +159,11 @@ class Schedule:
         batch_size: Images per step, >= 1. A smaller last batch of an epoch is left out.
         learning_rate: The highest one, reached after the warm-up; see `learning_rate_at`.
         warmup_fraction: Part of all steps with a linearly rising rate, in [0, 1].
-        optimiser: `SGD` or `AdamW`.
+        optimizer: `SGD` or `AdamW`.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then validated and
             returned, in [0, 1); None means no average. See `secateur.train.average_decay`.
         accumulate: Parts that the batch of a step is computed in, one after the other, from 1 to ``batch_size``:
-            memory is that of one part, and the step is the same wherever nothing is normalised over the batch. Batch
+            memory is that of one part, and the step is the same wherever nothing is normalized over the batch. Batch
             norms see the parts, and losses that compare images with each other compare those of a part.
         clip_norm: The gradient of all that learns is scaled down to this L2 norm where it is longer, > 0; None leaves
             it alone. 1 is usual for transformers.
@@ -175,7 +175,7 @@ class Schedule:
     batch_size: int = 128
     learning_rate: float = 0.05
     warmup_fraction: float = 0.05
-    optimiser: SGD | AdamW = SGD()
+    optimizer: SGD | AdamW = SGD()
     ema_decay: float | None = None
     accumulate: int = 1
     clip_norm: float | None = None
@@ -210,7 +210,7 @@ class Schedule:
         return max(images // self.batch_size, min(images, 1))
 
     def learning_rate_at(self, step: int, *, steps: int) -> float:
-        """Learning rate of a step: a linear warm-up, then half a cosine towards zero.
+        """Learning rate of a step: a linear warm-up, then half a cosine toward zero.
 
         With W = round(warmup_fraction * steps) and r = learning_rate:
         r * (step + 1) / W  for step < W, else  r * (1 + cos(pi * (step - W) / (steps - W))) / 2.
@@ -256,7 +256,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of one epoch."""
+        """Optimizer steps of one epoch."""
         return self.schedule.steps_per_epoch(len(self.source))
 
     def learning_rate_at(self, step: int) -> float:

@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Precision(Enum):
-    """Number formats of forward and backward passes. Weights and optimiser are float32 in both."""
+    """Number formats of forward and backward passes. Weights and optimizer are float32 in both."""
 
     FLOAT32 = "32-true"
     """Everything in float32."""
@@ -174,7 +174,7 @@ def channels_last(images: Tensor) -> Tensor:
 
 @contextmanager
 def seeded(device: torch.device, *seed: int) -> Generator[None]:
-    """Random numbers from a seed on the CPU and the device; the caller's state is put back afterwards."""
+    """Random numbers from a seed on the CPU and the device; the caller's state is put back afterward."""
     number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
     before = random_states(device)
     try:
@@ -283,7 +283,7 @@ class Eager(Execution):
 class Compiled(Execution):
     """By `torch.compile`, for the very shapes of the batches: about a minute at first, then often faster steps.
 
-    Losses, optimiser and validation stay eager. The code is made anew in every process; on the CPU, with the same
+    Losses, optimizer and validation stay eager. The code is made anew in every process; on the CPU, with the same
     compiler and number of threads, it computes the same bits, so a run goes on as exactly as an eager one. Parts of
     different sizes (`Schedule.accumulate`) are compiled twice; a model that asks for more and more code is refused.
 

@@ -86,7 +86,7 @@ def own_part(fabric: "Fabric", batch: Tensor) -> Tensor:
     """This process's part of a batch: every n-th item, for n processes.
 
     The mean of the parts' mean losses is that of the batch, and so are the gradients, wherever the number of processes
-    divides the batch (or the parts are weighed by their images) and nothing is normalised over it.
+    divides the batch (or the parts are weighed by their images) and nothing is normalized over it.
 
     Raises:
         TrainingError: If there are more processes than items.
@@ -142,17 +142,17 @@ def _spread(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], mea
         parameter.grad = part.reshape(gradient.shape).to(gradient)
 
 
-def synchronised_norms(fabric: "Fabric") -> AbstractContextManager[object]:
-    """A context in which every batch norm in training mode normalises over the parts of all processes.
+def synchronized_norms(fabric: "Fabric") -> AbstractContextManager[object]:
+    """A context in which every batch norm in training mode normalizes over the parts of all processes.
 
     Whatever calls `torch.nn.functional.batch_norm` in it, with the same statistics as one process with the whole batch.
     On any device; `torch.nn.SyncBatchNorm` is for CUDA alone, and would change the model. All processes must run the
     same layers in the same order, backwards too.
     """
-    return nullcontext() if fabric.world_size == 1 else _Synchronised(fabric)
+    return nullcontext() if fabric.world_size == 1 else _Synchronized(fabric)
 
 
-class _Synchronised(TorchFunctionMode):
+class _Synchronized(TorchFunctionMode):
     def __init__(self, fabric: "Fabric") -> None:
         super().__init__()
         self._fabric = fabric
@@ -190,15 +190,15 @@ def _batch_norm(  # noqa: PLR0917 - in torch's order
     total = _Sum.apply(fabric, torch.cat([wide.sum(over), own]))
     n = total[-1].detach()
     mean = total[:-1] / n
-    centred = wide - mean.reshape(broadcast)
+    centered = wide - mean.reshape(broadcast)
     # A second message: the mean of squares less the square of the mean would lose digits.
-    variance = _Sum.apply(fabric, centred.square().sum(over)) / n
+    variance = _Sum.apply(fabric, centered.square().sum(over)) / n
     with torch.no_grad():
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
         if running_var is not None:
             running_var.lerp_((variance * n / (n - 1)).to(running_var), momentum)
-    found = centred * (variance + eps).rsqrt().reshape(broadcast)
+    found = centered * (variance + eps).rsqrt().reshape(broadcast)
     if weight is not None:
         found = found * weight.reshape(broadcast)
     if bias is not None:

@@ -59,7 +59,7 @@ def fit(
     Args:
         student: A classifier with float32 weights that gives logits (batch, classes).
         source: Training images.
-        schedule: Epochs, learning rate, optimiser, precision, seed.
+        schedule: Epochs, learning rate, optimizer, precision, seed.
         objective: The loss. Losses of its terms that are modules are learned with the student, in a copy.
         teacher: Needed if the objective asks for it. It keeps its own mode, device and memory order.
         alignment: Where features are compared; needed if ``objective.feature_weight`` > 0.

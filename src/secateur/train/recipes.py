@@ -156,7 +156,7 @@ def distill_chain(
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> tuple[Trained, ...]:
-    """Distil each student from the one before it, the first one from the teacher.
+    """Distill each student from the one before it, the first one from the teacher.
 
     Assistants of sizes between teacher and student help where the gap is too wide for one step.
 
@@ -235,7 +235,7 @@ def born_again(
     """
     if generations < 1:
         raise TrainingError(f"`generations` must be at least 1; got {generations}. 1 to 3 is usual.")
-    check_redrawable(teacher, "teacher", "distil a student that you have made yourself.")
+    check_redrawable(teacher, "teacher", "distill a student that you have made yourself.")
     found: list[Trained] = []
     for generation in range(1, generations + 1):
         seed = schedule.seed + generation

@@ -233,7 +233,7 @@ class Teaching:
         if self._sound is not None and not bool(self._sound):
             raise TrainingError(
                 "`teacher` must give finite logits; got NaN or infinity for training images. Check its weights and "
-                "the normalisation of the images, and try Precision.FLOAT32."
+                "the normalization of the images, and try Precision.FLOAT32."
             )
 
     def end(self) -> None:
@@ -254,6 +254,6 @@ class Teaching:
         if share <= chance + _DEVIATIONS * math.sqrt(chance * (1 - chance) / self._images):
             warnings.warn(
                 f"`teacher` is right on {100 * share:.1f} % of {self._images} training images, no better than chance "
-                f"({100 * chance:.1f} %): check its weights, its classes and the normalisation of the images",
+                f"({100 * chance:.1f} %): check its weights, its classes and the normalization of the images",
                 stacklevel=2,
             )

@@ -4,7 +4,7 @@ Losses of an epoch, read from the device rarely.
 
 An epoch in progress, for checkpoints within it.
 
-A student and what learns beside it: one step of the optimiser.
+A student and what learns beside it: one step of the optimizer.
 
 The training loop: a student, what it learns from, and all the state that changes meanwhile."""
 
@@ -29,9 +29,9 @@ from secateur.train.checkpoint import (
     Tensors,
     copied,
     finite,
-    optimiser_tensors,
+    optimizer_tensors,
     tensors_of,
-    write_optimiser_,
+    write_optimizer_,
     write_tensors_,
 )
 from secateur.train.config import Task
@@ -44,7 +44,7 @@ from secateur.train.device import (
     seeded,
     set_random_states,
 )
-from secateur.train.distributed import average_gradients_, averaged, gathered, own_part, synchronised_norms
+from secateur.train.distributed import average_gradients_, averaged, gathered, own_part, synchronized_norms
 from secateur.train.evaluate import check_logits, check_targets, measure
 from secateur.train.teacher import RememberedLogits, Teaching
 
@@ -247,7 +247,7 @@ def diverged(what: str, where: str, rate: float) -> TrainingError:
     """The error for a run whose numbers are no longer finite."""
     return TrainingError(
         f"the {what} must stay finite; that failed at {where} (learning rate {rate:.3g}). "
-        "Lower the learning rate or warm up longer, and check that the images are normalised."
+        "Lower the learning rate or warm up longer, and check that the images are normalized."
     )
 
 
@@ -331,7 +331,7 @@ Teach = Callable[[Tensor, Tensor], Tensor]
 
 
 class Learner:
-    """A copy of a student in training, with its losses, optimiser and moving average.
+    """A copy of a student in training, with its losses, optimizer and moving average.
 
     Args:
         task: What to learn.
@@ -352,7 +352,7 @@ class Learner:
         self._losses = self._objective.learned.to(task.fabric.device).train()
         learners = nn.ModuleList([self.student, self._losses])
         self._learning = [p for p in learners.parameters() if p.requires_grad]
-        self._optimiser = schedule.optimiser.build(learners, schedule.learning_rate)
+        self._optimizer = schedule.optimizer.build(learners, schedule.learning_rate)
         self._forward = in_precision(task.fabric, task.execution.prepared(self.student))
         self._features: FeatureWatch | None = None
         self._taps: TapWatch | None = None
@@ -378,7 +378,7 @@ class Learner:
     def step(
         self, images: Tensor, labels: Tensor, rate: float, teach: Teach | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the optimiser; of several processes each takes its part of the batch, and all move alike.
+        """One step of the optimizer; of several processes each takes its part of the batch, and all move alike.
 
         The gradient is that of the mean loss over the batch: the parts that it is computed in count by their images.
 
@@ -392,13 +392,13 @@ class Learner:
             The loss of the batch and its parts, in all processes alike.
         """
         fabric, schedule = self._task.fabric, self._task.schedule
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimiser.zero_grad()
+        self._optimizer.zero_grad()
         names: list[str] = []
         sums: Tensor | None = None
         own = channels_last(own_part(fabric, images)), own_part(fabric, labels)
-        with synchronised_norms(fabric):
+        with synchronized_norms(fabric):
             for some, of_them in zip(*(tensor.tensor_split(schedule.accumulate) for tensor in own), strict=True):
                 total, parts = self._loss(some, of_them, teach)
                 weight = len(of_them) * fabric.world_size / len(labels)  # 1 of one part, exactly.
@@ -409,7 +409,7 @@ class Learner:
         average_gradients_(fabric, self._learning)
         if schedule.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._learning, schedule.clip_norm)
-        self._optimiser.step()
+        self._optimizer.step()
         if self._average is not None:
             self._average.update(self.student)
         assert sums is not None
@@ -439,9 +439,9 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that changes, by name; no copies."""
         tensors: dict[str, Tensor] = {}
-        for model, here, optimiser in self._learners:
+        for model, here, optimizer in self._learners:
             tensors |= {f"{here}{name}": t for name, t in tensors_of(model).items()}
-            tensors |= {f"{optimiser}{name}": t for name, t in optimiser_tensors(self._optimiser, model).items()}
+            tensors |= {f"{optimizer}{name}": t for name, t in optimizer_tensors(self._optimizer, model).items()}
         if self._average is not None:
             tensors |= {f"average/{name}": t for name, t in tensors_of(self._average.model).items()}
         return tensors
@@ -453,18 +453,18 @@ class Learner:
 
     def restore(self, saved: Saved) -> None:
         """Inverse of `tensors` and `updates`."""
-        for model, here, optimiser in self._learners:
+        for model, here, optimizer in self._learners:
             write_tensors_(model, saved.under(here))
-            write_optimiser_(self._optimiser, model, saved.under(optimiser))
+            write_optimizer_(self._optimizer, model, saved.under(optimizer))
         if self._average is not None:
             write_tensors_(self._average.model, saved.under("average/"))
             self._average.updates = int(saved.numbers["updates"])
 
     @property
     def _learners(self) -> Iterator[tuple[nn.Module, str, str]]:
-        """What the optimiser changes, and where a checkpoint holds it and its running means."""
-        yield self.student, "student/", "optimiser/"
-        yield self._losses, "losses/", "losses-optimiser/"
+        """What the optimizer changes, and where a checkpoint holds it and its running means."""
+        yield self.student, "student/", "optimizer/"
+        yield self._losses, "losses/", "losses-optimizer/"
 
 
 @dataclass(frozen=True)

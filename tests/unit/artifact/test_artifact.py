@@ -396,7 +396,7 @@ def test_extra_state_is_not_saved(tmp_path: Path) -> None:
 
 def test_lazy_and_unusual_tensors_are_not_saved(tmp_path: Path) -> None:
     recipe = Recipe(SOURCE, Architecture(), (1,))
-    with pytest.raises(ArtifactError, match="must be initialised; got lazy weight"):
+    with pytest.raises(ArtifactError, match="must be initialized; got lazy weight"):
         save(tmp_path / "a", nn.LazyLinear(3), recipe)
     odd = nn.Module()
     odd.register_buffer("odd", torch.zeros(1, dtype=torch.complex64))

@@ -12,7 +12,7 @@ from secateur.cli._words import (
     formats_of,
     heads_of,
     numbers_of,
-    optimiser_of,
+    optimizer_of,
     precision_of,
     progress_of,
     rules_of,
@@ -40,9 +40,9 @@ def test_starts_branches_and_progress(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_optimisers_and_precisions():
-    assert optimiser_of(OptimiserName.SGD, None) == SGD()
-    assert optimiser_of(OptimiserName.ADAMW, 0.1) == AdamW(weight_decay=0.1)
+def test_optimizers_and_precisions():
+    assert optimizer_of(OptimiserName.SGD, None) == SGD()
+    assert optimizer_of(OptimiserName.ADAMW, 0.1) == AdamW(weight_decay=0.1)
     assert precision_of(PrecisionName.AUTO) is None
     assert precision_of(PrecisionName.BF16) is Precision.BF16_MIXED
 
@@ -84,8 +84,8 @@ def test_formats():
 def test_numbers():
     assert numbers_of("0.5, 1", "--mean") == (0.5, 1.0)
     assert numbers_of(None, "--mean") is None
-    with pytest.raises(DataError, match=r"`--std` must be numbers.*'grey'"):
-        numbers_of("grey", "--std")
+    with pytest.raises(DataError, match=r"`--std` must be numbers.*'gray'"):
+        numbers_of("gray", "--std")
 
 
 def test_devices():

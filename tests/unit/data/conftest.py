@@ -30,7 +30,7 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         classes: Sequence[str] = CLASSES,
         test_classes: Sequence[str] | None = None,
         size: Callable[[int], tuple[int, int]] = lambda _: (8, 8),
-        grey: bool = False,
+        gray: bool = False,
     ) -> Path:
         for split, n, names in (("train", 10, classes), (test, 2, test_classes or classes)):
             for c, name in enumerate(names):
@@ -38,7 +38,7 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
                     pixels = random_pixels(1, *size(i), seed=100 * c + i)[0]
                     path = tmp_path / split / name / f"{i:03}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(encode(pixels[..., 0] if grey else pixels))
+                    path.write_bytes(encode(pixels[..., 0] if gray else pixels))
         return tmp_path
 
     return make

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.data import Augment, MemorySplit, Normalisation
+from secateur.data import Augment, MemorySplit, Normalization
 from secateur.data._buffers import Floats
 
 HOLDERS: dict[str, Callable[[Tensor], object]] = {
@@ -26,7 +26,7 @@ def address(batch: Tensor) -> int:
 
 
 def made(floats: Floats, n: int = 2) -> Tensor:
-    return Normalisation((0.5,) * 3, (0.5,) * 3)(torch.zeros(n, 4, 4, 3, dtype=torch.uint8), floats)
+    return Normalization((0.5,) * 3, (0.5,) * 3)(torch.zeros(n, 4, 4, 3, dtype=torch.uint8), floats)
 
 
 @pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS.keys())
@@ -53,7 +53,7 @@ def test_more_than_a_few_batches_are_not_kept() -> None:
 @given(kept=st.lists(st.booleans(), min_size=9, max_size=9))
 def test_batches_that_are_kept_stay_what_they_were(kept: list[bool]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (41, 3, 6, 5), dtype=np.uint8)
-    split = MemorySplit(torch.from_numpy(pixels), torch.arange(41), Normalisation((0.5,) * 3, (0.2,) * 3))
+    split = MemorySplit(torch.from_numpy(pixels), torch.arange(41), Normalization((0.5,) * 3, (0.2,) * 3))
     varied = Augment(padding=1, mixup=0.2)
     copies = [images.clone() for images, _ in split.batches(5, seed=3, augment=varied)]
     batches = split.batches(5, seed=3, augment=varied)

@@ -22,7 +22,7 @@ def test_digits():
     assert all(34 <= count <= 38 for count in counts)  # a fifth of 174 to 183 of each class
 
 
-def test_digits_are_normalised_to_about_zero_and_one():
+def test_digits_are_normalized_to_about_zero_and_one():
     data = load_data("digits")
     images = torch.cat([next(iter(split.batches(2000)))[0] for split in (data.train, data.validation, data.test)])
     assert abs(float(images.mean())) < 0.01

@@ -1,15 +1,15 @@
-"""Random erasing: boxes of the stated size, filled with the mean colour, one image at a time."""
+"""Random erasing: boxes of the stated size, filled with the mean color, one image at a time."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from secateur.data import Augment, MemorySplit, Normalisation
+from secateur.data import Augment, MemorySplit, Normalization
 from secateur.data.transforms import erased_boxes
 from secateur.errors import DataError
 
-HALF = Normalisation((0.5,) * 3, (0.25,) * 3)
+HALF = Normalization((0.5,) * 3, (0.25,) * 3)
 
 
 def split(n: int = 200) -> MemorySplit:
@@ -22,7 +22,7 @@ def by_label(augment: Augment, batch_size: int = 32) -> Tensor:
     return torch.cat([x for x, _ in batches])[torch.cat([y for _, y in batches]).argsort()]
 
 
-def test_a_box_of_each_chosen_image_is_the_mean_colour():
+def test_a_box_of_each_chosen_image_is_the_mean_color():
     plain = by_label(Augment(padding=0, flip=False))
     erased = by_label(Augment(padding=0, flip=False, erase=0.4))
     boxes = erased_boxes(200, 0.4, 20, 16, seed=0, epoch=3).tolist()

@@ -10,7 +10,7 @@ import torch
 from image_sets import CLASSES, encode, random_pixels
 from PIL import Image
 
-from secateur.data import Augment, FolderSplit, MemorySplit, Normalisation, load_data
+from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, load_data
 from secateur.errors import DataError
 
 Make = Callable[..., Path]
@@ -52,7 +52,7 @@ def test_folders_of_mixed_sizes_are_streamed(image_folder: Make):
     assert data.size == (3, 14, 14)
     assert data.augment == Augment(padding=0, flip=True, min_area=0.08)
     images, labels = next(iter(data.test.batches(6)))
-    photo = Image.fromarray(random_pixels(1, 20, 30, seed=0)[0])  # shorter side to 14 / 0.875 = 16, centre of 14
+    photo = Image.fromarray(random_pixels(1, 20, 30, seed=0)[0])  # shorter side to 14 / 0.875 = 16, center of 14
     expected = np.asarray(photo.resize((24, 16), Image.Resampling.BILINEAR).crop((5, 1, 19, 15)))
     np.testing.assert_array_equal(images[0].permute(1, 2, 0).numpy(), expected)
     assert labels[0] == 0
@@ -118,7 +118,7 @@ def test_large_jpegs_are_decoded_smaller_for_crops_and_hardly_differ(tmp_path: P
     augment = Augment(padding=0, flip=False, min_area=0.3)
     batches = []
     for path in paths:
-        split = FolderSplit((path,) * 20, torch.arange(20), (3, 64, 64), Normalisation((0.0,) * 3, (1 / 255,) * 3))
+        split = FolderSplit((path,) * 20, torch.arange(20), (3, 64, 64), Normalization((0.0,) * 3, (1 / 255,) * 3))
         batches.append(next(split.batches(20, seed=0, augment=augment))[0])
     difference = (batches[0] - batches[1]).abs()
     assert 0 < float(difference.max()) <= 8
@@ -129,24 +129,24 @@ def test_large_jpegs_are_decoded_smaller_for_crops_and_hardly_differ(tmp_path: P
 
 def load_folder_split(path: Path, copies: int) -> FolderSplit:
     return FolderSplit(
-        (path,) * copies, torch.zeros(copies, dtype=torch.int64), (3, 16, 16), Normalisation((0.0,) * 3, (1 / 255,) * 3)
+        (path,) * copies, torch.zeros(copies, dtype=torch.int64), (3, 16, 16), Normalization((0.0,) * 3, (1 / 255,) * 3)
     )
 
 
-def test_grey_folders_have_one_channel(image_folder: Make):
-    assert load_data(image_folder(grey=True)).size == (1, 8, 8)
+def test_gray_folders_have_one_channel(image_folder: Make):
+    assert load_data(image_folder(gray=True)).size == (1, 8, 8)
 
 
-def test_streamed_grey_folders_have_one_channel_and_refuse_colour(image_folder: Make):
-    folder = image_folder(grey=True, size=lambda i: (20 + i, 30))
+def test_streamed_gray_folders_have_one_channel_and_refuse_color(image_folder: Make):
+    folder = image_folder(gray=True, size=lambda i: (20 + i, 30))
     data = load_data(folder, image_size=14)
     assert next(iter(data.train.batches(4)))[0].shape == (4, 1, 14, 14)
     (folder / "test" / "owl" / "001.png").write_bytes(encode(random_pixels(1, 20, 20)[0]))
-    with pytest.raises(DataError, match=r"owl/001\.png must be grey like the other images; got colour"):
+    with pytest.raises(DataError, match=r"owl/001\.png must be gray like the other images; got color"):
         list(data.test.batches(4))
 
 
-def test_streamed_grey_images_among_colour_ones_become_colour(image_folder: Make):
+def test_streamed_gray_images_among_color_ones_become_color(image_folder: Make):
     folder = image_folder(size=lambda i: (20 + i, 30))
     (folder / "test" / "cat" / "000.png").write_bytes(encode(np.full((20, 20), 7, dtype=np.uint8)))
     data = load_data(folder, image_size=14, **PLAIN)
@@ -239,4 +239,4 @@ def test_limit_is_checked(image_folder: Make):
 @pytest.mark.parametrize("size", [(2, 8, 8), (3, 8, 9)])
 def test_streams_make_squares_of_one_or_three_channels(size: tuple[int, int, int]):
     with pytest.raises(DataError, match="`size` must be 1 or 3 channels and a square"):
-        FolderSplit((Path("a.png"),), torch.zeros(1, dtype=torch.int64), size, Normalisation((0.5,), (0.5,)))
+        FolderSplit((Path("a.png"),), torch.zeros(1, dtype=torch.int64), size, Normalization((0.5,), (0.5,)))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 
-from secateur.data import Augment, MemorySplit, Normalisation
+from secateur.data import Augment, MemorySplit, Normalization
 from secateur.data.transforms import Mix, drawn_mixes, pasted_box
 from secateur.distill import label_loss
 from secateur.errors import DataError
 
-BYTES = Normalisation((0.0,) * 3, (1 / 255,) * 3)
+BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
 STILL = {"padding": 0, "flip": False}
 
 
@@ -126,7 +126,7 @@ def test_labels_are_probabilities_for_all_classes_that_are_known():
     assert labels.dtype == torch.float32
     assert labels.shape == (len(images), 3)
     known = MemorySplit(split(classes=3).images, torch.arange(50) % 3, BYTES, classes=7)
-    for part in (known, known.subset(torch.arange(20)), known.normalised(BYTES)):
+    for part in (known, known.subset(torch.arange(20)), known.normalized(BYTES)):
         assert batches(part, Augment(cutmix=1.0))[0][1].shape == (16, 7)
     with pytest.raises(DataError, match="`classes` must be more than the highest label, 2; got 2"):
         MemorySplit(known.images, known.labels, BYTES, classes=2)

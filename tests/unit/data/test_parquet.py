@@ -83,24 +83,24 @@ def test_without_metadata_classes_are_numbered(parquet: Make):
     assert load_data(parquet(names=None)).classes == ("0", "1", "2")
 
 
-def test_grey_sets_have_one_channel_and_are_not_mirrored(parquet: Make):
-    grey = random_pixels(30)[..., 0]
-    images = [encode(p) for p in grey]
+def test_gray_sets_have_one_channel_and_are_not_mirrored(parquet: Make):
+    gray = random_pixels(30)[..., 0]
+    images = [encode(p) for p in gray]
     data = load_data(parquet(train={"images": images}, test={"images": images[:6]}))
     assert data.size == (1, 8, 8)
     assert not data.augment.flip
     assert data.mean == (0.5,)
-    np.testing.assert_array_equal(images_of(data.test)[..., 0], grey[:6])
+    np.testing.assert_array_equal(images_of(data.test)[..., 0], gray[:6])
 
 
-def test_grey_images_among_colour_ones_become_colour(parquet: Make):
+def test_gray_images_among_color_ones_become_color(parquet: Make):
     pixels = random_pixels(6)
     data = load_data(parquet(test={"images": [encode(pixels[0][..., 0]), *(encode(p) for p in pixels[1:])]}))
     np.testing.assert_array_equal(images_of(data.test)[0], np.repeat(pixels[0][..., :1], 3, axis=2))
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
-def test_other_colour_modes_become_rgb(parquet: Make, mode: str):
+def test_other_color_modes_become_rgb(parquet: Make, mode: str):
     buffer = io.BytesIO()
     image = Image.fromarray(random_pixels(1)[0]).convert(mode)
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")

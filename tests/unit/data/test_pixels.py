@@ -9,10 +9,10 @@ import torch
 from image_sets import encode, random_pixels
 from PIL import Image
 
-from secateur.data import Augment, FolderSplit, Normalisation
+from secateur.data import Augment, FolderSplit, Normalization
 from secateur.errors import DataError
 
-BYTES = Normalisation((0.0,) * 3, (1 / 255,) * 3)
+BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
 SIDE, SHORTER = 14, 16
 
 
@@ -26,7 +26,7 @@ def saved(path: Path, kind: str, seed: int = 0) -> Path:
     turned = Image.Exif()
     turned[0x0112] = 6
     settings = {"progressive": {"progressive": True}, "turned": {"exif": turned}}.get(kind, {})
-    mode = {"grey": "L", "printed": "CMYK"}.get(kind, "RGB")
+    mode = {"gray": "L", "printed": "CMYK"}.get(kind, "RGB")
     image.convert(mode).save(path, "JPEG", **settings)
     return path
 
@@ -39,7 +39,7 @@ def _read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("_read")
-@pytest.mark.parametrize("kind", ["plain", "grey", "printed", "progressive", "turned"])
+@pytest.mark.parametrize("kind", ["plain", "gray", "printed", "progressive", "turned"])
 def test_jpegs_have_the_pixels_that_pil_gives(tmp_path: Path, kind: str):
     path = saved(tmp_path / "photo.jpg", kind)
     images, _ = next(split_of(path).batches(1))
@@ -84,7 +84,7 @@ def test_batches_are_the_same_with_any_number_of_threads(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("whole", [True, False])
 def test_floats_are_those_of_the_formula_bit_for_bit(shape: tuple[int, ...], whole: bool):
     """Whatever the parts that are computed at once."""
-    usual = Normalisation.usual(shape[-1])
+    usual = Normalization.usual(shape[-1])
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     given = pixels if whole else (pixels.permute(0, 3, 1, 2).contiguous().float() / 2).permute(0, 2, 3, 1)
     mean, std = torch.tensor(usual.mean) * 255, torch.tensor(usual.std) * 255

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from secateur.data import Augment, FolderSplit, MemorySplit, Normalisation, Split
+from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, Split
 from secateur.data.auto_augment import policy_of
 from secateur.errors import DataError
 
-BYTES = Normalisation((0.0,) * 3, (1 / 255,) * 3)
-USUAL = Normalisation.usual(3)
+BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
+USUAL = Normalization.usual(3)
 NAMES = ("rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.7-tweights", "original-mstd0.5", "v0", "3a", "augmix-m3-w2")
 
 
@@ -92,7 +92,7 @@ def test_nothing_of_timms_module_or_the_callers_generators_is_changed():
 
 def memory_split(channels: int = 3) -> MemorySplit:
     images = torch.from_numpy(pixels(channels=channels)).permute(0, 3, 1, 2)
-    return MemorySplit(images, torch.arange(24), Normalisation((0.0,) * channels, (1 / 255,) * channels))
+    return MemorySplit(images, torch.arange(24), Normalization((0.0,) * channels, (1 / 255,) * channels))
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -130,10 +130,10 @@ def test_policies_of_held_and_streamed_sets_are_equal(image_folder: Callable[...
         assert torch.equal(a[1], b[1])
 
 
-def test_grey_images_stay_grey_and_others_are_refused():
+def test_gray_images_stay_gray_and_others_are_refused():
     images, _ = next(memory_split(channels=1).batches(24, seed=0, augment=Augment(auto_augment="original")))
     assert images.shape == (24, 1, 12, 12)
-    with pytest.raises(DataError, match="`auto_augment` must be given grey or colour images; got 4 channels"):
+    with pytest.raises(DataError, match="`auto_augment` must be given gray or color images; got 4 channels"):
         memory_split(channels=4).batches(4, seed=0, augment=Augment(auto_augment="original"))
 
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalisation, Split, calibration, load_data
+from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalization, Split, calibration, load_data
 from secateur.errors import DataError
 
-BYTES = Normalisation((0.0,) * 3, (1 / 255,) * 3)
+BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
 """Gives the bytes back as floats."""
 
 
@@ -140,12 +140,12 @@ def test_subset_takes_positions_in_order(split: Split):
     assert torch.equal(images, whole[index])
 
 
-def test_normalisation_is_its_formula():
+def test_normalization_is_its_formula():
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     split = memory_split()
     pixels = split.images.double() / 255
     expected = (pixels - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
-    images, _ = everything(split.normalised(Normalisation(mean, std)))
+    images, _ = everything(split.normalized(Normalization(mean, std)))
     torch.testing.assert_close(images.double(), expected, rtol=0, atol=1e-6)  # float32 of values below 3
 
 

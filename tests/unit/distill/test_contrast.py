@@ -129,13 +129,13 @@ def test_training_pulls_the_embeddings_of_an_image_together() -> None:
     module = crd(size=64, negatives=16)
     student, teacher = random(8, 3, seed=30).float(), random(8, 5, seed=31).float()
     labels = torch.arange(8)
-    optimiser = torch.optim.Adam(module.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     losses = []
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.append(module(student, teacher, labels))
         losses[-1].backward()
-        optimiser.step()
+        optimizer.step()
     assert losses[-1].item() < losses[0].item() / 2
 
 

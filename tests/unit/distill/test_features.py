@@ -82,11 +82,11 @@ def test_vid_module_begins_with_the_variance_asked_for_and_learns_it() -> None:
     teacher = student + torch.tensor([2.0, 0.5]) * random(4000, 2, seed=12).float()
     vid = VariationalInformation(nn.Identity(), 2, initial_variance=3.0)
     torch.testing.assert_close(vid.variance.detach(), torch.tensor([3.0, 3.0]), rtol=1e-5, atol=0)
-    optimiser = torch.optim.Adam(vid.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(vid.parameters(), lr=0.1)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         vid(student, teacher).backward()
-        optimiser.step()
+        optimizer.step()
     measured = (student - teacher).square().mean(0)
     torch.testing.assert_close(vid.variance.detach(), measured, rtol=0.02, atol=0)
 

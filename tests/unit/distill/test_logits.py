@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from secateur.distill import dist_loss, dkd_loss, kd_loss, standardised, standardised_kd_loss
+from secateur.distill import dist_loss, dkd_loss, kd_loss, standardized, standardized_kd_loss
 from secateur.errors import TrainingError
 
 
@@ -76,29 +76,29 @@ def test_dist_of_one_image_counts_its_classes_as_uncorrelated() -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_standardised_logits_are_numpys_z_scores() -> None:
+def test_standardized_logits_are_numpys_z_scores() -> None:
     logits = 5 * random(6, 7, seed=8) + 3
     z = logits.numpy()
     expected = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
-    np.testing.assert_allclose(standardised(logits).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(standardized(logits).numpy(), expected, rtol=1e-12)
 
 
-def test_standardised_kd_does_not_see_scale_and_shift() -> None:
+def test_standardized_kd_does_not_see_scale_and_shift() -> None:
     student, teacher = random(6, 5, seed=9), random(6, 5, seed=10)
-    loss = standardised_kd_loss(student, teacher).item()
+    loss = standardized_kd_loss(student, teacher).item()
     z = [(x.numpy() - x.numpy().mean(1, keepdims=True)) / x.numpy().std(1, keepdims=True) for x in (student, teacher)]
     expected = 0.0
     for s, t in zip(*z, strict=True):
         q, p = softmax(s / 2.0), softmax(t / 2.0)
         expected += 4.0 * (p * np.log(p / q)).sum() / 6
     assert loss == pytest.approx(expected, rel=1e-12)
-    assert standardised_kd_loss(7 * student + 1, 0.1 * teacher - 2).item() == pytest.approx(loss, rel=1e-10)
+    assert standardized_kd_loss(7 * student + 1, 0.1 * teacher - 2).item() == pytest.approx(loss, rel=1e-10)
 
 
-def test_constant_logits_standardise_to_zero_with_a_finite_gradient() -> None:
+def test_constant_logits_standardize_to_zero_with_a_finite_gradient() -> None:
     logits = torch.full((2, 3), 4.0, requires_grad=True)
-    standardised(logits).sum().backward()
-    assert torch.equal(standardised(logits), torch.zeros(2, 3))
+    standardized(logits).sum().backward()
+    assert torch.equal(standardized(logits), torch.zeros(2, 3))
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 
@@ -106,7 +106,7 @@ def test_constant_logits_standardise_to_zero_with_a_finite_gradient() -> None:
 LOSSES = {
     "dkd": lambda s, t: dkd_loss(s, t, LABELS[:3] % 4, temperature=2.0),
     "dist": lambda s, t: dist_loss(s, t, temperature=2.0),
-    "standardised": standardised_kd_loss,
+    "standardized": standardized_kd_loss,
 }
 
 
@@ -161,7 +161,7 @@ def test_numbers_out_of_range_are_refused() -> None:
     for loss in (
         lambda: dkd_loss(logits, logits, LABELS[:3], temperature=0.0),
         lambda: dist_loss(logits, logits, temperature=0.0),
-        lambda: standardised_kd_loss(logits, logits, temperature=0.0),
+        lambda: standardized_kd_loss(logits, logits, temperature=0.0),
     ):
         with pytest.raises(TrainingError, match=r"`temperature` must be positive and finite; got 0\.0"):
             loss()

@@ -15,7 +15,7 @@ from secateur.distill import (
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
-    standardised_kd_loss,
+    standardized_kd_loss,
 )
 
 published = pytest.importorskip(
@@ -46,7 +46,7 @@ def test_logit_losses_agree() -> None:
     # Theirs divides by the unbiased deviation: ours at a temperature higher by sqrt(5 / 4).
     higher = 2.0 * math.sqrt(5 / 4)
     standard = theirs(published.LogitStdKDLoss(*PLACES, temperature=2.0, alpha=0.0), STUDENT, TEACHER)
-    ours = standardised_kd_loss(STUDENT, TEACHER, temperature=higher).item() / higher**2
+    ours = standardized_kd_loss(STUDENT, TEACHER, temperature=higher).item() / higher**2
     assert ours == pytest.approx(standard, rel=1e-6)
 
 

@@ -21,8 +21,8 @@ from secateur.distill import (
     hint_loss,
     kd_loss,
     label_loss,
-    labelled_feature,
-    labelled_logits,
+    labeled_feature,
+    labeled_logits,
     similarity_loss,
 )
 from secateur.errors import TrainingError
@@ -61,7 +61,7 @@ def test_any_combination_is_the_weighted_sum_of_its_losses() -> None:
         label_weight=0.25,
         temperature=2.0,
         terms=(
-            Term("dkd", partial(dkd_loss, beta=2.0), of=labelled_logits, weight=0.125),
+            Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits, weight=0.125),
             Term("dist", dist_loss, weight=2.0),
             Term("hint", PerTap(hint_loss, adaptors), of=features, weight=3.0, taps=TAPS),
             Term("sp", PerTap(similarity_loss), of=features, weight=7.0, taps={"2": "0"}),
@@ -96,7 +96,7 @@ def test_modules_with_parameters_learn_beside_the_student() -> None:
     objective = ONLY_TERMS(
         terms=(
             Term("vid", vid, of=features, taps=TAPS),
-            Term("crd", ContrastiveRepresentation(4, 8, size=12, negatives=3), of=labelled_feature, taps={"2": "2"}),
+            Term("crd", ContrastiveRepresentation(4, 8, size=12, negatives=3), of=labeled_feature, taps={"2": "2"}),
             Term("review", KnowledgeReview((2, 4), (4, 8)), of=features, taps=TAPS),
             Term("dist", dist_loss),
         )
@@ -135,7 +135,7 @@ def test_per_tap_takes_a_loss_for_each_tap_or_one_for_all() -> None:
 
 def test_descriptions_tell_terms_apart_and_hold_no_addresses() -> None:
     def description(**changed: object) -> str:
-        settings = {"loss": partial(dkd_loss, beta=2.0), "of": labelled_logits, "weight": 0.5, "taps": TAPS, **changed}
+        settings = {"loss": partial(dkd_loss, beta=2.0), "of": labeled_logits, "weight": 0.5, "taps": TAPS, **changed}
         return Term("a", **settings).description  # type: ignore[arg-type]
 
     same = description()

@@ -25,7 +25,7 @@ RUNNER = {_onnx: "session_runner", _pt2: "_runner"}
 
 
 class Net(nn.Module):
-    """Convolutions, batch normalisation that differs between train and eval, an option-A pad, a flatten."""
+    """Convolutions, batch normalization that differs between train and eval, an option-A pad, a flatten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def model() -> Net:
 
 @pytest.fixture
 def translated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Translate `Net` to ONNX, which takes seconds, only once for the tests of what happens afterwards."""
+    """Translate `Net` to ONNX, which takes seconds, only once for the tests of what happens afterward."""
     real = _onnx.onnx_bytes
 
     def remembered(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:

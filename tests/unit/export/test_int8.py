@@ -13,7 +13,7 @@ from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export import Quantised, compare_int8_file, export_int8, onnx_bytes
+from secateur.export import Quantized, compare_int8_file, export_int8, onnx_bytes
 from secateur.train import Silent, fit
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def model() -> nn.Module:
     return _taught(small_net())
 
 
-def _export(model: nn.Module, path: Path, **more: float) -> Quantised:
+def _export(model: nn.Module, path: Path, **more: float) -> Quantized:
     return export_int8(model, [images for images, _ in _batches(TRAIN)], _batches(TEST), path, **more)
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_refused(model: nn.Module, tmp_path: Path) -> Non
         export_int8(model, [images], _batches(TEST), tmp_path / "model.int8")
     with pytest.raises(ExportError, match=r"`calibration` must hold batches of at least two images"):
         export_int8(model, [], _batches(TEST), tmp_path / "model.onnx")
-    with pytest.raises(ExportError, match=r"`labelled` must hold at least one image"):
+    with pytest.raises(ExportError, match=r"`labeled` must hold at least one image"):
         export_int8(model, [images], [], tmp_path / "model.onnx")
     with pytest.raises(ExportError, match=r"must give logits \(batch, classes\).* int8 is for classifiers"):
         export_int8(model[:1], [images], _batches(TEST), tmp_path / "model.onnx")
@@ -169,9 +169,9 @@ def test_what_cannot_be_used_is_refused(model: nn.Module, tmp_path: Path) -> Non
 
 
 def test_what_is_usual() -> None:
-    found = Quantised(top1=0.89, float_top1=0.9, agreement=0.97, n=1000)
+    found = Quantized(top1=0.89, float_top1=0.9, agreement=0.97, n=1000)
     assert found.kept == pytest.approx(0.98889, abs=1e-5)
     assert not found.usual
-    assert Quantised(0.8911, 0.9, 0.97, 1000).usual
+    assert Quantized(0.8911, 0.9, 0.97, 1000).usual
     assert str(found) == "89.00 % of 1000 images right, in float 90.00 %; the same answer for 97.00 %"
     assert found.to_json() == {"top1": 0.89, "float_top1": 0.9, "agreement": 0.97, "n": 1000}

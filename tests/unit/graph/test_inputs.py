@@ -89,11 +89,11 @@ def test_an_input_by_keyword_only_is_refused():
         (lambda m: m.to("meta"), "meta device"),
         (
             lambda m: torch.ao.quantization.quantize_dynamic(nn.Sequential(m, nn.Linear(5, 5)), {nn.Linear}),
-            "is quantised. Prune the floating-point model",
+            "is quantized. Prune the floating-point model",
         ),
         (lambda m: nn.Flatten(), "has no parameters"),
     ],
-    ids=["compiled", "parallel", "lazy", "meta", "quantised", "empty"],
+    ids=["compiled", "parallel", "lazy", "meta", "quantized", "empty"],
 )
 def test_models_that_must_be_prepared_first(wrap, reason):
     model, example = ZOO["plain"]()

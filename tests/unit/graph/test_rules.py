@@ -35,7 +35,7 @@ IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def traced(model: nn.Module) -> ChannelGraph:
-    """Trace, and prove on three random cuts that nothing had to be frozen afterwards and the cost is right."""
+    """Trace, and prove on three random cuts that nothing had to be frozen afterward and the cost is right."""
     graph = trace(model.eval(), IMAGES)
     for seed in range(2):
         architecture = random_architecture(graph, seed)
@@ -148,7 +148,7 @@ OVER_KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "group_norm": nn.GroupNorm(3, 12),
     "group_norm_by_hand": GroupsByHand(3),
     "efficient_channel_attention": EfficientChannelAttention(),
-    "standardised_weight": StandardisedConvolution(12, 12, 3, padding=1),
+    "standardized_weight": StandardisedConvolution(12, 12, 3, padding=1),
     "groups_of_two": nn.GroupNorm(6, 12),
     "one_group": nn.GroupNorm(1, 12),
 }
@@ -179,8 +179,8 @@ def test_layer_norm_of_a_cut_model_by_hand():
     made = cut(model, trace(model, x), Architecture.of({"wide": kept}))
     assert made.verification.frozen == ()
     features = model.wide(x)[:, kept]
-    centred = features - features.mean(1, keepdim=True)
-    normed = centred / (centred.square().mean(1, keepdim=True) + model.norm.eps).sqrt()
+    centered = features - features.mean(1, keepdim=True)
+    normed = centered / (centered.square().mean(1, keepdim=True) + model.norm.eps).sqrt()
     normed = normed * model.norm.weight[kept] + model.norm.bias[kept]
     expected = normed @ model.head.weight[:, kept].T + model.head.bias
     torch.testing.assert_close(made.model(x), expected)

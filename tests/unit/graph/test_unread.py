@@ -22,7 +22,7 @@ def image(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(ZOO))
-def test_what_is_learnt_is_the_same_with_every_number(name):
+def test_what_is_learned_is_the_same_with_every_number(name):
     """The calls, their order, their shapes and all that follows from them, in every net of the zoo."""
     model, example = ZOO[name]()
     example = positional(model, example)

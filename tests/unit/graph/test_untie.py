@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from cuts import apart, outputs
-from hand_graphs import randomised
+from hand_graphs import randomized
 from torch import Tensor, nn
 from zoo import ZOO
 from zoo_convolutional import Head, conv_bn
@@ -195,7 +195,7 @@ ROWS = {
 def test_rows_of_many_kinds_are_cut_exactly(row: str):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = randomised(Around(ROWS[row](), ROWS[row]()))
+        model = randomized(Around(ROWS[row](), ROWS[row]()))
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
     branches = [axis for axis in graph.prunable if axis.into]
@@ -258,7 +258,7 @@ NO_ROWS = {
 
 @pytest.mark.parametrize("row", NO_ROWS)
 def test_what_is_no_branch_stays_tied(row: str):
-    model = randomised(Around(NO_ROWS[row](), conv()))
+    model = randomized(Around(NO_ROWS[row](), conv()))
     graph = untie(model, trace(model, torch.zeros(1, 3, 6, 6)))
     assert [axis.outlet for axis in graph.axes if axis.into and not axis.outlet.endswith("gate")] == ["second"]
 
@@ -266,7 +266,7 @@ def test_what_is_no_branch_stays_tied(row: str):
 def test_shared_weights_stay_tied():
     model = Around(conv(), conv())
     model.second.weight = model.first.weight
-    graph = trace(randomised(model), torch.zeros(1, 3, 6, 6))
+    graph = trace(randomized(model), torch.zeros(1, 3, 6, 6))
     assert untie(model, graph) is graph
 
 
@@ -289,7 +289,7 @@ class Mixer(nn.Module):
 
 
 def test_the_channels_of_a_branch_may_run_beside_others():
-    model = randomised(Mixer())
+    model = randomized(Mixer())
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
     (axis,) = (axis for axis in graph.prunable if axis.into)
@@ -313,7 +313,7 @@ class Pair(nn.Module):
 
 
 def test_a_stream_of_branches_alone_has_a_width_of_its_own():
-    model = randomised(Pair())
+    model = randomized(Pair())
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
     assert places(graph, "left") == {("head.fc.weight", 1)}

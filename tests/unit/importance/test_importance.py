@@ -219,7 +219,7 @@ def test_taylor_works_where_gradients_are_off_and_parameters_are_frozen():
 
 
 def test_taylor_needs_batches():
-    with pytest.raises(DataError, match="`batches` must hold labelled images for Taylor; got none"):
+    with pytest.raises(DataError, match="`batches` must hold labeled images for Taylor; got none"):
         Taylor().scores(Evidence(*plain()))
 
 

@@ -1,4 +1,4 @@
-"""Reconstruction: what neighbours can replace goes first, whoever reads it."""
+"""Reconstruction: what neighbors can replace goes first, whoever reads it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -109,7 +109,7 @@ def test_the_first_to_go_has_the_written_damage():
     with torch.no_grad():
         x = torch.relu(model.first(images)).mean((2, 3))
         residual = 1 / torch.linalg.inv(x.T @ x / len(x)).diagonal()
-        # Random signs, centred: the expected square of a centred sign among four is 1 - 1/4.
+        # Random signs, centered: the expected square of a centered sign among four is 1 - 1/4.
         damage = 0.5 * 0.75 * model.reader[2].weight.square().sum(0) * residual
     first = int(damage.argmin())
     assert int(scores.argmin()) == first

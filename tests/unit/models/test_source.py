@@ -42,7 +42,7 @@ def text():
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_nets.py").write_text(USER_CODE)
-    (tmp_path / "my_faulty.py").write_text("import torch\nraise OSError('no licence')\n")
+    (tmp_path / "my_faulty.py").write_text("import torch\nraise OSError('no license')\n")
     (tmp_path / "my_needy.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("my_nets", "my_faulty", "my_needy"):
@@ -161,7 +161,7 @@ def test_user_code_is_not_even_imported_without_trust(user_module: str):
         ("my_netz:net", {}, "must name a module that can be imported; No module named 'my_netz'. .*PYTHONPATH"),
         ("..evil:net", {}, "could not be imported: TypeError"),
         ("my_needy:net", {}, "No module named 'a_package_that_is_not_there'"),
-        ("my_faulty:net", {}, r"could not be imported: OSError: no licence \(.*my_faulty\.py, line 2\)"),
+        ("my_faulty:net", {}, r"could not be imported: OSError: no license \(.*my_faulty\.py, line 2\)"),
         ("my_nets:nett", {}, r"must name a function of my_nets; there is none\. It has net"),
         ("my_nets:instance", {}, "must be a function or class that makes a model; got a Linear"),
         ("my_nets:number", {}, "must be a function or class that makes a model; got a int"),

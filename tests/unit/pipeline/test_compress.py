@@ -255,7 +255,7 @@ def test_original_that_guesses_is_noted():
 def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
-    def sceptical(model: nn.Module, graph: secateur.ChannelGraph, *args: object, **kwargs: object):
+    def skeptical(model: nn.Module, graph: secateur.ChannelGraph, *args: object, **kwargs: object):
         calls.append(len(graph.prunable))
         done = cut(model, graph, *args, **kwargs)
         if len(calls) > 1:
@@ -264,7 +264,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
         proof = replace(done.verification, frozen=((axis, "for this test"),))
         return replace(done, graph=graph.with_frozen({axis: "for this test"}), verification=proof)
 
-    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", sceptical)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", skeptical)
     said: list[str] = []
     model = _model()
     result = compress(model, noise_data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)

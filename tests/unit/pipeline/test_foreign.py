@@ -107,7 +107,7 @@ def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     out, split = tmp_path / "small", noise_split(64, 0)
-    dying = Dying(split.images, split.labels, split.normalisation)
+    dying = Dying(split.images, split.labels, split.normalization)
     whole = run(objective=Objective(terms=(hint(),)))
     with pytest.raises(KeyboardInterrupt):
         run(noise_data(dying), out=out, objective=Objective(terms=(hint(),)))

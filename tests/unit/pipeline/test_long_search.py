@@ -197,14 +197,14 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
             folders.append(problem.checkpoint)
             return super().find(problem)
 
-    def sceptical(source: nn.Module, graph: secateur.ChannelGraph, *args: Any, **settings: Any) -> Cut:
+    def skeptical(source: nn.Module, graph: secateur.ChannelGraph, *args: Any, **settings: Any) -> Cut:
         done = cut(source, graph, *args, **settings)
         if len(graph.prunable) < 2:
             return done
         proof = replace(done.verification, frozen=(("0", "for this test"),))
         return replace(done, graph=graph.with_frozen({"0": "for this test"}), verification=proof)
 
-    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", sceptical)
+    monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", skeptical)
 
     class SecondTime(Watching):
         def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
@@ -319,8 +319,8 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
     kept = done.architecture.by_name
     assert set(kept["branch/branch"]) < set(kept["stem"])
     assert done.found.cost.macs == counted_macs(done.model, torch.zeros(1, 3, 8, 8))
-    utilisation = done.found.notes["utilisation"]
-    assert utilisation == {"macs": done.found.cost.macs / (0.6 * done.found.original.macs)}
+    utilization = done.found.notes["utilization"]
+    assert utilization == {"macs": done.found.cost.macs / (0.6 * done.found.original.macs)}
 
 
 def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

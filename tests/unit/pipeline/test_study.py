@@ -11,8 +11,7 @@ from noise_images import noise_data, noise_split
 
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
-from secateur.pipeline._study import FAMILIES, Family, Order, Pruned, Study, Taught, run_study
-from secateur.pipeline._study import _size_table, gains
+from secateur.pipeline._study import FAMILIES, Family, Order, Pruned, Study, Taught, _size_table, gains, run_study
 from secateur.train import Precision, Schedule
 
 TINY = Schedule(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)
@@ -44,11 +43,11 @@ def test_every_way_to_every_size_once() -> None:
     phases = {(cell.taught, cell.order): (cell.before, cell.after) for cell in cells}
     assert phases == {
         (Taught.LABELS, Order.BOTH): (Taught.LABELS, Taught.LABELS),
-        (Taught.KD, Order.DISTIL_THEN_PRUNE): (Taught.KD, Taught.LABELS),
-        (Taught.KD, Order.PRUNE_THEN_DISTIL): (Taught.LABELS, Taught.KD),
+        (Taught.KD, Order.DISTILL_THEN_PRUNE): (Taught.KD, Taught.LABELS),
+        (Taught.KD, Order.PRUNE_THEN_DISTILL): (Taught.LABELS, Taught.KD),
         (Taught.KD, Order.BOTH): (Taught.KD, Taught.KD),
-        (Taught.KD_AND_HINTS, Order.DISTIL_THEN_PRUNE): (Taught.KD_AND_HINTS, Taught.LABELS),
-        (Taught.KD_AND_HINTS, Order.PRUNE_THEN_DISTIL): (Taught.LABELS, Taught.KD_AND_HINTS),
+        (Taught.KD_AND_HINTS, Order.DISTILL_THEN_PRUNE): (Taught.KD_AND_HINTS, Taught.LABELS),
+        (Taught.KD_AND_HINTS, Order.PRUNE_THEN_DISTILL): (Taught.LABELS, Taught.KD_AND_HINTS),
         (Taught.KD_AND_HINTS, Order.BOTH): (Taught.KD_AND_HINTS, Taught.KD_AND_HINTS),
     }
     assert [family.name for family in FAMILIES] == ["resnet", "densenet", "efficientnet", "mobilenet"]
@@ -70,7 +69,7 @@ def test_cells_are_what_they_say(whole: tuple[Path, tuple[Any, ...]]) -> None:
         assert row["efficiency_params"] == pytest.approx(kept / (row["nonzero"] / row["teacher_params"]))
         assert row["efficiency_macs"] == pytest.approx(kept / (row["macs"] / row["teacher_macs"]))
     # The student before pruning is one for all that begin alike.
-    assert len({row["student_accuracy"] for row in rows if row["order"] == Order.PRUNE_THEN_DISTIL}) == 1
+    assert len({row["student_accuracy"] for row in rows if row["order"] == Order.PRUNE_THEN_DISTILL}) == 1
 
 
 def test_the_table_and_the_page_hold_every_cell(whole: tuple[Path, tuple[Any, ...]]) -> None:

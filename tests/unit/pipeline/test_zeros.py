@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_under_the_same_masks(tmp_path: Path) -> None:
     split = noise_split(64, 0)
     with pytest.raises(KeyboardInterrupt):
         run(
-            "macs=60%, nonzero=25%", noise_data(Dying(split.images, split.labels, split.normalisation)), out=out,
+            "macs=60%, nonzero=25%", noise_data(Dying(split.images, split.labels, split.normalization)), out=out,
             pruning=pruning,
         )  # fmt: skip
     resumed = run("macs=60%, nonzero=25%", out=out, pruning=pruning, leftover=Leftover.RESUME)

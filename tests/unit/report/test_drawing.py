@@ -134,11 +134,11 @@ def test_everything_lies_inside_of_the_picture(graph: ChannelGraph):
     assert max(ends) <= width
 
 
-def test_frozen_axes_are_grey_and_say_why(graph: ChannelGraph):
+def test_frozen_axes_are_gray_and_say_why(graph: ChannelGraph):
     chosen = Choices(exclude=("block.conv1",)).apply(graph)
     lane = next(lane for lane in layout(chosen).lanes if lane.axis.name == "block.conv1")
     assert lane.whole
-    assert lane.colour == "#8b8f98"
+    assert lane.color == "#8b8f98"
     assert lane.words.endswith("Stays whole: matched exclude pattern 'block.conv1'")
     assert sentence_of(chosen.by_name["head"]) == "Stays whole: reaches the model's output"
     (bracket,) = layout(chosen).brackets

@@ -192,11 +192,11 @@ def test_pictures_have_words_and_tables_have_headers() -> None:
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
     assert ("html", {"lang": "en"}) in page.tags
     assert any(a.get("name") == "viewport" for _, a in page.tags)
-    labelled = {a["aria-labelledby"] for tag, a in page.tags if tag == "section"}
-    assert labelled == {a["id"] for tag, a in page.tags if tag == "h2"}
+    labeled = {a["aria-labeledby"] for tag, a in page.tags if tag == "section"}
+    assert labeled == {a["id"] for tag, a in page.tags if tag == "h2"}
 
 
-def test_both_colour_schemes_are_styled() -> None:
+def test_both_color_schemes_are_styled() -> None:
     text = render(RUN)
     light, dark = (re.findall(r"(--[a-z-]+): #", part) for part in text.split("prefers-color-scheme: dark", 1))
     assert light

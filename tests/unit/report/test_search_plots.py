@@ -1,4 +1,4 @@
-"""The pictures of a search: where each colour lies, and what is left out."""
+"""The pictures of a search: where each color lies, and what is left out."""
 
 import re
 from dataclasses import replace
@@ -16,7 +16,7 @@ def searched(epoch: int, *kept: float, entropy: float = 0.5, macs: float | None 
 
 
 def cells(drawn: HeatMap) -> dict[tuple[int, int], float]:
-    """(row, column) to the kept fraction that its colour stands for: the paths, read back."""
+    """(row, column) to the kept fraction that its color stands for: the paths, read back."""
     found: dict[tuple[int, int], float] = {}
     for shade in drawn.shades:
         for x, y, length in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", shade.path):
@@ -26,7 +26,7 @@ def cells(drawn: HeatMap) -> dict[tuple[int, int], float]:
     return found
 
 
-def test_every_cell_has_the_colour_of_its_fraction() -> None:
+def test_every_cell_has_the_color_of_its_fraction() -> None:
     kept = [(0.9, 0.3), (0.9, 0.45), (1.0, 0.34)]
     plots = search_plots([searched(n, *parts) for n, parts in enumerate(kept, 1)], None)
     assert plots is not None
@@ -52,7 +52,7 @@ def test_many_epochs_share_columns_and_the_last_is_at_the_right() -> None:
     assert [found[0, column] for column in range(120)] == sorted(found.values())
     assert [tick.text for tick in plots.widths.ticks] == ["8", "200", "400", "600", "800", "1000"]
     assert plots.widths.ticks[-1].at == pytest.approx(100 * 119.5 / 120)
-    # Read from the picture at a tick: the colour there is that of its epoch, within a column and half a shade.
+    # Read from the picture at a tick: the color there is that of its epoch, within a column and half a shade.
     for tick in plots.widths.ticks:
         assert found[0, int(tick.at / 100 * 120)] == pytest.approx(int(tick.text) / 1000, abs=1 / 120 + 0.5 / 24)
 

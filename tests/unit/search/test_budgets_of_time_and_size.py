@@ -53,7 +53,7 @@ def test_every_strategy_keeps_to_every_bound_and_fills_one(strategy, budget: str
     used = {name: getattr(found.cost, name) / limit for name, limit in limits.items()}
     assert max(used.values()) <= 1
     assert max(used.values()) >= 0.97
-    assert found.notes["utilisation"] == pytest.approx(used)
+    assert found.notes["utilization"] == pytest.approx(used)
     costs = CostModel(GRAPH, (LATENCY, FileSize.of(MODEL, GRAPH)))
     again = costs.cost(found.architecture)
     assert found.cost.latency_s == again.latency_s == LATENCY.of_widths(costs.widths(found.architecture)[None])[0]

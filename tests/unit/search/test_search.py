@@ -60,7 +60,7 @@ def test_a_budget_that_is_met_already_returns_the_whole_model():
     found = search(model, graph, Fixed(Architecture()), budget="macs=100%, params<=1G")
     assert found.architecture.widths == {"conv1": 8, "conv2": 12}
     assert found.cost == found.original == CostModel(graph).original
-    assert found.notes["utilisation"]["macs"] == 1
+    assert found.notes["utilization"]["macs"] == 1
 
 
 def test_what_is_found_is_complete_and_plain():
@@ -69,7 +69,7 @@ def test_what_is_found_is_complete_and_plain():
     assert found.budget == Budget(macs="40%")
     assert found.strategy == "Uniform(importance=L1())"
     assert found.cost == CostModel(graph).cost(found.architecture)
-    assert found.notes["utilisation"]["macs"] == found.cost.macs / (0.4 * found.original.macs)
+    assert found.notes["utilization"]["macs"] == found.cost.macs / (0.4 * found.original.macs)
     data = json.loads(json.dumps(found.to_json()))
     assert Architecture.from_json(data["architecture"]) == found.architecture
     assert Cost.from_json(data["cost"]) == found.cost
@@ -147,7 +147,7 @@ def test_progress_is_reported():
 @pytest.mark.parametrize(
     ("thing", "text"),
     [
-        (GlobalImportance(), "GlobalImportance(importance=L2(), normalise=by_axis_mean)"),
+        (GlobalImportance(), "GlobalImportance(importance=L2(), normalize=by_axis_mean)"),
         (PCASlimming(Weights(Correlation())), "PCASlimming(source=Weights(matrix=Correlation()), importance=L2())"),
         (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.0, rules=())"),
         (L2, "<class 'secateur.importance._weights.L2'>"),
@@ -201,25 +201,25 @@ def test_global_importance_ranks_groups_of_channels_by_their_mean():
     assert found.architecture.widths == {"conv1": 4, "conv2": 8}
 
 
-def test_normalisers():
+def test_normalizers():
     scores = np.array([1.0, 3.0, 0.0, 3.0])
     np.testing.assert_allclose(as_scored(scores), scores)
     np.testing.assert_allclose(by_axis_mean(scores), scores / 1.75)
     np.testing.assert_allclose(by_axis_max(scores), scores / 3)
     np.testing.assert_allclose(by_axis_norm(scores), scores / np.sqrt(19))
     np.testing.assert_allclose(by_axis_rank(scores), [0.25, 0.5, 0, 0.5])
-    for normalise in (as_scored, by_axis_mean, by_axis_max, by_axis_norm, by_axis_rank):
-        assert (normalise(np.zeros(3)) == 0).all()
+    for normalize in (as_scored, by_axis_mean, by_axis_max, by_axis_norm, by_axis_rank):
+        assert (normalize(np.zeros(3)) == 0).all()
 
 
-def test_normalising_makes_the_scale_of_an_axis_irrelevant():
+def test_normalizing_makes_the_scale_of_an_axis_irrelevant():
     model, graph = plain(40, 60)
     generator = np.random.default_rng(1)
     scores = {"conv1": generator.random(40), "conv2": generator.random(60)}
     scaled = scores | {"conv1": scores["conv1"] * 1024}
-    for normalise in (by_axis_mean, by_axis_max, by_axis_norm, by_axis_rank):
+    for normalize in (by_axis_mean, by_axis_max, by_axis_norm, by_axis_rank):
         first, second = (
-            search(model, graph, GlobalImportance(Given(given), normalise), budget="macs=50%")
+            search(model, graph, GlobalImportance(Given(given), normalize), budget="macs=50%")
             for given in (scores, scaled)
         )
         assert first.architecture == second.architecture

@@ -136,8 +136,8 @@ def test_prefix_of_the_fit_is_the_largest_threshold_within_the_budget():
     def at(t: float) -> np.ndarray:
         return np.array([[1 + (row < t).sum() for row in keys]])
 
-    assert posed.utilisation(at(found.threshold))[0] <= 1
-    assert posed.utilisation(at(np.nextafter(found.threshold, 2)))[0] > 1
+    assert posed.utilization(at(found.threshold))[0] <= 1
+    assert posed.utilization(at(np.nextafter(found.threshold, 2)))[0] > 1
     assert (found.widths >= at(found.threshold)[0]).all()
 
 
@@ -173,13 +173,13 @@ def test_room_left_by_a_coarse_step_is_filled_in_order():
     keys = [np.zeros(3), np.ones(3)]
     found = fit(posed, keys)
     widths = np.array(list(itertools.product((16, 32, 48, 64), repeat=2)))
-    full = posed.utilisation(widths)
-    assert found.utilisation <= 1
+    full = posed.utilization(widths)
+    assert found.utilization <= 1
     one_up = [w for w, f in zip(widths, full, strict=True) if f <= 1 and (w >= found.widths).all()]
     assert [w.tolist() for w in one_up] == [found.widths.tolist()]
 
 
-def neighbours(levels, widths):
+def neighbors(levels, widths):
     """All architectures one step up, or one step down and one up."""
     counts = [int(np.flatnonzero(row == width)[0]) for row, width in zip(levels, widths, strict=True)]
     for up in range(len(levels)):
@@ -208,19 +208,19 @@ def test_fit_is_never_over_and_as_full_as_the_widths_allow(name, bounds, divisor
     generator = np.random.default_rng(seed)
     keys = [np.sort(generator.random(len(levels) - 1)) for levels in posed.levels]
     smallest = np.array([[levels[0] for levels in posed.levels]])
-    if posed.utilisation(smallest)[0] > 1:
+    if posed.utilization(smallest)[0] > 1:
         return
     found = fit(posed, keys)
     everything = np.array(list(itertools.product(*posed.levels)))
-    full = posed.utilisation(everything)
-    assert found.utilisation == posed.utilisation(found.widths[None])[0] <= 1
+    full = posed.utilization(everything)
+    assert found.utilization == posed.utilization(found.widths[None])[0] <= 1
     assert all(width in levels for width, levels in zip(found.widths, posed.levels, strict=True))
     # These spaces are small enough to be searched completely, so the promise holds without exception.
     if (full[full <= 1] >= 0.99).any():
-        assert found.utilisation >= 0.99
+        assert found.utilization >= 0.99
     else:
         assert not any(
-            found.utilisation < posed.utilisation(np.array([n]))[0] <= 1 for n in neighbours(posed.levels, found.widths)
+            found.utilization < posed.utilization(np.array([n]))[0] <= 1 for n in neighbors(posed.levels, found.widths)
         )
 
 
@@ -231,7 +231,7 @@ def test_fine_widths_always_land_within_one_percent(percent, name, seed):
     posed = problem(graph, f"{name}={percent}%")
     generator = np.random.default_rng(seed)
     found = fit(posed, [np.sort(generator.random(299)), np.sort(generator.random(249))])
-    assert 0.99 <= found.utilisation <= 1
+    assert 0.99 <= found.utilization <= 1
 
 
 def chain(widths: list[int]):
@@ -249,17 +249,17 @@ def test_many_coarse_axes_land_within_one_percent_by_exchange(percent):
     graph = chain([64] * 20)
     posed = problem(graph, f"macs={percent}%", SearchSpace(divisor=16))
     found = fit(posed, [levels[1:] / levels[-1] for levels in posed.levels])
-    assert 0.99 <= found.utilisation <= 1
+    assert 0.99 <= found.utilization <= 1
     assert np.abs(found.widths - 64 * np.sqrt(percent / 100)).max() < 48
 
 
 def test_exchange_stops_where_nothing_is_better():
     posed = problem(chain([4] * 14), "macs=30%", SearchSpace(divisor=2))
     found = fit(posed, [np.zeros(1)] * 14)
-    assert found.utilisation <= 1
-    if found.utilisation < 0.99:
+    assert found.utilization <= 1
+    if found.utilization < 0.99:
         assert not any(
-            found.utilisation < posed.utilisation(np.array([n]))[0] <= 1 for n in neighbours(posed.levels, found.widths)
+            found.utilization < posed.utilization(np.array([n]))[0] <= 1 for n in neighbors(posed.levels, found.widths)
         )
 
 

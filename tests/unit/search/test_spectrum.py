@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hand_graphs import HAND_GRAPHS, concat, embedding, flat, plain, randomised, residual
+from hand_graphs import HAND_GRAPHS, concat, embedding, flat, plain, randomized, residual
 from torch import nn
 
 from secateur.errors import DataError, ModelError
@@ -161,7 +161,7 @@ def test_a_coupled_axis_averages_the_spectra_of_its_producers():
 
 
 def test_rgb_stem_with_more_filters_than_rank_is_stretched():
-    model, graph = plain(64, 8)  # 64 filters of 27 weights: centred rank 26
+    model, graph = plain(64, 8)  # 64 filters of 27 weights: centered rank 26
     rest = RawWeights().unexplained(Evidence(model, graph))["conv1"]
     assert (np.diff(rest) < 0).all()
     plain_ccr = explained(weight_rows(model.conv1.weight))
@@ -267,12 +267,12 @@ class PreActivation(nn.Module):
 
 
 def test_a_batch_norm_belongs_to_the_module_whose_output_it_reads():
-    found = readers(randomised(PreActivation()), (torch.zeros(1, 3, 4, 4),), {"stem", "conv"})
+    found = readers(randomized(PreActivation()), (torch.zeros(1, 3, 4, 4),), {"stem", "conv"})
     assert found == {"stem": "norm"}
 
 
 def test_hooks_are_removed_when_the_model_fails():
-    model = randomised(PreActivation())
+    model = randomized(PreActivation())
     with pytest.raises(RuntimeError):
         readers(model, (torch.zeros(1, 5, 4, 4),), {"stem", "conv"})
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

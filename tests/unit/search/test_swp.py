@@ -18,7 +18,7 @@ from tas_runs import Net, Recorder, run
 
 import secateur
 from secateur.cost import CostModel
-from secateur.data import MemorySplit, Normalisation
+from secateur.data import MemorySplit, Normalization
 from secateur.errors import BudgetError, DataError
 from secateur.graph import stages_of, untie
 from secateur.nas import SWP, Drawn, Evolution, Exact, OriginalWeights, Redrawn, Widths
@@ -39,7 +39,7 @@ each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "unti
 def test_it_ends_within_the_budget_and_in_the_space(budget, untied):
     given = staged(untied=untied)
     found = run(given, quick(1), budget=budget)
-    full = max(found.notes["utilisation"].values())  # type: ignore[attr-defined]
+    full = max(found.notes["utilization"].values())  # type: ignore[attr-defined]
     assert 0.5 <= full <= 1  # Twelve candidates of a stage leave gaps; 128 are usual.
     made = cut(given.model, given.graph, found.architecture)
     assert made.architecture == found.architecture
@@ -101,7 +101,7 @@ def test_costs_that_are_no_sums_over_stages_are_within_the_budget_too():
     found = run(staged(), strategy, budget="latency=40%", latency=Entangled())
     assert len(asked) > 1
     assert all(now["latency_s"] < before["latency_s"] for before, now in pairwise(asked))
-    assert max(found.notes["utilisation"].values()) <= 1  # type: ignore[attr-defined]
+    assert max(found.notes["utilization"].values()) <= 1  # type: ignore[attr-defined]
     stages: Any = found.notes["stages"]
     base: Any = found.notes["base"]
     summed = base["latency_s"] + sum(stage["costs"]["latency_s"][stage["chosen"]] for stage in stages)
@@ -240,7 +240,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained():
 
 def split_of(labels: torch.Tensor) -> MemorySplit:
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    return MemorySplit(images, labels, Normalisation.usual(3))
+    return MemorySplit(images, labels, Normalization.usual(3))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_no_data_is_refused():
 def test_images_held_out_are_of_each_class_its_share(n, count):
     labels = torch.arange(n) % 4 % 3  # Class 0 is twice as frequent.
     images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    split = MemorySplit(images, labels, Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3))
+    split = MemorySplit(images, labels, Normalization(mean=(0.0,) * 3, std=(1.0,) * 3))
     numbers = []
     for part in held_out(split, count, seed=1):
         ((pixels, found),) = part.batches(1000, device=torch.device("cpu"))
@@ -285,7 +285,7 @@ def test_images_held_out_are_of_each_class_its_share(n, count):
 
 
 def test_it_is_told_in_the_same_words_by_every_process():
-    """No addresses: a checkpoint is recognised by them."""
+    """No addresses: a checkpoint is recognized by them."""
     text = describe(SWP(importance=L2()))
     assert text == describe(SWP(importance=L2()))
     assert "0x" not in text

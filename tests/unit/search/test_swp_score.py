@@ -102,7 +102,7 @@ def test_losses_do_not_depend_on_the_chunks():
 
 
 def test_the_full_net_has_almost_no_loss_and_the_tiny_one_has():
-    """Not none at all: its norms are measured on features that the averages of two batches have normalised."""
+    """Not none at all: its norms are measured on features that the averages of two batches have normalized."""
     options = options_of(staged())
     judge = judge_of(options, InPlace())
     full, tiny = losses_of(judge, [options.subnet(options.whole), options.subnet(options.tiny)])

@@ -105,7 +105,7 @@ def test_a_step_is_that_of_the_really_cut_models(nets, supervision, cuts, untied
     """
     dtype = torch.float64 if supervision == InPlace() else torch.float32
     options = options_of(staged(untied=untied), cuts=cuts)
-    training, supernet = run_of(options, nets, supervision, dtype, optimiser=PLAIN)
+    training, supernet = run_of(options, nets, supervision, dtype, optimizer=PLAIN)
     before = copy.deepcopy(supernet.model)
     others = nets.of(options, np.random.default_rng(5))
     wanted, losses = gradients_by_hand(before, options, supernet, others, supervision, nets.full_learns)
@@ -221,7 +221,7 @@ def test_fairness_is_what_counting_every_channel_gives(nets, untied):
     assert again.to_json() == tally.to_json()
 
 
-def test_channels_that_never_learnt_are_told():
+def test_channels_that_never_learned_are_told():
     options = options_of(staged())
     tally = Tally(options)
     tally.add(options.tiny)
@@ -321,8 +321,8 @@ def test_nothing_of_the_callers_is_changed():
 
 
 @pytest.mark.parametrize("cuts", [None, ()], ids=["stages", "whole"])
-def test_it_trains_in_bfloat16_and_with_another_optimiser(cuts):
-    schedule = quick_schedule(2, precision=Precision.BF16_MIXED, optimiser=AdamW(), learning_rate=0.001)
+def test_it_trains_in_bfloat16_and_with_another_optimizer(cuts):
+    schedule = quick_schedule(2, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
     supervision = InPlace() if cuts is None else SoftLabels()
     found = run(staged(), quick(schedule=schedule, cuts=cuts, supervision=supervision))
     exact = run(

@@ -14,7 +14,7 @@ from tas_runs import Interrupted, Net, Recorder, Stopped, net, noise, quick, run
 from torch import Tensor, nn
 
 from secateur.cost import Budget, CostModel
-from secateur.data import MemorySplit, Normalisation
+from secateur.data import MemorySplit, Normalization
 from secateur.errors import BudgetError, DataError, TrainingError
 from secateur.graph import ChannelGraph, trace
 from secateur.nas import TAS, Adam, Cosine, Depths, Interpolate, OriginalWeights, SearchedWeights, Widths
@@ -51,7 +51,7 @@ def assert_same(one: Found, other: Found) -> None:
 def test_it_ends_within_three_percent_under_the_budget(search, budget, untied):
     given = net(untied=untied)
     found = run(given, quick(**SEARCHES[search]), budget=budget)
-    full = max(found.notes["utilisation"].values())  # type: ignore[attr-defined]
+    full = max(found.notes["utilization"].values())  # type: ignore[attr-defined]
     assert 0.97 <= full <= 1
     made = cut(given.model, given.graph, found.architecture)
     assert made.architecture == found.architecture
@@ -224,11 +224,11 @@ def test_without_validation_images_or_batches_nothing_is_validated():
         assert found.notes["search"][0]["validation"] is None  # type: ignore[index]
 
 
-def test_it_searches_in_bfloat16_and_with_another_optimiser():
+def test_it_searches_in_bfloat16_and_with_another_optimizer():
     strategy = quick()
-    schedule = replace(strategy.schedule, precision=Precision.BF16_MIXED, optimiser=AdamW(), learning_rate=0.001)
+    schedule = replace(strategy.schedule, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
     found = run(net(), replace(strategy, schedule=schedule))
-    assert 0.97 <= max(found.notes["utilisation"].values()) <= 1  # type: ignore[attr-defined]
+    assert 0.97 <= max(found.notes["utilization"].values()) <= 1  # type: ignore[attr-defined]
     assert found.weights is not None
     assert all(tensor.isfinite().all() for tensor in found.weights.values())
 
@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_leave_no_checkpoint(tmp_path):
 
 def split_of(labels: Tensor) -> MemorySplit:
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    return MemorySplit(images, labels, Normalisation.usual(3))
+    return MemorySplit(images, labels, Normalization.usual(3))
 
 
 def test_no_data_is_refused():
@@ -379,7 +379,7 @@ def test_images_without_labels_are_refused():
 def test_halves_are_disjoint_and_even_class_by_class(n, seed):
     labels = torch.arange(4 * n) % 4 if n > 3 else torch.arange(2 * n) % 2
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    first, second = halves(MemorySplit(images, labels, Normalisation(mean=(0.0,) * 3, std=(1.0,) * 3)), seed)
+    first, second = halves(MemorySplit(images, labels, Normalization(mean=(0.0,) * 3, std=(1.0,) * 3)), seed)
     numbers = []
     for half in (first, second):
         (pixels, found), *rest = half.batches(1000, device=torch.device("cpu"))
@@ -483,7 +483,7 @@ def test_axes_with_a_single_candidate_stay_whole():
     found = run(given, quick(depths=None), space=space)
     assert found.architecture.widths["3.conv1"] == 20
     assert "3.conv1" not in found.notes["search"][0]["widths"]  # type: ignore[index]
-    assert 0.97 <= max(found.notes["utilisation"].values()) <= 1  # type: ignore[attr-defined]
+    assert 0.97 <= max(found.notes["utilization"].values()) <= 1  # type: ignore[attr-defined]
 
 
 def test_a_schedule_without_epochs_is_refused():
@@ -492,11 +492,11 @@ def test_a_schedule_without_epochs_is_refused():
 
 
 def test_a_tolerance_of_zero_works():
-    assert 0.97 <= max(run(net(), quick(tolerance=0.0)).notes["utilisation"].values()) <= 1  # type: ignore[attr-defined]
+    assert 0.97 <= max(run(net(), quick(tolerance=0.0)).notes["utilization"].values()) <= 1  # type: ignore[attr-defined]
 
 
 def test_strategies_are_told_in_the_same_words_by_every_process():
-    """No addresses: a checkpoint is recognised by them."""
+    """No addresses: a checkpoint is recognized by them."""
     text = describe(TAS(importance=L2(), depths=Depths()))
     assert text == describe(TAS(importance=L2(), depths=Depths()))
     assert "0x" not in text

@@ -220,7 +220,7 @@ def test_the_most_likely_architecture_is_taken_if_it_fills_the_budget(seed):
         assert got == want or name.rpartition(".")[0] in removed  # widths of what is gone cost nothing
 
 
-def test_too_large_a_favourite_loses_its_most_doubtful_steps():
+def test_too_large_a_favorite_loses_its_most_doubtful_steps():
     """Two axes want to be whole, one of them is sure of it."""
     graph = graph_of("plain")
     found = case(graph, "macs=50%", widths=Widths((0.25, 0.5)))

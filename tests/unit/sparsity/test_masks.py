@@ -182,7 +182,7 @@ def test_permanent_masks_leave_an_ordinary_model_with_the_same_parameters() -> N
     assert same(state(make_permanent_(copy.deepcopy(small))), state(small))
 
 
-def test_copies_do_not_share_what_parametrisation_does_to_classes() -> None:
+def test_copies_do_not_share_what_parametrization_does_to_classes() -> None:
     small = masked(tied(), {"attention.in_proj_weight": half(tied())["attention.in_proj_weight"]}).eval()
     output = small(TOKENS)
     twin = copy.deepcopy(small)
@@ -224,7 +224,7 @@ def test_masks_are_replaced_in_place_and_what_is_pruned_counts_as_zero() -> None
     assert len(again[0].parametrizations.weight) == 1
 
 
-def test_a_mask_joins_another_parametrisation() -> None:
+def test_a_mask_joins_another_parametrization() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     nn.utils.parametrizations.weight_norm(model[0])
     small = masked(model, half(model))

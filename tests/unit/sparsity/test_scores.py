@@ -65,7 +65,7 @@ def test_movement_accumulates_along_steps_of_sgd() -> None:
 
 
 def test_movement_is_positive_for_weights_that_grow() -> None:
-    # Targets 3 x_0: the first weight grows from 2, the second goes from -1 towards 0.
+    # Targets 3 x_0: the first weight grows from 2, the second goes from -1 toward 0.
     inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear()
     scores = movement(model, prunable(model), [(inputs, 3 * inputs[:, :1])] * 3, mse, learning_rate=0.1)["0.weight"][0]

@@ -238,8 +238,8 @@ def test_every_axis_matters_to_the_loss_in_training(name, blending):
     narrow = tuple(max(1, axis.size // 2 // axis.divisor) * axis.divisor for axis in graph.prunable)
     logits = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (), blending))
     F.cross_entropy(logits, torch.arange(16) % 5).backward()
-    towards = (weights.grad[:, 1] - weights.grad[:, 0]).abs()
-    assert towards.min() > 1e-6, dict(zip(graph.sizes, towards.tolist(), strict=True))
+    toward = (weights.grad[:, 1] - weights.grad[:, 0]).abs()
+    assert toward.min() > 1e-6, dict(zip(graph.sizes, toward.tolist(), strict=True))
 
 
 def test_all_weight_on_the_wide_is_the_subnet():

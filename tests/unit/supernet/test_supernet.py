@@ -313,10 +313,10 @@ def test_training_a_subnet_is_training_the_cut_model():
     small = supernet.extract(subnet)
     mine, theirs = (torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) for net in (supernet, small))
     for _ in range(3):
-        for optimiser, logits in ((mine, supernet(subnet, x)), (theirs, small(x))):
-            optimiser.zero_grad()
+        for optimizer, logits in ((mine, supernet(subnet, x)), (theirs, small(x))):
+            optimizer.zero_grad()
             F.cross_entropy(logits, labels).backward()
-            optimiser.step()
+            optimizer.step()
     trained = dict(supernet.extract(subnet).named_parameters())
     for name, parameter in small.named_parameters():
         torch.testing.assert_close(trained[name], parameter, rtol=1e-11, atol=1e-13)

@@ -95,7 +95,7 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("reader", ["conv", "conv_no_bias", "linear", "channels_last"])
 def test_refit_solves_the_written_equation(reader):
-    """The minimiser of ||Y - X W'^T||^2 + r ||W' - W_S||^2 by an independent augmented least squares, in float64."""
+    """The minimizer of ||Y - X W'^T||^2 + r ||W' - W_S||^2 by an independent augmented least squares, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         body = {
@@ -141,7 +141,7 @@ def test_refit_brings_outputs_closer(name):
     assert made.healing[0].after < made.healing[0].before
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """Semantics its class does not have: the weight is scaled before use."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_refit_skips_layers_that_do_not_compute_what_their_class_says():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.ReLU(), Standardised(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)
+            nn.Conv2d(3, 6, 3), nn.ReLU(), Standardized(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)
         ).eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     architecture = Architecture.of({"0": [0, 1, 2], "2": [1, 2, 3]})
@@ -242,7 +242,7 @@ def test_healing_needs_images():
 
 @pytest.mark.parametrize("layers", [1, 2, 31, 32, 33, 64, 65])
 def test_the_last_layer_sees_all_the_others_repaired(layers):
-    """It gives the outputs: repaired for what arrives before its neighbour is, it would undo the neighbour's repair."""
+    """It gives the outputs: repaired for what arrives before its neighbor is, it would undo the neighbor's repair."""
     samplers = [Sampler(str(number), None) for number in range(layers)]
     groups = _groups(samplers, 32)
     assert [sampler for group in groups for sampler in group] == samplers

@@ -70,7 +70,7 @@ PARTLY: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
     "vit": (partial(timm, "vit_tiny_patch16_224", depth=2, img_size=64), 64, 0.5),
     "xcit": (partial(timm, "xcit_nano_12_p16_224", depth=2, img_size=64), 64, 0.5),
 }
-"""Nets with layer norms, attention or standardised weights: part of them stays, the rest must still be right."""
+"""Nets with layer norms, attention or standardized weights: part of them stays, the rest must still be right."""
 
 
 def loud(build: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuts import apart, outputs
-from hand_graphs import randomised
+from hand_graphs import randomized
 from torch import Tensor, nn
 from zoo import ZOO
 from zoo_convolutional import Head, conv_bn
@@ -184,7 +184,7 @@ class Block(nn.Module):
 
 
 def around(last: nn.Module) -> tuple[nn.Module, ChannelGraph]:
-    model = randomised(nn.Sequential(conv_bn(3, 8), Block(last), conv_bn(8, 6), Head(6)))
+    model = randomized(nn.Sequential(conv_bn(3, 8), Block(last), conv_bn(8, 6), Head(6)))
     example = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return model, untie(model, trace(model, example))
 

@@ -17,7 +17,7 @@ PLAIN = SGD(momentum=0.0, nesterov=False, weight_decay=0.0)
 
 
 def grouped() -> nn.Sequential:
-    """Nothing in it is normalised over the batch."""
+    """Nothing in it is normalized over the batch."""
     model = small_net(seed=3)
     model[1] = nn.GroupNorm(2, 8)
     return model
@@ -59,7 +59,7 @@ def test_batch_norms_see_the_parts() -> None:
 def one_step(clip: float | None, seed: int = 0) -> tuple[nn.Module, nn.Module, float]:
     """A net before and after one step of plain descent with the rate 0.1, and the norm of its gradient in float64."""
     net, source = grouped(), Blobs(16, seed)
-    schedule = small_schedule(1, learning_rate=0.1, warmup_fraction=0.0, optimiser=PLAIN, clip_norm=clip)
+    schedule = small_schedule(1, learning_rate=0.1, warmup_fraction=0.0, optimizer=PLAIN, clip_norm=clip)
     trained = fit(net, source, schedule=schedule, objective=LABELS_ONLY, progress=Silent())
     wide = copy.deepcopy(net).double()
     images, labels = next(source.batches(16, device=CPU, seed=0))

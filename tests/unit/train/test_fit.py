@@ -9,7 +9,7 @@ from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, stat
 from torch import nn
 from torch.nn import functional as F
 
-from secateur.data import Augment, MemorySplit, Normalisation
+from secateur.data import Augment, MemorySplit, Normalization
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.train import (
     SGD,
@@ -31,37 +31,37 @@ def run(student: nn.Module, source: Batches, **settings: Any) -> Trained:
     return fit(student, source, **(defaults | settings))
 
 
-def hand_written(student: nn.Module, source: Blobs, optimiser: torch.optim.Optimizer, rates: list[list[float]]) -> None:
+def hand_written(student: nn.Module, source: Blobs, optimizer: torch.optim.Optimizer, rates: list[list[float]]) -> None:
     """Plain PyTorch: labels only, float32."""
     student.train()
     for epoch, epoch_rates in enumerate(rates):
         batches = source.batches(16, device=torch.device("cpu"), seed=0, epoch=epoch, drop_last=True)
         for rate, (images, labels) in zip(epoch_rates, batches, strict=True):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(student(images.contiguous(memory_format=torch.channels_last)), labels).backward()
-            optimiser.step()
+            optimizer.step()
 
 
-@pytest.mark.parametrize("optimiser", [SGD(), SGD(vector_weight_decay=5e-4), AdamW()])
-def test_training_is_bit_for_bit_a_hand_written_loop(optimiser: SGD | AdamW) -> None:
+@pytest.mark.parametrize("optimizer", [SGD(), SGD(vector_weight_decay=5e-4), AdamW()])
+def test_training_is_bit_for_bit_a_hand_written_loop(optimizer: SGD | AdamW) -> None:
     student, source = small_net(), Blobs(40)
-    schedule = small_schedule(2, optimiser=optimiser, learning_rate=0.1, warmup_fraction=0.5)
+    schedule = small_schedule(2, optimizer=optimizer, learning_rate=0.1, warmup_fraction=0.5)
     trained = run(student, source, schedule=schedule)
     expected = small_net().to(memory_format=torch.channels_last)
     matrices = [p for p in expected.parameters() if p.ndim > 1]
     vectors = [p for p in expected.parameters() if p.ndim == 1]
     groups = [
-        {"params": matrices, "weight_decay": optimiser.weight_decay},
-        {"params": vectors, "weight_decay": optimiser.vector_weight_decay},
+        {"params": matrices, "weight_decay": optimizer.weight_decay},
+        {"params": vectors, "weight_decay": optimizer.vector_weight_decay},
     ]
-    if isinstance(optimiser, SGD):
-        torch_optimiser: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    if isinstance(optimizer, SGD):
+        torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     else:
-        torch_optimiser = torch.optim.AdamW(groups, lr=0.1)
+        torch_optimizer = torch.optim.AdamW(groups, lr=0.1)
     # 40 images make 2 whole batches; 4 steps, of which 2 warm up, then 1 and 1/2 of the peak.
-    hand_written(expected, source, torch_optimiser, [[0.05, 0.1], [0.1, 0.05]])
+    hand_written(expected, source, torch_optimizer, [[0.05, 0.1], [0.1, 0.05]])
     assert same(state(trained.model), state(expected))
 
 
@@ -86,14 +86,14 @@ def test_distillation_step_is_bit_for_bit_a_hand_written_one() -> None:
     aligned = F.mse_loss(feature, target) / (target.var(correction=0) + 1e-6)
     total = 0.25 * label + 0.5 * kd + 2.0 * aligned
     total.backward()
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [
             {"params": [p for p in expected.parameters() if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in expected.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=0.1, momentum=0.9, nesterov=True,
     )  # fmt: skip
-    optimiser.step()
+    optimizer.step()
     # The teacher is a channels-last copy in the engine and the terms are summed in another order: the last bits differ.
     for name, tensor in state(trained.model).items():
         torch.testing.assert_close(tensor, state(expected)[name], rtol=1e-5, atol=1e-7)
@@ -279,15 +279,15 @@ def test_the_average_of_the_weights_is_validated_and_returned() -> None:
     states = [state(small_net())]
     for steps in (1, 2):
         model = small_net().to(memory_format=torch.channels_last)
-        optimiser = SGD().build(model, 0.1)
+        optimizer = SGD().build(model, 0.1)
         model.train()
         batches = list(source.batches(16, device=torch.device("cpu"), seed=0))[:steps]
         for rate, (images, labels) in zip((0.1, 0.05), batches, strict=False):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels).backward()
-            optimiser.step()
+            optimizer.step()
         states.append(state(model))
     first, second = average_decay(0.6, 0), average_decay(0.6, 1)
     assert (first, second) == (1 / 10, 2 / 11)
@@ -355,13 +355,13 @@ def test_images_need_not_be_images() -> None:
 
 
 def test_labels_are_not_looked_at_without_weight() -> None:
-    class Unlabelled(Blobs):
+    class Unlabeled(Blobs):
         def batches(self, batch_size: int, **settings: Any):
             for images, labels in super().batches(batch_size, **settings):
                 yield images, torch.full_like(labels, -1)
 
     objective = Objective(kd_weight=1.0, label_weight=0.0)
-    trained = run(small_net(1), Unlabelled(40), objective=objective, teacher=small_net(2))
+    trained = run(small_net(1), Unlabeled(40), objective=objective, teacher=small_net(2))
     assert list(trained.history[-1].parts) == ["kd"]
 
 
@@ -381,6 +381,6 @@ def test_an_error_in_the_data_leaves_no_trace() -> None:
 def test_the_splits_of_the_data_room_satisfy_the_protocol() -> None:
     blobs = Blobs(48)
     images = (40 * blobs.images + 128).clamp(0, 255).to(torch.uint8)
-    split = MemorySplit(images, blobs.labels, Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    split = MemorySplit(images, blobs.labels, Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     trained = run(small_net(), split, augment=Augment(padding=1), validation=split)
     assert trained.best_accuracy == evaluate(trained.model, split).top1

@@ -48,8 +48,8 @@ def assert_same(one: Trained, other: Trained) -> None:
 TAUGHT: dict[str, Any] = {"teacher": small_net(5), "objective": Objective()}
 RUNS: list[dict[str, Any]] = [
     {"validation": Blobs(16, seed=1), "schedule": small_schedule(2, learning_rate=0.2)},
-    {"schedule": small_schedule(2, optimiser=AdamW(), learning_rate=0.01, ema_decay=0.9)},
-    {**TAUGHT, "schedule": small_schedule(2, optimiser=SGD(momentum=0.0, nesterov=False))},
+    {"schedule": small_schedule(2, optimizer=AdamW(), learning_rate=0.01, ema_decay=0.9)},
+    {**TAUGHT, "schedule": small_schedule(2, optimizer=SGD(momentum=0.0, nesterov=False))},
     {
         "teacher": small_net(5),
         "objective": Objective(feature_weight=1.0),

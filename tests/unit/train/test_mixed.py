@@ -9,8 +9,8 @@ import torch
 from small_runs import small_net, small_schedule
 from torch import Tensor, nn
 
-from secateur.data import Augment, MemorySplit, Normalisation
-from secateur.distill import Objective, Term, dkd_loss, labelled_logits
+from secateur.data import Augment, MemorySplit, Normalization
+from secateur.distill import Objective, Term, dkd_loss, labeled_logits
 from secateur.errors import TrainingError
 from secateur.train import SGD, Silent, Trained, fit
 
@@ -21,11 +21,11 @@ def source(classes: int = 3, n: int = 48) -> MemorySplit:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % classes
     noise = torch.randint(0, 60, (n, 3, 8, 8), generator=generator)
-    return MemorySplit((noise + 60 * labels[:, None, None, None]).to(torch.uint8), labels, Normalisation.usual(3))
+    return MemorySplit((noise + 60 * labels[:, None, None, None]).to(torch.uint8), labels, Normalization.usual(3))
 
 
 def run(student: nn.Module, objective: Objective, epochs: int = 1, **settings: object) -> Trained:
-    schedule = small_schedule(epochs, learning_rate=1e-9, optimiser=SGD(momentum=0.0, nesterov=False))
+    schedule = small_schedule(epochs, learning_rate=1e-9, optimizer=SGD(momentum=0.0, nesterov=False))
     return fit(
         student,
         settings.pop("source", source()),  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def test_the_loss_is_the_cross_entropy_with_probabilities(smoothing: float) -> N
 
 
 def test_a_loss_that_needs_classes_refuses_mixed_labels() -> None:
-    objective = Objective(terms=(Term("dkd", partial(dkd_loss, beta=2.0), of=labelled_logits),))
+    objective = Objective(terms=(Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits),))
     with pytest.raises(TrainingError, match=r"leave mixup and cutmix out: this loss needs one class for each image"):
         run(small_net(), objective, teacher=small_net(seed=1))
 
@@ -69,7 +69,7 @@ class Knowing(nn.Module):
         self.wrong = wrong
 
     def forward(self, images: Tensor) -> Tensor:
-        usual = Normalisation.usual(3)
+        usual = Normalization.usual(3)
         mean, std = (torch.tensor(values)[:, None, None] for values in (usual.mean, usual.std))
         brightness = 255 * (images * std + mean).mean((1, 2, 3))
         middle = torch.tensor([25.0, 70.0, 120.0]).roll(self.wrong)  # the padding darkens

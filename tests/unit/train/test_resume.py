@@ -33,9 +33,9 @@ FEATURES: dict[str, Any] = {
     ("settings", "killed_in"),
     [
         ({"schedule": small_schedule(3, learning_rate=0.2), "validation": Blobs(32, seed=1)}, 1),
-        ({"schedule": small_schedule(3, optimiser=AdamW(), learning_rate=0.01)}, 2),
+        ({"schedule": small_schedule(3, optimizer=AdamW(), learning_rate=0.01)}, 2),
         ({"schedule": small_schedule(3, ema_decay=0.9), "validation": Blobs(32, seed=1)}, 1),
-        ({"schedule": small_schedule(3, optimiser=SGD(momentum=0.0, nesterov=False)), **FEATURES}, 1),
+        ({"schedule": small_schedule(3, optimizer=SGD(momentum=0.0, nesterov=False)), **FEATURES}, 1),
         # The best epoch is an early one, which the checkpoint has to keep.
         ({"schedule": small_schedule(3, learning_rate=4.0, warmup_fraction=1.0), "validation": Blobs(32, seed=1)}, 2),
         ({"schedule": small_schedule(3)}, 0),
@@ -151,7 +151,7 @@ def test_only_damaged_checkpoints_are_refused(tmp_path: Path, damage: Any, reaso
     [
         ({"schedule": small_schedule(3, learning_rate=0.5)}, r"schedule\.learning_rate was 0\.05, now 0\.5\. Use"),
         ({"schedule": small_schedule(4)}, r"schedule\.epochs was 3, now 4\. Use"),
-        ({"schedule": small_schedule(3, optimiser=AdamW())}, r"schedule\.optimiser was SGD\(.*now AdamW\("),
+        ({"schedule": small_schedule(3, optimizer=AdamW())}, r"schedule\.optimizer was SGD\(.*now AdamW\("),
         ({"objective": Objective.of_labels(label_smoothing=0.1)}, r"objective\.label_smoothing was 0\.0, now 0\.1"),
         ({"augment": 1.0}, r"augment was None, now 1\.0"),
         ({"validation": Blobs(8)}, r"validation was none, now 8 images"),

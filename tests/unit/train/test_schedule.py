@@ -22,13 +22,13 @@ def test_warmup_then_cosine_at_hand_computed_points() -> None:
 
 
 def test_without_warmup_it_is_torchs_cosine_annealing() -> None:
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=50)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
     schedule = Schedule(5, learning_rate=0.1, warmup_fraction=0.0)
     for step in range(50):
         # torch multiplies step by step, so rounding adds up.
-        assert schedule.learning_rate_at(step, steps=50) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
-        optimiser.step()
+        assert schedule.learning_rate_at(step, steps=50) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
         annealing.step()
 
 
@@ -52,7 +52,7 @@ def test_vectors_have_their_own_weight_decay_and_frozen_parameters_none(kind: ty
     assert [id(p) for p in groups[1]["params"]] == [id(model[1].weight), id(model[1].bias)]
 
 
-def test_optimisers_are_torchs_with_the_given_numbers() -> None:
+def test_optimizers_are_torchs_with_the_given_numbers() -> None:
     sgd = SGD(momentum=0.8, nesterov=False).build(small_net(), 0.1)
     assert type(sgd) is torch.optim.SGD
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.8, False)
@@ -92,6 +92,6 @@ def test_schedule_refuses(settings: dict[str, Any], message: str) -> None:
         (AdamW, {"vector_weight_decay": -1.0}, r"`vector_weight_decay` must be finite and not negative; got -1\.0"),
     ],
 )
-def test_optimisers_refuse(kind: type, settings: dict[str, Any], message: str) -> None:
+def test_optimizers_refuse(kind: type, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         kind(**settings)

@@ -50,7 +50,7 @@ def test_masks_follow_the_schedule_as_in_a_loop_by_hand() -> None:
     trained = run(Blobs(48), student=small_net(), schedule=schedule)
     steps, curve = 12, Cubic(0.25, end=0.6)
     student = masked(small_net().train(), keep_globally(magnitude(prunable(small_net())), 1.0))
-    optimiser = schedule.optimiser.build(student, 0.1)
+    optimizer = schedule.optimizer.build(student, 0.1)
     batches = [
         batch
         for epoch in range(4)
@@ -61,11 +61,11 @@ def test_masks_follow_the_schedule_as_in_a_loop_by_hand() -> None:
         if step % 2 == 0 or step == steps - 1:
             asked.append(curve.density_at(step / (steps - 1)))
             set_masks_(student, keep_globally(magnitude(prunable(student)), asked[-1]))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate_at(step, steps=steps)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.cross_entropy(student(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     assert asked[0] == 1.0 > asked[1] > asked[-1] == 0.25
     torch.testing.assert_close(state(trained.model), state(student), rtol=1e-5, atol=1e-6)
     assert density_of(masks_of(trained.model)) == 0.25

@@ -22,13 +22,13 @@ from secateur.distill import (
     dkd_loss,
     features,
     hint_loss,
-    labelled_feature,
-    labelled_logits,
+    labeled_feature,
+    labeled_logits,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     similarity_loss,
-    standardised_kd_loss,
+    standardized_kd_loss,
 )
 from secateur.errors import TrainingError
 from secateur.train import SGD, AdamW, Silent, Trained, distill_after_hints, evaluate, fit
@@ -57,9 +57,9 @@ def run(objective: Objective, *, source: Blobs | None = None, **settings: Any) -
 
 
 TERMS = {
-    "dkd": lambda: Term("dkd", dkd_loss, of=labelled_logits),
+    "dkd": lambda: Term("dkd", dkd_loss, of=labeled_logits),
     "dist": lambda: Term("dist", partial(dist_loss, temperature=2.0)),
-    "standardised": lambda: Term("standardised", standardised_kd_loss),
+    "standardized": lambda: Term("standardized", standardized_kd_loss),
     "hint": hint,
     "attention": lambda: Term("attention", PerTap(attention_loss), of=features, taps=TAPS, weight=10.0),
     "vid": lambda: Term("vid", PerTap(VariationalInformation(adaptors(small_net())["0"], 12)), of=features, taps=TAPS),
@@ -68,7 +68,7 @@ TERMS = {
     "sp": lambda: Term("sp", PerTap(similarity_loss), of=features, taps=TAPS, weight=100.0),
     "pkt": lambda: Term("pkt", PerTap(pkt_loss), of=features, taps=POOLED, weight=100.0),
     "crd": lambda: Term(
-        "crd", ContrastiveRepresentation(8, 12, size=48, negatives=8), of=labelled_feature, taps=POOLED
+        "crd", ContrastiveRepresentation(8, 12, size=48, negatives=8), of=labeled_feature, taps=POOLED
     ),
     "review": lambda: Term("review", KnowledgeReview((8, 8), (12, 12)), of=features, taps=TAPS | POOLED),
 }
@@ -78,7 +78,7 @@ TERMS = {
 def test_every_loss_trains_alone_and_goes_down(name: str) -> None:
     term = TERMS[name]()
     before = {n: t.clone() for n, t in term.loss.state_dict().items()} if isinstance(term.loss, nn.Module) else {}
-    trained = run(only(term), schedule=small_schedule(6, learning_rate=0.02, optimiser=SGD(weight_decay=0.0)))
+    trained = run(only(term), schedule=small_schedule(6, learning_rate=0.02, optimizer=SGD(weight_decay=0.0)))
     losses = [record.parts[name] for record in trained.history]
     assert losses[-1] < losses[0]
     after = term.loss.state_dict() if isinstance(term.loss, nn.Module) else {}
@@ -86,19 +86,19 @@ def test_every_loss_trains_alone_and_goes_down(name: str) -> None:
     assert not any(module._forward_hooks for module in TEACHER.modules())
 
 
-@pytest.mark.parametrize("optimiser", [SGD(), AdamW()])
-def test_training_is_bit_for_bit_a_hand_written_loop(optimiser: SGD | AdamW) -> None:
+@pytest.mark.parametrize("optimizer", [SGD(), AdamW()])
+def test_training_is_bit_for_bit_a_hand_written_loop(optimizer: SGD | AdamW) -> None:
     source, term = Blobs(48), hint(0.5)
     trained = run(
         Objective(label_weight=1.0, kd_weight=0.0, terms=(term,)),
         source=source,
-        schedule=small_schedule(1, optimiser=optimiser, learning_rate=0.1, warmup_fraction=1.0),
+        schedule=small_schedule(1, optimizer=optimizer, learning_rate=0.1, warmup_fraction=1.0),
     )
     student = small_net().to(memory_format=torch.channels_last).train()
     teacher = small_net(seed=9, width=12).to(memory_format=torch.channels_last).eval()
     adaptor = adaptors(small_net())["0"]
     learners = nn.ModuleList([student, adaptor])
-    built = optimiser.build(learners, 0.1)
+    built = optimizer.build(learners, 0.1)
     batches = source.batches(16, device=torch.device("cpu"), seed=0, epoch=0, drop_last=True)
     for step, (stored, labels) in enumerate(batches):
         images = stored.contiguous(memory_format=torch.channels_last)
@@ -125,14 +125,14 @@ class Interrupted(Blobs):
         return super().batches(*args, epoch=epoch, **settings)
 
 
-@pytest.mark.parametrize("optimiser", [SGD(), AdamW()])
+@pytest.mark.parametrize("optimizer", [SGD(), AdamW()])
 def test_a_resumed_run_learns_bit_for_bit_what_an_uninterrupted_one_does(
-    tmp_path: Path, optimiser: SGD | AdamW
+    tmp_path: Path, optimizer: SGD | AdamW
 ) -> None:
     def objective() -> Objective:
         return Objective(terms=tuple(TERMS[name]() for name in ("hint", "vid", "crd", "review", "dkd")))
 
-    settings: dict[str, Any] = {"schedule": small_schedule(4, optimiser=optimiser, learning_rate=0.01)}
+    settings: dict[str, Any] = {"schedule": small_schedule(4, optimizer=optimizer, learning_rate=0.01)}
     whole = run(objective(), **settings)
     with pytest.raises(KeyboardInterrupt):
         run(objective(), source=Interrupted(48), checkpoint=tmp_path, **settings)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from _record import RESULTS, surroundings, table, write_record
 
-from secateur.nas import Choice, Evolution, Exact, Table, pareto
+from secateur.nas import Evolution, Exact, StageChoice, StageTable, pareto
 
 CASES = ((4, 200, 1), (4, 200, 2), (4, 200, 3), (8, 200, 1), (8, 200, 2), (8, 200, 3))
 FIELDS = ("macs", "params", "latency_s")
 
 
-def made(stages: int, candidates: int, fields: int, seed: int) -> Table:
+def made(stages: int, candidates: int, fields: int, seed: int) -> StageTable:
     """A table of some stages, with limits on the first fields."""
     draw = np.random.default_rng(seed)
     width = draw.uniform(0.1, 1, (stages, candidates, 3))
@@ -32,7 +32,7 @@ def made(stages: int, candidates: int, fields: int, seed: int) -> Table:
     costs = {"macs": macs, "params": params, "latency_s": macs / 1e9 * draw.uniform(0.8, 1.2, macs.shape)}
     names = FIELDS[:fields]
     limits = {name: 0.5 * float(costs[name].max(axis=1).sum()) for name in names}
-    return Table(tuple(losses), {name: tuple(costs[name]) for name in names}, dict.fromkeys(names, 0), limits)
+    return StageTable(tuple(losses), {name: tuple(costs[name]) for name in names}, dict.fromkeys(names, 0), limits)
 
 
 def timed(act: Callable[[], Any]) -> tuple[Any, float]:
@@ -47,7 +47,7 @@ def measure(stages: int, candidates: int, fields: int, tables: int) -> dict[str,
     exact_s, evolution_s, front_s, gaps, points = [], [], [], [], []
     for seed in range(tables):
         case = made(stages, candidates, fields, seed)
-        best: Choice
+        best: StageChoice
         best, seconds = timed(lambda case=case: Exact().combine(case, 0))
         exact_s.append(seconds)
         evolved, seconds = timed(lambda case=case, seed=seed: Evolution().combine(case, seed))

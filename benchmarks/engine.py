@@ -39,7 +39,7 @@ from torch.nn import functional
 from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, load_data
 from secateur.distill import Objective
 from secateur.models import load_model
-from secateur.train import Precision, Schedule, Silent, fit
+from secateur.train import Precision, Silent, TrainConfig, fit
 
 BATCH = 128
 FOLDER_BATCH = 64
@@ -75,7 +75,7 @@ def bare_batches(source: MemorySplit, epoch: int) -> Iterable[tuple[Tensor, Tens
 
 def engine(model: nn.Module, source: MemorySplit, epoch: int, augment: Augment | None) -> float:
     """One epoch of ours; seconds of its steps."""
-    schedule = Schedule(1, BATCH, learning_rate=0.05, precision=Precision.FLOAT32, seed=epoch)
+    schedule = TrainConfig(1, BATCH, learning_rate=0.05, precision=Precision.FLOAT32, seed=epoch)
     labels = Objective.of_labels()
     trained = fit(model, source, schedule=schedule, objective=labels, augment=augment, progress=Silent())
     return trained.history[-1].seconds

@@ -26,7 +26,7 @@ from torch import nn
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import apply_architecture, cut
-from secateur.search import L2, Evidence
+from secateur.search import L2, ScoringInputs
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet50": lambda: torchvision.models.resnet50(weights=None),
@@ -41,7 +41,7 @@ EXAMPLE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)
 
 def half(model: nn.Module, graph: ChannelGraph) -> Architecture:
     """The half of every axis with the largest L2 norms."""
-    scores = L2().scores(Evidence(model, graph))
+    scores = L2().scores(ScoringInputs(model, graph))
     return Architecture.of({a.name: (-scores[a.name]).argsort()[: max(1, a.size // 2)] for a in graph.prunable})
 
 

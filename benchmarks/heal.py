@@ -3,7 +3,7 @@
     python benchmarks/heal.py
 
 Pretrained ResNet-56 on CIFAR-10, all 10,000 test images, 512 calibration images from the training set (no labels are
-used to heal). Writes results/heal.json after every architecture (finished ones are not repeated) and results/heal.md.
+used to repair). Writes results/heal.json after every architecture (finished ones are not repeated) and results/heal.md.
 Nothing is chosen on the test set: every combination is in the table.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 from secateur.data import calibration, load_data
 from secateur.graph import trace
 from secateur.models import load_model
-from secateur.prune import RecalibrateBatchNorm, Refit, Wound, cut, output_distance
+from secateur.prune import RecalibrateBatchNorm, Refit, RepairContext, cut, output_distance
 from secateur.search import (
     L1,
     L2,
@@ -35,7 +35,7 @@ from secateur.search import (
     Strategy,
     Taylor,
     Uniform,
-    search,
+    search_architecture,
 )
 from secateur.train import evaluate
 
@@ -57,15 +57,15 @@ VARIANTS = ("cut", "cut + BN", "cut + refit", "cut + refit + BN", "default")
 
 def variants(model: nn.Module, done: Any, images: tuple[torch.Tensor, ...]) -> dict[str, nn.Module]:
     """The cut model under every repair, and under the product's own default (repairs that make it worse undone)."""
-    wound = Wound(model, done.graph, done.architecture, images)
+    wound = RepairContext(model, done.graph, done.architecture, images)
     found = {"cut": done.model}
-    for base, healer, name in (
+    for base, repair, name in (
         ("cut", RecalibrateBatchNorm(), "cut + BN"),
         ("cut", Refit(), "cut + refit"),
         ("cut + refit", RecalibrateBatchNorm(), "cut + refit + BN"),
     ):
         found[name] = copy.deepcopy(found[base])
-        healer.heal_(found[name], wound)
+        repair.apply_(found[name], wound)
     kept, distance = "cut", output_distance(model, found["cut"], images)
     for name in ("cut + refit", "cut + refit + BN"):
         after = output_distance(model, found[name], images)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    name = "heal" if arguments.depth == 56 else f"heal-resnet{arguments.depth}"
+    name = "heal" if arguments.depth == 56 else f"repair-resnet{arguments.depth}"
     path = RESULTS / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     model, _ = load_model(
@@ -99,7 +99,9 @@ def main() -> None:
             if any(row["strategy"] == strategy_name and row["budget"] == budget for row in rows):
                 continue
             began = time.process_time()
-            found = search(model, graph, strategy, budget=f"macs={budget}", batches=batches, space=SPACE, seed=0)
+            found = search_architecture(
+                model, graph, strategy, budget=f"macs={budget}", batches=batches, space=SPACE, seed=0
+            )
             searched = time.process_time() - began
             done = cut(model, graph, found.architecture)
             began = time.process_time()

@@ -26,10 +26,10 @@ from secateur.export import eval_copy, feed, onnx_bytes, open_session
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.pipeline import compress
-from secateur.pipeline.latency import Timed, _roomiest, limit_of, spaces_of, used
+from secateur.pipeline.latency import LatencySearch, _roomiest, limit_of, spaces_of, used
 from secateur.prune import apply_architecture
-from secateur.search import L2, Found, LatencyFit, SearchSpace, Strategy, Uniform, search
-from secateur.train import Schedule, Silent
+from secateur.search import L2, LatencyFit, SearchResult, SearchSpace, Strategy, Uniform, search_architecture
+from secateur.train import Silent, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Outcome:
         small: The cut network.
         divisor: Of its widths.
         trials: All searches, see `Trial.to_json`.
-        healed: Accuracy on the test images right after healing, or None.
+        repaired: Accuracy on the test images right after repairs, or None.
     """
 
-    found: Found
+    found: SearchResult
     small: nn.Module
     divisor: int
     trials: list[dict[str, Any]]
-    healed: float | None = None
+    repaired: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,14 @@ def of_network(network: Network) -> list[dict[str, Any]]:
     images = torch.randn(8, 3, network.side, network.side, generator=torch.Generator().manual_seed(0))
     graph = trace(model, images[:1])
     target = Remembering()
-    fit = Timed(model, graph, target, images[:1], Budget(latency="50%"), None, print).fit(spaces_of(SPACE, graph)[0])
+    fit = LatencySearch(model, graph, target, images[:1], Budget(latency="50%"), None, print).fit(
+        spaces_of(SPACE, graph)[0]
+    )
     rows = []
     for percent in BUDGETS:
         budget = Budget(latency=f"{percent}%")
         if network.weights is None:
-            outcome = of_random(Timed(model, graph, target, images[:1], budget, None, print), fit)
+            outcome = of_random(LatencySearch(model, graph, target, images[:1], budget, None, print), fit)
         else:
             outcome = of_trained(model, budget)
         proof = measure_pairs(model, outcome.small, target, images[:1], rounds=50)
@@ -144,7 +146,7 @@ def of_network(network: Network) -> list[dict[str, Any]]:
                 "searches": len(outcome.trials),
                 "removed_blocks": len(found.architecture.removed_blocks),
                 "macs_percent": 100 * found.cost.macs / found.original.macs,
-                "healed_accuracy": outcome.healed,
+                "healed_accuracy": outcome.repaired,
                 "first_prediction_error": fit.scale * first["predicted_s"] / (first["of_the_bound"] * limit) - 1,
                 "original_ms": 1e3 * proof.before.median,
                 "proof_ms": 1e3 * proof.after.median,
@@ -163,13 +165,13 @@ def of_network(network: Network) -> list[dict[str, Any]]:
     return rows
 
 
-def of_random(timed: Timed, fit: LatencyFit) -> Outcome:
+def of_random(timed: LatencySearch, fit: LatencyFit) -> Outcome:
     """Uniform widths."""
     model, graph = timed.original, timed.graph
     within = Budget(latency=limit_of(timed.budget, float(fit.measured[0])))
 
-    def again(strategy: Strategy, space: SearchSpace, latency: Any) -> Found:
-        return search(model, graph, strategy, budget=within, space=space, latency=latency)
+    def again(strategy: Strategy, space: SearchSpace, latency: Any) -> SearchResult:
+        return search_architecture(model, graph, strategy, budget=within, space=space, latency=latency)
 
     space = _roomiest(model, graph, within, spaces_of(SPACE, graph), fit)
     trials = list(timed.within(space, fit, Uniform(L2()), again))
@@ -182,10 +184,10 @@ def of_random(timed: Timed, fit: LatencyFit) -> Outcome:
 def of_trained(model: nn.Module, budget: Budget) -> Outcome:
     """What the product makes of it, before any training."""
     data = load_data(str(CIFAR10), seed=0)
-    result = compress(model, data, budget=budget, schedule=Schedule(epochs=0), progress=Silent(), tell=print)
+    result = compress(model, data, budget=budget, schedule=TrainConfig(epochs=0), progress=Silent(), tell=print)
     noted: Any = result.found.notes["latency"]
-    healed = result.report.steps[-1].accuracy.top1
-    return Outcome(result.found, result.model, noted["divisor"], noted["trials"], healed)
+    repaired = result.report.steps[-1].accuracy.top1
+    return Outcome(result.found, result.model, noted["divisor"], noted["trials"], repaired)
 
 
 def as_text(record: dict[str, Any]) -> str:
@@ -208,7 +210,7 @@ def as_text(record: dict[str, Any]) -> str:
         for row in rows
     ]
     header = ["Network (input)", "Budget", "Proven median", "Quartiles, ms", "Of the bound", "Speed-up", "MACs left",
-              "Speed-up of what MACs promise", "Divisor", "Accuracy, healed", "Searches",
+              "Speed-up of what MACs promise", "Divisor", "Accuracy, repaired", "Searches",
               "First prediction off by"]  # fmt: skip
     models = {row["model"]: row for row in rows}
     errors = [

@@ -1,6 +1,6 @@
 """What each loss of distillation adds to labels alone, in a short recovery, each at its own best learning rate.
 
-ResNet-20 at half of the MACs, one healed cut for all; the first 10,000 training images once. Every loss is trained at
+ResNet-20 at half of the MACs, one repaired cut for all; the first 10,000 training images once. Every loss is trained at
 several learning rates, until the best has a worse one on both sides, with a seed of its own, judged on the 5,000
 validation images; with the best rate it is trained with three other seeds, and only these see the test images, once
 each. Weights of losses are those that ``secateur distill`` takes if none is said; they were not tuned, except that of
@@ -31,7 +31,7 @@ from secateur.cost import counted_macs
 from secateur.data import ImageData, Split, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.models import load_model
-from secateur.train import Schedule, Silent, evaluate, fit
+from secateur.train import Silent, TrainConfig, evaluate, fit
 
 MODEL = "cifar_resnet20"
 IMAGES = 10_000
@@ -57,7 +57,7 @@ class Recovery:
 
 
 def begin() -> Recovery:
-    """The healed cut."""
+    """The repaired cut."""
     data = load_data(str(CIFAR10), seed=0)
     teacher, _ = load_model(MODEL, weights=WEIGHTS / "cifar10_resnet20.safetensors")
     student, _, alignment = ours(teacher, data, 0)
@@ -101,7 +101,7 @@ def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, 
     done = fit(
         recovery.student,
         recovery.images,
-        schedule=Schedule(epochs=1, learning_rate=rate, seed=seed),
+        schedule=TrainConfig(epochs=1, learning_rate=rate, seed=seed),
         objective=objective,
         teacher=recovery.teacher if objective.needs_teacher else None,
         alignment=recovery.alignment if objective.feature_weight else None,
@@ -192,7 +192,7 @@ def summary() -> str:
     return (
         "# What each loss adds to labels alone\n\n"
         f"{MODEL} at {100 * start['kept_macs']:.1f} % of the MACs (Knapsack, Refit), {start['images']} images of "
-        f"CIFAR-10 once, batch {Schedule(1).batch_size}. Test accuracy before training {100 * start['start']:.2f} %, "
+        f"CIFAR-10 once, batch {TrainConfig(1).batch_size}. Accuracy before training {100 * start['start']:.2f} %, "
         f"of the teacher {100 * start['teacher']:.2f} %. {start['date']}, {start['cpu']}, {start['threads']} thread, "
         f"`python {start['command']}`.\n\n"
         "Rates were chosen on 5,000 validation images with a seed that is not in the table; gains are points of test "

@@ -4,7 +4,7 @@
     python benchmarks/rank.py --summary
 
 ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each with 49 to 50 % of the MACs:
-size alone says nothing about them. Each is cut out of the original, healed, and trained for two epochs on 10,000
+size alone says nothing about them. Each is cut out of the original, repaired, and trained for two epochs on 10,000
 training images with distillation; its accuracy on 5,000 validation images is the truth. Every supernet is trained for
 two epochs on the same 10,000 images, and judges the networks on 2,000 others. Intervals: bootstrap over the networks.
 
@@ -36,14 +36,14 @@ from secateur.data import ImageData, calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, stages_of, trace
 from secateur.models import load_model
-from secateur.nas import SWP, Drawn, Labels, SoftLabels, Supernet, Widths, best_first
+from secateur.nas import SWP, Labels, RandomSampler, SoftLabels, Supernet, Widths, best_first
 from secateur.nas.common import held_out
-from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp import CandidateScorer, losses_of
 from secateur.nas.swp_candidates import Options
-from secateur.nas.swp_train import Course, Run
+from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
-from secateur.search import Evidence, Problem, Reconstruction, SearchSpace
-from secateur.train import Schedule, Silent, distill, evaluate, open_fabric, placed
+from secateur.search import Reconstruction, ScoringInputs, SearchContext, SearchSpace
+from secateur.train import Silent, TrainConfig, evaluate, open_fabric, placed, train_with_teacher
 
 NETWORKS = 24
 IMAGES = 10_000
@@ -53,7 +53,7 @@ ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 VARIANTS = {
     "swp": SWP(),
     "without stages": SWP(cuts=()),
-    "without sandwich": SWP(nets=Drawn(3)),
+    "without sandwich": SWP(nets=RandomSampler(3)),
     "without in-place": SWP(cuts=(), supervision=Labels()),
     "autoslim": SWP(cuts=(), supervision=SoftLabels()),
     "untrained": SWP(),
@@ -69,8 +69,8 @@ class Bench:
         self.model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
         self.batches: Batches = calibration(self.data.train, 1024, device=torch.device("cpu"), seed=0)
         self.graph: ChannelGraph = trace(self.model, self.batches[0][0][:1])
-        evidence = Evidence(self.model, self.graph, self.batches)
-        self.problem = Problem(evidence, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
+        evidence = ScoringInputs(self.model, self.graph, self.batches)
+        self.problem = SearchContext(evidence, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
         self.scores = self.problem.scores(Reconstruction())
         rest, self.aside = held_out(self.data.train, 2000, 0)
         # Every fourth or so: enough to learn from, and no image that judges.
@@ -96,13 +96,13 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
     """The truth about one network."""
     architecture: Architecture = bench.supernet().architecture(bench.options.subnet(bench.networks[number]))
     images = [images for images, _ in bench.batches]
-    done = cut(bench.model, bench.graph, architecture, calibration=images, heal=(Refit(), RecalibrateBatchNorm()))
+    done = cut(bench.model, bench.graph, architecture, calibration=images, repairs=(Refit(), RecalibrateBatchNorm()))
     began = time.process_time()
-    trained = distill(
+    trained = train_with_teacher(
         done.model,
         teacher=bench.model,
         data=replace(bench.data, train=bench.images),  # type: ignore[arg-type]
-        schedule=Schedule(epochs=EPOCHS, learning_rate=0.02, seed=number),
+        schedule=TrainConfig(epochs=EPOCHS, learning_rate=0.02, seed=number),
         objective=ALIGNED,
         alignment=AlignedFeatures.of(done.graph, done.architecture),
         progress=Silent(),
@@ -112,7 +112,7 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
         "number": number,
         "widths": dict(architecture.widths),
         "macs": bench.problem.costs.cost(architecture).macs / bench.problem.costs.original.macs,
-        "healed": evaluate(done.model, bench.data.validation).top1,
+        "repaired": evaluate(done.model, bench.data.validation).top1,
         "retrained": last,
         "cpu_seconds": round(time.process_time() - began, 1),
         "surroundings": surroundings(),
@@ -126,8 +126,10 @@ def judged(bench: Bench, variant: str) -> dict[str, Any]:
     options = Options.of(bench.problem, stages, strategy.widths, strategy.depths)
     supernet = placed(bench.supernet(), fabric.device)
     schedule = replace(strategy.schedule, epochs=EPOCHS)
-    run = Run(
-        Course(options, strategy.nets, strategy.supervision, bench.images, bench.data.augment, schedule, fabric),
+    run = SupernetTraining(
+        SWPSearchConfig(
+            options, strategy.nets, strategy.supervision, bench.images, bench.data.augment, schedule, fabric
+        ),
         supernet,
     )
     began = time.process_time()
@@ -137,7 +139,7 @@ def judged(bench: Bench, variant: str) -> dict[str, Any]:
                 run.train_epoch(meter)
     trained = time.process_time() - began
     began = time.process_time()
-    judge = Judge.of(
+    judge = CandidateScorer.of(
         supernet,
         stages=stages,
         supervision=strategy.supervision,
@@ -205,9 +207,9 @@ def summary() -> str:
             stages = np.array(record["stages"])[numbers]
             if stages.shape[1] > 1:
                 rows.append([f"{variant}, plain sum", *_taus(stages.sum(1), truth), "", "", ""])
-    healed = np.array([record["healed"] for record in known])
+    repaired = np.array([record["repaired"] for record in known])
     seconds = sum(record["cpu_seconds"] for record in known)
-    rows.append(["each cut, healed, validated", *_taus(-healed, truth), "", "", ""])
+    rows.append(["each cut, repaired, validated", *_taus(-repaired, truth), "", "", ""])
     rows.append(["(each retrained: the truth)", "1", "", "", "", f"{seconds:.0f}", ""])
     of_last = f"of networks {', '.join(map(str, _LAST))}"
     header = ["proxy", "Kendall's tau", "95 % interval", of_last, "fairness", "training, CPU s", "judging, CPU s"]
@@ -233,7 +235,7 @@ def main() -> None:
             if read(name) is None:
                 record = retrained(bench, number)
                 write_record(name, record)
-                print(name, record["healed"], record["retrained"], record["cpu_seconds"], flush=True)
+                print(name, record["repaired"], record["retrained"], record["cpu_seconds"], flush=True)
     title = "# Supernets as judges: ResNet-20 at 50 % of its MACs, CIFAR-10\n\n"
     (RESULTS / "rank.md").write_text(title + summary())
     print(summary())

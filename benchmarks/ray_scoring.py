@@ -25,9 +25,9 @@ from secateur.graph import stages_of, trace
 from secateur.models import load_model
 from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
 from secateur.nas.common import held_out
-from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp import CandidateScorer, losses_of
 from secateur.nas.swp_candidates import Options
-from secateur.search import L2, Evidence, Problem, SearchSpace
+from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
 from secateur.train import Precision, open_fabric, placed
 from secateur.workers import InProcess, OnRay, Pool, Workers
 
@@ -39,7 +39,7 @@ WAYS: dict[str, Workers] = {
 }
 
 
-def prepared(images: int, chunks: int) -> tuple[Judge, list[list[Subnet]]]:
+def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subnet]]]:
     """A judge, and networks to be judged."""
     cpu = torch.device("cpu")
     model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
@@ -47,11 +47,11 @@ def prepared(images: int, chunks: int) -> tuple[Judge, list[list[Subnet]]]:
     learned, judged = held_out(data.train, images, 0)
     batches = calibration(learned, images // 4, device=cpu, seed=0, batch_size=250)
     graph = trace(model.eval(), batches[0][0][:1])
-    evidence = Evidence(model, graph, batches)
-    problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    evidence = ScoringInputs(model, graph, batches)
+    problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
     options = Options.of(problem, stages_of(model, graph), Widths(), None)
     supernet = placed(Supernet(model, graph, best_first(L2().scores(evidence))), cpu)
-    judge = Judge.of(
+    judge = CandidateScorer.of(
         supernet,
         stages=options.stages,
         supervision=InPlace(),
@@ -69,7 +69,7 @@ def judged(pool: Pool[list[Subnet], Any], chunks: list[list[Subnet]]) -> np.ndar
     return np.concatenate([found[number] for number in range(len(chunks))])
 
 
-def measure(judge: Judge, chunks: list[list[Subnet]], rounds: int) -> dict[str, Any]:
+def measure(judge: CandidateScorer, chunks: list[list[Subnet]], rounds: int) -> dict[str, Any]:
     """All ways in turns."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     started: dict[str, float] = {}

@@ -31,8 +31,8 @@ from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import Refit, cut
-from secateur.search import Knapsack, SearchSpace, search
-from secateur.train import Schedule, Silent, evaluate, fit
+from secateur.search import Knapsack, SearchSpace, search_architecture
+from secateur.train import Silent, TrainConfig, evaluate, fit
 
 KD = Objective(kd_weight=0.9, label_weight=0.1)
 # Feature weight and rate were chosen on the validation images with ResNet-20, seed 2, one epoch (docs/log.md).
@@ -42,21 +42,21 @@ Recipe = tuple[nn.Module, Objective, AlignedFeatures | None]
 
 
 def ours(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, healed."""
+    """Our cut, repaired."""
     batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
     graph = trace(teacher, batches[0][0][:1])
-    found = search(teacher, graph, Knapsack(), budget="macs=50%", batches=batches, space=SPACE, seed=seed)
-    done = cut(teacher, graph, found.architecture, calibration=[x for x, _ in batches], heal=(Refit(),))
+    found = search_architecture(teacher, graph, Knapsack(), budget="macs=50%", batches=batches, space=SPACE, seed=seed)
+    done = cut(teacher, graph, found.architecture, calibration=[x for x, _ in batches], repairs=(Refit(),))
     return done.model, ALIGNED, AlignedFeatures.of(done.graph, done.architecture)
 
 
 def ours_kd(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, healed, distilled without features."""
+    """Our cut, repaired, distilled without features."""
     return ours(teacher, data, seed)[0], KD, None
 
 
 def ours_ce(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, healed, trained on labels."""
+    """Our cut, repaired, trained on labels."""
     return ours(teacher, data, seed)[0], Objective.of_labels(), None
 
 
@@ -86,7 +86,7 @@ def run(  # noqa: PLR0917
     teacher, _ = load_model(f"cifar_resnet{depth}", weights=WEIGHTS / f"cifar10_resnet{depth}.safetensors")
     student, objective, alignment = METHODS[method](teacher, data, seed)
     example = torch.zeros(1, *data.size)
-    schedule = Schedule(epochs=epochs, learning_rate=rate, seed=seed)
+    schedule = TrainConfig(epochs=epochs, learning_rate=rate, seed=seed)
     trained = fit(
         student,
         data.train,

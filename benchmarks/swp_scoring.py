@@ -26,9 +26,9 @@ from secateur.data import ImageData, calibration, load_data
 from secateur.graph import ChannelGraph, stages_of, trace
 from secateur.models import load_model
 from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
-from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp import CandidateScorer, losses_of
 from secateur.nas.swp_candidates import Options
-from secateur.search import L2, Evidence, Problem, SearchSpace
+from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
 from secateur.train import Precision, channels_last, open_fabric, placed
 
 NETWORKS = 8
@@ -58,7 +58,7 @@ def blockwise(model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
     return tuple(found[:-1])
 
 
-def one_by_one(judge: Judge, subnets: list[Subnet]) -> list[float]:
+def one_by_one(judge: CandidateScorer, subnets: list[Subnet]) -> list[float]:
     """Cross-entropy of every subnet on the images held out."""
     losses: list[float] = []
     for subnet in subnets:
@@ -97,14 +97,16 @@ def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: in
     batches = calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
     graph = trace(model, batches[0][0][:1])
     stages = stages_of(model, graph, blockwise(model, graph) if fine else None)
-    evidence = Evidence(model, graph, batches)
-    problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    evidence = ScoringInputs(model, graph, batches)
+    problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
     options = Options.of(problem, stages, Widths(), None)
     supernet = placed(Supernet(model, graph, best_first(L2().scores(evidence))), torch.device("cpu"))
     fabric = open_fabric(precision, device=torch.device("cpu"))
     images = [channels_last(images) for images, _ in batches[:2]]
     held: Any = _Held(batches[2:])
-    judge = Judge.of(supernet, stages=stages, supervision=InPlace(), calibration=images, images=held, fabric=fabric)
+    judge = CandidateScorer.of(
+        supernet, stages=stages, supervision=InPlace(), calibration=images, images=held, fabric=fabric
+    )
     draw = np.random.default_rng(0)
     subnets = [options.subnet(options.drawn(draw)) for _ in range(NETWORKS)]
     ways = {"in one pass": lambda: losses_of(judge, subnets), "one by one": lambda: one_by_one(judge, subnets)}

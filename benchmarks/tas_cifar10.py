@@ -9,7 +9,7 @@ are half as many training images; see `SETTINGS`.
 
 At 55 % every method gets passes over the training images worth three epochs of recovery, and starts from the same
 trained weights. A search step of TAS costs about an ordinary training step (see tas_step.py), an epoch of it passes
-each image once. Random search draws widths, cuts and heals each network as all methods do, and takes the one that is
+each image once. Random search draws widths, cuts and repairs each network as all methods do, and takes the one that is
 best on the validation images; it draws as many as take the processor time of the search of TAS.
 
     tas        1 epoch of search, 2 of recovery
@@ -43,21 +43,21 @@ from secateur.data import ImageData, calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, trace
 from secateur.models import load_model
-from secateur.nas import SWP, TAS, Sandwich
+from secateur.nas import SWP, TAS, SandwichSampler
 from secateur.prune import Cut, RecalibrateBatchNorm, Refit, cut
 from secateur.search import (
-    Evidence,
     Knapsack,
     PCASlimming,
-    Problem,
     Reconstruction,
+    ScoringInputs,
+    SearchContext,
     SearchSpace,
     Uniform,
     fit,
     keep_best,
-    search,
+    search_architecture,
 )
-from secateur.train import Schedule, Silent, distill, evaluate, open_fabric
+from secateur.train import Silent, TrainConfig, evaluate, open_fabric, train_with_teacher
 
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 SPACE = SearchSpace(min_kept_fraction=0.25)
@@ -122,8 +122,8 @@ Method = Callable[[Case], Found]
 
 def tas(case: Case) -> Found:
     """One epoch of search, everything else as it comes."""
-    strategy = TAS(schedule=Schedule(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
-    found = search(
+    strategy = TAS(schedule=TrainConfig(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
+    found = search_architecture(
         case.model,
         case.graph,
         strategy,
@@ -139,10 +139,10 @@ def tas(case: Case) -> Found:
 
 def swp(case: Case) -> Found:
     """One epoch of training, with one drawn network in a step, and few candidates, to cost about what TAS does."""
-    found = search(
+    found = search_architecture(
         case.model,
         case.graph,
-        SWP(nets=Sandwich(random=1), candidates=48, rounds=3, held_out=1000),
+        SWP(nets=SandwichSampler(random=1), candidates=48, rounds=3, held_out=1000),
         budget=case.budget,
         batches=case.batches,
         space=SPACE,
@@ -154,9 +154,9 @@ def swp(case: Case) -> Found:
 
 
 def random(case: Case) -> Found:
-    """The best of many random architectures that fill the budget, each one healed and validated."""
-    problem = Problem(
-        Evidence(case.model, case.graph, case.batches, case.seed),
+    """The best of many random architectures that fill the budget, each one repaired and validated."""
+    problem = SearchContext(
+        ScoringInputs(case.model, case.graph, case.batches, case.seed),
         CostModel(case.graph),
         Budget.parse(case.budget),
         SPACE,
@@ -170,7 +170,9 @@ def random(case: Case) -> Found:
         # Sorted, the random keys of an axis make its width uniform among the allowed ones, as far as the budget goes.
         widths = fit(problem, [np.sort(draw.random(len(levels) - 1)) for levels in problem.levels]).widths
         architecture = keep_best(problem, widths, scores)
-        accuracy = evaluate(healed(case.model, case.graph, architecture, case.batches).model, case.data.validation).top1
+        accuracy = evaluate(
+            repaired(case.model, case.graph, architecture, case.batches).model, case.data.validation
+        ).top1
         tried.append(accuracy)
         if best is None or accuracy > best[0]:
             best = accuracy, architecture
@@ -186,7 +188,7 @@ def of(strategy: Uniform | PCASlimming | Knapsack) -> Method:
     """A strategy that needs no training."""
 
     def method(case: Case) -> Found:
-        found = search(
+        found = search_architecture(
             case.model, case.graph, strategy, budget=case.budget, batches=case.batches, space=SPACE, seed=case.seed
         )
         return found.architecture, {"strategy": found.strategy}
@@ -205,10 +207,10 @@ METHODS: dict[str, Method] = {
 """All keep the channels that the same importance names."""
 
 
-def healed(model: nn.Module, graph: ChannelGraph, architecture: Architecture, batches: Batches) -> Cut:
-    """Cut and healed as `compress` does it."""
+def repaired(model: nn.Module, graph: ChannelGraph, architecture: Architecture, batches: Batches) -> Cut:
+    """Cut and repaired as `compress` does it."""
     images = [images for images, _ in batches]
-    return cut(model, graph, architecture, calibration=images, heal=(Refit(), RecalibrateBatchNorm()))
+    return cut(model, graph, architecture, calibration=images, repairs=(Refit(), RecalibrateBatchNorm()))
 
 
 def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, Any]:
@@ -220,13 +222,13 @@ def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, 
     began = time.process_time()
     architecture, notes = METHODS[method](Case(teacher, graph, batches, data, seed, setting.budget))
     searched = time.process_time() - began
-    done = healed(teacher, graph, architecture, batches)
+    done = repaired(teacher, graph, architecture, batches)
     began = time.process_time()
-    trained = distill(
+    trained = train_with_teacher(
         done.model,
         teacher=teacher,
         data=data,
-        schedule=Schedule(epochs=epochs, learning_rate=0.02, seed=seed),
+        schedule=TrainConfig(epochs=epochs, learning_rate=0.02, seed=seed),
         objective=ALIGNED,
         alignment=AlignedFeatures.of(done.graph, done.architecture),
         progress=Silent(),
@@ -271,7 +273,7 @@ def summary(setting: Setting) -> str:
     header = [
         "method",
         "MACs kept",
-        "validation % healed",
+        "validation % repaired",
         "test % per seed",
         "test %",
         "search, CPU s",

@@ -22,8 +22,8 @@ from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import load_model
 from secateur.nas import TAS, Depths, Widths
 from secateur.prune import cut
-from secateur.search import L2, search
-from secateur.train import Schedule
+from secateur.search import L2, search_architecture
+from secateur.train import TrainConfig
 
 MODELS = ("cifar_resnet20", "cifar_resnet56", "mobilenetv2_050", "densenet121", "efficientnet_b0", "convnext_atto")
 SPACES: dict[str, tuple[Widths | None, Depths | None]] = {
@@ -53,10 +53,10 @@ def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> di
     widths, depths = SPACES[space]
     if (depths and not graph.chains) or (space == "untied" and not any(axis.into for axis in graph.prunable)):
         return None
-    schedule = Schedule(epochs=epochs, batch_size=32, learning_rate=0.01)
+    schedule = TrainConfig(epochs=epochs, batch_size=32, learning_rate=0.01)
     strategy = TAS(widths=widths, depths=depths, schedule=schedule, importance=L2())
     began = time.process_time()
-    found = search(model, graph, strategy, budget=f"macs={percent}%", batches=batches, data=data)
+    found = search_architecture(model, graph, strategy, budget=f"macs={percent}%", batches=batches, data=data)
     seconds = time.process_time() - began
     small = cut(model, graph, found.architecture)
     example = torch.zeros(1, *data.size)

@@ -26,10 +26,10 @@ from secateur.cost import Budget, CostModel
 from secateur.graph import trace
 from secateur.models import cifar_resnet56
 from secateur.nas import TAS, Blending, Fade, Interpolate, Supernet, best_first
-from secateur.nas.tas_sampler import Candidates, Choice
-from secateur.nas.tas_train import Run
-from secateur.search import L2, Evidence, Problem, SearchSpace
-from secateur.train import Precision, Schedule, best_precision, channels_last, open_fabric, placed
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
+from secateur.nas.tas_train import DifferentiableSearch
+from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
+from secateur.train import Precision, TrainConfig, best_precision, channels_last, open_fabric, placed
 
 BATCH = 64
 TEMPERATURE = 5.0
@@ -45,14 +45,16 @@ class Steps:
         model = cifar_resnet56().eval()
         graph = trace(model, self._batch[0][:2])
         self._full = placed(model, self._fabric.device).train()
-        self._sgd = Schedule(epochs=1).optimizer.build(self._full, 0.01)
-        evidence = Evidence(model, graph, ((self._batch),))
-        problem = Problem(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+        self._sgd = TrainConfig(epochs=1).optimizer.build(self._full, 0.01)
+        evidence = ScoringInputs(model, graph, ((self._batch),))
+        problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
         supernet = Supernet(model, graph, best_first(L2().scores(evidence)))
         strategy = TAS(blending=blending)
-        candidates = Candidates.of(problem, strategy.widths, strategy.depths, supernet.blended)
+        candidates = WidthCandidates.of(problem, strategy.widths, strategy.depths, supernet.blended)
         course = strategy.course(replace(problem, fabric=self._fabric), candidates, (_Images(), _Images()))
-        self._run = Run(course, placed(supernet, self._fabric.device).train(), Choice(candidates))
+        self._run = DifferentiableSearch(
+            course, placed(supernet, self._fabric.device).train(), WidthDistribution(candidates)
+        )
         self._noise = torch.Generator().manual_seed(0)
 
     def ordinary(self) -> None:

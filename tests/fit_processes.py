@@ -13,7 +13,7 @@ from torch import nn
 from secateur._runtime import Stopped, stoppable
 from secateur.distill import Objective
 from secateur.errors import TrainingError
-from secateur.train import SGD, Saving, Silent, Trained, fit
+from secateur.train import SGD, CheckpointPolicy, Silent, Trained, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -97,7 +97,7 @@ def _process(fabric: "Fabric", folder: Path) -> None:
     with stoppable() as stop:
         source = Asks(16 * STEPS, stop if rank == 0 else None)
         try:
-            trained("normed", Silent(), fabric, source=source, checkpoint=folder / "run", saving=Saving())
+            trained("normed", Silent(), fabric, source=source, checkpoint=folder / "run", saving=CheckpointPolicy())
         except Stopped:
             result["stopped"] = sorted(path.name for path in (folder / "run").iterdir())
     fabric.barrier()
@@ -116,13 +116,13 @@ def _refusal(fabric: "Fabric", *, before: bool = False, **more: Any) -> str:
     """The message of an error; before, one process may leave a checkpoint that the other does not see."""
     if before:
         from secateur.train import Saved, save_checkpoint
-        from secateur.train.config import Task
+        from secateur.train.config import TrainingTask
         from secateur.train.fit import _settings
 
         schedule = small_schedule(
             EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimizer=SGD()
         )
-        task = Task(Blobs(160), Blobs(33), None, Objective(0.5, 0.5), schedule, None, fabric)
+        task = TrainingTask(Blobs(160), Blobs(33), None, Objective(0.5, 0.5), schedule, None, fabric)
         save_checkpoint(more["checkpoint"], Saved(1, {}, {}, _settings(task, net("normed"), small_net(5))))
     try:
         trained("normed", Silent(), fabric, **more)

@@ -21,7 +21,7 @@ from secateur.graph import trace
 from secateur.models import load_model
 from secateur.pipeline.checks import probe_json
 from secateur.prune import ByERK, ByMagnitude, WeightPruning, cut, make_permanent_, masked
-from secateur.search import Uniform, search
+from secateur.search import Uniform, search_architecture
 
 Json = Any
 
@@ -53,7 +53,7 @@ def good_artifact(folder: Path) -> Good:
     model, source = load_model("digits_resnet")
     example = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     graph = trace(model, example)
-    found = search(model, graph, Uniform(), budget=Budget(macs="50%"))
+    found = search_architecture(model, graph, Uniform(), budget=Budget(macs="50%"))
     small = cut(model, graph, found.architecture).model
     half = make_permanent_(masked(small, WeightPruning(ByMagnitude(), ByERK()).masks(small, 0.3))).eval()
     recipe = Recipe(

@@ -154,8 +154,10 @@ def warm() -> None:
     for module in (_deliver, _foreign):
         module.latency_between = lambda *_: ((), ())  # type: ignore[attr-defined]
     # Checkpoints within epochs too: every third step, not every ten minutes.
-    keeper = _saving.Keeper.__init__
-    _saving.Keeper.__init__ = lambda self, folder, _, *more: keeper(self, folder, _saving.Saving(steps=3), *more)
+    keeper = _saving.Checkpointer.__init__
+    _saving.Checkpointer.__init__ = lambda self, folder, _, *more: keeper(
+        self, folder, _saving.CheckpointPolicy(steps=3), *more
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         Path(os.devnull).open("w") as nothing,

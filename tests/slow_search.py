@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data import Augment, ImageData, MemorySplit, Normalization
-from secateur.search import Problem, Proposal, Strategy, Uniform
+from secateur.search import Proposal, SearchContext, Strategy, Uniform
 from secateur.train import Saved, load_checkpoint, save_checkpoint
 
 
@@ -31,7 +31,7 @@ class SlowSearch(Strategy):
             _train_(tensors, seed, epoch)
         return tensors
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         assert problem.training is not None
         state = problem.evidence.model.state_dict()
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.distill import Objective
-from secateur.train import SGD, Batches, Precision, Schedule
+from secateur.train import SGD, Batches, Precision, TrainConfig
 
 CPU = torch.device("cpu")
 LABELS_ONLY = Objective.of_labels()
@@ -65,9 +65,9 @@ def small_net(seed: int = 0, *, dropout: float = 0.0, width: int = 8, classes: i
         )
 
 
-def small_schedule(epochs: int = 2, **changes: Any) -> Schedule:
+def small_schedule(epochs: int = 2, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimizer": SGD()}
-    return Schedule(epochs, **(settings | changes))
+    return TrainConfig(epochs, **(settings | changes))
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

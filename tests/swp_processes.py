@@ -14,9 +14,9 @@ from tas_runs import Net
 from torch import Tensor, nn
 
 from secateur.graph import trace
-from secateur.nas import InPlace, OriginalWeights, Sandwich, Supernet
-from secateur.nas.swp_train import Course, Run
-from secateur.search import search
+from secateur.nas import InPlace, OriginalWeights, SandwichSampler, Supernet
+from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
+from secateur.search import search_architecture
 from secateur.train import tensors_of
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def curve(fabric: "Fabric") -> tuple[list[list[float]], dict[str, Tensor]]:
     options = options_of(given, cuts=CUTS)
     supernet = Supernet(given.model, given.graph).train()
     images = noise().train
-    course = Course(options, Sandwich(2), InPlace(), images, None, quick_schedule(), fabric)
-    run, draw, losses = Run(course, supernet), np.random.default_rng(0), []
+    course = SWPSearchConfig(options, SandwichSampler(2), InPlace(), images, None, quick_schedule(), fabric)
+    run, draw, losses = SupernetTraining(course, supernet), np.random.default_rng(0), []
     for epoch in range(STEPS // 4):
         for batch, labels in images.batches(16, device=fabric.device, seed=0, epoch=epoch):
             total, parts = run.learn(batch, labels, 0.05, draw)
@@ -57,7 +57,7 @@ def curve(fabric: "Fabric") -> tuple[list[list[float]], dict[str, Tensor]]:
 def found(fabric: "Fabric", checkpoint: Path | None = None) -> Any:
     """A whole search."""
     given, strategy = unnormed(), quick(2, cuts=CUTS, hand_on=OriginalWeights())
-    return search(
+    return search_architecture(
         given.model, given.graph, strategy, budget="macs=50%", batches=given.batches, data=noise(), fabric=fabric,
         checkpoint=checkpoint,
     )  # fmt: skip

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from secateur.cost import Budget, CostModel
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
-from secateur.nas import SWP, Depths, SearchedWeights, Subnet, Supernet, Supervision, Widths, best_first, calibrated
-from secateur.nas.swp import Judge
+from secateur.nas import SWP, Depths, Subnet, Supernet, SupernetWeights, Supervision, Widths, best_first, calibrated
+from secateur.nas.swp import CandidateScorer
 from secateur.nas.swp_candidates import Options
 from secateur.prune import original_names
-from secateur.search import L2, Evidence, Found, Problem, SearchSpace
-from secateur.train import SGD, Precision, Schedule
+from secateur.search import L2, ScoringInputs, SearchContext, SearchResult, SearchSpace
+from secateur.train import SGD, Precision, TrainConfig
 
 SPACE, WIDTHS, DEPTHS = SearchSpace(), Widths((0.3, 0.6)), Depths()
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -47,26 +47,26 @@ def staged(*, untied: bool = False) -> Net:
     return Net(model, untie(model, graph) if untied else graph, batches)
 
 
-def quick_schedule(epochs: int = 2, **changes: Any) -> Schedule:
+def quick_schedule(epochs: int = 2, **changes: Any) -> TrainConfig:
     usual: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.05, "optimizer": SGD(), "warmup_fraction": 0.0}
-    return Schedule(epochs, **(usual | {"precision": Precision.FLOAT32} | changes))
+    return TrainConfig(epochs, **(usual | {"precision": Precision.FLOAT32} | changes))
 
 
 def quick(epochs: int = 2, **fields: Any) -> SWP:
     """Widths and depths, three steps an epoch, four candidates a round, in half a second."""
     given: dict[str, Any] = {
         "schedule": quick_schedule(epochs), "importance": L2(), "depths": Depths(), "candidates": 12, "rounds": 3,
-        "held_out": 16, "hand_on": SearchedWeights(),
+        "held_out": 16, "hand_on": SupernetWeights(),
     }  # fmt: skip
     return SWP(**(given | fields))
 
 
 def problem_of(
     model: nn.Module, graph: ChannelGraph, budget: str = "macs=50%, params=60%", space: SearchSpace = SPACE
-) -> Problem:
+) -> SearchContext:
     """A search without data."""
     costs = CostModel(graph)
-    return Problem(Evidence(model, graph), costs, Budget.parse(budget), space, lambda _done, _what: None)
+    return SearchContext(ScoringInputs(model, graph), costs, Budget.parse(budget), space, lambda _done, _what: None)
 
 
 def options_of(
@@ -163,7 +163,7 @@ def as_text(notes: Mapping[str, Any]) -> str:
     return repr({**notes, "training": training})
 
 
-def assert_same(one: Found, other: Found) -> None:
+def assert_same(one: SearchResult, other: SearchResult) -> None:
     """Bit by bit, but for the time it took."""
     assert one.architecture == other.architecture
     assert one.weights is not None
@@ -182,13 +182,15 @@ def supernet_of(options: Options, dtype: torch.dtype) -> Supernet:
     return Supernet(copy.deepcopy(evidence.model).to(dtype), graph, best_first(scores)).eval()
 
 
-def judge_of(options: Options, supervision: Supervision, dtype: torch.dtype = torch.float64) -> Judge:
+def judge_of(options: Options, supervision: Supervision, dtype: torch.dtype = torch.float64) -> CandidateScorer:
     """A judge with images in two batches of calibration and two held out."""
     supernet = supernet_of(options, dtype)
     batches = [(images.to(dtype), labels) for images, labels in noise().train.batches(16, device=torch.device("cpu"))]
     calibration = tuple(images for images, _ in batches[:2])
     full = calibrated(supernet, supernet.full, calibration)
-    return Judge(supernet, options.stages, supervision, calibration, tuple(batches[2:]), full, Precision.FLOAT32)
+    return CandidateScorer(
+        supernet, options.stages, supervision, calibration, tuple(batches[2:]), full, Precision.FLOAT32
+    )
 
 
 def subnets_of(options: Options, count: int) -> list[Subnet]:

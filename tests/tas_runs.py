@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from secateur.data import ImageData
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.nas import TAS, Depths, SearchedWeights
-from secateur.search import L2, Found, Strategy, search
-from secateur.train import SGD, Precision, Schedule
+from secateur.nas import TAS, Depths, SupernetWeights
+from secateur.search import L2, SearchResult, Strategy, search_architecture
+from secateur.train import SGD, Precision, TrainConfig
 
 __all__ = ["Interrupted", "Net", "Recorder", "Stopped", "net", "noise", "quick", "run"]
 
@@ -66,10 +66,10 @@ def net(*, untied: bool = False, blocks: int = 3) -> Net:
 
 def quick(epochs: int = 2, **fields: Any) -> TAS:
     """Both widths and depths, in half a second."""
-    schedule = Schedule(
+    schedule = TrainConfig(
         epochs, batch_size=16, learning_rate=0.05, optimizer=SGD(), precision=Precision.FLOAT32, warmup_fraction=0
     )
-    given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "hand_on": SearchedWeights()}
+    given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "hand_on": SupernetWeights()}
     return TAS(**(given | fields))
 
 
@@ -122,10 +122,10 @@ def run(
     budget: str = "macs=50%",
     data: ImageData | None = None,
     **settings: Any,
-) -> Found:
+) -> SearchResult:
     """Search."""
     settings = {"batches": given.batches, "data": noise() if data is None else data, **settings}
-    return search(given.model, given.graph, strategy, budget=budget, **settings)
+    return search_architecture(given.model, given.graph, strategy, budget=budget, **settings)
 
 
 @dataclass(frozen=True)

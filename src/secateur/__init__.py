@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from secateur.export.onnx import export_onnx as export_onnx
     from secateur.export.torch_export import export_pt2 as export_pt2
     from secateur.graph.graph import ChannelGraph as ChannelGraph
-    from secateur.graph.selection import Choices as Choices
+    from secateur.graph.selection import Selection as Selection
     from secateur.graph.trace import HeadUnit as HeadUnit
     from secateur.graph.trace import trace as trace
     from secateur.models.source import ModelSource as ModelSource
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
     from secateur.pipeline.compress import compress as compress
     from secateur.pipeline.config import Branches as Branches
     from secateur.pipeline.config import CompressResult as CompressResult
-    from secateur.pipeline.config import FromScratch as FromScratch
-    from secateur.pipeline.config import Inherit as Inherit
-    from secateur.pipeline.inspect import survey as survey
+    from secateur.pipeline.config import KeepWeights as KeepWeights
+    from secateur.pipeline.config import Reinitialize as Reinitialize
+    from secateur.pipeline.inspect import inspect_model as inspect_model
     from secateur.pipeline.load import load as load
     from secateur.pipeline.verify import verify as verify
     from secateur.prune.cut import cut as cut
     from secateur.prune.repair import RecalibrateBatchNorm as RecalibrateBatchNorm
     from secateur.prune.repair import Refit as Refit
     from secateur.prune.weight_pruning import WeightPruning as WeightPruning
-    from secateur.search.base import search as search
-    from secateur.search.depth import Shallower as Shallower
+    from secateur.search.base import search_architecture as search_architecture
+    from secateur.search.depth import RemoveBlocks as RemoveBlocks
     from secateur.search.knapsack import Knapsack as Knapsack
     from secateur.search.pca import PCASlimming as PCASlimming
     from secateur.search.ranking import GlobalImportance as GlobalImportance
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from secateur.train.callbacks import TensorBoard as TensorBoard
     from secateur.train.config import SGD as SGD
     from secateur.train.config import AdamW as AdamW
-    from secateur.train.config import Schedule as Schedule
+    from secateur.train.config import TrainConfig as TrainConfig
     from secateur.train.evaluate import evaluate as evaluate
-    from secateur.train.fit import distill as distill
+    from secateur.train.fit import train_with_teacher as train_with_teacher
 
 __version__ = "0.1.0"
 
@@ -90,7 +90,7 @@ _MODULES = {
     "export.onnx": ("export_onnx",),
     "export.torch_export": ("export_pt2",),
     "graph.graph": ("ChannelGraph",),
-    "graph.selection": ("Choices",),
+    "graph.selection": ("Selection",),
     "graph.trace": (
         "HeadUnit",
         "trace",
@@ -105,10 +105,10 @@ _MODULES = {
     "pipeline.config": (
         "Branches",
         "CompressResult",
-        "FromScratch",
-        "Inherit",
+        "Reinitialize",
+        "KeepWeights",
     ),
-    "pipeline.inspect": ("survey",),
+    "pipeline.inspect": ("inspect_model",),
     "pipeline.load": ("load",),
     "pipeline.verify": ("verify",),
     "prune.cut": ("cut",),
@@ -117,8 +117,8 @@ _MODULES = {
         "Refit",
     ),
     "prune.weight_pruning": ("WeightPruning",),
-    "search.base": ("search",),
-    "search.depth": ("Shallower",),
+    "search.base": ("search_architecture",),
+    "search.depth": ("RemoveBlocks",),
     "search.knapsack": ("Knapsack",),
     "search.pca": ("PCASlimming",),
     "search.ranking": (
@@ -133,10 +133,10 @@ _MODULES = {
     "train.config": (
         "AdamW",
         "SGD",
-        "Schedule",
+        "TrainConfig",
     ),
     "train.evaluate": ("evaluate",),
-    "train.fit": ("distill",),
+    "train.fit": ("train_with_teacher",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -195,7 +195,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def told_of_disk(folder: Path) -> Generator[None]:
+def disk_errors(folder: Path) -> Generator[None]:
     """A disk that cannot be written is said in words.
 
     Raises:
@@ -210,10 +210,10 @@ def told_of_disk(folder: Path) -> Generator[None]:
         ) from error
 
 
-def vanish(folder: Path) -> None:
+def remove_dir_atomic(folder: Path) -> None:
     """Remove a folder so that no part of it is ever there under its name.
 
-    A process that is killed meanwhile leaves it beside, under a hidden name, see `sweep`.
+    A process that is killed meanwhile leaves it beside, under a hidden name, see `clean_stale`.
 
     Raises:
         OSError: If it cannot be removed; then all of it is where it was.
@@ -223,7 +223,7 @@ def vanish(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sweep(out: Path, work: Path) -> None:
+def clean_stale(out: Path, work: Path) -> None:
     """Remove what killed processes have left of drafts beside an output folder.
 
     An artifact that was there before is not touched: where a file system cannot exchange two names, it may be hidden
@@ -242,7 +242,7 @@ def sweep(out: Path, work: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Generator[None]:
+def locked(folder: Path) -> Generator[None]:
     """Have a folder for this process alone; the system gives it free when the process ends, however that ends.
 
     Where the file system or the system cannot lock files, nobody is kept out.

@@ -123,7 +123,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextlib.contextmanager
-def in_the_open() -> Generator[None]:
+def without_fast_path() -> Generator[None]:
     """Switch off the fast path of `torch.nn.MultiheadAttention`, which is one opaque operation, and put it back."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -134,12 +134,12 @@ def in_the_open() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Generator[None]:
+def preserving_state(model: nn.Module) -> Generator[None]:
     """Run a model in the open: random state and settings are put back afterward."""
     # Nothing can lie on a device that was never asked for anything.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), in_the_open():
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), without_fast_path():
         yield
 
 
@@ -154,7 +154,7 @@ def run_under_(model: nn.Module, mode: Callable[[Inputs], AbstractContextManager
 
     def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack = ExitStack()
-        stack.enter_context(in_the_open())
+        stack.enter_context(without_fast_path())
         stack.enter_context(mode((args, kwargs)))
         running.append(stack)
 

@@ -26,8 +26,8 @@ from secateur.search import (
     PCASlimming,
     RandomImportance,
     RawWeights,
+    RemoveBlocks,
     SearchSpace,
-    Shallower,
     Strategy,
     Taylor,
     Uniform,
@@ -35,7 +35,7 @@ from secateur.search import (
     as_scored,
     by_axis_rank,
     describe,
-    search,
+    search_architecture,
 )
 
 STRATEGIES: list[Strategy] = [
@@ -53,8 +53,8 @@ STRATEGIES: list[Strategy] = [
     PCASlimming(RawWeights(Correlation()), GeometricMedian()),
     PCASlimming(Activations()),
     PCASlimming(Weights(Correlation()), Taylor()),
-    Shallower(),
-    Shallower(Uniform(), most=1.0, images=3),
+    RemoveBlocks(),
+    RemoveBlocks(Uniform(), most=1.0, images=3),
 ]
 NETS = [
     "plain",
@@ -103,8 +103,8 @@ def test_result_is_valid_within_the_budget_and_the_same_every_time(strategy, nam
     for text in BUDGETS:
         if not reachable(it.graph, text):
             continue
-        found = search(it.model, it.graph, strategy, budget=text, batches=it.batches, seed=5)
-        again = search(it.model, it.graph, strategy, budget=text, batches=it.batches, seed=5)
+        found = search_architecture(it.model, it.graph, strategy, budget=text, batches=it.batches, seed=5)
+        again = search_architecture(it.model, it.graph, strategy, budget=text, batches=it.batches, seed=5)
         assert found == again
         assert Budget.parse(text).allows(found.cost, found.original)
         assert found.cost == costs.cost(found.architecture)
@@ -121,7 +121,7 @@ def test_budget_is_filled_where_widths_are_fine(strategy):
     generator = torch.Generator().manual_seed(1)
     batches = ((torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2, 1])),)
     for text in ("macs=83%", "macs=31%", "params=57%", "macs=50%, params=90%"):
-        found = search(model, graph, strategy, budget=text, batches=batches)
+        found = search_architecture(model, graph, strategy, budget=text, batches=batches)
         assert 0.99 <= max(found.notes["utilization"].values()) <= 1
 
 
@@ -130,7 +130,7 @@ def test_divisor_and_minimum_are_honored(strategy):
     model, graph = residual(40, 36)
     batches = ((torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])),)
     space = SearchSpace(divisor=8, min_width=16)
-    found = search(model, graph, strategy, budget="macs=50%", batches=batches, space=space)
+    found = search_architecture(model, graph, strategy, budget="macs=50%", batches=batches, space=space)
     assert found.architecture.widths["stem"] in (16, 24, 32, 40)
     assert found.architecture.widths["conv1"] in (16, 24, 32, 36)
 
@@ -138,7 +138,7 @@ def test_divisor_and_minimum_are_honored(strategy):
 @each_strategy
 def test_the_whole_is_returned_when_it_is_within_the_budget(strategy):
     it = net("residual")
-    found = search(it.model, it.graph, strategy, budget="macs=100%")
+    found = search_architecture(it.model, it.graph, strategy, budget="macs=100%")
     assert found.architecture.widths == it.graph.sizes
 
 
@@ -146,7 +146,7 @@ def test_the_whole_is_returned_when_it_is_within_the_budget(strategy):
 def test_an_unreachable_budget_is_refused_at_once(strategy):
     it = net("residual")
     with pytest.raises(BudgetError, match="must be within reach; got params<=1"):
-        search(it.model, it.graph, strategy, budget="params=1")
+        search_architecture(it.model, it.graph, strategy, budget="params=1")
 
 
 @each_strategy
@@ -159,13 +159,13 @@ def test_weights_that_are_not_finite_are_refused(strategy):
     if strategy == Uniform(RandomImportance()):
         return  # it does not look at weights
     with pytest.raises(ModelError, match="finite"):
-        search(model, graph, strategy, budget="macs=50%", batches=batches)
+        search_architecture(model, graph, strategy, budget="macs=50%", batches=batches)
 
 
 @each_strategy
 def test_the_found_architecture_can_be_cut_and_costs_what_was_said(strategy):
     it = net("zoo:dense")
-    found = search(it.model, it.graph, strategy, budget="macs=60%", batches=it.batches)
+    found = search_architecture(it.model, it.graph, strategy, budget="macs=60%", batches=it.batches)
     cut = apply_architecture(it.model, it.graph, found.architecture)
     assert counted_macs(cut, it.example) == found.cost.macs
     assert counted_params(cut) == found.cost.params

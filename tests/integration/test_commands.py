@@ -264,15 +264,15 @@ def test_cifar_resnet20_healed_only(run: Run, tmp_path: Path, cifar10_folder: Pa
     manifest = json.loads((out / "secateur.json").read_text())
     accuracy = {step["step"]: step["top1"] for step in manifest["metrics"]["test_accuracy"]}
     assert accuracy["original"] == pytest.approx(0.9173, abs=0.002)  # as published with the weights
-    assert accuracy["cut and healed"] > 0.7
+    assert accuracy["cut and repaired"] > 0.7
     assert manifest["cost"]["after"]["macs"] <= 0.7 * manifest["cost"]["before"]["macs"]
 
 
 def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from secateur import pipeline
-    from secateur.train import Schedule
+    from secateur.train import TrainConfig
 
-    short = pipeline.Demo(teaching=Schedule(4, 64, 0.05), recovery=Schedule(1, 64, 0.02))
+    short = pipeline.Demo(teaching=TrainConfig(4, 64, 0.05), recovery=TrainConfig(1, 64, 0.02))
 
     def quick(*args: object, **kwargs: object) -> object:
         return demo(*args, **kwargs, settings=short)

@@ -11,7 +11,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.errors import ChoiceError
-from secateur.graph import ChannelGraph, Choices, Role, trace
+from secateur.graph import ChannelGraph, Role, Selection, trace
 from secateur.prune import cut
 from secateur.search import AxisRule, SearchSpace
 
@@ -19,15 +19,15 @@ NETS = sorted(ZOO)
 
 
 @st.composite
-def choices(draw: st.DrawFn, graph: ChannelGraph) -> Choices:
+def choices(draw: st.DrawFn, graph: ChannelGraph) -> Selection:
     """Some modules of the graph, or what is around them."""
     names = {site.tensor.rpartition(".")[0] for axis in graph.axes for site in axis.sites} - {""}
     names |= {name.partition(".")[0] for name in names}
     some = st.lists(st.sampled_from(sorted(names) or ["*"]), max_size=2, unique=True).map(tuple)
-    return Choices(draw(some), draw(some), draw(some))
+    return Selection(draw(some), draw(some), draw(some))
 
 
-def applied(chosen: Choices, graph: ChannelGraph) -> ChannelGraph | str:
+def applied(chosen: Selection, graph: ChannelGraph) -> ChannelGraph | str:
     """What is left to cut, or why nothing is."""
     try:
         return chosen.apply(graph)

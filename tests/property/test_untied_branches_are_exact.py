@@ -66,14 +66,14 @@ def test_a_branch_without_some_channels_adds_zeros_there(name, data):
     reference = copy.deepcopy(model)
     for axis in graph.axes:
         if axis.into is not None:
-            reference.get_submodule(axis.outlet).register_forward_hook(silencing(graph, axis, architecture))
+            reference.get_submodule(axis.residual_output).register_forward_hook(silencing(graph, axis, architecture))
     small = apply_architecture(model, graph, architecture)
     assert apart(outputs(reference, example), outputs(small, example)) <= EXACT[torch.float32]
 
 
 def silencing(graph: ChannelGraph, axis: ChannelAxis, architecture: Architecture) -> Callable[..., Tensor]:
     """A hook that zeroes the channels of a branch which are not kept."""
-    activation = graph.activations[axis.outlet]
+    activation = graph.activations[axis.residual_output]
     stream = [found.name for found in graph.axes].index(axis.into)
     gone = set(range(axis.size)) - set(architecture.by_name[axis.name])
     silent = [p for p in range(len(activation.axis)) if activation.axis[p] == stream and activation.channel[p] in gone]
@@ -129,7 +129,7 @@ def test_every_branch_can_be_cut_to_one_channel(name):
         made = cut(model, graph, Architecture.of(kept))
         assert made.architecture == Architecture.of(kept)
         assert made.verification.frozen == ()
-        narrow = {axis.outlet for axis in graph.prunable if axis.into}
+        narrow = {axis.residual_output for axis in graph.prunable if axis.into}
         assert {n for n, m in made.model.named_modules() if isinstance(m, Widen)} == narrow
         masked = mask_removed(model, graph, made.architecture)
         assert apart(outputs(masked, example), outputs(made.model, example)) <= EXACT[torch.float32]

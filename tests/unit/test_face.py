@@ -1,7 +1,6 @@
-"""The package as its users see it: quick to import, complete, and verbs that are not shadowed by rooms."""
+"""The package as its users see it: quick to import, complete, and without a name that is a module as well."""
 
 import ast
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,9 @@ def test_every_public_name_is_there_and_is_no_module(name: str):
     assert name in dir(secateur)
 
 
-def test_verbs_keep_their_names_when_their_rooms_are_imported():
-    room = importlib.import_module("secateur.search")
-    importlib.import_module("secateur.distill")
-    assert secateur.search is room.search
-    assert secateur.distill is importlib.import_module("secateur.train").distill
+def test_no_public_name_is_also_a_package():
+    packages = {path.parent.name for path in Path(secateur.__file__).parent.glob("*/__init__.py")}
+    assert packages.isdisjoint(secateur.__all__)
 
 
 def test_unknown_name_is_an_attribute_error():
@@ -34,7 +31,7 @@ def test_names_for_type_checkers_are_those_at_run_time():
     tree = ast.parse(Path(secateur.__file__).read_text(encoding="utf-8"))
     guarded = next(node for node in tree.body if isinstance(node, ast.If))
     said = {(node.module, name.name) for node in guarded.body for name in node.names}
-    assert said == {(f"secateur.{home}", name) for home, names in secateur._HOMES.items() for name in names}
+    assert said == {(f"secateur.{module}", name) for module, names in secateur._MODULES.items() for name in names}
 
 
 def test_import_and_help_do_not_wait_for_torch():

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from secateur.distill.objective import Objective, Term
     from secateur.distill.taps import Taps
     from secateur.export.formats import Format
-    from secateur.graph.selection import Choices
+    from secateur.graph.selection import Selection
     from secateur.graph.trace import HeadUnit
-    from secateur.pipeline.config import Branches, Start
+    from secateur.pipeline.config import Branches, StudentInit
     from secateur.prune.weight_pruning import WeightPruning
     from secateur.search.importance import Importance
     from secateur.search.space import AxisRule
     from secateur.train.callbacks import Progress
-    from secateur.train.checkpoint import Saving
+    from secateur.train.checkpoint import CheckpointPolicy
     from secateur.train.config import SGD, AdamW
     from secateur.train.device import Execution, Precision
 
@@ -59,7 +59,7 @@ Variation = Callable[["ImageData"], "ImageData"]
 
 def importance_of(name: ImportanceName) -> Importance:
     """The importance of a name."""
-    from secateur import search as importance
+    from secateur import search_architecture as importance
 
     return {
         ImportanceName.RECONSTRUCTION: importance.Reconstruction,
@@ -73,18 +73,18 @@ def importance_of(name: ImportanceName) -> Importance:
     }[name]()
 
 
-def choices_of(include: Words, exclude: Words, whole: Words) -> Choices:
+def choices_of(include: Words, exclude: Words, whole: Words) -> Selection:
     """Which layers may be cut, from repeated patterns.
 
     Raises:
         ChoiceError: If a pattern is empty.
     """
-    from secateur.graph.selection import Choices
+    from secateur.graph.selection import Selection
 
     for name, patterns in (("--include", include), ("--exclude", exclude), ("--keep-whole", whole)):
         if "" in (patterns or ()):
             raise ChoiceError(f"`{name}` must be a name pattern, such as 'layer1.*'; got ''.")
-    return Choices(tuple(include or ()), tuple(exclude or ()), tuple(whole or ()))
+    return Selection(tuple(include or ()), tuple(exclude or ()), tuple(whole or ()))
 
 
 def heads_of(name: AttentionName) -> HeadUnit:
@@ -101,11 +101,11 @@ def branches_of(untied: bool) -> Branches:
     return Branches.UNTIED if untied else Branches.TIED
 
 
-def start_of(from_scratch: bool) -> Start:
+def start_of(from_scratch: bool) -> StudentInit:
     """What the recovery begins with."""
-    from secateur.pipeline.config import FromScratch, Inherit
+    from secateur.pipeline.config import KeepWeights, Reinitialize
 
-    return FromScratch() if from_scratch else Inherit()
+    return Reinitialize() if from_scratch else KeepWeights()
 
 
 def progress_of(quiet: bool, tensorboard: Path | None) -> Progress:
@@ -120,15 +120,15 @@ def progress_of(quiet: bool, tensorboard: Path | None) -> Progress:
     return shown if tensorboard is None else TensorBoard(tensorboard, shown)
 
 
-def saving_of(minutes: float, steps: int | None) -> Saving:
+def saving_of(minutes: float, steps: int | None) -> CheckpointPolicy:
     """When checkpoints are written within epochs.
 
     Raises:
         TrainingError: If the time is not positive.
     """
-    from secateur.train.checkpoint import Saving
+    from secateur.train.checkpoint import CheckpointPolicy
 
-    return Saving(60 * minutes, steps)
+    return CheckpointPolicy(60 * minutes, steps)
 
 
 def rules_of(divisors: Words, min_widths: Words, min_kept: Words) -> tuple[AxisRule, ...]:

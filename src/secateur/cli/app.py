@@ -16,14 +16,14 @@ from secateur.cli.compress import compress
 from secateur.cli.distill import distill
 from secateur.cli.inspect import inspect
 from secateur.cli.options import BenchBatch, BenchDevice, BenchTarget, BenchThreads, PrecisionName, Rounds, TargetName
-from secateur.cli.output import BAD_INPUT, command_line, err, goes_on, out, show, silent, tell, threads, told
+from secateur.cli.output import BAD_INPUT, command_line, err, handle_errors, out, resumable, show, silent, tell, threads
 from secateur.errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
     from secateur.cost.measure import Latency
 
 
-@told
+@handle_errors
 def bench(
     *,
     models: Annotated[
@@ -154,8 +154,8 @@ TestImages = Annotated[
 ]
 
 
-@told
-@goes_on
+@handle_errors
+@resumable
 def compare(
     *,
     study: StudyOption,
@@ -270,7 +270,7 @@ app.command()(compare)
 
 
 @app.command()
-@told
+@handle_errors
 def evaluate(
     *,
     model: options.Model,
@@ -289,7 +289,7 @@ def evaluate(
     """Measure the accuracy of a model or artifact on the test images."""
     from secateur.cli import _words as _choices
     from secateur.cli.shared import Inputs
-    from secateur.pipeline.workspace import check_belongs
+    from secateur.pipeline.workspace import check_model_fits_data
     from secateur.report.run import MeasuredAccuracy
     from secateur.train.evaluate import evaluate as measure
 
@@ -304,7 +304,7 @@ def evaluate(
         std=_choices.numbers_of(std, "--std"),
     )
     with threads(thread_count):
-        check_belongs(inputs.opened.model, inputs.images, inputs.example(2))
+        check_model_fits_data(inputs.opened.model, inputs.images, inputs.example(2))
         found = measure(
             inputs.opened.model, inputs.images.test, batch_size=batch_size, device=_choices.device_of(device)
         )
@@ -317,7 +317,7 @@ def evaluate(
 
 
 @app.command()
-@told
+@handle_errors
 def verify(
     *,
     folder: Annotated[Path | None, typer.Argument(help="The artifact.", show_default=False)] = None,
@@ -353,7 +353,7 @@ def verify(
 
 
 @app.command()
-@told
+@handle_errors
 def export(
     *,
     model: options.Model,
@@ -388,7 +388,7 @@ def export(
 
 
 @app.command()
-@told
+@handle_errors
 def demo(
     *,
     out_folder: options.Out = Path("secateur-demo"),

@@ -10,15 +10,15 @@ from secateur.cli.options import (
     TargetName,
     TargetOption,
     TargetThreads,
-    spread,
+    expand_dataclasses,
 )
-from secateur.cli.output import command_line, goes_on, show, told_together
+from secateur.cli.output import command_line, handle_errors_together, resumable, show
 from secateur.cli.shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
 
 
-@told_together
-@goes_on
-@spread
+@handle_errors_together
+@resumable
+@expand_dataclasses
 def compress(
     *,
     model: options.Model,
@@ -70,7 +70,7 @@ def compress(
     target_device: TargetDevice = "cpu",
     machine: MachineFlags,
 ) -> None:
-    """Compress a trained classifier to a budget: search, cut, heal, distill, verify, export, report."""
+    """Compress a trained classifier to a budget: search, cut, repair, distill, verify, export, report."""
     from secateur.cli import _words as _choices
     from secateur.cli._words import pruning_of
     from secateur.cli.options import target_of
@@ -78,7 +78,7 @@ def compress(
     from secateur.cost.budget import Budget
     from secateur.distill.objective import Objective
     from secateur.pipeline.compress import compress as run
-    from secateur.pipeline.config import usual_blocks
+    from secateur.pipeline.config import default_blocks
     from secateur.pipeline.workspace import check_output
     from secateur.search.space import SearchSpace
 
@@ -88,7 +88,7 @@ def compress(
     timed_on = target_of(target, target_threads, target_batch, target_device)
     cuts = None if stage_end is None else tuple(stage_end)
     searching = Searching(search_epochs, search_over, search_learning_rate, search_candidates, combine, cuts, ray)
-    found_by = strategy_of(strategy, importance, remove_blocks, searching, usual_blocks(limits))
+    found_by = strategy_of(strategy, importance, remove_blocks, searching, default_blocks(limits))
     progress, saving = machine.progress, work.saving
     choices = _choices.choices_of(include, exclude, keep_whole)
     space = SearchSpace(min_width, divisor, min_kept, _choices.rules_of(axis_divisor, axis_min_width, axis_min_kept))

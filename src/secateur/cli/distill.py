@@ -1,14 +1,14 @@
 """The command that distills any teacher into any student."""
 
 from secateur.cli import options
-from secateur.cli.options import PrecisionName, spread
-from secateur.cli.output import command_line, goes_on, show, told_together
+from secateur.cli.options import PrecisionName, expand_dataclasses
+from secateur.cli.output import command_line, handle_errors_together, resumable, show
 from secateur.cli.shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
 
 
-@told_together
-@goes_on
-@spread
+@handle_errors_together
+@resumable
+@expand_dataclasses
 def distill(
     *,
     teacher: options.Teacher,
@@ -46,7 +46,7 @@ def distill(
         objective_of,
         taps_of,
     )
-    from secateur.pipeline.distill import Hinting, Pupil, distill_into
+    from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
     from secateur.pipeline.workspace import check_output
 
     leftover = work.leftover
@@ -75,11 +75,11 @@ def distill(
     )
     hinting = None
     if hint_epochs:
-        hinting = Hinting(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
+        hinting = HintStage(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
     with machine.processes(schedule) as fabric:
-        result = distill_into(
-            Pupil(taught.model, taught.name, taught.source, taught.architecture),
-            teacher=Pupil(known.opened.model, known.opened.name, known.opened.source),
+        result = distill_model(
+            ModelSpec(taught.model, taught.name, taught.source, taught.architecture),
+            teacher=ModelSpec(known.opened.model, known.opened.name, known.opened.source),
             data=varied(images),
             schedule=schedule,
             objective=objective,

@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from secateur.cli import options
 from secateur.cli.options import AttentionName
-from secateur.cli.output import out, plain_table, told
+from secateur.cli.output import handle_errors, out, plain_table
 from secateur.cost.budget import format_count
 from secateur.report.graph_drawing import inside, places, sentence_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from secateur.cost.budget import Cost
     from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
-    from secateur.pipeline.inspect import Survey
+    from secateur.pipeline.inspect import ModelReport
     from secateur.report.graph_drawing import Place
 
 
@@ -31,7 +31,7 @@ _WIDE = 4096
 _ELLIPSIS = "…"
 
 
-def print_survey(survey: Survey, name: str) -> None:
+def print_survey(survey: ModelReport, name: str) -> None:
     """The axes of a model, what is frozen and why, and what a budget can ask for."""
     table = plain_table(f"Channel axes of {name}", ("axis", "channels", "may keep", "sites", "seen in"), numbers=0)
     for axis in survey.graph.prunable:
@@ -52,7 +52,7 @@ def print_survey(survey: Survey, name: str) -> None:
         out().print(Text(line), soft_wrap=True)
 
 
-def _print_blocks(survey: Survey) -> None:
+def _print_blocks(survey: ModelReport) -> None:
     layers, macs = places(survey.graph), max(survey.original.macs, 1)
     title = "Residual blocks: branches that can be removed whole"
     table = plain_table(title, ("block", "layers", "params", "of the MACs", "stays because"), numbers=0)
@@ -64,7 +64,7 @@ def _print_blocks(survey: Survey) -> None:
     out().print(table)
 
 
-def _print_stages(survey: Survey) -> None:
+def _print_stages(survey: ModelReport) -> None:
     macs = max(sum(stage.macs for stage in survey.stages), 1)
     title = "Stages: each hands on a single tensor"
     table = plain_table(title, ("stage", "ends at", "axes", "blocks", "of the MACs"), numbers=0)
@@ -74,7 +74,7 @@ def _print_stages(survey: Survey) -> None:
     out().print(table)
 
 
-def print_tree(survey: Survey, name: str) -> None:
+def print_tree(survey: ModelReport, name: str) -> None:
     """The modules of a model: parameters and share of the MACs, and for each layer its channels."""
     graph, root = survey.graph, _Node(name)
     for place in places(graph):
@@ -135,7 +135,7 @@ def _channels(place: Place, graph: ChannelGraph) -> Iterable[tuple[str, str]]:
             yield f"{name} ({axis.size}){f'. {sentence_of(axis)}' if place.makes else ', whole'}", "yellow"
 
 
-def _summary(survey: Survey) -> tuple[str, ...]:
+def _summary(survey: ModelReport) -> tuple[str, ...]:
     small, whole, space = survey.smallest, survey.original, survey.space
     elsewhere = " unless a rule says otherwise" if space.rules else ""
     removable, blocks = len(survey.graph.removable), len(survey.graph.blocks)
@@ -190,7 +190,7 @@ def _without_names(axis: ChannelAxis) -> str:
     return " ".join(_ELLIPSIS if word in own else word for word in words)
 
 
-def _widths(survey: Survey, axis: ChannelAxis) -> str:
+def _widths(survey: ModelReport, axis: ChannelAxis) -> str:
     widths = survey.space.widths(axis).tolist()
     if len(widths) == 1:
         return f"all {widths[0]}"
@@ -211,7 +211,7 @@ def _share(part: float, whole: float) -> str:
     return f"{100 * part / max(whole, 1):.1f} %"
 
 
-@told
+@handle_errors
 def inspect(
     *,
     model: options.Model,
@@ -242,7 +242,7 @@ def inspect(
     from secateur.cli import _words as _choices
     from secateur.cli.output import print_written
     from secateur.cli.shared import Inputs
-    from secateur.pipeline.inspect import survey
+    from secateur.pipeline.inspect import inspect_model
     from secateur.report.graph_drawing import check_drawing, write_drawing
     from secateur.search.space import SearchSpace
 
@@ -253,7 +253,9 @@ def inspect(
     inputs = Inputs(model, weights, data, image_size=image_size, trust_source=trust_source, seed=seed)
     heads = _choices.heads_of(attention)
     branches = _choices.branches_of(untied)
-    found = survey(inputs.opened.model, inputs.example(1), choices=choices, heads=heads, branches=branches, space=space)
+    found = inspect_model(
+        inputs.opened.model, inputs.example(1), choices=choices, heads=heads, branches=branches, space=space
+    )
     name = inputs.opened.name
     if as_json:
         out().print(Text(json.dumps({"model": name, **found.to_json()}, indent=1)), soft_wrap=True)

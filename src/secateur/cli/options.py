@@ -65,7 +65,7 @@ def check_device(flag: str, text: str, *, instead: str = "cpu") -> torch.device:
     )
 
 
-def spread(command: Callable[..., None]) -> Callable[..., None]:
+def expand_dataclasses(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the fields of every parameter that is a dataclass, in its place, as parameters of the command.
 
     So flags that commands share are written once, with their usual values, and reach the command as one object.
@@ -330,7 +330,7 @@ Ray = Annotated[
     ),
 ]
 Calibration = Annotated[
-    int, typer.Option(help="Training images for search and healing.", min=1, max=_MANY_CUT, rich_help_panel=_CUT)
+    int, typer.Option(help="Training images for search and repairs.", min=1, max=_MANY_CUT, rich_help_panel=_CUT)
 ]
 WeightScore = Annotated[
     WeightScoreName | None,
@@ -419,10 +419,10 @@ FromScratch = Annotated[
         rich_help_panel=_TRAIN,
     ),
 ]
-Epochs = Annotated[int, typer.Option(help="Of distillation; 0 heals only.", min=0, rich_help_panel=_TRAIN)]
+Epochs = Annotated[int, typer.Option(help="Of distillation; 0 repairs only.", min=0, rich_help_panel=_TRAIN)]
 BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, max=_WIDEST_RATE, rich_help_panel=_TRAIN)]
 LearningRate = Annotated[
-    float, typer.Option("--lr", help="The highest; a high one wipes healing out.", rich_help_panel=_TRAIN)
+    float, typer.Option("--lr", help="The highest; a high one wipes repairs out.", rich_help_panel=_TRAIN)
 ]
 Warmup = Annotated[
     float, typer.Option(help="Part of the steps with a rising rate.", min=0, max=1, rich_help_panel=_TRAIN)

@@ -222,7 +222,7 @@ class Caught:
         return INTERRUPTED if self.number is None else 128 + self.number
 
 
-def goes_on(command: _Command) -> _Command:
+def resumable(command: _Command) -> _Command:
     """Make a command that can be resumed end in good order when it is interrupted: 130 for SIGINT, 143 for SIGTERM.
 
     The command must have an ``out_folder`` argument.
@@ -230,7 +230,7 @@ def goes_on(command: _Command) -> _Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with obeyed() as caught:
+        with signal_handler() as caught:
             try:
                 return command(*args, **kwargs)
             except (KeyboardInterrupt, SecateurError) as error:
@@ -244,7 +244,7 @@ def goes_on(command: _Command) -> _Command:
 
 
 @contextmanager
-def obeyed() -> Generator[Caught]:
+def signal_handler() -> Generator[Caught]:
     """A block that SIGINT and SIGTERM stop; the handlers that were there are put back at its end.
 
     The first signal ends a training or search after its next step, with a checkpoint, and everything else at once, by
@@ -316,10 +316,10 @@ def _console(*, stderr: bool) -> Console:
     return PlainConsole(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else 120)
 
 
-def told(command: _Command) -> _Command:
+def handle_errors(command: _Command) -> _Command:
     """Make a command end with a message and a code, never with a traceback (unless it is asked for, or a bug).
 
-    Code 2 for whatever the user can mend, 130 for an interrupt (see also `secateur.cli._stopping.goes_on`). The command
+    Code 2 for whatever the user can mend, 130 for an interrupt (see also `resumable`). The command
     must have a ``debug`` argument. It is for one process: several that torchrun has started would do the same.
     """
 
@@ -328,11 +328,11 @@ def told(command: _Command) -> _Command:
         _check_alone()
         return command(*args, **kwargs)
 
-    return told_together(alone)  # type: ignore[return-value]
+    return handle_errors_together(alone)  # type: ignore[return-value]
 
 
-def told_together(command: _Command) -> _Command:
-    """As `told`, for a command that torchrun may start several times at once."""
+def handle_errors_together(command: _Command) -> _Command:
+    """As `handle_errors`, for a command that torchrun may start several times at once."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ from secateur.data.dataset import ImageData, calibration
 from secateur.data.load import load_data
 from secateur.errors import ArtifactError, ChoiceError, DataError
 from secateur.export.artifact import is_artifact
-from secateur.pipeline.load import Opened, open_model, usual_size
+from secateur.pipeline.load import LoadedModel, default_size, load_any
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from secateur.nas.common import Depths, Widths
     from secateur.nas.swp import SWP
     from secateur.nas.tas import TAS
-    from secateur.pipeline.workspace import Leftover
+    from secateur.pipeline.workspace import OnExisting
     from secateur.search.base import Strategy
     from secateur.train.callbacks import Progress
-    from secateur.train.checkpoint import Saving
-    from secateur.train.config import Schedule
+    from secateur.train.checkpoint import CheckpointPolicy
+    from secateur.train.config import TrainConfig
     from secateur.train.device import Precision
 
 
@@ -93,14 +93,14 @@ class Inputs:
         )
 
     @cached_property
-    def opened(self) -> Opened:
+    def opened(self) -> LoadedModel:
         """The model."""
         return self.opened_for(self.images if self.data is not None and not is_artifact(self.model) else None)
 
-    def opened_for(self, images: ImageData | None) -> Opened:
+    def opened_for(self, images: ImageData | None) -> LoadedModel:
         """The model for an image set: with its classes and channels, unless it is an artifact."""
         sized = None if is_artifact(self.model) else images
-        return open_model(
+        return load_any(
             self.model,
             weights=self.weights,
             num_classes=None if sized is None else len(sized.classes),
@@ -113,7 +113,7 @@ class Inputs:
         """A few images: real ones if there is data, else noise of the size that the model was made for."""
         if self.data is not None:
             return calibration(self.images.train, n, seed=self.seed)[0][0]
-        channels, height, width = usual_size(self.opened)
+        channels, height, width = default_size(self.opened)
         if self.image_size is not None:
             height = width = self.image_size
         if min(channels, height, width) < 1:
@@ -191,13 +191,13 @@ def strategy_of(
     """
     from secateur.nas.swp import SWP
     from secateur.nas.tas import TAS
-    from secateur.search.depth import Shallower
+    from secateur.search.depth import RemoveBlocks
 
     searching.check(name)
     learning = {StrategyName.TAS: TAS, StrategyName.SWP: SWP}
     if name not in learning:
         widths, blocks = _widths_of(name, importance), usual_blocks if removed_blocks is None else removed_blocks
-        return Shallower(widths, most=blocks) if blocks else widths
+        return RemoveBlocks(widths, most=blocks) if blocks else widths
     if removed_blocks:
         raise ChoiceError(
             f"`--remove-blocks` must be left out with --strategy {name.value}, which searches depths itself; got "
@@ -241,7 +241,7 @@ def _over(searching: Searching) -> tuple[Widths | None, Depths | None]:
     )
 
 
-def _schedule(searching: Searching, usual: Schedule) -> Schedule:
+def _schedule(searching: Searching, usual: TrainConfig) -> TrainConfig:
     given = {"epochs": searching.epochs, "learning_rate": searching.learning_rate}
     return replace(usual, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -313,16 +313,16 @@ class TrainingFlags:
 
     def schedule(
         self, *, epochs: int, batch_size: int, learning_rate: float, precision: PrecisionName, seed: int
-    ) -> Schedule:
+    ) -> TrainConfig:
         """The course of the training.
 
         Raises:
             TrainingError: If a number is out of range.
         """
         from secateur.cli import _words as _choices
-        from secateur.train.config import Schedule
+        from secateur.train.config import TrainConfig
 
-        return Schedule(
+        return TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -359,19 +359,19 @@ class WorkFlags:
     seed: options.Seed = 0
 
     @property
-    def leftover(self) -> Leftover:
+    def leftover(self) -> OnExisting:
         """What to do with an interrupted run.
 
         Raises:
             ArtifactError: If two things are asked for.
         """
-        from secateur.pipeline.workspace import Leftover
+        from secateur.pipeline.workspace import OnExisting
 
         if self.resume and self.restart:
             raise ArtifactError(
                 "`--resume` goes on with an interrupted run and `--restart` removes it; give one of them."
             )
-        return Leftover.RESUME if self.resume else Leftover.DISCARD if self.restart else Leftover.REFUSE
+        return OnExisting.RESUME if self.resume else OnExisting.DISCARD if self.restart else OnExisting.REFUSE
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -385,7 +385,7 @@ class WorkFlags:
         return _choices.formats_of(self.export)
 
     @property
-    def saving(self) -> Saving:
+    def saving(self) -> CheckpointPolicy:
         """When checkpoints are written within epochs.
 
         Raises:
@@ -407,7 +407,7 @@ class MachineFlags:
     debug: options.Debug = False
 
     @contextmanager
-    def processes(self, schedule: Schedule) -> Generator[Fabric]:
+    def processes(self, schedule: TrainConfig) -> Generator[Fabric]:
         """This process with its device and threads, and those that torchrun has started with it.
 
         Raises:

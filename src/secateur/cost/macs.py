@@ -19,7 +19,7 @@ from secateur._arrays import FloatArray, IntArray
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost, amount_of
 from secateur.errors import SurgeryError
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelGraph, Extent
 
 _CHUNK = 4096
@@ -125,7 +125,7 @@ def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     inputs = example if isinstance(example, tuple) else (example,)
-    running = _without_gradients(shadow_of(model))
+    running = _without_gradients(shadow_copy(model))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), FlopCounterMode(display=False) as counter:

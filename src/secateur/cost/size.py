@@ -171,7 +171,7 @@ def _stored(model: nn.Module, graph: ChannelGraph) -> Iterator[Stored]:
     for block in graph.removable:
         for name in block.tensors:
             around.setdefault(name, []).append(block.name)
-    outlets = [axis.outlet for axis in graph.prunable if axis.into is not None]
+    outlets = [axis.residual_output for axis in graph.prunable if axis.into is not None]
     seen: set[int] = set()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in seen:
@@ -182,7 +182,7 @@ def _stored(model: nn.Module, graph: ChannelGraph) -> Iterator[Stored]:
     for axis in graph.prunable:
         if axis.into is not None:
             size = Extent(graph.by_name[axis.into].size)
-            yield Stored(f"{axis.outlet}.index", _DTYPES[torch.int64], 8, (size,), ())
+            yield Stored(f"{axis.residual_output}.index", _DTYPES[torch.int64], 8, (size,), ())
 
 
 def _wrapped(name: str, outlets: list[str]) -> str:

@@ -15,7 +15,7 @@ _KEPT = 3
 """Batches whose memory is kept: one that is trained on, one that is made, and the shorter last one."""
 
 
-class Floats:
+class BufferPool:
     """Arrays of floats for one batch after the other.
 
     New memory is cleared by the system, page by page, when it is first written; for a batch of 64 images of 224 x 224
@@ -51,7 +51,7 @@ Fill = Callable[[int, np.ndarray], None]
 """Writes image i into its (h, w, c) place."""
 
 
-def filled_ahead(
+def prefetch(
     batches: Iterable[tuple[int, Tensor]], shape: tuple[int, int, int], fill: Fill, threads: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Batches with their number, their positions and their (n, h, w, c) uint8 pixels.

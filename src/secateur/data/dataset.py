@@ -277,7 +277,7 @@ class ImageData:
         )
 
 
-def usual_augment(size: tuple[int, int, int]) -> Augment:
+def default_augment(size: tuple[int, int, int]) -> Augment:
     """The usual augmentation of small images: pad by 1/8 of the side (4 at 32 pixels, 1 at 8) and crop.
 
     Color images are mirrored too; gray ones are not, because most gray sets are characters.

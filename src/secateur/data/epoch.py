@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.data._buffers import Floats
+from secateur.data._buffers import BufferPool
 from secateur.data.auto_augment import Policy, policy_of
 from secateur.data.transforms import ORDER_STREAM, Augment, Draws, Mix, Normalization, drawn_mixes, erase_, erased_boxes
 from secateur.errors import DataError
@@ -21,7 +21,7 @@ float32 probabilities (n, classes) where images are mixed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Finish:
+class BatchTransform:
     """What makes a batch of an epoch's bytes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Finish:
     classes: int = 0
     boxes: Tensor | None = None
     mixes: tuple[Mix, ...] = ()
-    floats: Floats = field(default_factory=Floats)
+    floats: BufferPool = field(default_factory=BufferPool)
 
     @classmethod
     def of_epoch(
@@ -51,7 +51,7 @@ class Finish:
         device: torch.device,
         seed: int,
         epoch: int,
-    ) -> "Finish":
+    ) -> "BatchTransform":
         """Draw what an epoch needs."""
         _, height, width = size
         boxes, mixes = None, ()
@@ -79,7 +79,7 @@ class Finish:
         return images, labels
 
 
-class Known(Protocol):
+class SplitInfo(Protocol):
     """What must be known of a split to draw for it; see `secateur.data.Split`."""
 
     @property
@@ -119,7 +119,7 @@ class Epoch:
     device: torch.device
     draws: Draws | None
     policy: Policy | None
-    finish: Finish
+    finish: BatchTransform
     start: int = 0
 
     @property
@@ -131,7 +131,7 @@ class Epoch:
     @classmethod
     def of(
         cls,
-        split: Known,
+        split: SplitInfo,
         batch_size: int,
         *,
         device: torch.device | str,
@@ -148,11 +148,11 @@ class Epoch:
         order = _order(n, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=drop_last)
         left = order[start * batch_size :]
         if augment is None or seed is None:
-            return cls(left, batch_size, device, None, None, Finish(split.normalization), start)
+            return cls(left, batch_size, device, None, None, BatchTransform(split.normalization), start)
         policy = None
         if augment.auto_augment is not None:
             policy = policy_of(augment.auto_augment, split.size, split.normalization.mean)
-        finish = Finish.of_epoch(
+        finish = BatchTransform.of_epoch(
             split.normalization,
             augment,
             images=n,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.data._buffers import filled_ahead
-from secateur.data.dataset import MemorySplit, Split, TrainAndTest, checked_classes, checked_labels, usual_augment
+from secateur.data._buffers import prefetch
+from secateur.data.dataset import MemorySplit, Split, TrainAndTest, checked_classes, checked_labels, default_augment
 from secateur.data.epoch import Batch, Epoch
 from secateur.data.splits import training_count
 from secateur.data.transforms import Augment, Draws, Normalization, crop_box
@@ -346,7 +346,7 @@ class FolderSplit:
             if epoch.policy is not None:
                 np.copyto(place, epoch.policy(place, int(epoch.draws.keys[i])))
 
-        ahead = filled_ahead(epoch.batches, (height, width, channels), fill, worker_count())
+        ahead = prefetch(epoch.batches, (height, width, channels), fill, worker_count())
         for place, chosen, pixels in ahead:
             index = chosen.to(epoch.device)
             yield epoch.finish(place, index, pixels.to(epoch.device), self.labels[chosen].to(epoch.device))
@@ -380,9 +380,7 @@ class FolderSplit:
     def _opened(self, i: int, least: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> "Image":
         image = open_image(self.paths[i], lambda: str(self.paths[i]), least)
         if self.size[0] == 1 and image.mode == "RGB":
-            raise DataError(
-                f"{self.paths[i]} must be gray like the other images; got color. Convert one or the other."
-            )
+            raise DataError(f"{self.paths[i]} must be gray like the other images; got color. Convert one or the other.")
         return image.convert("RGB") if self.size[0] == 3 and image.mode == "L" else image
 
 
@@ -418,7 +416,7 @@ def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None
     train_paths, train_labels = train_paths[:count], train_labels[:count]
     form = _form((train_paths, test_paths), image_size)
     train, test = form.split(train_paths, train_labels), form.split(test_paths, test_labels)
-    augment = usual_augment(train.size) if form.in_memory else Augment(0, train.size[0] == 3, PHOTOGRAPH_MIN_AREA)
+    augment = default_augment(train.size) if form.in_memory else Augment(0, train.size[0] == 3, PHOTOGRAPH_MIN_AREA)
     return TrainAndTest(train, test, classes, folder.resolve().name, augment)
 
 

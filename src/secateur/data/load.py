@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, usual_augment
+from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, default_augment
 from secateur.data.images import read_image_folder, resize_all
 from secateur.data.parquet import parquet_files, read_parquet
 from secateur.data.splits import TEST_SEED, hold_out, training_count
@@ -55,7 +55,7 @@ def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
     kept = kept[: training_count(labels[kept], limit, classes)]
     images = resize_all(images, image_size)
     train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALIZATION) for index in (kept, held))
-    return TrainAndTest(train, test, classes, "digits", usual_augment(train.size))
+    return TrainAndTest(train, test, classes, "digits", default_augment(train.size))
 
 
 def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
@@ -98,7 +98,7 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
         )
         for dataset, n in ((train_set, count), (test_set, None))
     ]
-    return TrainAndTest(splits[0], splits[1], classes, name, usual_augment(splits[0].size))
+    return TrainAndTest(splits[0], splits[1], classes, name, default_augment(splits[0].size))
 
 
 _TORCHVISION = "torchvision:"

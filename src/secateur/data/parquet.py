@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from secateur.data.dataset import MemorySplit, TrainAndTest, usual_augment
+from secateur.data.dataset import MemorySplit, TrainAndTest, default_augment
 from secateur.data.images import MEMORY_LIMIT, check_memory, decode_all, open_regular
 from secateur.data.splits import training_count
 from secateur.data.transforms import Normalization
@@ -64,7 +64,7 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     test.check_labels(classes)
     count = training_count(torch.from_numpy(train.labels), limit, classes)
     splits = [table.split(n, image_size, len(classes)) for table, n in ((train, count), (test, len(test.labels)))]
-    return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, usual_augment(splits[0].size))
+    return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, default_augment(splits[0].size))
 
 
 def _other_classes(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.data._buffers import Floats
+from secateur.data._buffers import BufferPool
 from secateur.data.auto_augment import check_policy
 from secateur.errors import DataError
 
@@ -71,7 +71,7 @@ class Normalization:
             )
         return new
 
-    def __call__(self, pixels: Tensor, floats: Floats | None = None) -> Tensor:
+    def __call__(self, pixels: Tensor, floats: BufferPool | None = None) -> Tensor:
         """Normalize a batch.
 
         Args:
@@ -87,7 +87,7 @@ class Normalization:
         mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).mul_(255.0).repeat(width)
         std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).mul_(255.0).repeat(width)
         if pixels.device.type == "cpu":
-            made = (Floats() if floats is None else floats).take((n * height, width * channels))
+            made = (BufferPool() if floats is None else floats).take((n * height, width * channels))
             _by_parts(pixels, mean.numpy(), std.numpy(), made)
             return torch.from_numpy(made).view(pixels.shape).permute(0, 3, 1, 2)
         images = pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

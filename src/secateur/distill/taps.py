@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from secateur._runtime import undisturbed
+from secateur._runtime import preserving_state
 from secateur.architecture import Architecture
 from secateur.distill.feature_losses import channel_dim
 from secateur.distill.learned_losses import initialized
@@ -141,7 +141,7 @@ def tapped(student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor) 
         raise TrainingError('`taps` must name at least one pair of modules; got none. Such as {"layer2": "layer2"}.')
     with watch_taps(student, teacher, taps) as watch, torch.no_grad():
         for model in (student, teacher):
-            with undisturbed(model), _evaluating(model):
+            with preserving_state(model), _evaluating(model):
                 device = next((p.device for p in model.parameters()), example.device)
                 model(example.to(device))
         return watch.features(taps)

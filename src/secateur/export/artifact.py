@@ -15,7 +15,7 @@ from secateur._json import brief, parse
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.export.edits import held_value, set_edits
 from secateur.export.manifest import FORMAT, Manifest, Recipe
-from secateur.export.tensors import check_room, describe, deserialize, install, serialize
+from secateur.export.tensors import check_capacity, describe, deserialize, install, serialize
 from secateur.prune.masks import make_permanent_, masks_of, nonzero_params
 from secateur.prune.residual import widen_, widenings_in
 from secateur.prune.slice import declare_sizes, replace_, replacements_in
@@ -165,7 +165,7 @@ def load(
         model = build(manifest.recipe.source) if factory is None else factory()
     _rebuild_(model, manifest)
     set_edits(model, manifest.recipe.edits)
-    most = check_room(model, manifest.tensors)
+    most = check_capacity(model, manifest.tensors)
     weights = read_bytes(folder / WEIGHTS_NAME, limit=min(manifest.weights_bytes, most))
     if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
         raise ArtifactError(

@@ -170,7 +170,7 @@ def deserialize(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
     return found
 
 
-def check_room(model: nn.Module, records: Sequence[TensorRecord]) -> int:
+def check_capacity(model: nn.Module, records: Sequence[TensorRecord]) -> int:
     """Refuse records of tensors that a rebuilt model does not have, or that are larger than its own.
 
     Surgery only takes away. So whatever the records claim, what is read takes no more room than the model.

@@ -1,6 +1,6 @@
 """The channel graph: trace a model once and know which channels belong together."""
 
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph._rules_layers import compute_over_kept_
 from secateur.graph.graph import (
     Activation,
@@ -15,7 +15,7 @@ from secateur.graph.graph import (
     SizeEdit,
     StandIn,
 )
-from secateur.graph.selection import Choices, check_meant, means
+from secateur.graph.selection import Selection, check_matches, matches
 from secateur.graph.stages import Stage, stages_of
 from secateur.graph.trace import HeadUnit, trace
 from secateur.graph.untie import untie
@@ -25,20 +25,20 @@ __all__ = [
     "Block",
     "ChannelAxis",
     "ChannelGraph",
-    "Choices",
     "Extent",
     "HeadUnit",
     "Operation",
     "Replacement",
     "Role",
+    "Selection",
     "Site",
     "SizeEdit",
     "Stage",
     "StandIn",
-    "check_meant",
+    "check_matches",
     "compute_over_kept_",
-    "means",
-    "shadow_of",
+    "matches",
+    "shadow_copy",
     "stages_of",
     "trace",
     "untie",

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
-from secateur._runtime import copy_model, undisturbed
+from secateur._runtime import copy_model, preserving_state
 from secateur.errors import TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._rules_sizes import bind_sizes
@@ -293,7 +293,7 @@ class SizeRecorder(TorchFunctionMode):
 _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
-def shadow_of(model: nn.Module) -> nn.Module:
+def shadow_copy(model: nn.Module) -> nn.Module:
     """A copy with its own modules and buffers that shares the parameters: running it leaves the model as it was."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     in_eval = True
@@ -360,7 +360,7 @@ def _record(
     model: nn.Module, example: tuple[Any, ...], where: Where, by_head: BoolArray | None
 ) -> tuple[Ledger, dict[Attribute, int]]:
     try:
-        shadow = shadow_of(model)
+        shadow = shadow_copy(model)
     except Exception as error:
         raise TraceError(
             f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a "
@@ -375,7 +375,7 @@ def _record(
     attributes = number_attributes(modules)
     _watch(modules, ledger, where)
     where.flow.feed(example)
-    with undisturbed(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
+    with preserving_state(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
         try:
             out = shadow(*example)
         except Exception as error:
@@ -416,7 +416,7 @@ def _record_training(
     )
     recorders = SizeRecorder(ledger, where), OperationRecorder(ledger, where)
     where.flow.feed(doubled)
-    with contextlib.suppress(Exception), undisturbed(model), torch.no_grad(), recorders[0], recorders[1]:
+    with contextlib.suppress(Exception), preserving_state(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
         tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output in training")
@@ -524,15 +524,15 @@ def watch(model: nn.Module, example: tuple[Any, ...]) -> Run:
         example: Positional arguments, tensors at batch 1.
     """
     with contextlib.suppress(NumbersReadError):
-        return _watch_pass(model, example, computed=False)
-    return _watch_pass(model, example, computed=True)
+        return _rerun(model, example, computed=False)
+    return _rerun(model, example, computed=True)
 
 
-def _watch_pass(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run:
+def _rerun(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run:
     run = Run()
     run.flow.feed(example)
     run.stored.extend(() for _ in run.flow.names)
-    shadow = shadow_of(model)
+    shadow = shadow_copy(model)
 
     def enter(name: str) -> Callable[..., None]:
         return lambda _module, args, kwargs: run.flow.enter(name, args, kwargs)
@@ -543,7 +543,7 @@ def _watch_pass(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -
             module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
     watching = _Watching(run, names, computed=computed)
-    with undisturbed(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
+    with preserving_state(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
         out = shadow(*example)
     run.flow.finish(out)
     if watching.was_read:

@@ -127,7 +127,7 @@ class Solution:
         return bool(news)
 
 
-def mend(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
+def repair_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
     """Tie channels whose numbers a model takes to be the same; True if any were tied.
 
     After attention, many models write ``x.reshape(b, n, c)`` with the width c of their input, or take the dimension of
@@ -268,7 +268,7 @@ class _Places:
 def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
     """Conclude the channel graph from everything the ledger holds."""
     solution = _solution(ledger)
-    while mend(ledger, solution, attributes):
+    while repair_equal_sizes(ledger, solution, attributes):
         solution = _solution(ledger)
     edited = settle_sizes(ledger, solution, attributes)
     axes = tuple(

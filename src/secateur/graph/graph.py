@@ -57,7 +57,7 @@ class ChannelAxis:
         frozen_because: None if channels may be removed, else the reason why not, as a sentence for a user.
         into: None, or the axis of the stream into whose channels these are added; see `untie`. What is kept of this
             axis is also kept of the stream: its channels are that axis' channels.
-        outlet: The module whose output is added to the stream; empty without ``into``.
+        residual_output: The module whose output is added to the stream; empty without ``into``.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ChannelAxis:
     divisor: int = 1
     frozen_because: str | None = None
     into: str | None = None
-    outlet: str = ""
+    residual_output: str = ""
 
 
 @dataclass(frozen=True)

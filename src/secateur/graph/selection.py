@@ -18,7 +18,7 @@ Names = Callable[[ChannelAxis], Iterable[str]]
 
 
 @dataclass(frozen=True)
-class Choices:
+class Selection:
     """Which axes of a graph may be cut, by name patterns.
 
     A pattern is a glob in which ``*`` also stands for dots, such as ``layer1.*`` or ``*.conv2``. It means an axis if it
@@ -64,9 +64,9 @@ class Choices:
         if not self:
             return graph
         seen_in = _seen_in(graph)
-        check_meant(self.include, graph, "include")
-        check_meant(self.exclude, graph, "exclude")
-        check_meant(self.whole, graph, "whole", seen_in)
+        check_matches(self.include, graph, "include")
+        check_matches(self.exclude, graph, "exclude")
+        check_matches(self.whole, graph, "whole", seen_in)
         chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis, seen_in))})
         chosen = chosen.with_kept_blocks({b.name: why for b in graph.removable if (why := self._block_reason(b))})
         if (graph.prunable or graph.removable) and not (chosen.prunable or chosen.removable):
@@ -107,24 +107,24 @@ class Choices:
         )
 
 
-def means(pattern: str, axis: ChannelAxis) -> bool:
+def matches(pattern: str, axis: ChannelAxis) -> bool:
     """Whether a pattern means an axis: it matches its name or that of a place that makes or carries its channels.
 
     Args:
-        pattern: A glob; see `Choices`.
+        pattern: A glob; see `Selection`.
         axis: Of a traced graph.
     """
     return _first((pattern,), _place_names(axis)) is not None
 
 
-def check_meant(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
+def check_matches(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
     """Refuse a pattern that means no axis of a graph, frozen ones included, and no block.
 
     Args:
         patterns: Globs.
         graph: The graph.
         name: Of the argument, for the message.
-        names: Names of an axis; None means those of `means`.
+        names: Names of an axis; None means those of `matches`.
 
     Raises:
         ChoiceError: With the names that are nearest to it.

@@ -62,7 +62,7 @@ class _Branch:
     carriers: frozenset[str]
 
     @property
-    def outlet(self) -> str:
+    def residual_output(self) -> str:
         """The last one, whose output is added."""
         return self.norms[-1] if self.norms else self.producer
 
@@ -230,7 +230,9 @@ def _with_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) ->
     places = {(site.tensor, site.dim) for site in moved}
     axes = [replace(axis, sites=tuple(s for s in axis.sites if s not in moved)) for axis in graph.axes]
     made = {
-        stream: ChannelAxis(name, old.size, branch.axes[stream], old.divisor, into=stream, outlet=branch.outlet)
+        stream: ChannelAxis(
+            name, old.size, branch.axes[stream], old.divisor, into=stream, residual_output=branch.residual_output
+        )
         for stream, name in names.items()
         for old in (graph.by_name[stream],)
     }

@@ -1,6 +1,6 @@
 """Architecture search with a supernet: TAS and SWP on any traced model."""
 
-from secateur.nas.common import Depths, OriginalWeights, Redrawn, SearchedWeights, Warm, Widths
+from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths
 from secateur.nas.mixture import Blending, Fade, Interpolate, Mixture, interpolate_channels, interpolation_matrix
 from secateur.nas.stagewise import (
     calibrated_stages,
@@ -15,21 +15,27 @@ from secateur.nas.supernet import Subnet, Supernet, best_first, calibrated, inve
 from secateur.nas.swp import SWP
 from secateur.nas.swp_evolution import Evolution
 from secateur.nas.swp_knapsack import Exact, Front, pareto
-from secateur.nas.swp_table import Choice, Combination, Table
-from secateur.nas.swp_train import Drawn, InPlace, Labels, Nets, Sandwich, SoftLabels, Supervision
+from secateur.nas.swp_table import Combination, StageChoice, StageTable
+from secateur.nas.swp_train import (
+    InPlace,
+    Labels,
+    RandomSampler,
+    SandwichSampler,
+    SoftLabels,
+    SubnetSampler,
+    Supervision,
+)
 from secateur.nas.tas import TAS
-from secateur.nas.tas_train import Adam, Cosine, Linear
+from secateur.nas.tas_train import AlphaOptimizer, CosineTemperature, LinearTemperature
 
 __all__ = [
     "SWP",
     "TAS",
-    "Adam",
+    "AlphaOptimizer",
     "Blending",
-    "Choice",
     "Combination",
-    "Cosine",
+    "CosineTemperature",
     "Depths",
-    "Drawn",
     "Evolution",
     "Exact",
     "Fade",
@@ -37,19 +43,21 @@ __all__ = [
     "InPlace",
     "Interpolate",
     "Labels",
-    "Linear",
+    "LinearTemperature",
     "Mixture",
-    "Nets",
     "OriginalWeights",
-    "Redrawn",
-    "Sandwich",
-    "SearchedWeights",
+    "Pretrained",
+    "RandomInit",
+    "RandomSampler",
+    "SandwichSampler",
     "SoftLabels",
+    "StageChoice",
+    "StageTable",
     "Subnet",
+    "SubnetSampler",
     "Supernet",
+    "SupernetWeights",
     "Supervision",
-    "Table",
-    "Warm",
     "Widths",
     "best_first",
     "calibrated",

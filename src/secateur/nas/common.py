@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from secateur._arrays import IntArray
 from secateur.errors import BudgetError, DataError
 from secateur.nas.supernet import Supernet, calibrated
-from secateur.search.base import Problem
+from secateur.search.base import SearchContext
 from secateur.train.checkpoint import tensors_of, write_tensors_
 from secateur.train.config import Batches
-from secateur.train.recipes import check_redrawable, redraw_
+from secateur.train.recipes import check_resettable, reset_weights_
 
 
 def halves(images: Batches, seed: int) -> tuple[Batches, Batches]:
@@ -152,7 +152,7 @@ class Depths:
 
 
 @dataclass(frozen=True)
-class Warm:
+class Pretrained:
     """Those of the model: a search of few epochs has something to judge from the first step on."""
 
     def of(self, model: nn.Module, seed: int) -> nn.Module:
@@ -162,8 +162,8 @@ class Warm:
 
 
 @dataclass(frozen=True)
-class Redrawn:
-    """New ones, as in the paper: needs as many epochs as a training, and usually `SearchedWeights` or a student that is
+class RandomInit:
+    """New ones, as in the paper: needs as many epochs as a training, and usually `SupernetWeights` or a student that is
     trained from scratch.
     """
 
@@ -173,26 +173,26 @@ class Redrawn:
         Raises:
             ModelError: If a module has parameters and no way to draw them.
         """
-        check_redrawable(model, "begin", "search from the weights that are there (begin=Warm()).")
-        return redraw_(copy.deepcopy(model), seed)
+        check_resettable(model, "begin", "search from the weights that are there (begin=Warm()).")
+        return reset_weights_(copy.deepcopy(model), seed)
 
 
 @dataclass(frozen=True)
 class OriginalWeights:
-    """Those of the model as it was: a short search leaves weights that are worse than these, cut and healed."""
+    """Those of the model as it was: a short search leaves weights that are worse than these, cut and repaired."""
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SearchContext) -> None:
         """Nothing is needed."""
 
-    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: Problem) -> None:
+    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: SearchContext) -> None:
         """None: the model's own."""
 
 
 @dataclass(frozen=True)
-class SearchedWeights:
+class SupernetWeights:
     """Those that the search has trained: for long searches, and for models that come without trained weights."""
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SearchContext) -> None:
         """Refuse a search that could not hand on its weights, before it begins.
 
         Raises:
@@ -206,7 +206,7 @@ class SearchedWeights:
                 " Pass some, or use hand_on=OriginalWeights()."
             )
 
-    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: Problem) -> Mapping[str, Tensor]:
+    def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: SearchContext) -> Mapping[str, Tensor]:
         """The whole model's ``state_dict``, in its own order of channels, with batch-norm statistics of its own."""
         statistics = calibrated(supernet, supernet.full, calibration)
         write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn
 from secateur.search.importance_data import shown_along
 
@@ -325,7 +325,9 @@ class Blend:
         names = _all_names(model)
         producers = {axis.name: _producers(graph, axis, names) for axis in graph.prunable}
         if graph.example:
-            after = norms_after(shadow_of(model), graph.example, {name for each in producers.values() for name in each})
+            after = norms_after(
+                shadow_copy(model), graph.example, {name for each in producers.values() for name in each}
+            )
         found: _Found = {}
         norms: _Found = {}
         first = {name for each in after.values() for name in each}
@@ -333,7 +335,11 @@ class Blend:
         for number, axis in enumerate(graph.prunable):
             for module in producers[axis.name]:
                 # The output of an outlet counts as the stream's, though it is narrower until it is widened.
-                places = [((axis.outlet,), axis.into), (after.get(module, ()), axis.name), ((module,), axis.name)]
+                places = [
+                    ((axis.residual_output,), axis.into),
+                    (after.get(module, ()), axis.name),
+                    ((module,), axis.name),
+                ]
                 for name, dim, positions in _first_shown(graph, places):
                     found.setdefault((name, dim), []).append((number, positions))
             for norm in others:

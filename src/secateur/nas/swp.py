@@ -18,18 +18,26 @@ from secateur._arrays import FloatArray
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph.stages import Stage, stages_of
-from secateur.nas.common import Depths, OriginalWeights, Redrawn, SearchedWeights, Warm, Widths, held_out
+from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, held_out
 from secateur.nas.stagewise import calibrated_stages, features, run_stages, stage_effects
 from secateur.nas.supernet import Subnet, Supernet, best_first, calibrated, order_digest
-from secateur.nas.swp_candidates import Candidates, Options
+from secateur.nas.swp_candidates import Options, StageCandidates
 from secateur.nas.swp_knapsack import Exact, filled
-from secateur.nas.swp_table import Choice, Combination
-from secateur.nas.swp_train import Course, InPlace, Nets, Run, Sandwich, Supervision, Target
-from secateur.search.base import Problem, Proposal, Strategy, describe
+from secateur.nas.swp_table import Combination, StageChoice
+from secateur.nas.swp_train import (
+    InPlace,
+    SandwichSampler,
+    SubnetSampler,
+    SupernetTraining,
+    Supervision,
+    SWPSearchConfig,
+    Target,
+)
+from secateur.search.base import Proposal, SearchContext, Strategy, describe
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
-from secateur.train.checkpoint import Keeper, Saved, digest, keeping, load_checkpoint
-from secateur.train.config import Batches, Schedule
+from secateur.train.checkpoint import Checkpointer, Saved, digest, keeping, load_checkpoint
+from secateur.train.config import Batches, TrainConfig
 from secateur.train.device import Precision, autocast, channels_last, open_fabric, placed, precision_of
 from secateur.workers import InProcess, Workers
 
@@ -38,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class CandidateScorer:
     """Everything that it takes to judge candidates.
 
     Attributes:
@@ -71,7 +79,7 @@ class Judge:
         calibration: Sequence[Tensor],
         images: Batches,
         fabric: "Fabric",
-    ) -> "Judge":
+    ) -> "CandidateScorer":
         """A judge who has looked at the full net.
 
         Args:
@@ -91,7 +99,7 @@ class Judge:
             full = calibrated(supernet, supernet.full, batches)
         return cls(supernet, stages, supervision, batches, held_out, full, precision)
 
-    def weighing(self, subnets: Sequence[Subnet]) -> "Judge":
+    def weighing(self, subnets: Sequence[Subnet]) -> "CandidateScorer":
         """The same judge, who multiplies losses by what arrives of them at the output, see `stage_effects`.
 
         Args:
@@ -111,7 +119,7 @@ class Judge:
 _BATCH = 250
 
 
-def losses_of(judge: Judge, subnets: Sequence[Subnet]) -> FloatArray:
+def losses_of(judge: CandidateScorer, subnets: Sequence[Subnet]) -> FloatArray:
     """The losses of the stages of some subnets on the images held out, each fed with the full net's features.
 
     The full net runs once for all of them, so the more at a time the better. A subnet's batch norms are measured on
@@ -142,7 +150,7 @@ _CHUNK = 8
 """Networks judged at a time: the full net runs once for all of them."""
 
 
-class Hunt:
+class StagewiseSearch:
     """A search in progress: the training of the supernet, then rounds of candidates.
 
     There is a checkpoint after every epoch and after every round, and within long ones.
@@ -157,7 +165,7 @@ class Hunt:
         candidates: As given.
     """
 
-    def __init__(self, run: Run, candidates: Candidates, settings: Mapping[str, str]):
+    def __init__(self, run: SupernetTraining, candidates: StageCandidates, settings: Mapping[str, str]):
         self.run, self.candidates = run, candidates
         self._settings = settings
         self._problem = run.course.options.problem
@@ -192,7 +200,7 @@ class Hunt:
                 self.run.train_epoch(meter, lambda: keeper.between(self._state))
                 keeper.save(self._state)
 
-    def judge(self, judge: Judge, workers: Workers, rounds: int, each: int) -> None:
+    def judge(self, judge: CandidateScorer, workers: Workers, rounds: int, each: int) -> None:
         """Judge candidates, round by round, in chunks of the same networks wherever they are judged.
 
         Args:
@@ -236,7 +244,7 @@ class Hunt:
         line = f"round {self.candidates.rounds}/{rounds}  candidates of each stage {', '.join(map(str, counts))}"
         return {"candidates": float(sum(counts))}, line
 
-    def _keeping(self) -> AbstractContextManager[Keeper]:
+    def _keeping(self) -> AbstractContextManager[Checkpointer]:
         return keeping(self._problem.checkpoint, self._problem.saving, self.run.course.fabric)
 
     def _state(self) -> Saved:
@@ -246,7 +254,7 @@ class Hunt:
         numbers = {**saved.numbers, "candidates": self.candidates.to_json(), "judging": judging}
         return replace(saved, epoch=saved.epoch + rounds, numbers=numbers, step=saved.step + len(judging))
 
-    def notes(self, choice: Choice) -> dict[str, object]:
+    def notes(self, choice: StageChoice) -> dict[str, object]:
         """Everything that was learned on the way, as plain data."""
         options, tally = self.run.course.options, self.run.tally
         table = self.candidates.table()
@@ -297,7 +305,7 @@ class SWP(Strategy):
         widths: Candidate widths; None leaves them alone.
         depths: Candidate depths of chains of residual blocks; None keeps all blocks.
         cuts: Modules that end a stage; None finds them, () is the ablation without stages.
-        nets: Which networks learn in a step: `Sandwich`, or `Drawn`, the ablation.
+        nets: Which networks learn in a step: `SandwichSampler`, or `SampledWidths`, the ablation.
         supervision: What they learn from: `InPlace`; without stages also `SoftLabels` and `Labels`.
         schedule: Of the training: epochs, batch size, learning rate, optimizer. Its seed is replaced by the search's.
         candidates: Judged in every stage, over all rounds.
@@ -321,16 +329,16 @@ class SWP(Strategy):
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
     cuts: tuple[str, ...] | None = None
-    nets: Nets = Sandwich()  # noqa: RUF009 -- frozen
+    nets: SubnetSampler = SandwichSampler()  # noqa: RUF009 -- frozen
     supervision: Supervision = InPlace()  # noqa: RUF009 -- frozen
-    schedule: Schedule = Schedule(epochs=1, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
+    schedule: TrainConfig = TrainConfig(epochs=1, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
     candidates: int = 128
     rounds: int = 4
     held_out: int = 2000
     combination: Combination = Exact()  # noqa: RUF009 -- frozen
     importance: Importance = field(default_factory=Reconstruction)
-    begin: Warm | Redrawn = Warm()  # noqa: RUF009 -- frozen
-    hand_on: OriginalWeights | SearchedWeights = OriginalWeights()  # noqa: RUF009 -- frozen
+    begin: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
+    hand_on: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
     workers: Workers = InProcess()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
@@ -348,13 +356,13 @@ class SWP(Strategy):
         """See `Strategy.trains`."""
         return True
 
-    def least(self, problem: Problem) -> Cost:
+    def least(self, problem: SearchContext) -> Cost:
         """Cost of the smallest candidates of all stages."""
         options = self._options(problem)
         widths, blocks = options.network(options.tiny)
         return problem.costs.cost_of(widths, blocks)
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes.
 
         ``training``: what every epoch looked like, with how fairly channels were trained; ``stages``: for each one
@@ -374,12 +382,12 @@ class SWP(Strategy):
         with torch.inference_mode(mode=False), torch.enable_grad():
             return self._find(problem)
 
-    def _options(self, problem: Problem) -> Options:
+    def _options(self, problem: SearchContext) -> Options:
         stages = stages_of(problem.evidence.model, problem.evidence.graph, self.cuts)
         self.supervision.check(stages)
         return Options.of(problem, stages, self.widths, self.depths)
 
-    def _find(self, problem: Problem) -> Proposal:
+    def _find(self, problem: SearchContext) -> Proposal:
         evidence, data = problem.evidence, problem.training
         assert data is not None
         options = self._options(problem)
@@ -388,13 +396,13 @@ class SWP(Strategy):
         supernet = placed(Supernet(self.begin.of(evidence.model, evidence.seed), evidence.graph, order), fabric.device)
         learned, judged = held_out(data.train, self.held_out, evidence.seed)
         schedule = replace(self.schedule, seed=evidence.seed)
-        course = Course(options, self.nets, self.supervision, learned, data.augment, schedule, fabric)
+        course = SWPSearchConfig(options, self.nets, self.supervision, learned, data.augment, schedule, fabric)
         calibration = tuple(images.to(fabric.device) for images, _ in evidence.batches[:_CALIBRATION])
         if not calibration:
             raise DataError("`batches` must hold training images for SWP, to measure batch norms on; got none.")
-        hunt = Hunt(
-            Run(course, supernet),
-            Candidates(options, evidence.seed),
+        hunt = StagewiseSearch(
+            SupernetTraining(course, supernet),
+            StageCandidates(options, evidence.seed),
             {
                 **self._settings(problem),
                 "precision": precision_of(fabric).name,
@@ -407,7 +415,7 @@ class SWP(Strategy):
         )
         hunt.restore()
         hunt.train()
-        judge = Judge.of(
+        judge = CandidateScorer.of(
             supernet,
             stages=options.stages,
             supervision=self.supervision,
@@ -425,7 +433,7 @@ class SWP(Strategy):
         notes = {**hunt.notes(choice), "weights": np.asarray(judge.weights).tolist()}
         return Proposal(architecture, notes, self.hand_on.of(supernet, calibration, problem))
 
-    def _combined(self, problem: Problem, options: Options, candidates: Candidates) -> Choice:
+    def _combined(self, problem: SearchContext, options: Options, candidates: StageCandidates) -> StageChoice:
         """The combination, within the budget as a whole network too.
 
         What a stage adds to the size of a file depends on the others, by some digits of the header: where a combination
@@ -445,7 +453,7 @@ class SWP(Strategy):
                 return choice
             table = replace(table, limits={**table.limits, **tighter})
 
-    def _settings(self, problem: Problem) -> Mapping[str, str]:
+    def _settings(self, problem: SearchContext) -> Mapping[str, str]:
         """Where candidates are judged and how they are combined may change when a search goes on."""
         same = replace(self, workers=InProcess(), combination=Exact())
         return {

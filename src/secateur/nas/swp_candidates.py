@@ -13,8 +13,8 @@ from secateur.errors import BudgetError
 from secateur.graph.stages import Stage
 from secateur.nas.common import Depths, Widths
 from secateur.nas.supernet import Subnet
-from secateur.nas.swp_table import CostArray, Table, undominated
-from secateur.search.base import Problem
+from secateur.nas.swp_table import CostArray, StageTable, undominated
+from secateur.search.base import SearchContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +65,14 @@ class Options:
         of_stage: The choices of each.
     """
 
-    problem: Problem
+    problem: SearchContext
     stages: tuple[Stage, ...]
     of_stage: tuple[StageOptions, ...]
 
     @classmethod
-    def of(cls, problem: Problem, stages: Sequence[Stage], widths: Widths | None, depths: Depths | None) -> "Options":
+    def of(
+        cls, problem: SearchContext, stages: Sequence[Stage], widths: Widths | None, depths: Depths | None
+    ) -> "Options":
         """The choices that the space leaves in the stages.
 
         Args:
@@ -129,7 +131,7 @@ class Options:
         return Subnet(tuple(widths.tolist()), tuple(sorted(removed)))
 
 
-def _of_stage(problem: Problem, stage: Stage, widths: Widths | None, depths: Depths | None) -> StageOptions:
+def _of_stage(problem: SearchContext, stage: Stage, widths: Widths | None, depths: Depths | None) -> StageOptions:
     graph, costs = problem.evidence.graph, problem.costs
     # Streams that are nothing but sums follow their branches.
     sums = {costs.axes[stream] for stream, _ in problem.streams.sums}
@@ -150,7 +152,7 @@ _TRIES = 20
 """So many draws for each candidate that is wanted; a space that is nearly used up gives fewer."""
 
 
-class Candidates:
+class StageCandidates:
     """The candidates of every stage that were judged, their losses, and which ones to judge next.
 
     Args:
@@ -207,7 +209,7 @@ class Candidates:
         """The candidates of these numbers, one of each stage."""
         return tuple(rows[number] for rows, number in zip(self.rows, picked, strict=True))
 
-    def table(self) -> Table:
+    def table(self) -> StageTable:
         """Losses and costs of all candidates so far."""
         problem, options = self._options.problem, self._options
         tiny = self._costs([options.tiny])
@@ -218,7 +220,7 @@ class Candidates:
             for field, values in self._costs(networks).items():
                 costs[field].append(np.maximum(values - base[field], 0))
         losses = tuple(np.array(known, dtype=np.float64) for known in self.losses)
-        return Table(losses, {field: tuple(found) for field, found in costs.items()}, base, problem.limits)
+        return StageTable(losses, {field: tuple(found) for field, found in costs.items()}, base, problem.limits)
 
     def _costs(self, networks: Sequence[Rows]) -> Mapping[str, CostArray]:
         """Cost of whole networks by field, (networks,) each."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from secateur._arrays import IntArray
 from secateur.errors import BudgetError
-from secateur.nas.swp_table import Choice, Combination, StageRows, Table
+from secateur.nas.swp_table import Combination, StageChoice, StageRows, StageTable
 
 
 def _evolved(rows: StageRows, objectives: Sequence[int], sizes: "Evolution", mutation: float, seed: int) -> IntArray:
@@ -97,7 +97,7 @@ class Evolution(Combination):
         if self.mutation is not None and not 0 <= self.mutation <= 1:
             raise BudgetError(f"`mutation` must be a probability, 0 to 1; got {self.mutation}. None suits most.")
 
-    def combine(self, table: Table, seed: int) -> Choice:
+    def combine(self, table: StageTable, seed: int) -> StageChoice:
         """The best choice it meets.
 
         Raises:

@@ -15,7 +15,7 @@ from secateur._arrays import FloatArray, IntArray
 from secateur.errors import BudgetError
 from secateur.nas.swp_candidates import Options, Rows
 from secateur.nas.swp_evolution import Evolution
-from secateur.nas.swp_table import Bound, Choice, Combination, StageRows, Sums, Table, sweep, undominated
+from secateur.nas.swp_table import Bound, Combination, StageChoice, StageRows, StageTable, Sums, sweep, undominated
 from secateur.search.knapsack import FULL_ENOUGH
 
 _MOST = 1_000_000
@@ -32,11 +32,11 @@ class Front:
     """
 
     fields: tuple[str, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[StageChoice, ...]
 
 
 def pareto(
-    table: Table, fields: Sequence[str] | None = None, *, evolution: Evolution | None = None, seed: int = 0
+    table: StageTable, fields: Sequence[str] | None = None, *, evolution: Evolution | None = None, seed: int = 0
 ) -> Front:
     """All choices within the limits that no other one beats in the loss and in these costs.
 
@@ -82,12 +82,12 @@ _SPARE = 1e-5 * _LARGE
 class Exact(Combination):
     """The best choice there is; see `exact`."""
 
-    def combine(self, table: Table, seed: int) -> Choice:
+    def combine(self, table: StageTable, seed: int) -> StageChoice:
         """The best choice; nothing is drawn."""
         return exact(table)
 
 
-def exact(table: Table) -> Choice:
+def exact(table: StageTable) -> StageChoice:
     """Choose one candidate of every stage so that the sum of losses is least, within every limit.
 
     The multiple-choice knapsack  min sum_s l_s(x_s)  subject to  base_f + sum_s c_fs(x_s) <= limit_f  for every f:
@@ -96,7 +96,7 @@ def exact(table: Table) -> Choice:
     2. HiGHS solves the linear relaxation. Its dual values bound what each candidate can lead to, and those that
        cannot lead to anything as good as a first, quick choice are left out too;
     3. HiGHS solves the integer program over the others, in floating point, up to its tolerances;
-    4. what the bounds cannot exclude from being as good as its answer is summed up in whole numbers (`sweep`).
+    4. what the bounds cannot exclude from being as good as its answer is summed up in whole numbers (`clean_stale`).
        The result is thus exactly within the limits, and exactly the best.
 
     Of choices with equal losses the one of least cost is returned, field by field in the order of the limits; of

@@ -22,7 +22,7 @@ _BITS = 60
 
 
 @dataclass(frozen=True)
-class Choice:
+class StageChoice:
     """One candidate of every stage.
 
     Attributes:
@@ -37,7 +37,7 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class StageTable:
     """What every candidate of every stage loses and costs. Both are sums over the stages.
 
     The loss of a choice is sum_s losses[s][picked[s]], its cost of a field base + sum_s costs[field][s][picked[s]].
@@ -77,7 +77,7 @@ class Table:
         """How many stages there are."""
         return len(self.losses)
 
-    def choice(self, picked: Sequence[int]) -> Choice:
+    def choice(self, picked: Sequence[int]) -> StageChoice:
         """The choice of these candidates, by number."""
         numbers = tuple(int(number) for number in picked)
         loss = math.fsum(float(row[number]) for row, number in zip(self.losses, numbers, strict=True))
@@ -85,9 +85,9 @@ class Table:
             field: _total([self.base[field], *(row[number].item() for row, number in zip(rows, numbers, strict=True))])
             for field, rows in self.costs.items()
         }
-        return Choice(numbers, loss, cost)
+        return StageChoice(numbers, loss, cost)
 
-    def allows(self, choice: Choice) -> bool:
+    def allows(self, choice: StageChoice) -> bool:
         """Whether a choice keeps to every limit (equal to it is within)."""
         return all(choice.cost[field] <= limit for field, limit in self.limits.items())
 
@@ -119,13 +119,13 @@ class Table:
         return {field: self.reach(field) for field in self.limits}
 
     @cached_property
-    def whole(self) -> "Whole":
+    def whole(self) -> "SupernetCosts":
         """The same in whole numbers."""
-        return Whole.of(self)
+        return SupernetCosts.of(self)
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class SupernetCosts:
     """A table in whole numbers, so that sums are exact and no tolerance lets anything over a limit.
 
     Counts stay as they are. Floats are multiplied by the power of two that brings their largest sum to 2^60; losses are
@@ -142,7 +142,7 @@ class Whole:
     room: Mapping[str, int]
 
     @classmethod
-    def of(cls, table: Table) -> "Whole":
+    def of(cls, table: StageTable) -> "SupernetCosts":
         """The whole numbers of a table."""
         shift = _shift(table.losses)
         losses = tuple(np.rint(np.ldexp(row, shift)).astype(np.int64) for row in table.losses)
@@ -162,7 +162,7 @@ class Combination(ABC):
     """A way to choose one candidate of every stage within the limits. Implementations are frozen dataclasses."""
 
     @abstractmethod
-    def combine(self, table: Table, seed: int) -> Choice:
+    def combine(self, table: StageTable, seed: int) -> StageChoice:
         """A choice of small loss that keeps to every limit: the same one for the same table and seed.
 
         Args:
@@ -248,7 +248,7 @@ class StageRows:
     room: IntArray
 
     @classmethod
-    def of(cls, table: Table, fields: Sequence[str]) -> "StageRows":
+    def of(cls, table: StageTable, fields: Sequence[str]) -> "StageRows":
         """Candidates that no other of their stage beats in the loss and in every one of these fields.
 
         A dominated candidate is never needed: the other one in its place loses no more and costs no more.

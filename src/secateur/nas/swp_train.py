@@ -29,16 +29,16 @@ from secateur.nas.supernet import Supernet
 from secateur.nas.swp_candidates import Options, Rows, StageOptions
 from secateur.train.callbacks import Meter
 from secateur.train.checkpoint import Saved, finite, optimizer_tensors, tensors_of, write_optimizer_, write_tensors_
-from secateur.train.config import Batches, Schedule
+from secateur.train.config import Batches, TrainConfig
 from secateur.train.device import channels_last
 from secateur.train.distributed import average_gradients_, averaged, own_part
-from secateur.train.trainer import Partway, diverged, nothing
+from secateur.train.trainer import EpochState, diverged, nothing
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-class Tally:
+class TrainingCounts:
     """Counts how often every channel that may go was trained, and the candidates that were.
 
     Args:
@@ -112,7 +112,7 @@ def _holders(options: Options, axis: str) -> list[frozenset[str]]:
     ]
 
 
-class Nets(ABC):
+class SubnetSampler(ABC):
     """Which networks learn in a step. Implementations are frozen dataclasses."""
 
     @property
@@ -126,7 +126,7 @@ class Nets(ABC):
 
 
 @dataclass(frozen=True)
-class Sandwich(Nets):
+class SandwichSampler(SubnetSampler):
     """The full net, the tiny net, and some that are drawn: every channel learns in every step.
 
     Attributes:
@@ -153,7 +153,7 @@ class Sandwich(Nets):
 
 
 @dataclass(frozen=True)
-class Drawn(Nets):
+class RandomSampler(SubnetSampler):
     """Networks that are drawn, and no others: the sandwich's ablation. Late channels learn rarely, the full net never.
 
     Attributes:
@@ -268,7 +268,7 @@ class Labels(Supervision):
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class SWPSearchConfig:
     """Everything of a training that does not change.
 
     Attributes:
@@ -282,11 +282,11 @@ class Course:
     """
 
     options: Options
-    nets: Nets
+    nets: SubnetSampler
     supervision: Supervision
     images: Batches
     augment: Any
-    schedule: Schedule
+    schedule: TrainConfig
     fabric: "Fabric"
 
     @property
@@ -307,7 +307,7 @@ class Course:
         )
 
 
-class Run:
+class SupernetTraining:
     """A training in progress. Whatever changes in it lies here, and all of it goes into a checkpoint.
 
     Args:
@@ -321,14 +321,14 @@ class Run:
         tally: What was trained how often.
     """
 
-    def __init__(self, course: Course, supernet: Supernet):
+    def __init__(self, course: SWPSearchConfig, supernet: Supernet):
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        self.tally = Tally(course.options)
+        self.tally = TrainingCounts(course.options)
         self.course, self._supernet = course, supernet
         self._weights = [p for p in supernet.parameters() if p.requires_grad]
         self._optimizer = course.schedule.optimizer.build(supernet, course.schedule.learning_rate)
-        self._partway: Partway | None = None
+        self._partway: EpochState | None = None
         self._draw = np.random.default_rng()
 
     def train_epoch(self, meter: Meter, between: Callable[[], None] = nothing) -> None:
@@ -342,7 +342,7 @@ class Run:
             TrainingError: If a loss or a weight is no longer finite.
         """
         course, schedule = self.course, self.course.schedule
-        part = self._partway = self._partway or Partway(self.epoch, course.fabric)
+        part = self._partway = self._partway or EpochState(self.epoch, course.fabric)
         first, rate = self.epoch * course.steps, 0.0
         if part.steps == 0:
             self._draw = np.random.default_rng((schedule.seed, self.epoch))
@@ -431,5 +431,5 @@ class Run:
         write_tensors_(self._supernet, saved.under("supernet/"))
         write_optimizer_(self._optimizer, self._supernet, saved.under("optimizer/"))
         if "partway" in saved.numbers:
-            self._partway = Partway.restored(saved, saved.numbers["partway"], self.course.fabric)
+            self._partway = EpochState.restored(saved, saved.numbers["partway"], self.course.fabric)
             self._draw.bit_generator.state = saved.numbers["draw"]

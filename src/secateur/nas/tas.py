@@ -8,17 +8,23 @@ import torch
 
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
-from secateur.nas.common import Depths, OriginalWeights, Redrawn, SearchedWeights, Warm, Widths, halves
+from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, halves
 from secateur.nas.mixture import Blending, Fade
 from secateur.nas.supernet import Supernet, best_first, order_digest
-from secateur.nas.tas_cost import Price
-from secateur.nas.tas_sampler import Candidates, Choice
-from secateur.nas.tas_train import Adam, Cosine, Course, Linear, Run
-from secateur.search.base import Problem, Proposal, Strategy, describe
+from secateur.nas.tas_cost import ExpectedCost
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
+from secateur.nas.tas_train import (
+    AlphaOptimizer,
+    CosineTemperature,
+    DifferentiableSearch,
+    LinearTemperature,
+    TASSearchConfig,
+)
+from secateur.search.base import Proposal, SearchContext, Strategy, describe
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
 from secateur.train.checkpoint import Saved, digest, keeping, load_checkpoint
-from secateur.train.config import Batches, Schedule
+from secateur.train.config import Batches, TrainConfig
 from secateur.train.device import one_device, placed, precision_of
 
 _CALIBRATION = 8
@@ -44,7 +50,7 @@ class TAS(Strategy):
     (`secateur.graph.untie`). The search is short and starts from trained weights, so that the learning rate of alpha
     is higher (0.001 in the paper, for 600 epochs), and so that by default channels that the narrower width lacks fade
     instead of all of them being interpolated: interpolated channels meet the weights of others, and the trained network
-    is lost. With ``Redrawn``, ``Interpolate``, its learning rate and an untied graph it is the paper's search.
+    is lost. With ``RandomInit``, ``Interpolate``, its learning rate and an untied graph it is the paper's search.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
@@ -52,7 +58,7 @@ class TAS(Strategy):
         schedule: Of the weights: epochs of the search, batch size, learning rate, optimizer. Its seed is replaced by
             that of the search.
         architecture: Optimizer of alpha.
-        temperature: Of the draws, `Linear` as in the paper or `Cosine` as in its code.
+        temperature: Of the draws, `LinearTemperature` as in the paper or `CosineTemperature` as in its code.
         blending: How the narrower width is seen at the wider one: `Fade`, or `Interpolate` as in the paper.
         tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to
             grow, 0 to 1.
@@ -69,14 +75,14 @@ class TAS(Strategy):
 
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
-    schedule: Schedule = Schedule(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
-    architecture: Adam = Adam(learning_rate=0.1)  # noqa: RUF009 -- frozen
-    temperature: Linear | Cosine = Linear()  # noqa: RUF009 -- frozen
+    schedule: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
+    architecture: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
+    temperature: LinearTemperature | CosineTemperature = LinearTemperature()  # noqa: RUF009 -- frozen
     blending: Blending = Fade()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
     importance: Importance = field(default_factory=Reconstruction)
-    begin: Warm | Redrawn = Warm()  # noqa: RUF009 -- frozen
-    hand_on: OriginalWeights | SearchedWeights = OriginalWeights()  # noqa: RUF009 -- frozen
+    begin: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
+    hand_on: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
         if self.widths is None and self.depths is None:
@@ -91,7 +97,7 @@ class TAS(Strategy):
         """See `Strategy.trains`."""
         return True
 
-    def least(self, problem: Problem) -> Cost:
+    def least(self, problem: SearchContext) -> Cost:
         """Cost of the smallest candidates."""
         graph = problem.evidence.graph
         widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in problem.levels]
@@ -100,12 +106,12 @@ class TAS(Strategy):
         gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
         return problem.costs.without(gone).cost_of(problem.streams.fitted(smallest[None])[0])
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
 
         Raises:
             DataError: If there are no training images, they cannot be split in two, or batches are missing that
-                `SearchedWeights` needs.
+                `SupernetWeights` needs.
             BudgetError: If nothing has two candidates.
             TrainingError: If a loss is no longer finite; the last checkpoints stay.
             Stopped: If that was asked for.
@@ -117,11 +123,11 @@ class TAS(Strategy):
         with torch.inference_mode(mode=False), torch.enable_grad():
             return self._find(problem)
 
-    def _find(self, problem: Problem) -> Proposal:
+    def _find(self, problem: SearchContext) -> Proposal:
         evidence = problem.evidence
         order = best_first(problem.scores(self.importance))
         supernet = Supernet(self.begin.of(evidence.model, evidence.seed), evidence.graph, order)
-        candidates = Candidates.of(problem, self.widths, self.depths, supernet.blended)
+        candidates = WidthCandidates.of(problem, self.widths, self.depths, supernet.blended)
         run = self._run(problem, supernet, candidates)
         derived = run.derived()
         # Streams that are nothing but sums follow their branches.
@@ -131,11 +137,13 @@ class TAS(Strategy):
         architecture = run.supernet.architecture(run.subnet(derived))
         return Proposal(architecture, notes, self.hand_on.of(run.supernet, run.calibration, problem))
 
-    def _run(self, problem: Problem, supernet: Supernet, candidates: Candidates) -> Run:
+    def _run(self, problem: SearchContext, supernet: Supernet, candidates: WidthCandidates) -> DifferentiableSearch:
         """Search, or go on with a search that was interrupted."""
         assert problem.training is not None
         course = self.course(problem, candidates, halves(problem.training.train, problem.evidence.seed))
-        run = Run(course, placed(supernet, course.fabric.device), Choice(candidates).to(course.fabric.device))
+        run = DifferentiableSearch(
+            course, placed(supernet, course.fabric.device), WidthDistribution(candidates).to(course.fabric.device)
+        )
         run.derived()  # Refuses a budget that the axes with a choice cannot reach, before anything is trained.
         settings = {} if problem.checkpoint is None else self._settings(problem, course, supernet)
         saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
@@ -155,7 +163,9 @@ class TAS(Strategy):
                 keeper.save(state)
         return run
 
-    def course(self, problem: Problem, candidates: Candidates, images: tuple[Batches, Batches]) -> Course:
+    def course(
+        self, problem: SearchContext, candidates: WidthCandidates, images: tuple[Batches, Batches]
+    ) -> TASSearchConfig:
         """Everything of a search that does not change.
 
         Args:
@@ -166,8 +176,8 @@ class TAS(Strategy):
         data, seed = problem.training, problem.evidence.seed
         fabric = one_device(problem.fabric, None if problem.fabric is not None else self.schedule.precision)
         calibration = tuple(images.to(fabric.device) for images, _ in problem.evidence.batches[:_CALIBRATION])
-        return Course(
-            price=Price(problem, candidates, self.tolerance),
+        return TASSearchConfig(
+            price=ExpectedCost(problem, candidates, self.tolerance),
             for_weights=images[0],
             for_choice=images[1],
             validation=data.validation if data and len(data.validation) and calibration else None,
@@ -180,7 +190,7 @@ class TAS(Strategy):
             fabric=fabric,
         )
 
-    def _settings(self, problem: Problem, course: Course, supernet: Supernet) -> Mapping[str, str]:
+    def _settings(self, problem: SearchContext, course: TASSearchConfig, supernet: Supernet) -> Mapping[str, str]:
         """Everything that must be equal for a search to be the same search."""
         return {
             "strategy": describe(self),

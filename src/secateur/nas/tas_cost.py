@@ -12,13 +12,13 @@ from torch import Tensor
 from secateur._arrays import FloatArray, IntArray
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError
-from secateur.nas.tas_sampler import Candidates, Choice
-from secateur.search.base import Problem
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
+from secateur.search.base import SearchContext
 from secateur.search.knapsack import PROMISED, fit
 
 
 @dataclass(frozen=True, eq=False)
-class Price:
+class ExpectedCost:
     """The cost of a choice.
 
     Attributes:
@@ -27,11 +27,11 @@ class Price:
         tolerance: How far under the budget is near enough, as a fraction of the whole model's cost.
     """
 
-    problem: Problem
-    candidates: Candidates
+    problem: SearchContext
+    candidates: WidthCandidates
     tolerance: float
 
-    def expected(self, choice: Choice) -> dict[str, Tensor]:
+    def expected(self, choice: WidthDistribution) -> dict[str, Tensor]:
         """E[cost] by limited field, in its own unit, float64, differentiable.
 
         Widths are replaced by their expectations under p and every block by the probability that it is kept. For
@@ -58,7 +58,7 @@ class Price:
             widths = widths.index_put((torch.tensor([stream], device=device),), widest)
         return costs.expected(self.problem.limits, widths, self.presence(choice))
 
-    def _drawn(self, choice: Choice, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+    def _drawn(self, choice: WidthDistribution, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
         """The widths of each axis and their probabilities; axes without a choice are whole."""
         row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
         p = choice.log_widths.double().exp()
@@ -67,7 +67,7 @@ class Price:
         one = p.new_ones(1)
         return [(table[row[axis]], p[row[axis]]) if axis in row else (whole[axis].view(1), one) for axis in axes]
 
-    def presence(self, choice: Choice) -> Tensor:
+    def presence(self, choice: WidthDistribution) -> Tensor:
         """(blocks,) probability that each removable block is kept."""
         costs = self.problem.costs
         present = torch.as_tensor(costs.present, dtype=torch.float64, device=choice.depths.device)
@@ -80,7 +80,7 @@ class Price:
                 present = present.index_put((torch.tensor([column[block.name]], device=p.device),), kept)
         return present
 
-    def most_likely(self, choice: Choice) -> Cost:
+    def most_likely(self, choice: WidthDistribution) -> Cost:
         """Cost of the architecture of the most likely candidates."""
         widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
         return self.problem.costs.cost_of(self.problem.streams.fitted(widths[None])[0], blocks)
@@ -110,7 +110,7 @@ class Price:
                 present[column[block.name]] = 0
         return present
 
-    def loss(self, choice: Choice) -> Tensor:
+    def loss(self, choice: WidthDistribution) -> Tensor:
         """+log E if the most likely architecture costs more than the budget, -log E if less by over the tolerance.
 
         With several limits the one counts whose budget is fullest. E is relative to the whole model's cost, which
@@ -162,7 +162,7 @@ class Derived:
     removed_blocks: tuple[str, ...]
 
 
-def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths: FloatArray) -> Derived:
+def derive(problem: SearchContext, candidates: WidthCandidates, widths: FloatArray, depths: FloatArray) -> Derived:
     """The most likely architecture, moved as little as it takes to fill the budget.
 
     Depths first: those most likely. While nothing within the budget is left of the widths, the step to a shallower
@@ -193,7 +193,7 @@ def derive(problem: Problem, candidates: Candidates, widths: FloatArray, depths:
     return Derived(problem.streams.fitted(found[None])[0], removed)
 
 
-def _keys(all_levels: Sequence[IntArray], candidates: Candidates, p: FloatArray) -> list[FloatArray]:
+def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatArray) -> list[FloatArray]:
     """When to take each step of each axis; see `derive`. Steps up to the smallest candidate come first of all."""
     row = {axis: number for number, axis in enumerate(candidates.axes.tolist())}
     keys: list[FloatArray] = []
@@ -211,7 +211,7 @@ def _keys(all_levels: Sequence[IntArray], candidates: Candidates, p: FloatArray)
 class _Blocks:
     """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width or whole."""
 
-    def __init__(self, problem: Problem, candidates: Candidates, p: FloatArray, widths: IntArray):
+    def __init__(self, problem: SearchContext, candidates: WidthCandidates, p: FloatArray, widths: IntArray):
         self._problem, self._candidates, self._p, self._widths = problem, candidates, p, widths
         self._last = [int(row.sum()) - 1 for row in candidates.open_depths]
 

@@ -14,12 +14,12 @@ from secateur.errors import BudgetError
 from secateur.nas.common import Depths, Widths
 from secateur.nas.mixture import Blending, Mixture
 from secateur.nas.supernet import Subnet, Supernet
-from secateur.search.base import Problem
+from secateur.search.base import SearchContext
 from secateur.search.space import Streams
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
+class WidthCandidates:
     """Every candidate of a search as tables; rows are padded with the last candidate.
 
     Attributes:
@@ -41,7 +41,9 @@ class Candidates:
     streams: Streams
 
     @classmethod
-    def of(cls, problem: Problem, widths: Widths | None, depths: Depths | None, seen: frozenset[str]) -> "Candidates":
+    def of(
+        cls, problem: SearchContext, widths: Widths | None, depths: Depths | None, seen: frozenset[str]
+    ) -> "WidthCandidates":
         """The candidates of a problem.
 
         Args:
@@ -79,7 +81,7 @@ def _table(rows: dict[int, tuple[int, ...]]) -> tuple[IntArray, IntArray, BoolAr
     return np.array(list(rows), dtype=np.int64), table.reshape(-1, longest), valid.reshape(-1, longest)
 
 
-class Choice(nn.Module):
+class WidthDistribution(nn.Module):
     """Logits of every candidate: p = softmax(logits) row by row, padding has probability 0.
 
     Attributes:
@@ -87,7 +89,7 @@ class Choice(nn.Module):
         depths: (chains with a choice, candidates).
     """
 
-    def __init__(self, candidates: Candidates):
+    def __init__(self, candidates: WidthCandidates):
         super().__init__()
         self.candidates = candidates
         self.widths = nn.Parameter(torch.zeros(candidates.widths.shape))
@@ -162,7 +164,7 @@ def draw_all(log_p: Tensor, temperature: float, generator: torch.Generator) -> T
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class SampledWidths:
     """One draw: the subnet to run, and what to blend into it."""
 
     subnet: Subnet
@@ -170,8 +172,8 @@ class Drawn:
 
 
 def draw(
-    supernet: Supernet, choice: Choice, temperature: float, blending: Blending, generator: torch.Generator
-) -> Drawn:
+    supernet: Supernet, choice: WidthDistribution, temperature: float, blending: Blending, generator: torch.Generator
+) -> SampledWidths:
     """Draw two widths of every axis, and weights for all depths of every chain."""
     candidates, sizes = choice.candidates, list(supernet.graph.sizes.values())
     wide, narrow = list(sizes), list(sizes)
@@ -188,10 +190,10 @@ def draw(
     depths: tuple[Tensor, ...] = ()
     if len(candidates.chains):
         depths = _spread(supernet, choice, draw_all(choice.log_depths, temperature, generator))
-    return Drawn(Subnet(tuple(wide)), Mixture(tuple(narrow), weights, depths, blending))
+    return SampledWidths(Subnet(tuple(wide)), Mixture(tuple(narrow), weights, depths, blending))
 
 
-def _spread(supernet: Supernet, choice: Choice, shares: Tensor) -> tuple[Tensor, ...]:
+def _spread(supernet: Supernet, choice: WidthDistribution, shares: Tensor) -> tuple[Tensor, ...]:
     """For each chain of the graph the weight of every number of blocks."""
     found = [_all_of(len(chain), shares) for chain in supernet.graph.chains]
     for row, number in enumerate(choice.candidates.chains.tolist()):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from secateur.errors import TrainingError
 from secateur.nas.mixture import Blending
 from secateur.nas.supernet import Subnet, Supernet, calibrated
-from secateur.nas.tas_cost import Derived, Price, derive
-from secateur.nas.tas_sampler import Choice, draw
+from secateur.nas.tas_cost import Derived, ExpectedCost, derive
+from secateur.nas.tas_sampler import WidthDistribution, draw
 from secateur.train.callbacks import Meter
 from secateur.train.checkpoint import Saved, optimizer_tensors, tensors_of, write_optimizer_, write_tensors_
-from secateur.train.config import Batches, Schedule
+from secateur.train.config import Batches, TrainConfig
 from secateur.train.device import Precision, channels_last
 from secateur.train.evaluate import measure
-from secateur.train.trainer import Partway, nothing
+from secateur.train.trainer import EpochState, nothing
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -36,7 +36,7 @@ def _check(first: float, last: float) -> None:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearTemperature:
     """tau(x) = first + (last - first) * x at the fraction x of the search.
 
     Attributes:
@@ -59,7 +59,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class CosineTemperature:
     """tau(x) = last + (first - last) * (1 + cos(pi * x)) / 2 at the fraction x of the search.
 
     Attributes:
@@ -82,7 +82,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class Adam:
+class AlphaOptimizer:
     """The optimizer of the architecture.
 
     Attributes:
@@ -102,7 +102,7 @@ class Adam:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise TrainingError(f"`learning_rate` must be positive and finite; got {self.learning_rate}. Try 0.02.")
 
-    def build(self, choice: Choice) -> torch.optim.Optimizer:
+    def build(self, choice: WidthDistribution) -> torch.optim.Optimizer:
         """A torch optimizer of the logits."""
         return torch.optim.Adam(
             choice.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
@@ -110,7 +110,7 @@ class Adam:
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class TASSearchConfig:
     """Everything of a search that does not change.
 
     Attributes:
@@ -127,15 +127,15 @@ class Course:
         fabric: Device and precision.
     """
 
-    price: Price
+    price: ExpectedCost
     for_weights: Batches
     for_choice: Batches
     validation: Batches | None
     augment: Any
     calibration: tuple[Tensor, ...]
-    schedule: Schedule
-    adam: Adam
-    temperature: Linear | Cosine
+    schedule: TrainConfig
+    adam: AlphaOptimizer
+    temperature: LinearTemperature | CosineTemperature
     blending: Blending
     fabric: "Fabric"
 
@@ -166,7 +166,7 @@ COST_WEIGHT = 2.0
 """Of the cost in the loss of the architecture; Dong & Yang, reference code."""
 
 
-class Run:
+class DifferentiableSearch:
     """A search in progress. Whatever changes in it lies here, and all of it goes into a checkpoint.
 
     Args:
@@ -180,7 +180,7 @@ class Run:
         supernet: As given.
     """
 
-    def __init__(self, course: Course, supernet: Supernet, choice: Choice):
+    def __init__(self, course: TASSearchConfig, supernet: Supernet, choice: WidthDistribution):
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.supernet = supernet
@@ -189,7 +189,7 @@ class Run:
         schedule = course.schedule
         self._optimizer = schedule.optimizer.build(supernet, schedule.learning_rate)
         self._architect = course.adam.build(choice)
-        self._partway: Partway | None = None
+        self._partway: EpochState | None = None
         self._generator = torch.Generator()
 
     def train_epoch(self, meter: Meter, between: Callable[[], None] = nothing) -> None:
@@ -203,7 +203,7 @@ class Run:
             TrainingError: If a loss is no longer finite.
         """
         course, generator = self._course, self._generator
-        part = self._partway = self._partway or Partway(self.epoch, course.fabric)
+        part = self._partway = self._partway or EpochState(self.epoch, course.fabric)
         first, total = self.epoch * course.steps, course.schedule.epochs * course.steps
         self.supernet.train()
         with part.opened(course.schedule.seed, meter):
@@ -382,7 +382,7 @@ class Run:
         for name, of, module in self._optimizers:
             write_optimizer_(of, module, saved.under(f"{name}/"))
         if saved.step:
-            self._partway = Partway.restored(saved, saved.numbers["partway"], self._course.fabric)
+            self._partway = EpochState.restored(saved, saved.numbers["partway"], self._course.fabric)
             self._generator.set_state(saved.tensors["draw/generator"].clone())  # Aligned.
 
     @property

@@ -2,55 +2,55 @@
 
 from secateur.pipeline.compress import compress
 from secateur.pipeline.config import (
-    ALIGNED,
-    GENTLE,
-    HEAL,
-    SPACE,
-    STRATEGY,
+    DEFAULT_OBJECTIVE,
+    DEFAULT_REPAIRS,
+    DEFAULT_SPACE,
+    DEFAULT_STRATEGY,
+    DEFAULT_TRAIN_CONFIG,
     Branches,
     CompressResult,
-    FromScratch,
-    Inherit,
-    Start,
-    usual_blocks,
+    KeepWeights,
+    Reinitialize,
+    StudentInit,
+    default_blocks,
 )
 from secateur.pipeline.demo import Demo, demo
-from secateur.pipeline.distill import Distilled, Hinting, Pupil, distill_into
+from secateur.pipeline.distill import Distilled, HintStage, ModelSpec, distill_model
 from secateur.pipeline.exports import export_files
-from secateur.pipeline.inspect import Survey, survey
-from secateur.pipeline.load import Opened, load, open_model, usual_size
+from secateur.pipeline.inspect import ModelReport, inspect_model
+from secateur.pipeline.load import LoadedModel, default_size, load, load_any
 from secateur.pipeline.verify import Verified, verify
-from secateur.pipeline.workspace import Leftover, check_belongs, check_output
+from secateur.pipeline.workspace import OnExisting, check_model_fits_data, check_output
 
 __all__ = [
-    "ALIGNED",
-    "GENTLE",
-    "HEAL",
-    "SPACE",
-    "STRATEGY",
+    "DEFAULT_OBJECTIVE",
+    "DEFAULT_REPAIRS",
+    "DEFAULT_SPACE",
+    "DEFAULT_STRATEGY",
+    "DEFAULT_TRAIN_CONFIG",
     "Branches",
     "CompressResult",
     "Demo",
     "Distilled",
-    "FromScratch",
-    "Hinting",
-    "Inherit",
-    "Leftover",
-    "Opened",
-    "Pupil",
-    "Start",
-    "Survey",
+    "HintStage",
+    "KeepWeights",
+    "LoadedModel",
+    "ModelReport",
+    "ModelSpec",
+    "OnExisting",
+    "Reinitialize",
+    "StudentInit",
     "Verified",
-    "check_belongs",
+    "check_model_fits_data",
     "check_output",
     "compress",
+    "default_blocks",
+    "default_size",
     "demo",
-    "distill_into",
+    "distill_model",
     "export_files",
+    "inspect_model",
     "load",
-    "open_model",
-    "survey",
-    "usual_blocks",
-    "usual_size",
+    "load_any",
     "verify",
 ]

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file, held, told_of_disk
+from secateur._files import atomic_file, disk_errors, locked
 from secateur._provenance import Provenance
 from secateur.cost.budget import Budget
 from secateur.cost.macs import counted_macs, counted_params
@@ -42,11 +42,11 @@ from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Cubic, Sparsify, WeightPruning
 from secateur.report.html import Page, PageTable, write_page
 from secateur.report.run import performance_efficiency
-from secateur.search.base import search
+from secateur.search.base import search_architecture
 from secateur.search.importance import L1
 from secateur.search.ranking import Uniform
 from secateur.train.callbacks import Silent
-from secateur.train.config import Schedule
+from secateur.train.config import TrainConfig
 from secateur.train.device import open_fabric, precision_of
 from secateur.train.evaluate import evaluate
 from secateur.train.fit import fit
@@ -159,9 +159,9 @@ class Study:
     seeds: tuple[int, ...] = (0, 1)
     weights_kept: tuple[float, ...] = (0.5, 0.3, 0.1)
     macs_kept: tuple[float, ...] = (0.7, 0.5)
-    teaching: Schedule = Schedule(epochs=4, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
-    learning: Schedule = Schedule(epochs=3, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
-    recovery: Schedule = Schedule(epochs=1, batch_size=64, learning_rate=0.02, warmup_fraction=0.1)  # noqa: RUF009
+    teaching: TrainConfig = TrainConfig(epochs=4, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
+    learning: TrainConfig = TrainConfig(epochs=3, batch_size=64, learning_rate=0.1, warmup_fraction=0.1)  # noqa: RUF009
+    recovery: TrainConfig = TrainConfig(epochs=1, batch_size=64, learning_rate=0.02, warmup_fraction=0.1)  # noqa: RUF009
     recovery_images: int | None = 2048
     test_images: int | None = 2000
     hint_weight: float = 1.0
@@ -259,7 +259,7 @@ class Bench:
         family: Family,
         taught: Taught,
         *,
-        schedule: Schedule,
+        schedule: TrainConfig,
         images: Split,
         checkpoint: Path,
         sparsify: Sparsify | None = None,
@@ -311,7 +311,7 @@ class Bench:
         self,
         model: nn.Module,
         images: Split,
-        schedule: Schedule,
+        schedule: TrainConfig,
         objective: Objective,
         *,
         checkpoint: Path,
@@ -554,9 +554,9 @@ def run_study(
     """
     fabric = open_fabric(study.teaching.precision, device=device)
     settings = _settings(study, data, precision_of(fabric).name)
-    with told_of_disk(out), ExitStack() as stack:
+    with disk_errors(out), ExitStack() as stack:
         _meet(out, settings)
-        stack.enter_context(held(out))
+        stack.enter_context(locked(out))
         bench = Bench(study, data, out, fabric=fabric, tell=tell)
         cells = list(study.cells())
         rows: list[Mapping[str, Any]] = []
@@ -665,8 +665,8 @@ def _measured(bench: Bench, study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def _cut(student: nn.Module, bench: Bench, kept: float) -> nn.Module:
-    """The same part of every layer, the channels of least magnitude gone; not healed, as masks are not."""
+    """The same part of every layer, the channels of least magnitude gone; not repaired, as masks are not."""
     graph = trace(student, bench.example)
     budget = Budget(macs=f"{100 * kept:g}%")
-    found = search(student, graph, Uniform(importance=L1()), budget=budget)
+    found = search_architecture(student, graph, Uniform(importance=L1()), budget=budget)
     return cut(student, graph, found.architecture).model

@@ -18,46 +18,46 @@ from secateur.distill.taps import AlignedFeatures
 from secateur.export.formats import Format, check_formats
 from secateur.graph._ledger import Rule
 from secateur.graph.graph import StandIn
-from secateur.graph.selection import Choices
+from secateur.graph.selection import Selection
 from secateur.graph.trace import HeadUnit
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import (
-    ALIGNED,
-    EVERYTHING,
-    GENTLE,
+    DEFAULT_OBJECTIVE,
+    DEFAULT_SELECTION,
+    DEFAULT_SPACE,
+    DEFAULT_TRAIN_CONFIG,
     NO_RULES,
-    SPACE,
     Branches,
     CompressResult,
+    CutStudent,
     Delivery,
-    Halfway,
-    Inherit,
+    KeepWeights,
     Plan,
-    Start,
-    usual_strategy,
+    StudentInit,
+    default_strategy,
 )
 from secateur.pipeline.finalize import Finished, deliver, report_of, timed
-from secateur.pipeline.search_and_cut import Batches, go_halfway, pruning_for, with_zeros, zeros_for
+from secateur.pipeline.search_and_cut import Batches, pruning_for, search_and_cut, with_zeros, zeros_for
 from secateur.pipeline.workspace import (
-    Leftover,
-    Workplace,
-    check_belongs,
+    OnExisting,
+    RunDirectory,
+    check_model_fits_data,
     check_output,
     fabric_for,
     first_alone,
     own_copy,
-    shared_workplace,
+    shared_run_directory,
 )
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.run import MeasuredAccuracy, Step
 from secateur.search.base import Strategy
 from secateur.search.space import SearchSpace
 from secateur.train.callbacks import Progress, Silent, TerminalProgress
-from secateur.train.checkpoint import Saving
-from secateur.train.config import Schedule
+from secateur.train.checkpoint import CheckpointPolicy
+from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.evaluate import evaluate
-from secateur.train.fit import distill
+from secateur.train.fit import train_with_teacher
 from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
@@ -78,14 +78,14 @@ def compress(
     *,
     budget: Budget | str,
     strategy: Strategy | None = None,
-    choices: Choices = EVERYTHING,
+    choices: Selection = DEFAULT_SELECTION,
     heads: HeadUnit = HeadUnit.DIMENSION,
     branches: Branches = Branches.TIED,
     rules: Mapping[str, Rule] = NO_RULES,
-    space: SearchSpace = SPACE,
-    schedule: Schedule = GENTLE,
-    objective: Objective = ALIGNED,
-    start: Start = Inherit(),  # noqa: B008 - frozen
+    space: SearchSpace = DEFAULT_SPACE,
+    schedule: TrainConfig = DEFAULT_TRAIN_CONFIG,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    start: StudentInit = KeepWeights(),  # noqa: B008 - frozen
     pruning: WeightPruning | None = None,
     target: Target = OnnxRuntime(),  # noqa: B008 - frozen
     cache: Cache | None = None,
@@ -93,8 +93,8 @@ def compress(
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
     source: ModelSource | None = None,
-    leftover: Leftover = Leftover.REFUSE,
-    saving: Saving = Saving(),  # noqa: B008 - frozen
+    leftover: OnExisting = OnExisting.REFUSE,
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
@@ -104,7 +104,7 @@ def compress(
     name: str = "",
     command: str = "",
 ) -> CompressResult:
-    """Find which channels to keep, cut, heal, recover accuracy by distillation, verify, and write the artifact.
+    """Find which channels to keep, cut, repair, recover accuracy by distillation, verify, and write the artifact.
 
     Nothing is chosen on the test split: its accuracy is measured for the report. Everything is checked before it is
     written: sliced equals masked, costs equal counted ones, a reloaded artifact gives the same bits, exported files
@@ -116,22 +116,22 @@ def compress(
         budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
             zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
         strategy: How the architecture is found; None: by `Knapsack`, and where the budget limits the latency by
-            `Shallower` around it, as blocks take time that narrower layers hardly spare.
+            `RemoveBlocks` around it, as blocks take time that narrower layers hardly spare.
         choices: Which layers may be cut at all, by name patterns.
         heads: What is kept or removed as one in attention, see `secateur.trace`.
         branches: Whether the branches of a residual stream may be narrower than it.
         rules: What further operations do to channels, see `secateur.trace`.
         space: Which widths are allowed, in general and for some axes.
-        schedule: Of the recovery; ``epochs=0`` heals only. Its seed is replaced by ``seed``.
+        schedule: Of the recovery; ``epochs=0`` repairs only. Its seed is replaced by ``seed``.
         objective: What the recovery minimizes.
-        start: What the student begins with: `Inherit`, the weights of its channels, healed, or `FromScratch`, none;
+        start: What the student begins with: `KeepWeights`, its channels' weights, repaired, or `Reinitialize`, none;
             then it needs as many epochs and as high a learning rate as the original did.
         pruning: How single weights are chosen if the budget bounds ``nonzero``; None is `WeightPruning()`.
         target: What a bound on latency is on: runtime, threads and batch size, see `secateur.latency`. Latency is
             predicted from a table of layers, then measured and corrected until the network is within the bound, and
             measured again at the end. With a divisor of 1 in ``space``, 8, 16 and 32 are tried.
         cache: Of measurements; None means those of this machine, in the user's cache folder.
-        calibration_images: Training images for search and healing; fewer if there are not so many.
+        calibration_images: Training images for search and repairs; fewer if there are not so many.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
             end. Until then the work lies in ``<out>.work``, from which an interrupted run goes on, also in the middle
             of a search or training of hours.
@@ -170,7 +170,7 @@ def compress(
         model=model,
         data=data,
         budget=limits,
-        strategy=usual_strategy(limits) if strategy is None else strategy,
+        strategy=default_strategy(limits) if strategy is None else strategy,
         choices=choices,
         heads=heads,
         branches=branches,
@@ -199,21 +199,21 @@ def compress(
 def _run(plan: Plan) -> CompressResult:
     batches = calibration(plan.data.train, plan.calibration, device=plan.device, seed=plan.seed)
     placed = own_copy(plan.model, plan.device)
-    check_belongs(placed, plan.data, batches[0][0])
+    check_model_fits_data(placed, plan.data, batches[0][0])
     plan.start.check(placed, plan.schedule)
     with contextlib.ExitStack() as stack:
         work = None
         if plan.delivery is not None:
-            shared = shared_workplace(plan.fabric, plan.delivery.folder, plan.settings(), plan.delivery.leftover)
+            shared = shared_run_directory(plan.fabric, plan.delivery.folder, plan.settings(), plan.delivery.leftover)
             work = stack.enter_context(shared)
             plan = replace(plan, progress=work.logged(plan.progress))
         return _work(plan, placed, batches, work)
 
 
-def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> CompressResult:
+def _work(plan: Plan, original: nn.Module, batches: Batches, work: RunDirectory | None) -> CompressResult:
     steps = [_measured(plan, "original", original)]
     with first_alone(plan.fabric):
-        half = go_halfway(plan, original, batches, work)
+        half = search_and_cut(plan, original, batches, work)
     steps.append(_measured(plan, plan.start.done, half.student))
     zeros = zeros_for(plan, half, batches)
     trained = _recover(plan, half, work, zeros)
@@ -241,7 +241,7 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | N
     return CompressResult(student.to(home), half.graph, half.found, half.verification, trained, report, folder, files)
 
 
-def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify | None) -> Trained | None:
+def _recover(plan: Plan, half: CutStudent, work: RunDirectory | None, zeros: Sparsify | None) -> Trained | None:
     if plan.schedule.epochs == 0:
         return None
     objective, alignment = plan.objective, None
@@ -251,7 +251,7 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify 
     elif objective.feature_weight:
         plan.tell("The model has no module whose features could be compared: distilling from the logits alone.")
         objective = replace(objective, feature_weight=0.0)
-    return distill(
+    return train_with_teacher(
         half.student,
         teacher=half.original,
         data=plan.data,
@@ -267,7 +267,7 @@ def _recover(plan: Plan, half: Halfway, work: Workplace | None, zeros: Sparsify 
     )
 
 
-def _comparable(half: Halfway) -> tuple[str, ...]:
+def _comparable(half: CutStudent) -> tuple[str, ...]:
     """The last module at each resolution, where the student's means what the original's does.
 
     Inside of a removed block it does not. A module that is a removed block as a whole, the sum included, hands on its
@@ -283,7 +283,7 @@ def _comparable(half: Halfway) -> tuple[str, ...]:
     return tuple(stage for stage in half.graph.stages if stage not in inside or stage in handed_on)
 
 
-def _validated(plan: Plan, half: Halfway, trained: Trained | None) -> float | None:
+def _validated(plan: Plan, half: CutStudent, trained: Trained | None) -> float | None:
     """Accuracy of the original on the images that the epochs were validated on: the line that they come near to."""
     if trained is None or not len(plan.data.validation):
         return None

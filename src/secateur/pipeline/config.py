@@ -1,6 +1,6 @@
 """The graph that a run works on: traced, untied if that is wanted, with the user's choices.
 
-What the recovery begins with: the weights that the cut left, healed, or none at all.
+What the recovery begins with: the weights that the cut left, repaired, or none at all.
 
 What a whole run gives back.
 
@@ -29,25 +29,25 @@ from secateur.errors import TrainingError
 from secateur.export.formats import Format
 from secateur.graph._ledger import Rule
 from secateur.graph.graph import ChannelGraph
-from secateur.graph.selection import Choices
+from secateur.graph.selection import Selection
 from secateur.graph.trace import HeadUnit, trace
 from secateur.graph.untie import untie
 from secateur.models.source import ModelSource
-from secateur.pipeline.workspace import Leftover
-from secateur.prune.cut import Cut, Healer, Healing, cut
+from secateur.pipeline.workspace import OnExisting
+from secateur.prune.cut import Cut, Repair, RepairResult, cut
 from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import RunReport
-from secateur.search.base import Found, Strategy, describe
-from secateur.search.depth import Shallower
+from secateur.search.base import SearchResult, Strategy, describe
+from secateur.search.depth import RemoveBlocks
 from secateur.search.knapsack import Knapsack
 from secateur.search.space import SearchSpace
 from secateur.train.callbacks import Progress
-from secateur.train.checkpoint import Saving
-from secateur.train.config import Schedule
+from secateur.train.checkpoint import CheckpointPolicy
+from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution, open_fabric, precision_of
-from secateur.train.recipes import check_redrawable, redraw_
+from secateur.train.recipes import check_resettable, reset_weights_
 from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ class Branches(Enum):
     """Each its own: a narrower branch is added into its channels of the stream, see `secateur.graph.untie`."""
 
 
-def traced(
+def trace_for_run(
     model: nn.Module,
     example: Tensor,
     *,
-    choices: Choices,
+    choices: Selection,
     heads: HeadUnit,
     branches: Branches,
     rules: Mapping[str, Rule],
@@ -77,12 +77,12 @@ def traced(
     return choices.apply(untie(model, graph) if branches is Branches.UNTIED else graph)
 
 
-HEAL: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
+DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
 """Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 
 @dataclass(frozen=True, eq=False)
-class Uncut:
+class CutInput:
     """What is to be cut.
 
     Attributes:
@@ -100,7 +100,7 @@ class Uncut:
     seed: int
 
 
-class Start(ABC):
+class StudentInit(ABC):
     """How a student comes from the uncut model. Implementations are frozen dataclasses; fields are configuration."""
 
     @property
@@ -109,7 +109,7 @@ class Start(ABC):
         """What was done to the student, as the name of a step."""
 
     @abstractmethod
-    def check(self, model: nn.Module, schedule: Schedule) -> None:
+    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
         """Refuse a model or a recovery that it cannot be for, before any work.
 
         Raises:
@@ -117,37 +117,37 @@ class Start(ABC):
         """
 
     @abstractmethod
-    def cut(self, uncut: Uncut, architecture: Architecture) -> Cut:
+    def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """The student before any training, proved as long as its weights are those of the uncut model."""
 
 
 @dataclass(frozen=True)
-class Inherit(Start):
-    """The student keeps the weights of its channels, and is healed.
+class KeepWeights(StudentInit):
+    """The student keeps the weights of its channels, and is repaired.
 
     They are the weights that the search trained, if it trained any. The repairs compare with the model of these.
 
     Attributes:
-        heal: Repairs right after the cut, in order.
+        repairs: Repairs right after the cut, in order.
     """
 
-    heal: Sequence[Healer] = HEAL
+    repairs: Sequence[Repair] = DEFAULT_REPAIRS
 
     @property
     def done(self) -> str:
         """See `Start.done`."""
-        return "cut and healed"
+        return "cut and repaired"
 
-    def check(self, model: nn.Module, schedule: Schedule) -> None:
+    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
         """See `Start.check`: for any."""
 
-    def cut(self, uncut: Uncut, architecture: Architecture) -> Cut:
+    def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `Start.cut`."""
-        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, heal=tuple(self.heal))
+        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=tuple(self.repairs))
 
 
 @dataclass(frozen=True)
-class FromScratch(Start):
+class Reinitialize(StudentInit):
     """The student keeps its architecture alone: its weights are drawn anew, and all it knows comes from the recovery.
 
     The cut is made and proved with the original's weights. Then every module draws its own by its
@@ -161,7 +161,7 @@ class FromScratch(Start):
         """See `Start.done`."""
         return "cut, weights drawn anew"
 
-    def check(self, model: nn.Module, schedule: Schedule) -> None:
+    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
         """See `Start.check`.
 
         Raises:
@@ -173,35 +173,35 @@ class FromScratch(Start):
                 "`schedule` must have epochs for a student from scratch, which knows nothing yet; got 0. Give it as "
                 "many as the original had (--epochs), or let it inherit weights."
             )
-        check_redrawable(
+        check_resettable(
             model, "start", "let the student inherit its weights (without --from-scratch; in Python: start=Inherit())."
         )
 
-    def cut(self, uncut: Uncut, architecture: Architecture) -> Cut:
+    def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `Start.cut`."""
         pruned = cut(uncut.original, uncut.graph, architecture)
-        return dataclasses.replace(pruned, model=redraw_(pruned.model, uncut.seed))
+        return dataclasses.replace(pruned, model=reset_weights_(pruned.model, uncut.seed))
 
 
 @dataclass(frozen=True, eq=False)
-class Halfway:
-    """A cut and healed student, before any training.
+class CutStudent:
+    """A cut and repaired student, before any training.
 
     Attributes:
         original: The uncut model in eval mode, on the device of the run; ours, not the caller's.
-        student: The cut and healed one.
+        student: The cut and repaired one.
         graph: The graph it was cut by.
         found: What the search found.
         verification: Sliced against masked.
-        healing: What each repair did.
+        repairs: What each repair did.
     """
 
     original: nn.Module
     student: nn.Module
     graph: ChannelGraph
-    found: Found
+    found: SearchResult
     verification: Verification
-    healing: tuple[Healing, ...]
+    repairs: tuple[RepairResult, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +221,7 @@ class CompressResult:
 
     model: nn.Module
     graph: ChannelGraph
-    found: Found
+    found: SearchResult
     verification: Verification
     trained: Trained | None
     report: RunReport
@@ -244,23 +244,23 @@ class CompressResult:
         return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
 
 
-STRATEGY: Strategy = Knapsack()
+DEFAULT_STRATEGY: Strategy = Knapsack()
 """The strategy that lost least in benchmarks/heal.py."""
 
-SPACE = SearchSpace(min_kept_fraction=0.25)
+DEFAULT_SPACE = SearchSpace(min_kept_fraction=0.25)
 """Every axis keeps at least a quarter: no importance can tell how a layer that all but vanishes will be missed."""
 
-GENTLE = Schedule(epochs=1, learning_rate=0.01)
-"""A short recovery. The rate is low on purpose: a high one wipes out what healing restored."""
+DEFAULT_TRAIN_CONFIG = TrainConfig(epochs=1, learning_rate=0.01)
+"""A short recovery. The rate is low on purpose: a high one wipes out what repairs restored."""
 
-ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
+DEFAULT_OBJECTIVE = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 """The teacher's probabilities, a little of the labels, and the teacher's features at the last layer of each size."""
 
 
 NO_RULES: Mapping[str, Rule] = MappingProxyType({})
 """Only the built-in ones."""
 
-EVERYTHING = Choices()
+DEFAULT_SELECTION = Selection()
 """Whatever can be cut may be cut."""
 
 
@@ -278,7 +278,7 @@ class Delivery:
     folder: Path
     formats: tuple[Format, ...]
     source: ModelSource | None
-    leftover: Leftover
+    leftover: OnExisting
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,14 +289,14 @@ class Plan:
     data: ImageData
     budget: Budget
     strategy: Strategy
-    choices: Choices
+    choices: Selection
     heads: HeadUnit
     branches: Branches
     rules: Mapping[str, Rule]
     space: SearchSpace
-    schedule: Schedule
+    schedule: TrainConfig
     objective: Objective
-    start: Start
+    start: StudentInit
     calibration: int
     seed: int
     fabric: "Fabric"
@@ -308,7 +308,7 @@ class Plan:
     pruning: WeightPruning | None = None
     target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
     cache: Cache | None = None
-    saving: Saving = Saving()  # noqa: RUF009 - frozen
+    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
     execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     @property
@@ -353,7 +353,7 @@ class Plan:
         return found
 
 
-def usual_blocks(budget: Budget) -> float:
+def default_blocks(budget: Budget) -> float:
     """Which part of the residual blocks may go if nobody says so: any where time is limited, else none.
 
     Narrow layers take little less time than wide ones, and removed ones none; docs/log.md has the numbers.
@@ -361,10 +361,10 @@ def usual_blocks(budget: Budget) -> float:
     return 1.0 if is_timed(budget) else 0.0
 
 
-def usual_strategy(budget: Budget) -> Strategy:
+def default_strategy(budget: Budget) -> Strategy:
     """How an architecture is found if nobody says so."""
-    blocks = usual_blocks(budget)
-    return Shallower(STRATEGY, most=blocks) if blocks else STRATEGY
+    blocks = default_blocks(budget)
+    return RemoveBlocks(DEFAULT_STRATEGY, most=blocks) if blocks else DEFAULT_STRATEGY
 
 
 def _digest(model: nn.Module) -> str:

@@ -13,11 +13,11 @@ from secateur.distill.objective import Objective
 from secateur.export.formats import Format
 from secateur.models.source import ModelSource, load_model
 from secateur.pipeline.compress import compress, silent
-from secateur.pipeline.config import STRATEGY, CompressResult
-from secateur.pipeline.workspace import Leftover, check_output
+from secateur.pipeline.config import DEFAULT_STRATEGY, CompressResult
+from secateur.pipeline.workspace import OnExisting, check_output
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Meter, Progress, TerminalProgress
-from secateur.train.config import Schedule
+from secateur.train.config import TrainConfig
 from secateur.train.fit import fit
 from secateur.train.trainer import Trained
 
@@ -35,9 +35,9 @@ class Demo:
     """
 
     budget: str = "macs=30%"
-    strategy: Strategy = STRATEGY
-    teaching: Schedule = Schedule(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
-    recovery: Schedule = Schedule(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
+    strategy: Strategy = DEFAULT_STRATEGY
+    teaching: TrainConfig = TrainConfig(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
+    recovery: TrainConfig = TrainConfig(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
     label_smoothing: float = 0.05
 
 
@@ -81,7 +81,7 @@ def demo(
         out=out,
         export=export,
         source=ModelSource.from_json(source.to_json()),
-        leftover=Leftover.DISCARD,
+        leftover=OnExisting.DISCARD,
         seed=seed,
         progress=progress,
         tell=tell,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_folder, told_of_disk
+from secateur._files import atomic_folder, disk_errors
 from secateur._provenance import Provenance
 from secateur.architecture import Architecture
 from secateur.cost.macs import counted_macs, counted_params
@@ -25,23 +25,23 @@ from secateur.pipeline.checks import copied, latency_between, probe_json, reload
 from secateur.pipeline.compress import silent
 from secateur.pipeline.exports import Exports, Samples, deliver_exports
 from secateur.pipeline.workspace import (
-    Leftover,
-    check_belongs,
+    OnExisting,
+    check_model_fits_data,
     check_output,
     fabric_for,
     own_copy,
-    shared_workplace,
-    workplace_of,
+    run_directory_path,
+    shared_run_directory,
 )
 from secateur.prune.masks import nonzero_params
 from secateur.report.html import write_report
 from secateur.report.run import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch
 from secateur.train.callbacks import Progress, TerminalProgress
-from secateur.train.checkpoint import Saving, digest
-from secateur.train.config import Schedule
+from secateur.train.checkpoint import CheckpointPolicy, digest
+from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.evaluate import evaluate
-from secateur.train.fit import distill
+from secateur.train.fit import train_with_teacher
 from secateur.train.recipes import distill_after_hints
 from secateur.train.trainer import Trained
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Hinting:
+class HintStage:
     """A stage of hints before everything else, see `secateur.train.distill_after_hints`.
 
     Attributes:
@@ -59,11 +59,11 @@ class Hinting:
     """
 
     hints: tuple[Term, ...]
-    schedule: Schedule
+    schedule: TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Pupil:
+class ModelSpec:
     """A student or teacher, and what is written of it.
 
     Attributes:
@@ -109,18 +109,18 @@ class Distilled:
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """One run, see `distill_into`."""
+class DistillConfig:
+    """One run, see `distill_model`."""
 
-    student: Pupil
-    teacher: Pupil
+    student: ModelSpec
+    teacher: ModelSpec
     data: ImageData
-    schedule: Schedule
+    schedule: TrainConfig
     objective: Objective
-    hinting: Hinting | None
+    hinting: HintStage | None
     fabric: "Fabric"
     command: str
-    saving: Saving = Saving()  # noqa: RUF009 - frozen
+    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
     execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     def settings(self) -> dict[str, str]:
@@ -150,19 +150,19 @@ class Lesson:
 _IMAGES = 8
 
 
-def distill_into(
-    student: Pupil,
+def distill_model(
+    student: ModelSpec,
     *,
-    teacher: Pupil,
+    teacher: ModelSpec,
     data: ImageData,
-    schedule: Schedule,
+    schedule: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
-    hinting: Hinting | None = None,
+    hinting: HintStage | None = None,
     remember: Path | None = None,
     out: Path | None = None,
     export: Sequence[Format] = (Format.ONNX,),
-    leftover: Leftover = Leftover.REFUSE,
-    saving: Saving = Saving(),  # noqa: B008 - frozen
+    leftover: OnExisting = OnExisting.REFUSE,
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     seed: int = 0,
     device: torch.device | None = None,
@@ -204,18 +204,18 @@ def distill_into(
     execution.check(fabric)
     images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
     for pupil in (teacher, student):
-        check_belongs(own_copy(pupil.model, fabric.device), data, images)
+        check_model_fits_data(own_copy(pupil.model, fabric.device), data, images)
     if out is not None:
         check_output(out)
         check_formats(export)
-    run = Lesson(
+    run = DistillConfig(
         student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
     )
     tell = tell if fabric.is_global_zero else silent
     if out is None:
         trained, steps = _learn(run, remember, None, progress, tell)
         return Distilled(trained.model, trained, _report(run, trained, steps))
-    with shared_workplace(fabric, out, run.settings(), leftover) as work:
+    with shared_run_directory(fabric, out, run.settings(), leftover) as work:
         trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
         if not fabric.is_global_zero:
             return Distilled(trained.model, trained, _report(run, trained, steps))
@@ -225,14 +225,14 @@ def distill_into(
 
 
 def _learn(
-    run: Lesson, remember: Path | None, checkpoint: Path | None, progress: Progress, tell: Callable[[str], None]
+    run: DistillConfig, remember: Path | None, checkpoint: Path | None, progress: Progress, tell: Callable[[str], None]
 ) -> tuple[Trained, tuple[Step, ...]]:
     steps = [
         _step(run, "teacher", run.teacher.model, tell),
         _step(run, "student before", run.student.model, tell),
     ]
     if run.hinting is None:
-        trained = distill(
+        trained = train_with_teacher(
             run.student.model,
             teacher=run.teacher.model,
             data=run.data,
@@ -264,7 +264,7 @@ def _learn(
     return trained, tuple(steps)
 
 
-def _step(run: Lesson, name: str, model: nn.Module, tell: Callable[[str], None]) -> Step:
+def _step(run: DistillConfig, name: str, model: nn.Module, tell: Callable[[str], None]) -> Step:
     found = evaluate(model, run.data.test, device=run.fabric.device)
     tell(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
     return Step(name, MeasuredAccuracy(found.top1, found.n))
@@ -275,7 +275,7 @@ def _measured(model: nn.Module, data: ImageData, step: Step) -> Measured:
     return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
 
 
-def _report(run: Lesson, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
+def _report(run: DistillConfig, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
     provenance, data = Provenance.here(run.command, run.schedule.seed), run.data
     report = RunReport(
         model=f"{run.student.called} from {run.teacher.called}",
@@ -301,7 +301,7 @@ def _report(run: Lesson, trained: Trained, steps: tuple[Step, ...], **more: obje
 
 @dataclass(frozen=True, eq=False)
 class _Learned:
-    run: Lesson
+    run: DistillConfig
     trained: Trained
     steps: tuple[Step, ...]
     images: Tensor
@@ -312,7 +312,7 @@ def _deliver(
 ) -> tuple[RunReport, tuple[Path, ...]]:
     run, trained, images = learned.run, learned.trained, learned.images
     student, given = trained.model, run.student
-    with told_of_disk(out), atomic_folder(out) as draft:
+    with disk_errors(out), atomic_folder(out) as draft:
         save(draft, student, _recipe(run, student))
         own = (lambda: copied(given.model)) if given.source is None else None
         checks: list[Check] = [reload_check(student, images, draft, own)]
@@ -329,7 +329,7 @@ def _deliver(
             exports=exports.shown,
         )
         write_report(draft / "report.html", report)
-        workplace_of(out).hand_on_history(draft)
+        run_directory_path(out).hand_on_history(draft)
         amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for check in report.checks:
@@ -337,7 +337,7 @@ def _deliver(
     return report, tuple(out / name for name in names)
 
 
-def _recipe(run: Lesson, student: nn.Module) -> Recipe:
+def _recipe(run: DistillConfig, student: nn.Module) -> Recipe:
     given, data = run.student, run.data
     pristine = given.model if given.source is None else given.source.build(trust_source=True)
     example = torch.zeros(1, *data.size)
@@ -359,7 +359,7 @@ def _recipe(run: Lesson, student: nn.Module) -> Recipe:
     )
 
 
-def _metrics(run: Lesson, trained: Trained, report: RunReport) -> dict[str, object]:
+def _metrics(run: DistillConfig, trained: Trained, report: RunReport) -> dict[str, object]:
     return {
         "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
         "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
@@ -370,7 +370,7 @@ def _metrics(run: Lesson, trained: Trained, report: RunReport) -> dict[str, obje
     }
 
 
-def _verification(run: Lesson, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
+def _verification(run: DistillConfig, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
     return {
         **exports.to_json(),
         "checks": [asdict(check) for check in report.checks],

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from secateur._files import atomic_folder, told_of_disk
+from secateur._files import atomic_folder, disk_errors
 from secateur._provenance import Provenance
 from secateur.cost.budget import is_timed
 from secateur.cost.macs import counted_macs, counted_params
@@ -21,10 +21,10 @@ from secateur.export.artifact import amend, save, weights_bytes
 from secateur.export.edits import Edit, edits_between
 from secateur.export.manifest import Recipe
 from secateur.pipeline.checks import copied, latency_between, on_time, probe_json, reload_check, shown_latency
-from secateur.pipeline.config import Delivery, Halfway, Plan
+from secateur.pipeline.config import CutStudent, Delivery, Plan
 from secateur.pipeline.exports import Exports, Samples, deliver_exports
-from secateur.pipeline.search_and_cut import describe_healing, within
-from secateur.pipeline.workspace import workplace_of
+from secateur.pipeline.search_and_cut import describe_repair, within
+from secateur.pipeline.workspace import run_directory_path
 from secateur.prune.masks import nonzero_params
 from secateur.report.graph_drawing import sizes_in_order
 from secateur.report.html import write_report
@@ -42,7 +42,7 @@ from secateur.report.run import (
     Step,
     TrainedEpoch,
 )
-from secateur.search.base import Found
+from secateur.search.base import SearchResult
 from secateur.train.trainer import Trained
 
 _NOTABLE = 0.1
@@ -52,7 +52,7 @@ _PAID = 0.5
 _ALIGNED = 8
 
 
-def slow_because(half: Halfway, macs: float, record: LatencyRecord) -> tuple[str, ...]:
+def slow_because(half: CutStudent, macs: float, record: LatencyRecord) -> tuple[str, ...]:
     """A sentence with the cause, if the MACs fell and the time did not; none otherwise.
 
     Args:
@@ -70,7 +70,7 @@ def slow_because(half: Halfway, macs: float, record: LatencyRecord) -> tuple[str
     return (f"{said} {_cause(half)}",)
 
 
-def _cause(half: Halfway) -> str:
+def _cause(half: CutStudent) -> str:
     widths = half.found.architecture.widths
     odd = [name for name, width in widths.items() if width % _ALIGNED]
     if 4 * len(odd) > len(widths):
@@ -206,7 +206,7 @@ class Finished:
     """
 
     plan: Plan
-    half: Halfway
+    half: CutStudent
     student: nn.Module
     trained: Trained | None
     steps: tuple[Step, ...]
@@ -252,7 +252,7 @@ def report_of(
         ),
         original_validation_accuracy=run.original_validation,
         checks=(*_checks_of_the_cut(run), *checks),
-        notes=(*notes, *_doubts(run), *map(describe_healing, half.healing)),
+        notes=(*notes, *_doubts(run), *map(describe_repair, half.repairs)),
         command=provenance.command,
         seed=provenance.seed,
         versions=provenance.versions,
@@ -261,13 +261,13 @@ def report_of(
     )
 
 
-def _macs_limit(found: Found) -> float | None:
+def _macs_limit(found: SearchResult) -> float | None:
     """The budget's bound on the MACs as a fraction of the original's."""
     limit = found.budget.limits(found.original).get("macs")
     return None if limit is None or not found.original.macs else limit / found.original.macs
 
 
-def _gone_axes(half: Halfway) -> set[str]:
+def _gone_axes(half: CutStudent) -> set[str]:
     """The axes of which nothing is left, because every layer that has them went with a block."""
     removed = half.found.architecture.removed_blocks
     tensors = {tensor for name in removed for tensor in half.graph.blocks_by_name[name].tensors}
@@ -281,7 +281,7 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         The whole report, and the files in their final places.
     """
     tell = run.plan.tell
-    with told_of_disk(delivery.folder), atomic_folder(delivery.folder) as draft:
+    with disk_errors(delivery.folder), atomic_folder(delivery.folder) as draft:
         save(draft, run.student, _recipe(run, delivery))
         checks = [reload_check(run.student, run.images, draft, _own_factory(run))]
         exports = deliver_exports(run.student, Samples(run.images, run.plan.data), draft, delivery.formats)
@@ -290,7 +290,7 @@ def deliver(run: Finished, delivery: Delivery) -> tuple[RunReport, tuple[Path, .
         notes = (*notes, *exports.notes)
         report = replace(report_of(run, tuple(checks), latency, notes), exports=exports.shown)
         write_report(draft / "report.html", report)
-        workplace_of(delivery.folder).hand_on_history(draft)
+        run_directory_path(delivery.folder).hand_on_history(draft)
         amend(draft, metrics=_metrics(run, report), verification=_verification(run, report, exports))
         names = sorted(path.name for path in draft.iterdir())
     for note in (*notes, *_doubts(run)):
@@ -404,7 +404,7 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         "latency": [asdict(latency) for latency in report.latency],
         "history": [] if trained is None else [record.to_json() for record in trained.history],
         "best_epoch": None if trained is None else trained.best_epoch,
-        "healing": [asdict(repair) for repair in run.half.healing],
+        "repairs": [asdict(repair) for repair in run.half.repairs],
         "search": {"strategy": report.strategy, "budget": report.budget, **run.half.found.notes},
         "choices": asdict(run.plan.choices),
         "heads": run.plan.heads.value,

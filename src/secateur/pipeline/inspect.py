@@ -12,24 +12,24 @@ from secateur.cost.budget import Cost
 from secateur.cost.macs import CostModel
 from secateur.graph._ledger import Rule
 from secateur.graph.graph import ChannelAxis, ChannelGraph
-from secateur.graph.selection import Choices
+from secateur.graph.selection import Selection
 from secateur.graph.stages import Stage, stages_of
 from secateur.graph.trace import HeadUnit
-from secateur.pipeline.config import EVERYTHING, NO_RULES, SPACE, Branches, traced
+from secateur.pipeline.config import DEFAULT_SELECTION, DEFAULT_SPACE, NO_RULES, Branches, trace_for_run
 from secateur.prune.slice import parameter_share
 from secateur.report.graph_drawing import places
 from secateur.search.space import SearchSpace
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class ModelReport:
     """What a model offers to the shears.
 
     Attributes:
         graph: Its channel graph.
         original: Cost of the whole model.
         smallest: Cost of the smallest widths of the space: the lower end of what a budget can ask for.
-        shallowest: The same without all blocks that may be removed; only `Shallower` goes there.
+        shallowest: The same without all blocks that may be removed; only `RemoveBlocks` goes there.
         prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
         space: Which widths are allowed.
@@ -83,16 +83,16 @@ class Survey:
         }
 
 
-def survey(
+def inspect_model(
     model: nn.Module,
     example: Tensor,
     *,
-    choices: Choices = EVERYTHING,
+    choices: Selection = DEFAULT_SELECTION,
     heads: HeadUnit = HeadUnit.DIMENSION,
     branches: Branches = Branches.TIED,
     rules: Mapping[str, Rule] = NO_RULES,
-    space: SearchSpace = SPACE,
-) -> Survey:
+    space: SearchSpace = DEFAULT_SPACE,
+) -> ModelReport:
     """Trace a model and find the range of costs that a budget can ask for.
 
     Args:
@@ -108,7 +108,7 @@ def survey(
         TraceError: If the model cannot run the example.
         ChoiceError: If a pattern matches nothing, or nothing is left to cut.
     """
-    graph = traced(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
+    graph = trace_for_run(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
     costs = CostModel(graph)
     least = np.array([levels[0] for levels in space.levels(graph)], dtype=np.int64)
     fewer = costs.without(block.name for block in graph.removable)
@@ -116,7 +116,7 @@ def survey(
     share = parameter_share(graph)
     assert math.isfinite(share)
     stages = stages_of(model, graph)
-    return Survey(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
+    return ModelReport(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
 
 
 def _macs_share(graph: ChannelGraph) -> float:

@@ -2,7 +2,7 @@
 
 A search under a bound on latency: predicted, cut, measured, corrected, and measured again.
 
-Which search under a bound on latency is taken: of several divisors, that whose healed network is nearest."""
+Which search under a bound on latency is taken: of several divisors, that whose repaired network is nearest."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, nn
 
-from secateur._files import atomic_file, told_of_disk
+from secateur._files import atomic_file, disk_errors
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
 from secateur.cost.latency_model import TERMS, LatencyModel
@@ -25,10 +25,10 @@ from secateur.cost.measure import Cache, LatencyRecord, measure_pairs
 from secateur.cost.targets import Target
 from secateur.errors import ArtifactError, BudgetError
 from secateur.graph.graph import ChannelGraph
-from secateur.pipeline.config import HEAL, Plan
+from secateur.pipeline.config import DEFAULT_REPAIRS, Plan
 from secateur.prune.cut import OutputDistance, cut
 from secateur.prune.slice import apply_architecture
-from secateur.search.base import Found, Strategy, search
+from secateur.search.base import SearchResult, Strategy, search_architecture
 from secateur.search.importance import L2
 from secateur.search.latency_fit import LatencyFit, fit_latency
 from secateur.search.ranking import Uniform
@@ -97,7 +97,7 @@ class Measurements:
         if self.path is None:
             return
         content = {"seconds": self.seconds, "pairs": {name: record.to_json() for name, record in self.pairs.items()}}
-        with told_of_disk(self.path.parent), atomic_file(self.path) as part:
+        with disk_errors(self.path.parent), atomic_file(self.path) as part:
             part.write_text(json.dumps(content, indent=1))
 
 
@@ -110,7 +110,7 @@ _AIM = 0.98
 _NEAR = 0.955
 """Of the bound: near enough to it."""
 
-Searching = Callable[[Strategy, SearchSpace, LatencyModel], Found]
+Searching = Callable[[Strategy, SearchSpace, LatencyModel], SearchResult]
 """Searches in a space with a latency model."""
 
 
@@ -127,7 +127,7 @@ class Trial:
     """
 
     space: SearchSpace
-    found: Found
+    found: SearchResult
     predicted: float
     record: LatencyRecord
     used: float
@@ -145,7 +145,7 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Timed:
+class LatencySearch:
     """A search under a bound on latency.
 
     Attributes:
@@ -209,7 +209,7 @@ class Timed:
             trials.append(trial)
             allowed = _allowed(trials, aim)
 
-    def _measured(self, space: SearchSpace, found: Found, predicted: float) -> Trial:
+    def _measured(self, space: SearchSpace, found: SearchResult, predicted: float) -> Trial:
         def measured() -> LatencyRecord:
             small = apply_architecture(self.original, self.graph, found.architecture)
             return measure_pairs(self.original, small, self.target, self.images)
@@ -230,15 +230,15 @@ def used(budget: Budget, record: LatencyRecord) -> float:
     return 100 / (record.speedup.median * limit.value) if limit.relative else record.after.median / limit.value
 
 
-def at_best(budget: Budget, record: LatencyRecord) -> float:
+def lower_quartile_ratio(budget: Budget, record: LatencyRecord) -> float:
     """The same for the quartile that is on the quick side: what is not above 1 is not above the bound for certain."""
     limit = _limit(budget)
     return 100 / (record.speedup.upper * limit.value) if limit.relative else record.after.lower / limit.value
 
 
 def _next(
-    before: Sequence[Found], strategy: Strategy, space: SearchSpace, latency: LatencyModel, searching: Searching
-) -> Found:
+    before: Sequence[SearchResult], strategy: Strategy, space: SearchSpace, latency: LatencyModel, searching: Searching
+) -> SearchResult:
     """The next architecture: near to the first one, unless that leads nowhere."""
     if before:
         first = before[0]
@@ -313,7 +313,7 @@ def best_of(trials: Iterable[Trial], distance: Callable[[Trial], float]) -> tupl
     return min(fitting.values(), key=lambda trial: distances[trial.space.divisor]), distances
 
 
-def noted(trial: Trial, fit: LatencyFit, budget: Budget, notes: Mapping[str, object]) -> Found:
+def noted(trial: Trial, fit: LatencyFit, budget: Budget, notes: Mapping[str, object]) -> SearchResult:
     """What a search found, with measured latencies in the place of predicted ones, and how they came about."""
     found, original = trial.found, float(fit.measured[0])
     said = {
@@ -344,13 +344,13 @@ def _parts(trial: Trial, fit: LatencyFit) -> dict[str, float]:
 
 
 _JUDGED_IMAGES = 256
-"""Calibration images that candidates are healed and compared on."""
+"""Calibration images that candidates are repaired and compared on."""
 
-Search = Callable[[Strategy, Budget, SearchSpace, LatencyModel, Path | None], Found]
+Search = Callable[[Strategy, Budget, SearchSpace, LatencyModel, Path | None], SearchResult]
 """The search of the plan with another strategy, budget, space, latency model and place for checkpoints."""
 
 
-def search_on_time(
+def search_within_latency(
     plan: Plan,
     original: nn.Module,
     graph: ChannelGraph,
@@ -359,7 +359,7 @@ def search_on_time(
     searching: Search,
     checkpoint: Path | None,
     kept: Measurements,
-) -> Found:
+) -> SearchResult:
     """Find an architecture whose measured latency is within the bound, and near to it.
 
     Every divisor is searched for, and its networks are measured. A strategy that trains searches with one divisor only:
@@ -380,7 +380,7 @@ def search_on_time(
         ExportError: If a model cannot be brought to the target.
     """
     sample = images[0][: plan.target.batch].detach().cpu()
-    timed = Timed(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell, kept)
+    timed = LatencySearch(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell, kept)
     spaces = spaces_of(plan.space, graph)
     fit = timed.fit(spaces[0])
     # Six digits: more would be shown in errors, and are far below what can be measured.
@@ -392,7 +392,7 @@ def search_on_time(
     with _folder(checkpoint, plan.strategy.trains) as folder:
         for space in spaces:
 
-            def again(strategy: Strategy, space: SearchSpace, latency: LatencyModel) -> Found:
+            def again(strategy: Strategy, space: SearchSpace, latency: LatencyModel) -> SearchResult:
                 return searching(strategy, within, space, latency, folder)
 
             try:
@@ -417,13 +417,13 @@ def _roomiest(
     for space in spaces:
         with contextlib.suppress(BudgetError):
             latency = fit.model.scaled(fit.scale)
-            found = search(original, graph, Uniform(L2()), budget=budget, space=space, latency=latency)
+            found = search_architecture(original, graph, Uniform(L2()), budget=budget, space=space, latency=latency)
             kept[space] = found.cost.macs
     return max(kept, key=lambda space: kept[space], default=spaces[0])
 
 
 class _Judge:
-    """How far cut and healed networks are from the original."""
+    """How far cut and repaired networks are from the original."""
 
     def __init__(self, original: nn.Module, graph: ChannelGraph, images: Sequence[Tensor]):
         self._original, self._graph = original, graph
@@ -436,7 +436,9 @@ class _Judge:
 
     def distance(self, trial: Trial) -> float:
         """Of the outputs, see `secateur.surgery.OutputDistance`."""
-        made = cut(self._original, self._graph, trial.found.architecture, calibration=self._images, heal=HEAL)
+        made = cut(
+            self._original, self._graph, trial.found.architecture, calibration=self._images, repairs=DEFAULT_REPAIRS
+        )
         return self._measure.of(made.model)
 
 

@@ -80,7 +80,7 @@ def _shapes_of(func: Callable[..., Any], args: tuple[Any, ...], settings: dict[s
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class LoadedModel:
     """A model and where it comes from.
 
     Attributes:
@@ -123,7 +123,7 @@ def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, 
     return artifact.load(folder, build=build, factory=factory, trust_source=trust_source)
 
 
-def open_model(
+def load_any(
     spec: str,
     *,
     weights: Path | None = None,
@@ -131,7 +131,7 @@ def open_model(
     in_channels: int | None = None,
     trust_source: bool = False,
     seed: int = 0,
-) -> Opened:
+) -> LoadedModel:
     """A model by name or folder.
 
     Args:
@@ -153,7 +153,7 @@ def open_model(
         loaded = load(folder, trust_source=trust_source)
         check_runs(loaded.model, image_size_of(loaded.manifest))
         source = ModelSource.from_json(loaded.manifest.recipe.source)
-        return Opened(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
+        return LoadedModel(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
     own = spec.startswith("python:")  # a factory of the user's own knows its sizes itself
     model, source = load_model(
         spec,
@@ -163,7 +163,7 @@ def open_model(
         trust_source=trust_source,
         seed=seed,
     )
-    return Opened(model, source, source.name)
+    return LoadedModel(model, source, source.name)
 
 
 def image_size_of(manifest: Manifest) -> tuple[int, int, int]:
@@ -182,7 +182,7 @@ def image_size_of(manifest: Manifest) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def usual_size(opened: Opened) -> tuple[int, int, int]:
+def default_size(opened: LoadedModel) -> tuple[int, int, int]:
     """The image size a model was made for, as far as it says so: channels, height, width.
 
     An artifact knows it, timm's models carry it as ``default_cfg``, Secateur's own are for CIFAR or digits;

@@ -20,16 +20,16 @@ from secateur.cost.budget import Budget, Cost, format_count, is_timed
 from secateur.cost.latency_model import LatencyModel
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph.graph import ChannelGraph
-from secateur.pipeline.config import Halfway, Plan, Uncut, traced
-from secateur.pipeline.latency import Measurements, search_on_time
-from secateur.pipeline.workspace import Cutting, Workplace
-from secateur.prune.cut import Cut, Healing
+from secateur.pipeline.config import CutInput, CutStudent, Plan, trace_for_run
+from secateur.pipeline.latency import Measurements, search_within_latency
+from secateur.pipeline.workspace import CutState, RunDirectory
+from secateur.prune.cut import Cut, RepairResult
 from secateur.prune.masks import make_permanent_, nonzero_params
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
-from secateur.search.base import Found, Remembered, Strategy, search
-from secateur.search.depth import Shallower
+from secateur.search.base import ScoreCache, SearchResult, Strategy, search_architecture
+from secateur.search.depth import RemoveBlocks
 from secateur.search.space import SearchSpace
 from secateur.train.checkpoint import tensors_of, write_tensors_
 
@@ -54,8 +54,8 @@ class Paced:
 Batches = tuple[tuple[Tensor, Tensor], ...]
 
 
-def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplace | None) -> Halfway:
-    """Find an architecture, cut the model to it and heal it, or take up what an interrupted run has left.
+def search_and_cut(plan: Plan, original: nn.Module, batches: Batches, work: RunDirectory | None) -> CutStudent:
+    """Find an architecture, cut the model to it and repair it, or take up what an interrupted run has left.
 
     Args:
         plan: The run.
@@ -64,7 +64,7 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
         work: Where to keep checkpoints of the search and the result for a resume.
     """
     began = time.perf_counter()
-    graph = traced(
+    graph = trace_for_run(
         original,
         batches[0][0][:2],
         choices=plan.choices,
@@ -80,15 +80,15 @@ def go_halfway(plan: Plan, original: nn.Module, batches: Batches, work: Workplac
     if left is not None:
         plan.tell("Going on with the interrupted run: its architecture and weights are taken as they were.")
         return _take_up(original, graph, left)
-    found, pruned = _search_and_cut(plan, original, graph, batches, work)
+    found, pruned = _search_until_exact(plan, original, graph, batches, work)
     if work is not None:
         work.write(_cutting(found, pruned))
-    return Halfway(original, pruned.model, pruned.graph, found, pruned.verification, pruned.healing)
+    return CutStudent(original, pruned.model, pruned.graph, found, pruned.verification, pruned.repairs)
 
 
-def _search_and_cut(
-    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, work: Workplace | None
-) -> tuple[Found, Cut]:
+def _search_until_exact(
+    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, work: RunDirectory | None
+) -> tuple[SearchResult, Cut]:
     """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget.
 
     Every search has checkpoints of its own: they cannot be continued with another graph.
@@ -101,15 +101,15 @@ def _search_and_cut(
         found = _search(plan, original, graph, batches, checkpoint=checkpoint, kept=kept)
         plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
-        uncut = Uncut(original, _searched(original, found), graph, images, plan.seed)
+        uncut = CutInput(original, _searched(original, found), graph, images, plan.seed)
         pruned = plan.start.cut(uncut, found.architecture)
         if not pruned.verification.frozen:
             plan.tell(
                 f"{plan.start.done.capitalize()} in {time.perf_counter() - began:.1f} s; sliced equals masked within "
                 f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
             )
-            for repair in pruned.healing:
-                plan.tell(describe_healing(repair))
+            for repair in pruned.repairs:
+                plan.tell(describe_repair(repair))
             return replace(found, weights=None), pruned  # The cut has what it needs of them.
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
@@ -117,7 +117,7 @@ def _search_and_cut(
     raise AssertionError("counting ended")
 
 
-def _searched(original: nn.Module, found: Found) -> nn.Module:
+def _searched(original: nn.Module, found: SearchResult) -> nn.Module:
     """The original, or a copy of it with the weights that the search trained.
 
     Raises:
@@ -145,19 +145,19 @@ def _search(
     *,
     checkpoint: Path | None,
     kept: Measurements,
-) -> Found:
+) -> SearchResult:
     """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
 
     Raises:
         BudgetError: If no architecture that the choices and the space leave is within the budget.
     """
 
-    remembered, paced = Remembered(), Paced(plan.tell)
+    remembered, paced = ScoreCache(), Paced(plan.tell)
 
     def searching(
         strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
-    ) -> Found:
-        return search(
+    ) -> SearchResult:
+        return search_architecture(
             original,
             graph,
             strategy,
@@ -179,7 +179,9 @@ def _search(
         if not is_timed(plan.budget):
             return searching(plan.strategy, plan.budget, plan.space, None, checkpoint)
         images = [images for images, _ in batches]
-        return search_on_time(plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept)
+        return search_within_latency(
+            plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept
+        )
     except BudgetError as error:
         ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
         if graph.removable:
@@ -191,7 +193,7 @@ def _search(
 
 def _with_fewer_blocks(strategy: Strategy) -> list[str]:
     """A way out that takes more blocks than a strategy does, if there is one."""
-    if not isinstance(strategy, Shallower):
+    if not isinstance(strategy, RemoveBlocks):
         return ["Or let residual blocks go too (--remove-blocks; in Python: Shallower)."]
     if strategy.most < 1:
         return [
@@ -200,13 +202,13 @@ def _with_fewer_blocks(strategy: Strategy) -> list[str]:
     return []
 
 
-def describe_healing(repair: Healing) -> str:
+def describe_repair(repair: RepairResult) -> str:
     """One repair in words."""
-    words = f"{repair.healer}: distance from the uncut logits {repair.before:.3f} -> {repair.after:.3f}"
+    words = f"{repair.repair}: distance from the uncut logits {repair.before:.3f} -> {repair.after:.3f}"
     return words + ("." if repair.kept else "; undone, because it made things worse.")
 
 
-def _against(found: Found) -> str:
+def _against(found: SearchResult) -> str:
     removed = len(found.architecture.removed_blocks)
     blocks = f"{removed} block{'s' if removed > 1 else ''} removed, " if removed else ""
     return (
@@ -217,31 +219,31 @@ def _against(found: Found) -> str:
     )
 
 
-def _cutting(found: Found, pruned: Cut) -> Cutting:
+def _cutting(found: SearchResult, pruned: Cut) -> CutState:
     graph_frozen = tuple((axis.name, axis.frozen_because) for axis in pruned.graph.axes if axis.frozen_because)
-    return Cutting(
+    return CutState(
         found=found.to_json(),
         frozen=graph_frozen,
         kept_blocks=tuple((block.name, block.kept_because) for block in pruned.graph.blocks if block.kept_because),
         architecture=pruned.architecture.to_json(),
         verification=asdict(pruned.verification),
-        healing=tuple(asdict(repair) for repair in pruned.healing),
+        repairs=tuple(asdict(repair) for repair in pruned.repairs),
         student=tensors_of(pruned.model),
     )
 
 
-def _take_up(original: nn.Module, graph: ChannelGraph, left: Cutting) -> Halfway:
+def _take_up(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutStudent:
     graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
     graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
     _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
-    healing = tuple(Healing(**cast(dict[str, Any], dict(repair))) for repair in left.healing)
-    return Halfway(original, student, graph, _found(left.found), verification, healing)
+    repairs = tuple(RepairResult(**cast(dict[str, Any], dict(repair))) for repair in left.repairs)
+    return CutStudent(original, student, graph, _found(left.found), verification, repairs)
 
 
-def _fill_(student: nn.Module, left: Cutting) -> None:
+def _fill_(student: nn.Module, left: CutState) -> None:
     """Also the buffers that a state_dict leaves out.
 
     Raises:
@@ -255,9 +257,9 @@ def _fill_(student: nn.Module, left: Cutting) -> None:
     write_tensors_(student, left.student)
 
 
-def _found(data: Mapping[str, object]) -> Found:
+def _found(data: Mapping[str, object]) -> SearchResult:
     fields = cast(Mapping[str, Any], data)
-    return Found(
+    return SearchResult(
         architecture=Architecture.from_json(fields["architecture"]),
         cost=Cost.from_json(fields["cost"]),
         original=Cost.from_json(fields["original"]),
@@ -276,7 +278,7 @@ def pruning_for(budget: Budget, pruning: WeightPruning | None) -> WeightPruning 
     return pruning or WeightPruning()
 
 
-def zeros_for(plan: Plan, half: Halfway, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:
+def zeros_for(plan: Plan, half: CutStudent, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:
     """The masks that the recovery trains under; None if the budget asks for none, or the channels meet it alone.
 
     Raises:

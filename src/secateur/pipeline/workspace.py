@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur._files import LOCK, atomic_file, atomic_folder, held, sweep, told_of_disk, vanish
+from secateur._files import LOCK, atomic_file, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic
 from secateur._provenance import this_machine
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-class Leftover(Enum):
+class OnExisting(Enum):
     """What to do with the work of an interrupted run at the same place."""
 
     REFUSE = "refuse"
@@ -50,8 +50,8 @@ class Leftover(Enum):
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """The result of the first half of a run: everything up to the healed student.
+class CutState:
+    """The result of the first half of a run: everything up to the repaired student.
 
     Attributes:
         found: What the search found, as JSON.
@@ -59,8 +59,8 @@ class Cutting:
         kept_blocks: (block, reason) pairs of the blocks that had to stay.
         architecture: What was kept, as JSON.
         verification: Sliced against masked, as JSON.
-        healing: What each repair did, as JSON.
-        student: State of the healed student, by name.
+        repairs: What each repair did, as JSON.
+        student: State of the repaired student, by name.
     """
 
     found: Mapping[str, object]
@@ -68,14 +68,14 @@ class Cutting:
     kept_blocks: tuple[tuple[str, str], ...]
     architecture: Mapping[str, object]
     verification: Mapping[str, object]
-    healing: tuple[Mapping[str, object], ...]
+    repairs: tuple[Mapping[str, object], ...]
     student: Mapping[str, Tensor]
 
 
 @contextlib.contextmanager
-def workplace(
-    out: Path, settings: Mapping[str, str], leftover: Leftover, surroundings: Mapping[str, str] | None = None
-) -> Generator["Workplace"]:
+def open_run_directory(
+    out: Path, settings: Mapping[str, str], leftover: OnExisting, surroundings: Mapping[str, str] | None = None
+) -> Generator["RunDirectory"]:
     """The work of a run, until the run is finished.
 
     Args:
@@ -83,24 +83,24 @@ def workplace(
         settings: Everything that makes two runs the same run, as text by name.
         leftover: What to do with the work of an interrupted run.
         surroundings: What the last bits of the results depend on beside them, as text by name, see
-            `surroundings_of`: a run that goes on among others warns.
+            `environment_of`: a run that goes on among others warns.
 
     Raises:
         ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
             settings; if another process is at it; or if the folder cannot be written.
     """
-    place, here = workplace_of(out), dict(surroundings or {})
+    place, here = run_directory_path(out), dict(surroundings or {})
     if place.folder.exists():
         _meet(place.folder, settings, leftover)
     if not place.folder.exists():
-        with told_of_disk(place.folder), atomic_folder(place.folder) as draft:
+        with disk_errors(place.folder), atomic_folder(place.folder) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
             (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
             (draft / LOCK).touch()  # With the rest: a disk that is full then leaves nothing.
     with contextlib.ExitStack() as stack:
-        with told_of_disk(place.folder):
-            stack.enter_context(held(place.folder))
-        sweep(out, place.folder)
+        with disk_errors(place.folder):
+            stack.enter_context(locked(place.folder))
+        clean_stale(out, place.folder)
         _compare(place.folder, here)
         try:
             yield place
@@ -111,12 +111,12 @@ def workplace(
         place.remove()
 
 
-def workplace_of(out: Path) -> "Workplace":
+def run_directory_path(out: Path) -> "RunDirectory":
     """Where the work of a run with this output folder lies, whether there is any or not."""
-    return Workplace(out.with_name(f"{out.name}.work"))
+    return RunDirectory(out.with_name(f"{out.name}.work"))
 
 
-def surroundings_of(device: torch.device) -> dict[str, str]:
+def environment_of(device: torch.device) -> dict[str, str]:
     """What the last bits of a result depend on beside the settings of a run."""
     machine = this_machine()
     found = {
@@ -143,21 +143,21 @@ def _compare(folder: Path, here: Mapping[str, str]) -> None:
         )
 
 
-def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None:
+def _meet(folder: Path, settings: Mapping[str, str], leftover: OnExisting) -> None:
     """What is there already is refused, gone on with, or removed."""
     if not (folder / _SETTINGS).is_file():
         raise ArtifactError(
             f"{folder} must be the work of an interrupted run, or not be there; got something else. "
             "Move it away, or choose another --out."
         )
-    if leftover is Leftover.REFUSE:
+    if leftover is OnExisting.REFUSE:
         raise ArtifactError(
             f"`out` must have no unfinished run beside it; got {folder}. Go on with it (--resume), or remove "
             "it and begin again (--restart)."
         )
-    if leftover is Leftover.DISCARD:
-        with told_of_disk(folder), held(folder):
-            vanish(folder)
+    if leftover is OnExisting.DISCARD:
+        with disk_errors(folder), locked(folder):
+            remove_dir_atomic(folder)
         return
     try:
         then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
@@ -176,7 +176,7 @@ def _meet(folder: Path, settings: Mapping[str, str], leftover: Leftover) -> None
 
 
 @dataclass(frozen=True)
-class Workplace:
+class RunDirectory:
     """The folder of an unfinished run."""
 
     folder: Path
@@ -216,7 +216,7 @@ class Workplace:
         nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, _HISTORY, LOCK)
         return all(path.parent == self.folder and path.name in nothing for path in files)
 
-    def write(self, cutting: Cutting) -> None:
+    def write(self, cutting: CutState) -> None:
         """Keep the first half of the run.
 
         Raises:
@@ -229,9 +229,9 @@ class Workplace:
             "kept_blocks": [list(pair) for pair in cutting.kept_blocks],
             "architecture": dict(cutting.architecture),
             "verification": dict(cutting.verification),
-            "healing": [dict(repair) for repair in cutting.healing],
+            "repairs": [dict(repair) for repair in cutting.repairs],
         }
-        with told_of_disk(self.folder), self._undone_on_error():
+        with disk_errors(self.folder), self._undone_on_error():
             with atomic_file(self.folder / _STUDENT) as part:
                 part.write_bytes(safetensors.torch.save(tensors))
             with atomic_file(self.folder / _STATE) as part:
@@ -245,7 +245,7 @@ class Workplace:
             (self.folder / _STUDENT).unlink(missing_ok=True)
             raise
 
-    def read(self) -> Cutting | None:
+    def read(self) -> CutState | None:
         """The first half of an interrupted run; None if it was interrupted before the cut.
 
         Raises:
@@ -256,13 +256,13 @@ class Workplace:
         try:
             state = cast(dict[str, Any], json.loads((self.folder / _STATE).read_text()))
             student = safetensors.torch.load((self.folder / _STUDENT).read_bytes())
-            return Cutting(
+            return CutState(
                 dict(state["found"]),
                 tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
                 tuple((str(block), str(reason)) for block, reason in state["kept_blocks"]),
                 dict(state["architecture"]),
                 dict(state["verification"]),
-                tuple(dict(repair) for repair in state["healing"]),
+                tuple(dict(repair) for repair in state["repairs"]),
                 student,
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -271,7 +271,7 @@ class Workplace:
     def remove(self) -> None:
         """Remove the work, as far as it can be; the run is finished."""
         with contextlib.suppress(OSError):
-            vanish(self.folder)
+            remove_dir_atomic(self.folder)
 
 
 def _damaged(folder: Path, error: Exception) -> ArtifactError:
@@ -320,7 +320,7 @@ def own_copy(model: nn.Module, device: torch.device) -> nn.Module:
         ) from error
 
 
-def check_belongs(model: nn.Module, data: ImageData, images: Tensor) -> None:
+def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> None:
     """Refuse a model that does not classify the data's images.
 
     Args:
@@ -399,17 +399,17 @@ def first_alone(fabric: "Fabric") -> Generator[None]:
 
 
 @contextmanager
-def shared_workplace(
-    fabric: "Fabric", out: Path, settings: Mapping[str, str], leftover: Leftover
-) -> Generator[Workplace]:
-    """The work of a run until it is finished, see `workplace`: the first process has it, then the others read it.
+def shared_run_directory(
+    fabric: "Fabric", out: Path, settings: Mapping[str, str], leftover: OnExisting
+) -> Generator[RunDirectory]:
+    """The work of a run until it is finished, see `open_run_directory`: the first process has it, then the others read.
 
     What was left at the same place is gone on with, or removed, before they look.
     """
     with ExitStack() as stack:
         with first_alone(fabric):
             if fabric.is_global_zero:
-                work = stack.enter_context(workplace(out, settings, leftover, surroundings_of(fabric.device)))
+                work = stack.enter_context(open_run_directory(out, settings, leftover, environment_of(fabric.device)))
             else:
-                work = workplace_of(out)
+                work = run_directory_path(out)
         yield work

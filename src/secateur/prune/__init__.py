@@ -1,6 +1,6 @@
 """Cut a model for real, prove the cut, repair it without training, and prune single weights."""
 
-from secateur.prune.cut import Cut, Healer, Healing, OutputDistance, Wound, cut, output_distance
+from secateur.prune.cut import Cut, OutputDistance, Repair, RepairContext, RepairResult, cut, output_distance
 from secateur.prune.masks import (
     Mask,
     decode_sparse,
@@ -17,7 +17,7 @@ from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.residual import Widen, Widening, original_names, widen_, widenings_in, widenings_of, within_streams
 from secateur.prune.slice import (
     PassThrough,
-    Silence,
+    Zeros,
     apply_architecture,
     copy_with,
     declare_sizes,
@@ -76,8 +76,6 @@ __all__ = [
     "Cut",
     "Evenly",
     "Globally",
-    "Healer",
-    "Healing",
     "Iterative",
     "Mask",
     "NOfM",
@@ -86,7 +84,9 @@ __all__ = [
     "PassThrough",
     "RecalibrateBatchNorm",
     "Refit",
-    "Silence",
+    "Repair",
+    "RepairContext",
+    "RepairResult",
     "Sparsify",
     "SparsitySchedule",
     "Verification",
@@ -94,7 +94,7 @@ __all__ = [
     "WeightScore",
     "Widen",
     "Widening",
-    "Wound",
+    "Zeros",
     "apply_architecture",
     "copy_with",
     "cut",

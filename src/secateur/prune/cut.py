@@ -11,15 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.slice import apply_architecture, check_architecture
 from secateur.prune.verify import Mismatch, Verification, compare
 
 
 @dataclass(frozen=True, eq=False)
-class Wound:
-    """What a healing step works on.
+class RepairContext:
+    """What a repairs step works on.
 
     Attributes:
         original: The full model; never modified.
@@ -41,26 +41,26 @@ class Wound:
         return fewer or bool(self.architecture.removed_blocks)
 
 
-class Healer(Protocol):
+class Repair(Protocol):
     """A closed-form repair of a freshly cut model."""
 
-    def heal_(self, small: nn.Module, wound: Wound) -> None:
+    def apply_(self, small: nn.Module, context: RepairContext) -> None:
         """Change the weights or statistics of ``small`` in place."""
         ...
 
 
 @dataclass(frozen=True)
-class Healing:
+class RepairResult:
     """One repair and what it did to the logits.
 
     Attributes:
-        healer: Its name and configuration.
+        repair: Its name and configuration.
         before: Distance from the original's outputs on the calibration images before: see `output_distance`.
         after: The same after.
         kept: False if it made things worse and was undone.
     """
 
-    healer: str
+    repair: str
     before: float
     after: float
     kept: bool
@@ -75,15 +75,15 @@ class Cut:
         graph: The graph it was cut by; axes that could not be cut right are frozen in it, and blocks that could not be
             removed are kept.
         architecture: What was kept; whole on axes that had to be frozen.
-        verification: Sliced against masked, before healing.
-        healing: What each repair did.
+        verification: Sliced against masked, before repairs.
+        repairs: What each repair did.
     """
 
     model: nn.Module
     graph: ChannelGraph
     architecture: Architecture
     verification: Verification
-    healing: tuple[Healing, ...] = ()
+    repairs: tuple[RepairResult, ...] = ()
 
 
 def cut(
@@ -92,9 +92,9 @@ def cut(
     architecture: Architecture,
     *,
     calibration: Sequence[torch.Tensor] = (),
-    heal: Sequence[Healer] = (),
+    repairs: Sequence[Repair] = (),
 ) -> Cut:
-    """Cut a model to an architecture, prove it, and heal it.
+    """Cut a model to an architecture, prove it, and repair it.
 
     The cut model must equal the original with the removed channels and the removed branches zeroed. Where it does not,
     a block that cannot be removed by itself is kept, or else the module in which the two first differ is found and its
@@ -106,14 +106,14 @@ def cut(
         model: The traced model; not modified.
         graph: Its channel graph.
         architecture: Channels to keep, and blocks to remove.
-        calibration: Batches of normalized images for the healers.
-        heal: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
+        calibration: Batches of normalized images for the repairs.
+        repairs: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
 
     Raises:
-        SurgeryError: If the architecture does not fit, a healer has no images, or no correct cut is found.
+        SurgeryError: If the architecture does not fit, a repair has no images, or no correct cut is found.
     """
-    if heal and not calibration:
-        raise SurgeryError("`heal` needs `calibration` images; got none. Pass some training images, or heal=().")
+    if repairs and not calibration:
+        raise SurgeryError("`repairs` needs `calibration` images; got none. Pass some training images, or repairs=().")
     check_architecture(graph, architecture)
     frozen: tuple[tuple[str, str], ...] = ()
     while True:
@@ -129,23 +129,23 @@ def cut(
             graph = graph.with_frozen(reasons)
         frozen += tuple(sorted(reasons.items()))
         architecture = _without(architecture, graph)
-    wound = Wound(model, graph, architecture, tuple(calibration))
-    healing = _heal_(small, wound, heal)
-    return Cut(small, graph, architecture, replace(result, frozen=frozen), healing)
+    context = RepairContext(model, graph, architecture, tuple(calibration))
+    results = _repair_(small, context, repairs)
+    return Cut(small, graph, architecture, replace(result, frozen=frozen), results)
 
 
-def _heal_(small: nn.Module, wound: Wound, heal: Sequence[Healer]) -> tuple[Healing, ...]:
-    if not heal or not wound.was_cut:
+def _repair_(small: nn.Module, context: RepairContext, repairs: Sequence[Repair]) -> tuple[RepairResult, ...]:
+    if not repairs or not context.was_cut:
         return ()
-    distance = OutputDistance(wound.original, wound.images)
+    distance = OutputDistance(context.original, context.images)
     now = distance.of(small)
-    done: list[Healing] = []
-    for healer in heal:
+    done: list[RepairResult] = []
+    for repair in repairs:
         saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-        healer.heal_(small, wound)
+        repair.apply_(small, context)
         after = distance.of(small)
         kept = after <= now
-        done.append(Healing(repr(healer), now, after, kept))
+        done.append(RepairResult(repr(repair), now, after, kept))
         if kept:
             now = after
         else:
@@ -178,7 +178,7 @@ def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torc
 
 
 def _run(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
-    model = shadow_of(model)
+    model = shadow_copy(model)
     with torch.no_grad():
         outputs = [tree_leaves(model(batch)) for batch in images]
     flat = [torch.cat([t.flatten(1) for t in out if t.is_floating_point()], 1) for out in outputs]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
-from secateur.prune.cut import Wound
+from secateur.prune.cut import RepairContext
 from secateur.prune.residual import narrow, original_names
 from secateur.prune.slice import KeptByDim, kept_positions_of_tensors
 
@@ -121,11 +121,11 @@ class RecalibrateBatchNorm:
 
     eps: float = 1e-8
 
-    def heal_(self, small: nn.Module, wound: Wound) -> None:
+    def apply_(self, small: nn.Module, context: RepairContext) -> None:
         """Update the running statistics of ``small`` in place."""
-        before = batch_statistics(wound.original, wound.images)
-        after = batch_statistics(small, wound.images)
-        kept = kept_positions_of_tensors(wound.graph, wound.architecture)
+        before = batch_statistics(context.original, context.images)
+        after = batch_statistics(small, context.images)
+        kept = kept_positions_of_tensors(context.graph, context.architecture)
         modules, names = dict(small.named_modules()), original_names(small)
         for place, (mean, variance) in after.items():
             name = names[place]
@@ -157,7 +157,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
         Module name to ((channels,) mean, (channels,) variance), float64, averaged over all images.
     """
     sums: dict[str, list[Any]] = {}
-    model = shadow_of(model)
+    model = shadow_copy(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm) and m.track_running_stats}
 
     def watch(name: str) -> Any:
@@ -214,24 +214,24 @@ class Refit:
     rows_per_unknown: int = 64
     max_passes: int = 32
 
-    def heal_(self, small: nn.Module, wound: Wound) -> None:
+    def apply_(self, small: nn.Module, context: RepairContext) -> None:
         """Refit the weights of ``small`` in place."""
-        kept = kept_positions_of_tensors(wound.graph, wound.architecture)
-        samplers = self._samplers(small, wound, kept)
+        kept = kept_positions_of_tensors(context.graph, context.architecture)
+        samplers = self._samplers(small, context, kept)
         if not samplers:
             return
-        targets = _targets(shadow_of(wound.original), samplers, wound.images, kept)
+        targets = _targets(shadow_copy(context.original), samplers, context.images, kept)
         samplers = [sampler for sampler in samplers if sampler.module in targets]
         for group in _groups(samplers, self.max_passes):
-            for module, rows in _inputs(small, group, wound.images).items():
+            for module, rows in _inputs(small, group, context.images).items():
                 self._solve_(narrow(small, module), rows, targets[module])
 
-    def _samplers(self, small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[Sampler]:
-        order = layers_that_lost_inputs(small, wound, kept)
-        images = sum(len(batch) for batch in wound.images)
+    def _samplers(self, small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[Sampler]:
+        order = layers_that_lost_inputs(small, context, kept)
+        images = sum(len(batch) for batch in context.images)
         samplers: list[Sampler] = []
         for number, name in enumerate(order):
-            shape = wound.graph.activations[name].shape
+            shape = context.graph.activations[name].shape
             layer = narrow(small, name)
             positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _middle(shape)
             unknowns = int(layer.get_parameter("weight").numel() // layer.get_parameter("weight").size(0))
@@ -267,23 +267,23 @@ def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
     return [*(first[start : start + size] for start in range(0, len(first), size)), last]
 
 
-def layers_that_lost_inputs(small: nn.Module, wound: Wound, kept: dict[str, KeptByDim]) -> list[str]:
+def layers_that_lost_inputs(small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[str]:
     """Plain layers, in order of execution, that read fewer channels, or channels to which less is added than before."""
-    gone = wound.graph.removed_modules(wound.architecture.removed_blocks)
-    names = _behind_removed_blocks(wound) | _behind_narrow_branches(wound)
-    for axis in wound.graph.prunable:
+    gone = context.graph.removed_modules(context.architecture.removed_blocks)
+    names = _behind_removed_blocks(context) | _behind_narrow_branches(context)
+    for axis in context.graph.prunable:
         for site in axis.sites:
             module, _, parameter = site.tensor.rpartition(".")
             if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
                 names.add(module)
-    order = (name for name in wound.graph.activations if name in names and not gone(name))
+    order = (name for name in context.graph.activations if name in names and not gone(name))
     return [name for name in order if is_plain(narrow(small, name))]
 
 
-def _behind_removed_blocks(wound: Wound) -> set[str]:
+def _behind_removed_blocks(context: RepairContext) -> set[str]:
     """Modules that run after a removed block and whose weight reads what the block had added to."""
-    graph, found = wound.graph, set[str]()
-    for block in (graph.blocks_by_name[name] for name in wound.architecture.removed_blocks):
+    graph, found = context.graph, set[str]()
+    for block in (graph.blocks_by_name[name] for name in context.architecture.removed_blocks):
         tensors = set(block.tensors)
         for axis in graph.axes:
             if any(site.tensor in tensors and site.role is Role.OUTPUT for site in axis.sites):
@@ -291,13 +291,13 @@ def _behind_removed_blocks(wound: Wound) -> set[str]:
     return found
 
 
-def _behind_narrow_branches(wound: Wound) -> set[str]:
+def _behind_narrow_branches(context: RepairContext) -> set[str]:
     """Modules that run after a branch which lost channels that its stream has, and whose weight reads the stream."""
-    graph, found = wound.graph, set[str]()
-    widths = {**{axis.name: axis.size for axis in graph.axes}, **wound.architecture.widths}
+    graph, found = context.graph, set[str]()
+    widths = {**{axis.name: axis.size for axis in graph.axes}, **context.architecture.widths}
     for axis in graph.axes:
         if axis.into is not None and widths[axis.name] < widths[axis.into]:
-            found |= _readers_behind(graph, axis, (axis.outlet,))
+            found |= _readers_behind(graph, axis, (axis.residual_output,))
     return found
 
 

@@ -110,7 +110,7 @@ def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widen
     outlets: dict[str, dict[int, int]] = {}
     position = {axis.name: number for number, axis in enumerate(graph.axes)}
     for axis in _branches(graph, architecture):
-        outlets.setdefault(axis.outlet, {})[position[str(axis.into)]] = position[axis.name]
+        outlets.setdefault(axis.residual_output, {})[position[str(axis.into)]] = position[axis.name]
     alive = graph.alive(architecture.by_name)
     found: list[Widening] = []
     for outlet, branches in outlets.items():
@@ -189,7 +189,7 @@ def narrow(model: nn.Module, name: str) -> nn.Module:
 
 def _branches(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelAxis, ...]:
     gone = graph.removed_modules(architecture.removed_blocks)
-    return tuple(axis for axis in graph.axes if axis.into is not None and not gone(axis.outlet))
+    return tuple(axis for axis in graph.axes if axis.into is not None and not gone(axis.residual_output))
 
 
 def _kept(graph: ChannelGraph, name: str, kept: Mapping[str, tuple[int, ...]]) -> Iterable[int]:

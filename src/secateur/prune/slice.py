@@ -1,6 +1,6 @@
 """Remove residual blocks for real: stand-ins take the places of their modules.
 
-Cut a model for real: slice every tensor, set every size. Nothing is learned or healed here."""
+Cut a model for real: slice every tensor, set every size. Nothing is learned or repaired here."""
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -49,7 +49,7 @@ class PassThrough(nn.Module):
         return "" if self._items is None else f"items={self._items}"
 
 
-class Silence(PassThrough):
+class Zeros(PassThrough):
     """Stands in for a removed module: returns zeros of the shape of its first tensor argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ class Silence(PassThrough):
         return self._packed(torch.zeros_like(tensor))
 
 
-_CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough, StandIn.SILENCE: Silence}
+_CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough, StandIn.SILENCE: Zeros}
 
 
 def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
@@ -156,7 +156,7 @@ def kept_positions_of_tensors(
         stays[list(channels)] = True
         known: dict[int, IntArray] = {}
         for site in axis.sites:
-            gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.outlet
+            gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.residual_output
             if site.role not in roles and not gives:
                 continue
             length = full_size(graph, site.tensor, site.dim)

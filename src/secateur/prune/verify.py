@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur._runtime import undisturbed
+from secateur._runtime import preserving_state
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph._rules_layers import compute_over_kept_
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
@@ -137,7 +137,7 @@ def _zeroed(
 ) -> nn.Module:
     """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
     kept = kept_positions_of_tensors(graph, architecture)
-    masked = zero_weights_(shadow_of(model), kept, expected)
+    masked = zero_weights_(shadow_copy(model), kept, expected)
     masked = compute_over_kept_(masked, graph, architecture.by_name)
     removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
     return zero_branches_(masked, removed) if removed else masked
@@ -182,7 +182,7 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
-    with undisturbed(model), torch.no_grad():
+    with preserving_state(model), torch.no_grad():
         torch.manual_seed(0)
         out = model(*example)
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -209,7 +209,7 @@ class JudgedStage:
 
 @dataclass(frozen=True)
 class Step:
-    """Accuracy after one step of the way: the original, after the cut, after healing, after distillation."""
+    """Accuracy after one step of the way: the original, after the cut, after repairs, after distillation."""
 
     name: str
     accuracy: MeasuredAccuracy

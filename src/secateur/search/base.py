@@ -24,11 +24,11 @@ from secateur.cost.macs import CostModel, Modeled
 from secateur.cost.size import FileSize
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
-from secateur.search.importance import Evidence, Importance, checked_scores
+from secateur.search.importance import Importance, ScoringInputs, checked_scores
 from secateur.search.space import SearchSpace, Streams
 from secateur.train.callbacks import Progress as Watch
 from secateur.train.callbacks import Silent
-from secateur.train.checkpoint import Saving
+from secateur.train.checkpoint import CheckpointPolicy
 from secateur.train.config import TrainingData
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def describe(thing: object) -> str:
     return thing.__qualname__ if isinstance(thing, FunctionType) else repr(thing)
 
 
-class Remembered:
+class ScoreCache:
     """Numbers of a whole model by who computed them: an importance its scores, a strategy what blocks are worth.
 
     They are known by identity: two importances that are equal may look at other data. Whoever computed something is
@@ -67,7 +67,7 @@ _TINY = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class SearchContext:
     """One search: find an architecture of the space within the budget. The smallest one it can find is within it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Problem:
         saving: When a strategy that trains writes checkpoints, beside those at the ends of epochs.
     """
 
-    evidence: Evidence
+    evidence: ScoringInputs
     costs: CostModel
     budget: Budget
     space: SearchSpace
@@ -93,8 +93,8 @@ class Problem:
     checkpoint: Path | None = None
     watch: Watch = field(default_factory=Silent)
     fabric: "Fabric | None" = None
-    remembered: Remembered = field(default_factory=Remembered)
-    saving: Saving = Saving()  # noqa: RUF009 -- frozen
+    remembered: ScoreCache = field(default_factory=ScoreCache)
+    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 -- frozen
 
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:
@@ -161,7 +161,7 @@ class Strategy(ABC):
     """An algorithm that finds an architecture. Implementations are frozen dataclasses; fields are configuration."""
 
     @abstractmethod
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Find an architecture within the budget: the same one for the same problem, whatever ran before."""
 
     @property
@@ -173,12 +173,12 @@ class Strategy(ABC):
         """What searches near to an architecture that it found, for slightly other costs or bounds; quicker than it."""
         return self
 
-    def least(self, problem: Problem) -> Cost:
+    def least(self, problem: SearchContext) -> Cost:
         """Cost of the smallest architecture that it could find: a budget below it is refused."""
         return problem.least
 
 
-def keep_best(problem: Problem, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
+def keep_best(problem: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
     """Keep the channels with the highest scores; of equal ones those with the lower index.
 
     A branch keeps channels of its stream only.
@@ -199,7 +199,7 @@ def keep_best(problem: Problem, widths: IntArray, scores: Mapping[str, FloatArra
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -233,7 +233,7 @@ class Found:
         }
 
 
-def search(
+def search_architecture(
     model: nn.Module,
     graph: ChannelGraph,
     strategy: Strategy,
@@ -245,12 +245,12 @@ def search(
     progress: Progress | None = None,
     data: TrainingData | None = None,
     checkpoint: Path | None = None,
-    saving: Saving = Saving(),  # noqa: B008 -- frozen
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 -- frozen
     watch: Watch = Silent(),  # noqa: B008 -- frozen
     fabric: "Fabric | None" = None,
     latency: Modeled | None = None,
-    remembered: Remembered | None = None,
-) -> Found:
+    remembered: ScoreCache | None = None,
+) -> SearchResult:
     """Find which channels to keep so that the model costs no more than the budget.
 
     The result is never over a limit. It is at most 1 % under the limit that binds, unless the allowed widths are too
@@ -287,10 +287,10 @@ def search(
     """
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
-    evidence = Evidence(model, graph, tuple(batches), seed)
+    evidence = ScoringInputs(model, graph, tuple(batches), seed)
     costs = CostModel(graph, _more(model, graph, limits, latency))
-    known = Remembered() if remembered is None else remembered
-    problem = Problem(
+    known = ScoreCache() if remembered is None else remembered
+    problem = SearchContext(
         evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, known, saving
     )
     if limits.allows(problem.costs.original, problem.costs.original):
@@ -312,7 +312,7 @@ def _silent(fraction: float, what: str) -> None:
     """Report no progress."""
 
 
-def _found(problem: Problem, strategy: Strategy, proposal: Proposal) -> Found:
+def _found(problem: SearchContext, strategy: Strategy, proposal: Proposal) -> SearchResult:
     architecture, notes = proposal.architecture, dict(proposal.notes)
     cost, original = problem.costs.cost(architecture), problem.costs.original
     if not problem.budget.allows(cost, original):
@@ -320,7 +320,7 @@ def _found(problem: Problem, strategy: Strategy, proposal: Proposal) -> Found:
     notes["utilization"] = {
         name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
     }
-    return Found(architecture, cost, original, problem.budget, describe(strategy), notes, proposal.weights)
+    return SearchResult(architecture, cost, original, problem.budget, describe(strategy), notes, proposal.weights)
 
 
 def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
@@ -336,7 +336,7 @@ def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-def _check_feasible(problem: Problem, strategy: Strategy) -> None:
+def _check_feasible(problem: SearchContext, strategy: Strategy) -> None:
     """Refuse a budget that no architecture of the space is within, with the range that can be reached."""
     smallest, original = strategy.least(problem), problem.costs.original
     if problem.budget.allows(smallest, original):
@@ -360,7 +360,7 @@ def _range(limit: Limit, least: float, most: float) -> str:
     return f"{limit.word} {low} ({100 * least / (most or 1):.1f} %) to {high}"
 
 
-def _check_space(problem: Problem, strategy: Strategy, architecture: Architecture) -> None:
+def _check_space(problem: SearchContext, strategy: Strategy, architecture: Architecture) -> None:
     widths = problem.costs.widths(architecture)
     for name, width, levels in zip(problem.costs.axes, widths, problem.levels, strict=True):
         if width not in levels:

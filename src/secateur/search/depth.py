@@ -10,11 +10,11 @@ from torch import Tensor
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
-from secateur.graph._record import shadow_of
-from secateur.prune.cut import Healer, OutputDistance, cut
+from secateur.graph._record import shadow_copy
+from secateur.prune.cut import OutputDistance, Repair, cut
 from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.slice import apply_architecture, replace_
-from secateur.search.base import Problem, Proposal, Strategy
+from secateur.search.base import Proposal, SearchContext, Strategy
 from secateur.search.knapsack import Knapsack
 
 _TRIED = 9
@@ -36,7 +36,7 @@ class Without(Strategy):
     strategy: Strategy
     blocks: tuple[str, ...]
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: those of the inner strategy."""
         graph = problem.evidence.graph
         proposal = self.strategy.find(self._rest(problem))
@@ -51,11 +51,11 @@ class Without(Strategy):
         """As the inner strategy."""
         return self.strategy.trains
 
-    def least(self, problem: Problem) -> Cost:
+    def least(self, problem: SearchContext) -> Cost:
         """Cost of the smallest widths without the blocks."""
         return self.strategy.least(self._rest(problem))
 
-    def _rest(self, problem: Problem) -> Problem:
+    def _rest(self, problem: SearchContext) -> SearchContext:
         return replace(problem, costs=problem.costs.without(self.blocks))
 
 
@@ -75,7 +75,7 @@ class _Candidate:
 
 
 @dataclass(frozen=True)
-class Shallower(Strategy):
+class RemoveBlocks(Strategy):
     """Remove the residual blocks that matter least, and leave the rest of the budget to another strategy.
 
     Blocks are ranked by what their removal does to the outputs for the budget it spares:
@@ -94,7 +94,7 @@ class Shallower(Strategy):
         strategy: Finds the widths.
         most: Largest fraction of the blocks that may be removed, 0 to 1.
         images: Most calibration images to look at, a whole number.
-        heal: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
+        repairs: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
             candidate nearest to the original is taken as it is: quicker, but it says less of what repairs will leave.
 
     References:
@@ -105,7 +105,7 @@ class Shallower(Strategy):
     strategy: Strategy = field(default_factory=Knapsack)
     most: float = 0.5
     images: int = 128
-    heal: tuple[Healer, ...] = (Refit(), RecalibrateBatchNorm())
+    repairs: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
 
     def __post_init__(self) -> None:
         if not 0 <= self.most <= 1:
@@ -113,10 +113,10 @@ class Shallower(Strategy):
         if type(self.images) is not int or self.images < 1:
             raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: those of the inner strategy, ``disturbance`` (d by block), and d by number of blocks.
 
-        The last as ``distance`` and, of those that were repaired, ``healed``.
+        The last as ``distance`` and, of those that were repaired, ``repaired``.
 
         Raises:
             DataError: If the model has blocks, and there are no images.
@@ -139,12 +139,12 @@ class Shallower(Strategy):
                 f"`budget` must be within reach; got {problem.budget}: not every block can be removed. Raise it."
             )
         distance = {number: candidate.distance for number, candidate in sorted(trials.found.items())}
-        healed = trials.healed(self.heal, _nearest(distance)[:_FINALISTS]) if self.heal else {}
-        best = trials.found[_nearest(healed or distance)[0]]
-        mine = {"disturbance": disturbance, "distance": _as_json(distance), "healed": _as_json(healed)}
+        repaired = trials.repaired(self.repairs, _nearest(distance)[:_FINALISTS]) if self.repairs else {}
+        best = trials.found[_nearest(repaired or distance)[0]]
+        mine = {"disturbance": disturbance, "distance": _as_json(distance), "repaired": _as_json(repaired)}
         return Proposal(best.architecture, {**best.notes, **mine})
 
-    def _disturbances(self, problem: Problem, trials: "_Trials") -> dict[str, float]:
+    def _disturbances(self, problem: SearchContext, trials: "_Trials") -> dict[str, float]:
         """Of the whole model, like scores: several searches of it share them."""
         problem.progress(0.0, "blocks")
         found = problem.remembered.of(
@@ -161,19 +161,19 @@ class Shallower(Strategy):
         """The same blocks go."""
         return Without(self.strategy, found.removed_blocks)
 
-    def least(self, problem: Problem) -> Cost:
+    def least(self, problem: SearchContext) -> Cost:
         """Cost of the smallest widths without the dearest blocks."""
         return Without(self.strategy, tuple(self._dearest(problem))).least(problem)
 
-    def _most(self, problem: Problem) -> int:
+    def _most(self, problem: SearchContext) -> int:
         """How many blocks may go."""
         return math.floor(self.most * len(problem.costs.blocks) + 1e-9)
 
-    def _dearest(self, problem: Problem) -> list[str]:
+    def _dearest(self, problem: SearchContext) -> list[str]:
         spared = _spared(problem)
         return sorted(spared, key=lambda name: -spared[name])[: self._most(problem)]
 
-    def _images(self, problem: Problem) -> list[Tensor]:
+    def _images(self, problem: SearchContext) -> list[Tensor]:
         """The first images, in their batches."""
         left, found = self.images, list[Tensor]()
         for images, _ in problem.evidence.batches:
@@ -193,7 +193,7 @@ class _Trials:
         tried: Numbers of blocks that were tried.
     """
 
-    def __init__(self, strategy: Strategy, problem: Problem, images: Sequence[Tensor]):
+    def __init__(self, strategy: Strategy, problem: SearchContext, images: Sequence[Tensor]):
         self._strategy, self._images = strategy, images
         self._problem = problem
         self._model, self._graph = problem.evidence.model, problem.evidence.graph
@@ -213,7 +213,7 @@ class _Trials:
         found: dict[str, float] = {}
         for done, block in enumerate(sound):
             self._problem.progress(0.3 * done / len(sound), f"without {block.name}")
-            without = shadow_of(self._model)
+            without = shadow_copy(self._model)
             replace_(without, block.replacements)
             found[block.name] = self._distance.of(without)
         return found
@@ -230,18 +230,18 @@ class _Trials:
         small = apply_architecture(self._model, self._graph, proposal.architecture)
         self.found[len(blocks)] = _Candidate(self._distance.of(small), proposal.architecture, proposal.notes)
 
-    def healed(self, heal: Sequence[Healer], numbers: Sequence[int]) -> dict[int, float]:
+    def repaired(self, repairs: Sequence[Repair], numbers: Sequence[int]) -> dict[int, float]:
         """Distances of some candidates after repairs."""
         distances: dict[int, float] = {}
         for number in numbers:
             self._problem.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
             architecture = self.found[number].architecture
-            made = cut(self._model, self._graph, architecture, calibration=self._images, heal=heal)
+            made = cut(self._model, self._graph, architecture, calibration=self._images, repairs=repairs)
             distances[number] = self._distance.of(made.model)
         return distances
 
 
-def _spared(problem: Problem) -> dict[str, float]:
+def _spared(problem: SearchContext) -> dict[str, float]:
     """The share of the budget that each block costs in the full network; tiny if it costs none."""
     costs = problem.costs
     rows = 1 - np.eye(len(costs.blocks), dtype=np.int64)

@@ -20,7 +20,7 @@ from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class ScoringInputs:
     """What an importance may look at. Nothing here is changed by looking.
 
     Attributes:
@@ -44,7 +44,7 @@ class Importance(ABC):
     """
 
     @abstractmethod
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """Score every channel of every prunable axis.
 
         Returns:
@@ -125,7 +125,7 @@ def _each_producer(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> Iterator
         yield Filters(site, _rows(tensors[site.tensor], site))
 
 
-def mean_over_producers(evidence: Evidence, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
+def mean_over_producers(evidence: ScoringInputs, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
     """Score the rows of each producer of each axis and average over the producers.
 
     Args:
@@ -165,7 +165,7 @@ class L1(Importance):
         Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710, Section 3.1.
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
         scores = mean_over_producers(evidence, lambda rows: np.abs(rows).sum(axis=1))
         return checked_scores(scores, evidence.graph, self)
@@ -181,7 +181,7 @@ class L2(Importance):
         He et al., Soft Filter Pruning, arXiv:1808.06866, Section 3 (the p-norm with p = 2).
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
         return checked_scores(mean_over_producers(evidence, norms), evidence.graph, self)
 
@@ -198,7 +198,7 @@ class GeometricMedian(Importance):
         hand here, so the equation has no number).
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
         return checked_scores(mean_over_producers(evidence, distance_sums), evidence.graph, self)
 
@@ -216,7 +216,7 @@ class LAMP(Importance):
         for single weights; here for whole channels [ours].
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in [0, 1]. Raises ModelError for weights that are not finite."""
         return checked_scores(mean_over_producers(evidence, lamp), evidence.graph, self)
 
@@ -228,7 +228,7 @@ class RandomImportance(Importance):
     They depend on the evidence's seed and the position of the axis in the graph, on nothing else.
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless."""
         return {
             axis.name: np.random.default_rng([evidence.seed, position]).random(axis.size)
@@ -278,7 +278,7 @@ class BatchNormScale(Importance):
         Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv:1708.06519, Section 3.
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless. Raises ModelError for weights that are not finite."""
         tensors = tensors_of(evidence.model)
         modules = dict(evidence.model.named_modules())

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
 from secateur.errors import DataError
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
-from secateur.search.importance import Evidence, Importance, checked_scores
+from secateur.search.importance import Importance, ScoringInputs, checked_scores
 
 
 def readers(model: nn.Module, example: tuple[Any, ...], names: set[str]) -> dict[str, str]:
@@ -110,7 +110,7 @@ class Taylor(Importance):
 
     Only the reading weights count: the sums over the filters that produce the channel and over its norms estimate the
     same change again, and with less of it (under a batch norm the filter's sum leaves out the shift). Measured on a
-    ResNet-20 for CIFAR-10 cut to 70 % of its MACs by one ranking, no healing: accuracy 0.28 with all sites, 0.51 with
+    ResNet-20 for CIFAR-10 cut to 70 % of its MACs by one ranking, no repairs: accuracy 0.28 with all sites, 0.51 with
     the reading weights (first 1,000 test images, 256 images to score).
 
     References:
@@ -119,7 +119,7 @@ class Taylor(Importance):
         batch alike and keeps the unit.
     """
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in nats.
 
         Raises:
@@ -128,7 +128,7 @@ class Taylor(Importance):
         """
         if not evidence.batches:
             raise DataError("`batches` must hold labeled images for Taylor; got none. Pass calibration data.")
-        model = shadow_of(evidence.model)
+        model = shadow_copy(evidence.model)
         leaves = {
             id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
         }
@@ -213,7 +213,7 @@ class Reconstruction(Importance):
     ridge: float = 1e-4
     images: int = 512
 
-    def scores(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in squared logits.
 
         An axis none of whose readers is a module of its own gets the highest score of all: it goes last.
@@ -316,11 +316,11 @@ class _Moments:
     def _is_conv(self, site: Site) -> bool:
         return self.weights[site.tensor].dim() > 2
 
-    def collect(self, evidence: Evidence, images: int) -> None:
+    def collect(self, evidence: ScoringInputs, images: int) -> None:
         """One forward and one backward pass over up to ``images`` images."""
         if not self.by_module:
             return
-        shadow = shadow_of(evidence.model)
+        shadow = shadow_copy(evidence.model)
         draw = torch.Generator().manual_seed(evidence.seed)
         given: dict[str, Tensor] = {}
         for name in self.by_module:

@@ -9,7 +9,7 @@ import numpy as np
 
 from secateur._arrays import FloatArray, IntArray
 from secateur.cost.latency_model import LatencyModel
-from secateur.search.base import Problem, Proposal, Strategy, keep_best
+from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
 
@@ -36,7 +36,7 @@ class Fit:
     utilization: float
 
 
-def fit(problem: Problem, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None) -> Fit:
+def fit(problem: SearchContext, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None) -> Fit:
     """Widen the smallest architecture in the order of the keys until the budget is full.
 
     A step takes one axis from one allowed width to the next. All steps of all axes are sorted by key (ties: steps
@@ -94,14 +94,14 @@ class _Ladder:
         keys: (steps,) non-decreasing.
     """
 
-    problem: Problem
+    problem: SearchContext
     levels: IntArray
     tops: IntArray
     axes: IntArray
     keys: FloatArray
 
     @classmethod
-    def of(cls, problem: Problem, keys: Sequence[FloatArray], rows: Sequence[IntArray]) -> "_Ladder":
+    def of(cls, problem: SearchContext, keys: Sequence[FloatArray], rows: Sequence[IntArray]) -> "_Ladder":
         tops = np.array([len(row) - 1 for row in rows], dtype=np.int64)
         levels = np.stack([np.pad(row, (0, tops.max() + 1 - len(row)), mode="edge") for row in rows])
         axes = np.repeat(np.arange(len(tops)), tops)
@@ -216,7 +216,7 @@ class Knapsack(Strategy):
 
     importance: Importance = field(default_factory=Reconstruction)
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``threshold``, the worth per budget under which channels go."""
         scores = problem.scores(self.importance)
         axes = zip(problem.costs.axes, problem.levels, _prices(problem), strict=True)
@@ -225,7 +225,7 @@ class Knapsack(Strategy):
         return Proposal(keep_best(problem, found.widths, scores), {"threshold": -found.threshold})
 
 
-def _prices(problem: Problem) -> FloatArray:
+def _prices(problem: SearchContext) -> FloatArray:
     """(axes,) share of the budget that the last channel of each axis costs in the full network.
 
     Times go in steps of many channels, up and down: where they are limited it is the mean over all the channels that

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
 from secateur.errors import DataError, ModelError
-from secateur.graph._record import shadow_of
+from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph
-from secateur.search.base import Problem, Proposal, Strategy, keep_best
-from secateur.search.importance import L2, Evidence, Filters, Importance, producers, tensors_of
+from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
+from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_of
 from secateur.search.importance_data import channel_positions, readers
 from secateur.search.knapsack import fit
 
@@ -57,7 +57,7 @@ class RunningCovariance:
         return self._scatter / self.samples
 
 
-def observe(
+def observing_covariance(
     model: nn.Module, graph: ChannelGraph, taps: Mapping[str, Mapping[str, int]], batches: Sequence[Tensor]
 ) -> dict[str, dict[str, RunningCovariance]]:
     """Run the batches and gather the covariance of every axis at every module that shows all of its channels.
@@ -159,7 +159,7 @@ def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> Float
     The cumulative contribution rate is CCR(i) = sum_{j <= i} l_j / sum_j l_j over eigenvalues l_1 >= l_2 >= ...
 
     The shape of the data caps the number of non-zero eigenvalues at ``rank``, often below ``size`` (27 weights of a
-    3 x 3 RGB filter give 64 filters a centered rank of 26). CCR would be 1 from there on, and the layer could never keep
+    3 x 3 RGB filter give 64 filters a rank of 26). CCR would be 1 from there on, and the layer could never keep
     its other filters. So the spectrum is stretched: CCR(i) is read at the component i * rank / size, linear between
     whole components. CCR then reaches 1 at i = size and nowhere before, unless eigenvalues below the cap are zero.
     Without any variance there is nothing to go by, and CCR(i) = i / size.
@@ -211,7 +211,7 @@ class Source(ABC):
     """What the principal components are taken of."""
 
     @abstractmethod
-    def unexplained(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) of every prunable axis: name to (size + 1,), see `unexplained_variance`."""
 
 
@@ -236,7 +236,7 @@ class Weights(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
         return _of_weights(evidence, self.matrix, _fold_scales(evidence.model, _followers(evidence)))
 
@@ -254,7 +254,7 @@ class RawWeights(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
         return _of_weights(evidence, self.matrix, {})
 
@@ -276,7 +276,7 @@ class Activations(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: Evidence) -> dict[str, FloatArray]:
+    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis.
 
         Raises:
@@ -286,7 +286,9 @@ class Activations(Source):
         if not evidence.batches:
             raise DataError("`batches` must hold images for Activations; got none. Pass calibration data.")
         taps = _taps(evidence)
-        measured = observe(shadow_of(evidence.model), evidence.graph, taps, [images for images, _ in evidence.batches])
+        measured = observing_covariance(
+            shadow_copy(evidence.model), evidence.graph, taps, [images for images, _ in evidence.batches]
+        )
         weights: dict[str, FloatArray] | None = None
         found: dict[str, FloatArray] = {}
         for axis in evidence.graph.prunable:
@@ -309,7 +311,7 @@ class Activations(Source):
         return unexplained_variance(eigenvalues, axis.size, min(run.samples - 1, inputs))
 
 
-def _of_weights(evidence: Evidence, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+def _of_weights(evidence: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     tensors = tensors_of(evidence.model)
     found: dict[str, FloatArray] = {}
     for axis in evidence.graph.prunable:
@@ -354,13 +356,13 @@ def _numbers(tensor: object) -> FloatArray:
     return tensor.detach().cpu().double().numpy()
 
 
-def _followers(evidence: Evidence) -> dict[str, str]:
+def _followers(evidence: ScoringInputs) -> dict[str, str]:
     """The batch norm that reads the output of each producing module, by module name."""
     names = {name for axis in evidence.graph.prunable for name in _producing_modules(axis, evidence.model)}
     if not evidence.graph.example:
         return {}
     with torch.no_grad():
-        return readers(shadow_of(evidence.model), evidence.graph.example, names)
+        return readers(shadow_copy(evidence.model), evidence.graph.example, names)
 
 
 def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
@@ -375,7 +377,7 @@ def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _taps(evidence: Evidence) -> dict[str, dict[str, int]]:
+def _taps(evidence: ScoringInputs) -> dict[str, dict[str, int]]:
     """For each axis: the modules whose outputs show it, with the cap that their weights put on the rank."""
     after = _followers(evidence)
     return {
@@ -413,7 +415,7 @@ class PCASlimming(Strategy):
     source: Source = field(default_factory=Weights)
     importance: Importance = field(default_factory=L2)
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``tau``, and ``explained``: CCR at the width of each axis."""
         problem.progress(0.0, "principal components")
         rest = self.source.unexplained(problem.evidence)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur._arrays import FloatArray
-from secateur.search.base import Problem, Proposal, Strategy, keep_best
+from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import L2, Importance, checked_scores
 from secateur.search.knapsack import fit, step_values
 
-Normalize = Callable[[FloatArray], FloatArray]
+Normalizer = Callable[[FloatArray], FloatArray]
 
 
 def as_scored(scores: FloatArray) -> FloatArray:
@@ -55,9 +55,9 @@ class GlobalImportance(Strategy):
     """
 
     importance: Importance = field(default_factory=L2)
-    normalize: Normalize = by_axis_mean
+    normalize: Normalizer = by_axis_mean
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``threshold``, the normalized score under which channels go."""
         raw = problem.scores(self.importance)
         graph = problem.evidence.graph
@@ -89,7 +89,7 @@ class Uniform(Strategy):
 
     importance: Importance = field(default_factory=L2)
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``kept_fraction``, the f at which the next axis would overrun the budget."""
         found = fit(problem, [levels[1:] / levels[-1] for levels in problem.levels])
         scores = problem.scores(self.importance)

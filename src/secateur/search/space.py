@@ -12,7 +12,7 @@ import numpy as np
 from secateur._arrays import IntArray
 from secateur.errors import BudgetError, ChoiceError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
-from secateur.graph.selection import check_meant, means
+from secateur.graph.selection import check_matches, matches
 
 Number = TypeVar("Number", int, float)
 
@@ -82,7 +82,7 @@ class SearchSpace:
 
     def widths(self, axis: ChannelAxis) -> IntArray:
         """The allowed widths of one axis, ascending; the last is its full size."""
-        mine = [rule for rule in self.rules if means(rule.pattern, axis)]
+        mine = [rule for rule in self.rules if matches(rule.pattern, axis)]
         min_width = _last(self.min_width, [rule.min_width for rule in mine])
         divisor = _last(self.divisor // math.gcd(self.divisor, _positions(axis)), [rule.divisor for rule in mine])
         fraction = _last(self.min_kept_fraction, [rule.min_kept_fraction for rule in mine])
@@ -97,7 +97,7 @@ class SearchSpace:
         Raises:
             ChoiceError: If the pattern of a rule means no axis of the graph.
         """
-        check_meant((rule.pattern for rule in self.rules), graph, "rules")
+        check_matches((rule.pattern for rule in self.rules), graph, "rules")
         return tuple(self.widths(axis) for axis in graph.prunable)
 
 

@@ -2,9 +2,9 @@
 
 from secateur.train.callbacks import CsvLog, Meter, Progress, Silent, TensorBoard, TerminalProgress
 from secateur.train.checkpoint import (
-    Keeper,
+    Checkpointer,
+    CheckpointPolicy,
     Saved,
-    Saving,
     average_decay,
     digest,
     finite,
@@ -16,7 +16,7 @@ from secateur.train.checkpoint import (
     write_optimizer_,
     write_tensors_,
 )
-from secateur.train.config import SGD, AdamW, Batches, Schedule, TrainingData
+from secateur.train.config import SGD, AdamW, Batches, TrainConfig, TrainingData
 from secateur.train.device import (
     Compiled,
     Eager,
@@ -34,32 +34,32 @@ from secateur.train.device import (
 )
 from secateur.train.distributed import average_gradients_, averaged, open_group, own_part
 from secateur.train.evaluate import Accuracy, evaluate, measure
-from secateur.train.fit import distill, fit
-from secateur.train.recipes import born_again, check_redrawable, distill_after_hints, distill_chain, redraw_
-from secateur.train.trainer import EpochRecord, Ledger, Partway, Trained, diverged, nothing
+from secateur.train.fit import fit, train_with_teacher
+from secateur.train.recipes import born_again, check_resettable, distill_after_hints, distill_chain, reset_weights_
+from secateur.train.trainer import EpochRecord, EpochState, LossMeter, Trained, diverged, nothing
 
 __all__ = [
     "SGD",
     "Accuracy",
     "AdamW",
     "Batches",
+    "CheckpointPolicy",
+    "Checkpointer",
     "Compiled",
     "CsvLog",
     "Eager",
     "EpochRecord",
+    "EpochState",
     "Execution",
-    "Keeper",
-    "Ledger",
+    "LossMeter",
     "Meter",
-    "Partway",
     "Precision",
     "Progress",
     "Saved",
-    "Saving",
-    "Schedule",
     "Silent",
     "TensorBoard",
     "TerminalProgress",
+    "TrainConfig",
     "Trained",
     "TrainingData",
     "autocast",
@@ -69,9 +69,8 @@ __all__ = [
     "best_precision",
     "born_again",
     "channels_last",
-    "check_redrawable",
+    "check_resettable",
     "digest",
-    "distill",
     "distill_after_hints",
     "distill_chain",
     "diverged",
@@ -89,10 +88,11 @@ __all__ = [
     "own_part",
     "placed",
     "precision_of",
-    "redraw_",
+    "reset_weights_",
     "save_checkpoint",
     "seeded",
     "tensors_of",
+    "train_with_teacher",
     "usable",
     "write_optimizer_",
     "write_tensors_",

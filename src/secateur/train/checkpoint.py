@@ -306,7 +306,7 @@ def _flush(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointPolicy:
     """When a loop writes a checkpoint within an epoch. There is always one at the end of every epoch.
 
     Attributes:
@@ -324,7 +324,7 @@ class Saving:
             raise TrainingError(f"`steps` between checkpoints must be at least 1; got {self.steps}. None is never.")
 
 
-class Keeper:
+class Checkpointer:
     """Writes the checkpoints of a loop when they are due, the same in all processes.
 
     Args:
@@ -334,7 +334,7 @@ class Keeper:
         fabric: The processes of the loop; the first one writes.
     """
 
-    def __init__(self, folder: Path | None, saving: Saving, request: StopRequest, fabric: "Fabric") -> None:
+    def __init__(self, folder: Path | None, saving: CheckpointPolicy, request: StopRequest, fabric: "Fabric") -> None:
         self._folder, self._saving, self._request, self._fabric = folder, saving, request, fabric
         self._steps, self._written = 0, monotonic()
 
@@ -390,7 +390,7 @@ class Keeper:
 
 
 @contextmanager
-def keeping(folder: Path | None, saving: Saving, fabric: "Fabric") -> Generator[Keeper]:
+def keeping(folder: Path | None, saving: CheckpointPolicy, fabric: "Fabric") -> Generator[Checkpointer]:
     """A loop that keeps checkpoints and obeys `stoppable`: it ends with `Stopped` if that is asked for meanwhile.
 
     Args:
@@ -399,6 +399,6 @@ def keeping(folder: Path | None, saving: Saving, fabric: "Fabric") -> Generator[
         fabric: The processes of the loop.
     """
     with listening() as request:
-        keeper = Keeper(folder, saving, request, fabric)
+        keeper = Checkpointer(folder, saving, request, fabric)
         yield keeper
         keeper.end()

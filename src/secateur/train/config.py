@@ -151,7 +151,7 @@ class AdamW:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainConfig:
     """The course of a training run.
 
     Attributes:
@@ -241,14 +241,14 @@ def _groups(
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """Everything of a run that does not change."""
 
     source: Batches
     validation: Batches | None
     augment: Any
     objective: Objective
-    schedule: Schedule
+    schedule: TrainConfig
     alignment: AlignedFeatures | None
     fabric: "Fabric"
     sparsify: Sparsify | None = None

@@ -1,4 +1,4 @@
-"""The public verbs: `fit` a student, `distill` one from its teacher."""
+"""The public verbs: `fit` a student, `train_with_teacher` one from its teacher."""
 
 import copy
 import dataclasses
@@ -15,12 +15,20 @@ from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
 from secateur.train.callbacks import Meter, Progress, Silent, TerminalProgress
-from secateur.train.checkpoint import Keeper, Saved, Saving, digest, keeping, load_checkpoint, write_tensors_
-from secateur.train.config import Batches, Schedule, Task, TrainingData
+from secateur.train.checkpoint import (
+    Checkpointer,
+    CheckpointPolicy,
+    Saved,
+    digest,
+    keeping,
+    load_checkpoint,
+    write_tensors_,
+)
+from secateur.train.config import Batches, TrainConfig, TrainingData, TrainingTask
 from secateur.train.device import Eager, Execution, precision_of, usable
 from secateur.train.distributed import check_divisible, gathered
-from secateur.train.teacher import RememberedLogits
-from secateur.train.trainer import Engine, Trained
+from secateur.train.teacher import TeacherCache
+from secateur.train.trainer import Trained, Trainer
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -30,7 +38,7 @@ def fit(
     student: nn.Module,
     source: Batches,
     *,
-    schedule: Schedule,
+    schedule: TrainConfig,
     objective: Objective,
     teacher: nn.Module | None = None,
     alignment: AlignedFeatures | None = None,
@@ -39,7 +47,7 @@ def fit(
     sparsify: Sparsify | None = None,
     remember: Path | None = None,
     checkpoint: Path | None = None,
-    saving: Saving = Saving(),  # noqa: B008 - frozen
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -98,11 +106,11 @@ def fit(
     execution.check(fabric)
     progress = progress if fabric.is_global_zero else Silent()
     teacher = teacher if objective.needs_teacher else None
-    task = Task(source, validation, augment, objective, schedule, alignment, fabric, sparsify, execution)
+    task = TrainingTask(source, validation, augment, objective, schedule, alignment, fabric, sparsify, execution)
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
             student = sparsify.begun(student, schedule.epochs * task.steps)
-        engine = Engine(task, student, teacher, _memory(task, teacher, remember))
+        engine = Trainer(task, student, teacher, _memory(task, teacher, remember))
         settings = {} if checkpoint is None else _settings(task, student, teacher)
         saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
         if fabric.world_size > 1:
@@ -126,18 +134,18 @@ def fit(
     )
 
 
-def distill(
+def train_with_teacher(
     student: nn.Module,
     *,
     teacher: nn.Module,
     data: TrainingData,
-    schedule: Schedule,
+    schedule: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
     sparsify: Sparsify | None = None,
     remember: Path | None = None,
     checkpoint: Path | None = None,
-    saving: Saving = Saving(),  # noqa: B008 - frozen
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
@@ -185,7 +193,7 @@ def distill(
     )
 
 
-def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> RememberedLogits | None:
+def _memory(task: TrainingTask, teacher: nn.Module | None, folder: Path | None) -> TeacherCache | None:
     if folder is None or teacher is None:
         if folder is not None:
             warnings.warn("`remember` has no effect: the objective asks for no teacher.", stacklevel=3)
@@ -204,10 +212,10 @@ def _memory(task: Task, teacher: nn.Module | None, folder: Path | None) -> Remem
     settings = {"teacher": digest(teacher), "precision": precision_of(task.fabric).name}
     if task.execution != Eager():
         settings["execution"] = repr(task.execution)
-    return RememberedLogits(folder, task.schedule.seed, settings)
+    return TeacherCache(folder, task.schedule.seed, settings)
 
 
-def _run(engine: Engine, epochs: int, meter: Meter, keeper: Keeper, settings: dict[str, str]) -> None:
+def _run(engine: Trainer, epochs: int, meter: Meter, keeper: Checkpointer, settings: dict[str, str]) -> None:
     def state() -> Saved:
         return engine.saved(settings)
 
@@ -254,7 +262,7 @@ def _check_objective(objective: Objective, teacher: nn.Module | None, alignment:
         warnings.warn("`alignment` has no effect: feature_weight is 0.", stacklevel=3)
 
 
-def _settings(task: Task, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
+def _settings(task: TrainingTask, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
     """Everything that must be equal for a run to be the same run."""
     settings = {
         f"{part}.{field.name}": repr(getattr(value, field.name))

@@ -17,17 +17,17 @@ from secateur.distill.objective import Objective, Term
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import ModelError, TrainingError
 from secateur.train.callbacks import Progress, TerminalProgress
-from secateur.train.checkpoint import Saving
-from secateur.train.config import Schedule, TrainingData
+from secateur.train.checkpoint import CheckpointPolicy
+from secateur.train.config import TrainConfig, TrainingData
 from secateur.train.device import Eager, Execution, seeded
-from secateur.train.fit import distill, fit
+from secateur.train.fit import fit, train_with_teacher
 from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def check_redrawable(model: nn.Module, name: str, way_out: str) -> None:
+def check_resettable(model: nn.Module, name: str, way_out: str) -> None:
     """Refuse a model some of whose parameters nobody can draw.
 
     Args:
@@ -47,7 +47,7 @@ def check_redrawable(model: nn.Module, name: str, way_out: str) -> None:
             )
 
 
-def redraw_(model: nn.Module, seed: int) -> nn.Module:
+def reset_weights_(model: nn.Module, seed: int) -> nn.Module:
     """Draw all weights of a model anew, each module by its ``reset_parameters()``; returns the model.
 
     torch's other spelling, ``_reset_parameters()``, counts too. What a module holds is drawn before the module, which
@@ -77,31 +77,31 @@ def distill_after_hints(
     teacher: nn.Module,
     data: TrainingData,
     hints: tuple[Term, ...],
-    hint_schedule: Schedule,
-    schedule: Schedule,
+    hint_schedule: TrainConfig,
+    schedule: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
     checkpoint: Path | None = None,
-    saving: Saving = Saving(),  # noqa: B008 - frozen
+    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
     fabric: "Fabric | None" = None,
 ) -> Trained:
-    """Learn the teacher's hints, then everything: `fit` with the hints alone, then `distill` from there.
+    """Learn the teacher's hints, then everything: `fit` with the hints alone, then `train_with_teacher` from there.
 
     In the first stage only what comes before the tapped modules gets gradients, and adaptors are learned beside it;
     the rest of the student keeps its parameters (norms behind the taps see new inputs, and their running statistics
     follow). There is no best epoch in it, because the student's outputs do not matter yet: the last is taken.
 
     Args:
-        student: See `distill`.
-        teacher: See `distill`.
-        data: See `distill`.
+        student: See `train_with_teacher`.
+        teacher: See `train_with_teacher`.
+        data: See `train_with_teacher`.
         hints: Losses of features, such as ``Term("hint", PerTap(hint_loss, adaptors), of=features, taps=...)``.
         hint_schedule: Of the first stage.
         schedule: Of the second.
         objective: Of the second.
-        alignment: See `distill`.
+        alignment: See `train_with_teacher`.
         checkpoint: Folder for both stages' checkpoints, ``hints`` and ``student`` in it; a run that finds them goes on.
         saving: See `fit`.
         execution: See `fit`.
@@ -130,7 +130,7 @@ def distill_after_hints(
         progress=progress,
         fabric=fabric,
     )
-    return distill(
+    return train_with_teacher(
         guided.model,
         teacher=teacher,
         data=data,
@@ -150,7 +150,7 @@ def distill_chain(
     *,
     teacher: nn.Module,
     data: TrainingData,
-    schedule: Schedule,
+    schedule: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     checkpoint: Path | None = None,
     progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
@@ -162,8 +162,8 @@ def distill_chain(
 
     Args:
         students: Assistants from large to small, the student last; not changed.
-        teacher: See `distill`.
-        data: See `distill`.
+        teacher: See `train_with_teacher`.
+        data: See `train_with_teacher`.
         schedule: Of every step.
         objective: Of every step; losses of logits, or with taps that all of them have.
         checkpoint: Folder for all checkpoints, ``student-0`` and so on in it; a run that finds them goes on.
@@ -184,7 +184,7 @@ def distill_chain(
     found: list[Trained] = []
     for place, student in enumerate(students):
         found.append(
-            distill(
+            train_with_teacher(
                 student,
                 teacher=found[-1].model if found else teacher,
                 data=data,
@@ -202,7 +202,7 @@ def born_again(
     teacher: nn.Module,
     *,
     data: TrainingData,
-    schedule: Schedule,
+    schedule: TrainConfig,
     generations: int = 1,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     checkpoint: Path | None = None,
@@ -215,7 +215,7 @@ def born_again(
 
     Args:
         teacher: Trained; every module with parameters must be able to draw them anew.
-        data: See `distill`.
+        data: See `train_with_teacher`.
         schedule: Of every generation; generation k draws weights and images with ``seed + k``, k from 1.
         generations: >= 1.
         objective: Of every generation.
@@ -235,13 +235,13 @@ def born_again(
     """
     if generations < 1:
         raise TrainingError(f"`generations` must be at least 1; got {generations}. 1 to 3 is usual.")
-    check_redrawable(teacher, "teacher", "distill a student that you have made yourself.")
+    check_resettable(teacher, "teacher", "distill a student that you have made yourself.")
     found: list[Trained] = []
     for generation in range(1, generations + 1):
         seed = schedule.seed + generation
-        newborn = redraw_(copy.deepcopy(teacher).requires_grad_(), seed)
+        newborn = reset_weights_(copy.deepcopy(teacher).requires_grad_(), seed)
         found.append(
-            distill(
+            train_with_teacher(
                 newborn,
                 teacher=found[-1].model if found else teacher,
                 data=data,

@@ -19,7 +19,7 @@ from secateur.train.evaluate import hits
 _SETTINGS = "teacher.json"
 
 
-class RememberedLogits:
+class TeacherCache:
     """The logits of one teacher for the batches of training runs with one seed, a file for each epoch.
 
     Augmentation is a function of seed and epoch, so a second run sees the same images. A digest of every batch is kept
@@ -157,7 +157,7 @@ _DEVIATIONS = 2.0
 """A teacher that guesses is rarely so many standard deviations above chance."""
 
 
-class Teaching:
+class TeacherRunner:
     """Gives a teacher's logits, from memory where there is one, and finds out whether it has anything to teach.
 
     Args:
@@ -165,7 +165,7 @@ class Teaching:
         memory: Logits on disk; None computes all.
     """
 
-    def __init__(self, teach: Callable[[Tensor], Tensor], memory: RememberedLogits | None) -> None:
+    def __init__(self, teach: Callable[[Tensor], Tensor], memory: TeacherCache | None) -> None:
         self._teach, self._memory = teach, memory
         self._step = self._images = self._classes = 0
         self._sound: Tensor | None = None

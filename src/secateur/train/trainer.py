@@ -34,7 +34,7 @@ from secateur.train.checkpoint import (
     write_optimizer_,
     write_tensors_,
 )
-from secateur.train.config import Task
+from secateur.train.config import TrainingTask
 from secateur.train.device import (
     Precision,
     channels_last,
@@ -46,7 +46,7 @@ from secateur.train.device import (
 )
 from secateur.train.distributed import average_gradients_, averaged, gathered, own_part, synchronized_norms
 from secateur.train.evaluate import check_logits, check_targets, measure
-from secateur.train.teacher import RememberedLogits, Teaching
+from secateur.train.teacher import TeacherCache, TeacherRunner
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -150,7 +150,7 @@ SECONDS_PER_LOOK = 1.0
 """When steps take long, look sooner: somebody may be watching, and one wait per second costs nothing."""
 
 
-class Ledger:
+class LossMeter:
     """Sums up the losses of one epoch; finds the step of the first that is not finite; remembers what was shown of it.
 
     Attributes:
@@ -234,7 +234,7 @@ class Ledger:
         return {"steps": self.steps, "latest": self.latest, "sums": self._sums, "shown": self._shown}
 
     @classmethod
-    def from_json(cls, epoch: int, data: Mapping[str, Any]) -> "Ledger":
+    def from_json(cls, epoch: int, data: Mapping[str, Any]) -> "LossMeter":
         """Inverse of `to_json`."""
         ledger = cls(epoch)
         ledger.steps, ledger.latest = int(data["steps"]), float(data["latest"])
@@ -255,7 +255,7 @@ def nothing() -> None:
     """What a loop calls between steps if nobody saves."""
 
 
-class Partway:
+class EpochState:
     """The sums, the time and the random numbers of an epoch, as far as it has come.
 
     Args:
@@ -268,7 +268,7 @@ class Partway:
     """
 
     def __init__(self, epoch: int, fabric: "Fabric") -> None:
-        self.ledger = Ledger(epoch + 1)
+        self.ledger = LossMeter(epoch + 1)
         self.images = 0
         self._epoch, self._fabric = epoch, fabric
         self._left: tuple[Tensor, ...] | None = None
@@ -316,10 +316,10 @@ class Partway:
         return {f"random/{number}": gathered(self._fabric, state).cpu() for number, state in enumerate(states)}
 
     @classmethod
-    def restored(cls, saved: Saved, numbers: Mapping[str, Any], fabric: "Fabric") -> "Partway":
+    def restored(cls, saved: Saved, numbers: Mapping[str, Any], fabric: "Fabric") -> "EpochState":
         """Inverse of `numbers` and `tensors`."""
         partway = cls(saved.epoch, fabric)
-        partway.ledger = Ledger.from_json(saved.epoch + 1, numbers["ledger"])
+        partway.ledger = LossMeter.from_json(saved.epoch + 1, numbers["ledger"])
         partway.images, partway._spent = int(numbers["images"]), float(numbers["seconds"])
         states = saved.under("random/")
         partway._left = tuple(states[str(number)][fabric.global_rank] for number in range(len(states)))
@@ -342,7 +342,7 @@ class Learner:
         student: In training mode, on the device.
     """
 
-    def __init__(self, task: Task, student: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(self, task: TrainingTask, student: nn.Module, teacher: nn.Module | None) -> None:
         self.student = placed(student, task.fabric.device).train()
         self._task, self._teacher = task, teacher
         schedule = task.schedule
@@ -477,7 +477,7 @@ class Best:
     tensors: Tensors
 
 
-class Engine:
+class Trainer:
     """A run in progress. Whatever changes in it lies here, and all of it goes into a checkpoint.
 
     Attributes:
@@ -487,17 +487,17 @@ class Engine:
     """
 
     def __init__(
-        self, task: Task, student: nn.Module, teacher: nn.Module | None, memory: RememberedLogits | None = None
+        self, task: TrainingTask, student: nn.Module, teacher: nn.Module | None, memory: TeacherCache | None = None
     ) -> None:
         self.history: list[EpochRecord] = []
         self.best: Best | None = None
         self.epoch = 0
         self._task = task
-        self._partway: Partway | None = None
+        self._partway: EpochState | None = None
         self._teaching = None
         if teacher is not None:
             teacher = placed(teacher, task.fabric.device).eval().requires_grad_(requires_grad=False)
-            self._teaching = Teaching(in_precision(task.fabric, task.execution.prepared(teacher)), memory)
+            self._teaching = TeacherRunner(in_precision(task.fabric, task.execution.prepared(teacher)), memory)
         self._learner = Learner(task, student, teacher)
 
     @property
@@ -521,7 +521,7 @@ class Engine:
             TrainingError: If a loss or a weight is no longer finite, or the source breaks its promises.
         """
         task, learner = self._task, self._learner
-        part = self._partway = self._partway or Partway(self.epoch, task.fabric)
+        part = self._partway = self._partway or EpochState(self.epoch, task.fabric)
         first = self.epoch * task.steps
         teach = None if self._teaching is None else self._teaching.logits
         with (
@@ -585,7 +585,7 @@ class Engine:
         if saved.numbers["best"] is not None:
             self.best = Best(**saved.numbers["best"], tensors=saved.under("best/"))
         if saved.step:
-            self._partway = Partway.restored(saved, saved.numbers["partway"], self._task.fabric)
+            self._partway = EpochState.restored(saved, saved.numbers["partway"], self._task.fabric)
             if self._teaching is not None:
                 self._teaching.resume_with(saved.numbers["teaching"], saved.under("teaching/"))
 
@@ -629,7 +629,7 @@ class Engine:
         self.history.append(record)
         meter.epoch(record.epoch, record.numbers, record.line(self._task.schedule.epochs))
 
-    def _check_epoch(self, ledger: Ledger, rate: float) -> None:
+    def _check_epoch(self, ledger: LossMeter, rate: float) -> None:
         if ledger.steps != self._task.steps:
             raise TrainingError(
                 f"`source` must give {self._task.steps} batches of {self._task.schedule.batch_size} images per epoch; "
@@ -639,5 +639,5 @@ class Engine:
             raise diverged("weights", f"the end of epoch {ledger.epoch}", rate)
 
 
-def _show(meter: Meter, ledger: Ledger, rate: float) -> None:
+def _show(meter: Meter, ledger: LossMeter, rate: float) -> None:
     ledger.show(meter, {"loss": ledger.latest, "learning_rate": rate})

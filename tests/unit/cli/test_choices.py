@@ -23,15 +23,15 @@ from secateur.cli.options import AttentionName, OptimiserName, PrecisionName
 from secateur.data import Augment, load_data
 from secateur.errors import ChoiceError, DataError, ExportError, TrainingError
 from secateur.export import Format
-from secateur.graph import Choices, HeadUnit
-from secateur.pipeline import Branches, FromScratch, Inherit
+from secateur.graph import HeadUnit, Selection
+from secateur.pipeline import Branches, KeepWeights, Reinitialize
 from secateur.search import AxisRule
 from secateur.train import SGD, AdamW, Precision, Silent, TensorBoard, TerminalProgress
 
 
 def test_starts_branches_and_progress(tmp_path: Path):
-    assert start_of(True) == FromScratch()
-    assert start_of(False) == Inherit()
+    assert start_of(True) == Reinitialize()
+    assert start_of(False) == KeepWeights()
     assert branches_of(True) is Branches.UNTIED
     assert branches_of(False) is Branches.TIED
     assert progress_of(quiet=True, tensorboard=None) == Silent()
@@ -58,8 +58,8 @@ def test_variations_are_added_to_what_is_usual_for_the_images():
 
 
 def test_choices_and_rules():
-    assert choices_of(None, None, None) == Choices()
-    assert choices_of(["a", "b"], ["c"], ["d"]) == Choices(("a", "b"), ("c",), ("d",))
+    assert choices_of(None, None, None) == Selection()
+    assert choices_of(["a", "b"], ["c"], ["d"]) == Selection(("a", "b"), ("c",), ("d",))
     assert rules_of(["a=b.*=8"], ["c=2"], ["d=.5"]) == (
         AxisRule("a=b.*", divisor=8), AxisRule("c", min_width=2), AxisRule("d", min_kept_fraction=0.5),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from secateur.search import (
     Knapsack,
     PCASlimming,
     Reconstruction,
-    Shallower,
+    RemoveBlocks,
     Strategy,
     Uniform,
     describe,
@@ -39,15 +39,17 @@ def test_importance_replaces_the_usual_one():
 
 
 def test_blocks_go_only_if_they_are_asked_for():
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.25) == Shallower(Uniform(L1()), most=0.25)
+    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.25) == RemoveBlocks(Uniform(L1()), most=0.25)
     assert strategy_of(StrategyName.KNAPSACK, None, 0.0) == Knapsack()
     assert strategy_of(StrategyName.KNAPSACK, None) == Knapsack()
 
 
 def test_the_usual_part_of_the_blocks_is_for_who_says_nothing():
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, usual_blocks=0.5) == Shallower(Uniform(L1()), most=0.5)
+    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, usual_blocks=0.5) == RemoveBlocks(
+        Uniform(L1()), most=0.5
+    )
     assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.0, usual_blocks=0.5) == Uniform(L1())
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.2, usual_blocks=0.5) == Shallower(
+    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.2, usual_blocks=0.5) == RemoveBlocks(
         Uniform(L1()), most=0.2
     )
     assert describe(strategy_of(StrategyName.TAS, None, usual_blocks=0.5)) == describe(TAS())

@@ -8,11 +8,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from secateur.cli.options import spread
-from secateur.cli.output import told
+from secateur.cli.options import expand_dataclasses
+from secateur.cli.output import handle_errors
 from secateur.cli.shared import WorkFlags
 from secateur.errors import ArtifactError
-from secateur.pipeline import Leftover
+from secateur.pipeline import OnExisting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,14 @@ class Weather:
 
 
 def app_of(seen: list[object]) -> typer.Typer:
-    @told
-    @spread
+    @handle_errors
+    @expand_dataclasses
     def walk(
         *,
         where: Annotated[str, typer.Option()],
         weather: Weather,
         miles: int = 2,
-        debug: Annotated[bool, "told"] = False,
+        debug: Annotated[bool, "handle_errors"] = False,
     ) -> None:
         """Go for a walk."""
         seen.extend([where, weather, miles])
@@ -53,8 +53,8 @@ def test_flags_of_a_group_are_flags_of_the_command():
 
 
 def test_an_interrupted_run_is_gone_on_with_or_removed():
-    assert WorkFlags().leftover is Leftover.REFUSE
-    assert WorkFlags(resume=True).leftover is Leftover.RESUME
-    assert WorkFlags(restart=True).leftover is Leftover.DISCARD
+    assert WorkFlags().leftover is OnExisting.REFUSE
+    assert WorkFlags(resume=True).leftover is OnExisting.RESUME
+    assert WorkFlags(restart=True).leftover is OnExisting.DISCARD
     with pytest.raises(ArtifactError, match="give one of them"):
         WorkFlags(resume=True, restart=True).leftover  # noqa: B018 - it is what refuses

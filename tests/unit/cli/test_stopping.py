@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from secateur._runtime import listening, stoppable
-from secateur.cli.output import goes_on, obeyed
+from secateur.cli.output import resumable, signal_handler
 from secateur.errors import ExportError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -30,7 +30,7 @@ def _same_handlers() -> Iterator[None]:
 def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
     done: list[str] = []
 
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         os.kill(os.getpid(), number)
         done.append(str(out_folder))
@@ -44,7 +44,7 @@ def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: 
 def test_a_library_that_makes_an_error_of_the_signal_is_seen_through(tmp_path: Path) -> None:
     """As torch's ONNX exporter does, whose error becomes ours."""
 
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -59,7 +59,7 @@ def test_a_library_that_makes_an_error_of_the_signal_is_seen_through(tmp_path: P
 def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     done: list[str] = []
 
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         with listening() as request:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -86,7 +86,7 @@ def test_it_says_the_command_that_goes_on(
     monkeypatch.setattr(sys, "argv", ["/usr/bin/secateur", "compress", "--restart", "--out", "a folder"])
     (tmp_path / "out.work").mkdir()
 
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -99,7 +99,7 @@ def test_it_says_the_command_that_goes_on(
 def test_of_a_study_it_names_the_folder_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study.json").write_text("{}")
 
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -109,7 +109,7 @@ def test_of_a_study_it_names_the_folder_itself(tmp_path: Path, capfd: pytest.Cap
 
 
 def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> None:
         raise KeyboardInterrupt
 
@@ -120,7 +120,7 @@ def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureF
 
 @pytest.mark.parametrize("kind", [ValueError, ExportError])
 def test_results_and_errors_come_through(kind: type[Exception]) -> None:
-    @goes_on
+    @resumable
     def command(*, out_folder: Path) -> str:
         if out_folder.name == "bad":
             raise kind("mine")
@@ -135,7 +135,7 @@ def test_other_threads_change_nothing() -> None:
     seen: list[object] = []
 
     def elsewhere() -> None:
-        with obeyed() as caught:
+        with signal_handler() as caught:
             seen.append([signal.getsignal(number) for number in BOTH])
             seen.append(caught.exit_code)
 
@@ -147,7 +147,7 @@ def test_other_threads_change_nothing() -> None:
 
 def test_a_request_from_outside_is_not_taken_over() -> None:
     with stoppable() as outer:
-        with obeyed(), listening() as inner:
+        with signal_handler(), listening() as inner:
             pass
         with listening() as again:
             assert again is outer

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from secateur.cli.inspect import print_survey
 from secateur.models import cifar_resnet20
-from secateur.pipeline import survey
+from secateur.pipeline import inspect_model
 
 
 class Branching(nn.Module):
@@ -19,17 +19,17 @@ class Branching(nn.Module):
 
 
 def test_layers_that_never_ran_are_named(capsys):
-    found = survey(Branching().eval(), torch.zeros(1, 3, 8, 8))
+    found = inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8))
     assert found.to_json()["never_ran"] == ["right.weight", "right.bias"]
     print_survey(found, "branching")
     said = " ".join(capsys.readouterr().out.split())
     assert "Never ran on this input, in evaluation or in training: right." in said
-    print_survey(survey(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
+    print_survey(inspect_model(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
     assert "in training: left." in " ".join(capsys.readouterr().out.split())
 
 
 def test_stages_are_shown_with_where_they_end(capsys):
-    found = survey(cifar_resnet20(), torch.zeros(1, 3, 32, 32))
+    found = inspect_model(cifar_resnet20(), torch.zeros(1, 3, 32, 32))
     stages = found.to_json()["stages"]
     assert [(stage["name"], stage["cut"], len(stage["axes"]), len(stage["blocks"])) for stage in stages] == [
         ("stage1", "layer1", 3, 3),
@@ -44,5 +44,5 @@ def test_stages_are_shown_with_where_they_end(capsys):
 
 
 def test_a_model_that_is_one_stage_has_no_table_of_them(capsys):
-    print_survey(survey(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
+    print_survey(inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
     assert "Stages" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from command_line import secateur
 
 from secateur.errors import TrainingError
-from secateur.train import Compiled, Eager, Execution, Saving, Schedule
+from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, TrainConfig
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> di
 
 @pytest.mark.parametrize(("words", "wanted"), [((), (1, None)), (("--accumulate", 4, "--clip-norm", 1.5), (4, 1.5))])
 def test_parts_and_clipping_reach_the_schedule(monkeypatch, tmp_path, words, wanted):
-    schedule: Schedule = seen_by(monkeypatch, tmp_path, *words)["schedule"]
+    schedule: TrainConfig = seen_by(monkeypatch, tmp_path, *words)["schedule"]
     assert (schedule.accumulate, schedule.clip_norm) == wanted
 
 
@@ -56,7 +56,10 @@ def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "wanted"),
-    [((), Saving(600.0, None)), (("--checkpoint-minutes", 0.5, "--checkpoint-steps", 7), Saving(30.0, 7))],
+    [
+        ((), CheckpointPolicy(600.0, None)),
+        (("--checkpoint-minutes", 0.5, "--checkpoint-steps", 7), CheckpointPolicy(30.0, 7)),
+    ],
 )
 def test_times_of_checkpoints(monkeypatch, tmp_path, words, wanted):
     assert seen_by(monkeypatch, tmp_path, *words)["saving"] == wanted

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalization
-from secateur.data._buffers import Floats
+from secateur.data._buffers import BufferPool
 
 HOLDERS: dict[str, Callable[[Tensor], object]] = {
     "itself": lambda batch: batch,
@@ -25,13 +25,13 @@ def address(batch: Tensor) -> int:
     return batch.untyped_storage().data_ptr()
 
 
-def made(floats: Floats, n: int = 2) -> Tensor:
+def made(floats: BufferPool, n: int = 2) -> Tensor:
     return Normalization((0.5,) * 3, (0.5,) * 3)(torch.zeros(n, 4, 4, 3, dtype=torch.uint8), floats)
 
 
 @pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS.keys())
 def test_memory_is_used_again_when_nobody_has_it_any_more(holder: Callable[[Tensor], object]) -> None:
-    floats = Floats()
+    floats = BufferPool()
     first = made(floats)
     where = address(first)
     held = holder(first)
@@ -44,7 +44,7 @@ def test_memory_is_used_again_when_nobody_has_it_any_more(holder: Callable[[Tens
 
 
 def test_more_than_a_few_batches_are_not_kept() -> None:
-    floats = Floats()
+    floats = BufferPool()
     held = [made(floats) for _ in range(10)]
     assert len({address(batch) for batch in held}) == 10
     assert len(floats._arrays) == 3

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ChoiceError
-from secateur.graph import ChannelGraph, Choices, means, trace
+from secateur.graph import ChannelGraph, Selection, matches, trace
 
 
 class Stage(nn.Module):
@@ -53,90 +53,90 @@ def test_the_net_has_the_axes_that_these_tests_speak_of(graph: ChannelGraph):
 @pytest.mark.parametrize(
     ("choices", "left"),
     [
-        (Choices(), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
+        (Selection(), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
         # A stage by its name, or by what is inside of it: the streams that it makes are its own too.
-        (Choices(include=("layer2",)), ["down", "layer2.conv1"]),
-        (Choices(include=("layer2.*",)), ["down", "layer2.conv1"]),
+        (Selection(include=("layer2",)), ["down", "layer2.conv1"]),
+        (Selection(include=("layer2.*",)), ["down", "layer2.conv1"]),
         # `down` reads the stem's channels, but they are not its own.
-        (Choices(include=("down",)), ["down"]),
-        (Choices(exclude=("down",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+        (Selection(include=("down",)), ["down"]),
+        (Selection(exclude=("down",)), ["stem", "layer1.conv1", "layer2.conv1"]),
         # ... unless it shall lose no weight.
-        (Choices(whole=("down",)), ["layer1.conv1", "layer2.conv1"]),
-        (Choices(include=("*.conv1",)), ["layer1.conv1", "layer2.conv1"]),
-        (Choices(include=("layer?",), exclude=("layer2.conv2",)), ["stem", "layer1.conv1", "layer2.conv1"]),
-        (Choices(include=("stem", "layer2.conv1")), ["stem", "layer2.conv1"]),
-        (Choices(exclude=("layer1.conv1.bias",)), ["stem", "down", "layer2.conv1"]),
+        (Selection(whole=("down",)), ["layer1.conv1", "layer2.conv1"]),
+        (Selection(include=("*.conv1",)), ["layer1.conv1", "layer2.conv1"]),
+        (Selection(include=("layer?",), exclude=("layer2.conv2",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+        (Selection(include=("stem", "layer2.conv1")), ["stem", "layer2.conv1"]),
+        (Selection(exclude=("layer1.conv1.bias",)), ["stem", "down", "layer2.conv1"]),
         # Reading only: the head's own channels are frozen anyway.
-        (Choices(exclude=("head",)), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
-        (Choices(whole=("head",)), ["stem", "layer1.conv1", "layer2.conv1"]),
+        (Selection(exclude=("head",)), ["stem", "layer1.conv1", "down", "layer2.conv1"]),
+        (Selection(whole=("head",)), ["stem", "layer1.conv1", "layer2.conv1"]),
     ],
 )
-def test_what_may_still_be_cut(graph: ChannelGraph, choices: Choices, left: list[str]):
+def test_what_may_still_be_cut(graph: ChannelGraph, choices: Selection, left: list[str]):
     assert names(choices.apply(graph)) == left
 
 
 @pytest.mark.parametrize(
     ("choices", "left"),
     [
-        (Choices(), ["layer1", "layer2"]),
-        (Choices(include=("layer2",)), ["layer2"]),
-        (Choices(include=("layer2.*",)), ["layer2"]),
+        (Selection(), ["layer1", "layer2"]),
+        (Selection(include=("layer2",)), ["layer2"]),
+        (Selection(include=("layer2.*",)), ["layer2"]),
         # Only a part of the block may go: it stays.
-        (Choices(include=("layer2.conv1",)), []),
-        (Choices(exclude=("layer2.conv2.bias",)), ["layer1"]),
-        (Choices(whole=("layer1.conv1",)), ["layer2"]),
+        (Selection(include=("layer2.conv1",)), []),
+        (Selection(exclude=("layer2.conv2.bias",)), ["layer1"]),
+        (Selection(whole=("layer1.conv1",)), ["layer2"]),
         # A block has its own weights: what it reads is not one of them.
-        (Choices(whole=("down",)), ["layer1", "layer2"]),
-        (Choices(exclude=("down",)), ["layer1", "layer2"]),
+        (Selection(whole=("down",)), ["layer1", "layer2"]),
+        (Selection(exclude=("down",)), ["layer1", "layer2"]),
     ],
 )
-def test_which_blocks_may_still_be_removed(graph: ChannelGraph, choices: Choices, left: list[str]):
+def test_which_blocks_may_still_be_removed(graph: ChannelGraph, choices: Selection, left: list[str]):
     assert [block.name for block in choices.apply(graph).removable] == left
 
 
 @pytest.mark.parametrize(
     ("choices", "reason"),
     [
-        (Choices(include=("layer1",)), "kept whole: not all of it matched an include pattern ('layer1')"),
-        (Choices(exclude=("*2.conv1",)), "kept whole: matched exclude pattern '*2.conv1'"),
-        (Choices(whole=("layer2.conv2",)), "kept whole: a layer of it matched 'layer2.conv2'"),
+        (Selection(include=("layer1",)), "kept whole: not all of it matched an include pattern ('layer1')"),
+        (Selection(exclude=("*2.conv1",)), "kept whole: matched exclude pattern '*2.conv1'"),
+        (Selection(whole=("layer2.conv2",)), "kept whole: a layer of it matched 'layer2.conv2'"),
     ],
 )
-def test_blocks_say_why_they_stay(graph: ChannelGraph, choices: Choices, reason: str):
+def test_blocks_say_why_they_stay(graph: ChannelGraph, choices: Selection, reason: str):
     assert choices.apply(graph).blocks_by_name["layer2"].kept_because == reason
 
 
 def test_frozen_axes_say_why_and_old_reasons_stay(graph: ChannelGraph):
-    chosen = Choices(include=("layer*",), exclude=("layer1.*",), whole=("head",)).apply(graph)
+    chosen = Selection(include=("layer*",), exclude=("layer1.*",), whole=("head",)).apply(graph)
     why = {axis.name: axis.frozen_because for axis in chosen.axes}
     assert why["stem"] == why["layer1.conv1"] == "kept whole: matched exclude pattern 'layer1.*'"
     assert why["down"] == "kept whole: a layer that matched 'head' makes or reads it"
     assert why["layer2.conv1"] is None
     assert why["head"] == graph.by_name["head"].frozen_because
-    only = Choices(include=("down", "stem")).apply(graph)
+    only = Selection(include=("down", "stem")).apply(graph)
     assert only.by_name["layer2.conv1"].frozen_because == "kept whole: matched no include pattern ('down', 'stem')"
 
 
 def test_the_given_graph_stays_as_it_was(graph: ChannelGraph):
     before = names(graph)
-    Choices(exclude=("stem",)).apply(graph)
+    Selection(exclude=("stem",)).apply(graph)
     assert names(graph) == before
-    assert Choices().apply(graph) is graph
+    assert Selection().apply(graph) is graph
 
 
 def test_extents_of_kept_axes_become_constant(graph: ChannelGraph):
-    chosen = Choices(include=("layer2.conv1",)).apply(graph)
+    chosen = Selection(include=("layer2.conv1",)).apply(graph)
     left = {name for extents in chosen.tensors.values() for extent in extents for name, _ in extent.terms}
     assert left == {"layer2.conv1"}
 
 
 def test_pattern_that_means_nothing_names_what_is_near_and_the_list(graph: ChannelGraph):
     with pytest.raises(ChoiceError, match=r"`exclude` must match.*'laier1'.*Did you mean layer1.*secateur inspect"):
-        Choices(exclude=("laier1",)).apply(graph)
+        Selection(exclude=("laier1",)).apply(graph)
     with pytest.raises(ChoiceError, match=r"`include` must match.*'layer9\.\*'.*Did you mean layer"):
-        Choices(include=("layer9.*",)).apply(graph)
+        Selection(include=("layer9.*",)).apply(graph)
     with pytest.raises(ChoiceError, match=r"`whole` must match.*'zzz' matches none\. `secateur inspect`"):
-        Choices(whole=("zzz",)).apply(graph)
+        Selection(whole=("zzz",)).apply(graph)
 
 
 def test_whole_may_name_a_layer_that_only_reads(graph: ChannelGraph):
@@ -152,7 +152,7 @@ def test_whole_may_name_a_layer_that_only_reads(graph: ChannelGraph):
     reads = trace(Reads(), torch.zeros(1, 3, 8, 8))
     assert names(reads) == ["conv"]
     with pytest.raises(ChoiceError, match=r"must leave something to cut; got keep whole mix"):
-        Choices(whole=("mix",)).apply(reads)
+        Selection(whole=("mix",)).apply(reads)
 
 
 def test_whole_knows_a_layer_that_shares_the_weight_of_another():
@@ -170,40 +170,40 @@ def test_whole_knows_a_layer_that_shares_the_weight_of_another():
 
     tied = trace(Tied(), torch.zeros(1, 3, 4, 4))
     assert names(tied) == ["stem", "mid"]
-    assert names(Choices(whole=("second",)).apply(tied)) == ["mid"]
+    assert names(Selection(whole=("second",)).apply(tied)) == ["mid"]
     with pytest.raises(ChoiceError, match="'second' matches none"):
-        Choices(exclude=("second",)).apply(tied)
+        Selection(exclude=("second",)).apply(tied)
 
 
 def test_choices_that_leave_nothing_are_refused_with_the_reasons(graph: ChannelGraph):
     with pytest.raises(
         ChoiceError, match=r"keeps all 4 axes whole\. What it includes is frozen: head \(reaches.*output\)"
     ):
-        Choices(include=("head",)).apply(graph)
+        Selection(include=("head",)).apply(graph)
     with pytest.raises(
         ChoiceError, match=r"got exclude \*, which keeps all 4 axes whole\. Include more or exclude less"
     ):
-        Choices(exclude=("*",)).apply(graph)
+        Selection(exclude=("*",)).apply(graph)
 
 
 @pytest.mark.parametrize("name", ["include", "exclude", "whole"])
 @pytest.mark.parametrize("patterns", ["layer1", ["layer1"], ("",), (1,), None])
 def test_patterns_that_are_no_tuple_of_texts_are_refused(name: str, patterns: object):
     with pytest.raises(ChoiceError, match=f"`{name}` must be a tuple of name patterns"):
-        Choices(**{name: patterns})
+        Selection(**{name: patterns})
 
 
 def test_choices_in_words():
-    assert str(Choices(include=("a", "b"), whole=("c",))) == "include a b, keep whole c"
-    assert str(Choices()) == ""
-    assert not Choices()
-    assert Choices(exclude=("x",))
+    assert str(Selection(include=("a", "b"), whole=("c",))) == "include a b, keep whole c"
+    assert str(Selection()) == ""
+    assert not Selection()
+    assert Selection(exclude=("x",))
 
 
 def test_means_is_exact_about_case_and_partial_names(graph: ChannelGraph):
     axis = graph.by_name["layer1.conv1"]
-    assert means("layer1.conv1", axis)
-    assert means("layer1", axis)
-    assert not means("layer", axis)
-    assert not means("Layer1", axis)
-    assert not means("layer1.conv2", axis)
+    assert matches("layer1.conv1", axis)
+    assert matches("layer1", axis)
+    assert not matches("layer", axis)
+    assert not matches("Layer1", axis)
+    assert not matches("layer1.conv2", axis)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.errors import TraceError
-from secateur.graph import shadow_of, trace
+from secateur.graph import shadow_copy, trace
 from secateur.graph._ledger import Ledger
 from secateur.graph._size_ints import SizeInt
 from secateur.prune import apply_architecture
@@ -172,7 +172,7 @@ def test_several_outputs_are_all_kept_whole():
 
 def test_a_shadow_shares_parameters_and_nothing_else():
     model, example = disturbable("residual")
-    shadow = shadow_of(model)
+    shadow = shadow_copy(model)
     assert not any(module.training for module in shadow.modules())
     for (name, a), (other, b) in zip(model.named_parameters(), shadow.named_parameters(), strict=True):
         assert name == other

@@ -43,7 +43,7 @@ def test_a_branch_has_what_makes_its_channels_and_the_stream_has_the_rest():
     first = {("0.0.weight", 0), *norm("0.1"), ("1.conv1.weight", 1), ("2.conv1.weight", 1), ("2.shortcut.0.weight", 1)}
     assert places(graph, "0.0") == first
     assert places(graph, "2.conv2") == {("3.conv1.weight", 1), ("4.fc.weight", 1)}
-    found = {axis.name: (axis.into, axis.outlet, axis.size) for axis in graph.axes if axis.into is not None}
+    found = {axis.name: (axis.into, axis.residual_output, axis.size) for axis in graph.axes if axis.into is not None}
     assert found == {
         "1.conv2/branch": ("0.0", "1.bn2", 8),
         "2.conv2/branch": ("2.conv2", "2.bn2", 14),
@@ -76,7 +76,7 @@ def test_extents_and_activations_follow():
 def test_a_stream_whose_channels_begin_at_several_places_gives_a_branch_several_axes():
     model = cifar_resnet20().eval()
     graph = untie(model, trace(model, torch.zeros(1, 3, 32, 32)))
-    of_last = {axis.name: (axis.into, axis.size) for axis in graph.axes if axis.outlet == "layer3.2.bn2"}
+    of_last = {axis.name: (axis.into, axis.size) for axis in graph.axes if axis.residual_output == "layer3.2.bn2"}
     assert of_last == {
         "layer3.2.conv2/branch": ("conv1", 16),
         "layer3.2.conv2/branch#2": ("layer2.0.conv2", 8),
@@ -199,7 +199,7 @@ def test_rows_of_many_kinds_are_cut_exactly(row: str):
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
     branches = [axis for axis in graph.prunable if axis.into]
-    assert {axis.outlet.partition(".")[0] for axis in branches} == {"first", "second"}
+    assert {axis.residual_output.partition(".")[0] for axis in branches} == {"first", "second"}
     kept = {axis.name: range(axis.size - 1) for axis in graph.prunable}
     kept |= {axis.name: range(axis.size // 4, max(1, axis.size // 2)) for axis in branches[::2]}
     made = cut(model, graph, Architecture.of(kept))
@@ -260,7 +260,9 @@ NO_ROWS = {
 def test_what_is_no_branch_stays_tied(row: str):
     model = randomized(Around(NO_ROWS[row](), conv()))
     graph = untie(model, trace(model, torch.zeros(1, 3, 6, 6)))
-    assert [axis.outlet for axis in graph.axes if axis.into and not axis.outlet.endswith("gate")] == ["second"]
+    assert [axis.residual_output for axis in graph.axes if axis.into and not axis.residual_output.endswith("gate")] == [
+        "second"
+    ]
 
 
 def test_shared_weights_stay_tied():
@@ -293,7 +295,7 @@ def test_the_channels_of_a_branch_may_run_beside_others():
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
     (axis,) = (axis for axis in graph.prunable if axis.into)
-    assert (axis.outlet, axis.size, graph.activations["fourth"].dim) == ("fourth", 8, 1)
+    assert (axis.residual_output, axis.size, graph.activations["fourth"].dim) == ("fourth", 8, 1)
     architecture = Architecture.of({axis.name: [1, 2, 6], str(axis.into): [1, 2, 3, 6, 7], "third": [0, 5]})
     made = cut(model, graph, architecture)
     assert made.architecture == architecture

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.graph._record import NumbersReadError, Run, _watch_pass, watch
+from secateur.graph._record import NumbersReadError, Run, _rerun, watch
 
 
 def record_of(run: Run) -> tuple[object, ...]:
@@ -29,7 +29,7 @@ def record_of(run: Run) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ZOO)
 def test_the_record_does_not_depend_on_what_is_computed(name):
     model, example = ZOO[name]()
-    lean, full = (_watch_pass(model, (example[:1],), computed=computed) for computed in (False, True))
+    lean, full = (_rerun(model, (example[:1],), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
     assert any(lean.flow.hollow)
     assert not any(full.flow.hollow)
@@ -41,7 +41,7 @@ def test_the_record_does_not_depend_on_what_is_computed(name):
 def test_the_record_of_published_models_does_not_depend_on_it(name):
     model = timm.create_model(name, img_size=64) if "tiny" in name else timm.create_model(name)
     example = torch.randn(1, 3, 64, 64)
-    lean, full = (_watch_pass(model.eval(), (example,), computed=computed) for computed in (False, True))
+    lean, full = (_rerun(model.eval(), (example,), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
 
 
@@ -72,7 +72,7 @@ class Reading(nn.Module):
 def test_what_is_read_is_computed(way):
     model, example = Reading(way).eval(), torch.rand(1, 3, 4, 4)
     with pytest.raises(NumbersReadError):
-        _watch_pass(model, (example,), computed=False)
+        _rerun(model, (example,), computed=False)
     assert [call.module for call in watch(model, (example,)).flow.calls] == ["", "stem", "left"]
 
 

@@ -9,26 +9,26 @@ from torch import nn
 from secateur.cost import Budget
 from secateur.data import Augment, ImageData
 from secateur.distill import Objective
-from secateur.graph import Choices, HeadUnit
-from secateur.pipeline import Branches, Inherit, Pupil
+from secateur.graph import HeadUnit, Selection
+from secateur.pipeline import Branches, KeepWeights, ModelSpec
 from secateur.pipeline.config import Plan
-from secateur.pipeline.distill import Lesson
+from secateur.pipeline.distill import DistillConfig
 from secateur.search import SearchSpace, Uniform
-from secateur.train import Schedule, Silent, open_fabric
+from secateur.train import Silent, TrainConfig, open_fabric
 
 MODEL = nn.Linear(2, 2)
 
 
 def lesson(data: ImageData) -> dict[str, str]:
-    pupil = Pupil(MODEL)
-    return Lesson(pupil, pupil, data, Schedule(1), Objective(), None, open_fabric(), "").settings()
+    pupil = ModelSpec(MODEL)
+    return DistillConfig(pupil, pupil, data, TrainConfig(1), Objective(), None, open_fabric(), "").settings()
 
 
 def plan(data: ImageData) -> dict[str, str]:
     return Plan(
-        model=MODEL, data=data, budget=Budget.parse("macs=50%"), strategy=Uniform(), choices=Choices(),
-        heads=HeadUnit.HEAD, branches=Branches.TIED, rules={}, space=SearchSpace(), schedule=Schedule(1),
-        objective=Objective(), start=Inherit(), calibration=8, seed=0, fabric=open_fabric(), name="", command="",
+        model=MODEL, data=data, budget=Budget.parse("macs=50%"), strategy=Uniform(), choices=Selection(),
+        heads=HeadUnit.HEAD, branches=Branches.TIED, rules={}, space=SearchSpace(), schedule=TrainConfig(1),
+        objective=Objective(), start=KeepWeights(), calibration=8, seed=0, fabric=open_fabric(), name="", command="",
         delivery=None, progress=Silent(), tell=print,
     ).settings()  # fmt: skip
 

@@ -12,9 +12,9 @@ from torch import nn
 import secateur
 from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
-from secateur.graph import Choices, HeadUnit
+from secateur.graph import HeadUnit, Selection
 from secateur.graph._ledger import unknown
-from secateur.pipeline import Leftover, compress, survey
+from secateur.pipeline import OnExisting, compress, inspect_model
 from secateur.prune import cut
 from secateur.search import (
     L2,
@@ -22,14 +22,14 @@ from secateur.search import (
     GlobalImportance,
     Knapsack,
     PCASlimming,
+    RemoveBlocks,
     SearchSpace,
-    Shallower,
     Strategy,
     Uniform,
 )
-from secateur.train import Schedule, Silent
+from secateur.train import Silent, TrainConfig
 
-HEAL_ONLY = Schedule(epochs=0)
+HEAL_ONLY = TrainConfig(epochs=0)
 
 
 def _model() -> nn.Module:
@@ -52,7 +52,7 @@ def test_callers_model_mode_and_random_state_stay():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     result = compress(
-        model, noise_data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
+        model, noise_data(), budget="macs=50%", schedule=TrainConfig(epochs=1, batch_size=32), progress=Silent()
     )
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
@@ -71,7 +71,7 @@ def test_callers_model_mode_and_random_state_stay():
 
 def test_same_seed_same_weights():
     first, second = (
-        compress(_model(), noise_data(), budget="macs=50%", schedule=Schedule(1, 32), progress=Silent(), seed=5)
+        compress(_model(), noise_data(), budget="macs=50%", schedule=TrainConfig(1, 32), progress=Silent(), seed=5)
         for _ in "12"
     )
     assert first.architecture == second.architecture
@@ -121,12 +121,12 @@ def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
 
 def test_curve_has_the_originals_accuracy_as_its_line():
     result = compress(
-        _model(), noise_data(), budget="macs=50%", schedule=Schedule(epochs=1, batch_size=32), progress=Silent()
+        _model(), noise_data(), budget="macs=50%", schedule=TrainConfig(epochs=1, batch_size=32), progress=Silent()
     )
     wanted = secateur.evaluate(_model(), noise_data().validation).top1
     assert result.report.original_validation_accuracy == wanted
-    healed = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
-    assert healed.report.original_validation_accuracy is None
+    repaired = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
+    assert repaired.report.original_validation_accuracy is None
 
 
 class Residual(nn.Module):
@@ -164,7 +164,7 @@ def _residual() -> nn.Module:
 
 
 def test_survey_knows_what_is_left_without_the_blocks():
-    found = survey(_residual(), torch.zeros(1, 3, 8, 8), space=SearchSpace(min_kept_fraction=1.0))
+    found = inspect_model(_residual(), torch.zeros(1, 3, 8, 8), space=SearchSpace(min_kept_fraction=1.0))
     assert found.smallest == found.original
     without = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2), nn.AdaptiveAvgPool2d(1))
     macs = counted_macs(nn.Sequential(*without, nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 8, 8))
@@ -175,8 +175,8 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []
     result = compress(
-        _residual(), noise_data(), budget="macs=40%", strategy=Shallower(Uniform(), most=0.7), out=out, export=(),
-        schedule=Schedule(epochs=2, batch_size=32), progress=Silent(), tell=said.append,
+        _residual(), noise_data(), budget="macs=40%", strategy=RemoveBlocks(Uniform(), most=0.7), out=out, export=(),
+        schedule=TrainConfig(epochs=2, batch_size=32), progress=Silent(), tell=said.append,
     )  # fmt: skip
     assert result.architecture.removed_blocks == ("early", "late.0")
     assert any("2 blocks removed, " in line for line in said)
@@ -203,8 +203,8 @@ def test_blocks_that_the_user_keeps_stay():
         _residual(),
         noise_data(),
         budget="macs=70%",
-        strategy=Shallower(Uniform(), most=1.0),
-        choices=Choices(whole=("early.conv1",)),
+        strategy=RemoveBlocks(Uniform(), most=1.0),
+        choices=Selection(whole=("early.conv1",)),
         schedule=HEAL_ONLY,
     )
     assert "early" not in result.architecture.removed_blocks
@@ -216,13 +216,13 @@ def test_blocks_that_the_user_keeps_stay():
 def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
     with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
         compress(_residual(), noise_data(), budget="macs=2%")
-    few = Shallower(Uniform(), most=0.25)
+    few = RemoveBlocks(Uniform(), most=0.25)
     with pytest.raises(
         BudgetError, match=r"let more of the residual blocks go \(--remove-blocks, now 0\.25; in Python"
     ):
         compress(_residual(), noise_data(), budget="macs=2%", strategy=few)
     with pytest.raises(BudgetError) as refused:
-        compress(_residual(), noise_data(), budget="macs=0.1%", strategy=Shallower(Uniform(), most=1.0))
+        compress(_residual(), noise_data(), budget="macs=0.1%", strategy=RemoveBlocks(Uniform(), most=1.0))
     assert "--remove-blocks" not in str(refused.value)
 
 
@@ -231,7 +231,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     words = {
-        "budget": "macs=40%", "strategy": Shallower(Uniform(), most=0.7), "choices": Choices(exclude=("late.1",)),
+        "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), most=0.7), "choices": Selection(exclude=("late.1",)),
         "out": tmp_path / "out", "export": (), "progress": Silent(),
     }  # fmt: skip
     whole = compress(_residual(), noise_data(), schedule=HEAL_ONLY, **{**words, "out": None})
@@ -239,7 +239,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(_residual(), noise_data(), **words)
-    resumed = compress(_residual(), noise_data(), leftover=Leftover.RESUME, schedule=HEAL_ONLY, **words)
+    resumed = compress(_residual(), noise_data(), leftover=OnExisting.RESUME, schedule=HEAL_ONLY, **words)
     assert resumed.architecture == whole.architecture
     assert "early" in resumed.architecture.removed_blocks
     assert resumed.report.blocks == whole.report.blocks
@@ -278,7 +278,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
 
 def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     out = tmp_path / "out"
-    choices, space = Choices(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
+    choices, space = Selection(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
     said: list[str] = []
     result = compress(
         _model(), noise_data(), budget="macs=80%", choices=choices, space=space, schedule=HEAL_ONLY, out=out, export=(),
@@ -308,7 +308,7 @@ def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
         _model(),
         noise_data(),
         budget="macs=70%",
-        choices=Choices(include=("3",)),
+        choices=Selection(include=("3",)),
         schedule=HEAL_ONLY,
         strategy=strategy,
     )
@@ -322,7 +322,7 @@ def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
             _model(),
             noise_data(),
             budget="macs=30%",
-            choices=Choices(exclude=("0",)),
+            choices=Selection(exclude=("0",)),
             space=SearchSpace(rules=(AxisRule("3", 20),)),
         )
     with pytest.raises(BudgetError, match=r"--min-kept\.$"):
@@ -331,7 +331,7 @@ def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
 
 def test_choices_that_match_nothing_are_refused_before_the_search():
     with pytest.raises(ChoiceError, match=r"`include` must match an axis.*'conv' matches none"):
-        compress(_model(), noise_data(), budget="macs=50%", choices=Choices(include=("conv",)))
+        compress(_model(), noise_data(), budget="macs=50%", choices=Selection(include=("conv",)))
     with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv' matches none"):
         compress(_model(), noise_data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
 
@@ -344,26 +344,26 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_model(), noise_data(), choices=Choices(exclude=("0",)), **first)
-    resumed = {**first, "leftover": Leftover.RESUME, "schedule": HEAL_ONLY}
+            compress(_model(), noise_data(), choices=Selection(exclude=("0",)), **first)
+    resumed = {**first, "leftover": OnExisting.RESUME, "schedule": HEAL_ONLY}
     with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
-        compress(_model(), noise_data(), choices=Choices(include=("3",)), **resumed)
+        compress(_model(), noise_data(), choices=Selection(include=("3",)), **resumed)
     with pytest.raises(ArtifactError, match="heads was dimension, now head"):
-        compress(_model(), noise_data(), choices=Choices(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
+        compress(_model(), noise_data(), choices=Selection(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
     space = SearchSpace(min_kept_fraction=0.25, rules=(AxisRule("3", 4),))
     with pytest.raises(ArtifactError, match=r"space was SearchSpace\(.*now SearchSpace\(.*AxisRule\(pattern='3'"):
-        compress(_model(), noise_data(), choices=Choices(exclude=("0",)), space=space, **resumed)
-    done = compress(_model(), noise_data(), choices=Choices(exclude=("0",)), **resumed)
+        compress(_model(), noise_data(), choices=Selection(exclude=("0",)), space=space, **resumed)
+    done = compress(_model(), noise_data(), choices=Selection(exclude=("0",)), **resumed)
     assert done.model[0].out_channels == 16
 
 
 def test_rules_of_the_users_own_reach_the_tracer():
     names = {"0": 16, "3": 24}
-    usual = survey(_model(), torch.zeros(1, 3, 8, 8))
+    usual = inspect_model(_model(), torch.zeros(1, 3, 8, 8))
     assert dict(usual.graph.sizes) == names
     # As if nobody knew what a ReLU does: what goes through it stays whole.
     blind = {"relu": unknown}
-    assert dict(survey(_model(), torch.zeros(1, 3, 8, 8), rules=blind).graph.sizes) == {}
+    assert dict(inspect_model(_model(), torch.zeros(1, 3, 8, 8), rules=blind).graph.sizes) == {}
     with pytest.raises(BudgetError, match="No axis of this model may be slimmed"):
         compress(_model(), noise_data(), budget="macs=50%", rules=blind)
 
@@ -402,13 +402,13 @@ def test_channels_last_models_are_cut_as_others():
 
 def test_survey_names_range_share_and_reasons():
     model = _model()
-    found = survey(model, torch.zeros(1, 3, 8, 8), space=SearchSpace())
+    found = inspect_model(model, torch.zeros(1, 3, 8, 8), space=SearchSpace())
     assert found.original.macs == counted_macs(model, torch.zeros(1, 3, 8, 8))
     assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
     assert found.prunable_macs_share == 1
-    chosen = survey(model, torch.zeros(1, 3, 8, 8), choices=Choices(include=("3",)), space=SearchSpace())
+    chosen = inspect_model(model, torch.zeros(1, 3, 8, 8), choices=Selection(include=("3",)), space=SearchSpace())
     # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
     whole = counted_macs(model, torch.zeros(1, 3, 8, 8))
     assert chosen.prunable_macs_share == pytest.approx(1 - 16 * 27 * 64 / whole)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from secateur.distill import Objective, Term, dist_loss
 from secateur.errors import TrainingError
 from secateur.models import CifarResNet
-from secateur.pipeline import Hinting, Pupil, compress, distill_into
+from secateur.pipeline import HintStage, ModelSpec, compress, distill_model
 from secateur.search import Uniform
-from secateur.train import Execution, Schedule, Silent
+from secateur.train import Execution, Silent, TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SHORT = Schedule(epochs=1, batch_size=32)
+SHORT = TrainConfig(epochs=1, batch_size=32)
 CPU = torch.device("cpu")
 
 
@@ -67,16 +67,16 @@ def test_the_recovery_is_run_as_asked():
     assert how.asked == ["check on cpu", "check on cpu", "teacher", "student", "epoch"]
     with pytest.raises(TrainingError, match="no compiler"):
         compress(network(8), noise_data(), schedule=SHORT, execution=Refusing(), tell=told, **settings)
-    compress(network(8), noise_data(), schedule=Schedule(epochs=0), execution=Refusing(), **settings)
+    compress(network(8), noise_data(), schedule=TrainConfig(epochs=0), execution=Refusing(), **settings)
 
 
 def test_both_stages_of_a_distillation_are_run_as_asked():
-    how, pupils = Noting(), (Pupil(network(4), "small"), Pupil(network(8), "large"))
+    how, pupils = Noting(), (ModelSpec(network(4), "small"), ModelSpec(network(8), "large"))
     settings: dict[str, Any] = {"data": noise_data(), "schedule": SHORT, "progress": Silent(), "device": CPU}
-    hinting = Hinting((Term("dist", dist_loss),), SHORT)
-    distill_into(
+    hinting = HintStage((Term("dist", dist_loss),), SHORT)
+    distill_model(
         pupils[0], teacher=pupils[1], objective=Objective(), hinting=hinting, execution=how, export=(), **settings
     )
     assert how.asked == ["check on cpu", *(["check on cpu", "teacher", "student", "epoch"] * 2)]
     with pytest.raises(TrainingError, match="no compiler"):
-        distill_into(pupils[0], teacher=pupils[1], execution=Refusing(), tell=told, **settings)
+        distill_model(pupils[0], teacher=pupils[1], execution=Refusing(), tell=told, **settings)

@@ -16,10 +16,10 @@ from secateur.distill import Objective, PerTap, Term, adaptors_of, features, hin
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
 from secateur.models import CifarResNet, ModelSource, load_model
-from secateur.pipeline import Hinting, Leftover, Pupil, distill_into, load, verify
-from secateur.train import Saving, Schedule, Silent, distill, distill_after_hints, open_fabric
+from secateur.pipeline import HintStage, ModelSpec, OnExisting, distill_model, load, verify
+from secateur.train import CheckpointPolicy, Silent, TrainConfig, distill_after_hints, open_fabric, train_with_teacher
 
-SHORT = Schedule(epochs=2, batch_size=16)
+SHORT = TrainConfig(epochs=2, batch_size=16)
 
 
 def _resnet(widths: tuple[int, int, int], seed: int = 0) -> nn.Module:
@@ -28,8 +28,8 @@ def _resnet(widths: tuple[int, int, int], seed: int = 0) -> nn.Module:
         return CifarResNet(1, widths=widths, num_classes=4).eval()
 
 
-TEACHER = Pupil(_resnet((8, 16, 24), 1), "teacher")
-STUDENT = Pupil(_resnet((4, 8, 12)), "student")
+TEACHER = ModelSpec(_resnet((8, 16, 24), 1), "teacher")
+STUDENT = ModelSpec(_resnet((4, 8, 12)), "student")
 TAPS = {"layer1": "layer1", "layer3": "layer3"}
 
 
@@ -40,7 +40,7 @@ def hint() -> Term:
 
 def run(data: ImageData | None = None, **settings: Any) -> Any:
     defaults: dict[str, Any] = {"teacher": TEACHER, "schedule": SHORT, "progress": Silent(), "export": ()}
-    return distill_into(settings.pop("student", STUDENT), data=data or noise_data(), **(defaults | settings))
+    return distill_model(settings.pop("student", STUDENT), data=data or noise_data(), **(defaults | settings))
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def test_the_student_is_that_of_the_engine() -> None:
     objective = Objective(terms=(hint(),))
     before = {name: tensor.clone() for name, tensor in STUDENT.model.state_dict().items()}
     result = run(objective=objective)
-    by_hand = distill(
+    by_hand = train_with_teacher(
         STUDENT.model, teacher=TEACHER.model, data=noise_data(), schedule=SHORT, objective=objective, progress=Silent(),
         fabric=open_fabric(),
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_the_student_is_that_of_the_engine() -> None:
 
 
 def test_hints_come_first_if_they_shall() -> None:
-    hinting = Hinting((hint(),), Schedule(epochs=1, batch_size=16))
+    hinting = HintStage((hint(),), TrainConfig(epochs=1, batch_size=16))
     result = run(hinting=hinting)
     by_hand = distill_after_hints(
         STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_schedule=hinting.schedule,
@@ -99,7 +99,11 @@ def test_an_artifact_is_written_loaded_and_verified(tmp_path: Path) -> None:
 
 def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
     model, source = load_model("cifar_resnet20", num_classes=4)
-    run(student=Pupil(model, "cifar_resnet20", source), out=tmp_path / "small", schedule=Schedule(1, batch_size=32))
+    run(
+        student=ModelSpec(model, "cifar_resnet20", source),
+        out=tmp_path / "small",
+        schedule=TrainConfig(1, batch_size=32),
+    )
     assert (
         load(tmp_path / "small").manifest.recipe.source == ModelSource.parse("cifar_resnet20", num_classes=4).to_json()
     )
@@ -115,8 +119,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="unfinished run beside it"):
         run(out=out, objective=Objective(terms=(hint(),)))
     with pytest.raises(ArtifactError, match="seed was 0, now 1"):
-        run(out=out, objective=Objective(terms=(hint(),)), leftover=Leftover.RESUME, seed=1)
-    resumed = run(out=out, objective=Objective(terms=(hint(),)), leftover=Leftover.RESUME)
+        run(out=out, objective=Objective(terms=(hint(),)), leftover=OnExisting.RESUME, seed=1)
+    resumed = run(out=out, objective=Objective(terms=(hint(),)), leftover=OnExisting.RESUME)
     assert equal(resumed.model, whole.model)
 
 
@@ -134,9 +138,9 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_other_classes_or_inputs_are_refused(who: str) -> None:
     with pytest.raises(ModelError, match="one logit for each of the 4 classes"):
-        run(**{who: Pupil(Wide())})
+        run(**{who: ModelSpec(Wide())})
     with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
-        run(**{who: Pupil(nn.Sequential(nn.Flatten(), nn.Linear(10, 4)))})
+        run(**{who: ModelSpec(nn.Sequential(nn.Flatten(), nn.Linear(10, 4)))})
 
 
 def test_taps_that_do_not_exist_are_refused_with_the_nearest() -> None:
@@ -177,6 +181,6 @@ def test_checkpoints_are_written_when_they_shall_be(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: written.append(saved.name)
     )
-    run(out=tmp_path / "small", saving=Saving(math.inf, 2))
+    run(out=tmp_path / "small", saving=CheckpointPolicy(math.inf, 2))
     assert "epoch-000000-step-000002" in written
     assert not any(name.endswith("1") and "step" in name for name in written)

@@ -19,10 +19,10 @@ from secateur.cost.budget import is_timed
 from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.pipeline import (
-    STRATEGY,
+    DEFAULT_STRATEGY,
     CompressResult,
     compress,
-    usual_blocks,
+    default_blocks,
 )
 from secateur.pipeline import (
     finalize as _deliver,
@@ -33,9 +33,9 @@ from secateur.pipeline import (
 from secateur.pipeline import (
     latency as _timed,
 )
-from secateur.pipeline.config import usual_strategy
-from secateur.search import L2, Problem, Proposal, SearchSpace, Shallower, Uniform, describe
-from secateur.train import Schedule, Silent
+from secateur.pipeline.config import default_strategy
+from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchSpace, Uniform, describe
+from secateur.train import Silent, TrainConfig
 
 TIMED = Budget(latency="50%")
 
@@ -81,7 +81,7 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
         "budget": budget,
         "strategy": Uniform(L2()),
         "space": SearchSpace(divisor=8),
-        "schedule": Schedule(epochs=0),
+        "schedule": TrainConfig(epochs=0),
         "target": target,
         "cache": Cache.of(target, folder),
         "calibration_images": 32,
@@ -122,9 +122,11 @@ def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_blocks_may_go_where_time_is_limited() -> None:
-    assert usual_strategy(Budget.parse("macs=50%")) == STRATEGY
-    assert usual_strategy(Budget.parse("macs=50%, latency=50%")) == Shallower(STRATEGY, most=usual_blocks(TIMED))
-    assert usual_blocks(TIMED) > 0
+    assert default_strategy(Budget.parse("macs=50%")) == DEFAULT_STRATEGY
+    assert default_strategy(Budget.parse("macs=50%, latency=50%")) == RemoveBlocks(
+        DEFAULT_STRATEGY, most=default_blocks(TIMED)
+    )
+    assert default_blocks(TIMED) > 0
 
 
 def test_a_divisor_of_the_user_is_kept(tmp_path: Path) -> None:
@@ -172,8 +174,8 @@ def test_use_of_a_bound() -> None:
     assert _timed.limit_of(seconds, 0.8) == 0.3
     assert _timed.used(relative, record(0.8, 0.3)) == pytest.approx(0.75)
     assert _timed.used(seconds, record(0.8, 0.3)) == pytest.approx(1)
-    assert _timed.at_best(relative, record(0.8, 0.4, 0.1)) == pytest.approx(1 / 1.1)
-    assert _timed.at_best(seconds, record(0.8, 0.4, 0.1)) == pytest.approx(1.2)
+    assert _timed.lower_quartile_ratio(relative, record(0.8, 0.4, 0.1)) == pytest.approx(1 / 1.1)
+    assert _timed.lower_quartile_ratio(seconds, record(0.8, 0.4, 0.1)) == pytest.approx(1.2)
     assert is_timed(seconds)
     assert not is_timed(Budget(macs="50%"))
 
@@ -243,7 +245,7 @@ class Near(Uniform):
     def again(self, found: Architecture) -> Uniform:
         return dataclasses.replace(self, asked=[*self.asked, "again"])
 
-    def find(self, problem: Problem) -> Proposal:
+    def find(self, problem: SearchContext) -> Proposal:
         if self.asked and self.lost:
             raise BudgetError("`blocks` must be others.")
         proposal = super().find(problem)
@@ -299,8 +301,8 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
             places.append((problem.checkpoint, problem.space.divisor))
             return super().find(problem)
 
-    assert Shallower(Trained()).trains
-    assert not Shallower(Uniform()).trains
+    assert RemoveBlocks(Trained()).trains
+    assert not RemoveBlocks(Uniform()).trains
     result, _ = run(tmp_path, "latency=50%", strategy=Trained(L2()), space=SearchSpace())
     assert len(set(places)) == 1
     assert places[0][0] is not None

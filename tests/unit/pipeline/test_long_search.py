@@ -21,12 +21,12 @@ from torch import nn
 import secateur
 from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ModelError
-from secateur.pipeline import Branches, FromScratch, Inherit, Leftover, compress
-from secateur.prune import Cut, Wound, cut
-from secateur.search import Problem, Proposal, Strategy, Uniform
-from secateur.train import Schedule, Silent
+from secateur.pipeline import Branches, KeepWeights, OnExisting, Reinitialize, compress
+from secateur.prune import Cut, RepairContext, cut
+from secateur.search import Proposal, SearchContext, Strategy, Uniform
+from secateur.train import Silent, TrainConfig
 
-HEAL_ONLY = Schedule(epochs=0)
+HEAL_ONLY = TrainConfig(epochs=0)
 
 
 class Watching(Silent):
@@ -59,11 +59,11 @@ def words(out: Path | None, **changed: Any) -> dict[str, Any]:
 
 
 def test_a_search_that_trains_gets_data_a_checkpoint_a_meter_and_the_device(tmp_path: Path):
-    given: list[Problem] = []
+    given: list[SearchContext] = []
 
     @dataclass(frozen=True)
     class Asks(SlowSearch):
-        def find(self, problem: Problem) -> Proposal:
+        def find(self, problem: SearchContext) -> Proposal:
             given.append(problem)
             return super().find(problem)
 
@@ -94,7 +94,7 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
     monkeypatch.setattr(import_module("secateur.pipeline.compress"), "distill", distill)
     original = model()
-    found = compress(original, data(), **words(None, schedule=Schedule(1, 32), start=Inherit(heal=())))
+    found = compress(original, data(), **words(None, schedule=TrainConfig(1, 32), start=KeepWeights(repairs=())))
     trained = SlowSearch(epochs=4).weights(original, 3)
     assert not torch.equal(trained["0.weight"], original[0].weight)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in uncut[0].state_dict().items())
@@ -107,16 +107,16 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
 
 
 def test_repairs_compare_with_the_weights_of_the_search(monkeypatch: pytest.MonkeyPatch):
-    wounds: list[Wound] = []
+    contexts: list[RepairContext] = []
 
     class Looks:
-        def heal_(self, small: nn.Module, wound: Wound) -> None:
-            wounds.append(wound)
+        def apply_(self, small: nn.Module, context: RepairContext) -> None:
+            contexts.append(context)
 
     original = model()
-    compress(original, data(), **words(None, start=Inherit(heal=(Looks(),))))
+    compress(original, data(), **words(None, start=KeepWeights(repairs=(Looks(),))))
     trained = SlowSearch(epochs=4).weights(original, 3)
-    assert all(torch.equal(t, trained[name]) for name, t in wounds[0].original.state_dict().items())
+    assert all(torch.equal(t, trained[name]) for name, t in contexts[0].original.state_dict().items())
 
 
 def test_from_scratch_has_no_use_for_the_weights_of_the_search(monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +129,7 @@ def test_from_scratch_has_no_use_for_the_weights_of_the_search(monkeypatch: pyte
 
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
     original = model()
-    compress(original, data(), **words(None, schedule=Schedule(1, 32), start=FromScratch()))
+    compress(original, data(), **words(None, schedule=TrainConfig(1, 32), start=Reinitialize()))
     assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in uncut[0].state_dict().items())
 
 
@@ -147,9 +147,9 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path: Path):
         ({"branches": Branches.UNTIED}, "branches was tied, now untied"),
     ):
         with pytest.raises(ArtifactError, match=said):
-            compress(model(), data(), **words(out, leftover=Leftover.RESUME, **changed))
+            compress(model(), data(), **words(out, leftover=OnExisting.RESUME, **changed))
     watching = Watching()
-    resumed = compress(model(), data(), **words(out, leftover=Leftover.RESUME, progress=watching))
+    resumed = compress(model(), data(), **words(out, leftover=OnExisting.RESUME, progress=watching))
     assert watching.seen == [("search", 4, 2), "search 3/4", "search 4/4"]
     assert resumed.architecture == whole.architecture
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
@@ -163,7 +163,7 @@ def test_restarting_forgets_the_search(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         compress(model(), data(), **words(tmp_path / "out", progress=Watching(stop_after=3)))
     watching = Watching()
-    compress(model(), data(), **words(tmp_path / "out", leftover=Leftover.DISCARD, progress=watching))
+    compress(model(), data(), **words(tmp_path / "out", leftover=OnExisting.DISCARD, progress=watching))
     assert watching.seen[0] == ("search", 4, 0)
 
 
@@ -179,7 +179,7 @@ def test_nothing_is_left_of_a_search_that_did_not_get_far(tmp_path: Path):
 def test_work_of_a_search_outlives_its_error(tmp_path: Path):
     @dataclass(frozen=True)
     class Diverges(SlowSearch):
-        def find(self, problem: Problem) -> Proposal:
+        def find(self, problem: SearchContext) -> Proposal:
             super().find(problem)
             raise BudgetError("as if")
 
@@ -193,7 +193,7 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
 
     @dataclass(frozen=True)
     class Asks(SlowSearch):
-        def find(self, problem: Problem) -> Proposal:
+        def find(self, problem: SearchContext) -> Proposal:
             folders.append(problem.checkpoint)
             return super().find(problem)
 
@@ -218,7 +218,7 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         compress(model(), data(), **words(tmp_path / "out", **asked, progress=SecondTime()))
     watching = Watching()
-    again = words(tmp_path / "out", **asked, progress=watching, leftover=Leftover.RESUME)
+    again = words(tmp_path / "out", **asked, progress=watching, leftover=OnExisting.RESUME)
     resumed = compress(model(), data(), **again)
     assert [folder.name for folder in folders if folder] == ["search-0", "search-1"] * 2
     # The first search is only read again, the second goes on.
@@ -302,7 +302,7 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
 
     @dataclass(frozen=True)
     class Looks(Strategy):
-        def find(self, problem: Problem) -> Proposal:
+        def find(self, problem: SearchContext) -> Proposal:
             seen.append(problem.costs.axes)
             return Uniform().find(problem)
 
@@ -332,8 +332,8 @@ def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(Residual(), data(), **words(tmp_path / "out", **asked, schedule=Schedule(1, 32)))
-    resumed = compress(Residual(), data(), **words(tmp_path / "out", **asked, leftover=Leftover.RESUME))
+            compress(Residual(), data(), **words(tmp_path / "out", **asked, schedule=TrainConfig(1, 32)))
+    resumed = compress(Residual(), data(), **words(tmp_path / "out", **asked, leftover=OnExisting.RESUME))
     assert resumed.architecture == whole.architecture
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
 
@@ -341,7 +341,7 @@ def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: py
 def test_found_weights_of_another_model_are_refused():
     @dataclass(frozen=True)
     class Wrong(Strategy):
-        def find(self, problem: Problem) -> Proposal:
+        def find(self, problem: SearchContext) -> Proposal:
             whole = Uniform().find(problem)
             return Proposal(whole.architecture, {}, {"0.weight": torch.zeros(3)})
 

@@ -12,11 +12,11 @@ from torch import nn
 from secateur.architecture import Architecture
 from secateur.cost import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.errors import ArtifactError, BudgetError
-from secateur.pipeline import CompressResult, Leftover, compress
+from secateur.pipeline import CompressResult, OnExisting, compress
 from secateur.pipeline import finalize as _deliver
 from secateur.pipeline.latency import Measurements
 from secateur.search import L2, SearchSpace, Uniform
-from secateur.train import Schedule, Silent
+from secateur.train import Silent, TrainConfig
 
 RECORD = LatencyRecord(
     "pretend 1", 1, 2, 30, "elapsed time",
@@ -97,8 +97,8 @@ def run(
     target = Pretend(machine.whole, machine.layer)
     return compress(
         model(), noise_data(), budget=budget, strategy=Uniform(L2()), space=SearchSpace(divisor=4),
-        schedule=Schedule(epochs=0), target=target, cache=Cache.of(target, cache), calibration_images=32, out=out,
-        export=(), leftover=Leftover.RESUME, progress=Silent(), tell=tell,
+        schedule=TrainConfig(epochs=0), target=target, cache=Cache.of(target, cache), calibration_images=32, out=out,
+        export=(), leftover=OnExisting.RESUME, progress=Silent(), tell=tell,
     )  # fmt: skip
 
 

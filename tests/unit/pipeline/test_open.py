@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur.errors import ArtifactError, ModelError
-from secateur.pipeline import open_model, usual_size
+from secateur.pipeline import default_size, load_any
 
 
 @pytest.mark.parametrize(
@@ -19,24 +19,24 @@ from secateur.pipeline import open_model, usual_size
     ],
 )
 def test_usual_size_is_one_the_model_runs(spec: str, size: tuple[int, int, int]):
-    opened = open_model(spec)
-    assert usual_size(opened) == size
+    opened = load_any(spec)
+    assert default_size(opened) == size
     with torch.no_grad():
         assert opened.model(torch.zeros(1, *size)).ndim == 2
     assert opened.manifest is None
 
 
 def test_classes_and_channels_are_asked_for_except_of_the_users_own_factory():
-    opened = open_model("timm:test_resnet", num_classes=7, in_channels=1)
-    assert usual_size(opened) == (1, 160, 160)
+    opened = load_any("timm:test_resnet", num_classes=7, in_channels=1)
+    assert default_size(opened) == (1, 160, 160)
     assert opened.model(torch.zeros(1, 1, 160, 160)).shape == (1, 7)
-    own = open_model("python:torch.nn:Identity", num_classes=7, in_channels=1, trust_source=True)
+    own = load_any("python:torch.nn:Identity", num_classes=7, in_channels=1, trust_source=True)
     assert own.source.arguments == {}
 
 
 def test_weights_beside_an_artifact_are_refused(tmp_path: Path):
     (tmp_path / "secateur.json").write_text("{}")
     with pytest.raises(ModelError, match="`weights` must not be given with an artifact"):
-        open_model(str(tmp_path), weights=tmp_path / "w.safetensors")
+        load_any(str(tmp_path), weights=tmp_path / "w.safetensors")
     with pytest.raises(ArtifactError, match="secateur-artifact"):
-        open_model(str(tmp_path))
+        load_any(str(tmp_path))

@@ -10,8 +10,8 @@ from zoo import ZOO
 from secateur.pipeline import compress
 from secateur.pipeline import search_and_cut as _paced
 from secateur.pipeline.search_and_cut import Paced
-from secateur.search import Shallower, Uniform
-from secateur.train import Schedule, Silent
+from secateur.search import RemoveBlocks, Uniform
+from secateur.train import Silent, TrainConfig
 
 
 def test_it_speaks_at_most_every_so_often() -> None:
@@ -32,8 +32,8 @@ def test_compress_passes_it_on(monkeypatch: pytest.MonkeyPatch, every: float, sp
         model,
         noise_data(),
         budget="macs=70%",
-        strategy=Shallower(Uniform()),
-        schedule=Schedule(epochs=0),
+        strategy=RemoveBlocks(Uniform()),
+        schedule=TrainConfig(epochs=0),
         calibration_images=32,
         progress=Silent(),
         tell=told.append,

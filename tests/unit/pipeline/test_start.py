@@ -12,11 +12,11 @@ from torch import nn
 
 import secateur
 from secateur.errors import ArtifactError, ModelError, TrainingError
-from secateur.pipeline import FromScratch, Inherit, Leftover, compress
+from secateur.pipeline import KeepWeights, OnExisting, Reinitialize, compress
 from secateur.search import Uniform
-from secateur.train import Schedule, Silent, redraw_
+from secateur.train import Silent, TrainConfig, reset_weights_
 
-ONE_EPOCH = Schedule(epochs=1, batch_size=32)
+ONE_EPOCH = TrainConfig(epochs=1, batch_size=32)
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
     torch.manual_seed(99)
     state = torch.get_rng_state()
     words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent(), "seed": 5}
-    result = compress(model(), data(), start=FromScratch(), **words)
+    result = compress(model(), data(), start=Reinitialize(), **words)
     torch.manual_seed(7)  # another state: the weights come from the seed alone
-    compress(model(), data(), start=FromScratch(), **words)
-    compress(model(), data(), start=FromScratch(), **{**words, "seed": 6})
+    compress(model(), data(), start=Reinitialize(), **words)
+    compress(model(), data(), start=Reinitialize(), **{**words, "seed": 6})
     compress(model(), data(), **words)
     torch.manual_seed(99)
     assert torch.equal(state, torch.get_rng_state())
@@ -68,13 +68,13 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
 def test_repairs_belong_to_inherited_weights(begun: list[nn.Module]):
     words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent()}
     net = model()
-    plain = compress(net, data(), start=Inherit(heal=()), **words)
+    plain = compress(net, data(), start=KeepWeights(repairs=()), **words)
     kept = list(plain.architecture.by_name["0"])
     assert torch.equal(begun[0][0].weight, net[0].weight[kept])
     assert torch.equal(begun[0][3].weight, net[3].weight[list(plain.architecture.by_name["3"])][:, kept])
-    healed = compress(net, data(), **words)
+    repaired = compress(net, data(), **words)
     assert not torch.equal(begun[1][3].weight, begun[0][3].weight)
-    assert any(note.startswith("Refit") for note in healed.report.notes)
+    assert any(note.startswith("Refit") for note in repaired.report.notes)
     assert not any("Refit" in note for note in plain.report.notes)
 
 
@@ -94,7 +94,7 @@ def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
     net.insert(3, Scaled())
     words = {"budget": "macs=50%", "schedule": ONE_EPOCH, "progress": Silent(), "out": tmp_path / "out", "export": ()}
     with pytest.raises(ModelError, match=r"3 \(Scaled\) has parameters of its own \(gain\) and no reset_parameters"):
-        compress(net, data(), start=FromScratch(), **words)
+        compress(net, data(), start=Reinitialize(), **words)
     assert list(tmp_path.iterdir()) == []
 
     class Drawable(Scaled):
@@ -102,14 +102,14 @@ def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
             nn.init.normal_(self.gain)
 
     net[3] = Drawable()
-    assert compress(net, data(), start=FromScratch(), **{**words, "out": None}).failed == ()
+    assert compress(net, data(), start=Reinitialize(), **{**words, "out": None}).failed == ()
 
 
 def test_attention_of_torch_is_drawn_too():
     attention = nn.MultiheadAttention(8, 2)
     before = attention.in_proj_weight.clone()
     bound = (6 / (8 + 24)) ** 0.5  # Glorot's uniform distribution
-    drawn = redraw_(attention, 3).in_proj_weight
+    drawn = reset_weights_(attention, 3).in_proj_weight
     assert not torch.equal(before, drawn)
     assert 0.8 * bound < drawn.abs().max() <= bound
 
@@ -119,14 +119,14 @@ def test_a_module_has_the_last_word_about_what_it_holds():
         def reset_parameters(self) -> None:
             nn.init.zeros_(self[-1].weight)
 
-    drawn = redraw_(Gentle(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
+    drawn = reset_weights_(Gentle(nn.Linear(4, 4), nn.BatchNorm1d(4)), 3)
     assert torch.equal(drawn[1].weight, torch.zeros(4))
     assert drawn[0].weight.abs().min() > 0
 
 
 def test_a_student_from_scratch_needs_a_recovery():
     with pytest.raises(TrainingError, match=r"must have epochs for a student from scratch.*got 0\. Give it as many"):
-        compress(model(), data(), budget="macs=50%", start=FromScratch(), schedule=Schedule(epochs=0))
+        compress(model(), data(), budget="macs=50%", start=Reinitialize(), schedule=TrainConfig(epochs=0))
 
 
 def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,7 +135,7 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
 
     words = {
         "budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "export": (), "progress": Silent(),
-        "start": FromScratch(), "out": tmp_path / "out",
+        "start": Reinitialize(), "out": tmp_path / "out",
     }  # fmt: skip
     whole = compress(model(), data(), **{**words, "out": None})
     with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             compress(model(), data(), **words)
     with pytest.raises(ArtifactError, match=r"start was FromScratch\(\), now Inherit\("):
-        compress(model(), data(), **{**words, "start": Inherit(), "leftover": Leftover.RESUME})
-    resumed = compress(model(), data(), **words, leftover=Leftover.RESUME)
+        compress(model(), data(), **{**words, "start": KeepWeights(), "leftover": OnExisting.RESUME})
+    resumed = compress(model(), data(), **words, leftover=OnExisting.RESUME)
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
     assert secateur.verify(tmp_path / "out", factory=model).passed

@@ -12,9 +12,9 @@ from noise_images import noise_data, noise_split
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
 from secateur.pipeline._study import FAMILIES, Family, Order, Pruned, Study, Taught, _size_table, gains, run_study
-from secateur.train import Precision, Schedule
+from secateur.train import Precision, TrainConfig
 
-TINY = Schedule(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)
+TINY = TrainConfig(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)
 STUDY = Study(
     families=(Family("tiny", "digits_resnet", "digits_resnet"),), seeds=(0,), weights_kept=(0.3,), macs_kept=(0.5,),
     teaching=TINY, learning=TINY, recovery=TINY, recovery_images=32, test_images=20,

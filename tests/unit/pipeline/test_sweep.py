@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from secateur._files import sweep
+from secateur._files import clean_stale
 
 LEFT = (".out.0123abcd.part", "..out.0123abcd.part.89efcdab.part", ".out.work.0123abcd.part", ".out.work.0123abcd.old")
 OTHERS = (
@@ -16,5 +16,5 @@ def test_drafts_are_swept_and_nothing_else_is(tmp_path: Path) -> None:
     for name in (*LEFT, *OTHERS):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    sweep(tmp_path / "out", tmp_path / "out.work")
+    clean_stale(tmp_path / "out", tmp_path / "out.work")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(OTHERS)

@@ -14,26 +14,26 @@ import pytest
 import torch
 
 from secateur.errors import ArtifactError
-from secateur.pipeline import Leftover
-from secateur.pipeline.workspace import Cutting, surroundings_of, workplace
+from secateur.pipeline import OnExisting
+from secateur.pipeline.workspace import CutState, environment_of, open_run_directory
 
 SETTINGS = {"budget": "macs<=50%", "seed": "0"}
 
 
-def cutting() -> Cutting:
-    return Cutting(
+def cutting() -> CutState:
+    return CutState(
         found={"strategy": "Uniform()"},
         frozen=(("conv1", "reaches the output"),),
         kept_blocks=(("layer1", "is shared"),),
         architecture={"kept": {"conv2": [0, 2]}, "removed_blocks": []},
         verification={"max_abs": 0.0},
-        healing=({"healer": "Refit()"},),
+        repairs=({"repair": "Refit()"},),
         student={"weight": torch.arange(6.0).reshape(2, 3).t()},  # not contiguous
     )
 
 
 def interrupted(out: Path, *, with_search: bool = False, with_cut: bool = False) -> Path:
-    with contextlib.suppress(KeyboardInterrupt), workplace(out, SETTINGS, Leftover.RESUME) as work:
+    with contextlib.suppress(KeyboardInterrupt), open_run_directory(out, SETTINGS, OnExisting.RESUME) as work:
         if with_search:
             work.search_checkpoint(0).mkdir()
             (work.search_checkpoint(0) / "state.json").write_text("{}")
@@ -44,7 +44,7 @@ def interrupted(out: Path, *, with_search: bool = False, with_cut: bool = False)
 
 
 def test_it_is_ours_from_the_first_moment_and_gone_at_the_end(tmp_path: Path):
-    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
         assert json.loads((tmp_path / "out.work" / "settings.json").read_text()) == SETTINGS
         assert work.read() is None
         assert not work.search_checkpoint(0).exists()
@@ -61,12 +61,12 @@ def test_what_is_worth_something_stays(tmp_path: Path):
 
 def test_what_was_written_is_read_again(tmp_path: Path):
     interrupted(tmp_path / "out", with_cut=True)
-    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME) as work:
         read = work.read()
     wanted = cutting()
     assert read is not None
     assert torch.equal(read.student["weight"], wanted.student["weight"])
-    for name in ("found", "frozen", "kept_blocks", "architecture", "verification", "healing"):
+    for name in ("found", "frozen", "kept_blocks", "architecture", "verification", "repairs"):
         assert getattr(read, name) == getattr(wanted, name)
 
 
@@ -86,11 +86,11 @@ def test_damage_is_said(tmp_path: Path, name: str, content: bytes):
     (folder / name).write_bytes(content)
     with (
         pytest.raises(ArtifactError, match=r"unfinished run in .*out\.work is damaged \(.*Begin again with --restart"),
-        workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work,
+        open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME) as work,
     ):
         work.read()
     assert folder.is_dir()
-    with workplace(tmp_path / "out", SETTINGS, Leftover.DISCARD) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.DISCARD) as work:
         assert work.read() is None
 
 
@@ -104,26 +104,26 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path):
     ):
         with (
             pytest.raises(ArtifactError, match=f"must have the settings it was begun with; {said}"),
-            workplace(tmp_path / "out", settings, Leftover.RESUME),
+            open_run_directory(tmp_path / "out", settings, OnExisting.RESUME),
         ):
             pass
     with (
         pytest.raises(
             ArtifactError, match=r"no unfinished run beside it; got .*out\.work\. Go on with it \(--resume\)"
         ),
-        workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE),
+        open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE),
     ):
         pass
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("leftover", list(Leftover))
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, leftover: Leftover):
+@pytest.mark.parametrize("leftover", list(OnExisting))
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, leftover: OnExisting):
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "run.json").write_text("mine")
     with (
         pytest.raises(ArtifactError, match=r"must be the work of an interrupted run, or not be there.*Move it away"),
-        workplace(tmp_path / "out", SETTINGS, leftover),
+        open_run_directory(tmp_path / "out", SETTINGS, leftover),
     ):
         pass
     assert (tmp_path / "out.work" / "run.json").read_text() == "mine"
@@ -135,7 +135,7 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def write() -> None:
-        with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work, monkeypatch.context() as patch:
+        with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME) as work, monkeypatch.context() as patch:
             patch.setattr(import_module("secateur._files"), "_flush", full)
             work.write(cutting())
 
@@ -144,7 +144,7 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
         write()
     names = sorted(path.name for path in (tmp_path / "out.work").iterdir())
     assert names == ["lock", "search-0", "settings.json", "surroundings.json"]
-    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME) as work:
         assert work.read() is None
         assert (work.search_checkpoint(0) / "state.json").is_file()
 
@@ -152,12 +152,12 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
 def test_no_part_of_a_finished_run_is_ever_left_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A process killed while it removes its work: what is left is hidden, and gone when the next run begins."""
     monkeypatch.setattr(import_module("secateur._files").shutil, "rmtree", lambda *_, **__: None)
-    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
         work.write(cutting())
     assert not (tmp_path / "out.work").exists()
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.undo()
-    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
         assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
         assert work.read() is None
 
@@ -167,7 +167,7 @@ def test_drafts_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path):
     others = ("out", ".out.01234567.old", ".out2.01234567.part", ".out.part", "out.01234567.part")
     for name in (*mine, *others):
         (tmp_path / name).mkdir()
-    with workplace(tmp_path / "out", SETTINGS, Leftover.REFUSE):
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*others, "out.work"))
 
 
@@ -189,17 +189,17 @@ def test_two_processes_are_not_at_one_run(tmp_path: Path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        for leftover in (Leftover.RESUME, Leftover.DISCARD):
+        for leftover in (OnExisting.RESUME, OnExisting.DISCARD):
             with (
                 pytest.raises(ArtifactError, match=r"one process at a time; got one whose run another process is at"),
-                workplace(tmp_path / "out", SETTINGS, leftover),
+                open_run_directory(tmp_path / "out", SETTINGS, leftover),
             ):
                 pass
         assert (tmp_path / "out.work" / "settings.json").is_file()
     finally:
         other.kill()
         other.communicate()
-    with workplace(tmp_path / "out", SETTINGS, Leftover.RESUME):
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME):
         pass
 
 
@@ -209,7 +209,7 @@ def test_other_surroundings_are_warned_of(tmp_path: Path):
     def interrupted_again(now: dict[str, str]) -> None:
         with (
             contextlib.suppress(KeyboardInterrupt),
-            workplace(tmp_path / "out", SETTINGS, Leftover.RESUME, now) as work,
+            open_run_directory(tmp_path / "out", SETTINGS, OnExisting.RESUME, now) as work,
         ):
             work.search_checkpoint(0).mkdir(exist_ok=True)
             (work.search_checkpoint(0) / "state.json").write_text("{}")
@@ -224,7 +224,7 @@ def test_other_surroundings_are_warned_of(tmp_path: Path):
 
 
 def test_surroundings_are_what_the_last_bits_depend_on():
-    found = surroundings_of(torch.device("cpu"))
+    found = environment_of(torch.device("cpu"))
     assert found["threads"] == str(torch.get_num_threads())
     assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
     assert found["processor"]

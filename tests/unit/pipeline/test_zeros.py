@@ -11,15 +11,15 @@ from torch import nn
 
 from secateur.data import ImageData
 from secateur.errors import BudgetError
-from secateur.pipeline import FromScratch, Leftover, compress, verify
+from secateur.pipeline import OnExisting, Reinitialize, compress, verify
 from secateur.pipeline import load as load_artifact
 from secateur.prune import ByERK, ByTaylor, Evenly, NOfM, OneShot, WeightPruning, masks_of, prunable
 from secateur.report import performance_efficiency
 from secateur.search import Uniform
-from secateur.train import Schedule, Silent
+from secateur.train import Silent, TrainConfig
 
-SHORT = Schedule(epochs=2, batch_size=16)
-HEAL_ONLY = Schedule(epochs=0)
+SHORT = TrainConfig(epochs=2, batch_size=16)
+HEAL_ONLY = TrainConfig(epochs=0)
 
 
 def _model() -> nn.Module:
@@ -60,7 +60,11 @@ def test_weights_alone(pruning: WeightPruning | None) -> None:
     assert result.found.cost == result.found.original
     assert not masks_of(result.model)
     assert result.failed == ()
-    assert [step.name for step in result.report.steps] == ["original", "cut and healed", "weights pruned and distilled"]
+    assert [step.name for step in result.report.steps] == [
+        "original",
+        "cut and repaired",
+        "weights pruned and distilled",
+    ]
     assert any("not the network faster" in note for note in result.report.notes)
     if pruning is not None and pruning.exclude:
         assert bool((result.model[0].weight != 0).all())
@@ -118,7 +122,7 @@ def test_channels_that_are_enough_leave_the_weights_alone() -> None:
 
 
 def test_a_student_from_scratch_is_pruned_too() -> None:
-    result = run("macs=60%, nonzero=25%", start=FromScratch())
+    result = run("macs=60%, nonzero=25%", start=Reinitialize())
     assert nonzero(result.model) <= int(0.25 * params(_model()))
 
 
@@ -132,7 +136,7 @@ def test_a_killed_run_goes_on_under_the_same_masks(tmp_path: Path) -> None:
             "macs=60%, nonzero=25%", noise_data(Dying(split.images, split.labels, split.normalization)), out=out,
             pruning=pruning,
         )  # fmt: skip
-    resumed = run("macs=60%, nonzero=25%", out=out, pruning=pruning, leftover=Leftover.RESUME)
+    resumed = run("macs=60%, nonzero=25%", out=out, pruning=pruning, leftover=OnExisting.RESUME)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -12,7 +12,7 @@ from zoo import ZOO
 
 from secateur.cost import CostModel
 from secateur.errors import ExportError
-from secateur.graph import ChannelGraph, Choices, trace
+from secateur.graph import ChannelGraph, Selection, trace
 from secateur.report import places, sentence_of, write_drawing
 from secateur.report.graph_drawing import Mark, dot, layout, svg
 
@@ -135,7 +135,7 @@ def test_everything_lies_inside_of_the_picture(graph: ChannelGraph):
 
 
 def test_frozen_axes_are_gray_and_say_why(graph: ChannelGraph):
-    chosen = Choices(exclude=("block.conv1",)).apply(graph)
+    chosen = Selection(exclude=("block.conv1",)).apply(graph)
     lane = next(lane for lane in layout(chosen).lanes if lane.axis.name == "block.conv1")
     assert lane.whole
     assert lane.color == "#8b8f98"

@@ -41,7 +41,7 @@ RUN = RunReport(
     ),
     steps=(
         Step("Original", MeasuredAccuracy(0.9173, 10_000)),
-        Step("Cut, not healed", MeasuredAccuracy(0.3456, 9000)),
+        Step("Cut, not repaired", MeasuredAccuracy(0.3456, 9000)),
     ),
     widths=(LayerWidth("conv1", 16, 16), LayerWidth("layer1.0.conv1", 16, 7), LayerWidth("layer2.0.conv1", 32, 11)),
     frozen=(FrozenAxis("linear", 10, "These are the outputs of the model."),),
@@ -137,7 +137,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
         *("2.10 ms", "1.10 ms", "2.00 ms to 2.20 ms", "1.90x", "1.80x to 2.00x"),
         "batch 1, 1 thread, 30 rounds, processor time",
         *("batch 8, 2 threads, 31 rounds", "200.0 ms", "150.0 ms", "1.33x"),
-        *("Cut, not healed", "34.56 %", "0.7512", "88.12 %", "34 of 64 channels are kept", "layer2.0.conv1"),
+        *("Cut, not repaired", "34.56 %", "0.7512", "88.12 %", "34 of 64 channels are kept", "layer2.0.conv1"),
         *("Sliced = masked", "in float32", "1.2e-6", "3.4e-7", "1.0e-5", "✓ holds", "✗ fails", "3.5e-1"),
         *("2 epochs of search", "16 of 16", "2 of 8", "1 of 3 blocks", "20 % kept", "budget 50.00", "0.987", "2.3450"),
         *("These are the outputs of the model.", "secateur compress --budget macs=50%", "torch 2.15.0"),

@@ -10,19 +10,19 @@ from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.nas import Widths
-from secateur.nas.tas_cost import Price
-from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.nas.tas_cost import ExpectedCost
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.search import (
     L2,
-    Evidence,
     GlobalImportance,
     Knapsack,
     PCASlimming,
-    Problem,
+    RemoveBlocks,
+    ScoringInputs,
+    SearchContext,
     SearchSpace,
-    Shallower,
     Uniform,
-    search,
+    search_architecture,
 )
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -48,7 +48,7 @@ MODEL, GRAPH, LATENCY = made()
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("budget", ["latency=50%", "latency<=35us", "size=300kB", "macs=60%, latency=45%, size=70%"])
 def test_every_strategy_keeps_to_every_bound_and_fills_one(strategy, budget: str):
-    found = search(MODEL, GRAPH, strategy, budget=budget, space=SPACE, latency=LATENCY)
+    found = search_architecture(MODEL, GRAPH, strategy, budget=budget, space=SPACE, latency=LATENCY)
     limits = Budget.parse(budget).limits(found.original)
     used = {name: getattr(found.cost, name) / limit for name, limit in limits.items()}
     assert max(used.values()) <= 1
@@ -62,9 +62,9 @@ def test_every_strategy_keeps_to_every_bound_and_fills_one(strategy, budget: str
 
 def test_blocks_go_for_latency_too():
     images = [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))]
-    strategy = Shallower(Uniform(), heal=())
+    strategy = RemoveBlocks(Uniform(), repairs=())
     budget = "latency=33%"
-    found = search(MODEL, GRAPH, strategy, budget=budget, batches=images, space=SPACE, latency=LATENCY)
+    found = search_architecture(MODEL, GRAPH, strategy, budget=budget, batches=images, space=SPACE, latency=LATENCY)
     assert found.cost.latency_s <= 0.33 * found.original.latency_s
     assert found.architecture.removed_blocks
     costs = CostModel(GRAPH, (LATENCY,))
@@ -73,24 +73,24 @@ def test_blocks_go_for_latency_too():
 
 def test_a_budget_out_of_reach_names_milliseconds():
     with pytest.raises(BudgetError, match=r"Reachable: latency [\d.]+ us \([\d.]+ %\) to [\d.]+ us\. Raise the budget"):
-        search(MODEL, GRAPH, Uniform(), budget="latency=1us", space=SPACE, latency=LATENCY)
+        search_architecture(MODEL, GRAPH, Uniform(), budget="latency=1us", space=SPACE, latency=LATENCY)
     with pytest.raises(BudgetError, match=r"Reachable: latency [\d.]+ ms \([\d.]+ %\) to [\d.]+ ms"):
-        search(MODEL, GRAPH, Uniform(), budget="latency=1us", space=SPACE, latency=LATENCY.scaled(1000))
+        search_architecture(MODEL, GRAPH, Uniform(), budget="latency=1us", space=SPACE, latency=LATENCY.scaled(1000))
     with pytest.raises(BudgetError, match=r"Reachable: macs [^,]*, size [\d.]+ kB \([\d.]+ %\) to [\d.]+ MB"):
-        search(MODEL, GRAPH, Uniform(), budget="macs=50%, size=1kB", space=SPACE)
+        search_architecture(MODEL, GRAPH, Uniform(), budget="macs=50%, size=1kB", space=SPACE)
 
 
 def test_a_bound_that_nothing_computes_is_refused():
     with pytest.raises(BudgetError, match="got a limit of latency, and a cost without latency_s"):
-        search(MODEL, GRAPH, Uniform(), budget="latency=50%")
+        search_architecture(MODEL, GRAPH, Uniform(), budget="latency=50%")
 
 
 def test_the_relaxed_price_of_a_choice_is_differentiable_and_exact_when_decided():
     budget = Budget(latency="50%", size="60%", macs="70%")
     costs = CostModel(GRAPH, (LATENCY, FileSize.of(MODEL, GRAPH)))
-    problem = Problem(Evidence(MODEL, GRAPH, (), 0), costs, budget, SearchSpace(divisor=4), lambda *_: None)
-    candidates = Candidates.of(problem, Widths(), None, frozenset(costs.axes))
-    choice, price = Choice(candidates), Price(problem, candidates, 0.05)
+    problem = SearchContext(ScoringInputs(MODEL, GRAPH, (), 0), costs, budget, SearchSpace(divisor=4), lambda *_: None)
+    candidates = WidthCandidates.of(problem, Widths(), None, frozenset(costs.axes))
+    choice, price = WidthDistribution(candidates), ExpectedCost(problem, candidates, 0.05)
     expected = price.expected(choice)
     assert set(expected) == {"macs", "size_bytes", "latency_s"}
     for value in expected.values():

@@ -12,7 +12,16 @@ from secateur.cost import CostModel
 from secateur.errors import BudgetError, DataError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
 from secateur.prune import Refit, apply_architecture, cut, mask_removed, output_distance
-from secateur.search import L2, Importance, Knapsack, Remembered, SearchSpace, Shallower, Uniform, search
+from secateur.search import (
+    L2,
+    Importance,
+    Knapsack,
+    RemoveBlocks,
+    ScoreCache,
+    SearchSpace,
+    Uniform,
+    search_architecture,
+)
 from secateur.search import depth as _depth
 from secateur.search.depth import _between, _spread
 
@@ -61,10 +70,10 @@ def chain(*strengths: float) -> tuple[nn.Module, ChannelGraph, Batches]:
 
 def test_blocks_that_do_nothing_go_first():
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4, 1.0, 1.0)
-    found = search(model, graph, Shallower(Uniform()), budget="macs=70%", batches=batches)
+    found = search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=70%", batches=batches)
     assert found.architecture.removed_blocks == ("blocks.1", "blocks.3")
     assert set(found.notes["disturbance"]) == {f"blocks.{n}" for n in range(6)}
-    alone = search(model, graph, Uniform(), budget="macs=70%")
+    alone = search_architecture(model, graph, Uniform(), budget="macs=70%")
     assert alone.architecture.removed_blocks == ()
     images = [batches[0][0]]
     mine, theirs = (
@@ -75,7 +84,7 @@ def test_blocks_that_do_nothing_go_first():
 
 def test_disturbance_is_the_distance_with_the_branch_zeroed():
     model, graph, batches = zoo("residual")
-    notes = search(model, graph, Shallower(), budget="macs=70%", batches=batches).notes
+    notes = search_architecture(model, graph, RemoveBlocks(), budget="macs=70%", batches=batches).notes
     assert set(notes["disturbance"]) == {"1", "3"}
     for name, found in notes["disturbance"].items():
         masked = mask_removed(model, graph, Architecture.of({}, [name]))
@@ -88,8 +97,10 @@ def test_never_further_from_the_original_than_the_inner_strategy(name, inner):
     model, graph, batches = zoo(name)
     images = [x for x, _ in batches]
     for budget in ("macs=80%", "macs=75%"):
-        found = search(model, graph, Shallower(inner, most=1.0, heal=()), budget=budget, batches=batches)
-        alone = search(model, graph, inner, budget=budget, batches=batches)
+        found = search_architecture(
+            model, graph, RemoveBlocks(inner, most=1.0, repairs=()), budget=budget, batches=batches
+        )
+        alone = search_architecture(model, graph, inner, budget=budget, batches=batches)
         distances = found.notes["distance"]
         chosen = str(len(found.architecture.removed_blocks))
         assert distances[chosen] == min(distances.values())
@@ -103,16 +114,18 @@ def test_never_further_from_the_original_than_the_inner_strategy(name, inner):
 def test_without_blocks_it_is_the_inner_strategy():
     model, graph, batches = zoo("plain")
     for inner in (Uniform(), Knapsack()):
-        found = search(model, graph, Shallower(inner), budget="macs=50%", batches=batches)
-        alone = search(model, graph, inner, budget="macs=50%", batches=batches)
+        found = search_architecture(model, graph, RemoveBlocks(inner), budget="macs=50%", batches=batches)
+        alone = search_architecture(model, graph, inner, budget="macs=50%", batches=batches)
         assert (found.architecture, found.notes) == (alone.architecture, alone.notes)
-    assert search(model, graph, Shallower(Uniform()), budget="macs=50%").architecture.widths  # it needs no images then
+    assert search_architecture(
+        model, graph, RemoveBlocks(Uniform()), budget="macs=50%"
+    ).architecture.widths  # it needs no images then
 
 
 def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypatch: pytest.MonkeyPatch):
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4)
-    strategy, remembered, asked = Shallower(Uniform()), Remembered(), []
-    apart = [search(model, graph, strategy, budget=f"macs={part}%", batches=batches) for part in (80, 60)]
+    strategy, remembered, asked = RemoveBlocks(Uniform()), ScoreCache(), []
+    apart = [search_architecture(model, graph, strategy, budget=f"macs={part}%", batches=batches) for part in (80, 60)]
     real = _depth._Trials.disturbances
 
     def counted(trials):
@@ -121,7 +134,7 @@ def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypat
 
     monkeypatch.setattr(_depth._Trials, "disturbances", counted)
     together = [
-        search(model, graph, strategy, budget=f"macs={part}%", batches=batches, remembered=remembered)
+        search_architecture(model, graph, strategy, budget=f"macs={part}%", batches=batches, remembered=remembered)
         for part in (80, 60)
     ]
     assert together == apart
@@ -130,24 +143,24 @@ def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypat
 
 def test_the_same_search_again_finds_the_same_without_looking_at_blocks(monkeypatch: pytest.MonkeyPatch):
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4, 1.0, 1.0)
-    strategy = Shallower(Uniform())
-    found = search(model, graph, strategy, budget="macs=60%", batches=batches)
+    strategy = RemoveBlocks(Uniform())
+    found = search_architecture(model, graph, strategy, budget="macs=60%", batches=batches)
     monkeypatch.setattr(_depth._Trials, "__init__", lambda *_: pytest.fail("blocks are known"))
     near = strategy.again(found.architecture)
-    again = search(model, graph, near, budget="macs=60%", batches=batches)
+    again = search_architecture(model, graph, near, budget="macs=60%", batches=batches)
     assert (again.architecture, again.cost) == (found.architecture, found.cost)
     assert near.again(found.architecture) is near
-    less = search(model, graph, near, budget="macs=40%", batches=batches)
+    less = search_architecture(model, graph, near, budget="macs=40%", batches=batches)
     assert less.architecture.removed_blocks == found.architecture.removed_blocks
     assert 0.38 * found.original.macs < less.cost.macs <= 0.4 * found.original.macs
     with pytest.raises(BudgetError, match="must be within reach"):
-        search(model, graph, near, budget="macs=1%", batches=batches)
+        search_architecture(model, graph, near, budget="macs=1%", batches=batches)
 
 
 def test_most_bounds_the_blocks():
     model, graph, batches = chain(1e-4, 1e-4, 1e-4, 1e-4)
     for most, blocks in ((0.0, 0), (0.49, 1), (0.5, 2), (1.0, 4)):
-        found = search(model, graph, Shallower(Uniform(), most=most), budget="macs=9%", batches=batches)
+        found = search_architecture(model, graph, RemoveBlocks(Uniform(), most=most), budget="macs=9%", batches=batches)
         assert len(found.architecture.removed_blocks) == blocks
 
 
@@ -155,17 +168,17 @@ def test_a_budget_below_the_smallest_widths_is_reached_by_depth():
     model, graph, batches = chain(1.0, 1.0, 1.0, 1.0)
     space = SearchSpace(min_kept_fraction=0.8)
     with pytest.raises(BudgetError, match="must be within reach"):
-        search(model, graph, Uniform(), budget="macs=50%", space=space)
-    found = search(model, graph, Shallower(Uniform()), budget="macs=50%", batches=batches, space=space)
+        search_architecture(model, graph, Uniform(), budget="macs=50%", space=space)
+    found = search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=50%", batches=batches, space=space)
     assert found.architecture.removed_blocks
     assert found.cost.macs <= 0.5 * found.original.macs
     with pytest.raises(BudgetError, match=r"Reachable: macs .* \((29|3\d)\.\d %\) to"):
-        search(model, graph, Shallower(Uniform()), budget="macs=10%", batches=batches, space=space)
+        search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=10%", batches=batches, space=space)
 
 
 def test_layers_of_removed_blocks_are_called_whole():
     model, graph, batches = chain(1.0, 1e-5)
-    found = search(model, graph, Shallower(Uniform()), budget="macs=50%", batches=batches)
+    found = search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=50%", batches=batches)
     assert found.architecture.removed_blocks == ("blocks.1",)
     inside = [axis for axis in graph.prunable if all(s.tensor.startswith("blocks.1.") for s in axis.sites)]
     assert len(inside) == 1
@@ -179,7 +192,7 @@ def test_a_block_that_cannot_be_removed_exactly_stays():
     graph = replace(
         graph, blocks=tuple(replace(b, replacements=wrong) if b.name == "blocks.1" else b for b in graph.blocks)
     )
-    found = search(model, graph, Shallower(Uniform(), most=1.0), budget="macs=50%", batches=batches)
+    found = search_architecture(model, graph, RemoveBlocks(Uniform(), most=1.0), budget="macs=50%", batches=batches)
     assert "blocks.1" not in found.architecture.removed_blocks
     assert set(found.notes["disturbance"]) == {"blocks.0", "blocks.2"}
 
@@ -198,15 +211,15 @@ class Counting(Importance):
 def test_scores_of_the_whole_model_are_asked_for_once():
     model, graph, batches = chain(1.0, 1.0, 1.0, 1.0)
     importance = Counting([])
-    search(model, graph, Shallower(Uniform(importance), most=1.0), budget="macs=60%", batches=batches)
+    search_architecture(model, graph, RemoveBlocks(Uniform(importance), most=1.0), budget="macs=60%", batches=batches)
     assert len(importance.asked) == 1
 
 
 def test_only_so_many_images_are_looked_at():
     model, graph, batches = zoo("residual")
-    few = search(model, graph, Shallower(Uniform(), images=5), budget="macs=60%", batches=batches)
-    same = search(
-        model, graph, Shallower(Uniform()), budget="macs=60%", batches=((batches[0][0][:5], batches[0][1][:5]),)
+    few = search_architecture(model, graph, RemoveBlocks(Uniform(), images=5), budget="macs=60%", batches=batches)
+    same = search_architecture(
+        model, graph, RemoveBlocks(Uniform()), budget="macs=60%", batches=((batches[0][0][:5], batches[0][1][:5]),)
     )
     assert few.notes == same.notes
 
@@ -215,42 +228,44 @@ def test_the_repaired_model_decides_between_the_nearest_three():
     model, graph, batches = chain(1.0, 0.5, 0.2, 0.1, 1.0)
     images = [x for x, _ in batches]
     repairs = (Refit(),)
-    strategy = Shallower(Uniform(), most=1.0, heal=repairs)
-    found = search(model, graph, strategy, budget="macs=40%", batches=batches)
-    assert "heal=(Refit(" in found.strategy
-    distance, healed = found.notes["distance"], found.notes["healed"]
+    strategy = RemoveBlocks(Uniform(), most=1.0, repairs=repairs)
+    found = search_architecture(model, graph, strategy, budget="macs=40%", batches=batches)
+    assert "repairs=(Refit(" in found.strategy
+    distance, repaired = found.notes["distance"], found.notes["repaired"]
     assert len(distance) == 6
-    assert set(healed) == set(sorted(distance, key=distance.get)[:3])
+    assert set(repaired) == set(sorted(distance, key=distance.get)[:3])
     chosen = str(len(found.architecture.removed_blocks))
-    assert healed[chosen] == min(healed.values())
-    made = cut(model, graph, found.architecture, calibration=images, heal=repairs).model
-    assert healed[chosen] == pytest.approx(output_distance(model, made, images))
+    assert repaired[chosen] == min(repaired.values())
+    made = cut(model, graph, found.architecture, calibration=images, repairs=repairs).model
+    assert repaired[chosen] == pytest.approx(output_distance(model, made, images))
 
 
 def test_without_repairs_the_nearest_is_taken():
     model, graph, batches = zoo("residual")
-    found = search(model, graph, Shallower(Uniform(), most=1.0, heal=()), budget="macs=50%", batches=batches)
+    found = search_architecture(
+        model, graph, RemoveBlocks(Uniform(), most=1.0, repairs=()), budget="macs=50%", batches=batches
+    )
     distance = found.notes["distance"]
-    assert found.notes["healed"] == {}
+    assert found.notes["repaired"] == {}
     assert distance[str(len(found.architecture.removed_blocks))] == min(distance.values())
 
 
 def test_images_are_needed():
     model, graph, _ = zoo("residual")
     with pytest.raises(DataError, match="`batches` must hold images for Shallower; got none"):
-        search(model, graph, Shallower(Uniform()), budget="macs=60%")
+        search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=60%")
 
 
 @pytest.mark.parametrize("most", [-0.1, 1.5, float("nan")])
 def test_most_must_be_a_fraction(most):
     with pytest.raises(BudgetError, match="`most` must be a fraction of the blocks, 0 to 1; got"):
-        Shallower(most=most)
+        RemoveBlocks(most=most)
 
 
 @pytest.mark.parametrize("images", [0, 2.5, True])
 def test_images_must_be_a_number_of_images(images):
     with pytest.raises(BudgetError, match="`images` must be a whole number of images, at least 1; got"):
-        Shallower(images=images)
+        RemoveBlocks(images=images)
 
 
 def test_which_numbers_are_tried():

@@ -9,7 +9,7 @@ from slow_search import data as noise
 
 from secateur.data import Augment, ImageData
 from secateur.nas import Labels
-from secateur.search import Found
+from secateur.search import SearchResult
 
 STRATEGIES = {
     "tas": (tas_runs.net, tas_runs.quick()),
@@ -18,13 +18,13 @@ STRATEGIES = {
 }
 
 
-def told(found: Found) -> str:
+def told(found: SearchResult) -> str:
     """What was learned on the way, without the times."""
     notes = found.notes.get("training") or found.notes["search"]
     return repr([{name: value for name, value in epoch.items() if name != "seconds"} for epoch in notes])
 
 
-def searched(kind: str, data: ImageData) -> Found:
+def searched(kind: str, data: ImageData) -> SearchResult:
     make, strategy = STRATEGIES[kind]
     return tas_runs.run(make(), strategy, data=data)
 

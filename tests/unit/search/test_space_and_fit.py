@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, ChoiceError
 from secateur.graph import ChannelAxis, Role, Site
-from secateur.search import AxisRule, Evidence, Problem, SearchSpace, fit
+from secateur.search import AxisRule, ScoringInputs, SearchContext, SearchSpace, fit
 
 
 def axis(size: int, divisor: int = 1) -> ChannelAxis:
     return ChannelAxis("a", size, (), divisor)
 
 
-def problem(graph, budget: str, space: SearchSpace = SearchSpace()) -> Problem:  # noqa: B008
-    return Problem(Evidence(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None)
+def problem(graph, budget: str, space: SearchSpace = SearchSpace()) -> SearchContext:  # noqa: B008
+    return SearchContext(
+        ScoringInputs(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None
+    )
 
 
 @pytest.mark.parametrize(

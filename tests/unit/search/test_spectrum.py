@@ -10,8 +10,8 @@ from secateur.search import (
     Activations,
     Correlation,
     Covariance,
-    Evidence,
     RawWeights,
+    ScoringInputs,
     Weights,
     readers,
     unexplained_variance,
@@ -82,14 +82,14 @@ def test_the_tail_keeps_its_digits():
 
 def test_raw_weights_follow_the_definition():
     model, graph = plain()
-    rest = RawWeights().unexplained(Evidence(model, graph))
+    rest = RawWeights().unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(weight_rows(model.conv1.weight)), atol=1e-12)
     np.testing.assert_allclose(1 - rest["conv2"], explained(weight_rows(model.conv2.weight)), atol=1e-12)
 
 
 def test_correlation_follows_the_definition():
     model, graph = plain()
-    rest = RawWeights(Correlation()).unexplained(Evidence(model, graph))
+    rest = RawWeights(Correlation()).unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(weight_rows(model.conv1.weight), True), atol=1e-12)
 
 
@@ -97,27 +97,27 @@ def test_weights_fold_the_batch_norm():
     model, graph = plain()
     scale = model.bn1.weight / torch.sqrt(model.bn1.running_var + model.bn1.eps)
     rows = weight_rows(model.conv1.weight) * scale.detach().double().numpy()[:, None]
-    rest = Weights().unexplained(Evidence(model, graph))
+    rest = Weights().unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(rows), atol=1e-7)  # float32 scale here
 
 
 def test_folded_weights_do_not_depend_on_the_scale_of_a_filter():
     model, graph = plain()
     model.bn1.eps = 0.0
-    before = Weights().unexplained(Evidence(model, graph))["conv1"]
-    raw = RawWeights().unexplained(Evidence(model, graph))["conv1"]
+    before = Weights().unexplained(ScoringInputs(model, graph))["conv1"]
+    raw = RawWeights().unexplained(ScoringInputs(model, graph))["conv1"]
     with torch.no_grad():
         scale = torch.tensor([2.0**k for k in range(-4, 4)])
         model.conv1.weight *= scale[:, None, None, None]
         model.bn1.running_var *= scale**2
-    np.testing.assert_allclose(Weights().unexplained(Evidence(model, graph))["conv1"], before, rtol=1e-12)
-    assert np.abs(RawWeights().unexplained(Evidence(model, graph))["conv1"] - raw).max() > 0.05
+    np.testing.assert_allclose(Weights().unexplained(ScoringInputs(model, graph))["conv1"], before, rtol=1e-12)
+    assert np.abs(RawWeights().unexplained(ScoringInputs(model, graph))["conv1"] - raw).max() > 0.05
 
 
 def test_correlation_does_not_care_for_folding():
     model, graph = plain()
-    folded = Weights(Correlation()).unexplained(Evidence(model, graph))
-    raw = RawWeights(Correlation()).unexplained(Evidence(model, graph))
+    folded = Weights(Correlation()).unexplained(ScoringInputs(model, graph))
+    raw = RawWeights(Correlation()).unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(folded["conv1"], raw["conv1"], atol=1e-12)
 
 
@@ -132,7 +132,7 @@ def test_batch_norms_without_gamma_fold_their_variance():
     model.bn1.register_parameter("weight", None)
     forget(graph, "bn1.weight")
     rows = weight_rows(model.conv1.weight) / np.sqrt(model.bn1.running_var.double().numpy() + 1e-5)[:, None]
-    rest = Weights().unexplained(Evidence(model, graph))
+    rest = Weights().unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(rows), atol=1e-12)
 
 
@@ -141,7 +141,7 @@ def test_batch_norms_without_running_statistics_are_not_folded():
     model.bn1.running_var = None
     model.bn1.running_mean = None
     forget(graph, "bn1.running_var", "bn1.running_mean")
-    evidence = Evidence(model, graph)
+    evidence = ScoringInputs(model, graph)
     np.testing.assert_allclose(Weights().unexplained(evidence)["conv1"], RawWeights().unexplained(evidence)["conv1"])
 
 
@@ -149,20 +149,20 @@ def test_damaged_batch_norms_are_refused_when_folding():
     model, graph = plain()
     model.bn1.running_var[2] = -1.0
     with pytest.raises(ModelError, match=r"`bn1` must have finite scales .* use RawWeights\(\)"):
-        Weights().unexplained(Evidence(model, graph))
-    assert set(RawWeights().unexplained(Evidence(model, graph))) == {"conv1", "conv2"}
+        Weights().unexplained(ScoringInputs(model, graph))
+    assert set(RawWeights().unexplained(ScoringInputs(model, graph))) == {"conv1", "conv2"}
 
 
 def test_a_coupled_axis_averages_the_spectra_of_its_producers():
     model, graph = residual()
-    rest = RawWeights().unexplained(Evidence(model, graph))["stem"]
+    rest = RawWeights().unexplained(ScoringInputs(model, graph))["stem"]
     both = [explained(weight_rows(conv.weight)) for conv in (model.stem, model.conv2)]
     np.testing.assert_allclose(1 - rest, np.mean(both, axis=0), atol=1e-12)
 
 
 def test_rgb_stem_with_more_filters_than_rank_is_stretched():
     model, graph = plain(64, 8)  # 64 filters of 27 weights: centered rank 26
-    rest = RawWeights().unexplained(Evidence(model, graph))["conv1"]
+    rest = RawWeights().unexplained(ScoringInputs(model, graph))["conv1"]
     assert (np.diff(rest) < 0).all()
     plain_ccr = explained(weight_rows(model.conv1.weight))
     np.testing.assert_allclose(plain_ccr[26], 1, atol=1e-12)
@@ -176,7 +176,7 @@ def test_every_source_gives_a_falling_curve_for_every_axis_and_changes_nothing(s
     images = torch.randn(6, *graph.example_shape[1:], generator=torch.Generator().manual_seed(0))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    evidence = Evidence(model, graph, ((images, torch.zeros(6, dtype=torch.int64)),))
+    evidence = ScoringInputs(model, graph, ((images, torch.zeros(6, dtype=torch.int64)),))
     rest, again = source.unexplained(evidence), source.unexplained(evidence)
     assert set(rest) == {axis.name for axis in graph.prunable}
     for axis in graph.prunable:
@@ -202,7 +202,7 @@ def test_activations_are_taken_after_the_batch_norm():
     model, graph = plain()
     images = images_for(graph)
     batches = tuple((part, torch.zeros(len(part))) for part in images.split(5))
-    rest = Activations().unexplained(Evidence(model, graph, batches))["conv1"]
+    rest = Activations().unexplained(ScoringInputs(model, graph, batches))["conv1"]
     expected = explained(channels_first(model.bn1(model.conv1(images))))
     np.testing.assert_allclose(1 - rest, expected, atol=1e-6)  # float32 activations
 
@@ -210,13 +210,13 @@ def test_activations_are_taken_after_the_batch_norm():
 def test_activations_without_batch_norm_are_the_outputs():
     model, graph = flat()  # 6 channels of 9 weights and one input: rank is no cap
     images = images_for(graph)
-    rest = Activations(Correlation()).unexplained(Evidence(model, graph, ((images, None),)))["conv"]
+    rest = Activations(Correlation()).unexplained(ScoringInputs(model, graph, ((images, None),)))["conv"]
     np.testing.assert_allclose(1 - rest, explained(channels_first(model.conv(images)), True), atol=1e-6)
 
 
 def test_activations_of_an_axis_no_module_shows_use_the_weights():
     model, graph = embedding()
-    evidence = Evidence(model, graph, ((images_for(graph), None),))
+    evidence = ScoringInputs(model, graph, ((images_for(graph), None),))
     np.testing.assert_array_equal(
         Activations().unexplained(evidence)["position"], RawWeights().unexplained(evidence)["position"]
     )
@@ -226,13 +226,13 @@ def test_an_output_that_shows_an_axis_in_part_is_not_used():
     model, graph = concat()
     part = graph.activations["a"]
     graph.activations["a"] = Activation("a", part.shape, 1, np.where(part.channel < 2, 0, -1), part.channel)
-    evidence = Evidence(model, graph, ((images_for(graph), None),))
+    evidence = ScoringInputs(model, graph, ((images_for(graph), None),))
     np.testing.assert_array_equal(Activations().unexplained(evidence)["a"], RawWeights().unexplained(evidence)["a"])
 
 
 def test_activations_need_batches():
     with pytest.raises(DataError, match="`batches` must hold images for Activations; got none"):
-        Activations().unexplained(Evidence(*plain()))
+        Activations().unexplained(ScoringInputs(*plain()))
 
 
 def test_activations_that_are_not_finite_are_refused():
@@ -240,7 +240,7 @@ def test_activations_that_are_not_finite_are_refused():
     images = images_for(graph)
     images[3] = float("nan")
     with pytest.raises(ModelError, match="activations of axis 'conv1' must be finite"):
-        Activations().unexplained(Evidence(model, graph, ((images, None),)))
+        Activations().unexplained(ScoringInputs(model, graph, ((images, None),)))
 
 
 def test_running_covariance_equals_numpy_in_any_pieces():

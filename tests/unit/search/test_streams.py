@@ -10,7 +10,16 @@ from secateur.cost import Budget, CostModel
 from secateur.graph import ChannelGraph, untie
 from secateur.nas import TAS, Widths
 from secateur.prune import cut
-from secateur.search import L2, AxisRule, Evidence, Problem, SearchSpace, Uniform, keep_best, search
+from secateur.search import (
+    L2,
+    AxisRule,
+    ScoringInputs,
+    SearchContext,
+    SearchSpace,
+    Uniform,
+    keep_best,
+    search_architecture,
+)
 from secateur.search.space import Streams
 
 
@@ -25,9 +34,9 @@ def named(graph: ChannelGraph, **widths: int) -> np.ndarray:
     return np.array([list(full.values())])
 
 
-def problem(graph: ChannelGraph, space: SearchSpace = SearchSpace()) -> Problem:  # noqa: B008 -- frozen
-    evidence = Evidence(zoo_net("residual")[0], graph)
-    return Problem(evidence, CostModel(graph), Budget.parse("macs=50%"), space, lambda _done, _what: None)
+def problem(graph: ChannelGraph, space: SearchSpace = SearchSpace()) -> SearchContext:  # noqa: B008 -- frozen
+    evidence = ScoringInputs(zoo_net("residual")[0], graph)
+    return SearchContext(evidence, CostModel(graph), Budget.parse("macs=50%"), space, lambda _done, _what: None)
 
 
 def of(graph: ChannelGraph, fitted: np.ndarray) -> dict[str, int]:
@@ -112,6 +121,6 @@ def test_branches_keep_channels_of_their_stream():
 def test_an_untied_net_is_slimmed_within_its_budget():
     model, _, _ = zoo_net("residual")
     graph = residual()
-    found = search(model, graph, Uniform(L2()), budget="macs=50%")
+    found = search_architecture(model, graph, Uniform(L2()), budget="macs=50%")
     assert found.cost.macs <= 0.5 * found.original.macs
     assert cut(model, graph, found.architecture).architecture == found.architecture

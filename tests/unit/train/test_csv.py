@@ -12,7 +12,7 @@ from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, small_net, small_sch
 from tas_runs import Recorder
 
 from secateur.errors import TrainingError
-from secateur.train import CsvLog, Saving, Silent, TerminalProgress, Trained, fit
+from secateur.train import CheckpointPolicy, CsvLog, Silent, TerminalProgress, Trained, fit
 
 
 def run(log: CsvLog, source: Blobs | None = None, epochs: int = 3, **more: Any) -> Trained:
@@ -60,7 +60,7 @@ def test_steps_are_handed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 1)])
 def test_a_resumed_run_leaves_no_gap_and_no_double(tmp_path: Path, epoch: int, step: int) -> None:
     run(CsvLog(tmp_path / "whole.csv", Silent()))
-    path, more = tmp_path / "history.csv", {"checkpoint": tmp_path / "run", "saving": Saving(math.inf, 2)}
+    path, more = tmp_path / "history.csv", {"checkpoint": tmp_path / "run", "saving": CheckpointPolicy(math.inf, 2)}
     with pytest.raises(Killed):
         run(CsvLog(path, Silent()), Fragile(48, epoch, step), **more)
     assert [row["epoch"] for row in table(path)] == [str(number) for number in range(epoch + 1)]

@@ -20,7 +20,7 @@ from secateur._runtime import stoppable
 from secateur.distill import AlignedFeatures, Objective, PerTap, Tap, Term, adaptors_of, features, hint_loss
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import Compiled, Eager, Execution, Precision, Saving, Silent, Trained, fit
+from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, Precision, Silent, Trained, fit
 
 TRACED = Compiled(backend="eager")
 TEACHER = small_net(5)
@@ -105,7 +105,7 @@ def test_networks_are_traced_once_for_every_size_of_a_part(monkeypatch: pytest.M
 def test_a_killed_run_continues_bit_identically(tmp_path: Path) -> None:
     whole = run(TRACED, **ALIGNED)
     with pytest.raises(Killed):
-        run(TRACED, Fragile(48, epoch=1), checkpoint=tmp_path, saving=Saving(steps=1), **ALIGNED)
+        run(TRACED, Fragile(48, epoch=1), checkpoint=tmp_path, saving=CheckpointPolicy(steps=1), **ALIGNED)
     assert same(state(run(TRACED, checkpoint=tmp_path, **ALIGNED).model), state(whole.model))
 
 
@@ -206,7 +206,7 @@ def test_real_code_learns_the_same_and_continues_bit_identically(tmp_path: Path,
         torch.testing.assert_close(tensor, state(plain.model)[name], rtol=1e-3, atol=1e-4)
     with_dropout = run(Compiled(), **settings)
     with pytest.raises(Killed):
-        run(Compiled(), Fragile(48, epoch=1), checkpoint=tmp_path, saving=Saving(steps=1), **settings)
+        run(Compiled(), Fragile(48, epoch=1), checkpoint=tmp_path, saving=CheckpointPolicy(steps=1), **settings)
     resumed = run(Compiled(), checkpoint=tmp_path, **settings)
     assert same(state(resumed.model), state(with_dropout.model))
     assert not any("_orig_mod" in name for name in state(resumed.model))

@@ -20,9 +20,9 @@ from secateur.train import (
     Silent,
     Trained,
     average_decay,
-    distill,
     evaluate,
     fit,
+    train_with_teacher,
 )
 
 
@@ -124,7 +124,7 @@ def test_distillation_brings_the_student_to_the_teacher() -> None:
         augment = 0.25
 
     schedule = small_schedule(5, learning_rate=0.1)
-    result = distill(
+    result = train_with_teacher(
         small_net(9), teacher=teacher, data=Data, schedule=schedule, objective=objective, progress=Silent()
     )
     assert result.history[-1].parts["kd"] < result.history[1].parts["kd"] / 2

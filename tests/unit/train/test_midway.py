@@ -18,9 +18,9 @@ from secateur._runtime import Stopped, stoppable
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import SGD, AdamW, Saving, Silent, Trained, fit
+from secateur.train import SGD, AdamW, CheckpointPolicy, Silent, Trained, fit
 
-EVERY_STEP = Saving(math.inf, 1)
+EVERY_STEP = CheckpointPolicy(math.inf, 1)
 STEPS = 3
 """Of each of two epochs."""
 
@@ -86,7 +86,7 @@ def test_any_kills_at_any_steps_change_nothing(
     folder = tmp_path_factory.mktemp("run")
     for kill in kills:
         with contextlib.suppress(Killed):  # Where an earlier process came further, this one runs to the end.
-            run(Fragile(48, *divmod(kill, STEPS)), checkpoint=folder, saving=Saving(math.inf, every))
+            run(Fragile(48, *divmod(kill, STEPS)), checkpoint=folder, saving=CheckpointPolicy(math.inf, every))
     assert_same(run(Blobs(48), checkpoint=folder), run(Blobs(48)))
 
 
@@ -135,7 +135,7 @@ def test_checkpoints_are_written_by_time(
         import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: seen.append(saved.name)
     )
     monkeypatch.setattr(import_module("secateur.train.checkpoint"), "monotonic", Clock(seconds))
-    run(Blobs(80), schedule=small_schedule(1), checkpoint=tmp_path, saving=Saving())
+    run(Blobs(80), schedule=small_schedule(1), checkpoint=tmp_path, saving=CheckpointPolicy())
     within = [int(name[-6:]) for name in seen if "step" in name]
     assert within == written
     assert seen[-1] == "epoch-000001"
@@ -152,7 +152,7 @@ def test_no_checkpoints_without_a_folder(tmp_path: Path, monkeypatch: pytest.Mon
 def test_bad_times_are_refused(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(TrainingError, match=f"`{name}` between checkpoints must be"):
-        Saving(**settings)
+        CheckpointPolicy(**settings)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_after_the_step(tmp_path
         source = Asking(48, stop, step)
         assert not stop.heard
         with pytest.raises(Stopped, match=r"stopped on request; see .*run") as stopped:
-            run(source, checkpoint=tmp_path / "run", saving=Saving())
+            run(source, checkpoint=tmp_path / "run", saving=CheckpointPolicy())
     assert source.heard
     assert not stop.heard
     assert stopped.value.folder == tmp_path / "run"

@@ -7,11 +7,11 @@ from small_runs import small_net
 from torch import nn
 
 from secateur.errors import TrainingError
-from secateur.train import SGD, AdamW, Schedule
+from secateur.train import SGD, AdamW, TrainConfig
 
 
 def test_warmup_then_cosine_at_hand_computed_points() -> None:
-    schedule = Schedule(4, learning_rate=0.8, warmup_fraction=0.2)
+    schedule = TrainConfig(4, learning_rate=0.8, warmup_fraction=0.2)
     rates = [schedule.learning_rate_at(step, steps=20) for step in range(20)]
     # W = 4: a quarter more each step, then the cosine begins at its top.
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
@@ -24,7 +24,7 @@ def test_warmup_then_cosine_at_hand_computed_points() -> None:
 def test_without_warmup_it_is_torchs_cosine_annealing() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
-    schedule = Schedule(5, learning_rate=0.1, warmup_fraction=0.0)
+    schedule = TrainConfig(5, learning_rate=0.1, warmup_fraction=0.0)
     for step in range(50):
         # torch multiplies step by step, so rounding adds up.
         assert schedule.learning_rate_at(step, steps=50) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
@@ -33,13 +33,13 @@ def test_without_warmup_it_is_torchs_cosine_annealing() -> None:
 
 
 def test_all_warmup_is_a_straight_line() -> None:
-    schedule = Schedule(1, learning_rate=1.0, warmup_fraction=1.0)
+    schedule = TrainConfig(1, learning_rate=1.0, warmup_fraction=1.0)
     assert [schedule.learning_rate_at(step, steps=4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize(("images", "steps"), [(0, 0), (5, 1), (16, 1), (31, 1), (32, 2), (100, 6)])
 def test_steps_per_epoch_are_whole_batches_or_one(images: int, steps: int) -> None:
-    assert Schedule(1, batch_size=16).steps_per_epoch(images) == steps
+    assert TrainConfig(1, batch_size=16).steps_per_epoch(images) == steps
 
 
 @pytest.mark.parametrize("kind", [SGD, AdamW])
@@ -76,7 +76,7 @@ def test_optimizers_are_torchs_with_the_given_numbers() -> None:
 )
 def test_schedule_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        Schedule(**({"epochs": 1} | settings))
+        TrainConfig(**({"epochs": 1} | settings))
 
 
 @pytest.mark.parametrize(

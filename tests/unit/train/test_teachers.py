@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from secateur.distill import Ensemble, Objective, PerTap, Term, features, hint_loss
 from secateur.errors import ModelError, TrainingError
-from secateur.train import Precision, Silent, Trained, born_again, distill, distill_chain, fit, redraw_
+from secateur.train import (
+    Precision,
+    Silent,
+    Trained,
+    born_again,
+    distill_chain,
+    fit,
+    reset_weights_,
+    train_with_teacher,
+)
 
 TAUGHT = fit(
     small_net(9, width=12), Blobs(96), schedule=small_schedule(8), objective=Objective.of_labels(), progress=Silent()
@@ -44,7 +53,7 @@ def run(**settings: Any) -> Trained:
     defaults: dict[str, Any] = {
         "teacher": TAUGHT, "data": Data(), "schedule": small_schedule(3), "progress": Silent(),
     }  # fmt: skip
-    return distill(settings.pop("student", small_net(dropout=0.2)), **(defaults | settings))
+    return train_with_teacher(settings.pop("student", small_net(dropout=0.2)), **(defaults | settings))
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -183,8 +192,8 @@ def test_assistants_teach_in_a_row(tmp_path: Path) -> None:
     students = [small_net(1, width=10), small_net(2)]
     settings: dict[str, Any] = {"data": Data(), "schedule": small_schedule(2), "progress": Silent()}
     found = distill_chain(students, teacher=TAUGHT, checkpoint=tmp_path, **settings)
-    assistant = distill(students[0], teacher=TAUGHT, **settings)
-    student = distill(students[1], teacher=assistant.model, **settings)
+    assistant = train_with_teacher(students[0], teacher=TAUGHT, **settings)
+    student = train_with_teacher(students[1], teacher=assistant.model, **settings)
     assert [same(state(one.model), state(other.model)) for one, other in zip(found, (assistant, student), strict=True)]
     assert same(state(found[1].model), state(student.model))
     assert {path.name for path in tmp_path.iterdir()} == {"student-0", "student-1"}
@@ -200,9 +209,11 @@ def test_a_network_is_born_again() -> None:
     before = state(TAUGHT)
     found = born_again(TAUGHT, schedule=small_schedule(2, seed=5), generations=2, **settings)
     assert same(state(TAUGHT), before)
-    first = distill(redraw_(small_net(width=12), 6), teacher=TAUGHT, schedule=small_schedule(2, seed=6), **settings)
-    second = distill(
-        redraw_(small_net(width=12), 7), teacher=first.model, schedule=small_schedule(2, seed=7), **settings
+    first = train_with_teacher(
+        reset_weights_(small_net(width=12), 6), teacher=TAUGHT, schedule=small_schedule(2, seed=6), **settings
+    )
+    second = train_with_teacher(
+        reset_weights_(small_net(width=12), 7), teacher=first.model, schedule=small_schedule(2, seed=7), **settings
     )
     for one, other in zip(found, (first, second), strict=True):
         assert same(state(one.model), state(other.model))

@@ -67,9 +67,7 @@ TERMS = {
     "rkd_angle": lambda: Term("rkd_angle", PerTap(rkd_angle_loss), of=features, taps=POOLED),
     "sp": lambda: Term("sp", PerTap(similarity_loss), of=features, taps=TAPS, weight=100.0),
     "pkt": lambda: Term("pkt", PerTap(pkt_loss), of=features, taps=POOLED, weight=100.0),
-    "crd": lambda: Term(
-        "crd", ContrastiveRepresentation(8, 12, size=48, negatives=8), of=labeled_feature, taps=POOLED
-    ),
+    "crd": lambda: Term("crd", ContrastiveRepresentation(8, 12, size=48, negatives=8), of=labeled_feature, taps=POOLED),
     "review": lambda: Term("review", KnowledgeReview((8, 8), (12, 12)), of=features, taps=TAPS | POOLED),
 }
 

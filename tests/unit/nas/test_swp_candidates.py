@@ -10,7 +10,7 @@ from swp_runs import options_of, staged
 
 from secateur.errors import TrainingError
 from secateur.nas import Exact, Widths
-from secateur.nas.swp_candidates import Candidates, Options, Rows
+from secateur.nas.swp_candidates import Options, Rows, StageCandidates
 
 Losses = Callable[[Rows], list[float]]
 
@@ -32,7 +32,7 @@ def losses_by_size(options: Options) -> Losses:
     return of
 
 
-def judged_(candidates: Candidates, count: int, losses: Losses) -> list[Rows]:
+def judged_(candidates: StageCandidates, count: int, losses: Losses) -> list[Rows]:
     proposed = candidates.proposed(count)
     stages = len(candidates.rows)
     candidates.judged(proposed, np.array([losses(rows) for rows in proposed]).reshape(len(proposed), stages))
@@ -46,7 +46,7 @@ def as_tuples(rows: Rows) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
     options = options_to_search(untied)
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     for number in range(4):
         assert candidates.rounds == number
         before = [len(rows) for rows in candidates.rows]
@@ -65,7 +65,7 @@ def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
 def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
     options = options_to_search()
     for seed in range(5):
-        candidates = Candidates(options, seed)
+        candidates = StageCandidates(options, seed)
         proposed = candidates.proposed(32)
         assert as_tuples(proposed[0]) == as_tuples(options.whole)
         assert as_tuples(proposed[1]) == as_tuples(options.tiny)
@@ -76,7 +76,7 @@ def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
 def test_small_spaces_are_judged_to_the_last_candidate():
     options = options_of(staged(), widths=Widths((0.5,)))
     assert [of.size for of in options.of_stage] == [2, 2, 2 * 2 * 2 * 3]
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     counts = []
     for _ in range(12):
         judged_(candidates, 6, losses_by_size(options))
@@ -90,7 +90,7 @@ def test_small_spaces_are_judged_to_the_last_candidate():
 def test_when_nothing_is_left_a_round_is_empty():
     options = options_of(staged(), widths=Widths((0.5,)), depths=None, cuts=["4"])
     assert [of.size for of in options.of_stage] == [4, 8]
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     judged_(candidates, 32, losses_by_size(options))
     assert [len(rows) for rows in candidates.rows] == [4, 8]
     assert judged_(candidates, 32, losses_by_size(options)) == []
@@ -102,7 +102,7 @@ def test_candidates_follow_the_seed_and_what_was_judged_only():
     options, losses = options_to_search(), losses_by_size(options_to_search())
 
     def all_of(seed: int, losses: Losses) -> list[list[tuple[int, ...]]]:
-        candidates = Candidates(options, seed)
+        candidates = StageCandidates(options, seed)
         for _ in range(3):
             np.random.seed(len(candidates.rows[0]))
             judged_(candidates, 6, losses)
@@ -123,10 +123,10 @@ def test_candidates_follow_the_seed_and_what_was_judged_only():
 def test_candidates_that_are_restored_go_on_as_if_nothing_had_happened():
     options = options_to_search()
     losses = losses_by_size(options)
-    candidates = Candidates(options, 4)
+    candidates = StageCandidates(options, 4)
     for _ in range(2):
         judged_(candidates, 6, losses)
-    again = Candidates(options, 4)
+    again = StageCandidates(options, 4)
     again.restore(json.loads(json.dumps(candidates.to_json())))
     assert again.rounds == 2
     for each in (candidates, again):
@@ -138,7 +138,7 @@ def test_rounds_improve_the_best_combination_or_keep_it():
     """They come near the best of the whole space, which enumeration and the exact combination of it tell."""
     options = options_to_search()
     losses = losses_by_size(options)
-    space = Candidates(options, 0)
+    space = StageCandidates(options, 0)
     every = [[np.array(row) for row in itertools.product(*(range(t + 1) for t in of.tops))] for of in options.of_stage]
     most = max(map(len, every))
     networks = [tuple(rows[n % len(rows)] for rows in every) for n in range(most)]
@@ -146,7 +146,7 @@ def test_rounds_improve_the_best_combination_or_keep_it():
     assert [len(rows) for rows in space.rows] == [of.size for of in options.of_stage]
     best = Exact().combine(space.table(), 0).loss
     for seed in range(3):
-        candidates = Candidates(options, seed)
+        candidates = StageCandidates(options, seed)
         found = []
         for _ in range(6):
             judged_(candidates, 16, losses)
@@ -159,7 +159,7 @@ def test_rounds_improve_the_best_combination_or_keep_it():
 def test_parents_are_those_that_none_beats_from_the_best_on():
     options = options_to_search()
     losses = losses_by_size(options)
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     judged_(candidates, 24, losses)
     table = candidates.table()
     for stage, rows in enumerate(candidates.rows):
@@ -172,7 +172,7 @@ def test_parents_are_those_that_none_beats_from_the_best_on():
 
 def test_losses_that_are_not_finite_are_refused_when_they_are_used():
     options = options_to_search()
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     judged_(candidates, 4, lambda rows: [float("nan")] * len(rows))
     with pytest.raises(TrainingError, match="`losses` must be finite; got nan for candidate 0 of stage 0"):
         candidates.proposed(4)

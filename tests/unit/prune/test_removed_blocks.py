@@ -17,7 +17,7 @@ from secateur.prune import (
     PassThrough,
     RecalibrateBatchNorm,
     Refit,
-    Silence,
+    Zeros,
     apply_architecture,
     cut,
     mask_removed,
@@ -35,9 +35,9 @@ def zoo(name: str) -> tuple[nn.Module, torch.Tensor, ChannelGraph]:
 def test_stand_ins_hand_on_or_silence_the_first_tensor():
     x = torch.randn(2, 3)
     assert PassThrough()(None, x, torch.zeros(1)) is x
-    assert torch.equal(Silence()(x, 1), torch.zeros(2, 3))
+    assert torch.equal(Zeros()(x, 1), torch.zeros(2, 3))
     assert PassThrough()(hidden=x) is x
-    first, second, third = Silence(items=3)(x)
+    first, second, third = Zeros(items=3)(x)
     assert torch.equal(first, torch.zeros(2, 3))
     assert second is third is None
     assert repr(PassThrough(2)) == "PassThrough(items=2)"
@@ -47,7 +47,7 @@ def test_modules_are_replaced_and_nothing_is_left_of_them():
     model, _, graph = zoo("attention")
     small = apply_architecture(model, graph, Architecture.of({}, ["block.attention"]))
     assert type(small.get_submodule("block.norm1")) is PassThrough
-    assert type(small.get_submodule("block.attention")) is Silence
+    assert type(small.get_submodule("block.attention")) is Zeros
     gone = set(model.state_dict()) - set(small.state_dict())
     assert gone == {name for name in model.state_dict() if name.startswith(("block.attention.", "block.norm1."))}
     assert replacements_in(small) == graph.blocks_by_name["block.attention"].replacements
@@ -175,18 +175,18 @@ def test_healing_passes_over_what_is_gone():
     kept = {axis.name: range(axis.size * 2 // 3) for axis in graph.prunable}
     architecture = Architecture.of(kept, ["3"])
     raw = cut(model, graph, architecture)
-    healed = cut(model, graph, architecture, calibration=images, heal=[Refit(), RecalibrateBatchNorm()])
-    assert any(step.kept for step in healed.healing)
-    assert output_distance(model, healed.model, images) < output_distance(model, raw.model, images)
-    assert replacements_in(healed.model) == replacements_in(raw.model) != ()
+    repaired = cut(model, graph, architecture, calibration=images, repairs=[Refit(), RecalibrateBatchNorm()])
+    assert any(step.kept for step in repaired.repairs)
+    assert output_distance(model, repaired.model, images) < output_distance(model, raw.model, images)
+    assert replacements_in(repaired.model) == replacements_in(raw.model) != ()
 
 
 def test_removing_a_block_alone_is_a_wound_too():
     model, _, graph = zoo("residual")
     images = (torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)),)
-    made = cut(model, graph, Architecture.of({}, ["1"]), calibration=images, heal=[RecalibrateBatchNorm()])
-    assert [step.healer for step in made.healing] == ["RecalibrateBatchNorm(eps=1e-08)"]
-    assert made.healing[0].before == pytest.approx(
+    made = cut(model, graph, Architecture.of({}, ["1"]), calibration=images, repairs=[RecalibrateBatchNorm()])
+    assert [step.repair for step in made.repairs] == ["RecalibrateBatchNorm(eps=1e-08)"]
+    assert made.repairs[0].before == pytest.approx(
         output_distance(model, cut(model, graph, made.architecture).model, images)
     )
 

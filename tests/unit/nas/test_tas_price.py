@@ -15,17 +15,17 @@ from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
 from secateur.graph import ChannelGraph, untie
 from secateur.nas import Depths, Widths
-from secateur.nas.tas_cost import Price
-from secateur.nas.tas_sampler import Candidates, Choice
+from secateur.nas.tas_cost import ExpectedCost
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.prune import within_streams
-from secateur.search import Evidence, Problem, SearchSpace
+from secateur.search import ScoringInputs, SearchContext, SearchSpace
 
 FEW = Widths((0.3, 0.6))
 
 
-def problem(graph: ChannelGraph, budget: str = "macs=50%, params=50%") -> Problem:
-    evidence = Evidence(None, graph)
-    return Problem(evidence, CostModel(graph), Budget.parse(budget), SearchSpace(), lambda _done, _what: None)
+def problem(graph: ChannelGraph, budget: str = "macs=50%, params=50%") -> SearchContext:
+    evidence = ScoringInputs(None, graph)
+    return SearchContext(evidence, CostModel(graph), Budget.parse(budget), SearchSpace(), lambda _done, _what: None)
 
 
 def producing(graph: ChannelGraph) -> frozenset[str]:
@@ -40,8 +40,8 @@ class Asked:
     """A price and a choice with random logits."""
 
     graph: ChannelGraph
-    price: Price
-    choice: Choice
+    price: ExpectedCost
+    choice: WidthDistribution
 
 
 def asked(
@@ -54,13 +54,13 @@ def asked(
     axes: frozenset[str] | None = None,
 ) -> Asked:
     given = problem(graph, budget)
-    candidates = Candidates.of(given, widths, depths, producing(graph) if axes is None else axes)
-    choice = Choice(candidates).double()
+    candidates = WidthCandidates.of(given, widths, depths, producing(graph) if axes is None else axes)
+    choice = WidthDistribution(candidates).double()
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for logits in choice.parameters():
             logits.copy_(torch.randn(logits.shape, generator=draw, dtype=torch.float64))
-    return Asked(graph, Price(given, candidates, tolerance), choice)
+    return Asked(graph, ExpectedCost(given, candidates, tolerance), choice)
 
 
 def enumerated(given: Asked) -> dict[str, float]:
@@ -157,10 +157,10 @@ def test_its_gradient_is_right(untied):
     assert torch.autograd.gradcheck(cost, logits)
 
 
-class Stand(Choice):
+class Stand(WidthDistribution):
     """A choice whose logits are given from outside."""
 
-    def __init__(self, candidates: Candidates, widths: Tensor, depths: Tensor):
+    def __init__(self, candidates: WidthCandidates, widths: Tensor, depths: Tensor):
         super().__init__(candidates)
         del self.widths, self.depths
         self.widths, self.depths = widths, depths
@@ -184,9 +184,9 @@ def test_the_most_likely_architecture_has_its_own_cost():
     assert given.price.fractions(want)["macs"] == want.macs / CostModel(graph).original.macs
 
 
-def decided(given: Asked, pick: int) -> Choice:
+def decided(given: Asked, pick: int) -> WidthDistribution:
     """Every axis has all but decided for one of its candidates."""
-    choice = Choice(given.price.candidates).double()
+    choice = WidthDistribution(given.price.candidates).double()
     with torch.no_grad():
         choice.widths[:, pick] = 3.0
     return choice

@@ -21,12 +21,12 @@ from secateur.cost import CostModel
 from secateur.data import MemorySplit, Normalization
 from secateur.errors import BudgetError, DataError
 from secateur.graph import stages_of, untie
-from secateur.nas import SWP, Drawn, Evolution, Exact, OriginalWeights, Redrawn, Widths
+from secateur.nas import SWP, Evolution, Exact, OriginalWeights, RandomInit, RandomSampler, Widths
 from secateur.nas.common import held_out
 from secateur.pipeline import compress
 from secateur.prune import cut
-from secateur.search import L1, L2, Evidence, SearchSpace, describe, search
-from secateur.train import Schedule, Silent
+from secateur.search import L1, L2, ScoringInputs, SearchSpace, describe, search_architecture
+from secateur.train import Silent, TrainConfig
 
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
@@ -137,7 +137,7 @@ def test_widths_alone_and_depths_alone(searched):
 
 
 def test_without_stages_the_net_is_one():
-    found = run(staged(), quick(1, cuts=(), nets=Drawn(2)))
+    found = run(staged(), quick(1, cuts=(), nets=RandomSampler(2)))
     stages: Any = found.notes["stages"]
     assert [stage["cut"] for stage in stages] == [""]
     assert found.cost.macs <= 0.5 * found.original.macs
@@ -171,7 +171,7 @@ def test_the_same_seed_finds_the_same_whatever_ran_before(untied):
 def test_every_width_keeps_the_most_important_channels():
     given = staged()
     found = run(given, quick(1, importance=L1()))
-    scores = L1().scores(Evidence(given.model, given.graph))
+    scores = L1().scores(ScoringInputs(given.model, given.graph))
     for name, kept in found.architecture.kept:
         assert sorted(np.argsort(-scores[name], kind="stable")[: len(kept)].tolist()) == list(kept)
 
@@ -202,7 +202,7 @@ def test_original_weights_and_no_epochs():
 def test_it_begins_with_new_weights_if_told_to():
     given = staged()
     before = copy.deepcopy(given.model.state_dict())
-    found = {begin: run(given, quick(1, begin=begin), seed=1) for begin in (Redrawn(), quick().begin)}
+    found = {begin: run(given, quick(1, begin=begin), seed=1) for begin in (RandomInit(), quick().begin)}
     assert all(torch.equal(before[name], tensor) for name, tensor in given.model.state_dict().items())
     far, near = (
         float((weights["3.conv1.weight"] - before["3.conv1.weight"]).norm())
@@ -264,7 +264,7 @@ def test_data_that_is_not_enough_is_refused_before_anything_is_trained(settings,
 def test_no_data_is_refused():
     given = staged()
     with pytest.raises(DataError, match=r"`data` must hold training images for SWP; got none\. Pass data="):
-        search(given.model, given.graph, quick(), budget="macs=50%", batches=given.batches)
+        search_architecture(given.model, given.graph, quick(), budget="macs=50%", batches=given.batches)
 
 
 @pytest.mark.parametrize(("n", "count"), [(40, 10), (41, 7), (12, 100), (9, 3)])
@@ -299,7 +299,7 @@ def test_it_is_told_in_the_same_words_by_every_process():
 def test_it_compresses_a_model_to_an_artifact(tmp_path):
     given = staged()
     done = compress(
-        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=Exact()), schedule=Schedule(epochs=0),
+        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=Exact()), schedule=TrainConfig(epochs=0),
         out=tmp_path / "out", export=(), progress=Silent(), seed=3,
     )  # fmt: skip
     loaded = secateur.load(tmp_path / "out", factory=lambda: copy.deepcopy(given.model))

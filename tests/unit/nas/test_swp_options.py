@@ -17,7 +17,7 @@ from secateur.errors import BudgetError, ChoiceError
 from secateur.graph import trace, untie
 from secateur.models import cifar_resnet20
 from secateur.nas import Depths, Supernet, Widths, features, run_stages
-from secateur.nas.swp_candidates import Candidates, Options
+from secateur.nas.swp_candidates import Options, StageCandidates
 from secateur.prune import cut
 from secateur.search import SearchSpace
 
@@ -133,7 +133,7 @@ def assert_costs_add_up(options: Options, networks: int = 12) -> None:
     """Of random combinations of candidates: exactly the cost of the architecture as a whole."""
     draw = np.random.default_rng(3)
     rows = [options.whole, options.tiny, *(options.drawn(draw) for _ in range(networks))]
-    candidates = Candidates(options, 0)
+    candidates = StageCandidates(options, 0)
     candidates.judged(rows, np.zeros((len(rows), len(options.stages))))
     table = candidates.table()
     assert table.limits == options.problem.limits

@@ -26,7 +26,7 @@ from tas_runs import run
 from torch import Tensor
 
 from secateur.nas import InPlace, Labels, SoftLabels, Subnet, Supervision
-from secateur.nas.swp import Judge, losses_of
+from secateur.nas.swp import CandidateScorer, losses_of
 from secateur.train import Precision, open_fabric
 from secateur.workers import InProcess, OnRay
 
@@ -45,7 +45,7 @@ def loss_by_hand(supervision: Supervision, y: Tensor, x: Tensor, labels: Tensor)
     return float((x.softmax(1) * (x.log_softmax(1) - log_q)).sum(1).mean())
 
 
-def losses_by_hand(judge: Judge, subnet: Subnet) -> list[float]:
+def losses_by_hand(judge: CandidateScorer, subnet: Subnet) -> list[float]:
     """Every stage of the cut model alone: norms measured on the full net's features, then judged on them."""
     stages = judge.stages
     full = recalibrated(judge.supernet.model, judge.calibration)
@@ -86,7 +86,7 @@ def test_losses_of_whole_networks_from_labels_and_logits(supervision):
     np.testing.assert_allclose(losses_of(judge, subnets), wanted, rtol=1e-4, atol=1e-6)
 
 
-def in_chunks(judge: Judge, subnets: Sequence[Subnet], size: int) -> np.ndarray:
+def in_chunks(judge: CandidateScorer, subnets: Sequence[Subnet], size: int) -> np.ndarray:
     chunks = [subnets[first : first + size] for first in range(0, len(subnets), size)]
     return np.concatenate([losses_of(judge, chunk) for chunk in chunks])
 
@@ -128,7 +128,7 @@ def test_a_judge_divides_the_images_evenly_and_looks_at_the_full_net(images, siz
     supernet = supernet_of(options, torch.float32).train()
     split = noise().train.subset(torch.arange(images) % 64)
     calibration = [batch for batch, _ in staged().batches]
-    judge = Judge.of(
+    judge = CandidateScorer.of(
         supernet,
         stages=options.stages,
         supervision=InPlace(),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.errors import ModelError
-from secateur.nas import Redrawn, Warm
+from secateur.nas import Pretrained, RandomInit
 
 
 def _model() -> nn.Module:
@@ -16,14 +16,14 @@ def _model() -> nn.Module:
 
 def test_a_warm_start_is_the_model_itself():
     model = _model()
-    assert Warm().of(model, 3) is model
+    assert Pretrained().of(model, 3) is model
 
 
 def test_redrawn_weights_are_new_repeatable_and_leave_the_model_and_the_random_state_alone():
     model = _model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    first, again, other = (Redrawn().of(model, seed) for seed in (3, 3, 4))
+    first, again, other = (RandomInit().of(model, seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     weights = [each[0].weight for each in (model, first, other)]
@@ -38,4 +38,4 @@ def test_parameters_that_nobody_can_draw_are_refused():
             self.scale = nn.Parameter(torch.ones(4))
 
     with pytest.raises(ModelError, match=r"`begin` must be able to draw all weights anew; 1 \(Scaled\).*begin=Warm"):
-        Redrawn().of(nn.Sequential(nn.Conv2d(3, 4, 3), Scaled()), 0)
+        RandomInit().of(nn.Sequential(nn.Conv2d(3, 4, 3), Scaled()), 0)

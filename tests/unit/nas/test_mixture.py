@@ -259,7 +259,7 @@ def test_narrow_branches_are_blended_before_they_are_widened(blending):
     supernet = Supernet(model, graph)
     sizes = list(graph.sizes)
     wide = dict(graph.sizes) | {"0.0": 7, "1.conv1": 9}
-    branch = next(axis.name for axis in graph.prunable if axis.outlet == "1.bn2")
+    branch = next(axis.name for axis in graph.prunable if axis.residual_output == "1.bn2")
     wide[branch] = 5
     narrow = wide | {branch: 2, "0.0": 4, "1.conv1": 6}
     weights = torch.from_numpy(np.random.default_rng(0).dirichlet((1, 1), len(sizes)))

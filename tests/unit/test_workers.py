@@ -141,7 +141,7 @@ def test_kill_9_of_the_caller_ends_ray(tmp_path):
         "with OnRay(workers=1).running(where, None) as pool:\n"
         "    for _, found in pool.map([0.0, 600.0]): print(found[0], flush=True)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     caller = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment, cwd=tmp_path, start_new_session=True
     )

@@ -43,7 +43,7 @@ def test_real_networks_are_cut_exactly(name: str):
         torch.manual_seed(0)
         model, example = build().eval(), torch.randn(1, 3, side, side)
     graph = untie(model, trace(model, example))
-    assert len({axis.outlet for axis in graph.prunable if axis.into}) == outlets
+    assert len({axis.residual_output for axis in graph.prunable if axis.into}) == outlets
     architecture = some_of(graph, seed=len(name))
     made = cut(model, graph, architecture)
     assert made.architecture == architecture

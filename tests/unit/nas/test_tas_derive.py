@@ -19,8 +19,8 @@ from secateur.errors import BudgetError
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.nas import Depths, Widths
 from secateur.nas.tas_cost import Derived, derive
-from secateur.nas.tas_sampler import Candidates
-from secateur.search import Evidence, Problem, SearchSpace
+from secateur.nas.tas_sampler import WidthCandidates
+from secateur.search import ScoringInputs, SearchContext, SearchSpace
 
 
 class Block(nn.Module):
@@ -63,8 +63,8 @@ def graph_of(name: str) -> ChannelGraph:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    problem: Problem
-    candidates: Candidates
+    problem: SearchContext
+    candidates: WidthCandidates
     p: np.ndarray
     q: np.ndarray
 
@@ -109,10 +109,12 @@ def case(
     space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
 ) -> Case:
     """Random probabilities, of a large sharpness almost decided."""
-    problem = Problem(Evidence(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None)
+    problem = SearchContext(
+        ScoringInputs(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None
+    )
     sums = {problem.costs.axes[stream] for stream, _ in problem.streams.sums}
     seen = frozenset(graph.sizes) - sums if axes is None else axes
-    candidates = Candidates.of(problem, widths, depths, seen)
+    candidates = WidthCandidates.of(problem, widths, depths, seen)
     draw = np.random.default_rng(seed)
 
     def probabilities(valid: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from zoo import ZOO
 
 from secateur.errors import DataError, ModelError
 from secateur.graph import trace
-from secateur.search import Evidence, Reconstruction
+from secateur.search import Reconstruction, ScoringInputs
 
 
 def pictures(count: int = 64, seed: int = 0) -> Tensor:
@@ -24,7 +24,7 @@ def batched(images: Tensor, size: int = 16) -> tuple[tuple[Tensor, Tensor], ...]
 
 def scored(model: nn.Module, pixels: Tensor, **settings: Any) -> dict[str, np.ndarray]:
     graph = trace(model, pixels[:1].clone())
-    return Reconstruction(**settings).scores(Evidence(model, graph, batched(pixels)))
+    return Reconstruction(**settings).scores(ScoringInputs(model, graph, batched(pixels)))
 
 
 class Between(nn.Module):
@@ -152,7 +152,7 @@ def test_every_net_gets_finite_scores_the_same_every_time_and_is_left_alone(name
     images = pictures(24)
     before = {key: (t.clone(), t._version) for key, t in model.state_dict(keep_vars=True).items()}
     state, same = torch.get_rng_state(), images.clone()
-    evidence = Evidence(model, graph, batched(images, 8), seed=3)
+    evidence = ScoringInputs(model, graph, batched(images, 8), seed=3)
     first, second = (Reconstruction().scores(evidence) for _ in range(2))
     assert list(first) == [axis.name for axis in graph.prunable]
     for axis in graph.prunable:
@@ -217,4 +217,4 @@ def test_no_batches_is_refused():
     with pytest.raises(
         DataError, match=r"`batches` must hold images for Reconstruction; got none\. Pass calibration data"
     ):
-        Reconstruction().scores(Evidence(model, trace(model, example)))
+        Reconstruction().scores(ScoringInputs(model, trace(model, example)))

@@ -13,10 +13,10 @@ from tas_runs import Recorder, net, run
 from tas_runs import quick as quick_tas
 
 from secateur._runtime import Stopped, stoppable
-from secateur.search import Found
-from secateur.train import Saving
+from secateur.search import SearchResult
+from secateur.train import CheckpointPolicy
 
-EVERY_STEP = Saving(math.inf, 1)
+EVERY_STEP = CheckpointPolicy(math.inf, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def stopped_at(stop: Any, at: int) -> Recorder:
     return seen
 
 
-def same_search(one: Found, other: Found) -> None:
+def same_search(one: SearchResult, other: SearchResult) -> None:
     """Bit by bit, but for the time it took."""
     notes = [
         [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in found.notes["search"]]

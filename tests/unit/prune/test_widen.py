@@ -1,4 +1,4 @@
-"""Narrow branches: what widens them, what is refused, what is exported, healed and compared."""
+"""Narrow branches: what widens them, what is refused, what is exported, repaired and compared."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from secateur.models import cifar_resnet20
 from secateur.prune import (
     RecalibrateBatchNorm,
     Refit,
+    RepairContext,
     Widen,
     Widening,
-    Wound,
     apply_architecture,
     cut,
     mask_removed,
@@ -207,19 +207,21 @@ def test_branches_are_compared_where_a_channel_of_zeros_is_no_number():
     assert made.verification.max_rel <= 1e-5
 
 
-def wounded(name: str) -> tuple[Wound, nn.Module]:
+def wounded(name: str) -> tuple[RepairContext, nn.Module]:
     model, _, graph = zoo(name)
     images = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
     architecture = halves(graph)
-    return Wound(model, graph, architecture, images), apply_architecture(model, graph, architecture).eval()
+    return RepairContext(model, graph, architecture, images), apply_architecture(model, graph, architecture).eval()
 
 
 @pytest.mark.parametrize("name", ["residual", "preact_residual", "inverted_residual_se"])
 def test_a_refit_brings_narrow_branches_nearer_to_the_original(name: str):
     wound, _ = wounded(name)
-    (healing,) = cut(wound.original, wound.graph, wound.architecture, calibration=wound.images, heal=[Refit()]).healing
-    assert healing.kept
-    assert healing.after < healing.before
+    (repairs,) = cut(
+        wound.original, wound.graph, wound.architecture, calibration=wound.images, repairs=[Refit()]
+    ).repairs
+    assert repairs.kept
+    assert repairs.after < repairs.before
 
 
 def test_statistics_of_a_norm_within_are_measured_against_the_same_norm_of_the_original():
@@ -228,7 +230,7 @@ def test_statistics_of_a_norm_within_are_measured_against_the_same_norm_of_the_o
     kept = torch.tensor(wound.architecture.by_name["1.conv2/branch"])
     old = wound.original.get_buffer("1.bn2.running_mean")[kept]
     change = after["1.bn2.inner"][0] - before["1.bn2"][0][kept]
-    RecalibrateBatchNorm().heal_(small, wound)
+    RecalibrateBatchNorm().apply_(small, wound)
     assert change.abs().max() > 1e-3
     torch.testing.assert_close(small.get_buffer("1.bn2.inner.running_mean"), (old + change).float())
 
@@ -236,7 +238,7 @@ def test_statistics_of_a_norm_within_are_measured_against_the_same_norm_of_the_o
 def test_the_layers_that_read_a_stream_are_repaired_behind_a_narrow_branch():
     model, _, graph = zoo("preact_residual")
     architecture = Architecture.of({"1.conv2/branch": [0, 3]})
-    wound = Wound(model, graph, architecture, ())
+    wound = RepairContext(model, graph, architecture, ())
     small = apply_architecture(model, graph, architecture)
     assert layers_that_lost_inputs(small, wound, {}) == ["2.conv1", "5.fc"]
 
@@ -244,14 +246,14 @@ def test_the_layers_that_read_a_stream_are_repaired_behind_a_narrow_branch():
 def test_the_layer_within_is_repaired():
     wound, small = wounded("preact_residual")
     before = small.get_parameter("1.conv2.inner.weight").clone()
-    Refit().heal_(small, wound)
+    Refit().apply_(small, wound)
     assert not torch.equal(before, small.get_parameter("1.conv2.inner.weight"))
 
 
 def test_an_uncut_model_keeps_its_statistics():
     wound, _ = wounded("residual")
     same = apply_architecture(wound.original, wound.graph, Architecture())
-    RecalibrateBatchNorm().heal_(same, Wound(wound.original, wound.graph, Architecture(), wound.images))
+    RecalibrateBatchNorm().apply_(same, RepairContext(wound.original, wound.graph, Architecture(), wound.images))
     state = wound.original.state_dict()
     assert all(torch.allclose(state[name], tensor) for name, tensor in same.state_dict().items())
 

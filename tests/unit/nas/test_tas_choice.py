@@ -12,23 +12,25 @@ from hand_graphs import plain, residual
 
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, TrainingError
-from secateur.nas import TAS, Adam, Cosine, Depths, Fade, Linear, Supernet, Widths
-from secateur.nas.tas_sampler import Candidates, Choice, draw, draw_all, draw_two, gumbel
-from secateur.search import Evidence, Problem, SearchSpace
+from secateur.nas import TAS, AlphaOptimizer, CosineTemperature, Depths, Fade, LinearTemperature, Supernet, Widths
+from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution, draw, draw_all, draw_two, gumbel
+from secateur.search import ScoringInputs, SearchContext, SearchSpace
 from secateur.search.space import Streams
 
 DRAWS = 20_000
 
 
-def problem(graph, budget: str = "macs=50%", space: SearchSpace = SearchSpace()) -> Problem:  # noqa: B008
-    return Problem(Evidence(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None)
+def problem(graph, budget: str = "macs=50%", space: SearchSpace = SearchSpace()) -> SearchContext:  # noqa: B008
+    return SearchContext(
+        ScoringInputs(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None
+    )
 
 
-def hand_made(*rows: tuple[int, ...]) -> Candidates:
+def hand_made(*rows: tuple[int, ...]) -> WidthCandidates:
     """Candidates of axes 0, 1, ... and of no chain."""
     longest = max(map(len, rows))
     none = np.zeros((0, 1), dtype=np.int64)
-    return Candidates(
+    return WidthCandidates(
         axes=np.arange(len(rows)),
         widths=np.array([[*row, *[row[-1]] * (longest - len(row))] for row in rows]),
         open_widths=np.array([[column < len(row) for column in range(longest)] for row in rows]),
@@ -142,7 +144,7 @@ def test_of_two_candidates_both_are_drawn():
 
 
 def test_padding_is_never_drawn_and_has_no_weight():
-    choice = Choice(hand_made((2, 4), (1, 2, 3, 4)))
+    choice = WidthDistribution(hand_made((2, 4), (1, 2, 3, 4)))
     log_p = choice.log_widths
     assert log_p[0, 2:].tolist() == [-math.inf, -math.inf]
     for seed in range(200):
@@ -175,7 +177,7 @@ def test_noise_is_standard_gumbel():
 
 
 def test_entropy_is_one_before_and_zero_after():
-    choice = Choice(hand_made((2, 4), (1, 2, 3, 4)))
+    choice = WidthDistribution(hand_made((2, 4), (1, 2, 3, 4)))
     assert choice.entropy == pytest.approx(1)
     with torch.no_grad():
         choice.widths[:, 0] = 1e4
@@ -188,8 +190,8 @@ def test_entropy_is_one_before_and_zero_after():
 
 def test_a_draw_runs_the_wider_and_blends_in_the_narrower():
     model, graph = plain()
-    candidates = Candidates.of(problem(graph), Widths((0.25, 0.5)), None, frozenset({"conv2"}))
-    supernet, choice = Supernet(model, graph), Choice(candidates)
+    candidates = WidthCandidates.of(problem(graph), Widths((0.25, 0.5)), None, frozenset({"conv2"}))
+    supernet, choice = Supernet(model, graph), WidthDistribution(candidates)
     assert candidates.widths.tolist() == [[3, 6, 12]]
     seen = set()
     for seed in range(40):
@@ -248,9 +250,9 @@ def test_nothing_to_choose_between_is_refused():
         (SearchSpace(), Widths(), frozenset[str]()),
     ):
         with pytest.raises(BudgetError, match=message):
-            Candidates.of(problem(graph, space=space), widths, None, seen)
+            WidthCandidates.of(problem(graph, space=space), widths, None, seen)
     with pytest.raises(BudgetError, match=message):
-        Candidates.of(problem(residual()[1]), None, Depths(), everything)
+        WidthCandidates.of(problem(residual()[1]), None, Depths(), everything)
 
 
 def test_a_chain_of_a_single_depth_is_no_choice():
@@ -258,15 +260,15 @@ def test_a_chain_of_a_single_depth_is_no_choice():
     graph = zoo_net("preact_residual")[2]
     message = r"`space` must leave some axis two widths, or some chain of blocks two depths; got none with a choice"
     with pytest.raises(BudgetError, match=message):
-        Candidates.of(problem(graph), None, Depths(stride=3, short=1), frozenset())
-    both = Candidates.of(problem(graph), Widths(), Depths(stride=3, short=1), frozenset(graph.sizes))
+        WidthCandidates.of(problem(graph), None, Depths(stride=3, short=1), frozenset())
+    both = WidthCandidates.of(problem(graph), Widths(), Depths(stride=3, short=1), frozenset(graph.sizes))
     assert both.chains.tolist() == []
-    assert Candidates.of(problem(graph), None, Depths(), frozenset()).depths.tolist() == [[0, 1, 2]]
+    assert WidthCandidates.of(problem(graph), None, Depths(), frozenset()).depths.tolist() == [[0, 1, 2]]
 
 
 def test_axes_with_a_single_candidate_have_no_row():
     _, graph = plain()  # 8 and 12 channels
-    found = Candidates.of(problem(graph, space=SearchSpace(min_width=10)), Widths(), None, frozenset(graph.sizes))
+    found = WidthCandidates.of(problem(graph, space=SearchSpace(min_width=10)), Widths(), None, frozenset(graph.sizes))
     assert found.axes.tolist() == [1]
     assert found.widths.tolist() == [[10, 11, 12]]
     assert found.chains.tolist() == []
@@ -275,11 +277,11 @@ def test_axes_with_a_single_candidate_have_no_row():
 @pytest.mark.parametrize(
     ("temperature", "at"),
     [
-        (Linear(10, 0.1), [10, 5.05, 0.1]),
-        (Linear(), [10, 5.05, 0.1]),
-        (Cosine(5, 0.1), [5, 2.55, 0.1]),
-        (Cosine(), [5, 2.55, 0.1]),
-        (Cosine(2, 1), [2, 1.5, 1]),
+        (LinearTemperature(10, 0.1), [10, 5.05, 0.1]),
+        (LinearTemperature(), [10, 5.05, 0.1]),
+        (CosineTemperature(5, 0.1), [5, 2.55, 0.1]),
+        (CosineTemperature(), [5, 2.55, 0.1]),
+        (CosineTemperature(2, 1), [2, 1.5, 1]),
     ],
 )
 def test_temperatures(temperature, at):
@@ -287,10 +289,10 @@ def test_temperatures(temperature, at):
 
 
 def test_the_cosine_is_flat_at_both_ends():
-    assert Cosine(1, 0.5).at(0.25) == pytest.approx(0.75 + 0.25 * math.cos(math.pi / 4))
+    assert CosineTemperature(1, 0.5).at(0.25) == pytest.approx(0.75 + 0.25 * math.cos(math.pi / 4))
 
 
-@pytest.mark.parametrize("kind", [Linear, Cosine])
+@pytest.mark.parametrize("kind", [LinearTemperature, CosineTemperature])
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 0), (-1, 1), (math.nan, 1), (1, math.inf)])
 def test_temperatures_out_of_range_are_refused(kind, first, last):
     with pytest.raises(TrainingError, match="`first` and `last` must be positive and finite; got"):
@@ -300,7 +302,7 @@ def test_temperatures_out_of_range_are_refused(kind, first, last):
 @pytest.mark.parametrize("rate", [0, -1, math.nan, math.inf])
 def test_learning_rates_out_of_range_are_refused(rate):
     with pytest.raises(TrainingError, match="`learning_rate` must be positive and finite; got"):
-        Adam(rate)
+        AlphaOptimizer(rate)
 
 
 @pytest.mark.parametrize("tolerance", [-0.01, 1.0, math.nan])

@@ -17,25 +17,45 @@ from secateur.cost import Budget, CostModel
 from secateur.data import MemorySplit, Normalization
 from secateur.errors import BudgetError, DataError, TrainingError
 from secateur.graph import ChannelGraph, trace
-from secateur.nas import TAS, Adam, Cosine, Depths, Interpolate, OriginalWeights, SearchedWeights, Widths
+from secateur.nas import (
+    TAS,
+    AlphaOptimizer,
+    CosineTemperature,
+    Depths,
+    Interpolate,
+    OriginalWeights,
+    SupernetWeights,
+    Widths,
+)
 from secateur.nas.common import halves
 from secateur.prune import cut
-from secateur.search import L1, L2, AxisRule, Evidence, Found, Problem, Reconstruction, SearchSpace, describe, search
+from secateur.search import (
+    L1,
+    L2,
+    AxisRule,
+    Reconstruction,
+    ScoringInputs,
+    SearchContext,
+    SearchResult,
+    SearchSpace,
+    describe,
+    search_architecture,
+)
 from secateur.train import AdamW, Precision
 
 SEARCHES = {
     "widths": {"depths": None},
     "depths": {"widths": None},
     "both": {},
-    "interpolated": {"blending": Interpolate(), "temperature": Cosine()},
+    "interpolated": {"blending": Interpolate(), "temperature": CosineTemperature()},
 }
 
 
-def without_seconds(found: Found) -> object:
+def without_seconds(found: SearchResult) -> object:
     return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in found.notes["search"]]  # type: ignore[attr-defined]
 
 
-def assert_same(one: Found, other: Found) -> None:
+def assert_same(one: SearchResult, other: SearchResult) -> None:
     """Bit by bit, but for the time it took."""
     assert one.architecture == other.architecture
     assert one.weights is not None
@@ -131,7 +151,7 @@ def test_frozen_weights_are_not_trained():
 def test_every_width_keeps_the_most_important_channels():
     given = net()
     found = run(given, quick(importance=L1()))
-    scores = L1().scores(Evidence(given.model, given.graph))
+    scores = L1().scores(ScoringInputs(given.model, given.graph))
     for name, kept in found.architecture.kept:
         best = np.argsort(-scores[name], kind="stable")[: len(kept)]
         assert sorted(best.tolist()) == list(kept)
@@ -143,7 +163,7 @@ def test_searched_weights_are_the_supernet_in_the_models_own_order(untied):
     supernets = []
 
     @dataclass(frozen=True)
-    class Kept(SearchedWeights):
+    class Kept(SupernetWeights):
         def of(self, supernet: Any, calibration: Any, problem: Any) -> Any:
             supernets.append(supernet)
             return super().of(supernet, calibration, problem)
@@ -237,7 +257,7 @@ def test_the_cost_draws_the_choice_to_the_budget():
     """From even probabilities, by the gradient of the cost alone: the widest becomes the least likely, or the most."""
     expected = {}
     for budget in ("macs=25%", "macs=90%"):
-        strategy = quick(8, depths=None, architecture=Adam(0.1, weight_decay=0.0))
+        strategy = quick(8, depths=None, architecture=AlphaOptimizer(0.1, weight_decay=0.0))
         history: Any = run(net(), strategy, budget=budget).notes["search"]
         expected[budget] = [epoch["expected"]["macs"] for epoch in history]
     assert expected["macs=25%"][-1] < expected["macs=25%"][0]
@@ -350,7 +370,7 @@ def split_of(labels: Tensor) -> MemorySplit:
 def test_no_data_is_refused():
     given = net()
     with pytest.raises(DataError, match=r"`data` must hold training images for TAS; got none\. Pass data="):
-        search(given.model, given.graph, quick(), budget="macs=50%", batches=given.batches)
+        search_architecture(given.model, given.graph, quick(), budget="macs=50%", batches=given.batches)
 
 
 @pytest.mark.parametrize(
@@ -436,8 +456,10 @@ def test_the_least_cost_is_that_of_the_smallest_candidates(fields):
 
 
 def problem_of(given: Net) -> Any:
-    evidence = Evidence(given.model, given.graph)
-    return Problem(evidence, CostModel(given.graph), Budget.parse("macs=50%"), SearchSpace(), lambda _done, _what: None)
+    evidence = ScoringInputs(given.model, given.graph)
+    return SearchContext(
+        evidence, CostModel(given.graph), Budget.parse("macs=50%"), SearchSpace(), lambda _done, _what: None
+    )
 
 
 class PartlyHidden(nn.Module):

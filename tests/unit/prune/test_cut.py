@@ -205,7 +205,7 @@ def test_the_cut_is_what_was_asked_for():
     assert made.verification.frozen == ()
     assert made.verification.dtype == "float32"
     assert 0 <= made.verification.max_rel <= made.verification.tolerance == 1e-5
-    assert made.healing == ()
+    assert made.repairs == ()
 
 
 def test_double_precision_is_proved_to_double_precision():

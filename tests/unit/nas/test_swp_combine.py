@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import BudgetError, TrainingError
-from secateur.nas import Choice, Evolution, Exact, Table, pareto
+from secateur.nas import Evolution, Exact, StageChoice, StageTable, pareto
 from secateur.nas import swp_knapsack as _exact
 from secateur.nas.swp_knapsack import exact
 from secateur.nas.swp_table import Bound, StageRows, sweep, undominated
@@ -26,7 +26,7 @@ _AT_THE_LIMIT = {"latency_s": (np.array([0.1]), np.array([0.1, 32.0]))}
 
 
 @st.composite
-def tables(draw: st.DrawFn, fields: int = 3, most: int = 10**9) -> Table:
+def tables(draw: st.DrawFn, fields: int = 3, most: int = 10**9) -> StageTable:
     """Few stages of few candidates, with many ties; the last field is of floats."""
     stages = draw(st.integers(1, 4))
     sizes = draw(st.lists(st.integers(1, 5), min_size=stages, max_size=stages))
@@ -45,11 +45,11 @@ def tables(draw: st.DrawFn, fields: int = 3, most: int = 10**9) -> Table:
     for name in names:
         some = [row[draw(st.integers(0, len(row) - 1))].item() for row in costs[name]]
         limits[name] = max(float(base[name] + sum(some)) + draw(st.sampled_from([0.0, 0.5, -1.0, 1e12])), 0.0)
-    return Table(losses, costs, base, limits)
+    return StageTable(losses, costs, base, limits)
 
 
 def every(
-    table: Table, fields: tuple[str, ...], spare: Fraction = Fraction(0)
+    table: StageTable, fields: tuple[str, ...], spare: Fraction = Fraction(0)
 ) -> list[tuple[Fraction, tuple[Fraction, ...], tuple[int, ...]]]:
     """(loss, costs, picked) of every choice within the limits, in fractions, the best first.
 
@@ -68,7 +68,7 @@ def total(rows: tuple[np.ndarray, ...], picked: tuple[int, ...]) -> Fraction:
     return sum((Fraction(row[number].item()) for row, number in zip(rows, picked, strict=True)), Fraction(0))
 
 
-def random_table(stages: int, candidates: int, seed: int, fields: int = 1, kept: float = 0.5) -> Table:
+def random_table(stages: int, candidates: int, seed: int, fields: int = 1, kept: float = 0.5) -> StageTable:
     """Losses that fall with the widths, and costs that grow with their products, as in a network."""
     draw = np.random.default_rng(seed)
     width = draw.uniform(0.1, 1, (stages, candidates, 3))
@@ -78,11 +78,13 @@ def random_table(stages: int, candidates: int, seed: int, fields: int = 1, kept:
     costs = {"macs": macs, "params": params, "latency_s": macs / 1e9 * draw.uniform(0.8, 1.2, macs.shape)}
     names = FIELDS[:fields]
     limits = {name: kept * float(costs[name].max(axis=1).sum()) for name in names}
-    return Table(tuple(losses), {name: tuple(costs[name]) for name in names}, dict.fromkeys(names, 0), limits)
+    return StageTable(tuple(losses), {name: tuple(costs[name]) for name in names}, dict.fromkeys(names, 0), limits)
 
 
 @settings(max_examples=80)
-@example(Table((np.array([-1.0]), np.array([-1.0, -2.0])), _AT_THE_LIMIT, {"latency_s": 0.1}, {"latency_s": 0.1 + 0.2}))
+@example(
+    StageTable((np.array([-1.0]), np.array([-1.0, -2.0])), _AT_THE_LIMIT, {"latency_s": 0.1}, {"latency_s": 0.1 + 0.2})
+)
 @given(tables())
 def test_exact_is_the_best_of_all_choices(table):
     """Seconds are rounded up to 2^-60 of the largest sum: what is nearer to a limit than that may be left out."""
@@ -121,7 +123,7 @@ def test_exact_is_never_worse_than_evolution(table, seed):
 @settings(max_examples=60)
 @given(tables(fields=1))
 def test_the_front_of_one_cost_is_that_of_all_choices(table):
-    unbounded = Table(table.losses, table.costs, table.base, {})
+    unbounded = StageTable(table.losses, table.costs, table.base, {})
     for each in (table, unbounded):
         possible = every(each, ("macs",))
         if not possible:
@@ -169,7 +171,7 @@ def test_four_stages_of_two_hundred_candidates(fields):
     assert found.loss <= evolved.loss <= 1.25 * found.loss
     assert found == exact(table)
     # Less room, less choice: any tighter limit must lose as much or more.
-    tighter = Table(table.losses, table.costs, table.base, {name: 0.9 * x for name, x in table.limits.items()})
+    tighter = StageTable(table.losses, table.costs, table.base, {name: 0.9 * x for name, x in table.limits.items()})
     assert exact(tighter).loss >= found.loss
 
 
@@ -185,10 +187,10 @@ def test_a_limit_that_no_float_can_tell_apart_is_kept():
     rows = tuple(np.array([large, large + 1]) for _ in range(3))
     losses = tuple(np.array([1.0, 0.0]) for _ in range(3))
     for extra in range(4):
-        table = Table(losses, {"macs": rows}, {"macs": 0}, {"macs": float(3 * large + extra)})
+        table = StageTable(losses, {"macs": rows}, {"macs": 0}, {"macs": float(3 * large + extra)})
         assert exact(table).cost["macs"] == 3 * large + extra
     seconds = tuple(np.array([1.0, 1.0 + 2.0**-50]) for _ in range(3))
-    table = Table(losses, {"latency_s": seconds}, {"latency_s": 0.0}, {"latency_s": 3.0 + 2.0**-50})
+    table = StageTable(losses, {"latency_s": seconds}, {"latency_s": 0.0}, {"latency_s": 3.0 + 2.0**-50})
     assert exact(table).picked in {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
     assert exact(table).cost["latency_s"] <= 3.0 + 2.0**-50
 
@@ -214,28 +216,28 @@ def test_what_the_solver_lets_over_a_limit_is_refused(monkeypatch):
 def test_among_too_many_sums_the_solver_still_counts(monkeypatch):
     table = random_table(4, 60, seed=2, fields=2)
     right = exact(table)
-    monkeypatch.setattr(_exact, "sweep", lambda rows, bound, **_: sweep(rows, bound, most=1))
+    monkeypatch.setattr(_exact, "clean_stale", lambda rows, bound, **_: sweep(rows, bound, most=1))
     assert exact(table).loss == pytest.approx(right.loss, rel=1e-9)
 
 
 def test_stages_with_a_single_candidate():
-    table = Table(
+    table = StageTable(
         (np.array([2.0]), np.array([3.0, 1.0]), np.array([0.5])),
         {"macs": (np.array([5]), np.array([1, 4]), np.array([7]))},
         {"macs": 100},
         {"macs": 116.0},
     )
-    expected = Choice((0, 1, 0), 3.5, {"macs": 116})
+    expected = StageChoice((0, 1, 0), 3.5, {"macs": 116})
     assert exact(table) == expected
     assert Evolution(population=4, generations=3).combine(table, 0) == expected
-    only = Table((np.array([2.0]),), {"macs": (np.array([5]),)}, {"macs": 1}, {"macs": 6.0})
-    assert exact(only) == Evolution().combine(only, 0) == Choice((0,), 2.0, {"macs": 6})
+    only = StageTable((np.array([2.0]),), {"macs": (np.array([5]),)}, {"macs": 1}, {"macs": 6.0})
+    assert exact(only) == Evolution().combine(only, 0) == StageChoice((0,), 2.0, {"macs": 6})
 
 
 def test_limits_out_of_reach_say_what_is_in_reach():
     table = random_table(2, 5, seed=0, fields=2)
     low, high = table.reach("macs")
-    over = Table(table.losses, table.costs, table.base, {"macs": float(low - 1), "params": 1e9})
+    over = StageTable(table.losses, table.costs, table.base, {"macs": float(low - 1), "params": 1e9})
     for combine in (Exact(), Evolution()):
         with pytest.raises(BudgetError, match=r"got macs<=.*In reach, each alone: macs from .* to .*Raise the budget"):
             combine.combine(over, 0)
@@ -245,7 +247,7 @@ def test_limits_out_of_reach_say_what_is_in_reach():
 
 def test_limits_that_can_be_met_one_by_one_but_not_together():
     costs = {"macs": (np.array([1, 9]),), "params": (np.array([9, 1]),)}
-    table = Table((np.array([0.0, 0.0]),), costs, {"macs": 0, "params": 0}, {"macs": 5.0, "params": 5.0})
+    table = StageTable((np.array([0.0, 0.0]),), costs, {"macs": 0, "params": 0}, {"macs": 5.0, "params": 5.0})
     with pytest.raises(BudgetError, match="In reach, each alone: macs from 1 to 9, params from 1 to 9"):
         exact(table)
     with pytest.raises(BudgetError, match="`generations` must be enough to meet a choice within the budget"):
@@ -345,4 +347,4 @@ ONE = (np.array([1.0, 2.0]),)
 )
 def test_tables_that_do_not_go_together(losses, costs, base, limits, error, message):
     with pytest.raises(error, match=message):
-        Table(losses, costs, base, limits)
+        StageTable(losses, costs, base, limits)

@@ -11,11 +11,11 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
-from secateur.prune import RecalibrateBatchNorm, Refit, Wound, apply_architecture, cut, output_distance
+from secateur.prune import RecalibrateBatchNorm, Refit, RepairContext, apply_architecture, cut, output_distance
 from secateur.prune.repair import Sampler, _groups, layers_that_lost_inputs
 
-HEALERS = [Refit(), RecalibrateBatchNorm()]
-each_healer = pytest.mark.parametrize("healer", HEALERS, ids=lambda h: type(h).__name__)
+REPAIRS = [Refit(), RecalibrateBatchNorm()]
+each_repair = pytest.mark.parametrize("repair", REPAIRS, ids=lambda h: type(h).__name__)
 
 
 def images(count: int = 48, size: int = 8, seed: int = 0) -> tuple[Tensor, ...]:
@@ -23,12 +23,12 @@ def images(count: int = 48, size: int = 8, seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(drawn.split(16))
 
 
-def wounded(name: str, kept: dict[str, list[int]]) -> tuple[nn.Module, ChannelGraph, Wound, nn.Module]:
+def cut_with_context(name: str, kept: dict[str, list[int]]) -> tuple[nn.Module, ChannelGraph, RepairContext, nn.Module]:
     model, example = ZOO[name]()
     graph = trace(model, example)
     architecture = Architecture.of(kept)
-    wound = Wound(model, graph, architecture, images())
-    return model, graph, wound, apply_architecture(model, graph, architecture).eval()
+    context = RepairContext(model, graph, architecture, images())
+    return model, graph, context, apply_architecture(model, graph, architecture).eval()
 
 
 def redundant(seed: int = 0) -> tuple[nn.Module, ChannelGraph]:
@@ -55,13 +55,13 @@ def test_refit_restores_what_was_redundant():
     architecture = Architecture.of({"0": [0, 1, 2, 3]})
     pictures = images()
     before = cut(model, graph, architecture)
-    after = cut(model, graph, architecture, calibration=pictures, heal=[Refit(ridge=1e-9)])
+    after = cut(model, graph, architecture, calibration=pictures, repairs=[Refit(ridge=1e-9)])
     fresh = images(seed=9)[0]
     want = outputs(model, fresh)
     assert apart(want, outputs(before.model, fresh)) > 0.05
     assert apart(want, outputs(after.model, fresh)) < 1e-4
-    assert after.healing[0].kept
-    assert after.healing[0].after < 1e-6 < after.healing[0].before
+    assert after.repairs[0].kept
+    assert after.repairs[0].after < 1e-6 < after.repairs[0].before
 
 
 def test_refit_touches_only_layers_that_lost_inputs():
@@ -69,7 +69,7 @@ def test_refit_touches_only_layers_that_lost_inputs():
     architecture = Architecture.of({"0": [0, 2, 3]})
     small = apply_architecture(model, graph, architecture)
     before = copy.deepcopy(small.state_dict())
-    Refit().heal_(small, Wound(model, graph, architecture, images()))
+    Refit().apply_(small, RepairContext(model, graph, architecture, images()))
     changed = {key for key, tensor in small.state_dict().items() if not torch.equal(before[key], tensor)}
     assert changed == {"1.weight", "1.bias"}
 
@@ -109,7 +109,7 @@ def test_refit_solves_the_written_equation(reader):
     graph = trace(model, pictures[0])
     architecture = Architecture.of({"0": [0, 2, 5]})
     small = apply_architecture(model, graph, architecture)
-    healer = Refit(ridge=0.05, rows_per_unknown=10_000)
+    repair = Refit(ridge=0.05, rows_per_unknown=10_000)
     name = {"linear": "2.2", "channels_last": "2.linear"}.get(reader, "2")
     x = small[:2](torch.cat(pictures))
     y = model(torch.cat(pictures))
@@ -124,7 +124,7 @@ def test_refit_solves_the_written_equation(reader):
     pull = 0.05 * rows.square().sum(0).mean()
     stacked = torch.cat([rows, pull.sqrt() * torch.eye(rows.shape[1], dtype=rows.dtype)])
     solution = torch.linalg.lstsq(stacked, torch.cat([target, pull.sqrt() * sliced.T])).solution.T
-    healer.heal_(small, Wound(model, graph, architecture, pictures))
+    repair.apply_(small, RepairContext(model, graph, architecture, pictures))
     found = layer.weight.detach().flatten(1)
     if layer.bias is not None:
         found = torch.cat([found, layer.bias.detach()[:, None]], 1)
@@ -136,9 +136,9 @@ def test_refit_brings_outputs_closer(name):
     model, example = ZOO[name]()
     graph = trace(model, example)
     architecture = Architecture.of({a.name: range((a.size + 1) // 2) for a in graph.prunable})
-    made = cut(model, graph, architecture, calibration=images(96), heal=[Refit(ridge=1e-2)])
-    assert made.healing[0].kept
-    assert made.healing[0].after < made.healing[0].before
+    made = cut(model, graph, architecture, calibration=images(96), repairs=[Refit(ridge=1e-2)])
+    assert made.repairs[0].kept
+    assert made.repairs[0].after < made.repairs[0].before
 
 
 class Standardized(nn.Conv2d):
@@ -158,36 +158,36 @@ def test_refit_skips_layers_that_do_not_compute_what_their_class_says():
     architecture = Architecture.of({"0": [0, 1, 2], "2": [1, 2, 3]})
     small = apply_architecture(model, graph, architecture)
     before = copy.deepcopy(small.state_dict())
-    Refit().heal_(small, Wound(model, graph, architecture, images()))
+    Refit().apply_(small, RepairContext(model, graph, architecture, images()))
     changed = {key for key, tensor in small.state_dict().items() if not torch.equal(before[key], tensor)}
     assert changed == {"4.weight", "4.bias"}
 
 
-@each_healer
+@each_repair
 @pytest.mark.parametrize("name", ["residual", "few_groups", "depthwise_separable", "shared_weights", "tied_parameter"])
-def test_an_uncut_model_is_left_exactly_as_it_is(healer, name):
-    model, graph, wound, small = wounded(name, {})
-    healer.heal_(small, wound)
+def test_an_uncut_model_is_left_exactly_as_it_is(repair, name):
+    model, graph, context, small = cut_with_context(name, {})
+    repair.apply_(small, context)
     state = model.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in small.state_dict().items())
     whole = Architecture.of({a.name: range(a.size) for a in graph.prunable})
-    made = cut(model, graph, whole, calibration=images(), heal=[healer])
-    assert made.healing == ()
+    made = cut(model, graph, whole, calibration=images(), repairs=[repair])
+    assert made.repairs == ()
 
 
-@each_healer
+@each_repair
 @pytest.mark.parametrize("name", list(ZOO))
-def test_healing_is_deterministic_and_leaves_the_original_alone(healer, name):
+def test_healing_is_deterministic_and_leaves_the_original_alone(repair, name):
     model, example = ZOO[name]()
     graph = trace(model, example)
     model.train()
-    wound = Wound(model, graph, random_architecture(graph, 1), images(32))
+    context = RepairContext(model, graph, random_architecture(graph, 1), images(32))
     before = {key: (tensor.clone(), tensor._version) for key, tensor in model.state_dict(keep_vars=True).items()}
-    pictures, state = [batch.clone() for batch in wound.images], torch.get_rng_state()
+    pictures, state = [batch.clone() for batch in context.images], torch.get_rng_state()
     results = []
     for _ in range(2):
-        small = apply_architecture(model, graph, wound.architecture).eval()
-        healer.heal_(small, wound)
+        small = apply_architecture(model, graph, context.architecture).eval()
+        repair.apply_(small, context)
         assert not small.training
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
         results.append(small.state_dict())
@@ -197,7 +197,7 @@ def test_healing_is_deterministic_and_leaves_the_original_alone(healer, name):
     for key, tensor in model.state_dict(keep_vars=True).items():
         assert torch.equal(before[key][0], tensor)
         assert before[key][1] == tensor._version
-    assert all(torch.equal(a, b) for a, b in zip(pictures, wound.images, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pictures, context.images, strict=True))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -217,7 +217,7 @@ def test_recalibration_follows_the_written_formula():
     old_mean, old_var = small[3].running_mean.clone(), small[3].running_var.clone()
     with torch.no_grad():
         full, now = model[:3](torch.cat(pictures))[:, [0, 2, 3]], small[:3](torch.cat(pictures))
-    RecalibrateBatchNorm(eps=0.0).heal_(small, Wound(model, graph, architecture, pictures))
+    RecalibrateBatchNorm(eps=0.0).apply_(small, RepairContext(model, graph, architecture, pictures))
     mean = old_mean + now.mean((0, 2, 3)) - full.mean((0, 2, 3))
     var = old_var * now.var((0, 2, 3), unbiased=False) / full.var((0, 2, 3), unbiased=False)
     assert torch.allclose(small[3].running_mean, mean, rtol=1e-10, atol=1e-12)
@@ -226,18 +226,18 @@ def test_recalibration_follows_the_written_formula():
 
 def test_a_last_batch_of_one_image_does_not_stop_recalibration():
     """A batch norm over one value has no variance; torch refuses it. Calibration sets often end on such a batch."""
-    model, graph, wound, small = wounded("mlp", {"1": list(range(9))})
-    *rest, last = wound.images
-    lonely = Wound(model, graph, wound.architecture, (*rest, last[:1]))
-    RecalibrateBatchNorm().heal_(small, lonely)
+    model, graph, context, small = cut_with_context("mlp", {"1": list(range(9))})
+    *rest, last = context.images
+    lonely = RepairContext(model, graph, context.architecture, (*rest, last[:1]))
+    RecalibrateBatchNorm().apply_(small, lonely)
     assert all(tensor.isfinite().all() for tensor in small.state_dict().values())
 
 
 def test_healing_needs_images():
     model, example = ZOO["plain"]()
     graph = trace(model, example)
-    with pytest.raises(SurgeryError, match=r"`heal` needs `calibration` images; got none\. Pass some training images"):
-        cut(model, graph, Architecture.of({"0.0": [0]}), heal=[Refit()])
+    with pytest.raises(SurgeryError, match=r"`repairs` needs `calibration` images; got none\. Pass some"):
+        cut(model, graph, Architecture.of({"0.0": [0]}), repairs=[Refit()])
 
 
 @pytest.mark.parametrize("layers", [1, 2, 31, 32, 33, 64, 65])
@@ -254,9 +254,9 @@ def test_layers_behind_a_removed_block_are_repaired():
     """Preactivation: the second block reads the trunk to which the first no longer adds; so does the classifier."""
     model, example = ZOO["preact_residual"]()
     graph = trace(model, example)
-    wound = Wound(model, graph, Architecture.of({}, ["1"]), images())
-    small = apply_architecture(model, graph, wound.architecture).eval()
-    assert layers_that_lost_inputs(small, wound, {}) == ["2.conv1", "5.fc"]
-    before = output_distance(model, small, wound.images)
-    Refit().heal_(small, wound)
-    assert output_distance(model, small, wound.images) < 0.5 * before
+    context = RepairContext(model, graph, Architecture.of({}, ["1"]), images())
+    small = apply_architecture(model, graph, context.architecture).eval()
+    assert layers_that_lost_inputs(small, context, {}) == ["2.conv1", "5.fc"]
+    before = output_distance(model, small, context.images)
+    Refit().apply_(small, context)
+    assert output_distance(model, small, context.images) < 0.5 * before

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 
 from secateur.errors import BudgetError, TrainingError
 from secateur.graph import trace
-from secateur.nas import Drawn, InPlace, Labels, Nets, Sandwich, SoftLabels, Supernet, Supervision
+from secateur.nas import (
+    InPlace,
+    Labels,
+    RandomSampler,
+    SandwichSampler,
+    SoftLabels,
+    SubnetSampler,
+    Supernet,
+    Supervision,
+)
 from secateur.nas.swp_candidates import Options, Rows
-from secateur.nas.swp_train import Course, Run, Tally, Target
+from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig, Target, TrainingCounts
 from secateur.prune import original_names
 from secateur.train import SGD, AdamW, Precision, open_fabric
 
@@ -29,15 +38,15 @@ each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "unti
 
 
 def run_of(
-    options: Options, nets: Nets, supervision: Supervision, dtype: torch.dtype = torch.float32, **schedule: Any
-) -> tuple[Run, Supernet]:
+    options: Options, nets: SubnetSampler, supervision: Supervision, dtype: torch.dtype = torch.float32, **schedule: Any
+) -> tuple[SupernetTraining, Supernet]:
     """A training before its first step, with channels as they are in the model."""
     evidence = options.problem.evidence
     graph = replace(evidence.graph, example=tuple(tensor.to(dtype) for tensor in evidence.graph.example))
     supernet = Supernet(copy.deepcopy(evidence.model).to(dtype), graph).train()
     fabric = open_fabric(Precision.FLOAT32)
-    course = Course(options, nets, supervision, noise().train, None, quick_schedule(**schedule), fabric)
-    return Run(course, supernet), supernet
+    course = SWPSearchConfig(options, nets, supervision, noise().train, None, quick_schedule(**schedule), fabric)
+    return SupernetTraining(course, supernet), supernet
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -87,12 +96,12 @@ def gradients_by_hand(
 
 
 CASES = [
-    (Sandwich(2), InPlace(), None),
-    (Sandwich(0), InPlace(), None),
-    (Drawn(3), InPlace(), None),
-    (Sandwich(1), InPlace(), ()),
-    (Sandwich(1), SoftLabels(), ()),
-    (Drawn(2), Labels(), ()),
+    (SandwichSampler(2), InPlace(), None),
+    (SandwichSampler(0), InPlace(), None),
+    (RandomSampler(3), InPlace(), None),
+    (SandwichSampler(1), InPlace(), ()),
+    (SandwichSampler(1), SoftLabels(), ()),
+    (RandomSampler(2), Labels(), ()),
 ]
 
 
@@ -150,18 +159,18 @@ def as_lists(networks: Sequence[Rows]) -> list[list[list[int]]]:
 def test_the_sandwich_is_the_tiny_net_and_drawn_ones_and_its_ablation_only_drawn_ones():
     options = options_of(staged())
     drawn = [options.drawn(draw) for draw in [np.random.default_rng(1)] for _ in range(3)]
-    sandwich, only = (nets.of(options, np.random.default_rng(1)) for nets in (Sandwich(3), Drawn(3)))
+    sandwich, only = (nets.of(options, np.random.default_rng(1)) for nets in (SandwichSampler(3), RandomSampler(3)))
     assert as_lists(sandwich) == as_lists([options.tiny, *drawn])
     assert as_lists(only) == as_lists(drawn)
-    assert Sandwich().full_learns
-    assert not Drawn().full_learns
+    assert SandwichSampler().full_learns
+    assert not RandomSampler().full_learns
 
 
 def test_numbers_of_networks_out_of_range_are_refused():
     with pytest.raises(TrainingError, match="`random` must not be negative; got -1"):
-        Sandwich(-1)
+        SandwichSampler(-1)
     with pytest.raises(TrainingError, match="`random` must be at least 1; got 0"):
-        Drawn(0)
+        RandomSampler(0)
 
 
 @pytest.mark.parametrize("supervision", [Labels(), SoftLabels()])
@@ -190,14 +199,14 @@ def channels_of(supernet: Supernet, options: Options, rows: Rows) -> dict[str, i
 
 
 @each_graph
-@pytest.mark.parametrize("nets", [Sandwich(2), Drawn(3)])
+@pytest.mark.parametrize("nets", [SandwichSampler(2), RandomSampler(3)])
 def test_fairness_is_what_counting_every_channel_gives(nets, untied):
     """Branches are never wider than their streams, and channels of a removed block learn nothing."""
     options = options_of(staged(untied=untied))
     supernet = Supernet(options.problem.evidence.model, options.problem.evidence.graph)
     names = [options.problem.costs.axes[axis] for stage in options.of_stage for axis in stage.axes]
     times = {name: np.zeros(supernet.graph.sizes[name], dtype=int) for name in names}
-    tally, draw = Tally(options), np.random.default_rng(0)
+    tally, draw = TrainingCounts(options), np.random.default_rng(0)
     assert tally.fairness == 1
     seen: set[str] = set()
     for _ in range(8):
@@ -213,7 +222,7 @@ def test_fairness_is_what_counting_every_channel_gives(nets, untied):
     for number, counted in enumerate(tally.candidates):
         assert counted["trained"] == sum(candidate.startswith(f"{number} ") for candidate in seen)
         assert 10 ** counted["log10"] == pytest.approx(options.of_stage[number].size)
-    again = Tally(options)
+    again = TrainingCounts(options)
     again.restore(json.loads(json.dumps(tally.to_json())))
     assert (again.fairness, again.candidates) == (tally.fairness, tally.candidates)
     again.add(options.tiny)
@@ -223,7 +232,7 @@ def test_fairness_is_what_counting_every_channel_gives(nets, untied):
 
 def test_channels_that_never_learned_are_told():
     options = options_of(staged())
-    tally = Tally(options)
+    tally = TrainingCounts(options)
     tally.add(options.tiny)
     assert tally.fairness == 0
 
@@ -231,7 +240,7 @@ def test_channels_that_never_learned_are_told():
 def test_the_sandwich_is_fairer_than_its_ablation():
     """With the full net in every step no channel learns less than once in four networks."""
     found = {}
-    for name, nets in (("sandwich", Sandwich(2)), ("drawn", Drawn(4))):
+    for name, nets in (("sandwich", SandwichSampler(2)), ("drawn", RandomSampler(4))):
         notes = run(staged(), quick(2, nets=nets, depths=None, candidates=2, rounds=1)).notes
         history: Any = notes["training"]
         assert history[-1]["fairness"] == notes["fairness"]

@@ -59,17 +59,16 @@ Variation = Callable[["ImageData"], "ImageData"]
 
 def importance_of(name: ImportanceName) -> Importance:
     """The importance of a name."""
-    from secateur import search_architecture as importance
 
     return {
-        ImportanceName.RECONSTRUCTION: importance.Reconstruction,
-        ImportanceName.L1: importance.L1,
-        ImportanceName.L2: importance.L2,
-        ImportanceName.FPGM: importance.GeometricMedian,
-        ImportanceName.BN_SCALE: importance.BatchNormScale,
-        ImportanceName.TAYLOR: importance.Taylor,
-        ImportanceName.LAMP: importance.LAMP,
-        ImportanceName.RANDOM: importance.RandomImportance,
+        ImportanceName.RECONSTRUCTION: Reconstruction,
+        ImportanceName.L1: L1,
+        ImportanceName.L2: L2,
+        ImportanceName.FPGM: GeometricMedian,
+        ImportanceName.BN_SCALE: BatchNormScale,
+        ImportanceName.TAYLOR: Taylor,
+        ImportanceName.LAMP: LAMP,
+        ImportanceName.RANDOM: RandomImportance,
     }[name]()
 
 

@@ -59,6 +59,8 @@ Variation = Callable[["ImageData"], "ImageData"]
 
 def importance_of(name: ImportanceName) -> Importance:
     """The importance of a name."""
+    from secateur.search.importance import L1, L2, LAMP, BatchNormScale, GeometricMedian, RandomImportance
+    from secateur.search.importance_data import Reconstruction, Taylor
 
     return {
         ImportanceName.RECONSTRUCTION: Reconstruction,

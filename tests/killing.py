@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks
 _TIMES = ("seconds", "images_per_s", "cpu_s", "date", "command")
 """Fields that are never the same twice."""
 _BEGINNING_S = 0.1
@@ -40,7 +41,7 @@ class Job:
     """A long command.
 
     Attributes:
-        words: Without ``--out`` and ``--resume``.
+        words: Without ``--out`` and ``--resume``; ``benchmarks.study`` stands for that module.
         outcome: Everything that must be equal, of its output folder.
         check: Raises if an output folder is there and is not whole.
         work: What the folder of the unfinished run must begin with, by file name; taken from the uninterrupted run.
@@ -129,7 +130,7 @@ JOBS = {
     ),
     "study": Job(
         _words(
-            f"compare --study pruning-x-distillation --family resnet --seeds 1 --weights-kept 0.3 --macs-kept 0.5 "
+            f"benchmarks.study --family resnet --seeds 1 --weights-kept 0.3 --macs-kept 0.5 "
             f"--teacher-epochs 1 --student-epochs 1 --recovery-images 64 --test-images 64 {_RUN}"
         ),
         study,
@@ -187,10 +188,14 @@ def forked(words: Sequence[str], log: Path, prepare: Callable[[], None] = lambda
 
 
 def _command(words: Sequence[str]) -> int:
+    from benchmarks.study.__main__ import main as study
     from secateur.cli.app import app
 
     try:
-        app(list(words))
+        if words[0] == "benchmarks.study":
+            study(words[1:])
+        else:
+            app(list(words))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -376,7 +376,7 @@ def objective_of(
     """The losses as one objective.
 
     Args:
-        losses: Of `losses_of`.
+        losses: Of `score_candidates`.
         pair: Student and teacher.
         taps: Where losses of features listen; not used without such.
         temperature: Of kd.
@@ -417,7 +417,7 @@ def _terms(name: LossName, weight: float, pair: Pair, taps: Taps) -> list[Term]:
     )
     from secateur.distill.learned_losses import ContrastiveRepresentation, KnowledgeReview
     from secateur.distill.logit_losses import dist_loss, dkd_loss, standardized_kd_loss
-    from secateur.distill.objective import PerTap, Term, features, labeled_feature, labeled_logits, logits
+    from secateur.distill.objective import MeanOverTaps, Term, features, select_labeled_feature, select_labeled_logits, logits
 
     def of_features(loss: Callable[..., Tensor]) -> Term:
         return Term(name.value, loss, features, weight, taps)
@@ -426,22 +426,22 @@ def _terms(name: LossName, weight: float, pair: Pair, taps: Taps) -> list[Term]:
         (student, *_), (teacher, *_) = _channels(pair, last)
         bank = min(pair.images, 16384)
         loss = ContrastiveRepresentation(student, teacher, size=bank, negatives=max(1, min(4096, bank // 2)))
-        return Term(name.value, loss, labeled_feature, weight, last)
+        return Term(name.value, loss, select_labeled_feature, weight, last)
 
     last = dict(list(taps.items())[-1:])
     made: dict[LossName, Callable[[], list[Term]]] = {
-        LossName.DKD: lambda: [Term(name.value, dkd_loss, labeled_logits, weight)],
+        LossName.DKD: lambda: [Term(name.value, dkd_loss, select_labeled_logits, weight)],
         LossName.DIST: lambda: [Term(name.value, dist_loss, logits, weight)],
         LossName.STANDARDIZED: lambda: [Term(name.value, standardized_kd_loss, logits, weight)],
-        LossName.HINT: lambda: [of_features(PerTap(hint_loss, _adaptors(pair, taps)))],
-        LossName.ATTENTION: lambda: [of_features(PerTap(attention_loss))],
-        LossName.VID: lambda: [of_features(PerTap(_vid(pair, taps)))],
-        LossName.SP: lambda: [of_features(PerTap(similarity_loss))],
+        LossName.HINT: lambda: [of_features(MeanOverTaps(hint_loss, _adaptors(pair, taps)))],
+        LossName.ATTENTION: lambda: [of_features(MeanOverTaps(attention_loss))],
+        LossName.VID: lambda: [of_features(MeanOverTaps(_vid(pair, taps)))],
+        LossName.SP: lambda: [of_features(MeanOverTaps(similarity_loss))],
         LossName.RKD: lambda: [
-            Term("rkd_distance", PerTap(rkd_distance_loss), features, weight, last),
-            Term("rkd_angle", PerTap(rkd_angle_loss), features, 2 * weight, last),
+            Term("rkd_distance", MeanOverTaps(rkd_distance_loss), features, weight, last),
+            Term("rkd_angle", MeanOverTaps(rkd_angle_loss), features, 2 * weight, last),
         ],
-        LossName.PKT: lambda: [Term(name.value, PerTap(pkt_loss), features, weight, last)],
+        LossName.PKT: lambda: [Term(name.value, MeanOverTaps(pkt_loss), features, weight, last)],
         LossName.CRD: lambda: [crd()],
         LossName.REVIEW: lambda: [of_features(KnowledgeReview(*_channels(pair, taps)))],
     }
@@ -449,9 +449,9 @@ def _terms(name: LossName, weight: float, pair: Pair, taps: Taps) -> list[Term]:
 
 
 def _adaptors(pair: Pair, taps: Taps) -> dict[str, nn.Module]:
-    from secateur.distill.taps import adaptors_of
+    from secateur.distill.taps import make_adaptors
 
-    return dict(adaptors_of(pair.student, pair.teacher, taps, pair.example[:1]).items())
+    return dict(make_adaptors(pair.student, pair.teacher, taps, pair.example[:1]).items())
 
 
 def _vid(pair: Pair, taps: Taps) -> list[Callable[[Tensor, Tensor], Tensor]]:
@@ -466,9 +466,9 @@ def _vid(pair: Pair, taps: Taps) -> list[Callable[[Tensor, Tensor], Tensor]]:
 
 def _channels(pair: Pair, taps: Taps) -> tuple[list[int], list[int]]:
     """Channels at the taps, of the student and of the teacher."""
-    from secateur.distill.taps import tapped
+    from secateur.distill.taps import compute_features
 
-    students, teachers = tapped(pair.student, pair.teacher, taps, pair.example[:1])
+    students, teachers = compute_features(pair.student, pair.teacher, taps, pair.example[:1])
     return [_count(feature) for feature in students], [_count(feature) for feature in teachers]
 
 

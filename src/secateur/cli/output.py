@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +79,7 @@ def show(result: CompressResult | Distilled) -> None:
     print_written(result.files)
     if result.failed:
         err().print(Text("Error: " + "; ".join(result.failed), style="bold red"), soft_wrap=True)
-        raise typer.Exit(BAD_INPUT)
+        raise SystemExit(BAD_INPUT)
 
 
 def tell(message: str) -> None:
@@ -222,10 +221,21 @@ class Caught:
         return INTERRUPTED if self.number is None else 128 + self.number
 
 
-def resumable(command: _Command) -> _Command:
+def work_of(out_folder: Path) -> Path | None:
+    """Return the folder of the unfinished run that writes to ``out_folder``, if there is one."""
+    work = out_folder.with_name(f"{out_folder.name}.work")
+    return work if work.is_dir() else None
+
+
+def resumable(
+    command: _Command, *, work: Callable[[Path], Path | None] = work_of, program: str = "secateur"
+) -> _Command:
     """Make a command that can be resumed end in good order when it is interrupted: 130 for SIGINT, 143 for SIGTERM.
 
-    The command must have an ``out_folder`` argument.
+    Args:
+        command: A command with an ``out_folder`` argument.
+        work: Finds the unfinished work for an output folder.
+        program: How the command is started, for the message that says how to continue.
     """
 
     @functools.wraps(command)
@@ -237,8 +247,8 @@ def resumable(command: _Command) -> _Command:
                 # Libraries catch interrupts and end with an error of their own, as torch's exporters do.
                 if isinstance(error, SecateurError) and caught.number is None:
                     raise
-                err().print(Text(_after(kwargs["out_folder"])), soft_wrap=True)
-                raise typer.Exit(caught.exit_code) from None
+                err().print(Text(_after(work(kwargs["out_folder"]), program)), soft_wrap=True)
+                raise SystemExit(caught.exit_code) from None
 
     return run  # type: ignore[return-value]
 
@@ -286,14 +296,12 @@ def _in_a_child(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def _after(out: Path) -> str:
-    work = out.with_name(f"{out.name}.work")
-    place = work if work.is_dir() else out if (out / "study.json").is_file() else None
-    if place is None:
+def _after(work: Path | None, program: str) -> str:
+    if work is None:
         return "Interrupted. Nothing was written."
     words = [word for word in sys.argv[1:] if word not in ("--restart", "--resume")]
-    again = shlex.join(["secateur", *words, "--resume"])
-    return f"Interrupted. The work so far is in {place}: go on with the same command and --resume:\n{again}"
+    again = f"{program} {shlex.join([*words, '--resume'])}"
+    return f"Interrupted. The work so far is in {work}: go on with the same command and --resume:\n{again}"
 
 
 BAD_INPUT = 2
@@ -385,9 +393,9 @@ def _check_alone() -> None:
         )
 
 
-def _end(message: str, code: int) -> typer.Exit:
+def _end(message: str, code: int) -> SystemExit:
     err().print(Text(message, style="bold red" if code == BAD_INPUT else ""), soft_wrap=True)
-    return typer.Exit(code)
+    return SystemExit(code)
 
 
 def _message(error: Exception) -> str:

@@ -217,7 +217,7 @@ def _tas_of(searching: Searching) -> TAS:
 def _swp_of(searching: Searching) -> SWP:
     from secateur.nas.swp import SWP
     from secateur.nas.swp_evolution import Evolution
-    from secateur.nas.swp_knapsack import Exact
+    from secateur.nas.swp_knapsack import ExactKnapsack
     from secateur.workers import InProcess, OnRay
 
     usual, (widths, depths) = SWP(), _over(searching)
@@ -227,7 +227,7 @@ def _swp_of(searching: Searching) -> SWP:
         cuts=searching.cuts,
         schedule=_schedule(searching, usual.schedule),
         candidates=usual.candidates if searching.candidates is None else searching.candidates,
-        combination=Evolution() if searching.combination is CombinationName.EVOLUTION else Exact(),
+        combination=Evolution() if searching.combination is CombinationName.EVOLUTION else ExactKnapsack(),
         workers=InProcess() if searching.ray is None else OnRay(searching.ray),
     )
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
 from secateur._runtime import listening, stoppable
 from secateur.cli.output import resumable, signal_handler
@@ -35,9 +34,9 @@ def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: 
         os.kill(os.getpid(), number)
         done.append(str(out_folder))
 
-    with pytest.raises(typer.Exit) as ended:
+    with pytest.raises(SystemExit) as ended:
         command(out_folder=tmp_path / "out")
-    assert ended.value.exit_code == code
+    assert ended.value.code == code
     assert not done
 
 
@@ -51,9 +50,9 @@ def test_a_library_that_makes_an_error_of_the_signal_is_seen_through(tmp_path: P
         except KeyboardInterrupt as error:
             raise ExportError("`model` must hold only operations that ONNX has.") from error
 
-    with pytest.raises(typer.Exit) as ended:
+    with pytest.raises(SystemExit) as ended:
         command(out_folder=tmp_path / "out")
-    assert ended.value.exit_code == 143
+    assert ended.value.code == 143
 
 
 def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +70,9 @@ def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytes
             (out_folder.parent / "out.work").mkdir()
             raise KeyboardInterrupt
 
-    with pytest.raises(typer.Exit) as ended:
+    with pytest.raises(SystemExit) as ended:
         command(out_folder=tmp_path / "out")
-    assert ended.value.exit_code == 143
+    assert ended.value.code == 143
     assert done == ["the step"]
     said = capfd.readouterr().err
     assert "Stopping: a checkpoint is written after this step." in said
@@ -90,22 +89,10 @@ def test_it_says_the_command_that_goes_on(
     def command(*, out_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(typer.Exit) as ended:
+    with pytest.raises(SystemExit) as ended:
         command(out_folder=tmp_path / "out")
-    assert ended.value.exit_code == 130  # whoever raised it
+    assert ended.value.code == 130  # whoever raised it
     assert capfd.readouterr().err.splitlines()[-1] == "secateur compress --out 'a folder' --resume"
-
-
-def test_of_a_study_it_names_the_folder_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "study.json").write_text("{}")
-
-    @resumable
-    def command(*, out_folder: Path) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(typer.Exit):
-        command(out_folder=tmp_path)
-    assert f"The work so far is in {tmp_path}: " in capfd.readouterr().err
 
 
 def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +100,7 @@ def test_without_work_nothing_is_promised(tmp_path: Path, capfd: pytest.CaptureF
     def command(*, out_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(typer.Exit):
+    with pytest.raises(SystemExit):
         command(out_folder=tmp_path / "out")
     assert capfd.readouterr().err == "Interrupted. Nothing was written.\n"
 
@@ -156,8 +143,8 @@ def test_a_request_from_outside_is_not_taken_over() -> None:
 
 FORKS = """
 import os, signal, sys, time
-from secateur.cli._stopping import obeyed
-with obeyed():
+from secateur.cli.output import signal_handler
+with signal_handler():
     child = os.fork()
     if not child:
         os.kill(os.getpid(), signal.SIGINT)
@@ -175,9 +162,9 @@ def test_a_forked_worker_leaves_ctrl_c_to_its_parent_and_obeys_its_end() -> None
 
 DEAF = """
 import os, signal, sys, time
-from secateur.cli._stopping import obeyed
-from secateur.train._stop import listening
-with obeyed(), listening():
+from secateur._runtime import listening
+from secateur.cli.output import signal_handler
+with signal_handler(), listening():
     os.kill(os.getpid(), signal.SIGTERM)
     print("asked", flush=True)
     os.kill(os.getpid(), signal.SIGINT)

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from noise_images import noise_data, noise_split
 
+from benchmarks.study import FAMILIES, Family, Order, Pruned, Study, Taught, gains, run_study
+from benchmarks.study.results import size_table
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
-from secateur.pipeline._study import FAMILIES, Family, Order, Pruned, Study, Taught, _size_table, gains, run_study
 from secateur.train import Precision, TrainConfig
 
 TINY = TrainConfig(epochs=1, batch_size=16, learning_rate=0.02, precision=Precision.FLOAT32)
@@ -33,7 +34,7 @@ def comparable(row: Any) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, ...]]:
     """The whole study, uninterrupted."""
     out = tmp_path_factory.mktemp("study") / "out"
-    return out, run_study(STUDY, _data(), out=out, command="secateur compare ...").rows
+    return out, run_study(STUDY, _data(), out=out, command="python -m benchmarks.study ...").rows
 
 
 def test_every_way_to_every_size_once() -> None:
@@ -78,7 +79,7 @@ def test_the_table_and_the_page_hold_every_cell(whole: tuple[Path, tuple[Any, ..
     assert table == [dict(row) for row in rows]
     page = (out / "study.html").read_text()
     assert "What distillation adds to labels alone" in page
-    assert "secateur compare ..." in page
+    assert "python -m benchmarks.study ..." in page
     assert page.count("(PE ") == 14
     assert len(list((out / "cells").glob("*.json"))) == 14
 
@@ -101,7 +102,7 @@ def test_gains_are_shown_for_every_size_on_its_own() -> None:
         )
         for family, accuracy in zip("ab", accuracies, strict=True)
     ]  # fmt: skip
-    table = _size_table(rows)
+    table = size_table(rows)
     assert table.columns == ("way", "weights 50 %", "weights 10 %")
     # (4 + 6) / 2 points, deviation sqrt(2), error sqrt(2) / sqrt(2).
     assert {row[0]: row[1:] for row in table.rows}["kd: both"] == ("+5.00 ± 1.00 (n = 2)", "+0.00 ± 0.00 (n = 2)")

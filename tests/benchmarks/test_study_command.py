@@ -1,4 +1,4 @@
-"""``secateur compare`` on a few handwritten digits."""
+"""``python -m benchmarks.study`` on a few handwritten digits."""
 
 import subprocess
 import sys
@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from command_line import Run
+from command_line import Result, outcome
+
+from benchmarks.study.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_small_study_is_run_shown_and_gone_on_with(run: Run, tmp_path: Path) -> None:
+def run(*words: object) -> Result:
+    found = outcome(main, *words)
+    if found.exception is not None:
+        raise found.exception
+    return found
+
+
+def test_a_small_study_is_run_shown_and_gone_on_with(tmp_path: Path) -> None:
     words = (
-        *("compare", "--study", "pruning-x-distillation", "--data", "digits", "--out", tmp_path / "study"),
+        *("--study", "pruning-x-distillation", "--data", "digits", "--out", tmp_path / "study"),
         *("--family", "resnet", "--seeds", 1, "--weights-kept", "0.3", "--macs-kept", "", "--limit", 200),
         *("--teacher-epochs", 1, "--student-epochs", 1, "--recovery-images", 64, "--test-images", 50, "--threads", 1),
     )
@@ -31,24 +42,37 @@ def test_a_small_study_is_run_shown_and_gone_on_with(run: Run, tmp_path: Path) -
     assert "must be continued with the settings" in " ".join(other.stderr.split())
 
 
-def test_unknown_words_are_refused(run: Run, tmp_path: Path) -> None:
-    words = ("compare", "--study", "pruning-x-distillation", "--data", "digits", "--out", tmp_path / "study")
-    assert "Invalid value for '--study'" in run(*words[:2], "other", *words[3:]).output
+def test_unknown_words_are_refused(tmp_path: Path) -> None:
+    words = ("--study", "pruning-x-distillation", "--data", "digits", "--out", tmp_path / "study")
+    assert "argument --study: invalid choice: 'other'" in run(*words[:1], "other", *words[2:]).output
     found = run(*words, "--weights-kept", "half")
     assert found.exit_code == 2
     assert "`--weights-kept` must be numbers separated by commas" in " ".join(found.stderr.split())
 
 
+def test_an_interrupted_study_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "study.json").write_text("{}")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.study.__main__.load_data", stopped)
+    found = run("--data", "digits", "--out", tmp_path)
+    assert found.exit_code == 130
+    assert f"The work so far is in {tmp_path}: " in found.stderr
+    assert found.stderr.splitlines()[-1].startswith("python -m benchmarks.study ")
+
+
 STUDY = (
-    *("compare", "--study", "pruning-x-distillation", "--data", "digits", "--family", "resnet", "--seeds", "1"),
+    *("--study", "pruning-x-distillation", "--data", "digits", "--family", "resnet", "--seeds", "1"),
     *("--weights-kept", "0.3", "--macs-kept", "0.5", "--limit", "200", "--teacher-epochs", "1", "--precision", "32"),
     *("--student-epochs", "1", "--recovery-images", "64", "--test-images", "50", "--threads", "1"),
 )
 
 
 @pytest.mark.slow
-def test_a_study_killed_by_the_system_goes_on_to_the_same_numbers(run: Run, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "from secateur.cli import main; main()", *STUDY, "--out", str(tmp_path / "killed")]
+def test_a_study_killed_by_the_system_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    words = [sys.executable, ROOT / "benchmarks" / "study", *STUDY, "--out", str(tmp_path / "killed")]
     victim = subprocess.Popen(words)
     while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < 3:
         assert victim.poll() is None, "it must still run"

@@ -1,0 +1,1 @@
+"""Measurements of Secateur; each file is a script, and the results lie in ``results``."""

@@ -1,27 +1,34 @@
-"""The README's Python blocks run, one after the other, as a reader would paste them."""
+"""The code blocks of README.md and docs/guide.md run, and README's table agrees with its record."""
 
 import re
 import shlex
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from command_line import Run
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def _blocks(language: str, *pages: Path) -> list[str]:
+    return [
+        block
+        for page in pages
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ]
 
 
 def _commands() -> list[str]:
-    """Every command, one a line."""
-    return [line for block in _blocks("sh")[1:] for line in block.replace("\\\n", " ").splitlines()]
+    """Every command of both pages, one a line."""
+    blocks = _blocks("sh", README, GUIDE)[1:]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    blocks = _blocks("python")
+    blocks = _blocks("python", README, GUIDE)
     assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
@@ -37,7 +44,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_opens_with_the_two_commands():
-    first = _blocks("sh")[0].splitlines()
+    first = _blocks("sh", README)[0].splitlines()
     assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
 
 
@@ -59,7 +66,39 @@ def test_commands_and_flags_exist():
 
 def test_inspect_commands_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for line in [line for line in _commands() if line.startswith("secateur inspect") and "--model torch" in line]:
+    lines = [line for line in _commands() if line.startswith("secateur inspect") and "--model torch" in line]
+    assert len(lines) == 4
+    for line in lines:
         found = run(*shlex.split(line)[1:])
         assert found.exit_code == 0, found.output
     assert [path.name for path in tmp_path.iterdir()] == ["resnet18.svg"]
+
+
+def test_accuracies_are_those_of_the_record():
+    record = (ROOT / "benchmarks" / "results" / "recover.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in record.splitlines() if "cifar_" in line]
+    by_key = {(row[0], row[2], row[1]): row for row in rows if row[3] == "0.02"}
+    shown = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| cifar_")]
+    assert len(shown) == 4
+    for line in shown:
+        model, method, macs, *accuracies = (cell.strip() for cell in line.split("|")[1:-1])
+        one, three = (by_key[model, {"Secateur": "ours"}.get(method, "peer-kd"), epochs] for epochs in "13")
+        before = mean(map(float, one[5].split(", ")))
+        assert (macs, accuracies) == (one[4], [f"{before:.2f} %", f"{one[7]} %", f"{three[7]} %"])
+
+
+def test_counts_are_those_of_the_coverage_record():
+    page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+    (total,) = (line for line in page.splitlines() if line.startswith("| **all but tests' zoo**"))
+    counts = re.findall(r"\d+(?= |$)", total.replace("(", "( "))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"{counts[0]} models from timm" in text
+    assert f"All {counts[1]} succeeded; Torch-Pruning processes {counts[-1]} of them" in text
+
+
+def test_links_exist():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert len(pages) > 15
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

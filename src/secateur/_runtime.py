@@ -1,18 +1,16 @@
-"""The processes that torchrun has started for one program. Nothing here loads torch.
+"""The state of the process and of the models that run in it.
 
-Ending a long loop in good order: it writes a checkpoint after its next step and raises `Stopped`.
-
-Contexts in which a model runs.
-
-Deep copies of models, quicker than `copy.deepcopy` because most of what a module holds is plain or empty.
-
-Clocks, and the settings of the process that hold while time is taken."""
+In reading order: the processes that torchrun started, requests to stop a long loop, contexts in which a model runs
+without side effects, `copy_model`, and the clocks and settings for measuring time.
+"""
 
 import contextlib
 import copy
 import gc
 import os
 import time
+import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,19 +18,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.errors import TrainingError
+from secateur.errors import ModelError, TrainingError
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
-def processes() -> int:
-    """How many processes torchrun has started for this program; 1 without it.
+def process_count() -> int:
+    """Return the number of processes that torchrun started for this program; 1 without torchrun.
 
     Raises:
-        TrainingError: If its variables are no numbers.
+        TrainingError: If ``WORLD_SIZE`` is not a positive number.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 1
@@ -42,18 +42,18 @@ def processes() -> int:
     return int(text)
 
 
-def is_first() -> bool:
-    """Whether this process is the first of them, or alone: the one that speaks."""
+def is_main_process() -> bool:
+    """Return whether this process is the first one, or the only one. Only this process prints and logs."""
     return os.environ.get("RANK", "0") in ("", "0")
 
 
 class Stopped(KeyboardInterrupt):
-    """A loop that was asked to stop has stopped. No error: it goes on where it was when it is started again.
+    """Raised by a training or search loop that was asked to stop. The loop can be resumed from its checkpoint.
 
-    A `KeyboardInterrupt`, so that nothing takes it for a failure and goes on.
+    It is a `KeyboardInterrupt`, so that code that handles ordinary failures does not swallow it.
 
     Attributes:
-        folder: Where the checkpoint lies that was written last; None if the loop was given no folder for checkpoints.
+        folder: The folder of the last checkpoint; None if the loop had no folder for checkpoints.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -63,17 +63,17 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the loops inside of a `stoppable` block shall stop. Safe to use in signal handlers: it takes no locks.
+    """Tells the loops inside a `stoppable` block to stop. It takes no locks, so signal handlers may use it.
 
     Attributes:
         asked: Whether `ask` was called.
-        heard: Whether a loop is running that will obey after its next step. Outside of loops nobody listens: then it
-            is the next loop that stops, in its first step, unless the caller ends the work in another way.
+        acknowledged: Whether a loop is running that will stop after its next step. If none is running, the next loop
+            stops in its first step, unless the caller ends the work in another way.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self.heard = False
+        self.acknowledged = False
 
     def ask(self) -> None:
         """Ask the loops to stop; once is enough."""
@@ -85,9 +85,10 @@ _current: ContextVar[StopRequest | None] = ContextVar("secateur_stop", default=N
 
 @contextmanager
 def stoppable() -> Generator[StopRequest]:
-    """A block whose trainings and searches can be asked to stop; of several blocks the innermost counts.
+    """Open a block whose training and search loops can be asked to stop.
 
-    Loops that run in this block (in this thread, or this task of asyncio) obey. For example::
+    The request reaches the loops in this thread, or this asyncio task; of nested blocks, only those of the innermost
+    one. For example::
 
         with stoppable() as stop:
             signal.signal(signal.SIGTERM, lambda *_: stop.ask())
@@ -101,30 +102,33 @@ def stoppable() -> Generator[StopRequest]:
         _current.reset(token)
 
 
-def asked_to_stop() -> bool:
-    """Whether the block that this runs in was asked to stop."""
+def stop_requested() -> bool:
+    """Return whether the innermost enclosing `stoppable` block was asked to stop."""
     request = _current.get()
     return request is not None and request.asked
 
 
 @contextmanager
-def listening() -> Generator[StopRequest]:
-    """A loop that obeys the request of the block it runs in; outside of such a block nobody can ask."""
+def accept_stop_requests() -> Generator[StopRequest]:
+    """Declare that the code inside will obey the request of the enclosing `stoppable` block, and yield that request."""
     request = _current.get() or StopRequest()
-    before, request.heard = request.heard, True
+    before, request.acknowledged = request.acknowledged, True
     try:
         yield request
     finally:
-        request.heard = before
+        request.acknowledged = before
 
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments of a forward call."""
+Batch = tuple[Tensor, Tensor]
+"""Inputs of a model and the labels that belong to them, on one device."""
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a forward call."""
 
 
 @contextlib.contextmanager
 def without_fast_path() -> Generator[None]:
-    """Switch off the fast path of `torch.nn.MultiheadAttention`, which is one opaque operation, and put it back."""
+    """Disable the fast path of `torch.nn.MultiheadAttention`, one opaque operation, and restore it afterward."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -134,21 +138,24 @@ def without_fast_path() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def preserving_state(model: nn.Module) -> Generator[None]:
-    """Run a model in the open: random state and settings are put back afterward."""
-    # Nothing can lie on a device that was never asked for anything.
+def run_isolated(model: nn.Module) -> Generator[None]:
+    """Restore the random state of the CPU and of the model's devices afterward, and run without opaque operations."""
+    # Without an initialized CUDA context, no parameter can be on a GPU.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), without_fast_path():
         yield
 
 
-def run_under_(model: nn.Module, mode: Callable[[Inputs], AbstractContextManager[Any]]) -> nn.Module:
-    """Enter a context whenever a model runs, in the open, and leave it when that is done or has failed; returns it.
+def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractContextManager[Any]]) -> nn.Module:
+    """Enter a context whenever a model runs, and leave it when the call returns or raises.
 
     Args:
-        model: Gets two hooks.
+        model: Changed in place: it gets two hooks. Its calls also run without the fast path of attention.
         mode: Makes the context from the inputs of the call.
+
+    Returns:
+        The model.
     """
     running: list[ExitStack] = []
 
@@ -166,83 +173,257 @@ def run_under_(model: nn.Module, mode: Callable[[Inputs], AbstractContextManager
     return model
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device, type(torch.relu)})
+_PLAIN = frozenset({
+    int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range,
+    types.FunctionType, types.BuiltinFunctionType,
+})  # fmt: skip
+"""Types whose values cannot change, so that a copy may share them."""
 _CONTAINERS = frozenset({dict, OrderedDict, set, list})
-_USUAL = ("__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
-_CONVOLUTION = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
-"""Its ``__setstate__`` only adds what very old pickles lack, so that its copies are the usual ones."""
+_WITHOUT_SETSTATE = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)  # pyright: ignore[reportPrivateUsage]
+"""Both only add attributes that very old pickles lack, so that a copy need not call them."""
 
 
-def copy_model(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy; what is in ``memo`` is taken from there.
+def copy_model(model: ModuleType, memo: dict[Any, Any] | None = None) -> ModuleType:
+    """Return an independent copy of a model; the model itself is never changed.
+
+    It is what `copy.deepcopy` would return, with three differences. A tensor that was computed from others, such as the
+    last output that a module keeps for display, is copied without its gradient history instead of being refused. What
+    cannot be copied at all (open files, locks, generators, Python modules) is shared with the original. A weak
+    reference to a part of the model refers to the same part of the copy.
 
     Args:
-        model: Left as it is.
-        memo: By identity, what stands for an object of the model in the copy, as for `copy.deepcopy`.
+        model: Any module, with hooks and attributes of any kind.
+        memo: What stands for an object of the model in the copy, by the `id` of the object, as for `copy.deepcopy`.
+
+    Raises:
+        ModelError: If a module defines how it is copied (``__deepcopy__``, ``__reduce__``) and that fails.
     """
-    known = memo.get(id(model))
-    if known is not None:
-        return known
-    kind = type(model)
-    if not _copies_as_usual(kind):
-        return copy.deepcopy(model, memo)  # it has its own idea of a copy
-    twin = kind.__new__(kind)
-    memo[id(model)] = twin
-    held = vars(twin)
-    for name, value in vars(model).items():
+    try:
+        return _Copier({} if memo is None else memo).module(model)
+    except Exception as error:
+        raise ModelError(
+            f"`model` ({type(model).__name__}) cannot be copied: {error}. Change how its modules define "
+            "`__deepcopy__` or `__reduce__`, or remove that definition."
+        ) from error
+
+
+class _Copier:
+    """One copy under construction.
+
+    Every module is allocated before any attribute is copied, and the tensors of all modules are copied first. So what
+    refers back to a part of the model (a hook, a parent, a weak reference) finds that part's copy in the memo.
+    """
+
+    def __init__(self, memo: dict[Any, Any]) -> None:
+        self.memo = memo
+        # Temporary objects whose ids are in the memo: a new object must not get the id of a dead one.
+        self.temporary: list[Any] = []
+
+    def module(self, module: ModuleType) -> ModuleType:
+        known = self.memo.get(id(module))
+        if known is not None:
+            return known
+        if _copies_itself(type(module)):
+            self._copy_computed_tensors(module)
+            return copy.deepcopy(module, self.memo)
+        pending: list[tuple[nn.Module, nn.Module]] = []
+        self._allocate(module, pending)
+        for original, _ in pending:
+            for kind in ("_parameters", "_buffers"):
+                for tensor in vars(original).get(kind, {}).values():
+                    if tensor is not None and id(tensor) not in self.memo:
+                        self.value(tensor)
+        for original, twin in pending:
+            self._fill(original, twin)
+        return self.memo[id(module)]
+
+    def _allocate(self, module: nn.Module, pending: list[tuple[nn.Module, nn.Module]]) -> None:
+        if id(module) in self.memo or _copies_itself(type(module)):
+            return
+        kind = type(module)
+        self.memo[id(module)] = kind.__new__(kind)
+        pending.append((module, self.memo[id(module)]))
+        for child in vars(module).get("_modules", {}).values():
+            if child is not None and type(child) not in _WEAK:
+                self._allocate(child, pending)
+
+    def _copy_computed_tensors(self, module: nn.Module) -> None:
+        """Put into the memo what `copy.deepcopy` refuses: tensors that were computed from others."""
+        for inner in module.modules():
+            for value in (*vars(inner).values(), *inner.buffers(recurse=False)):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    self.tensor(value)
+
+    def _fill(self, module: nn.Module, twin: nn.Module) -> None:
+        state = vars(module)
+        reads, writes = _state_methods(type(module))
+        if reads:
+            state: Any = module.__getstate__()  # type: ignore[no-redef]
+            self.temporary.append(state)
+        # Nearly all that a module holds is plain or empty, which needs no further call.
+        copied: dict[str, Any] = {} if writes else vars(twin)
+        for name, value in state.items():
+            kind = type(value)
+            if kind in _PLAIN:
+                copied[name] = value
+            elif kind in _CONTAINERS and not value:
+                copied[name] = self.memo.setdefault(id(value), kind())
+            else:
+                copied[name] = self.value(value)
+        if writes:
+            twin.__setstate__(copied)
+
+    def value(self, value: Any) -> Any:
+        """Return the copy of anything."""
         kind = type(value)
-        if kind in _CONTAINERS and not value:
-            held[name] = memo.setdefault(id(value), kind())
-        elif kind in _PLAIN or _is_plain(value):
-            held[name] = value
-        elif name == "_modules":
-            children = value.items()
-            held[name] = type(value)(
-                (key, None if child is None else copy_model(child, memo)) for key, child in children
-            )
-        elif name in {"_parameters", "_buffers"}:
-            held[name] = type(value)((key, _copy_tensor(tensor, memo)) for key, tensor in value.items())
+        if kind in _PLAIN:
+            return value
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
+        if kind in _WEAK:
+            return self._weak(value)
+        if isinstance(value, Tensor | nn.Module):
+            return self.tensor(value) if isinstance(value, Tensor) else self.module(value)
+        return self._container(value) if kind in _CONTAINERS or kind is tuple else self._object(value)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        known = self.memo.get(id(tensor))
+        if known is not None:
+            return known
+        if not tensor.is_leaf:
+            self.memo[id(tensor)] = tensor.detach().clone()
+            return self.memo[id(tensor)]
+        if type(tensor) is not Tensor or tensor.requires_grad or not tensor.is_contiguous():
+            return copy.deepcopy(tensor, self.memo)
+        # Views of the same memory must share it in the copy too; `copy.deepcopy` finds copied storages in this table.
+        storage, storages = tensor.untyped_storage(), self.memo.setdefault("torch", {})
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        if storage.nbytes() != tensor.nbytes or key in storages:
+            return copy.deepcopy(tensor, self.memo)
+        twin = self.memo[id(tensor)] = tensor.clone()
+        storages[key] = twin.untyped_storage()
+        return twin
+
+    def _container(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is tuple:
+            items = tuple(map(self.value, value))
+            same = all(item is old for item, old in zip(items, value, strict=True))
+            # A tuple that contains itself, by way of a list, is in the memo by now.
+            return self.memo.setdefault(id(value), value if same else items)
+        twin = self.memo[id(value)] = kind()
+        if kind is list:
+            twin.extend(map(self.value, value))
+        elif kind is set:
+            twin.update(map(self.value, value))
         else:
-            held[name] = copy.deepcopy(value, memo)
-    return twin
+            for key, item in value.items():
+                known = self.memo.get(id(item))
+                twin[key if type(key) is str else self.value(key)] = self.value(item) if known is None else known
+        return twin
+
+    def _weak(self, value: Any) -> Any:
+        """Return a weak reference to what stands for the same object in the copy."""
+        if type(value) is weakref.ReferenceType:
+            twin = self.memo.get(id(value()))
+            return value if twin is None else weakref.ref(twin)
+        twin = self.memo.get(id(value.__repr__.__self__))
+        return value if twin is None else weakref.proxy(twin)
+
+    def _object(self, value: Any) -> Any:
+        """Copy an object by the pickle protocol, part by part; share it if it does not support that."""
+        if isinstance(value, type | types.ModuleType):
+            return value
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self.value(value.__self__))
+        if hasattr(value, "__deepcopy__"):
+            return self._ask_for_copy(value)
+        try:
+            reduced = value.__reduce_ex__(4)
+        except Exception:
+            return value
+        if isinstance(reduced, str):
+            return value
+        self.temporary.append(reduced)
+        try:
+            parts: list[Any] = [*reduced, None, None, None]
+            make, args, state, items, pairs = parts[:5]
+            twin: Any = make(*map(self.value, args))
+            self.memo[id(value)] = twin
+            self._set_state(twin, state)
+            for item in items or ():
+                twin.append(self.value(item))
+            for key, item in pairs or ():
+                twin[self.value(key)] = self.value(item)
+        except Exception:
+            twin = self.memo[id(value)] = value
+        return twin
+
+    def _ask_for_copy(self, value: Any) -> Any:
+        known = len(self.memo)
+        try:
+            return copy.deepcopy(value, self.memo)
+        except Exception:
+            for key in list(self.memo)[known:]:  # What was copied until then may be incomplete.
+                del self.memo[key]
+            return value
+
+    def _set_state(self, twin: Any, state: Any) -> None:
+        if state is None:
+            return
+        state = self.value(state)
+        if hasattr(twin, "__setstate__"):
+            twin.__setstate__(state)
+            return
+        held, slots = state if isinstance(state, tuple) else (state, None)
+        vars(twin).update(held or {})
+        for name, item in (slots or {}).items():
+            setattr(twin, name, item)
+
+
+_WEAK = frozenset({weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType})
 
 
 @lru_cache(256)
-def _copies_as_usual(kind: type[nn.Module]) -> bool:
-    own = [name for name in _USUAL if getattr(kind, name, None) is not getattr(nn.Module, name, None)]
-    return not own or (own == ["__setstate__"] and kind.__setstate__ is _CONVOLUTION.__setstate__)
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules defines how it is copied."""
+    own = [name for name in ("__deepcopy__", "__reduce__", "__reduce_ex__") if _overrides(kind, name)]
+    return bool(own) and not (own == ["__deepcopy__"] and _is_parametrized(kind))
 
 
-def _copy_tensor(tensor: Any, memo: dict[int, Any]) -> Any:
-    known = memo.get(id(tensor))
-    if known is not None:
-        return known
-    plain = type(tensor) is torch.Tensor and not tensor.requires_grad and tensor.is_contiguous()
-    if not plain or tensor.untyped_storage().nbytes() != tensor.nbytes:
-        return copy.deepcopy(tensor, memo)  # a view must go on sharing its storage
-    memo[id(tensor)] = tensor.clone()
-    return memo[id(tensor)]
+@lru_cache(256)
+def _state_methods(kind: type[nn.Module]) -> tuple[bool, bool]:
+    """Whether a class of modules has a ``__getstate__``, and a ``__setstate__``, that a copy must call."""
+    if _is_parametrized(kind):
+        return False, False
+    return _overrides(kind, "__getstate__"), kind.__setstate__ not in _WITHOUT_SETSTATE
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+def _is_parametrized(kind: type[nn.Module]) -> bool:
+    """Whether `torch.nn.utils.parametrize` made the class: its methods only refuse pickling."""
+    return getattr(getattr(kind, "__deepcopy__", None), "__module__", "") == "torch.nn.utils.parametrize"
+
+
+def _overrides(kind: type[nn.Module], name: str) -> bool:
+    return getattr(kind, name, None) is not getattr(nn.Module, name, None)
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds from some fixed moment, and what they count."""
+    """A function that returns seconds since some fixed moment, and the name of what it measures."""
 
     name: str
     read: Callable[[], float]
 
 
-ELAPSED = Clock("elapsed time", time.perf_counter)
+ELAPSED_TIME = Clock("elapsed time", time.perf_counter)
 # Windows counts a thread's processor time in steps of 16 ms. Both runtimes do all work on the calling thread.
-ONE_THREAD = ELAPSED if os.name == "nt" else Clock("processor time", time.thread_time)
+PROCESSOR_TIME = ELAPSED_TIME if os.name == "nt" else Clock("processor time", time.thread_time)
 
 
 def load_average() -> float | None:
-    """Programs that were running or waiting, on average of the last minute; None where the system does not say."""
+    """Return the mean number of runnable programs in the last minute; None where the system does not report it."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -250,10 +431,11 @@ def load_average() -> float | None:
 
 
 @contextmanager
-def torch_threads(threads: int) -> Generator[None]:
-    """PyTorch's threads on the CPU for a while."""
+def torch_threads(threads: int | None) -> Generator[None]:
+    """Set the number of CPU threads of PyTorch, unless it is None, and restore it afterward."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -261,8 +443,8 @@ def torch_threads(threads: int) -> Generator[None]:
 
 
 @contextmanager
-def same_environment() -> Generator[None]:
-    """Environment variables are at the end what they were before; compilers leave notes to themselves in them."""
+def preserve_environment() -> Generator[None]:
+    """Restore the environment variables afterward. Compilers store notes to themselves there."""
     before = dict(os.environ)
     try:
         yield
@@ -274,7 +456,7 @@ def same_environment() -> Generator[None]:
 
 @contextmanager
 def no_garbage_collection() -> Generator[None]:
-    """No pause for garbage."""
+    """Disable garbage collection, whose pauses would be measured, and restore it afterward."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

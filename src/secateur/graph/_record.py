@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
-from secateur._runtime import copy_model, preserving_state
-from secateur.errors import TraceError
+from secateur._runtime import copy_model, run_isolated
+from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._rules_sizes import bind_sizes
 from secateur.graph._size_ints import Attribute, ShapeOf, SizeInt, SizeTuple
@@ -294,16 +294,13 @@ _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 def shadow_copy(model: nn.Module) -> nn.Module:
-    """A copy with its own modules and buffers that shares the parameters: running it leaves the model as it was."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    in_eval = True
-    for module in model.modules():
-        kind = type(module)
-        in_eval &= not module.training and kind.train is nn.Module.train and kind.eval is nn.Module.eval
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                shared[id(value)] = value
-    shadow = copy_model(model, shared)
+    """Return a copy in eval mode that shares only the parameters: running it leaves the model as it was."""
+    shadow = copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
+    # `eval()` visits every module, which takes longer than the copy; it is needed only if it would change something.
+    in_eval = all(
+        not module.training and type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
+        for module in model.modules()
+    )
     return shadow if in_eval else shadow.eval()
 
 
@@ -361,11 +358,8 @@ def _record(
 ) -> tuple[Ledger, dict[Attribute, int]]:
     try:
         shadow = shadow_copy(model)
-    except Exception as error:
-        raise TraceError(
-            f"`model` ({type(model).__name__}) cannot be copied: {error}. Remove what it holds that is neither a "
-            "tensor, a module nor plain data, such as open files or generators."
-        ) from error
+    except ModelError as error:
+        raise TraceError(str(error)) from error
     ledger = Ledger()
     if by_head is not None:
         ledger.by_head = by_head
@@ -375,7 +369,7 @@ def _record(
     attributes = number_attributes(modules)
     _watch(modules, ledger, where)
     where.flow.feed(example)
-    with preserving_state(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
+    with run_isolated(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
         try:
             out = shadow(*example)
         except Exception as error:
@@ -416,7 +410,7 @@ def _record_training(
     )
     recorders = SizeRecorder(ledger, where), OperationRecorder(ledger, where)
     where.flow.feed(doubled)
-    with contextlib.suppress(Exception), preserving_state(model), torch.no_grad(), recorders[0], recorders[1]:
+    with contextlib.suppress(Exception), run_isolated(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
         tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output in training")
@@ -543,7 +537,7 @@ def _rerun(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run
             module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
     watching = _Watching(run, names, computed=computed)
-    with preserving_state(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
+    with run_isolated(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
         out = shadow(*example)
     run.flow.finish(out)
     if watching.was_read:

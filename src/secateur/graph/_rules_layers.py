@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secateur._arrays import IntArray
-from secateur._runtime import run_under_
+from secateur._runtime import add_run_context_
 from secateur.graph._ledger import (
     MIXING_KINDS,
     Call,
@@ -349,7 +349,7 @@ class OverKeptChannels(TorchDispatchMode):
 
 def compute_over_kept_(model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """Make a full model compute norms, means and softmaxes over the kept channels whenever it runs; returns it."""
-    return run_under_(model, lambda _: OverKeptChannels(graph, kept)) if graph.mixings else model
+    return add_run_context_(model, lambda _: OverKeptChannels(graph, kept)) if graph.mixings else model
 
 
 def _gathered(name: str, args: Any, kwargs: Any, read: Sequence[tuple[Lane, IntArray]]) -> tuple[tuple[Any, ...], Any]:

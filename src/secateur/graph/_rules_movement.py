@@ -26,7 +26,7 @@ def filled(call: Call) -> Sequence[ChannelIds]:
     return [call.ids(call.inputs[0]) for _ in call.outputs]
 
 
-def movement(call: Call) -> Sequence[ChannelIds]:
+def move_ids(call: Call) -> Sequence[ChannelIds]:
     """Run the operation on the ids themselves."""
     source = call.inputs[0]
     for other in call.inputs[1:]:
@@ -221,7 +221,7 @@ def elsewhere(call: Call) -> Sequence[ChannelIds]:
     ids = call.ids(source)
     moved = {dim: vector for dim, vector in ids.items() if dim in dims or not dims}
     if not moved:
-        return movement(call)
+        return move_ids(call)
     call.ledger.freeze_all([moved], f"{call.where} moves channels to other positions")
     if call.outputs[0].shape != source.shape:
         call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")

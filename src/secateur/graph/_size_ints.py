@@ -171,7 +171,7 @@ class SizeTuple(tuple[int, ...]):
         return SizeTuple(tuple(self) + tuple(other))
 
 
-def evaluate(
+def evaluate_expression(
     expression: Expression,
     *,
     attributes: Mapping[Attribute, Extent],
@@ -195,7 +195,8 @@ def evaluate(
             return measure(ids)
         case Arithmetic(operator, left, right):
             first, second = (
-                evaluate(side, attributes=attributes, values=values, measure=measure) for side in (left, right)
+                evaluate_expression(side, attributes=attributes, values=values, measure=measure)
+                for side in (left, right)
             )
             if first is None or second is None:
                 return None
@@ -306,7 +307,7 @@ def shape_leaves(expression: Expression) -> list[IntArray]:
             return []
 
 
-def describe(expression: Expression) -> str:
+def expression_text(expression: Expression) -> str:
     """The expression for a human."""
     match expression:
         case Literal(value):
@@ -316,4 +317,4 @@ def describe(expression: Expression) -> str:
         case ShapeOf():
             return "x.shape[...]"
         case Arithmetic(operator, left, right):
-            return f"({describe(left)} {operator} {describe(right)})"
+            return f"({expression_text(left)} {operator} {expression_text(right)})"

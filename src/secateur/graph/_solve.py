@@ -17,8 +17,8 @@ from secateur.graph._size_ints import (
     Attribute,
     Expression,
     ShapeOf,
-    describe,
-    evaluate,
+    evaluate_expression,
+    expression_text,
     invert,
     shape_leaves,
 )
@@ -193,7 +193,7 @@ def _edited(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, i
         inside = _attributes_in(expression)
         if not all(place in edited for place in inside) and not isinstance(expression, Attribute):
             return None
-        return evaluate(expression, attributes=edited, values=attributes, measure=solution.measure)
+        return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.measure)
 
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.measure(binding.ids)
@@ -212,11 +212,13 @@ def _is_consistent(
     """Whether an int will have the value that its use needs, for all widths."""
     if binding.ids is None and not shape_leaves(binding.expression) and not _mentions(binding.expression, edited):
         return True
-    found = evaluate(binding.expression, attributes=edited, values=attributes, measure=solution.measure)
+    found = evaluate_expression(binding.expression, attributes=edited, values=attributes, measure=solution.measure)
     if binding.ids is not None:
         needed = solution.measure(binding.ids)
     else:
-        needed = evaluate(binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids)))
+        needed = evaluate_expression(
+            binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids))
+        )
     return needed is not None and found == needed
 
 
@@ -233,8 +235,8 @@ def _freeze_unless_consistent(
     names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
     vectors = [*leaves, *([binding.ids] if binding.ids is not None else [])]
     if not vectors:
-        return solution.freeze_named(names, f"{binding.where} needs {describe(binding.expression)} as it is")
-    reason = f"{binding.where} takes the size {describe(binding.expression)}, which cannot follow"
+        return solution.freeze_named(names, f"{binding.where} needs {expression_text(binding.expression)} as it is")
+    reason = f"{binding.where} takes the size {expression_text(binding.expression)}, which cannot follow"
     news = solution.freeze(vectors, reason)
     return solution.freeze_named(names, reason) or news
 

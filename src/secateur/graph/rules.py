@@ -15,7 +15,7 @@ from secateur.graph import _rules_layers as layers
 from secateur.graph import _rules_movement as moves
 from secateur.graph._ledger import ATTENTION_KINDS, Call, ChannelIds, Rule, merge, unknown
 from secateur.graph._rules_layers import convolution, group_norm, layer_norm, matrix_product
-from secateur.graph._rules_movement import concatenate, movement
+from secateur.graph._rules_movement import concatenate
 from secateur.graph.blocks import is_pointwise
 
 
@@ -156,7 +156,7 @@ _ELEMENTWISE = [
 _ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *ATTENTION_KINDS})
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_MOVEMENT, moves.movement),
+    **dict.fromkeys(_MOVEMENT, moves.move_ids),
     **dict.fromkeys(_PER_CHANNEL, per_channel),
     **dict.fromkeys(_REDUCTION, reduction),
     **dict.fromkeys(_NORMALIZED, normalized),

@@ -14,7 +14,7 @@ from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.slice import apply_architecture, check_architecture
-from secateur.prune.verify import Mismatch, Verification, compare
+from secateur.prune.verify import Mismatch, Verification, compare_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def cut(
     frozen: tuple[tuple[str, str], ...] = ()
     while True:
         small = apply_architecture(model, graph, architecture).eval()
-        result = compare(model, small, graph, architecture)
+        result = compare_outputs(model, small, graph, architecture)
         if isinstance(result, Verification):
             break
         reasons = _inexact_blocks(model, graph, architecture)
@@ -217,7 +217,7 @@ def _inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Archite
 
 def _removed(model: nn.Module, graph: ChannelGraph, blocks: tuple[str, ...]) -> Verification | Mismatch:
     only = Architecture.of({}, blocks)
-    return compare(model, apply_architecture(model, graph, only).eval(), graph, only)
+    return compare_outputs(model, apply_architecture(model, graph, only).eval(), graph, only)
 
 
 def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:

@@ -4,7 +4,6 @@ Masks on a model: a factor of 0 or 1 in front of every weight, through `torch.nn
 
 Sparse tensors in little space: one bit for each element, and the elements that are not zero."""
 
-import copy
 import difflib
 import math
 import re
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from secateur._runtime import copy_model
 from secateur.errors import SparsityError
 
 Weights = Mapping[str, Tensor]
@@ -186,7 +186,7 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
     Raises:
         SparsityError: If a mask has no weight, or another shape or type than bool.
     """
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     places = places_of(model)
     for name, kept in masks.items():
         if name not in places:

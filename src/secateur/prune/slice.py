@@ -254,22 +254,13 @@ def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tenso
         changes: Tensor name to a function from (name, tensor) to its replacement.
     """
     memo: dict[int, Any] = {}
-    keep_alive: list[torch.Tensor] = []
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             change = changes.get(name)
             if change is None:
                 continue
             new = change(name, tensor.detach()).contiguous(memory_format=_memory_format(tensor))
-            replacement = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-            keep_alive.append(replacement)
-            memo[id(tensor)] = replacement
-    for module in model.modules():
-        # Weights computed by a hook (weight norm) are no leaves and refuse to be copied; they are computed anew anyway.
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                keep_alive.append(value.detach().clone())
-                memo[id(value)] = keep_alive[-1]
+            memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return copy_model(model, memo)
 
 

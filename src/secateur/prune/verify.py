@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur._runtime import preserving_state
+from secateur._runtime import copy_model, run_isolated
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
@@ -19,7 +19,7 @@ from secateur.graph.graph import ChannelGraph
 from secateur.prune.slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
 from secateur.prune.zeroing import ExpectedCalls, zero_branches_, zero_weights_
 
-TOLERANCE: Mapping[torch.dtype, float] = {
+TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
     torch.bfloat16: 3e-2,
@@ -60,7 +60,7 @@ class Mismatch:
     what: str
 
 
-def compare(
+def compare_outputs(
     model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | Mismatch:
     """Run both on the example and compare; look again in float64 where rounding may be the reason.
@@ -70,7 +70,7 @@ def compare(
     the whole example decides.
     """
     example = graph.example
-    sliced = copy.copy(small) if not small.training else copy.deepcopy(small).eval()
+    sliced = copy.copy(small) if not small.training else copy_model(small).eval()
     found = _on_the_middle(model, sliced, graph, architecture)
     if found is not None:
         return found
@@ -82,7 +82,7 @@ def compare(
     except Exception as error:
         return Mismatch(_running_when_failed(sliced, example), f"the cut model does not run: {error}")
     dtype = want[0].dtype
-    found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
+    found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
     found = found and replace(found, shape=graph.example_shape)
     if found is not None and found.max_rel <= found.tolerance:
         # Where only blocks are removed no sum has other terms, so that no difference at all is no reason for doubt.
@@ -90,7 +90,7 @@ def compare(
         return _inside(found, masked, sliced, graph, architecture) if doubtful else found
     if found is not None and dtype == torch.float32:
         masked = reference(copy_with(model, {}).double(), graph, architecture)
-        sliced = copy.deepcopy(sliced).double()
+        sliced = copy_model(sliced).double()
         example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
         want, got = _outputs(masked, example), _outputs(sliced, example)
         found = _difference(want, got, DOUBLE_CHECK, torch.float64)
@@ -117,7 +117,7 @@ def _on_the_middle(
     if not calls.all_made or not want or not _finite(want):
         return None
     dtype = want[0].dtype
-    found = _difference(want, got, TOLERANCE.get(dtype, 1e-5), dtype)
+    found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
     shape = next(tuple(part.shape) for part in example if isinstance(part, torch.Tensor))
     return replace(found, shape=shape) if found is not None and 0 < found.max_rel <= found.tolerance else None
 
@@ -182,7 +182,7 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
-    with preserving_state(model), torch.no_grad():
+    with run_isolated(model), torch.no_grad():
         torch.manual_seed(0)
         out = model(*example)
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -2,18 +2,15 @@
 
 How many weights each tensor keeps, and which: budgets, and the largest scores within them."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from secateur._runtime import Batch, copy_model
 from secateur.errors import SparsityError
 from secateur.prune.masks import Counts, Scores, Weights, check_density, check_same_names, make_permanent_
-
-Batch = tuple[Tensor, Tensor]
-"""Inputs and labels."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A scalar for the model's output and the labels, the mean over the batch, such as `secateur.distill.label_loss`."""
@@ -134,7 +131,7 @@ def _summed(
     learning_rate: float = 0.0,
 ) -> tuple[dict[str, Tensor], int]:
     """The sum over batches of a function of weights and gradients, in a copy that takes a step of SGD after each."""
-    copied = make_permanent_(copy.deepcopy(model)).eval()
+    copied = make_permanent_(copy_model(model)).eval()
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     named = {name: parameters[name].requires_grad_() for name in weights}
     sums = {

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur._arrays import IntArray
-from secateur._runtime import run_under_
+from secateur._runtime import add_run_context_
 from secateur.graph._ledger import base_name, tensors_in
 from secateur.graph.blocks import Flow
 from secateur.graph.graph import Block
@@ -50,7 +50,7 @@ class ZeroBranches(TorchDispatchMode):
 def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     """Make a full model add zeros in the place of some residual branches whenever it runs; returns it."""
     blocks = tuple(blocks)
-    return run_under_(model, lambda inputs: ZeroBranches(blocks, inputs))
+    return add_run_context_(model, lambda inputs: ZeroBranches(blocks, inputs))
 
 
 class OtherCallError(Exception):
@@ -137,7 +137,7 @@ def zero_weights_(
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
-    return run_under_(model, lambda _: ZeroWeights(factors, expected))
+    return add_run_context_(model, lambda _: ZeroWeights(factors, expected))
 
 
 class _Factors:

@@ -134,10 +134,20 @@ def test_a_model_without_parameters_is_refused():
 
 
 def test_a_model_that_cannot_be_copied_is_refused_in_words():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    model.lock = (n for n in range(3))
-    with pytest.raises(TraceError, match=r"cannot be copied.*generator.*Remove"):
-        trace(model, torch.zeros(1, 3, 8, 8))
+    class Unique(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError("there is only one")
+
+    with pytest.raises(TraceError, match=r"`model` \(Sequential\) cannot be copied: there is only one\. .*remove"):
+        trace(nn.Sequential(Unique(3, 4, 1)), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_model_that_holds_what_cannot_be_copied_is_traced():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+    model.sizes, model.settings = (n for n in range(3)), torch
+    model.last = model(torch.ones(1, 3, 8, 8))
+    assert [axis.name for axis in trace(model, torch.zeros(1, 3, 8, 8)).prunable] == ["0"]
+    assert next(model.sizes) == 0
 
 
 def test_only_the_first_of_a_batch_is_used_of_every_input():

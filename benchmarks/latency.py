@@ -25,7 +25,7 @@ from secateur.data import load_data
 from secateur.export import eval_copy, feed, onnx_bytes, open_session
 from secateur.graph import trace
 from secateur.models import load_model
-from secateur.pipeline import compress
+from secateur.pipeline import RecoveryConfig, RunConfig, compress
 from secateur.pipeline.latency import LatencySearch, _roomiest, limit_of, spaces_of, used
 from secateur.prune import apply_architecture
 from secateur.search import L2, LatencyFit, SearchResult, SearchSpace, Strategy, Uniform, search_architecture
@@ -184,10 +184,11 @@ def of_random(timed: LatencySearch, fit: LatencyFit) -> Outcome:
 def of_trained(model: nn.Module, budget: Budget) -> Outcome:
     """What the product makes of it, before any training."""
     data = load_data(str(CIFAR10), seed=0)
-    result = compress(model, data, budget=budget, schedule=TrainConfig(epochs=0), progress=Silent(), tell=print)
-    noted: Any = result.found.notes["latency"]
+    recovery, run = RecoveryConfig(TrainConfig(epochs=0)), RunConfig(callbacks=Silent())
+    result = compress(model, data, budget, recovery=recovery, run=run)
+    noted: Any = result.search.notes["latency"]
     repaired = result.report.steps[-1].accuracy.top1
-    return Outcome(result.found, result.model, noted["divisor"], noted["trials"], repaired)
+    return Outcome(result.search, result.model, noted["divisor"], noted["trials"], repaired)
 
 
 def as_text(record: dict[str, Any]) -> str:

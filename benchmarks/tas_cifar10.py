@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel, counted_macs
-from secateur.data import ImageData, calibration, load_data
+from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, trace
 from secateur.models import load_model
@@ -52,10 +52,11 @@ from secateur.search import (
     ScoringInputs,
     SearchContext,
     SearchSpace,
+    SearchTraining,
     Uniform,
-    fit,
     keep_best,
     search_architecture,
+    widen_to_budget,
 )
 from secateur.train import Silent, TrainConfig, evaluate, open_fabric, train_with_teacher
 
@@ -131,8 +132,7 @@ def tas(case: Case) -> Found:
         batches=case.batches,
         space=SPACE,
         seed=case.seed,
-        data=case.data,
-        fabric=open_fabric(None, device=torch.device("cpu")),
+        training=SearchTraining(case.data, fabric=open_fabric(None, device=torch.device("cpu"))),
     )
     return found.architecture, {"search": found.notes["search"], "strategy": found.strategy}
 
@@ -142,13 +142,12 @@ def swp(case: Case) -> Found:
     found = search_architecture(
         case.model,
         case.graph,
-        SWP(nets=SandwichSampler(random=1), candidates=48, rounds=3, held_out=1000),
+        SWP(sampler=SandwichSampler(random=1), candidates=48, rounds=3, held_out=1000),
         budget=case.budget,
         batches=case.batches,
         space=SPACE,
         seed=case.seed,
-        data=case.data,
-        fabric=open_fabric(None, device=torch.device("cpu")),
+        training=SearchTraining(case.data, fabric=open_fabric(None, device=torch.device("cpu"))),
     )
     return found.architecture, {"strategy": found.strategy, **found.notes}
 
@@ -168,7 +167,7 @@ def random(case: Case) -> Found:
     best: tuple[float, Architecture] | None = None
     while time.process_time() - began < SECONDS_OF_RANDOM_SEARCH:
         # Sorted, the random keys of an axis make its width uniform among the allowed ones, as far as the budget goes.
-        widths = fit(problem, [np.sort(draw.random(len(levels) - 1)) for levels in problem.levels]).widths
+        widths = widen_to_budget(problem, [np.sort(draw.random(len(levels) - 1)) for levels in problem.levels]).widths
         architecture = keep_best(problem, widths, scores)
         accuracy = evaluate(
             repaired(case.model, case.graph, architecture, case.batches).model, case.data.validation
@@ -216,7 +215,7 @@ def repaired(model: nn.Module, graph: ChannelGraph, architecture: Architecture, 
 def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, Any]:
     """One search and recovery."""
     teacher, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
-    batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
+    batches = draw_calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
     graph = trace(teacher, batches[0][0][:1])
     epochs = setting.epochs[method]
     began = time.process_time()

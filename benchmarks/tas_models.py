@@ -17,12 +17,12 @@ from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 from torch import nn
 
 from secateur.cost import counted_macs
-from secateur.data import ImageData, calibration, load_data
+from secateur.data import ImageData, draw_calibration, load_data
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import load_model
 from secateur.nas import TAS, Depths, Widths
 from secateur.prune import cut
-from secateur.search import L2, search_architecture
+from secateur.search import L2, SearchTraining, search_architecture
 from secateur.train import TrainConfig
 
 MODELS = ("cifar_resnet20", "cifar_resnet56", "mobilenetv2_050", "densenet121", "efficientnet_b0", "convnext_atto")
@@ -46,7 +46,7 @@ def model_of(name: str) -> nn.Module:
 def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> dict[str, Any] | None:
     """One search and the cut it leads to; None if there is nothing to search."""
     model = model_of(name)
-    batches = calibration(data.train, 256, device=torch.device("cpu"))
+    batches = draw_calibration(data.train, 256, device=torch.device("cpu"))
     graph: ChannelGraph = trace(model, batches[0][0][:2])
     if space == "untied":
         graph = untie(model, graph)
@@ -56,7 +56,9 @@ def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> di
     schedule = TrainConfig(epochs=epochs, batch_size=32, learning_rate=0.01)
     strategy = TAS(widths=widths, depths=depths, schedule=schedule, importance=L2())
     began = time.process_time()
-    found = search_architecture(model, graph, strategy, budget=f"macs={percent}%", batches=batches, data=data)
+    found = search_architecture(
+        model, graph, strategy, budget=f"macs={percent}%", batches=batches, training=SearchTraining(data)
+    )
     seconds = time.process_time() - began
     small = cut(model, graph, found.architecture)
     example = torch.zeros(1, *data.size)

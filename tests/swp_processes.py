@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.graph import trace
 from secateur.nas import InPlace, OriginalWeights, SandwichSampler, Supernet
 from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
-from secateur.search import search_architecture
+from secateur.search import SearchTraining, search_architecture
 from secateur.train import tensors_of
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def curve(fabric: "Fabric") -> tuple[list[list[float]], dict[str, Tensor]]:
 
 def found(fabric: "Fabric", checkpoint: Path | None = None) -> Any:
     """A whole search."""
-    given, strategy = unnormed(), quick(2, cuts=CUTS, hand_on=OriginalWeights())
+    given, strategy = unnormed(), quick(2, cuts=CUTS, student_weights=OriginalWeights())
     return search_architecture(
-        given.model, given.graph, strategy, budget="macs=50%", batches=given.batches, data=noise(), fabric=fabric,
-        checkpoint=checkpoint,
+        given.model, given.graph, strategy, budget="macs=50%", batches=given.batches,
+        training=SearchTraining(noise(), checkpoint, fabric=fabric),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.data import ImageData
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.nas import TAS, Depths, SupernetWeights
-from secateur.search import L2, SearchResult, Strategy, search_architecture
+from secateur.search import L2, SearchResult, SearchTraining, Strategy, search_architecture
 from secateur.train import SGD, Precision, TrainConfig
 
 __all__ = ["Interrupted", "Net", "Recorder", "Stopped", "net", "noise", "quick", "run"]
@@ -69,7 +69,7 @@ def quick(epochs: int = 2, **fields: Any) -> TAS:
     schedule = TrainConfig(
         epochs, batch_size=16, learning_rate=0.05, optimizer=SGD(), precision=Precision.FLOAT32, warmup_fraction=0
     )
-    given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "hand_on": SupernetWeights()}
+    given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "student_weights": SupernetWeights()}
     return TAS(**(given | fields))
 
 
@@ -124,7 +124,10 @@ def run(
     **settings: Any,
 ) -> SearchResult:
     """Search."""
-    settings = {"batches": given.batches, "data": noise() if data is None else data, **settings}
+    names = {"checkpoint": "folder", "saving": "checkpoints", "watch": "callbacks", "fabric": "fabric"}
+    given_to_training = {new: settings.pop(old) for old, new in names.items() if old in settings}
+    training = SearchTraining(noise() if data is None else data, **given_to_training)
+    settings = {"batches": given.batches, "training": training, **settings}
     return search_architecture(given.model, given.graph, strategy, budget=budget, **settings)
 
 

@@ -1,10 +1,11 @@
-"""Print the numbers that say how easily a stranger finds the way in the source, and check their bounds.
+"""Print the numbers that say how easily a newcomer finds the way in the source, and check their bounds.
 
-    PYTHONPATH=src python tools/house.py           the table, and the places behind each number
+    make house                                     the table, and the places behind each number
     PYTHONPATH=src python tools/house.py --check   the same; exit code 1 if a bound does not hold
 
-The source is the ``src`` folder beside this script. Most numbers are read off the syntax trees; "files touched" and
-"hops" are measured by running the two functions below.
+The source is the ``src`` folder beside this script. Most numbers are read from the syntax trees; "files touched" and
+"functions from compress to the scores" are measured by running the two functions at the top of this file.
+`tests/unit/test_house.py` asserts the bounds that need no run.
 """
 
 import argparse
@@ -29,14 +30,14 @@ SRC = ROOT / "src"
 TESTS = ROOT / "tests"
 PACKAGE = "secateur"
 
-# The runs. If the public names change, change them here.
+# The two measured calls. If public names change, change them here.
 
-ENTRY = "compress"  # the function from which hops are counted
-SCORES = ("scores", "importance")  # the method that computes scores, and what the path of its file contains
+ENTRY = "compress"  # the function from which calls are counted
+SCORES = ("scores", "importance")  # the method that computes scores, and a part of the path of its file
 
 
 def trace_rank_cut() -> Callable[[], object]:
-    """Prepare tracing, ranking and cutting a ResNet-20; return the call that is measured."""
+    """Prepare to trace, rank and cut a ResNet-20; return the call that is measured."""
     import torch
 
     import secateur
@@ -46,7 +47,7 @@ def trace_rank_cut() -> Callable[[], object]:
 
     def run() -> object:
         graph = secateur.trace(model, example)
-        found = secateur.search(model, graph, secateur.Uniform(), budget="macs=50%")
+        found = secateur.search_architecture(model, graph, secateur.Uniform(), budget="macs=50%")
         return secateur.cut(model, graph, found.architecture)
 
     return run
@@ -59,11 +60,12 @@ def compress_tiny(folder: Path) -> Callable[[], object]:
 
     data = secateur.load_data("digits", limit=320)
     model, source = secateur.load_model("digits_resnet")
-    schedule = secateur.Schedule(epochs=1, batch_size=64, learning_rate=0.01)
+    recovery = secateur.RecoveryConfig(secateur.TrainConfig(epochs=1, batch_size=64, learning_rate=0.01))
+    settings = secateur.RunConfig(callbacks=Silent())
 
     def run() -> object:
         return secateur.compress(
-            model, data, budget="macs=50%", source=source, schedule=schedule, out=folder / "small", progress=Silent()
+            model, data, "macs=50%", recovery=recovery, out=folder / "small", source=source, run=settings
         )
 
     return run
@@ -71,7 +73,7 @@ def compress_tiny(folder: Path) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: its bound, if any, reads ``<= 12``; ``detail`` says where the number comes from."""
+    """One line of the table. A bound reads ``<= 12`` or is empty; ``detail`` lists where the number comes from."""
 
     name: str
     value: float
@@ -87,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Module:
-    """One file; its name is that of the package for ``__init__.py``."""
+    """One file. The name of an ``__init__.py`` is that of its package."""
 
     path: Path
     name: str
@@ -103,13 +105,20 @@ class Module:
 
     @property
     def lines(self) -> int:
-        """Its number of lines."""
+        """The number of lines."""
         return self.text.count("\n")
 
     @property
-    def room(self) -> str:
-        """The package directly under the root that holds it, subpackages included."""
-        return _room(self.path)
+    def package(self) -> str:
+        """The package directly under the root that contains it."""
+        return _package(self.path)
+
+
+def static_rows() -> list[Row]:
+    """All numbers that are read from the source without running it."""
+    modules = [Module.read(path, SRC) for path in sorted((SRC / PACKAGE).rglob("*.py"))]
+    about_source = (size_rows, name_rows, parameter_rows, nesting_rows, import_rows, comment_rows)
+    return [*(row for rows in about_source for row in rows(modules)), *test_rows()]
 
 
 def size_rows(modules: list[Module]) -> Iterator[Row]:
@@ -121,36 +130,44 @@ def size_rows(modules: list[Module]) -> Iterator[Row]:
     largest = sorted(modules, key=lambda module: -module.lines)[:5]
     yield Row("lines of the largest file", lines[-1], "<= 650", tuple(f"{m.lines} {m.name}" for m in largest))
     yield Row("lines of src", sum(lines), "<= 34000")
-    files = Counter(module.room for module in modules if module.path.name != "__init__.py")
+    files = Counter(module.package for module in modules if module.path.name != "__init__.py")
     yield Row("files in the largest package", max(files.values()), "<= 14", (_listed(files),))
 
 
 def name_rows(modules: list[Module]) -> Iterator[Row]:
-    """Find names that two modules define, functions with many parameters, and deep nesting."""
-    homes, verbs = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    """Find names that two modules define."""
+    all_names, definitions = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for module in modules:
         for name, is_definition in _bound(module.tree).items():
-            for where in (homes, verbs) if is_definition else (homes,):
+            for where in (all_names, definitions) if is_definition else (all_names,):
                 where[name].append(module.name.removeprefix(f"{PACKAGE}."))
     for title, where, is_public, asked in (
-        ("public functions and classes defined twice", verbs, True, "<= 0"),
-        ("the same, with constants and aliases", homes, True, ""),
-        ("the same, with private names", homes, False, ""),
+        ("public functions and classes defined twice", definitions, True, "<= 0"),
+        ("the same, with constants and aliases", all_names, True, ""),
+        ("the same, with private names", all_names, False, ""),
     ):
         twice = {n: w for n, w in sorted(where.items()) if len(w) > 1 and not (is_public and n[0] == "_")}
         yield Row(title, len(twice), asked, tuple(f"{n}: {', '.join(w)}" for n, w in twice.items()) * is_public)
+
+
+def parameter_rows(modules: list[Module]) -> Iterator[Row]:
+    """Find the functions with the most parameters."""
     counts = [(_parameters(node), name, module) for module in modules for name, node in _public_functions(module.tree)]
     for title, is_cli, asked in (("outside of cli", False, "<= 12"), ("in cli", True, "")):
-        most = sorted((c for c in counts if (c[2].room == "cli") == is_cli), key=lambda found: -found[0])[:5]
+        most = sorted((c for c in counts if (c[2].package == "cli") == is_cli), key=lambda found: -found[0])[:5]
         detail = tuple(f"{count} {module.name}.{name}" for count, name, module in most)
         yield Row(f"parameters of a public function, most, {title}", most[0][0], asked, detail)
+
+
+def nesting_rows(modules: list[Module]) -> Iterator[Row]:
+    """Find the functions with the deepest nesting."""
     functions = [(m, node) for m in modules for node in ast.walk(m.tree) if isinstance(node, ast.FunctionDef)]
     depths = sorted(((_nesting(node), m.name, node.name) for m, node in functions), reverse=True)[:5]
     yield Row("deepest nesting of control flow", depths[0][0], "<= 4", tuple(f"{d} {m}.{n}" for d, m, n in depths))
 
 
 def import_rows(modules: list[Module]) -> Iterator[Row]:
-    """Find modules that import each other, also by imports inside of functions; those for types alone do not count."""
+    """Find modules that import each other. Imports inside functions count, imports for type checking do not."""
     names = {module.name for module in modules}
     edges = {module.name: {n for n in _imported(module.tree, names) if n != module.name} for module in modules}
     reached = {name: _reachable(name, edges) for name in names}
@@ -160,13 +177,13 @@ def import_rows(modules: list[Module]) -> Iterator[Row]:
 
 
 def comment_rows(modules: list[Module]) -> Iterator[Row]:
-    """Count comments, per package too."""
+    """Count comments, in all and per package."""
     comments, every, lines = Counter[str](), Counter[str](), Counter[str]()
     for module in modules:
         found = list(_comments(module.text))
         for counter, count in ((comments, sum(found)), (every, len(found)), (lines, module.lines)):
-            counter[module.room] += count
-    rates = ", ".join(f"{room} {100 * comments[room] / lines[room]:.1f}" for room in sorted(lines))
+            counter[module.package] += count
+    rates = ", ".join(f"{name} {100 * comments[name] / lines[name]:.1f}" for name in sorted(lines))
     yield Row("comments per 100 lines", round(100 * comments.total() / lines.total(), 2), "", (rates,))
     yield Row("the same, with directives to tools", round(100 * every.total() / lines.total(), 2))
 
@@ -181,17 +198,17 @@ def test_rows() -> Iterator[Row]:
 
 
 def run_rows(folder: Path) -> Iterator[Row]:
-    """Measure which files two runs touch, and how far the scores are from ``compress``."""
-    # First everything is imported, so that what runs at import is not counted.
+    """Measure which files two runs touch, and how many functions are between ``compress`` and the scores."""
+    # Everything is imported first, so that code that runs at import is not counted.
     for path in sorted((SRC / PACKAGE).rglob("*.py")):
         if path.stem != "__main__":
             importlib.import_module(Module.read(path, SRC).name)
-    touched, _ = _profiled(trace_rank_cut())
-    rooms = _listed(Counter(map(_room, touched)))
-    yield Row("files touched by trace + rank + cut of ResNet-20", len(touched), "<= 20", (rooms,))
-    touched, stack = _profiled(compress_tiny(folder))
-    rooms = _listed(Counter(map(_room, touched)))
-    yield Row("files touched by compress", len(touched), "<= 60", (rooms,))
+    touched, _ = _profile(trace_rank_cut())
+    packages = _listed(Counter(map(_package, touched)))
+    yield Row("files touched by trace + rank + cut of ResNet-20", len(touched), "<= 20", (packages,))
+    touched, stack = _profile(compress_tiny(folder))
+    packages = _listed(Counter(map(_package, touched)))
+    yield Row("files touched by compress", len(touched), "<= 60", (packages,))
     names = [f"{Path(file).relative_to(SRC / PACKAGE)}:{name}" for file, name in stack]
     yield Row("functions from compress to the scores", len(stack), "<= 8", tuple(names))
     yield Row("files of these functions", len({file for file, _ in stack}), "<= 5")
@@ -201,10 +218,9 @@ def main() -> int:
     """Run the script; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="Exit with 1 if a bound does not hold.")
-    parser.add_argument("--no-runs", action="store_true", help="Leave out what is measured by running.")
+    parser.add_argument("--no-runs", action="store_true", help="Leave out the numbers that are measured by running.")
     given = parser.parse_args()
-    modules = [Module.read(path, SRC) for path in sorted((SRC / PACKAGE).rglob("*.py"))]
-    rows = [*size_rows(modules), *name_rows(modules), *import_rows(modules), *comment_rows(modules), *test_rows()]
+    rows = static_rows()
     if not given.no_runs:
         with tempfile.TemporaryDirectory() as folder:
             rows += run_rows(Path(folder))
@@ -215,13 +231,13 @@ def main() -> int:
     return int(given.check and not all(row.holds for row in rows))
 
 
-def _room(path: Path | str) -> str:
+def _package(path: Path | str) -> str:
     parts = Path(path).relative_to(SRC / PACKAGE).parts
     return parts[0] if len(parts) > 1 else PACKAGE
 
 
 def _bound(tree: ast.Module) -> dict[str, bool]:
-    """Names that a module binds at its top level, other than by importing; whether as a function or class."""
+    """Names that a module binds at its top level without importing; whether each is a function or a class."""
     found: dict[str, bool] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -234,7 +250,7 @@ def _bound(tree: ast.Module) -> dict[str, bool]:
 
 
 def _public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Functions and methods of which no part of the name is private."""
+    """Functions and methods whose name has no private part."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name, node
@@ -250,7 +266,7 @@ def _parameters(node: ast.FunctionDef) -> int:
 
 
 def _nesting(node: ast.AST, depth: int = 0) -> int:
-    """The deepest block in a function, not counting functions inside of it; ``elif`` is no deeper than ``if``."""
+    """The depth of the deepest block in a function without its inner functions; ``elif`` counts as ``if``."""
     blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.TryStar, ast.Match, ast.AsyncFor, ast.AsyncWith)
     deepest = depth
     for child in ast.iter_child_nodes(node):
@@ -284,7 +300,7 @@ def _reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
 
 
 def _comments(text: str) -> Iterator[bool]:
-    """For every comment, whether it says something: directives to tools do not."""
+    """For every comment, whether it is for people and not a directive to a tool."""
     directives = ("noqa", "type:", "pyright:", "fmt:", "pragma:", "ruff:")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -308,19 +324,19 @@ def _assertion(node: ast.AST) -> str | None:
     return name.removesuffix(f".{name.split('.')[-1]}") if name.split(".")[-1].startswith("assert_") else None
 
 
-def _profiled(run: Callable[[], object]) -> tuple[set[str], list[tuple[str, str]]]:
-    """Run a function: the files of which a function ran, and the (file, function) pairs of the way to the scores."""
+def _profile(run: Callable[[], object]) -> tuple[set[str], list[tuple[str, str]]]:
+    """Run a function; return the files whose functions ran, and the (file, function) call stack at the scores."""
     touched, stack = set[str](), list[tuple[str, str]]()
     root = f"{SRC / PACKAGE}/"
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         file = frame.f_code.co_filename
-        # Bodies of modules and classes are no functions: their variables are not optimized.
+        # Bodies of modules and classes are not functions: their variables are not optimized.
         if event != "call" or not file.startswith(root) or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             return
         touched.add(file)
         if not stack and frame.f_code.co_name == SCORES[0] and SCORES[1] in file:
-            stack.extend(_way_to(frame, root))
+            stack.extend(_stack_of(frame, root))
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -332,7 +348,7 @@ def _profiled(run: Callable[[], object]) -> tuple[set[str], list[tuple[str, str]
     return touched, stack
 
 
-def _way_to(frame: FrameType | None, root: str) -> list[tuple[str, str]]:
+def _stack_of(frame: FrameType | None, root: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     while frame is not None and (not found or found[0][1] != ENTRY):
         code, frame = frame.f_code, frame.f_back

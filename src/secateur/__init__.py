@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from secateur.pipeline.compress import compress as compress
     from secateur.pipeline.config import Branches as Branches
     from secateur.pipeline.config import CompressResult as CompressResult
+    from secateur.pipeline.config import CutConfig as CutConfig
     from secateur.pipeline.config import KeepWeights as KeepWeights
+    from secateur.pipeline.config import RecoveryConfig as RecoveryConfig
     from secateur.pipeline.config import Reinitialize as Reinitialize
+    from secateur.pipeline.config import RunConfig as RunConfig
     from secateur.pipeline.inspect import inspect_model as inspect_model
     from secateur.pipeline.load import load as load
     from secateur.pipeline.verify import verify as verify
@@ -105,8 +108,11 @@ _MODULES = {
     "pipeline.config": (
         "Branches",
         "CompressResult",
-        "Reinitialize",
+        "CutConfig",
         "KeepWeights",
+        "RecoveryConfig",
+        "Reinitialize",
+        "RunConfig",
     ),
     "pipeline.inspect": ("inspect_model",),
     "pipeline.load": ("load",),

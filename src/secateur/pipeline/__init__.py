@@ -9,13 +9,16 @@ from secateur.pipeline.config import (
     DEFAULT_TRAIN_CONFIG,
     Branches,
     CompressResult,
+    CutConfig,
     KeepWeights,
+    RecoveryConfig,
     Reinitialize,
+    RunConfig,
     StudentInit,
     default_blocks,
 )
 from secateur.pipeline.demo import Demo, demo
-from secateur.pipeline.distill import Distilled, HintStage, ModelSpec, distill_model
+from secateur.pipeline.distill import DistillResult, HintStage, ModelSpec, distill_model
 from secateur.pipeline.exports import export_files
 from secateur.pipeline.inspect import ModelReport, inspect_model
 from secateur.pipeline.load import LoadedModel, default_size, load, load_any
@@ -30,15 +33,18 @@ __all__ = [
     "DEFAULT_TRAIN_CONFIG",
     "Branches",
     "CompressResult",
+    "CutConfig",
     "Demo",
-    "Distilled",
+    "DistillResult",
     "HintStage",
     "KeepWeights",
     "LoadedModel",
     "ModelReport",
     "ModelSpec",
     "OnExisting",
+    "RecoveryConfig",
     "Reinitialize",
+    "RunConfig",
     "StudentInit",
     "Verified",
     "check_model_fits_data",

@@ -2,7 +2,6 @@
 
 What is checked of a finished model before anybody sees it: its artifact, its exported files, its speed."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur._runtime import copy_model
 from secateur.cost.budget import Budget
 from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.targets import Target
@@ -21,7 +21,7 @@ from secateur.report.run import Check, MeasuredLatency
 
 _SEED = 20260101
 _IMAGES = 2
-TOLERANCE = 1e-4
+PROBE_TOLERANCE = 1e-4
 """Largest difference, relative to the largest logit, that another machine's kernels may make in float32."""
 
 
@@ -74,7 +74,7 @@ def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[
         ArtifactError: If not.
     """
     reloaded = load(draft, factory=own, trust_source=True).model
-    equal = same_bits(copied(student).cpu(), reloaded, images[:_PARITY_IMAGES])
+    equal = same_bits(copy_in_eval_mode(student).cpu(), reloaded, images[:_PARITY_IMAGES])
     detail = f"{min(_PARITY_IMAGES, len(images))} images, bit for bit" if equal else "outputs differ"
     if not equal:
         raise ArtifactError(
@@ -129,9 +129,9 @@ def shown_latency(record: LatencyRecord) -> MeasuredLatency:
     )
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copy_in_eval_mode(model: nn.Module) -> nn.Module:
     """A copy in eval mode."""
-    return copy.deepcopy(model).eval()
+    return copy_model(model).eval()
 
 
 def _triple(found: Quartiles) -> tuple[float, float, float]:

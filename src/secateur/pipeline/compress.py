@@ -1,45 +1,32 @@
-"""The public verb: a trained network and a budget go in, a smaller verified one comes out."""
+"""Compress a model: a trained network and a budget go in, a smaller verified one comes out."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from secateur.cost.budget import Budget, is_timed
-from secateur.cost.measure import Cache
+from secateur.cost.budget import Budget
 from secateur.cost.targets import OnnxRuntime, Target
-from secateur.data.dataset import ImageData, calibration
-from secateur.distill.objective import Objective
+from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.taps import AlignedFeatures
 from secateur.export.formats import Format, check_formats
-from secateur.graph._ledger import Rule
 from secateur.graph.graph import StandIn
-from secateur.graph.selection import Selection
-from secateur.graph.trace import HeadUnit
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import (
-    DEFAULT_OBJECTIVE,
-    DEFAULT_SELECTION,
-    DEFAULT_SPACE,
-    DEFAULT_TRAIN_CONFIG,
-    NO_RULES,
-    Branches,
     CompressResult,
+    CutConfig,
     CutStudent,
-    Delivery,
-    KeepWeights,
+    Output,
     Plan,
-    StudentInit,
+    RecoveryConfig,
+    RunConfig,
     default_strategy,
 )
-from secateur.pipeline.finalize import Finished, deliver, report_of, timed
-from secateur.pipeline.search_and_cut import Batches, pruning_for, search_and_cut, with_zeros, zeros_for
+from secateur.pipeline.finalize import Finished, finalize
+from secateur.pipeline.search_and_cut import ImageBatches, search_and_cut, with_zeros, zeros_for
 from secateur.pipeline.workspace import (
-    OnExisting,
     RunDirectory,
     check_model_fits_data,
     check_output,
@@ -51,173 +38,117 @@ from secateur.pipeline.workspace import (
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.run import MeasuredAccuracy, Step
 from secateur.search.base import Strategy
-from secateur.search.space import SearchSpace
-from secateur.train.callbacks import Progress, Silent, TerminalProgress
-from secateur.train.checkpoint import CheckpointPolicy
-from secateur.train.config import TrainConfig
-from secateur.train.device import Eager, Execution
+from secateur.train.callbacks import Silent
 from secateur.train.evaluate import evaluate
 from secateur.train.fit import train_with_teacher
 from secateur.train.trainer import Trained
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-
-CALIBRATION_IMAGES = 1024
-"""Enough for the Gram matrices of layers up to a few hundred channels: every image gives one sample per position."""
-
-
-def silent(_message: str) -> None:
-    """Say nothing."""
 
 
 def compress(
     model: nn.Module,
     data: ImageData,
-    *,
     budget: Budget | str,
+    *,
     strategy: Strategy | None = None,
-    choices: Selection = DEFAULT_SELECTION,
-    heads: HeadUnit = HeadUnit.DIMENSION,
-    branches: Branches = Branches.TIED,
-    rules: Mapping[str, Rule] = NO_RULES,
-    space: SearchSpace = DEFAULT_SPACE,
-    schedule: TrainConfig = DEFAULT_TRAIN_CONFIG,
-    objective: Objective = DEFAULT_OBJECTIVE,
-    start: StudentInit = KeepWeights(),  # noqa: B008 - frozen
-    pruning: WeightPruning | None = None,
+    cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
+    recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen
     target: Target = OnnxRuntime(),  # noqa: B008 - frozen
-    cache: Cache | None = None,
-    calibration_images: int = CALIBRATION_IMAGES,
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
     source: ModelSource | None = None,
-    leftover: OnExisting = OnExisting.REFUSE,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
-    execution: Execution = Eager(),  # noqa: B008 - frozen
-    seed: int = 0,
-    device: torch.device | None = None,
-    fabric: "Fabric | None" = None,
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    tell: Callable[[str], None] = silent,
-    name: str = "",
-    command: str = "",
+    run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> CompressResult:
     """Find which channels to keep, cut, repair, recover accuracy by distillation, verify, and write the artifact.
 
     Nothing is chosen on the test split: its accuracy is measured for the report. Everything is checked before it is
     written: sliced equals masked, costs equal counted ones, a reloaded artifact gives the same bits, exported files
-    agree with the model.
+    agree with the model. Every step is logged to the logger ``secateur`` at level INFO.
 
     Args:
         model: A trained classifier of the data's classes; not changed.
         data: Training, validation and test images, see `secateur.load_data`.
         budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
             zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
-        strategy: How the architecture is found; None: by `Knapsack`, and where the budget limits the latency by
-            `RemoveBlocks` around it, as blocks take time that narrower layers hardly spare.
-        choices: Which layers may be cut at all, by name patterns.
-        heads: What is kept or removed as one in attention, see `secateur.trace`.
-        branches: Whether the branches of a residual stream may be narrower than it.
-        rules: What further operations do to channels, see `secateur.trace`.
-        space: Which widths are allowed, in general and for some axes.
-        schedule: Of the recovery; ``epochs=0`` repairs only. Its seed is replaced by ``seed``.
-        objective: What the recovery minimizes.
-        start: What the student begins with: `KeepWeights`, its channels' weights, repaired, or `Reinitialize`, none;
-            then it needs as many epochs and as high a learning rate as the original did.
-        pruning: How single weights are chosen if the budget bounds ``nonzero``; None is `WeightPruning()`.
-        target: What a bound on latency is on: runtime, threads and batch size, see `secateur.latency`. Latency is
+        strategy: How the architecture is found; None means `Knapsack`, and where the budget limits the latency
+            `RemoveBlocks` around it, as blocks take time that narrower layers hardly save.
+        cut: What may be cut, and how the cut model is made.
+        recovery: How the cut model regains accuracy.
+        target: The runtime, threads and batch size that a bound on latency is for, see `secateur.cost`. Latency is
             predicted from a table of layers, then measured and corrected until the network is within the bound, and
-            measured again at the end. With a divisor of 1 in ``space``, 8, 16 and 32 are tried.
-        cache: Of measurements; None means those of this machine, in the user's cache folder.
-        calibration_images: Training images for search and repairs; fewer if there are not so many.
+            measured again at the end. With a divisor of 1 in ``cut.space``, 8, 16 and 32 are tried.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
-            end. Until then the work lies in ``<out>.work``, from which an interrupted run goes on, also in the middle
-            of a search or training of hours.
+            end. Until then the work lies in ``<out>.work``, from which an interrupted run is resumed, also in the
+            middle of a search or training of hours.
         export: Files for other runtimes; only with ``out``.
-        source: How the original is built, so that the artifact can be loaded without you; see
-            `secateur.models.load_model`. Without it, loading needs ``factory=``.
-        leftover: What to do with an interrupted run at the same ``out``.
-        saving: When searches and trainings write checkpoints, beside those at the ends of epochs; only with ``out``.
-        execution: How original and student are run in the recovery, see `secateur.train.fit`; not in searches.
-        seed: Of everything that is random.
-        device: Where to compute; None means the accelerator if there is one.
-        fabric: Instead of a device: several processes, such as `secateur.train.open_group` has of torchrun. All call
-            this with the same arguments; the first searches, cuts, writes to ``out``, which all must see, and tells;
-            all train. Every one returns the model, only the first what was written.
-        progress: Shows the search, where it takes long, and the training.
-        tell: Receives one sentence per step.
-        name: Of the model, for the report; None means its class.
-        command: The exact command or call, for the record.
+        source: How the original is built, so that the artifact can be loaded without its code; see
+            `secateur.load_model`. Without it, loading needs ``factory=``.
+        run: Seed, device, callbacks, checkpoints, and what to do with an unfinished run at the same ``out``.
 
     Returns:
-        The compressed model and everything that was measured.
+        The compressed model and everything that was measured. Of several processes, every one returns the model, and
+        only the first what was written.
 
     Raises:
         SecateurError: One of its subclasses, with the way out, if anything cannot be used; nothing half-written is
             left then.
     """
-    delivery = None if out is None else Delivery(Path(out), tuple(dict.fromkeys(export)), source, leftover)
-    if delivery is not None:
-        check_output(delivery.folder)
-        check_formats(delivery.formats)
+    output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source)
+    if output is not None:
+        check_output(output.folder)
+        check_formats(output.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
-    fabric = fabric_for(fabric, schedule.precision, device, None if delivery is None else delivery.folder)
-    if schedule.epochs:
-        execution.check(fabric)  # Before a search of hours, whose end would be the first to say it.
+    fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)
+    if recovery.train.epochs:
+        recovery.execution.check(fabric)  # A search of hours would otherwise end with this error.
+    cut = replace(
+        cut,
+        calibration_images=min(cut.calibration_images, len(data.train)),
+        weight_pruning=_weight_pruning(limits, cut.weight_pruning),
+    )
     plan = Plan(
         model=model,
         data=data,
         budget=limits,
         strategy=default_strategy(limits) if strategy is None else strategy,
-        choices=choices,
-        heads=heads,
-        branches=branches,
-        rules=rules,
-        space=space,
-        schedule=replace(schedule, seed=seed),
-        objective=objective,
-        start=start,
-        calibration=min(calibration_images, len(data.train)),
-        seed=seed,
-        fabric=fabric,
-        name=name or type(model).__name__,
-        command=command,
-        delivery=delivery,
-        progress=progress if fabric.is_global_zero else Silent(),
-        tell=tell if fabric.is_global_zero else silent,
-        pruning=pruning_for(limits, pruning),
+        cut=cut,
+        recovery=replace(recovery, train=replace(recovery.train, seed=run.seed)),
         target=target,
-        cache=cache,
-        saving=saving,
-        execution=execution,
+        output=output,
+        run=run if fabric.is_global_zero else replace(run, callbacks=Silent()),
+        fabric=fabric,
     )
-    return _run(plan)
+    batches = draw_calibration(data.train, cut.calibration_images, device=fabric.device, seed=run.seed)
+    original = own_copy(model, fabric.device)
+    check_model_fits_data(original, data, batches[0][0])
+    cut.init.check(original, recovery.train)
+    with shared_run_directory(
+        fabric, None if output is None else output.folder, plan.settings(), run.on_existing
+    ) as work:
+        if work is not None:
+            plan = replace(plan, run=replace(plan.run, callbacks=work.logged(plan.run.callbacks)))
+        steps = [_measured(plan, "original", original)]
+        with first_alone(fabric):
+            cut_student = search_and_cut(plan, original, batches, work)
+        return finalize(_recovered(plan, cut_student, batches, work, steps))
 
 
-def _run(plan: Plan) -> CompressResult:
-    batches = calibration(plan.data.train, plan.calibration, device=plan.device, seed=plan.seed)
-    placed = own_copy(plan.model, plan.device)
-    check_model_fits_data(placed, plan.data, batches[0][0])
-    plan.start.check(placed, plan.schedule)
-    with contextlib.ExitStack() as stack:
-        work = None
-        if plan.delivery is not None:
-            shared = shared_run_directory(plan.fabric, plan.delivery.folder, plan.settings(), plan.delivery.leftover)
-            work = stack.enter_context(shared)
-            plan = replace(plan, progress=work.logged(plan.progress))
-        return _work(plan, placed, batches, work)
+def _weight_pruning(budget: Budget, pruning: WeightPruning | None) -> WeightPruning | None:
+    """How single weights are pruned; None if the budget does not ask for it."""
+    if budget.nonzero is None:
+        if pruning is not None:
+            warnings.warn("`weight_pruning` has no effect: the budget does not bound `nonzero`.", stacklevel=3)
+        return None
+    return pruning or WeightPruning()
 
 
-def _work(plan: Plan, original: nn.Module, batches: Batches, work: RunDirectory | None) -> CompressResult:
-    steps = [_measured(plan, "original", original)]
-    with first_alone(plan.fabric):
-        half = search_and_cut(plan, original, batches, work)
-    steps.append(_measured(plan, plan.start.done, half.student))
-    zeros = zeros_for(plan, half, batches)
-    trained = _recover(plan, half, work, zeros)
-    student = half.student
+def _recovered(
+    plan: Plan, cut_student: CutStudent, batches: ImageBatches, work: RunDirectory | None, steps: list[Step]
+) -> Finished:
+    """Train the cut student, with single weights at zero if the budget bounds them."""
+    student = cut_student.student
+    steps.append(_measured(plan, plan.cut.init.done, student))
+    zeros = zeros_for(plan, cut_student, batches)
+    trained = _train(plan, cut_student, work, zeros)
     if trained is not None and (trained.best_epoch > 0 or zeros is not None):
         student = trained.model
         steps.append(_measured(plan, "distilled" if zeros is None else "weights pruned and distilled", student))
@@ -226,71 +157,69 @@ def _work(plan: Plan, original: nn.Module, batches: Batches, work: RunDirectory 
         steps.append(_measured(plan, "weights pruned", student))
     if zeros is not None:
         student = with_zeros(student)
-    finished = Finished(
-        plan, half, student.eval(), trained, tuple(steps), batches[0][0].detach().cpu(), _validated(plan, half, trained)
+    return Finished(
+        plan=plan,
+        cut_student=cut_student,
+        student=student.eval(),
+        trained=trained,
+        steps=tuple(steps),
+        images=batches[0][0].detach().cpu(),
+        original_validation=_validated(plan, cut_student, trained),
     )
-    if not plan.fabric.is_global_zero:
-        report, files, folder = report_of(finished, (), (), ()), (), None
-    elif plan.delivery is None:
-        latency, proof, notes = timed(finished) if is_timed(plan.budget) else ((), (), ())
-        report, files, folder = report_of(finished, proof, latency, notes), (), None
-    else:
-        report, files = deliver(finished, plan.delivery)
-        folder = plan.delivery.folder
-    home = next((p.device for p in plan.model.parameters()), torch.device("cpu"))
-    return CompressResult(student.to(home), half.graph, half.found, half.verification, trained, report, folder, files)
 
 
-def _recover(plan: Plan, half: CutStudent, work: RunDirectory | None, zeros: Sparsify | None) -> Trained | None:
-    if plan.schedule.epochs == 0:
+def _train(plan: Plan, cut_student: CutStudent, work: RunDirectory | None, zeros: Sparsify | None) -> Trained | None:
+    recovery = plan.recovery
+    if recovery.train.epochs == 0:
         return None
-    objective, alignment = plan.objective, None
-    stages = _comparable(half)
+    objective, alignment = recovery.objective, None
+    stages = _comparable(cut_student)
     if objective.feature_weight and stages:
-        alignment = AlignedFeatures.of(half.graph, half.found.architecture, modules=stages)
+        alignment = AlignedFeatures.of(cut_student.graph, cut_student.search.architecture, modules=stages)
     elif objective.feature_weight:
-        plan.tell("The model has no module whose features could be compared: distilling from the logits alone.")
+        plan.log("The model has no module whose features could be compared: distilling from the logits alone.")
         objective = replace(objective, feature_weight=0.0)
     return train_with_teacher(
-        half.student,
-        teacher=half.original,
+        cut_student.student,
+        teacher=cut_student.original,
         data=plan.data,
-        schedule=plan.schedule,
+        schedule=recovery.train,
         objective=objective,
         alignment=alignment,
         sparsify=zeros,
         checkpoint=None if work is None else work.checkpoint,
-        saving=plan.saving,
-        execution=plan.execution,
-        progress=plan.progress,
+        saving=plan.run.checkpoints,
+        execution=recovery.execution,
+        progress=plan.run.callbacks,
         fabric=plan.fabric,
     )
 
 
-def _comparable(half: CutStudent) -> tuple[str, ...]:
-    """The last module at each resolution, where the student's means what the original's does.
+def _comparable(cut_student: CutStudent) -> tuple[str, ...]:
+    """The last module at each resolution, where its features in the student mean what they mean in the original.
 
-    Inside of a removed block it does not. A module that is a removed block as a whole, the sum included, hands on its
+    Inside of a removed block they do not. A module that is a removed block as a whole, the sum included, returns its
     input, which is what the original's gives when the branch adds nothing.
     """
-    removed = [half.graph.blocks_by_name[name] for name in half.found.architecture.removed_blocks]
+    graph = cut_student.graph
+    removed = [graph.blocks_by_name[name] for name in cut_student.search.architecture.removed_blocks]
     inside = {module for block in removed for module in block.modules}
-    handed_on = {
+    passing = {
         block.replacements[0].module
         for block in removed
         if len(block.replacements) == 1 and block.replacements[0].stand_in is StandIn.PASS_THROUGH
     }
-    return tuple(stage for stage in half.graph.stages if stage not in inside or stage in handed_on)
+    return tuple(stage for stage in graph.stages if stage not in inside or stage in passing)
 
 
-def _validated(plan: Plan, half: CutStudent, trained: Trained | None) -> float | None:
-    """Accuracy of the original on the images that the epochs were validated on: the line that they come near to."""
+def _validated(plan: Plan, cut_student: CutStudent, trained: Trained | None) -> float | None:
+    """Accuracy of the original on the validation images, which the report draws beside that of the epochs."""
     if trained is None or not len(plan.data.validation):
         return None
-    return evaluate(half.original, plan.data.validation, device=plan.device).top1
+    return evaluate(cut_student.original, plan.data.validation, device=plan.device).top1
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     found = evaluate(model, plan.data.test, device=plan.device)
-    plan.tell(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
+    plan.log(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
     return Step(name, MeasuredAccuracy(found.top1, found.n))

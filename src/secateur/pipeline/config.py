@@ -8,12 +8,12 @@ Everything one run of `compress` is asked to do, as frozen data."""
 
 import dataclasses
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, is_timed
 from secateur.cost.measure import Cache
-from secateur.cost.targets import OnnxRuntime, Target
+from secateur.cost.targets import Target
 from secateur.data.dataset import ImageData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
@@ -39,19 +39,23 @@ from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import RunReport
-from secateur.search.base import SearchResult, Strategy, describe
+from secateur.search.base import SearchResult, Strategy, stable_repr
 from secateur.search.depth import RemoveBlocks
 from secateur.search.knapsack import Knapsack
 from secateur.search.space import SearchSpace
-from secateur.train.callbacks import Progress
+from secateur.train.callbacks import Callbacks, TerminalProgress
 from secateur.train.checkpoint import CheckpointPolicy
 from secateur.train.config import TrainConfig
-from secateur.train.device import Eager, Execution, open_fabric, precision_of
+from secateur.train.device import Eager, Execution
 from secateur.train.recipes import check_resettable, reset_weights_
 from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+LOGGER = logging.getLogger("secateur")
+"""Receives one sentence for every step of a run, at level INFO."""
 
 
 class Branches(Enum):
@@ -61,20 +65,6 @@ class Branches(Enum):
     """That of the stream: every branch keeps the channels that the stream keeps."""
     UNTIED = "untied"
     """Each its own: a narrower branch is added into its channels of the stream, see `secateur.graph.untie`."""
-
-
-def trace_for_run(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    choices: Selection,
-    heads: HeadUnit,
-    branches: Branches,
-    rules: Mapping[str, Rule],
-) -> ChannelGraph:
-    """The channel graph of a model; see `compress` for the arguments."""
-    graph = trace(model, example, heads=heads, rules=rules)
-    return choices.apply(untie(model, graph) if branches is Branches.UNTIED else graph)
 
 
 DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
@@ -109,7 +99,7 @@ class StudentInit(ABC):
         """What was done to the student, as the name of a step."""
 
     @abstractmethod
-    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
+    def check(self, model: nn.Module, train: TrainConfig) -> None:
         """Refuse a model or a recovery that it cannot be for, before any work.
 
         Raises:
@@ -135,14 +125,14 @@ class KeepWeights(StudentInit):
 
     @property
     def done(self) -> str:
-        """See `Start.done`."""
+        """See `StudentInit.done`."""
         return "cut and repaired"
 
-    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
-        """See `Start.check`: for any."""
+    def check(self, model: nn.Module, train: TrainConfig) -> None:
+        """See `StudentInit.check`: for any."""
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
-        """See `Start.cut`."""
+        """See `StudentInit.cut`."""
         return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=tuple(self.repairs))
 
 
@@ -158,27 +148,27 @@ class Reinitialize(StudentInit):
 
     @property
     def done(self) -> str:
-        """See `Start.done`."""
+        """See `StudentInit.done`."""
         return "cut, weights drawn anew"
 
-    def check(self, model: nn.Module, schedule: TrainConfig) -> None:
-        """See `Start.check`.
+    def check(self, model: nn.Module, train: TrainConfig) -> None:
+        """See `StudentInit.check`.
 
         Raises:
             ModelError: If a module has parameters and no way to draw them.
             TrainingError: If there is no recovery.
         """
-        if schedule.epochs == 0:
+        if train.epochs == 0:
             raise TrainingError(
-                "`schedule` must have epochs for a student from scratch, which knows nothing yet; got 0. Give it as "
-                "many as the original had (--epochs), or let it inherit weights."
+                "`train` must have epochs for a student from scratch, which knows nothing yet; got 0. Give it as "
+                "many as the original had (--epochs), or let it keep its weights."
             )
         check_resettable(
-            model, "start", "let the student inherit its weights (without --from-scratch; in Python: start=Inherit())."
+            model, "init", "let the student keep its weights (without --from-scratch; in Python: init=KeepWeights())."
         )
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
-        """See `Start.cut`."""
+        """See `StudentInit.cut`."""
         pruned = cut(uncut.original, uncut.graph, architecture)
         return dataclasses.replace(pruned, model=reset_weights_(pruned.model, uncut.seed))
 
@@ -191,7 +181,7 @@ class CutStudent:
         original: The uncut model in eval mode, on the device of the run; ours, not the caller's.
         student: The cut and repaired one.
         graph: The graph it was cut by.
-        found: What the search found.
+        search: The result of the search.
         verification: Sliced against masked.
         repairs: What each repair did.
     """
@@ -199,7 +189,7 @@ class CutStudent:
     original: nn.Module
     student: nn.Module
     graph: ChannelGraph
-    found: SearchResult
+    search: SearchResult
     verification: Verification
     repairs: tuple[RepairResult, ...]
 
@@ -211,7 +201,7 @@ class CompressResult:
     Attributes:
         model: The compressed model in eval mode, on the device of the model that was given.
         graph: The channel graph of the original.
-        found: What the search found: architecture, costs, budget.
+        search: The result of the search: architecture, costs, budget.
         verification: The proof that the sliced model equals the masked original.
         trained: The recovery, or None if there were no epochs; its model is masked if single weights were pruned.
         report: Every number: before and after, accuracy on the way, widths, checks, latency, provenance.
@@ -221,7 +211,7 @@ class CompressResult:
 
     model: nn.Module
     graph: ChannelGraph
-    found: SearchResult
+    search: SearchResult
     verification: Verification
     trained: Trained | None
     report: RunReport
@@ -231,7 +221,7 @@ class CompressResult:
     @property
     def architecture(self) -> Architecture:
         """The kept channels of each axis."""
-        return self.found.architecture
+        return self.search.architecture
 
     @property
     def nonzero(self) -> int:
@@ -245,71 +235,128 @@ class CompressResult:
 
 
 DEFAULT_STRATEGY: Strategy = Knapsack()
-"""The strategy that lost least in benchmarks/heal.py."""
+"""The strategy that lost least accuracy in benchmarks/heal.py."""
 
 DEFAULT_SPACE = SearchSpace(min_kept_fraction=0.25)
-"""Every axis keeps at least a quarter: no importance can tell how a layer that all but vanishes will be missed."""
+"""Every axis keeps at least a quarter: no importance can tell how much a layer that all but vanishes will be missed."""
 
 DEFAULT_TRAIN_CONFIG = TrainConfig(epochs=1, learning_rate=0.01)
-"""A short recovery. The rate is low on purpose: a high one wipes out what repairs restored."""
+"""A short recovery. The learning rate is low on purpose: a high one wipes out what the repairs restored."""
 
 DEFAULT_OBJECTIVE = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
-"""The teacher's probabilities, a little of the labels, and the teacher's features at the last layer of each size."""
+"""The teacher's probabilities, the labels with a small weight, and the teacher's last features at each resolution."""
 
 
-NO_RULES: Mapping[str, Rule] = MappingProxyType({})
-"""Only the built-in ones."""
+@dataclass(frozen=True)
+class CutConfig:
+    """What may be cut from a model, and how the cut model is made.
 
-DEFAULT_SELECTION = Selection()
-"""Whatever can be cut may be cut."""
+    Attributes:
+        selection: Which layers may be cut, by name patterns.
+        heads: Whether attention loses whole heads or dimensions of every head, see `secateur.trace`.
+        branches: Whether the branches of a residual stream may be narrower than the stream.
+        rules: What operations unknown to Secateur do to channels, see `secateur.trace`.
+        space: The allowed widths, in general and for single axes.
+        init: The weights that the cut model begins with: `KeepWeights` (those of its channels, repaired) or
+            `Reinitialize`, which needs as many epochs and as high a learning rate as the original had.
+        weight_pruning: How single weights are chosen if the budget bounds ``nonzero``; None means `WeightPruning()`.
+        calibration_images: Number of training images for scores and repairs; fewer if the data has fewer. 1024 are
+            enough for layers of a few hundred channels, as every image gives one sample per position.
+    """
+
+    selection: Selection = Selection()  # noqa: RUF009 - frozen
+    heads: HeadUnit = HeadUnit.DIMENSION
+    branches: Branches = Branches.TIED
+    rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    space: SearchSpace = DEFAULT_SPACE
+    init: StudentInit = KeepWeights()
+    weight_pruning: WeightPruning | None = None
+    calibration_images: int = 1024
+
+    def trace(self, model: nn.Module, example: Tensor) -> ChannelGraph:
+        """Return the channel graph of a model, in which only the selected layers may be cut."""
+        graph = trace(model, example, heads=self.heads, rules=self.rules)
+        return self.selection.apply(untie(model, graph) if self.branches is Branches.UNTIED else graph)
+
+    def __str__(self) -> str:
+        """What was selected about layers and axes, in words; empty if nothing was."""
+        return "; ".join(filter(None, (str(self.selection), *map(str, self.space.rules))))
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How a cut model regains accuracy by distillation from the original.
+
+    Attributes:
+        train: Epochs, batch size, learning rate, optimizer; ``epochs=0`` repairs without training. `RunConfig.seed`
+            replaces its seed.
+        objective: The losses.
+        execution: How both models are run, see `secateur.train.fit`; searches always run eagerly.
+    """
+
+    train: TrainConfig = DEFAULT_TRAIN_CONFIG
+    objective: Objective = DEFAULT_OBJECTIVE
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a run is computed, shown and recorded; nothing here changes what is computed, except the seed.
+
+    Attributes:
+        seed: Seed of everything random: initial weights, order and augmentation of images, dropout, searches.
+        device: Where to compute; None means the accelerator if there is one.
+        fabric: Used instead of ``device`` to run on several processes, see `secateur.train.open_group`. All processes
+            call with the same arguments. The first one searches, cuts, writes to ``out`` and logs; all train.
+        checkpoints: When searches and trainings write checkpoints, beside those at the ends of epochs; only with
+            ``out``.
+        callbacks: Shows searches that train and trainings.
+        on_existing: What to do with an unfinished run beside ``out``.
+        latency_cache: Stored measurements of latency; None means those of this machine in the user's cache folder.
+        name: Name of the model in the report; empty means the name of its class.
+        command: The exact command or call, for the report and secateur.json.
+    """
+
+    seed: int = 0
+    device: torch.device | None = None
+    fabric: "Fabric | None" = None
+    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
+    callbacks: Callbacks = TerminalProgress()  # noqa: RUF009 - frozen
+    on_existing: OnExisting = OnExisting.ERROR
+    latency_cache: Cache | None = None
+    name: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Delivery:
-    """What is written at the end.
+class Output:
+    """What is written at the end of a run.
 
     Attributes:
         folder: The artifact.
-        formats: Exported files.
-        source: How the original model is built, or None if only the caller knows.
-        leftover: What to do with an interrupted run at the same place.
+        formats: Files for other runtimes.
+        source: How the original model is built, or None if only the caller can build it.
     """
 
     folder: Path
     formats: tuple[Format, ...]
     source: ModelSource | None
-    leftover: OnExisting
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One run. See `compress` for the fields."""
+    """One run of `compress`, checked and complete; see there for the fields."""
 
     model: nn.Module
     data: ImageData
     budget: Budget
     strategy: Strategy
-    choices: Selection
-    heads: HeadUnit
-    branches: Branches
-    rules: Mapping[str, Rule]
-    space: SearchSpace
-    schedule: TrainConfig
-    objective: Objective
-    start: StudentInit
-    calibration: int
-    seed: int
+    cut: CutConfig
+    recovery: RecoveryConfig
+    target: Target
+    output: Output | None
+    run: RunConfig
     fabric: "Fabric"
-    name: str
-    command: str
-    delivery: Delivery | None
-    progress: Progress
-    tell: Callable[[str], None]
-    pruning: WeightPruning | None = None
-    target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
-    cache: Cache | None = None
-    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
-    execution: Execution = Eager()  # noqa: RUF009 - frozen
 
     @property
     def device(self) -> torch.device:
@@ -317,37 +364,35 @@ class Plan:
         return self.fabric.device
 
     @property
-    def alone(self) -> "Fabric":
-        """Device and precision of this process alone: where a run has several, the first searches and all train."""
-        if self.fabric.world_size == 1:
-            return self.fabric
-        return open_fabric(precision_of(self.fabric), device=self.fabric.device)
+    def name(self) -> str:
+        """Name of the model."""
+        return self.run.name or type(self.model).__name__
 
-    @property
-    def chosen(self) -> str:
-        """What the user chose about layers and axes, in words; empty if nothing."""
-        return "; ".join(filter(None, (str(self.choices), *map(str, self.space.rules))))
+    def log(self, message: str) -> None:
+        """Log one sentence, in the first of several processes."""
+        if self.fabric.is_global_zero:
+            LOGGER.info(message)
 
     def settings(self) -> dict[str, str]:
-        """Everything that decides the cut student, as text by name: two runs with the same are the same."""
-        data = self.data
+        """Everything that decides the cut student, as text by name: two runs with the same settings are the same."""
+        data, cut = self.data, self.cut
         found = {
             "model": _digest(self.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "augment": repr(data.augment),
             "budget": str(self.budget),
-            "strategy": describe(self.strategy),
-            "choices": repr(self.choices),
-            "heads": self.heads.value,
-            "branches": self.branches.value,
-            "rules": ", ".join(sorted(self.rules)) or "none",
-            "space": repr(self.space),
-            "start": describe(self.start),
-            "calibration": str(self.calibration),
-            "seed": str(self.seed),
+            "strategy": stable_repr(self.strategy),
+            "selection": repr(cut.selection),
+            "heads": cut.heads.value,
+            "branches": cut.branches.value,
+            "rules": ", ".join(sorted(cut.rules)) or "none",
+            "space": repr(cut.space),
+            "init": stable_repr(cut.init),
+            "calibration_images": str(cut.calibration_images),
+            "seed": str(self.run.seed),
         }
-        if self.pruning is not None:
-            found["pruning"] = repr(self.pruning)
+        if cut.weight_pruning is not None:
+            found["weight_pruning"] = repr(cut.weight_pruning)
         if is_timed(self.budget):
             found["target"] = self.target.key
         return found

@@ -1,6 +1,6 @@
 """The whole way on a data set that scikit-learn brings: train a small network, then compress it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,11 @@ from secateur.data.load import load_data
 from secateur.distill.objective import Objective
 from secateur.export.formats import Format
 from secateur.models.source import ModelSource, load_model
-from secateur.pipeline.compress import compress, silent
-from secateur.pipeline.config import DEFAULT_STRATEGY, CompressResult
+from secateur.pipeline.compress import compress
+from secateur.pipeline.config import DEFAULT_STRATEGY, LOGGER, CompressResult, RecoveryConfig, RunConfig
 from secateur.pipeline.workspace import OnExisting, check_output
 from secateur.search.base import Strategy
-from secateur.train.callbacks import Meter, Progress, TerminalProgress
+from secateur.train.callbacks import Callbacks, LoopCallbacks
 from secateur.train.config import TrainConfig
 from secateur.train.fit import fit
 from secateur.train.trainer import Trained
@@ -46,10 +46,7 @@ def demo(
     *,
     settings: Demo = Demo(),
     export: Sequence[Format] = (Format.ONNX,),
-    seed: int = 0,
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    tell: Callable[[str], None] = silent,
-    command: str = "",
+    run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> CompressResult:
     """Train a small residual network on handwritten digits, compress it, verify, export and report.
 
@@ -57,52 +54,51 @@ def demo(
         out: Folder for the artifact; an older artifact there, finished or not, is replaced.
         settings: See `Demo`.
         export: Files for other runtimes.
-        seed: Of everything that is random.
-        progress: Shows both trainings.
-        tell: Receives one sentence per step.
-        command: The exact command, for the record.
+        run: Seed, callbacks and command; the other fields have no effect.
 
     Raises:
         ArtifactError: If the folder holds something else.
         DataError: If scikit-learn is not installed.
     """
     check_output(Path(out))
-    data = load_data("digits", seed=seed)
-    fresh, source = load_model("digits_resnet", seed=seed)
-    tell(f"Training {source.name} on {len(data.train)} digits of {data.name}, {settings.teaching.epochs} epochs.")
-    taught = _teach(fresh, data, settings, seed, _Called("teach", progress))
-    tell(f"Trained. Now compressing it to {settings.budget}.")
+    data = load_data("digits", seed=run.seed)
+    fresh, source = load_model("digits_resnet", seed=run.seed)
+    epochs = settings.teaching.epochs
+    LOGGER.info(f"Training {source.name} on {len(data.train)} digits of {data.name}, {epochs} epochs.")
+    taught = _teach(fresh, data, settings, run.seed, _Renamed("teach", run.callbacks))
+    LOGGER.info(f"Trained. Now compressing it to {settings.budget}.")
     return compress(
         taught.model,
         data,
-        budget=settings.budget,
+        settings.budget,
         strategy=settings.strategy,
-        schedule=settings.recovery,
+        recovery=RecoveryConfig(train=settings.recovery),
         out=out,
         export=export,
         source=ModelSource.from_json(source.to_json()),
-        leftover=OnExisting.DISCARD,
-        seed=seed,
-        progress=progress,
-        tell=tell,
-        name=source.name,
-        command=command,
+        run=RunConfig(
+            seed=run.seed,
+            callbacks=run.callbacks,
+            on_existing=OnExisting.OVERWRITE,
+            name=source.name,
+            command=run.command,
+        ),
     )
 
 
 @dataclass(frozen=True)
-class _Called:
-    """A progress under another word: two trainings in one log would write over each other."""
+class _Renamed:
+    """Callbacks that see a loop by another name: two trainings in one log would overwrite each other."""
 
-    what: str
-    inner: Progress
+    loop: str
+    inner: Callbacks
 
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[Meter]:
-        del what
-        return self.inner.watch(self.what, epochs=epochs, steps=steps, done=done)
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[LoopCallbacks]:
+        del loop
+        return self.inner.start(self.loop, epochs=epochs, steps=steps, done=done)
 
 
-def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, progress: Progress) -> Trained:
+def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, callbacks: Callbacks) -> Trained:
     return fit(
         fresh,
         data.train,
@@ -110,5 +106,5 @@ def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, progres
         objective=Objective.of_labels(label_smoothing=settings.label_smoothing),
         augment=data.augment,
         validation=data.validation,
-        progress=progress,
+        progress=callbacks,
     )

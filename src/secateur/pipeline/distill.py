@@ -2,7 +2,7 @@
 
 A student of any kind learns from a teacher of any kind: the same engine, checks and artifact as for a cut one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,18 +14,17 @@ from secateur._files import atomic_folder, disk_errors
 from secateur._provenance import Provenance
 from secateur.architecture import Architecture
 from secateur.cost.macs import counted_macs, counted_params
-from secateur.data.dataset import ImageData, calibration
+from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.objective import Objective, Term
 from secateur.export.artifact import amend, save, weights_bytes
 from secateur.export.edits import edits_between
 from secateur.export.formats import Format, check_formats
 from secateur.export.manifest import Recipe
 from secateur.models.source import ModelSource
-from secateur.pipeline.checks import copied, latency_between, probe_json, reload_check, shown_latency
-from secateur.pipeline.compress import silent
+from secateur.pipeline.checks import copy_in_eval_mode, latency_between, probe_json, reload_check, shown_latency
+from secateur.pipeline.config import LOGGER, RunConfig
 from secateur.pipeline.exports import Exports, Samples, deliver_exports
 from secateur.pipeline.workspace import (
-    OnExisting,
     check_model_fits_data,
     check_output,
     fabric_for,
@@ -36,8 +35,7 @@ from secateur.pipeline.workspace import (
 from secateur.prune.masks import nonzero_params
 from secateur.report.html import write_report
 from secateur.report.run import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch
-from secateur.train.callbacks import Progress, TerminalProgress
-from secateur.train.checkpoint import CheckpointPolicy, digest
+from secateur.train.checkpoint import model_sha256
 from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.evaluate import evaluate
@@ -55,11 +53,11 @@ class HintStage:
 
     Attributes:
         hints: Losses of features.
-        schedule: Of the stage.
+        train: Epochs, batch size, learning rate, optimizer of the stage.
     """
 
     hints: tuple[Term, ...]
-    schedule: TrainConfig
+    train: TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class Distilled:
+class DistillResult:
     """A distilled student and what was measured.
 
     Attributes:
@@ -109,30 +107,35 @@ class Distilled:
 
 
 @dataclass(frozen=True, eq=False)
-class DistillConfig:
-    """One run, see `distill_model`."""
+class DistillPlan:
+    """One run of `distill_model`, checked and complete; see there for the fields."""
 
     student: ModelSpec
     teacher: ModelSpec
     data: ImageData
-    schedule: TrainConfig
+    train: TrainConfig
     objective: Objective
-    hinting: HintStage | None
+    hint_stage: HintStage | None
+    teacher_cache: Path | None
+    execution: Execution
+    run: RunConfig
     fabric: "Fabric"
-    command: str
-    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
-    execution: Execution = Eager()  # noqa: RUF009 - frozen
+
+    def log(self, message: str) -> None:
+        """Log one sentence, in the first of several processes."""
+        if self.fabric.is_global_zero:
+            LOGGER.info(message)
 
     def settings(self) -> dict[str, str]:
         """What makes two runs the same; the rest is in the checkpoints' own settings."""
         data = self.data
         return {
-            "student": digest(self.student.model),
-            "teacher": digest(self.teacher.model),
+            "student": model_sha256(self.student.model),
+            "teacher": model_sha256(self.teacher.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "augment": repr(data.augment),
-            "hints": "none" if self.hinting is None else repr(self.hinting.schedule),
-            "seed": str(self.schedule.seed),
+            "hints": "none" if self.hint_stage is None else repr(self.hint_stage.train),
+            "seed": str(self.run.seed),
         }
 
     @property
@@ -143,7 +146,7 @@ class DistillConfig:
         )
         found += [f"{self.objective.label_weight:g} labels"] * bool(self.objective.label_weight)
         found += [f"{term.weight:g} {term.name}" for term in self.objective.terms]
-        first = "" if self.hinting is None else f", after {self.hinting.schedule.epochs} epochs of hints"
+        first = "" if self.hint_stage is None else f", after {self.hint_stage.train.epochs} epochs of hints"
         return f"distilled from {self.teacher.called}: {' + '.join(found)}{first}"
 
 
@@ -155,44 +158,30 @@ def distill_model(
     *,
     teacher: ModelSpec,
     data: ImageData,
-    schedule: TrainConfig,
+    train: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
-    hinting: HintStage | None = None,
-    remember: Path | None = None,
+    hint_stage: HintStage | None = None,
+    teacher_cache: Path | None = None,
+    execution: Execution = Eager(),  # noqa: B008 - frozen
     out: Path | None = None,
     export: Sequence[Format] = (Format.ONNX,),
-    leftover: OnExisting = OnExisting.REFUSE,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
-    execution: Execution = Eager(),  # noqa: B008 - frozen
-    seed: int = 0,
-    device: torch.device | None = None,
-    fabric: "Fabric | None" = None,
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    tell: Callable[[str], None] = silent,
-    command: str = "",
-) -> Distilled:
+    run: RunConfig = RunConfig(),  # noqa: B008 - frozen
+) -> DistillResult:
     """Distill any teacher into any student, verify the result and write it as an artifact.
 
     Args:
-        student: Learns; a copy is trained.
+        student: A copy of it is trained.
         teacher: A trained classifier of the same classes.
         data: The best epoch is chosen on the validation images; the test images are for the report alone.
-        schedule: Of the training. Its seed is replaced by ``seed``.
-        objective: The losses, see `secateur.distill.Objective`; no aligned features, which only a cut student has.
-        hinting: A stage of hints first; None goes without.
-        remember: Folder for the teacher's logits, see `secateur.train.fit`.
-        out: Folder for the artifact, the exports and the report; None writes nothing. Until the end the work lies in
-            ``<out>.work``, from which an interrupted run goes on.
-        export: Files for other runtimes; only with ``out``.
-        leftover: What to do with an interrupted run at the same ``out``.
-        saving: When checkpoints are written, beside those at the ends of epochs; only with ``out``.
+        train: Epochs, batch size, learning rate, optimizer. ``run.seed`` replaces its seed.
+        objective: The losses; aligned features are not among them, which only a cut student has.
+        hint_stage: Trained first; None goes without.
+        teacher_cache: Folder for the teacher's logits, see `secateur.train.fit`.
         execution: How both are run, see `secateur.train.fit`.
-        seed: Of order, augmentation and dropout.
-        device: Where to compute; None means the accelerator if there is one.
-        fabric: Instead of a device, see `compress`.
-        progress: Shows the training.
-        tell: Receives one sentence per step.
-        command: The exact command or call, for the record.
+        out: Folder for the artifact, the exports and the report; None writes nothing. Until the end the work lies in
+            ``<out>.work``, from which an interrupted run is resumed.
+        export: Files for other runtimes; only with ``out``.
+        run: Seed, device, callbacks, checkpoints, and what to do with an unfinished run at the same ``out``.
 
     Returns:
         The student and everything that was measured.
@@ -200,89 +189,97 @@ def distill_model(
     Raises:
         SecateurError: One of its subclasses, with the way out.
     """
-    fabric = fabric_for(fabric, schedule.precision, device, out)
+    fabric = fabric_for(run.fabric, train.precision, run.device, out)
     execution.check(fabric)
-    images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
-    for pupil in (teacher, student):
-        check_model_fits_data(own_copy(pupil.model, fabric.device), data, images)
+    images = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0][0]
+    for spec in (teacher, student):
+        check_model_fits_data(own_copy(spec.model, fabric.device), data, images)
     if out is not None:
         check_output(out)
         check_formats(export)
-    run = DistillConfig(
-        student, teacher, data, replace(schedule, seed=seed), objective, hinting, fabric, command, saving, execution
+    plan = DistillPlan(
+        student=student,
+        teacher=teacher,
+        data=data,
+        train=replace(train, seed=run.seed),
+        objective=objective,
+        hint_stage=hint_stage,
+        teacher_cache=teacher_cache,
+        execution=execution,
+        run=run,
+        fabric=fabric,
     )
-    tell = tell if fabric.is_global_zero else silent
     if out is None:
-        trained, steps = _learn(run, remember, None, progress, tell)
-        return Distilled(trained.model, trained, _report(run, trained, steps))
-    with shared_run_directory(fabric, out, run.settings(), leftover) as work:
-        trained, steps = _learn(run, remember, work.checkpoint, work.logged(progress), tell)
+        trained, steps = _learn(plan, None)
+        return DistillResult(trained.model, trained, _report(plan, trained, steps))
+    with shared_run_directory(fabric, out, plan.settings(), run.on_existing) as work:
+        assert work is not None
+        plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
+        trained, steps = _learn(plan, work.checkpoint)
         if not fabric.is_global_zero:
-            return Distilled(trained.model, trained, _report(run, trained, steps))
-        learned = _Learned(run, trained, steps, images.detach().cpu())
-        report, files = _deliver(learned, out, tuple(dict.fromkeys(export)), tell)
-    return Distilled(trained.model, trained, report, out, files)
+            return DistillResult(trained.model, trained, _report(plan, trained, steps))
+        learned = _Learned(plan, trained, steps, images.detach().cpu())
+        report, files = _deliver(learned, out, tuple(dict.fromkeys(export)))
+    return DistillResult(trained.model, trained, report, out, files)
 
 
-def _learn(
-    run: DistillConfig, remember: Path | None, checkpoint: Path | None, progress: Progress, tell: Callable[[str], None]
-) -> tuple[Trained, tuple[Step, ...]]:
+def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[Step, ...]]:
     steps = [
-        _step(run, "teacher", run.teacher.model, tell),
-        _step(run, "student before", run.student.model, tell),
+        _step(plan, "teacher", plan.teacher.model),
+        _step(plan, "student before", plan.student.model),
     ]
-    if run.hinting is None:
+    if plan.hint_stage is None:
         trained = train_with_teacher(
-            run.student.model,
-            teacher=run.teacher.model,
-            data=run.data,
-            schedule=run.schedule,
-            objective=run.objective,
-            remember=remember,
+            plan.student.model,
+            teacher=plan.teacher.model,
+            data=plan.data,
+            schedule=plan.train,
+            objective=plan.objective,
+            remember=plan.teacher_cache,
             checkpoint=checkpoint,
-            saving=run.saving,
-            execution=run.execution,
-            progress=progress,
-            fabric=run.fabric,
+            saving=plan.run.checkpoints,
+            execution=plan.execution,
+            progress=plan.run.callbacks,
+            fabric=plan.fabric,
         )
     else:
         trained = distill_after_hints(
-            run.student.model,
-            teacher=run.teacher.model,
-            data=run.data,
-            hints=run.hinting.hints,
-            hint_schedule=replace(run.hinting.schedule, seed=run.schedule.seed),
-            schedule=run.schedule,
-            objective=run.objective,
+            plan.student.model,
+            teacher=plan.teacher.model,
+            data=plan.data,
+            hints=plan.hint_stage.hints,
+            hint_schedule=replace(plan.hint_stage.train, seed=plan.run.seed),
+            schedule=plan.train,
+            objective=plan.objective,
             checkpoint=checkpoint,
-            saving=run.saving,
-            execution=run.execution,
-            progress=progress,
-            fabric=run.fabric,
+            saving=plan.run.checkpoints,
+            execution=plan.execution,
+            progress=plan.run.callbacks,
+            fabric=plan.fabric,
         )
-    steps.append(_step(run, "distilled", trained.model, tell))
+    steps.append(_step(plan, "distilled", trained.model))
     return trained, tuple(steps)
 
 
-def _step(run: DistillConfig, name: str, model: nn.Module, tell: Callable[[str], None]) -> Step:
-    found = evaluate(model, run.data.test, device=run.fabric.device)
-    tell(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
+def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
+    found = evaluate(model, plan.data.test, device=plan.fabric.device)
+    plan.log(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
     return Step(name, MeasuredAccuracy(found.top1, found.n))
 
 
 def _measured(model: nn.Module, data: ImageData, step: Step) -> Measured:
-    macs = counted_macs(copied(model).cpu(), torch.zeros(1, *data.size))
+    macs = counted_macs(copy_in_eval_mode(model).cpu(), torch.zeros(1, *data.size))
     return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
 
 
-def _report(run: DistillConfig, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
-    provenance, data = Provenance.here(run.command, run.schedule.seed), run.data
+def _report(plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
+    provenance, data = Provenance.here(plan.run.command, plan.run.seed), plan.data
     report = RunReport(
-        model=f"{run.student.called} from {run.teacher.called}",
+        model=f"{plan.student.called} from {plan.teacher.called}",
         data=f"{data.name}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test "
         "images",
-        strategy=run.losses,
-        before=_measured(run.teacher.model, data, steps[0]),
+        strategy=plan.losses,
+        before=_measured(plan.teacher.model, data, steps[0]),
         after=_measured(trained.model, data, steps[-1]),
         steps=steps,
         training=tuple(
@@ -301,26 +298,24 @@ def _report(run: DistillConfig, trained: Trained, steps: tuple[Step, ...], **mor
 
 @dataclass(frozen=True, eq=False)
 class _Learned:
-    run: DistillConfig
+    plan: DistillPlan
     trained: Trained
     steps: tuple[Step, ...]
     images: Tensor
 
 
-def _deliver(
-    learned: _Learned, out: Path, formats: tuple[Format, ...], tell: Callable[[str], None]
-) -> tuple[RunReport, tuple[Path, ...]]:
-    run, trained, images = learned.run, learned.trained, learned.images
-    student, given = trained.model, run.student
+def _deliver(learned: _Learned, out: Path, formats: tuple[Format, ...]) -> tuple[RunReport, tuple[Path, ...]]:
+    plan, trained, images = learned.plan, learned.trained, learned.images
+    student, given = trained.model, plan.student
     with disk_errors(out), atomic_folder(out) as draft:
-        save(draft, student, _recipe(run, student))
-        own = (lambda: copied(given.model)) if given.source is None else None
+        save(draft, student, _recipe(plan, student))
+        own = (lambda: copy_in_eval_mode(given.model)) if given.source is None else None
         checks: list[Check] = [reload_check(student, images, draft, own)]
-        exports = deliver_exports(student, Samples(images, run.data), draft, formats)
+        exports = deliver_exports(student, Samples(images, plan.data), draft, formats)
         checks += exports.checks
-        latency, notes = latency_between(run.teacher.model, student, images)
+        latency, notes = latency_between(plan.teacher.model, student, images)
         report = _report(
-            run,
+            plan,
             trained,
             learned.steps,
             checks=tuple(checks),
@@ -330,20 +325,22 @@ def _deliver(
         )
         write_report(draft / "report.html", report)
         run_directory_path(out).hand_on_history(draft)
-        amend(draft, metrics=_metrics(run, trained, report), verification=_verification(run, student, report, exports))
+        amend(
+            draft, metrics=_metrics(plan, trained, report), verification=_verification(plan, student, report, exports)
+        )
         names = sorted(path.name for path in draft.iterdir())
     for check in report.checks:
-        tell(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
+        plan.log(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
     return report, tuple(out / name for name in names)
 
 
-def _recipe(run: DistillConfig, student: nn.Module) -> Recipe:
-    given, data = run.student, run.data
+def _recipe(plan: DistillPlan, student: nn.Module) -> Recipe:
+    given, data = plan.student, plan.data
     pristine = given.model if given.source is None else given.source.build(trust_source=True)
     example = torch.zeros(1, *data.size)
     costs = [
-        {"macs": counted_macs(copied(model).cpu(), example), "params": counted_params(model)}
-        for model in (run.teacher.model, student)
+        {"macs": counted_macs(copy_in_eval_mode(model).cpu(), example), "params": counted_params(model)}
+        for model in (plan.teacher.model, student)
     ]
     return Recipe(
         source={"kind": "factory", "name": given.called} if given.source is None else given.source.to_json(),
@@ -355,24 +352,24 @@ def _recipe(run: DistillConfig, student: nn.Module) -> Recipe:
         classes=data.classes,
         cost_before=costs[0],
         cost_after=costs[1],
-        provenance=Provenance.here(run.command, run.schedule.seed),
+        provenance=Provenance.here(plan.run.command, plan.run.seed),
     )
 
 
-def _metrics(run: DistillConfig, trained: Trained, report: RunReport) -> dict[str, object]:
+def _metrics(plan: DistillPlan, trained: Trained, report: RunReport) -> dict[str, object]:
     return {
         "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
         "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
         "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
         "history": [record.to_json() for record in trained.history],
         "best_epoch": trained.best_epoch,
-        "distillation": {"teacher": run.teacher.called, "losses": run.losses},
+        "distillation": {"teacher": plan.teacher.called, "losses": plan.losses},
     }
 
 
-def _verification(run: DistillConfig, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
+def _verification(plan: DistillPlan, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
     return {
         **exports.to_json(),
         "checks": [asdict(check) for check in report.checks],
-        "probe": probe_json(copied(student).cpu(), run.data.size),
+        "probe": probe_json(copy_in_eval_mode(student).cpu(), plan.data.size),
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.cost.measure import LatencyRecord, measure_files
 from secateur.cost.targets import OnnxRuntime
-from secateur.data.dataset import ImageData, calibration
+from secateur.data.dataset import ImageData, draw_calibration
 from secateur.errors import ExportError
 from secateur.export._common import Parity
 from secateur.export.artifact import amend, is_artifact, read_manifest
@@ -21,12 +21,12 @@ from secateur.export.int8 import USUAL_KEPT, Quantized, export_int8
 from secateur.export.onnx import export_onnx, onnx_bytes
 from secateur.export.openvino import export_openvino
 from secateur.export.torch_export import export_pt2
-from secateur.pipeline.checks import copied, shown_latency
+from secateur.pipeline.checks import copy_in_eval_mode, shown_latency
 from secateur.report.run import Check, ExportedFile, MeasuredAccuracy
 
 INT8_IMAGES = 512
 """Training images that tell the range of every activation. More widen ranges by ever rarer values."""
-BATCH = 128
+EXPORT_BATCH_SIZE = 128
 """Images per pass."""
 RECORD = "exports"
 """Where secateur.json tells of exported files, within its verification."""
@@ -133,8 +133,8 @@ def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantized:
     data = samples.data
     if data is None:
         raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
-    ranges = calibration(data.train, min(INT8_IMAGES, len(data.train)), batch_size=BATCH)
-    return export_int8(model, [images for images, _ in ranges], data.test.batches(BATCH), path)
+    ranges = draw_calibration(data.train, min(INT8_IMAGES, len(data.train)), batch_size=EXPORT_BATCH_SIZE)
+    return export_int8(model, [images for images, _ in ranges], data.test.batches(EXPORT_BATCH_SIZE), path)
 
 
 _EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantized]] = {
@@ -229,7 +229,7 @@ def _doubts(found: Exported) -> list[str]:
 def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[LatencyRecord | None, list[str]]:
     in_float = draft / Format.ONNX.file
     try:
-        before = in_float if in_float.exists() else onnx_bytes(copied(student).cpu(), (images,))
+        before = in_float if in_float.exists() else onnx_bytes(copy_in_eval_mode(student).cpu(), (images,))
         return measure_files(before, draft / Format.INT8.file, OnnxRuntime(), images[:1]), []
     except ExportError as error:
         return None, [f"The latency of {Format.INT8.file} was not measured: {error}"]

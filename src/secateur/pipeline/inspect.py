@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 
 from secateur.cost.budget import Cost
 from secateur.cost.macs import CostModel
-from secateur.graph._ledger import Rule
 from secateur.graph.graph import ChannelAxis, ChannelGraph
-from secateur.graph.selection import Selection
 from secateur.graph.stages import Stage, stages_of
-from secateur.graph.trace import HeadUnit
-from secateur.pipeline.config import DEFAULT_SELECTION, DEFAULT_SPACE, NO_RULES, Branches, trace_for_run
+from secateur.pipeline.config import CutConfig
 from secateur.prune.slice import parameter_share
 from secateur.report.graph_drawing import places
 from secateur.search.space import SearchSpace
@@ -87,28 +83,20 @@ def inspect_model(
     model: nn.Module,
     example: Tensor,
     *,
-    choices: Selection = DEFAULT_SELECTION,
-    heads: HeadUnit = HeadUnit.DIMENSION,
-    branches: Branches = Branches.TIED,
-    rules: Mapping[str, Rule] = NO_RULES,
-    space: SearchSpace = DEFAULT_SPACE,
+    cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
 ) -> ModelReport:
     """Trace a model and find the range of costs that a budget can ask for.
 
     Args:
-        model: Any; not changed.
+        model: Any model; not changed.
         example: One input or a batch of it.
-        choices: Which layers may be cut at all, by name patterns.
-        heads: What is kept or removed as one in attention, see `secateur.trace`.
-        branches: Whether the branches of a residual stream may be narrower than it.
-        rules: What further operations do to channels, see `secateur.trace`.
-        space: Which widths are allowed, in general and for some axes.
+        cut: What may be cut; only the fields about layers, attention, branches, rules and widths have an effect.
 
     Raises:
         TraceError: If the model cannot run the example.
         ChoiceError: If a pattern matches nothing, or nothing is left to cut.
     """
-    graph = trace_for_run(model, example, choices=choices, heads=heads, branches=branches, rules=rules)
+    graph, space = cut.trace(model, example), cut.space
     costs = CostModel(graph)
     least = np.array([levels[0] for levels in space.levels(graph)], dtype=np.int64)
     fewer = costs.without(block.name for block in graph.removable)

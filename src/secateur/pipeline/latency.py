@@ -380,8 +380,8 @@ def search_within_latency(
         ExportError: If a model cannot be brought to the target.
     """
     sample = images[0][: plan.target.batch].detach().cpu()
-    timed = LatencySearch(original, graph, plan.target, sample, plan.budget, plan.cache, plan.tell, kept)
-    spaces = spaces_of(plan.space, graph)
+    timed = LatencySearch(original, graph, plan.target, sample, plan.budget, plan.run.latency_cache, plan.log, kept)
+    spaces = spaces_of(plan.cut.space, graph)
     fit = timed.fit(spaces[0])
     # Six digits: more would be shown in errors, and are far below what can be measured.
     within = replace(plan.budget, latency=float(f"{limit_of(plan.budget, float(fit.measured[0])):.6g}"))
@@ -399,7 +399,7 @@ def search_within_latency(
                 trials += timed.within(space, fit, plan.strategy, again)
             except BudgetError as error:
                 refused = refused or error
-                plan.tell(f"Divisor {space.divisor}: {error}")
+                plan.log(f"Divisor {space.divisor}: {error}")
     if not trials:
         assert refused is not None
         raise refused

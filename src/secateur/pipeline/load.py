@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_map_only
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError, ModelError
 from secateur.export import artifact
-from secateur.export.artifact import MANIFEST_NAME, Loaded
+from secateur.export.artifact import MANIFEST_NAME, Artifact
 from secateur.export.manifest import Manifest
 from secateur.models.source import ModelSource, load_model
 
-MOST_BYTES = 4 * 2**30
+MAX_TRIAL_BYTES = 4 * 2**30
 """Of one tensor that a layer makes."""
 
 
 def check_runs(model: nn.Module, size: Sequence[int]) -> None:
-    """Refuse a model that cannot run on one image, or would make a tensor of more than `MOST_BYTES`.
+    """Refuse a model that cannot run on one image, or would make a tensor of more than `MAX_TRIAL_BYTES`.
 
     Before an operation runs, its shapes alone do (on the meta device), so that nothing is allocated to find out.
 
@@ -61,7 +61,7 @@ class _Bounded(TorchDispatchMode):
     ) -> Any:
         settings = dict(kwargs or {})
         for tensor in _shapes_of(func, args, settings):
-            if math.prod(tensor.shape) * tensor.element_size() > MOST_BYTES:
+            if math.prod(tensor.shape) * tensor.element_size() > MAX_TRIAL_BYTES:
                 raise ValueError(f"{func} would make a tensor of shape {tuple(tensor.shape)}")
         return func(*args, **settings)
 
@@ -101,7 +101,7 @@ class LoadedModel:
         return Architecture() if self.manifest is None else self.manifest.recipe.architecture
 
 
-def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Loaded:
+def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Artifact:
     """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
 
     Args:
@@ -120,7 +120,7 @@ def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, 
     def build(source: Mapping[str, object]) -> nn.Module:
         return ModelSource.from_json(source).build(trust_source=trust_source)
 
-    return artifact.load(folder, build=build, factory=factory, trust_source=trust_source)
+    return artifact.load_artifact(folder, build=build, factory=factory, trust_source=trust_source)
 
 
 def load_any(

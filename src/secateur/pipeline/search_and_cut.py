@@ -4,34 +4,37 @@ The first half of a run: trace, search, cut, heal. No training.
 
 The second half of a budget: single weights at zero, after the channels."""
 
-import copy
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, format_count, is_timed
 from secateur.cost.latency_model import LatencyModel
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph.graph import ChannelGraph
-from secateur.pipeline.config import CutInput, CutStudent, Plan, trace_for_run
+from secateur.pipeline.config import CutInput, CutStudent, Plan
 from secateur.pipeline.latency import Measurements, search_within_latency
 from secateur.pipeline.workspace import CutState, RunDirectory
 from secateur.prune.cut import Cut, RepairResult
 from secateur.prune.masks import make_permanent_, nonzero_params
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
-from secateur.prune.weight_pruning import Sparsify, WeightPruning
-from secateur.search.base import ScoreCache, SearchResult, Strategy, search_architecture
+from secateur.prune.weight_pruning import Sparsify
+from secateur.search.base import ScoreCache, SearchResult, SearchTraining, Strategy, search_architecture
 from secateur.search.depth import RemoveBlocks
 from secateur.search.space import SearchSpace
 from secateur.train.checkpoint import tensors_of, write_tensors_
+from secateur.train.device import fabric_precision, open_fabric
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _EVERY_S = 20.0
 
@@ -51,10 +54,10 @@ class Paced:
             self._tell(f"Searching, {100 * fraction:.0f} % done: {what}.")
 
 
-Batches = tuple[tuple[Tensor, Tensor], ...]
+ImageBatches = tuple[tuple[Tensor, Tensor], ...]
 
 
-def search_and_cut(plan: Plan, original: nn.Module, batches: Batches, work: RunDirectory | None) -> CutStudent:
+def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work: RunDirectory | None) -> CutStudent:
     """Find an architecture, cut the model to it and repair it, or take up what an interrupted run has left.
 
     Args:
@@ -64,21 +67,14 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: Batches, work: RunD
         work: Where to keep checkpoints of the search and the result for a resume.
     """
     began = time.perf_counter()
-    graph = trace_for_run(
-        original,
-        batches[0][0][:2],
-        choices=plan.choices,
-        heads=plan.heads,
-        branches=plan.branches,
-        rules=plan.rules,
-    )
-    plan.tell(
+    graph = plan.cut.trace(original, batches[0][0][:2])
+    plan.log(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
-        f"{len(graph.prunable)} prunable{f' ({plan.chosen})' if plan.chosen else ''}."
+        f"{len(graph.prunable)} prunable{f' ({plan.cut})' if str(plan.cut) else ''}."
     )
     left = None if work is None else work.read()
     if left is not None:
-        plan.tell("Going on with the interrupted run: its architecture and weights are taken as they were.")
+        plan.log("Going on with the interrupted run: its architecture and weights are taken as they were.")
         return _take_up(original, graph, left)
     found, pruned = _search_until_exact(plan, original, graph, batches, work)
     if work is not None:
@@ -87,7 +83,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: Batches, work: RunD
 
 
 def _search_until_exact(
-    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: Batches, work: RunDirectory | None
+    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: ImageBatches, work: RunDirectory | None
 ) -> tuple[SearchResult, Cut]:
     """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget.
 
@@ -99,21 +95,22 @@ def _search_until_exact(
         began = time.perf_counter()
         checkpoint = None if work is None else work.search_checkpoint(number)
         found = _search(plan, original, graph, batches, checkpoint=checkpoint, kept=kept)
-        plan.tell(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
+        plan.log(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
         began = time.perf_counter()
-        uncut = CutInput(original, _searched(original, found), graph, images, plan.seed)
-        pruned = plan.start.cut(uncut, found.architecture)
+        uncut = CutInput(original, _searched(original, found), graph, images, plan.run.seed)
+        pruned = plan.cut.init.cut(uncut, found.architecture)
         if not pruned.verification.frozen:
-            plan.tell(
-                f"{plan.start.done.capitalize()} in {time.perf_counter() - began:.1f} s; sliced equals masked within "
+            seconds = time.perf_counter() - began
+            plan.log(
+                f"{plan.cut.init.done.capitalize()} in {seconds:.1f} s; sliced equals masked within "
                 f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
             )
             for repair in pruned.repairs:
-                plan.tell(describe_repair(repair))
+                plan.log(describe_repair(repair))
             return replace(found, weights=None), pruned  # The cut has what it needs of them.
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
-        plan.tell(f"Could not be cut exactly and stays whole: {names}. Searching again.")
+        plan.log(f"Could not be cut exactly and stays whole: {names}. Searching again.")
     raise AssertionError("counting ended")
 
 
@@ -125,7 +122,7 @@ def _searched(original: nn.Module, found: SearchResult) -> nn.Module:
     """
     if found.weights is None:
         return original
-    model = copy.deepcopy(original)
+    model = copy_model(original)
     try:
         model.load_state_dict(dict(found.weights))
     except RuntimeError as error:
@@ -141,7 +138,7 @@ def _search(
     plan: Plan,
     original: nn.Module,
     graph: ChannelGraph,
-    batches: Batches,
+    batches: ImageBatches,
     *,
     checkpoint: Path | None,
     kept: Measurements,
@@ -152,7 +149,7 @@ def _search(
         BudgetError: If no architecture that the choices and the space leave is within the budget.
     """
 
-    remembered, paced = ScoreCache(), Paced(plan.tell)
+    remembered, paced = ScoreCache(), Paced(plan.log)
 
     def searching(
         strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
@@ -164,26 +161,22 @@ def _search(
             budget=budget,
             batches=batches,
             space=space,
-            seed=plan.seed,
-            data=plan.data,
-            checkpoint=folder,
-            saving=plan.saving,
+            seed=plan.run.seed,
             progress=paced,
-            watch=plan.progress,
-            fabric=plan.alone,
+            training=SearchTraining(plan.data, folder, plan.run.checkpoints, plan.run.callbacks, _alone(plan.fabric)),
             latency=latency,
             remembered=remembered,
         )
 
     try:
         if not is_timed(plan.budget):
-            return searching(plan.strategy, plan.budget, plan.space, None, checkpoint)
+            return searching(plan.strategy, plan.budget, plan.cut.space, None, checkpoint)
         images = [images for images, _ in batches]
         return search_within_latency(
             plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept
         )
     except BudgetError as error:
-        ways = [f"Or loosen what you chose: {plan.chosen}."] if plan.chosen else []
+        ways = [f"Or loosen what you chose: {plan.cut}."] if str(plan.cut) else []
         if graph.removable:
             ways += _with_fewer_blocks(plan.strategy)
         if not ways:
@@ -191,13 +184,18 @@ def _search(
         raise BudgetError(" ".join((str(error), *ways))) from error
 
 
+def _alone(fabric: "Fabric") -> "Fabric":
+    """Device and precision of this process: where a run has several processes, only the first one searches."""
+    return fabric if fabric.world_size == 1 else open_fabric(fabric_precision(fabric), device=fabric.device)
+
+
 def _with_fewer_blocks(strategy: Strategy) -> list[str]:
     """A way out that takes more blocks than a strategy does, if there is one."""
     if not isinstance(strategy, RemoveBlocks):
-        return ["Or let residual blocks go too (--remove-blocks; in Python: Shallower)."]
+        return ["Or let residual blocks go too (--remove-blocks; in Python: RemoveBlocks)."]
     if strategy.most < 1:
         return [
-            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.most:g}; in Python: Shallower)."
+            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.most:g}; in Python: RemoveBlocks)."
         ]
     return []
 
@@ -269,38 +267,29 @@ def _found(data: Mapping[str, object]) -> SearchResult:
     )
 
 
-def pruning_for(budget: Budget, pruning: WeightPruning | None) -> WeightPruning | None:
-    """How weights are pruned: as the caller says, or as usual; None if the budget does not ask for it."""
-    if budget.nonzero is None:
-        if pruning is not None:
-            warnings.warn("`pruning` has no effect: the budget does not bound `nonzero`.", stacklevel=3)
-        return None
-    return pruning or WeightPruning()
-
-
-def zeros_for(plan: Plan, half: CutStudent, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:
+def zeros_for(plan: Plan, cut_student: CutStudent, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:
     """The masks that the recovery trains under; None if the budget asks for none, or the channels meet it alone.
 
     Raises:
         BudgetError: If what may not be pruned is more than the budget allows.
     """
-    limit = plan.budget.nonzero_limit(half.found.original)
-    if plan.pruning is None or limit is None:
+    limit = plan.budget.nonzero_limit(cut_student.search.original)
+    if plan.cut.weight_pruning is None or limit is None:
         return None
-    density = plan.pruning.density_within(half.student, limit)
+    density = plan.cut.weight_pruning.density_within(cut_student.student, limit)
     if density == 1:
-        plan.tell("The channels alone meet the bound on non-zero parameters: no single weight is pruned.")
+        plan.log("The channels alone meet the bound on non-zero parameters: no single weight is pruned.")
         return None
-    plan.tell(
+    plan.log(
         f"Pruning single weights: {100 * density:.1f} % of those that may go stay, "
         f"so that at most {format_count(limit)} parameters are not zero."
     )
-    return Sparsify(density, plan.pruning, tuple(batches))
+    return Sparsify(density, plan.cut.weight_pruning, tuple(batches))
 
 
 def with_zeros(masked: nn.Module) -> nn.Module:
     """A copy without masks: an ordinary model with zeros in it."""
-    return make_permanent_(copy.deepcopy(masked)).eval()
+    return make_permanent_(copy_model(masked)).eval()
 
 
 def within(budget: Budget, student: nn.Module, original: Cost) -> tuple[bool, str]:

@@ -21,8 +21,8 @@ from secateur.export.formats import Format, compare_file
 from secateur.export.int8 import LEAST_KEPT, compare_int8_file
 from secateur.export.manifest import Manifest
 from secateur.export.onnx import onnx_bytes
-from secateur.pipeline.checks import TOLERANCE, probe_difference, probe_images
-from secateur.pipeline.exports import BATCH, RECORD
+from secateur.pipeline.checks import PROBE_TOLERANCE, probe_difference, probe_images
+from secateur.pipeline.exports import EXPORT_BATCH_SIZE, RECORD
 from secateur.pipeline.load import check_runs, image_size_of, load
 from secateur.prune.masks import nonzero_params
 from secateur.report.run import Check
@@ -94,7 +94,7 @@ def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageDat
             said = "its accuracy is in secateur.json" if same else "another file: export it again, or say --data"
             return Check(f"{path.name} = the file that was measured", same, detail=said)
         in_float = onnx_bytes(eval_copy(model), (probe_images(manifest.recipe.input_shape),))
-        found = compare_int8_file(path, in_float, data.test.batches(BATCH))
+        found = compare_int8_file(path, in_float, data.test.batches(EXPORT_BATCH_SIZE))
     except (ArtifactError, ExportError) as error:
         return Check(f"{path.name} answers as the float model", False, detail=str(error))
     return Check(f"{path.name} answers as the float model", found.kept >= LEAST_KEPT, detail=str(found))
@@ -194,7 +194,9 @@ def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
         absolute, relative = probe_difference(model, manifest.recipe.input_shape, recorded)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         return [Check(name, False, detail="`verification.probe` has no table of logits (secateur.json)")]
-    return [Check(name, relative <= TOLERANCE, absolute, relative, TOLERANCE, "as on the machine that made it")]
+    return [
+        Check(name, relative <= PROBE_TOLERANCE, absolute, relative, PROBE_TOLERANCE, "as on the machine that made it")
+    ]
 
 
 def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, device: torch.device | None) -> Check:

@@ -9,7 +9,6 @@ What is checked before any work begins: the output folder, and that model and da
 One run on several processes: the first finds, writes and speaks, all train."""
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 
 from secateur._files import LOCK, atomic_file, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic
 from secateur._provenance import this_machine
+from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.export.artifact import refuse_foreign
-from secateur.train.callbacks import CsvLog, Progress
+from secateur.train.callbacks import Callbacks, CsvLog
 from secateur.train.device import Precision, open_fabric, usable
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 class OnExisting(Enum):
-    """What to do with the work of an interrupted run at the same place."""
+    """What to do with an unfinished run that lies beside the output folder."""
 
-    REFUSE = "refuse"
-    """Stop with an error that says how to go on."""
+    ERROR = "error"
+    """Stop with an error that says how to continue."""
     RESUME = "resume"
-    """Go on after it, or begin if there is none."""
-    DISCARD = "discard"
-    """Remove it and begin again."""
+    """Continue it; begin a new run if there is none."""
+    OVERWRITE = "overwrite"
+    """Remove it and begin a new run."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class CutState:
 
 @contextlib.contextmanager
 def open_run_directory(
-    out: Path, settings: Mapping[str, str], leftover: OnExisting, surroundings: Mapping[str, str] | None = None
+    out: Path, settings: Mapping[str, str], on_existing: OnExisting, surroundings: Mapping[str, str] | None = None
 ) -> Generator["RunDirectory"]:
     """The work of a run, until the run is finished.
 
     Args:
         out: The output folder that the work is for.
         settings: Everything that makes two runs the same run, as text by name.
-        leftover: What to do with the work of an interrupted run.
+        on_existing: What to do with the work of an interrupted run.
         surroundings: What the last bits of the results depend on beside them, as text by name, see
             `environment_of`: a run that goes on among others warns.
 
@@ -91,7 +91,7 @@ def open_run_directory(
     """
     place, here = run_directory_path(out), dict(surroundings or {})
     if place.folder.exists():
-        _meet(place.folder, settings, leftover)
+        _meet(place.folder, settings, on_existing)
     if not place.folder.exists():
         with disk_errors(place.folder), atomic_folder(place.folder) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
@@ -143,19 +143,19 @@ def _compare(folder: Path, here: Mapping[str, str]) -> None:
         )
 
 
-def _meet(folder: Path, settings: Mapping[str, str], leftover: OnExisting) -> None:
+def _meet(folder: Path, settings: Mapping[str, str], on_existing: OnExisting) -> None:
     """What is there already is refused, gone on with, or removed."""
     if not (folder / _SETTINGS).is_file():
         raise ArtifactError(
             f"{folder} must be the work of an interrupted run, or not be there; got something else. "
             "Move it away, or choose another --out."
         )
-    if leftover is OnExisting.REFUSE:
+    if on_existing is OnExisting.ERROR:
         raise ArtifactError(
             f"`out` must have no unfinished run beside it; got {folder}. Go on with it (--resume), or remove "
             "it and begin again (--restart)."
         )
-    if leftover is OnExisting.DISCARD:
+    if on_existing is OnExisting.OVERWRITE:
         with disk_errors(folder), locked(folder):
             remove_dir_atomic(folder)
         return
@@ -195,7 +195,7 @@ class RunDirectory:
         """The file for what was measured, see `Measurements`."""
         return self.folder / _MEASURED
 
-    def logged(self, progress: Progress) -> Progress:
+    def logged(self, progress: Callbacks) -> Callbacks:
         """The same, with a table of all epochs kept in the work."""
         return CsvLog(self.folder / _HISTORY, progress)
 
@@ -311,7 +311,7 @@ def own_copy(model: nn.Module, device: torch.device) -> nn.Module:
         ModelError: If the model holds something that cannot be copied.
     """
     try:
-        return copy.deepcopy(model).to(device).eval()
+        return copy_model(model).to(device).eval()
     except Exception as error:
         raise ModelError(
             f"`model` must be copyable, because yours is never changed; copying {type(model).__name__} stopped with: "
@@ -338,7 +338,7 @@ def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> 
             f"`model` must have finite weights; got NaN or infinity in {len(broken)} tensor(s): {broken[:5]}. "
             "Load other weights: these come from a training that diverged, or a damaged file."
         )
-    runner = copy.deepcopy(model).eval()
+    runner = copy_model(model).eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = runner(images[:2])
@@ -400,16 +400,22 @@ def first_alone(fabric: "Fabric") -> Generator[None]:
 
 @contextmanager
 def shared_run_directory(
-    fabric: "Fabric", out: Path, settings: Mapping[str, str], leftover: OnExisting
-) -> Generator[RunDirectory]:
-    """The work of a run until it is finished, see `open_run_directory`: the first process has it, then the others read.
+    fabric: "Fabric", out: Path | None, settings: Mapping[str, str], on_existing: OnExisting
+) -> Generator[RunDirectory | None]:
+    """Yield the work of a run until it is finished, see `open_run_directory`; None for a run that writes nothing.
 
-    What was left at the same place is gone on with, or removed, before they look.
+    The first of several processes opens it; the others read it only after an unfinished run there was resumed or
+    removed.
     """
+    if out is None:
+        yield None
+        return
     with ExitStack() as stack:
         with first_alone(fabric):
             if fabric.is_global_zero:
-                work = stack.enter_context(open_run_directory(out, settings, leftover, environment_of(fabric.device)))
+                work = stack.enter_context(
+                    open_run_directory(out, settings, on_existing, environment_of(fabric.device))
+                )
             else:
                 work = run_directory_path(out)
         yield work

@@ -5,10 +5,11 @@ from secateur.search.base import (
     ScoreCache,
     SearchContext,
     SearchResult,
+    SearchTraining,
     Strategy,
-    describe,
     keep_best,
     search_architecture,
+    stable_repr,
 )
 from secateur.search.depth import RemoveBlocks
 from secateur.search.importance import (
@@ -24,20 +25,20 @@ from secateur.search.importance import (
     checked_scores,
     mean_over_producers,
     producers,
-    tensors_of,
+    tensors_by_name,
 )
 from secateur.search.importance_data import Reconstruction, Taylor, channel_positions, readers, shown_along
-from secateur.search.knapsack import Fit, Knapsack, fit
+from secateur.search.knapsack import Fit, Knapsack, widen_to_budget
 from secateur.search.latency_fit import LatencyFit, fit_latency
 from secateur.search.pca import (
     Activations,
     Correlation,
     Covariance,
+    FilterWeights,
     Matrix,
     PCASlimming,
     RawWeights,
     Source,
-    Weights,
     unexplained_variance,
 )
 from secateur.search.ranking import (
@@ -60,6 +61,7 @@ __all__ = [
     "BatchNormScale",
     "Correlation",
     "Covariance",
+    "FilterWeights",
     "Filters",
     "Fit",
     "GeometricMedian",
@@ -79,11 +81,11 @@ __all__ = [
     "SearchContext",
     "SearchResult",
     "SearchSpace",
+    "SearchTraining",
     "Source",
     "Strategy",
     "Taylor",
     "Uniform",
-    "Weights",
     "as_scored",
     "by_axis_max",
     "by_axis_mean",
@@ -91,8 +93,6 @@ __all__ = [
     "by_axis_rank",
     "channel_positions",
     "checked_scores",
-    "describe",
-    "fit",
     "fit_latency",
     "keep_best",
     "mean_over_producers",
@@ -100,6 +100,8 @@ __all__ = [
     "readers",
     "search_architecture",
     "shown_along",
-    "tensors_of",
+    "stable_repr",
+    "tensors_by_name",
     "unexplained_variance",
+    "widen_to_budget",
 ]

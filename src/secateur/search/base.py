@@ -26,7 +26,7 @@ from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
 from secateur.search.importance import Importance, ScoringInputs, checked_scores
 from secateur.search.space import SearchSpace, Streams
-from secateur.train.callbacks import Progress as Watch
+from secateur.train.callbacks import Callbacks as Watch
 from secateur.train.callbacks import Silent
 from secateur.train.checkpoint import CheckpointPolicy
 from secateur.train.config import TrainingData
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def describe(thing: object) -> str:
+def stable_repr(thing: object) -> str:
     """A strategy or any part of one as text that is the same in every process: functions by their name."""
     if is_dataclass(thing) and not isinstance(thing, type):
-        inside = ", ".join(f"{part.name}={describe(getattr(thing, part.name))}" for part in fields(thing))
+        inside = ", ".join(f"{part.name}={stable_repr(getattr(thing, part.name))}" for part in fields(thing))
         return f"{type(thing).__name__}({inside})"
     return thing.__qualname__ if isinstance(thing, FunctionType) else repr(thing)
 
@@ -60,7 +60,7 @@ class ScoreCache:
         return self._found[id(who)][1]
 
 
-Progress = Callable[[float, str], None]
+ProgressCallback = Callable[[float, str], None]
 """Called with the finished fraction (0 to 1) and what is being done."""
 _TINY = 1e-300
 """Stands for a limit of zero, half of nothing, which is met by nothing."""
@@ -88,7 +88,7 @@ class SearchContext:
     costs: CostModel
     budget: Budget
     space: SearchSpace
-    progress: Progress
+    progress: ProgressCallback
     training: TrainingData | None = None
     checkpoint: Path | None = None
     watch: Watch = field(default_factory=Silent)
@@ -233,6 +233,25 @@ class SearchResult:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class SearchTraining:
+    """What a search is given for strategies that train.
+
+    Attributes:
+        data: Training and validation images, never test images; None if there are none.
+        folder: Folder for checkpoints, from which an interrupted search is resumed; None writes none.
+        checkpoints: When checkpoints are written, beside those at the ends of epochs.
+        callbacks: Shows the training.
+        fabric: Device and precision; None opens one, see `secateur.train.open_fabric`.
+    """
+
+    data: TrainingData | None = None
+    folder: Path | None = None
+    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 -- frozen
+    callbacks: Watch = Silent()  # noqa: RUF009 -- frozen
+    fabric: "Fabric | None" = None
+
+
 def search_architecture(
     model: nn.Module,
     graph: ChannelGraph,
@@ -242,12 +261,8 @@ def search_architecture(
     batches: Sequence[tuple[Tensor, Tensor]] = (),
     space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
     seed: int = 0,
-    progress: Progress | None = None,
-    data: TrainingData | None = None,
-    checkpoint: Path | None = None,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 -- frozen
-    watch: Watch = Silent(),  # noqa: B008 -- frozen
-    fabric: "Fabric | None" = None,
+    progress: ProgressCallback | None = None,
+    training: SearchTraining | None = None,
     latency: Modeled | None = None,
     remembered: ScoreCache | None = None,
 ) -> SearchResult:
@@ -267,11 +282,7 @@ def search_architecture(
         space: The allowed widths.
         seed: For strategies that draw random numbers; the global random state is neither read nor changed.
         progress: Called with the finished fraction and a description.
-        data: Training and validation images for strategies that train; never test images.
-        checkpoint: Folder for the checkpoints of strategies that train, which go on from one that is there.
-        saving: When they write checkpoints, beside those at the ends of epochs.
-        watch: Shows the training of strategies that train.
-        fabric: Device and precision of strategies that train; None opens one, see `secateur.train.open_fabric`.
+        training: Images, checkpoints, callbacks and device for strategies that train.
         latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
         remembered: Shared by several searches of the same model, graph and batches, so that what is of the whole model
             is computed once; None means its own.
@@ -290,8 +301,19 @@ def search_architecture(
     evidence = ScoringInputs(model, graph, tuple(batches), seed)
     costs = CostModel(graph, _more(model, graph, limits, latency))
     known = ScoreCache() if remembered is None else remembered
+    given = training or SearchTraining()
     problem = SearchContext(
-        evidence, costs, limits, space, progress or _silent, data, checkpoint, watch, fabric, known, saving
+        evidence,
+        costs,
+        limits,
+        space,
+        progress or _silent,
+        training=given.data,
+        checkpoint=given.folder,
+        watch=given.callbacks,
+        fabric=given.fabric,
+        remembered=known,
+        saving=given.checkpoints,
     )
     if limits.allows(problem.costs.original, problem.costs.original):
         whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
@@ -316,11 +338,11 @@ def _found(problem: SearchContext, strategy: Strategy, proposal: Proposal) -> Se
     architecture, notes = proposal.architecture, dict(proposal.notes)
     cost, original = problem.costs.cost(architecture), problem.costs.original
     if not problem.budget.allows(cost, original):
-        raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {describe(strategy)}.")
+        raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {stable_repr(strategy)}.")
     notes["utilization"] = {
         name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
     }
-    return SearchResult(architecture, cost, original, problem.budget, describe(strategy), notes, proposal.weights)
+    return SearchResult(architecture, cost, original, problem.budget, stable_repr(strategy), notes, proposal.weights)
 
 
 def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
@@ -365,6 +387,6 @@ def _check_space(problem: SearchContext, strategy: Strategy, architecture: Archi
     for name, width, levels in zip(problem.costs.axes, widths, problem.levels, strict=True):
         if width not in levels:
             raise SurgeryError(
-                f"`architecture` must keep allowed widths; {describe(strategy)} keeps {width} channels of {name!r}, "
+                f"`architecture` must keep allowed widths; {stable_repr(strategy)} keeps {width} channels of {name!r}, "
                 f"{problem.space} allows {len(levels)} widths from {levels[0]} to {levels[-1]}."
             )

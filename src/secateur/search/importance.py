@@ -93,7 +93,7 @@ class Filters:
     rows: FloatArray
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by every name it has, those left out of the ``state_dict`` too."""
     parameters = model.named_parameters(remove_duplicate=False)
     return {**dict(model.named_buffers(remove_duplicate=False)), **dict(parameters)}
@@ -109,7 +109,7 @@ def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters
 
     Args:
         axis: The axis.
-        tensors: The model's parameters and buffers, see `tensors_of`.
+        tensors: The model's parameters and buffers, see `tensors_by_name`.
 
     Raises:
         ModelError: If a weight is NaN or infinite.
@@ -132,7 +132,7 @@ def mean_over_producers(evidence: ScoringInputs, score: Callable[[FloatArray], F
         evidence: The model and its graph.
         score: (channels, weights per channel) to (channels,).
     """
-    tensors = tensors_of(evidence.model)
+    tensors = tensors_by_name(evidence.model)
     return {
         axis.name: np.mean([score(filters.rows) for filters in _each_producer(axis, tensors)], axis=0)
         for axis in evidence.graph.prunable
@@ -280,7 +280,7 @@ class BatchNormScale(Importance):
 
     def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless. Raises ModelError for weights that are not finite."""
-        tensors = tensors_of(evidence.model)
+        tensors = tensors_by_name(evidence.model)
         modules = dict(evidence.model.named_modules())
         scores = {axis.name: _of_axis(axis, tensors, modules) for axis in evidence.graph.prunable}
         return checked_scores(scores, evidence.graph, self)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._runtime import Batch
 from secateur.errors import DataError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
@@ -51,7 +52,7 @@ def readers(model: nn.Module, example: tuple[Any, ...], names: set[str]) -> dict
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(returned(name)) for name in sorted(names)]
-    norms = [(name, module) for name, module in model.named_modules() if _is_batch_norm(module)]
+    norms = [(name, module) for name, module in model.named_modules() if is_batch_norm(module)]
     hooks += [module.register_forward_pre_hook(read(name)) for name, module in norms]
     try:
         model(*example)
@@ -90,12 +91,9 @@ def _positions(graph: ChannelGraph, axis: str, axes: IntArray, channels: IntArra
     return here[np.argsort(channels[here], kind="stable")].reshape(len(counts), -1)
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module) -> bool:
     """A module that keeps a running variance for each channel."""
     return isinstance(getattr(module, "running_var", None), Tensor)
-
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class Fit:
     utilization: float
 
 
-def fit(problem: SearchContext, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None) -> Fit:
+def widen_to_budget(
+    problem: SearchContext, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None
+) -> Fit:
     """Widen the smallest architecture in the order of the keys until the budget is full.
 
     A step takes one axis from one allowed width to the next. All steps of all axes are sorted by key (ties: steps
@@ -221,7 +223,7 @@ class Knapsack(Strategy):
         scores = problem.scores(self.importance)
         axes = zip(problem.costs.axes, problem.levels, _prices(problem), strict=True)
         keys = [-step_values(scores[name], levels) / price for name, levels, price in axes]
-        found = fit(problem, keys)
+        found = widen_to_budget(problem, keys)
         return Proposal(keep_best(problem, found.widths, scores), {"threshold": -found.threshold})
 
 

@@ -13,7 +13,7 @@ from secateur._arrays import FloatArray, IntArray
 from secateur.architecture import Architecture
 from secateur.cost.latency_model import ALIGNMENTS, LatencyModel, TimeGrid, alignment, ends_of, timeable
 from secateur.cost.measure import Cache, inputs_for, measure_all
-from secateur.cost.targets import Inputs, Target
+from secateur.cost.targets import InputTensors, Target
 from secateur.cost.timing import ConvolutionShape, LayerShape, shape_of
 from secateur.graph.graph import ChannelGraph, Extent
 from secateur.prune.slice import apply_architecture
@@ -163,7 +163,7 @@ def fit_latency(
     model: nn.Module,
     graph: ChannelGraph,
     target: Target,
-    shape: tuple[int, ...] | Tensor | Inputs,
+    shape: tuple[int, ...] | Tensor | InputTensors,
     *,
     space: SearchSpace = SearchSpace(divisor=8),  # noqa: B008 -- frozen
     cache: Cache | None = None,
@@ -229,7 +229,7 @@ def _nearest(levels: IntArray, fraction: float) -> int:
 
 
 def _whole_models(
-    model: nn.Module, graph: ChannelGraph, target: Target, inputs: Inputs, widths: IntArray, *, cache: Cache
+    model: nn.Module, graph: ChannelGraph, target: Target, inputs: InputTensors, widths: IntArray, *, cache: Cache
 ) -> FloatArray:
     """Seconds of each; measured together, in turns, unless all are known."""
     names = [_name(graph, inputs, row) for row in widths]
@@ -241,7 +241,7 @@ def _whole_models(
     return np.array([cache.known(name) for name in names])
 
 
-def _name(graph: ChannelGraph, inputs: Inputs, widths: IntArray) -> str:
+def _name(graph: ChannelGraph, inputs: InputTensors, widths: IntArray) -> str:
     """One whole model as text: two with the same calls, tensors and widths take the same time."""
     tensors = [(name, [extent.at(graph.sizes) for extent in extents]) for name, extents in graph.tensors.items()]
     what = repr((graph.calls, tensors, [tuple(each.shape) for each in inputs], widths.tolist()))

@@ -7,8 +7,7 @@ What the principal components of a layer are taken of: its weights or its activa
 Widths from principal components: 3AS."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._runtime import torch_threads
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
-from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_of
+from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_by_name
 from secateur.search.importance_data import channel_positions, readers
-from secateur.search.knapsack import fit
+from secateur.search.knapsack import widen_to_budget
 
 _PIECE = 1 << 22
 """Numbers turned into float64 at a time (32 MB)."""
@@ -141,7 +141,9 @@ def eigenvalues_of_rows(rows: FloatArray, matrix: Matrix) -> FloatArray:
     centered = centered * matrix.scales(np.einsum("nd,nd->n", centered, centered))[:, None]
     # The smaller Gram matrix has the same non-zero eigenvalues.
     data = torch.from_numpy(centered)
-    with _one_thread():
+    # Eigenvalues take many small steps in which threads wait for each other. On a busy machine with two cores, a
+    # 512 x 512 matrix took 10 s with two threads and 0.03 s with one.
+    with torch_threads(1):
         gram = data @ data.T if len(data) <= data.shape[1] else data.T @ data
         return np.asarray(torch.linalg.eigvalsh(gram).numpy(), dtype=np.float64)
 
@@ -149,7 +151,7 @@ def eigenvalues_of_rows(rows: FloatArray, matrix: Matrix) -> FloatArray:
 def eigenvalues_of_covariance(covariance: FloatArray, matrix: Matrix) -> FloatArray:
     """Eigenvalues of the matrix of (variables, variables) covariances."""
     scales = matrix.scales(np.diagonal(covariance))
-    with _one_thread():
+    with torch_threads(1):
         return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(covariance * scales * scales[:, None])), np.float64)
 
 
@@ -192,21 +194,6 @@ def pooled(spectra: Sequence[FloatArray]) -> FloatArray:
     return np.mean(np.stack(spectra), axis=0)
 
 
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """One thread for torch, as before afterward.
-
-    Eigenvalues take many small steps in which threads wait for each other. On a busy machine with two cores, a
-    512 x 512 matrix took 10 s with two threads and 0.03 s with one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Source(ABC):
     """What the principal components are taken of."""
 
@@ -216,7 +203,7 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
-class Weights(Source):
+class FilterWeights(Source):
     """Filters, with the batch norm that follows them folded in.
 
     W_l is (filters N, weights per filter D); filters are the variables, weights the samples. A batch norm undoes any
@@ -312,7 +299,7 @@ class Activations(Source):
 
 
 def _of_weights(evidence: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    tensors = tensors_of(evidence.model)
+    tensors = tensors_by_name(evidence.model)
     found: dict[str, FloatArray] = {}
     for axis in evidence.graph.prunable:
         spectra: list[FloatArray] = []
@@ -367,7 +354,7 @@ def _followers(evidence: ScoringInputs) -> dict[str, str]:
 
 def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
     """Modules whose ``weight`` produces the axis, with the number of inputs that their outputs combine (their rank)."""
-    tensors = tensors_of(model)
+    tensors = tensors_by_name(model)
     found: dict[str, int] = {}
     for filters in producers(axis, tensors):
         module, _, name = filters.site.tensor.rpartition(".")
@@ -412,7 +399,7 @@ class PCASlimming(Strategy):
         full: one tau for all layers, its bisection, pooling and the treatment of the rank cap are ours.
     """
 
-    source: Source = field(default_factory=Weights)
+    source: Source = field(default_factory=FilterWeights)
     importance: Importance = field(default_factory=L2)
 
     def find(self, problem: SearchContext) -> Proposal:
@@ -423,7 +410,7 @@ class PCASlimming(Strategy):
         # The step from one allowed width to the next is taken when tau exceeds CCR at the former: in the order of CCR,
         # which is the order of -(1 - CCR).
         keys = [-rest[name][levels[:-1]] for name, levels in zip(axes, problem.levels, strict=True)]
-        found = fit(problem, keys)
+        found = widen_to_budget(problem, keys)
         problem.progress(0.5, "importance")
         scores = problem.scores(self.importance)
         explained = {name: 1 - float(rest[name][width]) for name, width in zip(axes, found.widths, strict=True)}

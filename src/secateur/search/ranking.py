@@ -10,7 +10,7 @@ import numpy as np
 from secateur._arrays import FloatArray
 from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import L2, Importance, checked_scores
-from secateur.search.knapsack import fit, step_values
+from secateur.search.knapsack import step_values, widen_to_budget
 
 Normalizer = Callable[[FloatArray], FloatArray]
 
@@ -64,7 +64,7 @@ class GlobalImportance(Strategy):
         scores = checked_scores({name: self.normalize(values) for name, values in raw.items()}, graph, self.normalize)
         axes = zip(problem.costs.axes, problem.levels, strict=True)
         keys = [-step_values(scores[name], levels) for name, levels in axes]
-        found = fit(problem, keys)
+        found = widen_to_budget(problem, keys)
         # Rank within an axis by the raw scores: normalizing may have made ties of what was not equal.
         return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})
 
@@ -91,6 +91,6 @@ class Uniform(Strategy):
 
     def find(self, problem: SearchContext) -> Proposal:
         """Notes: ``kept_fraction``, the f at which the next axis would overrun the budget."""
-        found = fit(problem, [levels[1:] / levels[-1] for levels in problem.levels])
+        found = widen_to_budget(problem, [levels[1:] / levels[-1] for levels in problem.levels])
         scores = problem.scores(self.importance)
         return Proposal(keep_best(problem, found.widths, scores), {"kept_fraction": min(found.threshold, 1.0)})

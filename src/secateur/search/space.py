@@ -14,7 +14,7 @@ from secateur.errors import BudgetError, ChoiceError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.graph.selection import check_matches, matches
 
-Number = TypeVar("Number", int, float)
+_Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _check(min_width: object, divisor: object, fraction: float) -> None:
         raise BudgetError(f"`min_kept_fraction` must be from 0 to 1; got {fraction!r}.")
 
 
-def _last(usual: Number, others: Iterable[Number | None]) -> Number:
+def _last(usual: _Number, others: Iterable[_Number | None]) -> _Number:
     for other in others:
         usual = usual if other is None else other
     return usual

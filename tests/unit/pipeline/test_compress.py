@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from noise_images import noise_data
+from run_pipeline import run_compress
 from torch import nn
 
 import secateur
@@ -14,7 +15,7 @@ from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
 from secateur.graph import HeadUnit, Selection
 from secateur.graph._ledger import unknown
-from secateur.pipeline import OnExisting, compress, inspect_model
+from secateur.pipeline import CutConfig, OnExisting, inspect_model
 from secateur.prune import cut
 from secateur.search import (
     L2,
@@ -51,8 +52,8 @@ def test_callers_model_mode_and_random_state_stay():
     model = _model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    result = compress(
-        model, noise_data(), budget="macs=50%", schedule=TrainConfig(epochs=1, batch_size=32), progress=Silent()
+    result = run_compress(
+        model, noise_data(), budget="macs=50%", train=TrainConfig(epochs=1, batch_size=32), callbacks=Silent()
     )
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
@@ -71,7 +72,7 @@ def test_callers_model_mode_and_random_state_stay():
 
 def test_same_seed_same_weights():
     first, second = (
-        compress(_model(), noise_data(), budget="macs=50%", schedule=TrainConfig(1, 32), progress=Silent(), seed=5)
+        run_compress(_model(), noise_data(), budget="macs=50%", train=TrainConfig(1, 32), callbacks=Silent(), seed=5)
         for _ in "12"
     )
     assert first.architecture == second.architecture
@@ -81,7 +82,7 @@ def test_same_seed_same_weights():
 
 def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
     out = tmp_path / "out"
-    result = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    result = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
     with pytest.raises(ArtifactError, match="factory"):
         secateur.load(out)
     loaded = secateur.load(out, factory=_model)
@@ -96,7 +97,7 @@ def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
 
 def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
     out = tmp_path / "out"
-    compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
 
     class Louder(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +111,7 @@ def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
 
 def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
     out = tmp_path / "out"
-    compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, out=out, export=())
+    run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
     (out / "model.onnx").write_bytes(b"not a model")
     found = secateur.verify(out, factory=_model)
     failed = [check for check in found.checks if not check.passed]
@@ -120,12 +121,12 @@ def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
 
 
 def test_curve_has_the_originals_accuracy_as_its_line():
-    result = compress(
-        _model(), noise_data(), budget="macs=50%", schedule=TrainConfig(epochs=1, batch_size=32), progress=Silent()
+    result = run_compress(
+        _model(), noise_data(), budget="macs=50%", train=TrainConfig(epochs=1, batch_size=32), callbacks=Silent()
     )
     wanted = secateur.evaluate(_model(), noise_data().validation).top1
     assert result.report.original_validation_accuracy == wanted
-    repaired = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
+    repaired = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
     assert repaired.report.original_validation_accuracy is None
 
 
@@ -164,7 +165,7 @@ def _residual() -> nn.Module:
 
 
 def test_survey_knows_what_is_left_without_the_blocks():
-    found = inspect_model(_residual(), torch.zeros(1, 3, 8, 8), space=SearchSpace(min_kept_fraction=1.0))
+    found = inspect_model(_residual(), torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace(min_kept_fraction=1.0)))
     assert found.smallest == found.original
     without = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2), nn.AdaptiveAvgPool2d(1))
     macs = counted_macs(nn.Sequential(*without, nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 8, 8))
@@ -174,9 +175,9 @@ def test_survey_knows_what_is_left_without_the_blocks():
 def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []
-    result = compress(
+    result = run_compress(
         _residual(), noise_data(), budget="macs=40%", strategy=RemoveBlocks(Uniform(), most=0.7), out=out, export=(),
-        schedule=TrainConfig(epochs=2, batch_size=32), progress=Silent(), tell=said.append,
+        train=TrainConfig(epochs=2, batch_size=32), callbacks=Silent(), hear=said.append,
     )  # fmt: skip
     assert result.architecture.removed_blocks == ("early", "late.0")
     assert any("2 blocks removed, " in line for line in said)
@@ -199,13 +200,13 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
 
 
 def test_blocks_that_the_user_keeps_stay():
-    result = compress(
+    result = run_compress(
         _residual(),
         noise_data(),
         budget="macs=70%",
         strategy=RemoveBlocks(Uniform(), most=1.0),
-        choices=Selection(whole=("early.conv1",)),
-        schedule=HEAL_ONLY,
+        selection=Selection(whole=("early.conv1",)),
+        train=HEAL_ONLY,
     )
     assert "early" not in result.architecture.removed_blocks
     assert result.architecture.removed_blocks
@@ -215,14 +216,14 @@ def test_blocks_that_the_user_keeps_stay():
 
 def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
     with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
-        compress(_residual(), noise_data(), budget="macs=2%")
+        run_compress(_residual(), noise_data(), budget="macs=2%")
     few = RemoveBlocks(Uniform(), most=0.25)
     with pytest.raises(
         BudgetError, match=r"let more of the residual blocks go \(--remove-blocks, now 0\.25; in Python"
     ):
-        compress(_residual(), noise_data(), budget="macs=2%", strategy=few)
+        run_compress(_residual(), noise_data(), budget="macs=2%", strategy=few)
     with pytest.raises(BudgetError) as refused:
-        compress(_residual(), noise_data(), budget="macs=0.1%", strategy=RemoveBlocks(Uniform(), most=1.0))
+        run_compress(_residual(), noise_data(), budget="macs=0.1%", strategy=RemoveBlocks(Uniform(), most=1.0))
     assert "--remove-blocks" not in str(refused.value)
 
 
@@ -231,15 +232,15 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     words = {
-        "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), most=0.7), "choices": Selection(exclude=("late.1",)),
-        "out": tmp_path / "out", "export": (), "progress": Silent(),
+        "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), most=0.7),
+        "selection": Selection(exclude=("late.1",)), "out": tmp_path / "out", "export": (), "callbacks": Silent(),
     }  # fmt: skip
-    whole = compress(_residual(), noise_data(), schedule=HEAL_ONLY, **{**words, "out": None})
+    whole = run_compress(_residual(), noise_data(), train=HEAL_ONLY, **{**words, "out": None})
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_residual(), noise_data(), **words)
-    resumed = compress(_residual(), noise_data(), leftover=OnExisting.RESUME, schedule=HEAL_ONLY, **words)
+            run_compress(_residual(), noise_data(), **words)
+    resumed = run_compress(_residual(), noise_data(), on_existing=OnExisting.RESUME, train=HEAL_ONLY, **words)
     assert resumed.architecture == whole.architecture
     assert "early" in resumed.architecture.removed_blocks
     assert resumed.report.blocks == whole.report.blocks
@@ -248,7 +249,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_original_that_guesses_is_noted():
-    result = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
+    result = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
     assert any("about what guessing gives (25.0 %)" in note for note in result.report.notes)
 
 
@@ -267,7 +268,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", skeptical)
     said: list[str] = []
     model = _model()
-    result = compress(model, noise_data(), budget="macs=70%", schedule=HEAL_ONLY, strategy=Uniform(), tell=said.append)
+    result = run_compress(model, noise_data(), budget="macs=70%", train=HEAL_ONLY, strategy=Uniform(), hear=said.append)
     assert calls == [2, 1]
     assert any("Searching again" in line for line in said)
     assert [frozen.reason for frozen in result.report.frozen if frozen.name == "0"] == ["for this test"]
@@ -280,9 +281,9 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     out = tmp_path / "out"
     choices, space = Selection(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
     said: list[str] = []
-    result = compress(
-        _model(), noise_data(), budget="macs=80%", choices=choices, space=space, schedule=HEAL_ONLY, out=out, export=(),
-        tell=said.append,
+    result = run_compress(
+        _model(), noise_data(), budget="macs=80%", selection=choices, space=space, train=HEAL_ONLY, out=out, export=(),
+        hear=said.append,
     )  # fmt: skip
     assert result.model[0].out_channels == 16
     assert result.model[3].out_channels in (8, 16)
@@ -301,15 +302,15 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
 @pytest.mark.parametrize("strategy", [Knapsack(L2()), PCASlimming(), GlobalImportance(), Uniform()])
 def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
     space = SearchSpace(rules=(AxisRule("0", divisor=4), AxisRule("3", min_width=17)))
-    result = compress(_model(), noise_data(), budget="macs=70%", space=space, schedule=HEAL_ONLY, strategy=strategy)
+    result = run_compress(_model(), noise_data(), budget="macs=70%", space=space, train=HEAL_ONLY, strategy=strategy)
     assert result.model[0].out_channels % 4 == 0
     assert result.model[3].out_channels >= 17
-    only = compress(
+    only = run_compress(
         _model(),
         noise_data(),
         budget="macs=70%",
-        choices=Selection(include=("3",)),
-        schedule=HEAL_ONLY,
+        selection=Selection(include=("3",)),
+        train=HEAL_ONLY,
         strategy=strategy,
     )
     assert only.model[0].out_channels == 16
@@ -318,42 +319,42 @@ def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
 
 def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
     with pytest.raises(BudgetError, match=r"Reachable: macs .* Or loosen what you chose: exclude 0; 3: min_width 20\."):
-        compress(
+        run_compress(
             _model(),
             noise_data(),
             budget="macs=30%",
-            choices=Selection(exclude=("0",)),
+            selection=Selection(exclude=("0",)),
             space=SearchSpace(rules=(AxisRule("3", 20),)),
         )
     with pytest.raises(BudgetError, match=r"--min-kept\.$"):
-        compress(_model(), noise_data(), budget="macs=1%", space=SearchSpace(5))
+        run_compress(_model(), noise_data(), budget="macs=1%", space=SearchSpace(5))
 
 
 def test_choices_that_match_nothing_are_refused_before_the_search():
     with pytest.raises(ChoiceError, match=r"`include` must match an axis.*'conv' matches none"):
-        compress(_model(), noise_data(), budget="macs=50%", choices=Selection(include=("conv",)))
+        run_compress(_model(), noise_data(), budget="macs=50%", selection=Selection(include=("conv",)))
     with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv' matches none"):
-        compress(_model(), noise_data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
+        run_compress(_model(), noise_data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
 
 
 def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def stop(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    first = {"budget": "macs=80%", "out": tmp_path / "out", "export": (), "progress": Silent()}
+    first = {"budget": "macs=80%", "out": tmp_path / "out", "export": (), "callbacks": Silent()}
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(_model(), noise_data(), choices=Selection(exclude=("0",)), **first)
-    resumed = {**first, "leftover": OnExisting.RESUME, "schedule": HEAL_ONLY}
+            run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), **first)
+    resumed = {**first, "on_existing": OnExisting.RESUME, "train": HEAL_ONLY}
     with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
-        compress(_model(), noise_data(), choices=Selection(include=("3",)), **resumed)
+        run_compress(_model(), noise_data(), selection=Selection(include=("3",)), **resumed)
     with pytest.raises(ArtifactError, match="heads was dimension, now head"):
-        compress(_model(), noise_data(), choices=Selection(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
+        run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
     space = SearchSpace(min_kept_fraction=0.25, rules=(AxisRule("3", 4),))
     with pytest.raises(ArtifactError, match=r"space was SearchSpace\(.*now SearchSpace\(.*AxisRule\(pattern='3'"):
-        compress(_model(), noise_data(), choices=Selection(exclude=("0",)), space=space, **resumed)
-    done = compress(_model(), noise_data(), choices=Selection(exclude=("0",)), **resumed)
+        run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), space=space, **resumed)
+    done = run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), **resumed)
     assert done.model[0].out_channels == 16
 
 
@@ -363,38 +364,40 @@ def test_rules_of_the_users_own_reach_the_tracer():
     assert dict(usual.graph.sizes) == names
     # As if nobody knew what a ReLU does: what goes through it stays whole.
     blind = {"relu": unknown}
-    assert dict(inspect_model(_model(), torch.zeros(1, 3, 8, 8), rules=blind).graph.sizes) == {}
+    assert dict(inspect_model(_model(), torch.zeros(1, 3, 8, 8), cut=CutConfig(rules=blind)).graph.sizes) == {}
     with pytest.raises(BudgetError, match="No axis of this model may be slimmed"):
-        compress(_model(), noise_data(), budget="macs=50%", rules=blind)
+        run_compress(_model(), noise_data(), budget="macs=50%", rules=blind)
 
 
 def test_model_that_does_not_fit_is_refused_before_the_search():
     data = noise_data()
     with pytest.raises(ModelError, match=r"must run the images of noise \(3x8x8\)"):
-        compress(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4)), data, budget="macs=50%")
+        run_compress(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 4)), data, budget="macs=50%")
     with pytest.raises(ModelError, match=r"each of the 4 classes of noise.*got shape \(2, 9\)"):
-        compress(nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), data, budget="macs=50%")
+        run_compress(nn.Sequential(nn.Flatten(), nn.Linear(192, 9)), data, budget="macs=50%")
     broken = _model()
     broken[0].weight.data[0] = torch.inf
     with pytest.raises(ModelError, match=r"finite weights; got NaN or infinity in 1 tensor.*0\.weight"):
-        compress(broken, data, budget="macs=50%")
+        run_compress(broken, data, budget="macs=50%")
 
     unusual = _model()
     unusual.held = (line for line in "ab")
     with pytest.raises(ModelError, match=r"must be copyable.*cannot pickle 'generator'"):
-        compress(unusual, data, budget="macs=50%")
+        run_compress(unusual, data, budget="macs=50%")
 
     class Overflows(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / 0
 
     with pytest.raises(ModelError, match="finite logits"):
-        compress(Overflows(*_model()), data, budget="macs=50%")
+        run_compress(Overflows(*_model()), data, budget="macs=50%")
 
 
 def test_channels_last_models_are_cut_as_others():
-    usual = compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
-    last = compress(_model().to(memory_format=torch.channels_last), noise_data(), budget="macs=50%", schedule=HEAL_ONLY)
+    usual = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
+    last = run_compress(
+        _model().to(memory_format=torch.channels_last), noise_data(), budget="macs=50%", train=HEAL_ONLY
+    )
     assert [axis.frozen_because for axis in last.graph.axes] == [axis.frozen_because for axis in usual.graph.axes]
     assert last.architecture.widths == usual.architecture.widths
     assert last.model[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -402,13 +405,13 @@ def test_channels_last_models_are_cut_as_others():
 
 def test_survey_names_range_share_and_reasons():
     model = _model()
-    found = inspect_model(model, torch.zeros(1, 3, 8, 8), space=SearchSpace())
+    found = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace()))
     assert found.original.macs == counted_macs(model, torch.zeros(1, 3, 8, 8))
     assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
     assert found.prunable_macs_share == 1
-    chosen = inspect_model(model, torch.zeros(1, 3, 8, 8), choices=Selection(include=("3",)), space=SearchSpace())
+    chosen = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace()))
     # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
     whole = counted_macs(model, torch.zeros(1, 3, 8, 8))
     assert chosen.prunable_macs_share == pytest.approx(1 - 16 * 27 * 64 / whole)

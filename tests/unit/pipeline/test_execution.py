@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from noise_images import noise_data
+from run_pipeline import run_compress, run_distill
 from torch import Tensor, nn
 
 from secateur.distill import Objective, Term, dist_loss
 from secateur.errors import TrainingError
 from secateur.models import CifarResNet
-from secateur.pipeline import HintStage, ModelSpec, compress, distill_model
+from secateur.pipeline import HintStage, ModelSpec
 from secateur.search import Uniform
 from secateur.train import Execution, Silent, TrainConfig
 
@@ -62,21 +63,21 @@ def told(_message: str) -> None:
 
 def test_the_recovery_is_run_as_asked():
     how = Noting()
-    settings: dict[str, Any] = {"budget": "macs=60%", "strategy": Uniform(), "progress": Silent(), "device": CPU}
-    compress(network(8), noise_data(), schedule=SHORT, execution=how, **settings)
+    settings: dict[str, Any] = {"budget": "macs=60%", "strategy": Uniform(), "callbacks": Silent(), "device": CPU}
+    run_compress(network(8), noise_data(), train=SHORT, execution=how, **settings)
     assert how.asked == ["check on cpu", "check on cpu", "teacher", "student", "epoch"]
     with pytest.raises(TrainingError, match="no compiler"):
-        compress(network(8), noise_data(), schedule=SHORT, execution=Refusing(), tell=told, **settings)
-    compress(network(8), noise_data(), schedule=TrainConfig(epochs=0), execution=Refusing(), **settings)
+        run_compress(network(8), noise_data(), train=SHORT, execution=Refusing(), hear=told, **settings)
+    run_compress(network(8), noise_data(), train=TrainConfig(epochs=0), execution=Refusing(), **settings)
 
 
 def test_both_stages_of_a_distillation_are_run_as_asked():
     how, pupils = Noting(), (ModelSpec(network(4), "small"), ModelSpec(network(8), "large"))
-    settings: dict[str, Any] = {"data": noise_data(), "schedule": SHORT, "progress": Silent(), "device": CPU}
+    settings: dict[str, Any] = {"data": noise_data(), "train": SHORT, "callbacks": Silent(), "device": CPU}
     hinting = HintStage((Term("dist", dist_loss),), SHORT)
-    distill_model(
-        pupils[0], teacher=pupils[1], objective=Objective(), hinting=hinting, execution=how, export=(), **settings
+    run_distill(
+        pupils[0], teacher=pupils[1], objective=Objective(), hint_stage=hinting, execution=how, export=(), **settings
     )
     assert how.asked == ["check on cpu", *(["check on cpu", "teacher", "student", "epoch"] * 2)]
     with pytest.raises(TrainingError, match="no compiler"):
-        distill_model(pupils[0], teacher=pupils[1], execution=Refusing(), tell=told, **settings)
+        run_distill(pupils[0], teacher=pupils[1], execution=Refusing(), hear=told, **settings)

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from noise_images import Dying, noise_data, noise_split
+from run_pipeline import run_distill
 from torch import Tensor, nn
 
 from secateur.cost import counted_macs
 from secateur.data import ImageData
-from secateur.distill import Objective, PerTap, Term, adaptors_of, features, hint_loss, paired_stages
+from secateur.distill import MeanOverTaps, Objective, Term, hint_loss, make_adaptors, paired_stages, select_features
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
 from secateur.models import CifarResNet, ModelSource, load_model
-from secateur.pipeline import HintStage, ModelSpec, OnExisting, distill_model, load, verify
+from secateur.pipeline import HintStage, ModelSpec, OnExisting, load, verify
 from secateur.train import CheckpointPolicy, Silent, TrainConfig, distill_after_hints, open_fabric, train_with_teacher
 
 SHORT = TrainConfig(epochs=2, batch_size=16)
@@ -34,13 +35,13 @@ TAPS = {"layer1": "layer1", "layer3": "layer3"}
 
 
 def hint() -> Term:
-    adaptors = adaptors_of(STUDENT.model, TEACHER.model, TAPS, torch.zeros(1, 3, 8, 8))
-    return Term("hint", PerTap(hint_loss, dict(adaptors.items())), of=features, taps=TAPS)
+    adaptors = make_adaptors(STUDENT.model, TEACHER.model, TAPS, torch.zeros(1, 3, 8, 8))
+    return Term("hint", MeanOverTaps(hint_loss, dict(adaptors.items())), of=select_features, taps=TAPS)
 
 
 def run(data: ImageData | None = None, **settings: Any) -> Any:
-    defaults: dict[str, Any] = {"teacher": TEACHER, "schedule": SHORT, "progress": Silent(), "export": ()}
-    return distill_model(settings.pop("student", STUDENT), data=data or noise_data(), **(defaults | settings))
+    defaults: dict[str, Any] = {"teacher": TEACHER, "train": SHORT, "callbacks": Silent(), "export": ()}
+    return run_distill(settings.pop("student", STUDENT), data=data or noise_data(), **(defaults | settings))
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
@@ -69,9 +70,9 @@ def test_the_student_is_that_of_the_engine() -> None:
 
 def test_hints_come_first_if_they_shall() -> None:
     hinting = HintStage((hint(),), TrainConfig(epochs=1, batch_size=16))
-    result = run(hinting=hinting)
+    result = run(hint_stage=hinting)
     by_hand = distill_after_hints(
-        STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_schedule=hinting.schedule,
+        STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_schedule=hinting.train,
         schedule=SHORT, progress=Silent(), fabric=open_fabric(),
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
@@ -102,7 +103,7 @@ def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
     run(
         student=ModelSpec(model, "cifar_resnet20", source),
         out=tmp_path / "small",
-        schedule=TrainConfig(1, batch_size=32),
+        train=TrainConfig(1, batch_size=32),
     )
     assert (
         load(tmp_path / "small").manifest.recipe.source == ModelSource.parse("cifar_resnet20", num_classes=4).to_json()
@@ -119,8 +120,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="unfinished run beside it"):
         run(out=out, objective=Objective(terms=(hint(),)))
     with pytest.raises(ArtifactError, match="seed was 0, now 1"):
-        run(out=out, objective=Objective(terms=(hint(),)), leftover=OnExisting.RESUME, seed=1)
-    resumed = run(out=out, objective=Objective(terms=(hint(),)), leftover=OnExisting.RESUME)
+        run(out=out, objective=Objective(terms=(hint(),)), on_existing=OnExisting.RESUME, seed=1)
+    resumed = run(out=out, objective=Objective(terms=(hint(),)), on_existing=OnExisting.RESUME)
     assert equal(resumed.model, whole.model)
 
 
@@ -144,7 +145,7 @@ def test_other_classes_or_inputs_are_refused(who: str) -> None:
 
 
 def test_taps_that_do_not_exist_are_refused_with_the_nearest() -> None:
-    term = Term("hint", PerTap(hint_loss), of=features, taps={"layer3": "layr3"})
+    term = Term("hint", MeanOverTaps(hint_loss), of=select_features, taps={"layer3": "layr3"})
     with pytest.raises(TrainingError, match=r"`teacher` must have the tapped module 'layr3'.*Did you mean layer3"):
         run(objective=Objective(terms=(term,)))
 
@@ -181,6 +182,6 @@ def test_checkpoints_are_written_when_they_shall_be(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: written.append(saved.name)
     )
-    run(out=tmp_path / "small", saving=CheckpointPolicy(math.inf, 2))
+    run(out=tmp_path / "small", checkpoints=CheckpointPolicy(math.inf, 2))
     assert "epoch-000000-step-000002" in written
     assert not any(name.endswith("1") and "step" in name for name in written)

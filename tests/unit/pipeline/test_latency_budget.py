@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from noise_images import noise_data
 from pretend import Pretend
+from run_pipeline import run_compress
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
@@ -21,7 +22,6 @@ from secateur.graph import trace
 from secateur.pipeline import (
     DEFAULT_STRATEGY,
     CompressResult,
-    compress,
     default_blocks,
 )
 from secateur.pipeline import (
@@ -34,7 +34,7 @@ from secateur.pipeline import (
     latency as _timed,
 )
 from secateur.pipeline.config import default_strategy
-from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchSpace, Uniform, describe
+from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchSpace, Uniform, stable_repr
 from secateur.train import Silent, TrainConfig
 
 TIMED = Budget(latency="50%")
@@ -81,15 +81,15 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
         "budget": budget,
         "strategy": Uniform(L2()),
         "space": SearchSpace(divisor=8),
-        "schedule": TrainConfig(epochs=0),
+        "train": TrainConfig(epochs=0),
         "target": target,
-        "cache": Cache.of(target, folder),
+        "latency_cache": Cache.of(target, folder),
         "calibration_images": 32,
-        "progress": Silent(),
-        "tell": told.append,
+        "callbacks": Silent(),
+        "hear": told.append,
         **more,
     }
-    return compress(_model(), noise_data(), **arguments), told
+    return run_compress(_model(), noise_data(), **arguments), told
 
 
 @pytest.mark.parametrize("budget", ["latency=60%", "latency=0.14ms", "macs=90%, latency=45%, size<=300kB"])
@@ -98,14 +98,14 @@ def test_a_bound_is_met_by_measuring(tmp_path: Path, budget: str) -> None:
     before, after = whole(_model(), ()), whole(result.model, ())
     limit = _timed.limit_of(Budget.parse(budget), before)
     assert 0.8 * limit <= after <= limit
-    assert (result.found.original.latency_s, result.found.cost.latency_s) == pytest.approx((before, after))
-    assert str(result.found.budget) == str(Budget.parse(budget))
+    assert (result.search.original.latency_s, result.search.cost.latency_s) == pytest.approx((before, after))
+    assert str(result.search.budget) == str(Budget.parse(budget))
     assert not result.failed
     proof = next(check for check in result.report.checks if check.name.startswith("Latency within"))
     assert f"{100 * after / limit:.1f} % of the bound" in proof.detail
     first = result.report.latency[0]
     assert (first.runtime, first.after[1]) == ("pretend 1", pytest.approx(after))
-    notes = result.found.notes["latency"]
+    notes = result.search.notes["latency"]
     assert notes["target"] == "pretend 1, 1 thread, batch 1"
     assert len({trial["divisor"] for trial in notes["trials"]}) > 1
     assert any("of the bound" in line for line in told)
@@ -113,10 +113,10 @@ def test_a_bound_is_met_by_measuring(tmp_path: Path, budget: str) -> None:
 
 def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "latency=50%", space=SearchSpace(divisor=8, min_kept_fraction=0.1))
-    trials = result.found.notes["latency"]["trials"]
+    trials = result.search.notes["latency"]["trials"]
     limit = 0.5 * whole(_model(), ())
     assert all(trial["divisor"] == 8 for trial in trials)
-    assert trials[-1]["measured_s"] == pytest.approx(result.found.cost.latency_s)
+    assert trials[-1]["measured_s"] == pytest.approx(result.search.cost.latency_s)
     assert trials[-1]["measured_s"] <= limit
     assert trials[-1]["of_the_bound"] == pytest.approx(trials[-1]["measured_s"] / limit)
 
@@ -131,7 +131,7 @@ def test_blocks_may_go_where_time_is_limited() -> None:
 
 def test_a_divisor_of_the_user_is_kept(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "latency=60%", space=SearchSpace(divisor=4))
-    assert {trial["divisor"] for trial in result.found.notes["latency"]["trials"]} == {4}
+    assert {trial["divisor"] for trial in result.search.notes["latency"]["trials"]} == {4}
 
 
 def test_a_bound_that_cannot_be_met_names_the_reach(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_networks_that_are_all_slower_than_predicted_are_refused_with_what_they_
 
 def test_a_model_that_is_quick_enough_stays_whole(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "latency=1s")
-    assert result.found.cost.macs == result.found.original.macs
+    assert result.search.cost.macs == result.search.original.macs
 
 
 def test_an_artifact_holds_the_proof_and_is_resumed_by_the_same_target(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_nearest_of_the_fullest_is_taken(tmp_path: Path) -> None:
     found, _ = run(tmp_path, "latency=60%")
 
     def trial(divisor: int, used: float) -> _timed.Trial:
-        return _timed.Trial(SearchSpace(divisor=divisor), found.found, 1.0, record(2.0, 1.0), used)
+        return _timed.Trial(SearchSpace(divisor=divisor), found.search, 1.0, record(2.0, 1.0), used)
 
     trials = [trial(8, 0.8), trial(8, 0.99), trial(8, 1.1), trial(16, 0.97), trial(32, 1.2)]
     best, distances = _timed.best_of(trials, lambda each: {8: 0.3, 16: 0.2}[each.space.divisor])
@@ -229,8 +229,8 @@ def test_a_network_whose_time_falls_faster_than_predicted_is_found_in_three_tria
     full = whole(_model(), ())
     steep = Pretend(lambda model, inputs: 1e-4 * (whole(model, inputs) / full) ** 2, layer)
     fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
-    result, _ = run(tmp_path, "latency=30%", target=steep, cache=Cache.of(steep, tmp_path), space=fine)
-    trials = result.found.notes["latency"]["trials"]
+    result, _ = run(tmp_path, "latency=30%", target=steep, latency_cache=Cache.of(steep, tmp_path), space=fine)
+    trials = result.search.notes["latency"]["trials"]
     assert len(trials) <= 3
     assert 0.955 <= trials[-1]["of_the_bound"] <= 1
 
@@ -259,13 +259,13 @@ def test_later_trials_stay_near_to_the_first_where_they_can(tmp_path: Path, lost
     fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
     strategy = Near(L2(), lost)
     result, _ = run(
-        tmp_path, "latency=30%", strategy=strategy, target=steep, cache=Cache.of(steep, tmp_path), space=fine
+        tmp_path, "latency=30%", strategy=strategy, target=steep, latency_cache=Cache.of(steep, tmp_path), space=fine
     )
-    assert result.found.cost.latency_s <= 0.3 * result.found.original.latency_s
-    assert len(result.found.notes["latency"]["trials"]) > 1
-    assert result.found.notes["first"]
-    assert ("near" in result.found.notes) is not lost
-    assert result.found.strategy == describe(strategy)
+    assert result.search.cost.latency_s <= 0.3 * result.search.original.latency_s
+    assert len(result.search.notes["latency"]["trials"]) > 1
+    assert result.search.notes["first"]
+    assert ("near" in result.search.notes) is not lost
+    assert result.search.strategy == stable_repr(strategy)
 
 
 def test_a_slow_network_is_told_why(tmp_path: Path) -> None:
@@ -275,16 +275,16 @@ def test_a_slow_network_is_told_why(tmp_path: Path) -> None:
         pass
 
     half = Half()
-    half.found = found.found
+    half.search = found.search
     assert _slow.slow_because(half, 0.5, record(1.0, 0.6)) == ()
     assert _slow.slow_because(half, 0.95, record(1.0, 1.0)) == ()
     (said,) = _slow.slow_because(half, 0.5, record(1.0, 0.9))
     assert said.startswith("The MACs fell by 50 %, the time on x 1 by 10 % only (1 thread, batch 1).")
     assert "not spent in convolutions" in said
     odd = Architecture.of({name: range(width - 1) for name, width in found.architecture.widths.items()})
-    half.found = dataclasses.replace(found.found, architecture=odd)
+    half.search = dataclasses.replace(found.search, architecture=odd)
     assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
-    half.found = dataclasses.replace(found.found, notes={})
+    half.search = dataclasses.replace(found.search, notes={})
     assert "layers are so small" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
 
 
@@ -306,4 +306,4 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
     result, _ = run(tmp_path, "latency=50%", strategy=Trained(L2()), space=SearchSpace())
     assert len(set(places)) == 1
     assert places[0][0] is not None
-    assert result.found.cost.latency_s <= 0.5 * result.found.original.latency_s
+    assert result.search.cost.latency_s <= 0.5 * result.search.original.latency_s

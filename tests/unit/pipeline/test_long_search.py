@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import slow_search
 import torch
+from run_pipeline import run_compress
 from slow_search import SlowSearch, data, model
 from torch import nn
 
 import secateur
 from secateur.cost import counted_macs
 from secateur.errors import ArtifactError, BudgetError, ModelError
-from secateur.pipeline import Branches, KeepWeights, OnExisting, Reinitialize, compress
+from secateur.pipeline import Branches, KeepWeights, OnExisting, Reinitialize
 from secateur.prune import Cut, RepairContext, cut
 from secateur.search import Proposal, SearchContext, Strategy, Uniform
 from secateur.train import Silent, TrainConfig
@@ -52,8 +53,8 @@ class Watching(Silent):
 
 def words(out: Path | None, **changed: Any) -> dict[str, Any]:
     usual = {
-        "budget": "macs=60%", "strategy": SlowSearch(epochs=4), "schedule": HEAL_ONLY, "out": out, "export": (),
-        "progress": Silent(), "seed": 3,
+        "budget": "macs=60%", "strategy": SlowSearch(epochs=4), "train": HEAL_ONLY, "out": out, "export": (),
+        "callbacks": Silent(), "seed": 3,
     }  # fmt: skip
     return {**usual, **changed}
 
@@ -68,7 +69,7 @@ def test_a_search_that_trains_gets_data_a_checkpoint_a_meter_and_the_device(tmp_
             return super().find(problem)
 
     images, watching = data(), Watching()
-    compress(model(), images, **words(tmp_path / "out", strategy=Asks(epochs=2), progress=watching))
+    run_compress(model(), images, **words(tmp_path / "out", strategy=Asks(epochs=2), callbacks=watching))
     (problem,) = given
     assert problem.training is images
     assert problem.checkpoint == tmp_path / "out.work" / "search-0"
@@ -76,7 +77,7 @@ def test_a_search_that_trains_gets_data_a_checkpoint_a_meter_and_the_device(tmp_
     assert problem.fabric.device == torch.device("cpu")
     assert watching.seen == [("search", 2, 0), "search 1/2", "search 2/2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    compress(model(), images, **words(None, strategy=Asks(epochs=2)))
+    run_compress(model(), images, **words(None, strategy=Asks(epochs=2)))
     assert given[1].checkpoint is None
 
 
@@ -92,9 +93,9 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
         teachers.append(teacher)
 
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
-    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "distill", distill)
+    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", distill)
     original = model()
-    found = compress(original, data(), **words(None, schedule=TrainConfig(1, 32), start=KeepWeights(repairs=())))
+    found = run_compress(original, data(), **words(None, train=TrainConfig(1, 32), init=KeepWeights(repairs=())))
     trained = SlowSearch(epochs=4).weights(original, 3)
     assert not torch.equal(trained["0.weight"], original[0].weight)
     assert all(torch.equal(tensor, trained[name]) for name, tensor in uncut[0].state_dict().items())
@@ -102,7 +103,7 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
     assert torch.equal(found.model[0].weight, trained["0.weight"][kept])
     assert all(torch.equal(t, original.state_dict()[n]) for n, t in teachers[0].state_dict().items())
     assert found.verification.max_rel <= found.verification.tolerance
-    assert found.found.weights is None
+    assert found.search.weights is None
     assert found.report.steps[0].accuracy.top1 == secateur.evaluate(original, data().test).top1
 
 
@@ -114,7 +115,7 @@ def test_repairs_compare_with_the_weights_of_the_search(monkeypatch: pytest.Monk
             contexts.append(context)
 
     original = model()
-    compress(original, data(), **words(None, start=KeepWeights(repairs=(Looks(),))))
+    run_compress(original, data(), **words(None, init=KeepWeights(repairs=(Looks(),))))
     trained = SlowSearch(epochs=4).weights(original, 3)
     assert all(torch.equal(t, trained[name]) for name, t in contexts[0].original.state_dict().items())
 
@@ -129,27 +130,27 @@ def test_from_scratch_has_no_use_for_the_weights_of_the_search(monkeypatch: pyte
 
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
     original = model()
-    compress(original, data(), **words(None, schedule=TrainConfig(1, 32), start=Reinitialize()))
+    run_compress(original, data(), **words(None, train=TrainConfig(1, 32), init=Reinitialize()))
     assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in uncut[0].state_dict().items())
 
 
 def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path: Path):
     out = tmp_path / "out"
-    whole = compress(model(), data(), **words(None))
+    whole = run_compress(model(), data(), **words(None))
     with pytest.raises(KeyboardInterrupt):
-        compress(model(), data(), **words(out, progress=Watching(stop_after=3)))
+        run_compress(model(), data(), **words(out, callbacks=Watching(stop_after=3)))
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     with pytest.raises(ArtifactError, match=r"no unfinished run beside it.*--resume.*--restart"):
-        compress(model(), data(), **words(out))
+        run_compress(model(), data(), **words(out))
     for changed, said in (
         ({"budget": "macs=50%"}, "budget was macs<=60%, now macs<=50%"),
         ({"strategy": SlowSearch(epochs=5)}, r"strategy was SlowSearch\(epochs=4.*now SlowSearch\(epochs=5"),
         ({"branches": Branches.UNTIED}, "branches was tied, now untied"),
     ):
         with pytest.raises(ArtifactError, match=said):
-            compress(model(), data(), **words(out, leftover=OnExisting.RESUME, **changed))
+            run_compress(model(), data(), **words(out, on_existing=OnExisting.RESUME, **changed))
     watching = Watching()
-    resumed = compress(model(), data(), **words(out, leftover=OnExisting.RESUME, progress=watching))
+    resumed = run_compress(model(), data(), **words(out, on_existing=OnExisting.RESUME, callbacks=watching))
     assert watching.seen == [("search", 4, 2), "search 3/4", "search 4/4"]
     assert resumed.architecture == whole.architecture
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
@@ -161,18 +162,18 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tmp_path: Path):
 
 def test_restarting_forgets_the_search(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        compress(model(), data(), **words(tmp_path / "out", progress=Watching(stop_after=3)))
+        run_compress(model(), data(), **words(tmp_path / "out", callbacks=Watching(stop_after=3)))
     watching = Watching()
-    compress(model(), data(), **words(tmp_path / "out", leftover=OnExisting.DISCARD, progress=watching))
+    run_compress(model(), data(), **words(tmp_path / "out", on_existing=OnExisting.OVERWRITE, callbacks=watching))
     assert watching.seen[0] == ("search", 4, 0)
 
 
 def test_nothing_is_left_of_a_search_that_did_not_get_far(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        compress(model(), data(), **words(tmp_path / "out", progress=Watching(stop_after=1)))
+        run_compress(model(), data(), **words(tmp_path / "out", callbacks=Watching(stop_after=1)))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BudgetError):
-        compress(model(), data(), **words(tmp_path / "out", budget="macs=1%"))
+        run_compress(model(), data(), **words(tmp_path / "out", budget="macs=1%"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +185,7 @@ def test_work_of_a_search_outlives_its_error(tmp_path: Path):
             raise BudgetError("as if")
 
     with pytest.raises(BudgetError):
-        compress(model(), data(), **words(tmp_path / "out", strategy=Diverges(epochs=2)))
+        run_compress(model(), data(), **words(tmp_path / "out", strategy=Diverges(epochs=2)))
     assert (tmp_path / "out.work" / "search-0").is_dir()
 
 
@@ -213,13 +214,13 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
                 raise KeyboardInterrupt
 
     asked = {"strategy": Asks(epochs=4), "budget": "macs=80%"}
-    whole = compress(model(), data(), **words(None, **asked))
+    whole = run_compress(model(), data(), **words(None, **asked))
     folders.clear()
     with pytest.raises(KeyboardInterrupt):
-        compress(model(), data(), **words(tmp_path / "out", **asked, progress=SecondTime()))
+        run_compress(model(), data(), **words(tmp_path / "out", **asked, callbacks=SecondTime()))
     watching = Watching()
-    again = words(tmp_path / "out", **asked, progress=watching, leftover=OnExisting.RESUME)
-    resumed = compress(model(), data(), **again)
+    again = words(tmp_path / "out", **asked, callbacks=watching, on_existing=OnExisting.RESUME)
+    resumed = run_compress(model(), data(), **again)
     assert [folder.name for folder in folders if folder] == ["search-0", "search-1"] * 2
     # The first search is only read again, the second goes on.
     assert watching.seen == [("search", 4, 4), ("search", 4, 2), "search 3/4", "search 4/4"]
@@ -233,18 +234,17 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from slow_search import SlowSearch, data, model
-from secateur.pipeline import Leftover, compress
-from secateur.train import Schedule, Silent
+from secateur.pipeline import OnExisting, RecoveryConfig, RunConfig, compress
+from secateur.train import Silent, TrainConfig
 
 class Tells(Silent):
-    def watch(self, what, *, epochs, steps, done):
-        print(f"{{what}} from {{done}}", flush=True)
-        return super().watch(what, epochs=epochs, steps=steps, done=done)
+    def start(self, loop, *, epochs, steps, done):
+        print(f"{{loop}} from {{done}}", flush=True)
+        return super().start(loop, epochs=epochs, steps=steps, done=done)
 
 compress(
-    model(), data(), budget="macs=60%", strategy=SlowSearch(epochs=4),
-    schedule=Schedule(epochs=0), out=Path(sys.argv[1]), export=(), progress=Tells(), seed=3,
-    leftover=Leftover.RESUME,
+    model(), data(), budget="macs=60%", strategy=SlowSearch(epochs=4), recovery=RecoveryConfig(TrainConfig(epochs=0)),
+    out=Path(sys.argv[1]), export=(), run=RunConfig(callbacks=Tells(), seed=3, on_existing=OnExisting.RESUME),
 )
 """
 
@@ -277,7 +277,7 @@ def test_killed_at_any_moment_of_the_search_and_started_again(tmp_path: Path):
     assert last.returncode == 0, last.stderr
     assert last.stdout.splitlines() == ["search from 2"]
     assert not (tmp_path / "out.work").exists()
-    whole = compress(model(), data(), **words(None))
+    whole = run_compress(model(), data(), **words(None))
     loaded = secateur.load(out, factory=model).model
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in loaded.state_dict().items())
 
@@ -308,7 +308,7 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
 
     for branches in Branches:
         out = tmp_path / branches.value
-        done = compress(Residual(), data(), **words(out, strategy=Looks(), branches=branches))
+        done = run_compress(Residual(), data(), **words(out, strategy=Looks(), branches=branches))
         assert done.failed == ()
         assert secateur.verify(out, factory=Residual).passed
         metrics = json.loads((out / "secateur.json").read_text())["metrics"]
@@ -318,9 +318,9 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
     assert untied == ("stem", "branch/branch")
     kept = done.architecture.by_name
     assert set(kept["branch/branch"]) < set(kept["stem"])
-    assert done.found.cost.macs == counted_macs(done.model, torch.zeros(1, 3, 8, 8))
-    utilization = done.found.notes["utilization"]
-    assert utilization == {"macs": done.found.cost.macs / (0.6 * done.found.original.macs)}
+    assert done.search.cost.macs == counted_macs(done.model, torch.zeros(1, 3, 8, 8))
+    utilization = done.search.notes["utilization"]
+    assert utilization == {"macs": done.search.cost.macs / (0.6 * done.search.original.macs)}
 
 
 def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -328,12 +328,12 @@ def test_a_resumed_run_knows_its_untied_branches(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     asked = {"strategy": Uniform(), "branches": Branches.UNTIED}
-    whole = compress(Residual(), data(), **words(None, **asked))
+    whole = run_compress(Residual(), data(), **words(None, **asked))
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(Residual(), data(), **words(tmp_path / "out", **asked, schedule=TrainConfig(1, 32)))
-    resumed = compress(Residual(), data(), **words(tmp_path / "out", **asked, leftover=OnExisting.RESUME))
+            run_compress(Residual(), data(), **words(tmp_path / "out", **asked, train=TrainConfig(1, 32)))
+    resumed = run_compress(Residual(), data(), **words(tmp_path / "out", **asked, on_existing=OnExisting.RESUME))
     assert resumed.architecture == whole.architecture
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
 
@@ -346,4 +346,4 @@ def test_found_weights_of_another_model_are_refused():
             return Proposal(whole.architecture, {}, {"0.weight": torch.zeros(3)})
 
     with pytest.raises(ModelError, match=r"`weights` of the search must be those of the whole model.*Missing key"):
-        compress(model(), data(), **words(None, strategy=Wrong()))
+        run_compress(model(), data(), **words(None, strategy=Wrong()))

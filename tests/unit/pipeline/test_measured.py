@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from noise_images import noise_data
 from pretend import Pretend
+from run_pipeline import run_compress
 from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.errors import ArtifactError, BudgetError
-from secateur.pipeline import CompressResult, OnExisting, compress
+from secateur.pipeline import CompressResult, OnExisting
 from secateur.pipeline import finalize as _deliver
 from secateur.pipeline.latency import Measurements
 from secateur.search import L2, SearchSpace, Uniform
@@ -95,10 +96,10 @@ def run(
     machine: Machine, out: Path, cache: Path, tell: Callable[[str], None] = len, budget: str = "latency=60%"
 ) -> CompressResult:
     target = Pretend(machine.whole, machine.layer)
-    return compress(
+    return run_compress(
         model(), noise_data(), budget=budget, strategy=Uniform(L2()), space=SearchSpace(divisor=4),
-        schedule=TrainConfig(epochs=0), target=target, cache=Cache.of(target, cache), calibration_images=32, out=out,
-        export=(), leftover=OnExisting.RESUME, progress=Silent(), tell=tell,
+        train=TrainConfig(epochs=0), target=target, latency_cache=Cache.of(target, cache), calibration_images=32,
+        out=out, export=(), on_existing=OnExisting.RESUME, callbacks=Silent(), hear=tell,
     )  # fmt: skip
 
 
@@ -122,5 +123,5 @@ def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
     assert busy.measured == 2  # the proof at the end, of both networks, and nothing else
     whole = run(Machine(0.0), tmp_path / "whole", tmp_path / "fresh")
     other = run(Machine(1e-5), tmp_path / "other", tmp_path / "another")
-    assert resumed.found.to_json() == whole.found.to_json()
+    assert resumed.search.to_json() == whole.search.to_json()
     assert other.architecture != whole.architecture

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 from noise_images import noise_data
+from run_pipeline import run_compress
 from torch import nn
 from zoo import ZOO
 
-from secateur.pipeline import compress
 from secateur.pipeline import search_and_cut as _paced
 from secateur.pipeline.search_and_cut import Paced
 from secateur.search import RemoveBlocks, Uniform
@@ -28,14 +28,14 @@ def test_compress_passes_it_on(monkeypatch: pytest.MonkeyPatch, every: float, sp
     monkeypatch.setattr(_paced, "_EVERY_S", every)
     told: list[str] = []
     model = nn.Sequential(ZOO["residual"]()[0], nn.Linear(5, 4))
-    compress(
+    run_compress(
         model,
         noise_data(),
         budget="macs=70%",
         strategy=RemoveBlocks(Uniform()),
-        schedule=TrainConfig(epochs=0),
+        train=TrainConfig(epochs=0),
         calibration_images=32,
-        progress=Silent(),
-        tell=told.append,
+        callbacks=Silent(),
+        hear=told.append,
     )
     assert any(line.startswith("Searching, ") and "blocks fewer" in line for line in told) is spoken

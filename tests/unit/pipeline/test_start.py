@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_pipeline import run_compress
 from slow_search import data, model
 from torch import nn
 
 import secateur
 from secateur.errors import ArtifactError, ModelError, TrainingError
-from secateur.pipeline import KeepWeights, OnExisting, Reinitialize, compress
+from secateur.pipeline import KeepWeights, OnExisting, Reinitialize
 from secateur.search import Uniform
 from secateur.train import Silent, TrainConfig, reset_weights_
 
@@ -25,13 +26,13 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
     _compress = sys.modules["secateur.pipeline.compress"]
 
     seen: list[nn.Module] = []
-    whole = _compress.distill
+    whole = _compress.train_with_teacher
 
     def distill(student: nn.Module, **settings: object) -> object:
         seen.append(student)
         return whole(student, **settings)
 
-    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "distill", distill)
+    monkeypatch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", distill)
     return seen
 
 
@@ -42,12 +43,12 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: list[nn.Module]):
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent(), "seed": 5}
-    result = compress(model(), data(), start=Reinitialize(), **words)
+    words = {"budget": "macs=50%", "strategy": Uniform(), "train": ONE_EPOCH, "callbacks": Silent(), "seed": 5}
+    result = run_compress(model(), data(), init=Reinitialize(), **words)
     torch.manual_seed(7)  # another state: the weights come from the seed alone
-    compress(model(), data(), start=Reinitialize(), **words)
-    compress(model(), data(), start=Reinitialize(), **{**words, "seed": 6})
-    compress(model(), data(), **words)
+    run_compress(model(), data(), init=Reinitialize(), **words)
+    run_compress(model(), data(), init=Reinitialize(), **{**words, "seed": 6})
+    run_compress(model(), data(), **words)
     torch.manual_seed(99)
     assert torch.equal(state, torch.get_rng_state())
     first, again, other, inherited = map(_weights, begun)
@@ -66,13 +67,13 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
 
 
 def test_repairs_belong_to_inherited_weights(begun: list[nn.Module]):
-    words = {"budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "progress": Silent()}
+    words = {"budget": "macs=50%", "strategy": Uniform(), "train": ONE_EPOCH, "callbacks": Silent()}
     net = model()
-    plain = compress(net, data(), start=KeepWeights(repairs=()), **words)
+    plain = run_compress(net, data(), init=KeepWeights(repairs=()), **words)
     kept = list(plain.architecture.by_name["0"])
     assert torch.equal(begun[0][0].weight, net[0].weight[kept])
     assert torch.equal(begun[0][3].weight, net[3].weight[list(plain.architecture.by_name["3"])][:, kept])
-    repaired = compress(net, data(), **words)
+    repaired = run_compress(net, data(), **words)
     assert not torch.equal(begun[1][3].weight, begun[0][3].weight)
     assert any(note.startswith("Refit") for note in repaired.report.notes)
     assert not any("Refit" in note for note in plain.report.notes)
@@ -92,9 +93,9 @@ class Scaled(nn.Module):
 def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
     net = model()
     net.insert(3, Scaled())
-    words = {"budget": "macs=50%", "schedule": ONE_EPOCH, "progress": Silent(), "out": tmp_path / "out", "export": ()}
+    words = {"budget": "macs=50%", "train": ONE_EPOCH, "callbacks": Silent(), "out": tmp_path / "out", "export": ()}
     with pytest.raises(ModelError, match=r"3 \(Scaled\) has parameters of its own \(gain\) and no reset_parameters"):
-        compress(net, data(), start=Reinitialize(), **words)
+        run_compress(net, data(), init=Reinitialize(), **words)
     assert list(tmp_path.iterdir()) == []
 
     class Drawable(Scaled):
@@ -102,7 +103,7 @@ def test_weights_that_cannot_be_drawn_are_named_before_any_work(tmp_path: Path):
             nn.init.normal_(self.gain)
 
     net[3] = Drawable()
-    assert compress(net, data(), start=Reinitialize(), **{**words, "out": None}).failed == ()
+    assert run_compress(net, data(), init=Reinitialize(), **{**words, "out": None}).failed == ()
 
 
 def test_attention_of_torch_is_drawn_too():
@@ -126,7 +127,7 @@ def test_a_module_has_the_last_word_about_what_it_holds():
 
 def test_a_student_from_scratch_needs_a_recovery():
     with pytest.raises(TrainingError, match=r"must have epochs for a student from scratch.*got 0\. Give it as many"):
-        compress(model(), data(), budget="macs=50%", start=Reinitialize(), schedule=TrainConfig(epochs=0))
+        run_compress(model(), data(), budget="macs=50%", init=Reinitialize(), train=TrainConfig(epochs=0))
 
 
 def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,16 +135,16 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     words = {
-        "budget": "macs=50%", "strategy": Uniform(), "schedule": ONE_EPOCH, "export": (), "progress": Silent(),
-        "start": Reinitialize(), "out": tmp_path / "out",
+        "budget": "macs=50%", "strategy": Uniform(), "train": ONE_EPOCH, "export": (), "callbacks": Silent(),
+        "init": Reinitialize(), "out": tmp_path / "out",
     }  # fmt: skip
-    whole = compress(model(), data(), **{**words, "out": None})
+    whole = run_compress(model(), data(), **{**words, "out": None})
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
-            compress(model(), data(), **words)
-    with pytest.raises(ArtifactError, match=r"start was FromScratch\(\), now Inherit\("):
-        compress(model(), data(), **{**words, "start": KeepWeights(), "leftover": OnExisting.RESUME})
-    resumed = compress(model(), data(), **words, leftover=OnExisting.RESUME)
+            run_compress(model(), data(), **words)
+    with pytest.raises(ArtifactError, match=r"init was Reinitialize\(\), now KeepWeights\("):
+        run_compress(model(), data(), **{**words, "init": KeepWeights(), "on_existing": OnExisting.RESUME})
+    resumed = run_compress(model(), data(), **words, on_existing=OnExisting.RESUME)
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
     assert secateur.verify(tmp_path / "out", factory=model).passed

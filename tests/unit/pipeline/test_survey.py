@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.graph import HeadUnit, Selection
-from secateur.pipeline import inspect_model
+from secateur.pipeline import CutConfig, inspect_model
 from secateur.search import AxisRule, SearchSpace
 
 
@@ -31,7 +31,7 @@ IMAGES = torch.zeros(1, 3, 8, 8)
 
 
 def sizes(heads: HeadUnit) -> dict[str, int]:
-    return dict(inspect_model(Attention(), IMAGES, heads=heads).graph.sizes)
+    return dict(inspect_model(Attention(), IMAGES, cut=CutConfig(heads=heads)).graph.sizes)
 
 
 def test_attention_is_cut_by_dimensions_or_by_heads():
@@ -42,8 +42,8 @@ def test_attention_is_cut_by_dimensions_or_by_heads():
 
 def test_smallest_cost_is_that_of_the_chosen_space():
     rule = SearchSpace(rules=(AxisRule("qkv", min_width=3),))
-    loose = inspect_model(Attention(), IMAGES, choices=Selection(include=("qkv",)), space=SearchSpace())
-    bound = inspect_model(Attention(), IMAGES, choices=Selection(include=("qkv",)), space=rule)
+    loose = inspect_model(Attention(), IMAGES, cut=CutConfig(selection=Selection(include=("qkv",)), space=SearchSpace()))
+    bound = inspect_model(Attention(), IMAGES, cut=CutConfig(selection=Selection(include=("qkv",)), space=rule))
     # At each of 4 positions, a dimension of 3 heads costs 3 x 12 MACs in qkv, 12 in out, and 2 x 4 in the attention.
     a_dimension = 4 * 3 * (3 * 12 + 12 + 2 * 4)
     assert loose.original.macs - loose.smallest.macs == 3 * a_dimension

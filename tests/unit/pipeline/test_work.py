@@ -44,7 +44,7 @@ def interrupted(out: Path, *, with_search: bool = False, with_cut: bool = False)
 
 
 def test_it_is_ours_from_the_first_moment_and_gone_at_the_end(tmp_path: Path):
-    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.ERROR) as work:
         assert json.loads((tmp_path / "out.work" / "settings.json").read_text()) == SETTINGS
         assert work.read() is None
         assert not work.search_checkpoint(0).exists()
@@ -90,7 +90,7 @@ def test_damage_is_said(tmp_path: Path, name: str, content: bytes):
     ):
         work.read()
     assert folder.is_dir()
-    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.DISCARD) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.OVERWRITE) as work:
         assert work.read() is None
 
 
@@ -111,7 +111,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path):
         pytest.raises(
             ArtifactError, match=r"no unfinished run beside it; got .*out\.work\. Go on with it \(--resume\)"
         ),
-        open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE),
+        open_run_directory(tmp_path / "out", SETTINGS, OnExisting.ERROR),
     ):
         pass
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -152,12 +152,12 @@ def test_a_full_disk_takes_neither_the_search_nor_leaves_halves(tmp_path: Path, 
 def test_no_part_of_a_finished_run_is_ever_left_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A process killed while it removes its work: what is left is hidden, and gone when the next run begins."""
     monkeypatch.setattr(import_module("secateur._files").shutil, "rmtree", lambda *_, **__: None)
-    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.ERROR) as work:
         work.write(cutting())
     assert not (tmp_path / "out.work").exists()
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.undo()
-    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE) as work:
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.ERROR) as work:
         assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
         assert work.read() is None
 
@@ -167,7 +167,7 @@ def test_drafts_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path):
     others = ("out", ".out.01234567.old", ".out2.01234567.part", ".out.part", "out.01234567.part")
     for name in (*mine, *others):
         (tmp_path / name).mkdir()
-    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.REFUSE):
+    with open_run_directory(tmp_path / "out", SETTINGS, OnExisting.ERROR):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted((*others, "out.work"))
 
 
@@ -189,7 +189,7 @@ def test_two_processes_are_not_at_one_run(tmp_path: Path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        for leftover in (OnExisting.RESUME, OnExisting.DISCARD):
+        for leftover in (OnExisting.RESUME, OnExisting.OVERWRITE):
             with (
                 pytest.raises(ArtifactError, match=r"one process at a time; got one whose run another process is at"),
                 open_run_directory(tmp_path / "out", SETTINGS, leftover),

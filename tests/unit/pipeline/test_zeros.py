@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from noise_images import Dying, noise_data, noise_split
+from run_pipeline import run_compress
 from torch import nn
 
 from secateur.data import ImageData
 from secateur.errors import BudgetError
-from secateur.pipeline import OnExisting, Reinitialize, compress, verify
+from secateur.pipeline import OnExisting, Reinitialize, verify
 from secateur.pipeline import load as load_artifact
 from secateur.prune import ByERK, ByTaylor, Evenly, NOfM, OneShot, WeightPruning, masks_of, prunable
 from secateur.report import performance_efficiency
@@ -34,8 +35,8 @@ def _model() -> nn.Module:
 
 
 def run(budget: str, data: ImageData | None = None, **settings: Any) -> Any:
-    defaults: dict[str, Any] = {"strategy": Uniform(), "schedule": SHORT, "progress": Silent(), "export": ()}
-    return compress(_model(), data or noise_data(), budget=budget, **(defaults | settings))
+    defaults: dict[str, Any] = {"strategy": Uniform(), "train": SHORT, "callbacks": Silent(), "export": ()}
+    return run_compress(_model(), data or noise_data(), budget=budget, **(defaults | settings))
 
 
 def nonzero(model: nn.Module) -> int:
@@ -51,13 +52,13 @@ def params(model: nn.Module) -> int:
     [None, WeightPruning(ByTaylor(), ByERK(), OneShot), WeightPruning(allocation=Evenly(), exclude=("0",), every=1)],
 )
 def test_weights_alone(pruning: WeightPruning | None) -> None:
-    result = run("nonzero=40%", pruning=pruning)
+    result = run("nonzero=40%", weight_pruning=pruning)
     limit = int(0.4 * params(_model()))
     # Every weight that may stay does; rounding down per layer costs at most one in each of two.
     assert limit - 2 <= nonzero(result.model) <= limit
     assert result.nonzero == nonzero(result.model) == result.report.after.nonzero
     assert params(result.model) == params(_model())
-    assert result.found.cost == result.found.original
+    assert result.search.cost == result.search.original
     assert not masks_of(result.model)
     assert result.failed == ()
     assert [step.name for step in result.report.steps] == [
@@ -72,10 +73,10 @@ def test_weights_alone(pruning: WeightPruning | None) -> None:
 
 def test_channels_first_then_weights(tmp_path: Path) -> None:
     small = run("macs=60%, nonzero=25%", out=tmp_path / "small")
-    assert small.found.cost.macs <= 0.6 * small.found.original.macs
+    assert small.search.cost.macs <= 0.6 * small.search.original.macs
     limit = int(0.25 * params(_model()))
     assert nonzero(small.model) == limit
-    assert params(small.model) == small.found.cost.params > limit
+    assert params(small.model) == small.search.cost.params > limit
     checks = {check.name: check for check in small.report.checks}
     assert f"{100 * limit / params(_model()):.2f} % of the parameters not zero" in checks["Within the budget"].detail
     loaded = load_artifact(tmp_path / "small", factory=_model)
@@ -95,7 +96,7 @@ def test_channels_first_then_weights(tmp_path: Path) -> None:
 
 
 def test_without_a_recovery_weights_go_at_once() -> None:
-    result = run("nonzero=40%", schedule=HEAL_ONLY)
+    result = run("nonzero=40%", train=HEAL_ONLY)
     limit = int(0.4 * params(_model()))
     assert nonzero(result.model) == limit
     assert result.report.steps[-1].name == "weights pruned"
@@ -108,7 +109,7 @@ def test_without_a_recovery_weights_go_at_once() -> None:
 
 def test_a_pattern_keeps_its_own_part() -> None:
     pruning = WeightPruning(allocation=NOfM(2, 4), exclude=("0",))
-    result = run("nonzero=70%", pruning=pruning)
+    result = run("nonzero=70%", weight_pruning=pruning)
     weight = result.model[3].weight
     assert bool(((weight.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all())
     assert int((result.model[7].weight != 0).sum()) == 24 * 4 // 2
@@ -116,27 +117,27 @@ def test_a_pattern_keeps_its_own_part() -> None:
 
 def test_channels_that_are_enough_leave_the_weights_alone() -> None:
     said: list[str] = []
-    result = run("params=30%, nonzero=60%", schedule=HEAL_ONLY, tell=said.append)
+    result = run("params=30%, nonzero=60%", train=HEAL_ONLY, hear=said.append)
     assert nonzero(result.model) == params(result.model)
     assert any("The channels alone meet the bound" in line for line in said)
 
 
 def test_a_student_from_scratch_is_pruned_too() -> None:
-    result = run("macs=60%, nonzero=25%", start=Reinitialize())
+    result = run("macs=60%, nonzero=25%", init=Reinitialize())
     assert nonzero(result.model) <= int(0.25 * params(_model()))
 
 
 def test_a_killed_run_goes_on_under_the_same_masks(tmp_path: Path) -> None:
     pruning = WeightPruning(schedule=partial(OneShot), every=1)
-    whole = run("macs=60%, nonzero=25%", pruning=pruning)
+    whole = run("macs=60%, nonzero=25%", weight_pruning=pruning)
     out = tmp_path / "small"
     split = noise_split(64, 0)
     with pytest.raises(KeyboardInterrupt):
         run(
             "macs=60%, nonzero=25%", noise_data(Dying(split.images, split.labels, split.normalization)), out=out,
-            pruning=pruning,
+            weight_pruning=pruning,
         )  # fmt: skip
-    resumed = run("macs=60%, nonzero=25%", out=out, pruning=pruning, leftover=OnExisting.RESUME)
+    resumed = run("macs=60%, nonzero=25%", out=out, weight_pruning=pruning, on_existing=OnExisting.RESUME)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -148,7 +149,7 @@ def test_a_bound_below_what_is_never_pruned_is_refused() -> None:
 
 def test_pruning_without_a_bound_says_that_it_has_no_effect() -> None:
     with pytest.warns(UserWarning, match="`pruning` has no effect: the budget does not bound `nonzero`"):
-        run("macs=60%", pruning=WeightPruning(), schedule=HEAL_ONLY)
+        run("macs=60%", weight_pruning=WeightPruning(), train=HEAL_ONLY)
 
 
 def test_performance_efficiency_is_kept_accuracy_by_kept_size() -> None:

@@ -1,0 +1,72 @@
+"""`compress` and `distill_model` with the fields of their configuration objects as plain keyword arguments.
+
+Tests vary one field at a time, and most of them share the others.
+"""
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from secateur.data import ImageData
+from secateur.pipeline import (
+    CompressResult,
+    CutConfig,
+    DistillResult,
+    ModelSpec,
+    RecoveryConfig,
+    RunConfig,
+    compress,
+    distill_model,
+)
+
+Hear = Callable[[str], object]
+
+
+class _Hears(logging.Handler):
+    def __init__(self, hear: Hear) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.hear(record.getMessage())
+
+
+@contextmanager
+def log_heard(hear: Hear) -> Generator[None]:
+    """Call a function with every sentence that Secateur logs."""
+    logger, handler = logging.getLogger("secateur"), _Hears(hear)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def run_compress(model: nn.Module, data: ImageData, *, hear: Hear | None = None, **settings: Any) -> CompressResult:
+    """Run `compress`; ``hear`` is called with every sentence that it logs."""
+    kinds = {"cut": CutConfig, "recovery": RecoveryConfig, "run": RunConfig}
+    with nullcontext() if hear is None else log_heard(hear):
+        return compress(model, data, **_grouped(settings, kinds))
+
+
+def run_distill(student: ModelSpec, *, hear: Hear | None = None, **settings: Any) -> DistillResult:
+    """Run `distill_model`, as above."""
+    with nullcontext() if hear is None else log_heard(hear):
+        return distill_model(student, **_grouped(settings, {"run": RunConfig}))
+
+
+def _grouped(settings: dict[str, Any], kinds: dict[str, type[Any]]) -> dict[str, Any]:
+    """Put the fields of each configuration object into one."""
+    left, found = dict(settings), dict[str, Any]()
+    for name, kind in kinds.items():
+        own = {field.name: left.pop(field.name) for field in fields(kind) if field.name in left}
+        if own:
+            found[name] = kind(**own)
+    return {**left, **found}

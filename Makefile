@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format house clean
 
 help:
 	@echo "make demo       train, compress, distill, verify and export a small network (about 3 minutes after the install)"
-	@echo "make test       the gate (format, lint, spelling, layers, types) and the test suite"
+	@echo "make test       all checks (format, lint, spelling, layers, types) and the test suite"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make lint       the gate alone"
+	@echo "make lint       the checks alone"
 	@echo "make format     let ruff rewrite what it can"
+	@echo "make house      print sizes, names and call depth of the source, with their bounds"
 	@echo "make clean      remove the virtual environment and caches"
 
 # Installed again whenever pyproject.toml changes.
@@ -45,6 +46,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+house: $(INSTALLED)
+	PYTHONPATH=src $(BIN)/python tools/house.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -1,1 +1,1 @@
-"""Measurements of Secateur; each file is a script, and the results lie in ``results``."""
+"""Benchmarks of Secateur. Each file is a script; the results are in ``results``."""

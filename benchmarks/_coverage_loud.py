@@ -1,4 +1,4 @@
-"""Make every branch of a model audible, and run one training pass of it."""
+"""Give every branch of a model random weights that affect its output, and run one training pass of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def example_of(size: tuple[int, ...], batch: int = 1) -> torch.Tensor:
-    """A seeded input batch."""
+    """Return a seeded input batch."""
     return torch.rand(batch, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def make_loud_(model: nn.Module, example: torch.Tensor) -> None:
-    """Seeded numbers that are not zero, one or equal in every parameter and running statistic.
+    """Fill every parameter and running statistic with seeded numbers that are not zero, one or equal.
 
     Weights have variance 1.6 / fan-in, vectors lie in 0.6..1.4, biases have deviation 0.3. Running statistics are
     those of the example, disturbed (mean by 0.3 deviations, variance by a factor of 0.5..1.5): a deep residual
@@ -70,7 +70,7 @@ def _settle(draw: torch.Generator) -> Callable[[nn.Module, tuple[Any, ...]], Non
 
 
 def training_pass(model: nn.Module, size: tuple[int, ...]) -> str:
-    """Forward and backward in training mode at batch 2, or 1 where the model takes no more.
+    """Run forward and backward in training mode at batch 2, or 1 where the model accepts no more.
 
     Returns:
         ``ok``, ``ok at batch 1``, or what went wrong.
@@ -104,7 +104,7 @@ def _pass(model: nn.Module, size: tuple[int, ...], batch: int) -> str:
 
 
 def targets(images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """One box of each image, with what the detectors of torchvision may ask for."""
+    """Return one box per image, with the fields that torchvision's detectors may read."""
     side = images.shape[-1]
     box = torch.tensor([[0.2 * side, 0.2 * side, 0.8 * side, 0.8 * side]])
     points = torch.cat([torch.rand(1, 17, 2) * 0.5 * side + 0.25 * side, torch.ones(1, 17, 1)], 2)
@@ -114,5 +114,5 @@ def targets(images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
 
 
 def message(error: BaseException) -> str:
-    """One line."""
+    """Return the first line of an error message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]

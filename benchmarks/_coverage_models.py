@@ -1,8 +1,8 @@
-"""Which models the coverage benchmark runs, and how each is built: never with downloaded weights.
+"""The models of the coverage benchmark and how each is built, never with downloaded weights.
 
-timm: of every module under ``timm.models``, and of every name family inside it (the letters a name begins with), the
-variant with the fewest parameters, counted on the meta device and kept in results/coverage/timm.json (``--list``
-counts again). Further models show a wiring that no smallest variant has.
+From timm: for every module under ``timm.models``, and every name family inside it (the letters a name begins with), the
+variant with the fewest parameters, counted on the meta device and stored in results/coverage/timm.json (``--list``
+counts again). Further models are added because no smallest variant contains their structure.
 """
 
 import importlib
@@ -27,7 +27,7 @@ ULTRALYTICS = "COVERAGE_ULTRALYTICS"
 
 @dataclass(frozen=True)
 class Subject:
-    """One model of the benchmark.
+    """A model of the benchmark.
 
     Attributes:
         source: ``timm``, ``torchvision``, ``cifar``, ``zoo`` or ``ultralytics``.
@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """Unique name."""
+        """The unique name of the model."""
         return f"{self.source}/{self.name}"
 
 
@@ -97,13 +97,13 @@ FURTHER = _words(
 
 
 def subjects() -> list[Subject]:
-    """Every model, small ones of each source first."""
+    """List every model, small ones of each source first."""
     found = [_timm(entry) for entry in json.loads(LISTING.read_text())] if LISTING.exists() else []
     return [*_zoo(), *_cifar(), *_torchvision(), *_ultralytics(), *found]
 
 
 def build(subject: Subject) -> nn.Module:
-    """A model with random weights, in evaluation mode."""
+    """Build a model with random weights, in evaluation mode."""
     return BUILDERS[subject.source](subject).eval()
 
 
@@ -206,7 +206,7 @@ def _build_ultralytics(subject: Subject) -> nn.Module:
 
 
 class NotInstalledError(Exception):
-    """A source that this machine does not have."""
+    """A source is not installed on this machine."""
 
 
 BUILDERS: dict[str, Callable[[Subject], nn.Module]] = {
@@ -251,7 +251,7 @@ def write_listing() -> None:
 
 
 def _input(name: str) -> dict[str, Any]:
-    """The native input; above 256 pixels the smallest that the model accepts."""
+    """Return the native input size; above 256 pixels the smallest that the model accepts."""
     import timm
 
     with torch.device("meta"):

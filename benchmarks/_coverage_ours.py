@@ -1,4 +1,4 @@
-"""One model through Secateur: trace, cut half of every axis, verify, train."""
+"""Measure one model with Secateur: trace, cut half of every axis, verify, train."""
 
 import copy
 import gc
@@ -21,14 +21,14 @@ from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import Cut, Verification, apply_architecture, cut, parameter_share
-from secateur.prune.verify import compare
+from secateur.prune.verify import compare_outputs
 
 REMOVED = 0.05
 """A cut that removes a smaller fraction of the parameters counts as none."""
 
 
 def prepare(subject: Subject, row: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
-    """Build, make loud, and time one forward pass."""
+    """Build a model with random weights that affect its output, and time one forward pass."""
     row["stage"] = "build"
     torch.manual_seed(0)
     model, example = build(subject), example_of(subject.size)
@@ -44,7 +44,7 @@ def prepare(subject: Subject, row: dict[str, Any]) -> tuple[nn.Module, torch.Ten
 
 
 def half(graph: ChannelGraph) -> Architecture:
-    """A seeded half of every prunable axis, a multiple of its divisor."""
+    """Choose a seeded half of every prunable axis, a multiple of its divisor."""
     draw = np.random.default_rng(0)
     kept: dict[str, Any] = {}
     for axis in graph.prunable:
@@ -54,7 +54,7 @@ def half(graph: ChannelGraph) -> Architecture:
 
 
 def measure(subject: Subject, row: dict[str, Any]) -> None:
-    """Fill the row; ``row["stage"]`` is what runs now, so that a killed process shows where it was."""
+    """Fill the row; ``row["stage"]`` is the current stage, so that a killed process shows where it was."""
     model, example = prepare(subject, row)
     row["stage"] = "trace"
     floor = reset_peak()
@@ -85,7 +85,7 @@ def measure(subject: Subject, row: dict[str, Any]) -> None:
 
 
 def describe(row: dict[str, Any], model: nn.Module, graph: ChannelGraph) -> None:
-    """What the graph says: prunable shares, axes, and why the rest is frozen."""
+    """Describe the graph: prunable shares, axes, and why the rest is frozen."""
     sizes = graph.sizes
     macs = prunable = 0.0
     for operation in graph.operations:
@@ -127,7 +127,7 @@ def frozen_reasons(model: nn.Module, graph: ChannelGraph) -> list[dict[str, Any]
 
 
 def plain(model: nn.Module, reason: str) -> str:
-    """A reason with class names in the place of module names, and no numbers: one text for the same cause."""
+    """Replace module names in a reason by class names and drop numbers, so that equal causes have equal texts."""
     modules = {name: type(module).__name__ for name, module in model.named_modules() if name}
     words = (f"<{modules[w.strip('`,:;')]}>" if w.strip("`,:;") in modules else w for w in reason.split())
     words = (
@@ -137,7 +137,7 @@ def plain(model: nn.Module, reason: str) -> str:
 
 
 def outcome(row: dict[str, Any], model: nn.Module, done: Cut) -> None:
-    """What came of the cut."""
+    """Describe the result of the cut."""
     found = done.verification
     costs = CostModel(done.graph)
     row["first_try"] = not found.frozen
@@ -150,18 +150,18 @@ def outcome(row: dict[str, Any], model: nn.Module, done: Cut) -> None:
 
 
 def exactness(model: nn.Module, done: Cut) -> float | str | None:
-    """The comparison again in float64, with its tolerance of 1e-12; None where a model cannot run in float64."""
+    """Repeat the comparison in float64, with its tolerance of 1e-12; None if a model cannot run in float64."""
     try:
         wide, small = copy.deepcopy(model).double(), copy.deepcopy(done.model).double()
         example = tuple(t.double() if isinstance(t, torch.Tensor) else t for t in done.graph.example)
-        found = compare(wide, small, replace(done.graph, example=example), done.architecture)
+        found = compare_outputs(wide, small, replace(done.graph, example=example), done.architecture)
     except Exception as error:
         return None if "dtype" in str(error).lower() or "double" in str(error).lower() else message(error)
     return found.max_rel if isinstance(found, Verification) else found.what
 
 
 def peak() -> float:
-    """Largest resident memory since `reset_peak`, bytes."""
+    """Return the largest resident memory since `reset_peak`, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return float(line.split()[1]) * 1024
@@ -169,7 +169,7 @@ def peak() -> float:
 
 
 def reset_peak() -> float:
-    """Forget the largest resident memory so far; returns what is resident now, bytes."""
+    """Reset the largest resident memory; return what is resident now, in bytes."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return peak()

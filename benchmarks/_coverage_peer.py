@@ -1,4 +1,4 @@
-"""One model through Torch-Pruning 1.6.1, with the settings of its README and its example scripts.
+"""Measure one model with Torch-Pruning 1.6.1, with the settings of its README and its example scripts.
 
 GroupMagnitudeImportance (p = 2), ratio 0.5, the classifier ignored (README, examples/timm_models); ``num_heads`` for
 every module with a fused ``qkv`` and the unfused attention of timm (examples/timm_models), ``head_dim`` and
@@ -46,7 +46,7 @@ IGNORED = {
 
 
 def measure(subject: Subject, row: dict[str, Any]) -> None:
-    """Fill the row, as `_coverage_ours.measure` does."""
+    """Fill the row like `_coverage_ours.measure`."""
     import torch_pruning as tp  # type: ignore[import-not-found]
 
     warnings.simplefilter("ignore")
@@ -84,7 +84,7 @@ def measure(subject: Subject, row: dict[str, Any]) -> None:
 
 
 def ignored(subject: Subject, model: nn.Module) -> list[nn.Module]:
-    """The classifier, and what the examples name."""
+    """Return the classifier and the layers that the examples ignore."""
     modules = dict(model.named_modules())
     for start, names in IGNORED.items():
         if subject.name.startswith(start):
@@ -98,7 +98,7 @@ def ignored(subject: Subject, model: nn.Module) -> list[nn.Module]:
 
 
 def shapes(out: Any) -> list[tuple[int, ...]]:
-    """Of every tensor."""
+    """Return the shape of every tensor."""
     return [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/coverage.md, and a digest of failures and frozen parameters by cause."""
+"""Write the tables of docs/coverage.md, and a digest of failures and frozen parameters by cause."""
 
 import statistics
 from collections import defaultdict
@@ -14,7 +14,7 @@ REMOVED = 0.05
 
 
 def verdict(row: Row) -> str:
-    """``ok``, ``whole`` (hardly anything prunable), ``not installed``, or the stage at which ours failed."""
+    """Return ``ok``, ``whole`` (hardly anything prunable), ``not installed``, or the stage at which ours failed."""
     if row["stage"] in ("not installed", "build", "forward"):
         return "not built" if row["stage"] != "not installed" else "not installed"
     if row["stage"] != "done":
@@ -23,7 +23,7 @@ def verdict(row: Row) -> str:
 
 
 def peer_verdict(row: Row | None) -> str:
-    """The same for the peer: constructor and step, run, train, same output shapes, fewer parameters."""
+    """Return the verdict on the peer: constructor and step, run, train, same output shapes, fewer parameters."""
     if row is None:
         return "not run"
     if row["stage"] in ("not installed", "build", "forward"):
@@ -36,12 +36,12 @@ def peer_verdict(row: Row | None) -> str:
 
 
 def seconds(row: Row) -> float:
-    """Trace and cut, verification included."""
+    """Return the seconds of trace and cut, including verification."""
     return row["trace_s"] + row["cut_s"]
 
 
 def digest(ours: Rows) -> str:
-    """Failures, axes frozen by verification, whole models and frozen parameters, by cause, as plain text."""
+    """List failures, axes frozen by verification, whole models and frozen parameters by cause, as plain text."""
     done = {name: row for name, row in ours.items() if verdict(row) not in ("not installed", "not built")}
     verdicts = {name: verdict(row) for name, row in ours.items()}
     good = sum(v == "ok" for v in verdicts.values())
@@ -97,7 +97,7 @@ def _shares(rows: Rows) -> list[str]:
 
 
 def document(every: list[Subject], ours: Rows, peer: Rows, known: Row) -> str:
-    """docs/coverage.md."""
+    """Return the text of docs/coverage.md."""
     order = [s for s in every if s.key in ours]
     versions = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
     text = (
@@ -194,7 +194,7 @@ def _ratios(order: list[Subject], ours: Rows, peer: Rows) -> str:
 
 
 def _worst(order: list[Subject], ours: Rows) -> str:
-    """Models that failed, were retried, stayed whole or have under half of their parameters prunable, by reason."""
+    """List models that failed, were retried, stayed whole or are less than half prunable, by reason."""
     groups: dict[str, list[str]] = defaultdict(list)
     for subject in order:
         row = ours[subject.key]

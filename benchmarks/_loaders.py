@@ -1,4 +1,4 @@
-"""The same images through torchvision's and timm's loaders, as their users write them."""
+"""Load the same images with the loaders of torchvision and timm, as their users write them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ WORKERS = 2
 
 
 def torchvision_cifar10(source: MemorySplit, batch_size: int) -> DataLoader[Any]:
-    """`torchvision.datasets.CIFAR10` in a DataLoader: pad 4, crop, flip, ToTensor, Normalize."""
+    """Return `torchvision.datasets.CIFAR10` in a DataLoader: pad 4, crop, flip, ToTensor, Normalize."""
     dataset = CIFAR10.__new__(CIFAR10)  # Its __init__ reads files that are not here; its items come from these fields.
     dataset.data = source.images.permute(0, 2, 3, 1).contiguous().numpy()
     dataset.targets = source.labels.tolist()
@@ -31,7 +31,7 @@ def torchvision_cifar10(source: MemorySplit, batch_size: int) -> DataLoader[Any]
 def torchvision_folder(
     folder: Path, normalization: Normalization, side: int, batch_size: int, policy: str | None
 ) -> DataLoader[Any]:
-    """`torchvision.datasets.ImageFolder` in a DataLoader: random resized crop, flip, policy, ToTensor, Normalize."""
+    """Return `torchvision.datasets.ImageFolder` in a DataLoader, with crop, flip, policy, ToTensor and Normalize."""
     policies: list[Any] = []
     if policy is not None:
         policies = [transforms.RandAugment(magnitude=9)]
@@ -40,10 +40,10 @@ def torchvision_folder(
 
 
 def timm_folder(folder: Path, normalization: Normalization, side: int, batch_size: int, policy: str | None) -> Any:
-    """timm's dataset and loader, with the same crop and flip, on the CPU."""
+    """Return timm's dataset and loader, with the same crop and flip, on the CPU."""
     from timm.data import auto_augment, create_dataset, create_loader
 
-    # timm asks for 0 bits at the highest magnitude, which Pillow 13 refuses: at least one, as ours.
+    # timm uses 0 bits at the highest magnitude, which Pillow 13 refuses. Keep at least one bit, as we do.
     least = auto_augment.posterize
     for name, operation in auto_augment.NAME_TO_OP.items():
         if operation is least:

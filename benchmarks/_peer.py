@@ -1,4 +1,4 @@
-"""Torch-Pruning, the peer we measure against, used through its own documented API."""
+"""Torch-Pruning, with which Secateur is compared, used through its own documented API."""
 
 import copy
 import warnings
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def prune_inner_convolutions(model: nn.Module, example: torch.Tensor, *, kept_fraction: float) -> nn.Module:
-    """GroupMagnitudeImportance over the first convolution of every residual block, the same ratio everywhere.
+    """Prune the first convolution of every residual block by GroupMagnitudeImportance, with the same ratio.
 
     Torch-Pruning 1.6.1 does not handle option-A shortcuts (subsampling and zero-padding of channels), so the residual
     streams are left whole: every other layer is in its ``ignored_layers``.
@@ -34,7 +34,7 @@ def prune_inner_convolutions(model: nn.Module, example: torch.Tensor, *, kept_fr
 
 
 def name_heads_(model: nn.Module) -> dict[nn.Module, int]:
-    """Use timm's unfused attention, and name the heads of every fused ``qkv``, as examples/timm_models does."""
+    """Use timm's unfused attention, and return the heads of every fused ``qkv``, like examples/timm_models."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -42,6 +42,6 @@ def name_heads_(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def has_heads(module: nn.Module) -> bool:
-    """Whether a module is attention with a fused ``qkv`` and a number of heads."""
+    """Return whether a module is attention with a fused ``qkv`` and a number of heads."""
     fused = isinstance(getattr(module, "qkv", None), nn.Linear | nn.Conv2d)
     return fused and isinstance(getattr(module, "num_heads", None), int)

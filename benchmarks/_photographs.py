@@ -1,4 +1,4 @@
-"""A folder of JPEGs like ImageNet's: 500 x 375 pixels, about 100 kB, made of CIFAR-10 and noise."""
+"""Write a folder of JPEGs similar to ImageNet: 500 x 375 pixels, about 100 kB, made of CIFAR-10 and noise."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ _FIELDS = 4
 
 
 def write_photographs(folder: Path, source: MemorySplit, n: int) -> int:
-    """Write the first n images as ``folder/<class>/<number>.jpg``; three in four lie, one stands.
+    """Write the first n images as ``folder/<class>/<number>.jpg``; three of four are landscape, one is portrait.
 
-    Noise of four scales lies over the enlarged image, so that the files are as large as photographs of this size.
+    Noise of four scales is added to the enlarged image, so that the files are as large as photographs of this size.
 
     Returns:
         Mean bytes per file.

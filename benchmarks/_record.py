@@ -1,4 +1,4 @@
-"""Records of measurements: date, machine, versions, command, commit, and the numbers."""
+"""Write records of measurements: date, machine, versions, command, commit, and the numbers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ WEIGHTS = SHARED / "weights"
 
 
 def surroundings() -> dict[str, Any]:
-    """Where, when and with what a number was measured."""
+    """Return the date, machine, versions and commit of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -46,7 +46,7 @@ def write_record(name: str, record: dict[str, Any]) -> Path:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 

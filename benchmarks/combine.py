@@ -1,10 +1,10 @@
-"""Combining stages under a budget: seconds of the exact way, and how far evolution stays behind it.
+"""Measure the seconds of combining stages exactly under a budget, and the gap of evolution to the exact result.
 
     python benchmarks/combine.py
 
-Random tables shaped like a network's: a candidate has three widths, its costs are products of them, its loss falls with
-each and is noisy. Limits at half of the largest cost. Process seconds, one thread for numpy (the solver takes its own).
-Writes results/combine.json and results/combine.md.
+The tables are random but shaped like those of a network: a candidate has three widths, its costs are products of them,
+and its loss decreases with each width, with noise. The limits are half of the largest cost. Times are process seconds
+with one thread for numpy (the solver uses its own). Writes results/combine.json and results/combine.md.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from _record import RESULTS, surroundings, table, write_record
 
-from secateur.nas import Evolution, Exact, StageChoice, StageTable, pareto
+from secateur.nas import Evolution, ExactKnapsack, StageChoice, StageTable, pareto_front
 
 CASES = ((4, 200, 1), (4, 200, 2), (4, 200, 3), (8, 200, 1), (8, 200, 2), (8, 200, 3))
 FIELDS = ("macs", "params", "latency_s")
 
 
 def made(stages: int, candidates: int, fields: int, seed: int) -> StageTable:
-    """A table of some stages, with limits on the first fields."""
+    """Make a random table of some stages, with limits on the first fields."""
     draw = np.random.default_rng(seed)
     width = draw.uniform(0.1, 1, (stages, candidates, 3))
     macs = np.rint((width[..., 0] * width[..., 1] + width[..., 1] * width[..., 2]) * 5e6).astype(np.int64)
@@ -36,19 +36,19 @@ def made(stages: int, candidates: int, fields: int, seed: int) -> StageTable:
 
 
 def timed(act: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and its process seconds."""
+    """Return the result of a call, and its process seconds."""
     began = time.process_time()
     found = act()
     return found, time.process_time() - began
 
 
 def measure(stages: int, candidates: int, fields: int, tables: int) -> dict[str, Any]:
-    """One size, over some tables."""
+    """Measure one size of table, over several tables."""
     exact_s, evolution_s, front_s, gaps, points = [], [], [], [], []
     for seed in range(tables):
         case = made(stages, candidates, fields, seed)
         best: StageChoice
-        best, seconds = timed(lambda case=case: Exact().combine(case, 0))
+        best, seconds = timed(lambda case=case: ExactKnapsack().combine(case, 0))
         exact_s.append(seconds)
         evolved, seconds = timed(lambda case=case, seed=seed: Evolution().combine(case, seed))
         evolution_s.append(seconds)
@@ -56,7 +56,7 @@ def measure(stages: int, candidates: int, fields: int, tables: int) -> dict[str,
         assert case.allows(evolved)
         gaps.append(evolved.loss / best.loss - 1)
         if fields == 1:
-            front, seconds = timed(lambda case=case: pareto(case))
+            front, seconds = timed(lambda case=case: pareto_front(case))
             front_s.append(seconds)
             points.append(len(front.choices))
             assert front.choices[-1] == best
@@ -75,12 +75,12 @@ def measure(stages: int, candidates: int, fields: int, tables: int) -> dict[str,
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", type=int, default=10)
     tables = parser.parse_args().tables
-    # What is imported at first use is no part of it.
-    Exact().combine(made(2, 5, 1, 0), 0)
+    # Modules that are imported at first use must not be timed.
+    ExactKnapsack().combine(made(2, 5, 1, 0), 0)
     Evolution(population=4, generations=2).combine(made(2, 5, 1, 0), 0)
     rows = [measure(*case, tables) for case in CASES]
     header = [

@@ -1,12 +1,12 @@
-"""What `torch.compile` gains: a training step eager and compiled, alternately, in one process.
+"""Measure the gain of `torch.compile`: a training step in eager mode and compiled, alternately, in one process.
 
     taskset -c 1 python benchmarks/compiled_step.py
 
-Cross-entropy of labels and SGD on random 32x32 images, one thread, channels-last, the best precision of the processor:
-the student's part of a step of `secateur.train.fit`, without reading, augmenting and the teacher. Time is processor
-time, of the steps that of the calling thread, which does all of the work; of compiling that of the C++ compilers too,
-with an empty cache. Medians of the rounds, and the median of the ratios within a round. Writes
-results/compiled_step.json and .md.
+The step is the student's part of a step of `secateur.train.fit`, without reading, augmentation and teacher:
+cross-entropy with labels and SGD on random 32x32 images, one thread, channels-last, the best precision of the
+processor. Times are processor times: for the steps that of the calling thread, which does all of the work, and for
+compiling also that of the C++ compilers, with an empty cache. The tables contain medians of the rounds, and the
+median of the ratios within a round. Writes results/compiled_step.json and .md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Step = Callable[[], object]
 
 
 def step_of(execution: Execution, model: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    """One step of the optimizer on a copy of a model."""
+    """Return a function that makes one optimizer step on a copy of a model."""
     student = placed(model, CPU).train()
     forward = execution.prepared(student)
     optimizer = SGD().build(student, 0.01)
@@ -48,13 +48,13 @@ def step_of(execution: Execution, model: nn.Module, images: Tensor, labels: Tens
 
 
 def spent() -> float:
-    """Processor seconds of this process and of those that it has waited for."""
+    """Return the processor seconds of this process and its finished child processes."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def measure(name: str, batch: int, steps: int, rounds: int) -> dict[str, Any]:
-    """One network."""
+    """Measure one network."""
     model, _ = load_model(name)
     generator = torch.Generator().manual_seed(0)
     images = channels_last(torch.randn(batch, 3, 32, 32, generator=generator))
@@ -78,7 +78,7 @@ def measure(name: str, batch: int, steps: int, rounds: int) -> dict[str, Any]:
             rates[arm].append(batch * steps / (time.thread_time() - began))
     ratios = [fast / slow for slow, fast in zip(rates["eager"], rates["compiled"], strict=True)]
     gain, per_image = statistics.median(ratios), {arm: 1 / statistics.median(each) for arm, each in rates.items()}
-    # Images after which the seconds of compiling have been won back.
+    # The number of images after which compiling has paid.
     worth = compiling["compiled"] / (per_image["eager"] - per_image["compiled"]) if gain > 1 else None
     return {
         "model": name,
@@ -93,17 +93,17 @@ def measure(name: str, batch: int, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all networks and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cifar_resnet20", "cifar_resnet56", "cifar_mobilenetv2"])
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="of each arm in a round")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each variant per round")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        # The first use of torch.compile in a process imports it; that is no part of compiling a network.
+        # The first use of torch.compile in a process imports it, which is not part of compiling a network.
         with Compiled().running():
             torch.compile(lambda values: values * 2 + 1)(torch.ones(8))
         found: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def write(found: list[dict[str, Any]], batch: int) -> None:
-    """The record and the table."""
+    """Write the record and the table."""
     precision = best_precision(CPU).name
     path = write_record("compiled_step", {"surroundings": surroundings(), "precision": precision, "found": found})
     rows = [

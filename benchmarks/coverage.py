@@ -1,13 +1,14 @@
-"""Trace, cut to half, verify and train every kind of vision model; the same with Torch-Pruning 1.6.1.
+"""Trace, cut to half, verify and train vision models of every kind, with Secateur and with Torch-Pruning 1.6.1.
 
-    python benchmarks/coverage.py                  # what has no result yet, then docs/coverage.md
+    python benchmarks/coverage.py                  # models without a result, then docs/coverage.md
     python benchmarks/coverage.py --only 'vit_*'   # some models; --again repeats them
     python benchmarks/coverage.py --missing        # names without a result
-    python benchmarks/coverage.py --summary        # the tables and the digest of failures, nothing is run
+    python benchmarks/coverage.py --summary        # the tables and the digest of failures; nothing is run
 
-One process per model and side, with a limit of processor seconds and of resident memory; one JSON line per model in
-results/coverage/ours.jsonl and peer.jsonl (the last line of a model counts). Processor time of one thread. Models have
-random weights made loud. Ultralytics (AGPL) is used only if COVERAGE_ULTRALYTICS names a folder that holds it.
+There is one process per model and side, with a limit of processor seconds and of resident memory, and one JSON line per
+model in results/coverage/ours.jsonl and peer.jsonl (the last line of a model counts). Times are processor times of one
+thread. Models have random weights that make every branch affect the output. Ultralytics (AGPL) is used only if
+COVERAGE_ULTRALYTICS names a folder that contains it.
 """
 
 import argparse
@@ -39,15 +40,15 @@ Rows = dict[str, dict[str, Any]]
 
 
 def read(path: Path) -> Rows:
-    """The last row of every model."""
+    """Read the last row of every model."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["model"]: row for row in map(json.loads, lines)}
 
 
 def run(subject: Subject, side: str, limits: argparse.Namespace) -> dict[str, Any]:
-    """Measure one model in a process of its own.
+    """Measure one model in a separate process.
 
-    The child writes its row whenever a stage is done, so that what it knew survives a kill.
+    The child writes its row whenever a stage is done, so that finished stages survive a kill.
     """
     with tempfile.TemporaryFile("w+") as report:
         began = time.monotonic()
@@ -76,7 +77,7 @@ class _Row(dict[str, Any]):
             self.report()
 
     def report(self) -> None:
-        """Append it to the file that the parent reads."""
+        """Append the row to the file that the parent reads."""
         os.write(self.writer, (json.dumps(self) + "\n").encode())
 
 
@@ -114,7 +115,7 @@ def _place(error: BaseException) -> str:
 
 
 def _watch(child: int, limits: argparse.Namespace) -> str:
-    """Wait for the child; kill it when it holds too much memory or waits for too long."""
+    """Wait for the child; kill it if it uses too much memory or time."""
     began, reason = time.monotonic(), ""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -136,7 +137,7 @@ def _watch(child: int, limits: argparse.Namespace) -> str:
 
 
 def sweep(chosen: list[Subject], sides: list[str], arguments: argparse.Namespace) -> None:
-    """Run what has no result yet, one process at a time."""
+    """Run the models without a result, one process at a time."""
     for number, subject in enumerate(chosen, 1):
         for side in sides:
             path = arguments.out / f"{side}.jsonl"
@@ -157,15 +158,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "coverage")
     parser.add_argument("--only", action="append", default=[], help="a pattern of names, such as 'timm/vit_*'")
-    parser.add_argument("--again", action="store_true", help="repeat what has a result")
+    parser.add_argument("--again", action="store_true", help="repeat models that have a result")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--peer-only", action="store_true")
     parser.add_argument("--summary", action="store_true", help="write the tables only")
     parser.add_argument("--missing", action="store_true", help="print the names without a result")
-    parser.add_argument("--list", action="store_true", help="choose the models of timm again")
-    parser.add_argument("--seconds", type=int, default=120, help="processor seconds of a model")
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="resident memory of a model")
-    parser.add_argument("--verbose", action="store_true", help="tracebacks")
+    parser.add_argument("--list", action="store_true", help="select the models of timm again")
+    parser.add_argument("--seconds", type=int, default=120, help="limit of processor seconds per model")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="limit of resident memory per model")
+    parser.add_argument("--verbose", action="store_true", help="print tracebacks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -197,7 +198,7 @@ def main() -> None:
 
 
 def _import_all() -> None:
-    """Once, before the forks: a second of import would otherwise be paid and timed in every child."""
+    """Import everything before forking, so that imports are not timed in every child."""
     with contextlib.suppress(ImportError):
         import torch_pruning  # type: ignore[import-not-found] # noqa: F401
     import timm  # noqa: F401

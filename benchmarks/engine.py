@@ -1,18 +1,18 @@
-"""How fast the engine trains and reads images, against a bare torch loop and torchvision's and timm's loaders.
+"""Compare training and data loading with a bare torch loop and with torchvision's and timm's loaders.
 
     python benchmarks/engine.py
 
-Four parts, each of several rounds in which the arms take turns; medians of the rounds, and medians of the ratios within
-a round:
+There are four parts. Each has several rounds in which the variants take turns; the tables contain medians of the
+rounds, and medians of the ratios within a round:
 
     loop     one epoch of `secateur.train.fit` without augmentation, against the same epoch written by hand; seconds of
              the steps alone, and of the whole call
-    memory   the same two, each in a process of its own: peak resident memory, and its growth since before the training
+    memory   the same two, each in its own process: peak resident memory, and its growth since before the training
     cifar    crop and flip of CIFAR-10 in memory: `MemorySplit.batches` against torchvision's CIFAR10 with a DataLoader
-             of two workers; and a training epoch of ResNet-20 over each
-    folder   JPEGs of 500 x 375 pixels and about 100 kB (made here) to 224 x 224: `FolderSplit.batches` against
+             of two workers; and a training epoch of ResNet-20 with each
+    folder   JPEGs of 500 x 375 pixels and about 100 kB (generated) to 224 x 224: `FolderSplit.batches` against
              torchvision's ImageFolder and timm's loader, two workers each; with random resized crop and flip, and with
-             each library's RandAugment at magnitude 9 besides
+             each library's RandAugment at magnitude 9 in addition
 
 Writes results/engine.json and .md. On an idle machine with two cores it takes about ten minutes.
 """
@@ -51,7 +51,7 @@ Arms = Mapping[str, Callable[[int], float]]
 
 
 def bare(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> None:
-    """The loop that everybody writes, in channels-last order."""
+    """Train one epoch with the usual hand-written loop, in channels-last order."""
     model.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -64,7 +64,7 @@ def bare(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int)
 
 
 def bare_batches(source: MemorySplit, epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Bytes in memory, shuffled and normalized by hand."""
+    """Yield batches of bytes in memory, shuffled and normalized by hand."""
     mean = torch.tensor(source.normalization.mean).view(3, 1, 1) * 255
     std = torch.tensor(source.normalization.std).view(3, 1, 1) * 255
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch))
@@ -74,7 +74,7 @@ def bare_batches(source: MemorySplit, epoch: int) -> Iterable[tuple[Tensor, Tens
 
 
 def engine(model: nn.Module, source: MemorySplit, epoch: int, augment: Augment | None) -> float:
-    """One epoch of ours; seconds of its steps."""
+    """Train one epoch with Secateur; return the seconds of its steps."""
     schedule = TrainConfig(1, BATCH, learning_rate=0.05, precision=Precision.FLOAT32, seed=epoch)
     labels = Objective.of_labels()
     trained = fit(model, source, schedule=schedule, objective=labels, augment=augment, progress=Silent())
@@ -82,19 +82,19 @@ def engine(model: nn.Module, source: MemorySplit, epoch: int, augment: Augment |
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
+    """Return the seconds of a call."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def drained(batches: Iterable[tuple[Tensor, Tensor]]) -> int:
-    """Take every batch and look at it; how many images there were."""
+    """Read every batch; return the number of images."""
     return sum(len(labels) for images, labels in batches if images[0, 0, 0, 0].isfinite())
 
 
 def in_turns(arms: Arms, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, after one that is not counted; who begins changes."""
+    """Return the seconds of every round after an uncounted one; the first variant changes every round."""
     for run in arms.values():
         run(0)
     found: dict[str, list[float]] = {name: [] for name in arms}
@@ -105,7 +105,7 @@ def in_turns(arms: Arms, rounds: int) -> dict[str, list[float]]:
 
 
 def loop(source: MemorySplit, rounds: int) -> dict[str, list[float]]:
-    """Ours and the bare loop, without augmentation."""
+    """Compare Secateur with the bare loop, without augmentation."""
     model, steps = network(), len(source) // BATCH
     whole: list[float] = []
 
@@ -123,7 +123,7 @@ def loop(source: MemorySplit, rounds: int) -> dict[str, list[float]]:
 
 
 def cifar(source: MemorySplit, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Ours and torchvision's, read only and trained on."""
+    """Compare with torchvision, reading only and training."""
     model, steps, augment = network(), len(source) // BATCH, Augment()
     loader = torchvision_cifar10(source, BATCH)
     read: Arms = {
@@ -138,7 +138,7 @@ def cifar(source: MemorySplit, rounds: int) -> dict[str, dict[str, list[float]]]
 
 
 def folder(place: Path, images: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Ours, torchvision's and timm's, with and without RandAugment."""
+    """Compare with torchvision and timm, with and without RandAugment."""
     usual = Normalization.usual(3)
     paths = tuple(sorted(place.rglob("*.jpg")))
     split = FolderSplit(paths, torch.tensor([int(path.parent.name) for path in paths]), (3, SIDE, SIDE), usual)
@@ -160,20 +160,20 @@ def folder(place: Path, images: int, rounds: int) -> dict[str, dict[str, list[fl
 
 
 def network() -> nn.Module:
-    """ResNet-20, drawn anew."""
+    """Return a ResNet-20 with random weights."""
     model, _ = load_model(MODEL)
     return model
 
 
 def memory_of(arm: str, images: int, threads: int) -> dict[str, float]:
-    """MiB at the peak, and how much more than before the training, in a process of its own."""
+    """Return the peak MiB, and the increase since before the training, of a separate process."""
     words = [sys.executable, __file__, "--arm", arm, "--images", str(images), "--threads", str(threads)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def one_arm(arm: str, source: MemorySplit) -> dict[str, float]:
-    """What `memory_of` measures."""
+    """Train one variant; this runs in the process that `memory_of` measures."""
     before = _resident("VmRSS")
     if arm == "ours":
         engine(network(), source, 0, None)
@@ -188,7 +188,7 @@ def _resident(name: str) -> float:
 
 
 def rows_of(what: str, images: int, found: Mapping[str, Sequence[float]], asked: str) -> list[list[str]]:
-    """One row for each arm beside ours: images per second of both, the ratio and its spread."""
+    """Return one row per other variant: images per second of both, the ratio and its spread."""
     rows: list[list[str]] = []
     for name, seconds in found.items():
         if name == "ours":
@@ -201,15 +201,15 @@ def rows_of(what: str, images: int, found: Mapping[str, Sequence[float]], asked:
 
 
 def main() -> None:
-    """Measure."""
+    """Run all parts and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["loop", "memory", "cifar", "folder"])
-    parser.add_argument("--images", type=int, default=2560, help="of CIFAR-10")
+    parser.add_argument("--images", type=int, default=2560, help="number of images of CIFAR-10")
     parser.add_argument("--photographs", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arm", choices=["ours", "bare"], help=argparse.SUPPRESS)
-    parser.add_argument("--name", default="engine", help="of the files in results/")
+    parser.add_argument("--name", default="engine", help="name of the files in results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     source = load_data(str(CIFAR10), limit=arguments.images + 1000, validation_fraction=0.1).train
@@ -231,7 +231,7 @@ def main() -> None:
 def measured(
     arguments: argparse.Namespace, source: MemorySplit
 ) -> tuple[dict[str, Any], list[list[str]], list[list[str]]]:
-    """The record, and the rows of both tables."""
+    """Return the record, and the rows of both tables."""
     rounds, count = arguments.rounds, len(source) // BATCH * BATCH
     record: dict[str, Any] = {}
     rows: list[list[str]] = []

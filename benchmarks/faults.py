@@ -1,14 +1,14 @@
-"""Long commands that are killed, run out of disk, or lose the right to write: do they all go on to the same result?
+"""Kill long commands, fill their disk, or make it read-only, and check that they all continue to the same result.
 
-Every job (tests/killing.py) is run once uninterrupted. Then it is started, killed with ``kill -9`` at a random moment
-(uniform over the processor time of the whole run), sometimes again when it goes on, resumed, and compared: weights to
-the last bit, architecture and every number of the manifest but times. After each kill the output folder must be absent
-or whole; at the end ``secateur verify`` must pass and nothing may be left beside it. The uninterrupted run and the
-trials are processes with different hash seeds.
+Every job (tests/killing.py) is run once without interruption. Then it is started, killed with ``kill -9`` at a random
+moment (uniform over the processor time of the whole run), sometimes again after it continues, resumed, and compared:
+weights to the last bit, architecture, and every number of the manifest except times. After each kill the output
+folder must be absent or complete. At the end ``secateur verify`` must pass and no other files may remain. The
+uninterrupted run and the trials are processes with different hash seeds.
 
-Then disks (tests/full_disk.py): files that may not grow beyond a size, file systems with too little room, and folders
-that can no longer be written from some moment on. The command must end with one clear error and code 2, leave nothing
-half-written, and go on to the same result once there is room.
+The tests of disks (tests/full_disk.py) are files that may not grow beyond a size, file systems with too little space,
+and folders that become read-only at some moment. The command must end with one clear error and code 2, leave no
+partial file, and continue to the same result once there is space.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1]
 
@@ -58,8 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=sum(SHARES.values()))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--job", action="append", choices=[*SHARES], help="Only these; the others' records stay.")
-    parser.add_argument("--folder", type=Path, help="For what went wrong; a temporary one if left out.")
+    parser.add_argument(
+        "--job", action="append", choices=[*SHARES], help="Run only these jobs; the records of the others are kept."
+    )
+    parser.add_argument("--folder", type=Path, help="Folder for failed runs; temporary by default.")
     asked = parser.parse_args()
     jobs, begun, path = asked.job or [*SHARES], surroundings(), RESULTS / "faults.json"
     record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}}
@@ -73,7 +75,7 @@ def main() -> None:
         for found in rows("killing.py", 0, [("whole", job, folder / job) for job in jobs]):
             entry = {"command": " ".join(JOBS[found["job"]].words), "commit": begun["commit"], **found}
             record["jobs"][found["job"]] = {**entry, "trials": [], "stops": []}
-        # In two rounds, so that an interrupted benchmark has something of every job.
+        # There are two rounds, so that an interrupted benchmark has results for every job.
         shares = [(job, round(asked.kills * SHARES[job] / sum(SHARES.values()))) for job in jobs]
         kills = [("kill", job, folder / job, asked.seed, share // 2) for job, share in shares]
         kills += [("kill", job, folder / job, asked.seed + 1000, share - share // 2) for job, share in shares]
@@ -91,7 +93,7 @@ def main() -> None:
 
 
 def faults_of(job: str, folder: Path, seed: int) -> list[tuple[object, ...]]:
-    """The faults of disks for one job, as far as this process may mount."""
+    """Return the disk faults for one job that this process has the rights to cause."""
     found: list[tuple[object, ...]] = [("limit", job, folder, *SIZES)]
     if can_mount(folder / "mount"):
         found.append(("room", job, folder, *ROOMS))
@@ -101,7 +103,7 @@ def faults_of(job: str, folder: Path, seed: int) -> list[tuple[object, ...]]:
 
 
 def rows(script: str, hash_seed: int, wanted: list[tuple[object, ...]]) -> Iterator[dict[str, Any]]:
-    """What one of the scripts prints, line by line."""
+    """Yield the rows that one of the scripts prints."""
     if not wanted:
         return
     words = [str(word) for part in wanted for word in ("+", *part)][1:]
@@ -115,7 +117,7 @@ def rows(script: str, hash_seed: int, wanted: list[tuple[object, ...]]) -> Itera
 
 
 def written(record: dict[str, Any]) -> None:
-    """The record, and its tables."""
+    """Write the record and its tables."""
     record["load_average_after"] = surroundings()["load_average"]
     write_record("faults", record)
     (RESULTS / "faults.md").write_text(as_text(record))

@@ -1,11 +1,11 @@
-"""Seconds to find the channel graph and cut half of every width, against Torch-Pruning, side by side.
+"""Measure the time to find the channel graph and cut half of every width, against Torch-Pruning.
 
     python benchmarks/graph_speed.py
 
-Processor time of one thread, both alternately in one process, medians. Ours is trace + search (Uniform, L2) + cut
-*with* its verification (forward passes that Torch-Pruning does not make); its share is shown. Torch-Pruning is its
-constructor + step with GroupMagnitudeImportance, the classifier ignored and the heads of attention named, as in its own
-README and examples. Writes results/graph_speed.json and .md.
+Times are processor seconds of one thread, both sides alternately in one process, medians. Ours is trace + search
+(Uniform, L2) + cut *with* its verification (forward passes that Torch-Pruning does not make); the share of the
+verification is shown. Torch-Pruning is its constructor + step with GroupMagnitudeImportance, the classifier ignored and
+the heads of attention named, as in its own README and examples. Writes results/graph_speed.json and .md.
 """
 
 import argparse
@@ -40,13 +40,13 @@ EXAMPLE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)
 
 
 def half(model: nn.Module, graph: ChannelGraph) -> Architecture:
-    """The half of every axis with the largest L2 norms."""
+    """Choose the half of every axis with the largest L2 norms."""
     scores = L2().scores(ScoringInputs(model, graph))
     return Architecture.of({a.name: (-scores[a.name]).argsort()[: max(1, a.size // 2)] for a in graph.prunable})
 
 
 def ours(model: nn.Module) -> dict[str, float]:
-    """Seconds by step."""
+    """Return the seconds of each step."""
     times = [time.process_time()]
     graph = trace(model, EXAMPLE)
     times.append(time.process_time())
@@ -69,7 +69,7 @@ def ours(model: nn.Module) -> dict[str, float]:
 
 
 def peer(model: nn.Module) -> float:
-    """Torch-Pruning: constructor and step."""
+    """Run Torch-Pruning's constructor and step."""
     import torch_pruning as tp  # type: ignore[import-not-found]
 
     model = copy.deepcopy(model)
@@ -91,7 +91,7 @@ def peer(model: nn.Module) -> float:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all models and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

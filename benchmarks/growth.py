@@ -1,10 +1,10 @@
-"""How tracing grows with the model: CPU seconds against the number of operations.
+"""Measure how the time of tracing grows with the model: CPU seconds against the number of operations.
 
     python benchmarks/growth.py
 
-ResNet-18/50/101/152 and EfficientNet-B0..B4 of torchvision on images of 64 pixels. The plain forward is measured beside
-it, for comparison: a trace does not do its arithmetic. The best of several rounds. Writes results/growth.json and
-docs/growth.svg, with the straight line through the origin that fits best.
+The models are ResNet-18/50/101/152 and EfficientNet-B0..B4 of torchvision, on images of 64 pixels. The plain forward
+pass is measured for comparison: a trace does not do its arithmetic. Each time is the best of several rounds. Writes
+results/growth.json and docs/growth.svg, with the straight line through the origin that fits best.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "growth.svg"
 
 
 class Counter(TorchDispatchMode):
-    """Counts ATen calls."""
+    """Count ATen calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Counter(TorchDispatchMode):
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of one run."""
+    """Return the CPU seconds of one run."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """One model: operations, best forward, best trace."""
+    """Return the operations, the best forward time and the best trace time of one model."""
     import torchvision
 
     model: nn.Module = torchvision.models.get_model(name, weights=None).eval()
@@ -64,7 +64,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], slope: float) -> str:
-    """A scatter plot with the fitted line, as SVG that reads on light and dark."""
+    """Draw a scatter plot with the fitted line, as SVG that is readable on light and dark backgrounds."""
     width, height, margin = 640, 400, 56
     most = 1.1 * max(row["operations"] for row in rows)
     top = 1.15 * max(row["trace_s"] for row in rows)
@@ -93,7 +93,7 @@ def draw(rows: list[dict[str, Any]], slope: float) -> str:
 
 
 def main() -> None:
-    """Measure, fit, record, draw."""
+    """Measure, fit, write the record and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

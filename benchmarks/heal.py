@@ -1,10 +1,10 @@
-"""Accuracy right after the cut, without any training: every importance, with and without refit and BN recalibration.
+"""Measure the accuracy right after cut and repair, without training: every importance, with and without each repair.
 
     python benchmarks/heal.py
 
-Pretrained ResNet-56 on CIFAR-10, all 10,000 test images, 512 calibration images from the training set (no labels are
-used to repair). Writes results/heal.json after every architecture (finished ones are not repeated) and results/heal.md.
-Nothing is chosen on the test set: every combination is in the table.
+The model is the pretrained ResNet-56 on CIFAR-10, with all 10,000 test images and 512 calibration images from the
+training set (repairs use no labels). Writes results/heal.json after every architecture (finished ones are not
+repeated) and results/heal.md. Nothing is chosen on the test set: every combination is in the table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from torch import nn
 
-from secateur.data import calibration, load_data
+from secateur.data import draw_calibration, load_data
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import RecalibrateBatchNorm, Refit, RepairContext, cut, output_distance
@@ -56,7 +56,7 @@ VARIANTS = ("cut", "cut + BN", "cut + refit", "cut + refit + BN", "default")
 
 
 def variants(model: nn.Module, done: Any, images: tuple[torch.Tensor, ...]) -> dict[str, nn.Module]:
-    """The cut model under every repair, and under the product's own default (repairs that make it worse undone)."""
+    """Return the cut model under every repair, and under the default (harmful repairs are undone)."""
     wound = RepairContext(model, done.graph, done.architecture, images)
     found = {"cut": done.model}
     for base, repair, name in (
@@ -91,7 +91,7 @@ def main() -> None:
         f"cifar_resnet{arguments.depth}", weights=WEIGHTS / f"cifar10_resnet{arguments.depth}.safetensors"
     )
     data = load_data(str(CIFAR10), seed=0)
-    batches = calibration(data.train, 512, device=torch.device("cpu"), seed=0)
+    batches = draw_calibration(data.train, 512, device=torch.device("cpu"), seed=0)
     images = tuple(x for x, _ in batches)
     graph = trace(model, images[0][:1])
     for strategy_name, strategy in STRATEGIES.items():

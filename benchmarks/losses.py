@@ -1,15 +1,15 @@
-"""What each loss of distillation adds to labels alone, in a short recovery, each at its own best learning rate.
+"""Measure what each distillation loss adds to labels alone in a short recovery, at its own best learning rate.
 
-ResNet-20 at half of the MACs, one repaired cut for all; the first 10,000 training images once. Every loss is trained at
-several learning rates, until the best has a worse one on both sides, with a seed of its own, judged on the 5,000
-validation images; with the best rate it is trained with three other seeds, and only these see the test images, once
-each. Weights of losses are those that ``secateur distill`` takes if none is said; they were not tuned, except that of
-aligned features (docs/log.md).
+All losses start from the same repaired cut of ResNet-20 at half of the MACs, and train on the first 10,000 training
+images for one epoch. Every loss is trained at several learning rates, until the best has a worse one on both sides,
+with a separate seed, and is compared on the 5,000 validation images. With the best rate it is trained with three
+other seeds, and only these use the test images, once each. The weights of the losses are the defaults of ``secateur
+distill``; they were not tuned, except that of aligned features (docs/log.md).
 
     OMP_NUM_THREADS=1 python benchmarks/losses.py [NAME...]
     python benchmarks/losses.py --summary
 
-Every training writes results/losses/<name>.json; what is there is not repeated.
+Every training writes results/losses/<name>.json; existing ones are not repeated.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from recover import ALIGNED, KD, ours
+from secateur.cli._words import OF_LOGITS, USUAL, Pair, inferred_taps, objective_of
 from torch import nn
 
-from secateur.cli._words import OF_LOGITS, USUAL, Pair, inferred_taps, objective_of
 from secateur.cli.options import LossName
 from secateur.cost import counted_macs
 from secateur.data import ImageData, Split, load_data
@@ -42,7 +42,7 @@ CHOOSING, SEEDS = 9, (0, 1, 2)
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """What all losses begin with."""
+    """The data and models that all losses start from."""
 
     student: nn.Module
     teacher: nn.Module
@@ -52,12 +52,12 @@ class Recovery:
 
     @property
     def pair(self) -> Pair:
-        """For losses with adaptors, which are made for both networks' shapes."""
+        """Return the student and teacher for which adaptors are made."""
         return Pair(self.student, self.teacher, next(iter(self.images.batches(2, device="cpu")))[0], len(self.images))
 
 
 def begin() -> Recovery:
-    """The repaired cut."""
+    """Prepare the repaired cut."""
     data = load_data(str(CIFAR10), seed=0)
     teacher, _ = load_model(MODEL, weights=WEIGHTS / "cifar10_resnet20.safetensors")
     student, _, alignment = ours(teacher, data, 0)
@@ -66,7 +66,7 @@ def begin() -> Recovery:
 
 
 def alone(loss: LossName) -> Callable[[Recovery], Objective]:
-    """A loss with its usual weight beside the labels, which have 1, or as little as for KD beside probabilities."""
+    """Return an objective of one loss at its default weight and the labels (1, or less beside probabilities)."""
     label_weight = 0.1 if loss in OF_LOGITS else 1.0
 
     def made(recovery: Recovery) -> Objective:
@@ -95,7 +95,7 @@ WAYS: dict[str, Callable[[Recovery], Objective]] = {
 
 
 def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """One recovery; test images are looked at by the seeds that count."""
+    """Run one recovery; only the counted seeds use the test images."""
     objective, data = WAYS[name](recovery), recovery.data
     began = time.process_time()
     done = fit(
@@ -115,7 +115,7 @@ def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, 
 
 
 def kept(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """From disk, or trained now and kept there."""
+    """Read a record from disk, or train now and write it."""
     place = f"losses/{name.replace(' ', '-')}-rate{rate:g}-seed{seed}"
     if not (RESULTS / f"{place}.json").exists():
         record = trained(recovery, name, rate, seed)
@@ -125,7 +125,7 @@ def kept(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, Any
 
 
 def searched_rate(recovery: Recovery, name: str) -> float:
-    """The best rate on validation images, with a worse one on both sides as far as there are any."""
+    """Find the best rate on validation images, with a worse one on both sides where possible."""
     tried = [kept(recovery, name, rate, CHOOSING) for rate in FIRST]
     while (rate := beside(tried)) is not None:
         tried.append(kept(recovery, name, rate, CHOOSING))
@@ -133,18 +133,18 @@ def searched_rate(recovery: Recovery, name: str) -> float:
 
 
 def beside(tried: list[dict[str, Any]]) -> float | None:
-    """The neighbor of the best rate that was not tried; None if there is none."""
+    """Return the neighbor of the best rate that was not tried, or None."""
     at, known = RATES.index(chosen_rate(tried)), {record["learning_rate"] for record in tried}
     return next((rate for rate in RATES[max(0, at - 1) : at + 2] if rate not in known), None)
 
 
 def chosen_rate(tried: list[dict[str, Any]]) -> float:
-    """The best on the validation images; of equal ones the lowest."""
+    """Return the best rate on the validation images; of equal ones the lowest."""
     return max(tried, key=lambda record: (record["validation"], -record["learning_rate"]))["learning_rate"]
 
 
 def started(recovery: Recovery) -> None:
-    """What there is before any training."""
+    """Measure the accuracies before any training."""
     if not (RESULTS / "losses" / "start.json").exists():
         example = torch.zeros(1, *recovery.data.size)
         facts = {
@@ -157,7 +157,7 @@ def started(recovery: Recovery) -> None:
 
 
 def rows() -> Iterator[list[str]]:
-    """One line per loss, the most gain first."""
+    """Return one row per loss, the largest gain first."""
     records = [json.loads(path.read_text()) for path in sorted((RESULTS / "losses").glob("*-seed*.json"))]
     tried = {name: [r for r in records if r["loss"] == name and "validation" in r] for name in WAYS}
     rates = {name: chosen_rate(found) for name, found in tried.items() if len(found) > 1 and beside(found) is None}
@@ -186,7 +186,7 @@ def _mean(runs: dict[int, dict[str, Any]]) -> float:
 
 
 def summary() -> str:
-    """All records as one page."""
+    """Write all records as one page."""
     start = json.loads((RESULTS / "losses" / "start.json").read_text())
     header = ["loss", "validation % by rate", "rate taken", "test % per seed", "mean"]
     return (
@@ -203,7 +203,7 @@ def summary() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(WAYS), help="losses; all if left out")
+    parser.add_argument("names", nargs="*", default=list(WAYS), help="losses; all by default")
     parser.add_argument("--summary", action="store_true", help="only write the table")
     asked = parser.parse_args()
     torch.set_num_threads(1)

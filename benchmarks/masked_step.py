@@ -1,10 +1,10 @@
-"""What masks cost: CPU seconds of a training step with and without them, alternately, in one process.
+"""Measure what masks cost: CPU seconds of a training step with and without them, alternately, in one process.
 
     python benchmarks/masked_step.py
 
-SGD with momentum on random 32x32 images, one thread, channels-last. A fifth of every prunable weight is kept. Time is
-that of the process, not of the clock; the ratio is that of the lower quartiles, because other work on the machine only
-ever adds. Writes results/masked_step.json.
+The step is SGD with momentum on random 32x32 images, one thread, channels-last. A fifth of every prunable weight is
+kept. Times are process times; the ratio is that of the lower quartiles, because other work on the machine only adds
+time. Writes results/masked_step.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CASES = (("cifar_resnet20", 32), ("cifar_resnet20", 128), ("mobilenetv3_small_10
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """One network at one batch size."""
+    """Measure one network at one batch size."""
     dense = model_of(name).to(memory_format=torch.channels_last).train()
     weights = prunable(dense)
     sparse = masked(dense, keep_largest(magnitude(weights), per_layer(weights, 0.2)))
@@ -53,12 +53,12 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def model_of(name: str) -> nn.Module:
-    """A fresh network with ten classes."""
+    """Return a network with random weights and ten classes."""
     return cifar_resnet20() if name == "cifar_resnet20" else timm.create_model(name, num_classes=10)
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     rounds = parser.parse_args().rounds

@@ -1,22 +1,23 @@
-"""Does a supernet rank networks as their retraining does? Kendall's tau, for SWP and what is left without its parts.
+"""Compare the ranking of networks by a supernet with that by retraining: Kendall's tau, for SWP and its ablations.
 
     python benchmarks/rank.py             # what is missing, then the table
     python benchmarks/rank.py --summary
 
-ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each with 49 to 50 % of the MACs:
-size alone says nothing about them. Each is cut out of the original, repaired, and trained for two epochs on 10,000
-training images with distillation; its accuracy on 5,000 validation images is the truth. Every supernet is trained for
-two epochs on the same 10,000 images, and judges the networks on 2,000 others. Intervals: bootstrap over the networks.
+The model is ResNet-20 on CIFAR-10, from trained weights. 24 networks are drawn from SWP's space, each with 49 to 50 %
+of the MACs, so that size alone does not rank them. Each is cut from the original, repaired, and trained for two
+epochs on 10,000 training images with distillation; its accuracy on 5,000 validation images is the truth. Every
+supernet is trained for two epochs on the same 10,000 images, and scores the networks on 2,000 others. Intervals are
+bootstrapped over the networks.
 
     swp               stages, sandwich, in-place distillation
-    without stages    the same for the whole net: one stage, its output against the full net's
-    without sandwich  three drawn networks in a step instead of the full, the tiny and two drawn ones
+    without stages    the same for the whole network: one stage, its output against that of the full network
+    without sandwich  three random networks per step instead of the full, the smallest and two random ones
     without in-place  one stage, the labels
-    autoslim          one stage, sandwich, soft labels of the full net: as AutoSlim trains
-    untrained         the original's weights: stages, nothing trained
+    autoslim          one stage, sandwich, soft labels of the full network: the training of AutoSlim
+    untrained         the original's weights: stages, no training
 
-Losses of stages are weighted by what arrives of them at the output; the plain sums stand beside. (The weights were
-thought of when 15 networks had been retrained and the plain sum had ranked them badly; the other nine stand beside.)
+Losses of stages are weighted by their effect at the output; results with plain sums are shown too. (The weights were
+introduced when 15 networks had been retrained and the plain sum had ranked them badly; the other nine are shown too.)
 """
 
 import argparse
@@ -32,14 +33,14 @@ from scipy.stats import kendalltau
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
-from secateur.data import ImageData, calibration, load_data
+from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, stages_of, trace
 from secateur.models import load_model
-from secateur.nas import SWP, Labels, RandomSampler, SoftLabels, Supernet, Widths, best_first
-from secateur.nas.common import held_out
-from secateur.nas.swp import CandidateScorer, losses_of
-from secateur.nas.swp_candidates import Options
+from secateur.nas import SWP, Labels, RandomSampler, SoftLabels, Supernet, Widths, order_by_score
+from secateur.nas.common import set_aside
+from secateur.nas.swp import CandidateScorer, held_out_losses
+from secateur.nas.swp_candidates import CandidateSpace
 from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
 from secateur.search import Reconstruction, ScoringInputs, SearchContext, SearchSpace
@@ -53,7 +54,7 @@ ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 VARIANTS = {
     "swp": SWP(),
     "without stages": SWP(cuts=()),
-    "without sandwich": SWP(nets=RandomSampler(3)),
+    "without sandwich": SWP(sampler=RandomSampler(3)),
     "without in-place": SWP(cuts=(), supervision=Labels()),
     "autoslim": SWP(cuts=(), supervision=SoftLabels()),
     "untrained": SWP(),
@@ -62,38 +63,38 @@ Batches = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 class Bench:
-    """Model, data and the networks to be ranked."""
+    """The model, the data, and the networks to rank."""
 
     def __init__(self) -> None:
         self.data: ImageData = load_data(str(CIFAR10), seed=0)
         self.model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
-        self.batches: Batches = calibration(self.data.train, 1024, device=torch.device("cpu"), seed=0)
+        self.batches: Batches = draw_calibration(self.data.train, 1024, device=torch.device("cpu"), seed=0)
         self.graph: ChannelGraph = trace(self.model, self.batches[0][0][:1])
         evidence = ScoringInputs(self.model, self.graph, self.batches)
         self.problem = SearchContext(evidence, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
         self.scores = self.problem.scores(Reconstruction())
-        rest, self.aside = held_out(self.data.train, 2000, 0)
-        # Every fourth or so: enough to learn from, and no image that judges.
+        rest, self.aside = set_aside(self.data.train, 2000, 0)
+        # About every fourth image: enough to train on, and none of those used for scoring.
         self.images = rest.subset(torch.arange(0, len(rest), len(rest) // IMAGES)[:IMAGES])  # type: ignore[attr-defined]
-        self.options = Options.of(self.problem, stages_of(self.model, self.graph), Widths(), None)
+        self.options = CandidateSpace.of(self.problem, stages_of(self.model, self.graph), Widths(), None)
         self.networks = self._drawn()
 
     def _drawn(self) -> list[Any]:
         draw, found = np.random.default_rng(0), list[Any]()
         while len(found) < NETWORKS:
-            rows = self.options.drawn(draw)
-            widths, _ = self.options.network(rows)
+            rows = self.options.sample(draw)
+            widths, _ = self.options.network_sizes(rows)
             if 0.98 <= float(self.problem.utilization(widths[None])[0]) <= 1:
                 found.append(rows)
         return found
 
     def supernet(self) -> Supernet:
-        """From the original's weights."""
-        return Supernet(self.model, self.graph, best_first(self.scores))
+        """Return a supernet with the original's weights."""
+        return Supernet(self.model, self.graph, order_by_score(self.scores))
 
 
 def retrained(bench: Bench, number: int) -> dict[str, Any]:
-    """The truth about one network."""
+    """Retrain one network and return its accuracy."""
     architecture: Architecture = bench.supernet().architecture(bench.options.subnet(bench.networks[number]))
     images = [images for images, _ in bench.batches]
     done = cut(bench.model, bench.graph, architecture, calibration=images, repairs=(Refit(), RecalibrateBatchNorm()))
@@ -119,16 +120,16 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
     }
 
 
-def judged(bench: Bench, variant: str) -> dict[str, Any]:
-    """What one way to train a supernet says of all networks."""
+def record(bench: Bench, variant: str) -> dict[str, Any]:
+    """Train a supernet in one way and return its scores of all networks."""
     strategy, fabric = VARIANTS[variant], open_fabric(None, device=torch.device("cpu"))
     stages = stages_of(bench.model, bench.graph, strategy.cuts)
-    options = Options.of(bench.problem, stages, strategy.widths, strategy.depths)
+    options = CandidateSpace.of(bench.problem, stages, strategy.widths, strategy.depths)
     supernet = placed(bench.supernet(), fabric.device)
     schedule = replace(strategy.schedule, epochs=EPOCHS)
     run = SupernetTraining(
         SWPSearchConfig(
-            options, strategy.nets, strategy.supervision, bench.images, bench.data.augment, schedule, fabric
+            options, strategy.sampler, strategy.supervision, bench.images, bench.data.augment, schedule, fabric
         ),
         supernet,
     )
@@ -148,8 +149,8 @@ def judged(bench: Bench, variant: str) -> dict[str, Any]:
         fabric=fabric,
     )
     draw = np.random.default_rng(1)
-    judge = judge.weighing([options.subnet(options.drawn(draw)) for _ in range(16)])
-    losses = losses_of(judge, [bench.options.subnet(rows) for rows in bench.networks])
+    judge = judge.weighing([options.subnet(options.sample(draw)) for _ in range(16)])
+    losses = held_out_losses(judge, [bench.options.subnet(rows) for rows in bench.networks])
     return {
         "variant": variant,
         "losses": losses.sum(1).tolist(),
@@ -164,7 +165,7 @@ def judged(bench: Bench, variant: str) -> dict[str, Any]:
 
 
 def tau_of(losses: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """Kendall's tau of -loss and accuracy, and its 95 % interval by bootstrap."""
+    """Return Kendall's tau of -loss and accuracy, and its 95 % interval by bootstrap."""
     draw = np.random.default_rng(0)
     samples: list[float] = []
     for _ in range(2000):
@@ -175,7 +176,7 @@ def tau_of(losses: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
 
 
 def _taus(losses: np.ndarray, truth: np.ndarray) -> list[str]:
-    """Of all networks with the interval, and of the last ones."""
+    """Return tau for all networks with its interval, and tau for the last ones."""
     tau, low, high = tau_of(losses, truth)
     last, _, _ = tau_of(losses[_LAST], truth[_LAST])
     return [f"**{tau:.2f}**", f"{low:.2f} to {high:.2f}", f"{last:.2f}"]
@@ -186,13 +187,13 @@ _LAST = list(range(11, 20))
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """A record that is there."""
+    """Read an existing record."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def summary() -> str:
-    """All records as one table."""
+    """Write all records as one table."""
     found = [read(f"rank/network{number:02}") for number in range(NETWORKS)]
     known = [record for record in found if record is not None]
     truth = np.array([record["retrained"] for record in known])
@@ -218,7 +219,7 @@ def summary() -> str:
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Run missing records and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--summary", action="store_true", help="only print and write the table")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Judging candidates on Ray: two workers against one, one thread each, and against this process.
+"""Measure the scoring of candidates on Ray: two workers against one, one thread each, and against this process.
 
     python benchmarks/ray_scoring.py
 
-Chunks of eight networks of a ResNet-20, as a search judges them (`losses_of`), on images of CIFAR-10. Each pool does a
-round that does not count first: workers then have started and unpacked the supernet. Then they take turns; seconds of
-the clock, medians of rounds, so nothing else should run. That the losses are the same to the last bit is checked.
-Writes results/ray_scoring.json.
+The work is chunks of eight networks of a ResNet-20, as a search scores them (`held_out_losses`), on images of
+CIFAR-10. Each pool does an uncounted round first, in which workers start and unpack the supernet. Then they take
+turns. Times are wall seconds, medians of rounds, so nothing else should run. The script checks that the losses are
+the same to the last bit. Writes results/ray_scoring.json.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import torch
 from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 
 from secateur.cost import Budget, CostModel
-from secateur.data import calibration, load_data
+from secateur.data import draw_calibration, load_data
 from secateur.graph import stages_of, trace
 from secateur.models import load_model
-from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
-from secateur.nas.common import held_out
-from secateur.nas.swp import CandidateScorer, losses_of
-from secateur.nas.swp_candidates import Options
+from secateur.nas import InPlace, Subnet, Supernet, Widths, order_by_score
+from secateur.nas.common import set_aside
+from secateur.nas.swp import CandidateScorer, held_out_losses
+from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
 from secateur.train import Precision, open_fabric, placed
 from secateur.workers import InProcess, OnRay, Pool, Workers
@@ -40,17 +40,17 @@ WAYS: dict[str, Workers] = {
 
 
 def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subnet]]]:
-    """A judge, and networks to be judged."""
+    """Prepare a scorer, and networks to score."""
     cpu = torch.device("cpu")
     model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
     data = load_data(str(CIFAR10), limit=images + 1000, seed=0)
-    learned, judged = held_out(data.train, images, 0)
-    batches = calibration(learned, images // 4, device=cpu, seed=0, batch_size=250)
+    learned, judged = set_aside(data.train, images, 0)
+    batches = draw_calibration(learned, images // 4, device=cpu, seed=0, batch_size=250)
     graph = trace(model.eval(), batches[0][0][:1])
     evidence = ScoringInputs(model, graph, batches)
     problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
-    options = Options.of(problem, stages_of(model, graph), Widths(), None)
-    supernet = placed(Supernet(model, graph, best_first(L2().scores(evidence))), cpu)
+    options = CandidateSpace.of(problem, stages_of(model, graph), Widths(), None)
+    supernet = placed(Supernet(model, graph, order_by_score(L2().scores(evidence))), cpu)
     judge = CandidateScorer.of(
         supernet,
         stages=options.stages,
@@ -60,17 +60,17 @@ def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subne
         fabric=open_fabric(Precision.FLOAT32, device=cpu),
     )
     draw = np.random.default_rng(0)
-    return judge, [[options.subnet(options.drawn(draw)) for _ in range(CHUNK)] for _ in range(chunks)]
+    return judge, [[options.subnet(options.sample(draw)) for _ in range(CHUNK)] for _ in range(chunks)]
 
 
-def judged(pool: Pool[list[Subnet], Any], chunks: list[list[Subnet]]) -> np.ndarray:
-    """(networks, stages) losses, in the order of the networks."""
+def record(pool: Pool[list[Subnet], Any], chunks: list[list[Subnet]]) -> np.ndarray:
+    """Return the losses (networks, stages), in the order of the networks."""
     found = dict(pool.map(chunks))
     return np.concatenate([found[number] for number in range(len(chunks))])
 
 
 def measure(judge: CandidateScorer, chunks: list[list[Subnet]], rounds: int) -> dict[str, Any]:
-    """All ways in turns."""
+    """Measure all pools in turns."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     started: dict[str, float] = {}
     pools: dict[str, Pool[list[Subnet], Any]] = {}
@@ -78,7 +78,7 @@ def measure(judge: CandidateScorer, chunks: list[list[Subnet]], rounds: int) -> 
     with ExitStack() as stack:
         for way, workers in WAYS.items():
             began = time.perf_counter()
-            pools[way] = stack.enter_context(workers.running(losses_of, judge))
+            pools[way] = stack.enter_context(workers.running(held_out_losses, judge))
             judged(pools[way], chunks[: pools[way].size])
             started[way] = time.perf_counter() - began
         for _ in range(rounds):
@@ -101,7 +101,7 @@ def measure(judge: CandidateScorer, chunks: list[list[Subnet]], rounds: int) -> 
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--chunks", type=int, default=12)

@@ -1,10 +1,10 @@
-"""Accuracy after a short recovery: ours against Torch-Pruning fine-tuned by the same loop.
+"""Measure the accuracy after a short recovery, against Torch-Pruning fine-tuned by the same loop.
 
     python benchmarks/recover.py --models 20 56 --epochs 1 3 --seeds 0 1
     python benchmarks/recover.py --summary
 
-Every run writes results/recover/<model>-<method>-<epochs>ep-seed<seed>.json; runs that are there are not repeated.
-The test set is looked at once per run, at the end. The best epoch is chosen on 5,000 training images set aside.
+Every run writes results/recover/<model>-<method>-<epochs>ep-seed<seed>.json; existing runs are not repeated. The test
+set is used once per run, at the end. The best epoch is chosen on 5,000 training images that are held out.
 
 Methods, all at macs=50 %:
     ours      Knapsack(Reconstruction()) + Refit(), then plain KD + labels + aligned features
@@ -26,7 +26,7 @@ from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from torch import nn
 
 from secateur.cost import counted_macs
-from secateur.data import ImageData, calibration, load_data
+from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import trace
 from secateur.models import load_model
@@ -42,8 +42,8 @@ Recipe = tuple[nn.Module, Objective, AlignedFeatures | None]
 
 
 def ours(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, repaired."""
-    batches = calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
+    """Cut, repair and distill with features."""
+    batches = draw_calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
     graph = trace(teacher, batches[0][0][:1])
     found = search_architecture(teacher, graph, Knapsack(), budget="macs=50%", batches=batches, space=SPACE, seed=seed)
     done = cut(teacher, graph, found.architecture, calibration=[x for x, _ in batches], repairs=(Refit(),))
@@ -51,22 +51,22 @@ def ours(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
 
 
 def ours_kd(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, repaired, distilled without features."""
+    """Cut, repair and distill without features."""
     return ours(teacher, data, seed)[0], KD, None
 
 
 def ours_ce(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """Our cut, repaired, trained on labels."""
+    """Cut, repair and train on labels."""
     return ours(teacher, data, seed)[0], Objective.of_labels(), None
 
 
 def peer_ce(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """The peer's cut, trained on labels."""
+    """Train the peer's cut on labels."""
     return prune_inner_convolutions(teacher, torch.zeros(1, *data.size), kept_fraction=0.5), Objective.of_labels(), None
 
 
 def peer_kd(teacher: nn.Module, data: ImageData, seed: int) -> Recipe:
-    """The peer's cut, distilled."""
+    """Distill into the peer's cut."""
     return prune_inner_convolutions(teacher, torch.zeros(1, *data.size), kept_fraction=0.5), KD, None
 
 
@@ -82,7 +82,7 @@ METHODS: dict[str, Callable[[nn.Module, ImageData, int], Recipe]] = {
 def run(  # noqa: PLR0917
     depth: int, method: str, epochs: int, seed: int, rate: float, data: ImageData
 ) -> dict[str, Any]:
-    """One recovery."""
+    """Run one recovery."""
     teacher, _ = load_model(f"cifar_resnet{depth}", weights=WEIGHTS / f"cifar10_resnet{depth}.safetensors")
     student, objective, alignment = METHODS[method](teacher, data, seed)
     example = torch.zeros(1, *data.size)
@@ -116,7 +116,7 @@ def run(  # noqa: PLR0917
 
 
 def summary() -> str:
-    """All records as one table: mean and every seed."""
+    """Write all records as one table: mean and every seed."""
     records = [json.loads(p.read_text()) for p in sorted((RESULTS / "recover").glob("*.json"))]
     groups: dict[tuple[str, int, str, float], list[dict[str, Any]]] = {}
     for record in records:
@@ -140,7 +140,7 @@ def summary() -> str:
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Run missing records and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])

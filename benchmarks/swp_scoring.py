@@ -1,12 +1,13 @@
-"""Candidates judged per second: all stages in one pass against whole subnets, built and judged one by one.
+"""Measure candidates scored per second: all stages in one pass, against whole subnets built and scored one by one.
 
     python benchmarks/swp_scoring.py
 
-Both judge on the same images of CIFAR-10 (batch norms measured on some of them, the loss on others), in the same
-precision, with one thread, in turns; medians of rounds, in processor seconds. One by one: the subnet is cut out as a
-model of its own, its batch norms are measured, and it is evaluated. In one pass: `losses_of`, which needs the full net
-once for every eight networks. A network is one candidate of every stage, so that as many are judged at once as the
-model has stages. Stages as they are found, and, finer, one for every residual block or group of them (`--stage-end`).
+Both use the same images of CIFAR-10 (batch norms are measured on some of them, the loss on others) in the same
+precision, with one thread, in turns; times are medians of rounds, in processor seconds. One by one: the subnet is cut
+out as a separate model, its batch norms are measured, and it is evaluated. In one pass: `held_out_losses`, which needs
+the full network once for every eight networks. A network is one candidate of every stage, so that one pass scores as
+many candidates as the model has stages. The stages are those that are found, and finer ones, one for every residual
+block or group of blocks (`--stage-end`).
 """
 
 import argparse
@@ -22,12 +23,12 @@ from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 from torch import Tensor, nn
 
 from secateur.cost import Budget, CostModel
-from secateur.data import ImageData, calibration, load_data
+from secateur.data import ImageData, draw_calibration, load_data
 from secateur.graph import ChannelGraph, stages_of, trace
 from secateur.models import load_model
-from secateur.nas import InPlace, Subnet, Supernet, Widths, best_first
-from secateur.nas.swp import CandidateScorer, losses_of
-from secateur.nas.swp_candidates import Options
+from secateur.nas import InPlace, Subnet, Supernet, Widths, order_by_score
+from secateur.nas.swp import CandidateScorer, held_out_losses
+from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
 from secateur.train import Precision, channels_last, open_fabric, placed
 
@@ -36,7 +37,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def model_of(name: str) -> nn.Module:
-    """A network for images of 32 x 32 pixels and ten classes; the CIFAR ResNets are trained."""
+    """Return a network for images of 32 x 32 pixels and ten classes; the CIFAR ResNets are trained."""
     if name.startswith("cifar_"):
         model, _ = load_model(name, weights=WEIGHTS / f"{name.replace('cifar_', 'cifar10_')}.safetensors")
         return model.eval()
@@ -45,7 +46,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def blockwise(model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
-    """Every module that the sum of a residual block, or a stage, ends with, as far as it can end a stage."""
+    """List the modules that end a residual block or a stage and can end a stage of the search."""
     named = dict(model.named_modules())
     wanted = [block.name for block in graph.blocks if block.name in named]
     found: list[str] = []
@@ -59,7 +60,7 @@ def blockwise(model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
 
 
 def one_by_one(judge: CandidateScorer, subnets: list[Subnet]) -> list[float]:
-    """Cross-entropy of every subnet on the images held out."""
+    """Return the cross-entropy of every subnet on the held-out images."""
     losses: list[float] = []
     for subnet in subnets:
         model = judge.supernet.extract(subnet)
@@ -78,7 +79,7 @@ def one_by_one(judge: CandidateScorer, subnets: list[Subnet]) -> list[float]:
 
 
 class _Held:
-    """Batches of a fixed split, as the judge reads them."""
+    """Batches of a fixed split, in the form that the scorer reads."""
 
     def __init__(self, batches: tuple[Pair, ...]):
         self._images = torch.cat([images for images, _ in batches])
@@ -92,15 +93,15 @@ class _Held:
 
 
 def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: int) -> dict[str, Any]:
-    """Both ways to judge the same networks, in turns."""
+    """Measure both ways to score the same networks, in turns."""
     model = model_of(name)
-    batches = calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
+    batches = draw_calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
     graph = trace(model, batches[0][0][:1])
     stages = stages_of(model, graph, blockwise(model, graph) if fine else None)
     evidence = ScoringInputs(model, graph, batches)
     problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
-    options = Options.of(problem, stages, Widths(), None)
-    supernet = placed(Supernet(model, graph, best_first(L2().scores(evidence))), torch.device("cpu"))
+    options = CandidateSpace.of(problem, stages, Widths(), None)
+    supernet = placed(Supernet(model, graph, order_by_score(L2().scores(evidence))), torch.device("cpu"))
     fabric = open_fabric(precision, device=torch.device("cpu"))
     images = [channels_last(images) for images, _ in batches[:2]]
     held: Any = _Held(batches[2:])
@@ -108,15 +109,15 @@ def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: in
         supernet, stages=stages, supervision=InPlace(), calibration=images, images=held, fabric=fabric
     )
     draw = np.random.default_rng(0)
-    subnets = [options.subnet(options.drawn(draw)) for _ in range(NETWORKS)]
-    ways = {"in one pass": lambda: losses_of(judge, subnets), "one by one": lambda: one_by_one(judge, subnets)}
+    subnets = [options.subnet(options.sample(draw)) for _ in range(NETWORKS)]
+    ways = {"in one pass": lambda: held_out_losses(judge, subnets), "one by one": lambda: one_by_one(judge, subnets)}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, judged in ways.items():
             began = time.process_time()
             judged()
             seconds[way].append(time.process_time() - began)
-    free = sum(len(stage.tops) > 0 for stage in options.of_stage)
+    free = sum(len(stage.max_numbers) > 0 for stage in options.of_stage)
     medians = {way: statistics.median(found) for way, found in seconds.items()}
     rates = {"in one pass": free * NETWORKS / medians["in one pass"], "one by one": NETWORKS / medians["one by one"]}
     return {

@@ -1,27 +1,27 @@
-"""ResNet-20 at 55 % or 50 % of its MACs on CIFAR-10: TAS and SWP against other strategies, with the same total compute.
+"""Compare TAS and SWP with other strategies at equal compute: ResNet-20 at 55 % or 50 % of its MACs on CIFAR-10.
 
     python benchmarks/tas_cifar10.py --seeds 0 1 2
     python benchmarks/tas_cifar10.py --seeds 0 1 2 --setting 50
     python benchmarks/tas_cifar10.py --summary
 
-At 50 % the compute is equal in processor time, by more epochs of recovery for methods with less of a search, and there
-are half as many training images; see `SETTINGS`.
-
 At 55 % every method gets passes over the training images worth three epochs of recovery, and starts from the same
-trained weights. A search step of TAS costs about an ordinary training step (see tas_step.py), an epoch of it passes
-each image once. Random search draws widths, cuts and repairs each network as all methods do, and takes the one that is
-best on the validation images; it draws as many as take the processor time of the search of TAS.
+trained weights. A search step of TAS costs about as much as an ordinary training step (see tas_step.py); an epoch of
+it passes each image once. Random search draws widths, cuts and repairs each network as all methods do, and takes the
+one that is best on the validation images; it draws as many as take the processor time of the search of TAS.
 
     tas        1 epoch of search, 2 of recovery
-    swp        1 epoch of training the supernet (full, tiny and one drawn network in a step), 48 candidates of every
-               stage judged, 2 epochs of recovery; boundary axes (the residual streams) stay whole
+    swp        1 epoch of training the supernet (full, smallest and one random network per step), 48 candidates of every
+               stage scored, 2 epochs of recovery; boundary axes (the residual streams) stay whole
     random     random search, 2 epochs of recovery
     uniform    3 epochs of recovery
     pca        PCASlimming, 3 epochs of recovery
     knapsack   the default of `compress`, 3 epochs of recovery
 
-Every run writes results/<setting>/<method>-seed<seed>.json; runs that are there are not repeated. The test set is
-looked at once per run, at the end; all choices are made on a tenth of the training images, set aside.
+At 50 % the compute is equal in processor time: methods with a cheaper search get more epochs of recovery, and there
+are half as many training images; see `SETTINGS`.
+
+Every run writes results/<setting>/<method>-seed<seed>.json; existing runs are not repeated. The test set is used once
+per run, at the end; all choices are made on a tenth of the training images, which is held out.
 """
 
 import argparse
@@ -70,7 +70,7 @@ Batches = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods have in common.
+    """The settings that all methods share.
 
     Attributes:
         title: Of the table.
@@ -108,7 +108,7 @@ Found = tuple[Architecture, dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What a method is given."""
+    """The inputs of a method."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -122,7 +122,7 @@ Method = Callable[[Case], Found]
 
 
 def tas(case: Case) -> Found:
-    """One epoch of search, everything else as it comes."""
+    """Search for one epoch, with defaults otherwise."""
     strategy = TAS(schedule=TrainConfig(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
     found = search_architecture(
         case.model,
@@ -138,7 +138,7 @@ def tas(case: Case) -> Found:
 
 
 def swp(case: Case) -> Found:
-    """One epoch of training, with one drawn network in a step, and few candidates, to cost about what TAS does."""
+    """Train for one epoch with one random network per step and few candidates, at about the cost of TAS."""
     found = search_architecture(
         case.model,
         case.graph,
@@ -153,7 +153,7 @@ def swp(case: Case) -> Found:
 
 
 def random(case: Case) -> Found:
-    """The best of many random architectures that fill the budget, each one repaired and validated."""
+    """Find the best of many random architectures that fill the budget, each one repaired and validated."""
     problem = SearchContext(
         ScoringInputs(case.model, case.graph, case.batches, case.seed),
         CostModel(case.graph),
@@ -180,11 +180,11 @@ def random(case: Case) -> Found:
 
 
 def _silent(fraction: float, what: str) -> None:
-    """Show nothing."""
+    """Ignore progress."""
 
 
 def of(strategy: Uniform | PCASlimming | Knapsack) -> Method:
-    """A strategy that needs no training."""
+    """Search with a strategy that needs no training."""
 
     def method(case: Case) -> Found:
         found = search_architecture(
@@ -207,13 +207,13 @@ METHODS: dict[str, Method] = {
 
 
 def repaired(model: nn.Module, graph: ChannelGraph, architecture: Architecture, batches: Batches) -> Cut:
-    """Cut and repaired as `compress` does it."""
+    """Cut and repair a model like `compress`."""
     images = [images for images, _ in batches]
     return cut(model, graph, architecture, calibration=images, repairs=(Refit(), RecalibrateBatchNorm()))
 
 
 def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, Any]:
-    """One search and recovery."""
+    """Run one search and recovery."""
     teacher, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
     batches = draw_calibration(data.train, 1024, device=torch.device("cpu"), seed=seed)
     graph = trace(teacher, batches[0][0][:1])
@@ -251,7 +251,7 @@ def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, 
 
 
 def summary(setting: Setting) -> str:
-    """All records as one table."""
+    """Write all records as one table."""
     records = [json.loads(path.read_text()) for path in sorted((RESULTS / setting.folder).glob("*.json"))]
     rows: list[list[str]] = []
     for method in METHODS:
@@ -282,7 +282,7 @@ def summary(setting: Setting) -> str:
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Run missing records and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--setting", choices=list(SETTINGS), default="55")

@@ -1,10 +1,10 @@
-"""TAS on networks that were not written for it: a short search on CIFAR-10 ends how far under its budget?
+"""Run TAS on networks it was not written for: a short search on CIFAR-10, and how close to its budget it ends.
 
     python benchmarks/tas_models.py
 
-Images of 32 x 32 pixels. The CIFAR ResNets come with trained weights, the others (timm, 10 classes) with random ones:
-what is shown is that the same search runs on them, not how accurate they get. Widths alone, depths alone, both, and
-widths with branches that have widths of their own, where the network has residual blocks.
+Images have 32 x 32 pixels. The CIFAR ResNets have trained weights, the others (timm, 10 classes) random ones: the
+result shows that the same search runs on them, not how accurate they become. It searches widths alone, depths alone,
+both, and widths with untied branches, where the network has residual blocks.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SPACES: dict[str, tuple[Widths | None, Depths | None]] = {
 
 
 def model_of(name: str) -> nn.Module:
-    """A network for images of 32 x 32 pixels and ten classes."""
+    """Return a network for images of 32 x 32 pixels and ten classes."""
     if name.startswith("cifar_"):
         model, _ = load_model(name, weights=WEIGHTS / f"{name.replace('cifar_', 'cifar10_')}.safetensors")
         return model.eval()
@@ -44,7 +44,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> dict[str, Any] | None:
-    """One search and the cut it leads to; None if there is nothing to search."""
+    """Run one search and cut the result; None if there is nothing to search."""
     model = model_of(name)
     batches = draw_calibration(data.train, 256, device=torch.device("cpu"))
     graph: ChannelGraph = trace(model, batches[0][0][:2])
@@ -89,7 +89,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for name in arguments.models:
         for space in arguments.spaces:
-            # With all widths whole only so much can be spared by depth.
+            # With all widths whole, removing blocks can save only a limited fraction.
             record = run(name, space, 80 if space == "depths" else 55, arguments.epochs, data)
             if record is not None:
                 records.append(record)

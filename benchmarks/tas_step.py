@@ -1,12 +1,12 @@
-"""The price of a search step of TAS against an ordinary training step of the same network, in turns.
+"""Measure the cost of a TAS search step against an ordinary training step of the same network, in turns.
 
     python benchmarks/tas_step.py
 
-ResNet-56, batches of 64 images of CIFAR's shape, one thread, all precisions this machine computes in; the median of
-rounds in which every kind of step runs once, in processor seconds. An ordinary step is forward, backward and SGD of the
-full network. A search alternates two kinds of step on batches of their own: one of the weights (forward and backward
-of the two widths that are drawn, SGD) and one of the choice (forward, backward to the logits, the expected cost, Adam).
-Peak memory is what is alive of tensors at most.
+ResNet-56, batches of 64 images of CIFAR's shape, one thread, all precisions that this machine computes in. Times are
+processor seconds, the median of rounds in which every kind of step runs once. An ordinary step is forward, backward and
+SGD of the full network. A search alternates two kinds of step on separate batches: one of the weights (forward and
+backward of the two widths that are drawn, SGD) and one of the choice (forward, backward to the logits, the expected
+cost, Adam). Peak memory is the most memory that tensors occupy at once.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from secateur.cost import Budget, CostModel
 from secateur.graph import trace
 from secateur.models import cifar_resnet56
-from secateur.nas import TAS, Blending, Fade, Interpolate, Supernet, best_first
+from secateur.nas import TAS, Interpolate, Supernet, WidthExpansion, ZeroPad, order_by_score
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.nas.tas_train import DifferentiableSearch
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
@@ -36,9 +36,9 @@ TEMPERATURE = 5.0
 
 
 class Steps:
-    """One step of each kind, ready to be called again and again."""
+    """One step of each kind, which can be called repeatedly."""
 
-    def __init__(self, precision: Precision, blending: Blending):
+    def __init__(self, precision: Precision, blending: WidthExpansion):
         torch.manual_seed(0)
         self._fabric = open_fabric(precision, device=torch.device("cpu"))
         self._batch = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
@@ -48,9 +48,9 @@ class Steps:
         self._sgd = TrainConfig(epochs=1).optimizer.build(self._full, 0.01)
         evidence = ScoringInputs(model, graph, ((self._batch),))
         problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
-        supernet = Supernet(model, graph, best_first(L2().scores(evidence)))
-        strategy = TAS(blending=blending)
-        candidates = WidthCandidates.of(problem, strategy.widths, strategy.depths, supernet.blended)
+        supernet = Supernet(model, graph, order_by_score(L2().scores(evidence)))
+        strategy = TAS(expansion=blending)
+        candidates = WidthCandidates.of(problem, strategy.widths, strategy.depths, supernet.mixable)
         course = strategy.course(replace(problem, fabric=self._fabric), candidates, (_Images(), _Images()))
         self._run = DifferentiableSearch(
             course, placed(supernet, self._fabric.device).train(), WidthDistribution(candidates)
@@ -58,7 +58,7 @@ class Steps:
         self._noise = torch.Generator().manual_seed(0)
 
     def ordinary(self) -> None:
-        """A training step of the full network."""
+        """Make a training step of the full network."""
         self._sgd.zero_grad()
         with self._fabric.autocast():
             logits = self._full(channels_last(self._batch[0]))
@@ -66,32 +66,32 @@ class Steps:
         self._sgd.step()
 
     def weights(self) -> None:
-        """A search step of the weights."""
+        """Make a search step of the weights."""
         self._run.learn(self._batch, TEMPERATURE, 0.01, self._noise)
 
     def choice(self) -> None:
-        """A search step of the choice."""
+        """Make a search step of the choice."""
         self._run.decide(self._batch, TEMPERATURE, self._noise)
 
     @property
     def kinds(self) -> dict[str, Callable[[], None]]:
-        """Every kind of step by name."""
+        """Return every kind of step by name."""
         return {"ordinary": self.ordinary, "weights": self.weights, "choice": self.choice}
 
 
 class _Images:
-    """Only the number of images is asked for."""
+    """A data set of which only the length is used."""
 
     def __len__(self) -> int:
         return BATCH
 
     def batches(self, *_: Any, **__: Any) -> Any:
-        """Nothing."""
+        """Yield nothing."""
         return iter(())
 
 
 def times(steps: Steps, rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each kind of step, in turns."""
+    """Return the processor seconds of each kind of step, in turns."""
     found: dict[str, list[float]] = {kind: [] for kind in steps.kinds}
     for number in range(rounds + 1):
         for kind, step in steps.kinds.items():
@@ -103,7 +103,7 @@ def times(steps: Steps, rounds: int) -> dict[str, list[float]]:
 
 
 def peak(steps: Steps, kind: str) -> float:
-    """MiB of tensors that are alive at once at most while five steps run, beyond those alive before."""
+    """Return the peak MiB of tensors during five steps, beyond those that existed before."""
     steps.kinds[kind]()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         for _ in range(5):
@@ -113,7 +113,7 @@ def peak(steps: Steps, kind: str) -> float:
     return float(alive.max()) / 2**20
 
 
-BLENDINGS: dict[str, Blending] = {"fade": Fade(), "interpolate": Interpolate()}
+BLENDINGS: dict[str, WidthExpansion] = {"fade": ZeroPad(), "interpolate": Interpolate()}
 
 
 def main() -> None:

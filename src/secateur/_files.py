@@ -1,11 +1,8 @@
-"""Files and folders that are either wholly there or not at all.
+"""Files and folders that are written completely or not at all, and files that are read with suspicion.
 
-Everything is written under a temporary name beside its destination, flushed to the disk, and renamed. A run that
+Everything is written under a temporary name beside its destination, flushed to the disk, and renamed. A process that
 is killed, or a disk that fills up, leaves what was there before.
-
-Files that are there as a whole or not at all.
-
-Folders of runs: a disk that cannot be written, said in words; what killed processes leave; and who has a folder."""
+"""
 
 import contextlib
 import ctypes
@@ -25,18 +22,21 @@ _POSIX = os.name == "posix"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
+LOCK = "lock"
+"""Name of the file inside a folder that `locked` locks."""
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Generator[Path]:
-    """Write one file atomically: yields a temporary path in the same folder, then renames it to ``path``.
+    """Write one file atomically: yield a temporary path in the same folder, then rename it to ``path``.
 
-    The folder is made if it is missing. If the block raises, the temporary file is removed and ``path`` is as it was.
+    A missing folder is created. If the block raises, the temporary file is removed and ``path`` is unchanged.
 
     Args:
         path: The destination. An older file there is replaced.
 
     Yields:
-        The path to write to; same suffix as ``path``.
+        The path to write to. It has the suffix of ``path``.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,16 +51,26 @@ def atomic_file(path: Path | str) -> Generator[Path]:
         raise
 
 
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Write one file atomically; text is encoded as UTF-8. See `atomic_file`.
+
+    Raises:
+        OSError: If it cannot be written. What was there before is unchanged.
+    """
+    with atomic_file(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path | str) -> Generator[Path]:
-    """Write a folder atomically: yields an empty temporary sibling, then puts it in the place of ``folder``.
+    """Write a folder atomically: yield an empty temporary sibling, then put it in the place of ``folder``.
 
-    The caller decides first whether what is at ``folder`` may be replaced; it is replaced whole, in one step where the
-    file system can exchange two names (Linux), else in two renames of which the first is undone if the second fails.
-    If the block raises, the temporary folder is removed and ``folder`` is as it was.
+    An older folder is replaced as a whole, so the caller must check first that it may be. The replacement is one step
+    where the file system can exchange two names (Linux). Elsewhere it takes two renames, and the first one is undone
+    if the second one fails. If the block raises, the temporary folder is removed and ``folder`` is unchanged.
 
     Args:
-        folder: The destination. Its parents are made if they are missing.
+        folder: The destination. Missing parents are created.
 
     Yields:
         The folder to write into.
@@ -81,21 +91,128 @@ def atomic_folder(folder: Path | str) -> Generator[Path]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a new file (never through a link, never over an existing one) and flush it to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _flush(path: Path) -> None:
+    """Ask the system to write a file or folder to the disk, so that a power cut cannot undo the order of steps."""
+    if not _POSIX and path.is_dir():
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    if not folder.exists():
+        part.rename(folder)
+        return
+    if _exchange(part, folder):
+        shutil.rmtree(part, ignore_errors=True)
+        return
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    folder.rename(aside)
+    try:
+        part.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step with renameat2(2); return False where the system or the file system cannot."""
+    if not _POSIX:
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def remove_dir_atomic(folder: Path) -> None:
+    """Remove a folder in one step, so that its name never holds only a part of it.
+
+    A process that is killed meanwhile leaves the folder under a hidden name; `clean_stale` removes that.
+
+    Raises:
+        OSError: If it cannot be removed. The folder is then unchanged.
+    """
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clean_stale(out: Path, work: Path) -> None:
+    """Remove the temporary folders that killed processes have left beside an output folder.
+
+    A hidden ``.old`` folder of ``out`` stays: it may be the older artifact, which `atomic_folder` moves aside for a
+    moment where the file system cannot exchange two names.
+
+    Args:
+        out: The output folder.
+        work: The folder of its unfinished run.
+    """
+    draft, tag = rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part", r"\.[0-9a-f]{8}\.(part|old)"
+    # The second pattern is an artifact that was being saved inside a draft.
+    stale = re.compile(rf"{draft}|\.{draft}{tag}|\.{re.escape(work.name)}{tag}")
+    for path in out.absolute().parent.glob(".*"):
+        if stale.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Generator[None]:
+    """Report an OSError of the block as an `ArtifactError` that says what to do.
+
+    Args:
+        folder: The folder that the block writes to.
+
+    Raises:
+        ArtifactError: For any OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} could not be written: {error.strerror or error}. Free some space, fix the permissions or "
+            "choose another folder, then continue with --resume. What was complete is unchanged."
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
+
+    Where files cannot be locked, other processes are not kept out.
+
+    Raises:
+        ArtifactError: If another process holds the lock.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    # lockf belongs to the process, not to the open file: children that outlive this process do not hold the lock.
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ArtifactError(
+                f"`out` must be used by one process at a time; another process is working in {folder} (this is "
+                f"process {os.getpid()}). Wait for it, stop it, or choose another --out."
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:
-    """Read a regular file of at most ``limit`` bytes; links, devices and pipes are refused.
+    """Read a regular file of at most ``limit`` bytes. Links, devices and pipes are refused.
 
     Args:
         path: The file.
-        limit: Most bytes it may have.
+        limit: Largest accepted size in bytes.
 
     Raises:
         ArtifactError: If the file is missing, is not a regular file, or is larger.
@@ -126,7 +243,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
                 f"{path.name} must have at most {limit} bytes; got {status.st_size} ({path}). "
                 "The file is damaged or is not an artifact's."
             )
-        # Not the limit, which may be a stranger's claim: reading makes room for as much as it is asked for.
+        # Not `limit`, which may come from an untrusted manifest: reading allocates as much as it is asked for.
         return file.read(status.st_size + 1)
 
 
@@ -134,140 +251,3 @@ def _not_regular(path: Path, what: str) -> ArtifactError:
     return ArtifactError(
         f"{path.name} must be a regular file; got {what} ({path}). Copy the real file into the folder."
     )
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk."""
-    if not _POSIX and path.is_dir():
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    if not folder.exists():
-        part.rename(folder)
-        return
-    if _exchange(part, folder):
-        shutil.rmtree(part, ignore_errors=True)
-        return
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    folder.rename(aside)
-    try:
-        part.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, renameat2(2); False where the system or the file system cannot."""
-    if not _POSIX:
-        return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step; its folder is made if it is not there.
-
-    Raises:
-        OSError: If it cannot be written; what was there before is as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Generator[None]:
-    """A disk that cannot be written is said in words.
-
-    Raises:
-        ArtifactError: For any OSError inside.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} could not be written: {error.strerror or error}. Make room, mend the permissions or choose "
-            "another folder, then go on with --resume; what was whole is as it was."
-        ) from error
-
-
-def remove_dir_atomic(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever there under its name.
-
-    A process that is killed meanwhile leaves it beside, under a hidden name, see `clean_stale`.
-
-    Raises:
-        OSError: If it cannot be removed; then all of it is where it was.
-    """
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def clean_stale(out: Path, work: Path) -> None:
-    """Remove what killed processes have left of drafts beside an output folder.
-
-    An artifact that was there before is not touched: where a file system cannot exchange two names, it may be hidden
-    too, for a moment.
-
-    Args:
-        out: The output folder.
-        work: The folder of its unfinished run.
-    """
-    draft, tag = rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part", r"\.[0-9a-f]{8}\.(part|old)"
-    # The second is the draft of an artifact that is saved into a draft.
-    left = re.compile(rf"{draft}|\.{draft}{tag}|\.{re.escape(work.name)}{tag}")
-    for path in out.absolute().parent.glob(".*"):
-        if left.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Generator[None]:
-    """Have a folder for this process alone; the system gives it free when the process ends, however that ends.
-
-    Where the file system or the system cannot lock files, nobody is kept out.
-
-    Raises:
-        ArtifactError: If another process has it.
-    """
-    if importlib.util.find_spec("fcntl") is None:
-        yield
-        return
-    import fcntl
-
-    # A lock of the process, not of the open file: children that outlive it do not have it.
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ArtifactError(
-                f"`out` must be for one process at a time; got one whose run another process is at ({folder}, "
-                f"this is process {os.getpid()}). Wait for it, end it, or choose another --out."
-            ) from error
-        except OSError:
-            pass
-        yield
-
-
-LOCK = "lock"
-"""The file in a folder that is locked."""

@@ -1,6 +1,8 @@
-"""Where a result came from: command, seed, versions, machine, date."""
+"""Where a result came from: command, seed, versions, machine and date; digests of data; comparison of settings."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -9,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from secateur._json import Fields
 
@@ -21,13 +24,13 @@ def _nothing() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How to make a result again.
+    """How to reproduce a result.
 
     Attributes:
         command: The exact command or call.
         seed: The seed of the run, or None if none was used.
         versions: Package name to version.
-        machine: What it ran on, in words: ``cpu``, ``cores``, ``system``, ``accelerator``.
+        machine: What it ran on, as text: ``cpu``, ``cores``, ``system``, ``accelerator``.
         date: ISO 8601, UTC.
     """
 
@@ -39,12 +42,12 @@ class Provenance:
 
     @classmethod
     def here(cls, command: str, seed: int | None = None) -> "Provenance":
-        """The provenance of a result made now, by this process, on this machine."""
+        """Return the provenance of a result of this process on this machine, made now."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(command, seed, installed_versions(), this_machine(), date)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return {
             "command": self.command,
             "seed": self.seed,
@@ -55,7 +58,7 @@ class Provenance:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> "Provenance":
-        """Inverse of `to_json`, checked."""
+        """Read and check what `to_json` wrote."""
         return cls(
             command=fields.text("command"),
             seed=fields.optional_integer("seed"),
@@ -66,7 +69,7 @@ class Provenance:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, as installed here."""
+    """Return the installed versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -77,7 +80,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def this_machine() -> dict[str, str]:
-    """The machine in words: processor, logical cores, system and accelerator (if there is one)."""
+    """Describe the machine: processor, logical cores, system and accelerator (if there is one)."""
     found = {
         "cpu": _processor(),
         "cores": str(os.cpu_count() or 1),
@@ -95,3 +98,40 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "unknown"
+
+
+def sha256_of(content: bytes | str | Path) -> str:
+    """Return the SHA-256 of bytes, of text as UTF-8, or of a file, in hexadecimal digits."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def sha256_of_json(data: object) -> str:
+    """Return the SHA-256 of JSON data, whatever the order of its keys.
+
+    Raises:
+        TypeError: If the data holds something that JSON cannot.
+        ValueError: If the data holds NaN or infinity.
+    """
+    return sha256_of(json.dumps(data, sort_keys=True, allow_nan=False))
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, shapes, dtypes and values of tensors, whatever their order."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def changed_settings(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say which settings differ, such as ``epochs was 2, now 3; seed was 0, now 1``; empty if all are equal."""
+    return "; ".join(
+        f"{name} was {then.get(name, 'absent')}, now {now.get(name, 'absent')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    )

@@ -3,7 +3,6 @@
 The verbs: how long one forward pass takes, alone, or side by side with others."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file
-from secateur._provenance import this_machine
+from secateur._files import write_atomic
+from secateur._provenance import sha256_of_json, this_machine
 from secateur._runtime import load_average
-from secateur.cost.targets import Inputs, OnnxRuntime, Target, TorchEager
+from secateur.cost.targets import InputTensors, OnnxRuntime, Target, TorchEager
 from secateur.cost.timing import Quartiles, take_turns
 from secateur.errors import ExportError
 
@@ -60,7 +59,7 @@ class Cache:
             folder: None means `cache_folder`.
         """
         about: dict[str, object] = {"target": target.key, "machine": this_machine()}
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        name = sha256_of_json(about)[:16]
         path = (folder or cache_folder()) / f"{name}.json"
         return cls(path, _read(path), about)
 
@@ -79,8 +78,8 @@ class Cache:
         """Write what is known, and what others have written."""
         self.seconds = {**_read(self.path), **self.seconds}
         content = {"format": _FORMAT, **self._about, "seconds": dict(sorted(self.seconds.items()))}
-        with contextlib.suppress(OSError), atomic_file(self.path) as part:
-            part.write_text(json.dumps(content, indent=0))
+        with contextlib.suppress(OSError):
+            write_atomic(self.path, json.dumps(content, indent=0))
 
 
 def _read(path: Path) -> dict[str, float]:
@@ -172,7 +171,7 @@ class LatencyRecord:
 
 
 def measure(
-    model: nn.Module, target: Target, shape: Sequence[int] | Tensor | Inputs, *, rounds: int = 30, warmup: int = 5
+    model: nn.Module, target: Target, shape: Sequence[int] | Tensor | InputTensors, *, rounds: int = 30, warmup: int = 5
 ) -> Latency:
     """Measure one model.
 
@@ -193,7 +192,7 @@ def measure(
 def measure_all(
     models: Sequence[nn.Module],
     target: Target,
-    shape: Sequence[int] | Tensor | Inputs,
+    shape: Sequence[int] | Tensor | InputTensors,
     *,
     rounds: int = 30,
     warmup: int = 5,
@@ -203,7 +202,7 @@ def measure_all(
 
 
 def measure_each(
-    models: Sequence[tuple[nn.Module, Sequence[int] | Tensor | Inputs]],
+    models: Sequence[tuple[nn.Module, Sequence[int] | Tensor | InputTensors]],
     target: Target,
     *,
     rounds: int = 30,
@@ -224,7 +223,7 @@ def measure_pairs(
     before: nn.Module,
     after: nn.Module,
     target: Target,
-    shape: Sequence[int] | Tensor | Inputs,
+    shape: Sequence[int] | Tensor | InputTensors,
     *,
     rounds: int = 30,
     warmup: int = 5,
@@ -239,7 +238,7 @@ def measure_files(
     before: Path | bytes,
     after: Path | bytes,
     target: OnnxRuntime,
-    example: Tensor | Inputs,
+    example: Tensor | InputTensors,
     *,
     rounds: int = 30,
     warmup: int = 5,
@@ -268,7 +267,7 @@ def measure_files(
 def measure_latency(
     original: nn.Module,
     compressed: nn.Module,
-    example: Tensor | Inputs,
+    example: Tensor | InputTensors,
     *,
     threads: int = 1,
     rounds: int = 30,
@@ -298,7 +297,7 @@ def measure_latency(
     return by_onnx, by_torch
 
 
-def inputs_for(target: Target, shape: Sequence[int] | Tensor | Inputs) -> Inputs:
+def inputs_for(target: Target, shape: Sequence[int] | Tensor | InputTensors) -> InputTensors:
     """One batch for a target, on the CPU; see `measure`."""
     if isinstance(shape, Tensor):
         shape = (shape,)
@@ -313,7 +312,7 @@ def inputs_for(target: Target, shape: Sequence[int] | Tensor | Inputs) -> Inputs
 
 
 def _rounds(
-    models: Sequence[tuple[nn.Module, Inputs]], target: Target, rounds: int, warmup: int
+    models: Sequence[tuple[nn.Module, InputTensors]], target: Target, rounds: int, warmup: int
 ) -> tuple[list[tuple[float, ...]], tuple[float, float] | None]:
     """Seconds of every model in every round, and the load before and after."""
     _check(rounds, warmup, target.threads)

@@ -1,15 +1,15 @@
 """Artifacts and exported files: each is written, run, and compared with the model."""
 
-from secateur.export._common import TOLERANCE, Parity, check_extra, eval_copy
+from secateur.export._common import PARITY_TOLERANCE, Parity, check_extra, eval_copy
 from secateur.export.artifact import (
     MANIFEST_NAME,
     OWN_FILES,
     WEIGHTS_NAME,
+    Artifact,
     Build,
-    Loaded,
     amend,
     is_artifact,
-    load,
+    load_artifact,
     read_manifest,
     refuse_foreign,
     save,
@@ -29,13 +29,13 @@ __all__ = [
     "MANIFEST_NAME",
     "OWN_FILES",
     "SCHEMA",
-    "TOLERANCE",
+    "PARITY_TOLERANCE",
     "USUAL_KEPT",
     "WEIGHTS_NAME",
     "Build",
     "Edit",
     "Format",
-    "Loaded",
+    "Artifact",
     "Manifest",
     "Parity",
     "Quantized",
@@ -55,7 +55,7 @@ __all__ = [
     "export_pt2",
     "feed",
     "is_artifact",
-    "load",
+    "load_artifact",
     "onnx_bytes",
     "open_session",
     "read_manifest",

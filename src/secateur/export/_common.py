@@ -5,7 +5,6 @@ Does an exported file compute what the model computes? Run both and compare.
 The model as a torch.export program with a free batch size: what every format is made from."""
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import logging
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from secateur._runtime import copy_model
 from secateur.errors import ExportError
 
 
@@ -58,12 +58,12 @@ def extra(module: str) -> Any:
         ) from error
 
 
-TOLERANCE = 1e-4
+PARITY_TOLERANCE = 1e-4
 """Largest accepted difference of float32 outputs, relative to the largest output. Runtimes fold batch normalization
 into convolutions and sum in another order; a few hundred layers deep that stays near 1e-5."""
 
-Inputs = tuple[Tensor, ...]
-Runner = Callable[[Inputs], list[Tensor]]
+InputTensors = tuple[Tensor, ...]
+Runner = Callable[[InputTensors], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Parity:
         return {**asdict(self), "batch_sizes": list(self.batch_sizes)}
 
 
-def as_inputs(example: Tensor | tuple[Tensor, ...]) -> Inputs:
+def as_inputs(example: Tensor | tuple[Tensor, ...]) -> InputTensors:
     """The example as a tuple of CPU tensors that share their first (batch) dimension.
 
     Raises:
@@ -108,7 +108,7 @@ def as_inputs(example: Tensor | tuple[Tensor, ...]) -> Inputs:
     return tuple(tensor.detach().cpu() for tensor in inputs)
 
 
-def check_parity(name: str, model: nn.Module, exported: Runner, inputs: Inputs, tolerance: float) -> Parity:
+def check_parity(name: str, model: nn.Module, exported: Runner, inputs: InputTensors, tolerance: float) -> Parity:
     """Compare an exported file with the model on the first sample alone and on the whole batch.
 
     Args:
@@ -188,7 +188,7 @@ def not_written(path: Path, error: OSError) -> ExportError:
     return ExportError(f"{path} could not be written: {first_line(error)} Make room or choose another path.")
 
 
-BATCH = Dim("batch")
+BATCH_DIM = Dim("batch")
 """The free dimension of every input."""
 
 _NOISY = ("torch.onnx", "torch.export", "torch.fx", "torch._export", "torch.utils", "onnxscript", "onnx_ir", "torchao")
@@ -196,10 +196,10 @@ _NOISY = ("torch.onnx", "torch.export", "torch.fx", "torch._export", "torch.util
 
 def eval_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode on the CPU; the caller's model keeps its mode and device."""
-    return copy.deepcopy(model).cpu().eval()
+    return copy_model(model).cpu().eval()
 
 
-def export_program(model: nn.Module, inputs: Inputs, largest_batch: int | None = None) -> ExportedProgram:
+def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | None = None) -> ExportedProgram:
     """Capture a model for any batch size, or any up to a bound.
 
     The model is captured on blank samples, so that the caller's images never travel inside an exported file.
@@ -212,7 +212,7 @@ def export_program(model: nn.Module, inputs: Inputs, largest_batch: int | None =
     Raises:
         ExportError: If torch.export cannot capture the model, or only for one batch size.
     """
-    batch = BATCH if largest_batch is None else Dim("batch", max=largest_batch)
+    batch = BATCH_DIM if largest_batch is None else Dim("batch", max=largest_batch)
     blank = tuple(torch.zeros(2, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
     try:
         with quiet(), torch.no_grad():

@@ -1,7 +1,5 @@
 """Save a compressed model as a folder and load it again, bit for bit, without pickle and without tracing."""
 
-import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +8,17 @@ from typing import cast
 import torch
 from torch import nn
 
-from secateur._files import atomic_file, atomic_folder, read_bytes, write_bytes
+from secateur._files import atomic_folder, read_bytes, write_atomic
+from secateur._provenance import sha256_of
 from secateur._json import brief, parse
+from secateur._runtime import copy_model
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.export.edits import held_value, set_edits
 from secateur.export.manifest import FORMAT, Manifest, Recipe
-from secateur.export.tensors import check_capacity, describe, deserialize, install, serialize
-from secateur.prune.masks import make_permanent_, masks_of, nonzero_params
-from secateur.prune.residual import widen_, widenings_in
-from secateur.prune.slice import declare_sizes, replace_, replacements_in
+from secateur.export.tensors import check_capacity, deserialize, install, serialize, tensor_records
+from secateur.prune.masks import make_permanent_, get_masks, nonzero_params
+from secateur.prune.residual import expand_branches_, find_expansions
+from secateur.prune.slice import update_declared_sizes_, replace_modules_, find_replacements
 
 MANIFEST_NAME = "secateur.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -38,7 +38,7 @@ Build = Callable[[Mapping[str, object]], nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class Artifact:
     """A model read from an artifact.
 
     Attributes:
@@ -82,15 +82,15 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
                 f"`recipe.edits` must say what `model` holds; got {edit} = {edit.value}, the model has "
                 f"{held_value(model, edit)}. Record them with edits_between(original, model)."
             )
-    records = describe(model)
+    records = tensor_records(model)
     weights = serialize(model, records)
-    digest, built = hashlib.sha256(weights).hexdigest(), (replacements_in(model), widenings_in(model))
+    digest, built = sha256_of(weights), (find_replacements(model), find_expansions(model))
     manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
     text = _text_of(manifest)
     try:
         with atomic_folder(folder) as part:
-            write_bytes(part / WEIGHTS_NAME, weights)
-            write_bytes(part / MANIFEST_NAME, text)
+            (part / WEIGHTS_NAME).write_bytes(weights)
+            (part / MANIFEST_NAME).write_bytes(text)
     except OSError as error:
         raise ArtifactError(
             f"The artifact could not be written to {folder}: {error.strerror}. Nothing there was changed; "
@@ -118,20 +118,20 @@ def weights_bytes(model: nn.Module) -> int:
         ArtifactError: If the model holds something that is not numbers.
     """
     model = _unmasked(model)
-    return len(serialize(model, describe(model)))
+    return len(serialize(model, tensor_records(model)))
 
 
 def _unmasked(model: nn.Module) -> nn.Module:
-    return make_permanent_(copy.deepcopy(model)) if masks_of(model) else model
+    return make_permanent_(copy_model(model)) if get_masks(model) else model
 
 
-def load(
+def load_artifact(
     folder: Path | str,
     *,
     build: Build,
     factory: Callable[[], nn.Module] | None = None,
     trust_source: bool = False,
-) -> Loaded:
+) -> Artifact:
     """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
 
     The source is built, gets the stand-ins of removed blocks, what widens narrow branches, the recorded sizes and ints,
@@ -167,7 +167,7 @@ def load(
     set_edits(model, manifest.recipe.edits)
     most = check_capacity(model, manifest.tensors)
     weights = read_bytes(folder / WEIGHTS_NAME, limit=min(manifest.weights_bytes, most))
-    if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+    if sha256_of(weights) != manifest.weights_sha256:
         raise ArtifactError(
             f"{WEIGHTS_NAME} must have the SHA-256 that {MANIFEST_NAME} says; got another ({folder}). "
             "The file was cut short or changed: copy the artifact again, or make it again."
@@ -175,8 +175,8 @@ def load(
     tensors = deserialize(weights, manifest.tensors)
     install(model, manifest.tensors, tensors)
     _check_after(model, manifest)
-    declare_sizes(model)
-    return Loaded(model.eval(), manifest)
+    update_declared_sizes_(model)
+    return Artifact(model.eval(), manifest)
 
 
 def _check_after(model: nn.Module, manifest: Manifest) -> None:
@@ -186,7 +186,7 @@ def _check_after(model: nn.Module, manifest: Manifest) -> None:
             f"`weights.nonzero` must be the number of parameters that are not zero; got {manifest.nonzero}, the file "
             f"has {nonzero_params(model)} (secateur.json). The file is damaged: save the artifact again."
         )
-    if widenings_in(model) != manifest.widenings:
+    if find_expansions(model) != manifest.widenings:
         raise ArtifactError(
             "`widenings` must say what the weights hold; got another order of channels (secateur.json). "
             "The file is damaged: save the artifact again."
@@ -195,8 +195,8 @@ def _check_after(model: nn.Module, manifest: Manifest) -> None:
 
 def _rebuild_(model: nn.Module, manifest: Manifest) -> None:
     try:
-        replace_(model, manifest.replacements)
-        widen_(model, manifest.widenings)
+        replace_modules_(model, manifest.replacements)
+        expand_branches_(model, manifest.widenings)
     except SurgeryError as error:
         raise ArtifactError(
             f"{error} The source builds another model than the one that was saved: use the same version of its code."
@@ -238,8 +238,7 @@ def amend(
         verification={**manifest.recipe.verification, **(verification or {})},
     )
     text = _text_of(replace(manifest, recipe=recipe))
-    with atomic_file(Path(folder) / MANIFEST_NAME) as part:
-        write_bytes(part, text)
+    write_atomic(Path(folder) / MANIFEST_NAME, text)
     return Manifest.from_bytes(text)
 
 

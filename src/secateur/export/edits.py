@@ -13,7 +13,7 @@ from torch import nn
 from secateur._json import brief
 from secateur.errors import ArtifactError
 from secateur.prune.residual import original_names
-from secateur.prune.slice import replacements_in
+from secateur.prune.slice import find_replacements
 
 
 @dataclass(frozen=True, order=True)
@@ -53,7 +53,7 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
     Raises:
         ArtifactError: If the two do not have the same modules, or a list changed its length.
     """
-    removed = tuple(f"{replacement.module}." for replacement in replacements_in(model))
+    removed = tuple(f"{replacement.module}." for replacement in find_replacements(model))
     theirs = {name: module for name, module in original.named_modules() if not name.startswith(removed)}
     ours, names = dict(model.named_modules()), original_names(model)
     if theirs.keys() != set(names.values()):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
-    TOLERANCE,
-    Inputs,
+    PARITY_TOLERANCE,
+    InputTensors,
     Parity,
     Runner,
     as_inputs,
@@ -33,7 +33,7 @@ def export_executorch(
     example: Tensor | tuple[Tensor, ...],
     path: Path | str,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = PARITY_TOLERANCE,
     largest_batch: int = LARGEST_BATCH,
 ) -> Parity:
     """Write a model for ExecuTorch with the XNNPACK backend (float32, any ARM or x86 CPU), run it, and compare it.
@@ -90,12 +90,12 @@ class _Opened:
     program: Any
     method: Any
 
-    def __call__(self, batch: Inputs) -> list[Tensor]:
+    def __call__(self, batch: InputTensors) -> list[Tensor]:
         # What comes back lies in the runtime's memory, which the next run overwrites.
         return [tensor.clone() for tensor in self.method.execute([tensor.contiguous() for tensor in batch])]
 
 
-def _lowered(model: nn.Module, inputs: Inputs, largest_batch: int) -> bytes:
+def _lowered(model: nn.Module, inputs: InputTensors, largest_batch: int) -> bytes:
     exir = extra("executorch.exir")
     partitioner = extra("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
     program = export_program(model, inputs, largest_batch)

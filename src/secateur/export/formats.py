@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export._common import TOLERANCE, Parity, Runner, check_extra, flat_tensors
+from secateur.export._common import PARITY_TOLERANCE, Parity, Runner, check_extra, flat_tensors
 from secateur.export.executorch import executorch_runner
 from secateur.export.onnx import plain_onnx_runner
 from secateur.export.openvino import openvino_runner
@@ -24,7 +24,7 @@ _OPENERS: dict[str, Callable[[Path], Runner]] = {
 }
 
 
-def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, tolerance: float = TOLERANCE) -> Parity:
+def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, tolerance: float = PARITY_TOLERANCE) -> Parity:
     """Run one exported file on images and compare its outputs with the model's.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur._files import atomic_file, read_bytes
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import eval_copy, first_line, not_written
-from secateur.export.onnx import MOST_BYTES, check_plain, feed, onnx_bytes, open_session
+from secateur.export.onnx import MAX_ONNX_BYTES, check_plain, feed, onnx_bytes, open_session
 
 LEAST_KEPT = 0.95
 """Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantization has failed."""
@@ -108,7 +108,7 @@ def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[tuple
     """
     threads = torch.get_num_threads()
     try:
-        content = read_bytes(Path(path), limit=MOST_BYTES)
+        content = read_bytes(Path(path), limit=MAX_ONNX_BYTES)
         check_plain(content)
         sessions = open_session(in_float, threads=threads), open_session(content, threads=threads)
         return compare_answers(*sessions, labeled, 0.0)

@@ -2,7 +2,6 @@
 
 What an artifact says about itself: secateur.json as frozen dataclasses."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -11,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from secateur._json import MAX_DIMENSIONS, MAX_TENSORS, Fields, brief, parse, wrong
-from secateur._provenance import Provenance
+from secateur._provenance import Provenance, sha256_of_json
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.export.edits import Edit
 from secateur.graph.graph import Replacement, StandIn
-from secateur.prune.residual import Widening
+from secateur.prune.residual import ChannelExpansion
 
 _LONGEST_SOURCE = 64 * 2**10
 """Characters of JSON that say how the original is built."""
@@ -24,7 +23,7 @@ _LONGEST_TUPLE = 64
 _MAX_CHANNELS = 2**20
 
 
-def source_of(fields: Fields) -> dict[str, object]:
+def read_source(fields: Fields) -> dict[str, object]:
     """How the original is built: an object with a ``kind``; what else it needs is for its reader to check."""
     source = fields.mapping("source")
     fields.fields("source").name("kind")
@@ -47,7 +46,7 @@ def _named(row: object, where: str, *names: str) -> Fields:
     return Fields(dict(zip(names, cast(list[object], row), strict=True)), where)
 
 
-def replacements_of(fields: Fields) -> tuple[Replacement, ...]:
+def read_replacements(fields: Fields) -> tuple[Replacement, ...]:
     """The stand-ins of removed modules."""
     rows = enumerate(fields.items("replacements", MAX_TENSORS))
     found = tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
@@ -66,7 +65,7 @@ def _replacement(row: object, where: str) -> Replacement:
     return Replacement(fields.name("module"), StandIn(kind), items)
 
 
-def widenings_of(fields: Fields) -> tuple[Widening, ...]:
+def read_widenings(fields: Fields) -> tuple[ChannelExpansion, ...]:
     """The modules that are narrower than the stream they are added into."""
     rows = enumerate(fields.items("widenings", MAX_TENSORS))
     found = tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
@@ -74,7 +73,7 @@ def widenings_of(fields: Fields) -> tuple[Widening, ...]:
     return found
 
 
-def _widening(row: object, where: str) -> Widening:
+def _widening(row: object, where: str) -> ChannelExpansion:
     fields = _named(row, where, "module", "dim", "missing", "order")
     dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
     order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
@@ -83,10 +82,10 @@ def _widening(row: object, where: str) -> Widening:
             raise wrong(fields.path(name), f"below {limit}", value)
     if any(place > len(order) for place in order):
         raise wrong(fields.path("order"), "a list of places among the channels", max(order))
-    return Widening(fields.name("module"), dim, missing, order)
+    return ChannelExpansion(fields.name("module"), dim, missing, order)
 
 
-def edits_of(fields: Fields) -> tuple[Edit, ...]:
+def read_edits(fields: Fields) -> tuple[Edit, ...]:
     """The ints that surgery set."""
     found = tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits")))
     check_once("edits", [(edit.module, edit.attribute, edit.item) for edit in found])
@@ -246,7 +245,7 @@ class Manifest:
     weights_sha256: str
     weights_bytes: int
     replacements: tuple[Replacement, ...] = ()
-    widenings: tuple[Widening, ...] = ()
+    widenings: tuple[ChannelExpansion, ...] = ()
     nonzero: int | None = None
     schema: int = SCHEMA
 
@@ -273,7 +272,7 @@ class Manifest:
             "weights": weights,
         }
         try:
-            data["sha256"] = digest(data)
+            data["sha256"] = manifest_sha256(data)
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items()]
         except (TypeError, ValueError) as error:
             raise ArtifactError(
@@ -299,7 +298,7 @@ class Manifest:
                 f"`schema` must be at most {SCHEMA}; got {schema}: this artifact was written by a newer Secateur. "
                 "Upgrade with `pip install --upgrade secateur`."
             )
-        if fields.text("sha256") != digest(data):
+        if fields.text("sha256") != manifest_sha256(data):
             raise ArtifactError(
                 "secateur.json must have the SHA-256 that its last line says; got another. It is damaged or was "
                 "changed by hand: copy the artifact again, or make it again."
@@ -313,20 +312,20 @@ class Manifest:
             tensors=tensors,
             weights_sha256=weights.text("sha256"),
             weights_bytes=weights.integer("bytes", least=0),
-            replacements=() if schema < 2 else replacements_of(fields),
-            widenings=() if schema < 3 else widenings_of(fields),
+            replacements=() if schema < 2 else read_replacements(fields),
+            widenings=() if schema < 3 else read_widenings(fields),
             nonzero=None if schema < 4 else weights.optional_integer("nonzero", least=0),
             schema=schema,
         )
 
 
-def digest(data: Mapping[str, object]) -> str:
+def manifest_sha256(data: Mapping[str, object]) -> str:
     """SHA-256 (hexadecimal) of a manifest without its own ``sha256``, however its text is spaced and ordered.
 
     It finds accidents (a damaged disk, an edit by hand), not forgers, who would write the right hash.
     """
     rest = {key: value for key, value in data.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return sha256_of_json(rest)
 
 
 def _recipe(fields: Fields) -> Recipe:
@@ -341,9 +340,9 @@ def _recipe(fields: Fields) -> Recipe:
     if math.prod(shape) > _LARGEST_INPUT:
         raise wrong(pixels.path("shape"), f"a size of at most {_LARGEST_INPUT} numbers", list(shape))
     return Recipe(
-        source=source_of(fields),
+        source=read_source(fields),
         architecture=architecture,
-        edits=edits_of(fields),
+        edits=read_edits(fields),
         input_shape=shape,
         mean=pixels.numbers("mean"),
         std=pixels.numbers("std"),

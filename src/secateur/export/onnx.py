@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from secateur._files import atomic_file, read_bytes
 from secateur.errors import ExportError
 from secateur.export._common import (
-    BATCH,
-    TOLERANCE,
-    Inputs,
+    BATCH_DIM,
+    PARITY_TOLERANCE,
+    InputTensors,
     Parity,
     Runner,
     as_inputs,
@@ -32,7 +32,7 @@ _MOST_BYTES = 1_900_000_000
 
 
 def export_onnx(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:
     """Write a model as one ONNX file, run it with ONNX Runtime on the CPU, and compare it with the model.
 
@@ -67,7 +67,7 @@ def export_onnx(
         raise not_written(path, error) from error
 
 
-def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
+def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
     """A model in eval mode on the CPU as the content of an ONNX file.
 
     Raises:
@@ -85,7 +85,7 @@ def onnx_bytes(model: nn.Module, inputs: Inputs) -> bytes:
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=tuple({0: BATCH} for _ in inputs),
+                dynamic_shapes=tuple({0: BATCH_DIM} for _ in inputs),
                 input_names=_names("input", len(inputs)),
                 output_names=_names("output", len(program.graph_signature.user_outputs)),
                 verbose=False,
@@ -129,7 +129,7 @@ def open_session(
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
+def feed(session: Any, batch: InputTensors) -> dict[str, np.ndarray]:
     """The inputs of a session by name."""
     return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
 
@@ -137,7 +137,7 @@ def feed(session: Any, batch: Inputs) -> dict[str, np.ndarray]:
 def session_runner(session: Any) -> Runner:
     """Runs a session on inputs in their order."""
 
-    def run(batch: Inputs) -> list[Tensor]:
+    def run(batch: InputTensors) -> list[Tensor]:
         outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))
         return [torch.from_numpy(output) for output in outputs]
 
@@ -158,7 +158,7 @@ def _names(stem: str, count: int) -> list[str]:
     return [stem] if count == 1 else [f"{stem}_{n}" for n in range(count)]
 
 
-MOST_BYTES = 2**31
+MAX_ONNX_BYTES = 2**31
 """One ONNX file is one protobuf message, and those end there."""
 _REPEATING = frozenset({"Loop", "Scan", "If", "SequenceMap"})
 """Operations that run others again and again, or by what they find. No export of ours has them."""
@@ -172,7 +172,7 @@ def plain_onnx_runner(path: Path) -> Runner:
         ArtifactError: If it is a link, a pipe or a device.
         ExportError: If it could run without end, or reads other files.
     """
-    content = read_bytes(path, limit=MOST_BYTES)
+    content = read_bytes(path, limit=MAX_ONNX_BYTES)
     check_plain(content)
     return session_runner(open_session(content, threads=torch.get_num_threads()))
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
-    TOLERANCE,
-    Inputs,
+    PARITY_TOLERANCE,
+    InputTensors,
     Parity,
     Runner,
     as_inputs,
@@ -28,7 +28,7 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def export_openvino(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:
     """Write a model for OpenVINO, run it on the CPU in float32, and compare it with the model.
 
@@ -89,7 +89,7 @@ def _runner(openvino: Any, description: Path, weights: Path) -> Runner:
     settings = {**FLOAT32, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(core.read_model(description, weights), "CPU", settings)
 
-    def run(batch: Inputs) -> list[Tensor]:
+    def run(batch: InputTensors) -> list[Tensor]:
         found = compiled([tensor.numpy() for tensor in batch])
         return [torch.from_numpy(found[slot].copy()) for slot in compiled.outputs]
 

@@ -112,7 +112,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def describe(model: nn.Module) -> tuple[TensorRecord, ...]:
+def tensor_records(model: nn.Module) -> tuple[TensorRecord, ...]:
     """Records of all tensors of a model; a tensor with several names is held by the first.
 
     Raises:

@@ -10,8 +10,8 @@ from torch.export import ExportedProgram
 from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
-    TOLERANCE,
-    Inputs,
+    PARITY_TOLERANCE,
+    InputTensors,
     Parity,
     Runner,
     as_inputs,
@@ -25,7 +25,7 @@ from secateur.export._common import (
 
 
 def export_pt2(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = TOLERANCE
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:
     """Write a model as .pt2 (`torch.export.save`), read it back, and compare it with the model.
 
@@ -73,7 +73,7 @@ def pt2_runner(path: Path) -> Runner:
 def _runner(program: ExportedProgram) -> Runner:
     module = program.module()
 
-    def run(batch: Inputs) -> list[Tensor]:
+    def run(batch: InputTensors) -> list[Tensor]:
         with torch.no_grad():
             return flat_tensors(module(*batch))
 

@@ -191,7 +191,7 @@ def test_two_processes_are_not_at_one_run(tmp_path: Path):
         assert other.stdout.readline() == b"in\n"
         for leftover in (OnExisting.RESUME, OnExisting.OVERWRITE):
             with (
-                pytest.raises(ArtifactError, match=r"one process at a time; got one whose run another process is at"),
+                pytest.raises(ArtifactError, match=r"one process at a time; another process is working in"),
                 open_run_directory(tmp_path / "out", SETTINGS, leftover),
             ):
                 pass

@@ -2,30 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
-from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, halves
-from secateur.nas.mixture import Blending, Fade
-from secateur.nas.supernet import Supernet, best_first, order_digest
+from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, split_in_half
+from secateur.nas.mixture import WidthExpansion, ZeroPad
+from secateur.nas.supernet import Supernet, order_by_score, order_digest
 from secateur.nas.tas_cost import ExpectedCost
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
-from secateur.nas.tas_train import (
-    AlphaOptimizer,
-    CosineTemperature,
-    DifferentiableSearch,
-    LinearTemperature,
-    TASSearchConfig,
-)
-from secateur.search.base import Proposal, SearchContext, Strategy, describe
+from secateur.nas.tas_train import AlphaOptimizer, CosineTemperature, LinearTemperature, TASSearchConfig, TASStep
+from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
-from secateur.train.checkpoint import Saved, digest, keeping, load_checkpoint
+from secateur.train.checkpoint import model_sha256
 from secateur.train.config import Batches, TrainConfig
-from secateur.train.device import one_device, placed, precision_of
+from secateur.train.device import fabric_precision, placed, usable
+from secateur.train.trainer import Trainer
 
 _CALIBRATION = 8
 """Batches that batch-norm statistics are measured on."""
@@ -39,32 +36,32 @@ class TAS(Strategy):
     (Gumbel-softmax, without replacement) and the network runs once, at the wider one of each axis: the features of the
     narrower one are a part of it, and blended in with the weights of the draw. Every chain of blocks ends with the sum
     of the streams after each candidate number of blocks. One half of the training images teaches the weights, the other
-    one alpha, in turns, with 2 * `Price.loss` added for the budget.
+    one alpha, in turns, with 2 * `ExpectedCost.loss` added for the budget.
 
-    Found is the most likely architecture, moved as little as it takes to fill the budget (`derive`).
+    The result is the most likely architecture, changed as little as it takes to fill the budget (`derive`).
 
     Departures from the paper: weights are sliced before the convolution is computed, not its output after; the network
     is sliced from one trained network with its channels in order of importance, so that candidates of one axis share
     their first channels; the batch norm is shared by the candidates, whose statistics, those of the batch, are the
     same; channels that must stay the same (residual streams) have one choice, unless the graph is untied
-    (`secateur.graph.untie`). The search is short and starts from trained weights, so that the learning rate of alpha
-    is higher (0.001 in the paper, for 600 epochs), and so that by default channels that the narrower width lacks fade
+    (`secateur.graph.untie`). The search is short and starts from trained weights. So the learning rate of alpha is
+    higher (0.001 in the paper, for 600 epochs), and by default the channels that the narrower width lacks are zero
     instead of all of them being interpolated: interpolated channels meet the weights of others, and the trained network
     is lost. With ``RandomInit``, ``Interpolate``, its learning rate and an untied graph it is the paper's search.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
         depths: Candidate depths; None keeps all blocks.
-        schedule: Of the weights: epochs of the search, batch size, learning rate, optimizer. Its seed is replaced by
-            that of the search.
-        architecture: Optimizer of alpha.
-        temperature: Of the draws, `LinearTemperature` as in the paper or `CosineTemperature` as in its code.
-        blending: How the narrower width is seen at the wider one: `Fade`, or `Interpolate` as in the paper.
+        train: Training of the weights: epochs of the search, batch size, learning rate, optimizer. Its seed is replaced
+            by that of the search.
+        alpha_optimizer: Optimizer of alpha.
+        temperature: Temperature of the draws: `LinearTemperature` as in the paper, `CosineTemperature` as in its code.
+        expansion: How the narrower width is seen at the wider one: `ZeroPad`, or `Interpolate` as in the paper.
         tolerance: A network cheaper than the budget by more than this fraction of the whole model's cost is drawn to
             grow, 0 to 1.
         importance: The order of the channels: every width keeps the first ones.
-        begin: The weights that the search begins with.
-        hand_on: The weights that the student is cut from.
+        init: The weights that the search begins with.
+        student_weights: The weights that the student is cut from.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or the tolerance is out of range.
@@ -75,38 +72,38 @@ class TAS(Strategy):
 
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
-    schedule: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
-    architecture: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
+    train: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
+    alpha_optimizer: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
     temperature: LinearTemperature | CosineTemperature = LinearTemperature()  # noqa: RUF009 -- frozen
-    blending: Blending = Fade()  # noqa: RUF009 -- frozen
+    expansion: WidthExpansion = ZeroPad()  # noqa: RUF009 -- frozen
     tolerance: float = 0.05
     importance: Importance = field(default_factory=Reconstruction)
-    begin: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
-    hand_on: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
+    init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
+    student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
 
     def __post_init__(self) -> None:
         if self.widths is None and self.depths is None:
             raise BudgetError("`widths` or `depths` must be given, or there is nothing to search; got None for both.")
         if not 0 <= self.tolerance < 1:
             raise BudgetError(f"`tolerance` must lie in [0, 1); got {self.tolerance}. 0.05 is usual.")
-        if self.schedule.epochs < 1:
-            raise BudgetError(f"`schedule` must have at least one epoch of search; got {self.schedule.epochs}.")
+        if self.train.epochs < 1:
+            raise BudgetError(f"`train` must have at least one epoch of search; got {self.train.epochs}.")
 
     @property
     def trains(self) -> bool:
         """See `Strategy.trains`."""
         return True
 
-    def least(self, problem: SearchContext) -> Cost:
+    def least(self, context: SearchContext) -> Cost:
         """Cost of the smallest candidates."""
-        graph = problem.evidence.graph
-        widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in problem.levels]
+        graph = context.evidence.graph
+        widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in context.levels]
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
         chains = graph.chains if self.depths is not None else ()
         gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
-        return problem.costs.without(gone).cost_of(problem.streams.fitted(smallest[None])[0])
+        return context.costs.without(gone).cost_of(context.streams.fitted(smallest[None])[0])
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
 
         Raises:
@@ -116,92 +113,79 @@ class TAS(Strategy):
             TrainingError: If a loss is no longer finite; the last checkpoints stay.
             Stopped: If that was asked for.
         """
-        if problem.training is None:
+        if context.training is None:
             raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
-        self.hand_on.check(problem)
+        self.student_weights.check(context)
         # Modules made in inference mode could not be trained.
         with torch.inference_mode(mode=False), torch.enable_grad():
-            return self._find(problem)
+            return self._find(context)
 
-    def _find(self, problem: SearchContext) -> Proposal:
-        evidence = problem.evidence
-        order = best_first(problem.scores(self.importance))
-        supernet = Supernet(self.begin.of(evidence.model, evidence.seed), evidence.graph, order)
-        candidates = WidthCandidates.of(problem, self.widths, self.depths, supernet.blended)
-        run = self._run(problem, supernet, candidates)
-        derived = run.derived()
+    def _find(self, context: SearchContext) -> Proposal:
+        evidence = context.evidence
+        order = order_by_score(context.scores(self.importance))
+        supernet = Supernet(self.init.of(evidence.model, evidence.seed), evidence.graph, order)
+        candidates = WidthCandidates.of(context, self.widths, self.depths, supernet.mixable)
+        assert context.training is not None
+        halves = split_in_half(context.training.train, evidence.seed)
+        config = self.search_config(context, candidates, halves)
+        device = config.fabric.device
+        step = TASStep(config, placed(supernet, device), WidthDistribution(candidates).to(device))
+        history = self._search(context, config, step)
         # Streams that are nothing but sums follow their branches.
-        chosen = supernet.blended.union(problem.costs.axes[stream] for stream, _ in problem.streams.sums)
+        chosen = supernet.mixable.union(context.costs.axes[stream] for stream, _ in context.streams.sums)
         unsearched = sorted(set(evidence.graph.sizes) - chosen) if self.widths else []
-        notes = {"search": run.history, "unsearched": unsearched}
-        architecture = run.supernet.architecture(run.subnet(derived))
-        return Proposal(architecture, notes, self.hand_on.of(run.supernet, run.calibration, problem))
+        architecture = step.supernet.architecture(step.subnet(step.derived()))
+        weights = self.student_weights.of(step.supernet, config.calibration, context)
+        return Proposal(architecture, {"search": history, "unsearched": unsearched}, weights)
 
-    def _run(self, problem: SearchContext, supernet: Supernet, candidates: WidthCandidates) -> DifferentiableSearch:
-        """Search, or go on with a search that was interrupted."""
-        assert problem.training is not None
-        course = self.course(problem, candidates, halves(problem.training.train, problem.evidence.seed))
-        run = DifferentiableSearch(
-            course, placed(supernet, course.fabric.device), WidthDistribution(candidates).to(course.fabric.device)
-        )
-        run.derived()  # Refuses a budget that the axes with a choice cannot reach, before anything is trained.
-        settings = {} if problem.checkpoint is None else self._settings(problem, course, supernet)
-        saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
-        epochs = course.schedule.epochs
-        if saved is not None:
-            run.restore(saved)
+    def _search(self, context: SearchContext, config: TASSearchConfig, step: TASStep) -> list[dict[str, Any]]:
+        """Search, or resume a search that was interrupted; returns the history."""
+        step.derived()  # Refuses a budget that the axes with a choice cannot reach, before anything is trained.
+        run, trainer = context.run, Trainer(step)
+        settings = {} if run.folder is None else self._settings(context, config, step.supernet)
+        trainer.resume(run.folder, settings)
+        trainer.run(run, partial(trainer.saved, settings))
+        return trainer.history
 
-        def state() -> Saved:
-            return run.saved(settings)
-
-        with (
-            keeping(problem.checkpoint, problem.saving, course.fabric) as keeper,
-            problem.watch.watch("search", epochs=epochs, steps=course.steps, done=run.epoch) as meter,
-        ):
-            while run.epoch < epochs:
-                run.train_epoch(meter, lambda: keeper.between(state))
-                keeper.save(state)
-        return run
-
-    def course(
-        self, problem: SearchContext, candidates: WidthCandidates, images: tuple[Batches, Batches]
+    def search_config(
+        self, context: SearchContext, candidates: WidthCandidates, images: tuple[Batches, Batches]
     ) -> TASSearchConfig:
-        """Everything of a search that does not change.
+        """Return what a search is made of.
 
         Args:
-            problem: What to solve.
-            candidates: What there is to choose from.
-            images: For the weights, and for the choice.
+            context: The search to run.
+            candidates: The candidates to choose from.
+            images: The images for the weights, and those for alpha.
         """
-        data, seed = problem.training, problem.evidence.seed
-        fabric = one_device(problem.fabric, None if problem.fabric is not None else self.schedule.precision)
-        calibration = tuple(images.to(fabric.device) for images, _ in problem.evidence.batches[:_CALIBRATION])
+        data, seed = context.training, context.evidence.seed
+        fabric = usable(context.run.fabric, None if context.run.fabric is not None else self.train.precision)
+        calibration = tuple(images.to(fabric.device) for images, _ in context.evidence.batches[:_CALIBRATION])
         return TASSearchConfig(
-            price=ExpectedCost(problem, candidates, self.tolerance),
+            cost=ExpectedCost(context, candidates, self.tolerance),
             for_weights=images[0],
-            for_choice=images[1],
+            for_alpha=images[1],
             validation=data.validation if data and len(data.validation) and calibration else None,
             augment=data.augment if data else None,
             calibration=calibration,
-            schedule=replace(self.schedule, seed=seed),
-            adam=self.architecture,
+            train=replace(self.train, seed=seed),
+            alpha_optimizer=self.alpha_optimizer,
             temperature=self.temperature,
-            blending=self.blending,
+            expansion=self.expansion,
             fabric=fabric,
         )
 
-    def _settings(self, problem: SearchContext, course: TASSearchConfig, supernet: Supernet) -> Mapping[str, str]:
+    def _settings(self, context: SearchContext, config: TASSearchConfig, supernet: Supernet) -> Mapping[str, str]:
         """Everything that must be equal for a search to be the same search."""
         return {
-            "strategy": describe(self),
-            "budget": str(problem.budget),
-            "space": repr(problem.space),
-            "seed": str(problem.evidence.seed),
-            "precision": precision_of(course.fabric).name,
-            "model": digest(problem.evidence.model),
+            "strategy": stable_repr(self),
+            "budget": str(context.budget),
+            "space": repr(context.space),
+            "seed": str(context.evidence.seed),
+            "precision": fabric_precision(config.fabric).name,
+            "model": model_sha256(context.evidence.model),
             "axes": f"{len(supernet.order)}, {order_digest(supernet.order)}",
-            "images": f"{len(course.for_weights)} and {len(course.for_choice)}",
-            "validation": "none" if course.validation is None else f"{len(course.validation)} images",
-            "augment": repr(course.augment),
-            "calibration": f"{sum(map(len, course.calibration))} images",
+            "images": f"{len(config.for_weights)} and {len(config.for_alpha)}",
+            "validation": "none" if config.validation is None else f"{len(config.validation)} images",
+            "augment": repr(config.augment),
+            "calibration": f"{sum(map(len, config.calibration))} images",
         }

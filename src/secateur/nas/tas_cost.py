@@ -14,7 +14,7 @@ from secateur.cost.budget import Cost
 from secateur.errors import BudgetError
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.search.base import SearchContext
-from secateur.search.knapsack import PROMISED, fit
+from secateur.search.knapsack import PROMISED, widen_to_budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,12 @@ class ExpectedCost:
     """The cost of a choice.
 
     Attributes:
-        problem: Costs and limits.
+        context: Costs and limits.
         candidates: What there is to choose from.
         tolerance: How far under the budget is near enough, as a fraction of the whole model's cost.
     """
 
-    problem: SearchContext
+    context: SearchContext
     candidates: WidthCandidates
     tolerance: float
 
@@ -41,13 +41,13 @@ class ExpectedCost:
         a stream that is nothing but the sum of its branches with E[max] of theirs. A latency between well aligned
         widths is interpolated, so its steps do not show here; what is most likely is priced with them.
         """
-        costs, device = self.problem.costs, choice.widths.device
+        costs, device = self.context.costs, choice.widths.device
         widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
         if len(self.candidates.axes):
             table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=device)
             means = (choice.log_widths.double().exp() * table).sum(1)
             widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
-        streams = self.problem.streams
+        streams = self.context.streams
         for branch, stream in streams.branches.tolist():
             if stream not in self.candidates.axes:
                 continue
@@ -56,26 +56,26 @@ class ExpectedCost:
         for stream, branches in streams.sums:
             widest = _expected_maximum(self._drawn(choice, branches.tolist()))
             widths = widths.index_put((torch.tensor([stream], device=device),), widest)
-        return costs.expected(self.problem.limits, widths, self.presence(choice))
+        return costs.expected(self.context.limits, widths, self.presence(choice))
 
     def _drawn(self, choice: WidthDistribution, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
         """The widths of each axis and their probabilities; axes without a choice are whole."""
         row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
         p = choice.log_widths.double().exp()
         table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=p.device)
-        whole = torch.as_tensor(self.problem.costs.sizes, dtype=torch.float64, device=p.device)
+        whole = torch.as_tensor(self.context.costs.sizes, dtype=torch.float64, device=p.device)
         one = p.new_ones(1)
         return [(table[row[axis]], p[row[axis]]) if axis in row else (whole[axis].view(1), one) for axis in axes]
 
     def presence(self, choice: WidthDistribution) -> Tensor:
         """(blocks,) probability that each removable block is kept."""
-        costs = self.problem.costs
+        costs = self.context.costs
         present = torch.as_tensor(costs.present, dtype=torch.float64, device=choice.depths.device)
         column = {name: index for index, name in enumerate(costs.blocks)}
         p = choice.log_depths.double().exp()
         for row, number in enumerate(self.candidates.chains.tolist()):
             depths = torch.as_tensor(self.candidates.depths[row], device=p.device)
-            for place, block in enumerate(self.problem.evidence.graph.chains[number], 1):
+            for place, block in enumerate(self.context.evidence.graph.chains[number], 1):
                 kept = (p[row] * (depths >= place)).sum()
                 present = present.index_put((torch.tensor([column[block.name]], device=p.device),), kept)
         return present
@@ -83,7 +83,7 @@ class ExpectedCost:
     def most_likely(self, choice: WidthDistribution) -> Cost:
         """Cost of the architecture of the most likely candidates."""
         widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
-        return self.problem.costs.cost_of(self.problem.streams.fitted(widths[None])[0], blocks)
+        return self.context.costs.cost_of(self.context.streams.fitted(widths[None])[0], blocks)
 
     @staticmethod
     def top(log_p: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -94,7 +94,7 @@ class ExpectedCost:
         self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
     ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
         """(axes,) widths of all prunable axes when each choice takes a candidate by number."""
-        widths = self.problem.costs.sizes.copy()
+        widths = self.context.costs.sizes.copy()
         widths[self.candidates.axes] = self.candidates.widths[np.arange(len(picked)), picked]
         return widths
 
@@ -102,11 +102,11 @@ class ExpectedCost:
         self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
     ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
         """(blocks,) 1 for every removable block that is kept when each chain takes a candidate by number."""
-        costs = self.problem.costs
+        costs = self.context.costs
         column = {name: index for index, name in enumerate(costs.blocks)}
         present = costs.present.copy()
         for row, number in enumerate(self.candidates.chains.tolist()):
-            for block in self.problem.evidence.graph.chains[number][self.candidates.depths[row, picked[row]] :]:
+            for block in self.context.evidence.graph.chains[number][self.candidates.depths[row, picked[row]] :]:
                 present[column[block.name]] = 0
         return present
 
@@ -120,7 +120,7 @@ class ExpectedCost:
             Dong & Yang (TAS), arXiv:1905.09717, Eq. (8), with the lower bound R - t * F_full of the reference code
             (the paper writes (1 - t) R).
         """
-        original, limits = self.problem.costs.original, self.problem.limits
+        original, limits = self.context.costs.original, self.context.limits
         now = self.most_likely(choice)
         field = max(limits, key=lambda name: getattr(now, name) / max(limits[name], 1e-300))
         expected = torch.log(self.expected(choice)[field] / (getattr(original, field) or 1))
@@ -133,8 +133,8 @@ class ExpectedCost:
 
     def fractions(self, cost: Mapping[str, float] | Cost) -> dict[str, float]:
         """Limited fields as fractions of the whole model's."""
-        original = self.problem.costs.original
-        values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.problem.limits}
+        original = self.context.costs.original
+        values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.context.limits}
         return {name: value / (getattr(original, name) or 1) for name, value in values.items()}
 
 
@@ -162,17 +162,17 @@ class Derived:
     removed_blocks: tuple[str, ...]
 
 
-def derive(problem: SearchContext, candidates: WidthCandidates, widths: FloatArray, depths: FloatArray) -> Derived:
+def derive(context: SearchContext, candidates: WidthCandidates, widths: FloatArray, depths: FloatArray) -> Derived:
     """The most likely architecture, moved as little as it takes to fill the budget.
 
     Depths first: those most likely. While nothing within the budget is left of the widths, the step to a shallower
     candidate that costs least likelihood for what it spares is taken; while whole widths would not fill the budget,
     that to a deeper one, if there is one that fits. Then the widths: the steps up to the most likely ones come first,
-    the least doubtful before the others; those beyond follow, the most likely first. `fit` takes as many as there is
-    room for. The step beyond a width w is in doubt by P(width <= w). Axes without a choice stay whole.
+    the least doubtful before the others; those beyond follow, the most likely first. `widen_to_budget` takes as many as
+    there is room for. The step beyond a width w is in doubt by P(width <= w). Axes without a choice stay whole.
 
     Args:
-        problem: Costs, limits and allowed widths.
+        context: Costs, limits and allowed widths.
         candidates: What the probabilities are of.
         widths: (axes with a choice, candidates) probabilities.
         depths: (chains with a choice, candidates) probabilities.
@@ -180,17 +180,17 @@ def derive(problem: SearchContext, candidates: WidthCandidates, widths: FloatArr
     Raises:
         BudgetError: If nothing fits the budget.
     """
-    smallest = problem.costs.sizes.copy()
+    smallest = context.costs.sizes.copy()
     smallest[candidates.axes] = candidates.widths[:, 0]
-    blocks = _Blocks(problem, candidates, depths, smallest)
+    blocks = _Blocks(context, candidates, depths, smallest)
     removed = blocks.removed()
     if not len(candidates.axes):
-        return Derived(problem.costs.sizes.copy(), removed)
-    inner = replace(problem, costs=problem.costs.without(removed))
+        return Derived(context.costs.sizes.copy(), removed)
+    inner = replace(context, costs=context.costs.without(removed))
     searched = set(candidates.axes.tolist())
-    levels = [each if axis in searched else each[-1:] for axis, each in enumerate(problem.levels)]
-    found = fit(inner, _keys(levels, candidates, widths), levels).widths
-    return Derived(problem.streams.fitted(found[None])[0], removed)
+    levels = [each if axis in searched else each[-1:] for axis, each in enumerate(context.levels)]
+    found = widen_to_budget(inner, _keys(levels, candidates, widths), levels).widths
+    return Derived(context.streams.fitted(found[None])[0], removed)
 
 
 def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatArray) -> list[FloatArray]:
@@ -211,8 +211,8 @@ def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatA
 class _Blocks:
     """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width or whole."""
 
-    def __init__(self, problem: SearchContext, candidates: WidthCandidates, p: FloatArray, widths: IntArray):
-        self._problem, self._candidates, self._p, self._widths = problem, candidates, p, widths
+    def __init__(self, context: SearchContext, candidates: WidthCandidates, p: FloatArray, widths: IntArray):
+        self._problem, self._candidates, self._p, self._widths = context, candidates, p, widths
         self._last = [int(row.sum()) - 1 for row in candidates.open_depths]
 
     def removed(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur._arrays import BoolArray, IntArray
 from secateur.errors import BudgetError
 from secateur.nas.common import Depths, Widths
-from secateur.nas.mixture import Blending, Mixture
+from secateur.nas.mixture import Mixture, WidthExpansion
 from secateur.nas.supernet import Subnet, Supernet
 from secateur.search.base import SearchContext
 from secateur.search.space import Streams
@@ -42,12 +42,12 @@ class WidthCandidates:
 
     @classmethod
     def of(
-        cls, problem: SearchContext, widths: Widths | None, depths: Depths | None, seen: frozenset[str]
+        cls, context: SearchContext, widths: Widths | None, depths: Depths | None, seen: frozenset[str]
     ) -> "WidthCandidates":
-        """The candidates of a problem.
+        """The candidates of a context.
 
         Args:
-            problem: For the allowed widths and the chains.
+            context: For the allowed widths and the chains.
             widths: None leaves all axes whole.
             depths: None keeps all blocks.
             seen: Names of the axes that can be searched; the others stay whole.
@@ -55,13 +55,13 @@ class WidthCandidates:
         Raises:
             BudgetError: If nothing has two candidates.
         """
-        names = problem.costs.axes
+        names = context.costs.axes
         by_axis = {
             number: widths.of(levels)
-            for number, levels in enumerate(problem.levels)
+            for number, levels in enumerate(context.levels)
             if widths is not None and names[number] in seen
         }
-        chains = problem.evidence.graph.chains
+        chains = context.evidence.graph.chains
         by_chain = {number: depths.of(len(chain)) for number, chain in enumerate(chains) if depths is not None}
         by_axis, by_chain = (
             {number: found for number, found in rows.items() if len(found) > 1} for rows in (by_axis, by_chain)
@@ -71,7 +71,7 @@ class WidthCandidates:
                 "`space` must leave some axis two widths, or some chain of blocks two depths; got none with a choice. "
                 "Lower divisor, min_width or min_kept_fraction, or search depths too (for a net with residual blocks)."
             )
-        return cls(*_table(by_axis), *_table(by_chain), problem.streams)
+        return cls(*_table(by_axis), *_table(by_chain), context.streams)
 
 
 def _table(rows: dict[int, tuple[int, ...]]) -> tuple[IntArray, IntArray, BoolArray]:
@@ -172,7 +172,11 @@ class SampledWidths:
 
 
 def draw(
-    supernet: Supernet, choice: WidthDistribution, temperature: float, blending: Blending, generator: torch.Generator
+    supernet: Supernet,
+    choice: WidthDistribution,
+    temperature: float,
+    expansion: WidthExpansion,
+    generator: torch.Generator,
 ) -> SampledWidths:
     """Draw two widths of every axis, and weights for all depths of every chain."""
     candidates, sizes = choice.candidates, list(supernet.graph.sizes.values())
@@ -190,7 +194,7 @@ def draw(
     depths: tuple[Tensor, ...] = ()
     if len(candidates.chains):
         depths = _spread(supernet, choice, draw_all(choice.log_depths, temperature, generator))
-    return SampledWidths(Subnet(tuple(wide)), Mixture(tuple(narrow), weights, depths, blending))
+    return SampledWidths(Subnet(tuple(wide)), Mixture(tuple(narrow), weights, depths, expansion))
 
 
 def _spread(supernet: Supernet, choice: WidthDistribution, shares: Tensor) -> tuple[Tensor, ...]:

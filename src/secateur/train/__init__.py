@@ -1,22 +1,31 @@
-"""Training: one loop on Lightning Fabric with exact resume; the best epoch is chosen on validation images."""
+"""Training: one loop on Lightning Fabric with exact resume, and what `fit`, TAS and SWP compute in its steps."""
 
-from secateur.train.callbacks import CsvLog, Meter, Progress, Silent, TensorBoard, TerminalProgress
+from secateur.train.callbacks import (
+    Callbacks,
+    CsvLog,
+    LoopCallbacks,
+    LossMeter,
+    Silent,
+    TensorBoard,
+    TerminalProgress,
+    diverged,
+)
 from secateur.train.checkpoint import (
+    Checkpoint,
     Checkpointer,
     CheckpointPolicy,
-    Saved,
     average_decay,
-    digest,
+    checkpointing,
     finite,
-    keeping,
     load_checkpoint,
+    model_sha256,
     optimizer_tensors,
     save_checkpoint,
     tensors_of,
     write_optimizer_,
     write_tensors_,
 )
-from secateur.train.config import SGD, AdamW, Batches, TrainConfig, TrainingData
+from secateur.train.config import SGD, AdamW, Batches, RunSettings, TrainConfig, TrainingData, epoch_batches
 from secateur.train.device import (
     Compiled,
     Eager,
@@ -25,43 +34,52 @@ from secateur.train.device import (
     autocast,
     best_precision,
     channels_last,
+    fabric_precision,
     one_device,
     open_fabric,
     placed,
-    precision_of,
     seeded,
     usable,
 )
 from secateur.train.distributed import average_gradients_, averaged, open_group, own_part
-from secateur.train.evaluate import Accuracy, evaluate, measure
-from secateur.train.fit import fit, train_with_teacher
+from secateur.train.evaluate import Accuracy, evaluate, measure_accuracy
+from secateur.train.fit import Trained, fit, train_with_teacher
 from secateur.train.recipes import born_again, check_resettable, distill_after_hints, distill_chain, reset_weights_
-from secateur.train.trainer import EpochRecord, EpochState, LossMeter, Trained, diverged, nothing
+from secateur.train.supervised import EpochRecord
+from secateur.train.trainer import EpochReport, EpochState, EpochSummary, Learner, Losses, Shard, Trainer, TrainingStep
 
 __all__ = [
     "SGD",
     "Accuracy",
     "AdamW",
     "Batches",
+    "Callbacks",
+    "Checkpoint",
     "CheckpointPolicy",
     "Checkpointer",
     "Compiled",
     "CsvLog",
     "Eager",
     "EpochRecord",
+    "EpochReport",
     "EpochState",
+    "EpochSummary",
     "Execution",
+    "Learner",
+    "LoopCallbacks",
     "LossMeter",
-    "Meter",
+    "Losses",
     "Precision",
-    "Progress",
-    "Saved",
+    "RunSettings",
+    "Shard",
     "Silent",
     "TensorBoard",
     "TerminalProgress",
     "TrainConfig",
     "Trained",
+    "Trainer",
     "TrainingData",
+    "TrainingStep",
     "autocast",
     "average_decay",
     "average_gradients_",
@@ -70,24 +88,24 @@ __all__ = [
     "born_again",
     "channels_last",
     "check_resettable",
-    "digest",
+    "checkpointing",
     "distill_after_hints",
     "distill_chain",
     "diverged",
+    "epoch_batches",
     "evaluate",
+    "fabric_precision",
     "finite",
     "fit",
-    "keeping",
     "load_checkpoint",
-    "measure",
-    "nothing",
+    "measure_accuracy",
+    "model_sha256",
     "one_device",
     "open_fabric",
     "open_group",
     "optimizer_tensors",
     "own_part",
     "placed",
-    "precision_of",
     "reset_weights_",
     "save_checkpoint",
     "seeded",

@@ -1,11 +1,12 @@
-"""Showing a long loop while it runs. Pass `Silent()` for nothing, `TerminalProgress()` for a bar, or your own.
+"""Callbacks show a long loop while it runs: on the terminal, in a CSV file, or as TensorBoard curves.
 
-The epochs of long loops as a table in a file.
-
-A long loop as curves in TensorBoard."""
+Pass `Silent()` for nothing, `TerminalProgress()` for a bar, `CsvLog` or `TensorBoard` around one of these, or your own
+`Callbacks`. `LossMeter` reads the losses of an epoch from the device and hands them to the callbacks.
+"""
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,9 +15,12 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from secateur._files import write_whole
+import torch
+from torch import Tensor
+
+from secateur._files import write_atomic
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -24,61 +28,61 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-COLUMNS = 80
-"""The bar with everything beside it fits into the narrowest usual terminal."""
-
-_BAR, _ETA = 10, 13
-"""Columns of the bar itself, and of the time left with its word and spaces."""
-
-
-class Meter(Protocol):
-    """Receives the course of one loop. Both counts begin with 1."""
+class LoopCallbacks(Protocol):
+    """Receives the numbers of one loop. Both counts begin with 1."""
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
-        """Called now and then within an epoch, at least once.
+        """Receive the numbers of a step; called from time to time within an epoch, at least once.
 
         Args:
-            epoch: The epoch that the step is of.
-            step: Within the epoch.
-            numbers: Of this step, by name, the most telling first.
+            epoch: The epoch of the step.
+            step: The step within the epoch.
+            numbers: Numbers by name, the most important first.
         """
         ...
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
-        """Called at the end of every epoch, and for epoch 0 if something is measured before the loop.
+        """Receive the numbers of an epoch at its end, and of epoch 0 if something is measured before the loop.
 
         Args:
             epoch: The epoch that ended.
-            numbers: Of the whole epoch, by name, for logs; other names than those of the steps.
+            numbers: Numbers of the whole epoch by name, for logs. The names differ from those of the steps.
             line: The epoch in words, for people.
         """
         ...
 
 
-class Progress(Protocol):
-    """Opens a `Meter` for a loop."""
+class Callbacks(Protocol):
+    """Opens the `LoopCallbacks` of every loop of a run: a search, a training."""
 
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[Meter]:
-        """A meter that is closed when the loop ends, also by an error.
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> AbstractContextManager[LoopCallbacks]:
+        """Return a context with the callbacks of one loop. It is left when the loop ends, also by an error.
 
         Args:
-            what: What the loop does, one word such as ``train`` or ``search``.
+            loop: What the loop does, one word such as ``train`` or ``search``.
             epochs: Epochs of the whole loop.
             steps: Steps per epoch.
-            done: Epochs done by an earlier, resumed process.
+            done: Epochs done by an earlier process whose run is resumed.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Silent:
-    """Shows nothing."""
+    """Callbacks that show nothing."""
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Generator[Meter]:
-        """See `Progress.watch`."""
-        del what, epochs, steps, done
-        yield _SilentMeter()
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:
+        """See `Callbacks.start`."""
+        del loop, epochs, steps, done
+        yield _SilentLoop()
+
+
+COLUMNS = 80
+"""The bar with everything beside it fits into the narrowest usual terminal."""
+
+_BAR, _ETA = 10, 13
+"""Columns of the bar itself, and of the time left with its word and spaces."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +96,17 @@ class TerminalProgress:
     stream: TextIO | None = None
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Generator[Meter]:
-        """See `Progress.watch`."""
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:
+        """See `Callbacks.start`."""
         stream = self.stream or sys.stderr
         if not stream.isatty():
-            yield _LineMeter(stream, epochs, done)
+            yield _LineLoop(stream, epochs, done)
             return
         with _bar(stream) as bar:
-            yield _BarMeter(bar, what, epochs, steps, done)
+            yield _BarLoop(bar, loop, epochs, steps, done)
 
 
-class _SilentMeter:
+class _SilentLoop:
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
         pass
 
@@ -110,7 +114,7 @@ class _SilentMeter:
         pass
 
 
-class _LineMeter:
+class _LineLoop:
     def __init__(self, stream: TextIO, epochs: int, done: int) -> None:
         self._stream, self._epochs, self._done = stream, epochs, done
         self._began = perf_counter()
@@ -126,13 +130,13 @@ class _LineMeter:
         print(line, file=self._stream, flush=True)
 
 
-class _BarMeter:
-    def __init__(self, bar: "Bar", what: str, epochs: int, steps: int, done: int) -> None:
-        self._bar, self._what, self._epochs, self._steps = bar, what, epochs, steps
-        self._task = bar.add_task(what, total=epochs * steps, completed=done * steps, numbers=what)
+class _BarLoop:
+    def __init__(self, bar: "Bar", loop: str, epochs: int, steps: int, done: int) -> None:
+        self._bar, self._loop, self._epochs, self._steps = bar, loop, epochs, steps
+        self._task = bar.add_task(loop, total=epochs * steps, completed=done * steps, numbers=loop)
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
-        place = f"{self._what} {epoch}/{self._epochs}  step {step}/{self._steps}"
+        place = f"{self._loop} {epoch}/{self._epochs}  step {step}/{self._steps}"
         line = _compact(place, numbers, COLUMNS - _BAR - _ETA)
         self._bar.update(self._task, completed=(epoch - 1) * self._steps + step, numbers=line)
 
@@ -141,7 +145,7 @@ class _BarMeter:
 
 
 def _compact(place: str, numbers: Mapping[str, float], columns: int) -> str:
-    """As many of the numbers as there is room for. A name of several words is told by its initials: lr."""
+    """As many of the numbers as there is room for. A name of several words is shortened to its initials: lr."""
     line = place
     for name, value in numbers.items():
         words = name.split("_")
@@ -162,62 +166,61 @@ def _bar(stream: TextIO) -> "Bar":
         TextColumn("{task.fields[numbers]}  ETA", markup=False),
         TimeRemainingColumn(),
         console=Console(file=stream),
-        refresh_per_second=2,  # Enough to see that it lives; drawing takes time from the loop.
+        refresh_per_second=2,  # Enough to see that the loop runs; drawing takes time from it.
     )
 
 
 _LOOP, _EPOCH = "loop", "epoch"
 
-Row = dict[str, str]
+CsvRow = dict[str, str]
 
 
 @dataclass(frozen=True)
 class CsvLog:
-    """Keeps a table of all epochs, and hands everything on.
+    """Callbacks that keep a CSV table of all epochs, and pass everything on to others.
 
-    A row is an epoch: which loop it is of (``train``, ``search``), its number, then every number of it by name, empty
-    where a loop has no such number. The file is whole at any moment, and written anew with every epoch. A resumed loop
-    goes on where its checkpoint was: rows after that are replaced. A loop that begins anew replaces all rows of its
-    kind.
+    A row is an epoch: the loop (``train``, ``search``), the number of the epoch, then every number of it by name, empty
+    where a loop has no such number. The file is complete at any moment: every epoch writes it again. A resumed loop
+    replaces the rows after its checkpoint, and a loop that begins again replaces all of its rows.
 
     Attributes:
-        path: The file; made with the first epoch.
-        inner: Shows the loop as well.
+        path: The file, created at the end of the first epoch.
+        inner: The callbacks that everything is passed on to.
     """
 
     path: Path
-    inner: Progress = TerminalProgress()
+    inner: Callbacks = TerminalProgress()
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Generator[Meter]:
-        """See `Progress.watch`.
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:
+        """See `Callbacks.start`.
 
         Raises:
-            TrainingError: If the file is no such table, or cannot be written.
+            TrainingError: If the file is not such a table, or cannot be written.
         """
-        # Epoch 0 is what was measured before the loop; one that goes on has it already, also within its first epoch.
-        rows = [row for row in _read(self.path) if row[_LOOP] != what or int(row[_EPOCH]) <= done]
-        with self.inner.watch(what, epochs=epochs, steps=steps, done=done) as inner:
-            yield _RowMeter(self.path, rows, what, inner)
+        # Epoch 0 is measured before the loop; a resumed loop has it already, also within its first epoch.
+        rows = [row for row in _read(self.path) if row[_LOOP] != loop or int(row[_EPOCH]) <= done]
+        with self.inner.start(loop, epochs=epochs, steps=steps, done=done) as inner:
+            yield _CsvLoop(self.path, rows, loop, inner)
 
 
-class _RowMeter:
-    def __init__(self, path: Path, rows: list[Row], what: str, inner: Meter) -> None:
-        self._path, self._rows, self._what, self._inner = path, rows, what, inner
+class _CsvLoop:
+    def __init__(self, path: Path, rows: list[CsvRow], loop: str, inner: LoopCallbacks) -> None:
+        self._path, self._rows, self._loop, self._inner = path, rows, loop, inner
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
         self._inner.step(epoch, step, numbers)
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
         named = {name: repr(float(value)) for name, value in numbers.items()}
-        # One that begins anew measures epoch 0 again.
-        self._rows = [row for row in self._rows if row[_LOOP] != self._what or int(row[_EPOCH]) < epoch]
-        self._rows.append({_LOOP: self._what, _EPOCH: str(epoch), **named})
-        _write(self._path, self._rows)  # Before the checkpoint that follows: nothing that it has done is missing.
+        # A loop that begins again measures epoch 0 again.
+        self._rows = [row for row in self._rows if row[_LOOP] != self._loop or int(row[_EPOCH]) < epoch]
+        self._rows.append({_LOOP: self._loop, _EPOCH: str(epoch), **named})
+        _write(self._path, self._rows)  # Before the checkpoint that follows, so that no epoch of it is missing.
         self._inner.epoch(epoch, numbers, line)
 
 
-def _read(path: Path) -> list[Row]:
+def _read(path: Path) -> list[CsvRow]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file, strict=True)
@@ -230,45 +233,44 @@ def _read(path: Path) -> list[Row]:
         return []
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
         raise TrainingError(
-            f"{path} must be a table of epochs, begun by an earlier part of this run; got something else ({error}). "
+            f"{path} must be a table of epochs, written by an earlier part of this run; got something else ({error}). "
             "Move it away."
         ) from error
     return rows
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def _write(path: Path, rows: list[CsvRow]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     try:
-        write_whole(path, text.getvalue().encode())
+        write_atomic(path, text.getvalue())
     except OSError as error:
         raise TrainingError(
-            f"{path} must be a file that can be written; {error}. Make room or mend the permissions, and go on."
+            f"{path} must be a file that can be written; {error}. Free some space or fix the permissions, and resume."
         ) from error
 
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """Logs all numbers as scalars for ``tensorboard --logdir FOLDER``, and hands everything on.
+    """Callbacks that log all numbers as scalars for ``tensorboard --logdir FOLDER``, and pass everything on to others.
 
-    Each kind of loop is a run of its own, ``<folder>/<what>``, with the scalars ``<what>/<name>``. Numbers of steps
-    and of epochs share one time axis, the steps since the beginning of the loop. A resumed loop goes on where its
-    checkpoint was: what an interrupted process logged after that is replaced. A loop that begins anew replaces
-    everything.
+    Each loop is a TensorBoard run of its own, ``<folder>/<loop>``, with the scalars ``<loop>/<name>``. Numbers of
+    steps and of epochs share one time axis: the steps since the beginning of the loop. A resumed loop replaces what
+    was logged after its checkpoint, and a loop that begins again replaces everything.
 
     Attributes:
-        folder: Where the event files go; made if it is not there.
-        inner: Shows the loop as well.
+        folder: The folder of the event files, created if it is missing.
+        inner: The callbacks that everything is passed on to.
 
     Raises:
         TrainingError: If the package tensorboard is not installed, or the folder is a file.
     """
 
     folder: Path
-    inner: Progress = TerminalProgress()
+    inner: Callbacks = TerminalProgress()
 
     def __post_init__(self) -> None:
         if find_spec("tensorboard") is None:
@@ -279,22 +281,22 @@ class TensorBoard:
             raise TrainingError(f"`folder` must be a folder for event files; got the file {self.folder}. Name another.")
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Generator[Meter]:
-        """See `Progress.watch`."""
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:
+        """See `Callbacks.start`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps up to the checkpoint are on disk and stay; step 0 is what was measured before the loop.
+        # Steps up to the checkpoint are on disk and stay; step 0 was measured before the loop.
         first = done * steps + 1 if done else 0
         with (
-            SummaryWriter(self.folder / what, purge_step=first) as writer,
-            self.inner.watch(what, epochs=epochs, steps=steps, done=done) as inner,
+            SummaryWriter(self.folder / loop, purge_step=first) as writer,
+            self.inner.start(loop, epochs=epochs, steps=steps, done=done) as inner,
         ):
-            yield _ScalarMeter(writer, inner, what, steps)
+            yield _TensorBoardLoop(writer, inner, loop, steps)
 
 
-class _ScalarMeter:
-    def __init__(self, writer: "SummaryWriter", inner: Meter, what: str, steps: int) -> None:
-        self._writer, self._inner, self._what, self._steps = writer, inner, what, steps
+class _TensorBoardLoop:
+    def __init__(self, writer: "SummaryWriter", inner: LoopCallbacks, loop: str, steps: int) -> None:
+        self._writer, self._inner, self._loop, self._steps = writer, inner, loop, steps
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
         self._add(numbers, (epoch - 1) * self._steps + step)
@@ -302,9 +304,120 @@ class _ScalarMeter:
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
         self._add(numbers, epoch * self._steps)
-        self._writer.flush()  # Before the checkpoint that follows: a killed process loses nothing it can go on from.
+        self._writer.flush()  # Before the checkpoint that follows, so that a killed process loses no epoch of it.
         self._inner.epoch(epoch, numbers, line)
 
     def _add(self, numbers: Mapping[str, float], step: int) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(f"{self._what}/{name}", value, step)
+            self._writer.add_scalar(f"{self._loop}/{name}", value, step)
+
+
+STEPS_PER_LOOK = 20
+"""The losses are read after this many steps at the latest. Reading waits for the device, so it must be rare."""
+
+SECONDS_PER_LOOK = 1.0
+"""Where steps take long, losses are read sooner: one wait per second costs nothing."""
+
+
+class LossMeter:
+    """Sums the losses of one epoch, finds the first step whose losses are not finite, and keeps what was shown.
+
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        steps: Steps so far.
+        latest: Total loss of the last step that was read from the device.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.steps = 0
+        self.latest = math.nan
+        self._sums: dict[str, float] = {}
+        self._unread: list[Tensor] = []
+        self._shown: list[tuple[int, dict[str, float]]] = []
+        self._rate = 0.0
+        self._looked = perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor], rate: float) -> bool:
+        """Note the losses of one step without waiting for the device, and return whether they were read.
+
+        Args:
+            losses: The "total" first, then each part.
+            rate: Learning rate of the step.
+
+        Raises:
+            TrainingError: See `look`.
+        """
+        if not self._sums:
+            self._sums = dict.fromkeys(losses, 0.0)
+        self._unread.append(torch.stack(list(losses.values())))
+        self.steps += 1
+        self._rate = rate
+        looks = len(self._unread) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
+        if looks:
+            self.look()
+        return looks
+
+    def look(self) -> None:
+        """Read the losses that were not read yet; this waits for the device.
+
+        Raises:
+            TrainingError: If one of them is not finite.
+        """
+        rows = torch.stack(self._unread).tolist() if self._unread else []
+        first = self.steps - len(rows) + 1
+        self._unread.clear()
+        self._looked = perf_counter()
+        for step, row in enumerate(rows, first):
+            if not all(map(math.isfinite, row)):
+                values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
+                raise diverged(f"loss ({values})", f"epoch {self.epoch}, step {step}", self._rate)
+            for name, value in zip(self._sums, row, strict=True):
+                self._sums[name] += value
+            self.latest = row[0]
+
+    def show(self, callbacks: LoopCallbacks, numbers: Mapping[str, float]) -> None:
+        """Show numbers of the last step."""
+        self._shown.append((self.steps, dict(numbers)))
+        callbacks.step(self.epoch, self.steps, numbers)
+
+    def show_again(self, callbacks: LoopCallbacks) -> None:
+        """Show everything that was shown of the epoch before it was interrupted, so that no log has a gap."""
+        for step, numbers in self._shown:
+            callbacks.step(self.epoch, step, numbers)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of each loss over the steps so far.
+
+        Raises:
+            TrainingError: See `look`.
+        """
+        self.look()
+        return {name: value / self.steps for name, value in self._sums.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as a JSON object.
+
+        Raises:
+            TrainingError: See `look`.
+        """
+        self.look()
+        return {"steps": self.steps, "latest": self.latest, "sums": self._sums, "shown": self._shown}
+
+    @classmethod
+    def from_json(cls, epoch: int, data: Mapping[str, Any]) -> "LossMeter":
+        """Inverse of `to_json`."""
+        meter = cls(epoch)
+        meter.steps, meter.latest = int(data["steps"]), float(data["latest"])
+        meter._sums = {name: float(value) for name, value in data["sums"].items()}
+        meter._shown = [(int(step), dict(numbers)) for step, numbers in data["shown"]]
+        return meter
+
+
+def diverged(what: str, where: str, rate: float) -> TrainingError:
+    """The error for a run whose numbers are no longer finite."""
+    return TrainingError(
+        f"the {what} must stay finite; that failed at {where} (learning rate {rate:.3g}). "
+        "Lower the learning rate or warm up longer, and check that the images are normalized."
+    )

@@ -4,14 +4,10 @@ Checkpoints: a folder each, complete or absent, without pickle.
 
 When a long loop writes its checkpoints, and that it obeys a request to stop."""
 
-import copy
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -25,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from secateur._runtime import Stopped, StopRequest, listening
+from secateur._files import atomic_folder
+from secateur._provenance import changed_settings, sha256_of, sha256_of_tensors
+from secateur._runtime import Stopped, StopRequest, accept_stop_requests, copy_model
 from secateur.errors import TrainingError
 from secateur.train.distributed import averaged
 
@@ -44,7 +42,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def copied(tensors: Tensors) -> dict[str, Tensor]:
+def clone_tensors(tensors: Tensors) -> dict[str, Tensor]:
     """Copies on the same devices."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -77,14 +75,9 @@ def write_optimizer_(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
         optimizer.state[parameter][kind] = beside.copy_(value)
 
 
-def digest(model: nn.Module) -> str:
+def model_sha256(model: nn.Module) -> str:
     """SHA-256 over names, shapes, types and values of all tensors: equal for equal models only."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(model).items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    return sha256_of_tensors(tensors_of(model))
 
 
 def finite(model: nn.Module) -> bool:
@@ -113,7 +106,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.model = copy_model(model).eval().requires_grad_(requires_grad=False)
         self.decay = decay
         self.updates = 0
         tensors = tensors_of(self.model)
@@ -131,16 +124,17 @@ class MovingAverage:
         self.updates += 1
 
 
-SCHEMA = 1
+CHECKPOINT_SCHEMA = 1
 KEPT = 2
 """The newest checkpoint and the one before, in case a disk damages the newest."""
 
 _NAME = re.compile(r"epoch-(\d{6,})(?:-step-(\d{6,}))?")
-_PARTIAL = "partial-"
+_DRAFTS = ".epoch-*.part"
+"""Unfinished checkpoints of processes that were killed."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """What one checkpoint holds.
 
     Attributes:
@@ -167,10 +161,10 @@ class Saved:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
-def save_checkpoint(folder: Path, saved: Saved) -> None:
+def save_checkpoint(folder: Path, saved: Checkpoint) -> None:
     """Write ``folder/epoch-000007`` (see `Saved.name`) in one step, then remove all but the last `KEPT`.
 
-    A process killed at any moment leaves complete checkpoints only (and a ``partial-`` folder, removed later).
+    A process killed at any moment leaves complete checkpoints only (and a hidden draft, removed later).
 
     Raises:
         TrainingError: If the folder cannot be written, or the disk is full.
@@ -179,48 +173,40 @@ def save_checkpoint(folder: Path, saved: Saved) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_PARTIAL}*"):
+        for leftover in folder.glob(_DRAFTS):
             shutil.rmtree(leftover)
-        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-        _write(partial, saved)
-        target = folder / saved.name
-        if target.exists():  # A damaged one, passed over when this run was resumed.
-            shutil.rmtree(target)
-        partial.replace(target)
-        _flush(folder)
+        # What is replaced is a damaged checkpoint, passed over when this run was resumed.
+        with atomic_folder(folder / saved.name) as draft:
+            _write(draft, saved)
         for old in _complete(folder)[KEPT:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        for leftover in folder.glob(f"{_PARTIAL}*"):  # Half of a checkpoint must not take the room of a full disk.
-            shutil.rmtree(leftover, ignore_errors=True)
         raise TrainingError(
             f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
             "permissions and start again: the run goes on after its last complete checkpoint."
         ) from error
 
 
-def _write(partial: Path, saved: Saved) -> None:
+def _write(draft: Path, saved: Checkpoint) -> None:
     from safetensors.torch import save_file
 
     # Cloned: safetensors refuses tensors that share memory or are not contiguous (channels-last).
     tensors = {
         name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in saved.tensors.items()
     }
-    save_file(tensors, partial / "tensors.safetensors")
+    save_file(tensors, draft / "tensors.safetensors")
     state = {
-        "schema": SCHEMA,
+        "schema": CHECKPOINT_SCHEMA,
         "epoch": saved.epoch,
         "step": saved.step,
-        "sha256": _sha256(partial / "tensors.safetensors"),
+        "sha256": sha256_of(draft / "tensors.safetensors"),
         "settings": dict(saved.settings),
         "numbers": dict(saved.numbers),
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for path in (partial / "tensors.safetensors", partial / "state.json", partial):
-        _flush(path)
+    (draft / "state.json").write_text(json.dumps(state, indent=1))
 
 
-def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Saved | None:
+def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | None:
     """The newest good checkpoint of the folder, or None if it has none yet.
 
     Args:
@@ -252,34 +238,31 @@ def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Saved | None:
     return None
 
 
-def _read(path: Path) -> Saved:
+def _read(path: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     state = json.loads((path / "state.json").read_text())
-    if state["schema"] != SCHEMA:
-        raise ValueError(f"schema {state['schema']} was written by another version (this one reads {SCHEMA})")
+    if state["schema"] != CHECKPOINT_SCHEMA:
+        raise ValueError(
+            f"schema {state['schema']} was written by another version (this one reads {CHECKPOINT_SCHEMA})"
+        )
     content = (path / "tensors.safetensors").read_bytes()
-    if hashlib.sha256(content).hexdigest() != state["sha256"]:
+    if sha256_of(content) != state["sha256"]:
         raise ValueError("tensors.safetensors does not have the recorded SHA-256")
     try:
         tensors = load(content)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     numbers, settings = dict(state["numbers"]), dict(state["settings"])
-    return Saved(int(state["epoch"]), tensors, numbers, settings, int(state.get("step", 0)))
+    return Checkpoint(int(state["epoch"]), tensors, numbers, settings, int(state.get("step", 0)))
 
 
 def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    different = [
-        f"{name} was {then.get(name, 'absent')}, now {now.get(name, 'absent')}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if different:
+    if changes := changed_settings(then, now):
         raise TrainingError(
             f"`checkpoint` must be continued with the settings it was begun with; got others than in {path}: "
-            f"{'; '.join(different)}. Use the old settings, or another folder for a new run."
+            f"{changes}. Use the old settings, or another folder for a new run."
         )
 
 
@@ -287,22 +270,6 @@ def _complete(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     found = {path: match for path in folder.glob("epoch-*") if (match := _NAME.fullmatch(path.name))}
     return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file or folder to disk, so that a power cut cannot undo the order of the steps."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -334,11 +301,11 @@ class Checkpointer:
         fabric: The processes of the loop; the first one writes.
     """
 
-    def __init__(self, folder: Path | None, saving: CheckpointPolicy, request: StopRequest, fabric: "Fabric") -> None:
-        self._folder, self._saving, self._request, self._fabric = folder, saving, request, fabric
+    def __init__(self, folder: Path | None, policy: CheckpointPolicy, request: StopRequest, fabric: "Fabric") -> None:
+        self._folder, self._policy, self._request, self._fabric = folder, policy, request, fabric
         self._steps, self._written = 0, monotonic()
 
-    def between(self, state: Callable[[], Saved]) -> None:
+    def between(self, state: Callable[[], Checkpoint]) -> None:
         """To be called after every step: writes a checkpoint if one is due, and stops if that was asked for.
 
         Args:
@@ -349,15 +316,15 @@ class Checkpointer:
             TrainingError: If the checkpoint cannot be written.
         """
         self._steps += 1
-        due = monotonic() - self._written >= self._saving.seconds
-        due = due or (self._saving.steps is not None and self._steps >= self._saving.steps)
+        due = monotonic() - self._written >= self._policy.seconds
+        due = due or (self._policy.steps is not None and self._steps >= self._policy.steps)
         due, stop = self._agreed(due, self._request.asked)
         if due or stop:
             self.save(state)
         if stop:
             raise Stopped(self._folder)
 
-    def save(self, state: Callable[[], Saved]) -> None:
+    def save(self, state: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint now.
 
         Raises:
@@ -390,15 +357,15 @@ class Checkpointer:
 
 
 @contextmanager
-def keeping(folder: Path | None, saving: CheckpointPolicy, fabric: "Fabric") -> Generator[Checkpointer]:
+def checkpointing(folder: Path | None, policy: CheckpointPolicy, fabric: "Fabric") -> Generator[Checkpointer]:
     """A loop that keeps checkpoints and obeys `stoppable`: it ends with `Stopped` if that is asked for meanwhile.
 
     Args:
         folder: For checkpoints; None writes none.
-        saving: When they are written within an epoch.
+        policy: When they are written within an epoch.
         fabric: The processes of the loop.
     """
-    with listening() as request:
-        keeper = Checkpointer(folder, saving, request, fabric)
-        yield keeper
-        keeper.end()
+    with accept_stop_requests() as request:
+        checkpointer = Checkpointer(folder, policy, request, fabric)
+        yield checkpointer
+        checkpointer.end()

@@ -1,21 +1,17 @@
-"""What the engine asks of data. The splits of `secateur.data` satisfy it; so does any class with these methods.
-
-How long, how fast and with which optimizer to train.
-
-What to learn and from what."""
+"""What to train on, how long and how fast, and how the run is executed, as plain settings."""
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from secateur.distill.objective import Objective
-from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
-from secateur.prune.weight_pruning import Sparsify
+from secateur.train.callbacks import Callbacks, TerminalProgress
+from secateur.train.checkpoint import CheckpointPolicy
 from secateur.train.device import Eager, Execution, Precision
 
 if TYPE_CHECKING:
@@ -23,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Batches(Protocol):
-    """Labeled images that can be read in batches, again and again."""
+    """Labeled images that can be read in batches, again and again.
+
+    The splits of `secateur.data` satisfy this protocol, and so does any class with these methods.
+    """
 
     def __len__(self) -> int:
         """Number of images."""
@@ -44,13 +43,13 @@ class Batches(Protocol):
 
         Args:
             batch_size: Images per batch; the last one may be smaller.
-            device: Where the tensors shall lie.
+            device: The device of the tensors.
             seed: Seed of order and augmentation; None means the stored order.
             epoch: Changes order and augmentation; 0 or more.
-            augment: Settings of the data room, passed through; None means none.
-            drop_last: Leave a smaller last batch out.
-            start: Leave out so many batches at the beginning, with what it takes to read them: a resumed run begins
-                in the middle of an epoch.
+            augment: Augmentation settings of `secateur.data`, passed through; None means none.
+            drop_last: Leave out a last batch that is smaller.
+            start: Leave out this many batches at the beginning, without reading them: a resumed run begins in the
+                middle of an epoch.
 
         Returns:
             Pairs of images, float32 (batch, channels, height, width), normalized, and labels, int64 (batch,), or
@@ -60,22 +59,46 @@ class Batches(Protocol):
 
 
 class TrainingData(Protocol):
-    """A training and a validation split and how to vary the former, such as `secateur.data.ImageData`."""
+    """A training split, its augmentation and a validation split, such as `secateur.data.ImageData`."""
 
     @property
     def train(self) -> Batches:
-        """What the student learns from."""
+        """The images that the student learns from."""
         ...
 
     @property
     def validation(self) -> Batches:
-        """What the best epoch is chosen on; never the test split."""
+        """The images that the best epoch is chosen on; never the test split."""
         ...
 
     @property
     def augment(self) -> Any:
-        """What ``train.batches`` is given to vary the images; None varies nothing."""
+        """Augmentation, passed to ``train.batches``; None means none."""
         ...
+
+
+def epoch_batches(
+    images: Batches, train: "TrainConfig", *, device: torch.device, epoch: int, augment: Any, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training batches of one epoch: shuffled by the seed, without a smaller last one unless it is the only one.
+
+    Args:
+        images: A training split.
+        train: Batch size and seed.
+        device: The device of the tensors.
+        epoch: From 0.
+        augment: See `Batches.batches`.
+        start: Batches to leave out at the beginning.
+    """
+    return images.batches(
+        train.batch_size,
+        device=device,
+        seed=train.seed,
+        epoch=epoch,
+        augment=augment,
+        drop_last=len(images) >= train.batch_size,
+        start=start,
+    )
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -96,8 +119,8 @@ class SGD:
         momentum: In [0, 1).
         nesterov: Nesterov's momentum; needs ``momentum`` > 0.
         weight_decay: L2 factor of parameters with two dimensions or more, >= 0. 1e-4 to 5e-4 is usual on CIFAR.
-        vector_weight_decay: The same for parameters with fewer (biases, norm scales and shifts), where decay is
-            of no use (He et al., arXiv:1812.01187, Section 3.1). Papers older than that decay them too.
+        vector_weight_decay: L2 factor of parameters with fewer dimensions (biases, scales and shifts of norms), where
+            decay is of no use (He et al., arXiv:1812.01187, Section 3.1). Older papers decay them too.
     """
 
     momentum: float = 0.9
@@ -115,7 +138,7 @@ class SGD:
             )
 
     def build(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """A torch optimizer of the model's trainable parameters."""
+        """Build a torch optimizer of the model's trainable parameters."""
         groups = _groups(model.parameters(), self.weight_decay, self.vector_weight_decay)
         return torch.optim.SGD(groups, lr=learning_rate, momentum=self.momentum, nesterov=self.nesterov)
 
@@ -127,8 +150,8 @@ class AdamW:
     Attributes:
         betas: Decay of the running mean and of the running square, each in [0, 1).
         epsilon: Added to the root of the running square, > 0.
-        weight_decay: Of parameters with two dimensions or more, >= 0, times the learning rate.
-        vector_weight_decay: The same for parameters with fewer dimensions.
+        weight_decay: Decay of parameters with two dimensions or more, >= 0, multiplied by the learning rate.
+        vector_weight_decay: Decay of parameters with fewer dimensions.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -145,30 +168,41 @@ class AdamW:
         _check_not_negative("vector_weight_decay", self.vector_weight_decay)
 
     def build(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-        """A torch optimizer of the model's trainable parameters."""
+        """Build a torch optimizer of the model's trainable parameters."""
         groups = _groups(model.parameters(), self.weight_decay, self.vector_weight_decay)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=self.betas, eps=self.epsilon)
 
 
+def _groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, vector_weight_decay: float
+) -> list[dict[str, object]]:
+    trainable = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": vector_weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The course of a training run.
+    """How long, how fast and with which optimizer to train.
 
     Attributes:
-        epochs: Passes over the training images, >= 0; 0 trains nothing.
+        epochs: Passes over the training images, >= 0; 0 does not train.
         batch_size: Images per step, >= 1. A smaller last batch of an epoch is left out.
         learning_rate: The highest one, reached after the warm-up; see `learning_rate_at`.
-        warmup_fraction: Part of all steps with a linearly rising rate, in [0, 1].
+        warmup_fraction: Fraction of all steps in which the rate rises linearly, in [0, 1].
         optimizer: `SGD` or `AdamW`.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then validated and
             returned, in [0, 1); None means no average. See `secateur.train.average_decay`.
-        accumulate: Parts that the batch of a step is computed in, one after the other, from 1 to ``batch_size``:
-            memory is that of one part, and the step is the same wherever nothing is normalized over the batch. Batch
-            norms see the parts, and losses that compare images with each other compare those of a part.
-        clip_norm: The gradient of all that learns is scaled down to this L2 norm where it is longer, > 0; None leaves
-            it alone. 1 is usual for transformers.
-        precision: Number formats; None means the best the device has, see `best_precision`.
-        seed: Of the order of the images, of augmentation and of dropout; >= 0.
+        accumulate: The number of parts that each batch is computed in, one after the other, from 1 to ``batch_size``.
+            The memory is that of one part, and the step is the same wherever nothing is normalized over the batch:
+            batch norms, and losses that compare images with each other, see one part at a time.
+        clip_norm: The gradient is scaled down to this L2 norm where it is longer, > 0; None leaves it alone. 1 is
+            usual for transformers.
+        precision: Number formats; None means the best of the device, see `best_precision`.
+        seed: Random seed of the order of the images, of augmentation and of dropout, >= 0.
     """
 
     epochs: int
@@ -206,11 +240,11 @@ class TrainConfig:
             _check_fraction("ema_decay", self.ema_decay)
 
     def steps_per_epoch(self, images: int) -> int:
-        """Steps of one epoch over so many images: whole batches, or one smaller one if there is no whole one."""
+        """Steps of an epoch: the number of whole batches, or 1 if there are fewer images than a batch has."""
         return max(images // self.batch_size, min(images, 1))
 
     def learning_rate_at(self, step: int, *, steps: int) -> float:
-        """Learning rate of a step: a linear warm-up, then half a cosine toward zero.
+        """Return the learning rate of a step: a linear warm-up, then half a cosine toward zero.
 
         With W = round(warmup_fraction * steps) and r = learning_rate:
         r * (step + 1) / W  for step < W, else  r * (1 + cos(pi * (step - W) / (steps - W))) / 2.
@@ -229,58 +263,26 @@ class TrainConfig:
         return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def _groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, vector_weight_decay: float
-) -> list[dict[str, object]]:
-    trainable = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": vector_weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 @dataclass(frozen=True)
-class TrainingTask:
-    """Everything of a run that does not change."""
+class RunSettings:
+    """How a training or search is executed. Checkpoints and callbacks change no number of the result.
 
-    source: Batches
-    validation: Batches | None
-    augment: Any
-    objective: Objective
-    schedule: TrainConfig
-    alignment: AlignedFeatures | None
-    fabric: "Fabric"
-    sparsify: Sparsify | None = None
+    With a ``folder`` every epoch ends with an atomic checkpoint, and a long one has some within. A run that
+    finds one there is resumed after it, in the middle of an epoch too: on the CPU, with the same number of threads, the
+    result is bit-identical to that of an uninterrupted run, and so is the history except for times.
+
+    Attributes:
+        folder: Folder for checkpoints; None writes none.
+        checkpoints: When checkpoints are written, beside those at the ends of epochs.
+        execution: How student and teacher are run: `Eager()`, or `Compiled()` by `torch.compile`, on one device.
+        callbacks: `TerminalProgress()`, `Silent()`, or your own.
+        fabric: A Fabric for one device, or for several with the strategy ddp, and its precision; None opens one, see
+            `open_fabric`. Of several processes, all of which must make the same call, each takes its part of every
+            batch, and all return the same result. The first one writes checkpoints and calls the callbacks.
+    """
+
+    folder: Path | None = None
+    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
     execution: Execution = Eager()  # noqa: RUF009 - frozen
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of one epoch."""
-        return self.schedule.steps_per_epoch(len(self.source))
-
-    def learning_rate_at(self, step: int) -> float:
-        """Of a step, from 0 over all epochs."""
-        return self.schedule.learning_rate_at(step, steps=self.schedule.epochs * self.steps)
-
-    def density_after(self, epoch: int) -> float | None:
-        """Kept fraction of the weights after so many epochs; None if none are pruned."""
-        steps = self.schedule.epochs * self.steps
-        return None if self.sparsify is None else self.sparsify.density_before(max(epoch * self.steps - 1, 0), steps)
-
-    def settled(self, epoch: int) -> bool:
-        """Whether so many epochs have ended with as few weights as the result may have."""
-        return self.density_after(epoch) == self.density_after(self.schedule.epochs)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training batches of an epoch, both from 0."""
-        batch_size = self.schedule.batch_size
-        return self.source.batches(
-            batch_size,
-            device=self.fabric.device,
-            seed=self.schedule.seed,
-            epoch=epoch,
-            augment=self.augment,
-            drop_last=len(self.source) >= batch_size,
-            start=start,
-        )
+    callbacks: Callbacks = TerminalProgress()  # noqa: RUF009 - frozen
+    fabric: "Fabric | None" = None

@@ -2,7 +2,6 @@
 
 How the networks of a training are run: operation by operation, or compiled."""
 
-import copy
 import inspect
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._runtime import asked_to_stop
+from secateur._runtime import copy_model, stop_requested
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_fabric.plugins.precision import Precision as FabricPrecision
 
 
-Model = TypeVar("Model", bound=nn.Module)
+ModelType = TypeVar("ModelType", bound=nn.Module)
 
 
 class Precision(Enum):
@@ -58,7 +57,7 @@ def open_fabric(precision: Precision | None = None, *, device: torch.device | No
         precision: None means `best_precision` of the device.
         device: None means the accelerator if there is one, else the CPU.
     """
-    with same_environment():
+    with preserve_nvml_variable():
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
@@ -73,7 +72,7 @@ def open_fabric(precision: Precision | None = None, *, device: torch.device | No
 
 def fabric_plugin(precision: Precision | None, device: torch.device) -> "FabricPrecision":
     """What has a Fabric compute in a precision; None means `best_precision` of the device."""
-    with same_environment():
+    with preserve_nvml_variable():
         from lightning_fabric.plugins.precision import MixedPrecision
         from lightning_fabric.plugins.precision import Precision as FullPrecision
 
@@ -114,15 +113,15 @@ def usable(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
             f"`fabric` must have started its {fabric.world_size} processes; got one that has not. "
             "Call fabric.launch() first."
         )
-    if precision is not None and precision is not precision_of(fabric):
+    if precision is not None and precision is not fabric_precision(fabric):
         raise TrainingError(
-            f"`precision` must be that of `fabric`, {precision_of(fabric).name}; got {precision.name}. "
+            f"`precision` must be that of `fabric`, {fabric_precision(fabric).name}; got {precision.name}. "
             "Give one of the two."
         )
     return fabric
 
 
-def precision_of(fabric: "Fabric") -> Precision:
+def fabric_precision(fabric: "Fabric") -> Precision:
     """The precision of a Fabric.
 
     Raises:
@@ -157,9 +156,9 @@ def in_precision(fabric: "Fabric", model: Callable[[Tensor], Any]) -> Callable[[
     return forward
 
 
-def placed(model: Model, device: torch.device) -> Model:
+def placed(model: ModelType, device: torch.device) -> ModelType:
     """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
-    model = copy.deepcopy(model).to(device)
+    model = copy_model(model).to(device)
     for parameter in model.parameters():
         if parameter.ndim == 4:
             # Module.to(memory_format=) would refuse a model that has five-dimensional weights too.
@@ -207,7 +206,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 @contextmanager
-def same_environment() -> Generator[None]:
+def preserve_nvml_variable() -> Generator[None]:
     """Put back the one variable that importing Fabric sets: it would change how torch looks for CUDA devices."""
     name = "PYTORCH_NVML_BASED_CUDA_CHECK"
     before = os.environ.get(name)
@@ -325,7 +324,7 @@ class Compiled(Execution):
             with _same_notes(), config.patch(fail_on_recompile_limit_hit=True):
                 yield
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            if asked_to_stop():  # Ctrl-C ends the C++ compiler too.
+            if stop_requested():  # Ctrl-C ends the C++ compiler too.
                 raise KeyboardInterrupt from error
             raise TrainingError(
                 f"`execution` must be one that {whom} can do; {self} failed ({_reason(error)}). {way_out}"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from secateur._runtime import processes
+from secateur._runtime import process_count
 from secateur.errors import TrainingError
-from secateur.train.device import Precision, default_device, fabric_plugin, same_environment
+from secateur.train.device import Precision, default_device, fabric_plugin, preserve_nvml_variable
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -46,12 +46,12 @@ def open_group(precision: Precision | None = None, *, device: torch.device | Non
             f"`device` must have no number with several processes, each of which takes its own; got {kind}. "
             f"Say {kind.type}."
         )
-    with same_environment():
+    with preserve_nvml_variable():
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
         from lightning_fabric.strategies.ddp import DDPStrategy
 
-    together = processes()
+    together = process_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", together))
     if not TorchElasticEnvironment.detect() or together % here:
         raise TrainingError(

@@ -56,10 +56,10 @@ def evaluate(
     device = device or default_device()
     with torch.inference_mode(mode=False):
         copy = placed(model, device).eval()
-    return measure(copy, split, batch_size=batch_size, precision=precision, device=device)
+    return measure_accuracy(copy, split, batch_size=batch_size, precision=precision, device=device)
 
 
-def measure(
+def measure_accuracy(
     model: nn.Module,
     split: Batches,
     *,
@@ -133,7 +133,7 @@ def check_targets(labels: Tensor, classes: int) -> None:
     """Refuse labels of training images that have no class: class numbers, or the probabilities of mixed images.
 
     Raises:
-        TrainingError: See `check_labels`; or if there is not one probability for every class.
+        TrainingError: See `check_class_indices`; or if there is not one probability for every class.
     """
     if not labels.is_floating_point():
         check_labels(labels, classes)

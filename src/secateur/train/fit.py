@@ -1,90 +1,89 @@
-"""The public verbs: `fit` a student, `train_with_teacher` one from its teacher."""
+"""Train a student: `fit` on any images, `train_with_teacher` on a data set and from a teacher."""
 
 import copy
 import dataclasses
 import warnings
-from hashlib import sha256
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from secateur._provenance import sha256_of
 from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
-from secateur.train.callbacks import Meter, Progress, Silent, TerminalProgress
-from secateur.train.checkpoint import (
-    Checkpointer,
-    CheckpointPolicy,
-    Saved,
-    digest,
-    keeping,
-    load_checkpoint,
-    write_tensors_,
-)
-from secateur.train.config import Batches, TrainConfig, TrainingData, TrainingTask
-from secateur.train.device import Eager, Execution, precision_of, usable
-from secateur.train.distributed import check_divisible, gathered
+from secateur.train.checkpoint import model_sha256, write_tensors_
+from secateur.train.config import Batches, RunSettings, TrainConfig, TrainingData
+from secateur.train.device import Eager, Precision, fabric_precision, usable
+from secateur.train.distributed import check_divisible
+from secateur.train.supervised import EpochRecord, SupervisedStep, SupervisedTask
 from secateur.train.teacher import TeacherCache
-from secateur.train.trainer import Trained, Trainer
+from secateur.train.trainer import Trainer
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained student and how it was trained.
+
+    Attributes:
+        model: A new module in eval mode, on the device of the student that was given.
+        history: One record per epoch; with a validation split it begins with epoch 0, before training.
+        best_epoch: The epoch that the model is from.
+        best_accuracy: Its validation accuracy as a fraction; None if there was no validation split, so that the model
+            is from the last epoch.
+        precision: The number formats used in training.
+        device: The device used in training, such as "cpu".
+    """
+
+    model: nn.Module
+    history: tuple[EpochRecord, ...]
+    best_epoch: int
+    best_accuracy: float | None
+    precision: Precision
+    device: str
 
 
 def fit(
     student: nn.Module,
     source: Batches,
     *,
-    schedule: TrainConfig,
+    train: TrainConfig,
     objective: Objective,
     teacher: nn.Module | None = None,
     alignment: AlignedFeatures | None = None,
     augment: Any = None,
     validation: Batches | None = None,
     sparsify: Sparsify | None = None,
-    remember: Path | None = None,
-    checkpoint: Path | None = None,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
-    execution: Execution = Eager(),  # noqa: B008 - frozen
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    fabric: "Fabric | None" = None,
+    teacher_cache: Path | None = None,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Train a copy of a student; nothing that is given is changed.
 
-    The step: images in channels-last order; the teacher in eval mode and without gradients in the same precision as
-    the student; the loss in float32; the learning rate of `Schedule.learning_rate_at`. After every epoch the student
-    (its moving average, if there is one) is validated in float32; the best epoch is returned, which may be epoch 0,
-    the student as it came.
+    A step computes the student on images in channels-last order, the teacher in eval mode without gradients and in the
+    same precision, and the loss in float32. After every epoch the student (its moving average, if there is one) is
+    validated in float32. The best epoch is returned, which may be epoch 0, the student as it was given.
 
-    With a ``checkpoint`` folder every epoch ends with an atomic checkpoint, and a long one has some within. A run that
-    finds one there goes on after it, in the middle of an epoch too: on the CPU, with the same number of threads, the
-    result is bit-identical to that of an uninterrupted run, and so is the history, but for times. Inside of a
-    `secateur.train.stoppable` block it can be asked to stop.
+    Inside of a `secateur.train.stoppable` block the run can be asked to stop. With several processes batch norms are
+    those of the whole batch, and the losses are those of one process.
 
     Args:
         student: A classifier with float32 weights that gives logits (batch, classes).
         source: Training images.
-        schedule: Epochs, learning rate, optimizer, precision, seed.
-        objective: The loss. Losses of its terms that are modules are learned with the student, in a copy.
+        train: Epochs, batch size, learning rate, optimizer, precision and seed.
+        objective: The loss. Losses of its terms that are modules are trained with the student, in a copy.
         teacher: Needed if the objective asks for it. It keeps its own mode, device and memory order.
         alignment: Where features are compared; needed if ``objective.feature_weight`` > 0.
         augment: Passed to ``source.batches``.
         validation: Images to choose the best epoch on (never the test split); None returns the last epoch.
-        sparsify: Prunes single weights meanwhile: the result is masked (`secateur.sparsity.make_permanent_` makes it an
-            ordinary model), and the best epoch is chosen among those that end with the final density.
-        remember: Folder where the teacher's logits are kept, epoch by epoch: a second run with the same seed, images
-            and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
-        checkpoint: Folder for checkpoints; None writes none.
-        saving: When checkpoints are written within an epoch.
-        execution: How student and teacher are run: `Eager()`, or `Compiled()` by `torch.compile`, on one device.
-        progress: `TerminalProgress()`, `Silent()`, or your own.
-        fabric: A Fabric for one device, or for several with the strategy ddp, and its precision; None opens one, see
-            `open_fabric`. Of several processes, all of which must call this with the same arguments, each takes its
-            part of every batch; batch norms are those of the whole batch, and the losses are those of one process. The
-            first one writes checkpoints and shows progress; all return the same model.
+        sparsify: Prunes single weights during the training. The result is masked (`secateur.prune.make_permanent_`
+            makes it an ordinary model), and the best epoch is chosen among those with the final density.
+        teacher_cache: Folder where the teacher's logits are kept, epoch by epoch. Another run with the same seed,
+            images and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
+        run: Checkpoints, execution, callbacks and device. See `RunSettings` for resuming and several processes.
 
     Returns:
         The trained model, the history, and the best epoch.
@@ -92,44 +91,36 @@ def fit(
     Raises:
         TrainingError: If settings contradict each other or the data, a loss is not finite, or the checkpoint is of a
             run with other settings.
-        Stopped: If that was asked for.
+        Stopped: If that was requested.
     """
     _check_student(student)
     _check_objective(objective, teacher, alignment)
-    if schedule.epochs and len(source) == 0:
+    if train.epochs and len(source) == 0:
         raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
-    fabric = usable(fabric, schedule.precision)
-    if schedule.epochs:
-        check_divisible(fabric, min(schedule.batch_size, len(source)), schedule.accumulate)
+    fabric, execution = usable(run.fabric, train.precision), run.execution
+    if train.epochs:
+        check_divisible(fabric, min(train.batch_size, len(source)), train.accumulate)
     else:
-        execution = Eager()
+        execution = Eager()  # Nothing is compiled where nothing is trained.
     execution.check(fabric)
-    progress = progress if fabric.is_global_zero else Silent()
     teacher = teacher if objective.needs_teacher else None
-    task = TrainingTask(source, validation, augment, objective, schedule, alignment, fabric, sparsify, execution)
+    task = SupervisedTask(source, validation, augment, objective, train, alignment, fabric, sparsify, execution)
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
-            student = sparsify.begun(student, schedule.epochs * task.steps)
-        engine = Trainer(task, student, teacher, _memory(task, teacher, remember))
-        settings = {} if checkpoint is None else _settings(task, student, teacher)
-        saved = None if checkpoint is None else load_checkpoint(checkpoint, settings)
-        if fabric.world_size > 1:
-            _check_together(fabric, saved)
-        if saved is not None:
-            engine.restore(saved)
-        with (
-            keeping(checkpoint, saving, fabric) as keeper,
-            progress.watch("train", epochs=schedule.epochs, steps=task.steps, done=engine.epoch) as meter,
-        ):
-            _run(engine, schedule.epochs, meter, keeper, settings)
+            student = sparsify.begun(student, train.epochs * task.steps)
+        step = SupervisedStep(task, student, teacher, _cache(task, teacher, teacher_cache))
+        trainer = Trainer(step)
+        settings = {} if run.folder is None else _settings(task, student, teacher)
+        trainer.resume(run.folder, settings)
+        trainer.run(run, partial(trainer.saved, settings))
         model = copy.deepcopy(student).eval()
-        write_tensors_(model, engine.result)
+        write_tensors_(model, step.result(trainer.average))
     return Trained(
         model=model,
-        history=tuple(engine.history),
-        best_epoch=engine.epoch if engine.best is None else engine.best.epoch,
-        best_accuracy=None if engine.best is None else engine.best.accuracy,
-        precision=precision_of(fabric),
+        history=tuple(EpochRecord.from_json(record) for record in trainer.history),
+        best_epoch=trainer.epoch if step.best is None else step.best.epoch,
+        best_accuracy=None if step.best is None else step.best.accuracy,
+        precision=fabric_precision(fabric),
         device=str(fabric.device),
     )
 
@@ -139,16 +130,12 @@ def train_with_teacher(
     *,
     teacher: nn.Module,
     data: TrainingData,
-    schedule: TrainConfig,
+    train: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
     sparsify: Sparsify | None = None,
-    remember: Path | None = None,
-    checkpoint: Path | None = None,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
-    execution: Execution = Eager(),  # noqa: B008 - frozen
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    fabric: "Fabric | None" = None,
+    teacher_cache: Path | None = None,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Recover a student's accuracy from its teacher: `fit` on ``data.train``, validated on ``data.validation``.
 
@@ -156,17 +143,13 @@ def train_with_teacher(
         student: Usually a cut of the teacher.
         teacher: Usually the original model.
         data: Its training split with its augmentation, and its validation split; never its test split.
-        schedule: See `fit`.
+        train: See `fit`.
         objective: See `fit`.
         alignment: ``AlignedFeatures.of(graph, architecture)`` for a cut student; needed if
             ``objective.feature_weight`` > 0.
         sparsify: See `fit`.
-        remember: See `fit`.
-        checkpoint: See `fit`.
-        saving: See `fit`.
-        execution: See `fit`.
-        progress: See `fit`.
-        fabric: See `fit`.
+        teacher_cache: See `fit`.
+        run: See `fit`.
 
     Returns:
         See `fit`.
@@ -177,63 +160,38 @@ def train_with_teacher(
     return fit(
         student,
         data.train,
-        schedule=schedule,
+        train=train,
         objective=objective,
         teacher=teacher,
         alignment=alignment,
         augment=data.augment,
         validation=data.validation if len(data.validation) else None,
         sparsify=sparsify,
-        remember=remember,
-        checkpoint=checkpoint,
-        saving=saving,
-        execution=execution,
-        progress=progress,
-        fabric=fabric,
+        teacher_cache=teacher_cache,
+        run=run,
     )
 
 
-def _memory(task: TrainingTask, teacher: nn.Module | None, folder: Path | None) -> TeacherCache | None:
+def _cache(task: SupervisedTask, teacher: nn.Module | None, folder: Path | None) -> TeacherCache | None:
     if folder is None or teacher is None:
         if folder is not None:
-            warnings.warn("`remember` has no effect: the objective asks for no teacher.", stacklevel=3)
+            warnings.warn("`teacher_cache` has no effect: the objective asks for no teacher.", stacklevel=3)
         return None
     if task.fabric.world_size > 1:
         raise TrainingError(
-            f"`remember` must go with one process; got {task.fabric.world_size}. Leave it out, or take one device."
+            f"`teacher_cache` must go with one process; got {task.fabric.world_size}. Leave it out, or take one device."
         )
     objective = task.objective
-    listening = ["feature_weight"] if objective.feature_weight else [term.name for term in objective.terms if term.taps]
-    if listening:
+    inside = ["feature_weight"] if objective.feature_weight else [term.name for term in objective.terms if term.taps]
+    if inside:
         raise TrainingError(
-            f"`remember` must go with losses of logits alone; {', '.join(listening)} listens inside of the teacher, "
-            "which must run. Leave `remember` out."
+            f"`teacher_cache` must go with losses of logits alone; {', '.join(inside)} needs features of the teacher, "
+            "which must run. Leave `teacher_cache` out."
         )
-    settings = {"teacher": digest(teacher), "precision": precision_of(task.fabric).name}
+    settings = {"teacher": model_sha256(teacher), "precision": fabric_precision(task.fabric).name}
     if task.execution != Eager():
         settings["execution"] = repr(task.execution)
-    return TeacherCache(folder, task.schedule.seed, settings)
-
-
-def _run(engine: Trainer, epochs: int, meter: Meter, keeper: Checkpointer, settings: dict[str, str]) -> None:
-    def state() -> Saved:
-        return engine.saved(settings)
-
-    if not engine.history:
-        engine.validate_start(meter)
-    while engine.epoch < epochs:
-        engine.train_epoch(meter, lambda: keeper.between(state))
-        keeper.save(state)
-
-
-def _check_together(fabric: "Fabric", saved: Saved | None) -> None:
-    """Refuse processes that have found different checkpoints."""
-    own = torch.tensor([-1, 0] if saved is None else [saved.epoch, saved.step])
-    if len(gathered(fabric, own).unique(dim=0)) > 1:
-        raise TrainingError(
-            "`checkpoint` must be one folder that all processes see; got different checkpoints in them. "
-            "Use a folder that all machines share."
-        )
+    return TeacherCache(folder, task.train.seed, settings)
 
 
 def _check_student(student: nn.Module) -> None:
@@ -262,20 +220,20 @@ def _check_objective(objective: Objective, teacher: nn.Module | None, alignment:
         warnings.warn("`alignment` has no effect: feature_weight is 0.", stacklevel=3)
 
 
-def _settings(task: TrainingTask, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
+def _settings(task: SupervisedTask, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
     """Everything that must be equal for a run to be the same run."""
     settings = {
         f"{part}.{field.name}": repr(getattr(value, field.name))
-        for part, value in (("schedule", task.schedule), ("objective", task.objective))
+        for part, value in (("train", task.train), ("objective", task.objective))
         for field in dataclasses.fields(value)
     }
-    settings["schedule.precision"] = precision_of(task.fabric).name
+    settings["train.precision"] = fabric_precision(task.fabric).name
     settings["source"] = f"{len(task.source)} images"
     settings["validation"] = "none" if task.validation is None else f"{len(task.validation)} images"
     settings["augment"] = repr(task.augment)
-    settings["alignment"] = "none" if task.alignment is None else sha256(repr(task.alignment).encode()).hexdigest()
-    settings["student"] = digest(student)
-    settings["teacher"] = "none" if teacher is None else digest(teacher)
+    settings["alignment"] = "none" if task.alignment is None else sha256_of(repr(task.alignment))
+    settings["student"] = model_sha256(student)
+    settings["teacher"] = "none" if teacher is None else model_sha256(teacher)
     if task.execution != Eager():
         settings["execution"] = repr(task.execution)
     if task.fabric.world_size > 1:
@@ -284,5 +242,5 @@ def _settings(task: TrainingTask, student: nn.Module, teacher: nn.Module | None)
         settings["sparsify"] = repr(task.sparsify)
     if task.objective.terms:  # Not its repr, which would hold addresses of functions.
         settings["objective.terms"] = "; ".join(term.description for term in task.objective.terms)
-        settings["losses"] = digest(task.objective.learned)
+        settings["losses"] = model_sha256(task.objective.learned)
     return settings

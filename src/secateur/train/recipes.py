@@ -1,14 +1,9 @@
-"""Weights drawn anew, by the modules that hold them.
-
-Training in stages: up to the hints first, then the whole student.
-
-Students that become teachers: born-again networks, and assistants between a big teacher and a small student."""
+"""Longer trainings made of several calls of `fit`: hints first, chains of students, and born-again networks."""
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,59 +11,9 @@ from torch import nn
 from secateur.distill.objective import Objective, Term
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import ModelError, TrainingError
-from secateur.train.callbacks import Progress, TerminalProgress
-from secateur.train.checkpoint import CheckpointPolicy
-from secateur.train.config import TrainConfig, TrainingData
-from secateur.train.device import Eager, Execution, seeded
-from secateur.train.fit import fit, train_with_teacher
-from secateur.train.trainer import Trained
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-
-def check_resettable(model: nn.Module, name: str, way_out: str) -> None:
-    """Refuse a model some of whose parameters nobody can draw.
-
-    Args:
-        model: To be drawn anew.
-        name: What was given that asks for it, for the message.
-        way_out: What else to do, a sentence for the message.
-
-    Raises:
-        ModelError: If a module has parameters of its own and no ``reset_parameters()``.
-    """
-    for path, module in model.named_modules():
-        own = ", ".join(parameter for parameter, _ in module.named_parameters(recurse=False))
-        if own and _drawing_of(module) is None:
-            raise ModelError(
-                f"`{name}` must be able to draw all weights anew; {path or 'the model'} ({type(module).__name__}) has "
-                f"parameters of its own ({own}) and no reset_parameters(). Give it this method, or {way_out}"
-            )
-
-
-def reset_weights_(model: nn.Module, seed: int) -> nn.Module:
-    """Draw all weights of a model anew, each module by its ``reset_parameters()``; returns the model.
-
-    torch's other spelling, ``_reset_parameters()``, counts too. What a module holds is drawn before the module, which
-    may draw it again. The same seed gives the same weights on every device; the caller's random state stays.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    model.to("cpu")  # Where a seed means the same on every machine.
-    with seeded(torch.device("cpu"), seed), torch.no_grad():
-        for module in reversed(list(model.modules())):
-            draw = _drawing_of(module)
-            if draw is not None:
-                draw()
-    return model.to(device)
-
-
-def _drawing_of(module: nn.Module) -> Callable[[], object] | None:
-    for name in ("reset_parameters", "_reset_parameters"):
-        draw = getattr(module, name, None)
-        if callable(draw):
-            return cast(Callable[[], object], draw)
-    return None
+from secateur.train.config import RunSettings, TrainConfig, TrainingData
+from secateur.train.device import seeded
+from secateur.train.fit import Trained, fit, train_with_teacher
 
 
 def distill_after_hints(
@@ -77,39 +22,31 @@ def distill_after_hints(
     teacher: nn.Module,
     data: TrainingData,
     hints: tuple[Term, ...],
-    hint_schedule: TrainConfig,
-    schedule: TrainConfig,
+    hint_train: TrainConfig,
+    train: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
-    checkpoint: Path | None = None,
-    saving: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008 - frozen
-    execution: Execution = Eager(),  # noqa: B008 - frozen
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    fabric: "Fabric | None" = None,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Learn the teacher's hints, then everything: `fit` with the hints alone, then `train_with_teacher` from there.
 
-    In the first stage only what comes before the tapped modules gets gradients, and adaptors are learned beside it;
+    In the first stage only what comes before the tapped modules gets gradients, and adaptors are trained beside it;
     the rest of the student keeps its parameters (norms behind the taps see new inputs, and their running statistics
-    follow). There is no best epoch in it, because the student's outputs do not matter yet: the last is taken.
+    follow). The first stage ends with its last epoch, not its best, because the outputs do not matter yet.
 
     Args:
         student: See `train_with_teacher`.
         teacher: See `train_with_teacher`.
         data: See `train_with_teacher`.
         hints: Losses of features, such as ``Term("hint", PerTap(hint_loss, adaptors), of=features, taps=...)``.
-        hint_schedule: Of the first stage.
-        schedule: Of the second.
-        objective: Of the second.
+        hint_train: Config of the first stage.
+        train: Config of the second stage.
+        objective: Objective of the second stage.
         alignment: See `train_with_teacher`.
-        checkpoint: Folder for both stages' checkpoints, ``hints`` and ``student`` in it; a run that finds them goes on.
-        saving: See `fit`.
-        execution: See `fit`.
-        progress: See `fit`.
-        fabric: See `fit`.
+        run: See `fit`. The checkpoints of the stages lie in the folders ``hints`` and ``student`` of its folder.
 
     Returns:
-        The second stage's result.
+        The result of the second stage.
 
     Raises:
         TrainingError: See `fit`.
@@ -120,28 +57,20 @@ def distill_after_hints(
     guided = fit(
         student,
         data.train,
-        schedule=hint_schedule,
+        train=hint_train,
         objective=Objective(kd_weight=0.0, label_weight=0.0, terms=hints),
         teacher=teacher,
         augment=data.augment,
-        checkpoint=None if checkpoint is None else checkpoint / "hints",
-        saving=saving,
-        execution=execution,
-        progress=progress,
-        fabric=fabric,
+        run=_in_subfolder(run, "hints"),
     )
     return train_with_teacher(
         guided.model,
         teacher=teacher,
         data=data,
-        schedule=schedule,
+        train=train,
         objective=objective,
         alignment=alignment,
-        checkpoint=None if checkpoint is None else checkpoint / "student",
-        saving=saving,
-        execution=execution,
-        progress=progress,
-        fabric=fabric,
+        run=_in_subfolder(run, "student"),
     )
 
 
@@ -150,11 +79,9 @@ def distill_chain(
     *,
     teacher: nn.Module,
     data: TrainingData,
-    schedule: TrainConfig,
+    train: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
-    checkpoint: Path | None = None,
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    fabric: "Fabric | None" = None,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> tuple[Trained, ...]:
     """Distill each student from the one before it, the first one from the teacher.
 
@@ -164,11 +91,9 @@ def distill_chain(
         students: Assistants from large to small, the student last; not changed.
         teacher: See `train_with_teacher`.
         data: See `train_with_teacher`.
-        schedule: Of every step.
-        objective: Of every step; losses of logits, or with taps that all of them have.
-        checkpoint: Folder for all checkpoints, ``student-0`` and so on in it; a run that finds them goes on.
-        progress: See `fit`.
-        fabric: See `fit`.
+        train: Config of every training.
+        objective: Objective of every training: losses of logits, or with taps that all of the students have.
+        run: See `fit`. The checkpoints lie in the folders ``student-0``, ``student-1``, ... of its folder.
 
     Returns:
         A result for each student, in order.
@@ -188,11 +113,9 @@ def distill_chain(
                 student,
                 teacher=found[-1].model if found else teacher,
                 data=data,
-                schedule=schedule,
+                train=train,
                 objective=objective,
-                checkpoint=None if checkpoint is None else checkpoint / f"student-{place}",
-                progress=progress,
-                fabric=fabric,
+                run=_in_subfolder(run, f"student-{place}"),
             )
         )
     return tuple(found)
@@ -202,26 +125,22 @@ def born_again(
     teacher: nn.Module,
     *,
     data: TrainingData,
-    schedule: TrainConfig,
+    train: TrainConfig,
     generations: int = 1,
     objective: Objective = Objective(),  # noqa: B008 - frozen
-    checkpoint: Path | None = None,
-    progress: Progress = TerminalProgress(),  # noqa: B008 - frozen
-    fabric: "Fabric | None" = None,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> tuple[Trained, ...]:
-    """Teach a network of the teacher's own kind, from new weights, and that one the next.
+    """Distill a network of the teacher's own architecture from new weights, and from that one the next.
 
     The mean of the generations' logits is `secateur.distill.Ensemble`.
 
     Args:
-        teacher: Trained; every module with parameters must be able to draw them anew.
+        teacher: Trained; every module with parameters must be able to reset them.
         data: See `train_with_teacher`.
-        schedule: Of every generation; generation k draws weights and images with ``seed + k``, k from 1.
+        train: Config of every generation; generation k uses ``seed + k`` for weights and images, k from 1.
         generations: >= 1.
-        objective: Of every generation.
-        checkpoint: See `distill_chain`.
-        progress: See `fit`.
-        fabric: See `fit`.
+        objective: Objective of every generation.
+        run: See `fit`. The checkpoints lie in the folders ``generation-1``, ``generation-2``, ... of its folder.
 
     Returns:
         A result for each generation, in order.
@@ -238,18 +157,64 @@ def born_again(
     check_resettable(teacher, "teacher", "distill a student that you have made yourself.")
     found: list[Trained] = []
     for generation in range(1, generations + 1):
-        seed = schedule.seed + generation
+        seed = train.seed + generation
         newborn = reset_weights_(copy.deepcopy(teacher).requires_grad_(), seed)
         found.append(
             train_with_teacher(
                 newborn,
                 teacher=found[-1].model if found else teacher,
                 data=data,
-                schedule=replace(schedule, seed=seed),
+                train=replace(train, seed=seed),
                 objective=objective,
-                checkpoint=None if checkpoint is None else checkpoint / f"generation-{generation}",
-                progress=progress,
-                fabric=fabric,
+                run=_in_subfolder(run, f"generation-{generation}"),
             )
         )
     return tuple(found)
+
+
+def _in_subfolder(run: RunSettings, name: str) -> RunSettings:
+    return run if run.folder is None else replace(run, folder=run.folder / name)
+
+
+def check_resettable(model: nn.Module, name: str, way_out: str) -> None:
+    """Refuse a model some of whose parameters cannot be reset.
+
+    Args:
+        model: The model to reset.
+        name: The argument that asks for it, for the message.
+        way_out: What else to do, a sentence for the message.
+
+    Raises:
+        ModelError: If a module has parameters of its own and no ``reset_parameters()``.
+    """
+    for path, module in model.named_modules():
+        own = ", ".join(parameter for parameter, _ in module.named_parameters(recurse=False))
+        if own and _reset_method(module) is None:
+            raise ModelError(
+                f"`{name}` must be able to reset all weights; {path or 'the model'} ({type(module).__name__}) has "
+                f"parameters of its own ({own}) and no reset_parameters(). Give it this method, or {way_out}"
+            )
+
+
+def reset_weights_(model: nn.Module, seed: int) -> nn.Module:
+    """Give a model new random weights, each module by its ``reset_parameters()``, and return it.
+
+    torch's other spelling, ``_reset_parameters()``, counts too. Submodules are reset before their module, which may
+    reset them again. The same seed gives the same weights on every device; the caller's random state stays.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model.to("cpu")  # Where a seed gives the same numbers on every machine.
+    with seeded(torch.device("cpu"), seed), torch.no_grad():
+        for module in reversed(list(model.modules())):
+            reset = _reset_method(module)
+            if reset is not None:
+                reset()
+    return model.to(device)
+
+
+def _reset_method(module: nn.Module) -> Callable[[], object] | None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        reset = getattr(module, name, None)
+        if callable(reset):
+            return cast(Callable[[], object], reset)
+    return None

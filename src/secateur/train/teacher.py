@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur._files import write_whole
+from secateur._files import write_atomic
+from secateur._provenance import changed_settings
 from secateur.errors import TrainingError
 from secateur.train.evaluate import hits
 
@@ -63,8 +64,8 @@ class TeacherCache:
             return None
         if step >= len(self._stored) or self._digests[step] != _digest(images):
             raise TrainingError(
-                f"`remember` must hold logits for these images; those of step {step + 1} in {self._path} belong to "
-                "others (other data, augmentation, seed or batch size). Name another folder, or delete this one."
+                f"`teacher_cache` must hold logits for these images; those of step {step + 1} in {self._path} belong "
+                "to others (other data, augmentation, seed or batch size). Name another folder, or delete this one."
             )
         return self._stored[step].to(images.device)
 
@@ -113,10 +114,10 @@ class TeacherCache:
             then = json.loads(path.read_text())
         except ValueError as error:
             raise TrainingError(f"{path} is damaged ({error}). Delete its folder; the teacher runs again.") from error
-        if then != settings:
+        if changes := changed_settings(then, settings):
             raise TrainingError(
-                f"`remember` must be a folder for one teacher in one precision; got {self._folder}, which holds the "
-                f"logits of {then}, now it is {settings}. Name another folder."
+                f"`teacher_cache` must be a folder for one teacher in one precision; got {self._folder}, which holds "
+                f"the logits of another one ({changes}). Name another folder."
             )
 
     def _read(self) -> tuple[tuple[Tensor, ...], list[bytes]]:
@@ -146,10 +147,11 @@ def _digest(images: Tensor) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_atomic(path, content)
     except OSError as error:
         raise TrainingError(
-            f"`remember` must be a folder that can be written; got {path.parent} ({error}). Make room, or leave it out."
+            f"`teacher_cache` must be a folder that can be written; got {path.parent} ({error}). Free some space, or "
+            "leave it out."
         ) from error
 
 

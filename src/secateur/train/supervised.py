@@ -1,0 +1,314 @@
+"""One step of training a student on labels and a teacher: the step that `fit` hands to the trainer."""
+
+import copy
+import math
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.distill.objective import Objective
+from secateur.distill.taps import AlignedFeatureRecorder, AlignedFeatures, TapRecorder
+from secateur.errors import TrainingError
+from secateur.prune.weight_pruning import Sparsify
+from secateur.train.callbacks import diverged
+from secateur.train.checkpoint import Tensors, clone_tensors, tensors_of
+from secateur.train.config import Batches, TrainConfig, epoch_batches
+from secateur.train.device import Eager, Execution, Precision, channels_last, in_precision, placed
+from secateur.train.evaluate import check_logits, check_targets, measure_accuracy
+from secateur.train.teacher import TeacherCache, TeacherRunner
+from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """The numbers of one epoch. Epoch 0 is the student before training, which is only validated.
+
+    Attributes:
+        epoch: From 1; 0 is before training.
+        train_loss: Mean total loss over the epoch's steps, in nats if the objective has no feature part; None at 0.
+        parts: Mean of each part of the loss before weighting: "label" and "kd" in nats, "feature" dimensionless, and
+            each term of the objective by its name.
+        learning_rate: Learning rate of the epoch's last step; None at 0.
+        validation_accuracy: Fraction of validation images whose highest logit is the label's; None if not validated.
+        validation_loss: Mean cross-entropy on the validation images, in nats; None if not validated.
+        seconds: Wall-clock time of the epoch's training steps, without validation; 0.0 at 0.
+        images_per_s: Training images per second; None at 0.
+        density: Kept fraction of the weights that may be pruned, at the end of the epoch; None if none are.
+    """
+
+    epoch: int
+    train_loss: float | None
+    parts: Mapping[str, float]
+    learning_rate: float | None
+    validation_accuracy: float | None
+    validation_loss: float | None
+    seconds: float
+    images_per_s: float | None
+    density: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "EpochRecord":
+        """Inverse of `to_json`."""
+        return cls(**data)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers that can be plotted or tabulated over the epochs, by name."""
+        means = {f"mean_{name}": value for name, value in self.parts.items()}
+        found = {
+            "mean_loss": self.train_loss,
+            **means,
+            "last_learning_rate": self.learning_rate,
+            "validation_accuracy": self.validation_accuracy,
+            "validation_loss": self.validation_loss,
+            "seconds": self.seconds if self.epoch else None,
+            "images_per_s": self.images_per_s,
+            "density": self.density,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def line(self, epochs: int) -> str:
+        """Return the epoch in words: ``epoch 3/20  loss 0.4120 (kd 0.4120)  lr 0.012  validation 91.20 %``."""
+        words = [f"epoch {self.epoch}/{epochs}"]
+        if self.train_loss is not None:
+            parts = ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items())
+            words.append(f"loss {self.train_loss:.4f} ({parts})")
+        if self.learning_rate is not None:
+            words.append(f"lr {self.learning_rate:.2g}")
+        if self.validation_accuracy is not None:
+            words.append(f"validation {100 * self.validation_accuracy:.2f} % (loss {self.validation_loss:.4f})")
+        if self.density is not None:
+            words.append(f"weights {100 * self.density:.1f} %")
+        if self.images_per_s is not None:
+            words.append(f"{self.seconds:.1f} s  {self.images_per_s:.0f} images/s")
+        return "  ".join(words)
+
+
+@dataclass(frozen=True)
+class SupervisedTask:
+    """What a student is trained on. Nothing of it changes during a run; see `fit` for the fields."""
+
+    source: Batches
+    validation: Batches | None
+    augment: Any
+    objective: Objective
+    train: TrainConfig
+    alignment: AlignedFeatures | None
+    fabric: "Fabric"
+    sparsify: Sparsify | None = None
+    execution: Execution = Eager()  # noqa: RUF009 - frozen
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.train.steps_per_epoch(len(self.source))
+
+    def density_after(self, epoch: int) -> float | None:
+        """Kept fraction of the weights after this many epochs; None if none are pruned."""
+        steps = self.train.epochs * self.steps
+        return None if self.sparsify is None else self.sparsify.density_before(max(epoch * self.steps - 1, 0), steps)
+
+    def has_final_density(self, epoch: int) -> bool:
+        """Whether as few weights are left after this many epochs as at the end of the run."""
+        return self.density_after(epoch) == self.density_after(self.train.epochs)
+
+
+@dataclass(frozen=True, eq=False)
+class BestEpoch:
+    """The best epoch so far: highest validation accuracy, then lowest validation loss, then earliest."""
+
+    epoch: int
+    accuracy: float
+    loss: float
+    tensors: Tensors
+
+
+class SupervisedStep(TrainingStep):
+    """A step of a student that learns from labels, from a teacher's logits and features, or from both.
+
+    Args:
+        task: What to train on.
+        student: Copied.
+        teacher: Copied; None if there is none.
+        cache: The teacher's logits on disk; None computes all.
+
+    Attributes:
+        student: The copy, on the device.
+        best: The best epoch so far; None without a validation split.
+    """
+
+    def __init__(
+        self, task: SupervisedTask, student: nn.Module, teacher: nn.Module | None, cache: TeacherCache | None = None
+    ) -> None:
+        device = task.fabric.device
+        self.loop, self.train, self.fabric, self.steps = "train", task.train, task.fabric, task.steps
+        self.student = self.averaged = placed(student, device).train()
+        self.best: BestEpoch | None = None
+        # A copy, because losses may learn too: adaptors, variances, embeddings.
+        self._objective = copy.deepcopy(task.objective)
+        losses = self._objective.learned.to(device).train()
+        self._learner = Learner.of(nn.ModuleList([self.student, losses]), task.train, task.fabric)
+        self.learners = {"student": self._learner}
+        self._task = task
+        self._forward = in_precision(task.fabric, task.execution.prepared(self.student))
+        self._teacher: nn.Module | None = None
+        self._runner: TeacherRunner | None = None
+        if teacher is not None:
+            self._teacher = placed(teacher, device).eval().requires_grad_(requires_grad=False)
+            self._runner = TeacherRunner(in_precision(task.fabric, task.execution.prepared(self._teacher)), cache)
+        self._features: AlignedFeatureRecorder | None = None
+        self._taps: TapRecorder | None = None
+        self._checked = False
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """See `TrainingStep.batches`: images and labels."""
+        task, device = self._task, self.fabric.device
+        return epoch_batches(task.source, self.train, device=device, epoch=epoch, augment=task.augment, start=start)
+
+    @contextmanager
+    def running(self, epoch: int) -> Generator[None]:
+        """See `TrainingStep.running`: records the features that the losses compare, and the teacher's logits."""
+        self.student.train()
+        alignment, teacher, objective = self._task.alignment, self._teacher, self._objective
+        with self._teacher_epoch(epoch), ExitStack() as stack:
+            if alignment is not None and teacher is not None and objective.feature_weight:
+                self._features = stack.enter_context(alignment.watch(self.student, teacher))
+            if teacher is not None and objective.terms:
+                self._taps = stack.enter_context(objective.watch(self.student, teacher))
+            stack.enter_context(self._task.execution.running())
+            yield
+        self._features = self._taps = None
+
+    @contextmanager
+    def _teacher_epoch(self, epoch: int) -> Generator[None]:
+        if self._runner is None:
+            yield
+            return
+        self._runner.begin(epoch)
+        try:
+            yield
+        except TrainingError:
+            # The losses may be NaN because the teacher's logits are; then the error says that.
+            self._runner.check()
+            raise
+        self._runner.end()
+        if epoch == 0 and self.fabric.is_global_zero:
+            self._runner.warn_of_guessing()
+
+    def learn(self, shard: Shard) -> Losses:
+        """See `TrainingStep.learn`: the gradient is that of the mean loss over the whole batch."""
+        task, fabric = self._task, self.fabric
+        if task.sparsify is not None:
+            task.sparsify.update_(self.student, shard.step, self.train.epochs * self.steps)
+        self._learner.zero_grad()
+        names: list[str] = []
+        sums: Tensor | None = None
+        own = channels_last(shard.tensors[0]), shard.tensors[1]
+        for images, labels in zip(*(tensor.tensor_split(self.train.accumulate) for tensor in own), strict=True):
+            total, parts = self._loss(images, labels)
+            # Parts of different sizes count by their images. The weight of a single part is exactly 1.
+            weight = len(labels) * fabric.world_size / shard.sizes[1]
+            fabric.backward(total * weight)
+            names = list(parts)
+            losses = torch.stack([total.detach(), *parts.values()]) * weight
+            sums = losses if sums is None else sums + losses
+        self._learner.update()
+        assert sums is not None
+        return Losses(dict(zip(names, sums[1:], strict=True)), sums[0])
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher_logits = None if self._runner is None else self._runner.logits(images, labels)
+        logits = self._forward(images)
+        if not self._checked:
+            self._check_first(logits, labels)
+        total, parts = self._objective(
+            logits,
+            teacher_logits=teacher_logits,
+            labels=labels,
+            feature=None if self._features is None else self._features.loss(),
+            watch=self._taps,
+        )
+        return total, dict(parts)
+
+    def _check_first(self, logits: Tensor, labels: Tensor) -> None:
+        # Only the first batch, because looking at labels waits for the device.
+        self._checked = True
+        check_logits(logits, len(labels))
+        if self._objective.label_weight or self._objective.terms:
+            check_targets(labels, logits.shape[1])
+
+    def measure_start(self) -> EpochReport | None:
+        """See `TrainingStep.measure_start`: the student before training, if there is a validation split."""
+        record = EpochRecord(0, None, {}, None, None, None, 0.0, None)
+        # The moving average still equals the student.
+        return None if self._task.validation is None else self._measured(record, self.student)
+
+    def measure(self, summary: EpochSummary) -> EpochReport:
+        """See `TrainingStep.measure`: the moving average, or the student, is validated; the best epoch is kept."""
+        parts = {name: value for name, value in summary.losses.items() if name != "total"}
+        speed = summary.images / summary.seconds
+        total, rate = summary.losses["total"], summary.learning_rate
+        record = EpochRecord(summary.epoch, total, parts, rate, None, None, summary.seconds, speed)
+        return self._measured(record, self.student if summary.average is None else summary.average)
+
+    def _measured(self, record: EpochRecord, model: nn.Module) -> EpochReport:
+        task = self._task
+        if task.validation is not None:
+            result = measure_accuracy(
+                model.eval(),
+                task.validation,
+                batch_size=self.train.batch_size,
+                precision=Precision.FLOAT32,
+                device=self.fabric.device,
+                fabric=self.fabric,
+            )
+            if not math.isfinite(result.loss):
+                where = f"epoch {record.epoch}"
+                raise diverged(f"validation loss ({result.loss:g})", where, self.train.learning_rate)
+            record = replace(record, validation_accuracy=result.top1, validation_loss=result.loss)
+            better = self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss)
+            # While weights are still being pruned, an epoch with more of them must not win.
+            if better and task.has_final_density(record.epoch):
+                self.best = BestEpoch(record.epoch, result.top1, result.loss, clone_tensors(tensors_of(model)))
+        record = replace(record, density=task.density_after(record.epoch))
+        return EpochReport(record.to_json(), record.numbers, record.line(self.train.epochs))
+
+    def state(self, *, within_epoch: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `TrainingStep.state`: the best epoch, and within an epoch what the teacher has said."""
+        numbers: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        if self.best is not None:
+            numbers["best"] = {"epoch": self.best.epoch, "accuracy": self.best.accuracy, "loss": self.best.loss}
+            tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
+        if within_epoch and self._runner is not None:
+            numbers["teacher"] = self._runner.numbers()
+            tensors |= {f"teacher/{name}": tensor for name, tensor in self._runner.tensors().items()}
+        return numbers, tensors
+
+    def restore(self, numbers: Mapping[str, Any], tensors: Tensors) -> None:
+        """Inverse of `state`."""
+        best, teacher = (
+            {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+            for kind in ("best/", "teacher/")
+        )
+        if "best" in numbers:
+            self.best = BestEpoch(**numbers["best"], tensors=best)
+        if "teacher" in numbers and self._runner is not None:
+            self._runner.resume_with(numbers["teacher"], teacher)
+
+    def result(self, average: nn.Module | None) -> Tensors:
+        """The tensors to return: those of the best epoch, or the latest without a validation split."""
+        if self.best is not None:
+            return self.best.tensors
+        return tensors_of(self.student if average is None else average)

@@ -10,7 +10,7 @@ FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
-def distinct(values: IntArray) -> IntArray:
+def unique_values(values: IntArray) -> IntArray:
     """The different numbers in a vector, increasing.
 
     As `numpy.unique`, which imports `numpy.ma` when it is first called: longer than a small network takes to trace.
@@ -19,7 +19,7 @@ def distinct(values: IntArray) -> IntArray:
     return ordered[run_starts(ordered)]
 
 
-def distinct_rows(matrix: IntArray) -> IntArray:
+def unique_rows(matrix: IntArray) -> IntArray:
     """The different rows of a matrix with at least one, in lexicographic order."""
     ordered = matrix[np.lexsort(matrix.T[::-1])]
     return ordered[np.append(0, np.flatnonzero((ordered[1:] != ordered[:-1]).any(1)) + 1)]
@@ -30,7 +30,7 @@ def run_starts(ordered: np.ndarray[tuple[int, ...], Any]) -> IntArray:
     return np.append(np.arange(min(len(ordered), 1)), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
 
 
-def components(count: int, ties: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+def connected_components(count: int, ties: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
     """The smallest id of the component of every id.
 
     Hooking and pointer jumping: every round, each tie pulls the larger root to the smaller one, then paths are

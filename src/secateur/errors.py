@@ -17,7 +17,7 @@ class TraceError(SecateurError):
     """A model that could not be traced with the example it was given."""
 
 
-class ChoiceError(SecateurError, ValueError):
+class SelectionError(SecateurError, ValueError):
     """A choice about a graph that names nothing in it, or leaves nothing to cut."""
 
 

@@ -10,7 +10,7 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
-from secateur.errors import ChoiceError
+from secateur.errors import SelectionError
 from secateur.graph import ChannelGraph, Role, Selection, trace
 from secateur.prune import cut
 from secateur.search import AxisRule, SearchSpace
@@ -31,7 +31,7 @@ def applied(chosen: Selection, graph: ChannelGraph) -> ChannelGraph | str:
     """What is left to cut, or why nothing is."""
     try:
         return chosen.apply(graph)
-    except ChoiceError as error:
+    except SelectionError as error:
         return str(error)
 
 

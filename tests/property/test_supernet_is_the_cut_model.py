@@ -16,7 +16,7 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, untie
-from secateur.nas import Subnet, Supernet, inverse, reordered
+from secateur.nas import Subnet, Supernet, invert_order, reorder_channels
 from secateur.prune import apply_architecture, cut, original_names
 
 TOLERANCE = 1e-12
@@ -161,9 +161,9 @@ def test_another_order_of_channels_computes_the_same(name, untied, seed, some):
     assert apart(outputs(net.model, net.example), outputs(supernet.model, net.example)) <= TOLERANCE
     back = supernet.in_original_order()
     assert_equal_tensors(back, net.model)
-    again = reordered(reordered(net.model, net.graph, supernet.order), net.graph, inverse(supernet.order))
+    again = reorder_channels(reorder_channels(net.model, net.graph, supernet.order), net.graph, invert_order(supernet.order))
     assert_equal_tensors(again, net.model)
-    assert apart(outputs(reordered(net.model, net.graph, order), net.example), outputs(net.model, net.example)) <= 1e-12
+    assert apart(outputs(reorder_channels(net.model, net.graph, order), net.example), outputs(net.model, net.example)) <= 1e-12
 
 
 def assert_equal_tensors(one: nn.Module, other: nn.Module) -> None:

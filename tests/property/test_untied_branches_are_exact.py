@@ -15,7 +15,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelAxis, ChannelGraph, trace, untie
-from secateur.prune import Widen, apply_architecture, cut, mask_removed, original_names
+from secateur.prune import ExpandChannels, apply_architecture, cut, mask_removed, original_names
 
 UNTIED = (
     "residual", "preact_residual", "option_a_residual", "inverted_residual_se", "gated_chunk", "layer_scale",
@@ -104,7 +104,7 @@ def test_keeping_all_is_bit_identical(name):
     model, example, graph = untied(name)
     for architecture in (Architecture(), Architecture.of({a.name: range(a.size) for a in graph.prunable})):
         small = apply_architecture(model, graph, architecture)
-        assert not any(isinstance(module, Widen) for module in small.modules())
+        assert not any(isinstance(module, ExpandChannels) for module in small.modules())
         assert all(torch.equal(a, b) for a, b in zip(outputs(model, example), outputs(small, example), strict=True))
     assert CostModel(graph).original == CostModel(zoo_net(name)[2]).original
 
@@ -130,7 +130,7 @@ def test_every_branch_can_be_cut_to_one_channel(name):
         assert made.architecture == Architecture.of(kept)
         assert made.verification.frozen == ()
         narrow = {axis.residual_output for axis in graph.prunable if axis.into}
-        assert {n for n, m in made.model.named_modules() if isinstance(m, Widen)} == narrow
+        assert {n for n, m in made.model.named_modules() if isinstance(m, ExpandChannels)} == narrow
         masked = mask_removed(model, graph, made.architecture)
         assert apart(outputs(masked, example), outputs(made.model, example)) <= EXACT[torch.float32]
 

@@ -1,7 +1,7 @@
 """The channel graph: trace a model once and know which channels belong together."""
 
 from secateur.graph._record import shadow_copy
-from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import (
     Activation,
     Block,
@@ -15,8 +15,8 @@ from secateur.graph.graph import (
     SizeEdit,
     StandIn,
 )
-from secateur.graph.selection import Selection, check_matches, matches
-from secateur.graph.stages import Stage, stages_of
+from secateur.graph.selection import Selection, check_patterns, matches_axis
+from secateur.graph.stages import Stage, find_stages
 from secateur.graph.trace import HeadUnit, trace
 from secateur.graph.untie import untie
 
@@ -35,11 +35,11 @@ __all__ = [
     "SizeEdit",
     "Stage",
     "StandIn",
-    "check_matches",
-    "compute_over_kept_",
-    "matches",
+    "check_patterns",
+    "compute_over_kept_channels_",
+    "matches_axis",
     "shadow_copy",
-    "stages_of",
+    "find_stages",
     "trace",
     "untie",
 ]

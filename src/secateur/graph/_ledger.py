@@ -26,7 +26,7 @@ _OWN = "_secateur_own"
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredTensor:
     """A parameter or buffer and its ids. It is held, as a model may drop it: another tensor would get its identity."""
 
     tensor: torch.Tensor
@@ -37,7 +37,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Binding:
+class SizeBinding:
     """A python int that must stay equal to the number of kept ids (or to its old value, if ids is None)."""
 
     expression: Expression
@@ -66,7 +66,7 @@ class ModuleOutput:
 
 
 @dataclass(frozen=True, eq=False)
-class MixedCall:
+class RecordedMixingCall:
     """A call that computes over channels: (tensor, dimension, ids) of what it reads and writes."""
 
     number: int
@@ -87,12 +87,12 @@ class Ledger:
         by_head: Ids (of an earlier run) that stay or go by whole heads.
     """
 
-    stored: dict[int, Stored] = field(default_factory=dict)
+    stored: dict[int, StoredTensor] = field(default_factory=dict)
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     freezes: list[tuple[IntArray, str]] = field(default_factory=list)
-    bindings: list[Binding] = field(default_factory=list)
+    bindings: list[SizeBinding] = field(default_factory=list)
     operations: list[CountedOperation] = field(default_factory=list)
-    mixings: list[MixedCall] = field(default_factory=list)
+    mixings: list[RecordedMixingCall] = field(default_factory=list)
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
@@ -119,7 +119,9 @@ class Ledger:
     def store(self, name: str, tensor: torch.Tensor) -> None:
         """Give every dimension of a parameter or buffer its ids."""
         ids = {dim: self.new(size) for dim, size in enumerate(tensor.shape) if size > 1}
-        self.stored[id(tensor)] = Stored(tensor, name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids)
+        self.stored[id(tensor)] = StoredTensor(
+            tensor, name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids
+        )
 
     def ids_of(self, tensor: torch.Tensor) -> ChannelIds:
         """The ids a tensor carries; empty if none."""
@@ -172,7 +174,7 @@ class Ledger:
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
         """A python int must follow the number of kept ids."""
-        self.bindings.append(Binding(expression, ids, where))
+        self.bindings.append(SizeBinding(expression, ids, where))
 
 
 # fmt: off
@@ -307,17 +309,17 @@ class Call:
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
         """Note that the call computes over channels, which a cut model does over the kept ones only."""
         if is_mutable(self.operator) or self.name not in MIXING_KINDS:
-            return unknown(self)
+            return freeze_inputs(self)
         read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
         written = tuple((t, dim, ids) for t, found in enumerate(results) for dim, ids in found.items())
-        self.ledger.mixings.append(MixedCall(self.number, self.name, read, written))
+        self.ledger.mixings.append(RecordedMixingCall(self.number, self.name, read, written))
         return results
 
 
 Rule = Callable[[Call], Sequence[ChannelIds]]
 
 
-def by_whole_groups(groups: int, each: int) -> bool:
+def cuts_whole_groups(groups: int, each: int) -> bool:
     """Whether whole groups go, or else the same positions of every group: whichever leaves more to choose from.
 
     With G groups of c channels, whole groups leave G units, equal positions leave c.
@@ -325,13 +327,13 @@ def by_whole_groups(groups: int, each: int) -> bool:
     return groups >= each
 
 
-def unknown(call: Call) -> Sequence[ChannelIds]:
+def freeze_inputs(call: Call) -> Sequence[ChannelIds]:
     """No rule: everything that comes in stays whole."""
     call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule")
     return [{} for _ in call.outputs]
 
 
-def merge(call: Call, operands: Sequence[tuple[IntArray | None, int]]) -> IntArray | None:
+def merge_operands(call: Call, operands: Sequence[tuple[IntArray | None, int]]) -> IntArray | None:
     """Ids of one dimension after an elementwise operation of several operands (ids or None, length)."""
     carried = [ids for ids, _ in operands if ids is not None]
     if not carried:

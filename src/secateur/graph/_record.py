@@ -28,21 +28,21 @@ from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._rules_sizes import bind_sizes
 from secateur.graph._size_ints import Attribute, ShapeOf, SizeInt, SizeTuple
-from secateur.graph.blocks import INPUT, Flow, Reading, find_blocks
+from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
 from secateur.graph.rules import apply_rule
 
-READERS = frozenset({
+VALUE_READERS = frozenset({
     "tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage",
 })  # fmt: skip
 """Methods of a tensor that hand out its numbers without any ATen call."""
 _TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
-class NumbersReadError(Exception):
+class FakeValueReadError(Exception):
     """Somebody is about to read the numbers of a hollow tensor."""
 
 
-def reads_numbers(func: Any, name: str, hollow: Sequence[Tensor]) -> bool:
+def reads_values(func: Any, name: str, hollow: Sequence[Tensor]) -> bool:
     """Whether what an ATen call gives back, but for the numbers in its tensors, may depend on hollow inputs.
 
     Args:
@@ -56,13 +56,13 @@ def reads_numbers(func: Any, name: str, hollow: Sequence[Tensor]) -> bool:
     return name != "index" and not _TAGS.isdisjoint(func.tags)
 
 
-def stand_in(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def make_fake_result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Tensors of the shapes and layouts that a call would return; None if there is anything unusual about it.
 
     What they hold is whatever lies in the memory. An operation in place returns what it is given.
 
     Args:
-        func: The ATen overload, one of `STAND_INS`.
+        func: The ATen overload, one of `FAKE_RESULTS`.
         args: Its positional arguments.
         kwargs: Its named arguments.
     """
@@ -70,7 +70,7 @@ def stand_in(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     first = tensors[0]
     plain = first.device.type == "cpu" and first.is_floating_point() and first.numel()
     alike = plain and all((t.device, t.dtype, t.layout) == (first.device, first.dtype, torch.strided) for t in tensors)
-    return STAND_INS[func](*args, **kwargs) if alike else None
+    return FAKE_RESULTS[func](*args, **kwargs) if alike else None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor | None:
@@ -110,7 +110,7 @@ def _convolution(  # noqa: PLR0917
     )
     if not fits:
         return None
-    length = _stretched if transposed else _slid
+    length = _transposed_size if transposed else _convolved_size
     lengths = [length(*amounts) for amounts in zip(*per_dim, strict=True)]
     return source.new_empty((source.size(0), channels, *lengths)) if min(lengths) > 0 else None
 
@@ -125,12 +125,12 @@ def _is_in_order(tensor: Tensor) -> bool:
     return True
 
 
-def _slid(size: int, kernel: int, stride: int, pad: int, dilation: int, *_: int) -> int:
+def _convolved_size(size: int, kernel: int, stride: int, pad: int, dilation: int, *_: int) -> int:
     """How many places a kernel takes as it slides."""
     return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _stretched(size: int, kernel: int, stride: int, pad: int, dilation: int, *further: int) -> int:
+def _transposed_size(size: int, kernel: int, stride: int, pad: int, dilation: int, *further: int) -> int:
     """How far a transposed convolution reaches."""
     return (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + sum(further) + 1
 
@@ -143,12 +143,12 @@ def _in_place(source: Tensor, *_: Any, **__: Any) -> Tensor:
     return source
 
 
-def _of_two(left: Tensor, right: Any, **_: Any) -> Tensor | None:
+def _binary(left: Tensor, right: Any, **_: Any) -> Tensor | None:
     same = isinstance(right, Tensor) and left.shape == right.shape and _is_in_order(left) and _is_in_order(right)
     return torch.empty_like(left) if same else None
 
 
-def _of_two_in_place(left: Tensor, right: Any, **_: Any) -> Tensor | None:
+def _binary_in_place(left: Tensor, right: Any, **_: Any) -> Tensor | None:
     return left if isinstance(right, Tensor) and left.shape == right.shape else None
 
 
@@ -174,14 +174,14 @@ def _attention(
 
 
 _ATEN = torch.ops.aten
-STAND_INS: Mapping[Any, Callable[..., Any]] = {
+FAKE_RESULTS: Mapping[Any, Callable[..., Any]] = {
     _ATEN.mm.default: _product,
     _ATEN.bmm.default: _product,
     _ATEN.addmm.default: _added_product,
     _ATEN.convolution.default: _convolution,
-    _ATEN.add.Tensor: _of_two,
-    _ATEN.mul.Tensor: _of_two,
-    _ATEN.add_.Tensor: _of_two_in_place,
+    _ATEN.add.Tensor: _binary,
+    _ATEN.mul.Tensor: _binary,
+    _ATEN.add_.Tensor: _binary_in_place,
     _ATEN.native_batch_norm.default: _batch_norm,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     **dict.fromkeys(
@@ -195,7 +195,7 @@ STAND_INS: Mapping[Any, Callable[..., Any]] = {
 """What may go without being computed: from the arguments of a call to what stands in for its results."""
 
 
-class Where:
+class RecordingContext:
     """Which module is running, by which rules beyond the built-in ones, and whether every number is computed."""
 
     def __init__(self, rules: Mapping[str, Rule], *, computed: bool) -> None:
@@ -203,7 +203,7 @@ class Where:
         self.computed = computed
         self.was_read = False
         self.stack: list[str] = []
-        self.flow = Flow()
+        self.flow = DataFlow()
 
     @property
     def module(self) -> str:
@@ -213,13 +213,13 @@ class Where:
     def refuse(self) -> NoReturn:
         """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
         self.was_read = True
-        raise NumbersReadError
+        raise FakeValueReadError
 
 
 class OperationRecorder(TorchDispatchMode):
     """Sees every ATen call with its real tensors and applies the channel rule."""
 
-    def __init__(self, ledger: Ledger, where: Where) -> None:
+    def __init__(self, ledger: Ledger, where: RecordingContext) -> None:
         super().__init__()
         self.ledger = ledger
         self.where = where
@@ -241,22 +241,22 @@ class OperationRecorder(TorchDispatchMode):
         return out
 
     def _unread(  # noqa: PLR0917
-        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[Reading]
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[ValueOrigin]
     ) -> Any:
         """What stands in for the result of the call; None if it is to be made."""
         hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
         ruled = bool(self.where.rules) and not self.where.rules.keys().isdisjoint((name, func._schema.name))
-        if hollow and (ruled or reads_numbers(func, name, hollow)):
+        if hollow and (ruled or reads_values(func, name, hollow)):
             self.where.refuse()
         # What does not depend on the input might be kept for later, somewhere beyond the shadow.
-        fed = func in STAND_INS and not ruled and any(reading.fed for reading in read)
-        return stand_in(func, args, kwargs) if fed else None
+        fed = func in FAKE_RESULTS and not ruled and any(reading.fed for reading in read)
+        return make_fake_result(func, args, kwargs) if fed else None
 
 
 class SizeRecorder(TorchFunctionMode):
     """Gives shapes that remember their channels, and binds the ints that reach sized calls."""
 
-    def __init__(self, ledger: Ledger, where: Where) -> None:
+    def __init__(self, ledger: Ledger, where: RecordingContext) -> None:
         super().__init__()
         self.ledger = ledger
         self.where = where
@@ -264,7 +264,7 @@ class SizeRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in READERS and self.where.flow.is_hollow(args[0]):
+        if name in VALUE_READERS and self.where.flow.is_hollow(args[0]):
             self.where.refuse()
         out = func(*args, **kwargs)
         if func == _SHAPE:
@@ -307,7 +307,7 @@ def shadow_copy(model: nn.Module) -> nn.Module:
 _HOLDS_INTS = frozenset({int, tuple, list})
 
 
-def number_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int]:
+def wrap_int_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int]:
     """Replace the ints held by the modules of a shadow, by name, by ints that remember where they are held."""
     values: dict[Attribute, int] = {}
 
@@ -348,13 +348,13 @@ def record(
     Raises:
         TraceError: If the model cannot run the example.
     """
-    with contextlib.suppress(TraceError, NumbersReadError):
-        return _record(model, example, Where(rules, computed=False), by_head)
-    return _record(model, example, Where(rules, computed=True), by_head)
+    with contextlib.suppress(TraceError, FakeValueReadError):
+        return _record_once(model, example, RecordingContext(rules, computed=False), by_head)
+    return _record_once(model, example, RecordingContext(rules, computed=True), by_head)
 
 
-def _record(
-    model: nn.Module, example: tuple[Any, ...], where: Where, by_head: BoolArray | None
+def _record_once(
+    model: nn.Module, example: tuple[Any, ...], where: RecordingContext, by_head: BoolArray | None
 ) -> tuple[Ledger, dict[Attribute, int]]:
     try:
         shadow = shadow_copy(model)
@@ -366,15 +366,15 @@ def _record(
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)
     modules = {n: m for n, m in shadow.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    attributes = number_attributes(modules)
-    _watch(modules, ledger, where)
+    attributes = wrap_int_attributes(modules)
+    _add_recording_hooks(modules, ledger, where)
     where.flow.feed(example)
     with run_isolated(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
         try:
             out = shadow(*example)
         except Exception as error:
             if where.was_read:
-                raise NumbersReadError from error
+                raise FakeValueReadError from error
             shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in example]
             raise TraceError(
                 f"the model cannot run the example input of shape {shapes} (in module {where.module or 'itself'!r}): "
@@ -388,12 +388,12 @@ def _record(
     if ledger.unseen():
         _record_training(model, shadow, example, ledger, where)
     if where.was_read:
-        raise NumbersReadError
+        raise FakeValueReadError
     return ledger, attributes
 
 
 def _record_training(
-    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, where: Where
+    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, where: RecordingContext
 ) -> None:
     """Run once more in training mode: auxiliary heads, unused in evaluation, must be cut along with what they read.
 
@@ -419,7 +419,7 @@ def _record_training(
     where.stack.clear()
 
 
-def _watch(modules: Mapping[str, nn.Module], ledger: Ledger, where: Where) -> None:
+def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, where: RecordingContext) -> None:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             where.stack.append(name)
@@ -448,7 +448,7 @@ def _watch(modules: Mapping[str, nn.Module], ledger: Ledger, where: Where) -> No
 
 
 @dataclass(eq=False)
-class Run:
+class ForwardRun:
     """One forward pass in evaluation mode.
 
     Attributes:
@@ -457,13 +457,13 @@ class Run:
         stored: For each step, the names of the parameters and buffers that it reads itself.
     """
 
-    flow: Flow = field(default_factory=Flow)
+    flow: DataFlow = field(default_factory=DataFlow)
     mixings: dict[int, int] = field(default_factory=dict[int, int])
     stored: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
 
-class _Watching(TorchDispatchMode):
-    def __init__(self, run: Run, names: dict[int, str], *, computed: bool):
+class _ExecutionRecorder(TorchDispatchMode):
+    def __init__(self, run: ForwardRun, names: dict[int, str], *, computed: bool):
         super().__init__()
         self._run, self._names, self._computed = run, names, computed
         self.was_read = False
@@ -482,48 +482,48 @@ class _Watching(TorchDispatchMode):
         return out
 
     def _unread(  # noqa: PLR0917
-        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[Reading]
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[ValueOrigin]
     ) -> Any:
         """What stands in for the result of the call; None if it is to be made."""
         hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
-        if hollow and reads_numbers(func, name, hollow):
+        if hollow and reads_values(func, name, hollow):
             self.refuse()
-        fed = func in STAND_INS and any(reading.fed for reading in read)
-        return stand_in(func, args, kwargs) if fed else None
+        fed = func in FAKE_RESULTS and any(reading.fed for reading in read)
+        return make_fake_result(func, args, kwargs) if fed else None
 
     def refuse(self) -> NoReturn:
         """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
         self.was_read = True
-        raise NumbersReadError
+        raise FakeValueReadError
 
 
-class _Guarding(TorchFunctionMode):
+class _ValueReadGuard(TorchFunctionMode):
     """Sees numbers handed out without any ATen call."""
 
-    def __init__(self, watching: _Watching, flow: Flow):
+    def __init__(self, watching: _ExecutionRecorder, flow: DataFlow):
         super().__init__()
         self._watching, self._flow = watching, flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READERS and self._flow.is_hollow(args[0]):
+        if getattr(func, "__name__", "") in VALUE_READERS and self._flow.is_hollow(args[0]):
             self._watching.refuse()
         return func(*args, **(kwargs or {}))
 
 
-def watch(model: nn.Module, example: tuple[Any, ...]) -> Run:
+def record_execution(model: nn.Module, example: tuple[Any, ...]) -> ForwardRun:
     """Run a shadow of a model once; what nobody reads is not computed, see `_unread`.
 
     Args:
         model: The traced model; not modified.
         example: Positional arguments, tensors at batch 1.
     """
-    with contextlib.suppress(NumbersReadError):
-        return _rerun(model, example, computed=False)
-    return _rerun(model, example, computed=True)
+    with contextlib.suppress(FakeValueReadError):
+        return _record_execution(model, example, computed=False)
+    return _record_execution(model, example, computed=True)
 
 
-def _rerun(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run:
-    run = Run()
+def _record_execution(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> ForwardRun:
+    run = ForwardRun()
     run.flow.feed(example)
     run.stored.extend(() for _ in run.flow.names)
     shadow = shadow_copy(model)
@@ -536,10 +536,10 @@ def _rerun(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> Run
             module.register_forward_pre_hook(enter(name), with_kwargs=True)
             module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
-    watching = _Watching(run, names, computed=computed)
-    with run_isolated(model), torch.no_grad(), _Guarding(watching, run.flow), watching:
+    watching = _ExecutionRecorder(run, names, computed=computed)
+    with run_isolated(model), torch.no_grad(), _ValueReadGuard(watching, run.flow), watching:
         out = shadow(*example)
     run.flow.finish(out)
     if watching.was_read:
-        raise NumbersReadError
+        raise FakeValueReadError
     return run

@@ -24,11 +24,11 @@ from secateur.graph._ledger import (
     CountedOperation,
     Ledger,
     base_name,
-    by_whole_groups,
-    merge,
-    unknown,
+    cuts_whole_groups,
+    freeze_inputs,
+    merge_operands,
 )
-from secateur.graph.graph import ChannelGraph, Lane, Mixing, Role
+from secateur.graph.graph import ChannelDim, ChannelGraph, MixingCall, Role
 
 
 def batch_norm(call: Call) -> Sequence[ChannelIds]:
@@ -39,7 +39,7 @@ def batch_norm(call: Call) -> Sequence[ChannelIds]:
     source = call.inputs[0]
     ids = dict(call.ids(source))
     vectors = [t for t in call.args[1:5] if isinstance(t, torch.Tensor)]
-    merged = merge(call, [(ids.get(1), source.size(1)), *((call.ids(t).get(0), t.size(0)) for t in vectors)])
+    merged = merge_operands(call, [(ids.get(1), source.size(1)), *((call.ids(t).get(0), t.size(0)) for t in vectors)])
     if merged is not None:
         ids[1] = merged
     results = [ids, *({} for _ in call.outputs[1:])]
@@ -54,7 +54,7 @@ def layer_norm(call: Call) -> Sequence[ChannelIds]:
     ids = dict(call.ids(source))
     for dim in range(first, source.dim()):
         own = [(call.ids(t).get(dim - first), t.size(dim - first)) for t in call.inputs[1:]]
-        merged = merge(call, [(ids.get(dim), source.size(dim)), *own])
+        merged = merge_operands(call, [(ids.get(dim), source.size(dim)), *own])
         if merged is not None:
             ids[dim] = merged
     results = [ids, *({} for _ in call.outputs[1:])]
@@ -66,7 +66,7 @@ def group_norm(call: Call) -> Sequence[ChannelIds]:
     source, groups = call.inputs[0], call.args[6]
     ids = dict(call.ids(source))
     own = [(call.ids(t).get(0), t.size(0)) for t in call.inputs[1:]]
-    merged = merge(call, [(ids.get(1), source.size(1)), *own])
+    merged = merge_operands(call, [(ids.get(1), source.size(1)), *own])
     others = {dim: vector for dim, vector in ids.items() if dim != 1}
     call.ledger.freeze_all([others], f"{call.where} normalizes over them")
     if merged is None:
@@ -77,7 +77,7 @@ def group_norm(call: Call) -> Sequence[ChannelIds]:
 
 def tie_groups(ledger: Ledger, members: IntArray) -> None:
     """Let whole groups go, or the same positions of every group."""
-    ledger.tie_rows(np.ascontiguousarray(members.T) if by_whole_groups(*members.shape) else members)
+    ledger.tie_rows(np.ascontiguousarray(members.T) if cuts_whole_groups(*members.shape) else members)
 
 
 def convolution(call: Call) -> Sequence[ChannelIds]:
@@ -100,25 +100,25 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     positions = math.prod(size for dim, size in placed.items() if dim not in along)
     factor = float(positions * math.prod(weight.shape[2:]))
     if groups == 1:
-        _connect(call, incoming, consumed)
+        _connect_input(call, incoming, consumed)
     elif transposed and weight.size(0) == groups and weight.size(1) == 1:
-        produced, consumed, out_dim = _through(call, incoming, weight), None, 0
+        produced, consumed, out_dim = _pass_through(call, incoming, weight), None, 0
     elif transposed:
         reason = f"{call.where}: grouped transposed convolution"
         call.ledger.freeze_all([call.ids(source), call.ids(weight)], reason)
-        _count(call, factor, weight, (None, None), out_dim, ())
+        _count_convolution(call, factor, weight, (None, None), out_dim, ())
         return [{}]
     else:
-        produced = _grouped(call, incoming, weight, groups)
-    _count(call, factor, weight, (produced, consumed), out_dim, tuple(along.values()))
+        produced = _connect_groups(call, incoming, weight, groups)
+    _count_convolution(call, factor, weight, (produced, consumed), out_dim, tuple(along.values()))
     if bias is not None:
-        merge(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
+        merge_operands(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
         call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
     results = [along if produced is None else {1: produced, **along}]
     return call.mix(results) if any(along) else results
 
 
-def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
+def _connect_input(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
     """The channels that arrive are those the weight's input dimension expects."""
     if consumed is not None:
         call.ledger.roles.append((consumed, Role.INPUT))
@@ -130,7 +130,7 @@ def _connect(call: Call, incoming: IntArray | None, consumed: IntArray | None) -
         call.ledger.freeze(incoming, f"{call.where} uses a weight without channels of its own")
 
 
-def _count(  # noqa: PLR0917
+def _count_convolution(  # noqa: PLR0917
     call: Call,
     factor: float,
     weight: torch.Tensor,
@@ -151,14 +151,14 @@ def _count(  # noqa: PLR0917
     call.ledger.operations.append(CountedOperation(call.module, call.name, factor, extents))
 
 
-def _through(call: Call, incoming: IntArray | None, weight: torch.Tensor) -> IntArray | None:
+def _pass_through(call: Call, incoming: IntArray | None, weight: torch.Tensor) -> IntArray | None:
     """A depthwise transposed convolution passes its channels through."""
     channels = call.ids(weight).get(0)
-    merge(call, [(incoming, weight.size(0)), (channels, weight.size(0))])
+    merge_operands(call, [(incoming, weight.size(0)), (channels, weight.size(0))])
     return channels
 
 
-def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
+def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
     """Grouped convolution: remove whole groups, or the same positions of every group. Depthwise is the first case."""
     produced, consumed = call.ids(weight).get(0), call.ids(weight).get(1)
     if incoming is None or produced is None:
@@ -167,7 +167,7 @@ def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups
         )
         return produced
     entering, leaving = incoming.reshape(groups, -1), produced.reshape(groups, -1)
-    if by_whole_groups(*entering.shape):
+    if cuts_whole_groups(*entering.shape):
         call.ledger.tie_rows(np.ascontiguousarray(entering.T))
         call.ledger.tie_rows(np.ascontiguousarray(leaving.T))
         call.ledger.tie(entering[:, 0], leaving[:, 0])
@@ -175,7 +175,7 @@ def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups
             call.ledger.freeze(consumed, f"{call.where} removes whole groups only")
         return produced
     call.ledger.tie_rows(entering)
-    _connect(call, entering[0], consumed)
+    _connect_input(call, entering[0], consumed)
     if leaving.shape[1] == 1:
         call.ledger.freeze(produced, f"{call.where} has one output channel per group")
     else:
@@ -186,12 +186,12 @@ def _grouped(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups
 def matrix_product(call: Call) -> Sequence[ChannelIds]:
     """``mm`` and ``addmm``: (n, k) @ (k, m)."""
     left, right = call.args[-2:] if call.name == "mm" else call.args[1:3]
-    result = _product(call, left, right, 0)
+    result = _multiply(call, left, right, 0)
     if call.name == "addmm":
         bias = call.args[0]
         own = call.ids(bias)
         if 1 in result:
-            merge(call, [(result[1], right.size(1)), (own.get(bias.dim() - 1), bias.size(-1))])
+            merge_operands(call, [(result[1], right.size(1)), (own.get(bias.dim() - 1), bias.size(-1))])
             call.ledger.roles.append((own.get(bias.dim() - 1, np.zeros(0, np.int64)), Role.OUTPUT))
             own = {dim: ids for dim, ids in own.items() if dim != bias.dim() - 1}
         call.ledger.freeze_all([own], f"{call.where} adds them to something that does not follow")
@@ -200,7 +200,7 @@ def matrix_product(call: Call) -> Sequence[ChannelIds]:
 
 def batched_product(call: Call) -> Sequence[ChannelIds]:
     """``bmm``: (batch, n, k) @ (batch, k, m), as `matrix_product` for every item of the batch."""
-    return [_product(call, call.args[0], call.args[1], 1)]
+    return [_multiply(call, call.args[0], call.args[1], 1)]
 
 
 def added_batched_product(call: Call) -> Sequence[ChannelIds]:
@@ -208,10 +208,10 @@ def added_batched_product(call: Call) -> Sequence[ChannelIds]:
     left, right = call.args[1], call.args[2]
     macs = float(left.size(0) * left.size(1) * left.size(2) * right.size(2))
     call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
-    return unknown(call)
+    return freeze_inputs(call)
 
 
-def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
+def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
     """(..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor."""
     left_ids, right_ids = call.ids(left), call.ids(right)
     if rows and not call.ledger.is_own(left) and not call.ledger.is_own(right):
@@ -220,17 +220,17 @@ def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> 
     leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
     inner = right_ids.get(rows, left_ids.get(rows + 1))
     if call.ledger.is_own(right) or not call.ledger.is_own(left):
-        _connect(call, left_ids.get(rows + 1), right_ids.get(rows))
+        _connect_input(call, left_ids.get(rows + 1), right_ids.get(rows))
         produced = leaving.get(rows + 1)
     else:
         # The matrix of the model stands on the left: ``W @ x``.
-        _connect(call, right_ids.get(rows), left_ids.get(rows + 1))
+        _connect_input(call, right_ids.get(rows), left_ids.get(rows + 1))
         produced = leaving.get(rows)
     if produced is not None:
         call.ledger.roles.append((produced, Role.OUTPUT))
     batch: list[IntArray | int] = []
     if rows:
-        both = merge(call, [(left_ids.get(0), left.size(0)), (right_ids.get(0), right.size(0))])
+        both = merge_operands(call, [(left_ids.get(0), left.size(0)), (right_ids.get(0), right.size(0))])
         batch = [left.size(0) if both is None else both]
         leaving.update({} if both is None else {0: both})
     extents = (
@@ -252,16 +252,16 @@ def attention(call: Call) -> Sequence[ChannelIds]:
     bias = call.named("attn_mask") if call.named("attn_mask") is not None else call.named("attn_bias")
     rank = query.dim()
     ids = [call.ids(t) for t in (query, key, value)]
-    _connect_heads(call, [found.get(rank - 1) for found in ids[:2]])
+    _tie_inner(call, [found.get(rank - 1) for found in ids[:2]])
     tokens = [found.get(rank - 2) for found in ids[1:]]
-    _connect_heads(call, tokens)
+    _tie_inner(call, tokens)
     call.ledger.note_attention(
         call.module, (found[dim] for found in ids for dim in (rank - 2, rank - 1) if dim in found)
     )
     tensors = [query, key, value, *([] if bias is None else [bias])]
     result: ChannelIds = {}
     for dim in range(rank - 2):
-        merged = merge(call, [_aligned(call, t, dim - rank + t.dim()) for t in tensors])
+        merged = merge_operands(call, [_ids_and_length(call, t, dim - rank + t.dim()) for t in tensors])
         result.update({} if merged is None else {dim: merged})
     result.update({rank - 2: ids[0][rank - 2]} if rank - 2 in ids[0] else {})
     result.update({rank - 1: ids[2][rank - 1]} if rank - 1 in ids[2] else {})
@@ -276,14 +276,14 @@ def attention(call: Call) -> Sequence[ChannelIds]:
     return call.mix(results) if any(found is not None for found in tokens) else results
 
 
-def _aligned(call: Call, tensor: torch.Tensor, dim: int) -> tuple[IntArray | None, int]:
+def _ids_and_length(call: Call, tensor: torch.Tensor, dim: int) -> tuple[IntArray | None, int]:
     """Ids and length along a dimension that may be missing, of size one or broadcast."""
     if dim < 0 or tensor.size(dim) == 1 or tensor.stride(dim) == 0:
         return None, 1
     return call.ids(tensor).get(dim), tensor.size(dim)
 
 
-def _connect_heads(call: Call, inner: Sequence[IntArray | None]) -> None:
+def _tie_inner(call: Call, inner: Sequence[IntArray | None]) -> None:
     """The head dimension of the query meets that of the key."""
     first, second = inner
     if first is not None and second is not None:
@@ -294,7 +294,7 @@ def _connect_heads(call: Call, inner: Sequence[IntArray | None]) -> None:
             call.ledger.freeze(ids, f"{call.where} multiplies them with a tensor that carries no channels")
 
 
-class OverKeptChannels(TorchDispatchMode):
+class KeptChannelsMode(TorchDispatchMode):
     """While active, one run of a full model computes norms, means and softmaxes over the kept channels only.
 
     Removed positions of the results are zero.
@@ -323,17 +323,17 @@ class OverKeptChannels(TorchDispatchMode):
         read = [(lane, self._kept(lane)) for lane in mixing.read]
         if all(len(positions) == len(lane.axis) for lane, positions in read):
             return func(*args, **kwargs)
-        args, kwargs = _gathered(name, args, kwargs, read)
-        return _scattered(func(*args, **kwargs), [(lane, self._kept(lane)) for lane in mixing.written])
+        args, kwargs = _gather_kept(name, args, kwargs, read)
+        return _scatter_kept(func(*args, **kwargs), [(lane, self._kept(lane)) for lane in mixing.written])
 
-    def _kept(self, lane: Lane) -> IntArray:
+    def _kept(self, lane: ChannelDim) -> IntArray:
         """Positions that remain along a lane; calls on the same stream share theirs."""
         key = id(lane.axis), id(lane.channel)
         if key not in self._positions:
             self._positions[key] = lane.kept(self._alive)
         return self._positions[key]
 
-    def _is_same(self, mixing: Mixing, name: str, args: Any, kwargs: Any) -> bool:
+    def _is_same(self, mixing: MixingCall, name: str, args: Any, kwargs: Any) -> bool:
         """Whether the model still runs what it ran when traced; where data decide, it may not, and all bets are off."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         same = mixing.kind == name and all(
@@ -347,12 +347,16 @@ class OverKeptChannels(TorchDispatchMode):
         return same
 
 
-def compute_over_kept_(model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]) -> nn.Module:
+def compute_over_kept_channels_(
+    model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]
+) -> nn.Module:
     """Make a full model compute norms, means and softmaxes over the kept channels whenever it runs; returns it."""
-    return add_run_context_(model, lambda _: OverKeptChannels(graph, kept)) if graph.mixings else model
+    return add_run_context_(model, lambda _: KeptChannelsMode(graph, kept)) if graph.mixings else model
 
 
-def _gathered(name: str, args: Any, kwargs: Any, read: Sequence[tuple[Lane, IntArray]]) -> tuple[tuple[Any, ...], Any]:
+def _gather_kept(
+    name: str, args: Any, kwargs: Any, read: Sequence[tuple[ChannelDim, IntArray]]
+) -> tuple[tuple[Any, ...], Any]:
     leaves, spec = tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     for lane, positions in read:
@@ -369,7 +373,7 @@ def _gathered(name: str, args: Any, kwargs: Any, read: Sequence[tuple[Lane, IntA
     return tuple(args), kwargs
 
 
-def _scattered(out: Any, written: Sequence[tuple[Lane, IntArray]]) -> Any:
+def _scatter_kept(out: Any, written: Sequence[tuple[ChannelDim, IntArray]]) -> Any:
     leaves, spec = tree_flatten(out)
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     for lane, positions in written:

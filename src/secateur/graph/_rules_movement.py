@@ -7,26 +7,26 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur._arrays import IntArray, distinct_rows
-from secateur.graph._ledger import Call, ChannelIds, merge, unknown
+from secateur._arrays import IntArray, unique_rows
+from secateur.graph._ledger import Call, ChannelIds, freeze_inputs, merge_operands
 
 _SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
 _RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias", "reshape"})
 _FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
 
 
-def created(call: Call) -> Sequence[ChannelIds]:
+def like_tensor(call: Call) -> Sequence[ChannelIds]:
     """A new tensor with the shape of another (``zeros_like``): its sizes follow that tensor's."""
     source = call.inputs[0]
     return [call.ids(source) if out.shape == source.shape else {} for out in call.outputs]
 
 
-def filled(call: Call) -> Sequence[ChannelIds]:
+def fill(call: Call) -> Sequence[ChannelIds]:
     """``zero_``, ``fill_``: a value that no channel has a part in; the places stay what they are."""
     return [call.ids(call.inputs[0]) for _ in call.outputs]
 
 
-def move_ids(call: Call) -> Sequence[ChannelIds]:
+def move_channels(call: Call) -> Sequence[ChannelIds]:
     """Run the operation on the ids themselves."""
     source = call.inputs[0]
     for other in call.inputs[1:]:
@@ -34,25 +34,25 @@ def move_ids(call: Call) -> Sequence[ChannelIds]:
     if call.name in _SAME and call.outputs[0].shape == source.shape:
         return [call.ids(source) for _ in call.outputs]
     if call.name in _RESHAPES and call.outputs[0].numel() != source.numel():
-        return unknown(call)
-    return _moved(call, call.ids(source))
+        return freeze_inputs(call)
+    return _move_ids(call, call.ids(source))
 
 
-def _moved(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
+def _move_ids(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
     results: list[ChannelIds] = [{} for _ in call.outputs]
     for dim, vector in carried.items():
-        place = _destination(call, dim, vector)
+        place = _find_destination(call, dim, vector)
         if place is not None:
             for result in results:
-                _put(call, result, place, vector)
+                _assign_ids(call, result, place, vector)
             continue
         moved = _execute_on_ids(call, call.inputs[0], dim, vector)
         for result, ids in zip(results, moved, strict=True):
-            _place(call, result, ids, vector)
+            _assign_moved_ids(call, result, ids, vector)
     return results
 
 
-def _destination(call: Call, dim: int, vector: IntArray) -> int | None:
+def _find_destination(call: Call, dim: int, vector: IntArray) -> int | None:
     """The dimension that ids go to without any change among them, which needs no execution; None if not sure."""
     find = _DESTINATIONS.get(call.name)
     if find is None or call.kwargs or len(vector) < 2 or vector[0] == vector[-1] or not call.outputs[0].numel():
@@ -60,51 +60,51 @@ def _destination(call: Call, dim: int, vector: IntArray) -> int | None:
     return find(call, dim)
 
 
-def _transposed(call: Call, dim: int) -> int | None:
+def _transpose_dim(call: Call, dim: int) -> int | None:
     rank = call.inputs[0].dim()
     first, second = (d % rank for d in call.args[1:]) if len(call.args) > 1 else (0, rank - 1)
     return {first: second, second: first}.get(dim, dim)
 
 
-def _permuted(call: Call, dim: int) -> int | None:
+def _permute_dim(call: Call, dim: int) -> int | None:
     rank = call.inputs[0].dim()
     return [d % rank for d in call.args[1]].index(dim)
 
 
-def _unsqueezed(call: Call, dim: int) -> int | None:
+def _unsqueeze_dim(call: Call, dim: int) -> int | None:
     return dim + (dim >= call.args[1] % call.outputs[0].dim())
 
 
-def _expanded(call: Call, dim: int) -> int | None:
+def _expand_dim(call: Call, dim: int) -> int | None:
     return dim + call.outputs[0].dim() - call.inputs[0].dim()
 
 
-def _beside(call: Call, dim: int) -> int | None:
+def _slice_dim(call: Call, dim: int) -> int | None:
     """Of a cut along another dimension."""
     position = 1 if call.name == "slice" else 2
     return None if call.argument(position, 0) % call.inputs[0].dim() == dim else dim
 
 
-def _kept_by_reshape(call: Call, dim: int) -> int | None:
+def _reshape_dim(call: Call, dim: int) -> int | None:
     old, new = call.inputs[0].shape, call.outputs[0].shape
-    first, low, second, high = _group(old, new, dim)
+    first, low, second, high = _find_group(old, new, dim)
     longer = [d for d in range(second, high) if new[d] > 1]
     return longer[0] if math.prod(old[first:low]) == old[dim] and len(longer) == 1 else None
 
 
 _DESTINATIONS: Mapping[str, Callable[[Call, int], int | None]] = {
-    **dict.fromkeys(("t", "transpose"), _transposed),
-    "permute": _permuted,
-    "unsqueeze": _unsqueezed,
-    "expand": _expanded,
-    **dict.fromkeys(("slice", "split", "split_with_sizes"), _beside),
-    **dict.fromkeys(_RESHAPES, _kept_by_reshape),
+    **dict.fromkeys(("t", "transpose"), _transpose_dim),
+    "permute": _permute_dim,
+    "unsqueeze": _unsqueeze_dim,
+    "expand": _expand_dim,
+    **dict.fromkeys(("slice", "split", "split_with_sizes"), _slice_dim),
+    **dict.fromkeys(_RESHAPES, _reshape_dim),
 }
 
 
 def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray) -> list[torch.Tensor]:
     if call.name in _RESHAPES:
-        return [_reshaped(source.shape, call.outputs[0].shape, dim, vector)]
+        return [_reshape_ids(source.shape, call.outputs[0].shape, dim, vector)]
     shape = [1] * source.dim()
     shape[dim] = len(vector)
     probe = torch.from_numpy(vector).view(shape).expand(source.shape)
@@ -116,19 +116,19 @@ def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray
     return [t.long() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
-def _reshaped(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray) -> torch.Tensor:
+def _reshape_ids(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray) -> torch.Tensor:
     """Ids after a reshape, of size one along the dimensions that have no share in the dimension of the ids.
 
     Both shapes are matched from the left into the shortest groups of equal product; only one group holds the ids.
     """
-    first, low, second, high = _group(old, new, dim)
+    first, low, second, high = _find_group(old, new, dim)
     shape = [1] * (low - first)
     shape[dim - first] = len(vector)
     ids = torch.from_numpy(vector).view(shape).expand(tuple(old[first:low])).reshape(tuple(new[second:high]))
     return ids[(None,) * second + (...,) + (None,) * (len(new) - high)]
 
 
-def _group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, int, int]:
+def _find_group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, int, int]:
     """The shortest run of old dimensions around one, and that of new ones, which hold equally many positions."""
     first = second = 0
     while True:
@@ -144,7 +144,7 @@ def _group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, 
         first, second = low, high
 
 
-def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
+def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
     """Find the dimension along which moved ids vary; of several, the one with most different ids stays free."""
     dims = [d for d in range(ids.dim()) if _varies(ids, d)]
     for d in set(range(ids.dim())) - set(dims):
@@ -158,26 +158,26 @@ def _place(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) 
     elif call.ledger.is_by_head(vector):
         free = dims[-2]
     else:
-        free = max(dims, key=lambda d: (_distinct(ids, d), ids.size(d), d))
+        free = max(dims, key=lambda d: (_count_distinct(ids, d), ids.size(d), d))
     rest = [d for d in range(ids.dim()) if d != free]
     matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
     flat = matrix.numpy()
     if len(dims) > 1:
-        flat = distinct_rows(flat)
+        flat = unique_rows(flat)
         picked = call.ledger.tie_rows(flat)
     else:
         picked = np.ascontiguousarray(flat[0])
-    _put(call, result, free, picked)
+    _assign_ids(call, result, free, picked)
 
 
-def _put(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None:
+def _assign_ids(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None:
     if dim in result:
         call.ledger.freeze(ids, f"{call.where} merges two kinds of channels into one dimension")
         return
     result[dim] = ids
 
 
-def _distinct(ids: torch.Tensor, dim: int) -> int:
+def _count_distinct(ids: torch.Tensor, dim: int) -> int:
     """How many different ids the first line along a dimension holds."""
     line = ids
     for other in range(ids.dim() - 1, -1, -1):
@@ -195,15 +195,15 @@ def _varies(ids: torch.Tensor, dim: int) -> bool:
     return not bool((ids == first).all())
 
 
-def restrided(call: Call) -> Sequence[ChannelIds]:
+def as_strided(call: Call) -> Sequence[ChannelIds]:
     """``as_strided`` that only renames strides of single positions, as global pooling of channels-last tensors does."""
     source, out = call.inputs[0], call.outputs[0]
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     same = out.shape == source.shape and dense and all(size == 1 for size in out.shape[2:])
-    return [call.ids(source)] if same else unknown(call)
+    return [call.ids(source)] if same else freeze_inputs(call)
 
 
-def picking(call: Call) -> Sequence[ChannelIds]:
+def select(call: Call) -> Sequence[ChannelIds]:
     """``select`` and ``unbind``: fine along other dimensions, along channels positions are fixed."""
     source = call.inputs[0]
     dim = call.argument(1, call.kwargs.get("dim", 0)) % source.dim()
@@ -213,7 +213,7 @@ def picking(call: Call) -> Sequence[ChannelIds]:
     return [{d - (d > dim): ids for d, ids in rest.items()} for _ in call.outputs]
 
 
-def elsewhere(call: Call) -> Sequence[ChannelIds]:
+def move_positions(call: Call) -> Sequence[ChannelIds]:
     """``roll``, ``unfold``, ``diagonal``: movement along other dimensions; along channels positions would shift."""
     named = [call.dims(name) for name in ("dims", "dim", "dimension", "dim1", "dim2")]
     dims = set[int]().union(*(found for found in named if found is not None))
@@ -221,7 +221,7 @@ def elsewhere(call: Call) -> Sequence[ChannelIds]:
     ids = call.ids(source)
     moved = {dim: vector for dim, vector in ids.items() if dim in dims or not dims}
     if not moved:
-        return move_ids(call)
+        return move_channels(call)
     call.ledger.freeze_all([moved], f"{call.where} moves channels to other positions")
     if call.outputs[0].shape != source.shape:
         call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")
@@ -229,7 +229,7 @@ def elsewhere(call: Call) -> Sequence[ChannelIds]:
     return [{dim: vector for dim, vector in ids.items() if dim not in moved}]
 
 
-def shuffled(call: Call) -> Sequence[ChannelIds]:
+def channel_shuffle(call: Call) -> Sequence[ChannelIds]:
     """``channel_shuffle``: (groups, n) channels become (n, groups), so every group keeps the same positions."""
     ids = dict(call.ids(call.inputs[0]))
     if 1 in ids:
@@ -239,7 +239,7 @@ def shuffled(call: Call) -> Sequence[ChannelIds]:
     return [ids]
 
 
-def unfolded(call: Call) -> Sequence[ChannelIds]:
+def im2col(call: Call) -> Sequence[ChannelIds]:
     """``im2col``: every channel becomes as many positions as the kernel has."""
     ids = dict(call.ids(call.inputs[0]))
     channels = ids.pop(1, None)
@@ -247,13 +247,13 @@ def unfolded(call: Call) -> Sequence[ChannelIds]:
     return [{} if channels is None else {1: np.repeat(channels, call.outputs[0].size(1) // len(channels))}]
 
 
-def stacked(call: Call) -> Sequence[ChannelIds]:
+def stack(call: Call) -> Sequence[ChannelIds]:
     """``stack``: a new dimension without channels; all others must agree."""
     tensors: Sequence[torch.Tensor] = call.args[0]
     new = int(call.named("dim")) % call.outputs[0].dim()
     result: ChannelIds = {}
     for dim in range(tensors[0].dim()):
-        merged = merge(call, [(call.ids(t).get(dim), t.size(dim)) for t in tensors])
+        merged = merge_operands(call, [(call.ids(t).get(dim), t.size(dim)) for t in tensors])
         if merged is not None:
             result[dim + (dim >= new)] = merged
     return [result]
@@ -269,10 +269,10 @@ def index(call: Call) -> Sequence[ChannelIds]:
         named = {dim for dim, indices in enumerate(call.args[1]) if indices is not None}
     picked = {dim: ids for dim, ids in call.ids(source).items() if dim in named}
     call.ledger.freeze_all([picked], f"{call.where} picks channels by a fixed index")
-    return _moved(call, {dim: ids for dim, ids in call.ids(source).items() if dim not in named})
+    return _move_ids(call, {dim: ids for dim, ids in call.ids(source).items() if dim not in named})
 
 
-def fresh(call: Call) -> Sequence[ChannelIds]:
+def new_tensor(call: Call) -> Sequence[ChannelIds]:
     """``x.new_zeros(...)``: takes nothing but the dtype and device."""
     return [{} for _ in call.outputs]
 
@@ -301,17 +301,20 @@ def concatenate(call: Call) -> Sequence[ChannelIds]:
     if any(dim in call.ids(t) for t in tensors):
         parts = [call.ids(t).get(dim) for t in tensors]
         result[dim] = np.concatenate(
-            [part if part is not None else _pinned(call, t.size(dim)) for part, t in zip(parts, tensors, strict=True)]
+            [
+                part if part is not None else _new_frozen_ids(call, t.size(dim))
+                for part, t in zip(parts, tensors, strict=True)
+            ]
         )
     for other in range(rank):
         if other != dim:
-            merged = merge(call, [(call.ids(t).get(other), t.size(other)) for t in tensors])
+            merged = merge_operands(call, [(call.ids(t).get(other), t.size(other)) for t in tensors])
             if merged is not None:
                 result[other] = merged
     return [result]
 
 
-def _pinned(call: Call, size: int) -> IntArray:
+def _new_frozen_ids(call: Call, size: int) -> IntArray:
     ids = call.ledger.new(size)
     call.ledger.freeze(ids, f"{call.where} adds channels that no parameter produces")
     return ids

@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import IntArray
-from secateur.graph._ledger import Ledger, by_whole_groups
-from secateur.graph._size_ints import ShapeOf, SizeFloat, SizeInt, expression_of, shape_leaves
+from secateur.graph._ledger import Ledger, cuts_whole_groups
+from secateur.graph._size_ints import ShapeOf, SizeFloat, SizeInt, expression_of, shape_ids
 
 SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -30,9 +30,9 @@ def bind_sizes(  # noqa: PLR0917
             ledger.scaling.add(where)
 
 
-def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_view(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``view``, ``reshape``, ``expand``: one size per output dimension."""
-    sizes = _sizes_in(args[1:], kwargs)
+    sizes = _flatten_sizes(args[1:], kwargs)
     if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
         return
     ids = ledger.ids_of(out)
@@ -41,22 +41,22 @@ def _resized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
             ledger.bind(expression_of(size), ids.get(dim), where)
 
 
-def _expanded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_expand(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``expand``: a dimension broadcast to a number of channels follows that number."""
-    _follow(ledger, out, _sizes_in(args[1:], kwargs))
-    _resized(ledger, where, args, kwargs, out)
+    _assign_counted_ids(ledger, out, _flatten_sizes(args[1:], kwargs))
+    _bind_view(ledger, where, args, kwargs, out)
 
 
-def _made(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``torch.zeros``, ``x.new_ones``: a dimension made as long as another has channels follows them."""
-    sizes = _sizes_in(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
-    _follow(ledger, out, sizes)
+    sizes = _flatten_sizes(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
+    _assign_counted_ids(ledger, out, sizes)
     for dim, size in enumerate(sizes):
         if isinstance(size, SizeInt):
             ledger.bind(expression_of(size), ledger.ids_of(out).get(dim), where)
 
 
-def _follow(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
+def _assign_counted_ids(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
     """Positions that are all alike have no identity: they take that of the channels they were counted by."""
     if len(sizes) != out.dim():
         return
@@ -68,46 +68,46 @@ def _follow(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
     ledger.mark(out, ids, own=ledger.is_own(out))
 
 
-def _sizes_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _flatten_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Sizes given one by one or as one sequence, by position or by name."""
     given = args or tuple(v for k, v in kwargs.items() if k in {"shape", "size"})
     return [size for item in given for size in (item if isinstance(item, tuple | list) else (item,))]
 
 
-def _unflattened(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_unflatten(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``unflatten``: one dimension becomes several, each with its size."""
-    sizes = _given(args, kwargs, 2, "sizes")
-    first = _dim(args, kwargs, 1) % args[0].dim()
+    sizes = _argument(args, kwargs, 2, "sizes")
+    first = _dim_argument(args, kwargs, 1) % args[0].dim()
     ids = ledger.ids_of(out)
     for dim, size in enumerate(sizes, first):
         if size != -1 and (dim in ids or isinstance(size, SizeInt)):
             ledger.bind(expression_of(size), ids.get(dim), where)
 
 
-def _chunked(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_chunk(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``chunk``: the pieces stay equally long, so the same positions of each go together."""
-    dim = _dim(args, kwargs, 2)
-    asked = _given(args, kwargs, 1, "chunks")
+    dim = _dim_argument(args, kwargs, 2)
+    asked = _argument(args, kwargs, 1, "chunks")
     _tie_pieces(ledger, where, out, dim, complete=len(out) == asked)
 
 
-def _split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``split`` by one size (equal pieces) or by a list of sizes (each its own)."""
-    sizes = _given(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
-    dim = _dim(args, kwargs, 2)
+    sizes = _argument(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
+    dim = _dim_argument(args, kwargs, 2)
     if isinstance(sizes, int):
         _tie_pieces(ledger, where, out, dim)
-        ledger.bind(expression_of(sizes), _along(ledger, out[0], dim), where)
+        ledger.bind(expression_of(sizes), _ids_along(ledger, out[0], dim), where)
         return
     pieces: list[tuple[Any, torch.Tensor]] = list(zip(sizes or (), out, strict=False))
     for size, piece in pieces:
-        ids = _along(ledger, piece, dim)
+        ids = _ids_along(ledger, piece, dim)
         if ids is not None or isinstance(size, SizeInt):
             ledger.bind(expression_of(size), ids, where)
 
 
 def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: bool = True) -> None:
-    carried = [_along(ledger, piece, dim) for piece in pieces]
+    carried = [_ids_along(ledger, piece, dim) for piece in pieces]
     known = [ids for ids in carried if ids is not None]
     if not complete or len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
         for ids in known:
@@ -117,9 +117,9 @@ def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: 
         ledger.tie(known[0], ids)
 
 
-def _padded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_pad(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``pad``: the amounts before and after the channels follow how many of the padded channels stay."""
-    amounts = _given(args, kwargs, 1, "pad")
+    amounts = _argument(args, kwargs, 1, "pad")
     rank = out.dim()
     for dim in range(rank):
         place = 2 * (rank - 1 - dim)
@@ -132,7 +132,7 @@ def _padded(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str,
                 ledger.bind(expression_of(amount), ids[part] if ids is not None and amount else None, where)
 
 
-def _indexed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_index(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``x[:, a:b]``: the bounds follow how many channels before them stay."""
     source, item = args[0], args[1]
     items = item if isinstance(item, tuple) else (item,)
@@ -146,11 +146,11 @@ def _indexed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
             continue
         ids = ledger.ids_of(source).get(dim)
         if isinstance(part, slice):
-            _bound_slice(ledger, where, part, ids)
+            _bind_slice(ledger, where, part, ids)
         dim += 1
 
 
-def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, Any] | None) -> None:
+def _bind_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, Any] | None) -> None:
     if ids is None:
         for bound in (part.start, part.stop):
             if isinstance(bound, SizeInt):
@@ -167,10 +167,10 @@ def _bound_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, A
             ledger.bind(expression_of(-part.stop if part.stop < 0 else part.stop), counted, where)
 
 
-def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``narrow``: start and length count channels."""
+def _bind_narrow(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``original_module``: start and length count channels."""
     source, dim, start, length = (
-        _given(args, kwargs, position, name) for position, name in enumerate(("input", "dim", "start", "length"))
+        _argument(args, kwargs, position, name) for position, name in enumerate(("input", "dim", "start", "length"))
     )
     ids = ledger.ids_of(source).get(dim % source.dim())
     if ids is not None and isinstance(start, int):
@@ -178,9 +178,9 @@ def _narrowed(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
         ledger.bind(expression_of(length), ids[start : start + length], where)
 
 
-def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A grouped convolution that loses whole groups has fewer of them."""
-    groups = _given(args, kwargs, 6, "groups", 1)
+    groups = _argument(args, kwargs, 6, "groups", 1)
     if groups != 1:
         _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
@@ -188,37 +188,39 @@ def _grouped(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str
 def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
     """Where whole groups go, their number follows."""
     members = None if ids is None else ids.reshape(int(groups), -1)
-    counted = members[:, 0] if members is not None and by_whole_groups(*members.shape) else None
+    counted = members[:, 0] if members is not None and cuts_whole_groups(*members.shape) else None
     if counted is not None or isinstance(groups, SizeInt):
         ledger.bind(expression_of(groups), counted, where)
 
 
-def _normalized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_layer_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``layer_norm``, ``rms_norm``: the sizes of the last dimensions."""
-    sizes = _given(args, kwargs, 1, "normalized_shape")
+    sizes = _argument(args, kwargs, 1, "normalized_shape")
     ids = ledger.ids_of(args[0])
     for dim, size in enumerate(sizes, args[0].dim() - len(sizes)):
         if dim in ids or isinstance(size, SizeInt):
             ledger.bind(expression_of(size), ids.get(dim), where)
 
 
-def _group_normalized(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_group_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``group_norm`` that loses whole groups has fewer of them."""
-    groups = _given(args, kwargs, 1, "num_groups")
+    groups = _argument(args, kwargs, 1, "num_groups")
     _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
 
-def _attended(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``scaled_dot_product_attention``: its default scale is (head dimension) ** -0.5, which nothing can hold."""
-    if _given(args, kwargs, 6, "scale") is None:
+    if _argument(args, kwargs, 6, "scale") is None:
         for tensor in args[:2]:
-            ids = _along(ledger, tensor, -1)
+            ids = _ids_along(ledger, tensor, -1)
             if ids is not None:
                 ledger.bind(ShapeOf(ids), None, where)
                 ledger.scaled.append(ids)
 
 
-def _packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _freeze_packed_attention(
+    ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
     """``multi_head_attention_forward``: one python int is the width of its input, of all heads, and of its output."""
     reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
     for tensor in tree_leaves((args, kwargs)):
@@ -226,24 +228,24 @@ def _packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs:
             ledger.freeze_all([ledger.ids_of(tensor)], reason)
 
 
-def _scaled(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _bind_scale(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A product with a number computed from sizes: the number must stay what it is."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, SizeInt | SizeFloat):
             ledger.bind(value.expression, None, where)
-            ledger.scaled.extend(shape_leaves(value.expression))
+            ledger.scaled.extend(shape_ids(value.expression))
 
 
-def _given(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
     """An argument passed by position or by name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
-def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:
-    return int(_given(args, kwargs, position, "dim", 0))
+def _dim_argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:
+    return int(_argument(args, kwargs, position, "dim", 0))
 
 
-def _along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
+def _ids_along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
     return ledger.ids_of(tensor).get(dim % tensor.dim())
 
 
@@ -251,23 +253,23 @@ _PRODUCTS = (
     "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__",
     "true_divide", "__pow__", "pow",
 )  # fmt: skip
-_MAKERS = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+_NEW_TENSOR = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 SIZE_RULES: dict[str, SizeRule] = {
-    **dict.fromkeys(("view", "reshape"), _resized),
-    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
-    **dict.fromkeys(_MAKERS, _made),
-    "unflatten": _unflattened,
-    "chunk": _chunked,
-    "split": _split,
-    "split_with_sizes": _split,
-    "pad": _padded,
-    "__getitem__": _indexed,
-    "narrow": _narrowed,
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
-    "group_norm": _group_normalized,
-    **dict.fromkeys(_PRODUCTS, _scaled),
-    "scaled_dot_product_attention": _attended,
-    "multi_head_attention_forward": _packed_attention,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped),
+    **dict.fromkeys(("view", "reshape"), _bind_view),
+    **dict.fromkeys(("expand", "broadcast_to"), _bind_expand),
+    **dict.fromkeys(_NEW_TENSOR, _bind_new_tensor),
+    "unflatten": _bind_unflatten,
+    "chunk": _bind_chunk,
+    "split": _bind_split,
+    "split_with_sizes": _bind_split,
+    "pad": _bind_pad,
+    "__getitem__": _bind_index,
+    "narrow": _bind_narrow,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _bind_layer_norm),
+    "group_norm": _bind_group_norm,
+    **dict.fromkeys(_PRODUCTS, _bind_scale),
+    "scaled_dot_product_attention": _bind_attention,
+    "multi_head_attention_forward": _freeze_packed_attention,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _bind_convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _bind_convolution),
 }

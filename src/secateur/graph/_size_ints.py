@@ -94,7 +94,7 @@ class SizeFloat(float):
         return float, (float(self),)
 
 
-def _floating(name: str) -> Callable[[Any, Any], Any]:
+def _float_operator(name: str) -> Callable[[Any, Any], Any]:
     plain = getattr(float, name)
 
     def apply(self: SizeInt | SizeFloat, other: Any) -> Any:
@@ -109,13 +109,13 @@ def _floating(name: str) -> Callable[[Any, Any], Any]:
 
 
 for _name in ("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"):
-    setattr(SizeFloat, _name, _floating(_name))
+    setattr(SizeFloat, _name, _float_operator(_name))
 for _name in ("__truediv__", "__rtruediv__"):
-    setattr(SizeInt, _name, _floating(_name))
+    setattr(SizeInt, _name, _float_operator(_name))
 
 
 def _power(self: SizeInt, other: Any) -> Any:
-    return int(self) ** other if isinstance(other, int) else _floating("__pow__")(self, other)
+    return int(self) ** other if isinstance(other, int) else _float_operator("__pow__")(self, other)
 
 
 SizeInt.__pow__ = _power  # type: ignore[method-assign, assignment]
@@ -126,7 +126,7 @@ def expression_of(value: int) -> Expression:
     return value.expression if isinstance(value, SizeInt) else Literal(int(value))
 
 
-def _forward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+def _left_operator(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
     def apply(self: SizeInt, other: Any) -> Any:
         value = plain(int(self), other)
         if type(value) is not int:
@@ -136,7 +136,7 @@ def _forward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeI
     return apply
 
 
-def _backward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
+def _right_operator(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
     def apply(self: SizeInt, other: Any) -> Any:
         value = plain(int(self), other)
         if type(value) is not int:
@@ -147,8 +147,8 @@ def _backward(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[Size
 
 
 for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod"}.items():
-    setattr(SizeInt, f"__{_name}__", _forward(_symbol, getattr(int, f"__{_name}__")))
-    setattr(SizeInt, f"__r{_name}__", _backward(_symbol, getattr(int, f"__r{_name}__")))
+    setattr(SizeInt, f"__{_name}__", _left_operator(_symbol, getattr(int, f"__{_name}__")))
+    setattr(SizeInt, f"__r{_name}__", _right_operator(_symbol, getattr(int, f"__r{_name}__")))
 
 
 class SizeTuple(tuple[int, ...]):
@@ -203,7 +203,7 @@ def evaluate_expression(
             return _combine(operator, first, second)
 
 
-def invert(
+def solve_for_attribute(
     expression: Expression, wanted: Extent, known: Callable[[Expression], Extent | None]
 ) -> tuple[Attribute, Extent] | None:
     """An attribute in an expression, and the value that makes the whole expression ``wanted``.
@@ -221,27 +221,27 @@ def invert(
             return expression, wanted
         case Arithmetic("+" | "*" as operator, left, right):
             value, inner = (known(right), left) if known(right) is not None else (known(left), right)
-            return None if value is None else _invert_commuting(operator, inner, value, wanted, known)
+            return None if value is None else _solve_commuting(operator, inner, value, wanted, known)
         case Arithmetic("-", left, right) if (value := known(right)) is not None:
-            return invert(left, combine_extents(((1, wanted), (1, value))), known)
+            return solve_for_attribute(left, combine_extents(((1, wanted), (1, value))), known)
         case Arithmetic("//", left, right) if (value := known(right)) is not None and not value.terms:
-            return invert(left, combine_extents(((value.base, wanted),)), known)
+            return solve_for_attribute(left, combine_extents(((value.base, wanted),)), known)
         case _:
             return None
 
 
-def _invert_commuting(
+def _solve_commuting(
     operator: str, inner: Expression, value: Extent, wanted: Extent, known: Callable[[Expression], Extent | None]
 ) -> tuple[Attribute, Extent] | None:
     if operator == "+":
-        return invert(inner, combine_extents(((1, wanted), (-1, value))), known)
+        return solve_for_attribute(inner, combine_extents(((1, wanted), (-1, value))), known)
     if (
         value.terms
         or value.base <= 0
         or any(number % value.base for number in (wanted.base, *dict(wanted.terms).values()))
     ):
         return None
-    return invert(inner, _quotient_of(wanted, value.base), known)
+    return solve_for_attribute(inner, _quotient_of(wanted, value.base), known)
 
 
 def _quotient_of(extent: Extent, by: int) -> Extent:
@@ -296,13 +296,13 @@ def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:
     return Extent(base, tuple(sorted((name, k) for name, k in terms.items() if k)))
 
 
-def shape_leaves(expression: Expression) -> list[IntArray]:
+def shape_ids(expression: Expression) -> list[IntArray]:
     """Every id vector the expression takes the length of."""
     match expression:
         case ShapeOf(ids):
             return [ids]
         case Arithmetic(_, left, right):
-            return shape_leaves(left) + shape_leaves(right)
+            return shape_ids(left) + shape_ids(right)
         case _:
             return []
 

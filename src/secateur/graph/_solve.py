@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur._arrays import IntArray, components, distinct, run_starts
-from secateur.graph._ledger import Binding, CountedOperation, Ledger, MixedCall, ModuleOutput, Stored
+from secateur._arrays import IntArray, connected_components, run_starts, unique_values
+from secateur.graph._ledger import CountedOperation, Ledger, ModuleOutput, RecordedMixingCall, SizeBinding, StoredTensor
 from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
@@ -19,17 +19,17 @@ from secateur.graph._size_ints import (
     ShapeOf,
     evaluate_expression,
     expression_text,
-    invert,
-    shape_leaves,
+    shape_ids,
+    solve_for_attribute,
 )
-from secateur.graph.blocks import going_with
+from secateur.graph.blocks import blocks_of_modules
 from secateur.graph.graph import (
     Activation,
     ChannelAxis,
+    ChannelDim,
     ChannelGraph,
     Extent,
-    Lane,
-    Mixing,
+    MixingCall,
     Operation,
     Role,
     Site,
@@ -98,7 +98,7 @@ class Solution:
         # Nearly always they all belong to the same axis.
         alike = len(owner) > 0 and bool((owner == owner[0]).all())
         found: list[_Part] = []
-        for number in [int(owner[0])] if alike else distinct(owner).tolist():
+        for number in [int(owner[0])] if alike else unique_values(owner).tolist():
             here = roots if alike else roots[owner == number]
             times = None
             if number >= 0:
@@ -127,24 +127,24 @@ class Solution:
         return bool(news)
 
 
-def repair_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
+def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
     """Tie channels whose numbers a model takes to be the same; True if any were tied.
 
     After attention, many models write ``x.reshape(b, n, c)`` with the width c of their input, or take the dimension of
     a head to be ``c // heads``. Then the residual stream must be as wide as all heads together: position p of the one
     goes with position p of the other. Without the tie both would have to stay whole.
     """
-    edited = _edited(ledger, solution, attributes)
+    edited = _find_edits(ledger, solution, attributes)
     before = len(ledger.ties)
     for binding in ledger.bindings:
         if not _is_consistent(binding, solution, edited, attributes):
-            for first, second in _equal_numbers(ledger, binding):
+            for first, second in _equal_counts(ledger, binding):
                 if (solution.root[first] != solution.root[second]).any():
                     ledger.tie(first, second)
     return len(ledger.ties) > before
 
 
-def _equal_numbers(ledger: Ledger, binding: Binding) -> list[tuple[IntArray, IntArray]]:
+def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, IntArray]]:
     """Pairs of id vectors that must be equally long if the binding is to hold."""
     match binding.expression:
         case Attribute() if binding.ids is not None:
@@ -165,11 +165,11 @@ def _equal_numbers(ledger: Ledger, binding: Binding) -> list[tuple[IntArray, Int
             return []
 
 
-def settle_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
+def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
     """Find the new value of every int attribute; freeze channels whose sizes cannot follow. Repeats until stable."""
     while True:
         news = _freeze_partial(ledger, solution)
-        edited = _edited(ledger, solution, attributes)
+        edited = _find_edits(ledger, solution, attributes)
         for binding in ledger.bindings:
             news |= _freeze_unless_consistent(binding, solution, edited, attributes)
         if not news:
@@ -185,7 +185,7 @@ def _freeze_partial(ledger: Ledger, solution: Solution) -> bool:
     return news
 
 
-def _edited(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
+def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
     """The new value of every attribute that counts channels; first of those that do so directly."""
     edited = dict[Attribute, Extent]()
 
@@ -197,20 +197,20 @@ def _edited(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, i
 
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.measure(binding.ids)
-        found = None if extent is None else invert(binding.expression, extent, known)
+        found = None if extent is None else solve_for_attribute(binding.expression, extent, known)
         if found and found[1].at(solution.sizes) == attributes[found[0]]:
             edited.setdefault(*found)
     return edited
 
 
 def _is_consistent(
-    binding: Binding,
+    binding: SizeBinding,
     solution: Solution,
     edited: Mapping[Attribute, Extent],
     attributes: Mapping[Attribute, int],
 ) -> bool:
     """Whether an int will have the value that its use needs, for all widths."""
-    if binding.ids is None and not shape_leaves(binding.expression) and not _mentions(binding.expression, edited):
+    if binding.ids is None and not shape_ids(binding.expression) and not _mentions(binding.expression, edited):
         return True
     found = evaluate_expression(binding.expression, attributes=edited, values=attributes, measure=solution.measure)
     if binding.ids is not None:
@@ -223,12 +223,12 @@ def _is_consistent(
 
 
 def _freeze_unless_consistent(
-    binding: Binding,
+    binding: SizeBinding,
     solution: Solution,
     edited: Mapping[Attribute, Extent],
     attributes: Mapping[Attribute, int],
 ) -> bool:
-    leaves = shape_leaves(binding.expression)
+    leaves = shape_ids(binding.expression)
     if _is_consistent(binding, solution, edited, attributes):
         return False
     # An attribute that cannot serve this use may still be edited for another one: that other axis must stay as well.
@@ -253,31 +253,31 @@ def _attributes_in(expression: Expression) -> list[Attribute]:
 
 
 NOT_CONSUMED = "no layer of this model consumes these channels"
-SINGLE = "it has a single channel (or every channel is tied to every other)"
+SINGLE_CHANNEL = "it has a single channel (or every channel is tied to every other)"
 NOT_PRODUCED = "no layer of this model produces these channels"
 
 
 @dataclass(eq=False)
-class _Places:
+class _Occurrences:
     """Every (component, site, position) of stored tensors, then of bound sizes (sites without a tensor)."""
 
     root: IntArray
     site: IntArray
     position: IntArray
-    tensors: list[tuple[Stored, int]]
+    tensors: list[tuple[StoredTensor, int]]
 
 
 def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
     """Conclude the channel graph from everything the ledger holds."""
-    solution = _solution(ledger)
-    while repair_equal_sizes(ledger, solution, attributes):
-        solution = _solution(ledger)
-    edited = settle_sizes(ledger, solution, attributes)
+    solution = _solve_axes(ledger)
+    while tie_equal_sizes(ledger, solution, attributes):
+        solution = _solve_axes(ledger)
+    edited = resolve_sizes(ledger, solution, attributes)
     axes = tuple(
         ChannelAxis(axis.name, axis.size, axis.sites, axis.divisor, solution.reasons.get(number))
         for number, axis in enumerate(solution.axes)
     )
-    around = going_with(ledger.blocks)
+    around = blocks_of_modules(ledger.blocks)
     return ChannelGraph(
         axes=axes,
         operations=tuple(_operation(solution, op, around(op.module)) for op in ledger.operations),
@@ -290,7 +290,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         ),
         activations=_activations(ledger, solution),
         stages=_stages(ledger),
-        touching=_touching(ledger, solution),
+        touching=_module_axes(ledger, solution),
         example=example,
         mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
         unseen=ledger.unseen(),
@@ -299,25 +299,25 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
     )
 
 
-def _solution(ledger: Ledger) -> Solution:
-    root = components(ledger.count, ledger.ties)
-    return _axes(ledger, _places(ledger, root), root, _frozen_roots(ledger, root))
+def _solve_axes(ledger: Ledger) -> Solution:
+    root = connected_components(ledger.count, ledger.ties)
+    return _group_into_axes(ledger, _find_occurrences(ledger, root), root, _first_freezes(ledger, root))
 
 
-def _places(ledger: Ledger, root: IntArray) -> _Places:
+def _find_occurrences(ledger: Ledger, root: IntArray) -> _Occurrences:
     tensors = [(stored, dim) for stored in ledger.stored.values() for dim in stored.ids]
     vectors = [stored.ids[dim] for stored, dim in tensors]
     # Sizes count as places too: channels that one python int counts and another does not must not share an axis.
     for binding in ledger.bindings:
         vectors += [binding.ids] if binding.ids is not None else []
-        vectors += shape_leaves(binding.expression)
+        vectors += shape_ids(binding.expression)
     lengths = np.array([len(v) for v in vectors], dtype=np.int64)
     ids = np.concatenate(vectors) if vectors else np.zeros(0, np.int64)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return _Places(root[ids], np.repeat(np.arange(len(vectors)), lengths), np.arange(len(ids)) - starts, tensors)
+    return _Occurrences(root[ids], np.repeat(np.arange(len(vectors)), lengths), np.arange(len(ids)) - starts, tensors)
 
 
-def _frozen_roots(ledger: Ledger, root: IntArray) -> IntArray:
+def _first_freezes(ledger: Ledger, root: IntArray) -> IntArray:
     """Index of the first freeze that hits each component; a large number if none."""
     first = np.full(ledger.count, len(ledger.freezes), dtype=np.int64)
     for number in range(len(ledger.freezes) - 1, -1, -1):
@@ -325,13 +325,13 @@ def _frozen_roots(ledger: Ledger, root: IntArray) -> IntArray:
     return first
 
 
-def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> Solution:
+def _group_into_axes(ledger: Ledger, places: _Occurrences, root: IntArray, frozen: IntArray) -> Solution:
     """Group components that appear at the same places, equally often, into axes."""
     order = np.argsort(places.root, kind="stable")  # Sites and positions are in order already.
     roots, sites, positions = places.root[order], places.site[order], places.position[order]
     starts = run_starts(roots)
     heads = roots[starts]
-    groups = _alike(frozen[heads], sites, positions, starts)
+    groups = _group_components(frozen[heads], sites, positions, starts)
     roles = _roles(ledger, places)
     solution = Solution([], np.full(ledger.count, -1), np.full(ledger.count, -1), root)
     taken: dict[str, int] = {}
@@ -361,13 +361,13 @@ def _axes(ledger: Ledger, places: _Places, root: IntArray, frozen: IntArray) -> 
         elif not any(site.role is Role.OUTPUT for site in axis_sites):
             solution.reasons[number] = NOT_PRODUCED
         elif len(members) == 1:
-            solution.reasons[number] = SINGLE
+            solution.reasons[number] = SINGLE_CHANNEL
     for stored, dim in places.tensors:
         solution.count(stored.ids[dim], along[stored.name, dim])
     return solution
 
 
-def _alike(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntArray) -> list[IntArray]:
+def _group_components(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntArray) -> list[IntArray]:
     """Components with the same freeze and the same multiset of sites.
 
     A component's fingerprint is the sum, modulo 2^64, of a random number for its freeze and one for each of its sites:
@@ -394,7 +394,7 @@ def _alike(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntA
     return [order[group] for group in sorted(groups, key=lambda group: int(group[0]))]
 
 
-def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:
+def _roles(ledger: Ledger, places: _Occurrences) -> dict[tuple[str, int], Role]:
     owner: dict[int, tuple[str, int]] = {int(stored.ids[dim][0]): (stored.name, dim) for stored, dim in places.tensors}
     roles: dict[tuple[str, int], Role] = {}
     for ids, role in ledger.roles:
@@ -404,7 +404,7 @@ def _roles(ledger: Ledger, places: _Places) -> dict[tuple[str, int], Role]:
 
 
 def _sites(
-    places: _Places, roles: Mapping[tuple[str, int], Role], pattern: IntArray, block: IntArray
+    places: _Occurrences, roles: Mapping[tuple[str, int], Role], pattern: IntArray, block: IntArray
 ) -> Iterable[Site]:
     edges = run_starts(pattern).tolist()
     shared = np.ascontiguousarray(block[:, :1])
@@ -428,19 +428,19 @@ def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
 
 
 def _operation(solution: Solution, operation: CountedOperation, blocks: tuple[str, ...]) -> Operation:
-    extents = tuple(Extent(d) if isinstance(d, int) else _whole(solution, d) for d in operation.dims)
+    extents = tuple(Extent(d) if isinstance(d, int) else _whole_extent(solution, d) for d in operation.dims)
     return Operation(operation.module, operation.kind, operation.factor, extents, blocks)
 
 
-def _whole(solution: Solution, ids: IntArray) -> Extent:
+def _whole_extent(solution: Solution, ids: IntArray) -> Extent:
     extent = solution.measure(ids)
     assert extent is not None, "channels covered in part are frozen before"
     return extent
 
 
-def _extents(solution: Solution, stored: Stored) -> tuple[Extent, ...]:
+def _extents(solution: Solution, stored: StoredTensor) -> tuple[Extent, ...]:
     return tuple(
-        _whole(solution, stored.ids[dim]) if dim in stored.ids else Extent(size)
+        _whole_extent(solution, stored.ids[dim]) if dim in stored.ids else Extent(size)
         for dim, size in enumerate(stored.shape)
     )
 
@@ -454,18 +454,18 @@ def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
 
 
 def _activation(solution: Solution, output: ModuleOutput) -> Activation:
-    lanes = [Lane(0, dim, *solution.lane(ids)) for dim, ids in sorted(output.ids.items())]
+    lanes = [ChannelDim(0, dim, *solution.lane(ids)) for dim, ids in sorted(output.ids.items())]
     # A position embedding gives tokens ids as well, but no axis owns them.
     main = lanes[0] if len(lanes) == 1 else max(lanes, key=lambda lane: int((lane.axis >= 0).sum()))
     others = tuple(lane for lane in lanes if lane is not main and (lane.axis >= 0).any())
     return Activation(output.module, output.shape, main.dim, main.axis, main.channel, others)
 
 
-def _mixing(solution: Solution, call: MixedCall) -> Mixing:
-    def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[Lane, ...]:
-        return tuple(Lane(tensor, dim, *solution.lane(ids)) for tensor, dim, ids in found)
+def _mixing(solution: Solution, call: RecordedMixingCall) -> MixingCall:
+    def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[ChannelDim, ...]:
+        return tuple(ChannelDim(tensor, dim, *solution.lane(ids)) for tensor, dim, ids in found)
 
-    return Mixing(call.number, call.kind, lanes(call.read), lanes(call.written))
+    return MixingCall(call.number, call.kind, lanes(call.read), lanes(call.written))
 
 
 def _stages(ledger: Ledger) -> tuple[str, ...]:
@@ -482,7 +482,7 @@ def _stages(ledger: Ledger) -> tuple[str, ...]:
     return tuple(sorted((o.module for o in best.values()), key=lambda name: order[name]))
 
 
-def _touching(ledger: Ledger, solution: Solution) -> dict[str, tuple[str, ...]]:
+def _module_axes(ledger: Ledger, solution: Solution) -> dict[str, tuple[str, ...]]:
     """For every module, the axes that operations run by it saw."""
     seen: dict[str, set[int]] = {}
     for module, ids in ledger.touched:

@@ -37,7 +37,7 @@ CONSTANT = -1
 _RUNS = itertools.count()
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _storage_key(tensor: torch.Tensor) -> int:
     """What tensors that share their numbers have in common, as long as one of them lives."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
@@ -54,7 +54,7 @@ def is_mutable(func: Any) -> bool:
     return bool(func._schema.is_mutable)
 
 
-class Reading(NamedTuple):
+class ValueOrigin(NamedTuple):
     """Where what a tensor holds comes from.
 
     Attributes:
@@ -113,7 +113,7 @@ class ModuleCall:
 
 
 @dataclass(eq=False)
-class Flow:
+class DataFlow:
     """Append-only record of the steps and the module calls of one forward pass.
 
     Attributes:
@@ -143,7 +143,7 @@ class Flow:
     _added: int = 0
     _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
-    def read(self, tensor: torch.Tensor) -> Reading:
+    def read(self, tensor: torch.Tensor) -> ValueOrigin:
         """Where what a tensor holds comes from.
 
         Its memory tells too whether it was computed: ``x.data`` and the like are made by no step.
@@ -151,12 +151,12 @@ class Flow:
         value: int = getattr(tensor, self._mark, CONSTANT)
         uncomputed = False
         if (self._writers or self._uncomputed) and tensor.layout == torch.strided:
-            memory = _memory(tensor)
+            memory = _storage_key(tensor)
             value = max(value, self._writers.get(memory, CONSTANT))
             uncomputed = memory in self._uncomputed
         if value < 0:
-            return Reading(value, False, uncomputed)
-        return Reading(value, self.fed[value], uncomputed or self.hollow[value])
+            return ValueOrigin(value, False, uncomputed)
+        return ValueOrigin(value, self.fed[value], uncomputed or self.hollow[value])
 
     def value_of(self, tensor: torch.Tensor) -> int:
         """The step that wrote what a tensor holds."""
@@ -173,9 +173,9 @@ class Flow:
                 self.hollow.append(False)
                 self._append(INPUT, (), fed=True, pointwise=False)
                 # By its storage: the caller's tensor is not to carry a mark of ours.
-                self._writers[_memory(tensor)] = len(self.names) - 1
+                self._writers[_storage_key(tensor)] = len(self.names) - 1
 
-    def addition(self, name: str, inputs: Sequence[torch.Tensor], read: Sequence[Reading]) -> int | None:
+    def addition(self, name: str, inputs: Sequence[torch.Tensor], read: Sequence[ValueOrigin]) -> int | None:
         """The number of a sum of two tensors that is about to run; None if it is none that counts."""
         if name != ADDITION or len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
             return None
@@ -189,7 +189,7 @@ class Flow:
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         *,
-        read: Sequence[Reading],
+        read: Sequence[ValueOrigin],
         hollow: bool = False,
     ) -> None:
         """One ATen call that has just run.
@@ -216,7 +216,7 @@ class Flow:
             self.given.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
-        strided = [_memory(tensor) for tensor in outputs if tensor.layout == torch.strided]
+        strided = [_storage_key(tensor) for tensor in outputs if tensor.layout == torch.strided]
         if is_mutable(func):
             self._writers.update(dict.fromkeys(strided, number))
         if self.hollow[number]:
@@ -263,16 +263,16 @@ _RESHAPING = frozenset({
     "view", "_unsafe_view", "_reshape_alias", "reshape", "expand", "slice", "split", "split_with_sizes", "chunk",
     "unbind", "select", "squeeze", "unsqueeze", "roll", "flip", "index", "index_select", "im2col",
 })  # fmt: skip
-_ALIKE = frozenset({
+_SHAPE_PRESERVING = frozenset({
     "permute", "transpose", "t", "clone", "contiguous", "alias", "detach", "_to_copy", "native_dropout", "dropout",
 })  # fmt: skip
-ZERO_OF_ZERO = _RESHAPING | _ALIKE | frozenset({
+ZERO_PRESERVING = _RESHAPING | _SHAPE_PRESERVING | frozenset({
     "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "neg", "div", "mean", "sum", "avg_pool2d",
     "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
 })  # fmt: skip
 """Steps whose result is zero where their first operand is."""
-_NOT_NEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "_softmax", "abs", "square"})
-_KEEPS_SIGN = _RESHAPING | _ALIKE | frozenset({
+_NONNEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "_softmax", "abs", "square"})
+_KEEPS_SIGN = _RESHAPING | _SHAPE_PRESERVING | frozenset({
     "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum", "add", "mul", "cat", "stack",
     "upsample_nearest2d", "upsample_bilinear2d", "hardtanh",
 })  # fmt: skip
@@ -301,7 +301,7 @@ class _Branch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _FoundBlock:
     """A block that has no place among the others yet.
 
     Attributes:
@@ -317,7 +317,7 @@ class _Found:
     leaving: int
 
 
-def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple[Block, ...]:
+def find_blocks(flow: DataFlow, model: nn.Module, counted: Collection[str]) -> tuple[Block, ...]:
     """Every removable residual branch that holds multiply-accumulates.
 
     Args:
@@ -325,17 +325,17 @@ def find_blocks(flow: Flow, model: nn.Module, counted: Collection[str]) -> tuple
         model: The model that ran, for the tensors of its modules.
         counted: Names of the modules that ran a counted operation, one for each.
     """
-    return _Finder(flow, model).blocks(counted)
+    return _BlockFinder(flow, model).blocks(counted)
 
 
-def around_of(name: str) -> Iterator[str]:
+def enclosing_names(name: str) -> Iterator[str]:
     """A module or tensor and the modules around it, innermost first; the model itself is left out."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
-def going_with(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:
+def blocks_of_modules(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:
     """A function that names the blocks with which a module goes."""
     owners: dict[str, list[str]] = {}
     for block in blocks:
@@ -344,25 +344,25 @@ def going_with(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:
 
     @cache
     def names(module: str) -> tuple[str, ...]:
-        return tuple(name for around in around_of(module) for name in owners.get(around, ()))
+        return tuple(name for around in enclosing_names(module) for name in owners.get(around, ()))
 
     return names
 
 
-class _Finder:
-    def __init__(self, flow: Flow, model: nn.Module):
+class _BlockFinder:
+    def __init__(self, flow: DataFlow, model: nn.Module):
         self.flow = flow
-        self.users = _users(flow)
+        self.users = _needed_by(flow)
         self.begins = [call.begin for call in flow.calls]
         self.times: dict[str, int] = {}
         for call in flow.calls:
             self.times[call.module] = self.times.get(call.module, 0) + 1
-        self.tensors = _Tensors(model)
-        self.positive = _not_negative(flow)
+        self.tensors = _TensorOwners(model)
+        self.positive = _find_nonnegative(flow)
         self.shortcuts: dict[int, int] = {}
 
     def blocks(self, counted: Collection[str]) -> tuple[Block, ...]:
-        found: list[_Found] = []
+        found: list[_FoundBlock] = []
         for step, addition in self.flow.additions.items():
             branch = self._branch(step, addition)
             if branch is None:
@@ -413,7 +413,7 @@ class _Finder:
                 steps.add(number)
         return frozenset(steps)
 
-    def _found(self, branch: _Branch, addition: Addition) -> _Found | None:
+    def _found(self, branch: _Branch, addition: Addition) -> _FoundBlock | None:
         inside = self._calls_inside(branch)
         whole = self._whole(branch)
         if whole is not None:
@@ -429,7 +429,7 @@ class _Finder:
             return None
         name, leaving = (whole.module, whole.given) if whole is not None else ("", branch.addition)
         block = Block(name, addition.number, branch.operand, replacements, tuple(sorted(modules)), tensors)
-        return _Found(block, self.flow.call[branch.addition], branch.shortcut, leaving)
+        return _FoundBlock(block, self.flow.call[branch.addition], branch.shortcut, leaving)
 
     def _calls_inside(self, branch: _Branch) -> list[ModuleCall]:
         """Module calls of which every step lies in the branch and some step serves it."""
@@ -471,7 +471,7 @@ class _Finder:
         loose = sorted(step for step in branch.serving if step not in owner)
         zero: set[int] = set()
         last: list[ModuleCall] = []
-        for step in _backwards(branch, self.flow, owner):
+        for step in _walk_back(branch, self.flow, owner):
             call = owner.get(step)
             if call is not None and call not in last:
                 last.append(call)
@@ -494,7 +494,7 @@ class _Finder:
             return any(source in zero for source in sources)
         if name in {"cat", "stack"} or step in self.flow.additions:
             return all(source in zero for source in sources)
-        return name in ZERO_OF_ZERO and sources[:1] != () and sources[0] in zero
+        return name in ZERO_PRESERVING and sources[:1] != () and sources[0] in zero
 
     def _gives_one_tensor(self, call: ModuleCall) -> bool:
         """Whether nothing but its first tensor matters of what a module returns."""
@@ -508,9 +508,9 @@ class _Finder:
         if all(call.taken_shape == call.given_shape for call in calls):
             return True
         fed = (step for step in loose if self.flow.fed[step])
-        return all(self.flow.pointwise[step] or self.flow.names[step] in _ALIKE for step in fed)
+        return all(self.flow.pointwise[step] or self.flow.names[step] in _SHAPE_PRESERVING for step in fed)
 
-    def _named(self, found: list[_Found]) -> tuple[Block, ...]:
+    def _named(self, found: list[_FoundBlock]) -> tuple[Block, ...]:
         sums = Counter(one.call for one in found)
         named: list[Block] = []
         taken: Counter[str] = Counter()
@@ -526,7 +526,7 @@ class _Finder:
         return tuple(named)
 
 
-class _Tensors:
+class _TensorOwners:
     """Which tensors lie in which modules.
 
     Attributes:
@@ -548,7 +548,7 @@ class _Tensors:
     def _hold(self, name: str, tensor: torch.Tensor) -> list[str]:
         """The modules around a tensor."""
         self.names.setdefault(id(tensor), []).append(name)
-        around = list(around_of(name.rpartition(".")[0]))
+        around = list(enclosing_names(name.rpartition(".")[0]))
         for module in around:
             self.inside.setdefault(module, []).append(id(tensor))
         return around
@@ -561,7 +561,7 @@ class _Tensors:
         return tuple(self.names[tensor][0] for tensor in held)
 
 
-def _users(flow: Flow) -> list[list[int]]:
+def _needed_by(flow: DataFlow) -> list[list[int]]:
     """For every step, the steps that need its result, the end for the caller. What serves nobody needs nothing."""
     users: list[list[int]] = [[] for _ in flow.names]
     for value in flow.given:
@@ -573,17 +573,17 @@ def _users(flow: Flow) -> list[list[int]]:
     return users
 
 
-def _not_negative(flow: Flow) -> list[bool]:
+def _find_nonnegative(flow: DataFlow) -> list[bool]:
     known: list[bool] = []
     for step, (name, sources) in enumerate(zip(flow.names, flow.sources, strict=True)):
         # Of a sum or product with a number nothing is known.
         plain = step in flow.additions if name == "add" else len(sources) == 2 if name == "mul" else bool(sources)
         inherits = name in _KEEPS_SIGN and plain
-        known.append(name in _NOT_NEGATIVE or (inherits and all(s >= 0 and known[s] for s in sources)))
+        known.append(name in _NONNEGATIVE or (inherits and all(s >= 0 and known[s] for s in sources)))
     return known
 
 
-def _backwards(branch: _Branch, flow: Flow, owner: Collection[int]) -> Iterable[int]:
+def _walk_back(branch: _Branch, flow: DataFlow, owner: Collection[int]) -> Iterable[int]:
     """Steps of the branch met on the ways back from its result; the ways end at the steps of owned modules."""
     seen, waiting = {branch.result}, [branch.result]
     while waiting:

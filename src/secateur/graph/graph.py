@@ -191,11 +191,11 @@ class Activation:
     dim: int
     axis: IntArray
     channel: IntArray
-    others: "tuple[Lane, ...]" = ()
+    others: "tuple[ChannelDim, ...]" = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
+class ChannelDim:
     """The channels along one dimension of one tensor of a call.
 
     Attributes:
@@ -212,11 +212,11 @@ class Lane:
 
     def kept(self, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
         """Positions that remain, given which channels of which axes do; see `ChannelGraph.alive`."""
-        return _remaining(self.axis, self.channel, alive)
+        return _kept_positions(self.axis, self.channel, alive)
 
 
 @dataclass(frozen=True, eq=False)
-class Mixing:
+class MixingCall:
     """One call that computes something over channels: a norm, a mean, a softmax.
 
     Attributes:
@@ -228,8 +228,8 @@ class Mixing:
 
     number: int
     kind: str
-    read: tuple[Lane, ...]
-    written: tuple[Lane, ...]
+    read: tuple[ChannelDim, ...]
+    written: tuple[ChannelDim, ...]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class ChannelGraph:
     stages: tuple[str, ...]
     touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example: tuple[Any, ...] = ()
-    mixings: tuple[Mixing, ...] = ()
+    mixings: tuple[MixingCall, ...] = ()
     unseen: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
@@ -377,7 +377,7 @@ class ChannelGraph:
             kept: Kept channels by axis name; an axis that is not named is whole.
         """
         activation = self.activations[module]
-        return _remaining(activation.axis, activation.channel, self.alive(kept))
+        return _kept_positions(activation.axis, activation.channel, self.alive(kept))
 
     def alive(self, kept: Mapping[str, tuple[int, ...]]) -> dict[int, np.ndarray[Any, np.dtype[np.bool_]]]:
         """Which channels remain, by number of the axis; axes that ``kept`` does not name are whole and left out."""
@@ -389,7 +389,9 @@ class ChannelGraph:
         return masks
 
 
-def _remaining(axis: IntArray, channel: IntArray, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
+def _kept_positions(
+    axis: IntArray, channel: IntArray, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]
+) -> IntArray:
     keep = np.ones(axis.shape, dtype=bool)
     for number in set(axis.tolist()):
         mask = alive.get(number)

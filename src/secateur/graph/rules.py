@@ -1,26 +1,24 @@
-"""What each ATen operation does to channel ids.
+"""The channel rule of every ATen operation, and the functions from which users build their own rules (docs/rules.md).
 
-Movement needs no rule: the same operation is executed on the ids. Operations that compute need a short one each. An
-operation without a rule freezes every channel it meets, with the reason; so a model is at worst less prunable.
-
-What operations do to channels: the parts that rules of your own are made of. See docs/rules.md.
-
-A rule is a function from a `Call` to the channel ids of each output tensor: a mapping from dimension to the ids of its
-positions. Pass it by name: ``trace(model, example, rules={"my_lib::my_op": pointwise})``."""
+A rule is a function from a `Call` to the channel ids of each output tensor, a mapping from dimension to the ids of its
+positions. Users pass rules by operation name: ``trace(model, example, rules={"my_lib::my_op": pointwise})``.
+Operations that only move channels need no rule of their own, because they are executed on the ids themselves. An
+operation without a rule freezes every channel it meets and records the reason, so a model is at worst less prunable.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from secateur._arrays import IntArray
 from secateur.graph import _rules_layers as layers
 from secateur.graph import _rules_movement as moves
-from secateur.graph._ledger import ATTENTION_KINDS, Call, ChannelIds, Rule, merge, unknown
+from secateur.graph._ledger import ATTENTION_KINDS, Call, ChannelIds, Rule, freeze_inputs, merge_operands
 from secateur.graph._rules_layers import convolution, group_norm, layer_norm, matrix_product
-from secateur.graph._rules_movement import concatenate
+from secateur.graph._rules_movement import concatenate, move_channels
 from secateur.graph.blocks import is_pointwise
 
 
 def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:
-    """Carry the ids of the inputs over to the outputs, by the user's further rules or the built-in ones."""
+    """Give the outputs of a call their channel ids, by the rules of the user (``further``) or else the built-in ones."""
     if not any(call.ids(tensor) for tensor in call.inputs) and call.name not in _ALWAYS_COUNTED:
         return
     rule = further.get(call.full_name) or further.get(call.name) or _rule_for(call)
@@ -38,7 +36,7 @@ def _rule_for(call: Call) -> Rule:
         return rule
     if is_pointwise(call.operator) and call.outputs:  # `equal` is said to be one, and gives a bool.
         return pointwise
-    return unknown
+    return freeze_inputs
 
 
 def pointwise(call: Call) -> Sequence[ChannelIds]:
@@ -57,7 +55,7 @@ def pointwise(call: Call) -> Sequence[ChannelIds]:
             # A stride of zero is a broadcast scalar in disguise, not a tensor of that size.
             length = 1 if tensor.stride(own) == 0 else tensor.size(own)
             operands.append((ids.get(own), length))
-        merged = merge(call, operands)
+        merged = merge_operands(call, operands)
         if merged is not None:
             result[dim] = merged
     return [result for _ in call.outputs]
@@ -77,7 +75,7 @@ def per_channel(call: Call) -> Sequence[ChannelIds]:
     """Pooling, resizing, dropout: each channel on its own, channel dimensions unchanged."""
     source, out = call.inputs[0], call.outputs[0]
     if out.dim() != source.dim():
-        return unknown(call)
+        return freeze_inputs(call)
     own = {dim: ids for dim, ids in call.ids(source).items() if dim <= 1 and out.size(dim) == source.size(dim)}
     others = {dim: ids for dim, ids in call.ids(source).items() if dim not in own}
     call.ledger.freeze_all([others], f"{call.where} slides over channels")
@@ -103,7 +101,7 @@ def reduction(call: Call) -> Sequence[ChannelIds]:
     return results
 
 
-def normalized(call: Call) -> Sequence[ChannelIds]:
+def normalization(call: Call) -> Sequence[ChannelIds]:
     """Softmax, cumsum and the like along one dimension; if that carries channels, over the kept ones."""
     source = call.inputs[0]
     ids = call.ids(source)
@@ -137,13 +135,13 @@ _BATCH_NORM = [
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "_native_batch_norm_legit_functional", "batch_norm",
 ]
-_CREATED = [
+_LIKE_TENSOR = [
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 ]
 _FILLED = [
     "zero", "fill", "uniform", "normal", "bernoulli",
 ]
-_FRESH = [
+_NEW_TENSOR = [
     "new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided",
 ]
 # Elementwise operations that ATen does not tag as such in every version.
@@ -156,24 +154,24 @@ _ELEMENTWISE = [
 _ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *ATTENTION_KINDS})
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_MOVEMENT, moves.move_ids),
+    **dict.fromkeys(_MOVEMENT, moves.move_channels),
     **dict.fromkeys(_PER_CHANNEL, per_channel),
     **dict.fromkeys(_REDUCTION, reduction),
-    **dict.fromkeys(_NORMALIZED, normalized),
+    **dict.fromkeys(_NORMALIZED, normalization),
     **dict.fromkeys(_BATCH_NORM, layers.batch_norm),
-    **dict.fromkeys(_CREATED, moves.created),
-    **dict.fromkeys(_FRESH, moves.fresh),
-    **dict.fromkeys(_FILLED, moves.filled),
+    **dict.fromkeys(_LIKE_TENSOR, moves.like_tensor),
+    **dict.fromkeys(_NEW_TENSOR, moves.new_tensor),
+    **dict.fromkeys(_FILLED, moves.fill),
     **dict.fromkeys(_ELEMENTWISE, pointwise),
     **dict.fromkeys(ATTENTION_KINDS, layers.attention),
-    **dict.fromkeys(("roll", "unfold", "diagonal"), moves.elsewhere),
-    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), moves.shuffled),
-    "as_strided": moves.restrided,
-    **dict.fromkeys(("select", "unbind"), moves.picking),
+    **dict.fromkeys(("roll", "unfold", "diagonal"), moves.move_positions),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), moves.channel_shuffle),
+    "as_strided": moves.as_strided,
+    **dict.fromkeys(("select", "unbind"), moves.select),
     **dict.fromkeys(("index", "index_select", "gather"), moves.index),
-    "im2col": moves.unfolded,
+    "im2col": moves.im2col,
     "cat": moves.concatenate,
-    "stack": moves.stacked,
+    "stack": moves.stack,
     "constant_pad_nd": moves.pad,
     "copy": overwrite,
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layers.layer_norm),
@@ -185,7 +183,6 @@ RULES: dict[str, Rule] = {
     "baddbmm": layers.added_batched_product,
 }
 
-
 __all__ = [
     "RULES",
     "Call",
@@ -193,14 +190,14 @@ __all__ = [
     "Rule",
     "concatenate",
     "convolution",
+    "freeze_inputs",
     "group_norm",
     "layer_norm",
     "matrix_product",
-    "merge",
-    "movement",
-    "normalized",
+    "merge_operands",
+    "move_channels",
+    "normalization",
     "per_channel",
     "pointwise",
     "reduction",
-    "unknown",
 ]

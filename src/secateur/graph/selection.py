@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
-from secateur.errors import ChoiceError
-from secateur.graph.blocks import around_of
+from secateur.errors import SelectionError
+from secateur.graph.blocks import enclosing_names
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role
 
 _SUGGESTIONS = 4
@@ -42,7 +42,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "whole"):
-            _check_patterns(getattr(self, name), name)
+            _check_pattern_types(getattr(self, name), name)
 
     def __bool__(self) -> bool:
         """Whether anything is chosen."""
@@ -59,46 +59,46 @@ class Selection:
         What has a reason already keeps it.
 
         Raises:
-            ChoiceError: If a pattern means nothing in the graph, or nothing is left that may be cut.
+            SelectionError: If a pattern means nothing in the graph, or nothing is left that may be cut.
         """
         if not self:
             return graph
-        seen_in = _seen_in(graph)
-        check_matches(self.include, graph, "include")
-        check_matches(self.exclude, graph, "exclude")
-        check_matches(self.whole, graph, "whole", seen_in)
+        seen_in = _names_with_readers(graph)
+        check_patterns(self.include, graph, "include")
+        check_patterns(self.exclude, graph, "exclude")
+        check_patterns(self.whole, graph, "whole", seen_in)
         chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis, seen_in))})
         chosen = chosen.with_kept_blocks({b.name: why for b in graph.removable if (why := self._block_reason(b))})
         if (graph.prunable or graph.removable) and not (chosen.prunable or chosen.removable):
-            raise ChoiceError(self._nothing_left(graph))
+            raise SelectionError(self._nothing_left(graph))
         return chosen
 
     def _reason(self, axis: ChannelAxis, seen_in: Names) -> str | None:
         """Why an axis stays whole, or None."""
-        excluded, kept = _first(self.exclude, _place_names(axis)), _first(self.whole, seen_in(axis))
+        excluded, kept = _first_match(self.exclude, _producer_names(axis)), _first_match(self.whole, seen_in(axis))
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer that matched {kept!r} makes or reads it"
-        if self.include and _first(self.include, _place_names(axis)) is None:
+        if self.include and _first_match(self.include, _producer_names(axis)) is None:
             return f"kept whole: matched no include pattern ({', '.join(map(repr, self.include))})"
         return None
 
     def _block_reason(self, block: Block) -> str | None:
         """Why a block stays, or None."""
-        names = {block.name}.union(*map(around_of, block.tensors))
-        excluded, kept = _first(self.exclude, names), _first(self.whole, names)
+        names = {block.name}.union(*map(enclosing_names, block.tensors))
+        excluded, kept = _first_match(self.exclude, names), _first_match(self.whole, names)
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer of it matched {kept!r}"
-        every = all(_first(self.include, around_of(tensor)) is not None for tensor in block.tensors)
-        if self.include and not every and _first(self.include, (block.name,)) is None:
+        every = all(_first_match(self.include, enclosing_names(tensor)) is not None for tensor in block.tensors)
+        if self.include and not every and _first_match(self.include, (block.name,)) is None:
             return f"kept whole: not all of it matched an include pattern ({', '.join(map(repr, self.include))})"
         return None
 
     def _nothing_left(self, graph: ChannelGraph) -> str:
-        meant = [axis for axis in graph.axes if _first(self.include, _place_names(axis)) is not None]
+        meant = [axis for axis in graph.axes if _first_match(self.include, _producer_names(axis)) is not None]
         frozen = [f"{axis.name} ({axis.frozen_because})" for axis in meant if axis.frozen_because is not None]
         because = f" What it includes is frozen: {'; '.join(frozen[:_SUGGESTIONS])}." if frozen else ""
         return (
@@ -107,47 +107,47 @@ class Selection:
         )
 
 
-def matches(pattern: str, axis: ChannelAxis) -> bool:
+def matches_axis(pattern: str, axis: ChannelAxis) -> bool:
     """Whether a pattern means an axis: it matches its name or that of a place that makes or carries its channels.
 
     Args:
         pattern: A glob; see `Selection`.
         axis: Of a traced graph.
     """
-    return _first((pattern,), _place_names(axis)) is not None
+    return _first_match((pattern,), _producer_names(axis)) is not None
 
 
-def check_matches(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
+def check_patterns(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
     """Refuse a pattern that means no axis of a graph, frozen ones included, and no block.
 
     Args:
         patterns: Globs.
         graph: The graph.
         name: Of the argument, for the message.
-        names: Names of an axis; None means those of `matches`.
+        names: Names of an axis; None means those of `matches_axis`.
 
     Raises:
-        ChoiceError: With the names that are nearest to it.
+        SelectionError: With the names that are nearest to it.
     """
-    known = dict.fromkeys(one for axis in graph.axes for one in (names or _place_names)(axis))
+    known = dict.fromkeys(one for axis in graph.axes for one in (names or _producer_names)(axis))
     known |= dict.fromkeys(block.name for block in graph.blocks)
     for pattern in patterns:
         if not any(fnmatchcase(one, pattern) for one in known):
-            raise ChoiceError(
+            raise SelectionError(
                 f"`{name}` must match an axis, module or parameter with channels; {pattern!r} matches none."
-                f"{_near(pattern, known)} {_LIST_THEM}"
+                f"{_suggest(pattern, known)} {_LIST_THEM}"
             )
 
 
-def _place_names(axis: ChannelAxis) -> Iterator[str]:
+def _producer_names(axis: ChannelAxis) -> Iterator[str]:
     """Name of the axis, and names of the parameters and modules that make or carry its channels."""
     yield axis.name
     for site in axis.sites:
         if site.role is not Role.INPUT:
-            yield from around_of(site.tensor)
+            yield from enclosing_names(site.tensor)
 
 
-def _seen_in(graph: ChannelGraph) -> Names:
+def _names_with_readers(graph: ChannelGraph) -> Names:
     """Names of an axis, and names of everything that makes, carries or reads its channels.
 
     Modules that saw them run count as well: one that shares another's weight is no site of its own.
@@ -160,18 +160,18 @@ def _seen_in(graph: ChannelGraph) -> Names:
     def names(axis: ChannelAxis) -> Iterator[str]:
         yield axis.name
         for name in (*(site.tensor for site in axis.sites), *modules.get(axis.name, ())):
-            yield from around_of(name)
+            yield from enclosing_names(name)
 
     return names
 
 
-def _first(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+def _first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:
     """The first pattern that matches any of the names."""
     names = tuple(names)
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
-def _near(pattern: str, known: Mapping[str, object]) -> str:
+def _suggest(pattern: str, known: Mapping[str, object]) -> str:
     """The names like a pattern, its wildcards left out."""
     plain = pattern.replace("*", "").strip(".")
     similar = partial(difflib.get_close_matches, n=_SUGGESTIONS, cutoff=0.6)
@@ -179,6 +179,6 @@ def _near(pattern: str, known: Mapping[str, object]) -> str:
     return f" Did you mean {', '.join(found)}?" if found else ""
 
 
-def _check_patterns(patterns: object, name: str) -> None:
+def _check_pattern_types(patterns: object, name: str) -> None:
     if not isinstance(patterns, tuple) or not all(isinstance(one, str) and one for one in patterns):
-        raise ChoiceError(f'`{name}` must be a tuple of name patterns, such as ("layer1.*",); got {patterns!r}.')
+        raise SelectionError(f'`{name}` must be a tuple of name patterns, such as ("layer1.*",); got {patterns!r}.')

@@ -16,14 +16,14 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from secateur.errors import ChoiceError
-from secateur.graph._record import watch
-from secateur.graph.blocks import CONSTANT, Flow, ModuleCall
-from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Lane
+from secateur.errors import SelectionError
+from secateur.graph._record import record_execution
+from secateur.graph.blocks import CONSTANT, DataFlow, ModuleCall
+from secateur.graph.graph import Block, ChannelAxis, ChannelDim, ChannelGraph
 
 
 @dataclass(frozen=True)
-class LiveOutput:
+class CutPoint:
     """The output of a module that is the single live tensor when it is returned.
 
     Attributes:
@@ -39,7 +39,7 @@ class LiveOutput:
     resolution: tuple[int, ...]
 
 
-class Passage:
+class StageExecution:
     """One forward pass, and where in it everything lies that a stage may hold.
 
     Args:
@@ -48,14 +48,14 @@ class Passage:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph):
-        run = watch(model, graph.example)
+        run = record_execution(model, graph.example)
         self.graph = graph
         self.flow = run.flow
         self.times: Mapping[str, int] = Counter(call.module for call in run.flow.calls)
         self.steps_of_tensor = _readers(run.flow, run.stored)
-        self._reach = _reach(run.flow)
+        self._reach = _last_reads(run.flow)
         self._last = max((v for v, reach in enumerate(self._reach) if reach > CONSTANT), default=CONSTANT)
-        self._jumped = _jumped(self._reach)
+        self._jumped = _last_reads_before(self._reach)
 
     def is_live(self, call: ModuleCall) -> bool:
         """Whether the output of a call can be replaced, and all that follows depends on nothing else of the input.
@@ -70,21 +70,21 @@ class Passage:
         return self._jumped[value] <= value and not any(r > CONSTANT for r in self._reach[value + 1 : call.end])
 
     @cached_property
-    def outputs(self) -> tuple[LiveOutput, ...]:
+    def outputs(self) -> tuple[CutPoint, ...]:
         """Of every single live tensor the outermost module that returns it, in order of execution."""
-        outermost: dict[int, LiveOutput] = {}
+        outermost: dict[int, CutPoint] = {}
         for call in self.flow.calls:  # In order of entry: the outermost comes first.
             if call.given not in outermost and self.is_live(call):
                 outermost[call.given] = self.output_of(call)
         return tuple(outermost[value] for value in sorted(outermost))
 
-    def output_of(self, call: ModuleCall) -> LiveOutput:
+    def output_of(self, call: ModuleCall) -> CutPoint:
         """What a call returns."""
         shape = tuple(call.given_shape)
         seen = self.graph.activations.get(call.module)
         channels = seen.dim if seen is not None else 1 if len(shape) == 4 else len(shape) - 1
         resolution = tuple(size for dim, size in enumerate(shape) if dim not in (0, channels))
-        return LiveOutput(call.module, call.given, math.prod(shape[1:]), resolution)
+        return CutPoint(call.module, call.given, math.prod(shape[1:]), resolution)
 
     @cached_property
     def macs(self) -> tuple[tuple[int, int], ...]:
@@ -113,11 +113,11 @@ class Passage:
         seen = self.graph.activations.get(module)
         if seen is None:
             return frozenset()
-        lanes = (Lane(0, seen.dim, seen.axis, seen.channel), *seen.others)
+        lanes = (ChannelDim(0, seen.dim, seen.axis, seen.channel), *seen.others)
         return frozenset(self.graph.axes[int(n)].name for lane in lanes for n in set(lane.axis.tolist()) if n >= 0)
 
 
-def _reach(flow: Flow) -> list[int]:
+def _last_reads(flow: DataFlow) -> list[int]:
     """For every value, the last step that reads it on a way from the input to what leaves the model.
 
     The number of steps stands for the caller, -1 for a value that lies on no such way.
@@ -132,7 +132,7 @@ def _reach(flow: Flow) -> list[int]:
     return reach
 
 
-def _jumped(reach: list[int]) -> list[int]:
+def _last_reads_before(reach: list[int]) -> list[int]:
     """For every value, the last step that reads any of the values before it."""
     furthest, jumped = CONSTANT, list[int]()
     for each in reach:
@@ -141,7 +141,7 @@ def _jumped(reach: list[int]) -> list[int]:
     return jumped
 
 
-def _readers(flow: Flow, stored: list[tuple[str, ...]]) -> dict[str, set[int]]:
+def _readers(flow: DataFlow, stored: list[tuple[str, ...]]) -> dict[str, set[int]]:
     """For each parameter and buffer the steps on whose results the input tells too, and which it enters.
 
     It may be computed with before (a weight that is normalized): what counts is where the result is used.
@@ -158,33 +158,33 @@ def _readers(flow: Flow, stored: list[tuple[str, ...]]) -> dict[str, set[int]]:
     return readers
 
 
-def behind_widening(outputs: tuple[LiveOutput, ...], operations: list[int]) -> Iterator[LiveOutput]:
+def drop_widened(outputs: tuple[CutPoint, ...], operations: list[int]) -> Iterator[CutPoint]:
     """The outputs without those that a single layer has only widened: it belongs to what follows.
 
     Args:
         outputs: Of one resolution, in order.
         operations: Steps of the counted operations.
     """
-    groups: list[list[LiveOutput]] = []
+    groups: list[list[CutPoint]] = []
     for output in outputs:
-        if groups and _between(groups[-1][-1], output, operations) == 0:
+        if groups and _count_between(groups[-1][-1], output, operations) == 0:
             groups[-1].append(output)
         else:
             groups.append([output])
     for number, group in enumerate(groups):
         before = groups[number - 1][-1] if number else None
         widened = before is not None and before.size < group[-1].size
-        if not (widened and before is not None and _between(before, group[0], operations) == 1):
+        if not (widened and before is not None and _count_between(before, group[0], operations) == 1):
             yield min(reversed(group), key=lambda output: output.module.count("."))
 
 
-def _between(first: LiveOutput, second: LiveOutput, operations: list[int]) -> int:
+def _count_between(first: CutPoint, second: CutPoint, operations: list[int]) -> int:
     return sum(first.value < step <= second.value for step in operations)
 
 
-_SMALL = 0.05
+_SMALL_STAGE = 0.05
 """Of the MACs: a stage with less is merged with a neighbor."""
-_LARGE = 0.5
+_LARGE_STAGE = 0.5
 """Of the MACs: a stage with more is divided."""
 _PARTS = 4
 """Into how many stages a whole model would be divided."""
@@ -211,7 +211,7 @@ class Stage:
     macs: int
 
 
-def stages_of(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | None = None) -> tuple[Stage, ...]:
+def find_stages(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | None = None) -> tuple[Stage, ...]:
     """Divide a model into stages that can be searched one by one.
 
     A *cut* is a module that is called once and returns one tensor through which alone all that the model returns
@@ -234,16 +234,16 @@ def stages_of(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | None 
         The stages in order of execution, at least one. Of given cuts, those too that offer nothing to choose.
 
     Raises:
-        ChoiceError: If a cut names no module, is no single live tensor, or is out of order.
+        SelectionError: If a cut names no module, is no single live tensor, or is out of order.
     """
-    division = _Division(Passage(model, graph))
+    division = _StageDivider(StageExecution(model, graph))
     if cuts is not None:
-        return division.stages(_checked(division.passage, model, cuts))
+        return division.stages(_check_cuts(division.passage, model, cuts))
     return division.stages(division.found())
 
 
-class _Division:
-    def __init__(self, passage: Passage):
+class _StageDivider:
+    def __init__(self, passage: StageExecution):
         self.passage = passage
         self.graph = passage.graph
         self._readers = passage.steps_of_tensor
@@ -253,12 +253,12 @@ class _Division:
         self._steps = [step for step, _ in passage.macs]
         self._total = max(sum(macs for _, macs in passage.macs), 1)
 
-    def found(self) -> list[LiveOutput]:
+    def found(self) -> list[CutPoint]:
         """The cuts by rule."""
         cuts = self._merged(self._by_resolution())
         return self._merged(self._divided(cuts))
 
-    def stages(self, cuts: Sequence[LiveOutput]) -> tuple[Stage, ...]:
+    def stages(self, cuts: Sequence[CutPoint]) -> tuple[Stage, ...]:
         """What lies between cuts."""
         ends = [cut.value for cut in cuts]
         crossing = frozenset[str]().union(*(self.passage.crossing(cut.module) for cut in cuts))
@@ -268,7 +268,7 @@ class _Division:
         self._check_operations(ends, axes, blocks)
         macs = [0] * (len(cuts) + 1)
         for step, count in self.passage.macs:
-            macs[_stage(step, ends)] += count
+            macs[_stage_number(step, ends)] += count
         return tuple(
             Stage(
                 f"stage{number + 1}",
@@ -283,13 +283,13 @@ class _Division:
     def _stage_of_axis(self, axis: ChannelAxis, ends: Sequence[int]) -> int | None:
         """The stage in which every tensor of an axis is used; None if there is no such, or one is not used at all."""
         steps = [self._readers.get(site.tensor, set[int]()) for site in axis.sites]
-        stages = {_stage(step, ends) for step in set[int]().union(*steps)}
+        stages = {_stage_number(step, ends) for step in set[int]().union(*steps)}
         return stages.pop() if all(steps) and len(stages) == 1 else None
 
     def _stage_of_block(self, block: Block, ends: Sequence[int]) -> int | None:
         """The stage in which what goes with a block runs; what stays may be shared, and has no effect without it."""
         steps = (step for gone in block.replacements for step in self._spans.get(gone.module, ()))
-        stages = {_stage(step, ends) for step in steps}
+        stages = {_stage_number(step, ends) for step in steps}
         return stages.pop() if len(stages) == 1 else None
 
     def _check_operations(
@@ -297,7 +297,7 @@ class _Division:
     ) -> None:
         """Take away from their stages what an operation counts in another one: channels of weights used elsewhere."""
         for step, operation in zip(self._steps, self.graph.operations, strict=True):
-            here = _stage(step, ends)
+            here = _stage_number(step, ends)
             for name in {name for extent in operation.extents for name, _ in extent.terms}:
                 if axes.get(name, here) != here:
                     axes[name] = None
@@ -305,21 +305,21 @@ class _Division:
                 if blocks.get(name, here) != here:
                     blocks[name] = None
 
-    def _by_resolution(self) -> list[LiveOutput]:
+    def _by_resolution(self) -> list[CutPoint]:
         """At each resolution the last output that is not just widened."""
-        at: dict[tuple[int, ...], list[LiveOutput]] = {}
+        at: dict[tuple[int, ...], list[CutPoint]] = {}
         for output in self.passage.outputs:
             if max(output.resolution, default=1) > 1:
                 at.setdefault(output.resolution, []).append(output)
-        last = [list(behind_widening(tuple(outputs), self._steps))[-1] for outputs in at.values()]
+        last = [list(drop_widened(tuple(outputs), self._steps))[-1] for outputs in at.values()]
         return sorted(last, key=lambda output: output.value)
 
-    def _merged(self, cuts: list[LiveOutput]) -> list[LiveOutput]:
+    def _merged(self, cuts: list[CutPoint]) -> list[CutPoint]:
         """Without cuts beside stages that are small or offer nothing, the smallest of these first."""
         cuts = list(cuts)
         while cuts:
             stages = self.stages(cuts)
-            poor = [n for n, s in enumerate(stages) if not (s.axes or s.blocks) or s.macs < _SMALL * self._total]
+            poor = [n for n, s in enumerate(stages) if not (s.axes or s.blocks) or s.macs < _SMALL_STAGE * self._total]
             if not poor:
                 break
             number = min(poor, key=lambda n: stages[n].macs)
@@ -328,24 +328,24 @@ class _Division:
             del cuts[min(number, other)]
         return cuts
 
-    def _divided(self, cuts: list[LiveOutput]) -> list[LiveOutput]:
+    def _divided(self, cuts: list[CutPoint]) -> list[CutPoint]:
         """With further cuts in stages that hold most of the model."""
         more = list(cuts)
         borders = [-1, *(cut.value for cut in cuts), len(self.passage.flow.names)]
         for (low, high), stage in zip(itertools.pairwise(borders), self.stages(cuts), strict=True):
-            if stage.macs > _LARGE * self._total:
+            if stage.macs > _LARGE_STAGE * self._total:
                 inside = [output for output in self.passage.outputs if low < output.value < high]
                 more += self._equal_parts(inside, round(_PARTS * stage.macs / self._total), low, high)
         return sorted(set(more), key=lambda output: output.value)
 
-    def _equal_parts(self, outputs: list[LiveOutput], parts: int, low: int, high: int) -> list[LiveOutput]:
+    def _equal_parts(self, outputs: list[CutPoint], parts: int, low: int, high: int) -> list[CutPoint]:
         """The outputs that divide the MACs between two steps most evenly, of the outermost modules that can do so."""
-        outputs = list(behind_widening(tuple(outputs), self._steps))
+        outputs = list(drop_widened(tuple(outputs), self._steps))
         inside = [(step, macs) for step, macs in self.passage.macs if low < step < high]
         total = max(sum(macs for _, macs in inside), 1)
         before = {output: sum(macs for step, macs in inside if step <= output.value) / total for output in outputs}
         aims = [part / parts for part in range(1, parts)]
-        chosen: list[LiveOutput] = []
+        chosen: list[CutPoint] = []
         for depth in sorted({output.module.count(".") for output in outputs}):
             level = [output for output in outputs if output.module.count(".") <= depth]
             chosen = [min(level, key=lambda output: abs(before[output] - aim)) for aim in aims]
@@ -355,39 +355,39 @@ class _Division:
         return chosen
 
 
-def _stage(step: int, ends: Sequence[int]) -> int:
+def _stage_number(step: int, ends: Sequence[int]) -> int:
     """The number of the stage that a step runs in, given the values that end all but the last."""
     return int(np.searchsorted(ends, step, side="left"))
 
 
-def _checked(passage: Passage, model: nn.Module, cuts: Sequence[str]) -> list[LiveOutput]:
+def _check_cuts(passage: StageExecution, model: nn.Module, cuts: Sequence[str]) -> list[CutPoint]:
     """The outputs of modules that a user names."""
     known = [name for name, _ in model.named_modules() if name]
-    found: list[LiveOutput] = []
+    found: list[CutPoint] = []
     for name in cuts:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=_SUGGESTIONS)
             hint = f" Did you mean {', '.join(near)}?" if near else ""
-            raise ChoiceError(f"`cuts` must name modules of the model; got {name!r}.{hint}")
+            raise SelectionError(f"`cuts` must name modules of the model; got {name!r}.{hint}")
         call = next((call for call in passage.flow.calls if call.module == name), None)
         if call is None or not passage.is_live(call):
             begin = call.begin if call is not None else 0
-            raise ChoiceError(
+            raise SelectionError(
                 f"`cuts` must name modules that run once and return one tensor which alone the model's output depends "
-                f"on from there; {name!r} {_why_not(passage, name)}.{_neighbors(passage.outputs, begin)}"
+                f"on from there; {name!r} {_explain_refusal(passage, name)}.{_suggest_neighbors(passage.outputs, begin)}"
             )
         found.append(passage.output_of(call))
     for first, second in itertools.pairwise(found):
         if first.value >= second.value:
             order = sorted(set(found), key=lambda output: output.value)
-            raise ChoiceError(
+            raise SelectionError(
                 f"`cuts` must be in order of execution, each once; got {second.module!r} after {first.module!r}. "
                 f"In order: {', '.join(output.module for output in order)}."
             )
     return found
 
 
-def _why_not(passage: Passage, name: str) -> str:
+def _explain_refusal(passage: StageExecution, name: str) -> str:
     times = passage.times.get(name, 0)
     if times != 1:
         return f"runs {times} times"
@@ -395,7 +395,7 @@ def _why_not(passage: Passage, name: str) -> str:
     return "does not return one tensor" if call.items is not None else "is passed by, or computes nothing"
 
 
-def _neighbors(outputs: Iterable[LiveOutput], begin: int) -> str:
+def _suggest_neighbors(outputs: Iterable[CutPoint], begin: int) -> str:
     before, after = [], []
     for output in outputs:
         (after if output.value >= begin else before).append(output.module)

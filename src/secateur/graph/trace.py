@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from secateur._arrays import BoolArray, components
+from secateur._arrays import BoolArray, connected_components
 from secateur.errors import TraceError
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
@@ -26,7 +26,7 @@ Example = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One input; a tuple of positional inputs; a mapping of inputs by name; a list is one input (as detectors take it)."""
 
 
-def positional(model: nn.Module, example: Example) -> tuple[Any, ...]:
+def positional_arguments(model: nn.Module, example: Example) -> tuple[Any, ...]:
     """The example as positional arguments at batch 1.
 
     Of tensors that share the first dimension of the first one, only the first item is taken. What lies inside a list
@@ -36,7 +36,7 @@ def positional(model: nn.Module, example: Example) -> tuple[Any, ...]:
         TraceError: If there is no tensor, an empty one, or a name that the model's forward does not take.
     """
     if isinstance(example, Mapping):
-        arguments = _by_position(model, example)
+        arguments = _bind_by_name(model, example)
     else:
         arguments = example if isinstance(example, tuple) else (example,)
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
@@ -52,7 +52,7 @@ def positional(model: nn.Module, example: Example) -> tuple[Any, ...]:
     return tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)
 
 
-def _by_position(model: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]:
+def _bind_by_name(model: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]:
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(**named)
@@ -78,7 +78,7 @@ def check_model(model: nn.Module) -> None:
     """
     absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for name, module in model.named_modules():
-        reason = _kind_of_obstacle(module) or (_absent_weights(module) if absent else None)
+        reason = _find_obstacle(module) or (_absent_weights(module) if absent else None)
         if reason:
             where = f"the module {name!r} of `model`" if name else "`model`"
             raise TraceError(f"{where} ({type(module).__name__}) {reason}")
@@ -86,7 +86,7 @@ def check_model(model: nn.Module) -> None:
         raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
 
 
-def _kind_of_obstacle(module: nn.Module) -> str | None:
+def _find_obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     origin = f"{kind.__module__}.{kind.__qualname__}"
     return next((reason for pattern, reason in _OBSTACLES.items() if origin.startswith(pattern)), None)
@@ -151,24 +151,24 @@ def trace(
         TraceError: If the model cannot run the example, or must be unwrapped, loaded or the like before.
     """
     check_model(model)
-    single = positional(model, example)
+    single = positional_arguments(model, example)
     ledger, attributes = record(model, single, rules)
-    by_head = _by_head(ledger, heads)
+    by_head = _find_head_ids(ledger, heads)
     if by_head.any():
         ledger, attributes = record(model, single, rules, by_head=by_head)
     graph = solve(ledger, attributes, single)
-    if not ledger.attended or not _is_entangled(graph):
+    if not ledger.attended or not _may_gain_from_heads(graph):
         return graph
-    ledger, attributes = record(model, single, rules, by_head=_by_head(ledger, HeadUnit.HEAD))
-    return max(graph, solve(ledger, attributes, single), key=_freedom)
+    ledger, attributes = record(model, single, rules, by_head=_find_head_ids(ledger, HeadUnit.HEAD))
+    return max(graph, solve(ledger, attributes, single), key=_count_prunable)
 
 
-def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
+def _find_head_ids(ledger: Ledger, heads: HeadUnit) -> BoolArray:
     """(ids,) which belong to attention that must be cut by whole heads."""
     marked = np.zeros(ledger.count, dtype=bool)
     if not ledger.attended:
         return marked
-    root = components(ledger.count, ledger.ties)
+    root = connected_components(ledger.count, ledger.ties)
     scaled = np.zeros(ledger.count, dtype=bool)
     for ids in ledger.scaled:
         scaled[root[ids]] = True
@@ -179,7 +179,7 @@ def _by_head(ledger: Ledger, heads: HeadUnit) -> BoolArray:
     return marked[root]
 
 
-def _is_entangled(graph: ChannelGraph) -> bool:
+def _may_gain_from_heads(graph: ChannelGraph) -> bool:
     """Whether whole heads might leave more to choose than dimensions of heads.
 
     So where heads are divided in one way here and in another there, which ties all channels together, and where the
@@ -189,7 +189,7 @@ def _is_entangled(graph: ChannelGraph) -> bool:
     return any(tied) or any(axis.frozen_because == NOT_CONSUMED for axis in graph.axes)
 
 
-def _freedom(graph: ChannelGraph) -> int:
+def _count_prunable(graph: ChannelGraph) -> int:
     """Parameters in tensors with at least one prunable dimension."""
     sizes = graph.sizes
     free = (extents for extents in graph.tensors.values() if any(extent.terms for extent in extents))

@@ -13,9 +13,19 @@ import numpy as np
 from torch import nn
 
 from secateur._arrays import IntArray
-from secateur.graph._record import Run, watch
-from secateur.graph.blocks import CONSTANT, ZERO_OF_ZERO, Flow, ModuleCall
-from secateur.graph.graph import Activation, ChannelAxis, ChannelGraph, Extent, Lane, Mixing, Operation, Role, Site
+from secateur.graph._record import ForwardRun, record_execution
+from secateur.graph.blocks import CONSTANT, ZERO_PRESERVING, DataFlow, ModuleCall
+from secateur.graph.graph import (
+    Activation,
+    ChannelAxis,
+    ChannelDim,
+    ChannelGraph,
+    Extent,
+    MixingCall,
+    Operation,
+    Role,
+    Site,
+)
 
 BRANCH = "/branch"
 """Ends the name of a branch axis; what comes before it is the module that produces the channels."""
@@ -37,9 +47,9 @@ def untie(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
         model: The traced model; not modified. It runs once more on the example.
         graph: Its channel graph.
     """
-    seen = watch(model, graph.example)
-    branches = tuple(_Finder(model, graph, seen).branches())
-    return _separated(graph, branches) if branches else graph
+    seen = record_execution(model, graph.example)
+    branches = tuple(_BranchFinder(model, graph, seen).branches())
+    return _split_branches(graph, branches) if branches else graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +77,13 @@ class _Branch:
         return self.norms[-1] if self.norms else self.producer
 
 
-class _Finder:
-    def __init__(self, model: nn.Module, graph: ChannelGraph, run: Run):
+class _BranchFinder:
+    def __init__(self, model: nn.Module, graph: ChannelGraph, run: ForwardRun):
         self.graph = graph
         self.flow = run.flow
         self.mixings = run.mixings
         self.times = Counter(call.module for call in run.flow.calls)
-        self.users = _users(run.flow)
+        self.users = _read_by(run.flow)
         self.sites: dict[str, list[tuple[str, Site]]] = {}
         for axis in graph.prunable:
             for site in axis.sites:
@@ -88,7 +98,7 @@ class _Finder:
             for axis in graph.prunable
         }
         self.parameters = frozenset(graph.parameters)
-        shared = _shared(model)
+        shared = _find_shared(model)
         owners = [call for call in run.flow.calls if call.module in self.sites]
         # The innermost module with tensors of its own that returns a value; calls are in order of entry.
         self.returned = {
@@ -130,7 +140,7 @@ class _Finder:
         while value >= 0 and value not in self.returned and self.users[value] == [user]:
             name, sources = self.flow.names[value], self.flow.sources[value]
             fed = [source for source in sources if source != CONSTANT and self.flow.fed[source]]
-            if len(fed) != 1 or not (name == "mul" or (name in ZERO_OF_ZERO and fed[0] == sources[0])):
+            if len(fed) != 1 or not (name == "mul" or (name in ZERO_PRESERVING and fed[0] == sources[0])):
                 break
             value, user = fed[0], value
         return value, range(user, user + 1)
@@ -147,7 +157,7 @@ class _Finder:
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
         # Zeros can only be put in the place of removed channels where the last module has parameters for them.
         numbers = [number for number, axis in enumerate(self.graph.axes) if axis.name in axes]
-        seen = lane_of(self.graph.activations[row[-1].module], numbers) is not None
+        seen = single_channel_dim(self.graph.activations[row[-1].module], numbers) is not None
         if not axes or not axes <= silent or not seen or not self._is_clear(producer.module, axes):
             return None
         mine = [(axis, site) for axis, site in own if site.role is not Role.INPUT]
@@ -166,12 +176,12 @@ class _Finder:
         """Whether it is clear what of a producer belongs to its output, should it read the same axis."""
         roles = {site.role for axis, site in self.sites[producer] if axis in axes}
         reads = Role.INPUT in roles
-        if any(e.module == producer and _holds(e.extent, axes) for e in self.graph.edits):
+        if any(e.module == producer and _has_any_axis(e.extent, axes) for e in self.graph.edits):
             return False  # the groups of a convolution, say: they follow its input as well
         if reads and Role.VECTOR in roles:
             return False
         counted = [
-            [extent for extent in operation.extents if _holds(extent, axes)]
+            [extent for extent in operation.extents if _has_any_axis(extent, axes)]
             for operation in self.graph.operations
             if operation.module == producer
         ]
@@ -181,14 +191,14 @@ class _Finder:
         return clear and (not reads or len(counted) == 1)
 
 
-def lane_of(activation: Activation, axes: Collection[int]) -> Lane | None:
+def single_channel_dim(activation: Activation, axes: Collection[int]) -> ChannelDim | None:
     """The dimension of a module's output along which some axes (by number) run; None if it is not a single one."""
-    main = Lane(0, activation.dim, activation.axis, activation.channel)
+    main = ChannelDim(0, activation.dim, activation.axis, activation.channel)
     lanes = [lane for lane in (main, *activation.others) if np.isin(lane.axis, list(axes)).any()]
     return lanes[0] if len(lanes) == 1 else None
 
 
-def _users(flow: Flow) -> list[list[int]]:
+def _read_by(flow: DataFlow) -> list[list[int]]:
     """For every value, the steps that read it; the end for the caller."""
     users: list[list[int]] = [[] for _ in flow.names]
     for step, sources in enumerate(flow.sources):
@@ -199,7 +209,7 @@ def _users(flow: Flow) -> list[list[int]]:
     return users
 
 
-def _shared(model: nn.Module) -> set[str]:
+def _find_shared(model: nn.Module) -> set[str]:
     """Modules that share a tensor with another one."""
     holders: dict[int, list[str]] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -208,19 +218,19 @@ def _shared(model: nn.Module) -> set[str]:
     return {name for names in holders.values() if len(names) > 1 for name in names}
 
 
-def _holds(extent: Extent, axes: Collection[str]) -> bool:
+def _has_any_axis(extent: Extent, axes: Collection[str]) -> bool:
     return any(name in axes for name, _ in extent.terms)
 
 
-def _separated(graph: ChannelGraph, branches: Iterable[_Branch]) -> ChannelGraph:
+def _split_branches(graph: ChannelGraph, branches: Iterable[_Branch]) -> ChannelGraph:
     """The graph with an axis of its own for each branch and each axis of its stream."""
     taken: dict[str, int] = {}
     for branch in branches:
-        graph = _with_branch(graph, branch, taken)
+        graph = _split_branch(graph, branch, taken)
     return graph
 
 
-def _with_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -> ChannelGraph:
+def _split_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -> ChannelGraph:
     names: dict[str, str] = {}
     for stream in branch.axes:
         taken[branch.producer] = taken.get(branch.producer, 0) + 1
@@ -240,52 +250,52 @@ def _with_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) ->
     numbers = {position[stream]: len(axes) + count for count, stream in enumerate(made)}
     row = (branch.producer, *branch.norms)
     activations = {
-        name: _renumbered(found, numbers) if name in branch.carriers else found
+        name: _renumber_activation(found, numbers) if name in branch.carriers else found
         for name, found in graph.activations.items()
     }
     return replace(
         graph,
         axes=(*axes, *made.values()),
-        operations=tuple(_renamed_operation(o, branch, names) for o in graph.operations),
+        operations=tuple(_rename_operation(o, branch, names) for o in graph.operations),
         tensors={
-            name: tuple(_renamed(e, names) if (name, dim) in places else e for dim, e in enumerate(extents))
+            name: tuple(_rename_extent(e, names) if (name, dim) in places else e for dim, e in enumerate(extents))
             for name, extents in graph.tensors.items()
         },
-        edits=tuple(replace(e, extent=_renamed(e.extent, names)) if e.module in row else e for e in graph.edits),
+        edits=tuple(replace(e, extent=_rename_extent(e.extent, names)) if e.module in row else e for e in graph.edits),
         activations=activations,
         touching={m: (*seen, *names.values()) if m in row else seen for m, seen in graph.touching.items()},
-        mixings=tuple(_remixed(m, numbers) if m.number in branch.mixings else m for m in graph.mixings),
+        mixings=tuple(_renumber_mixing(m, numbers) if m.number in branch.mixings else m for m in graph.mixings),
     )
 
 
-def _renamed(extent: Extent, names: Mapping[str, str]) -> Extent:
+def _rename_extent(extent: Extent, names: Mapping[str, str]) -> Extent:
     return Extent(extent.base, tuple(sorted((names.get(name, name), times) for name, times in extent.terms)))
 
 
-def _renamed_operation(operation: Operation, branch: _Branch, names: Mapping[str, str]) -> Operation:
+def _rename_operation(operation: Operation, branch: _Branch, names: Mapping[str, str]) -> Operation:
     """Every extent of a norm's operations, and the first one of the producer's that holds the axis."""
     if operation.module not in (branch.producer, *branch.norms):
         return operation
     extents = list(operation.extents)
-    held = [number for number, extent in enumerate(extents) if _holds(extent, names)]
+    held = [number for number, extent in enumerate(extents) if _has_any_axis(extent, names)]
     for number in held[:1] if operation.module == branch.producer else held:
-        extents[number] = _renamed(extents[number], names)
+        extents[number] = _rename_extent(extents[number], names)
     return replace(operation, extents=tuple(extents))
 
 
-def _renumbered(activation: Activation, numbers: Mapping[int, int]) -> Activation:
-    others = tuple(replace(lane, axis=_mapped(lane.axis, numbers)) for lane in activation.others)
-    return replace(activation, axis=_mapped(activation.axis, numbers), others=others)
+def _renumber_activation(activation: Activation, numbers: Mapping[int, int]) -> Activation:
+    others = tuple(replace(lane, axis=_renumber(lane.axis, numbers)) for lane in activation.others)
+    return replace(activation, axis=_renumber(activation.axis, numbers), others=others)
 
 
-def _remixed(mixing: Mixing, numbers: Mapping[int, int]) -> Mixing:
-    def lanes(found: Iterable[Lane]) -> tuple[Lane, ...]:
-        return tuple(replace(lane, axis=_mapped(lane.axis, numbers)) for lane in found)
+def _renumber_mixing(mixing: MixingCall, numbers: Mapping[int, int]) -> MixingCall:
+    def lanes(found: Iterable[ChannelDim]) -> tuple[ChannelDim, ...]:
+        return tuple(replace(lane, axis=_renumber(lane.axis, numbers)) for lane in found)
 
     return replace(mixing, read=lanes(mixing.read), written=lanes(mixing.written))
 
 
-def _mapped(axis: IntArray, numbers: Mapping[int, int]) -> IntArray:
+def _renumber(axis: IntArray, numbers: Mapping[int, int]) -> IntArray:
     mapped = axis.copy()
     for old, new in numbers.items():
         mapped[axis == old] = new

@@ -121,14 +121,14 @@ def cut(
         result = compare_outputs(model, small, graph, architecture)
         if isinstance(result, Verification):
             break
-        reasons = _inexact_blocks(model, graph, architecture)
+        reasons = _find_inexact_blocks(model, graph, architecture)
         if reasons:
             graph = graph.with_kept_blocks(reasons)
         else:
-            reasons = _blame(result, graph, architecture)
+            reasons = _find_axes_to_freeze(result, graph, architecture)
             graph = graph.with_frozen(reasons)
         frozen += tuple(sorted(reasons.items()))
-        architecture = _without(architecture, graph)
+        architecture = _drop_frozen(architecture, graph)
     context = RepairContext(model, graph, architecture, tuple(calibration))
     results = _repair_(small, context, repairs)
     return Cut(small, graph, architecture, replace(result, frozen=frozen), results)
@@ -165,11 +165,11 @@ class OutputDistance:
 
     def __init__(self, original: nn.Module, images: Sequence[torch.Tensor]):
         self._images = tuple(images)
-        self._wanted = _run(original, self._images)
+        self._wanted = _run_flat(original, self._images)
 
     def of(self, small: nn.Module) -> float:
         """The distance of one cut model."""
-        return _distance(self._wanted, _run(small, self._images))
+        return _distance(self._wanted, _run_flat(small, self._images))
 
 
 def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
@@ -177,7 +177,7 @@ def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torc
     return OutputDistance(original, images).of(small)
 
 
-def _run(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+def _run_flat(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
     model = shadow_copy(model)
     with torch.no_grad():
         outputs = [tree_leaves(model(batch)) for batch in images]
@@ -192,35 +192,35 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
     return float("inf") if math.isnan(distance) else distance
 
 
-def _without(architecture: Architecture, graph: ChannelGraph) -> Architecture:
+def _drop_frozen(architecture: Architecture, graph: ChannelGraph) -> Architecture:
     """The architecture less what the graph says must stay."""
     kept = {n: c for n, c in architecture.kept if graph.by_name[n].frozen_because is None}
     blocks = (n for n in architecture.removed_blocks if graph.blocks_by_name[n].kept_because is None)
     return Architecture.of(kept, blocks)
 
 
-def _inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
+def _find_inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
     """The removed blocks without which the model is not the original with their branches zeroed, and why.
 
     Looked at without any other cut: all of them together, and if that is wrong one by one. If each is right alone, the
     last one by name has to stay.
     """
     blocks = architecture.removed_blocks
-    if not blocks or isinstance(_removed(model, graph, blocks), Verification):
+    if not blocks or isinstance(_verify_without_blocks(model, graph, blocks), Verification):
         return {}
-    alone = {name: _removed(model, graph, (name,)) for name in blocks} if len(blocks) > 1 else {}
+    alone = {name: _verify_without_blocks(model, graph, (name,)) for name in blocks} if len(blocks) > 1 else {}
     wrong = {name: found for name, found in alone.items() if isinstance(found, Mismatch)}
     if not wrong:
         return {max(blocks): "removing it was not exact: the model without it is not the original with zeros added"}
     return {name: f"removing it was not exact: {found.what}" for name, found in wrong.items()}
 
 
-def _removed(model: nn.Module, graph: ChannelGraph, blocks: tuple[str, ...]) -> Verification | Mismatch:
+def _verify_without_blocks(model: nn.Module, graph: ChannelGraph, blocks: tuple[str, ...]) -> Verification | Mismatch:
     only = Architecture.of({}, blocks)
     return compare_outputs(model, apply_architecture(model, graph, only).eval(), graph, only)
 
 
-def _blame(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
+def _find_axes_to_freeze(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
     """The cut axes to freeze: those the guilty module touches, else those of the module around it, and so on."""
     cut_axes = {n for n, channels in architecture.kept if len(channels) < graph.by_name[n].size}
     module = mismatch.module

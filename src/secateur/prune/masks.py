@@ -37,7 +37,7 @@ Masks = Mapping[str, Tensor]
 _SUGGESTIONS = 4
 
 
-def prunable(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
+def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
     """The weights of a model that may be pruned one by one.
 
     All tensors of two dimensions or more whose own name ends in "weight": those of convolutions, linear layers,
@@ -56,7 +56,7 @@ def prunable(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, Tens
         SparsityError: If a pattern matches nothing (with the names nearest to it), or nothing is left.
     """
     found: dict[str, Tensor] = {}
-    for place in {id(places): places[0] for places in places_of(model).values()}.values():
+    for place in {id(places): places[0] for places in weight_uses(model).values()}.values():
         tensor = getattr(place.module, place.own).detach()
         if place.own.endswith("weight") and tensor.ndim >= 2:
             found[place.name] = tensor
@@ -81,7 +81,7 @@ def prunable(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, Tens
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightUse:
     """Where a module reads a tensor.
 
     Attributes:
@@ -95,24 +95,24 @@ class Place:
     own: str
 
 
-def places_of(model: nn.Module) -> dict[str, list[Place]]:
+def weight_uses(model: nn.Module) -> dict[str, list[WeightUse]]:
     """By the name of a tensor, all places that share its parameter, the first one first.
 
     A parametrized tensor is the one the module computes with; the insides of its parametrization are left out.
     """
-    shared: dict[int, list[Place]] = {}
+    shared: dict[int, list[WeightUse]] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
         parameters: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-        for own, inner in parametrized(module).items():
+        for own, inner in parametrizations_of(module).items():
             parameters |= {own: next(iter(inner.parameters(recurse=False)))}
         for own, parameter in parameters.items():
-            shared.setdefault(id(parameter), []).append(Place(f"{prefix}.{own}" if prefix else own, module, own))
+            shared.setdefault(id(parameter), []).append(WeightUse(f"{prefix}.{own}" if prefix else own, module, own))
     return {place.name: places for places in shared.values() for place in places}
 
 
-def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The parametrizations of a module by the names of its tensors; empty if it has none."""
     if not parametrize.is_parametrized(module):
         return {}
@@ -142,7 +142,7 @@ def check_same_names(name: str, given: Mapping[str, object], wanted: Mapping[str
         unknown, missing = sorted(given.keys() - wanted.keys()), sorted(wanted.keys() - given.keys())
         raise SparsityError(
             f"`{name}` must name the tensors of {of}; got unknown {unknown[:_SUGGESTIONS]} and missing "
-            f"{missing[:_SUGGESTIONS]}. Make both from the same `prunable(model)`."
+            f"{missing[:_SUGGESTIONS]}. Make both from the same `prunable_weights(model)`."
         )
 
 
@@ -170,7 +170,7 @@ class Mask(nn.Module):
         return weight.clone().mul_(self.kept)
 
 
-def masked(model: nn.Module, masks: Masks) -> nn.Module:
+def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
     """A copy of a model in which pruned weights are zero, whatever its training does.
 
     Parameters keep their values; the mask is applied whenever a module reads its weight. Modules that share a tensor
@@ -178,7 +178,7 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
 
     Args:
         model: Left as it is.
-        masks: For some or all of `prunable`, by name.
+        masks: For some or all of `prunable_weights`, by name.
 
     Returns:
         The copy, in the mode of the model. Its state dict holds the masks.
@@ -187,23 +187,25 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
         SparsityError: If a mask has no weight, or another shape or type than bool.
     """
     model = copy_model(model)
-    places = places_of(model)
+    places = weight_uses(model)
     for name, kept in masks.items():
         if name not in places:
-            raise SparsityError(f"`masks` must name weights of the model; {name!r} is none. See `prunable(model)`.")
+            raise SparsityError(
+                f"`masks` must name weights of the model; {name!r} is none. See `prunable_weights(model)`."
+            )
         first = places[name][0]
         weight = getattr(first.module, first.own)
-        _check(name, kept, weight)
+        _check_mask(name, kept, weight)
         mask = _mask_at(first) or Mask(torch.ones_like(weight, dtype=torch.bool))
         mask.kept.copy_(kept)
         for place in places[name]:
             if _mask_at(place) is None:
-                _own_class_(place.module)
+                _unshare_class_(place.module)
                 parametrize.register_parametrization(place.module, place.own, mask)
     return model
 
 
-def masks_of(model: nn.Module) -> dict[str, Tensor]:
+def get_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of a model by the names of its weights, as copies; empty if it has none."""
     return {name: mask.kept.clone() for name, mask in _masks(model).items()}
 
@@ -213,9 +215,9 @@ def nonzero_params(model: nn.Module) -> int:
 
     The count of all of them is `secateur.cost.counted_params`.
     """
-    firsts = {places[0].name: places[0] for places in places_of(model).values()}
+    firsts = {places[0].name: places[0] for places in weight_uses(model).values()}
     kept = {
-        id(parametrized(place.module)[place.own].original): mask.kept
+        id(parametrizations_of(place.module)[place.own].original): mask.kept
         for place in firsts.values()
         if (mask := _mask_at(place)) is not None
     }
@@ -227,8 +229,8 @@ def set_masks_(model: nn.Module, masks: Masks) -> nn.Module:
     """Put other values into the masks of a model, in place: the next step of a gradual schedule.
 
     Args:
-        model: Masked, see `masked`.
-        masks: For all its masks, by the names of `masks_of`.
+        model: Masked, see `apply_masks`.
+        masks: For all its masks, by the names of `get_masks`.
 
     Returns:
         The model.
@@ -239,13 +241,13 @@ def set_masks_(model: nn.Module, masks: Masks) -> nn.Module:
     present = _masks(model)
     check_same_names("masks", masks, present, "the model's masks")
     for name, kept in masks.items():
-        _check(name, kept, present[name].kept)
+        _check_mask(name, kept, present[name].kept)
     for name, kept in masks.items():
         present[name].kept.copy_(kept)
     return model
 
 
-def masked_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def load_masked(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A masked copy of a model that holds a masked model's state dict, masks and all.
 
     Args:
@@ -259,7 +261,7 @@ def masked_like(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     masks = {f"{m['module']}{m['own']}": kept for key, kept in state.items() if (m := _KEPT.fullmatch(key))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # An empty mask was reported when it was made.
-        model = masked(model, masks)
+        model = apply_masks(model, masks)
     model.load_state_dict(state)
     return model
 
@@ -278,16 +280,18 @@ def make_permanent_(model: nn.Module) -> nn.Module:
     Raises:
         SparsityError: If a masked weight has another parametrization beside its mask.
     """
-    for place in {place.name: place for places in places_of(model).values() for place in places}.values():
+    for place in {place.name: place for places in weight_uses(model).values() for place in places}.values():
         if _mask_at(place) is None:
             continue
-        others = [type(one).__name__ for one in parametrized(place.module)[place.own] if not isinstance(one, Mask)]
+        others = [
+            type(one).__name__ for one in parametrizations_of(place.module)[place.own] if not isinstance(one, Mask)
+        ]
         if others:
             raise SparsityError(
                 f"`model` must have only masks on its weights; got {', '.join(others)} on {place.name!r} too. "
                 "Remove it first with torch.nn.utils.parametrize.remove_parametrizations."
             )
-        _own_class_(place.module)
+        _unshare_class_(place.module)
         parametrize.remove_parametrizations(place.module, place.own)
         with torch.no_grad():
             # A mask makes -0.0 of negative weights, which is no zero to a file: -0.0 + 0.0 = 0.0.
@@ -297,16 +301,16 @@ def make_permanent_(model: nn.Module) -> nn.Module:
 
 def _masks(model: nn.Module) -> dict[str, Mask]:
     """Masks by the first name of their weight."""
-    firsts = {places[0].name: places[0] for places in places_of(model).values()}
+    firsts = {places[0].name: places[0] for places in weight_uses(model).values()}
     return {name: mask for name, place in firsts.items() if (mask := _mask_at(place)) is not None}
 
 
-def _mask_at(place: Place) -> Mask | None:
-    inner = parametrized(place.module).get(place.own, ())
+def _mask_at(place: WeightUse) -> Mask | None:
+    inner = parametrizations_of(place.module).get(place.own, ())
     return next((one for one in inner if isinstance(one, Mask)), None)
 
 
-def _check(name: str, kept: Tensor, weight: Tensor) -> None:
+def _check_mask(name: str, kept: Tensor, weight: Tensor) -> None:
     if kept.dtype is not torch.bool or kept.shape != weight.shape:
         raise SparsityError(
             f"`masks` must be bool tensors of the shapes of the weights; got {kept.dtype} {tuple(kept.shape)} for "
@@ -316,7 +320,7 @@ def _check(name: str, kept: Tensor, weight: Tensor) -> None:
         warnings.warn(f"the mask of {name!r} keeps no weight: its layer is reduced to its bias", stacklevel=3)
 
 
-def _own_class_(module: nn.Module) -> None:
+def _unshare_class_(module: nn.Module) -> None:
     """Give a parametrized module a class that no copy of it shares.
 
     torch keeps a parametrized tensor as a property of a class made for the module, and copies of the module share
@@ -380,13 +384,13 @@ def decode_sparse(encoded: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         if part == DENSE:
             tensors[name] = np.asarray(encoded[key])
         elif part == BITS:
-            tensors[name] = _decoded(name, encoded)
+            tensors[name] = _decode_array(name, encoded)
         elif part not in {VALUES, SHAPE} or f"{name}/{BITS}" not in encoded:
             raise SparsityError(f"`encoded` must be what `encode_sparse` gave; got the array {key!r} without its bits.")
     return tensors
 
 
-def _decoded(name: str, encoded: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _decode_array(name: str, encoded: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
     missing = [part for part in (VALUES, SHAPE) if f"{name}/{part}" not in encoded]
     if missing:
         raise SparsityError(f"`encoded` must be what `encode_sparse` gave; {name!r} has no {' and no '.join(missing)}.")

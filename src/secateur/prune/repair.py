@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.prune.cut import RepairContext
-from secateur.prune.residual import narrow, original_names
-from secateur.prune.slice import KeptByDim, kept_positions_of_tensors
+from secateur.prune.residual import original_module, original_names
+from secateur.prune.slice import KeptByDim, kept_positions_by_tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
+class LayerSampler:
     """Which output positions of a layer are looked at, the same in the original and the cut model.
 
     Attributes:
@@ -68,14 +68,14 @@ class Sampler:
         return taps.permute(0, 2, 1, 3).reshape(-1, x.size(1) * kh * kw)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_refittable(layer: nn.Module) -> bool:
     """True for layers whose output is exactly weight times patches (+ bias): 2-d convolutions of one group, linear."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
 
 
-def follows_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
+def computes_from_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
     """Whether the layer really computes what its class says (a subclass may standardize weights or pad by itself)."""
     with torch.no_grad():
         plain: Any = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
@@ -96,7 +96,7 @@ def positions_per_image(unknowns: int, images: int, rows_per_unknown: int) -> in
     return max(1, math.ceil(unknowns * rows_per_unknown / max(images, 1)))
 
 
-BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
+_BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class RecalibrateBatchNorm:
         """Update the running statistics of ``small`` in place."""
         before = batch_statistics(context.original, context.images)
         after = batch_statistics(small, context.images)
-        kept = kept_positions_of_tensors(context.graph, context.architecture)
+        kept = kept_positions_by_tensor(context.graph, context.architecture)
         modules, names = dict(small.named_modules()), original_names(small)
         for place, (mean, variance) in after.items():
             name = names[place]
@@ -142,7 +142,7 @@ class RecalibrateBatchNorm:
             layer.running_var.mul_(ratio.to(layer.running_var.dtype))
 
 
-def _with_company(images: Sequence[Tensor]) -> list[Tensor]:
+def _join_single_image(images: Sequence[Tensor]) -> list[Tensor]:
     """The same images, a last batch of one joined to its neighbor: one value has no variance, and torch refuses it."""
     batches = list(images)
     if len(batches) > 1 and len(batches[-1]) == 1:
@@ -158,7 +158,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
     """
     sums: dict[str, list[Any]] = {}
     model = shadow_copy(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm) and m.track_running_stats}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
 
     def watch(name: str) -> Any:
         def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
         # Without running statistics a batch norm uses those of the batch, in eval mode too.
         layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     with torch.no_grad():
-        for batch in _with_company(images):
+        for batch in _join_single_image(images):
             model(batch)
     return {
         name: (total / count, (squares / count - (total / count).square()).clamp_min(0))
@@ -216,27 +216,27 @@ class Refit:
 
     def apply_(self, small: nn.Module, context: RepairContext) -> None:
         """Refit the weights of ``small`` in place."""
-        kept = kept_positions_of_tensors(context.graph, context.architecture)
+        kept = kept_positions_by_tensor(context.graph, context.architecture)
         samplers = self._samplers(small, context, kept)
         if not samplers:
             return
-        targets = _targets(shadow_copy(context.original), samplers, context.images, kept)
+        targets = _collect_targets(shadow_copy(context.original), samplers, context.images, kept)
         samplers = [sampler for sampler in samplers if sampler.module in targets]
-        for group in _groups(samplers, self.max_passes):
-            for module, rows in _inputs(small, group, context.images).items():
-                self._solve_(narrow(small, module), rows, targets[module])
+        for group in _group_samplers(samplers, self.max_passes):
+            for module, rows in _collect_inputs(small, group, context.images).items():
+                self._solve_(original_module(small, module), rows, targets[module])
 
-    def _samplers(self, small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[Sampler]:
-        order = layers_that_lost_inputs(small, context, kept)
+    def _samplers(self, small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[LayerSampler]:
+        order = find_layers_to_refit(small, context, kept)
         images = sum(len(batch) for batch in context.images)
-        samplers: list[Sampler] = []
+        samplers: list[LayerSampler] = []
         for number, name in enumerate(order):
             shape = context.graph.activations[name].shape
-            layer = narrow(small, name)
-            positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _middle(shape)
+            layer = original_module(small, name)
+            positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _count_positions(shape)
             unknowns = int(layer.get_parameter("weight").numel() // layer.get_parameter("weight").size(0))
             wanted = positions_per_image(unknowns, images, self.rows_per_unknown)
-            samplers.append(Sampler(name, sample_positions(positions, wanted, seed=number)))
+            samplers.append(LayerSampler(name, sample_positions(positions, wanted, seed=number)))
         return samplers
 
     def _solve_(self, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
@@ -260,48 +260,48 @@ class Refit:
             weight.copy_(solved.reshape(weight.shape))
 
 
-def _groups(samplers: Sequence[Sampler], most: int) -> list[Sequence[Sampler]]:
+def _group_samplers(samplers: Sequence[LayerSampler], most: int) -> list[Sequence[LayerSampler]]:
     """Neighbors that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
     first, last = samplers[:-1], samplers[-1:]
     size = max(1, -(-len(first) // max(most - 1, 1)))
     return [*(first[start : start + size] for start in range(0, len(first), size)), last]
 
 
-def layers_that_lost_inputs(small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[str]:
+def find_layers_to_refit(small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[str]:
     """Plain layers, in order of execution, that read fewer channels, or channels to which less is added than before."""
     gone = context.graph.removed_modules(context.architecture.removed_blocks)
-    names = _behind_removed_blocks(context) | _behind_narrow_branches(context)
+    names = _readers_after_blocks(context) | _readers_after_branches(context)
     for axis in context.graph.prunable:
         for site in axis.sites:
             module, _, parameter = site.tensor.rpartition(".")
             if site.role is Role.INPUT and parameter == "weight" and site.dim in kept.get(site.tensor, {}):
                 names.add(module)
     order = (name for name in context.graph.activations if name in names and not gone(name))
-    return [name for name in order if is_plain(narrow(small, name))]
+    return [name for name in order if is_refittable(original_module(small, name))]
 
 
-def _behind_removed_blocks(context: RepairContext) -> set[str]:
+def _readers_after_blocks(context: RepairContext) -> set[str]:
     """Modules that run after a removed block and whose weight reads what the block had added to."""
     graph, found = context.graph, set[str]()
     for block in (graph.blocks_by_name[name] for name in context.architecture.removed_blocks):
         tensors = set(block.tensors)
         for axis in graph.axes:
             if any(site.tensor in tensors and site.role is Role.OUTPUT for site in axis.sites):
-                found |= _readers_behind(graph, axis, block.modules)
+                found |= _readers_after(graph, axis, block.modules)
     return found
 
 
-def _behind_narrow_branches(context: RepairContext) -> set[str]:
+def _readers_after_branches(context: RepairContext) -> set[str]:
     """Modules that run after a branch which lost channels that its stream has, and whose weight reads the stream."""
     graph, found = context.graph, set[str]()
     widths = {**{axis.name: axis.size for axis in graph.axes}, **context.architecture.widths}
     for axis in graph.axes:
         if axis.into is not None and widths[axis.name] < widths[axis.into]:
-            found |= _readers_behind(graph, axis, (axis.residual_output,))
+            found |= _readers_after(graph, axis, (axis.residual_output,))
     return found
 
 
-def _readers_behind(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str]) -> set[str]:
+def _readers_after(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str]) -> set[str]:
     """Modules that run after some others and whose weight reads an axis, or the stream that it is added into."""
     place = {name: number for number, name in enumerate(graph.activations)}
     last = max((place[module] for module in modules if module in place), default=len(place))
@@ -310,15 +310,15 @@ def _readers_behind(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[st
     return {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
 
 
-def _targets(
-    original: nn.Module, samplers: Sequence[Sampler], images: Sequence[Tensor], kept: dict[str, KeptByDim]
+def _collect_targets(
+    original: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor], kept: dict[str, KeptByDim]
 ) -> dict[str, Tensor]:
     """What each layer gave in the original: sampled rows, kept output channels."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
     skipped: set[str] = set()
 
-    def watch(sampler: Sampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
-        if not rows[sampler.module] and not follows_weight(layer, x, out):
+    def watch(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        if not rows[sampler.module] and not computes_from_weight(layer, x, out):
             skipped.add(sampler.module)
         found = sampler.rows_of_output(layer, out)
         positions = kept.get(f"{sampler.module}.weight", {}).get(0)
@@ -326,59 +326,59 @@ def _targets(
             found = found.index_select(1, torch.from_numpy(positions).to(found.device))
         rows[sampler.module].append(found)
 
-    run_watched(original, samplers, images, watch)
+    run_observed(original, samplers, images, watch)
     return {name: torch.cat(parts) for name, parts in rows.items() if name not in skipped}
 
 
-def _inputs(small: nn.Module, samplers: Sequence[Sampler], images: Sequence[Tensor]) -> dict[str, Tensor]:
+def _collect_inputs(small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor]) -> dict[str, Tensor]:
     """What arrives at each layer of a group now: sampled patches. The forward pass ends at the last of them."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
 
-    def watch(sampler: Sampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+    def watch(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         rows[sampler.module].append(sampler.rows_of_input(layer, x))
 
-    run_watched(small, samplers, images, watch)
+    run_observed(small, samplers, images, watch)
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-class _Enough(Exception):  # noqa: N818
+class _AllSeen(Exception):  # noqa: N818
     """Raised inside a forward pass once everything wanted has been seen."""
 
 
-def run_watched(
+def run_observed(
     model: nn.Module,
-    samplers: Sequence[Sampler],
+    samplers: Sequence[LayerSampler],
     images: Sequence[Tensor],
-    watch: Callable[[Sampler, nn.Module, Tensor, Tensor], None],
+    watch: Callable[[LayerSampler, nn.Module, Tensor, Tensor], None],
 ) -> None:
     """Run images and hand over the input and output of some layers; stop after the last of them."""
     waiting = {sampler.module for sampler in samplers}
     seen: set[str] = set()
 
-    def hook(sampler: Sampler) -> Any:
+    def hook(sampler: LayerSampler) -> Any:
         def forward(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             watch(sampler, layer, args[0].detach(), out.detach())
             seen.add(sampler.module)
             if seen == waiting:
-                raise _Enough
+                raise _AllSeen
 
         return forward
 
     with torch.no_grad():
-        hooks = [narrow(model, s.module).register_forward_hook(hook(s)) for s in samplers]
+        hooks = [original_module(model, s.module).register_forward_hook(hook(s)) for s in samplers]
         try:
             for batch in images:
                 seen.clear()
                 try:
                     model(batch)
-                except _Enough:
+                except _AllSeen:
                     continue
         finally:
             for handle in hooks:
                 handle.remove()
 
 
-def _middle(shape: tuple[int, ...]) -> int:
+def _count_positions(shape: tuple[int, ...]) -> int:
     positions = 1
     for size in shape[1:-1]:
         positions *= size

@@ -13,10 +13,10 @@ from secateur._arrays import IntArray
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph.graph import ChannelAxis, ChannelGraph
-from secateur.graph.untie import lane_of
+from secateur.graph.untie import single_channel_dim
 
 
-class Widen(nn.Module):
+class ExpandChannels(nn.Module):
     """Runs a module and brings its output to the width of the stream that it is added into.
 
     The channels get ``missing`` zero channels behind them; then, unless ``order`` is empty, channel i of the result is
@@ -56,8 +56,8 @@ class Widen(nn.Module):
 
 
 @dataclass(frozen=True)
-class Widening:
-    """A module that is narrower than the stream it is added into; see `Widen`.
+class ChannelExpansion:
+    """A module that is narrower than the stream it is added into; see `ExpandChannels`.
 
     Attributes:
         module: Its qualified name.
@@ -79,18 +79,18 @@ def check_branches(graph: ChannelGraph, architecture: Architecture) -> None:
         SurgeryError: If there is such a branch outside of the removed blocks.
     """
     kept = architecture.by_name
-    for axis in _branches(graph, architecture):
+    for axis in _branch_axes(graph, architecture):
         stream = str(axis.into)
-        more = set(_kept(graph, axis.name, kept)).difference(_kept(graph, stream, kept))
+        more = set(_kept_channels(graph, axis.name, kept)).difference(_kept_channels(graph, stream, kept))
         if more:
             raise SurgeryError(
                 f"`architecture` must keep of {axis.name!r} some of the channels that it keeps of {stream!r}, the "
                 f"stream it is added into; got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
-                f"(`within_streams` does), or keep them in {stream!r}."
+                f"(`restrict_branches` does), or keep them in {stream!r}."
             )
 
 
-def within_streams(graph: ChannelGraph, architecture: Architecture) -> Architecture:
+def restrict_branches(graph: ChannelGraph, architecture: Architecture) -> Architecture:
     """The same architecture in which every branch keeps only what its stream keeps; nothing it costs becomes more.
 
     For searches that choose the channels of every axis by itself. A branch that would keep nothing keeps the first
@@ -100,22 +100,22 @@ def within_streams(graph: ChannelGraph, architecture: Architecture) -> Architect
     for axis in graph.axes:
         if axis.into is not None:
             stream = kept.get(axis.into, range(graph.by_name[axis.into].size))
-            own = set(_kept(graph, axis.name, kept))
+            own = set(_kept_channels(graph, axis.name, kept))
             kept[axis.name] = tuple(channel for channel in stream if channel in own) or (stream[0],)
     return Architecture.of(kept, architecture.removed_blocks)
 
 
-def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widening, ...]:
+def branch_expansions(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelExpansion, ...]:
     """The modules that an architecture makes narrower than the stream they are added into."""
     outlets: dict[str, dict[int, int]] = {}
     position = {axis.name: number for number, axis in enumerate(graph.axes)}
-    for axis in _branches(graph, architecture):
+    for axis in _branch_axes(graph, architecture):
         outlets.setdefault(axis.residual_output, {})[position[str(axis.into)]] = position[axis.name]
     alive = graph.alive(architecture.by_name)
-    found: list[Widening] = []
+    found: list[ChannelExpansion] = []
     for outlet, branches in outlets.items():
         # The graph gives the output of this module the channels of the stream, which it has in the cut model again.
-        stream = lane_of(graph.activations[outlet], branches)
+        stream = single_channel_dim(graph.activations[outlet], branches)
         assert stream is not None, "untie takes no branch whose channels run along two dimensions"
         whole = np.ones(len(stream.axis), dtype=bool)
         there, mine = whole.copy(), whole.copy()
@@ -125,22 +125,22 @@ def widenings_of(graph: ChannelGraph, architecture: Architecture) -> tuple[Widen
                 if axis in alive:
                     mask[here] = alive[axis][stream.channel[here]]
         if (there != mine).any():
-            found.append(_widening(outlet, stream.dim, np.flatnonzero(mine[there]), int(there.sum())))
+            found.append(_make_expansion(outlet, stream.dim, np.flatnonzero(mine[there]), int(there.sum())))
     return tuple(found)
 
 
-def _widening(module: str, dim: int, places: IntArray, channels: int) -> Widening:
+def _make_expansion(module: str, dim: int, places: IntArray, channels: int) -> ChannelExpansion:
     """The module's channels lie at these places among the stream's."""
     own = np.arange(len(places))
     if (places == own).all():
-        return Widening(module, dim, channels - len(places))
+        return ChannelExpansion(module, dim, channels - len(places))
     order = np.full(channels, len(places))
     order[places] = own
-    return Widening(module, dim, 1, tuple(order.tolist()))
+    return ChannelExpansion(module, dim, 1, tuple(order.tolist()))
 
 
-def widen_(model: nn.Module, widenings: Iterable[Widening]) -> None:
-    """Put `Widen` around modules of a model of ours.
+def expand_branches_(model: nn.Module, widenings: Iterable[ChannelExpansion]) -> None:
+    """Put `ExpandChannels` around modules of a model of ours.
 
     Raises:
         SurgeryError: If the model lacks one of the modules.
@@ -153,26 +153,26 @@ def widen_(model: nn.Module, widenings: Iterable[Widening]) -> None:
             raise SurgeryError(f"`widenings` must name modules of the model; got {widening.module!r}.") from error
         if inner is model:
             raise SurgeryError("`widenings` must name modules within the model; got the model itself.")
-        wide = Widen(inner, widening.dim, widening.missing, widening.order)
+        wide = ExpandChannels(inner, widening.dim, widening.missing, widening.order)
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
         setattr(model.get_submodule(path), leaf, wide.to(device).train(inner.training))
 
 
-def widenings_in(model: nn.Module) -> tuple[Widening, ...]:
-    """The narrow branches that a cut model holds: what `widen_` needs to make it again."""
+def find_expansions(model: nn.Module) -> tuple[ChannelExpansion, ...]:
+    """The narrow branches that a cut model holds: what `expand_branches_` needs to make it again."""
     return tuple(
-        Widening(name, module.dim, module.missing, module.order)
+        ChannelExpansion(name, module.dim, module.missing, module.order)
         for name, module in model.named_modules()
-        if isinstance(module, Widen)
+        if isinstance(module, ExpandChannels)
     )
 
 
 def original_names(small: nn.Module) -> dict[str, str]:
-    """For every module of a cut model the name that it has in the original, where there is no `Widen`."""
+    """For every module of a cut model the name that it has in the original, where there is no `ExpandChannels`."""
     names: dict[str, str] = {}
     inner = "?"
     for name, module in small.named_modules():
-        if isinstance(module, Widen):
+        if isinstance(module, ExpandChannels):
             inner = f"{name}.inner"  # what lies in a module follows right behind it
         elif name == inner or name.startswith(f"{inner}."):
             names[name] = inner.removesuffix(".inner") + name[len(inner) :]
@@ -181,16 +181,16 @@ def original_names(small: nn.Module) -> dict[str, str]:
     return names
 
 
-def narrow(model: nn.Module, name: str) -> nn.Module:
-    """A module of a cut model by its name in the original; what `Widen` was put around, not `Widen`."""
+def original_module(model: nn.Module, name: str) -> nn.Module:
+    """A module of a cut model by its name in the original; what `ExpandChannels` was put around, not `ExpandChannels`."""
     module = model.get_submodule(name)
-    return module.inner if isinstance(module, Widen) else module
+    return module.inner if isinstance(module, ExpandChannels) else module
 
 
-def _branches(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelAxis, ...]:
+def _branch_axes(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelAxis, ...]:
     gone = graph.removed_modules(architecture.removed_blocks)
     return tuple(axis for axis in graph.axes if axis.into is not None and not gone(axis.residual_output))
 
 
-def _kept(graph: ChannelGraph, name: str, kept: Mapping[str, tuple[int, ...]]) -> Iterable[int]:
+def _kept_channels(graph: ChannelGraph, name: str, kept: Mapping[str, tuple[int, ...]]) -> Iterable[int]:
     return kept.get(name, range(graph.by_name[name].size))

@@ -14,9 +14,9 @@ from secateur._arrays import IntArray
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph, Replacement, Role, StandIn
-from secateur.prune.residual import check_branches, widen_, widenings_of
+from secateur.prune.residual import branch_expansions, check_branches, expand_branches_
 from secateur.prune.zeroing import zero_branches_
 
 
@@ -49,7 +49,7 @@ class PassThrough(nn.Module):
         return "" if self._items is None else f"items={self._items}"
 
 
-class Zeros(PassThrough):
+class ZeroOutput(PassThrough):
     """Stands in for a removed module: returns zeros of the shape of its first tensor argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,10 +58,10 @@ class Zeros(PassThrough):
         return self._packed(torch.zeros_like(tensor))
 
 
-_CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough, StandIn.SILENCE: Zeros}
+_CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough, StandIn.SILENCE: ZeroOutput}
 
 
-def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
+def replace_modules_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
     """Put the stand-ins into a model of ours, outermost first; a module within a replaced one is gone with it.
 
     Raises:
@@ -80,16 +80,16 @@ def replace_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
             raise SurgeryError(f"`replacements` must name modules of the model; got {name!r}.") from error
         if not name:
             raise SurgeryError("`replacements` must name modules within the model; got the model itself.")
-        setattr(model.get_submodule(path), leaf, stand_in_of(replacement).train(model.training))
+        setattr(model.get_submodule(path), leaf, make_stand_in(replacement).train(model.training))
 
 
-def stand_in_of(replacement: Replacement) -> PassThrough:
+def make_stand_in(replacement: Replacement) -> PassThrough:
     """A new module to take the place of the one that goes."""
     return _CLASSES[replacement.stand_in](replacement.items)
 
 
-def replacements_in(model: nn.Module) -> tuple[Replacement, ...]:
-    """The stand-ins that a cut model holds: what `replace_` needs to make them again."""
+def find_replacements(model: nn.Module) -> tuple[Replacement, ...]:
+    """The stand-ins that a cut model holds: what `replace_modules_` needs to make them again."""
     kinds = {kind: stand_in for stand_in, kind in _CLASSES.items()}
     return tuple(
         Replacement(name, kinds[type(module)], module.items)
@@ -98,7 +98,7 @@ def replacements_in(model: nn.Module) -> tuple[Replacement, ...]:
     )
 
 
-def replacements_of(graph: ChannelGraph, removed_blocks: Iterable[str]) -> tuple[Replacement, ...]:
+def block_replacements(graph: ChannelGraph, removed_blocks: Iterable[str]) -> tuple[Replacement, ...]:
     """What stands in for the modules of some blocks."""
     return tuple(r for name in removed_blocks for r in graph.blocks_by_name[name].replacements)
 
@@ -135,7 +135,7 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
     check_branches(graph, architecture)
 
 
-def kept_positions_of_tensors(
+def kept_positions_by_tensor(
     graph: ChannelGraph, architecture: Architecture, roles: Container[Role] = frozenset(Role)
 ) -> dict[str, KeptByDim]:
     """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out.
@@ -180,7 +180,7 @@ def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
 def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """A new, smaller model: blocks removed, every tensor sliced, every size set. Weights that stay are unchanged.
 
-    A branch that keeps fewer channels than its stream is put into a `Widen`, which adds ``.inner`` to its names.
+    A branch that keeps fewer channels than its stream is put into a `ExpandChannels`, which adds ``.inner`` to its names.
 
     Args:
         model: The traced model; not modified, nothing is shared with the result.
@@ -191,21 +191,21 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
         SurgeryError: If the architecture does not fit the graph.
     """
     check_architecture(graph, architecture)
-    kept = kept_positions_of_tensors(graph, architecture)
+    kept = kept_positions_by_tensor(graph, architecture)
 
     def sliced(name: str, tensor: torch.Tensor) -> torch.Tensor:
         for dim, positions in kept[name].items():
             tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
         return tensor
 
-    small = copy_with(model, dict.fromkeys(kept, sliced))
-    replace_(small, replacements_of(graph, architecture.removed_blocks))
+    small = copy_with_tensors(model, dict.fromkeys(kept, sliced))
+    replace_modules_(small, block_replacements(graph, architecture.removed_blocks))
     gone = graph.removed_modules(architecture.removed_blocks)
     widths = {**graph.sizes, **architecture.widths}
     edits = (e for e in graph.edits if not gone(e.module))
-    set_sizes(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
-    declare_sizes(small)
-    widen_(small, widenings_of(graph, architecture))
+    set_size_attributes_(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
+    update_declared_sizes_(small)
+    expand_branches_(small, branch_expansions(graph, architecture))
     return small
 
 
@@ -215,7 +215,7 @@ def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architectu
     What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
     reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
     """
-    return _masked(model, graph, architecture, frozenset(Role))
+    return _zero_parameters(model, graph, architecture, frozenset(Role))
 
 
 def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
@@ -224,12 +224,14 @@ def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architectu
     The channels themselves run on unchanged. As good a reference as `mask_removed`, and one that stays finite where
     the model divides by something that is zero for a channel of zeros.
     """
-    return _masked(model, graph, architecture, frozenset({Role.INPUT}))
+    return _zero_parameters(model, graph, architecture, frozenset({Role.INPUT}))
 
 
-def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role]) -> nn.Module:
+def _zero_parameters(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role]
+) -> nn.Module:
     check_architecture(graph, architecture)
-    kept = kept_positions_of_tensors(graph, architecture, roles)
+    kept = kept_positions_by_tensor(graph, architecture, roles)
     parameters = set(graph.parameters)
 
     def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -239,14 +241,16 @@ def _masked(model: nn.Module, graph: ChannelGraph, architecture: Architecture, r
             silent.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
         return silent
 
-    full = copy_with(model, {name: masked for name in kept if name in parameters})
-    full = compute_over_kept_(full, graph, architecture.by_name)
+    full = copy_with_tensors(model, {name: masked for name in kept if name in parameters})
+    full = compute_over_kept_channels_(full, graph, architecture.by_name)
     if architecture.removed_blocks:
         zero_branches_(full, (graph.blocks_by_name[name] for name in architecture.removed_blocks))
     return full
 
 
-def copy_with(model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]) -> nn.Module:
+def copy_with_tensors(
+    model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]
+) -> nn.Module:
     """Deep copy of a model in which some tensors are replaced; sharing between modules is kept.
 
     Args:
@@ -269,7 +273,7 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def set_sizes(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
+def set_size_attributes_(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
     """Set int attributes (module, attribute, item or None, value) on a model of ours."""
     modules = dict(model.named_modules())
     for name, attribute, item, value in sizes:
@@ -283,7 +287,7 @@ def set_sizes(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -
         setattr(holder, attribute, type(old)(new))
 
 
-def declare_sizes(model: nn.Module) -> None:
+def update_declared_sizes_(model: nn.Module) -> None:
     """Make the sizes that torch's own layers declare (``out_channels``, ``num_features``) agree with their tensors."""
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
@@ -308,7 +312,7 @@ def _has_no_weight(module: nn.Module) -> bool:
     return getattr(module, "weight", None) is None
 
 
-def parameter_share(graph: ChannelGraph) -> float:
+def prunable_parameter_fraction(graph: ChannelGraph) -> float:
     """Fraction of the parameters that lies in tensors with at least one prunable dimension."""
     sizes = graph.sizes
     total = prunable = 0

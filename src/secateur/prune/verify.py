@@ -14,9 +14,9 @@ from secateur._runtime import copy_model, run_isolated
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
-from secateur.graph._rules_layers import compute_over_kept_
+from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
-from secateur.prune.slice import copy_with, kept_positions_of_tensors, mask_readers, mask_removed
+from secateur.prune.slice import copy_with_tensors, kept_positions_by_tensor, mask_readers, mask_removed
 from secateur.prune.zeroing import ExpectedCalls, zero_branches_, zero_weights_
 
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -27,7 +27,7 @@ TOLERANCES: Mapping[torch.dtype, float] = {
 }
 """Largest |sliced - masked| / largest |masked|. Sums of the same terms in another order differ by a few ulps per
 layer; a wrong channel differs by per cents (rolling one bias by one: 2e-2)."""
-DOUBLE_CHECK = 1e-9
+FLOAT64_TOLERANCE = 1e-9
 """Tolerance of the second look in float64, taken where float32 rounding alone may exceed its tolerance."""
 
 
@@ -71,29 +71,29 @@ def compare_outputs(
     """
     example = graph.example
     sliced = copy.copy(small) if not small.training else copy_model(small).eval()
-    found = _on_the_middle(model, sliced, graph, architecture)
+    found = _verify_on_crop(model, sliced, graph, architecture)
     if found is not None:
         return found
-    reference, masked, want = _masked(model, graph, architecture)
+    reference, masked, want = _make_reference(model, graph, architecture)
     if not want:
         raise SurgeryError("the model's output must hold a floating-point tensor to compare cuts by; it holds none.")
     try:
         got = _outputs(sliced, example)
     except Exception as error:
-        return Mismatch(_running_when_failed(sliced, example), f"the cut model does not run: {error}")
+        return Mismatch(_find_failing_module(sliced, example), f"the cut model does not run: {error}")
     dtype = want[0].dtype
     found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
     found = found and replace(found, shape=graph.example_shape)
     if found is not None and found.max_rel <= found.tolerance:
         # Where only blocks are removed no sum has other terms, so that no difference at all is no reason for doubt.
         doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
-        return _inside(found, masked, sliced, graph, architecture) if doubtful else found
+        return _verify_features(found, masked, sliced, graph, architecture) if doubtful else found
     if found is not None and dtype == torch.float32:
-        masked = reference(copy_with(model, {}).double(), graph, architecture)
+        masked = reference(copy_with_tensors(model, {}).double(), graph, architecture)
         sliced = copy_model(sliced).double()
         example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
         want, got = _outputs(masked, example), _outputs(sliced, example)
-        found = _difference(want, got, DOUBLE_CHECK, torch.float64)
+        found = _difference(want, got, FLOAT64_TOLERANCE, torch.float64)
         found = found and replace(found, shape=graph.example_shape)
         if found is not None and found.max_rel <= found.tolerance:
             return found
@@ -101,20 +101,20 @@ def compare_outputs(
     return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
 
 
-def _on_the_middle(
+def _verify_on_crop(
     model: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | None:
     """Both compared on the middle of the images; None if that leaves any doubt."""
-    example = tuple(map(_middle, graph.example))
+    example = tuple(map(_center_crop, graph.example))
     if all(part is whole for part, whole in zip(example, graph.example, strict=True)):
         return None
     calls = ExpectedCalls(graph.calls)
-    masked = _zeroed(model, graph, architecture, calls)
+    masked = _zero_while_running(model, graph, architecture, calls)
     try:
         want, got = _outputs(masked, example), _outputs(sliced, example)
     except Exception:
         return None
-    if not calls.all_made or not want or not _finite(want):
+    if not calls.all_made or not want or not _all_finite(want):
         return None
     dtype = want[0].dtype
     found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
@@ -122,7 +122,7 @@ def _on_the_middle(
     return replace(found, shape=shape) if found is not None and 0 < found.max_rel <= found.tolerance else None
 
 
-def _middle(part: Any) -> Any:
+def _center_crop(part: Any) -> Any:
     """Of images, (n, channels, height, width), at most half of the rows and of the columns, in multiples of 32."""
     if not isinstance(part, torch.Tensor) or part.dim() != 4 or not part.is_floating_point():
         return part
@@ -132,20 +132,20 @@ def _middle(part: Any) -> Any:
     return middle.contiguous() if middle.numel() else part
 
 
-def _zeroed(
+def _zero_while_running(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture, expected: ExpectedCalls | None = None
 ) -> nn.Module:
     """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
-    kept = kept_positions_of_tensors(graph, architecture)
+    kept = kept_positions_by_tensor(graph, architecture)
     masked = zero_weights_(shadow_copy(model), kept, expected)
-    masked = compute_over_kept_(masked, graph, architecture.by_name)
+    masked = compute_over_kept_channels_(masked, graph, architecture.by_name)
     removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
     return zero_branches_(masked, removed) if removed else masked
 
 
 _Reference = Callable[[nn.Module, ChannelGraph, Architecture], nn.Module]
 _REFERENCES: Sequence[_Reference] = (
-    _zeroed,
+    _zero_while_running,
     # A weight that is not finite stays so when multiplied by zero.
     lambda *original: mask_removed(*original).eval(),
     # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
@@ -154,19 +154,19 @@ _REFERENCES: Sequence[_Reference] = (
 """Ways to make the masked original, in eval mode. A later one is taken where outputs of the former are not finite."""
 
 
-def _masked(
+def _make_reference(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
     """The first reference with finite outputs: how it is made, itself, and the outputs."""
     for reference in _REFERENCES:
         masked = reference(model, graph, architecture)
         want = _outputs(masked, graph.example)
-        if _finite(want):
+        if _all_finite(want):
             return reference, masked, want
     raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
 
 
-def _inside(
+def _verify_features(
     found: Verification, masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | Mismatch:
     """An output that is the same to the last bit may not depend on its input at all, as that of a head not trained yet.
@@ -177,7 +177,7 @@ def _inside(
     return Mismatch(module, "features differ behind an output that does not show it") if module else found
 
 
-def _finite(tensors: list[torch.Tensor]) -> bool:
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
@@ -201,7 +201,7 @@ def _difference(
     return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
 
 
-def _running_when_failed(model: nn.Module, example: tuple[Any, ...]) -> str:
+def _find_failing_module(model: nn.Module, example: tuple[Any, ...]) -> str:
     """The innermost module whose forward was running when the model raised."""
     stack: list[str] = []
     hooks: list[Any] = []
@@ -226,8 +226,8 @@ def _first_difference(
     masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture, example: tuple[Any, ...]
 ) -> str:
     """The first module, in order of execution, whose kept output channels differ."""
-    seen: dict[str, torch.Tensor] = _capture(masked, graph, example)
-    mine = _capture(sliced, graph, example)
+    seen: dict[str, torch.Tensor] = _capture_outputs(masked, graph, example)
+    mine = _capture_outputs(sliced, graph, example)
     # What runs in a removed branch has no effect in either, and need not be the same.
     idle = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].modules}
     alive = graph.alive(architecture.by_name)
@@ -246,7 +246,7 @@ def _first_difference(
     return ""
 
 
-def _capture(model: nn.Module, graph: ChannelGraph, example: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+def _capture_outputs(model: nn.Module, graph: ChannelGraph, example: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     hooks: list[Any] = []
 

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.errors import BudgetError, SparsityError
-from secateur.prune.masks import Scores, Weights, check_density, masked, masks_of, prunable, set_masks_
+from secateur.prune.masks import Scores, Weights, apply_masks, check_density, get_masks, prunable_weights, set_masks_
 from secateur.prune.weight_scores import (
     Batch,
-    erk,
+    erk_counts,
     keep_globally,
     keep_largest,
     keep_n_of_m,
-    magnitude,
-    movement,
+    magnitude_scores,
+    movement_scores,
     random_scores,
-    snip,
-    taylor,
+    snip_scores,
+    taylor_scores,
 )
 
 
@@ -148,22 +148,22 @@ class WeightScore(ABC):
 
         Args:
             model: Left as it is.
-            weights: Of `prunable`.
+            weights: Of `prunable_weights`.
             batches: Inputs and labels on the model's device, for scores that need gradients.
         """
 
 
 @dataclass(frozen=True)
-class ByMagnitude(WeightScore):
-    """`magnitude`."""
+class MagnitudeScore(WeightScore):
+    """`magnitude_scores`."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return magnitude(weights)
+        return magnitude_scores(weights)
 
 
 @dataclass(frozen=True)
-class AtRandom(WeightScore):
+class RandomScore(WeightScore):
     """`random_scores`.
 
     Attributes:
@@ -178,26 +178,26 @@ class AtRandom(WeightScore):
 
 
 @dataclass(frozen=True)
-class ByTaylor(WeightScore):
-    """`taylor` of the cross-entropy."""
+class TaylorScore(WeightScore):
+    """`taylor_scores` of the cross-entropy."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return taylor(model, weights, batches, F.cross_entropy)
+        return taylor_scores(model, weights, batches, F.cross_entropy)
 
 
 @dataclass(frozen=True)
-class BySnip(WeightScore):
-    """`snip` of the cross-entropy."""
+class SnipScore(WeightScore):
+    """`snip_scores` of the cross-entropy."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return snip(model, weights, batches, F.cross_entropy)
+        return snip_scores(model, weights, batches, F.cross_entropy)
 
 
 @dataclass(frozen=True)
-class ByMovement(WeightScore):
-    """`movement` of the cross-entropy.
+class MovementScore(WeightScore):
+    """`movement_scores` of the cross-entropy.
 
     Attributes:
         learning_rate: Of its steps, >= 0.
@@ -207,7 +207,7 @@ class ByMovement(WeightScore):
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return movement(model, weights, batches, F.cross_entropy, learning_rate=self.learning_rate)
+        return movement_scores(model, weights, batches, F.cross_entropy, learning_rate=self.learning_rate)
 
 
 class Allocation(ABC):
@@ -223,7 +223,7 @@ class Allocation(ABC):
 
 
 @dataclass(frozen=True)
-class Globally(Allocation):
+class GlobalAllocation(Allocation):
     """`keep_globally`: the highest scores, whatever their tensor."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
@@ -232,7 +232,7 @@ class Globally(Allocation):
 
 
 @dataclass(frozen=True)
-class Evenly(Allocation):
+class UniformAllocation(Allocation):
     """The same fraction of every tensor, rounded down."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
@@ -241,12 +241,12 @@ class Evenly(Allocation):
 
 
 @dataclass(frozen=True)
-class ByERK(Allocation):
-    """`erk`: sparser where tensors are larger."""
+class ERKAllocation(Allocation):
+    """`erk_counts`: sparser where tensors are larger."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
-        return keep_largest(scores, erk(scores, density))
+        return keep_largest(scores, erk_counts(scores, density))
 
 
 @dataclass(frozen=True)
@@ -291,12 +291,12 @@ class WeightPruning:
         allocation: Which weights stay, by their scores.
         schedule: Makes the schedule for a final density: `Cubic`, `OneShot`, `Iterative`, or one of them with other
             settings by `functools.partial` (a lambda has another name in every process: no resume).
-        exclude: Patterns of what is never pruned, see `prunable`.
+        exclude: Patterns of what is never pruned, see `prunable_weights`.
         every: Steps between two changes of the masks, >= 1.
     """
 
-    score: WeightScore = ByMagnitude()
-    allocation: Allocation = Globally()
+    score: WeightScore = MagnitudeScore()
+    allocation: Allocation = GlobalAllocation()
     schedule: Callable[[float], SparsitySchedule] = Cubic
     exclude: tuple[str, ...] = ()
     every: int = 10
@@ -317,7 +317,7 @@ class WeightPruning:
             SparsityError: If the density is out of range, a pattern matches nothing, or batches are missing.
         """
         check_density("density", density, dense=True)
-        weights = prunable(model, exclude=self.exclude)
+        weights = prunable_weights(model, exclude=self.exclude)
         device = next(iter(weights.values())).device
         here = [(images.to(device), labels.to(device)) for images, labels in batches]
         return self.allocation(self.score(model, weights, here), density)
@@ -337,7 +337,7 @@ class WeightPruning:
         Raises:
             BudgetError: If what may not be pruned is more than that, with the least that can be reached.
         """
-        size = sum(weight.numel() for weight in prunable(model, exclude=self.exclude).values())
+        size = sum(weight.numel() for weight in prunable_weights(model, exclude=self.exclude).values())
         rest = sum(parameter.numel() for parameter in model.parameters()) - size
         room = math.floor(nonzero) - rest
         if room >= size:
@@ -392,10 +392,10 @@ class Sparsify:
         Raises:
             SparsityError: See `WeightPruning.masks`.
         """
-        return masked(model, self.pruning.masks(model, self.density_before(0, steps), self.batches))
+        return apply_masks(model, self.pruning.masks(model, self.density_before(0, steps), self.batches))
 
     def update_(self, model: nn.Module, step: int, steps: int) -> None:
         """Put the masks of a step into a model that `begun` made, in place, if they change there."""
         density = self.density_before(step, steps)
         if step and density != self.density_before(step - 1, steps):
-            set_masks_(model, masks_of(model) | self.pruning.masks(model, density, self.batches))
+            set_masks_(model, get_masks(model) | self.pruning.masks(model, density, self.batches))

@@ -16,11 +16,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """A scalar for the model's output and the labels, the mean over the batch, such as `secateur.distill.label_loss`."""
 
 
-def magnitude(weights: Weights) -> dict[str, Tensor]:
+def magnitude_scores(weights: Weights) -> dict[str, Tensor]:
     """|w|, in units of the weights.
 
     Args:
-        weights: Of `prunable`.
+        weights: Of `prunable_weights`.
 
     References:
         Han et al., arXiv:1506.02626.
@@ -32,7 +32,7 @@ def random_scores(weights: Weights, *, seed: int = 0) -> dict[str, Tensor]:
     """Uniform in [0, 1), the same on every device. Weights at exactly 0 score -inf, so that pruned ones stay so.
 
     Args:
-        weights: Of `prunable`.
+        weights: Of `prunable_weights`.
         seed: Of the draw; torch's own random state is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -42,14 +42,14 @@ def random_scores(weights: Weights, *, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def taylor(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
+def taylor_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
     """The squared change of the loss when a weight becomes zero, to first order.
 
     The mean over the batches of  (w * dL/dw)^2, in squared units of the loss. The model runs in eval mode.
 
     Args:
         model: Left as it is.
-        weights: Of `prunable`; they name the tensors.
+        weights: Of `prunable_weights`; they name the tensors.
         batches: Inputs and labels, on the model's device.
         loss: Mean over a batch.
 
@@ -62,11 +62,13 @@ def taylor(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: L
     References:
         Molchanov et al., arXiv:1906.10771, the first-order criterion, for single weights.
     """
-    sums, count = _summed(model, weights, batches, loss, lambda weight, gradient: (weight * gradient).square())
+    sums, count = _sum_over_batches(
+        model, weights, batches, loss, lambda weight, gradient: (weight * gradient).square()
+    )
     return {name: total / count for name, total in sums.items()}
 
 
-def snip(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
+def snip_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
     """How much the loss depends on a weight being there.
 
     |w * g| / sum over all weights of |w * g|, with g the mean over the batches of dL/dw. Dimensionless, sum 1. The
@@ -74,26 +76,26 @@ def snip(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Los
 
     Args:
         model: Left as it is.
-        weights: See `taylor`.
-        batches: See `taylor`.
-        loss: See `taylor`.
+        weights: See `taylor_scores`.
+        batches: See `taylor_scores`.
+        loss: See `taylor_scores`.
 
     Returns:
         Scores, float32 or better.
 
     Raises:
-        SparsityError: See `taylor`.
+        SparsityError: See `taylor_scores`.
 
     References:
         Lee et al. (SNIP), arXiv:1810.02340, connection sensitivity.
     """
-    sums, _ = _summed(model, weights, batches, loss, torch.mul)
+    sums, _ = _sum_over_batches(model, weights, batches, loss, torch.mul)
     scores = {name: total.abs() for name, total in sums.items()}
     whole = sum(score.sum().item() for score in scores.values())
     return {name: score / (whole or 1.0) for name, score in scores.items()}
 
 
-def movement(
+def movement_scores(
     model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss, *, learning_rate: float
 ) -> dict[str, Tensor]:
     """Whether training moves a weight away from zero.
@@ -103,25 +105,25 @@ def movement(
 
     Args:
         model: Left as it is.
-        weights: See `taylor`.
-        batches: See `taylor`; a step each.
-        loss: See `taylor`.
+        weights: See `taylor_scores`.
+        batches: See `taylor_scores`; a step each.
+        loss: See `taylor_scores`.
         learning_rate: Of the steps, >= 0.
 
     Returns:
         Scores, float32 or better.
 
     Raises:
-        SparsityError: See `taylor`.
+        SparsityError: See `taylor_scores`.
 
     References:
         Sanh et al., arXiv:2005.07683, the accumulated score of movement pruning.
     """
-    sums, _ = _summed(model, weights, batches, loss, torch.mul, learning_rate=learning_rate)
+    sums, _ = _sum_over_batches(model, weights, batches, loss, torch.mul, learning_rate=learning_rate)
     return {name: _pruned_last(-total, weights[name]) for name, total in sums.items()}
 
 
-def _summed(
+def _sum_over_batches(
     model: nn.Module,
     weights: Weights,
     batches: Iterable[Batch],
@@ -163,11 +165,11 @@ def _pruned_last(scores: Tensor, weight: Tensor) -> Tensor:
     return scores.masked_fill(weight == 0, -torch.inf)
 
 
-def per_layer(weights: Weights, density: float | Mapping[str, float]) -> dict[str, int]:
+def uniform_counts(weights: Weights, density: float | Mapping[str, float]) -> dict[str, int]:
     """Each tensor keeps round(density * n) of its n weights.
 
     Args:
-        weights: Of `prunable`, or scores of them.
+        weights: Of `prunable_weights`, or scores of them.
         density: Kept fraction in (0, 1], one for all tensors or one for each by name, such as the widths of a PCA.
 
     Raises:
@@ -180,7 +182,7 @@ def per_layer(weights: Weights, density: float | Mapping[str, float]) -> dict[st
     return {name: round(densities[name] * weight.numel()) for name, weight in weights.items()}
 
 
-def erk(weights: Weights, density: float) -> dict[str, int]:
+def erk_counts(weights: Weights, density: float) -> dict[str, int]:
     """Sparser where tensors are larger: the Erdos-Renyi kernel rule, with exactly round(density * N) of all N kept.
 
     The density of a tensor with dimensions d_1, d_2, ... is  epsilon * (d_1 + d_2 + ...) / (d_1 * d_2 * ...), at most
@@ -188,7 +190,7 @@ def erk(weights: Weights, density: float) -> dict[str, int]:
     the first among equals, get the rest.
 
     Args:
-        weights: Of `prunable`, or scores of them.
+        weights: Of `prunable_weights`, or scores of them.
         density: Kept fraction of all weights together, in (0, 1].
 
     Raises:
@@ -224,7 +226,7 @@ def keep_largest(scores: Scores, counts: Counts) -> dict[str, Tensor]:
 
     Args:
         scores: By name, without NaN.
-        counts: How many each tensor keeps, from `per_layer` or `erk`.
+        counts: How many each tensor keeps, from `uniform_counts` or `erk_counts`.
 
     Returns:
         bool masks with exactly so many True.
@@ -293,7 +295,7 @@ def keep_n_of_m(scores: Scores, n: int, m: int) -> dict[str, Tensor]:
     return masks
 
 
-def density_of(masks: Mapping[str, Tensor]) -> float:
+def mask_density(masks: Mapping[str, Tensor]) -> float:
     """The fraction of weights that masks keep, over all of them."""
     kept = sum(int(mask.sum()) for mask in masks.values())
     return kept / sum(mask.numel() for mask in masks.values())

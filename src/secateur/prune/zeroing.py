@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
 from secateur.graph._ledger import base_name, tensors_in
-from secateur.graph.blocks import Flow
+from secateur.graph.blocks import DataFlow
 from secateur.graph.graph import Block
 
 
-class ZeroBranches(TorchDispatchMode):
+class ZeroBranchesMode(TorchDispatchMode):
     """While active, one run of a full model adds zeros in the place of some residual branches.
 
     It knows nothing of modules, only in which sums of the forward pass the branches end.
@@ -27,7 +27,7 @@ class ZeroBranches(TorchDispatchMode):
     def __init__(self, blocks: Iterable[Block], inputs: Any):
         super().__init__()
         self._operands = {block.addition: block.operand for block in blocks}
-        self._flow = Flow()
+        self._flow = DataFlow()
         self._flow.feed(inputs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,10 +50,10 @@ class ZeroBranches(TorchDispatchMode):
 def zero_branches_(model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     """Make a full model add zeros in the place of some residual branches whenever it runs; returns it."""
     blocks = tuple(blocks)
-    return add_run_context_(model, lambda inputs: ZeroBranches(blocks, inputs))
+    return add_run_context_(model, lambda inputs: ZeroBranchesMode(blocks, inputs))
 
 
-class OtherCallError(Exception):
+class UnexpectedCallError(Exception):
     """A run makes another call than it has to."""
 
 
@@ -74,13 +74,13 @@ class ExpectedCalls:
         return self._made == len(self._names)
 
     def make(self, name: str) -> None:
-        """The next call; raises `OtherCallError` if it is not the one expected."""
+        """The next call; raises `UnexpectedCallError` if it is not the one expected."""
         if self.all_made or self._names[self._made] != name:
-            raise OtherCallError(f"call {self._made} is {name}")
+            raise UnexpectedCallError(f"call {self._made} is {name}")
         self._made += 1
 
 
-class ZeroWeights(TorchDispatchMode):
+class ZeroWeightsMode(TorchDispatchMode):
     """While active, every call of a run gets some parameters with zeros in places.
 
     They are made for each call and dropped after it, so that no second set of weights is held, nor memory for one
@@ -129,18 +129,18 @@ def zero_weights_(
     Args:
         model: Gets two hooks; its parameters stay as they are.
         kept: By the name of a parameter, the positions that stay of some of its dimensions. Other names are ignored.
-        expected: The calls that it has to make when it runs, once; any other raises `OtherCallError`.
+        expected: The calls that it has to make when it runs, once; any other raises `UnexpectedCallError`.
     """
-    make = _Factors()
+    make = _FactorCache()
     factors = {
         id(parameter): make.of(parameter.detach(), kept[name])
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
-    return add_run_context_(model, lambda _: ZeroWeights(factors, expected))
+    return add_run_context_(model, lambda _: ZeroWeightsMode(factors, expected))
 
 
-class _Factors:
+class _FactorCache:
     """Zeros and ones for parameters; those that keep the same positions of equally long dimensions share them."""
 
     def __init__(self) -> None:

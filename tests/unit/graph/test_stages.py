@@ -18,8 +18,8 @@ from zoo_convolutional import conv_bn
 
 from secateur.architecture import Architecture
 from secateur.cost import CostModel
-from secateur.errors import ChoiceError
-from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
+from secateur.errors import SelectionError
+from secateur.graph import ChannelGraph, Stage, find_stages, trace, untie
 from secateur.models import cifar_resnet20
 
 each_net = pytest.mark.parametrize("name", ZOO)
@@ -104,8 +104,8 @@ def follows(model: nn.Module, example: Tensor, name: str) -> bool:
 
 def accepted(model: nn.Module, graph: ChannelGraph, name: str) -> bool:
     try:
-        return [stage.cut for stage in stages_of(model, graph, [name])] == [name, ""]
-    except ChoiceError:
+        return [stage.cut for stage in find_stages(model, graph, [name])] == [name, ""]
+    except SelectionError:
         return False
 
 
@@ -145,11 +145,11 @@ def test_what_passes_by_forbids_a_cut(way):
     """Also where no gradient would tell: by an index, and by a number that python reads."""
     model = Forked(way).eval()
     graph = trace(model, torch.randn(1, 3, 8, 8))
-    with pytest.raises(ChoiceError, match=r"'trunk' is passed by"):
-        stages_of(model, graph, ["trunk"])
+    with pytest.raises(SelectionError, match=r"'trunk' is passed by"):
+        find_stages(model, graph, ["trunk"])
     straight = Forked("").eval()
     graph = trace(straight, torch.randn(1, 3, 8, 8))
-    assert [stage.cut for stage in stages_of(straight, graph, ["stem", "trunk"])] == ["stem", "trunk", ""]
+    assert [stage.cut for stage in find_stages(straight, graph, ["stem", "trunk"])] == ["stem", "trunk", ""]
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -159,13 +159,13 @@ def test_what_passes_by_forbids_a_cut(way):
 def test_stages_of_published_models(name):
     model, graph = published(name)
     assert (
-        tuple((stage.cut, len(stage.axes), len(stage.blocks)) for stage in stages_of(model, graph)) == PUBLISHED[name]
+        tuple((stage.cut, len(stage.axes), len(stage.blocks)) for stage in find_stages(model, graph)) == PUBLISHED[name]
     )
 
 
 def test_a_resnet_is_divided_by_resolution_and_its_streams_stay_whole():
     model, graph = resnet20()
-    first, second, third = stages_of(model, graph)
+    first, second, third = find_stages(model, graph)
     assert [stage.cut for stage in (first, second, third)] == ["layer1", "layer2", ""]
     assert first.axes == tuple(f"layer1.{n}.conv1" for n in range(3))
     assert first.blocks == tuple(f"layer1.{n}" for n in range(3))
@@ -185,15 +185,15 @@ def tensors(axis) -> set[str]:
 def test_untied_branches_are_free_and_their_streams_are_not():
     model, graph = resnet20()
     untied = untie(model, graph)
-    tied_free = {name for stage in stages_of(model, graph) for name in stage.axes}
-    stages = stages_of(model, untied)
+    tied_free = {name for stage in find_stages(model, graph) for name in stage.axes}
+    stages = find_stages(model, untied)
     free = {name: stage.name for stage in stages for name in stage.axes}
     assert tied_free <= set(free)
     branches = {axis.name for axis in untied.prunable if axis.into}
     assert branches
     assert branches <= set(free)
     assert all(free[name] == f"stage{name[5]}" for name in branches if name.startswith("layer"))
-    assert [stage.blocks for stage in stages] == [stage.blocks for stage in stages_of(model, graph)]
+    assert [stage.blocks for stage in stages] == [stage.blocks for stage in find_stages(model, graph)]
 
 
 class Stack(nn.Sequential):
@@ -207,7 +207,7 @@ class Stack(nn.Sequential):
 def test_one_resolution_is_divided_into_equal_parts():
     model = Stack(8).eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
-    stages = stages_of(model, graph)
+    stages = find_stages(model, graph)
     total = sum(stage.macs for stage in stages)
     assert [stage.cut for stage in stages] == ["2", "4", "6", ""]
     assert all(abs(stage.macs / total - 0.25) < 0.05 for stage in stages)
@@ -222,7 +222,7 @@ def test_a_layer_that_only_widens_belongs_to_what_follows():
             self.append(nn.Linear(16, 4))
 
     model = Narrowing().eval()
-    stages = stages_of(model, trace(model, torch.zeros(1, 3, 16, 16)))
+    stages = find_stages(model, trace(model, torch.zeros(1, 3, 16, 16)))
     assert stages[0].cut == "1"
     assert "2.0.0" in stages[1].axes
 
@@ -238,12 +238,12 @@ def test_a_model_without_a_single_live_tensor_is_one_stage():
 
     model = Around().eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
-    (stage,) = stages_of(model, graph)
+    (stage,) = find_stages(model, graph)
     assert stage == Stage(
         "stage1", "", tuple(graph.sizes), (), sum(int(o.factor * _width(o)) for o in graph.operations)
     )
-    with pytest.raises(ChoiceError, match=r"'stem' is passed by.* This model has no such module\."):
-        stages_of(model, graph, ["stem"])
+    with pytest.raises(SelectionError, match=r"'stem' is passed by.* This model has no such module\."):
+        find_stages(model, graph, ["stem"])
 
 
 def _width(operation) -> int:
@@ -274,7 +274,7 @@ class Lent(nn.Module):
 def test_parameters_count_where_they_are_used():
     model = Lent().eval()
     graph = trace(model, torch.randn(1, 3, 8, 8))
-    first, second = stages_of(model, graph, ["mid"])
+    first, second = find_stages(model, graph, ["mid"])
     assert "table" in second.axes
     shared = next(axis.name for axis in graph.prunable if "bias" in tensors(axis))
     assert {"first.0.weight", "second.0.weight"} <= tensors(graph.by_name[shared])
@@ -283,12 +283,12 @@ def test_parameters_count_where_they_are_used():
 
 def test_a_block_that_would_take_the_cut_along_belongs_to_no_stage():
     model, graph = resnet20()
-    inside, outside = stages_of(model, graph, ["layer2.1"])
+    inside, outside = find_stages(model, graph, ["layer2.1"])
     assert "layer2.1" in {block.name for block in graph.removable}
     assert "layer2.1" not in (*inside.blocks, *outside.blocks)
     assert "layer1.2" in inside.blocks
     assert "layer2.2" in outside.blocks
-    around, _ = stages_of(model, graph, ["layer2"])
+    around, _ = find_stages(model, graph, ["layer2"])
     assert {"layer2.1", "layer2.2"} <= set(around.blocks)
 
 
@@ -296,7 +296,7 @@ def test_blocks_may_call_a_module_twice():
     """As those of torchvision's ResNets call their activation; they take it along."""
     model = torchvision.models.resnet18(num_classes=4).eval()
     graph = trace(model, torch.zeros(1, 3, 64, 64))
-    stages = stages_of(model, graph)
+    stages = find_stages(model, graph)
     assert [stage.cut for stage in stages] == ["layer1", "layer2", "layer3", ""]
     blocks = [stage.blocks for stage in stages]
     assert blocks == [("layer1.0", "layer1.1"), ("layer2.1",), ("layer3.1",), ("layer4.1",)]
@@ -341,7 +341,7 @@ def assert_costs_add_up(graph: ChannelGraph, stages: tuple[Stage, ...], seed: in
 def test_costs_of_published_models_add_up(name):
     model, graph = published(name)
     for each in (graph, untie(model, graph)):
-        stages = stages_of(model, each)
+        stages = find_stages(model, each)
         assert_costs_add_up(each, stages, 3)
         assert sum(stage.macs for stage in stages) == CostModel(each).original.macs
 
@@ -350,7 +350,7 @@ def test_costs_of_published_models_add_up(name):
 def test_costs_of_the_finest_stages_add_up(name):
     model, _, graph = zoo_net(name)
     for each in (graph, untie(model, graph)):
-        stages = stages_of(model, each, finest(model, each))
+        stages = find_stages(model, each, finest(model, each))
         assert_costs_add_up(each, stages, 5)
         assert sum(stage.macs for stage in stages) == CostModel(each).original.macs
 
@@ -361,8 +361,8 @@ def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
     for name, _ in model.named_modules():
         if accepted(model, graph, name):
             try:
-                stages_of(model, graph, [*cuts, name])
-            except ChoiceError:
+                find_stages(model, graph, [*cuts, name])
+            except SelectionError:
                 continue
             cuts.append(name)
     return cuts
@@ -371,7 +371,7 @@ def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_tiny_patch16_224"])
 def test_macs_of_a_stage_are_what_runs_between_its_cuts(name):
     model, graph = published(name)
-    stages, counted = stages_of(model, graph), []
+    stages, counted = find_stages(model, graph), []
     model = copy.deepcopy(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for stage in stages[:-1]:
@@ -387,24 +387,24 @@ def test_macs_of_a_stage_are_what_runs_between_its_cuts(name):
 
 def test_cuts_that_cannot_be_are_refused_with_a_way_out():
     model, graph = resnet20()
-    with pytest.raises(ChoiceError, match=r"`cuts` must name modules of the model; got 'layr1'\. Did you mean layer1"):
-        stages_of(model, graph, ["layr1"])
-    with pytest.raises(ChoiceError, match=r"'layer2.1.conv1' is passed by.* Near it are layer2\.0 and layer2\.1\."):
-        stages_of(model, graph, ["layer2.1.conv1"])
-    with pytest.raises(ChoiceError, match=r"order of execution.*'layer1' after 'layer2'\. In order: layer1, layer2\."):
-        stages_of(model, graph, ["layer2", "layer1"])
-    with pytest.raises(ChoiceError, match=r"each once; got 'layer1\.2' after 'layer1'"):
-        stages_of(model, graph, ["layer1", "layer1.2"])
+    with pytest.raises(SelectionError, match=r"`cuts` must name modules of the model; got 'layr1'\. Did you mean layer1"):
+        find_stages(model, graph, ["layr1"])
+    with pytest.raises(SelectionError, match=r"'layer2.1.conv1' is passed by.* Near it are layer2\.0 and layer2\.1\."):
+        find_stages(model, graph, ["layer2.1.conv1"])
+    with pytest.raises(SelectionError, match=r"order of execution.*'layer1' after 'layer2'\. In order: layer1, layer2\."):
+        find_stages(model, graph, ["layer2", "layer1"])
+    with pytest.raises(SelectionError, match=r"each once; got 'layer1\.2' after 'layer1'"):
+        find_stages(model, graph, ["layer1", "layer1.2"])
     shared, _, shared_graph = zoo_net("shared_weights")
-    with pytest.raises(ChoiceError, match=r"'shared' runs \d times"):
-        stages_of(shared, shared_graph, ["shared"])
+    with pytest.raises(SelectionError, match=r"'shared' runs \d times"):
+        find_stages(shared, shared_graph, ["shared"])
 
 
 def test_the_model_is_left_alone():
     model, graph = published("resnet18")
     model = copy.deepcopy(model).train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    stages_of(model, graph)
+    find_stages(model, graph)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

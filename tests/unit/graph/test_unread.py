@@ -9,8 +9,8 @@ from zoo import ZOO
 
 from secateur.errors import TraceError
 from secateur.graph import trace
-from secateur.graph._record import STAND_INS, NumbersReadError, Where, _record, stand_in
-from secateur.graph.trace import positional
+from secateur.graph._record import FAKE_RESULTS, FakeValueReadError, RecordingContext, _record_once, make_fake_result
+from secateur.graph.trace import positional_arguments
 
 ATEN = torch.ops.aten
 LAST = torch.channels_last
@@ -25,13 +25,13 @@ def image(*shape: int) -> Tensor:
 def test_what_is_learned_is_the_same_with_every_number(name):
     """The calls, their order, their shapes and all that follows from them, in every net of the zoo."""
     model, example = ZOO[name]()
-    example = positional(model, example)
-    lean, full = Where({}, computed=False), Where({}, computed=True)
+    example = positional_arguments(model, example)
+    lean, full = RecordingContext({}, computed=False), RecordingContext({}, computed=True)
     try:
-        ledger, attributes = _record(model, example, lean, None)
-    except NumbersReadError:
+        ledger, attributes = _record_once(model, example, lean, None)
+    except FakeValueReadError:
         pytest.skip("its numbers are read")
-    wanted, wanted_attributes = _record(model, example, full, None)
+    wanted, wanted_attributes = _record_once(model, example, full, None)
     assert any(lean.flow.hollow)
     assert (lean.flow.names, lean.flow.sources, lean.flow.given) == (
         full.flow.names,
@@ -69,11 +69,11 @@ def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biase
     shape, weight, *rest = case
     channels = weight[1] * rest[-1] if rest[3] else weight[0]
     args = [image(*shape).to(dtype), image(*weight).to(dtype), image(channels).to(dtype) if biased else None, *rest]
-    assert layout(stand_in(ATEN.convolution.default, args, {})) == layout(ATEN.convolution.default(*args))
+    assert layout(make_fake_result(ATEN.convolution.default, args, {})) == layout(ATEN.convolution.default(*args))
     if len(shape) == 4:
         for position in (0, 1):
             args[position] = args[position].clone(memory_format=LAST)
-            assert stand_in(ATEN.convolution.default, args, {}) is None
+            assert make_fake_result(ATEN.convolution.default, args, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -96,28 +96,28 @@ def test_a_convolution_that_is_not_computed_has_its_shape_and_layout(case, biase
         ),
         *[
             (operation, (image(*shape),))
-            for operation in STAND_INS
+            for operation in FAKE_RESULTS
             if operation._schema.name.split("::")[1] in {"relu", "silu", "gelu", "hardswish", "sigmoid"}
             for shape in ((2, 3, 4, 5), (1, 3, 1, 1), (4,))
         ],
     ],
 )
 def test_what_is_not_computed_has_its_shapes_and_layout(product, args):
-    assert layout(stand_in(product, args, {})) == layout(product(*args))
+    assert layout(make_fake_result(product, args, {})) == layout(product(*args))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 6, 20, 16)])
 def test_attention_with_a_bias_and_a_scale_stays_so(shape):
     operation = ATEN._scaled_dot_product_flash_attention_for_cpu.default
     args, kwargs = [image(*shape)] * 3, {"attn_mask": image(1, 1, shape[2], shape[2]), "scale": 0.3}
-    assert layout(stand_in(operation, args, kwargs)) == layout(operation(*args, **kwargs))
+    assert layout(make_fake_result(operation, args, kwargs)) == layout(operation(*args, **kwargs))
 
 
 def test_an_operation_in_place_returns_what_it_is_given():
     x = image(2, 3)
     before = x.clone()
-    assert stand_in(ATEN.relu_.default, (x,), {}) is x
-    assert stand_in(ATEN.add_.Tensor, (x, image(2, 3)), {"alpha": 2}) is x
+    assert make_fake_result(ATEN.relu_.default, (x,), {}) is x
+    assert make_fake_result(ATEN.add_.Tensor, (x, image(2, 3)), {"alpha": 2}) is x
     assert x.equal(before)
 
 
@@ -143,8 +143,8 @@ def test_an_operation_in_place_returns_what_it_is_given():
     ],
 )
 def test_an_unusual_or_impossible_call_is_left_to_torch(product, args):
-    assert product in STAND_INS
-    assert stand_in(product, args, {}) is None
+    assert product in FAKE_RESULTS
+    assert make_fake_result(product, args, {}) is None
 
 
 class Reading(nn.Module):
@@ -187,8 +187,8 @@ def test_numbers_that_are_read_are_right(read):
     """All inputs and weights are positive: with real numbers, a further layer runs."""
     model = Reading(read).eval()
     example = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
-    with pytest.raises(NumbersReadError):
-        _record(model, (example,), Where({}, computed=False), None)
+    with pytest.raises(FakeValueReadError):
+        _record_once(model, (example,), RecordingContext({}, computed=False), None)
     assert [operation.module for operation in trace(model, example).operations] == ["stem", "further", "head"]
 
 
@@ -199,9 +199,9 @@ def test_a_model_that_catches_what_reading_raises_is_traced_with_its_numbers():
         except Exception:
             return False
 
-    where = Where({}, computed=False)
-    with pytest.raises(NumbersReadError):
-        _record(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
+    where = RecordingContext({}, computed=False)
+    with pytest.raises(FakeValueReadError):
+        _record_once(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
     assert where.was_read
 
 
@@ -257,7 +257,7 @@ def test_an_index_of_its_own_needs_no_numbers():
         def forward(self, x):
             return self.second(F.relu(self.first(x))[:, self.order])
 
-    where = Where({}, computed=False)
-    ledger, _ = _record(Picking().eval(), (image(1, 5, 3),), where, None)
+    where = RecordingContext({}, computed=False)
+    ledger, _ = _record_once(Picking().eval(), (image(1, 5, 3),), where, None)
     assert any(where.flow.hollow)
     assert ledger.count > 0

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.graph._record import NumbersReadError, Run, _rerun, watch
+from secateur.graph._record import FakeValueReadError, ForwardRun, _record_execution, record_execution
 
 
-def record_of(run: Run) -> tuple[object, ...]:
+def record_of(run: ForwardRun) -> tuple[object, ...]:
     flow = run.flow
     return (
         flow.names,
@@ -29,7 +29,7 @@ def record_of(run: Run) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ZOO)
 def test_the_record_does_not_depend_on_what_is_computed(name):
     model, example = ZOO[name]()
-    lean, full = (_rerun(model, (example[:1],), computed=computed) for computed in (False, True))
+    lean, full = (_record_execution(model, (example[:1],), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
     assert any(lean.flow.hollow)
     assert not any(full.flow.hollow)
@@ -41,7 +41,7 @@ def test_the_record_does_not_depend_on_what_is_computed(name):
 def test_the_record_of_published_models_does_not_depend_on_it(name):
     model = timm.create_model(name, img_size=64) if "tiny" in name else timm.create_model(name)
     example = torch.randn(1, 3, 64, 64)
-    lean, full = (_rerun(model.eval(), (example,), computed=computed) for computed in (False, True))
+    lean, full = (_record_execution(model.eval(), (example,), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
 
 
@@ -71,14 +71,14 @@ class Reading(nn.Module):
 @pytest.mark.parametrize("way", ["item", "list", "caught"])
 def test_what_is_read_is_computed(way):
     model, example = Reading(way).eval(), torch.rand(1, 3, 4, 4)
-    with pytest.raises(NumbersReadError):
-        _rerun(model, (example,), computed=False)
-    assert [call.module for call in watch(model, (example,)).flow.calls] == ["", "stem", "left"]
+    with pytest.raises(FakeValueReadError):
+        _record_execution(model, (example,), computed=False)
+    assert [call.module for call in record_execution(model, (example,)).flow.calls] == ["", "stem", "left"]
 
 
 def test_parameters_are_named_where_they_are_read():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    run = watch(model, (torch.rand(1, 3, 4, 4),))
+    run = record_execution(model, (torch.rand(1, 3, 4, 4),))
     read = {name: stored for name, stored in zip(run.flow.names, run.stored, strict=True) if stored}
     assert list(read) == ["convolution", "native_batch_norm"]
     assert read["convolution"] == ("0.weight", "0.bias")

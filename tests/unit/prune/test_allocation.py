@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import SparsityError
-from secateur.prune import density_of, erk, keep_globally, keep_largest, keep_n_of_m, per_layer
+from secateur.prune import mask_density, erk_counts, keep_globally, keep_largest, keep_n_of_m, uniform_counts
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -22,8 +22,8 @@ def counted(masks: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def test_per_layer_keeps_round_of_each() -> None:
-    assert per_layer(SCORES, 0.3) == {"a": 32, "b": 12, "c": 2}
-    assert per_layer(SCORES, {"a": 1.0, "b": 0.01, "c": 0.5}) == {"a": 108, "b": 0, "c": 4}
+    assert uniform_counts(SCORES, 0.3) == {"a": 32, "b": 12, "c": 2}
+    assert uniform_counts(SCORES, {"a": 1.0, "b": 0.01, "c": 0.5}) == {"a": 108, "b": 0, "c": 4}
 
 
 def numpy_largest(values: np.ndarray, count: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_global_keeps_exactly_round_of_all(density: float) -> None:
     flat = np.concatenate([score.flatten().numpy() for score in SCORES.values()])
     expected = numpy_largest(flat, round(density * 156))
     assert np.concatenate([mask.flatten().numpy() for mask in masks.values()]).tolist() == expected.tolist()
-    assert density_of(masks) == round(density * 156) / 156
+    assert mask_density(masks) == round(density * 156) / 156
 
 
 def test_global_ties_go_by_the_order_of_tensors() -> None:
@@ -58,7 +58,7 @@ def test_global_ties_go_by_the_order_of_tensors() -> None:
 
 def test_erk_gives_densities_in_proportion_to_dimensions() -> None:
     weights = {"conv": torch.empty(64, 32, 3, 3), "wide": torch.empty(128, 64, 3, 3), "fc": torch.empty(100, 128)}
-    counts = erk(weights, 0.1)
+    counts = erk_counts(weights, 0.1)
     total = 64 * 32 * 9 + 128 * 64 * 9 + 100 * 128
     assert sum(counts.values()) == round(0.1 * total)
     # Density over (sum of dimensions / product of dimensions): one epsilon for all, up to one weight of rounding.
@@ -69,7 +69,7 @@ def test_erk_gives_densities_in_proportion_to_dimensions() -> None:
 
 def test_erk_keeps_small_tensors_whole_and_shares_the_rest() -> None:
     weights = {"small": torch.empty(4, 2), "large": torch.empty(100, 100), "other": torch.empty(50, 100)}
-    counts = erk(weights, 0.5)
+    counts = erk_counts(weights, 0.5)
     # epsilon = 7504 / 356 would give the small one 126 of its 8; the others share 7496 as 200 : 150, which is
     # 4283.43 and 3212.57: the larger remainder is rounded up.
     assert counts == {"small": 8, "large": 4283, "other": 3213}
@@ -78,7 +78,7 @@ def test_erk_keeps_small_tensors_whole_and_shares_the_rest() -> None:
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6), st.floats(0.01, 1.0))
 def test_erk_is_exact_and_never_above_a_tensors_size(shapes: list[tuple[int, int]], density: float) -> None:
     weights = {str(k): torch.empty(shape) for k, shape in enumerate(shapes)}
-    counts = erk(weights, density)
+    counts = erk_counts(weights, density)
     sizes = {name: weight.numel() for name, weight in weights.items()}
     assert sum(counts.values()) == round(density * sum(sizes.values()))
     assert all(0 <= counts[name] <= sizes[name] for name in counts)
@@ -95,21 +95,21 @@ def test_n_of_m_keeps_the_best_of_every_group_of_inputs(n: int, m: int) -> None:
             for start in range(0, len(row), m):
                 expected = numpy_largest(row[start : start + m], n)
                 assert mask[start : start + m].tolist() == expected.tolist()
-    assert density_of(masks) == n / m
+    assert mask_density(masks) == n / m
     assert all(mask.is_contiguous() and mask.shape == scores[name].shape for name, mask in masks.items())
 
 
 def test_bad_input_is_refused() -> None:
     for density in (0.0, -0.5, 1.5, math.nan):
-        for allocate in (per_layer, erk, keep_globally):
+        for allocate in (uniform_counts, erk_counts, keep_globally):
             with pytest.raises(
                 SparsityError, match=rf"`density` must be the fraction of weights kept.*got {density}\."
             ):
                 allocate(SCORES, density)
     with pytest.raises(SparsityError, match=r"`density\['b'\]` must be the fraction of weights kept.*; got 2\.0"):
-        per_layer(SCORES, {"a": 0.5, "b": 2.0, "c": 0.5})
+        uniform_counts(SCORES, {"a": 0.5, "b": 2.0, "c": 0.5})
     with pytest.raises(SparsityError, match=r"`density` must name the tensors of `weights`; got unknown \['d'\]"):
-        per_layer(SCORES, {"a": 0.5, "b": 0.5, "d": 0.5})
+        uniform_counts(SCORES, {"a": 0.5, "b": 0.5, "d": 0.5})
     with pytest.raises(SparsityError, match=r"`counts` must name the tensors of `scores`.*missing \['b', 'c'\]"):
         keep_largest(SCORES, {"a": 1})
     with pytest.raises(SparsityError, match="`counts` must be from 0 to 8 for 'c'; got 9"):

@@ -14,7 +14,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Extent, Site, SizeEdit, trace
-from secateur.prune import Cut, apply_architecture, cut, mask_removed, parameter_share
+from secateur.prune import Cut, apply_architecture, cut, mask_removed, prunable_parameter_fraction
 
 
 def proven(made: Cut, model: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
@@ -309,7 +309,7 @@ def test_masking_zeroes_parameters_and_leaves_statistics():
 def test_the_share_of_prunable_parameters_is_what_it_says():
     model, example = ZOO["plain"]()
     everything = sum(p.numel() for p in model.parameters())
-    assert parameter_share(trace(model, example)) == pytest.approx((everything - 5) / everything)
+    assert prunable_parameter_fraction(trace(model, example)) == pytest.approx((everything - 5) / everything)
 
 
 def test_cutting_uses_no_random_numbers_and_changes_no_modes():

@@ -12,7 +12,7 @@ from zoo import _loud
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
-from secateur.prune import apply_architecture, cut, mask_removed, parameter_share
+from secateur.prune import apply_architecture, cut, mask_removed, prunable_parameter_fraction
 
 
 def torchvision(name: str, **settings: object) -> nn.Module:
@@ -95,7 +95,7 @@ def test_convolutional_networks_are_cut_exactly_and_wholly(name):
     build, size, share = NETS[name]
     model, example = loud(build, size)
     graph = trace(model, example)
-    assert parameter_share(graph) >= share
+    assert prunable_parameter_fraction(graph) >= share
     check(model, example, graph, seed=0)
     narrow = apply_architecture(model, graph, one_channel(graph))
     assert counted_params(narrow) == CostModel(graph).cost(one_channel(graph)).params
@@ -107,6 +107,6 @@ def test_other_networks_are_cut_exactly_where_they_can_be(name):
     build, size, share = PARTLY[name]
     model, example = loud(build, size)
     graph = trace(model, example)
-    assert parameter_share(graph) >= share
+    assert prunable_parameter_fraction(graph) >= share
     assert all(axis.frozen_because for axis in graph.axes if axis not in graph.prunable)
     check(model, example, graph, seed=0)

@@ -17,13 +17,13 @@ from secateur.prune import (
     PassThrough,
     RecalibrateBatchNorm,
     Refit,
-    Zeros,
+    ZeroOutput,
     apply_architecture,
     cut,
     mask_removed,
     output_distance,
-    replace_,
-    replacements_in,
+    replace_modules_,
+    find_replacements,
 )
 
 
@@ -35,9 +35,9 @@ def zoo(name: str) -> tuple[nn.Module, torch.Tensor, ChannelGraph]:
 def test_stand_ins_hand_on_or_silence_the_first_tensor():
     x = torch.randn(2, 3)
     assert PassThrough()(None, x, torch.zeros(1)) is x
-    assert torch.equal(Zeros()(x, 1), torch.zeros(2, 3))
+    assert torch.equal(ZeroOutput()(x, 1), torch.zeros(2, 3))
     assert PassThrough()(hidden=x) is x
-    first, second, third = Zeros(items=3)(x)
+    first, second, third = ZeroOutput(items=3)(x)
     assert torch.equal(first, torch.zeros(2, 3))
     assert second is third is None
     assert repr(PassThrough(2)) == "PassThrough(items=2)"
@@ -47,11 +47,11 @@ def test_modules_are_replaced_and_nothing_is_left_of_them():
     model, _, graph = zoo("attention")
     small = apply_architecture(model, graph, Architecture.of({}, ["block.attention"]))
     assert type(small.get_submodule("block.norm1")) is PassThrough
-    assert type(small.get_submodule("block.attention")) is Zeros
+    assert type(small.get_submodule("block.attention")) is ZeroOutput
     gone = set(model.state_dict()) - set(small.state_dict())
     assert gone == {name for name in model.state_dict() if name.startswith(("block.attention.", "block.norm1."))}
-    assert replacements_in(small) == graph.blocks_by_name["block.attention"].replacements
-    assert replacements_in(model) == ()
+    assert find_replacements(small) == graph.blocks_by_name["block.attention"].replacements
+    assert find_replacements(model) == ()
 
 
 def test_removing_equals_zeroing_the_last_layer_of_the_branch():
@@ -66,15 +66,15 @@ def test_removing_equals_zeroing_the_last_layer_of_the_branch():
 
 def test_a_replaced_module_within_a_replaced_module_is_gone_with_it():
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2))
-    replace_(model, [Replacement("0.0", StandIn.SILENCE), Replacement("0", StandIn.PASS_THROUGH)])
-    assert replacements_in(model) == (Replacement("0", StandIn.PASS_THROUGH),)
+    replace_modules_(model, [Replacement("0.0", StandIn.SILENCE), Replacement("0", StandIn.PASS_THROUGH)])
+    assert find_replacements(model) == (Replacement("0", StandIn.PASS_THROUGH),)
     assert [name for name, _ in model.named_children()] == ["0", "1"]
 
 
 @pytest.mark.parametrize("name", ["", "9.conv"])
 def test_replacements_must_name_modules(name):
     with pytest.raises(SurgeryError, match="`replacements` must name modules"):
-        replace_(nn.Sequential(nn.Linear(3, 3)), [Replacement(name, StandIn.SILENCE)])
+        replace_modules_(nn.Sequential(nn.Linear(3, 3)), [Replacement(name, StandIn.SILENCE)])
 
 
 def test_the_branch_of_torchs_own_attention_is_removed_exactly():
@@ -178,7 +178,7 @@ def test_healing_passes_over_what_is_gone():
     repaired = cut(model, graph, architecture, calibration=images, repairs=[Refit(), RecalibrateBatchNorm()])
     assert any(step.kept for step in repaired.repairs)
     assert output_distance(model, repaired.model, images) < output_distance(model, raw.model, images)
-    assert replacements_in(repaired.model) == replacements_in(raw.model) != ()
+    assert find_replacements(repaired.model) == find_replacements(raw.model) != ()
 
 
 def test_removing_a_block_alone_is_a_wound_too():

@@ -12,7 +12,7 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import RecalibrateBatchNorm, Refit, RepairContext, apply_architecture, cut, output_distance
-from secateur.prune.repair import Sampler, _groups, layers_that_lost_inputs
+from secateur.prune.repair import LayerSampler, _group_samplers, find_layers_to_refit
 
 REPAIRS = [Refit(), RecalibrateBatchNorm()]
 each_repair = pytest.mark.parametrize("repair", REPAIRS, ids=lambda h: type(h).__name__)
@@ -243,8 +243,8 @@ def test_healing_needs_images():
 @pytest.mark.parametrize("layers", [1, 2, 31, 32, 33, 64, 65])
 def test_the_last_layer_sees_all_the_others_repaired(layers):
     """It gives the outputs: repaired for what arrives before its neighbor is, it would undo the neighbor's repair."""
-    samplers = [Sampler(str(number), None) for number in range(layers)]
-    groups = _groups(samplers, 32)
+    samplers = [LayerSampler(str(number), None) for number in range(layers)]
+    groups = _group_samplers(samplers, 32)
     assert [sampler for group in groups for sampler in group] == samplers
     assert [sampler.module for sampler in groups[-1]] == [str(layers - 1)]
     assert len(groups) <= 32
@@ -256,7 +256,7 @@ def test_layers_behind_a_removed_block_are_repaired():
     graph = trace(model, example)
     context = RepairContext(model, graph, Architecture.of({}, ["1"]), images())
     small = apply_architecture(model, graph, context.architecture).eval()
-    assert layers_that_lost_inputs(small, context, {}) == ["2.conv1", "5.fc"]
+    assert find_layers_to_refit(small, context, {}) == ["2.conv1", "5.fc"]
     before = output_distance(model, small, context.images)
     Refit().apply_(small, context)
     assert output_distance(model, small, context.images) < 0.5 * before

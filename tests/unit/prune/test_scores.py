@@ -7,7 +7,7 @@ from torch import nn
 
 from secateur.distill import label_loss
 from secateur.errors import SparsityError
-from secateur.prune import keep_largest, magnitude, masked, movement, per_layer, prunable, random_scores, snip, taylor
+from secateur.prune import keep_largest, magnitude_scores, apply_masks, movement_scores, uniform_counts, prunable_weights, random_scores, snip_scores, taylor_scores
 
 WEIGHT = [2.0, -1.0, 0.5]
 BATCHES = [
@@ -36,21 +36,21 @@ mse = nn.functional.mse_loss
 
 
 def test_magnitude_is_the_absolute_value() -> None:
-    assert magnitude(prunable(linear()))["0.weight"].tolist() == [[2.0, 1.0, 0.5]]
+    assert magnitude_scores(prunable_weights(linear()))["0.weight"].tolist() == [[2.0, 1.0, 0.5]]
 
 
 def test_taylor_is_the_mean_square_of_weight_times_gradient() -> None:
     model = linear()
     products = [[w * g for w, g in zip(WEIGHT, gradient(WEIGHT, b), strict=True)] for b in (0, 1)]
     expected = [(a**2 + b**2) / 2 for a, b in zip(*products, strict=True)]
-    assert taylor(model, prunable(model), BATCHES, mse)["0.weight"][0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert taylor_scores(model, prunable_weights(model), BATCHES, mse)["0.weight"][0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_snip_is_the_share_of_the_mean_gradients_connection() -> None:
     model = linear()
     gradients = [(a + b) / 2 for a, b in zip(gradient(WEIGHT, 0), gradient(WEIGHT, 1), strict=True)]
     products = [abs(w * g) for w, g in zip(WEIGHT, gradients, strict=True)]
-    scores = snip(model, prunable(model), BATCHES, mse)["0.weight"]
+    scores = snip_scores(model, prunable_weights(model), BATCHES, mse)["0.weight"]
     assert scores[0].tolist() == pytest.approx([p / sum(products) for p in products], rel=1e-12)
 
 
@@ -60,7 +60,7 @@ def test_movement_accumulates_along_steps_of_sgd() -> None:
         found = gradient(weight, b)
         expected = [e - w * g for e, w, g in zip(expected, weight, found, strict=True)]
         weight = [w - rate * g for w, g in zip(weight, found, strict=True)]
-    scores = movement(model, prunable(model), BATCHES, mse, learning_rate=rate)["0.weight"]
+    scores = movement_scores(model, prunable_weights(model), BATCHES, mse, learning_rate=rate)["0.weight"]
     assert scores[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -68,12 +68,12 @@ def test_movement_is_positive_for_weights_that_grow() -> None:
     # Targets 3 x_0: the first weight grows from 2, the second goes from -1 toward 0.
     inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear()
-    scores = movement(model, prunable(model), [(inputs, 3 * inputs[:, :1])] * 3, mse, learning_rate=0.1)["0.weight"][0]
+    scores = movement_scores(model, prunable_weights(model), [(inputs, 3 * inputs[:, :1])] * 3, mse, learning_rate=0.1)["0.weight"][0]
     assert scores[0] > 0 > scores[1]
 
 
 def test_random_scores_are_the_seeds_alone() -> None:
-    weights = prunable(small_net())
+    weights = prunable_weights(small_net())
     before = torch.random.get_rng_state()
     first, same_seed, other = (random_scores(weights, seed=seed)["0.weight"] for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -87,29 +87,29 @@ def test_what_is_pruned_stays_pruned_and_the_model_is_not_changed(name: str) -> 
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     batches = [(images, torch.arange(8) % 3)]
     model = small_net()
-    small = masked(model, keep_largest(magnitude(prunable(model)), per_layer(prunable(model), 0.5))).train()
-    before, weights = state(small), prunable(small)
+    small = apply_masks(model, keep_largest(magnitude_scores(prunable_weights(model)), uniform_counts(prunable_weights(model), 0.5))).train()
+    before, weights = state(small), prunable_weights(small)
     scores = {
-        "magnitude": lambda: magnitude(weights),
+        "magnitude": lambda: magnitude_scores(weights),
         "random": lambda: random_scores(weights, seed=4),
-        "taylor": lambda: taylor(small, weights, batches, label_loss),
-        "snip": lambda: snip(small, weights, batches, label_loss),
-        "movement": lambda: movement(small, weights, batches, label_loss, learning_rate=0.1),
+        "taylor": lambda: taylor_scores(small, weights, batches, label_loss),
+        "snip": lambda: snip_scores(small, weights, batches, label_loss),
+        "movement": lambda: movement_scores(small, weights, batches, label_loss, learning_rate=0.1),
     }[name]()
     assert same(state(small), before)
     assert all(p.grad is None for p in small.parameters())
     assert small.training
-    for tensor, kept in keep_largest(scores, per_layer(weights, 0.25)).items():
+    for tensor, kept in keep_largest(scores, uniform_counts(weights, 0.25)).items():
         assert not (kept & (weights[tensor] == 0)).any()
 
 
 def test_scores_without_batches_or_with_nan_are_refused() -> None:
     model = linear()
-    for score in (taylor, snip):
+    for score in (taylor_scores, snip_scores):
         with pytest.raises(SparsityError, match="`batches` must hold at least one batch; got none"):
-            score(model, prunable(model), [], mse)
+            score(model, prunable_weights(model), [], mse)
     with pytest.raises(SparsityError, match=r"`loss` must have finite gradients; got others in '0\.weight'"):
-        taylor(model, prunable(model), BATCHES, lambda output, target: output.sum() * math.nan)
+        taylor_scores(model, prunable_weights(model), BATCHES, lambda output, target: output.sum() * math.nan)
 
 
 def test_a_weight_that_the_loss_does_not_reach_scores_zero() -> None:
@@ -122,6 +122,6 @@ def test_a_weight_that_the_loss_does_not_reach_scores_zero() -> None:
             return self.used(x)
 
     half = Half().double()
-    scores = snip(half, prunable(half), BATCHES, mse)
+    scores = snip_scores(half, prunable_weights(half), BATCHES, mse)
     assert torch.equal(scores["spare.weight"], torch.zeros(1, 3, dtype=torch.float64))
     assert scores["used.weight"].sum().item() == pytest.approx(1.0)

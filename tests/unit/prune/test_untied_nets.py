@@ -13,7 +13,7 @@ from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import cifar_resnet20, cifar_resnet56
-from secateur.prune import Widen, cut
+from secateur.prune import ExpandChannels, cut
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet20": (cifar_resnet20, 32, 9),
@@ -48,5 +48,5 @@ def test_real_networks_are_cut_exactly(name: str):
     made = cut(model, graph, architecture)
     assert made.architecture == architecture
     assert made.verification.frozen == ()
-    assert any(isinstance(module, Widen) for module in made.model.modules()) == (outlets > 0)
+    assert any(isinstance(module, ExpandChannels) for module in made.model.modules()) == (outlets > 0)
     assert CostModel(graph).cost(architecture) == Cost(counted_macs(made.model, example), counted_params(made.model))

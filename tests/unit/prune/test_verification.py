@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import apply_architecture, cut
-from secateur.prune.verify import Mismatch, compare
+from secateur.prune.verify import Mismatch, compare_outputs
 
 
 def image(*sides: int) -> Tensor:
@@ -116,7 +116,7 @@ def test_one_channel_in_a_wrong_place_is_seen(tensor, sides):
     with torch.no_grad():
         values = small.get_parameter(tensor)
         values.copy_(values.roll(1, dims=1 if tensor == "head.weight" else 0))
-    assert isinstance(compare(model, small, graph, half(graph)), Mismatch)
+    assert isinstance(compare_outputs(model, small, graph, half(graph)), Mismatch)
 
 
 def test_an_output_that_shows_nothing_on_the_middle_is_looked_at_as_a_whole():

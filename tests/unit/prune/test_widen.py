@@ -21,18 +21,18 @@ from secateur.prune import (
     RecalibrateBatchNorm,
     Refit,
     RepairContext,
-    Widen,
-    Widening,
+    ExpandChannels,
+    ChannelExpansion,
     apply_architecture,
     cut,
     mask_removed,
     original_names,
-    widen_,
-    widenings_in,
-    widenings_of,
-    within_streams,
+    expand_branches_,
+    find_expansions,
+    branch_expansions,
+    restrict_branches,
 )
-from secateur.prune.repair import batch_statistics, layers_that_lost_inputs
+from secateur.prune.repair import batch_statistics, find_layers_to_refit
 
 
 def zoo(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
@@ -51,28 +51,28 @@ def halves(graph: ChannelGraph) -> Architecture:
 
 def test_channels_are_put_at_their_places():
     x = torch.arange(1.0, 13.0).view(2, 3, 2)
-    padded = Widen(nn.Identity(), 1, 2)(x)
+    padded = ExpandChannels(nn.Identity(), 1, 2)(x)
     assert torch.equal(padded[:, :3], x)
     assert torch.equal(padded[:, 3:], torch.zeros(2, 2, 2))
-    placed = Widen(nn.Identity(), 1, 1, (3, 0, 3, 1, 2))(x)
+    placed = ExpandChannels(nn.Identity(), 1, 1, (3, 0, 3, 1, 2))(x)
     assert torch.equal(placed[:, [1, 3, 4]], x)
     assert not placed[:, [0, 2]].any()
-    last = Widen(nn.Identity(), 2, 1, (2, 0, 1))(x)
+    last = ExpandChannels(nn.Identity(), 2, 1, (2, 0, 1))(x)
     assert torch.equal(last, F.pad(x, (1, 0)))
-    assert Widen(nn.Identity(), 1, 2).state_dict() == {}
-    assert repr(Widen(nn.Identity(), 1, 1, (1, 0))).startswith("Widen(\n  dim=1, missing=1, order=(1, 0)")
+    assert ExpandChannels(nn.Identity(), 1, 2).state_dict() == {}
+    assert repr(ExpandChannels(nn.Identity(), 1, 1, (1, 0))).startswith("Widen(\n  dim=1, missing=1, order=(1, 0)")
 
 
 def test_a_prefix_of_the_stream_is_only_padded():
     model, _, graph = zoo("residual")
     stream = {"0.0": [0, 2, 4, 6, 7]}
-    assert widenings_of(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2]})) == (Widening("1.bn2", 1, 3),)
-    assert widenings_of(graph, Architecture.of({**stream, "1.conv2/branch": [2, 7]})) == (
-        Widening("1.bn2", 1, 1, (2, 0, 2, 2, 1)),
+    assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2]})) == (ChannelExpansion("1.bn2", 1, 3),)
+    assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [2, 7]})) == (
+        ChannelExpansion("1.bn2", 1, 1, (2, 0, 2, 2, 1)),
     )
-    assert widenings_of(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2, 4, 6, 7]})) == ()
+    assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2, 4, 6, 7]})) == ()
     small = apply_architecture(model, graph, Architecture.of({**stream, "1.conv2/branch": [2, 7]}))
-    assert widenings_in(small) == (Widening("1.bn2", 1, 1, (2, 0, 2, 2, 1)),)
+    assert find_expansions(small) == (ChannelExpansion("1.bn2", 1, 1, (2, 0, 2, 2, 1)),)
 
 
 def test_names_in_a_cut_model_and_in_the_original():
@@ -88,9 +88,9 @@ def test_names_in_a_cut_model_and_in_the_original():
 
 def test_what_cannot_be_widened_is_refused():
     with pytest.raises(SurgeryError, match="`widenings` must name modules of the model; got 'body'"):
-        widen_(nn.Sequential(nn.ReLU()), [Widening("body", 1, 1)])
+        expand_branches_(nn.Sequential(nn.ReLU()), [ChannelExpansion("body", 1, 1)])
     with pytest.raises(SurgeryError, match="`widenings` must name modules within the model; got the model itself"):
-        widen_(nn.Sequential(nn.ReLU()), [Widening("", 1, 1)])
+        expand_branches_(nn.Sequential(nn.ReLU()), [ChannelExpansion("", 1, 1)])
 
 
 def test_a_branch_that_keeps_more_than_its_stream_is_refused():
@@ -108,7 +108,7 @@ def test_branches_are_brought_within_their_streams():
     asked = Architecture.of(
         {"0.0": [2, 4], "1.conv2/branch": [0, 1, 4], "2.conv2": [1, 3], "3.conv2/branch": [0]}, ["3"]
     )
-    assert within_streams(graph, asked) == Architecture.of(
+    assert restrict_branches(graph, asked) == Architecture.of(
         {
             "0.0": [2, 4],
             "1.conv2/branch": [4],
@@ -125,7 +125,7 @@ def test_what_a_removed_block_keeps_of_its_branch_has_no_effect():
     model, example, graph = zoo("residual")
     kept = {"0.0": [0, 1, 2]}
     small = apply_architecture(model, graph, Architecture.of({**kept, "1.conv2/branch": [5]}, ["1"]))
-    assert widenings_in(small) == ()
+    assert find_expansions(small) == ()
     same = apply_architecture(model, graph, Architecture.of(kept, ["1"]))
     assert torch.equal(outputs(small, example)[0], outputs(same, example)[0])
 
@@ -134,7 +134,7 @@ def test_what_a_removed_block_keeps_of_its_branch_has_no_effect():
 def test_exports_equal_eager(name: str, tmp_path: Path):
     model, example, graph = zoo(name)
     small = apply_architecture(model, graph, halves(graph)).eval()
-    assert any(widening.order for widening in widenings_in(small))
+    assert any(widening.order for widening in find_expansions(small))
     for export, file in ((export_onnx, "small.onnx"), (export_pt2, "small.pt2")):
         parity = export(small, example, tmp_path / file)
         assert parity.max_rel <= parity.tolerance
@@ -240,7 +240,7 @@ def test_the_layers_that_read_a_stream_are_repaired_behind_a_narrow_branch():
     architecture = Architecture.of({"1.conv2/branch": [0, 3]})
     wound = RepairContext(model, graph, architecture, ())
     small = apply_architecture(model, graph, architecture)
-    assert layers_that_lost_inputs(small, wound, {}) == ["2.conv1", "5.fc"]
+    assert find_layers_to_refit(small, wound, {}) == ["2.conv1", "5.fc"]
 
 
 def test_the_layer_within_is_repaired():

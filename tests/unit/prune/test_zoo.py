@@ -7,16 +7,16 @@ import torch
 from zoo import ZOO
 
 from secateur.prune import (
-    density_of,
-    erk,
+    mask_density,
+    erk_counts,
     keep_globally,
     keep_largest,
-    magnitude,
+    magnitude_scores,
     make_permanent_,
-    masked,
-    masked_like,
-    masks_of,
-    prunable,
+    apply_masks,
+    load_masked,
+    get_masks,
+    prunable_weights,
     random_scores,
 )
 
@@ -24,20 +24,20 @@ from secateur.prune import (
 @pytest.mark.parametrize("name", ZOO)
 def test_a_masked_net_is_the_net_with_zeros(name: str) -> None:
     model, example = ZOO[name]()
-    weights = prunable(model)
+    weights = prunable_weights(model)
     total = sum(weight.numel() for weight in weights.values())
     for masks in (
-        keep_globally(magnitude(weights), 0.6),
-        keep_largest(random_scores(weights), erk(weights, 0.6)),
+        keep_globally(magnitude_scores(weights), 0.6),
+        keep_largest(random_scores(weights), erk_counts(weights, 0.6)),
     ):
-        assert density_of(masks) == round(0.6 * total) / total
-        small, zeroed = masked(model, masks), copy.deepcopy(model)
+        assert mask_density(masks) == round(0.6 * total) / total
+        small, zeroed = apply_masks(model, masks), copy.deepcopy(model)
         with torch.no_grad():
             for tensor, kept in masks.items():
                 zeroed.get_parameter(tensor).mul_(kept)
         expected = zeroed(example)
         assert torch.equal(small(example), expected)
-        assert masks_of(small).keys() == masks.keys()
-        loaded = masked_like(copy.deepcopy(model), small.state_dict())
+        assert get_masks(small).keys() == masks.keys()
+        loaded = load_masked(copy.deepcopy(model), small.state_dict())
         assert torch.equal(loaded(example), expected)
         assert torch.equal(make_permanent_(loaded)(example), expected)

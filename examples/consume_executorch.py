@@ -1,4 +1,4 @@
-"""Name what is in an image, with model.pte (if you trust it): python consume_executorch.py FOLDER/model.pte IMAGE"""
+"""Print the class of an image with model.pte (if you trust it): python consume_executorch.py FOLDER/model.pte IMAGE"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Name what is in an image, with model.onnx or model.int8.onnx: python consume_onnx.py FOLDER/model.onnx IMAGE"""
+"""Print the class of an image with model.onnx or model.int8.onnx: python consume_onnx.py FOLDER/model.onnx IMAGE"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Name what is in an image, with model.xml and model.bin: python consume_openvino.py FOLDER/model.xml IMAGE"""
+"""Print the class of an image with model.xml and model.bin: python consume_openvino.py FOLDER/model.xml IMAGE"""
 
 import json
 import sys

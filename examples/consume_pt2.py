@@ -1,4 +1,4 @@
-"""Name what is in an image, with model.pt2 (only if you trust it): python consume_pt2.py FOLDER/model.pt2 IMAGE"""
+"""Print the class of an image with model.pt2 (only if you trust it): python consume_pt2.py FOLDER/model.pt2 IMAGE"""
 
 import json
 import sys

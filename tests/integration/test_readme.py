@@ -48,17 +48,13 @@ def test_opens_with_the_two_commands():
     assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
 
 
-def test_commands_and_flags_exist():
-    from typer.testing import CliRunner
-
-    from secateur.cli.app import app
-
+def test_commands_and_flags_exist(run: Run):
     commands = _commands()
     assert len(commands) > 5
     for line in commands:
         words = line.split()
         assert words[0] == "secateur"
-        shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"})
+        shown = run(words[1], "--help")
         assert shown.exit_code == 0
         for flag in (word for word in words if word.startswith("--")):
             assert f"{flag} " in shown.output, f"{words[1]} has no {flag}"
@@ -102,3 +98,8 @@ def test_links_exist():
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_export_page_shows_the_example():
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert f"```python\n{(ROOT / 'examples' / 'consume_onnx.py').read_text(encoding='utf-8')}```" in page

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from typer.testing import CliRunner
+from command_line import secateur
 
 from secateur.data import Augment, FolderSplit, ImageData, MemorySplit
 
@@ -33,8 +33,6 @@ def test_the_table_names_every_field_and_flags_that_there_are() -> None:
     fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} - {"digits", "load_data"}
     assert fields == {field.name for field in dataclasses.fields(Augment)}
     flags = set(re.findall(r"--[a-z][a-z-]+", PAGE.read_text(encoding="utf-8"))) - {"--data"}
-    from secateur.cli.app import app
-
-    shown = CliRunner().invoke(app, ["distill", "--help"], env={"COLUMNS": "200"})
+    shown = secateur("distill", "--help")
     assert flags
     assert all(flag in shown.output for flag in flags)

@@ -27,7 +27,7 @@ def test_the_page_runs() -> None:
             "assistant": cifar_resnet20(),
             "example": torch.zeros(1, 3, 8, 8),
             "data": Data(),
-            "schedule": small_schedule(1),
+            "train": small_schedule(1),
         }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 5
@@ -41,8 +41,8 @@ def test_the_page_runs() -> None:
 def test_the_table_names_what_there_is() -> None:
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    losses = {name for name in secateur.train_with_teacher.__all__ if name.endswith("_loss")} - {
+    losses = {name for name in secateur.distill.__all__ if name.endswith("_loss")} - {
         "label_loss", "hcl_loss", "vid_loss", "contrastive_loss",
     }  # fmt: skip
     assert losses <= named
-    assert named <= set(secateur.train_with_teacher.__all__)
+    assert named <= set(secateur.distill.__all__)

@@ -31,7 +31,7 @@ WITHOUT_SECATEUR = (
 
 
 def _present(form: Format) -> bool:
-    return form.extra is None or importlib.util.find_spec(form.extra) is not None
+    return form.exporter.extra is None or importlib.util.find_spec(form.exporter.extra) is not None
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +57,13 @@ def run() -> Run:
 @pytest.mark.parametrize("form", list(Format), ids=lambda form: form.value)
 def test_script_without_secateur_says_what_the_model_says(exported: Path, tmp_path: Path, form: Format) -> None:
     if not _present(form):
-        pytest.skip(f"{form.extra} is not installed: pip install 'secateur[{form.extra}]'")
+        pytest.skip(f"{form.exporter.extra} is not installed: pip install 'secateur[{form.exporter.extra}]'")
     data, model = load_data("digits"), secateur.load(exported).model
     for n in (0, 11):
         images = data.test.subset(torch.tensor([n]))
         (batch,) = images.batches(1)
         Image.fromarray(images.images[0, 0].numpy()).save(tmp_path / "image.png")
-        words = [EXAMPLES / SCRIPTS[form], exported / form.file, tmp_path / "image.png"]
+        words = [EXAMPLES / SCRIPTS[form], exported / form.exporter.file, tmp_path / "image.png"]
         found = subprocess.run(
             [sys.executable, "-c", WITHOUT_SECATEUR, *words], capture_output=True, text=True, check=True, cwd=tmp_path
         )
@@ -100,7 +100,7 @@ def test_verify_runs_every_file_again(exported: Path, run: Run) -> None:
     assert found.passed
     names = [check.name for check in found.checks]
     for form in filter(_present, Format):
-        assert sum(form.file in name for name in names) == 1
+        assert sum(form.exporter.file in name for name in names) == 1
     shy = secateur.verify(exported)
     assert shy.passed
     assert any(said.startswith("model.pt2 was not checked") for said in shy.passed_over)
@@ -112,7 +112,7 @@ def test_verify_runs_every_file_again(exported: Path, run: Run) -> None:
 def test_another_int8_file_is_noticed(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(exported, folder)
-    path = folder / Format.INT8.file
+    path = folder / Format.INT8.exporter.file
     path.write_bytes(path.read_bytes() + b"\0")
     found = secateur.verify(folder)
     assert [check.name for check in found.checks if not check.passed] == [

@@ -1,6 +1,6 @@
 """Artifacts and exported files: each is written, run, and compared with the model."""
 
-from secateur.export._common import PARITY_TOLERANCE, Parity, check_extra, eval_copy
+from secateur.export._common import PARITY_TOLERANCE, Parity, Samples, check_extra, eval_copy
 from secateur.export.artifact import (
     MANIFEST_NAME,
     OWN_FILES,
@@ -17,29 +17,31 @@ from secateur.export.artifact import (
 )
 from secateur.export.edits import Edit, edits_between
 from secateur.export.executorch import export_executorch
-from secateur.export.formats import Format, check_formats, compare_file
-from secateur.export.int8 import LEAST_KEPT, USUAL_KEPT, Quantized, compare_int8_file, export_int8
+from secateur.export.formats import Exporter, Format, check_formats, compare_file
+from secateur.export.int8 import MIN_KEPT_ACCURACY, USUAL_KEPT_ACCURACY, Quantized, compare_int8_file, export_int8
 from secateur.export.manifest import SCHEMA, Manifest, Recipe, TensorRecord
 from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session
 from secateur.export.openvino import export_openvino
 from secateur.export.torch_export import export_pt2
 
 __all__ = [
-    "LEAST_KEPT",
     "MANIFEST_NAME",
+    "MIN_KEPT_ACCURACY",
     "OWN_FILES",
-    "SCHEMA",
     "PARITY_TOLERANCE",
-    "USUAL_KEPT",
+    "SCHEMA",
+    "USUAL_KEPT_ACCURACY",
     "WEIGHTS_NAME",
+    "Artifact",
     "Build",
     "Edit",
+    "Exporter",
     "Format",
-    "Artifact",
     "Manifest",
     "Parity",
     "Quantized",
     "Recipe",
+    "Samples",
     "TensorRecord",
     "amend",
     "check_extra",

@@ -1,8 +1,7 @@
-"""Libraries that only some exports need: installed as extras, imported when first used.
+"""What every export format shares: the samples it is compared on, the comparison with the model, the captured program.
 
-Does an exported file compute what the model computes? Run both and compare.
-
-The model as a torch.export program with a free batch size: what every format is made from."""
+Libraries that only some formats need are installed as extras and imported when they are first used, see `extra`.
+"""
 
 import contextlib
 import importlib
@@ -19,51 +18,32 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from secateur._runtime import copy_model
+from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
-
-
-def check_extra(library: str) -> None:
-    """Refuse to go on without an optional library; nothing is imported.
-
-    Args:
-        library: Its name, which is also that of the extra.
-
-    Raises:
-        ExportError: If it is not installed, with the command that installs it.
-    """
-    if importlib.util.find_spec(library) is None:
-        raise ExportError(
-            f"This format must have {library}, which is not installed. Run: pip install 'secateur[{library}]'"
-        )
-
-
-def extra(module: str) -> Any:
-    """Import a module of an optional library.
-
-    Args:
-        module: Such as ``executorch.exir``; its first part names the library and the extra.
-
-    Raises:
-        ExportError: If the library is not installed, or does not work with what else is.
-    """
-    library = module.split(".", maxsplit=1)[0]
-    check_extra(library)
-    try:
-        with quiet():
-            return importlib.import_module(module)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ExportError(
-            f"{library} must fit the other packages; {module} cannot be imported ({first_line(error)}) "
-            f"Run: pip install --upgrade 'secateur[{library}]'"
-        ) from error
-
 
 PARITY_TOLERANCE = 1e-4
 """Largest accepted difference of float32 outputs, relative to the largest output. Runtimes fold batch normalization
 into convolutions and sum in another order; a few hundred layers deep that stays near 1e-5."""
 
+BATCH_DIM = Dim("batch")
+"""The free dimension of every input."""
+
 InputTensors = tuple[Tensor, ...]
 Runner = Callable[[InputTensors], list[Tensor]]
+"""Runs an exported file on inputs in their order; returns its outputs in their order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The data that exported files are compared on.
+
+    Attributes:
+        images: A few real images, at least two, as the model takes them.
+        data: Training images for the value ranges of int8 and test images for its accuracy; None if there are none.
+    """
+
+    images: Tensor
+    data: ImageData | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +68,17 @@ class Parity:
         return f"It agrees with the model within {self.max_rel:.1e} (at most {self.tolerance:.0e})."
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return {**asdict(self), "batch_sizes": list(self.batch_sizes)}
 
 
+def eval_copy(model: nn.Module) -> nn.Module:
+    """Copy a model in eval mode to the CPU; the caller's model keeps its mode and device."""
+    return copy_model(model).cpu().eval()
+
+
 def as_inputs(example: Tensor | tuple[Tensor, ...]) -> InputTensors:
-    """The example as a tuple of CPU tensors that share their first (batch) dimension.
+    """Return the example as a tuple of CPU tensors that share their first (batch) dimension.
 
     Raises:
         ExportError: If there are fewer than two samples: a file that was only run on one may not take two.
@@ -106,6 +91,58 @@ def as_inputs(example: Tensor | tuple[Tensor, ...]) -> InputTensors:
             f"shapes {[tuple(tensor.shape) for tensor in inputs]}. Pass a batch of real images."
         )
     return tuple(tensor.detach().cpu() for tensor in inputs)
+
+
+def checked_path(path: Path | str, suffix: str, advice: str) -> Path:
+    """Return the path of an exported file; refuse another suffix.
+
+    Raises:
+        ExportError: If it does not end in the suffix, with the advice as the last sentence.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ExportError(f"`path` must end in {suffix}; got {path}. {advice}")
+    return path
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Generator[None]:
+    """Report an OSError of the block as an `ExportError` about the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{path} could not be written: {first_line(error)} Free some space or choose another path."
+        ) from error
+
+
+def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | None = None) -> ExportedProgram:
+    """Capture a model for any batch size, or any up to a bound.
+
+    The model is captured on blank samples, so that the caller's images never travel inside an exported file.
+
+    Args:
+        model: In eval mode, on the CPU.
+        inputs: Samples whose shapes and dtypes are used.
+        largest_batch: The bound; None means there is none.
+
+    Raises:
+        ExportError: If torch.export cannot capture the model, or only for one batch size.
+    """
+    batch = BATCH_DIM if largest_batch is None else Dim("batch", max=largest_batch)
+    blank = tuple(torch.zeros(2, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(model, blank, dynamic_shapes=[{0: batch} for _ in inputs])
+    except Exception as error:
+        raise ExportError(
+            f"`model` must be capturable by torch.export for any batch size; got {first_line(error)} "
+            "Remove what depends on values or on a fixed batch size from its forward."
+        ) from error
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths and source lines of this machine
+    return program
 
 
 def check_parity(name: str, model: nn.Module, exported: Runner, inputs: InputTensors, tolerance: float) -> Parity:
@@ -166,7 +203,7 @@ def _difference(name: str, wanted: Sequence[Tensor], found: Sequence[Tensor]) ->
 
 
 def flat_tensors(outputs: object) -> list[Tensor]:
-    """The tensors of a model's output (a tensor, or nested tuples, lists and mappings of them), in order."""
+    """Return the tensors of a model's output (a tensor, or nested tuples, lists and mappings of them), in order."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Mapping):
@@ -177,55 +214,55 @@ def flat_tensors(outputs: object) -> list[Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message, for a sentence of ours."""
+    """Return the kind of an error and the first line of its message, as the end of a sentence."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if text.endswith(".") else text + "."
 
 
-def not_written(path: Path, error: OSError) -> ExportError:
-    """The error for a file that the system did not let us write."""
-    return ExportError(f"{path} could not be written: {first_line(error)} Make room or choose another path.")
+def cannot_run(error: Exception) -> ExportError:
+    """Return the error for a file from outside that cannot be run, whatever is wrong with it."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ExportError(f"it does not run ({reason}): export it again")
 
 
-BATCH_DIM = Dim("batch")
-"""The free dimension of every input."""
-
-_NOISY = ("torch.onnx", "torch.export", "torch.fx", "torch._export", "torch.utils", "onnxscript", "onnx_ir", "torchao")
-
-
-def eval_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the CPU; the caller's model keeps its mode and device."""
-    return copy_model(model).cpu().eval()
-
-
-def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | None = None) -> ExportedProgram:
-    """Capture a model for any batch size, or any up to a bound.
-
-    The model is captured on blank samples, so that the caller's images never travel inside an exported file.
+def check_extra(library: str) -> None:
+    """Refuse to continue without an optional library; nothing is imported.
 
     Args:
-        model: In eval mode, on the CPU.
-        inputs: Samples whose shapes and dtypes are used.
-        largest_batch: The bound; None means there is none.
+        library: Its name, which is also that of the extra.
 
     Raises:
-        ExportError: If torch.export cannot capture the model, or only for one batch size.
+        ExportError: If it is not installed, with the command that installs it.
     """
-    batch = BATCH_DIM if largest_batch is None else Dim("batch", max=largest_batch)
-    blank = tuple(torch.zeros(2, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(model, blank, dynamic_shapes=[{0: batch} for _ in inputs])
-    except Exception as error:
+    if importlib.util.find_spec(library) is None:
         raise ExportError(
-            f"`model` must be capturable by torch.export for any batch size; got {first_line(error)} "
-            "Remove what depends on values or on a fixed batch size from its forward."
+            f"This format must have {library}, which is not installed. Run: pip install 'secateur[{library}]'"
+        )
+
+
+def extra(module: str) -> Any:
+    """Import a module of an optional library.
+
+    Args:
+        module: Such as ``executorch.exir``; its first part names the library and the extra.
+
+    Raises:
+        ExportError: If the library is not installed, or does not work with the other installed packages.
+    """
+    library = module.split(".", maxsplit=1)[0]
+    check_extra(library)
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except (ImportError, OSError, AttributeError) as error:
+        raise ExportError(
+            f"{library} must fit the other packages; {module} cannot be imported ({first_line(error)}) "
+            f"Run: pip install --upgrade 'secateur[{library}]'"
         ) from error
-    program.example_inputs = None
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths and source lines of this machine
-    return program
+
+
+_NOISY = ("torch.onnx", "torch.export", "torch.fx", "torch._export", "torch.utils", "onnxscript", "onnx_ir", "torchao")
 
 
 @contextlib.contextmanager

@@ -9,22 +9,23 @@ import torch
 from torch import nn
 
 from secateur._files import atomic_folder, read_bytes, write_atomic
-from secateur._provenance import sha256_of
 from secateur._json import brief, parse
+from secateur._provenance import sha256_of
 from secateur._runtime import copy_model
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.export.edits import held_value, set_edits
+from secateur.export.formats import Format
 from secateur.export.manifest import FORMAT, Manifest, Recipe
 from secateur.export.tensors import check_capacity, deserialize, install, serialize, tensor_records
-from secateur.prune.masks import make_permanent_, get_masks, nonzero_params
+from secateur.prune.masks import get_masks, make_permanent_, nonzero_params
 from secateur.prune.residual import expand_branches_, find_expansions
-from secateur.prune.slice import update_declared_sizes_, replace_modules_, find_replacements
+from secateur.prune.slice import find_replacements, replace_modules_, update_declared_sizes_
 
 MANIFEST_NAME = "secateur.json"
 WEIGHTS_NAME = "model.safetensors"
 OWN_FILES = (
-    *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx", "model.onnx.data", "model.int8.onnx"),
-    *("model.pt2", "model.xml", "model.bin", "model.pte"),
+    *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx.data"),
+    *(name for form in Format for name in form.exporter.files),
 )
 """Every file that may lie in an artifact; a folder with others is not replaced."""
 

@@ -16,12 +16,13 @@ from secateur.export._common import (
     Runner,
     as_inputs,
     check_parity,
+    checked_path,
     eval_copy,
     export_program,
     extra,
     first_line,
-    not_written,
     quiet,
+    write_errors,
 )
 
 LARGEST_BATCH = 8
@@ -56,34 +57,29 @@ def export_executorch(
         ExportError: If ExecuTorch is not installed (``pip install secateur[executorch]``), the model cannot be
             captured or lowered, the file disagrees, or it cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".pte":
-        raise ExportError(f"`path` must end in .pte; got {path}. Rename it, or use export_onnx for .onnx.")
+    path = checked_path(path, ".pte", "Rename it, or use export_onnx for .onnx.")
     if largest_batch < 2:
         raise ExportError(f"`largest_batch` must be at least 2; got {largest_batch}. {LARGEST_BATCH} is usual.")
     extra("executorch")
     inputs = tuple(tensor[:largest_batch] for tensor in as_inputs(example))
     reference = eval_copy(model)
     content = _lowered(reference, inputs, largest_batch)
-    try:
-        with atomic_file(path) as part:
-            part.write_bytes(content)
-            return check_parity("executorch", reference, executorch_runner(part), inputs, tolerance)
-    except OSError as error:
-        raise not_written(path, error) from error
+    with write_errors(path), atomic_file(path) as part:
+        part.write_bytes(content)
+        return check_parity("executorch", reference, executorch_runner(part), inputs, tolerance)
 
 
 def executorch_runner(path: Path) -> Runner:
-    """Open a .pte file to run it; the runtime trusts its content."""
+    """Open a .pte file to run it. The runtime trusts its content."""
     content = path.read_bytes()
     program = extra("executorch.runtime").Runtime.get().load_program(content)
-    return _Opened(content, program, program.load_method("forward"))
+    return _Method(content, program, program.load_method("forward"))
 
 
 @dataclass(frozen=True, eq=False)
-class _Opened:
-    """A method that can run. The program reads from the bytes, and the method from the program, without holding them:
-    losing either while the method runs is a segmentation fault.
+class _Method:
+    """A loaded method. The program reads from the bytes, and the method from the program, without owning them: if
+    either were freed while the method runs, the process would crash.
     """
 
     content: bytes

@@ -1,8 +1,10 @@
-"""Run exported files where they lie, long after they were written, and compare them with the model.
+"""The table of export formats, and the comparison of an exported file with the model.
 
-The files that other runtimes read, by format."""
+To add a format, write a file that exports, runs and compares it (such as ``torch_export.py``) and add a row here.
+"""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -10,26 +12,102 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
-from secateur.export._common import PARITY_TOLERANCE, Parity, Runner, check_extra, flat_tensors
-from secateur.export.executorch import executorch_runner
-from secateur.export.onnx import plain_onnx_runner
-from secateur.export.openvino import openvino_runner
-from secateur.export.torch_export import pt2_runner
+from secateur.export._common import PARITY_TOLERANCE, Parity, Runner, Samples, cannot_run, check_extra, flat_tensors
+from secateur.export.executorch import executorch_runner, export_executorch
+from secateur.export.int8 import Quantized, export_int8_samples
+from secateur.export.onnx import export_onnx, plain_onnx_runner
+from secateur.export.openvino import export_openvino, openvino_runner
+from secateur.export.torch_export import export_pt2, pt2_runner
 
-_OPENERS: dict[str, Callable[[Path], Runner]] = {
-    ".onnx": plain_onnx_runner,
-    ".pt2": pt2_runner,
-    ".xml": openvino_runner,
-    ".pte": executorch_runner,
-}
+
+@dataclass(frozen=True, eq=False)
+class Exporter:
+    """Everything there is to know about one export format.
+
+    Attributes:
+        name: On the command line and in secateur.json.
+        files: Names of its files in an artifact; the first is the one to open.
+        write: Writes the files, the first at the given path, and compares them with the model.
+        open: Opens a file to run it; None if the format computes with other numbers than the model, so that only
+            answers can be compared (`Quantized`).
+        extra: The optional library that writes and runs it; None if none is needed.
+        needs_trust: Whether reading a file from someone else can do harm.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    write: Callable[[nn.Module, Samples, Path], Parity | Quantized]
+    open: Callable[[Path], Runner] | None
+    extra: str | None = None
+    needs_trust: bool = False
+
+    @property
+    def file(self) -> str:
+        """The name of the file to open."""
+        return self.files[0]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the file can only be compared by its answers."""
+        return self.open is None
+
+
+def _from_images(export: Callable[[nn.Module, Tensor, Path], Parity]) -> Callable[[nn.Module, Samples, Path], Parity]:
+    return lambda model, samples, path: export(model, samples.images, path)
+
+
+class Format(Enum):
+    """A file format that other runtimes read; each member has an `Exporter` row."""
+
+    _value_: str
+    exporter: Exporter
+
+    def __new__(cls, exporter: Exporter) -> "Format":
+        """Make the name of the row the value, so that ``Format("onnx")`` finds it."""
+        member = object.__new__(cls)
+        member._value_ = exporter.name
+        member.exporter = exporter
+        return member
+
+    ONNX = Exporter("onnx", ("model.onnx",), _from_images(export_onnx), plain_onnx_runner)
+    """For ONNX Runtime and most other runtimes."""
+    # torch may unpickle parts of a .pt2 file.
+    PT2 = Exporter("pt2", ("model.pt2",), _from_images(export_pt2), pt2_runner, needs_trust=True)
+    """For `torch.export.load` and ahead-of-time compilation."""
+    OPENVINO = Exporter(
+        "openvino", ("model.xml", "model.bin"), _from_images(export_openvino), openvino_runner, extra="openvino"
+    )
+    """For OpenVINO; needs the extra of that name."""
+    # The runtime trusts the sizes and offsets of a .pte file.
+    EXECUTORCH = Exporter(
+        "executorch",
+        ("model.pte",),
+        _from_images(export_executorch),
+        executorch_runner,
+        extra="executorch",
+        needs_trust=True,
+    )
+    """For phones and small devices; needs the extra of that name."""
+    INT8 = Exporter("int8", ("model.int8.onnx",), export_int8_samples, None)
+    """An ONNX file that computes with 8-bit integers."""
+
+
+def check_formats(formats: Iterable[Format]) -> None:
+    """Refuse formats whose library is not installed, before any work.
+
+    Raises:
+        ExportError: With the command that installs it.
+    """
+    for form in formats:
+        if form.exporter.extra is not None:
+            check_extra(form.exporter.extra)
 
 
 def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, tolerance: float = PARITY_TOLERANCE) -> Parity:
     """Run one exported file on images and compare its outputs with the model's.
 
     Args:
-        path: An ``.onnx`` or ``.xml`` file; or a ``.pt2`` or ``.pte`` file, which must be trusted: torch may unpickle
-            parts of the one, and the runtime of the other believes what it says about itself.
+        path: An ``.onnx`` or ``.xml`` file; or a ``.pt2`` or ``.pte`` file, which must be trusted, see `Exporter`.
         model: In eval mode, on the CPU.
         images: A batch.
         tolerance: Recorded with the result.
@@ -41,16 +119,15 @@ def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, toleranc
         ExportError: If the file does not run, or gives outputs of other shapes.
     """
     path = Path(path)
-    if path.suffix not in _OPENERS:
-        raise ExportError(f"`path` must end in {' or '.join(_OPENERS)}; got {path}.")
+    openers = {Path(form.exporter.file).suffix: form.exporter.open for form in Format if form.exporter.open is not None}
+    if path.suffix not in openers:
+        raise ExportError(f"`path` must end in {' or '.join(openers)}; got {path}.")
     with torch.no_grad():
         wanted = [tensor.double() for tensor in flat_tensors(model(images))]
     try:
-        found = [tensor.double() for tensor in _OPENERS[path.suffix](path)((images,))]
+        found = [tensor.double() for tensor in openers[path.suffix](path)((images,))]
     except Exception as error:
-        # Whatever is wrong with a file from outside is said in words.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"it does not run ({reason}): export it again") from error
+        raise cannot_run(error) from error
     shapes = [tuple(tensor.shape) for tensor in wanted], [tuple(tensor.shape) for tensor in found]
     if shapes[0] != shapes[1]:
         raise ExportError(f"outputs have shape {_one(shapes[1])}, not {_one(shapes[0])}")
@@ -61,61 +138,3 @@ def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, toleranc
 
 def _one(shapes: list[tuple[int, ...]]) -> object:
     return shapes[0] if len(shapes) == 1 else shapes
-
-
-class Format(Enum):
-    """Files that other runtimes read."""
-
-    ONNX = "onnx"
-    """For ONNX Runtime and most others."""
-    PT2 = "pt2"
-    """For `torch.export.load` and ahead-of-time compilation."""
-    OPENVINO = "openvino"
-    """For OpenVINO; needs the extra of that name."""
-    EXECUTORCH = "executorch"
-    """For phones and small devices; needs the extra of that name."""
-    INT8 = "int8"
-    """An ONNX file that computes with 8-bit integers."""
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Their names in an artifact; the first is the one to open."""
-        return _FILES[self]
-
-    @property
-    def file(self) -> str:
-        """The name of the one to open."""
-        return self.files[0]
-
-    @property
-    def extra(self) -> str | None:
-        """The optional library that makes and runs it."""
-        return _EXTRAS.get(self)
-
-    @property
-    def trusting(self) -> bool:
-        """Whether reading such a file trusts whoever made it."""
-        return self in _TRUSTING
-
-
-_FILES = {
-    Format.ONNX: ("model.onnx",),
-    Format.PT2: ("model.pt2",),
-    Format.OPENVINO: ("model.xml", "model.bin"),
-    Format.EXECUTORCH: ("model.pte",),
-    Format.INT8: ("model.int8.onnx",),
-}
-_EXTRAS = {Format.OPENVINO: "openvino", Format.EXECUTORCH: "executorch"}
-_TRUSTING = (Format.PT2, Format.EXECUTORCH)
-"""torch may unpickle parts of a .pt2 file; ExecuTorch's runtime does not doubt sizes and offsets of a .pte file."""
-
-
-def check_formats(formats: Iterable[Format]) -> None:
-    """Refuse formats whose library is not installed, before any work.
-
-    Raises:
-        ExportError: With the command that installs it.
-    """
-    for form in formats:
-        if form.extra is not None:
-            check_extra(form.extra)

@@ -1,6 +1,7 @@
-"""Does a quantized classifier still give the right answers? Run it beside the float one on labeled images.
+"""Export to int8: an ONNX model with 8-bit weights and activations, by ONNX Runtime's static quantization.
 
-int8: the ONNX model with weights and activations of eight bits, by ONNX Runtime's static quantization."""
+Eight bits do not follow a float model closely, so the file is judged by its answers on labeled images.
+"""
 
 import contextlib
 import io
@@ -16,23 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_file, read_bytes
+from secateur._runtime import Batch
+from secateur.data.dataset import draw_calibration
 from secateur.errors import ArtifactError, ExportError
-from secateur.export._common import eval_copy, first_line, not_written
+from secateur.export._common import Samples, cannot_run, checked_path, eval_copy, first_line, write_errors
 from secateur.export.onnx import MAX_ONNX_BYTES, check_plain, feed, onnx_bytes, open_session
 
-LEAST_KEPT = 0.95
+MIN_KEPT_ACCURACY = 0.95
 """Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantization has failed."""
-USUAL_KEPT = 0.99
+USUAL_KEPT_ACCURACY = 0.99
 """What a quantized classifier must keep in MLPerf Inference (Reddi et al., ISCA 2020, Table I)."""
+
+RANGE_IMAGES = 512
+"""Training images that tell the range of every activation. More widen ranges by ever rarer values."""
+INT8_BATCH_SIZE = 128
+"""Images per pass."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Answers of an int8 classifier beside those of the float one, on the same images.
+    """Accuracy of an int8 classifier and of the float one on the same images.
 
     Attributes:
         top1: Fraction of images that the int8 file classifies right.
-        float_top1: The same of the float model.
+        float_top1: The fraction that the float model classifies right.
         agreement: Fraction of images for which both say the same class, right or wrong. Accuracies alone would not
             show mistakes that cancel.
         n: Number of images.
@@ -50,8 +58,8 @@ class Quantized:
 
     @property
     def usual(self) -> bool:
-        """Whether it keeps what is usual."""
-        return self.kept >= USUAL_KEPT
+        """Whether the accuracy is what is usual, see `USUAL_KEPT_ACCURACY`."""
+        return self.kept >= USUAL_KEPT_ACCURACY
 
     def __str__(self) -> str:
         return (
@@ -60,20 +68,18 @@ class Quantized:
         )
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return asdict(self)
 
 
-def compare_answers(
-    in_float: Any, in_int8: Any, labeled: Iterable[tuple[Tensor, Tensor]], least_kept: float
-) -> Quantized:
+def compare_answers(in_float: Any, in_int8: Any, labeled: Iterable[Batch], least_kept: float) -> Quantized:
     """Run two ONNX Runtime sessions on labeled images.
 
     Args:
-        in_float: Of the float model.
-        in_int8: Of the quantized one.
+        in_float: Session of the float model.
+        in_int8: Session of the quantized one.
         labeled: (images, labels) batches.
-        least_kept: See `LEAST_KEPT`.
+        least_kept: See `MIN_KEPT_ACCURACY`.
 
     Raises:
         ExportError: If there are no images, one gives no logits of them, or too much accuracy is lost.
@@ -99,7 +105,7 @@ def compare_answers(
     return found
 
 
-def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[tuple[Tensor, Tensor]]) -> Quantized:
+def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[Batch]) -> Quantized:
     """Run an int8 file where it lies, beside the float model as ONNX content; see `compare_answers`.
 
     Raises:
@@ -115,13 +121,11 @@ def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[tuple
     except (ArtifactError, ExportError):
         raise
     except Exception as error:
-        # Whatever is wrong with a file from outside is said in words.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"it does not run ({reason}): export it again") from error
+        raise cannot_run(error) from error
 
 
 def _answers(session: Any, images: Tensor) -> Tensor:
-    """The class of every image."""
+    """Return the class of every image."""
     outputs = session.run(None, feed(session, (images.detach().cpu().contiguous(),)))
     logits = torch.from_numpy(outputs[0])
     if len(outputs) != 1 or logits.dim() != 2 or len(logits) != len(images):
@@ -134,17 +138,13 @@ def _answers(session: Any, images: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-Labeled = Iterable[tuple[Tensor, Tensor]]
-"""(images, labels) batches."""
-
-
 def export_int8(
     model: nn.Module,
     calibration: Sequence[Tensor],
-    labeled: Labeled,
+    labeled: Iterable[Batch],
     path: Path | str,
     *,
-    least_kept: float = LEAST_KEPT,
+    least_kept: float = MIN_KEPT_ACCURACY,
 ) -> Quantized:
     """Write a classifier as an ONNX file that computes with 8-bit integers, and compare its answers with the float's.
 
@@ -171,25 +171,34 @@ def export_int8(
         ExportError: If the model cannot be translated or quantized, too much accuracy is lost, or the file cannot be
             written.
     """
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise ExportError(f"`path` must end in .onnx; got {path}. An int8 model is an ONNX file: rename it.")
+    path = checked_path(path, ".onnx", "An int8 model is an ONNX file: rename it.")
     if not calibration or len(calibration[0]) < 2:
         raise ExportError("`calibration` must hold batches of at least two images; got none. Pass training images.")
     threads = torch.get_num_threads()
     content = onnx_bytes(eval_copy(model), (calibration[0].detach().cpu(),))
-    try:
+    with write_errors(path):
         quantized = quantize(content, calibration)
         with atomic_file(path) as part:
             part.write_bytes(quantized)
             sessions = open_session(content, threads=threads), open_session(part, threads=threads)
             return compare_answers(*sessions, labeled, least_kept)
-    except OSError as error:
-        raise not_written(path, error) from error
+
+
+def export_int8_samples(model: nn.Module, samples: Samples, path: Path) -> Quantized:
+    """Write an int8 file with ranges from training images and its accuracy on test images; see `export_int8`.
+
+    Raises:
+        ExportError: If the samples have no data, and as `export_int8` does.
+    """
+    data = samples.data
+    if data is None:
+        raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
+    ranges = draw_calibration(data.train, min(RANGE_IMAGES, len(data.train)), batch_size=INT8_BATCH_SIZE)
+    return export_int8(model, [images for images, _ in ranges], data.test.batches(INT8_BATCH_SIZE), path)
 
 
 def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
-    """The content of an int8 ONNX file from that of a float one.
+    """Return the content of an int8 ONNX file from that of a float one.
 
     Args:
         content: One input, free batch size.
@@ -204,8 +213,8 @@ def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
         folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
         session = open_session(content, threads=1, optimized=folded)
         try:
-            _say_prepared(folded)
-            with _silence():
+            _mark_prepared(folded)
+            with _quiet_quantizer():
                 quantize_static(
                     folded,
                     quantized,
@@ -228,18 +237,18 @@ def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
 
 
 class _Reader:
-    """Hands out calibration batches one by one, as ONNX Runtime asks for them."""
+    """Hand out calibration batches one by one, as ONNX Runtime asks for them."""
 
     def __init__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
         self._batches = iter(batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch, or None after the last."""
+        """Return the next batch, or None after the last."""
         return next(self._batches, None)
 
 
-def _say_prepared(path: Path) -> None:
-    """Note in the file what has been done, or the quantizer warns that batch norms may not be folded."""
+def _mark_prepared(path: Path) -> None:
+    """Mark the file as prepared; otherwise the quantizer warns that batch norms may not be folded."""
     import onnx
 
     model = onnx.load(path)
@@ -248,8 +257,8 @@ def _say_prepared(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silence() -> Generator[None]:
-    """The quantizer speaks through the root logger and standard output."""
+def _quiet_quantizer() -> Generator[None]:
+    """Silence the quantizer, which writes to the root logger and to standard output."""
     before = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)

@@ -1,6 +1,7 @@
-"""Export to ONNX, run by ONNX Runtime on any machine.
+"""Export to ONNX, which ONNX Runtime runs on any machine, and safe reading of ONNX files.
 
-An ONNX file that may come from a stranger: opened only if all it does is compute, once, from what it holds."""
+An ONNX file from someone else is opened only if all that it does is compute, once, from the numbers that it holds.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +21,16 @@ from secateur.export._common import (
     Runner,
     as_inputs,
     check_parity,
+    checked_path,
     eval_copy,
     export_program,
     first_line,
-    not_written,
     quiet,
+    write_errors,
 )
 
-_MOST_BYTES = 1_900_000_000
-"""One ONNX file is one protobuf message, and those end at 2 GiB."""
+_MAX_WEIGHT_BYTES = 1_900_000_000
+"""One ONNX file is one protobuf message of at most 2 GiB; the rest is for the graph."""
 
 
 def export_onnx(
@@ -52,31 +54,26 @@ def export_onnx(
     Raises:
         ExportError: If the model cannot be captured or translated, the file disagrees, or it cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise ExportError(f"`path` must end in .onnx; got {path}. Rename it, or use export_pt2 for .pt2.")
+    path = checked_path(path, ".onnx", "Rename it, or use export_pt2 for .pt2.")
     inputs = as_inputs(example)
     reference = eval_copy(model)
     content = onnx_bytes(reference, inputs)
-    try:
-        with atomic_file(path) as part:
-            part.write_bytes(content)
-            session = open_session(part, threads=1)
-            return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
-    except OSError as error:
-        raise not_written(path, error) from error
+    with write_errors(path), atomic_file(path) as part:
+        part.write_bytes(content)
+        session = open_session(part, threads=1)
+        return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
 
 
 def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
-    """A model in eval mode on the CPU as the content of an ONNX file.
+    """Translate a model (in eval mode, on the CPU) to the content of an ONNX file.
 
     Raises:
         ExportError: If it cannot be captured or translated, or is too large for one file.
     """
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if size > _MOST_BYTES:
+    if size > _MAX_WEIGHT_BYTES:
         raise ExportError(
-            f"`model` must have at most {_MOST_BYTES / 1e9:g} GB of weights for one ONNX file; got "
+            f"`model` must have at most {_MAX_WEIGHT_BYTES / 1e9:g} GB of weights for one ONNX file; got "
             f"{size / 1e9:.3g} GB. Use export_pt2."
         )
     program = export_program(model, inputs)
@@ -103,14 +100,14 @@ def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
 def open_session(
     model: Path | bytes, *, threads: int, profile: Path | None = None, optimized: Path | None = None
 ) -> Any:
-    """An ONNX Runtime session on the CPU with a fixed number of threads.
+    """Open an ONNX Runtime session on the CPU with a fixed number of threads.
 
     Args:
         model: A file, or its content.
         threads: Within an operator; operators run one after the other.
-        profile: Where to write the time of every operator, as the beginning of a file name; None does not take any.
-        optimized: Where to write the model with constants and batch norms folded, and nothing that is for one machine
-            only; such a session is slower.
+        profile: Beginning of the name of the file for the time of every operator; None measures nothing.
+        optimized: Where to write the model with constants and batch norms folded, without optimizations for this
+            machine; such a session is slower.
     """
     import onnxruntime
 
@@ -130,12 +127,12 @@ def open_session(
 
 
 def feed(session: Any, batch: InputTensors) -> dict[str, np.ndarray]:
-    """The inputs of a session by name."""
+    """Return the inputs of a session by name."""
     return {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), batch, strict=True)}
 
 
 def session_runner(session: Any) -> Runner:
-    """Runs a session on inputs in their order."""
+    """Return a function that runs a session on inputs in their order."""
 
     def run(batch: InputTensors) -> list[Tensor]:
         outputs = cast(Sequence[np.ndarray], session.run(None, feed(session, batch)))
@@ -145,7 +142,7 @@ def session_runner(session: Any) -> Runner:
 
 
 def _strip(graph: Any) -> None:
-    """Leave out the exporter's notes to itself, which hold paths and source lines of this machine."""
+    """Remove the exporter's metadata, which holds paths and source lines of this machine."""
     for node in graph:
         node.metadata_props.clear()
         for value in node.outputs:
@@ -159,9 +156,9 @@ def _names(stem: str, count: int) -> list[str]:
 
 
 MAX_ONNX_BYTES = 2**31
-"""One ONNX file is one protobuf message, and those end there."""
+"""Largest size of one protobuf message, and so of one ONNX file."""
 _REPEATING = frozenset({"Loop", "Scan", "If", "SequenceMap"})
-"""Operations that run others again and again, or by what they find. No export of ours has them."""
+"""Operations that repeat others or choose between them. No file that Secateur exports has them."""
 _DOMAINS = frozenset({"", "ai.onnx"})
 
 
@@ -178,10 +175,10 @@ def plain_onnx_runner(path: Path) -> Runner:
 
 
 def check_plain(content: bytes) -> None:
-    """Refuse a file that could run without end, or that has its numbers in other files.
+    """Refuse an ONNX file that could run without end, or that has its numbers in other files.
 
     Raises:
-        ExportError: If it is one.
+        ExportError: If the file is one of those.
     """
     import onnx
 

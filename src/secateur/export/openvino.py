@@ -15,10 +15,11 @@ from secateur.export._common import (
     Runner,
     as_inputs,
     check_parity,
+    checked_path,
     eval_copy,
     extra,
     first_line,
-    not_written,
+    write_errors,
 )
 from secateur.export.onnx import onnx_bytes
 
@@ -49,24 +50,17 @@ def export_openvino(
         ExportError: If OpenVINO is not installed (``pip install secateur[openvino]``), the model cannot be captured or
             translated, the files disagree, or they cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise ExportError(
-            f"`path` must end in .xml; got {path}. Rename it; the weights go beside it, into a .bin file."
-        )
+    path = checked_path(path, ".xml", "Rename it; the weights go beside it, into a .bin file.")
     openvino = extra("openvino")
     inputs = as_inputs(example)
     reference = eval_copy(model)
     translated = _translated(openvino, onnx_bytes(reference, inputs))
-    try:
-        # The inner file is put in its place first.
-        with atomic_file(path) as description, atomic_file(path.with_suffix(".bin")) as weights:
-            openvino.serialize(translated, description, weights)
-            found = check_parity("openvino", reference, _runner(openvino, description, weights), inputs, tolerance)
-            path.unlink(missing_ok=True)
-        return found
-    except OSError as error:
-        raise not_written(path, error) from error
+    # The inner file is put in its place first.
+    with write_errors(path), atomic_file(path) as description, atomic_file(path.with_suffix(".bin")) as weights:
+        openvino.serialize(translated, description, weights)
+        found = check_parity("openvino", reference, _runner(openvino, description, weights), inputs, tolerance)
+        path.unlink(missing_ok=True)
+    return found
 
 
 def openvino_runner(path: Path) -> Runner:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from secateur._files import atomic_file
-from secateur.errors import ExportError
 from secateur.export._common import (
     PARITY_TOLERANCE,
     InputTensors,
@@ -16,11 +15,12 @@ from secateur.export._common import (
     Runner,
     as_inputs,
     check_parity,
+    checked_path,
     eval_copy,
     export_program,
     flat_tensors,
-    not_written,
     quiet,
+    write_errors,
 )
 
 
@@ -47,26 +47,21 @@ def export_pt2(
     Raises:
         ExportError: If the model cannot be captured, the file disagrees, or it cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".pt2":
-        raise ExportError(f"`path` must end in .pt2; got {path}. Rename it, or use export_onnx for .onnx.")
+    path = checked_path(path, ".pt2", "Rename it, or use export_onnx for .onnx.")
     inputs = as_inputs(example)
     reference = eval_copy(model)
     program = export_program(reference, inputs)
-    try:
-        with atomic_file(path) as part:
-            content = io.BytesIO()  # given a path, torch writes the temporary name into the archive
-            with quiet():
-                torch.export.save(program, content)
-                part.write_bytes(content.getvalue())
-                reloaded = torch.export.load(part)
-            return check_parity("pt2", reference, _runner(reloaded), inputs, tolerance)
-    except OSError as error:
-        raise not_written(path, error) from error
+    with write_errors(path), atomic_file(path) as part:
+        content = io.BytesIO()  # given a path, torch writes the temporary name into the archive
+        with quiet():
+            torch.export.save(program, content)
+            part.write_bytes(content.getvalue())
+            reloaded = torch.export.load(part)
+        return check_parity("pt2", reference, _runner(reloaded), inputs, tolerance)
 
 
 def pt2_runner(path: Path) -> Runner:
-    """Open a file of `torch.export` to run it; torch may unpickle parts of it."""
+    """Open a file of `torch.export` to run it. torch may unpickle parts of it."""
     return _runner(torch.export.load(path))
 
 

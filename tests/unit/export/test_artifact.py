@@ -25,11 +25,11 @@ from secateur.export import (
     amend,
     edits_between,
     is_artifact,
-    load,
+    load_artifact,
     read_manifest,
     save,
 )
-from secateur.export.manifest import digest
+from secateur.export.manifest import manifest_sha256
 
 
 class Net(nn.Module):
@@ -108,13 +108,13 @@ def change_manifest(folder: Path, change) -> None:
     """Change secateur.json and make its hash agree, as somebody who means harm would."""
     data = json.loads((folder / MANIFEST_NAME).read_text())
     change(data)
-    data["sha256"] = digest(data)
+    data["sha256"] = manifest_sha256(data)
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
 
 
 def test_reloaded_outputs_are_bit_equal(saved: Path, images: Tensor) -> None:
     model = cut_net()
-    loaded = load(saved, build=build)
+    loaded = load_artifact(saved, build=build)
     assert torch.equal(loaded.model(images), model(images))
     assert not loaded.model.training
     assert loaded.model.one.weight is loaded.model.two.weight
@@ -124,7 +124,7 @@ def test_reloaded_outputs_are_bit_equal(saved: Path, images: Tensor) -> None:
 
 
 def test_reloaded_sizes_are_those_of_the_saved_model(saved: Path) -> None:
-    model, loaded = cut_net(), load(saved, build=build).model
+    model, loaded = cut_net(), load_artifact(saved, build=build).model
     assert edits_between(model, loaded) == ()
     assert str(loaded) == str(model)
 
@@ -133,21 +133,21 @@ def test_declared_sizes_follow_the_weights_without_their_edits(tmp_path: Path) -
     model = cut_net()
     needed = tuple(e for e in edits_between(Net(), model) if e.attribute in ("groups", "pad", "sizes"))
     save(tmp_path / "a", model, recipe_of(model, edits=needed))
-    assert str(load(tmp_path / "a", build=build).model) == str(model)
+    assert str(load_artifact(tmp_path / "a", build=build).model) == str(model)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_memory_layout_is_kept(tmp_path: Path, kernel: int) -> None:
     model = nn.Conv2d(8, 8, kernel).to(memory_format=torch.channels_last)
     save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (8, 4, 4)))
-    loaded = load(tmp_path / "a", build=lambda _: nn.Conv2d(8, 8, kernel)).model
+    loaded = load_artifact(tmp_path / "a", build=lambda _: nn.Conv2d(8, 8, kernel)).model
     assert loaded.weight.stride() == model.weight.stride() != torch.empty(8, 8, kernel, kernel).stride()
 
 
 def test_bfloat16_is_kept(tmp_path: Path) -> None:
     model = nn.Linear(3, 2).bfloat16()
     save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,)))
-    loaded = load(tmp_path / "a", build=lambda _: nn.Linear(3, 2)).model
+    loaded = load_artifact(tmp_path / "a", build=lambda _: nn.Linear(3, 2)).model
     assert torch.equal(loaded.weight, model.weight)
     assert loaded.weight.dtype is torch.bfloat16
 
@@ -168,7 +168,7 @@ def test_loading_and_saving_leave_the_random_state_and_the_model_alone(tmp_path:
     recipe = recipe_of(model)
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     save(tmp_path / "a", model, recipe)
-    load(tmp_path / "a", build=build)
+    load_artifact(tmp_path / "a", build=build)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -176,7 +176,7 @@ def test_loading_and_saving_leave_the_random_state_and_the_model_alone(tmp_path:
 
 def test_amend_adds_results(saved: Path, images: Tensor) -> None:
     amend(saved, verification={"reload": {"max_abs": 0.0}}, metrics={"top5": 1.0})
-    manifest = load(saved, build=build).manifest
+    manifest = load_artifact(saved, build=build).manifest
     assert manifest.recipe.verification == {"reload": {"max_abs": 0.0}}
     assert manifest.recipe.metrics == {"top1": 0.9, "n": 100, "top5": 1.0}
 
@@ -190,7 +190,7 @@ def test_one_changed_byte_is_refused(saved: Path, position: int) -> None:
     data[position] ^= 1
     (saved / WEIGHTS_NAME).write_bytes(data)
     with pytest.raises(ArtifactError, match=r"must have the SHA-256 .* copy the artifact again"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 @pytest.mark.parametrize(("old", "new"), [("0.25", "0.26"), ('"ant"', '"and"'), ('"top1": 0.9', '"top1": 0.99')])
@@ -199,7 +199,7 @@ def test_one_changed_fact_is_refused(saved: Path, old: str, new: str) -> None:
     assert old in text
     (saved / MANIFEST_NAME).write_text(text.replace(old, new, 1))
     with pytest.raises(ArtifactError, match=r"must have the SHA-256 that its last line says.* by hand"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, MANIFEST_NAME])
@@ -207,20 +207,20 @@ def test_one_changed_fact_is_refused(saved: Path, old: str, new: str) -> None:
 def test_truncated_files_are_refused(saved: Path, name: str, left: int) -> None:
     (saved / name).write_bytes((saved / name).read_bytes()[:left])
     with pytest.raises(ArtifactError, match=r"SHA-256|must be JSON"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_longer_weights_are_refused(saved: Path) -> None:
     with (saved / WEIGHTS_NAME).open("ab") as file:
         file.write(b"x")
     with pytest.raises(ArtifactError, match=r"must have at most \d+ bytes; got"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_future_schema_is_refused_politely(saved: Path) -> None:
     change_manifest(saved, lambda data: data.update(schema=5, weights="unknown to us"))
     with pytest.raises(ArtifactError, match=r"newer Secateur. Upgrade with `pip install --upgrade secateur`"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, MANIFEST_NAME])
@@ -228,24 +228,24 @@ def test_links_are_refused(saved: Path, name: str) -> None:
     (saved / name).rename(saved.parent / "elsewhere")
     (saved / name).symlink_to(saved.parent / "elsewhere")
     with pytest.raises(ArtifactError, match="must be a regular file; got a symbolic link"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_a_folder_or_pipe_instead_of_a_file_is_refused(saved: Path) -> None:
     (saved / WEIGHTS_NAME).unlink()
     os.mkfifo(saved / WEIGHTS_NAME)
     with pytest.raises(ArtifactError, match="must be a regular file; got a folder or device"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"`folder` must hold secateur.json; got no such file"):
-        load(tmp_path / "nowhere", build=build)
+        load_artifact(tmp_path / "nowhere", build=build)
 
 
 def test_a_file_instead_of_the_folder_is_refused(saved: Path) -> None:
     with pytest.raises(ArtifactError, match=r"could not be read: Not a directory\. Check the path"):
-        load(saved / MANIFEST_NAME, build=build)
+        load_artifact(saved / MANIFEST_NAME, build=build)
 
 
 def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> None:
@@ -256,9 +256,9 @@ def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> N
         raise AssertionError("ran untrusted code")
 
     with pytest.raises(ArtifactError, match=r"`trust_source` must be True .* pass your own `factory`"):
-        load(tmp_path / "a", build=never)
-    trusted = load(tmp_path / "a", build=build, trust_source=True).model
-    made = load(tmp_path / "a", build=never, factory=Net).model
+        load_artifact(tmp_path / "a", build=never)
+    trusted = load_artifact(tmp_path / "a", build=build, trust_source=True).model
+    made = load_artifact(tmp_path / "a", build=never, factory=Net).model
     assert torch.equal(trusted(images), model(images))
     assert torch.equal(made(images), model(images))
 
@@ -311,14 +311,14 @@ def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> N
 def test_damaged_manifests_are_refused(saved: Path, change, message: str) -> None:
     change_manifest(saved, change)
     with pytest.raises(ArtifactError, match=message):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 @pytest.mark.parametrize("text", ["[]", "nonsense", '{"schema": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "\xff"])
 def test_manifests_that_are_not_json_objects_are_refused(saved: Path, text: str) -> None:
     (saved / MANIFEST_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError, match=r"must be JSON|must hold a JSON object"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def rewrite_weights(folder: Path, data: bytes) -> None:
@@ -332,13 +332,13 @@ def rewrite_weights(folder: Path, data: bytes) -> None:
 def test_absurd_headers_are_refused(saved: Path, data: bytes) -> None:
     rewrite_weights(saved, data)
     with pytest.raises(ArtifactError, match="must begin with the size of its header"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_a_header_that_is_not_one_is_refused(saved: Path) -> None:
     rewrite_weights(saved, (2).to_bytes(8, "little") + b"[]")
     with pytest.raises(ArtifactError, match=r"model.safetensors is damaged"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_nan_weights_are_refused_on_loading(saved: Path) -> None:
@@ -348,7 +348,7 @@ def test_nan_weights_are_refused_on_loading(saved: Path) -> None:
     tensors["conv.bias"][1] = float("nan")
     rewrite_weights(saved, safetensors.torch.save(tensors))
     with pytest.raises(ArtifactError, match=r"conv.bias must not hold NaN; got 1 \(model.safetensors\)"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_whole_numbers_in_the_place_of_floats_are_refused(saved: Path) -> None:
@@ -360,7 +360,7 @@ def test_whole_numbers_in_the_place_of_floats_are_refused(saved: Path) -> None:
     names = [record.name for record in read_manifest(saved).tensors]
     change_manifest(saved, lambda d: d["weights"]["tensors"][names.index("conv.bias")].update(dtype="int64"))
     with pytest.raises(ArtifactError, match=r"conv.bias must be a parameter of floats .* got a parameter of whole"):
-        load(saved, build=build)
+        load_artifact(saved, build=build)
 
 
 def test_another_architecture_of_the_source_is_refused(saved: Path) -> None:
@@ -370,7 +370,7 @@ def test_another_architecture_of_the_source_is_refused(saved: Path) -> None:
             self.extra = nn.Linear(1, 1)
 
     with pytest.raises(ArtifactError, match=r"rebuilt model must have the tensors .* unknown 2: \['extra.bias'"):
-        load(saved, build=lambda _: Other())
+        load_artifact(saved, build=lambda _: Other())
 
 
 # ---- saving
@@ -504,7 +504,7 @@ def test_a_draft_folder_holds_everything_before_it_appears(tmp_path: Path, image
         save(draft, model, recipe_of(model))
         (draft / "report.html").write_text("report")
         assert not (tmp_path / "runs" / "a").exists()
-    assert torch.equal(load(tmp_path / "runs" / "a", build=build).model(images), model(images))
+    assert torch.equal(load_artifact(tmp_path / "runs" / "a", build=build).model(images), model(images))
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["a"]
 
 

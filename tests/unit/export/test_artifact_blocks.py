@@ -11,8 +11,8 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
-from secateur.export.manifest import digest
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save
+from secateur.export.manifest import manifest_sha256
 from secateur.graph import Replacement, StandIn, trace
 from secateur.prune import apply_architecture
 
@@ -42,7 +42,7 @@ def written(folder: Path, name: str) -> tuple[nn.Module, Tensor, Architecture]:
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_are_bit_equal(tmp_path: Path, name: str) -> None:
     small, example, architecture = written(tmp_path / "small", name)
-    loaded = load(tmp_path / "small", build=lambda source: ZOO[source["name"]]().model)
+    loaded = load_artifact(tmp_path / "small", build=lambda source: ZOO[source["name"]]().model)
     with torch.no_grad():
         assert torch.equal(loaded.model(example), small(example))
     assert loaded.manifest.recipe.architecture == architecture
@@ -66,7 +66,7 @@ def test_what_replaces_a_block_is_data(tmp_path: Path) -> None:
 def changed(folder: Path, change) -> None:
     data = json.loads((folder / MANIFEST_NAME).read_text())
     change(data)
-    data["sha256"] = digest(data)
+    data["sha256"] = manifest_sha256(data)
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
 
 
@@ -80,7 +80,7 @@ def test_artifacts_from_before_there_were_blocks_are_read(tmp_path: Path) -> Non
         data.update(schema=1, architecture=data["architecture"]["kept"])
 
     changed(tmp_path / "small", older)
-    loaded = load(tmp_path / "small", build=lambda source: ZOO["plain"]().model)
+    loaded = load_artifact(tmp_path / "small", build=lambda source: ZOO["plain"]().model)
     assert loaded.manifest.schema == 1
     assert loaded.manifest.recipe.architecture == Architecture.of({"0.0": [0, 2]})
     assert torch.equal(loaded.model(example), model(example))
@@ -102,7 +102,7 @@ def test_replacements_that_do_not_fit_are_refused(tmp_path: Path, rows: list, me
     written(tmp_path / "small", "residual")
     changed(tmp_path / "small", lambda data: data.update(replacements=rows))
     with pytest.raises(ArtifactError, match=message):
-        load(tmp_path / "small", build=lambda source: ZOO[source["name"]]().model)
+        load_artifact(tmp_path / "small", build=lambda source: ZOO[source["name"]]().model)
 
 
 def test_weights_of_removed_modules_are_not_saved(tmp_path: Path) -> None:

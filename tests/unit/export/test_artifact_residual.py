@@ -10,10 +10,10 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, Recipe, edits_between, load, read_manifest, save
-from secateur.export.manifest import digest
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save
+from secateur.export.manifest import manifest_sha256
 from secateur.graph import trace, untie
-from secateur.prune import Widening, apply_architecture
+from secateur.prune import ChannelExpansion, apply_architecture
 
 NETS = ("residual", "preact_residual", "option_a_residual", "inverted_residual_se", "attention")
 
@@ -23,7 +23,7 @@ def written(folder: Path, name: str) -> tuple[nn.Module, Tensor]:
     model, example = ZOO[name]()
     graph = untie(model, trace(model, example))
     kept = {axis.name: range(axis.size - 1) for axis in graph.prunable}
-    for number, axis in enumerate(axis for axis in graph.prunable if axis.into):
+    for number, axis in enumerate(axis for axis in graph.prunable if axis.residual_axis):
         kept[axis.name] = range(number % 2, max(2, axis.size // 2))
     architecture = Architecture.of(kept)
     small = apply_architecture(model, graph, architecture).eval()
@@ -39,7 +39,7 @@ def build(source) -> nn.Module:
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_are_bit_equal(tmp_path: Path, name: str) -> None:
     small, example = written(tmp_path / "small", name)
-    loaded = load(tmp_path / "small", build=build)
+    loaded = load_artifact(tmp_path / "small", build=build)
     with torch.no_grad():
         assert torch.equal(loaded.model(example), small(example))
     assert [key for key, _ in loaded.model.named_modules()] == [key for key, _ in small.named_modules()]
@@ -49,8 +49,8 @@ def test_outputs_are_bit_equal(tmp_path: Path, name: str) -> None:
 def test_what_widens_a_branch_is_data(tmp_path: Path) -> None:
     written(tmp_path / "small", "preact_residual")
     assert read_manifest(tmp_path / "small").widenings == (
-        Widening("1.conv2", 1, 4),
-        Widening("2.conv2", 1, 1, (4, 0, 1, 2, 3, 4, 4, 4, 4)),
+        ChannelExpansion("1.conv2", 1, 4),
+        ChannelExpansion("2.conv2", 1, 1, (4, 0, 1, 2, 3, 4, 4, 4, 4)),
     )
     data = json.loads((tmp_path / "small" / MANIFEST_NAME).read_text())
     assert data["widenings"][0] == ["1.conv2", 1, 4, []]
@@ -59,7 +59,7 @@ def test_what_widens_a_branch_is_data(tmp_path: Path) -> None:
 def changed(folder: Path, change) -> None:
     data = json.loads((folder / MANIFEST_NAME).read_text())
     change(data)
-    data["sha256"] = digest(data)
+    data["sha256"] = manifest_sha256(data)
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
 
 
@@ -72,7 +72,7 @@ def test_artifacts_from_before_there_were_narrow_branches_are_read(tmp_path: Pat
         data.update(schema=2)
 
     changed(tmp_path / "small", older)
-    loaded = load(tmp_path / "small", build=build)
+    loaded = load_artifact(tmp_path / "small", build=build)
     assert loaded.manifest.schema == 2
     assert torch.equal(loaded.model(example), model(example))
 
@@ -100,4 +100,4 @@ def test_widenings_that_do_not_fit_are_refused(tmp_path: Path, row: list, messag
 
     changed(tmp_path / "small", change)
     with pytest.raises(ArtifactError, match=message):
-        load(tmp_path / "small", build=build)
+        load_artifact(tmp_path / "small", build=build)

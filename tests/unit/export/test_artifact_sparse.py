@@ -13,25 +13,25 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, load, read_manifest, save
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, load_artifact, read_manifest, save
 from secateur.export import weights_bytes as size_of_weights
-from secateur.export.manifest import digest
+from secateur.export.manifest import manifest_sha256
 from secateur.models import cifar_resnet20, load_model
 from secateur.prune import (
-    ByERK,
-    ByMagnitude,
+    ERKAllocation,
+    MagnitudeScore,
     WeightPruning,
     make_permanent_,
-    masked,
-    masks_of,
+    apply_masks,
+    get_masks,
     nonzero_params,
-    prunable,
+    prunable_weights,
 )
 
 
 def pruned(model: nn.Module, density: float) -> nn.Module:
     """With masks."""
-    return masked(model, WeightPruning(ByMagnitude(), ByERK()).masks(model, density)).eval()
+    return apply_masks(model, WeightPruning(MagnitudeScore(), ERKAllocation()).masks(model, density)).eval()
 
 
 def written(folder: Path, model: nn.Module, name: str = "cifar_resnet20", size: tuple[int, ...] = (3, 32, 32)) -> Path:
@@ -57,8 +57,8 @@ def test_at_90_percent_zeros_the_file_is_at_most_a_quarter(tmp_path: Path, resne
     written(tmp_path / "dense", resnet)
     written(tmp_path / "small", small)
     dense, sparse = ((tmp_path / name / WEIGHTS_NAME).stat().st_size for name in ("dense", "small"))
-    weights = sum(weight.numel() for weight in prunable(resnet).values())
-    assert sum(int(kept.sum()) for kept in masks_of(small).values()) == round(0.1 * weights)
+    weights = sum(weight.numel() for weight in prunable_weights(resnet).values())
+    assert sum(int(kept.sum()) for kept in get_masks(small).values()) == round(0.1 * weights)
     assert dense > 4 * weights
     assert sparse <= 0.25 * dense
     assert (size_of_weights(resnet), size_of_weights(small)) == (dense, sparse)
@@ -72,7 +72,7 @@ def test_a_trained_network_too(tmp_path: Path, weights_folder: Path) -> None:
     save(tmp_path / "small", small, Recipe(source.to_json(), Architecture(), (3, 32, 32)))
     dense, sparse = ((tmp_path / name / WEIGHTS_NAME).stat().st_size for name in ("dense", "small"))
     assert sparse <= 0.25 * dense
-    loaded = load(tmp_path / "small", build=lambda _: load_model("cifar_resnet56")[0]).model
+    loaded = load_artifact(tmp_path / "small", build=lambda _: load_model("cifar_resnet56")[0]).model
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(loaded(images), small(images))
@@ -80,15 +80,15 @@ def test_a_trained_network_too(tmp_path: Path, weights_folder: Path) -> None:
 
 def test_what_is_loaded_is_what_was_computed_with(tmp_path: Path, resnet: nn.Module) -> None:
     small = pruned(resnet, 0.2)
-    loaded = load(written(tmp_path / "small", small), build=build)
+    loaded = load_artifact(written(tmp_path / "small", small), build=build)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(loaded.model(images), small(images))
-    assert masks_of(small)
+    assert get_masks(small)
     ordinary = make_permanent_(small)
     for name, tensor in ordinary.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
-    weights = {name for name, weight in prunable(ordinary).items() if (weight == 0).float().mean() > 0.3}
+    weights = {name for name, weight in prunable_weights(ordinary).items() if (weight == 0).float().mean() > 0.3}
     assert {record.name for record in loaded.manifest.tensors if record.sparse} >= weights
     assert len(weights) > 15
 
@@ -98,7 +98,7 @@ def test_every_net_comes_back(tmp_path: Path, name: str) -> None:
     model, example = ZOO[name]()
     small = pruned(model, 0.3)
     save(tmp_path / "small", small, Recipe({"kind": "secateur", "name": name}, Architecture(), (3, 8, 8)))
-    loaded = load(tmp_path / "small", build=lambda _: ZOO[name]().model)
+    loaded = load_artifact(tmp_path / "small", build=lambda _: ZOO[name]().model)
     with torch.no_grad():
         assert torch.equal(loaded.model(example), small(example))
     assert loaded.manifest.nonzero == nonzero_params(small) == nonzero_params(loaded.model)
@@ -128,7 +128,7 @@ class Kinds(nn.Module):
 
 def test_tensors_of_all_kinds_come_back_bit_for_bit(tmp_path: Path) -> None:
     model = Kinds()
-    loaded = load(written(tmp_path / "kinds", model), build=lambda _: Kinds())
+    loaded = load_artifact(written(tmp_path / "kinds", model), build=lambda _: Kinds())
     sparse = {record.name for record in loaded.manifest.tensors if record.sparse}
     assert sparse == {"conv.weight", "brief.weight", "one.weight", "counts", "flags"}
     for name, tensor in model.state_dict().items():
@@ -162,7 +162,7 @@ def test_nonzero_parameters_are_counted(tmp_path: Path, resnet: nn.Module) -> No
 def changed(folder: Path, change: Any) -> None:
     data = json.loads((folder / MANIFEST_NAME).read_text())
     change(data)
-    data["sha256"] = digest(data)
+    data["sha256"] = manifest_sha256(data)
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
 
 
@@ -174,7 +174,7 @@ def test_artifacts_from_before_are_read(tmp_path: Path, resnet: nn.Module) -> No
         data.update(schema=3)
 
     changed(folder, older)
-    loaded = load(folder, build=build)
+    loaded = load_artifact(folder, build=build)
     assert (loaded.manifest.schema, loaded.manifest.nonzero) == (3, None)
     assert torch.equal(loaded.model.conv1.weight, resnet.conv1.weight)
 
@@ -210,7 +210,7 @@ def test_damaged_parts_are_refused(tmp_path: Path, resnet: nn.Module, change: An
     folder = written(tmp_path / "small", pruned(resnet, 0.1))
     rewritten(folder, change)
     with pytest.raises(ArtifactError, match=message):
-        load(folder, build=build)
+        load_artifact(folder, build=build)
 
 
 @pytest.mark.parametrize(("field", "value"), [("sparse", "yes"), ("sparse", 2)])
@@ -218,7 +218,7 @@ def test_a_record_that_is_no_yes_or_no_is_refused(tmp_path: Path, resnet: nn.Mod
     folder = written(tmp_path / "small", pruned(resnet, 0.1))
     changed(folder, lambda data: data["weights"]["tensors"][0].update({field: value}))
     with pytest.raises(ArtifactError, match=rf"tensors\[0\]\.{field}` must be true or false"):
-        load(folder, build=build)
+        load_artifact(folder, build=build)
 
 
 def test_edits_of_a_masked_model_are_those_of_the_model(resnet: nn.Module) -> None:

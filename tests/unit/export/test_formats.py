@@ -226,7 +226,7 @@ def test_operations_without_onnx_are_refused(images: Tensor, tmp_path: Path) -> 
 
 
 def test_models_too_large_for_onnx_are_refused(model: Net, images: Tensor, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(_onnx, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(_onnx, "_MAX_WEIGHT_BYTES", 1000)
     with pytest.raises(ExportError, match="at most 1e-06 GB of weights"):
         export_onnx(model, images, tmp_path / "model.onnx")
 

@@ -9,12 +9,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
+from small_runs import LABELS_ONLY, Blobs, small_config, small_net
 from torch import Tensor, nn
 
 from secateur.errors import ExportError
 from secateur.export import Quantized, compare_int8_file, export_int8, onnx_bytes
-from secateur.train import Silent, fit
+from secateur.train import RunSettings, Silent, fit
 
 CPU = torch.device("cpu")
 TRAIN, TEST = Blobs(256), Blobs(300, seed=7)
@@ -72,7 +72,9 @@ def _batches(split: Blobs) -> list[tuple[Tensor, Tensor]]:
 
 
 def _taught(model: nn.Module) -> nn.Module:
-    return fit(model, TRAIN, schedule=small_schedule(4), objective=LABELS_ONLY, progress=Silent()).model.eval()
+    return fit(
+        model, TRAIN, train=small_config(4), objective=LABELS_ONLY, run=RunSettings(callbacks=Silent())
+    ).model.eval()
 
 
 @pytest.fixture(scope="module")

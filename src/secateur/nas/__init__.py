@@ -1,20 +1,35 @@
 """Architecture search with a supernet: TAS and SWP on any traced model."""
 
 from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths
-from secateur.nas.mixture import Blending, Fade, Interpolate, Mixture, interpolate_channels, interpolation_matrix
+from secateur.nas.mixture import (
+    Interpolate,
+    Mixture,
+    WidthExpansion,
+    ZeroPad,
+    interpolate_channels,
+    interpolation_matrix,
+)
 from secateur.nas.stagewise import (
-    calibrated_stages,
-    carried_on,
-    features,
+    measure_stage_batch_norms,
+    run_remaining_stages,
     run_stages,
     stage_effects,
+    stage_features,
     stage_losses,
     stage_variances,
 )
-from secateur.nas.supernet import Subnet, Supernet, best_first, calibrated, inverse, order_digest, reordered
+from secateur.nas.supernet import (
+    Subnet,
+    Supernet,
+    invert_order,
+    measure_batch_norms,
+    order_by_score,
+    order_digest,
+    reorder_channels,
+)
 from secateur.nas.swp import SWP
 from secateur.nas.swp_evolution import Evolution
-from secateur.nas.swp_knapsack import Exact, Front, pareto
+from secateur.nas.swp_knapsack import ExactKnapsack, ParetoFront, pareto_front
 from secateur.nas.swp_table import Combination, StageChoice, StageTable
 from secateur.nas.swp_train import (
     InPlace,
@@ -32,20 +47,18 @@ __all__ = [
     "SWP",
     "TAS",
     "AlphaOptimizer",
-    "Blending",
     "Combination",
     "CosineTemperature",
     "Depths",
     "Evolution",
-    "Exact",
-    "Fade",
-    "Front",
+    "ExactKnapsack",
     "InPlace",
     "Interpolate",
     "Labels",
     "LinearTemperature",
     "Mixture",
     "OriginalWeights",
+    "ParetoFront",
     "Pretrained",
     "RandomInit",
     "RandomSampler",
@@ -58,20 +71,22 @@ __all__ = [
     "Supernet",
     "SupernetWeights",
     "Supervision",
+    "WidthExpansion",
     "Widths",
-    "best_first",
-    "calibrated",
-    "calibrated_stages",
-    "carried_on",
-    "features",
+    "ZeroPad",
     "interpolate_channels",
     "interpolation_matrix",
-    "inverse",
+    "invert_order",
+    "measure_batch_norms",
+    "measure_stage_batch_norms",
+    "order_by_score",
     "order_digest",
-    "pareto",
-    "reordered",
+    "pareto_front",
+    "reorder_channels",
+    "run_remaining_stages",
     "run_stages",
     "stage_effects",
+    "stage_features",
     "stage_losses",
     "stage_variances",
 ]

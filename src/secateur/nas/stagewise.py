@@ -1,16 +1,10 @@
-"""All stages of a subnet in one forward pass, each fed with what the full net hands on.
+"""Run all stages of a subnet in one forward pass, each fed with the features of the full net.
 
-    features(supernet, stages, images, *, tensors=None) -> (output, features)
-    run_stages(supernet, subnet, stages, images, features, *, tensors=None) -> outputs
-    carried_on(supernet, stages, images, number, feature, *, tensors=None) -> output
-    stage_losses(outputs, targets, variances=None) -> (stages,)
-    stage_variances(targets) -> (stages,)
-    calibrated_stages(supernet, subnets, stages, batches, full=None) -> [statistics of each subnet]
-
-With x_0 the images, f_s stage s of the full net and x_s = f_s(x_(s-1)), a subnet's stages compute y_s = g_s(x_(s-1)):
-each from the full net's feature, so that no stage's error reaches the next, and no gradient crosses a cut.
-
-How much of a stage's error arrives at the output: what makes losses of different stages comparable."""
+With x_0 the images, f_s stage s of the full net and x_s = f_s(x_(s-1)), a subnet's stages compute y_s = g_s(x_(s-1)).
+Each starts from the full net's feature, so no stage's error reaches the next, and no gradient crosses a cut.
+`stage_losses` compares the y_s with the x_s, and `stage_effects` measures how much of a stage's error arrives at the
+output, which makes losses of different stages comparable.
+"""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,32 +15,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.distill.logit_losses import upcast
 from secateur.errors import SurgeryError
 from secateur.graph.stages import Stage
-from secateur.nas.supernet import Subnet, Supernet, check_seen, measuring, untouched
+from secateur.nas.supernet import (
+    Subnet,
+    Supernet,
+    check_any_batches,
+    evaluating,
+    fresh_statistics,
+    measuring_batch_norms,
+)
 
-_LEAST_VARIANCE = 1e-12
-"""Added to the variance of a target, relative to its mean square: a constant one is divided by this much."""
+_VARIANCE_FLOOR = 1e-12
+"""Added to the variance of a target, relative to its mean square, so that a constant target is no division by zero."""
 
 
-def features(
+def stage_features(
     supernet: Supernet, stages: Sequence[Stage], images: Tensor, *, tensors: Mapping[str, Tensor] | None = None
 ) -> tuple[Any, tuple[Tensor, ...]]:
-    """Run the full net, and keep what it hands on at every cut.
+    """Run the full net, and keep the feature that it passes on at every cut.
 
     Args:
         supernet: In any mode.
-        stages: Of its model, see `secateur.graph.stages_of`.
+        stages: Of its model, see `secateur.graph.find_stages`.
         images: Normalized.
         tensors: As for `Supernet.forward`, for example the full net's own batch-norm statistics.
 
     Returns:
-        The model's output, with its gradient, and for each stage but the last the tensor that ends it: detached copies.
+        The model's output, with its gradient, and a detached copy of the tensor that ends each stage but the last.
     """
     found: list[Tensor] = []
 
     def keep(_number: int, output: Tensor) -> Tensor:
-        # A copy: the layer that reads the tensor may write into it.
+        # A copy, because the layer that reads the tensor may write into it (an in-place ReLU).
         found.append(output.detach().clone())
         return output
 
@@ -64,19 +66,18 @@ def run_stages(
     *,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, ...]:
-    """One forward pass of a subnet in which each stage is fed with the full net's feature.
+    """Run a subnet once, feeding each of its stages with the full net's feature.
 
-    Where a cut module returns, what it has computed is taken as its stage's output, and the full net's feature goes on
-    in its place. The outputs have gradients for the parameters of their own stages only; these land in the whole
-    tensors.
+    What a cut module returns is taken as its stage's output, and replaced by the full net's feature. The outputs have
+    gradients for the parameters of their own stages only; these land in the supernet's tensors.
 
     Args:
         supernet: In any mode.
         subnet: Any widths of the stages' axes, any of their blocks removed; boundary axes whole.
         stages: Of its model.
         images: Normalized, for the first stage.
-        features: What the full net hands on at each cut, see `features`.
-        tensors: As for `Supernet.forward`, for example statistics of `calibrated_stages`.
+        features: What the full net passes on at each cut, see `stage_features`.
+        tensors: As for `Supernet.forward`, for example statistics of `measure_stage_batch_norms`.
 
     Returns:
         Each stage's own output; the last is what the model returns.
@@ -106,7 +107,7 @@ def run_stages(
     return (*found, output)
 
 
-def carried_on(
+def run_remaining_stages(
     supernet: Supernet,
     stages: Sequence[Stage],
     images: Tensor,
@@ -115,14 +116,14 @@ def carried_on(
     *,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Run the full net with another tensor in the place of what it hands on at one cut.
+    """Run the full net, with another tensor in place of the feature that it passes on at one cut.
 
     Args:
         supernet: In any mode.
         stages: Of its model.
         images: Normalized.
-        number: Of the stage that ends at the cut; not the last one.
-        feature: Goes on instead, for example what a candidate of the stage has computed.
+        number: The number of the stage that ends at the cut; not the last one.
+        feature: The tensor to continue with, for example what a candidate of the stage has computed.
         tensors: As for `Supernet.forward`.
 
     Returns:
@@ -133,16 +134,16 @@ def carried_on(
 
 
 def stage_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], variances: Tensor | None = None) -> Tensor:
-    """How far each stage's output is from the full net's, in units of the variance of the latter.
+    """Compare each stage's output with the full net's, in units of the variance of the latter.
 
     L_s = mean((y_s - x_s)^2) / Var(x_s), the mean over all elements, images and channels alike: 1 is what the best
     constant reaches, 0 is the full net. In single precision at least, under autocast too.
 
     Args:
-        outputs: Of `run_stages`: any shapes.
-        targets: Of the full net, of the same shapes: its features and its output. Detached here.
-        variances: Of the targets, see `stage_variances`, where many outputs are compared with the same. None:
-            measured here.
+        outputs: Those of `run_stages`, of any shapes.
+        targets: The features and the output of the full net, of the same shapes. Detached here.
+        variances: Those of the targets, see `stage_variances`, if many outputs are compared with the same targets.
+            None measures them here.
 
     Returns:
         (stages,), dimensionless.
@@ -153,9 +154,9 @@ def stage_losses(outputs: Sequence[Tensor], targets: Sequence[Tensor], variances
 
 
 def stage_variances(targets: Sequence[Tensor]) -> Tensor:
-    """Var(x_s) of each target, biased, over all its elements: what `stage_losses` divides by.
+    """Return the biased variance Var(x_s) of each target over all its elements, by which `stage_losses` divides.
 
-    To it 1e-12 of the mean square of x_s is added, and the least positive number, for targets that are constant.
+    1e-12 of the mean square of x_s and the smallest positive number are added, so that constant targets are no error.
 
     Args:
         targets: Any shapes.
@@ -167,36 +168,37 @@ def stage_variances(targets: Sequence[Tensor]) -> Tensor:
 
 
 def _variance(target: Tensor) -> Tensor:
-    x = target.to(torch.promote_types(torch.float32, target.dtype))
+    x = upcast(target)
     mean = x.mean()
     variance = _mean_square(x, mean.expand_as(x))
-    return variance + _LEAST_VARIANCE * (variance + mean**2) + torch.finfo(x.dtype).tiny
+    return variance + _VARIANCE_FLOOR * (variance + mean**2) + torch.finfo(x.dtype).tiny
 
 
 def _mean_square(output: Tensor, target: Tensor) -> Tensor:
+    # The difference of nearly equal features needs single precision, whatever autocast is in force.
     with torch.autocast(output.device.type, enabled=False):
-        kind = torch.promote_types(torch.float32, target.dtype)
-        return F.mse_loss(output.to(kind), target.to(kind))
+        wide = upcast(target)
+        return F.mse_loss(output.to(wide.dtype), wide)
 
 
-def calibrated_stages(
+def measure_stage_batch_norms(
     supernet: Supernet,
     subnets: Sequence[Subnet],
     stages: Sequence[Stage],
     batches: Iterable[Tensor],
     full: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Batch-norm statistics of subnets in the stage-wise pass, where each stage is fed with the full net's features.
+    """Measure the batch-norm statistics of many subnets in the stage-wise pass of `run_stages`.
 
-    As `calibrated`, for many subnets at once: the full net runs once for each batch, then every subnet.
+    This is `measure_batch_norms` for many subnets at once: the full net runs once for each batch, then every subnet.
 
     Args:
         supernet: In any mode; left as it is.
-        subnets: Which ones, as for `run_stages`.
+        subnets: The subnets to run, as for `run_stages`.
         stages: Of its model.
         batches: Normalized images, in batches of two or more.
-        full: The full net's own statistics, see `calibrated`, with which it then runs in evaluation mode. None: it
-            uses those of each batch.
+        full: The full net's own statistics, see `measure_batch_norms`, with which it then runs in evaluation mode. None
+            lets it use those of each batch.
 
     Returns:
         For each subnet, buffer name to its value, to be passed to `run_stages` as ``tensors``.
@@ -204,37 +206,26 @@ def calibrated_stages(
     Raises:
         DataError: If there are batch norms and no images.
     """
-    statistics = [untouched(supernet, subnet) for subnet in subnets]
-    own = untouched(supernet, supernet.full)
+    statistics = [fresh_statistics(supernet, subnet) for subnet in subnets]
+    own = fresh_statistics(supernet, supernet.full)
     if not own:
         return statistics
     seen = 0
     for images in batches:
         with torch.no_grad():
-            with _evaluating(supernet) if full is not None else measuring(supernet):
-                _, handed_on = features(supernet, stages, images, tensors=own if full is None else full)
-            with measuring(supernet):
+            with evaluating(supernet) if full is not None else measuring_batch_norms(supernet):
+                _, passed_on = stage_features(supernet, stages, images, tensors=own if full is None else full)
+            with measuring_batch_norms(supernet):
                 for subnet, tensors in zip(subnets, statistics, strict=True):
-                    run_stages(supernet, subnet, stages, images, handed_on, tensors=tensors)
+                    run_stages(supernet, subnet, stages, images, passed_on, tensors=tensors)
         seen += 1
-    check_seen(seen)
+    check_any_batches(seen)
     return statistics
 
 
 @contextlib.contextmanager
-def _evaluating(supernet: Supernet) -> Generator[None]:
-    training = {module: module.training for module in supernet.modules()}
-    supernet.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextlib.contextmanager
 def _at_cuts(supernet: Supernet, stages: Sequence[Stage], change: Callable[[int, Tensor], Tensor]) -> Generator[None]:
-    """Change what cut modules return, for as long as the context lasts."""
+    """Change what cut modules return while the context is open."""
 
     def hook(number: int) -> Callable[..., Tensor]:
         return lambda _module, _inputs, output: change(number, output)
@@ -247,19 +238,19 @@ def _at_cuts(supernet: Supernet, stages: Sequence[Stage], change: Callable[[int,
 
 
 def stage_effects(supernet: Supernet, subnets: Sequence[Subnet], stages: Sequence[Stage], images: Tensor) -> Tensor:
-    """The loss at the output per loss at each stage's own end.
+    """Return the loss at the output per loss at the end of each stage.
 
     With f_s the full net's stages, x_s its features, y_s the output of a subnet's stage s fed with x_(s-1), and L_s the
     loss of `stage_losses`,
 
         effect_s = sum L_S(f_S(...f_(s+1)(y_s))) / sum L_s(y_s)
 
-    over the subnets: some stages' errors are mended by what follows, others are not. That of the last stage is 1.
-    Every batch norm uses the statistics of the batch, as in a network whose norms have been measured again.
+    over the subnets. Some stages' errors are corrected by what follows, others are amplified. The last stage has 1.
+    Every batch norm uses the statistics of the batch, as in a network whose norms have been measured anew.
 
     Args:
         supernet: In any mode; left as it is.
-        subnets: As for `run_stages`; a handful will do, because only the ratio of means is wanted.
+        subnets: As for `run_stages`; a handful is enough, because only a ratio of means is computed.
         stages: Of its model.
         images: Normalized, two or more.
 
@@ -270,14 +261,15 @@ def stage_effects(supernet: Supernet, subnets: Sequence[Subnet], stages: Sequenc
     if not last:
         return torch.ones(1, dtype=torch.float64)
     own, arrived = torch.zeros(2, last + 1, dtype=torch.float64)
-    full = untouched(supernet, supernet.full)
-    with torch.no_grad(), measuring(supernet):
-        output, handed_on = features(supernet, stages, images, tensors=full)
+    full = fresh_statistics(supernet, supernet.full)
+    with torch.no_grad(), measuring_batch_norms(supernet):
+        output, passed_on = stage_features(supernet, stages, images, tensors=full)
         for subnet in subnets:
-            outputs = run_stages(supernet, subnet, stages, images, handed_on, tensors=untouched(supernet, subnet))
-            own += stage_losses(outputs, (*handed_on, output)).double().cpu()
+            statistics = fresh_statistics(supernet, subnet)
+            outputs = run_stages(supernet, subnet, stages, images, passed_on, tensors=statistics)
+            own += stage_losses(outputs, (*passed_on, output)).double().cpu()
             for number, feature in enumerate(outputs[:-1]):
-                there = carried_on(supernet, stages, images, number, feature, tensors=full)
+                there = run_remaining_stages(supernet, stages, images, number, feature, tensors=full)
                 arrived[number] += stage_losses((there,), (output,)).double().cpu()[0]
     arrived[last] = own[last]
     return torch.where(own > 0, arrived / own, 1.0)

@@ -1,15 +1,11 @@
-"""Channels in another order: the most important ones first, so that every subnet is a prefix.
+"""A supernet: one model, and every narrower or shallower architecture of it as a call with parts of its tensors.
 
-What modules remember from call to call, outside of parameters and buffers.
-
-Which part of every tensor a subnet uses: views where channels stand in a row, copies elsewhere.
-
-A supernet: one model whose subnets are the same model called with parts of its tensors.
-
-Batch-norm statistics of single subnets."""
+The channels of every axis are put in order once, the most important first, so that each subnet is a prefix
+(`order_by_score`, `reorder_channels`). `Supernet` runs subnets, and `measure_batch_norms` computes the running
+statistics of a single one.
+"""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,98 +17,233 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._provenance import sha256_of
 from secateur.architecture import Architecture
 from secateur.errors import DataError, SurgeryError
 from secateur.graph.graph import ChannelGraph, Site
-from secateur.nas.mixture import Blend, Mixture
-from secateur.prune.residual import Widen, widenings_of
-from secateur.prune.slice import apply_architecture, copy_with, replacements_of, stand_in_of
+from secateur.nas.mixture import Mixture, MixtureHooks
+from secateur.prune.residual import ExpandChannels, branch_expansions
+from secateur.prune.slice import apply_architecture, block_replacements, copy_with_tensors, make_stand_in
 
 
-def best_first(scores: Mapping[str, FloatArray]) -> dict[str, IntArray]:
-    """For each axis the channels with the highest scores first; of equal ones those with the lower index.
+@dataclass(frozen=True)
+class Subnet:
+    """One architecture of a supernet: the first channels of each axis.
 
-    Args:
-        scores: Axis name to (axis size,).
+    Attributes:
+        widths: Channels of each prunable axis, in the order of the graph.
+        removed_blocks: Names of the blocks that are left out.
     """
-    return {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
+
+    widths: tuple[int, ...]
+    removed_blocks: tuple[str, ...] = ()
 
 
-def reordered(model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray]) -> nn.Module:
-    """A copy whose channels stand in another order; it computes what the model computes.
+class Supernet(nn.Module):
+    """A traced model of which any narrower or shallower architecture can be called.
 
-    Channel i of an axis is the original's ``order[axis][i]``, in every tensor that has the axis: rows, columns, norms
-    and statistics move together, so that nothing but the order of sums changes. The graph holds for the copy too,
-    since it speaks of positions. A channel with several positions in a tensor (after a flatten, in a head) takes all
-    of them along.
+    The channels are put in order once, the most important first. A subnet then takes a prefix of every axis, and its
+    weights are views of the supernet's. It costs what the cut model costs and computes what that computes. Its
+    gradients land in the supernet's tensors, so any optimizer, autocast, accumulation and data parallelism work as for
+    an ordinary module. No layer is replaced, and the model needs no code written for it.
+
+    In training mode batch norms use the statistics of the batch. The running statistics belong to no single subnet, so
+    measure a subnet's own with `measure_batch_norms` before you evaluate it.
 
     Args:
-        model: The traced model; not modified.
+        model: The traced model; copied.
         graph: Its channel graph.
-        order: Axis name to a permutation of its channels; an axis that is not named stays as it is. Branches go with
-            their streams, see `with_branches`.
+        order: For each axis a permutation of its channels, the most important first, see `order_by_score`. Axes that
+            are not named keep their order.
 
-    Raises:
-        SurgeryError: If an order names an unknown axis or is no permutation.
+    Attributes:
+        model: The model with its channels in order.
+        graph: The channel graph, which is valid for it too.
+        order: As given, with an order for residual branches.
     """
-    moves = _moves(graph, with_branches(graph, order))
 
-    def moved(name: str, tensor: Tensor) -> Tensor:
-        for dim, positions in moves[name].items():
-            tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
-        return tensor
+    def __init__(self, model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray] | None = None):
+        super().__init__()
+        self.graph = graph
+        self.order: dict[str, IntArray] = add_branch_orders(graph, order or {})
+        self.model: nn.Module = reorder_channels(model, graph, self.order)
+        self._slices = TensorSlices(graph)
+        self._mixture_hooks = MixtureHooks.of(self.model, graph)
+        self._cached = CachedAttributes(self.model)
 
-    return copy_with(model, dict.fromkeys(moves, moved))
+    @property
+    def full(self) -> Subnet:
+        """The whole model."""
+        return Subnet(tuple(self.graph.sizes.values()))
 
+    @property
+    def mixable(self) -> frozenset[str]:
+        """The axes whose widths a `Mixture` can mix: some module's output shows their channels."""
+        return self._mixture_hooks.axes
 
-def inverse(order: Mapping[str, IntArray]) -> dict[str, IntArray]:
-    """The order that undoes another one."""
-    return {name: np.argsort(permutation) for name, permutation in order.items()}
+    def subnet(self, widths: Mapping[str, int], removed_blocks: Iterable[str] = ()) -> Subnet:
+        """Return a subnet by names; axes that are not named are whole, branches as wide as their streams.
 
-
-def order_digest(order: Mapping[str, IntArray]) -> str:
-    """SHA-256 of an order: weights of a supernet stand in it."""
-    sha = hashlib.sha256()
-    for name, permutation in sorted(order.items()):
-        sha.update(f"{name}: {permutation.tolist()}\n".encode())
-    return sha.hexdigest()
-
-
-def with_branches(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:
-    """The order with branches in that of their streams, whose channels they have, whatever it says of them itself."""
-    into = {axis.name: axis.into for axis in graph.axes if axis.into is not None}
-    found = {name: permutation for name, permutation in order.items() if name not in into}
-    return {**found, **{name: found[stream] for name, stream in into.items() if stream in found}}
-
-
-def _moves(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, dict[int, IntArray]]:
-    """For every tensor and dimension that changes: where each position's content comes from."""
-    moves: dict[str, dict[int, IntArray]] = {}
-    for name, permutation in order.items():
-        axis = graph.by_name.get(name)
-        if axis is None or not np.array_equal(np.sort(permutation), np.arange(axis.size)):
+        Raises:
+            SurgeryError: For an unknown axis or block, a width out of range, or a branch wider than its stream.
+        """
+        sizes, removed = self.graph.sizes, set(removed_blocks)
+        for name, width in widths.items():
+            if name not in sizes or not 1 <= width <= sizes[name]:
+                raise SurgeryError(
+                    f"`widths` must name prunable axes with 1 to all of their channels; got {width} for {name!r}. "
+                    f"The graph has {', '.join(f'{n} ({size})' for n, size in list(sizes.items())[:3])}, ..."
+                )
+        unknown = sorted(removed - {block.name for block in self.graph.removable})
+        if unknown:
             raise SurgeryError(
-                f"`order` must hold a permutation of the channels of each axis; got another one for {name!r}. "
-                "Make it with best_first()."
+                f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable."
             )
-        for site in axis.sites:
-            dims = moves.setdefault(site.tensor, {})
-            if site.dim not in dims:
-                dims[site.dim] = np.arange(graph.tensors[site.tensor][site.dim].at(graph.sizes))
-            dims[site.dim][site.index] = site.index[permutation]
-    return moves
+        full = {**sizes, **widths}
+        for axis in self.graph.prunable:
+            if axis.residual_axis is None or axis.into not in full:
+                continue
+            if widths.get(axis.name, 1) > full[axis.residual_axis]:
+                raise SurgeryError(
+                    f"`widths` must not be wider for {axis.name!r} than for {axis.residual_axis!r}, its stream; "
+                    f"got {full[axis.name]} and {full[axis.residual_axis]}. Narrow the branch too, or leave it out."
+                )
+            full[axis.name] = min(full[axis.name], full[axis.residual_axis])
+        return Subnet(tuple(full[name] for name in sizes), tuple(sorted(removed)))
+
+    def architecture(self, subnet: Subnet) -> Architecture:
+        """Express the subnet in the channels of the original model."""
+        kept = {
+            name: self.order[name][:width] if name in self.order else range(width)
+            for name, width in zip(self.graph.sizes, subnet.widths, strict=True)
+        }
+        return Architecture.of(kept, subnet.removed_blocks)
+
+    def extract(self, subnet: Subnet) -> nn.Module:
+        """Return the subnet as a model of its own; see `secateur.prune.apply_architecture`."""
+        return apply_architecture(self.model, self.graph, self._prefix(subnet))
+
+    def in_original_order(self) -> nn.Module:
+        """Return a copy of the whole model as it is trained now, with its channels in the original order."""
+        return reorder_channels(self.model, self.graph, invert_order(self.order))
+
+    def forward(
+        self,
+        subnet: Subnet,
+        *inputs: Any,
+        mixture: Mixture | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        **named: Any,
+    ) -> Any:
+        """Run a subnet.
+
+        Args:
+            subnet: The architecture to run.
+            inputs: Positional arguments of the model.
+            mixture: Mix narrower outputs into those of the subnet, see `Mixture`.
+            tensors: Use these tensors, of the subnet's shapes, instead of the model's own, by name.
+            named: Keyword arguments of the model.
+
+        Returns:
+            What the model returns.
+        """
+        given: Mapping[str, Tensor] = {**self.tensors_of(subnet), **(tensors or {})}
+        with self._shaped_as(subnet), self._cached.restored(), ExitStack() as stack:
+            if mixture is not None:
+                gone = self.graph.removed_modules(subnet.removed_blocks)
+                hooked = self._mixture_hooks.active(self.model, subnet.widths, mixture, gone, given)
+                given = stack.enter_context(hooked)
+            # Hooks run in the order of registration. Widening comes after mixing, because a narrow branch is mixed at
+            # its own width before its channels are put where the stream has them.
+            for module, hook in self._widening_hooks(subnet):
+                stack.callback(self.model.get_submodule(module).register_forward_hook(hook).remove)
+            return functional_call(self.model, dict(given), inputs, named)
+
+    def tensors_of(self, subnet: Subnet) -> dict[str, Tensor]:
+        """Return the parameters and buffers of a subnet that have prunable axes, by name: parts of the model's own."""
+        tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        gone = self.graph.removed_modules(subnet.removed_blocks)
+        present = {name: tensors[name] for name in self._slices.names if not gone(name.rpartition(".")[0])}
+        return self._slices.take(present, subnet.widths)
+
+    def _widening_hooks(self, subnet: Subnet) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """For each branch narrower than its stream: the module that ends it, and a hook that widens what it returns."""
+        if any(axis.residual_axis for axis in self.graph.prunable):
+            for widening in branch_expansions(self.graph, self._prefix(subnet)):
+                widen = ExpandChannels(nn.Identity(), widening.dim, widening.missing, widening.order)
+                yield widening.module, _on_output(widen)
+
+    def _prefix(self, subnet: Subnet) -> Architecture:
+        """The subnet in the channels of the reordered model."""
+        kept = {name: range(width) for name, width in zip(self.graph.sizes, subnet.widths, strict=True)}
+        return Architecture.of(kept, subnet.removed_blocks)
+
+    @contextlib.contextmanager
+    def _shaped_as(self, subnet: Subnet) -> Generator[None]:
+        """Replace removed blocks, and set the integers that modules keep (heads, groups), for the time of one call."""
+        with ExitStack() as stack:
+            replacements = block_replacements(self.graph, subnet.removed_blocks)
+            # Outer modules first: what lies inside a replaced module is gone with it and needs no replacement.
+            for replacement in sorted(replacements, key=lambda r: r.module.count(".")):
+                stack.enter_context(_swapped(self.model, replacement.module, make_stand_in(replacement)))
+            stack.enter_context(self._sized(subnet))
+            yield
+
+    @contextlib.contextmanager
+    def _sized(self, subnet: Subnet) -> Generator[None]:
+        widths = dict(zip(self.graph.sizes, subnet.widths, strict=True))
+        gone = self.graph.removed_modules(subnet.removed_blocks)
+        before: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for edit in self.graph.edits:
+                if gone(edit.module):
+                    continue
+                holder = self.model.get_submodule(edit.module)
+                old = getattr(holder, edit.attribute)
+                before.append((holder, edit.attribute, old))
+                setattr(holder, edit.attribute, _with_item(old, edit.item, edit.extent.at(widths)))
+            yield
+        finally:
+            for holder, attribute, old in reversed(before):
+                setattr(holder, attribute, old)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+def _on_output(widen: nn.Module) -> Callable[..., Any]:
+    return lambda _module, _inputs, output: widen.to(output.device)(output)
 
 
-class Memories:
-    """Attributes in which modules may keep what they computed: tensors, nothing yet, or dictionaries.
+def _with_item(old: Any, item: int | None, value: int) -> Any:
+    """The value itself, or a copy of a sequence in which it is one item."""
+    if item is None:
+        return value
+    items: Sequence[Any] = [*old[:item], value, *old[item + 1 :]]
+    return type(old)(items)
 
-    Attention biases that are looked up once, in the first call in evaluation mode, are those of the subnet that ran.
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, name: str, stand_in: nn.Module) -> Generator[None]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        parent = model.get_submodule(path)
+        module = parent.get_submodule(leaf)
+    except AttributeError:  # An enclosing module has been replaced already.
+        yield
+        return
+    setattr(parent, leaf, stand_in)
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, module)
+
+
+class CachedAttributes:
+    """Attributes, other than parameters and buffers, in which modules may cache what they computed.
+
+    These are tensors, None, and dictionaries. For example, attention may look its biases up once, in the first call in
+    evaluation mode, and keep them; they are those of the subnet that ran, and wrong for the next one.
 
     Args:
-        model: Whose modules.
+        model: The model whose modules are watched.
     """
 
     def __init__(self, model: nn.Module):
@@ -120,12 +251,12 @@ class Memories:
             (module, name)
             for module in model.modules()
             for name, value in vars(module).items()
-            if name not in _OF_EVERY_MODULE and (value is None or isinstance(value, Tensor | dict))
+            if name not in _MODULE_ATTRIBUTES and (value is None or isinstance(value, Tensor | dict))
         ]
 
     @contextlib.contextmanager
-    def kept_out(self) -> Generator[None]:
-        """Whatever is remembered meanwhile is forgotten afterward."""
+    def restored(self) -> Generator[None]:
+        """Restore the attributes afterward, whatever the model caches meanwhile."""
         before: list[tuple[dict[str, Any], str, Any]] = []
         for module, name in self._places:
             held = vars(module)
@@ -139,37 +270,42 @@ class Memories:
                 held[name] = value
 
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Dimension:
     """One dimension of one tensor along which channels of prunable axes run.
 
     Attributes:
-        dim: Which.
+        dim: Number of the dimension.
         size: Its full length.
         parts: (number of the axis, its positions (axis size, multiplicity)) of every axis along it.
-        in_a_row: Whether the kept positions are always the first ones: one axis with one position per channel.
+        is_prefix: Whether the kept positions are always the first ones: one axis with one position per channel.
     """
 
     dim: int
     size: int
     parts: tuple[tuple[int, IntArray], ...]
-    in_a_row: bool
+    is_prefix: bool
 
     @classmethod
     def of(cls, dim: int, size: int, sites: Sequence[tuple[int, Site]]) -> "_Dimension":
         parts = tuple((number, site.index) for number, site in sites)
         first = parts[0][1]
-        in_a_row = len(parts) == 1 and np.array_equal(first.ravel(), np.arange(size))
-        return cls(dim, size, parts, in_a_row)
+        is_prefix = len(parts) == 1 and np.array_equal(first.ravel(), np.arange(size))
+        return cls(dim, size, parts, is_prefix)
 
-    def narrowed(self, tensor: Tensor, widths: Sequence[int]) -> Tensor:
+    def take(self, tensor: Tensor, widths: Sequence[int]) -> Tensor:
         """The part of the tensor that is used when each axis has its first ``widths[number]`` channels."""
-        if self.in_a_row:
+        if self.is_prefix:
             number, index = self.parts[0]
             length = widths[number] * index.shape[1]
             return tensor if length == self.size else tensor.narrow(self.dim, 0, length)
         if all(widths[number] == len(index) for number, index in self.parts):
             return tensor
+        # Several axes share the dimension (a concatenation), so positions of no axis stay as well.
         stays = np.ones(self.size, dtype=np.bool_)
         for number, index in self.parts:
             stays[index[widths[number] :]] = False
@@ -177,8 +313,8 @@ class _Dimension:
         return tensor.index_select(self.dim, positions)
 
 
-class Slices:
-    """The parts of a model's tensors that its subnets use.
+class TensorSlices:
+    """The parts of a model's tensors that its subnets use: views where channels lie in a row, copies elsewhere.
 
     Args:
         graph: The channel graph.
@@ -202,241 +338,108 @@ class Slices:
         """The tensors that have prunable axes."""
         return tuple(self._tensors)
 
-    def of(self, tensors: Mapping[str, Tensor], widths: Sequence[int]) -> dict[str, Tensor]:
-        """The parts of some tensors, by name; differentiable, gradients land in the whole tensors.
+    def take(self, tensors: Mapping[str, Tensor], widths: Sequence[int]) -> dict[str, Tensor]:
+        """Take the parts of some tensors; differentiable, and gradients land in the whole tensors.
 
         Args:
-            tensors: Whole ones by name.
+            tensors: Whole tensors by name.
             widths: Channels of each prunable axis, in the order of the graph.
         """
         parts: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             part: Any = tensor
             for dimension in self._tensors[name]:
-                part = dimension.narrowed(part, widths)
+                part = dimension.take(part, widths)
             parts[name] = part
         return parts
 
 
-@dataclass(frozen=True)
-class Subnet:
-    """One architecture of a supernet: the first channels of each axis.
-
-    Attributes:
-        widths: Channels of each prunable axis, in the order of the graph.
-        removed_blocks: Names of the blocks that are left out.
-    """
-
-    widths: tuple[int, ...]
-    removed_blocks: tuple[str, ...] = ()
-
-
-class Supernet(nn.Module):
-    """A traced model of which any narrower or shallower architecture can be called.
-
-    The channels are put in order once, the most important first; a subnet then takes a prefix of every axis, and its
-    weights are views of the whole ones. It costs what the cut model costs, computes what that computes, and its
-    gradients land in the whole tensors, so that any optimizer, autocast, accumulation and data parallelism work as
-    for an ordinary module. No layer is replaced, and the model is not written for it.
-
-    In training mode batch norms use the statistics of the batch. Running statistics are of no one subnet:
-    before a subnet is judged, measure its own, see `calibrated`.
+def order_by_score(scores: Mapping[str, FloatArray]) -> dict[str, IntArray]:
+    """Order the channels of each axis by score, the highest first; of equal ones the lower index comes first.
 
     Args:
-        model: The traced model; copied.
-        graph: Its channel graph.
-        order: For each axis a permutation of its channels, the most important first, see `best_first`; axes that are
-            not named stay as they are.
-
-    Attributes:
-        model: The model with its channels in order.
-        graph: The channel graph, which holds for it too.
-        order: As given.
+        scores: Axis name to (axis size,).
     """
+    return {name: np.argsort(-values, kind="stable") for name, values in scores.items()}
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray] | None = None):
-        super().__init__()
-        self.graph = graph
-        self.order: dict[str, IntArray] = with_branches(graph, order or {})
-        self.model: nn.Module = reordered(model, graph, self.order)
-        self._slices = Slices(graph)
-        self._blend = Blend.of(self.model, graph)
-        self._memories = Memories(self.model)
 
-    @property
-    def full(self) -> Subnet:
-        """The whole model."""
-        return Subnet(tuple(self.graph.sizes.values()))
+def reorder_channels(model: nn.Module, graph: ChannelGraph, order: Mapping[str, IntArray]) -> nn.Module:
+    """Return a copy whose channels stand in another order; it computes what the model computes.
 
-    @property
-    def blended(self) -> frozenset[str]:
-        """The axes whose channels a `Mixture` can interpolate: some module's output shows them."""
-        return self._blend.axes
+    Channel i of an axis is the original's ``order[axis][i]``, in every tensor that has the axis: rows, columns, norms
+    and statistics move together, so that nothing but the order of sums changes. The graph is valid for the copy too,
+    since it speaks of positions. A channel with several positions in a tensor (after a flatten, in a head) takes all
+    of them along.
 
-    def subnet(self, widths: Mapping[str, int], removed_blocks: Iterable[str] = ()) -> Subnet:
-        """A subnet by names; axes that are not named are whole, branches as wide as their streams.
+    Args:
+        model: The traced model; not modified.
+        graph: Its channel graph.
+        order: Axis name to a permutation of its channels; an axis that is not named stays as it is. Branches follow
+            their streams, see `add_branch_orders`.
 
-        Raises:
-            SurgeryError: For an unknown axis or block, a width out of range, or a branch wider than its stream.
-        """
-        sizes, removed = self.graph.sizes, set(removed_blocks)
-        for name, width in widths.items():
-            if name not in sizes or not 1 <= width <= sizes[name]:
-                raise SurgeryError(
-                    f"`widths` must name prunable axes with 1 to all of their channels; got {width} for {name!r}. "
-                    f"The graph has {', '.join(f'{n} ({size})' for n, size in list(sizes.items())[:3])}, ..."
-                )
-        known = {block.name for block in self.graph.removable}
-        unknown = sorted(removed - known)
-        if unknown:
+    Raises:
+        SurgeryError: If an order names an unknown axis or is no permutation.
+    """
+    sources = _source_positions(graph, add_branch_orders(graph, order))
+
+    def reorder(name: str, tensor: Tensor) -> Tensor:
+        for dim, positions in sources[name].items():
+            tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+        return tensor
+
+    return copy_with_tensors(model, dict.fromkeys(sources, reorder))
+
+
+def invert_order(order: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """Return the order that undoes another one."""
+    return {name: np.argsort(permutation) for name, permutation in order.items()}
+
+
+def order_digest(order: Mapping[str, IntArray]) -> str:
+    """Return the SHA-256 of an order: trained weights of a supernet belong to one order only."""
+    return sha256_of("".join(f"{name}: {permutation.tolist()}\n" for name, permutation in sorted(order.items())))
+
+
+def add_branch_orders(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """Return the order in which every independent branch has the order of its stream, whatever it says of the branch.
+
+    A branch is added to its stream channel by channel, so both must have the same order.
+    """
+    into = {axis.name: axis.residual_axis for axis in graph.axes if axis.residual_axis is not None}
+    found = {name: permutation for name, permutation in order.items() if name not in into}
+    return {**found, **{name: found[stream] for name, stream in into.items() if stream in found}}
+
+
+def _source_positions(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, dict[int, IntArray]]:
+    """For every tensor and dimension that changes: the old position of what comes to each position."""
+    sources: dict[str, dict[int, IntArray]] = {}
+    for name, permutation in order.items():
+        axis = graph.by_name.get(name)
+        if axis is None or not np.array_equal(np.sort(permutation), np.arange(axis.size)):
             raise SurgeryError(
-                f"`removed_blocks` must name removable blocks; got {unknown}. Look into graph.removable."
+                f"`order` must hold a permutation of the channels of each axis; got another one for {name!r}. "
+                "Make it with order_by_score()."
             )
-        full = {**sizes, **widths}
-        for axis in self.graph.prunable:
-            if axis.into is None or axis.into not in full:
-                continue
-            if widths.get(axis.name, 1) > full[axis.into]:
-                raise SurgeryError(
-                    f"`widths` must not be wider for {axis.name!r} than for {axis.into!r}, its stream; "
-                    f"got {full[axis.name]} and {full[axis.into]}. Narrow the branch too, or leave it out."
-                )
-            full[axis.name] = min(full[axis.name], full[axis.into])
-        return Subnet(tuple(full[name] for name in sizes), tuple(sorted(removed)))
-
-    def architecture(self, subnet: Subnet) -> Architecture:
-        """The subnet in terms of the original model's channels."""
-        kept = {
-            name: self.order[name][:width] if name in self.order else range(width)
-            for name, width in zip(self.graph.sizes, subnet.widths, strict=True)
-        }
-        return Architecture.of(kept, subnet.removed_blocks)
-
-    def extract(self, subnet: Subnet) -> nn.Module:
-        """The subnet as a model of its own; see `secateur.surgery.apply_architecture`."""
-        return apply_architecture(self.model, self.graph, self._prefix(subnet))
-
-    def in_original_order(self) -> nn.Module:
-        """The whole model, as it is trained now, with its channels where the original has them."""
-        return reordered(self.model, self.graph, inverse(self.order))
-
-    def forward(
-        self,
-        subnet: Subnet,
-        *inputs: Any,
-        mixture: Mixture | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
-        **named: Any,
-    ) -> Any:
-        """Run a subnet.
-
-        Args:
-            subnet: Which one.
-            inputs: Positional arguments of the model.
-            mixture: Blend narrower outputs into those of the subnet, see `Mixture`.
-            tensors: Take these, of the subnet's shapes, in the place of the model's own, by name.
-            named: Named arguments of the model.
-
-        Returns:
-            What the model returns.
-        """
-        given: Mapping[str, Tensor] = {**self.tensors_of(subnet), **(tensors or {})}
-        with self._as(subnet), self._memories.kept_out(), ExitStack() as stack:
-            if mixture is not None:
-                gone = self.graph.removed_modules(subnet.removed_blocks)
-                given = stack.enter_context(self._blend.hooked(self.model, subnet.widths, mixture, gone, given))
-            # After the blending: a narrow branch takes its place in the stream last of all.
-            for outlet, hook in self._widening(subnet):
-                stack.callback(self.model.get_submodule(outlet).register_forward_hook(hook).remove)
-            return functional_call(self.model, dict(given), inputs, named)
-
-    def tensors_of(self, subnet: Subnet) -> dict[str, Tensor]:
-        """The parameters and buffers of a subnet that have prunable axes, by name: parts of the model's own."""
-        tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        gone = self.graph.removed_modules(subnet.removed_blocks)
-        stay = {name: tensors[name] for name in self._slices.names if not gone(name.rpartition(".")[0])}
-        return self._slices.of(stay, subnet.widths)
-
-    def _widening(self, subnet: Subnet) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """For each branch that is narrower than its stream: its outlet, and a hook that widens what it returns."""
-        if any(axis.into for axis in self.graph.prunable):
-            for widening in widenings_of(self.graph, self._prefix(subnet)):
-                widen = Widen(nn.Identity(), widening.dim, widening.missing, widening.order)
-                yield widening.module, _on_output(widen)
-
-    def _prefix(self, subnet: Subnet) -> Architecture:
-        """The subnet in terms of the channels as they are ordered here."""
-        kept = {name: range(width) for name, width in zip(self.graph.sizes, subnet.widths, strict=True)}
-        return Architecture.of(kept, subnet.removed_blocks)
-
-    @contextlib.contextmanager
-    def _as(self, subnet: Subnet) -> Generator[None]:
-        """Sizes and modules of the subnet, for one call."""
-        with ExitStack() as stack:
-            replacements = replacements_of(self.graph, subnet.removed_blocks)
-            for replacement in sorted(replacements, key=lambda r: r.module.count(".")):
-                stack.enter_context(_swapped(self.model, replacement.module, stand_in_of(replacement)))
-            stack.enter_context(self._sized(subnet))
-            yield
-
-    @contextlib.contextmanager
-    def _sized(self, subnet: Subnet) -> Generator[None]:
-        widths = dict(zip(self.graph.sizes, subnet.widths, strict=True))
-        gone = self.graph.removed_modules(subnet.removed_blocks)
-        before: list[tuple[nn.Module, str, Any]] = []
-        try:
-            for edit in self.graph.edits:
-                if gone(edit.module):
-                    continue
-                holder = self.model.get_submodule(edit.module)
-                old = getattr(holder, edit.attribute)
-                before.append((holder, edit.attribute, old))
-                setattr(holder, edit.attribute, _with(old, edit.item, edit.extent.at(widths)))
-            yield
-        finally:
-            for holder, attribute, old in reversed(before):
-                setattr(holder, attribute, old)
-
-
-def _on_output(widen: nn.Module) -> Callable[..., Any]:
-    return lambda _module, _inputs, output: widen.to(output.device)(output)
-
-
-def _with(old: Any, item: int | None, value: int) -> Any:
-    if item is None:
-        return value
-    items: Sequence[Any] = [*old[:item], value, *old[item + 1 :]]
-    return type(old)(items)
-
-
-@contextlib.contextmanager
-def _swapped(model: nn.Module, name: str, stand_in: nn.Module) -> Generator[None]:
-    path, _, leaf = name.rpartition(".")
-    try:
-        parent = model.get_submodule(path)
-        module = parent.get_submodule(leaf)
-    except AttributeError:  # It lies in a module that is gone already.
-        yield
-        return
-    setattr(parent, leaf, stand_in)
-    try:
-        yield
-    finally:
-        setattr(parent, leaf, module)
+        for site in axis.sites:
+            dims = sources.setdefault(site.tensor, {})
+            if site.dim not in dims:
+                dims[site.dim] = np.arange(graph.tensors[site.tensor][site.dim].at(graph.sizes))
+            dims[site.dim][site.index] = site.index[permutation]
+    return sources
 
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 
-def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Batch-norm statistics of one subnet, to be passed to it as ``tensors``.
+def measure_batch_norms(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Measure the batch-norm statistics of one subnet, to be passed to it as ``tensors``.
 
     Every batch norm uses the statistics of the batch meanwhile; their means and unbiased variances are averaged over
     the batches. The supernet is left as it is.
 
     Args:
         supernet: In any mode.
-        subnet: Which one.
+        subnet: The architecture to run.
         batches: Normalized images, in batches of two or more.
 
     Returns:
@@ -448,43 +451,56 @@ def calibrated(supernet: Supernet, subnet: Subnet, batches: Iterable[Tensor]) ->
     References:
         Yu & Huang, arXiv:1903.05134, Section 3.3.
     """
-    statistics = untouched(supernet, subnet)
+    statistics = fresh_statistics(supernet, subnet)
     if not statistics:
         return {}
-    with measuring(supernet), torch.no_grad():
+    with measuring_batch_norms(supernet), torch.no_grad():
         seen = 0
         for images in batches:
             supernet(subnet, images, tensors=statistics)
             seen += 1
-    check_seen(seen)
+    check_any_batches(seen)
     return statistics
 
 
 @contextlib.contextmanager
-def measuring(supernet: Supernet) -> Generator[None]:
-    """Batch norms use the statistics of the batch, and average them plainly; all else is in evaluation mode."""
-    training = {module: module.training for module in supernet.modules()}
-    norms = _norms(supernet)
+def measuring_batch_norms(supernet: Supernet) -> Generator[None]:
+    """Let batch norms use the statistics of the batch and average them plainly; all else is in evaluation mode."""
+    norms = _tracking_norms(supernet)
     momenta = {norm: norm.momentum for norm in norms.values()}
-    supernet.eval()
+    with evaluating(supernet):
+        try:
+            for norm in norms.values():
+                # None is torch's value for the plain mean over all batches, instead of a moving average.
+                norm.training, norm.momentum = True, None
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode, and give every module its own mode back afterward."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        for norm in norms.values():
-            norm.training, norm.momentum = True, None  # None is torch's word for the plain mean over all batches.
         yield
     finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
         for module, mode in training.items():
             module.training = mode
 
 
-def untouched(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:
-    """Fresh statistics of the subnet's shapes; what runs while `measuring` with them as ``tensors`` fills them."""
+def fresh_statistics(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:
+    """Return initial statistics of the subnet's shapes.
+
+    Passed as ``tensors`` to a call within `measuring_batch_norms`, they are filled in place.
+    """
     gone = supernet.graph.removed_modules(subnet.removed_blocks)
     parts = supernet.tensors_of(subnet)
     whole = dict(supernet.model.named_buffers())
     fresh: dict[str, Tensor] = {}
-    for norm in _norms(supernet):
+    for norm in _tracking_norms(supernet):
         prefix = f"{norm}." if norm else ""
         for name, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             key = prefix + name
@@ -493,7 +509,7 @@ def untouched(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:
     return fresh
 
 
-def check_seen(batches: int) -> None:
+def check_any_batches(batches: int) -> None:
     """Refuse statistics of no images.
 
     Raises:
@@ -503,7 +519,7 @@ def check_seen(batches: int) -> None:
         raise DataError("`batches` must hold images to measure batch norms on; got none. Pass some training images.")
 
 
-def _norms(supernet: Supernet) -> Mapping[str, BatchNorm]:
+def _tracking_norms(supernet: Supernet) -> Mapping[str, BatchNorm]:
     return {
         name: module
         for name, module in supernet.model.named_modules()

@@ -9,12 +9,14 @@ import numpy as np
 
 from secateur._arrays import IntArray
 from secateur.errors import BudgetError
-from secateur.nas.swp_table import Combination, StageChoice, StageRows, StageTable
+from secateur.nas.swp_table import Combination, ReducedTable, StageChoice, StageTable
 
 
-def _evolved(rows: StageRows, objectives: Sequence[int], sizes: "Evolution", mutation: float, seed: int) -> IntArray:
-    """Return the different choices met by a genetic algorithm of pymoo, (n, stages), in lexicographic order."""
-    # pymoo is an extra and takes a second to import, so its base classes are only known here.
+def _run_pymoo(
+    rows: ReducedTable, objectives: Sequence[int], sizes: "Evolution", mutation: float, seed: int
+) -> IntArray:
+    """Return the different choices that a genetic algorithm of pymoo visits, (n, stages), in lexicographic order."""
+    # pymoo is an optional dependency and takes a second to import, so its subclasses are defined inside the function.
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.algorithms.soo.nonconvex.ga import GA
     from pymoo.core.mutation import Mutation
@@ -26,17 +28,17 @@ def _evolved(rows: StageRows, objectives: Sequence[int], sizes: "Evolution", mut
     last = np.array([len(row) - 1 for row in rows.losses])
     loss_scale = np.maximum([row.max() for row in rows.losses], 0).sum() or 1
     cost_scale = np.maximum(sum(cost.max(axis=1) for cost in rows.costs), 1)
-    met: list[IntArray] = []
+    visited: list[IntArray] = []
 
     class Choices(Problem):
         """Sums of losses and costs, as fractions of their ranges, of one candidate per stage."""
 
         def _evaluate(self, x: IntArray, out: dict[str, object], *_: object, **__: object) -> None:
-            met.append(x.astype(np.int64))
-            loss, cost = rows.sums(x)
+            visited.append(x.astype(np.int64))
+            loss, cost = rows.totals(x)
             out["F"] = np.column_stack([loss / loss_scale, *(cost[field] / cost_scale[field] for field in objectives)])
             if len(cost):
-                out["G"] = ((cost - rows.room[:, None]) / cost_scale[:, None]).T
+                out["G"] = ((cost - rows.capacity[:, None]) / cost_scale[:, None]).T
 
     class Redraw(Mutation):
         """Each stage is drawn again with a small probability."""
@@ -54,29 +56,28 @@ def _evolved(rows: StageRows, objectives: Sequence[int], sizes: "Evolution", mut
     problem = Choices(
         n_var=len(last),
         n_obj=1 + len(objectives),
-        n_ieq_constr=len(rows.room),
+        n_ieq_constr=len(rows.capacity),
         xl=np.zeros_like(last),
         xu=last,
         vtype=int,
     )
     algorithm = NSGA2(**settings) if objectives else GA(**settings)
     minimize(problem, algorithm, ("n_gen", sizes.generations), seed=seed)
-    return np.unique(np.concatenate(met), axis=0)
+    return np.unique(np.concatenate(visited), axis=0)
 
 
 @dataclass(frozen=True)
 class Evolution(Combination):
     """A genetic algorithm over the numbers of the candidates; needs the extra ``evolution``.
 
-    Parents are drawn by binary tournament; a child has each stage from one parent or the other, and each stage is
-    drawn anew with a small probability; the best of parents and children survive. Choices over a limit rank behind all
-    others, by how far they are over. Candidates that another one of their stage beats in everything are left out. It
-    ends after its generations, whatever it has found.
+    Parents are drawn by binary tournament. A child has each stage from one parent or the other, and each stage is drawn
+    anew with a small probability. The best of parents and children survive. Choices over a limit rank behind all
+    others, by how far they exceed it. Candidates that are dominated within their stage are left out.
 
     Attributes:
-        population: Choices in a generation.
-        generations: How many there are, with the first one, which is drawn.
-        mutation: Probability for each stage of a child to be drawn anew; None means one stage on average.
+        population: Number of choices in a generation.
+        generations: Number of generations, including the first, random one.
+        mutation: Probability with which each stage of a child is drawn anew; None means one stage on average.
 
     Raises:
         BudgetError: If a number is out of range.
@@ -98,36 +99,36 @@ class Evolution(Combination):
             raise BudgetError(f"`mutation` must be a probability, 0 to 1; got {self.mutation}. None suits most.")
 
     def combine(self, table: StageTable, seed: int) -> StageChoice:
-        """The best choice it meets.
+        """Return the best choice visited.
 
         Raises:
-            BudgetError: If no choice keeps to the limits, or it meets none that does.
+            BudgetError: If no choice keeps to the limits, or none that does is visited.
             ImportError: If pymoo is not installed.
         """
         table.check()
-        rows = StageRows.of(table, tuple(table.whole.room))
-        met = self.meet(rows, (), seed)
-        if not len(met):
+        rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
+        found = self.explore(rows, (), seed)
+        if not len(found):
             raise BudgetError(
                 f"`generations` must be enough to meet a choice within the budget; got {self.generations} of "
-                f"{self.population}. `Exact` says whether there is one. {table.out_of_reach()}"
+                f"{self.population}. `ExactKnapsack` says whether there is one. {table.infeasible()}"
             )
-        loss, cost = rows.sums(met)
-        best = np.lexsort((*met.T[::-1], *cost[::-1], loss))[0]
-        return table.choice(rows.picked(met[best].tolist()))
+        loss, cost = rows.totals(found)
+        best = np.lexsort((*found.T[::-1], *cost[::-1], loss))[0]
+        return table.choose(rows.candidate_numbers(found[best].tolist()))
 
-    def meet(self, rows: StageRows, objectives: Sequence[int], seed: int) -> IntArray:
-        """(n, stages) the different choices within the room that it meets, by row, in lexicographic order.
+    def explore(self, rows: ReducedTable, objectives: Sequence[int], seed: int) -> IntArray:
+        """Return the different choices visited within the capacity, (n, stages) rows, in lexicographic order.
 
         Args:
-            rows: Candidates and room.
-            objectives: Costs to be minimized together with the loss, by number of the field; none means the loss only.
-            seed: For all that is drawn; the caller's random numbers are not touched.
+            rows: Candidates and capacity.
+            objectives: Numbers of the fields to be minimized together with the loss; none means the loss only.
+            seed: Random seed; the global random state is neither read nor changed.
         """
         mutation = 1 / len(rows.losses) if self.mutation is None else self.mutation
         _check_pymoo()
-        met = _evolved(rows, objectives, self, mutation, seed)
-        return met[(rows.sums(met)[1] <= rows.room[:, None]).all(axis=0)]
+        visited = _run_pymoo(rows, objectives, self, mutation, seed)
+        return visited[(rows.totals(visited)[1] <= rows.capacity[:, None]).all(axis=0)]
 
 
 def _check_pymoo() -> None:

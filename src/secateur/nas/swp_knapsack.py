@@ -1,8 +1,8 @@
-"""The whole trade-off between loss and costs, from one table.
+"""Choose one candidate per stage from a table of losses and costs.
 
-The best choice of one candidate per stage: a multiple-choice knapsack, solved exactly.
-
-What a combination leaves of the budget: wider still, as far as it goes."""
+`solve_knapsack` finds the best choice within the limits exactly, `pareto_front` the whole trade-off between loss and
+costs, and `fill_budget` widens a choice further with what it leaves of the budget.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,27 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from secateur._arrays import FloatArray, IntArray
 from secateur.errors import BudgetError
-from secateur.nas.swp_candidates import Options, Rows
+from secateur.nas.swp_candidates import CandidateRows, CandidateSpace
 from secateur.nas.swp_evolution import Evolution
-from secateur.nas.swp_table import Bound, Combination, StageChoice, StageRows, StageTable, Sums, sweep, undominated
+from secateur.nas.swp_table import (
+    Bound,
+    Combination,
+    PartialChoices,
+    ReducedTable,
+    StageChoice,
+    StageTable,
+    enumerate_nondominated,
+    nondominated_indices,
+)
 from secateur.search.knapsack import FULL_ENOUGH
 
-_MOST = 1_000_000
-"""Points of the front of the first stages; there are never more than different costs."""
+_MAX_FRONT = 1_000_000
+"""The most points of the front of the first stages. There are never more points than different costs."""
 
 
 @dataclass(frozen=True)
-class Front:
-    """Choices none of which is beaten by another one in the loss and in all costs.
+class ParetoFront:
+    """Choices of which none dominates another in the loss and the costs that count.
 
     Attributes:
         fields: The costs that count.
@@ -35,19 +44,19 @@ class Front:
     choices: tuple[StageChoice, ...]
 
 
-def pareto(
+def pareto_front(
     table: StageTable, fields: Sequence[str] | None = None, *, evolution: Evolution | None = None, seed: int = 0
-) -> Front:
-    """All choices within the limits that no other one beats in the loss and in these costs.
+) -> ParetoFront:
+    """Return the choices within the limits that no other one dominates in the loss and these costs.
 
-    With one cost that is exact: the front of the first stages plus every candidate of the next one, without what is
-    dominated, is the front of the stages up to that one. With several the front is the best that NSGA-II meets.
+    With one cost the front is exact: the front of the first stages plus every candidate of the next one, without what
+    is dominated, is the front of the stages up to that one. With several costs it is the best that NSGA-II finds.
 
     Args:
         table: Candidates, costs and limits.
-        fields: Which costs count; None means all that the table has. Limited ones always do.
-        evolution: Sizes of NSGA-II; None means `Evolution()`. Without effect with one cost.
-        seed: For NSGA-II.
+        fields: The costs that count; None means all that the table has. Limited ones always count.
+        evolution: Settings of NSGA-II; None means `Evolution()`. Without effect with one cost.
+        seed: Random seed of NSGA-II.
 
     Raises:
         BudgetError: If a field has no costs, or no choice keeps to the limits.
@@ -58,116 +67,118 @@ def pareto(
     for field in wanted:
         if field not in table.costs:
             raise BudgetError(f"`fields` must be among those with costs, {sorted(table.costs)}; got {field!r}.")
-    rows = StageRows.of(table, wanted)
+    rows = ReducedTable.of(table, wanted)
     if len(wanted) == 1:
-        met = sweep(rows, most=_MOST).rows
+        found = enumerate_nondominated(rows, most=_MAX_FRONT).rows
     else:
-        met = (evolution or Evolution()).meet(rows, range(len(wanted)), seed)
-    if not len(met):
-        raise table.out_of_reach()
-    loss, cost = rows.sums(met)
-    best = undominated(loss, cost)
+        found = (evolution or Evolution()).explore(rows, range(len(wanted)), seed)
+    if not len(found):
+        raise table.infeasible()
+    loss, cost = rows.totals(found)
+    best = nondominated_indices(loss, cost)
     ordered = best[np.lexsort((loss[best], *cost[::-1, best]))]
-    return Front(wanted, tuple(table.choice(rows.picked(met[index].tolist())) for index in ordered))
+    return ParetoFront(wanted, tuple(table.choose(rows.candidate_numbers(found[index].tolist())) for index in ordered))
 
 
-_FEW = 10
-"""Candidates of a stage that the first choice is made of."""
-_LARGE = 1e6
-"""Losses and costs go to the solver as numbers up to this."""
-_SPARE = 1e-5 * _LARGE
+_NEAREST = 10
+"""Candidates of each stage of which the first choice is made."""
+_SCALE = 1e6
+"""Losses and costs are scaled to numbers up to this for the solver, whose tolerances are absolute."""
+_SPARE_CAPACITY = 1e-5 * _SCALE
 
 
 @dataclass(frozen=True)
-class Exact(Combination):
-    """The best choice there is; see `exact`."""
+class ExactKnapsack(Combination):
+    """Find the best choice; see `solve_knapsack`."""
 
     def combine(self, table: StageTable, seed: int) -> StageChoice:
-        """The best choice; nothing is drawn."""
-        return exact(table)
+        """Return the best choice; the seed has no effect."""
+        return solve_knapsack(table)
 
 
-def exact(table: StageTable) -> StageChoice:
-    """Choose one candidate of every stage so that the sum of losses is least, within every limit.
+def solve_knapsack(table: StageTable) -> StageChoice:
+    """Choose one candidate of every stage so that the sum of losses is smallest within every limit.
 
     The multiple-choice knapsack  min sum_s l_s(x_s)  subject to  base_f + sum_s c_fs(x_s) <= limit_f  for every f:
 
-    1. candidates that another one of their stage beats in the loss and in every limited cost are left out;
-    2. HiGHS solves the linear relaxation. Its dual values bound what each candidate can lead to, and those that
-       cannot lead to anything as good as a first, quick choice are left out too;
-    3. HiGHS solves the integer program over the others, in floating point, up to its tolerances;
-    4. what the bounds cannot exclude from being as good as its answer is summed up in whole numbers (`clean_stale`).
-       The result is thus exactly within the limits, and exactly the best.
+    1. Candidates that are dominated within their stage in the loss and every limited cost are left out.
+    2. HiGHS solves the linear relaxation. Its dual values bound the loss of all choices with a candidate, and
+       candidates whose bound exceeds the loss of a first, quickly found choice are left out.
+    3. HiGHS solves the integer program over the rest, in floating point, up to its tolerances.
+    4. All choices that the bounds allow to be as good as that answer are added up in whole numbers
+       (`enumerate_nondominated`). So the result is exactly within the limits and exactly the best.
 
-    Of choices with equal losses the one of least cost is returned, field by field in the order of the limits; of
-    those equal in that too, the one with the lowest number in the first stage, then in the second, and so on.
-    (Were more than 100,000 partial choices as good as HiGHS' answer, only as many would be compared.)
+    Of choices with equal losses the one of smallest cost is returned, field by field in the order of the limits; of
+    those equal in that too, the one with the lowest number in the first stage, then in the second, and so on. If more
+    than 100,000 partial choices were as good as HiGHS' answer, only that many would be compared.
 
     Args:
         table: Candidates, costs and limits.
 
     Raises:
-        BudgetError: If no choice keeps to the limits, with what is in reach.
+        BudgetError: If no choice keeps to the limits; it says which costs can be reached.
 
     References:
         Sinha & Zoltners, The multiple-choice knapsack problem, Operations Research 27(3), 1979. Bounds by dual values:
         Geoffrion, Lagrangean relaxation for integer programming, 1974.
     """
     table.check()
-    rows = StageRows.of(table, tuple(table.whole.room))
-    prices = _Program.of(rows).prices()
-    near = rows.only(rows.nearest(prices, _FEW))
-    first = _best(near, sweep(near, Bound(prices, np.inf), most=100 * _FEW))
+    rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
+    prices = _IntegerProgram.of(rows).prices()
+    near = rows.select(rows.cheapest(prices, _NEAREST))
+    first = _best(near, enumerate_nondominated(near, Bound(prices, np.inf), most=100 * _NEAREST))
     if first is not None:
-        rows = rows.within(Bound.around(rows, prices, near.loss(first)))
-    answer = _Program.of(rows).solve()
+        rows = rows.prune(Bound.around(rows, prices, near.loss(first)))
+    answer = _IntegerProgram.of(rows).solve()
     bound = Bound.around(rows, prices, np.inf if answer is None else rows.loss(answer))
-    best = _best(rows, sweep(rows, bound), answer)
+    best = _best(rows, enumerate_nondominated(rows, bound), answer)
     if best is None:
-        raise table.out_of_reach()
-    return table.choice(rows.picked(best))
+        raise table.infeasible()
+    return table.choose(rows.candidate_numbers(best))
 
 
-def _best(rows: StageRows, found: Sums, other: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
-    """The best of the sums, or the other one if it is better, which it can only be if they are not complete."""
-    best = [tuple(found.rows[found.by_loss()[0]].tolist())] if len(found.loss) else []
+def _best(rows: ReducedTable, found: PartialChoices, other: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+    """The best of the choices found, or the other one, which can only be better if the enumeration is incomplete."""
+    best = [tuple(found.rows[found.order_by_loss()[0]].tolist())] if len(found.loss) else []
     return min([*best, *([] if other is None else [other])], key=rows.loss, default=None)
 
 
 @dataclass(frozen=True, eq=False)
-class _Program:
-    """min objective . x, x in {0, 1}, one x of every stage, usage x <= room.
+class _IntegerProgram:
+    """min objective . x with x in {0, 1}, one x = 1 in every stage, and usage x <= capacity.
 
     Attributes:
-        rows: What it is about.
+        rows: The candidates.
         objective: (candidates of all stages,) scaled losses.
         usage: (fields, candidates of all stages) scaled costs.
-        room: (fields,) scaled.
+        capacity: (fields,) scaled capacity.
         units: (fields,) loss per unit of the objective, per cost per unit of usage.
     """
 
-    rows: StageRows
+    rows: ReducedTable
     objective: FloatArray
     usage: FloatArray
-    room: FloatArray
+    capacity: FloatArray
     units: FloatArray
 
     @classmethod
-    def of(cls, rows: StageRows) -> "_Program":
+    def of(cls, rows: ReducedTable) -> "_IntegerProgram":
         loss, cost = np.concatenate(rows.losses).astype(np.float64), np.concatenate(rows.costs, axis=1)
-        unit = max(float(loss.max()) / _LARGE, 1.0)
+        unit = max(float(loss.max()) / _SCALE, 1.0)
         common = np.maximum(np.gcd.reduce(cost, axis=1), 1)
-        units = np.maximum(common, cost.max(axis=1) / _LARGE)
-        # Half a step more room lets no other sum of whole numbers in, and keeps those at the limit off the edge.
-        room = (rows.room // common + 0.5) * common
-        return cls(rows, loss / unit, cost / units[:, None], room / units, unit / units)
+        units = np.maximum(common, cost.max(axis=1) / _SCALE)
+        # Half a step more admits no further sum of whole numbers, and keeps sums at the limit away from the edge.
+        capacity = (rows.capacity // common + 0.5) * common
+        return cls(rows, loss / unit, cost / units[:, None], capacity / units, unit / units)
 
     def solve(self) -> tuple[int, ...] | None:
-        """Rows of a choice within the room, the best one up to the solver's tolerances; None if it finds none."""
-        # To the solver 1e-6 of a candidate is none of it. An answer that is over the room by that is refused, and asked
-        # for again with a little less room: no longer the best perhaps, but close.
-        for spare in (0.0, _SPARE):
-            limits = [LinearConstraint(self.usage, -np.inf, (self.room - spare).tolist())] if len(self.room) else []
+        """Return rows of a choice within the capacity, best up to the solver's tolerances; None if it finds none."""
+        # The solver takes 1e-6 of a candidate for 0. If its answer exceeds the capacity by that, it is asked again with
+        # a little less capacity. The second answer may not be the best, but it is close and only serves as a bound.
+        for spare in (0.0, _SPARE_CAPACITY):
+            limits = (
+                [LinearConstraint(self.usage, -np.inf, (self.capacity - spare).tolist())] if len(self.capacity) else []
+            )
             found = milp(
                 self.objective,
                 integrality=np.ones(len(self.objective)),
@@ -184,54 +195,54 @@ class _Program:
         return None
 
     def prices(self) -> FloatArray:
-        """(fields,) loss per unit of cost: the dual values of the linear relaxation, or zeros if it has no solution."""
-        if not len(self.room):
+        """Return the (fields,) dual values of the linear relaxation, in loss per cost; zeros without a solution."""
+        if not len(self.capacity):
             return np.zeros(0)
         ones = np.ones(len(self.rows.losses))
-        found = linprog(self.objective, self.usage, self.room, self._stages(), ones, method="highs")
-        return np.zeros(len(self.room)) if found.x is None else np.maximum(-found.ineqlin.marginals, 0) * self.units
+        found = linprog(self.objective, self.usage, self.capacity, self._stages(), ones, method="highs")
+        return np.zeros(len(self.capacity)) if found.x is None else np.maximum(-found.ineqlin.marginals, 0) * self.units
 
     def _stages(self) -> sparse.csr_array:
-        """(stages, candidates of all stages) 1 where the candidate belongs to the stage."""
+        """(stages, candidates of all stages): 1 where the candidate belongs to the stage."""
         return sparse.csr_array(sparse.block_diag([np.ones((1, len(row))) for row in self.rows.losses]))
 
 
-def filled(options: Options, rows: Rows) -> Rows:
-    """Take single steps up, to the next width or depth, while one fits and the budget is less than 99.5 % full.
+def fill_budget(options: CandidateSpace, rows: CandidateRows) -> CandidateRows:
+    """Raise widths and depths step by step while a step fits and less than 99.5 % of the budget is used.
 
-    Few candidates are coarser than the widths there are: the best combination of them may leave room that costs nothing
-    to use. Of the steps that fit, the one is taken whose choice is the furthest below its whole; of equal ones the
-    first. Nothing gets narrower.
+    The scored candidates are few, so the best combination of them may leave a part of the budget unused. Of the steps
+    to the next width or depth that fit, the one is taken whose number is the smallest fraction of its maximum; of equal
+    ones the first. Nothing gets narrower.
 
     Args:
-        options: The choices.
-        rows: Candidates within the budget.
+        options: What there is to choose.
+        rows: A network within the budget.
 
     Returns:
-        Candidates within the budget; no step fits, or it is full.
+        A network within the budget into which no further step fits, or which uses at least 99.5 % of it.
     """
-    sizes = [len(stage.tops) for stage in options.of_stage]
-    tops = np.concatenate([stage.tops for stage in options.of_stage])
+    sizes = [len(stage.max_numbers) for stage in options.of_stage]
+    tops = np.concatenate(options.largest)
     now = np.concatenate(rows)
     while True:
         ups = now + np.eye(len(now), dtype=np.int64)[now < tops]
-        if not len(ups) or _fullness(options, now[None], sizes)[0] >= FULL_ENOUGH:
-            return _by_stage(now, sizes)
-        fits = _fullness(options, ups, sizes) <= 1
+        if not len(ups) or _used_fraction(options, now[None], sizes)[0] >= FULL_ENOUGH:
+            return _split_by_stage(now, sizes)
+        fits = _used_fraction(options, ups, sizes) <= 1
         if not fits.any():
-            return _by_stage(now, sizes)
-        below = (now / np.maximum(tops, 1))[now < tops]
-        now = ups[int(np.where(fits, below, np.inf).argmin())]
+            return _split_by_stage(now, sizes)
+        fraction = (now / np.maximum(tops, 1))[now < tops]
+        now = ups[int(np.where(fits, fraction, np.inf).argmin())]
 
 
-def _by_stage(row: IntArray, sizes: list[int]) -> Rows:
+def _split_by_stage(row: IntArray, sizes: list[int]) -> CandidateRows:
     return tuple(np.split(row, np.cumsum(sizes)[:-1]))
 
 
-def _fullness(options: Options, networks: IntArray, sizes: list[int]) -> FloatArray:
-    """(networks,) the largest cost / limit of each; within the budget up to 1."""
-    both = [options.network(_by_stage(row, sizes)) for row in networks]
+def _used_fraction(options: CandidateSpace, networks: IntArray, sizes: list[int]) -> FloatArray:
+    """(networks,) the largest cost / limit of each network, at most 1 within the budget."""
+    both = [options.network_sizes(_split_by_stage(row, sizes)) for row in networks]
     widths, blocks = np.stack([widths for widths, _ in both]), np.stack([blocks for _, blocks in both])
-    limits = options.problem.limits
-    found = options.problem.costs.fields(limits, widths, blocks)
+    limits = options.context.limits
+    found = options.context.costs.fields(limits, widths, blocks)
     return np.max([found[name] / max(limit, 1e-300) for name, limit in limits.items()], axis=0)

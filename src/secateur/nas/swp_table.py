@@ -1,6 +1,8 @@
-"""Scored candidates of every stage, and what choosing one of each loses and costs.
+"""Losses and costs of the candidates of every stage, and all sums of them that can be part of a best choice.
 
-Sums over stages, one stage after the other, without what cannot be part of a best choice."""
+`StageTable` is what a search has measured. `IntegerTable` has the same in whole numbers, so that sums are exact, and
+`ReducedTable` leaves out candidates that no best choice needs. `enumerate_nondominated` adds up stage after stage.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,7 +20,7 @@ from secateur.errors import BudgetError, TrainingError
 CostArray = np.ndarray[tuple[int, ...], np.dtype[np.int64] | np.dtype[np.float64]]
 
 _BITS = 60
-"""Sums are compared as whole numbers below 2^60: those of float64 keep more digits than they had."""
+"""Sums are compared as whole numbers below 2^60, which keeps more digits than float64 has."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class StageChoice:
     Attributes:
         picked: Number of the candidate, by stage.
         loss: Sum of the losses of the candidates.
-        cost: What the whole network then costs, by field: base + sum of the candidates.
+        cost: Cost of the whole network by field: base + sum of the costs of the candidates.
     """
 
     picked: tuple[int, ...]
@@ -38,19 +40,19 @@ class StageChoice:
 
 @dataclass(frozen=True, eq=False)
 class StageTable:
-    """What every candidate of every stage loses and costs. Both are sums over the stages.
+    """Loss and costs of every candidate of every stage. Both add up over the stages.
 
     The loss of a choice is sum_s losses[s][picked[s]], its cost of a field base + sum_s costs[field][s][picked[s]].
 
     Attributes:
-        losses: For each stage: (candidates,) finite losses, in any unit common to all.
-        costs: For each field ("macs", "params", ...) and each stage: (candidates,) what a candidate costs, not
-            negative; whole numbers for counts, floats for seconds.
-        base: What the rest of the network costs, by field.
+        losses: For each stage: (candidates,) finite losses, in one unit.
+        costs: For each field ("macs", "params", ...) and each stage: (candidates,) costs, not negative; whole numbers
+            for counts, floats for seconds.
+        base: Cost of the rest of the network, by field.
         limits: The largest cost of the whole network, by field. A field without a limit is only reported.
 
     Raises:
-        ValueError: If shapes, fields or types do not go together.
+        ValueError: If shapes, fields or types do not fit together.
         TrainingError: If a loss is not finite.
         BudgetError: If a limit is not a number, or limits a field that has no costs.
     """
@@ -74,103 +76,99 @@ class StageTable:
 
     @property
     def stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self.losses)
 
-    def choice(self, picked: Sequence[int]) -> StageChoice:
-        """The choice of these candidates, by number."""
+    def choose(self, picked: Sequence[int]) -> StageChoice:
+        """Return the choice of the candidates with these numbers, one for each stage."""
         numbers = tuple(int(number) for number in picked)
         loss = math.fsum(float(row[number]) for row, number in zip(self.losses, numbers, strict=True))
         cost = {
-            field: _total([self.base[field], *(row[number].item() for row, number in zip(rows, numbers, strict=True))])
+            field: _add([self.base[field], *(row[number].item() for row, number in zip(rows, numbers, strict=True))])
             for field, rows in self.costs.items()
         }
         return StageChoice(numbers, loss, cost)
 
     def allows(self, choice: StageChoice) -> bool:
-        """Whether a choice keeps to every limit (equal to it is within)."""
+        """Say whether a choice keeps to every limit; a cost equal to its limit is allowed."""
         return all(choice.cost[field] <= limit for field, limit in self.limits.items())
 
-    def reach(self, field: str) -> tuple[float, float]:
-        """Cost of the whole network with the cheapest, and with the dearest, candidate of every stage."""
+    def cost_range(self, field: str) -> tuple[float, float]:
+        """Return the cost of the whole network with the cheapest and with the dearest candidate of every stage."""
         rows, base = self.costs[field], self.base[field]
-        return _total([base, *(row.min().item() for row in rows)]), _total([base, *(row.max().item() for row in rows)])
+        return _add([base, *(row.min().item() for row in rows)]), _add([base, *(row.max().item() for row in rows)])
 
     def check(self) -> None:
         """Refuse limits that no choice can meet one by one.
 
         Raises:
-            BudgetError: With what is in reach.
+            BudgetError: If there are such limits; it says which costs can be reached.
         """
-        if any(self.reach(field)[0] > limit for field, limit in self.limits.items()):
-            raise self.out_of_reach()
+        if any(self.cost_range(field)[0] > limit for field, limit in self.limits.items()):
+            raise self.infeasible()
 
-    def out_of_reach(self) -> BudgetError:
-        """The error for limits that no choice meets."""
-        ranges = (f"{name} from {_shown(low)} to {_shown(high)}" for name, (low, high) in self._reaches.items())
-        got = ", ".join(f"{name}<={_shown(limit)}" for name, limit in self.limits.items())
+    def infeasible(self) -> BudgetError:
+        """Return the error for limits that no choice meets."""
+        ranges = ["{} from {} to {}".format(field, *map(_format, self.cost_range(field))) for field in self.limits]
+        got = ", ".join(f"{name}<={_format(limit)}" for name, limit in self.limits.items())
         return BudgetError(
             f"`budget` must leave room for one candidate of every stage; got {got}. In reach, each alone: "
             f"{', '.join(ranges)}. Raise the budget, or allow smaller candidates."
         )
 
-    @property
-    def _reaches(self) -> dict[str, tuple[float, float]]:
-        return {field: self.reach(field) for field in self.limits}
-
     @cached_property
-    def whole(self) -> "SupernetCosts":
-        """The same in whole numbers."""
-        return SupernetCosts.of(self)
+    def as_integers(self) -> "IntegerTable":
+        """The table in whole numbers."""
+        return IntegerTable.of(self)
 
 
 @dataclass(frozen=True, eq=False)
-class SupernetCosts:
-    """A table in whole numbers, so that sums are exact and no tolerance lets anything over a limit.
+class IntegerTable:
+    """A table in whole numbers, so that sums are exact and no rounding lets a choice exceed a limit.
 
-    Counts stay as they are. Floats are multiplied by the power of two that brings their largest sum to 2^60; losses are
-    then rounded, costs rounded up and the room for them down.
+    Counts stay as they are. Floats are multiplied by the power of two that brings their largest sum to 2^60. Losses are
+    then rounded, costs rounded up and the capacity down.
 
     Attributes:
         losses: For each stage: (candidates,).
         costs: For each field and each stage: (candidates,).
-        room: For each limited field: what the candidates may cost together; negative if the base alone is over.
+        capacity: For each limited field: what the candidates may cost together; negative if the base alone exceeds it.
     """
 
     losses: tuple[IntArray, ...]
     costs: Mapping[str, tuple[IntArray, ...]]
-    room: Mapping[str, int]
+    capacity: Mapping[str, int]
 
     @classmethod
-    def of(cls, table: StageTable) -> "SupernetCosts":
-        """The whole numbers of a table."""
-        shift = _shift(table.losses)
+    def of(cls, table: StageTable) -> "IntegerTable":
+        """Convert a table."""
+        shift = _exponent(table.losses)
         losses = tuple(np.rint(np.ldexp(row, shift)).astype(np.int64) for row in table.losses)
         costs: dict[str, tuple[IntArray, ...]] = {}
-        room: dict[str, int] = {}
+        capacity: dict[str, int] = {}
         for field, rows in table.costs.items():
-            shift = 0 if _counts(rows) else _shift(rows)
+            shift = 0 if _are_counts(rows) else _exponent(rows)
             costs[field] = tuple(_scaled_up(row, shift) for row in rows)
             limit = table.limits.get(field, math.inf)
             if limit < math.inf:
                 exact = (Fraction(limit) - Fraction(table.base[field])) * Fraction(2) ** shift
-                room[field] = max(min(math.floor(exact), 2 ** (_BITS + 1)), -1)
-        return cls(losses, costs, {field: room[field] for field in table.limits if field in room})
+                capacity[field] = max(min(math.floor(exact), 2 ** (_BITS + 1)), -1)
+        return cls(losses, costs, {field: capacity[field] for field in table.limits if field in capacity})
 
 
 class Combination(ABC):
-    """A way to choose one candidate of every stage within the limits. Implementations are frozen dataclasses."""
+    """A method that chooses one candidate of every stage within the limits. Implementations are frozen dataclasses."""
 
     @abstractmethod
     def combine(self, table: StageTable, seed: int) -> StageChoice:
-        """A choice of small loss that keeps to every limit: the same one for the same table and seed.
+        """Choose candidates of small total loss within every limit: the same ones for the same table and seed.
 
         Args:
             table: Candidates, costs and limits.
-            seed: For what is drawn.
+            seed: Random seed.
 
         Raises:
-            BudgetError: If no choice keeps to the limits, with what is in reach.
+            BudgetError: If no choice keeps to the limits.
         """
 
 
@@ -201,11 +199,11 @@ def _check_costs(field: str, rows: Sequence[CostArray], candidates: Sequence[int
         raise ValueError(f"`costs` must sum up to less than 2^{_BITS}; got more for {field}.")
 
 
-def _counts(rows: Sequence[CostArray]) -> bool:
+def _are_counts(rows: Sequence[CostArray]) -> bool:
     return rows[0].dtype.kind == "i"
 
 
-def _shift(rows: Sequence[CostArray]) -> int:
+def _exponent(rows: Sequence[CostArray]) -> int:
     """The power of two that brings the largest sum of magnitudes close to, but not over, 2^60."""
     total = math.fsum(float(np.abs(row).max()) for row in rows)
     return _BITS - math.frexp(total)[1] if total > 0 else 0
@@ -215,129 +213,129 @@ def _scaled_up(row: CostArray, shift: int) -> IntArray:
     return np.ceil(np.ldexp(row, shift)).astype(np.int64) if shift or row.dtype.kind == "f" else row.astype(np.int64)
 
 
-def _total(numbers: Sequence[float]) -> float:
-    """Whole numbers stay whole; floats are added without rounding in between."""
+def _add(numbers: Sequence[float]) -> float:
+    """Add whole numbers exactly, and floats with one rounding at the end."""
     return sum(numbers) if all(isinstance(number, int) for number in numbers) else math.fsum(numbers)
 
 
-def _shown(value: float) -> str:
+def _format(value: float) -> str:
     return format_count(value) if value >= 1 or value == 0 else f"{value:.3g}"
 
 
-MOST = 100_000
-"""Partial choices kept after a stage; only if there are more is a sweep not complete."""
-_BLOCK = 1_000_000
-"""Sums made at once: tens of megabytes."""
-_ENDLESS = 2**62
+MAX_PARTIAL_CHOICES = 100_000
+"""Partial choices kept after a stage. With more, an enumeration is not complete."""
+_SUMS_AT_ONCE = 1_000_000
+"""Sums computed at once, which take tens of megabytes."""
+_UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, eq=False)
-class StageRows:
-    """The candidates of every stage that some best choice may need, in whole numbers above the least of their stage.
+class ReducedTable:
+    """The candidates that some best choice may need, in whole numbers above the smallest of their stage.
 
     Attributes:
-        numbers: For each stage: (candidates,) their numbers in the table, ascending.
+        numbers: For each stage: (candidates,) numbers of the candidates in the table, ascending.
         losses: For each stage: (candidates,).
         costs: For each stage: (fields, candidates).
-        room: (fields,) what the candidates may cost together; negative if nothing fits.
+        capacity: (fields,) what the candidates may cost together, above the smallest; negative if nothing fits.
     """
 
     numbers: tuple[IntArray, ...]
     losses: tuple[IntArray, ...]
     costs: tuple[IntArray, ...]
-    room: IntArray
+    capacity: IntArray
 
     @classmethod
-    def of(cls, table: StageTable, fields: Sequence[str]) -> "StageRows":
-        """Candidates that no other of their stage beats in the loss and in every one of these fields.
+    def of(cls, table: StageTable, fields: Sequence[str]) -> "ReducedTable":
+        """Keep the candidates that are not dominated within their stage in the loss and these costs.
 
-        A dominated candidate is never needed: the other one in its place loses no more and costs no more.
+        A dominated candidate is never needed: the one that dominates it has no larger loss and no larger cost.
         """
-        whole, stages = table.whole, range(table.stages)
-        absolute = [_stacked([whole.costs[field][stage] for field in fields], whole.losses[stage]) for stage in stages]
+        whole, stages = table.as_integers, range(table.stages)
+        absolute = [_stack([whole.costs[field][stage] for field in fields], whole.losses[stage]) for stage in stages]
         least = [cost.min(axis=1, keepdims=True) for cost in absolute]
         losses = [loss - loss.min() for loss in whole.losses]
         costs = [cost - low for cost, low in zip(absolute, least, strict=True)]
-        # More room than the dearest candidates take is no limit.
+        # A capacity that the dearest candidates fit into is no limit. Cut to their sum, it cannot overflow.
         most = sum(cost.max(axis=1) for cost in absolute)
-        room = np.minimum([whole.room.get(field, _ENDLESS) for field in fields], most) - np.concatenate(
-            least, axis=1
-        ).sum(axis=1)
-        every = cls(tuple(np.arange(len(loss)) for loss in losses), tuple(losses), tuple(costs), room.astype(np.int64))
-        return every.only([undominated(loss, cost) for loss, cost in zip(losses, costs, strict=True)])
+        capacity = np.minimum([whole.capacity.get(field, _UNLIMITED) for field in fields], most)
+        capacity = (capacity - np.concatenate(least, axis=1).sum(axis=1)).astype(np.int64)
+        every = cls(tuple(np.arange(len(loss)) for loss in losses), tuple(losses), tuple(costs), capacity)
+        return every.select([nondominated_indices(loss, cost) for loss, cost in zip(losses, costs, strict=True)])
 
-    def only(self, kept: Sequence[IntArray]) -> "StageRows":
-        """Some candidates of each stage, by row."""
-        return StageRows(
+    def select(self, kept: Sequence[IntArray]) -> "ReducedTable":
+        """Return some candidates of each stage, by row."""
+        return ReducedTable(
             tuple(number[k] for number, k in zip(self.numbers, kept, strict=True)),
             tuple(loss[k] for loss, k in zip(self.losses, kept, strict=True)),
             tuple(cost[:, k] for cost, k in zip(self.costs, kept, strict=True)),
-            self.room,
+            self.capacity,
         )
 
-    def within(self, bound: "Bound") -> "StageRows":
-        """Without the candidates that are part of no choice as good as the bound."""
+    def prune(self, bound: "Bound") -> "ReducedTable":
+        """Leave out the candidates that are part of no choice as good as the bound."""
         terms = [loss + bound.prices @ cost for loss, cost in zip(self.losses, self.costs, strict=True)]
-        spare = bound.loss + bound.prices @ self.room - sum(float(term.min()) for term in terms)
-        return self.only([np.flatnonzero(term - term.min() <= spare) for term in terms])
+        spare = bound.loss + bound.prices @ self.capacity - sum(float(term.min()) for term in terms)
+        return self.select([np.flatnonzero(term - term.min() <= spare) for term in terms])
 
-    def nearest(self, prices: FloatArray, most: int) -> list[IntArray]:
-        """For each stage: the rows of the candidates of least loss + price . cost."""
+    def cheapest(self, prices: FloatArray, most: int) -> list[IntArray]:
+        """Return, for each stage, the rows of the candidates with the smallest loss + price . cost."""
         terms = (loss + prices @ cost for loss, cost in zip(self.losses, self.costs, strict=True))
         return [np.sort(np.argsort(term, kind="stable")[:most]) for term in terms]
 
     def loss(self, rows: Sequence[int]) -> int:
-        """Sum of the losses of the candidates in these rows, one per stage."""
+        """Add the losses of the candidates in these rows, one per stage."""
         return sum(int(loss[row]) for loss, row in zip(self.losses, rows, strict=True))
 
     def fits(self, rows: Sequence[int]) -> bool:
-        """Whether there is room for the candidates in these rows."""
-        return bool((sum(cost[:, row] for cost, row in zip(self.costs, rows, strict=True)) <= self.room).all())
+        """Say whether the candidates in these rows are within the capacity."""
+        return bool((sum(cost[:, row] for cost, row in zip(self.costs, rows, strict=True)) <= self.capacity).all())
 
-    def sums(self, choices: IntArray) -> tuple[IntArray, IntArray]:
-        """(n,) losses and (fields, n) costs of choices (n, stages), by row."""
-        loss, cost = np.zeros(len(choices), np.int64), np.zeros((len(self.room), len(choices)), np.int64)
+    def totals(self, choices: IntArray) -> tuple[IntArray, IntArray]:
+        """Return (n,) losses and (fields, n) costs of choices (n, stages) of rows."""
+        loss, cost = np.zeros(len(choices), np.int64), np.zeros((len(self.capacity), len(choices)), np.int64)
         for stage, row in enumerate(choices.T):
             loss, cost = loss + self.losses[stage][row], cost + self.costs[stage][:, row]
         return loss, cost
 
-    def picked(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Numbers in the table of the candidates in these rows."""
+    def candidate_numbers(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Return the numbers in the table of the candidates in these rows."""
         return tuple(int(number[row]) for number, row in zip(self.numbers, rows, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """A lower bound on the loss of every choice within the room, and an upper bound on the best one's.
+    """A lower bound on the loss of every choice within the capacity, and an upper bound on the best one's.
 
-    With prices p >= 0, loss(x) >= sum_s (loss_s + p . cost_s)(x_s) - p . room for every x within the room; with the
-    least term of each stage that is not chosen yet this bounds all choices that begin alike (Lagrangian relaxation).
+    With prices p >= 0, loss(x) >= sum_s (loss_s + p . cost_s)(x_s) - p . capacity for every x within the capacity. With
+    the smallest term of each stage that is not chosen yet, this bounds all choices with the same beginning (Lagrangian
+    relaxation).
 
     Attributes:
-        prices: (fields,) loss per unit of cost, not negative. Best are the dual values of the linear relaxation.
-        loss: Nothing that must lose more than this is kept.
+        prices: (fields,) loss per unit of cost, not negative. The dual values of the linear relaxation bound best.
+        loss: Choices whose lower bound exceeds this are left out.
     """
 
     prices: FloatArray
     loss: float
 
     @classmethod
-    def around(cls, rows: StageRows, prices: FloatArray, loss: float) -> "Bound":
-        """The bound by a choice of this loss, with a margin for the rounding of the terms, which are in float64."""
+    def around(cls, rows: ReducedTable, prices: FloatArray, loss: float) -> "Bound":
+        """Return the bound given by a choice of this loss, with a margin for rounding, since terms are in float64."""
         losses = sum(float(row.max()) for row in rows.losses)
         costs = sum(cost.max(axis=1).astype(np.float64) for cost in rows.costs)
-        return cls(prices, loss + 1e-12 * (losses + float(prices @ (costs + np.abs(rows.room)))))
+        return cls(prices, loss + 1e-12 * (losses + float(prices @ (costs + np.abs(rows.capacity)))))
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """Choices for the first stages, in lexicographic order of their rows.
+class PartialChoices:
+    """Choices of candidates for the first stages, in lexicographic order of their rows.
 
     Attributes:
-        rows: (n, stages so far) row of the candidate of each stage.
+        rows: (n, stages so far) rows of the candidates.
         loss: (n,).
         cost: (fields, n).
-        complete: Whether everything was kept that may be part of a best choice.
+        complete: Whether no choice was left out that may be part of a best one.
     """
 
     rows: IntArray
@@ -345,47 +343,51 @@ class Sums:
     cost: IntArray
     complete: bool
 
-    def at(self, index: IntArray) -> "Sums":
-        """Some of them, in this order."""
-        return Sums(self.rows[index], self.loss[index], self.cost[:, index], self.complete)
+    def at(self, index: IntArray) -> "PartialChoices":
+        """Return some of them, in this order."""
+        return PartialChoices(self.rows[index], self.loss[index], self.cost[:, index], self.complete)
 
-    def by_loss(self) -> IntArray:
-        """Their order by loss, then by each cost, then by rows."""
+    def order_by_loss(self) -> IntArray:
+        """Return their order by loss, then by each cost, then by rows."""
         return np.lexsort((*self.cost[::-1], self.loss))
 
 
-def sweep(rows: StageRows, bound: Bound | None = None, *, most: int = MOST) -> Sums:
-    """All choices within the room that no other one beats, in the loss or a cost.
+def enumerate_nondominated(
+    rows: ReducedTable, bound: Bound | None = None, *, most: int = MAX_PARTIAL_CHOICES
+) -> PartialChoices:
+    """Enumerate the choices within the capacity that no other choice dominates in the loss and all costs.
 
-    Stage by stage: every choice so far with every candidate, without those that leave no room for the cheapest
-    candidates of the later stages, lose too much, or are dominated (no loss of optimality: whatever completes the
-    dominated one completes the other as well, and costs and loses no more).
+    Stage by stage, every choice so far is extended by every candidate. Left out is what leaves no room for the cheapest
+    candidates of the later stages, what exceeds the bound, and what is dominated. The last loses nothing: whatever
+    completes the dominated choice completes the other one too, at no larger loss and cost.
 
     Args:
-        rows: Candidates and room.
-        bound: To find the best choice only; None means everything not dominated.
-        most: Choices kept after a stage, those of least bound (of least loss without one).
+        rows: Candidates and capacity.
+        bound: Restricts the result to choices that may be best; None keeps everything not dominated.
+        most: The most choices kept after a stage: those of the smallest bound, or of the smallest loss without one.
     """
-    fields = len(rows.room)
+    fields = len(rows.capacity)
     least = [cost.min(axis=1) for cost in rows.costs]
-    sums = Sums(np.zeros((1, 0), np.int64), np.zeros(1, np.int64), np.zeros((fields, 1), np.int64), complete=True)
+    sums = PartialChoices(
+        np.zeros((1, 0), np.int64), np.zeros(1, np.int64), np.zeros((fields, 1), np.int64), complete=True
+    )
     for stage in range(len(rows.losses)):
         rest = np.array(least[stage + 1 :], dtype=np.int64).reshape(-1, fields).sum(axis=0)
-        step = max(_BLOCK // len(rows.losses[stage]), 1)
+        step = max(_SUMS_AT_ONCE // len(rows.losses[stage]), 1)
         blocks = [
-            _extended(sums.at(np.arange(first, min(first + step, len(sums.loss)))), rows, stage, rest, bound)
+            _extend(sums.at(np.arange(first, min(first + step, len(sums.loss)))), rows, stage, rest, bound)
             for first in range(0, max(len(sums.loss), 1), step)
         ]
-        sums = _without_dominated(_joined(blocks, complete=sums.complete))
+        sums = _drop_dominated(_concatenate(blocks, complete=sums.complete))
         if len(sums.loss) > most:
-            by = sums.loss.astype(np.float64) if bound is None else _bounds(sums, rows, stage, bound)
+            by = sums.loss.astype(np.float64) if bound is None else _lower_bounds(sums, rows, stage, bound)
             kept = np.sort(np.argsort(by, kind="stable")[:most])
-            sums = Sums(sums.rows[kept], sums.loss[kept], sums.cost[:, kept], complete=False)
+            sums = PartialChoices(sums.rows[kept], sums.loss[kept], sums.cost[:, kept], complete=False)
     return sums
 
 
-def undominated(losses: IntArray, costs: IntArray) -> IntArray:
-    """Which of n points no other one beats, ascending. Of equal ones the first is kept.
+def nondominated_indices(losses: IntArray, costs: IntArray) -> IntArray:
+    """Return the indices of the points that no other point dominates, ascending; of equal ones the first is kept.
 
     Args:
         losses: (n,).
@@ -407,44 +409,46 @@ def undominated(losses: IntArray, costs: IntArray) -> IntArray:
     return np.array(sorted(kept), dtype=np.int64)
 
 
-def _extended(sums: Sums, rows: StageRows, stage: int, rest: IntArray, bound: Bound | None) -> Sums:
-    """Every choice with every candidate of a stage, as far as there is room and the bound allows it."""
+def _extend(
+    sums: PartialChoices, rows: ReducedTable, stage: int, rest: IntArray, bound: Bound | None
+) -> PartialChoices:
+    """Extend every choice by every candidate of a stage, within the capacity and the bound."""
     candidates = len(rows.losses[stage])
-    cost = (sums.cost[:, :, None] + rows.costs[stage][:, None, :]).reshape(len(rows.room), -1)
-    fits = np.flatnonzero((cost <= (rows.room - rest)[:, None]).all(axis=0))
+    cost = (sums.cost[:, :, None] + rows.costs[stage][:, None, :]).reshape(len(rows.capacity), -1)
+    fits = np.flatnonzero((cost <= (rows.capacity - rest)[:, None]).all(axis=0))
     before, added = np.divmod(fits, candidates)
     longer = np.concatenate((sums.rows[before], added[:, None]), axis=1)
-    found = Sums(longer, sums.loss[before] + rows.losses[stage][added], cost[:, fits], sums.complete)
+    found = PartialChoices(longer, sums.loss[before] + rows.losses[stage][added], cost[:, fits], sums.complete)
     if bound is not None:
-        found = found.at(np.flatnonzero(_bounds(found, rows, stage, bound) <= bound.loss))
-    return _without_dominated(found)
+        found = found.at(np.flatnonzero(_lower_bounds(found, rows, stage, bound) <= bound.loss))
+    return _drop_dominated(found)
 
 
-def _bounds(sums: Sums, rows: StageRows, stage: int, bound: Bound) -> FloatArray:
-    """(n,) the least loss of any choice within the room that begins like each."""
+def _lower_bounds(sums: PartialChoices, rows: ReducedTable, stage: int, bound: Bound) -> FloatArray:
+    """(n,) lower bounds on the loss of the choices within the capacity that begin like each."""
     later = range(stage + 1, len(rows.losses))
     ahead = sum(float((rows.losses[s] + bound.prices @ rows.costs[s]).min()) for s in later)
-    return sums.loss + bound.prices @ (sums.cost - rows.room[:, None]) + ahead
+    return sums.loss + bound.prices @ (sums.cost - rows.capacity[:, None]) + ahead
 
 
-def _without_dominated(sums: Sums) -> Sums:
+def _drop_dominated(sums: PartialChoices) -> PartialChoices:
     fields = len(sums.cost)
     if fields <= 1 or len(sums.loss) <= 1000:
-        return sums.at(undominated(sums.loss, sums.cost))
-    # Beyond one cost it takes quadratic time: of many, only equal ones go.
-    order = sums.by_loss()
+        return sums.at(nondominated_indices(sums.loss, sums.cost))
+    # With several costs, finding dominated points takes quadratic time, so of many points only duplicates are dropped.
+    order = sums.order_by_loss()
     points = np.vstack((sums.loss, sums.cost))[:, order]
     first = np.concatenate(([True], (points[:, 1:] != points[:, :-1]).any(axis=0)))
     return sums.at(np.sort(order[first]))
 
 
-def _stacked(costs: Sequence[IntArray], like: IntArray) -> IntArray:
-    """(fields, candidates); also of no field."""
+def _stack(costs: Sequence[IntArray], like: IntArray) -> IntArray:
+    """(fields, candidates), also if there is no field."""
     return np.array(costs, dtype=np.int64).reshape(len(costs), len(like))
 
 
-def _joined(blocks: Sequence[Sums], *, complete: bool) -> Sums:
-    return Sums(
+def _concatenate(blocks: Sequence[PartialChoices], *, complete: bool) -> PartialChoices:
+    return PartialChoices(
         np.concatenate([block.rows for block in blocks]),
         np.concatenate([block.loss for block in blocks]),
         np.concatenate([block.cost for block in blocks], axis=1),

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError
 from secateur.graph import untie
-from secateur.nas import Subnet, Supernet, calibrated
+from secateur.nas import Subnet, Supernet, measure_batch_norms
 from secateur.prune import original_names
 
 NETS = ("plain", "residual", "option_a_residual", "dense", "few_groups", "shared_weights", "split", "nested", "dropout")
@@ -39,7 +39,7 @@ def test_statistics_are_those_that_the_cut_model_would_have_measured(name, untie
     with torch.no_grad():
         for images in batches():
             small(images)
-    got, names = calibrated(supernet, subnet, batches()), original_names(small)
+    got, names = measure_batch_norms(supernet, subnet, batches()), original_names(small)
     measured = {
         f"{names[module]}.{leaf}": tensor
         for module, _, leaf in ((*name.rpartition("."), ) for name, _ in small.named_buffers())
@@ -65,12 +65,12 @@ def test_nothing_is_changed(training):
     before = {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
     modes = {name: (module.training, getattr(module, "momentum", 0)) for name, module in supernet.named_modules()}
     state = torch.get_rng_state()
-    calibrated(supernet, thin(supernet), batches())
+    measure_batch_norms(supernet, thin(supernet), batches())
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.state_dict().items())
     assert modes == {n: (m.training, getattr(m, "momentum", 0)) for n, m in supernet.named_modules()}
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(RuntimeError):
-        calibrated(supernet, thin(supernet), [torch.zeros(2, 1, 8, 8)])
+        measure_batch_norms(supernet, thin(supernet), [torch.zeros(2, 1, 8, 8)])
     assert modes == {n: (m.training, getattr(m, "momentum", 0)) for n, m in supernet.named_modules()}
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.state_dict().items())
 
@@ -78,7 +78,7 @@ def test_nothing_is_changed(training):
 def test_statistics_carry_no_gradient_and_share_no_memory():
     model, _, graph = zoo_net("plain")
     supernet = Supernet(model, graph)
-    found = calibrated(supernet, thin(supernet), batches())
+    found = measure_batch_norms(supernet, thin(supernet), batches())
     own = {tensor.data_ptr() for tensor in supernet.buffers()}
     assert not any(tensor.requires_grad or tensor.data_ptr() in own for tensor in found.values())
     assert found["0.1.num_batches_tracked"] == 3
@@ -87,8 +87,8 @@ def test_statistics_carry_no_gradient_and_share_no_memory():
 def test_a_net_without_batch_norms_has_no_statistics():
     model, _, graph = zoo_net("layer_norm")
     supernet = Supernet(model, graph)
-    assert calibrated(supernet, supernet.full, batches()) == {}
-    assert calibrated(supernet, supernet.full, []) == {}
+    assert measure_batch_norms(supernet, supernet.full, batches()) == {}
+    assert measure_batch_norms(supernet, supernet.full, []) == {}
 
 
 def test_no_images_are_refused():
@@ -96,6 +96,6 @@ def test_no_images_are_refused():
     model, _, graph = zoo_net("plain")
     supernet = Supernet(model, graph)
     with pytest.raises(DataError, match=r"`batches` must hold images to measure batch norms on; got none\. Pass"):
-        calibrated(supernet, supernet.full, [])
+        measure_batch_norms(supernet, supernet.full, [])
     with pytest.raises(DataError, match="`batches` must hold images"):
-        calibrated(supernet, supernet.full, iter(()))
+        measure_batch_norms(supernet, supernet.full, iter(()))

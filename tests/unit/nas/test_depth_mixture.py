@@ -11,7 +11,7 @@ from cuts import apart, zoo_net
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph, StandIn, trace
-from secateur.nas import Fade, Mixture, Subnet, Supernet
+from secateur.nas import Mixture, Subnet, Supernet, ZeroPad
 
 
 class Whole(nn.Module):
@@ -188,7 +188,7 @@ def test_widths_and_depths_are_mixed_together():
             streams.append(streams[-1] + blend(block.second(inner), stream))
         want = model.head(sum(share * out for share, out in zip(q, streams, strict=True)).mean((2, 3)))
         supernet = Supernet(model, graph)
-        got = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (q,), Fade()))
+        got = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (q,), ZeroPad()))
     assert apart([want], [got]) <= 1e-12
 
 

@@ -12,14 +12,14 @@ from cuts import apart, zoo_net
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph, trace, untie
-from secateur.nas import Blending, Fade, Interpolate, Mixture, Subnet, Supernet
+from secateur.nas import Interpolate, Mixture, Subnet, Supernet, WidthExpansion, ZeroPad
 
-BLENDINGS = [Interpolate(), Fade()]
-each_blending = pytest.mark.parametrize("blending", BLENDINGS, ids=["interpolate", "fade"])
+EXPANSIONS = [Interpolate(), ZeroPad()]
+each_expansion = pytest.mark.parametrize("expansion", EXPANSIONS, ids=["interpolate", "fade"])
 
 
 class Blend:
-    """Eq. (4) for the channels of an axis, by its name; `behind` a norm only if the blending asks for it."""
+    """Eq. (4) for the channels of an axis, by its name; `behind` a norm only if the expansion asks for it."""
 
     def __init__(self, graph: ChannelGraph, mixture: Mixture, groups: dict[str, int] | None = None):
         self.names, self.mixture, self.groups = list(graph.sizes), mixture, groups or {}
@@ -28,11 +28,11 @@ class Blend:
         number = self.names.index(axis)
         small, large = self.mixture.weights[number]
         narrow, groups = self.mixture.narrow[number], self.groups.get(axis, 1)
-        return large * z + small * seen(z, narrow, self.mixture.blending, groups)
+        return large * z + small * seen(z, narrow, self.mixture.expansion, groups)
 
     def behind(self, z: Tensor, *axes: tuple[str, int]) -> Tensor:
         """Channels of several axes side by side: names and widths."""
-        if not self.mixture.blending.behind_norms:
+        if not self.mixture.expansion.behind_norms:
             return z
         parts = z.split([width for _, width in axes], dim=1)
         return torch.cat([self(part, name) for part, (name, _) in zip(parts, axes, strict=True)], 1)
@@ -49,20 +49,20 @@ def in_double(model: nn.Module, example: Tensor, graph: ChannelGraph) -> tuple[n
     return copy.deepcopy(model).double(), example.double(), graph
 
 
-def drawn(graph: ChannelGraph, blending: Blending, seed: int = 0) -> tuple[Subnet, Mixture]:
+def drawn(graph: ChannelGraph, expansion: WidthExpansion, seed: int = 0) -> tuple[Subnet, Mixture]:
     """Two random widths and random weights of every axis."""
     draw = np.random.default_rng(seed)
     pairs = [np.sort(draw.integers(1, axis.size // axis.divisor + 1, 2)) * axis.divisor for axis in graph.prunable]
     weights = torch.from_numpy(draw.dirichlet((1, 1), len(pairs)))
     narrow, wide = zip(*(map(int, pair) for pair in pairs), strict=True)
-    return Subnet(wide), Mixture(narrow, weights, (), blending)
+    return Subnet(wide), Mixture(narrow, weights, (), expansion)
 
 
-def seen(z: Tensor, few: int, blending: Blending, groups: int = 1) -> Tensor:
+def seen(z: Tensor, few: int, expansion: WidthExpansion, groups: int = 1) -> Tensor:
     """The first channels of every group at the width of all of them, dimension 1; torch's own operations alone."""
     batch, channels, *pixels = z.shape
     rows = z.reshape(batch, groups, channels // groups, -1)
-    if isinstance(blending, Fade):
+    if isinstance(expansion, ZeroPad):
         found = torch.cat([rows[:, :, :few], torch.zeros_like(rows[:, :, few:])], 2)
     else:
         found = F.adaptive_avg_pool3d(rows[:, :, :few], (groups, channels // groups, rows.shape[3])).squeeze(1)
@@ -152,30 +152,30 @@ HAND_WRITTEN = {
 
 
 @pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
-@each_blending
+@each_expansion
 @pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_a_mixture_is_what_is_written(name, blending, matrix, monkeypatch):
-    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_SMALL", 256 if matrix else 0)
+def test_a_mixture_is_what_is_written(name, expansion, matrix, monkeypatch):
+    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_MATRIX_UP_TO", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
     groups = {"1.0": 3, "2.0": 3} if name == "few_groups" else {}
     for seed in range(4):
-        subnet, mixture = drawn(graph, blending, seed)
+        subnet, mixture = drawn(graph, expansion, seed)
         with torch.no_grad():
             got = supernet(subnet, x, mixture=mixture)
             want = HAND_WRITTEN[name](supernet.extract(subnet), x, Blend(graph, mixture, groups))
         assert apart([want], [got]) <= 1e-12
 
 
-@each_blending
+@each_expansion
 @pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
 @pytest.mark.parametrize("name", ["plain", "flatten_linear", "dense"])
-def test_gradients_of_the_weights(name, blending, matrix, monkeypatch):
+def test_gradients_of_the_weights(name, expansion, matrix, monkeypatch):
     """gradcheck, float64. A wrong one would lead every search astray."""
-    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_SMALL", 256 if matrix else 0)
+    monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_MATRIX_UP_TO", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
-    subnet, mixture = drawn(graph, blending, 1)
+    subnet, mixture = drawn(graph, expansion, 1)
     weights = mixture.weights.clone().requires_grad_()
     logits = lambda w: supernet(subnet, x[:1], mixture=replace(mixture, weights=w)).tanh()  # noqa: E731
     assert torch.autograd.gradcheck(logits, (weights,))
@@ -195,12 +195,12 @@ def test_gradients_of_the_model_are_those_of_the_hand_written_pass():
     assert not got[:, columns:].any()
 
 
-@each_blending
+@each_expansion
 @pytest.mark.parametrize("name", ["plain", "residual", "dense", "few_groups", "inverted_residual_se", "attention"])
-def test_equal_widths_blend_nothing(name, blending):
+def test_equal_widths_blend_nothing(name, expansion):
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
-    subnet, mixture = drawn(graph, blending, 5)
+    subnet, mixture = drawn(graph, expansion, 5)
     same = replace(mixture, narrow=subnet.widths)
     with torch.no_grad():
         assert torch.equal(supernet(subnet, x, mixture=same), supernet(subnet, x))
@@ -217,26 +217,26 @@ def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
     """A channel that fades to zero is a channel that is cut: no norm brings it back with its bias."""
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
-    subnet, mixture = drawn(graph, Fade(), 2)
+    subnet, mixture = drawn(graph, ZeroPad(), 2)
     narrow = replace(mixture, weights=torch.tensor([[1.0, 0.0]]).double().repeat(len(subnet.widths), 1))
     with torch.no_grad():
         got, want = supernet(subnet, x, mixture=narrow), supernet(Subnet(mixture.narrow), x)
     assert apart([want], [got]) <= 1e-12
 
 
-@each_blending
+@each_expansion
 @pytest.mark.parametrize(
     "name",
     ["plain", "residual", "preact_residual", "dense", "many_groups", "depthwise_separable", "depth_multiplier"],
 )
-def test_every_axis_matters_to_the_loss_in_training(name, blending):
-    """A search learns from these gradients. A norm behind the blending must not undo it."""
+def test_every_axis_matters_to_the_loss_in_training(name, expansion):
+    """A search learns from these gradients. A norm behind the expansion must not undo it."""
     model, _, graph = double(name)
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     supernet = Supernet(model, graph).train()
     weights = torch.full((len(graph.sizes), 2), 0.5, dtype=torch.float64).requires_grad_()
     narrow = tuple(max(1, axis.size // 2 // axis.divisor) * axis.divisor for axis in graph.prunable)
-    logits = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (), blending))
+    logits = supernet(supernet.full, x, mixture=Mixture(narrow, weights, (), expansion))
     F.cross_entropy(logits, torch.arange(16) % 5).backward()
     toward = (weights.grad[:, 1] - weights.grad[:, 0]).abs()
     assert toward.min() > 1e-6, dict(zip(graph.sizes, toward.tolist(), strict=True))
@@ -251,8 +251,8 @@ def test_all_weight_on_the_wide_is_the_subnet():
         assert apart([supernet(subnet, x)], [supernet(subnet, x, mixture=wide)]) <= 1e-12
 
 
-@each_blending
-def test_narrow_branches_are_blended_before_they_are_widened(blending):
+@each_expansion
+def test_narrow_branches_are_blended_before_they_are_widened(expansion):
     """Untied: each branch has widths of its own, and is added into the first channels of the stream."""
     model, x, graph = double("residual")
     graph = untie(model, graph)
@@ -263,7 +263,7 @@ def test_narrow_branches_are_blended_before_they_are_widened(blending):
     wide[branch] = 5
     narrow = wide | {branch: 2, "0.0": 4, "1.conv1": 6}
     weights = torch.from_numpy(np.random.default_rng(0).dirichlet((1, 1), len(sizes)))
-    mixture = Mixture(tuple(narrow[n] for n in sizes), weights, (), blending)
+    mixture = Mixture(tuple(narrow[n] for n in sizes), weights, (), expansion)
     blend = Blend(graph, mixture)
     with torch.no_grad():
         got = supernet(supernet.subnet(wide), x, mixture=mixture)
@@ -290,9 +290,9 @@ def test_narrow_branches_are_blended_before_they_are_widened(blending):
 
 def test_axes_that_no_module_shows_cannot_be_blended():
     model, _, graph = zoo_net("functional")
-    assert Supernet(model, graph).blended == frozenset()
+    assert Supernet(model, graph).mixable == frozenset()
     model, _, graph = zoo_net("residual")
-    assert Supernet(model, graph).blended == frozenset(graph.sizes)
+    assert Supernet(model, graph).mixable == frozenset(graph.sizes)
 
 
 def test_a_mixture_of_one_traced_net_in_many_dimensions():
@@ -310,11 +310,11 @@ def test_a_mixture_of_one_traced_net_in_many_dimensions():
         torch.manual_seed(0)
         net, x = Tokens().eval(), torch.randn(2, 5, 6)
     model, x, graph = in_double(net, x, trace(net, x))
-    for blending in BLENDINGS:
-        mixture = Mixture((3,), torch.tensor([[0.3, 0.7]], dtype=torch.float64), (), blending)
+    for expansion in EXPANSIONS:
+        mixture = Mixture((3,), torch.tensor([[0.3, 0.7]], dtype=torch.float64), (), expansion)
         with torch.no_grad():
             got = Supernet(model, graph)(Subnet((8,)), x, mixture=mixture)
             z = F.linear(x, model.first.weight[:8], model.first.bias[:8]).movedim(2, 1)
-            z = (0.7 * z + 0.3 * seen(z, 3, blending)).movedim(1, 2)
+            z = (0.7 * z + 0.3 * seen(z, 3, expansion)).movedim(1, 2)
             want = F.linear(torch.tanh(z), model.second.weight[:, :8], model.second.bias)
         assert apart([want], [got]) <= 1e-12

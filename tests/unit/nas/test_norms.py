@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from zoo import ZOO
 
-from secateur.nas.mixture import norms_after
+from secateur.nas.mixture import find_following_norms
 
 
 def test_a_tensor_that_is_gone_is_not_taken_for_a_later_one_in_its_place():
@@ -14,7 +14,7 @@ def test_a_tensor_that_is_gone_is_not_taken_for_a_later_one_in_its_place():
     held = []
     for count in range(200):  # About every fourth was wrong: what else is allocated decides.
         held.append([torch.zeros(1) for _ in range(count % 31)])
-        assert norms_after(model, (example,), plain) == {
+        assert find_following_norms(model, (example,), plain) == {
             "0.0": ("0.1",),
             **{f"{block}.{name}.0": (f"{block}.{name}.1",) for block in "12" for name in ("expand", "project")},
         }
@@ -35,4 +35,4 @@ def test_a_layer_read_by_others_too_is_not_behind_its_norm():
             stream = self.conv(x)
             return self.norm(stream) + stream
 
-    assert norms_after(Both().eval(), (torch.zeros(1, 3, 2, 2),), ["conv"]) == {}
+    assert find_following_norms(Both().eval(), (torch.zeros(1, 3, 2, 2),), ["conv"]) == {}

@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 
 from secateur.errors import DataError, SurgeryError
-from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
+from secateur.graph import ChannelGraph, Stage, find_stages, trace, untie
 from secateur.models import cifar_resnet20
 from secateur.nas import (
     Subnet,
     Supernet,
-    calibrated,
-    calibrated_stages,
-    features,
+    measure_batch_norms,
+    measure_stage_batch_norms,
     run_stages,
+    stage_features,
     stage_losses,
     stage_variances,
 )
@@ -61,8 +61,8 @@ class Case:
             for axis in [self.graph.by_name[name]]
         }
         for axis in self.graph.prunable:
-            if axis.into in widths and axis.name in widths:
-                widths[axis.name] = min(widths[axis.name], widths[axis.into])
+            if axis.residual_axis in widths and axis.name in widths:
+                widths[axis.name] = min(widths[axis.name], widths[axis.residual_axis])
         blocks = [name for stage in self.stages for name in stage.blocks if draw.random() < 0.4]
         return self.supernet.subnet(widths, blocks)
 
@@ -74,7 +74,7 @@ def made(model: nn.Module, graph: ChannelGraph, images: Tensor, untied: bool, fi
     draw = np.random.default_rng(7)
     order = {axis.name: draw.permutation(axis.size) for axis in graph.prunable}
     cuts = finest(model, graph) if finely else None
-    return Case(Supernet(model, graph, order), stages_of(model, graph, cuts), images)
+    return Case(Supernet(model, graph, order), find_stages(model, graph, cuts), images)
 
 
 @cache
@@ -109,7 +109,7 @@ def assert_each_stage_is_that_stage_alone(case: Case, seed: int) -> None:
     subnet = case.subnet(seed)
     small = supernet.extract(subnet).eval()
     with torch.no_grad():
-        output, handed_on = features(supernet, stages, images)
+        output, handed_on = stage_features(supernet, stages, images)
         assert apart(tensors_of(supernet.model(images)), tensors_of(output)) <= TOLERANCE
         got = run_stages(supernet, subnet, stages, images, handed_on)
         assert len(got) == len(stages) == len(handed_on) + 1
@@ -145,9 +145,9 @@ def test_features_are_kept_from_layers_that_write_into_them():
     model, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
     graph = trace(model, images)
     supernet = Supernet(model, graph)
-    stages = stages_of(model, graph, ["1"])
+    stages = find_stages(model, graph, ["1"])
     with torch.no_grad():
-        output, (handed_on,) = features(supernet, stages, images)
+        output, (handed_on,) = stage_features(supernet, stages, images)
         assert float(handed_on.min()) < 0
         before = handed_on.clone()
         first, last = run_stages(supernet, supernet.full, stages, images, [handed_on])
@@ -168,7 +168,7 @@ def weighed(outputs: Sequence[Tensor]) -> Tensor:
 def test_no_gradient_crosses_a_cut(untied):
     case = resnet_case(untied)
     supernet, subnet = case.supernet.eval(), case.subnet(1)
-    output, handed_on = features(supernet, case.stages, case.images)
+    output, handed_on = stage_features(supernet, case.stages, case.images)
     assert output.requires_grad
     assert not any(each.requires_grad for each in handed_on)
     outputs = run_stages(supernet, subnet, case.stages, case.images, handed_on)
@@ -192,7 +192,7 @@ def test_gradients_of_one_pass_are_those_of_the_stages_one_by_one(untied):
     case = resnet_case(untied)
     supernet, subnet = case.supernet.eval(), case.subnet(2)
     with torch.no_grad():
-        _, handed_on = features(supernet, case.stages, case.images)
+        _, handed_on = stage_features(supernet, case.stages, case.images)
     together = gradients_of(
         supernet, lambda: weighed(run_stages(supernet, subnet, case.stages, case.images, handed_on))
     )
@@ -231,10 +231,10 @@ def test_works_under_autocast(training):
     supernet = copy.deepcopy(case.supernet).float().train(training)
     images, subnet = case.images.float(), case.subnet(1)
     with torch.no_grad():
-        output, handed_on = features(supernet, case.stages, images)
+        output, handed_on = stage_features(supernet, case.stages, images)
         exact = stage_losses(run_stages(supernet, subnet, case.stages, images, handed_on), (*handed_on, output))
     with torch.autocast("cpu", torch.bfloat16):
-        output, handed_on = features(supernet, case.stages, images)
+        output, handed_on = stage_features(supernet, case.stages, images)
         outputs = run_stages(supernet, subnet, case.stages, images, handed_on)
         losses = stage_losses(outputs, (*handed_on, output))
     assert outputs[-1].dtype == torch.bfloat16
@@ -269,7 +269,7 @@ def test_losses_are_their_formula():
 def test_variances_may_be_measured_once():
     case = resnet_case()
     with torch.no_grad():
-        output, handed_on = features(case.supernet, case.stages, case.images)
+        output, handed_on = stage_features(case.supernet, case.stages, case.images)
         outputs = run_stages(case.supernet, case.subnet(1), case.stages, case.images, handed_on)
     targets = (*handed_on, output)
     variances = stage_variances(targets)
@@ -340,8 +340,8 @@ def test_statistics_are_those_of_the_stages_run_alone(untied, given):
     case = resnet_case(untied)
     supernet = copy.deepcopy(case.supernet).train()
     subnets = [case.subnet(seed) for seed in (1, 2)]
-    full = calibrated(supernet, supernet.full, batches()) if given else None
-    got = calibrated_stages(supernet, subnets, case.stages, batches(), full)
+    full = measure_batch_norms(supernet, supernet.full, batches()) if given else None
+    got = measure_stage_batch_norms(supernet, subnets, case.stages, batches(), full)
     whole = copy.deepcopy(supernet.model).eval()
     if full is not None:
         whole.load_state_dict(full, strict=False)
@@ -366,8 +366,8 @@ def test_statistics_are_those_of_the_stages_run_alone(untied, given):
 
 def test_statistics_of_the_full_net_in_stages_are_its_own():
     case = resnet_case()
-    full = calibrated(case.supernet, case.supernet.full, batches())
-    (got,) = calibrated_stages(case.supernet, [case.supernet.full], case.stages, batches())
+    full = measure_batch_norms(case.supernet, case.supernet.full, batches())
+    (got,) = measure_stage_batch_norms(case.supernet, [case.supernet.full], case.stages, batches())
     assert got.keys() == full.keys()
     for name, tensor in full.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-13)
@@ -379,14 +379,14 @@ def test_calibrating_leaves_the_supernet_alone():
     supernet.model.get_submodule("layer1").eval()
     before = copy.deepcopy(supernet.state_dict())
     modes = [module.training for module in supernet.modules()]
-    full = calibrated(supernet, supernet.full, batches())
-    calibrated_stages(supernet, [case.subnet(0)], case.stages, batches(), full)
-    calibrated_stages(supernet, [case.subnet(0)], case.stages, batches())
+    full = measure_batch_norms(supernet, supernet.full, batches())
+    measure_stage_batch_norms(supernet, [case.subnet(0)], case.stages, batches(), full)
+    measure_stage_batch_norms(supernet, [case.subnet(0)], case.stages, batches())
     assert [module.training for module in supernet.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in supernet.state_dict().items())
     assert not any(module._forward_hooks for module in supernet.modules())
     with pytest.raises(DataError, match="`batches` must hold images"):
-        calibrated_stages(supernet, [case.subnet(0)], case.stages, [])
+        measure_stage_batch_norms(supernet, [case.subnet(0)], case.stages, [])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_boundary_axes_must_be_whole():
     free = {name for stage in case.stages for name in stage.axes}
     boundary = next(axis for axis in case.graph.prunable if axis.name not in free)
     with torch.no_grad():
-        _, handed_on = features(case.supernet, case.stages, case.images)
+        _, handed_on = stage_features(case.supernet, case.stages, case.images)
         narrow = case.supernet.subnet({boundary.name: 3})
         with pytest.raises(SurgeryError, match=r"`subnet` must be whole where stages meet; after 'layer1'"):
             run_stages(case.supernet, narrow, case.stages, case.images, handed_on)
@@ -406,9 +406,9 @@ def test_boundary_axes_must_be_whole():
 
 def test_modules_that_end_stages_must_stay():
     case = resnet_case()
-    stages = stages_of(case.supernet.model, case.graph, ["layer2.1"])
+    stages = find_stages(case.supernet.model, case.graph, ["layer2.1"])
     with torch.no_grad():
-        _, handed_on = features(case.supernet, stages, case.images)
+        _, handed_on = stage_features(case.supernet, stages, case.images)
         without = case.supernet.subnet({}, ["layer2.1"])
         with pytest.raises(SurgeryError, match=r"must leave the modules that end stages; got removed blocks layer2\.1"):
             run_stages(case.supernet, without, stages, case.images, handed_on)

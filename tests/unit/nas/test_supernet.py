@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SurgeryError
 from secateur.graph import trace, untie
-from secateur.nas import Fade, Mixture, Subnet, Supernet
+from secateur.nas import Mixture, Subnet, Supernet, ZeroPad
 
 
 def half(supernet: Supernet, *, removed: bool = True) -> Subnet:
@@ -59,7 +59,7 @@ def test_a_call_leaves_the_supernet_as_it_was(name, untied):
     supernet = Supernet(model, untie(model, graph) if untied else graph).eval()
     subnet = half(supernet)
     count = len(subnet.widths)
-    mixture = Mixture(tuple(1 for _ in subnet.widths), torch.full((count, 2), 0.5), _even_depths(supernet), Fade())
+    mixture = Mixture(tuple(1 for _ in subnet.widths), torch.full((count, 2), 0.5), _even_depths(supernet), ZeroPad())
     before = state(supernet)
     supernet(subnet, x)
     if all(axis.divisor == 1 for axis in graph.prunable):
@@ -173,7 +173,7 @@ def test_blocks_may_come_from_anywhere():
 def test_branches_wider_than_their_stream_are_refused():
     model, _, graph = zoo_net("residual")
     graph = untie(model, graph)
-    branch = next(axis for axis in graph.prunable if axis.into == "0.0")
+    branch = next(axis for axis in graph.prunable if axis.residual_axis == "0.0")
     message = rf"`widths` must not be wider for '{branch.name}' than for '0.0', its stream; got 8 and 5"
     supernet, place = Supernet(model, graph), list(graph.sizes).index(branch.name)
     with pytest.raises(SurgeryError, match=message):
@@ -252,7 +252,7 @@ def test_bfloat16_autocast_computes_what_the_cut_model_computes_under_it():
 
 def _half_mixture(supernet: Supernet, subnet: Subnet) -> Mixture:
     narrow = tuple(max(1, width - 2) for width in subnet.widths)
-    return Mixture(narrow, torch.full((len(narrow), 2), 0.5), _even_depths(supernet), Fade())
+    return Mixture(narrow, torch.full((len(narrow), 2), 0.5), _even_depths(supernet), ZeroPad())
 
 
 class Normless(nn.Module):

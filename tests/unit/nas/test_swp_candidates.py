@@ -9,37 +9,37 @@ import pytest
 from swp_runs import options_of, staged
 
 from secateur.errors import TrainingError
-from secateur.nas import Exact, Widths
-from secateur.nas.swp_candidates import Options, Rows, StageCandidates
+from secateur.nas import ExactKnapsack, Widths
+from secateur.nas.swp_candidates import CandidateRows, CandidateSpace, StageCandidates
 
-Losses = Callable[[Rows], list[float]]
+Losses = Callable[[CandidateRows], list[float]]
 
 
-def options_to_search(untied: bool = False) -> Options:
+def options_to_search(untied: bool = False) -> CandidateSpace:
     """Eight widths an axis: 80 candidates in the first stage, 40 without blocks, thousands in the last."""
     return options_of(staged(untied=untied), widths=Widths(), budget="macs=50%")
 
 
-def losses_by_size(options: Options) -> Losses:
+def losses_by_size(options: CandidateSpace) -> Losses:
     """The less of each choice, the more is lost; by other weights for each."""
     draw = np.random.default_rng(7)
-    weights = [draw.uniform(0.2, 1.0, len(of.tops)) for of in options.of_stage]
+    weights = [draw.uniform(0.2, 1.0, len(of.max_numbers)) for of in options.of_stage]
 
-    def of(rows: Rows) -> list[float]:
-        missing = [(top - row) / np.maximum(top, 1) for top, row in zip(options.whole, rows, strict=True)]
+    def of(rows: CandidateRows) -> list[float]:
+        missing = [(top - row) / np.maximum(top, 1) for top, row in zip(options.largest, rows, strict=True)]
         return [float((w * m**2).sum()) for w, m in zip(weights, missing, strict=True)]
 
     return of
 
 
-def judged_(candidates: StageCandidates, count: int, losses: Losses) -> list[Rows]:
-    proposed = candidates.proposed(count)
+def judged_(candidates: StageCandidates, count: int, losses: Losses) -> list[CandidateRows]:
+    proposed = candidates.propose(count)
     stages = len(candidates.rows)
-    candidates.judged(proposed, np.array([losses(rows) for rows in proposed]).reshape(len(proposed), stages))
+    candidates.record(proposed, np.array([losses(rows) for rows in proposed]).reshape(len(proposed), stages))
     return proposed
 
 
-def as_tuples(rows: Rows) -> list[tuple[int, ...]]:
+def as_tuples(rows: CandidateRows) -> list[tuple[int, ...]]:
     return [tuple(row.tolist()) for row in rows]
 
 
@@ -59,17 +59,17 @@ def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
             assert got == new + [tuple(rows[0].tolist())] * (8 - len(new))
     for of, rows, losses in zip(options.of_stage, candidates.rows, candidates.losses, strict=True):
         assert len(losses) == len(rows) == len(set(as_tuples(tuple(rows)))) == min(32, of.size)
-        assert all(((row >= 0) & (row <= of.tops)).all() for row in rows)
+        assert all(((row >= 0) & (row <= of.max_numbers)).all() for row in rows)
 
 
 def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
     options = options_to_search()
     for seed in range(5):
         candidates = StageCandidates(options, seed)
-        proposed = candidates.proposed(32)
-        assert as_tuples(proposed[0]) == as_tuples(options.whole)
-        assert as_tuples(proposed[1]) == as_tuples(options.tiny)
-        size = np.array([rows[2].sum() / options.whole[2].sum() for rows in proposed])
+        proposed = candidates.propose(32)
+        assert as_tuples(proposed[0]) == as_tuples(options.largest)
+        assert as_tuples(proposed[1]) == as_tuples(options.smallest)
+        size = np.array([rows[2].sum() / options.largest[2].sum() for rows in proposed])
         assert (np.histogram(size, bins=4, range=(0, 1))[0] >= 2).all()
 
 
@@ -139,18 +139,18 @@ def test_rounds_improve_the_best_combination_or_keep_it():
     options = options_to_search()
     losses = losses_by_size(options)
     space = StageCandidates(options, 0)
-    every = [[np.array(row) for row in itertools.product(*(range(t + 1) for t in of.tops))] for of in options.of_stage]
+    every = [[np.array(row) for row in itertools.product(*(range(t + 1) for t in of.max_numbers))] for of in options.of_stage]
     most = max(map(len, every))
     networks = [tuple(rows[n % len(rows)] for rows in every) for n in range(most)]
-    space.judged(networks, np.array([losses(rows) for rows in networks]))
+    space.record(networks, np.array([losses(rows) for rows in networks]))
     assert [len(rows) for rows in space.rows] == [of.size for of in options.of_stage]
-    best = Exact().combine(space.table(), 0).loss
+    best = ExactKnapsack().combine(space.table(), 0).loss
     for seed in range(3):
         candidates = StageCandidates(options, seed)
         found = []
         for _ in range(6):
             judged_(candidates, 16, losses)
-            found.append(Exact().combine(candidates.table(), 0).loss)
+            found.append(ExactKnapsack().combine(candidates.table(), 0).loss)
         assert found == sorted(found, reverse=True)
         assert found[-1] < found[0]
         assert best <= found[-1] <= 1.25 * best
@@ -175,4 +175,4 @@ def test_losses_that_are_not_finite_are_refused_when_they_are_used():
     candidates = StageCandidates(options, 0)
     judged_(candidates, 4, lambda rows: [float("nan")] * len(rows))
     with pytest.raises(TrainingError, match="`losses` must be finite; got nan for candidate 0 of stage 0"):
-        candidates.proposed(4)
+        candidates.propose(4)

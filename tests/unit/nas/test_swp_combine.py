@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import BudgetError, TrainingError
-from secateur.nas import Evolution, Exact, StageChoice, StageTable, pareto
+from secateur.nas import Evolution, ExactKnapsack, StageChoice, StageTable, pareto_front
 from secateur.nas import swp_knapsack as _exact
-from secateur.nas.swp_knapsack import exact
-from secateur.nas.swp_table import Bound, StageRows, sweep, undominated
+from secateur.nas.swp_knapsack import solve_knapsack
+from secateur.nas.swp_table import Bound, ReducedTable, enumerate_nondominated, nondominated_indices
 
 FIELDS = ("macs", "params", "latency_s")
 
@@ -92,9 +92,9 @@ def test_exact_is_the_best_of_all_choices(table):
     surely = every(table, tuple(table.limits), spare=_ROUNDED)
     if not surely:
         with contextlib.suppress(BudgetError) if possible else pytest.raises(BudgetError, match=_NO_ROOM):
-            assert table.allows(exact(table))
+            assert table.allows(solve_knapsack(table))
         return
-    found = exact(table)
+    found = solve_knapsack(table)
     assert table.allows(found)
     assert possible[0][0] <= total(table.losses, found.picked) <= surely[0][0]
 
@@ -104,7 +104,7 @@ def test_exact_is_the_best_of_all_choices(table):
 def test_of_equal_losses_the_cheapest_and_then_the_first_is_chosen(table):
     possible = every(table, tuple(table.limits))
     if possible:
-        assert exact(table).picked == possible[0][2]
+        assert solve_knapsack(table).picked == possible[0][2]
 
 
 @settings(max_examples=12)
@@ -117,7 +117,7 @@ def test_exact_is_never_worse_than_evolution(table, seed):
         return
     assert table.allows(evolved)
     assert evolved == evolution.combine(table, seed)
-    assert total(table.losses, Exact().combine(table, seed).picked) <= total(table.losses, evolved.picked)
+    assert total(table.losses, ExactKnapsack().combine(table, seed).picked) <= total(table.losses, evolved.picked)
 
 
 @settings(max_examples=60)
@@ -128,11 +128,11 @@ def test_the_front_of_one_cost_is_that_of_all_choices(table):
         possible = every(each, ("macs",))
         if not possible:
             with pytest.raises(BudgetError, match="In reach"):
-                pareto(each)
+                pareto_front(each)
             continue
         points = {(loss, cost[0]) for loss, cost, _ in possible}
         best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-        found = pareto(each)
+        found = pareto_front(each)
         assert found.fields == ("macs",)
         assert [(total(each.losses, c.picked), c.cost["macs"]) for c in found.choices] == sorted(
             best, key=lambda point: point[1]
@@ -143,12 +143,12 @@ def test_the_front_of_one_cost_is_that_of_all_choices(table):
 @given(tables(fields=2, most=1000))
 def test_the_solver_alone_and_the_sums_alone_agree(table):
     """Two ways: HiGHS in floating point with nothing known before, and sums in whole numbers without HiGHS."""
-    rows = StageRows.of(table, tuple(table.whole.room))
-    sums = sweep(rows)
+    rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
+    sums = enumerate_nondominated(rows)
     possible = every(table, ())
     assert sums.complete
     assert bool(len(sums.loss)) == bool(possible)
-    program = _exact._Program.of(rows)
+    program = _exact._IntegerProgram.of(rows)
     answer = program.solve()
     if possible:
         assert answer is not None
@@ -156,29 +156,29 @@ def test_the_solver_alone_and_the_sums_alone_agree(table):
         # Of whole losses and small costs none of its tolerances matter.
         assert rows.loss(answer) == sums.loss.min()
         bound = Bound.around(rows, program.prices(), float(sums.loss.min()))
-        assert sweep(rows, bound).loss.min() == sums.loss.min()
-        kept = rows.within(bound)
-        assert sweep(kept).loss.min() == sums.loss.min()
+        assert enumerate_nondominated(rows, bound).loss.min() == sums.loss.min()
+        kept = rows.prune(bound)
+        assert enumerate_nondominated(kept).loss.min() == sums.loss.min()
 
 
 @pytest.mark.parametrize("fields", [1, 2, 3])
 def test_four_stages_of_two_hundred_candidates(fields):
     table = random_table(4, 200, seed=fields, fields=fields)
-    found = exact(table)
+    found = solve_knapsack(table)
     evolved = Evolution(population=50, generations=30).combine(table, 0)
     assert table.allows(found)
     assert table.allows(evolved)
     assert found.loss <= evolved.loss <= 1.25 * found.loss
-    assert found == exact(table)
+    assert found == solve_knapsack(table)
     # Less room, less choice: any tighter limit must lose as much or more.
     tighter = StageTable(table.losses, table.costs, table.base, {name: 0.9 * x for name, x in table.limits.items()})
-    assert exact(tighter).loss >= found.loss
+    assert solve_knapsack(tighter).loss >= found.loss
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_limit_has_the_same_answer_as_its_front(seed):
     table = random_table(8, 100, seed)
-    assert exact(table) == pareto(table).choices[-1]
+    assert solve_knapsack(table) == pareto_front(table).choices[-1]
 
 
 def test_a_limit_that_no_float_can_tell_apart_is_kept():
@@ -188,16 +188,16 @@ def test_a_limit_that_no_float_can_tell_apart_is_kept():
     losses = tuple(np.array([1.0, 0.0]) for _ in range(3))
     for extra in range(4):
         table = StageTable(losses, {"macs": rows}, {"macs": 0}, {"macs": float(3 * large + extra)})
-        assert exact(table).cost["macs"] == 3 * large + extra
+        assert solve_knapsack(table).cost["macs"] == 3 * large + extra
     seconds = tuple(np.array([1.0, 1.0 + 2.0**-50]) for _ in range(3))
     table = StageTable(losses, {"latency_s": seconds}, {"latency_s": 0.0}, {"latency_s": 3.0 + 2.0**-50})
-    assert exact(table).picked in {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
-    assert exact(table).cost["latency_s"] <= 3.0 + 2.0**-50
+    assert solve_knapsack(table).picked in {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
+    assert solve_knapsack(table).cost["latency_s"] <= 3.0 + 2.0**-50
 
 
 def test_what_the_solver_lets_over_a_limit_is_refused(monkeypatch):
     table = random_table(3, 20, seed=5)
-    right = exact(table)
+    right = solve_knapsack(table)
     real, asked = _exact.milp, []
 
     def careless(objective, **options):
@@ -208,16 +208,16 @@ def test_what_the_solver_lets_over_a_limit_is_refused(monkeypatch):
         return found
 
     monkeypatch.setattr(_exact, "milp", careless)
-    assert exact(table) == right
+    assert solve_knapsack(table) == right
     monkeypatch.setattr(_exact, "milp", lambda *_, **__: type("Nothing", (), {"x": None})())
-    assert exact(table) == right
+    assert solve_knapsack(table) == right
 
 
 def test_among_too_many_sums_the_solver_still_counts(monkeypatch):
     table = random_table(4, 60, seed=2, fields=2)
-    right = exact(table)
-    monkeypatch.setattr(_exact, "clean_stale", lambda rows, bound, **_: sweep(rows, bound, most=1))
-    assert exact(table).loss == pytest.approx(right.loss, rel=1e-9)
+    right = solve_knapsack(table)
+    monkeypatch.setattr(_exact, "enumerate_nondominated", lambda rows, bound, **_: enumerate_nondominated(rows, bound, most=1))
+    assert solve_knapsack(table).loss == pytest.approx(right.loss, rel=1e-9)
 
 
 def test_stages_with_a_single_candidate():
@@ -228,17 +228,17 @@ def test_stages_with_a_single_candidate():
         {"macs": 116.0},
     )
     expected = StageChoice((0, 1, 0), 3.5, {"macs": 116})
-    assert exact(table) == expected
+    assert solve_knapsack(table) == expected
     assert Evolution(population=4, generations=3).combine(table, 0) == expected
     only = StageTable((np.array([2.0]),), {"macs": (np.array([5]),)}, {"macs": 1}, {"macs": 6.0})
-    assert exact(only) == Evolution().combine(only, 0) == StageChoice((0,), 2.0, {"macs": 6})
+    assert solve_knapsack(only) == Evolution().combine(only, 0) == StageChoice((0,), 2.0, {"macs": 6})
 
 
 def test_limits_out_of_reach_say_what_is_in_reach():
     table = random_table(2, 5, seed=0, fields=2)
-    low, high = table.reach("macs")
+    low, high = table.cost_range("macs")
     over = StageTable(table.losses, table.costs, table.base, {"macs": float(low - 1), "params": 1e9})
-    for combine in (Exact(), Evolution()):
+    for combine in (ExactKnapsack(), Evolution()):
         with pytest.raises(BudgetError, match=r"got macs<=.*In reach, each alone: macs from .* to .*Raise the budget"):
             combine.combine(over, 0)
     assert low == min(sum(costs) for costs in itertools.product(*table.costs["macs"]))
@@ -249,16 +249,16 @@ def test_limits_that_can_be_met_one_by_one_but_not_together():
     costs = {"macs": (np.array([1, 9]),), "params": (np.array([9, 1]),)}
     table = StageTable((np.array([0.0, 0.0]),), costs, {"macs": 0, "params": 0}, {"macs": 5.0, "params": 5.0})
     with pytest.raises(BudgetError, match="In reach, each alone: macs from 1 to 9, params from 1 to 9"):
-        exact(table)
+        solve_knapsack(table)
     with pytest.raises(BudgetError, match="`generations` must be enough to meet a choice within the budget"):
         Evolution(population=4, generations=3).combine(table, 0)
     with pytest.raises(BudgetError, match="In reach"):
-        pareto(table)
+        pareto_front(table)
 
 
 def test_the_front_of_several_costs_has_no_beaten_choice_and_the_ends_of_the_exact_fronts():
     table = random_table(3, 8, seed=4, fields=2, kept=0.8)
-    found = pareto(table, evolution=Evolution(population=60, generations=40), seed=1)
+    found = pareto_front(table, evolution=Evolution(population=60, generations=40), seed=1)
     points = [(c.loss, c.cost["macs"], c.cost["params"]) for c in found.choices]
     assert points == sorted(points, key=lambda point: (point[1], point[2], point[0]))
     assert not any(p != q and all(a <= b for a, b in zip(p, q, strict=True)) for p in points for q in points)
@@ -268,14 +268,14 @@ def test_the_front_of_several_costs_has_no_beaten_choice_and_the_ends_of_the_exa
     # 512 choices and 2,400 looks: it misses little.
     rounded = {(round(p[0], 9), *p[1:]) for p in points}
     assert len({(round(p[0], 9), *p[1:]) for p in best} & rounded) >= 0.9 * len(best)
-    assert found == pareto(table, evolution=Evolution(population=60, generations=40), seed=1)
+    assert found == pareto_front(table, evolution=Evolution(population=60, generations=40), seed=1)
 
 
 def test_the_front_keeps_to_limits_on_other_costs():
     table = random_table(3, 10, seed=4, fields=2, kept=0.4)
-    assert pareto(table, ("macs",), evolution=Evolution(population=30, generations=10)).fields == ("macs", "params")
+    assert pareto_front(table, ("macs",), evolution=Evolution(population=30, generations=10)).fields == ("macs", "params")
     with pytest.raises(BudgetError, match=r"`fields` must be among those with costs, \['macs', 'params'\]; got 'sec"):
-        pareto(table, ("seconds",))
+        pareto_front(table, ("seconds",))
 
 
 def test_undominated_points_are_those_of_the_definition():
@@ -290,7 +290,7 @@ def test_undominated_points_are_those_of_the_definition():
                 for j in range(60)
             )
         ]
-        assert undominated(points[0], points[1:]).tolist() == expected
+        assert nondominated_indices(points[0], points[1:]).tolist() == expected
 
 
 def test_evolution_leaves_the_random_numbers_of_others_alone():

@@ -13,11 +13,11 @@ from tas_runs import Net, Recorder, net, run
 from zoo import ZOO
 
 from secateur.cost import CostModel, counted_macs
-from secateur.errors import BudgetError, ChoiceError
+from secateur.errors import BudgetError, SelectionError
 from secateur.graph import trace, untie
 from secateur.models import cifar_resnet20
-from secateur.nas import Depths, Supernet, Widths, features, run_stages
-from secateur.nas.swp_candidates import Options, StageCandidates
+from secateur.nas import Depths, Supernet, Widths, run_stages, stage_features
+from secateur.nas.swp_candidates import CandidateSpace, StageCandidates
 from secateur.prune import cut
 from secateur.search import SearchSpace
 
@@ -46,7 +46,7 @@ def nearest(levels: list[int], fractions: tuple[float, ...]) -> set[int]:
 def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divisor):
     """The second stage of the net in two: axes 5, 8.conv1 and 9.conv1, the chain 8, 9; the first has block 4 as end."""
     options = options_of(staged(), depths=depths, cuts=["4"], space=SearchSpace(divisor=divisor))
-    sizes = options.problem.evidence.graph.sizes
+    sizes = options.context.evidence.graph.sizes
     axes = [("3.conv1", "4.conv1"), ("5", "8.conv1", "9.conv1")]
     blocks = [[()], [(), ("9",), ("8", "9")]]  # What goes; chains lose their last blocks first.
     if depths is not None:
@@ -58,8 +58,8 @@ def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divi
         widths = [sorted(nearest(row, (0.3, 0.6))) for row in levels]
         wanted = {(w, b) for w in itertools.product(*widths) for b in blocks[number]}
         got = []
-        for row in itertools.product(*(range(top + 1) for top in stage.tops.tolist())):
-            rows = list(options.whole)
+        for row in itertools.product(*(range(top + 1) for top in stage.max_numbers.tolist())):
+            rows = list(options.largest)
             rows[number] = np.array(row)
             subnet = options.subnet(tuple(rows))
             by_name = dict(zip(sizes, subnet.widths, strict=True))
@@ -75,11 +75,11 @@ def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divi
 
 def test_whole_and_tiny():
     options = options_of(staged())
-    graph = options.problem.evidence.graph
-    full = options.subnet(options.whole)
+    graph = options.context.evidence.graph
+    full = options.subnet(options.largest)
     assert dict(zip(graph.sizes, full.widths, strict=True)) == dict(graph.sizes)
     assert full.removed_blocks == ()
-    tiny = options.subnet(options.tiny)
+    tiny = options.subnet(options.smallest)
     assert dict(zip(graph.sizes, tiny.widths, strict=True)) == {
         "0": 8, "3.conv1": 3, "4.conv1": 3, "5": 4, "8.conv1": 4, "9.conv1": 4
     }  # fmt: skip
@@ -88,10 +88,10 @@ def test_whole_and_tiny():
 
 def test_every_choice_is_drawn_as_often_as_any_other():
     options, draw = options_of(staged()), np.random.default_rng(0)
-    drawn = [options.drawn(draw) for _ in range(3000)]
+    drawn = [options.sample(draw) for _ in range(3000)]
     for number, stage in enumerate(options.of_stage):
         rows = np.stack([rows[number] for rows in drawn])
-        for column, top in zip(rows.T, stage.tops, strict=True):
+        for column, top in zip(rows.T, stage.max_numbers, strict=True):
             share = np.bincount(column, minlength=top + 1) / len(drawn)
             # Standard deviation below 0.009.
             np.testing.assert_allclose(share, 1 / (top + 1), atol=0.04)
@@ -102,14 +102,14 @@ def test_every_choice_is_drawn_as_often_as_any_other():
 def test_widths_alone_and_depths_alone():
     given = staged()
     widths, depths = options_of(given, depths=None), options_of(given, widths=None)
-    assert widths.subnet(widths.tiny).removed_blocks == ()
-    assert depths.subnet(depths.tiny).widths == tuple(given.graph.sizes.values())
+    assert widths.subnet(widths.smallest).removed_blocks == ()
+    assert depths.subnet(depths.smallest).widths == tuple(given.graph.sizes.values())
     assert [len(of.axes) for of in depths.of_stage] == [0, 0, 0]
 
 
 def test_axes_with_a_single_width_offer_no_choice():
     options = options_of(staged(), space=SearchSpace(min_width=10), depths=None)
-    names = options.problem.costs.axes
+    names = options.context.costs.axes
     assert [[names[axis] for axis in of.axes] for of in options.of_stage] == [[], [], ["5", "8.conv1", "9.conv1"]]
     assert [of.size for of in options.of_stage] == [1, 1, 2 * 2 * 2]
 
@@ -123,50 +123,50 @@ def graph_of(name: str, untied: bool):
     return untie(model, graph) if untied else graph
 
 
-def zoo_options(name: str, untied: bool, finely: bool) -> Options:
+def zoo_options(name: str, untied: bool, finely: bool) -> CandidateSpace:
     model, _, _ = zoo_net(name)
     graph = graph_of(name, untied)
     return options_of(Net(model, graph, ()), cuts=finest(model, graph) if finely else None)
 
 
-def assert_costs_add_up(options: Options, networks: int = 12) -> None:
+def assert_costs_add_up(options: CandidateSpace, networks: int = 12) -> None:
     """Of random combinations of candidates: exactly the cost of the architecture as a whole."""
     draw = np.random.default_rng(3)
-    rows = [options.whole, options.tiny, *(options.drawn(draw) for _ in range(networks))]
+    rows = [options.largest, options.smallest, *(options.sample(draw) for _ in range(networks))]
     candidates = StageCandidates(options, 0)
-    candidates.judged(rows, np.zeros((len(rows), len(options.stages))))
+    candidates.record(rows, np.zeros((len(rows), len(options.stages))))
     table = candidates.table()
-    assert table.limits == options.problem.limits
-    graph = options.problem.evidence.graph
-    supernet, costs = Supernet(options.problem.evidence.model, graph), CostModel(graph)
+    assert table.limits == options.context.limits
+    graph = options.context.evidence.graph
+    supernet, costs = Supernet(options.context.evidence.model, graph), CostModel(graph)
     for _ in range(networks):
         picked = [int(draw.integers(len(known))) for known in candidates.rows]
-        network = candidates.network(picked)
+        network = candidates.rows_of(picked)
         cost = costs.cost(supernet.architecture(options.subnet(network)))
-        assert table.choice(picked).cost == {"macs": cost.macs, "params": cost.params}
+        assert table.choose(picked).cost == {"macs": cost.macs, "params": cost.params}
     whole = [
         next(n for n, row in enumerate(known) if (row == top).all())
-        for known, top in zip(candidates.rows, options.whole, strict=True)
+        for known, top in zip(candidates.rows, options.largest, strict=True)
     ]
-    assert table.choice(whole).cost == {"macs": costs.original.macs, "params": costs.original.params}
+    assert table.choose(whole).cost == {"macs": costs.original.macs, "params": costs.original.params}
 
 
 ZOO_CASES = [(name, untied, False) for name in ZOO for untied in (False, True)]
 ZOO_CASES += [(name, untied, True) for name in FINELY for untied in (False, True)]
 
 
-def assert_boundaries_are_whole(options: Options, images: torch.Tensor) -> None:
+def assert_boundaries_are_whole(options: CandidateSpace, images: torch.Tensor) -> None:
     """Nothing that a cut or two stages see is narrowed, so that every network can be run stage by stage."""
-    graph = options.problem.evidence.graph
+    graph = options.context.evidence.graph
     inside = {name for stage in options.stages for name in stage.axes}
     draw = np.random.default_rng(4)
-    supernet = Supernet(options.problem.evidence.model, graph)
+    supernet = Supernet(options.context.evidence.model, graph)
     with torch.no_grad():
-        _, handed_on = features(supernet, options.stages, images)
-        for rows in (options.tiny, options.drawn(draw)):
+        _, handed_on = stage_features(supernet, options.stages, images)
+        for rows in (options.smallest, options.sample(draw)):
             subnet = options.subnet(rows)
             widths = dict(zip(graph.sizes, subnet.widths, strict=True))
-            branches = {axis.name for axis in graph.prunable if axis.into in inside}
+            branches = {axis.name for axis in graph.prunable if axis.residual_axis in inside}
             assert all(widths[name] == graph.sizes[name] for name in graph.sizes.keys() - inside - branches)
             outputs = run_stages(supernet, subnet, options.stages, images, handed_on)
             assert len(outputs) == len(options.stages)
@@ -191,7 +191,7 @@ def test_costs_of_a_resnet_add_up(untied):
     assert len(options.stages) == 3
     assert_costs_add_up(options)
     assert_boundaries_are_whole(options, images)
-    rows = options.drawn(np.random.default_rng(1))
+    rows = options.sample(np.random.default_rng(1))
     architecture = Supernet(model, graph).architecture(options.subnet(rows))
     small = cut(model, graph, architecture).model
     assert counted_macs(small, images) == CostModel(graph).cost(architecture).macs
@@ -202,10 +202,10 @@ def test_a_stream_that_crosses_a_cut_stays_whole_however_narrow_its_branches():
     """And the cut model, in which nobody computes some of its channels, is what the supernet ran."""
     model, images, _ = zoo_net("option_a_residual")
     options = zoo_options("option_a_residual", untied=True, finely=False)
-    graph = options.problem.evidence.graph
-    subnet = options.subnet(options.tiny)
+    graph = options.context.evidence.graph
+    subnet = options.subnet(options.smallest)
     widths = dict(zip(graph.sizes, subnet.widths, strict=True))
-    into = {axis.name: axis.into for axis in graph.prunable if axis.into}
+    into = {axis.name: axis.residual_axis for axis in graph.prunable if axis.residual_axis}
     streams = set(into.values())
     narrow = {s for s in streams if max(widths[branch] for branch, stream in into.items() if stream == s) < widths[s]}
     assert any(widths[s] == graph.sizes[s] for s in narrow)
@@ -227,7 +227,7 @@ def test_nothing_to_choose_is_refused():
     model = slow_search.model().eval()
     plain = Net(model, trace(model, torch.zeros(1, 3, 8, 8)), net().batches)
     with pytest.raises(BudgetError, match="cut the model into fewer stages"):
-        run(plain, quick(cuts=("2", "4")), watch=seen)
+        run(plain, quick(cuts=("2", "4")), callbacks=seen)
     assert seen.opened == []
 
 
@@ -237,8 +237,8 @@ def test_nothing_to_choose_is_refused():
 )
 def test_bad_cuts_are_refused_before_anything_is_trained(cuts, message):
     seen = Recorder()
-    with pytest.raises(ChoiceError, match=message):
-        run(net(), quick(cuts=cuts), watch=seen)
+    with pytest.raises(SelectionError, match=message):
+        run(net(), quick(cuts=cuts), callbacks=seen)
     assert seen.opened == []
 
 
@@ -260,5 +260,5 @@ def test_the_least_cost_is_that_of_the_tiny_net():
     given = staged()
     problem = problem_of(given.model, given.graph)
     options = options_of(given, widths=Widths())
-    architecture = Supernet(given.model, given.graph).architecture(options.subnet(options.tiny))
+    architecture = Supernet(given.model, given.graph).architecture(options.subnet(options.smallest))
     assert quick().least(problem) == CostModel(given.graph).cost(architecture)

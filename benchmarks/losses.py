@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from recover import ALIGNED, KD, ours
-from secateur.cli._words import OF_LOGITS, USUAL, Pair, inferred_taps, objective_of
 from torch import nn
 
-from secateur.cli.options import LossName
+from secateur.cli.distill import DEFAULT_WEIGHTS, LOGIT_LOSSES, Pair, inferred_taps, to_objective
 from secateur.cost import counted_macs
 from secateur.data import ImageData, Split, load_data
 from secateur.distill import AlignedFeatures, Objective
@@ -65,15 +64,15 @@ def begin() -> Recovery:
     return Recovery(student, teacher, alignment, data, data.train.subset(torch.arange(IMAGES)))
 
 
-def alone(loss: LossName) -> Callable[[Recovery], Objective]:
+def alone(loss: str) -> Callable[[Recovery], Objective]:
     """Return an objective of one loss at its default weight and the labels (1, or less beside probabilities)."""
-    label_weight = 0.1 if loss in OF_LOGITS else 1.0
+    label_weight = 0.1 if loss in LOGIT_LOSSES else 1.0
 
     def made(recovery: Recovery) -> Objective:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return objective_of(
-                {loss: USUAL[loss]},
+            return to_objective(
+                {loss: DEFAULT_WEIGHTS[loss]},
                 recovery.pair,
                 inferred_taps(recovery.pair),
                 temperature=4.0,
@@ -87,9 +86,9 @@ def alone(loss: LossName) -> Callable[[Recovery], Objective]:
 WAYS: dict[str, Callable[[Recovery], Objective]] = {
     "labels": lambda _: Objective.of_labels(),
     "kd": lambda _: KD,
-    **{loss.value: alone(loss) for loss in LossName if loss is not LossName.KD},
+    **{loss: alone(loss) for loss in DEFAULT_WEIGHTS if loss != "kd"},
     "aligned": lambda _: Objective(kd_weight=0.0, label_weight=1.0, feature_weight=10.0),
-    "kd and hint": lambda recovery: replace(KD, terms=alone(LossName.HINT)(recovery).terms),
+    "kd and hint": lambda recovery: replace(KD, terms=alone("hint")(recovery).terms),
     "kd and aligned": lambda _: ALIGNED,
 }
 

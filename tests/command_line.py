@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.cli.app import app
+from secateur.cli import main
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def outcome(command: Callable[[list[str]], object], *words: object) -> Result:
 
 def secateur(*words: object) -> Result:
     """Run the command line in this process; a bug raises here."""
-    found = outcome(app, *words)
+    found = outcome(main, *words)
     if found.exception is not None:
         raise found.exception
     return found

@@ -189,13 +189,13 @@ def forked(words: Sequence[str], log: Path, prepare: Callable[[], None] = lambda
 
 def _command(words: Sequence[str]) -> int:
     from benchmarks.study.__main__ import main as study
-    from secateur.cli.app import app
+    from secateur.cli import main
 
     try:
         if words[0] == "benchmarks.study":
             study(words[1:])
         else:
-            app(list(words))
+            main(words)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
+
+from rich.text import Text
 
 if not __package__:  # started as `python benchmarks/study`
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -23,10 +26,12 @@ if not __package__:  # started as `python benchmarks/study`
 from benchmarks.study.plan import FAMILIES, Study
 from benchmarks.study.results import write_tables
 from benchmarks.study.run import run_study, silent
-from secateur.cli import _words as parsing
+from secateur.cli import parsing
 from secateur.cli.options import PrecisionName
-from secateur.cli.output import handle_errors, print_page, print_written, resumable, tell, threads
+from secateur.cli.output import err, handle_errors, out, resumable, threads
+from secateur.cli.tables import plain_table, print_written
 from secateur.data import load_data
+from secateur.report import Page
 
 PROGRAM = "python -m benchmarks.study"
 _NAMES = tuple(family.name for family in FAMILIES)
@@ -64,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--test-images", type=_at_least(0), default=2000, help="Number of first test images used; 0 for all.")
     add("--batch-size", type=_at_least(1), default=64, help="Images per step.")
     add("--lr", dest="learning_rate", type=float, default=0.1, help="Peak learning rate.")
-    add("--precision", type=PrecisionName, choices=list(PrecisionName), default=PrecisionName.AUTO)
+    add("--precision", choices=get_args(PrecisionName), default="auto", help="Number formats.")
     add("--seed", type=_at_least(0), default=0, help="First random seed.")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps.")
     add("--threads", type=_at_least(1), help="CPU threads of PyTorch; all by default.")
@@ -78,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
 def study_of(given: argparse.Namespace) -> Study:
     """Build the study that the flags describe."""
     default, wanted = Study(), set(given.family or _NAMES)
-    shared = {"batch_size": given.batch_size, "precision": parsing.precision_of(given.precision)}
+    shared = {"batch_size": given.batch_size, "precision": parsing.precision(given.precision)}
     rate = given.learning_rate
     return Study(
         families=tuple(family for family in FAMILIES if family.name in wanted),
         seeds=tuple(range(given.seed, given.seed + given.seeds)),
-        weights_kept=parsing.numbers_of(given.weights_kept or None, "--weights-kept") or (),
-        macs_kept=parsing.numbers_of(given.macs_kept or None, "--macs-kept") or (),
+        weights_kept=parsing.numbers(given.weights_kept or None, "--weights-kept") or (),
+        macs_kept=parsing.numbers(given.macs_kept or None, "--macs-kept") or (),
         teaching=replace(default.teaching, epochs=given.teacher_epochs, learning_rate=rate, **shared),
         learning=replace(default.learning, epochs=given.student_epochs, learning_rate=rate, **shared),
         recovery=replace(default.recovery, epochs=given.recovery_epochs, learning_rate=rate / 5, **shared),
@@ -108,20 +113,31 @@ def compare(*, given: argparse.Namespace, command: str, out_folder: Path, debug:
         validation_fraction=given.validation_fraction,
         seed=given.seed,
         image_size=given.image_size,
-        mean=parsing.numbers_of(given.mean, "--mean"),
-        std=parsing.numbers_of(given.std, "--std"),
+        mean=parsing.numbers(given.mean, "--mean"),
+        std=parsing.numbers(given.std, "--std"),
     )
     with threads(given.threads):
         result = run_study(
             study,
             images,
             out=out_folder,
-            device=parsing.device_of(given.device),
-            tell=silent if given.quiet else tell,
+            device=parsing.device(given.device),
+            tell=silent if given.quiet else err().print,
             command=command,
         )
     print_page(result.content)
     print_written([result.table, result.page])
+
+
+def print_page(page: Page) -> None:
+    """Print the tables of a page."""
+    for shown in page.tables:
+        table = plain_table(shown.title, shown.columns, numbers=len(shown.columns) - 1)
+        for row in shown.rows:
+            table.add_row(*row)
+        out().print(table)
+    for note in page.notes:
+        out().print(Text(note), soft_wrap=True)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from benchmarks.study.plan import Family, Study, Taught
 from secateur._files import atomic_file
 from secateur.data import ImageData, Split
-from secateur.distill import Objective, PerTap, Taps, Term, adaptors_of, features, hint_loss, paired_stages
+from secateur.distill import (
+    MeanOverTaps,
+    Objective,
+    Taps,
+    Term,
+    hint_loss,
+    make_adaptors,
+    paired_stages,
+    select_features,
+)
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import Sparsify
@@ -107,9 +116,13 @@ class Bench:
             memory = self._folder / "logits" / f"{family.name}-{len(images)}-{schedule.batch_size}"
             return train(Objective(temperature=TEMPERATURE), teacher=teacher, remember=memory)
         taps = self._taps_of(family)
-        adaptors = adaptors_of(model, teacher, taps, self._example[:1], seed=schedule.seed)
+        adaptors = make_adaptors(model, teacher, taps, self._example[:1], seed=schedule.seed)
         hint = Term(
-            "hint", PerTap(hint_loss, dict(adaptors.items())), of=features, weight=self._study.hint_weight, taps=taps
+            "hint",
+            MeanOverTaps(hint_loss, dict(adaptors.items())),
+            of=select_features,
+            weight=self._study.hint_weight,
+            taps=taps,
         )
         return train(Objective(temperature=TEMPERATURE, terms=(hint,)), teacher=teacher)
 

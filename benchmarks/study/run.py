@@ -15,8 +15,8 @@ from torch import nn
 from benchmarks.study.bench import UNFINISHED, Bench
 from benchmarks.study.plan import Cell, Pruned, Study
 from benchmarks.study.results import page_of, write_parquet
-from secateur._files import atomic_file, disk_errors, locked
-from secateur._provenance import Provenance
+from secateur._files import disk_errors, locked, write_atomic
+from secateur._provenance import Provenance, changed_settings
 from secateur.cost import Budget, counted_macs, counted_params
 from secateur.data import ImageData
 from secateur.errors import ArtifactError
@@ -93,8 +93,7 @@ def run_study(
             path = out / _CELLS / f"{cell.name}.json"
             if not path.is_file():
                 row = _measured(bench, study, cell)
-                with atomic_file(path) as part:
-                    part.write_text(json.dumps(row, indent=1))
+                write_atomic(path, json.dumps(row, indent=1))
                 shutil.rmtree(bench.unfinished(cell.name), ignore_errors=True)
                 tell(f"Cell {number} of {len(cells)}, {cell.name}: {100 * row['accuracy']:.2f} %.")
             rows.append(cast("Mapping[str, Any]", json.loads(path.read_text())))
@@ -121,21 +120,15 @@ def _meet(out: Path, settings: dict[str, str]) -> None:
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not _ours(inside) for inside in out.iterdir())):
             raise ArtifactError(f"`out` must be a new folder, or that of a study; got {out}. Choose another path.")
-        with atomic_file(path) as part:
-            part.write_text(json.dumps(settings, indent=1))
+        write_atomic(path, json.dumps(settings, indent=1))
         return
     try:
         then = cast("dict[str, str]", dict(json.loads(path.read_text())))
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Begin again in another folder.") from error
-    different = [
-        f"{name} was {then.get(name)}, now {settings.get(name)}"
-        for name in sorted(then.keys() | settings.keys())
-        if then.get(name) != settings.get(name)
-    ]
-    if different:
+    if changes := changed_settings(then, settings):
         raise ArtifactError(
-            f"`out` must be continued with the settings that the study was begun with; {'; '.join(different)} ({out}). "
+            f"`out` must be continued with the settings that the study was begun with; {changes} ({out}). "
             "Use the old settings, or another folder."
         )
 

@@ -2,39 +2,39 @@
 
 import copy
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.cli._words import OF_LOGITS, USUAL, Pair, objective_of
-from secateur.cli.options import LossName
+from secateur.cli.distill import DEFAULT_WEIGHTS, LOGIT_LOSSES, LossName, Pair, to_objective
 from secateur.distill import paired_stages
 from secateur.errors import SparsityError, TraceError, TrainingError
 from secateur.graph import trace
 from secateur.prune import (
-    AtRandom,
-    ByERK,
-    ByMagnitude,
-    ByMovement,
-    BySnip,
-    ByTaylor,
-    Evenly,
-    Globally,
+    ERKAllocation,
+    GlobalAllocation,
+    MagnitudeScore,
+    MovementScore,
     NOfM,
+    RandomScore,
+    SnipScore,
+    TaylorScore,
+    UniformAllocation,
     WeightPruning,
-    density_of,
-    masked,
-    prunable,
+    apply_masks,
+    mask_density,
+    prunable_weights,
 )
 
-LEARNED = (LossName.VID, LossName.CRD, LossName.REVIEW)
+LEARNED = ("vid", "crd", "review")
 """Losses with something to learn: not 0 for two equal networks."""
 
-MATCHING = (LossName.KD, LossName.DKD, LossName.DIST, LossName.STANDARDIZED, LossName.SP, LossName.PKT)
-SCORES = (ByMagnitude(), AtRandom(1), ByTaylor(), BySnip(), ByMovement(0.01))
-ALLOCATIONS = (Globally(), Evenly(), ByERK())
+MATCHING = ("kd", "dkd", "dist", "standardized", "sp", "pkt")
+SCORES = (MagnitudeScore(), RandomScore(1), TaylorScore(), SnipScore(), MovementScore(0.01))
+ALLOCATIONS = (GlobalAllocation(), UniformAllocation(), ERKAllocation())
 
 
 def images(n: int = 6) -> Tensor:
@@ -60,9 +60,11 @@ def other(model: nn.Module) -> nn.Module:
     return model
 
 
-def total(name: LossName, student: nn.Module, teacher: nn.Module, taps: dict[str, str], labels: Tensor) -> Tensor:
+def total(name: str, student: nn.Module, teacher: nn.Module, taps: dict[str, str], labels: Tensor) -> Tensor:
     pair = Pair(student, teacher, images(2), 12)
-    objective = objective_of({name: USUAL[name]}, pair, taps, temperature=4.0, label_weight=0.0, label_smoothing=0.0)
+    objective = to_objective(
+        {name: DEFAULT_WEIGHTS[name]}, pair, taps, temperature=4.0, label_weight=0.0, label_smoothing=0.0
+    )
     with objective.watch(student, teacher) as watch:
         with torch.no_grad():
             teacher_logits = teacher(images())
@@ -77,8 +79,8 @@ def test_every_loss_teaches_every_network(net: str) -> None:
     if logits.ndim != 2 or logits.shape[1] < 2:
         pytest.skip(f"gives {tuple(logits.shape)}, which is no batch of logits")
     labels, taps = torch.arange(6) % logits.shape[1], taps_of(model)
-    for name in LossName:
-        if name not in OF_LOGITS and not taps:
+    for name in get_args(LossName):
+        if name not in LOGIT_LOSSES and not taps:
             continue
         student = other(model).requires_grad_()
         value = total(name, student, model, taps, labels)
@@ -102,13 +104,16 @@ def loss_of(model: nn.Module) -> tuple[tuple[Tensor, Tensor], ...]:
 def test_every_sparsifier_prunes_every_network(net: str) -> None:
     model = ZOO[net]().model
     batches = loss_of(model)
-    size = sum(weight.numel() for weight in prunable(model).values())
+    size = sum(weight.numel() for weight in prunable_weights(model).values())
     for score in SCORES:
         for allocation in ALLOCATIONS:
             masks = WeightPruning(score, allocation).masks(model, 0.4, batches)
             kept = sum(int(mask.sum()) for mask in masks.values())
-            assert kept == round(0.4 * size) or (isinstance(allocation, Evenly) and kept <= 0.4 * size), (score, kept)
-            assert masks.keys() == prunable(model).keys()
+            assert kept == round(0.4 * size) or (isinstance(allocation, UniformAllocation) and kept <= 0.4 * size), (
+                score,
+                kept,
+            )
+            assert masks.keys() == prunable_weights(model).keys()
             _check_zeroed(model, masks)
 
 
@@ -117,18 +122,18 @@ def _check_zeroed(model: nn.Module, masks: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, kept in masks.items():
             zeroed.get_parameter(name).mul_(kept)
-        assert torch.equal(masked(model, masks)(images()), zeroed(images()))
+        assert torch.equal(apply_masks(model, masks)(images()), zeroed(images()))
 
 
 @pytest.mark.parametrize("net", ZOO)
 def test_patterns_prune_what_they_divide(net: str) -> None:
     model = ZOO[net]().model
-    odd = tuple(name for name, weight in prunable(model).items() if weight.shape[1] % 4)
+    odd = tuple(name for name, weight in prunable_weights(model).items() if weight.shape[1] % 4)
     make: Callable[[tuple[str, ...]], dict[str, Tensor]] = lambda exclude: WeightPruning(  # noqa: E731
         allocation=NOfM(2, 4), exclude=exclude
     ).masks(model, 0.5)
     if odd:
         with pytest.raises(SparsityError, match="`m` must divide the input dimension"):
             make(())
-    if len(odd) < len(prunable(model)):
-        assert density_of(make(odd)) == 0.5
+    if len(odd) < len(prunable_weights(model)):
+        assert mask_density(make(odd)) == 0.5

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from command_line import Run, Small, compress_words
+from command_line import Result, Run, Small, compress_words, outcome
 from safetensors.torch import load_file, save_file
 
 
@@ -319,10 +318,8 @@ def test_failed_export_keeps_the_artifact_and_says_so(
 
 
 def test_debug_shows_the_traceback(digits_weights: Path, tmp_path: Path):
-    from typer.testing import CliRunner
-
-    from secateur.cli.app import app
+    from secateur.cli import main
     from secateur.errors import BudgetError
 
     words = [str(word) for word in (*compress_words(digits_weights, tmp_path / "out", "half"), "--debug")]
-    assert isinstance(CliRunner().invoke(app, words).exception, BudgetError)
+    assert isinstance(outcome(main, *words).exception, BudgetError)

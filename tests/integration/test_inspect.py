@@ -28,11 +28,11 @@ def test_shows_shares_axes_reasons_and_blocks(run: Run):
     assert "% of the MACs in operations with one" in said
     assert "unless a rule says otherwise" in said
     assert "Residual blocks" in said
-    assert "Wrote nothing" in said
+    assert "Nothing written." in said
 
 
 def test_reasons_that_differ_in_names_only_are_one_row():
-    from secateur.cli.inspect import _grouped
+    from secateur.cli.tables import _grouped
     from secateur.graph import ChannelAxis
 
     def axis(name: str, why: str) -> ChannelAxis:
@@ -86,7 +86,7 @@ def test_drawings(run: Run, tmp_path: Path):
         found = run("inspect", "--model", "cifar_resnet20", "--draw", tmp_path / name)
         assert found.exit_code == 0, found.output
         assert f"Wrote {tmp_path / name}" in found.stdout.replace("\n", "")
-        assert "Wrote nothing" not in found.stdout
+        assert "Nothing written." not in found.stdout
     assert ET.parse(tmp_path / "net.svg").getroot().tag.endswith("svg")
     assert (tmp_path / "net.dot").read_text().startswith("digraph")
 

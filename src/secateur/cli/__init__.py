@@ -1,4 +1,4 @@
-"""The command line: ``secateur inspect | compress | distill | evaluate | verify | export | demo``."""
+"""The command line: ``secateur inspect | compress | distill | evaluate | verify | export | bench | demo``."""
 
 from secateur.cli.app import main
 

@@ -1,100 +1,362 @@
-"""The command that distills any teacher into any student."""
+"""The command that distills any teacher into any student, and the losses that its flags name."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from cyclopts import Group, Parameter
 
 from secateur.cli import options
-from secateur.cli.options import PrecisionName, expand_dataclasses
-from secateur.cli.output import command_line, handle_errors_together, resumable, show
-from secateur.cli.shared import ImageFlags, MachineFlags, TrainingFlags, WorkFlags
+from secateur.cli.options import DistillTrainFlags, ImageFlags, RunFlags, count, flag
+from secateur.cli.output import command_line, handle_errors_together, logged, resumable
+from secateur.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secateur.distill.objective import Objective, Term
+    from secateur.distill.taps import Taps
+
+LossName = Literal["kd", "dkd", "dist", "standardized", "hint", "attention", "vid", "rkd", "sp", "pkt", "crd", "review"]
+LOSSES = Group("Losses", sort_key=2)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LossFlags:
+    """What a student learns from its teacher."""
+
+    loss: Annotated[
+        tuple[str, ...],
+        flag(f"{', '.join(get_args(LossName))}, python:...; repeatable, default kd.", LOSSES, value="NAME[=WEIGHT]"),
+    ] = ()
+    hints: Annotated[
+        tuple[str, ...],
+        flag(
+            "Modules whose outputs are compared; the last of each resolution by default. Repeatable.",
+            LOSSES,
+            value="STUDENT=TEACHER",
+        ),
+    ] = ()
+    hint_epochs: Annotated[int, count("Epochs of feature losses alone, before the others.", LOSSES, least=0)] = 0
+    teacher_cache: Annotated[
+        Path | None,
+        flag("Store the teacher's logits; later runs with the same seed read them.", LOSSES, value="FOLDER"),
+    ] = None
 
 
 @handle_errors_together
 @resumable
-@expand_dataclasses
 def distill(
     *,
-    teacher: options.Teacher,
-    student: options.Student,
+    teacher: Annotated[str, flag("Trained model, named as for --model of the other commands.", options.INPUT)],
+    student: Annotated[str, flag("Model to train; new weights if none are given.", options.INPUT)],
     data: options.Data,
     out_folder: options.Out,
-    teacher_weights: options.TeacherWeights = None,
-    student_weights: options.StudentWeights = None,
-    given: ImageFlags,
-    loss: options.Losses = None,
-    hints: options.Hints = None,
-    hint_epochs: options.HintEpochs = 0,
-    remember: options.Remember = None,
-    epochs: options.Epochs = 30,
-    batch_size: options.BatchSize = 128,
-    learning_rate: options.LearningRate = 0.05,
-    training: TrainingFlags,
-    label_weight: options.LabelWeight = 0.1,
-    precision: options.Precision = PrecisionName.AUTO,
-    compiled: options.Compile = False,
-    work: WorkFlags,
-    machine: MachineFlags,
+    teacher_weights: Annotated[
+        Path | None, flag("A .safetensors file, or a torch file without code.", options.INPUT)
+    ] = None,
+    student_weights: Annotated[Path | None, flag("Weights that the student begins with.", options.INPUT)] = None,
+    images: ImageFlags = ImageFlags(),
+    losses: LossFlags = LossFlags(),
+    train: DistillTrainFlags = DistillTrainFlags(),
+    run: RunFlags = RunFlags(),
+    debug: options.Debug = False,
 ) -> None:
-    """Teach any student by any teacher: train, verify, export, report."""
-    from dataclasses import replace
+    """Distill a teacher into a student: train, verify, export, report.
 
-    from secateur.cli import _words as _choices
-    from secateur.cli._words import (
-        OF_LOGITS,
-        Pair,
-        check_mixable,
-        hints_of,
-        inferred_taps,
-        losses_of,
-        objective_of,
-        taps_of,
-    )
+    Example: secateur distill --teacher cifar_resnet56 --teacher-weights resnet56.safetensors
+    --student cifar_resnet20 --data cifar10 --out student
+    """
+    from secateur.cli.parsing import Inputs, execution
+    from secateur.cli.tables import show
     from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
     from secateur.pipeline.workspace import check_output
 
-    leftover = work.leftover
-    losses, taps, formats = losses_of(loss), taps_of(hints), work.formats
-    varied = training.variation
-    if training.mixup or training.cutmix:
-        check_mixable(losses)
-    progress, saving = machine.progress, work.saving
-    schedule = training.schedule(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, precision=precision, seed=work.seed
-    )
+    # Whatever can be refused at once is, before anything is loaded.
+    run_config = run.to_config()
+    weights, taps, formats = parse_losses(losses.loss), parse_taps(losses.hints), run.formats
+    own = {spec: own_loss(spec, images.trust_source) for spec in weights if spec.startswith("python:")}
+    train.check_augment()
+    if train.mixup or train.cutmix:
+        check_mixable(weights)
+    train_config = train.to_train(run.seed)
     check_output(out_folder)
-    known = given.inputs(teacher, teacher_weights, data, work.seed)
-    learner = replace(known, model=student, weights=student_weights)
-    images, taught = known.images, learner.opened_for(known.images)
-    pair = Pair(taught.model, known.opened.model, known.example(2), len(images.train))
-    if any(name not in OF_LOGITS for name in losses):
+    known = Inputs(teacher, teacher_weights, data, images, run.seed)
+    learner = replace(known, model=student, weights=student_weights).load_for(known.images)
+    pair = Pair(learner.model, known.loaded.model, known.example(2), len(known.images.train), own)
+    if any(pair.needs_taps(name) for name in weights):
         taps = taps or inferred_taps(pair)
-    objective = objective_of(
-        losses,
+    objective = to_objective(
+        weights,
         pair,
         taps,
-        temperature=training.temperature,
-        label_weight=label_weight,
-        label_smoothing=training.label_smoothing,
+        temperature=train.temperature,
+        label_weight=train.label_weight,
+        label_smoothing=train.label_smoothing,
     )
-    hinting = None
-    if hint_epochs:
-        hinting = HintStage(hints_of(losses, pair, taps), replace(schedule, epochs=hint_epochs))
-    with machine.processes(schedule) as fabric:
+    hint_stage = None
+    if losses.hint_epochs:
+        hint_stage = HintStage(hint_terms(weights, pair, taps), replace(train_config, epochs=losses.hint_epochs))
+    with run.fabric(train_config) as fabric, logged(quiet=run.quiet):
         result = distill_model(
-            ModelSpec(taught.model, taught.name, taught.source, taught.architecture),
-            teacher=ModelSpec(known.opened.model, known.opened.name, known.opened.source),
-            data=varied(images),
-            schedule=schedule,
+            ModelSpec(learner.model, learner.name, learner.source, learner.architecture),
+            teacher=ModelSpec(known.loaded.model, known.loaded.name, known.loaded.source),
+            data=train.augment(known.images),
+            train=train_config,
             objective=objective,
-            hinting=hinting,
-            remember=remember,
+            hint_stage=hint_stage,
+            teacher_cache=losses.teacher_cache,
+            execution=execution(train.compiled),
             out=out_folder,
             export=formats,
-            leftover=leftover,
-            saving=saving,
-            execution=_choices.execution_of(compiled),
-            seed=work.seed,
-            fabric=fabric,
-            progress=progress,
-            tell=machine.tell,
-            command=command_line(),
+            run=replace(run_config, fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:
         show(result)
+
+
+DEFAULT_WEIGHTS: Mapping[str, float] = {
+    "kd": 0.9,
+    "dkd": 1.0,
+    "dist": 1.0,
+    "standardized": 0.9,
+    "hint": 1.0,
+    "attention": 500.0,
+    "vid": 1.0,
+    "rkd": 25.0,
+    "sp": 100.0,
+    "pkt": 100.0,
+    "crd": 0.8,
+    "review": 1.0,
+}
+"""Weights where none is given: those of the papers as far as their scaling is ours (docs/distillation.md)."""
+
+LOGIT_LOSSES = ("kd", "dkd", "dist", "standardized")
+"""Losses that need no features."""
+
+CLASS_LOSSES = ("dkd", "crd")
+"""Losses that need one class for each image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A student and its teacher, and what both are shown.
+
+    Attributes:
+        student: The model that learns.
+        teacher: The model that is learned from.
+        example: A few normalized images on the CPU.
+        images: Number of training images.
+        own: Losses of the user, by the ``python:`` words that name them.
+    """
+
+    student: "nn.Module"
+    teacher: "nn.Module"
+    example: "Tensor"
+    images: int
+    own: "Mapping[str, Term]" = field(default_factory=dict[str, "Term"])
+
+    def needs_taps(self, name: str) -> bool:
+        """Return whether a loss compares features at modules that it does not name itself."""
+        from secateur.distill.objective import select_features, select_labeled_feature
+
+        term = self.own.get(name)
+        if term is None:
+            return name not in LOGIT_LOSSES
+        return term.of in (select_features, select_labeled_feature) and not term.taps
+
+
+def parse_losses(words: Sequence[str]) -> dict[str, float]:
+    """Read weights by loss from words such as "kd" and "hint=10"; kd alone if there are none.
+
+    Raises:
+        TrainingError: If a loss is unknown, given twice, or its weight is no positive number.
+    """
+    found: dict[str, float] = {}
+    for word in words or ("kd",):
+        name, equals, number = word.partition("=")
+        if name not in DEFAULT_WEIGHTS and not name.startswith("python:"):
+            raise TrainingError(
+                f"`--loss` must be one of {', '.join(DEFAULT_WEIGHTS)} or python:PACKAGE.MODULE:NAME; got {name!r}."
+            )
+        try:
+            weight = float(number) if equals else DEFAULT_WEIGHTS.get(name, 1.0)
+        except ValueError:
+            weight = math.nan
+        if not (math.isfinite(weight) and weight > 0):
+            raise TrainingError(f"`--loss` must have a positive weight, such as {name}=0.5; got {word!r}.")
+        if name in found:
+            raise TrainingError(f"`--loss` must name each loss once; got {name!r} again.")
+        found[name] = weight
+    return found
+
+
+def own_loss(spec: str, trust_source: bool) -> "Term":
+    """Return the loss that ``python:PACKAGE.MODULE:NAME`` makes, as a term of weight 1.
+
+    Raises:
+        ModelError: If the code is not trusted, cannot be imported, fails, or makes no `secateur.distill.Term`.
+    """
+    from secateur.cli.parsing import made_by
+    from secateur.distill.objective import Term
+
+    return made_by(spec, Term, "--loss", trust_source)
+
+
+def check_mixable(losses: Mapping[str, float]) -> None:
+    """Refuse losses that have no use for the labels of mixed images.
+
+    Raises:
+        TrainingError: If there is one.
+    """
+    for loss in losses:
+        if loss in CLASS_LOSSES:
+            raise TrainingError(
+                f"`--loss` must go without --mixup and --cutmix for {loss}, which needs one class for each image; got "
+                "both. Leave one of them out."
+            )
+
+
+def parse_taps(words: Sequence[str]) -> dict[str, str]:
+    """Read pairs of modules from "STUDENT=TEACHER" words.
+
+    Raises:
+        TrainingError: If a word is not of this form.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, other = word.partition("=")
+        if not (name and equals and other):
+            raise TrainingError(
+                f"`--hints` must pair a module of the student with one of the teacher, such as layer2=layer2; got "
+                f"{word!r}. `secateur inspect --tree` shows their names."
+            )
+        found[name] = other
+    return found
+
+
+def inferred_taps(pair: Pair) -> dict[str, str]:
+    """Pair the last modules at each resolution.
+
+    Raises:
+        TraceError: If a network cannot be traced.
+        TrainingError: If a network has no such modules.
+    """
+    from secateur.distill.taps import paired_stages
+    from secateur.graph.trace import trace
+
+    return paired_stages(trace(pair.student, pair.example[:2]), trace(pair.teacher, pair.example[:2]))
+
+
+def to_objective(
+    losses: Mapping[str, float],
+    pair: Pair,
+    taps: "Taps",
+    *,
+    temperature: float,
+    label_weight: float,
+    label_smoothing: float,
+) -> "Objective":
+    """Build one objective from the losses.
+
+    Args:
+        losses: Weights by name, see `parse_losses`.
+        pair: Student and teacher.
+        taps: Where losses of features listen; unused without such losses.
+        temperature: Temperature of kd.
+        label_weight: Weight of the labels.
+        label_smoothing: Share of each label that is spread over all classes.
+    """
+    from secateur.distill.objective import Objective
+
+    terms = [term for name, weight in losses.items() if name != "kd" for term in _terms(name, weight, pair, taps)]
+    return Objective(losses.get("kd", 0.0), label_weight, 0.0, temperature, label_smoothing, tuple(terms))
+
+
+def hint_terms(losses: Mapping[str, float], pair: Pair, taps: "Taps") -> "tuple[Term, ...]":
+    """Return the losses of features alone, for a stage before everything else.
+
+    Raises:
+        TrainingError: If there are none.
+    """
+    chosen = [name for name in losses if pair.needs_taps(name) or (name in pair.own and pair.own[name].taps)]
+    found = [term for name in chosen for term in _terms(name, losses[name], pair, taps)]
+    if not found:
+        raise TrainingError(
+            "`--hint-epochs` must go with a loss of features; got none. Say --loss hint, or leave it out."
+        )
+    return tuple(found)
+
+
+def _terms(name: str, weight: float, pair: Pair, taps: "Taps") -> "list[Term]":
+    from secateur.distill import feature_losses as features
+    from secateur.distill import logit_losses as logits
+    from secateur.distill.learned_losses import ContrastiveRepresentation, KnowledgeReview
+    from secateur.distill.objective import (
+        MeanOverTaps,
+        Term,
+        select_features,
+        select_labeled_feature,
+        select_labeled_logits,
+        select_logits,
+    )
+
+    def of_features(loss: "Callable[..., Tensor]") -> Term:
+        return Term(name, loss, select_features, weight, taps)
+
+    def own() -> Term:
+        term = pair.own[name]
+        return replace(term, weight=weight * term.weight, taps=taps if pair.needs_taps(name) else term.taps)
+
+    def crd() -> Term:
+        (student, *_), (teacher, *_) = _channels(pair, last)
+        bank = min(pair.images, 16384)
+        loss = ContrastiveRepresentation(student, teacher, size=bank, negatives=max(1, min(4096, bank // 2)))
+        return Term(name, loss, select_labeled_feature, weight, last)
+
+    last = dict(list(taps.items())[-1:])
+    made: dict[str, Callable[[], list[Term]]] = {
+        "dkd": lambda: [Term(name, logits.dkd_loss, select_labeled_logits, weight)],
+        "dist": lambda: [Term(name, logits.dist_loss, select_logits, weight)],
+        "standardized": lambda: [Term(name, logits.standardized_kd_loss, select_logits, weight)],
+        "hint": lambda: [of_features(MeanOverTaps(features.hint_loss, _adaptors(pair, taps)))],
+        "attention": lambda: [of_features(MeanOverTaps(features.attention_loss))],
+        "vid": lambda: [of_features(MeanOverTaps(_vid(pair, taps)))],
+        "sp": lambda: [of_features(MeanOverTaps(features.similarity_loss))],
+        "rkd": lambda: [
+            Term("rkd_distance", MeanOverTaps(features.rkd_distance_loss), select_features, weight, last),
+            Term("rkd_angle", MeanOverTaps(features.rkd_angle_loss), select_features, 2 * weight, last),
+        ],
+        "pkt": lambda: [Term(name, MeanOverTaps(features.pkt_loss), select_features, weight, last)],
+        "crd": lambda: [crd()],
+        "review": lambda: [of_features(KnowledgeReview(*_channels(pair, taps)))],
+    }
+    return [own()] if name in pair.own else made[name]()
+
+
+def _adaptors(pair: Pair, taps: "Taps") -> "dict[str, nn.Module]":
+    from secateur.distill.taps import make_adaptors
+
+    return dict(make_adaptors(pair.student, pair.teacher, taps, pair.example[:1]).items())
+
+
+def _vid(pair: Pair, taps: "Taps") -> "list[Callable[[Tensor, Tensor], Tensor]]":
+    from secateur.distill.learned_losses import VariationalInformation
+
+    _, channels = _channels(pair, taps)
+    return [
+        VariationalInformation(adaptor, count)
+        for adaptor, count in zip(_adaptors(pair, taps).values(), channels, strict=True)
+    ]
+
+
+def _channels(pair: Pair, taps: "Taps") -> tuple[list[int], list[int]]:
+    """Return the channels at the taps, of the student and of the teacher."""
+    from secateur.distill.feature_losses import channel_dim
+    from secateur.distill.taps import compute_features
+
+    students, teachers = compute_features(pair.student, pair.teacher, taps, pair.example[:1])
+    return [each.shape[channel_dim(each)] for each in students], [each.shape[channel_dim(each)] for each in teachers]

@@ -1,643 +1,533 @@
-"""Devices by name.
+"""The flags of the command line, each written once: its name, type, bounds, panel and help.
 
-Groups of flags: classes whose fields typer sees as flags of the command itself.
+A frozen dataclass is a group of flags that a command takes as one argument; its ``to_...`` methods make the objects of
+the Python interface. Nothing here loads torch before such a method runs, so that ``--help`` is quick.
+"""
 
-What flags can be set to, where that is one of a few words.
-
-Budget, search, and what may be cut.
-
-What a command is given: models and images.
-
-Training: of what was cut, or of any student.
-
-Where a command runs, and what it shows and writes.
-
-What a latency is on, from the words of the command line. Nothing here loads torch, so that ``--help`` is quick."""
-
-from __future__ import annotations
-
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from enum import StrEnum
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
-from secateur.errors import TrainingError
+from secateur.errors import ArtifactError, ExportError
 
 if TYPE_CHECKING:
-    import torch
+    from lightning_fabric import Fabric
 
     from secateur.cost.targets import Target
+    from secateur.data.dataset import ImageData
+    from secateur.export.formats import Format
+    from secateur.pipeline.config import CutConfig, RecoveryConfig, RunConfig
+    from secateur.pipeline.workspace import OnExisting
+    from secateur.prune.weight_pruning import WeightPruning
+    from secateur.train.callbacks import Callbacks
+    from secateur.train.config import TrainConfig
+
+INPUT = Group("Model and data", sort_key=1)
+CUT = Group("Search and cut", sort_key=2)
+TRAIN = Group("Training", sort_key=3)
+RUN = Group("Output and run", sort_key=4)
+ADVANCED = Group("Advanced", sort_key=5)
+
+MAX_CHANNELS, MAX_SIDE, MAX_COUNT, MAX_SEED = 2**20, 2**13, 2**31, 2**63 - 1
+MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
+"""The largest numbers that have a meaning; no tensor can hold what lies above them."""
+
+_P, _AUGMENT = "PATTERN", ("--auto-augment", "--rand-augment")
 
 
-_KINDS = ("cpu", "cuda", "mps")
-
-
-def check_device(flag: str, text: str, *, instead: str = "cpu") -> torch.device:
-    """The device of a name.
+def flag(text: str, panel: Group, *names: str, value: str | None = None) -> Parameter:
+    """Describe one flag.
 
     Args:
-        flag: That the name was given with, for the message.
-        text: Such as cpu or cuda:1.
-        instead: What to say instead, for the message.
-
-    Raises:
-        TrainingError: If this machine has no such device.
+        text: One line of help that can be read without the flag's name.
+        panel: Where ``--help`` shows it.
+        names: The flag; derived from the name of the argument if none is given.
+        value: The placeholder of its value; derived from the type if none is given.
     """
-    import torch
+    return Parameter(name=names or None, help=text, group=panel, metavar=value, show_default=_shown, show_choices=False)
 
-    reason = f"one of {', '.join(_KINDS)} is wanted"
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
-    else:
-        if device.type in _KINDS:
-            return device
-    raise TrainingError(
-        f"`{flag}` must be a device that this machine has: cpu, cuda, cuda:N or mps; got {text!r} ({reason}). "
-        f"Say {instead}."
+
+def count(text: str, panel: Group, *names: str, least: int = 1, most: int | None = None, value: str = "N") -> Parameter:
+    """Describe a flag with a whole number from ``least`` to ``most``."""
+    return Parameter.combine(flag(text, panel, *names, value=value), Parameter(validator=Number(gte=least, lte=most)))
+
+
+def number(text: str, panel: Group, *names: str, least: float | None = None, most: float | None = None) -> Parameter:
+    """Describe a flag with a number from ``least`` to ``most``."""
+    return Parameter.combine(flag(text, panel, *names, value="X"), Parameter(validator=Number(gte=least, lte=most)))
+
+
+def _shown(default: object) -> str | None:
+    """Return how a default is shown; without a word where it means that nothing is done."""
+    return (
+        None if default in (None, False, 0, (), "") else f"{default:g}" if isinstance(default, float) else str(default)
     )
 
 
-def expand_dataclasses(command: Callable[..., None]) -> Callable[..., None]:
-    """Let typer see the fields of every parameter that is a dataclass, in its place, as parameters of the command.
+Attention = Literal["heads", "dimensions"]
+SearchedName = Literal["widths", "depths", "both"]
+CombinationName = Literal["exact", "evolution"]
+WeightScoreName = Literal["magnitude", "taylor", "snip", "movement", "random"]
+AllocationName = Literal["global", "erk", "even", "2:4", "4:8"]
+WeightScheduleName = Literal["cubic", "iterative", "one-shot"]
+OptimizerName = Literal["sgd", "adamw"]
+PrecisionName = Literal["auto", "32", "bf16"]
+TargetName = Literal["ort", "torch", "compiled"]
+Patterns = tuple[str, ...]
 
-    So flags that commands share are written once, with their usual values, and reach the command as one object.
-    """
-    parameters = inspect.signature(command).parameters
-    groups: dict[str, Any] = {name: p.annotation for name, p in parameters.items() if is_dataclass(p.annotation)}
-    flat = [
-        flag
-        for name, parameter in parameters.items()
-        for flag in (inspect.signature(groups[name]).parameters.values() if name in groups else [parameter])
-    ]
+# Flags of several commands.
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-        command(**given)
-
-    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
-    run.__annotations__ = {flag.name: flag.annotation for flag in flat}
-    return run
-
-
-class StrategyName(StrEnum):
-    """Strategies by name; see `secateur.search`."""
-
-    KNAPSACK = "knapsack"
-    PCA = "pca"
-    PCA_ACTIVATIONS = "pca-activations"
-    GLOBAL = "global"
-    UNIFORM = "uniform"
-    TAS = "tas"
-    SWP = "swp"
-
-
-class SearchedName(StrEnum):
-    """What a search that learns searches, by name; see `secateur.search.TAS` and `secateur.search.SWP`."""
-
-    WIDTHS = "widths"
-    DEPTHS = "depths"
-    BOTH = "both"
-
-
-class CombinationName(StrEnum):
-    """How one candidate of every stage is chosen, by name; see `secateur.search.SWP`."""
-
-    EXACT = "exact"
-    EVOLUTION = "evolution"
-
-
-class ImportanceName(StrEnum):
-    """Importances by name; see `secateur.importance`."""
-
-    RECONSTRUCTION = "reconstruction"
-    L1 = "l1"
-    L2 = "l2"
-    FPGM = "fpgm"
-    BN_SCALE = "bn-scale"
-    TAYLOR = "taylor"
-    LAMP = "lamp"
-    RANDOM = "random"
-
-
-class LossName(StrEnum):
-    """Distillation losses by name; see `secateur.distill`."""
-
-    KD = "kd"
-    DKD = "dkd"
-    DIST = "dist"
-    STANDARDIZED = "standardized"
-    HINT = "hint"
-    ATTENTION = "attention"
-    VID = "vid"
-    RKD = "rkd"
-    SP = "sp"
-    PKT = "pkt"
-    CRD = "crd"
-    REVIEW = "review"
-
-
-class WeightScoreName(StrEnum):
-    """Scores of single weights by name; see `secateur.sparsity.WeightScore`."""
-
-    MAGNITUDE = "magnitude"
-    TAYLOR = "taylor"
-    SNIP = "snip"
-    MOVEMENT = "movement"
-    RANDOM = "random"
-
-
-class AllocationName(StrEnum):
-    """How many weights each layer keeps, by name; see `secateur.sparsity.Allocation`."""
-
-    GLOBAL = "global"
-    ERK = "erk"
-    EVEN = "even"
-    TWO_OF_FOUR = "2:4"
-    FOUR_OF_EIGHT = "4:8"
-
-
-class WeightScheduleName(StrEnum):
-    """When weights go, by name; see `secateur.sparsity.SparsitySchedule`."""
-
-    CUBIC = "cubic"
-    ITERATIVE = "iterative"
-    ONE_SHOT = "one-shot"
-
-
-class OptimiserName(StrEnum):
-    """Optimizers by name."""
-
-    SGD = "sgd"
-    ADAMW = "adamw"
-
-
-class PrecisionName(StrEnum):
-    """Number formats by name."""
-
-    AUTO = "auto"
-    FLOAT32 = "32"
-    BF16 = "bf16"
-
-
-class AttentionName(StrEnum):
-    """What is kept or removed as one in attention; see `secateur.graph.HeadUnit`."""
-
-    HEADS = "heads"
-    DIMENSIONS = "dimensions"
-
-
-class FormatName(StrEnum):
-    """Files for other runtimes by name; see `secateur.Format`."""
-
-    ONNX = "onnx"
-    PT2 = "pt2"
-    OPENVINO = "openvino"
-    EXECUTORCH = "executorch"
-    INT8 = "int8"
-
-
-_CUT = "Search and cut"
-_WIDEST, _MANY_CUT = 2**20, 2**31
-"""Largest numbers that have a meaning; above them come those that no tensor can hold."""
-
-BudgetText = Annotated[
-    str,
-    typer.Option(
-        help="Upper bounds, such as macs=50%, latency=4ms or 'macs<=20M, latency=60%, size<=2MB'; nonzero=20% prunes "
-        "single weights.",
-        rich_help_panel=_CUT,
-        show_default=False,
-    ),
-]
-Strategy = Annotated[StrategyName, typer.Option(help="How widths are found.", rich_help_panel=_CUT)]
-Importance = Annotated[
-    ImportanceName | None,
-    typer.Option(help="Which channels stay; the strategy's usual one if left out.", rich_help_panel=_CUT),
-]
-Divisor = Annotated[
-    int, typer.Option(help="Widths are multiples of it; 8 or 16 for speed.", min=1, max=_WIDEST, rich_help_panel=_CUT)
-]
-MinWidth = Annotated[int, typer.Option(help="Fewest channels of an axis.", min=1, max=_WIDEST, rich_help_panel=_CUT)]
-MinKept = Annotated[
-    float, typer.Option(help="Smallest part of an axis that stays, 0 to 1.", min=0, max=1, rich_help_panel=_CUT)
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN",
-        help="Cut only what matches: axes, modules or stages by name, such as 'layer2' or '*.conv1'; repeatable.",
-        rich_help_panel=_CUT,
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Do not cut the channels of what matches; repeatable.", rich_help_panel=_CUT),
-]
-KeepWhole = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PATTERN",
-        help="Take no weight from the layers that match, not even for channels they read; repeatable.",
-        rich_help_panel=_CUT,
-    ),
-]
-Attention = Annotated[
-    AttentionName,
-    typer.Option(
-        help="Cut whole heads, or the same dimensions of every head where the attention's scale allows it.",
-        rich_help_panel=_CUT,
-    ),
-]
-AxisDivisor = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN=N", help="--divisor for the axes that match; repeatable.", rich_help_panel=_CUT),
-]
-AxisMinWidth = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN=N", help="--min-width for the axes that match; repeatable.", rich_help_panel=_CUT),
-]
-AxisMinKept = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN=X", help="--min-kept for the axes that match; repeatable.", rich_help_panel=_CUT),
-]
-RemoveBlocks = Annotated[
-    float | None,
-    typer.Option(
-        help="Largest part of the residual blocks that may be removed whole, 0 to 1; 0 cuts channels only. 1 if the "
-        "budget limits the latency, else 0.",
-        metavar="FRACTION",
-        min=0,
-        max=1,
-        rich_help_panel=_CUT,
-    ),
-]
-Untied = Annotated[
-    bool,
-    typer.Option(
-        "--untied", help="Branches of a residual stream may keep fewer channels than it.", rich_help_panel=_CUT
-    ),
-]
-SearchEpochs = Annotated[
-    int | None,
-    typer.Option(help="Of --strategy tas or swp; its usual number if left out.", min=1, rich_help_panel=_CUT),
-]
-SearchOver = Annotated[
-    SearchedName | None,
-    typer.Option(help="What --strategy tas or swp searches; widths if left out.", rich_help_panel=_CUT),
-]
-SearchLearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--search-learning-rate", help="Highest of the weights in --strategy tas or swp.", rich_help_panel=_CUT
-    ),
-]
-SearchCandidates = Annotated[
-    int | None,
-    typer.Option(
-        help="Judged in every stage by --strategy swp; its usual number if left out.", max=_WIDEST, rich_help_panel=_CUT
-    ),
-]
-Combine = Annotated[
-    CombinationName | None,
-    typer.Option(
-        help="How --strategy swp chooses one candidate of every stage; exact if left out.", rich_help_panel=_CUT
-    ),
-]
-StageEnd = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="MODULE",
-        help="Ends a stage in --strategy swp; repeatable. Found if left out: see inspect.",
-        rich_help_panel=_CUT,
-    ),
-]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Judge candidates of --strategy swp on Ray: local, auto (this machine's cluster), or HOST:PORT.",
-        rich_help_panel=_CUT,
-    ),
-]
-Calibration = Annotated[
-    int, typer.Option(help="Training images for search and repairs.", min=1, max=_MANY_CUT, rich_help_panel=_CUT)
-]
-WeightScore = Annotated[
-    WeightScoreName | None,
-    typer.Option(help="With a bound on nonzero: what single weights are worth.", rich_help_panel=_CUT),
-]
-WeightAllocation = Annotated[
-    AllocationName | None,
-    typer.Option(help="The same: which layers lose them.", rich_help_panel=_CUT),
-]
-WeightSchedule = Annotated[
-    WeightScheduleName | None,
-    typer.Option(help="The same: when they go in the recovery.", rich_help_panel=_CUT),
-]
-Dense = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="The same: layers that lose none, by name; repeatable.", rich_help_panel=_CUT),
-]
-
-
-_MODEL, _DATA = "Model", "Data"
-_SIDE, _MANY = 2**13, 2**31
-"""Largest numbers that have a meaning; above them come those that no tensor can hold."""
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="timm:NAME, torchvision:NAME, python:pkg.mod:factory, cifar_resnet20/32/44/56/110, digits_resnet, "
-        "or an artifact folder.",
-        rich_help_panel=_MODEL,
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="A .safetensors file, or a torch file without code.", rich_help_panel=_MODEL),
-]
-TrustSource = Annotated[
-    bool, typer.Option("--trust-source", help="Import and run code that --model names.", rich_help_panel=_MODEL)
-]
-Teacher = Annotated[
-    str, typer.Option(help="As --model of the other commands.", rich_help_panel=_MODEL, show_default=False)
-]
-Student = Annotated[
-    str, typer.Option(help="The same; new weights if none are given.", rich_help_panel=_MODEL, show_default=False)
-]
-TeacherWeights = Annotated[
-    Path | None,
-    typer.Option(help="Of the teacher: a .safetensors file, or a torch file without code.", rich_help_panel=_MODEL),
-]
-StudentWeights = Annotated[
-    Path | None, typer.Option(help="The same for the student, to begin with.", rich_help_panel=_MODEL)
-]
-_DATA_HELP = (
-    "Folder of Hugging Face parquet files, folder with train/ and test/ (or val/) images by class, "
-    "torchvision:cifar10[:ROOT], or digits."
-)
-Data = Annotated[str, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA, show_default=False)]
-MaybeData = Annotated[str | None, typer.Option(help=_DATA_HELP, rich_help_panel=_DATA)]
-Limit = Annotated[
-    int | None,
-    typer.Option(help="Use only the first so many training images.", min=1, max=_MANY, rich_help_panel=_DATA),
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(help="Resize images to squares of this side, in pixels.", min=1, max=_SIDE, rich_help_panel=_DATA),
-]
+_DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
+Model = Annotated[str, flag("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", INPUT, value="NAME")]
+Weights = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", INPUT)]
+Data = Annotated[str, flag(_DATA_HELP, INPUT, value="NAME")]
+MaybeData = Annotated[str | None, flag(_DATA_HELP, INPUT, value="NAME")]
+TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", INPUT)]
+ImageSize = Annotated[int | None, count("Resize images to squares of N pixels.", ADVANCED, most=MAX_SIDE)]
 Mean = Annotated[
-    str | None,
-    typer.Option(help="Per channel, of pixels / 255, such as 0.485,0.456,0.406.", rich_help_panel=_DATA),
+    str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", ADVANCED, value="X,...")
 ]
-Std = Annotated[str | None, typer.Option(help="The same for the standard deviation.", rich_help_panel=_DATA)]
-ValidationFraction = Annotated[
-    float, typer.Option(help="Part of the training images held out for choosing.", rich_help_panel=_DATA)
-]
-
-
-_TRAIN = "Recovery"
-_WIDEST_RATE = 2**20
-"""The largest number that has a meaning; above it come those that no tensor can hold."""
-
-FromScratch = Annotated[
-    bool,
-    typer.Option(
-        "--from-scratch",
-        help="Draw all weights anew: needs --epochs and --lr like the original.",
-        rich_help_panel=_TRAIN,
-    ),
-]
-Epochs = Annotated[int, typer.Option(help="Of distillation; 0 repairs only.", min=0, rich_help_panel=_TRAIN)]
-BatchSize = Annotated[int, typer.Option(help="Images per step.", min=1, max=_WIDEST_RATE, rich_help_panel=_TRAIN)]
-LearningRate = Annotated[
-    float, typer.Option("--lr", help="The highest; a high one wipes repairs out.", rich_help_panel=_TRAIN)
-]
-Warmup = Annotated[
-    float, typer.Option(help="Part of the steps with a rising rate.", min=0, max=1, rich_help_panel=_TRAIN)
-]
-Optimizer = Annotated[OptimiserName, typer.Option("--optimizer", help="For the recovery.", rich_help_panel=_TRAIN)]
-WeightDecay = Annotated[
-    float | None, typer.Option(help="None: the optimizer's usual one.", min=0, rich_help_panel=_TRAIN)
-]
-Ema = Annotated[
-    float | None, typer.Option(help="Decay of an average of the weights, such as 0.999.", rich_help_panel=_TRAIN)
-]
-Accumulate = Annotated[
-    int,
-    typer.Option(
-        help="Parts that each batch is computed in: less memory, the same step.", min=1, rich_help_panel=_TRAIN
-    ),
-]
-ClipNorm = Annotated[
-    float | None, typer.Option(help="Longest gradient, as an L2 norm, such as 1.", rich_help_panel=_TRAIN)
-]
-LabelSmoothing = Annotated[
-    float, typer.Option(help="Share of a label spread over all classes.", rich_help_panel=_TRAIN)
-]
-AutoAugment = Annotated[
-    str | None,
-    typer.Option(
-        "--auto-augment",
-        "--rand-augment",
-        metavar="POLICY",
-        help="Vary training images as timm does: rand-m9-mstd0.5-inc1, original, augmix-m3-w3, ...",
-        rich_help_panel=_TRAIN,
-    ),
-]
-Erase = Annotated[
-    float, typer.Option(help="Probability that a part of a training image is erased.", rich_help_panel=_TRAIN)
-]
-Mixup = Annotated[
-    float, typer.Option(metavar="ALPHA", help="Mix pairs of training images; 0 does not.", rich_help_panel=_TRAIN)
-]
-Cutmix = Annotated[
-    float,
-    typer.Option(
-        metavar="ALPHA", help="Paste parts of training images into others; 0 does not.", rich_help_panel=_TRAIN
-    ),
-]
-Temperature = Annotated[float, typer.Option(help="Of the softened probabilities.", rich_help_panel=_TRAIN)]
-KdWeight = Annotated[float, typer.Option(help="Of the teacher's probabilities.", min=0, rich_help_panel=_TRAIN)]
-LabelWeight = Annotated[float, typer.Option(help="Of the labels.", min=0, rich_help_panel=_TRAIN)]
-FeatureWeight = Annotated[float, typer.Option(help="Of the teacher's aligned features.", min=0, rich_help_panel=_TRAIN)]
-Precision = Annotated[PrecisionName, typer.Option(help="Number formats of the training.", rich_help_panel=_TRAIN)]
-Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile",
-        help="Run both networks by torch.compile: about a minute at first, then often faster.",
-        rich_help_panel=_TRAIN,
-    ),
-]
-Losses = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--loss",
-        metavar="NAME[=WEIGHT]",
-        help=f"{', '.join(LossName)}; repeatable. kd alone if left out.",
-        rich_help_panel=_TRAIN,
-    ),
-]
-Hints = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="STUDENT=TEACHER",
-        help="Modules whose outputs losses of features compare; the last at each resolution if left out. Repeatable.",
-        rich_help_panel=_TRAIN,
-    ),
-]
-HintEpochs = Annotated[
-    int, typer.Option(help="Epochs of losses of features alone, before the others.", min=0, rich_help_panel=_TRAIN)
-]
-Remember = Annotated[
-    Path | None,
-    typer.Option(
-        "--remember",
-        metavar="FOLDER",
-        help="Keep the teacher's logits there; later runs with the same seed read them.",
-        rich_help_panel=_TRAIN,
-    ),
-]
-
-
-_SHOW, _RUN = "Show", "Run"
-_THREADS, _SEEDS = 2**10, 2**63 - 1
-"""Largest numbers that have a meaning; above them come those that no tensor can hold."""
-
-ShowTree = Annotated[
-    bool, typer.Option("--tree", help="Show the modules instead: parameters, MACs, channels.", rich_help_panel=_SHOW)
-]
-Draw = Annotated[
-    Path | None,
-    typer.Option(
-        help="Also write a drawing: FILE.svg for a browser, FILE.dot for graphviz.",
-        metavar="FILE",
-        rich_help_panel=_SHOW,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=_SHOW)]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", help="Folder for the artifact, exports and report.", rich_help_panel=_RUN, show_default=False
-    ),
-]
-Export = Annotated[
-    str,
-    typer.Option(
-        "--export",
-        metavar="NAMES",
-        help=f"Files for other runtimes, such as onnx,int8: {', '.join(FormatName)}; '' for none.",
-        rich_help_panel=_RUN,
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=_RUN)]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Remove an interrupted run and begin again.", rich_help_panel=_RUN)
-]
-CheckpointMinutes = Annotated[
-    float,
-    typer.Option(
-        metavar="MINUTES",
-        help="Checkpoints of searches and trainings, beside those at the ends of epochs.",
-        rich_help_panel=_RUN,
-    ),
-]
-CheckpointSteps = Annotated[
-    int | None, typer.Option(metavar="N", help="The same: after so many steps.", min=1, rich_help_panel=_RUN)
-]
-Seed = Annotated[int, typer.Option(help="Of everything that is random.", min=0, max=_SEEDS, rich_help_panel=_RUN)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_RUN)]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", help="Of PyTorch on the CPU; all if left out.", min=1, max=_THREADS, rich_help_panel=_RUN
-    ),
-]
+Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", ADVANCED, value="X,...")]
+BatchSize = Annotated[int, count("Images per step.", TRAIN, most=MAX_CHANNELS)]
+Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, "--out")]
+Export = Annotated[str, flag("Other files: onnx, pt2, openvino, executorch, int8.", RUN, value="NAMES")]
+Seed = Annotated[int, count("Random seed.", RUN, least=0, most=MAX_SEED)]
+Device = Annotated[str, flag("Device: auto, cpu, cuda, cuda:1 or mps.", RUN, value="NAME")]
+Threads = Annotated[int | None, count("CPU threads of PyTorch; all by default.", RUN, "--threads", most=MAX_THREADS)]
 TensorBoard = Annotated[
-    Path | None,
-    typer.Option(
-        "--tensorboard", help="Also log the search and training there.", metavar="FOLDER", rich_help_panel=_RUN
-    ),
+    Path | None, flag("Also log searches and trainings for TensorBoard.", ADVANCED, "--tensorboard", value="FOLDER")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the results.", rich_help_panel=_RUN)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_RUN)]
+Quiet = Annotated[bool, flag("Print only the results.", RUN)]
+Debug = Annotated[bool, flag("Show the traceback of an error.", ADVANCED)]
+AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, "--json")]
 
 
-class TargetName(StrEnum):
-    """Runtimes by name; see `secateur.latency`."""
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """Which images a model is trained on, and how they are prepared."""
 
-    ORT = "ort"
-    TORCH = "torch"
-    COMPILED = "compiled"
-
-
-_PANEL = "Latency"
-_TARGET_THREADS, _BATCH, _ROUNDS = 2**10, 2**16, 10**6
-_TARGET_HELP = "Runtime: ort (ONNX Runtime on the CPU), torch (eager), or compiled (torch.compile)."
-
-TargetOption = Annotated[
-    TargetName, typer.Option("--target", help=f"Of a bound on latency. {_TARGET_HELP}", rich_help_panel=_PANEL)
-]
-TargetThreads = Annotated[
-    int,
-    typer.Option(
-        "--target-threads", help="Of the runtime on the CPU.", min=1, max=_TARGET_THREADS, rich_help_panel=_PANEL
-    ),
-]
-TargetBatch = Annotated[
-    int, typer.Option("--target-batch", help="Images per pass.", min=1, max=_BATCH, rich_help_panel=_PANEL)
-]
-TargetDevice = Annotated[
-    str,
-    typer.Option("--target-device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL),
-]
-
-BenchTarget = Annotated[TargetName, typer.Option("--target", help=_TARGET_HELP, rich_help_panel=_PANEL)]
-BenchThreads = Annotated[
-    int, typer.Option("--threads", help="On the CPU.", min=1, max=_TARGET_THREADS, rich_help_panel=_PANEL)
-]
-BenchBatch = Annotated[int, typer.Option("--batch", help="Images per pass.", min=1, max=_BATCH, rich_help_panel=_PANEL)]
-BenchDevice = Annotated[
-    str, typer.Option("--device", help="Of torch and compiled: cpu, cuda or mps.", rich_help_panel=_PANEL)
-]
-Rounds = Annotated[
-    int,
-    typer.Option(
-        help="Turns of each model that are measured, after warm-up.", min=3, max=_ROUNDS, rich_help_panel=_PANEL
-    ),
-]
+    trust_source: TrustSource = False
+    limit: Annotated[int | None, count("Use only the first N training images.", ADVANCED, most=MAX_COUNT)] = None
+    image_size: ImageSize = None
+    mean: Mean = None
+    std: Std = None
+    validation_fraction: Annotated[float, number("Fraction of training images that choose the epoch.", ADVANCED)] = 0.1
 
 
-def target_of(
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SpaceFlags:
+    """Which layers may be cut, and to which widths."""
+
+    divisor: Annotated[int, count("Keep a multiple of N channels; 8 or 16 for speed.", CUT, most=MAX_CHANNELS)] = 1
+    min_width: Annotated[int, count("Smallest number of channels of an axis.", CUT, most=MAX_CHANNELS)] = 1
+    min_kept: Annotated[float, number("Smallest fraction of an axis that is kept.", CUT, least=0, most=1)] = 0.25
+    include: Annotated[Patterns, flag("Cut only matching axes, modules or stages, such as layer2.", CUT, value=_P)] = ()
+    exclude: Annotated[Patterns, flag("Never cut what matches. All patterns are repeatable.", CUT, value=_P)] = ()
+    keep_whole: Annotated[Patterns, flag("Keep all weights of matching layers, inputs too.", ADVANCED, value=_P)] = ()
+    axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", ADVANCED, value=f"{_P}=N")] = ()
+    axis_min_width: Annotated[
+        Patterns, flag("Use another --min-width for matching axes.", ADVANCED, value=f"{_P}=N")
+    ] = ()
+    axis_min_kept: Annotated[
+        Patterns, flag("Use another --min-kept for matching axes.", ADVANCED, value=f"{_P}=X")
+    ] = ()
+    attention: Annotated[Attention, flag("Cut whole heads or dimensions of every head.", ADVANCED, value="NAME")] = (
+        "dimensions"
+    )
+    untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.", ADVANCED)] = False
+
+    def to_config(self) -> "CutConfig":
+        """Build the part of `CutConfig` that says what may be cut.
+
+        Raises:
+            SelectionError: If a pattern or rule cannot be read.
+            BudgetError: If a number is out of range.
+        """
+        from secateur.cli.parsing import axis_rules, selection
+        from secateur.graph.trace import HeadUnit
+        from secateur.pipeline.config import Branches, CutConfig
+        from secateur.search.space import SearchSpace
+
+        rules = axis_rules(self.axis_divisor, self.axis_min_width, self.axis_min_kept)
+        return CutConfig(
+            selection=selection(self.include, self.exclude, self.keep_whole),
+            heads={"heads": HeadUnit.HEAD, "dimensions": HeadUnit.DIMENSION}[self.attention],
+            branches=Branches.UNTIED if self.untied else Branches.TIED,
+            space=SearchSpace(self.min_width, self.divisor, self.min_kept, rules),
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags:
+    """How an architecture is found; None and () mean the default of the strategy."""
+
+    strategy: Annotated[
+        str, flag("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT, value="NAME")
+    ] = "knapsack"
+    importance: Annotated[
+        str | None, flag("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT, value="NAME")
+    ] = None
+    remove_blocks: Annotated[
+        float | None, number("Largest fraction of blocks removed; 1 for latency budgets, else 0.", CUT, least=0, most=1)
+    ] = None
+    search_epochs: Annotated[int | None, count("Epochs of the search by tas or swp.", ADVANCED)] = None
+    search_over: Annotated[
+        SearchedName | None, flag("What tas and swp search: widths (default), depths or both.", ADVANCED, value="NAME")
+    ] = None
+    search_learning_rate: Annotated[float | None, number("Peak learning rate in tas and swp.", ADVANCED)] = None
+    search_candidates: Annotated[
+        int | None, count("Candidates for each stage in swp.", ADVANCED, most=MAX_CHANNELS)
+    ] = None
+    combine: Annotated[
+        CombinationName | None,
+        flag("How swp combines candidates: exact (default) or evolution.", ADVANCED, value="NAME"),
+    ] = None
+    stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", ADVANCED, value="MODULE")] = ()
+    ray: Annotated[
+        str | None, flag("Judge candidates of swp on Ray: local, auto or HOST:PORT.", ADVANCED, value="ADDRESS")
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WeightFlags:
+    """How single weights are pruned under a budget for ``nonzero``."""
+
+    weight_score: Annotated[
+        WeightScoreName | None,
+        flag("With nonzero=: magnitude, taylor, snip, movement or random.", ADVANCED, value="NAME"),
+    ] = None
+    weight_allocation: Annotated[
+        AllocationName | None,
+        flag("Which layers lose weights: global, erk, even, 2:4 or 4:8.", ADVANCED, value="NAME"),
+    ] = None
+    weight_schedule: Annotated[
+        WeightScheduleName | None,
+        flag("When weights are removed: cubic, iterative or one-shot.", ADVANCED, value="NAME"),
+    ] = None
+    dense: Annotated[Patterns, flag("Keep every weight of matching layers nonzero.", ADVANCED, value=_P)] = ()
+
+    def to_pruning(self) -> "WeightPruning | None":
+        """Build the `WeightPruning` that the flags describe; None if none of them is given."""
+        from secateur import prune
+
+        if self == WeightFlags():
+            return None
+        scores = {
+            "magnitude": prune.MagnitudeScore(),
+            "taylor": prune.TaylorScore(),
+            "snip": prune.SnipScore(),
+            "movement": prune.MovementScore(),
+            "random": prune.RandomScore(),
+        }
+        allocations = {
+            "global": prune.GlobalAllocation(),
+            "erk": prune.ERKAllocation(),
+            "even": prune.UniformAllocation(),
+            "2:4": prune.NOfM(2, 4),
+            "4:8": prune.NOfM(4, 8),
+        }
+        schedules = {"cubic": prune.Cubic, "iterative": prune.Iterative, "one-shot": prune.OneShot}
+        default = prune.WeightPruning()
+        return replace(
+            default,
+            score=default.score if self.weight_score is None else scores[self.weight_score],
+            allocation=default.allocation if self.weight_allocation is None else allocations[self.weight_allocation],
+            schedule=default.schedule if self.weight_schedule is None else schedules[self.weight_schedule],
+            exclude=self.dense,
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CutFlags:
+    """How the cut model is made."""
+
+    calibration: Annotated[int, count("Training images for search and repairs.", CUT, most=MAX_COUNT)] = 1024
+    from_scratch: Annotated[bool, flag("Draw new weights; needs --epochs and --lr like the original.", CUT)] = False
+
+    def to_config(self, space: SpaceFlags, weights: WeightFlags) -> "CutConfig":
+        """Build the `CutConfig` of these and other flags.
+
+        Raises:
+            SelectionError: If a pattern or rule cannot be read.
+            BudgetError: If a number is out of range.
+        """
+        from secateur.pipeline.config import KeepWeights, Reinitialize
+
+        return replace(
+            space.to_config(),
+            init=Reinitialize() if self.from_scratch else KeepWeights(),
+            weight_pruning=weights.to_pruning(),
+            calibration_images=self.calibration,
+        )
+
+
+Epochs = Annotated[int, count("Distillation epochs; 0 repairs without training.", TRAIN, least=0)]
+LearningRate = Annotated[float, number("Peak learning rate; a high one undoes repairs.", TRAIN, "--lr")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """How a student is trained, except for most losses."""
+
+    epochs: Epochs = 1
+    batch_size: BatchSize = 128
+    learning_rate: LearningRate = 0.01
+    optimizer: Annotated[OptimizerName, flag("Optimizer: sgd or adamw.", TRAIN, value="NAME")] = "sgd"
+    precision: Annotated[PrecisionName, flag("Number formats: auto, 32 or bf16.", TRAIN, value="NAME")] = "auto"
+    warmup: Annotated[float, number("Fraction of steps with a rising rate.", ADVANCED, least=0, most=1)] = 0.05
+    weight_decay: Annotated[float | None, number("Weight decay; default of the optimizer.", ADVANCED, least=0)] = None
+    ema: Annotated[float | None, number("Decay of an average of the weights, such as 0.999.", ADVANCED)] = None
+    accumulate: Annotated[int, count("Compute each batch in N parts, with less memory.", ADVANCED)] = 1
+    clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.", ADVANCED)] = None
+    auto_augment: Annotated[
+        str | None,
+        flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", ADVANCED, *_AUGMENT, value="POLICY"),
+    ] = None
+    erase: Annotated[float, number("Probability of erasing a part of an image.", ADVANCED)] = 0.0
+    mixup: Annotated[float, number("Mix pairs of images with this alpha; 0 is off.", ADVANCED)] = 0.0
+    cutmix: Annotated[float, number("Paste parts of images with this alpha; 0 is off.", ADVANCED)] = 0.0
+    label_smoothing: Annotated[float, number("Share of each label spread over all classes.", ADVANCED)] = 0.0
+    temperature: Annotated[float, number("Temperature that softens probabilities.", ADVANCED)] = 4.0
+    label_weight: Annotated[float, number("Weight of the labels.", ADVANCED, least=0)] = 0.1
+    compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", ADVANCED, "--compile")] = (
+        False
+    )
+
+    def to_train(self, seed: int) -> "TrainConfig":
+        """Build the `TrainConfig` of a run.
+
+        Raises:
+            TrainingError: If a number is out of range.
+        """
+        from secateur.cli.parsing import optimizer, precision
+        from secateur.train.config import TrainConfig
+
+        return TrainConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup,
+            optimizer=optimizer(self.optimizer, self.weight_decay),
+            ema_decay=self.ema,
+            accumulate=self.accumulate,
+            clip_norm=self.clip_norm,
+            precision=precision(self.precision),
+            seed=seed,
+        )
+
+    def check_augment(self) -> None:
+        """Refuse augmentations that cannot be, before anything is loaded.
+
+        Raises:
+            DataError: If a number is out of range, or timm has no such policy.
+        """
+        from secateur.data.transforms import Augment
+
+        Augment(**self._augment)
+
+    def augment(self, images: "ImageData") -> "ImageData":
+        """Return the same images with these augmentations added to the default ones."""
+        return replace(images, augment=replace(images.augment, **self._augment))
+
+    @property
+    def _augment(self) -> dict[str, Any]:
+        return {
+            "auto_augment": self.auto_augment,
+            "erase": self.erase,
+            "mixup": self.mixup,
+            "cutmix": self.cutmix,
+        }
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DistillTrainFlags(TrainFlags):
+    """The same flags with the defaults of a student that is not cut from its teacher."""
+
+    epochs: Epochs = 30
+    learning_rate: LearningRate = 0.05
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RecoveryFlags:
+    """The losses by which a cut model recovers."""
+
+    kd_weight: Annotated[float, number("Weight of the teacher's probabilities.", ADVANCED, least=0)] = 0.9
+    feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", ADVANCED, least=0)] = 10.0
+
+    def to_config(self, train: TrainFlags, seed: int) -> "RecoveryConfig":
+        """Build the `RecoveryConfig` of these and other flags.
+
+        Raises:
+            TrainingError: If a number is out of range.
+        """
+        from secateur.cli.parsing import execution
+        from secateur.distill.objective import Objective
+        from secateur.pipeline.config import RecoveryConfig
+
+        objective = Objective(
+            self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
+        )
+        return RecoveryConfig(train.to_train(seed), objective, execution(train.compiled))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Where a long command runs, what it writes and shows, and what becomes of an unfinished run."""
+
+    export: Export = "onnx"
+    resume: Annotated[bool, flag("Continue an interrupted run.", RUN)] = False
+    restart: Annotated[bool, flag("Remove an interrupted run and begin again.", RUN)] = False
+    seed: Seed = 0
+    device: Device = "auto"
+    thread_count: Threads = None
+    quiet: Quiet = False
+    checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.", ADVANCED)] = 10.0
+    checkpoint_steps: Annotated[int | None, count("Also checkpoint every N steps.", ADVANCED)] = None
+    tensorboard: TensorBoard = None
+
+    @property
+    def formats(self) -> "tuple[Format, ...]":
+        """Files for other runtimes.
+
+        Raises:
+            ExportError: If one is unknown, or its library is not installed.
+        """
+        from secateur.cli.parsing import formats
+
+        return formats(self.export)
+
+    @property
+    def on_existing(self) -> "OnExisting":
+        """What to do with an unfinished run.
+
+        Raises:
+            ArtifactError: If two things are asked for.
+        """
+        from secateur.pipeline.workspace import OnExisting
+
+        if self.resume and self.restart:
+            raise ArtifactError("`--resume` continues an interrupted run and `--restart` removes it; give one of them.")
+        return OnExisting.RESUME if self.resume else OnExisting.OVERWRITE if self.restart else OnExisting.ERROR
+
+    @property
+    def callbacks(self) -> "Callbacks":
+        """How searches and trainings are shown.
+
+        Raises:
+            TrainingError: If the folder or the package for TensorBoard is missing.
+        """
+        from secateur.cli.parsing import callbacks
+
+        return callbacks(self.quiet, self.tensorboard)
+
+    def to_config(self) -> "RunConfig":
+        """Build the `RunConfig` of these flags; its device is that of `fabric`.
+
+        Raises:
+            ArtifactError: If an unfinished run shall be continued and removed.
+            TrainingError: If a number is out of range, or TensorBoard cannot write.
+        """
+        from secateur.pipeline.config import RunConfig
+        from secateur.train.checkpoint import CheckpointPolicy
+
+        return RunConfig(
+            seed=self.seed,
+            checkpoints=CheckpointPolicy(60 * self.checkpoint_minutes, self.checkpoint_steps),
+            callbacks=self.callbacks,
+            on_existing=self.on_existing,
+        )
+
+    @contextmanager
+    def fabric(self, train: "TrainConfig") -> "Generator[Fabric]":
+        """Run a block with the device and threads of these flags, in all processes that torchrun has started.
+
+        Raises:
+            TrainingError: If this machine has no such device, or the processes cannot work together.
+        """
+        from secateur._runtime import process_count
+        from secateur.cli.output import threads
+        from secateur.cli.parsing import device
+        from secateur.train.device import open_fabric
+        from secateur.train.distributed import open_group
+
+        found = device(self.device)
+        with threads(self.thread_count):
+            if process_count() == 1:
+                yield open_fabric(train.precision, device=found)
+                return
+            import torch
+
+            yield open_group(train.precision, device=found)
+            # Not after an error: the others would be waited for, who wait for this one.
+            torch.distributed.destroy_process_group()
+
+
+def to_target(
     name: TargetName, threads: int, batch: int, device: str = "cpu", *, device_flag: str = "--target-device"
-) -> Target:
-    """The target of a name.
+) -> "Target":
+    """Build the runtime that latency is measured on.
 
     Raises:
-        ExportError: If a flag has no effect on it.
+        ExportError: If the runtime cannot use the device.
         TrainingError: If this machine has no such device.
     """
+    from secateur.cli.parsing import check_device
     from secateur.cost.targets import OnnxRuntime, TorchCompiled, TorchEager
-    from secateur.errors import ExportError
 
-    if name is TargetName.ORT:
+    if name == "ort":
         if device != "cpu":
             raise ExportError(
                 f"`--target ort` must run on the CPU; got the device {device!r}. Say --target torch or compiled for it."
             )
         return OnnxRuntime(threads, batch)
     check_device(device_flag, device)
-    return (TorchEager if name is TargetName.TORCH else TorchCompiled)(threads, batch, device)
+    return (TorchEager if name == "torch" else TorchCompiled)(threads, batch, device)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TargetFlags:
+    """Where the latency of a budget is measured."""
+
+    target: Annotated[
+        TargetName, flag("For latency=: ort, torch or compiled, as in bench.", ADVANCED, value="NAME")
+    ] = "ort"
+    target_threads: Annotated[int, count("CPU threads of the target.", ADVANCED, most=MAX_THREADS)] = 1
+    target_batch: Annotated[int, count("Images per pass on the target.", ADVANCED, most=MAX_BATCH)] = 1
+    target_device: Annotated[str, flag("Device of torch and compiled: cpu, cuda, mps.", ADVANCED, value="NAME")] = "cpu"
+
+    def to_target(self) -> "Target":
+        """Build the runtime that latency is measured on; see `to_target`."""
+        return to_target(self.target, self.target_threads, self.target_batch, self.target_device)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class BenchFlags:
+    """How ``bench`` measures latency."""
+
+    target: Annotated[
+        TargetName, flag("ort (ONNX Runtime on the CPU), torch (eager) or compiled.", RUN, value="NAME")
+    ] = "ort"
+    thread_count: Annotated[int, count("CPU threads.", RUN, "--threads", most=MAX_THREADS)] = 1
+    batch: Annotated[int, count("Images per pass.", RUN, most=MAX_BATCH)] = 1
+    device: Annotated[str, flag("Device of torch and compiled: cpu, cuda or mps.", RUN, value="NAME")] = "cpu"
+    rounds: Annotated[int, count("Measured passes of each model after warm-up.", RUN, least=3, most=MAX_ROUNDS)] = 30
+
+    def to_target(self) -> "Target":
+        """Build the runtime that latency is measured on; see `to_target`."""
+        return to_target(self.target, self.thread_count, self.batch, self.device, device_flag="--device")

@@ -22,7 +22,7 @@ from secateur.models.weights import load_weights_
 
 Kind = Literal["timm", "torchvision", "secateur", "python"]
 
-BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
+BUILTIN_MODELS: Mapping[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
     for factory in (
         _resnet.cifar_resnet20,
@@ -90,7 +90,7 @@ class ModelSource:
         if kind not in get_args(Kind) or not name:
             raise ModelError(
                 f"`model` must be timm:NAME, torchvision:NAME, python:package.module:factory or one of "
-                f"{', '.join(BUILT_IN)}; got {spec!r}."
+                f"{', '.join(BUILTIN_MODELS)}; got {spec!r}."
             )
         given = {"num_classes": num_classes, "in_channels": in_channels}
         return cls(cast(Kind, kind), name, {key: value for key, value in given.items() if value is not None})
@@ -122,20 +122,17 @@ class ModelSource:
             ModelError: If the name is unknown, the arguments do not fit, or user code fails or is not trusted.
         """
         make = {"timm": _timm, "torchvision": _torchvision, "secateur": _built_in, "python": _python}[self.kind]
-        if self.kind == "python" and not trust_source:
-            raise ModelError(
-                f"python:{self.name} imports and runs code; that needs your consent. Pass trust_source=True "
-                "(--trust-source) if you know the code."
-            )
+        if self.kind == "python":
+            _check_trusted(f"python:{self.name}", trust_source)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return make(self).eval()
 
 
 def _built_in(source: ModelSource) -> nn.Module:
-    if source.name not in BUILT_IN:
+    if source.name not in BUILTIN_MODELS:
         raise ModelError(f"`model` must be a known name; got {source.name!r}. {_elsewhere(source.name)}")
-    return BUILT_IN[source.name](**source.arguments)
+    return BUILTIN_MODELS[source.name](**source.arguments)
 
 
 def _elsewhere(name: str) -> str:
@@ -143,10 +140,10 @@ def _elsewhere(name: str) -> str:
     import timm
     from torchvision import models
 
-    close = get_close_matches(name, BUILT_IN, _SUGGESTED)
+    close = get_close_matches(name, BUILTIN_MODELS, _SUGGESTED)
     close += [f"timm:{name}"] if timm.is_model(name) else []
     close += [f"torchvision:{name}"] if name in models.list_models(module=models) else []
-    return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILT_IN)}."
+    return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILTIN_MODELS)}."
 
 
 def _timm(source: ModelSource) -> nn.Module:
@@ -187,12 +184,36 @@ def _did_you_mean(close: list[str], kind: str) -> str:
     return f"Did you mean {' or '.join(f'{kind}:{name}' for name in close)}?" if close else f"See {listing}."
 
 
+def load_factory(spec: str, *, makes: str = "model", trust_source: bool = False) -> Callable[..., Any]:
+    """Import the function or class that ``python:package.module:factory`` names.
+
+    Args:
+        spec: These words.
+        makes: What it makes, for messages.
+        trust_source: Allow to import and run code of that name.
+
+    Raises:
+        ModelError: If the words are not of this form, or the code is not trusted or cannot be imported.
+    """
+    _check_trusted(spec, trust_source)
+    kind, _, name = spec.partition(":")
+    module_name, _, factory_name = name.partition(":")
+    if kind != "python" or not factory_name or not module_name:
+        raise ModelError(f"`{makes}` must be python:package.module:factory; got {spec!r}.")
+    return _factory(_imported(module_name, spec), factory_name, spec, makes)
+
+
+def _check_trusted(spec: str, trust_source: bool) -> None:
+    if not trust_source:
+        raise ModelError(
+            f"{spec} imports and runs code; that needs your consent. Pass trust_source=True (--trust-source) if you "
+            "know the code."
+        )
+
+
 def _python(source: ModelSource) -> nn.Module:
     spec = f"python:{source.name}"
-    module_name, colon, factory_name = source.name.partition(":")
-    if not colon or not factory_name or not module_name:
-        raise ModelError(f"`model` must be python:package.module:factory; got {spec!r}.")
-    factory = _factory(_imported(module_name, spec), factory_name, spec)
+    factory = load_factory(spec, trust_source=True)
     try:
         signature(factory).bind(**source.arguments)
     except TypeError as error:
@@ -218,14 +239,14 @@ def _imported(module_name: str, spec: str) -> ModuleType:
         raise ModelError(f"{spec} could not be imported: {_summary(error)}.") from error
 
 
-def _factory(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
+def _factory(module: ModuleType, name: str, spec: str, makes: str) -> Callable[..., Any]:
     factory = getattr(module, name, None)
     if factory is None:
         public = [key for key in vars(module) if not key.startswith("_")]
         close = get_close_matches(name, public, _SUGGESTED) or public[:_SUGGESTED]
         raise ModelError(f"{spec} must name a function of {module.__name__}; there is none. It has {', '.join(close)}.")
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise ModelError(f"{spec} must be a function or class that makes a model; got a {type(factory).__name__}.")
+        raise ModelError(f"{spec} must be a function or class that makes a {makes}; got a {type(factory).__name__}.")
     return factory
 
 

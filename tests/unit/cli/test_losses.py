@@ -1,14 +1,25 @@
 """From the words of the command line to the losses of a distillation."""
 
+from typing import get_args
+
 import pytest
 import torch
-from small_runs import Blobs, small_schedule
+from small_runs import Blobs, small_config
 
-from secateur.cli._words import OF_LOGITS, USUAL, Pair, hints_of, inferred_taps, losses_of, objective_of, taps_of
-from secateur.cli.options import LossName
+from secateur.cli.distill import (
+    DEFAULT_WEIGHTS,
+    LOGIT_LOSSES,
+    LossName,
+    Pair,
+    hint_terms,
+    inferred_taps,
+    parse_losses,
+    parse_taps,
+    to_objective,
+)
 from secateur.errors import TrainingError
 from secateur.models import CifarResNet
-from secateur.train import Silent, fit
+from secateur.train import RunSettings, Silent, fit
 
 PAIR = Pair(
     CifarResNet(1, widths=(4, 8, 12), num_classes=3).eval(), CifarResNet(1, widths=(6, 8, 20), num_classes=3).eval(),
@@ -17,9 +28,9 @@ PAIR = Pair(
 
 
 def test_words_name_losses_and_weights() -> None:
-    assert losses_of(None) == {LossName.KD: USUAL[LossName.KD]}
-    assert losses_of(["dkd", "hint=3"]) == {LossName.DKD: 1.0, LossName.HINT: 3.0}
-    assert set(USUAL) == set(LossName)
+    assert parse_losses([]) == {"kd": DEFAULT_WEIGHTS["kd"]}
+    assert parse_losses(["dkd", "hint=3"]) == {"dkd": 1.0, "hint": 3.0}
+    assert set(DEFAULT_WEIGHTS) == set(get_args(LossName))
 
 
 @pytest.mark.parametrize(
@@ -33,32 +44,34 @@ def test_words_name_losses_and_weights() -> None:
 )
 def test_other_words_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        losses_of(words)
+        parse_losses(words)
 
 
 def test_pairs_of_modules() -> None:
-    assert taps_of(["layer1=layer2", "layer3=layer3"]) == {"layer1": "layer2", "layer3": "layer3"}
+    assert parse_taps(["layer1=layer2", "layer3=layer3"]) == {"layer1": "layer2", "layer3": "layer3"}
     with pytest.raises(TrainingError, match="`--hints` must pair a module of the student with one of the teacher"):
-        taps_of(["layer1"])
+        parse_taps(["layer1"])
 
 
-@pytest.mark.parametrize("name", LossName)
-def test_every_loss_trains(name: LossName) -> None:
+@pytest.mark.parametrize("name", get_args(LossName))
+def test_every_loss_trains(name: str) -> None:
     taps = inferred_taps(PAIR)
     assert taps == {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3"}
-    objective = objective_of({name: USUAL[name]}, PAIR, taps, temperature=4.0, label_weight=0.1, label_smoothing=0.0)
+    objective = to_objective(
+        {name: DEFAULT_WEIGHTS[name]}, PAIR, taps, temperature=4.0, label_weight=0.1, label_smoothing=0.0
+    )
     trained = fit(
-        PAIR.student, Blobs(32), schedule=small_schedule(1, learning_rate=0.001), objective=objective,
-        teacher=PAIR.teacher, progress=Silent(),
+        PAIR.student, Blobs(32), train=small_config(1, learning_rate=0.001), objective=objective,
+        teacher=PAIR.teacher, run=RunSettings(callbacks=Silent()),
     )  # fmt: skip
-    expected = {"rkd_distance", "rkd_angle"} if name is LossName.RKD else {name.value}
+    expected = {"rkd_distance", "rkd_angle"} if name == "rkd" else {name}
     assert set(trained.history[-1].parts) == {"label", *expected}
     assert all(torch.isfinite(torch.tensor(value)) for value in trained.history[-1].parts.values())
 
 
 def test_a_first_stage_takes_the_losses_of_features() -> None:
     taps = inferred_taps(PAIR)
-    hints = hints_of({LossName.KD: 1.0, LossName.HINT: 2.0}, PAIR, taps)
+    hints = hint_terms({"kd": 1.0, "hint": 2.0}, PAIR, taps)
     assert [(term.name, term.weight, dict(term.taps)) for term in hints] == [("hint", 2.0, taps)]
     with pytest.raises(TrainingError, match="`--hint-epochs` must go with a loss of features; got none"):
-        hints_of(dict.fromkeys(OF_LOGITS, 1.0), PAIR, taps)
+        hint_terms(dict.fromkeys(LOGIT_LOSSES, 1.0), PAIR, taps)

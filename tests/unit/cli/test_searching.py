@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from secateur.cli._words import importance_of
-from secateur.cli.options import CombinationName, ImportanceName, SearchedName, StrategyName
-from secateur.cli.shared import Searching, strategy_of
-from secateur.errors import ChoiceError
+from secateur.cli.options import SearchFlags
+from secateur.cli.parsing import importance, strategy
+from secateur.errors import SelectionError
 from secateur.nas import SWP, TAS, Depths, Evolution, Widths
 from secateur.search import (
     L1,
@@ -19,102 +18,114 @@ from secateur.search import (
     RemoveBlocks,
     Strategy,
     Uniform,
-    describe,
+    stable_repr,
 )
 from secateur.workers import OnRay
 
+STRATEGIES = ("knapsack", "pca", "pca-activations", "global", "uniform", "tas", "swp")
+IMPORTANCES = ("reconstruction", "l1", "l2", "fpgm", "bn-scale", "taylor", "lamp", "random")
+
 
 def test_every_name_is_a_method_of_its_own():
-    strategies = [strategy_of(name, None) for name in StrategyName]
-    assert all(isinstance(strategy, Strategy) for strategy in strategies)
-    assert len(set(map(repr, strategies))) == len(StrategyName)
-    importances = [importance_of(name) for name in ImportanceName]
-    assert all(isinstance(importance, Importance) for importance in importances)
-    assert len(set(map(repr, importances))) == len(ImportanceName)
+    strategies = [strategy(SearchFlags(strategy=name)) for name in STRATEGIES]
+    assert all(isinstance(found, Strategy) for found in strategies)
+    assert len(set(map(repr, strategies))) == len(STRATEGIES)
+    importances = [importance(SearchFlags(importance=name)) for name in IMPORTANCES]
+    assert all(isinstance(found, Importance) for found in importances)
+    assert len(set(map(repr, importances))) == len(IMPORTANCES)
 
 
-def test_importance_replaces_the_usual_one():
-    assert strategy_of(StrategyName.KNAPSACK, None) == Knapsack(Reconstruction())
-    assert strategy_of(StrategyName.PCA_ACTIVATIONS, ImportanceName.L1) == PCASlimming(Activations(), L1())
+def test_the_messages_and_the_help_name_every_name():
+    with pytest.raises(SelectionError, match="`--strategy` must be one of") as refused:
+        strategy(SearchFlags(strategy="magic"))
+    assert all(f"{name}, " in str(refused.value) or f"{name} or" in str(refused.value) for name in STRATEGIES)
+    with pytest.raises(SelectionError, match="`--importance` must be one of") as refused:
+        importance(SearchFlags(importance="magic"))
+    assert all(f"{name}, " in str(refused.value) or f"{name} or" in str(refused.value) for name in IMPORTANCES)
 
 
-def test_blocks_go_only_if_they_are_asked_for():
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.25) == RemoveBlocks(Uniform(L1()), most=0.25)
-    assert strategy_of(StrategyName.KNAPSACK, None, 0.0) == Knapsack()
-    assert strategy_of(StrategyName.KNAPSACK, None) == Knapsack()
+def test_importance_replaces_the_default_one():
+    assert strategy(SearchFlags(strategy="knapsack")) == Knapsack(Reconstruction())
+    found = strategy(SearchFlags(strategy="pca-activations", importance="l1"))
+    assert found == PCASlimming(Activations(), L1())
 
 
-def test_the_usual_part_of_the_blocks_is_for_who_says_nothing():
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, usual_blocks=0.5) == RemoveBlocks(
-        Uniform(L1()), most=0.5
-    )
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.0, usual_blocks=0.5) == Uniform(L1())
-    assert strategy_of(StrategyName.UNIFORM, ImportanceName.L1, 0.2, usual_blocks=0.5) == RemoveBlocks(
-        Uniform(L1()), most=0.2
-    )
-    assert describe(strategy_of(StrategyName.TAS, None, usual_blocks=0.5)) == describe(TAS())
+def test_blocks_are_removed_only_if_they_are_asked_for():
+    flags = SearchFlags(strategy="uniform", importance="l1", remove_blocks=0.25)
+    assert strategy(flags) == RemoveBlocks(Uniform(L1()), 0.25)
+    assert strategy(SearchFlags(remove_blocks=0.0)) == Knapsack()
+    assert strategy(SearchFlags()) == Knapsack()
+
+
+def test_the_default_fraction_of_blocks_holds_if_no_flag_says_it():
+    flags = SearchFlags(strategy="uniform", importance="l1")
+    assert strategy(flags, default_blocks=0.5) == RemoveBlocks(Uniform(L1()), 0.5)
+    assert strategy(replace(flags, remove_blocks=0.0), default_blocks=0.5) == Uniform(L1())
+    assert strategy(replace(flags, remove_blocks=0.2), default_blocks=0.5) == RemoveBlocks(Uniform(L1()), 0.2)
+    assert stable_repr(strategy(SearchFlags(strategy="tas"), default_blocks=0.5)) == stable_repr(TAS())
 
 
 def test_a_search_that_learns_has_flags_of_its_own():
-    usual = TAS()
-    assert describe(strategy_of(StrategyName.TAS, None)) == describe(usual)
-    searching = Searching(epochs=7, over=SearchedName.BOTH, learning_rate=0.3)
-    found = strategy_of(StrategyName.TAS, ImportanceName.L1, searching=searching)
+    default = TAS()
+    assert stable_repr(strategy(SearchFlags(strategy="tas"))) == stable_repr(default)
+    flags = SearchFlags(strategy="tas", importance="l1", search_epochs=7, search_over="both", search_learning_rate=0.3)
+    found = strategy(flags)
     assert isinstance(found, TAS)
     assert (found.widths, found.depths, found.importance) == (Widths(), Depths(), L1())
-    assert found.schedule == replace(usual.schedule, epochs=7, learning_rate=0.3)
-    depths = strategy_of(StrategyName.TAS, None, searching=Searching(over=SearchedName.DEPTHS))
+    assert found.train == replace(default.train, epochs=7, learning_rate=0.3)
+    depths = strategy(SearchFlags(strategy="tas", search_over="depths"))
     assert isinstance(depths, TAS)
-    assert (depths.widths, depths.depths, depths.schedule) == (None, Depths(), usual.schedule)
-    widths = strategy_of(StrategyName.TAS, None, searching=Searching(over=SearchedName.WIDTHS))
-    assert describe(widths) == describe(usual)
+    assert (depths.widths, depths.depths, depths.train) == (None, Depths(), default.train)
+    widths = strategy(SearchFlags(strategy="tas", search_over="widths"))
+    assert stable_repr(widths) == stable_repr(default)
 
 
 @pytest.mark.parametrize(
-    "searching", [Searching(epochs=1), Searching(over=SearchedName.WIDTHS), Searching(learning_rate=0.1)]
+    "flags", [SearchFlags(search_epochs=1), SearchFlags(search_over="widths"), SearchFlags(search_learning_rate=0.1)]
 )
-def test_flags_of_a_search_that_learns_are_refused_elsewhere(searching: Searching):
-    with pytest.raises(ChoiceError, match=r"must go with --strategy swp or tas; got knapsack\. Leave it out"):
-        strategy_of(StrategyName.KNAPSACK, None, searching=searching)
+def test_flags_of_a_search_that_learns_are_refused_elsewhere(flags: SearchFlags):
+    with pytest.raises(SelectionError, match=r"must go with --strategy swp or tas; got knapsack\. Leave it out"):
+        strategy(flags)
 
 
 def test_removed_blocks_are_refused_where_depths_are_searched():
-    with pytest.raises(ChoiceError, match=r"`--remove-blocks` must be left out with --strategy tas.*got 0\.5\. Say"):
-        strategy_of(StrategyName.TAS, None, 0.5)
+    with pytest.raises(SelectionError, match=r"`--remove-blocks` must be left out with --strategy tas.*got 0\.5\. Say"):
+        strategy(SearchFlags(strategy="tas", remove_blocks=0.5))
 
 
 def test_removed_blocks_are_refused_with_swp_too():
-    with pytest.raises(ChoiceError, match=r"--strategy swp.*Say --search-over depths, or both"):
-        strategy_of(StrategyName.SWP, None, 0.5)
+    with pytest.raises(SelectionError, match=r"--strategy swp.*Say --search-over depths, or both"):
+        strategy(SearchFlags(strategy="swp", remove_blocks=0.5))
 
 
 def test_stage_wise_search_has_further_flags():
-    usual = SWP()
-    assert describe(strategy_of(StrategyName.SWP, None)) == describe(usual)
-    searching = Searching(
-        epochs=3,
-        over=SearchedName.BOTH,
-        candidates=16,
-        combination=CombinationName.EVOLUTION,
-        cuts=("a", "b"),
+    assert stable_repr(strategy(SearchFlags(strategy="swp"))) == stable_repr(SWP())
+    flags = SearchFlags(
+        strategy="swp",
+        importance="l1",
+        search_epochs=3,
+        search_over="both",
+        search_candidates=16,
+        combine="evolution",
+        stage_end=("a", "b"),
         ray="auto",
     )
-    found = strategy_of(StrategyName.SWP, ImportanceName.L1, searching=searching)
+    found = strategy(flags)
     assert isinstance(found, SWP)
     assert (found.widths, found.depths, found.importance) == (Widths(), Depths(), L1())
     assert (found.candidates, found.combination, found.cuts) == (16, Evolution(), ("a", "b"))
-    assert (found.workers, found.schedule.epochs) == (OnRay("auto"), 3)
+    assert (found.workers, found.train.epochs) == (OnRay("auto"), 3)
 
 
 @pytest.mark.parametrize(
-    ("searching", "flag"),
+    ("flags", "name"),
     [
-        (Searching(candidates=8), "--search-candidates"),
-        (Searching(combination=CombinationName.EXACT), "--combine"),
-        (Searching(cuts=("layer1",)), "--stage-end"),
-        (Searching(ray="local"), "--ray"),
+        (SearchFlags(strategy="tas", search_candidates=8), "--search-candidates"),
+        (SearchFlags(strategy="tas", combine="exact"), "--combine"),
+        (SearchFlags(strategy="tas", stage_end=("layer1",)), "--stage-end"),
+        (SearchFlags(strategy="tas", ray="local"), "--ray"),
     ],
 )
-def test_flags_of_the_stage_wise_search_are_refused_elsewhere(searching: Searching, flag: str):
-    with pytest.raises(ChoiceError, match=f"`{flag}` must go with --strategy swp; got tas"):
-        strategy_of(StrategyName.TAS, None, searching=searching)
+def test_flags_of_the_stage_wise_search_are_refused_elsewhere(flags: SearchFlags, name: str):
+    with pytest.raises(SelectionError, match=f"`{name}` must go with --strategy swp; got tas"):
+        strategy(flags)

@@ -14,8 +14,8 @@ def test_python_m_secateur_is_the_command():
     assert said.stdout == f"secateur {version('secateur')}\n"
     wrong = subprocess.run([sys.executable, "-m", "secateur", "prune"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert "Usage: secateur [OPTIONS] COMMAND" in wrong.stderr
-    assert "No such command 'prune'" in wrong.stderr
+    assert "Usage: secateur COMMAND [OPTIONS]" in wrong.stderr
+    assert 'Unknown command "prune"' in wrong.stderr
 
 
 @pytest.mark.parametrize("program", ["/opt/bin/secateur", "/opt/lib/secateur/__main__.py"])

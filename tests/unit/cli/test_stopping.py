@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur._runtime import listening, stoppable
+from secateur._runtime import accept_stop_requests, stoppable
 from secateur.cli.output import resumable, signal_handler
 from secateur.errors import ExportError
 
@@ -60,7 +60,7 @@ def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytes
 
     @resumable
     def command(*, out_folder: Path) -> None:
-        with listening() as request:
+        with accept_stop_requests() as request:
             os.kill(os.getpid(), signal.SIGTERM)
             assert request.asked
             done.append("the step")
@@ -76,7 +76,7 @@ def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytes
     assert done == ["the step"]
     said = capfd.readouterr().err
     assert "Stopping: a checkpoint is written after this step." in said
-    assert f"The work so far is in {tmp_path / 'out.work'}: go on with the same command and --resume:" in said
+    assert f"The work so far is in {tmp_path / 'out.work'}: continue with the same command and --resume:" in said
 
 
 def test_it_says_the_command_that_goes_on(
@@ -134,9 +134,9 @@ def test_other_threads_change_nothing() -> None:
 
 def test_a_request_from_outside_is_not_taken_over() -> None:
     with stoppable() as outer:
-        with signal_handler(), listening() as inner:
+        with signal_handler(), accept_stop_requests() as inner:
             pass
-        with listening() as again:
+        with accept_stop_requests() as again:
             assert again is outer
     assert inner is not outer
 
@@ -162,9 +162,9 @@ def test_a_forked_worker_leaves_ctrl_c_to_its_parent_and_obeys_its_end() -> None
 
 DEAF = """
 import os, signal, sys, time
-from secateur._runtime import listening
+from secateur._runtime import accept_stop_requests
 from secateur.cli.output import signal_handler
-with signal_handler(), listening():
+with signal_handler(), accept_stop_requests():
     os.kill(os.getpid(), signal.SIGTERM)
     print("asked", flush=True)
     os.kill(os.getpid(), signal.SIGINT)

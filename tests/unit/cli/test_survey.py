@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from secateur.cli.inspect import print_survey
+from secateur.cli.tables import print_report
 from secateur.models import cifar_resnet20
 from secateur.pipeline import inspect_model
 
@@ -21,10 +21,10 @@ class Branching(nn.Module):
 def test_layers_that_never_ran_are_named(capsys):
     found = inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8))
     assert found.to_json()["never_ran"] == ["right.weight", "right.bias"]
-    print_survey(found, "branching")
+    print_report(found, "branching")
     said = " ".join(capsys.readouterr().out.split())
     assert "Never ran on this input, in evaluation or in training: right." in said
-    print_survey(inspect_model(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
+    print_report(inspect_model(Branching().eval(), torch.zeros(1, 3, 32, 32)), "branching")
     assert "in training: left." in " ".join(capsys.readouterr().out.split())
 
 
@@ -37,12 +37,12 @@ def test_stages_are_shown_with_where_they_end(capsys):
         ("stage3", "", 5, 2),
     ]
     assert sum(stage["macs"] for stage in stages) == found.original.macs
-    print_survey(found, "resnet20")
+    print_report(found, "resnet20")
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["stage1", "layer1", "3", "3", "36.0", "%"] in said
     assert ["stage3", "the", "output", "5", "2", "32.0", "%"] in said
 
 
 def test_a_model_that_is_one_stage_has_no_table_of_them(capsys):
-    print_survey(inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
+    print_report(inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
     assert "Stages" not in capsys.readouterr().out

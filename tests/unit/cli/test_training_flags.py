@@ -28,7 +28,7 @@ def seen_by(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> di
 
 @pytest.mark.parametrize(("words", "wanted"), [((), (1, None)), (("--accumulate", 4, "--clip-norm", 1.5), (4, 1.5))])
 def test_parts_and_clipping_reach_the_schedule(monkeypatch, tmp_path, words, wanted):
-    schedule: TrainConfig = seen_by(monkeypatch, tmp_path, *words)["schedule"]
+    schedule: TrainConfig = seen_by(monkeypatch, tmp_path, *words)["recovery"].train
     assert (schedule.accumulate, schedule.clip_norm) == wanted
 
 
@@ -51,7 +51,7 @@ def test_commands_that_do_not_train_refuse_to_be_one_of_several_processes(monkey
 def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert seen_by(monkeypatch, tmp_path)["schedule"].accumulate == 1
+    assert seen_by(monkeypatch, tmp_path)["recovery"].train.accumulate == 1
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_torchrun_with_one_process_is_fine(monkeypatch, tmp_path):
     ],
 )
 def test_times_of_checkpoints(monkeypatch, tmp_path, words, wanted):
-    assert seen_by(monkeypatch, tmp_path, *words)["saving"] == wanted
+    assert seen_by(monkeypatch, tmp_path, *words)["run"].checkpoints == wanted
 
 
 @pytest.mark.parametrize(("words", "wanted"), [((), Eager()), (("--compile",), Compiled())])
 def test_networks_are_compiled_if_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...], wanted: Execution
 ) -> None:
-    assert seen_by(monkeypatch, tmp_path, *words)["execution"] == wanted
+    assert seen_by(monkeypatch, tmp_path, *words)["recovery"].execution == wanted

@@ -1,35 +1,36 @@
 """From the words of the command line to how single weights are pruned."""
 
-from secateur.cli._words import pruning_of
-from secateur.cli.options import AllocationName, WeightScheduleName, WeightScoreName
+from typing import get_args
+
+from secateur.cli.options import AllocationName, WeightFlags, WeightScheduleName, WeightScoreName
 from secateur.prune import (
-    ByERK,
-    ByTaylor,
     Cubic,
-    Globally,
+    ERKAllocation,
+    GlobalAllocation,
     Iterative,
     NOfM,
     SparsitySchedule,
+    TaylorScore,
     WeightPruning,
     WeightScore,
 )
 
 
 def test_every_name_is_a_choice_of_its_own():
-    scores = [pruning_of(name, None, None, None).score for name in WeightScoreName]
+    scores = [WeightFlags(weight_score=name).to_pruning().score for name in get_args(WeightScoreName)]
     assert all(isinstance(score, WeightScore) for score in scores)
-    assert len(set(map(repr, scores))) == len(WeightScoreName)
-    allocations = [pruning_of(None, name, None, None).allocation for name in AllocationName]
-    assert len(set(map(repr, allocations))) == len(AllocationName)
-    schedules = [pruning_of(None, None, name, None).schedule(0.5) for name in WeightScheduleName]
+    assert len(set(map(repr, scores))) == len(get_args(WeightScoreName))
+    allocations = [WeightFlags(weight_allocation=name).to_pruning().allocation for name in get_args(AllocationName)]
+    assert len(set(map(repr, allocations))) == len(get_args(AllocationName))
+    schedules = [WeightFlags(weight_schedule=name).to_pruning().schedule(0.5) for name in get_args(WeightScheduleName)]
     assert all(isinstance(schedule, SparsitySchedule) for schedule in schedules)
-    assert len(set(map(repr, schedules))) == len(WeightScheduleName)
+    assert len(set(map(repr, schedules))) == len(get_args(WeightScheduleName))
 
 
-def test_what_is_not_said_is_as_usual():
-    assert pruning_of(None, None, None, None) is None
-    assert pruning_of(None, None, None, ["conv1"]) == WeightPruning(exclude=("conv1",))
-    assert pruning_of(WeightScoreName.TAYLOR, None, None, None) == WeightPruning(ByTaylor(), Globally(), Cubic)
-    found = pruning_of(None, AllocationName.ERK, WeightScheduleName.ITERATIVE, None)
-    assert found == WeightPruning(allocation=ByERK(), schedule=Iterative)
-    assert pruning_of(None, AllocationName.FOUR_OF_EIGHT, None, None).allocation == NOfM(4, 8)
+def test_what_is_not_said_is_the_default():
+    assert WeightFlags().to_pruning() is None
+    assert WeightFlags(dense=("conv1",)).to_pruning() == WeightPruning(exclude=("conv1",))
+    assert WeightFlags(weight_score="taylor").to_pruning() == WeightPruning(TaylorScore(), GlobalAllocation(), Cubic)
+    found = WeightFlags(weight_allocation="erk", weight_schedule="iterative").to_pruning()
+    assert found == WeightPruning(allocation=ERKAllocation(), schedule=Iterative)
+    assert WeightFlags(weight_allocation="4:8").to_pruning().allocation == NOfM(4, 8)

@@ -1,0 +1,436 @@
+"""From the words of the command line to the objects of the Python interface."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from secateur.cli.options import MAX_CHANNELS, ImageFlags, OptimizerName, PrecisionName, SearchFlags
+from secateur.errors import DataError, ExportError, SelectionError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from secateur.data.dataset import ImageData
+    from secateur.export.formats import Format
+    from secateur.graph.selection import Selection
+    from secateur.nas.swp import SWP
+    from secateur.nas.tas import TAS
+    from secateur.pipeline.load import LoadedModel
+    from secateur.search.base import Strategy
+    from secateur.search.importance import Importance
+    from secateur.search.space import AxisRule
+    from secateur.train.callbacks import Callbacks
+    from secateur.train.config import SGD, AdamW
+    from secateur.train.device import Execution, Precision
+
+Number = TypeVar("Number", int, float)
+Kind = TypeVar("Kind")
+
+_DEVICES = ("cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model and its images, loaded when they are first used.
+
+    An artifact knows how its images are to be normalized and sized, so it is loaded before the data; another model is
+    built with the data's classes and channels, so it is loaded after.
+
+    Attributes:
+        model: As ``--model`` has it.
+        weights: A file of weights, or None.
+        data: As ``--data`` has it, or None.
+        flags: How the images are prepared, and whether code may run.
+        seed: Seed of new weights, of splits and of example images.
+    """
+
+    model: str
+    weights: Path | None = None
+    data: str | None = None
+    flags: ImageFlags = ImageFlags()  # noqa: RUF009 - frozen
+    seed: int = 0
+
+    @cached_property
+    def images(self) -> "ImageData":
+        """The image set."""
+        from secateur.data.load import load_data
+        from secateur.export.artifact import is_artifact
+
+        assert self.data is not None
+        size = self.flags.image_size
+        mean, std = numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")
+        if is_artifact(self.model) and self.loaded.manifest is not None:
+            recipe = self.loaded.manifest.recipe
+            mean, std = mean or recipe.mean or None, std or recipe.std or None
+            _, height, width = recipe.input_shape
+            size = size or (height if height == width else None)
+        return load_data(
+            self.data,
+            limit=self.flags.limit,
+            validation_fraction=self.flags.validation_fraction,
+            seed=self.seed,
+            image_size=size,
+            mean=mean,
+            std=std,
+        )
+
+    @cached_property
+    def loaded(self) -> "LoadedModel":
+        """The model."""
+        from secateur.export.artifact import is_artifact
+
+        return self.load_for(self.images if self.data is not None and not is_artifact(self.model) else None)
+
+    def load_for(self, images: "ImageData | None") -> "LoadedModel":
+        """Load the model with the classes and channels of an image set, unless it is an artifact."""
+        from secateur.export.artifact import is_artifact
+        from secateur.pipeline.load import load_any
+
+        sized = None if is_artifact(self.model) else images
+        return load_any(
+            self.model,
+            weights=self.weights,
+            num_classes=None if sized is None else len(sized.classes),
+            in_channels=None if sized is None else sized.size[0],
+            trust_source=self.flags.trust_source,
+            seed=self.seed,
+        )
+
+    def example(self, n: int) -> "Tensor":
+        """Return a few images: real ones if there is data, else noise of the size that the model was made for."""
+        import torch
+
+        from secateur.data.dataset import draw_calibration
+        from secateur.pipeline.load import default_size
+
+        if self.data is not None:
+            return draw_calibration(self.images.train, n, seed=self.seed)[0][0]
+        channels, height, width = default_size(self.loaded)
+        if self.flags.image_size is not None:
+            height = width = self.flags.image_size
+        if min(channels, height, width) < 1:
+            raise DataError(f"`--image-size` must be positive; got {height} x {width}. Say --image-size 224.")
+        return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(self.seed))
+
+
+_SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "search_epochs": ("swp", "tas"),
+    "search_over": ("swp", "tas"),
+    "search_learning_rate": ("swp", "tas"),
+    "search_candidates": ("swp",),
+    "combine": ("swp",),
+    "stage_end": ("swp",),
+    "ray": ("swp",),
+}
+"""The strategies that a flag has an effect on."""
+
+
+def strategy(flags: SearchFlags, *, default_blocks: float = 0.0, trust_source: bool = False) -> "Strategy":
+    """Build the strategy that the flags describe.
+
+    Args:
+        flags: See `SearchFlags`.
+        default_blocks: Largest fraction of blocks that built-in strategies for widths may remove if no flag says it.
+        trust_source: Whether code that ``python:`` names may run.
+
+    Raises:
+        SelectionError: If a name is unknown, or a flag has no effect on the strategy.
+        ModelError: If code of the user is not trusted, or does not give a strategy.
+    """
+    from secateur.search.base import Strategy
+    from secateur.search.depth import RemoveBlocks
+
+    name = flags.strategy
+    for flag, strategies in _SEARCH_FLAGS.items():
+        if getattr(flags, flag) not in (None, ()) and name not in strategies:
+            raise SelectionError(
+                f"`--{flag.replace('_', '-')}` must go with --strategy {' or '.join(strategies)}; got {name}. "
+                "Leave it out, or say another strategy."
+            )
+    if name in ("tas", "swp"):
+        if flags.remove_blocks:
+            raise SelectionError(
+                f"`--remove-blocks` must be left out with --strategy {name}, which searches depths itself; got "
+                f"{flags.remove_blocks:g}. Say --search-over depths, or both."
+            )
+        found = _tas(flags) if name == "tas" else _swp(flags)
+        return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
+    if name.startswith("python:"):
+        if flags.importance is not None:
+            raise SelectionError(
+                f"`--importance` must go with a strategy of Secateur; got {name}. Choose it in your factory."
+            )
+        widths, default_blocks = made_by(name, Strategy, "--strategy", trust_source), 0.0
+    else:
+        widths = _widths(flags, trust_source)
+    blocks = default_blocks if flags.remove_blocks is None else flags.remove_blocks
+    return RemoveBlocks(widths, blocks) if blocks else widths
+
+
+def _widths(flags: SearchFlags, trust_source: bool) -> "Strategy":
+    from secateur.search.knapsack import Knapsack
+    from secateur.search.pca import Activations, PCASlimming
+    from secateur.search.ranking import GlobalImportance, Uniform
+
+    built_in: dict[str, Knapsack | PCASlimming | GlobalImportance | Uniform] = {
+        "knapsack": Knapsack(),
+        "pca": PCASlimming(),
+        "pca-activations": PCASlimming(source=Activations()),
+        "global": GlobalImportance(),
+        "uniform": Uniform(),
+    }
+    if flags.strategy not in built_in:
+        raise SelectionError(
+            f"`--strategy` must be one of {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; got "
+            f"{flags.strategy!r}."
+        )
+    found = built_in[flags.strategy]
+    return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
+
+
+def _tas(flags: SearchFlags) -> "TAS":
+    from secateur.nas.common import Depths, Widths
+    from secateur.nas.tas import TAS
+
+    return replace(
+        TAS(),
+        widths=None if flags.search_over == "depths" else Widths(),
+        depths=Depths() if flags.search_over in ("depths", "both") else None,
+        train=replace(TAS().train, **_training(flags)),
+    )
+
+
+def _swp(flags: SearchFlags) -> "SWP":
+    from secateur.nas.common import Depths, Widths
+    from secateur.nas.swp import SWP
+    from secateur.nas.swp_evolution import Evolution
+    from secateur.nas.swp_knapsack import ExactKnapsack
+    from secateur.workers import InProcess, OnRay
+
+    default = SWP()
+    return replace(
+        default,
+        widths=None if flags.search_over == "depths" else Widths(),
+        depths=Depths() if flags.search_over in ("depths", "both") else None,
+        cuts=flags.stage_end or None,
+        train=replace(default.train, **_training(flags)),
+        candidates=default.candidates if flags.search_candidates is None else flags.search_candidates,
+        combination=Evolution() if flags.combine == "evolution" else ExactKnapsack(),
+        workers=InProcess() if flags.ray is None else OnRay(flags.ray),
+    )
+
+
+def _training(flags: SearchFlags) -> dict[str, Any]:
+    given = {"epochs": flags.search_epochs, "learning_rate": flags.search_learning_rate}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def importance(flags: SearchFlags, trust_source: bool = False) -> "Importance":
+    """Build the importance that ``--importance`` names.
+
+    Raises:
+        SelectionError: If the name is unknown.
+        ModelError: If code of the user is not trusted, or does not give an importance.
+    """
+    from secateur.search.importance import L1, L2, LAMP, BatchNormScale, GeometricMedian, Importance, RandomImportance
+    from secateur.search.importance_data import Reconstruction, Taylor
+
+    name = flags.importance or "reconstruction"
+    if name.startswith("python:"):
+        return made_by(name, Importance, "--importance", trust_source)
+    built_in: dict[str, type[Importance]] = {
+        "reconstruction": Reconstruction,
+        "l1": L1,
+        "l2": L2,
+        "fpgm": GeometricMedian,
+        "bn-scale": BatchNormScale,
+        "taylor": Taylor,
+        "lamp": LAMP,
+        "random": RandomImportance,
+    }
+    if name not in built_in:
+        raise SelectionError(
+            f"`--importance` must be one of {', '.join(built_in)} or python:PACKAGE.MODULE:NAME; got {name!r}."
+        )
+    return built_in[name]()
+
+
+def made_by(spec: str, kind: type[Kind], flag: str, trust_source: bool) -> Kind:
+    """Call the function or class that ``python:PACKAGE.MODULE:NAME`` names, without arguments.
+
+    Args:
+        spec: The words of the user.
+        kind: What it must make.
+        flag: That the words were given with, for messages.
+        trust_source: Whether the code may run.
+
+    Raises:
+        ModelError: If the code is not trusted, cannot be imported, fails, or makes something else.
+    """
+    from secateur.errors import ModelError
+    from secateur.models.source import load_factory
+
+    factory = load_factory(spec, makes=flag.strip("-"), trust_source=trust_source)
+    try:
+        made = factory()
+    except Exception as error:
+        raise ModelError(f"`{flag}` must name a factory that needs no arguments; {spec} failed: {error!r}.") from error
+    if not isinstance(made, kind):
+        raise ModelError(
+            f"`{flag}` must name a factory that returns a {kind.__module__}.{kind.__name__}; {spec} returned a "
+            f"{type(made).__name__}."
+        )
+    return made
+
+
+def selection(include: Sequence[str], exclude: Sequence[str], keep_whole: Sequence[str]) -> "Selection":
+    """Build the selection of the layers that may be cut.
+
+    Raises:
+        SelectionError: If a pattern is empty.
+    """
+    from secateur.graph.selection import Selection
+
+    for name, patterns in (("--include", include), ("--exclude", exclude), ("--keep-whole", keep_whole)):
+        if "" in patterns:
+            raise SelectionError(f"`{name}` must be a name pattern, such as 'layer1.*'; got ''.")
+    return Selection(tuple(include), tuple(exclude), tuple(keep_whole))
+
+
+def axis_rules(divisors: Sequence[str], min_widths: Sequence[str], min_kept: Sequence[str]) -> "tuple[AxisRule, ...]":
+    """Read other bounds for some axes, from "PATTERN=N" words.
+
+    Raises:
+        SelectionError: If a word is not of this form.
+        BudgetError: If a number is out of range.
+    """
+    from secateur.search.space import AxisRule
+
+    rules: list[AxisRule] = []
+    for word in divisors:
+        pattern, number = _named_number(word, "--axis-divisor", int)
+        rules.append(AxisRule(pattern, divisor=number))
+    for word in min_widths:
+        pattern, number = _named_number(word, "--axis-min-width", int)
+        rules.append(AxisRule(pattern, min_width=number))
+    for word in min_kept:
+        pattern, number = _named_number(word, "--axis-min-kept", float)
+        rules.append(AxisRule(pattern, min_kept_fraction=number))
+    return tuple(rules)
+
+
+def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[str, Number]:
+    pattern, _, number = word.rpartition("=")
+    try:
+        if pattern and kind(number) <= MAX_CHANNELS:
+            return pattern, kind(number)
+    except (ValueError, OverflowError):
+        pass
+    what = "a whole number" if kind is int else "a number"
+    raise SelectionError(f"`{flag}` must be a name pattern, = and {what}, such as 'layer1.*=8'; got {word!r}.")
+
+
+def callbacks(quiet: bool, tensorboard: Path | None) -> "Callbacks":
+    """Choose how searches and trainings are shown.
+
+    Raises:
+        TrainingError: If the folder or the package for TensorBoard is missing.
+    """
+    from secateur.train.callbacks import Silent, TensorBoard, TerminalProgress
+
+    shown = Silent() if quiet else TerminalProgress()
+    return shown if tensorboard is None else TensorBoard(tensorboard, shown)
+
+
+def optimizer(name: OptimizerName, weight_decay: float | None) -> "SGD | AdamW":
+    """Build an optimizer's settings, with its default weight decay unless another is given."""
+    from secateur.train.config import SGD, AdamW
+
+    kind = SGD if name == "sgd" else AdamW
+    return kind() if weight_decay is None else kind(weight_decay=weight_decay)
+
+
+def precision(name: PrecisionName) -> "Precision | None":
+    """Return the number formats of a name; None for the best that the device has."""
+    from secateur.train.device import Precision
+
+    return {"auto": None, "32": Precision.FLOAT32, "bf16": Precision.BF16_MIXED}[name]
+
+
+def execution(compiled: bool) -> "Execution":
+    """Choose how the networks of a training are run."""
+    from secateur.train.device import Compiled, Eager
+
+    return Compiled() if compiled else Eager()
+
+
+def formats(text: str) -> "tuple[Format, ...]":
+    """Read export formats, such as "onnx,pt2".
+
+    Raises:
+        ExportError: If one is unknown, or its library is not installed.
+    """
+    from secateur.export.formats import Format, check_formats
+
+    known = {form.name.lower(): form for form in Format}
+    words = [word.strip().lower() for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            raise ExportError(f"`--export` must name {' or '.join(known)}, separated by commas; got {word!r}.")
+    found = tuple(dict.fromkeys(known[word] for word in words))
+    check_formats(found)
+    return found
+
+
+def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    """Read numbers such as "0.485,0.456,0.406".
+
+    Raises:
+        DataError: If they are not numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise DataError(f"`{flag}` must be numbers separated by commas, such as 0.5,0.5,0.5; got {text!r}.") from error
+
+
+def device(text: str) -> "torch.device | None":
+    """Return the device of a name; None for the accelerator if there is one.
+
+    Raises:
+        TrainingError: If this machine has no such device.
+    """
+    return None if text == "auto" else check_device("--device", text, instead="auto or cpu")
+
+
+def check_device(flag: str, text: str, *, instead: str = "cpu") -> "torch.device":
+    """Return the device of a name such as cpu or cuda:1.
+
+    Args:
+        flag: The flag of the name, for the message.
+        text: The name.
+        instead: What to say instead, for the message.
+
+    Raises:
+        TrainingError: If this machine has no such device.
+    """
+    import torch
+
+    reason = f"it must be one of {', '.join(_DEVICES)}"
+    try:
+        found = torch.device(text)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+    else:
+        if found.type in _DEVICES:
+            return found
+    raise TrainingError(
+        f"`{flag}` must be a device that this machine has: cpu, cuda, cuda:N or mps; got {text!r} ({reason}). "
+        f"Say {instead}."
+    )

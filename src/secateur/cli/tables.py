@@ -1,0 +1,337 @@
+"""The tables that commands print: plain numbers with their units."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from secateur.cli.output import end_with_error, out
+from secateur.cost.budget import Cost, format_cost, format_count
+from secateur.cost.measure import Latency
+from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
+from secateur.pipeline.config import CompressResult
+from secateur.pipeline.distill import DistillResult
+from secateur.pipeline.inspect import ModelReport
+from secateur.report.graph_drawing import Place, inside, places, sentence_of
+from secateur.report.run import Check, Measured, RunReport
+
+_SHOWN_NAMES = 4
+_WIDE = 4096
+"""Characters; a tree that goes to a file is never wrapped."""
+_ELLIPSIS = "…"
+
+
+def show(result: CompressResult | DistillResult) -> None:
+    """The tables of a finished run; ends with an error if a check failed."""
+
+    print_before_after(result.report)
+    print_steps(result.report)
+    print_exports(result.report)
+    print_checks(result.report.checks)
+    print_written(result.files)
+    if result.failed:
+        raise end_with_error("; ".join(result.failed))
+
+
+def print_before_after(report: RunReport) -> None:
+    """Accuracy, MACs, parameters, file size and latency of the original and the compressed model."""
+    title = ", ".join(filter(None, (report.model, report.budget)))
+    table = plain_table(title, ("", "before", "after", "change"), numbers=3)
+    before, after = report.before, report.after
+    if before.accuracy is not None and after.accuracy is not None:
+        change = f"{100 * (after.accuracy.top1 - before.accuracy.top1):+.2f} points"
+        table.add_row(f"test accuracy (n = {after.accuracy.n})", _accuracy(before), _accuracy(after), change)
+    for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
+        table.add_row(name, format_count(old), format_count(new), _relative(old, new))
+    if after.weights != after.params:
+        counts = format_count(before.weights), format_count(after.weights)
+        table.add_row("non-zero parameters", *counts, _relative(before.weights, after.weights))
+    if before.size_bytes is not None and after.size_bytes is not None:
+        sizes = f"{format_count(before.size_bytes)}B", f"{format_count(after.size_bytes)}B"
+        table.add_row("weights file", *sizes, _relative(before.size_bytes, after.size_bytes))
+    for record in report.latency:
+        name = f"latency, {record.runtime}, {record.threads} thread, batch {record.batch_size}"
+        times = f"{1e3 * record.before[1]:.3g} ms", f"{1e3 * record.after[1]:.3g} ms"
+        table.add_row(name, *times, f"{record.speedup[1]:.2f} x the speed")
+    if report.efficiency is not None:
+        efficiency = [f"{value:.2f}" for value in report.efficiency]
+        table.add_row("Performance Efficiency over non-zero parameters (ours)", "1.00", efficiency[0], "")
+        table.add_row("Performance Efficiency over MACs (ours)", "1.00", efficiency[1], "")
+    out().print(table)
+
+
+def print_steps(report: RunReport) -> None:
+    """Accuracy on the way."""
+    way = " -> ".join(f"{step.name} {100 * step.accuracy.top1:.2f} %" for step in report.steps)
+    out().print(Text(f"Test accuracy: {way}"), soft_wrap=True)
+
+
+def print_exports(report: RunReport) -> None:
+    """Files for other runtimes: size, and of those in 8-bit integers accuracy and time beside the float file's."""
+    if not report.exports:
+        return
+    columns = ("file", "size", "difference", "accuracy", "in float", "same answer", "time", "float file's")
+    table = plain_table("Files for other runtimes", columns, numbers=len(columns) - 1)
+    for file in report.exports:
+        accuracies = (file.accuracy, file.float_accuracy)
+        shares = [None if each is None else each.top1 for each in accuracies] + [file.agreement]
+        times = () if file.latency is None else (file.latency.after[1], file.latency.before[1])
+        table.add_row(
+            file.name,
+            f"{format_count(file.size_bytes)}B",
+            "" if file.difference is None else f"{file.difference:.1e}",
+            *("" if share is None else f"{100 * share:.2f} %" for share in shares),
+            *(f"{1e3 * seconds:.3g} ms" for seconds in times),
+        )
+    out().print(table)
+
+
+def print_checks(checks: Iterable[Check]) -> None:
+    """What was verified."""
+    table = plain_table("Checks", ("check", "", "largest difference", "detail"), numbers=0)
+    for check in checks:
+        difference = ""
+        if check.max_rel is not None and check.tolerance is not None:
+            difference = f"{check.max_rel:.1e} (at most {check.tolerance:.0e})"
+        table.add_row(
+            check.name, "passed" if check.passed else Text("FAILED", style="bold red"), difference, check.detail
+        )
+    out().print(table)
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """What was written, with sizes."""
+    for path in paths:
+        out().print(Text(f"Wrote {path} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
+
+
+def print_report(report: ModelReport, name: str) -> None:
+    """The axes of a model, what is frozen and why, and what a budget can ask for."""
+    table = plain_table(f"Channel axes of {name}", ("axis", "channels", "may keep", "sites", "seen in"), numbers=0)
+    for axis in report.graph.prunable:
+        row = (axis.name, str(axis.size), _widths(report, axis), str(len(axis.sites)), _few(_modules(axis)))
+        table.add_row(*row)
+    out().print(table)
+    frozen = [axis for axis in report.graph.axes if axis.frozen_because is not None]
+    if frozen:
+        table = plain_table("Frozen: stays whole", ("reason", "axes"), numbers=0)
+        for reason, names in _grouped(frozen):
+            table.add_row(reason, _few(names))
+        out().print(table)
+    if report.graph.blocks:
+        _print_blocks(report)
+    if len(report.stages) > 1:
+        _print_stages(report)
+    for line in _summary(report):
+        out().print(Text(line), soft_wrap=True)
+
+
+def _print_blocks(report: ModelReport) -> None:
+    layers, macs = places(report.graph), max(report.original.macs, 1)
+    title = "Residual blocks: branches that can be removed whole"
+    table = plain_table(title, ("block", "layers", "params", "of the MACs", "stays because"), numbers=0)
+    for block in report.graph.blocks:
+        mine = inside(block, layers)
+        params, share = sum(place.params for place in mine), sum(place.macs for place in mine) / macs
+        row = (block.name, _few([place.module for place in mine if place.macs]), format_count(params))
+        table.add_row(*row, f"{100 * share:.1f} %", block.kept_because or "")
+    out().print(table)
+
+
+def _print_stages(report: ModelReport) -> None:
+    macs = max(sum(stage.macs for stage in report.stages), 1)
+    title = "Stages: each hands on a single tensor"
+    table = plain_table(title, ("stage", "ends at", "axes", "blocks", "of the MACs"), numbers=0)
+    for stage in report.stages:
+        row = (stage.name, stage.cut or "the output", str(len(stage.axes)), str(len(stage.blocks)))
+        table.add_row(*row, f"{100 * stage.macs / macs:.1f} %")
+    out().print(table)
+
+
+def print_tree(report: ModelReport, name: str) -> None:
+    """The modules of a model: parameters and share of the MACs, and for each layer its channels."""
+    graph, root = report.graph, _Node(name)
+    for place in places(graph):
+        root.at(place.module).place = place
+    for block in graph.blocks:
+        root.at(block.name).block = block
+    console = out()
+    if not console.is_terminal:
+        console.width = _WIDE
+    console.print(_branch(root, graph, max(root.macs, 1)))
+
+
+@dataclass
+class _Node:
+    """A module and what is inside of it."""
+
+    name: str
+    place: Place | None = None
+    block: Block | None = None
+    children: dict[str, "_Node"] = field(default_factory=dict[str, "_Node"])
+
+    def at(self, module: str) -> "_Node":
+        """The node of a module inside of this one, made if it is not there."""
+        node = self
+        for part in module.split(".") if module else ():
+            node = node.children.setdefault(part, _Node(part))
+        return node
+
+    @property
+    def params(self) -> int:
+        return (self.place.params if self.place else 0) + sum(child.params for child in self.children.values())
+
+    @property
+    def macs(self) -> int:
+        return (self.place.macs if self.place else 0) + sum(child.macs for child in self.children.values())
+
+
+def _branch(node: _Node, graph: ChannelGraph, all_macs: int) -> Tree:
+    label = Text(node.name, style="bold")
+    label.append(f"  {format_count(node.params)} params, {100 * node.macs / all_macs:.1f} % of MACs", style="dim")
+    for words, style in _channels(node.place, graph) if node.place else ():
+        label.append(f"  {words}", style=style)
+    if node.block:
+        label.append("  removable block" if node.block.kept_because is None else "  block, stays", style="cyan")
+    tree = Tree(label)
+    for child in node.children.values():
+        tree.children.append(_branch(child, graph, all_macs))
+    return tree
+
+
+def _channels(place: Place, graph: ChannelGraph) -> Iterable[tuple[str, str]]:
+    """The axes of a layer's outputs in words, with a style."""
+    for name in place.makes or place.carries:
+        axis = graph.by_name[name]
+        if axis.frozen_because is None:
+            yield f"{name} ({axis.size})", "green"
+        else:
+            yield f"{name} ({axis.size}){f'. {sentence_of(axis)}' if place.makes else ', whole'}", "yellow"
+
+
+def _summary(report: ModelReport) -> tuple[str, ...]:
+    small, whole, space = report.smallest, report.original, report.space
+    elsewhere = " unless a rule says otherwise" if space.rules else ""
+    removable, blocks = len(report.graph.removable), len(report.graph.blocks)
+    return (
+        f"Prunable: {len(report.graph.prunable)} of {len(report.graph.axes)} axes; "
+        f"{100 * report.prunable_share:.1f} % of the parameters lie in tensors with a prunable dimension, "
+        f"{100 * report.prunable_macs_share:.1f} % of the MACs in operations with one."
+        + (f" Removable: {removable} of {blocks} residual blocks." if blocks else ""),
+        f"Reachable: macs {format_count(small.macs)} ({_share(small.macs, whole.macs)}) to {format_count(whole.macs)}; "
+        f"params {format_count(small.params)} ({_share(small.params, whole.params)}) to {format_count(whole.params)}. "
+        f"Every axis keeps at least {100 * space.min_kept_fraction:.0f} % (--min-kept){elsewhere}."
+        + (f" With every removable block gone, down to {_both(report.shallowest, whole)}." if removable else ""),
+        *_never_ran(report.graph),
+    )
+
+
+def _never_ran(graph: ChannelGraph) -> tuple[str, ...]:
+    """Parameters that no run touched: they stay, and may not fit a cut model that takes another way."""
+    if not graph.unseen:
+        return ()
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen))
+    return (
+        f"Never ran on this input, in evaluation or in training: {_few(modules)}. They are left as they are; if "
+        "another input makes the model run them, keep the channels that they read whole (--keep-whole).",
+    )
+
+
+def _both(cost: Cost, whole: Cost) -> str:
+    return (
+        f"macs {format_count(cost.macs)} ({_share(cost.macs, whole.macs)}), "
+        f"params {format_count(cost.params)} ({_share(cost.params, whole.params)}) (--remove-blocks)"
+    )
+
+
+def _grouped(frozen: Sequence[ChannelAxis]) -> list[tuple[str, list[str]]]:
+    """Reasons with the names of their axes; reasons that differ only in the names of layers count as one."""
+    groups: dict[str, list[ChannelAxis]] = {}
+    for axis in frozen:
+        groups.setdefault(_without_names(axis), []).append(axis)
+    return [
+        (
+            reason if len({axis.frozen_because for axis in axes}) > 1 else axes[0].frozen_because or "",
+            [a.name for a in axes],
+        )
+        for reason, axes in groups.items()
+    ]
+
+
+def _without_names(axis: ChannelAxis) -> str:
+    own = {name for module in (*_modules(axis), axis.name) for name in (module, module.rpartition(".")[0]) if name}
+    words = (axis.frozen_because or "").split(" ")
+    return " ".join(_ELLIPSIS if word in own else word for word in words)
+
+
+def _widths(report: ModelReport, axis: ChannelAxis) -> str:
+    widths = report.space.widths(axis).tolist()
+    if len(widths) == 1:
+        return f"all {widths[0]}"
+    step = widths[1] - widths[0]
+    return f"{widths[0]} to {widths[-1]}" + (f" by {step}" if step > 1 and len(widths) > 2 else "")
+
+
+def _modules(axis: ChannelAxis) -> list[str]:
+    return list(dict.fromkeys(site.tensor.rpartition(".")[0] or site.tensor for site in axis.sites))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / max(whole, 1):.1f} %"
+
+
+def print_latencies(names: Sequence[str], shapes: Sequence[Sequence[int]], found: Sequence[Latency]) -> None:
+    """Print the latency of each model, and its speed beside the first."""
+    first = found[0]
+    columns = ("model", "input", "median", "quartiles", "spread", "speed of the first")
+    table = plain_table(f"Latency of one pass, {first.runtime}", columns, numbers=4)
+    for name, shape, latency in zip(names, shapes, found, strict=True):
+        seconds = latency.seconds
+        lower, median, upper = (
+            format_cost("latency_s", value) for value in (seconds.lower, seconds.median, seconds.upper)
+        )
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            median,
+            f"{lower} to {upper}",
+            f"{100 * seconds.spread:.1f} %",
+            f"{first.seconds.median / seconds.median:.2f} x",
+        )
+    out().print(table)
+    load = "unknown" if first.load is None else f"{first.load[0]:g} before, {first.load[1]:g} after (this run included)"
+    out().print(
+        Text(
+            f"Batch {first.batch_size}, {first.threads} thread{'s' if first.threads > 1 else ''}, {first.rounds} "
+            f"rounds in turns, {first.clock}. Load average {load}; "
+            f"{first.machine['cores']} cores, {first.machine['cpu']}."
+        ),
+        soft_wrap=True,
+    )
+
+
+def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:
+    """An empty table; the last ``numbers`` columns are to the right."""
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        right = place >= len(columns) - numbers
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _accuracy(measured: Measured) -> str:
+    assert measured.accuracy is not None
+    return f"{100 * measured.accuracy.top1:.2f} %"
+
+
+def _relative(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""

@@ -20,21 +20,21 @@ _SHOWN = 80
 
 
 def parse(text: bytes, name: str) -> dict[str, object]:
-    """A JSON object from bytes: UTF-8, no NaN or infinity, no key twice, of bounded size and depth.
+    """Parse bytes as a JSON object: UTF-8, no NaN or infinity, no key twice, of bounded size and depth.
 
-    What Python makes of JSON can take a hundred times the room of the text. So the places where a value can begin are
-    counted before anything is made of them.
+    Python objects can take a hundred times the memory of their JSON text. So the characters after which a value can
+    begin are counted before anything is parsed.
 
     Raises:
-        ArtifactError: If the text is not that.
+        ArtifactError: If the bytes are anything else.
     """
     if sum(map(text.count, _STRUCTURE)) > MAX_ITEMS:
-        raise _no_json(name, f"more than {MAX_ITEMS} values")
+        raise _not_json(name, f"more than {MAX_ITEMS} values")
     try:
-        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        data: object = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         _check_values(data)
     except (ValueError, RecursionError) as error:
-        raise _no_json(name, brief(error)) from error
+        raise _not_json(name, brief(error)) from error
     if not isinstance(data, dict):
         raise ArtifactError(
             f"{name} must hold a JSON object; got {type(data).__name__}. The file is not an artifact's."
@@ -42,14 +42,14 @@ def parse(text: bytes, name: str) -> dict[str, object]:
     return cast(dict[str, object], data)
 
 
-def _no_json(name: str, reason: str) -> ArtifactError:
+def _not_json(name: str, reason: str) -> ArtifactError:
     return ArtifactError(
         f"{name} must be JSON; got something else ({reason}). The file is damaged: save the artifact again."
     )
 
 
 def _check_values(data: object) -> None:
-    """Refuse what other readers of JSON cannot hold: deep nesting, huge numbers."""
+    """Refuse what other JSON readers may not hold: deep nesting, huge numbers."""
     waiting = [(data, 1)]
     while waiting:
         value, depth = waiting.pop()
@@ -66,23 +66,23 @@ def _check_values(data: object) -> None:
             waiting.extend((item, depth + 1) for item in (held.values() if isinstance(held, dict) else held))
 
 
-def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
     return found
 
 
-def _no_constant(name: str) -> object:
+def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not a JSON number")
 
 
 class Fields:
-    """Checked access to one JSON object of the manifest.
+    """Checked access to the fields of one JSON object.
 
     Args:
         data: The object.
-        where: How to name it in a message, such as ``weights.tensors[3]``.
+        where: Its name in messages, such as ``weights.tensors[3]``.
     """
 
     def __init__(self, data: object, where: str) -> None:
@@ -97,22 +97,22 @@ class Fields:
         return self._data[key]
 
     def path(self, key: str) -> str:
-        """The dotted name of a field."""
+        """Return the dotted name of a field."""
         return f"{self._where}.{key}" if self._where else key
 
     def mapping(self, key: str) -> dict[str, object]:
-        """A field that is an object."""
+        """Return a field that is an object."""
         value = self._get(key)
         if not isinstance(value, dict):
             raise wrong(self.path(key), "an object", value)
         return cast(dict[str, object], value)
 
     def fields(self, key: str) -> "Fields":
-        """A field that is an object, for checked access."""
+        """Return a field that is an object, for checked access."""
         return Fields(self._get(key), self.path(key))
 
     def items(self, key: str, limit: int = MAX_ITEMS) -> list[object]:
-        """A field that is a list of at most ``limit`` items."""
+        """Return a field that is a list of at most ``limit`` items."""
         value = self._get(key)
         if not isinstance(value, list):
             raise wrong(self.path(key), "a list", value)
@@ -122,32 +122,32 @@ class Fields:
         return found
 
     def text(self, key: str) -> str:
-        """A field that is a string."""
+        """Return a field that is a string."""
         value = self._get(key)
         if not isinstance(value, str):
             raise wrong(self.path(key), "a string", value)
         return value
 
     def name(self, key: str) -> str:
-        """A field that is the name of a module, attribute or tensor."""
+        """Return a field that is the name of a module, attribute or tensor."""
         value = self.text(key)
         if len(value) > MAX_NAME:
             raise wrong(self.path(key), f"a name of at most {MAX_NAME} characters", value)
         return value
 
     def integer(self, key: str, *, least: int | None = None) -> int:
-        """A field that is an int (at least ``least``)."""
+        """Return a field that is an int (at least ``least``)."""
         value = self._get(key)
         if type(value) is not int or (least is not None and value < least):
             raise wrong(self.path(key), "an integer" if least is None else f"an integer of at least {least}", value)
         return value
 
     def optional_integer(self, key: str, *, least: int | None = None) -> int | None:
-        """A field that is an int or null."""
+        """Return a field that is an int or null."""
         return None if self._get(key) is None else self.integer(key, least=least)
 
     def integers(self, key: str, *, least: int, limit: int) -> tuple[int, ...]:
-        """A field that is a list of ints."""
+        """Return a field that is a list of ints."""
         found = self.items(key, limit)
         for value in found:
             if type(value) is not int or value < least:
@@ -155,21 +155,21 @@ class Fields:
         return tuple(cast(list[int], found))
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """A field that is a list of numbers."""
+        """Return a field that is a list of numbers."""
         found = self.items(key)
         if not all(type(value) in (int, float) and abs(cast(float, value)) < 1e300 for value in found):
             raise wrong(self.path(key), "a list of numbers", found)
         return tuple(float(value) for value in cast(list[float], found))
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A field that is a list of strings."""
+        """Return a field that is a list of strings."""
         found = self.items(key)
         if not all(isinstance(value, str) for value in found):
             raise wrong(self.path(key), "a list of strings", found)
         return tuple(cast(list[str], found))
 
     def text_by_name(self, key: str) -> dict[str, str]:
-        """A field that is an object of strings."""
+        """Return a field that is an object of strings."""
         found = self.mapping(key)
         if not all(isinstance(value, str) for value in found.values()):
             raise wrong(self.path(key), "an object of strings", found)
@@ -177,14 +177,14 @@ class Fields:
 
 
 def wrong(where: str, wanted: str, got: object) -> ArtifactError:
-    """The error for a field that is not what it must be."""
+    """Return the error for a field with a wrong value."""
     return ArtifactError(
         f"`{where}` must be {wanted}; got {brief(got)} (secateur.json). The file is damaged: save the artifact again."
     )
 
 
 def brief(value: object, *, most: int = _SHOWN) -> str:
-    """A value of a stranger in few characters, all of which can be printed."""
+    """Shorten an untrusted value to printable characters."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

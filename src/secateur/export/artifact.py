@@ -27,7 +27,7 @@ OWN_FILES = (
     *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx.data"),
     *(name for form in Format for name in form.exporter.files),
 )
-"""Every file that may lie in an artifact; a folder with others is not replaced."""
+"""Every file that may be in an artifact; a folder with other files is not replaced."""
 
 TRUSTED_KINDS = ("timm", "torchvision", "secateur")
 """Kinds of model source that run only the code of installed, known packages."""
@@ -40,7 +40,7 @@ Build = Callable[[Mapping[str, object]], nn.Module]
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A model read from an artifact.
+    """A compressed model, read from a folder.
 
     Attributes:
         model: The compressed model, in eval mode, on the CPU.
@@ -50,25 +50,28 @@ class Artifact:
     model: nn.Module
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        return f"Artifact({type(self.model).__name__}, {self.manifest!r})"
+
 
 def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     """Write an artifact: ``secateur.json`` and ``model.safetensors``.
 
-    The folder appears whole or not at all: whatever goes wrong (a full disk, a kill), nothing half-written is at
-    ``folder``, and an older artifact there survives. To add exports before the folder appears, save into a draft:
+    The folder appears completely or not at all: after a full disk or a kill, nothing half-written is at ``folder``, and
+    an older artifact there survives. To add exports before the folder appears, save into a draft:
 
         with atomic_folder("runs/small") as draft:
             save(draft, model, recipe)
             export_onnx(model, images, draft / "model.onnx")
 
     Args:
-        folder: Where. A missing or empty folder, or an older artifact, which is replaced whole.
-        model: The compressed model; any device, not changed. Masks are left out, their zeros stay; tensors with many
-            zeros take one bit for each of them.
-        recipe: Everything else.
+        folder: A missing or empty folder, or an older artifact, which is replaced as a whole.
+        model: The compressed model, on any device; not changed. Masks are not saved, but the zeros that they make are.
+            A tensor with many zeros is stored sparsely.
+        recipe: How the model was made, and what is known of it.
 
     Returns:
-        What was written to secateur.json.
+        The content of secateur.json.
 
     Raises:
         ArtifactError: If the folder holds something else, the model something that is not numbers, the recipe something
@@ -101,7 +104,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
 
 
 def _text_of(manifest: Manifest) -> bytes:
-    """The text of a manifest that can be read again."""
+    """Return the text of a manifest, after checking that it can be read again."""
     text = manifest.to_bytes()
     if len(text) > _MAX_MANIFEST_BYTES:
         raise ArtifactError(
@@ -113,7 +116,7 @@ def _text_of(manifest: Manifest) -> bytes:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Size of the weights file that `save` writes for a model.
+    """Return the size in bytes of the weights file that `save` writes for a model.
 
     Raises:
         ArtifactError: If the model holds something that is not numbers.
@@ -133,12 +136,12 @@ def load_artifact(
     factory: Callable[[], nn.Module] | None = None,
     trust_source: bool = False,
 ) -> Artifact:
-    """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
+    """Read an artifact; its model computes what the saved one computed, bit for bit.
 
-    The source is built, gets the stand-ins of removed blocks, what widens narrow branches, the recorded sizes and ints,
-    then the recorded tensors. Nothing is unpickled or traced.
-    Every byte of the weights is covered by the hash in secateur.json; nothing is used before it is checked. Surgery
-    only takes away, so no file is read that could have more numbers than the model that its source builds.
+    The original model is built from its source. It then gets the stand-ins of removed blocks, the expansions of narrow
+    branches, the recorded sizes, and the recorded tensors. Nothing is unpickled or traced, and nothing is used before
+    it is checked: the hash in secateur.json covers every byte of the weights. Surgery only removes channels, so a file
+    with more numbers than the original model is refused unread.
 
     Args:
         folder: What `save` wrote.
@@ -181,7 +184,7 @@ def load_artifact(
 
 
 def _check_after(model: nn.Module, manifest: Manifest) -> None:
-    """What the manifest counted is counted again."""
+    """Compare the model with the counts in the manifest."""
     if manifest.nonzero not in (None, nonzero_params(model)):
         raise ArtifactError(
             f"`weights.nonzero` must be the number of parameters that are not zero; got {manifest.nonzero}, the file "
@@ -244,7 +247,7 @@ def amend(
 
 
 def is_artifact(folder: Path | str) -> bool:
-    """Whether a folder says that it is an artifact (it may still be damaged or too new to load)."""
+    """Whether a folder has a manifest that says so (the artifact may still be damaged or too new to load)."""
     try:
         text = read_bytes(Path(folder) / MANIFEST_NAME, limit=_MAX_MANIFEST_BYTES)
         return parse(text, MANIFEST_NAME).get("format") == FORMAT
@@ -253,14 +256,14 @@ def is_artifact(folder: Path | str) -> bool:
 
 
 def refuse_foreign(folder: Path, name: str = "folder") -> None:
-    """Refuse to replace anything but a missing or empty folder, or an artifact with nothing of the user's in it.
+    """Refuse to replace anything but a missing folder, an empty one, or an artifact without other files.
 
     Args:
-        folder: What would be replaced.
-        name: Of the argument, for the message.
+        folder: The folder that would be replaced.
+        name: The name of the argument, for the message.
 
     Raises:
-        ArtifactError: If it is a file or link, or holds something else.
+        ArtifactError: If it is a file or a link, or holds anything else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(

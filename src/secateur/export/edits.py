@@ -38,14 +38,14 @@ class Edit:
 
 
 def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
-    """Every int (plain, or inside a tuple or list) of a module that differs between two builds of one architecture.
+    """Find every int of a module (plain, or in a tuple or list) that differs between two builds of one architecture.
 
-    This finds whatever surgery changed, whether or not the weights would tell: ``out_channels``, ``groups``, pads.
+    This finds all that surgery changed, whether or not it shows in the weights: ``out_channels``, ``groups``, pads.
 
     Args:
         original: The model as its source builds it.
-        model: The same architecture after surgery; the same module names, less those of removed blocks, and with what
-            widens narrow branches around some.
+        model: The same architecture after surgery: the same module names without those of removed blocks, some of them
+            inside of modules that expand a narrow branch.
 
     Returns:
         The values of ``model`` where they differ, in the order of its modules.
@@ -85,11 +85,11 @@ def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[
 def set_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Set recorded ints on a model as its source builds it, in place.
 
-    Surgery sets sizes: numbers of channels and of what is padded to have them. So an int must be at most the one that
-    was there, or the largest dimension of a tensor of the model.
+    Surgery only sets numbers of channels and of padded channels. So an int must not be larger than the one it
+    replaces, or than the largest dimension of a tensor of the model.
 
     Raises:
-        ArtifactError: If the model has no such int, or it must not become so large.
+        ArtifactError: If the model has no such int, or the new value is too large.
     """
     largest = max((size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape), default=0)
     for edit in edits:
@@ -113,7 +113,7 @@ def _set_edit(model: nn.Module, edit: Edit, largest: int) -> None:
 
 
 def held_value(model: nn.Module, edit: Edit) -> int:
-    """The value a model holds where an edit points.
+    """Return the value that a model holds where an edit points.
 
     Raises:
         ArtifactError: If the model has no such int.

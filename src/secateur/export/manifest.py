@@ -1,6 +1,4 @@
-"""The lists of secateur.json, row by row, checked.
-
-What an artifact says about itself: secateur.json as frozen dataclasses."""
+"""What an artifact says about itself: secateur.json as frozen dataclasses. Every field is checked when it is read."""
 
 import json
 import math
@@ -17,103 +15,22 @@ from secateur.export.edits import Edit
 from secateur.graph.graph import Replacement, StandIn
 from secateur.prune.residual import ChannelExpansion
 
-_LONGEST_SOURCE = 64 * 2**10
-"""Characters of JSON that say how the original is built."""
-_LONGEST_TUPLE = 64
-_MAX_CHANNELS = 2**20
-
-
-def read_source(fields: Fields) -> dict[str, object]:
-    """How the original is built: an object with a ``kind``; what else it needs is for its reader to check."""
-    source = fields.mapping("source")
-    fields.fields("source").name("kind")
-    if len(json.dumps(source)) > _LONGEST_SOURCE:
-        raise wrong("source", f"at most {_LONGEST_SOURCE} characters", source)
-    return source
-
-
-def check_once(where: str, names: Sequence[Hashable]) -> None:
-    """Refuse a list that names something twice."""
-    if len(set(names)) != len(names):
-        twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise wrong(where, "a list that names everything once", twice)
-
-
-def _named(row: object, where: str, *names: str) -> Fields:
-    """A row as fields, by the names of its places."""
-    if not isinstance(row, list) or len(cast(list[object], row)) != len(names):
-        raise wrong(where, f"[{', '.join(names).replace('_', '-')}]", row)
-    return Fields(dict(zip(names, cast(list[object], row), strict=True)), where)
-
-
-def read_replacements(fields: Fields) -> tuple[Replacement, ...]:
-    """The stand-ins of removed modules."""
-    rows = enumerate(fields.items("replacements", MAX_TENSORS))
-    found = tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
-    check_once("replacements", [replacement.module for replacement in found])
-    return found
-
-
-def _replacement(row: object, where: str) -> Replacement:
-    fields = _named(row, where, "module", "stand_in", "items")
-    kind = fields.text("stand_in")
-    if kind not in {stand_in.value for stand_in in StandIn}:
-        raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
-    items = fields.optional_integer("items", least=1)
-    if items is not None and items > _LONGEST_TUPLE:
-        raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
-    return Replacement(fields.name("module"), StandIn(kind), items)
-
-
-def read_widenings(fields: Fields) -> tuple[ChannelExpansion, ...]:
-    """The modules that are narrower than the stream they are added into."""
-    rows = enumerate(fields.items("widenings", MAX_TENSORS))
-    found = tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
-    check_once("widenings", [widening.module for widening in found])
-    return found
-
-
-def _widening(row: object, where: str) -> ChannelExpansion:
-    fields = _named(row, where, "module", "dim", "missing", "order")
-    dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
-    order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
-    for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
-        if value >= limit:
-            raise wrong(fields.path(name), f"below {limit}", value)
-    if any(place > len(order) for place in order):
-        raise wrong(fields.path("order"), "a list of places among the channels", max(order))
-    return ChannelExpansion(fields.name("module"), dim, missing, order)
-
-
-def read_edits(fields: Fields) -> tuple[Edit, ...]:
-    """The ints that surgery set."""
-    found = tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits")))
-    check_once("edits", [(edit.module, edit.attribute, edit.item) for edit in found])
-    return found
-
-
-def _edit(row: object, where: str) -> Edit:
-    fields = _named(row, where, "module", "attribute", "item", "value")
-    return Edit(
-        fields.name("module"),
-        fields.name("attribute"),
-        fields.optional_integer("item", least=0),
-        fields.integer("value"),
-    )
-
-
 SCHEMA = 4
-"""The version of secateur.json that this code writes, and the newest that it reads. Older ones are still read.
+"""The version of secateur.json that this code writes, and the newest that it reads. Older ones are read too:
 
-1: without removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``.
-2: without branches that are narrower than the stream they are added into: no ``widenings``.
-3: without tensors stored sparsely: no ``sparse`` in their records, and no ``nonzero`` in ``weights``.
+1 has no removed blocks: no ``replacements``, and ``architecture`` is what is now its field ``kept``.
+2 has no branches that are narrower than the stream they are added into: no ``widenings``.
+3 has no tensors stored sparsely: no ``sparse`` in their records, and no ``nonzero`` in ``weights``.
 """
 
 FORMAT = "secateur-artifact"
+_LONGEST_SOURCE = 64 * 2**10
+"""Characters of the JSON that says how the original is built."""
+_LONGEST_TUPLE = 64
+_MAX_CHANNELS = 2**20
 _LARGEST_DIMENSION = 2**40
 _LARGEST_INPUT = 2**26
-"""Numbers of one input; 8192 x 8192 pixels of one channel."""
+"""Largest number of elements of one input: 8192 x 8192 pixels of one channel."""
 
 
 def _nothing() -> dict[str, object]:
@@ -122,21 +39,21 @@ def _nothing() -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a compressed model needs beside its weights to be built, used and believed. Plain data.
+    """All that belongs to a compressed model beside its weights: how to build it, use it and reproduce it.
 
     Attributes:
         source: How the original model is built: ``ModelSource.to_json()``; its ``kind`` must be there.
         architecture: Which channels were kept, and which blocks were removed.
-        edits: The ints that surgery set in modules, see `edits_between`.
+        edits: The ints that surgery changed in modules, see `edits_between`.
         input_shape: One input without the batch, (channels, height, width).
-        mean: Subtracted from each input channel (images scaled to 0..1) before the model.
-        std: Divided by, after the mean.
+        mean: Mean that is subtracted from each input channel (images scaled to 0..1) before the model.
+        std: Standard deviation that each input channel is divided by, after the mean is subtracted.
         classes: Class names in the order of the logits; empty if unknown.
         cost_before: Costs of the original, such as ``{"macs": ..., "params": ...}``.
         cost_after: Costs of the saved model.
-        metrics: Accuracies and the like, any JSON.
-        verification: What was checked and how exactly it held, any JSON.
-        provenance: Who made it, when, with what.
+        metrics: Accuracies and other results, any JSON.
+        verification: The checks and their results, any JSON.
+        provenance: How the model was made, see `Provenance`.
     """
 
     source: Mapping[str, object]
@@ -153,7 +70,7 @@ class Recipe:
     provenance: Provenance = field(default_factory=Provenance)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return {
             "source": dict(self.source),
             "architecture": self.architecture.to_json(),
@@ -175,10 +92,10 @@ class TensorRecord:
         name: Its qualified name in the model.
         dtype: Its dtype, such as ``float32``.
         shape: Its shape.
-        layout: ``contiguous``, ``channels_last`` or ``channels_last_3d``: the order of its numbers in memory, which
-            can decide the kernel and with it the last bit of a result.
+        layout: ``contiguous``, ``channels_last`` or ``channels_last_3d``: the memory format, which can decide the
+            kernel and with it the last bit of a result.
         parameter: Whether it is a parameter (else a buffer).
-        same_as: Name of the tensor that it is (tied weights), or None.
+        same_as: Name of the tensor that it shares (tied weights), or None.
         sparse: Whether the file holds one bit for each element and the elements that are not zero.
     """
 
@@ -191,7 +108,7 @@ class TensorRecord:
     sparse: bool = False
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object; what is usual is left out."""
+        """Return a JSON object without the fields that have their usual value."""
         data: dict[str, object] = {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
         if self.layout != "contiguous":
             data["layout"] = self.layout
@@ -205,7 +122,7 @@ class TensorRecord:
 
     @classmethod
     def from_json(cls, data: object, where: str) -> "TensorRecord":
-        """Inverse of `to_json`, checked."""
+        """Read and check what `to_json` wrote."""
         fields = Fields(data, where)
         plain = cast(Mapping[str, object], data)
         for flag in ("buffer", "sparse"):
@@ -227,16 +144,16 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of secateur.json.
+    """The content of secateur.json.
 
     Attributes:
-        recipe: What the caller said.
-        tensors: What model.safetensors holds.
-        weights_sha256: Hash of model.safetensors, hexadecimal.
-        weights_bytes: Its size.
-        replacements: The stand-ins of the modules that went with removed blocks.
+        recipe: What the caller of `save` said.
+        tensors: The tensors in model.safetensors.
+        weights_sha256: SHA-256 of model.safetensors, hexadecimal.
+        weights_bytes: Size of model.safetensors.
+        replacements: The stand-ins for the modules of removed blocks.
         widenings: The modules that are narrower than the stream they are added into.
-        nonzero: Number of parameters that are not zero; None in artifacts from before it was noted.
+        nonzero: Number of parameters that are not zero; None in artifacts before schema 4.
         schema: Version of this file's layout.
     """
 
@@ -249,8 +166,13 @@ class Manifest:
     nonzero: int | None = None
     schema: int = SCHEMA
 
+    def __repr__(self) -> str:
+        source, digest = brief(dict(self.recipe.source)), self.weights_sha256[:12]
+        counts = f"{len(self.tensors)} tensors, {self.weights_bytes} bytes"
+        return f"Manifest({source}, {counts}, sha256={digest}, schema={self.schema})"
+
     def to_bytes(self) -> bytes:
-        """The text of secateur.json: one line per top-level key, so that a diff shows what changed.
+        """Return the text of secateur.json with one line for each top-level key, so that a diff shows what changed.
 
         Raises:
             ArtifactError: If the recipe holds something that JSON cannot.
@@ -283,7 +205,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, text: bytes) -> "Manifest":
-        """Inverse of `to_bytes`; every field is checked.
+        """Read what `to_bytes` wrote and check every field.
 
         Raises:
             ArtifactError: If the text is not a manifest, or is one of a newer version.
@@ -320,9 +242,9 @@ class Manifest:
 
 
 def manifest_sha256(data: Mapping[str, object]) -> str:
-    """SHA-256 (hexadecimal) of a manifest without its own ``sha256``, however its text is spaced and ordered.
+    """Return the SHA-256 of a manifest without its own ``sha256``, whatever the spacing and order of its text.
 
-    It finds accidents (a damaged disk, an edit by hand), not forgers, who would write the right hash.
+    It finds accidents (a damaged disk, an edit by hand), but no forgery, which would have the right hash.
     """
     rest = {key: value for key, value in data.items() if key != "sha256"}
     return sha256_of_json(rest)
@@ -352,4 +274,83 @@ def _recipe(fields: Fields) -> Recipe:
         metrics=fields.mapping("metrics"),
         verification=fields.mapping("verification"),
         provenance=Provenance.from_fields(fields.fields("provenance")),
+    )
+
+
+def read_source(fields: Fields) -> dict[str, object]:
+    """Read how the original is built: an object with a ``kind``, whose other fields the builder checks."""
+    source = fields.mapping("source")
+    fields.fields("source").name("kind")
+    if len(json.dumps(source)) > _LONGEST_SOURCE:
+        raise wrong("source", f"at most {_LONGEST_SOURCE} characters", source)
+    return source
+
+
+def check_once(where: str, names: Sequence[Hashable]) -> None:
+    """Refuse a list that names something twice."""
+    if len(set(names)) != len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise wrong(where, "a list that names everything once", twice)
+
+
+def _named(row: object, where: str, *names: str) -> Fields:
+    """Return a row (a list) as fields with the given names."""
+    if not isinstance(row, list) or len(cast(list[object], row)) != len(names):
+        raise wrong(where, f"[{', '.join(names).replace('_', '-')}]", row)
+    return Fields(dict(zip(names, cast(list[object], row), strict=True)), where)
+
+
+def read_replacements(fields: Fields) -> tuple[Replacement, ...]:
+    """Read the stand-ins of removed modules."""
+    rows = enumerate(fields.items("replacements", MAX_TENSORS))
+    found = tuple(_replacement(row, f"replacements[{n}]") for n, row in rows)
+    check_once("replacements", [replacement.module for replacement in found])
+    return found
+
+
+def _replacement(row: object, where: str) -> Replacement:
+    fields = _named(row, where, "module", "stand_in", "items")
+    kind = fields.text("stand_in")
+    if kind not in {stand_in.value for stand_in in StandIn}:
+        raise wrong(fields.path("stand_in"), " or ".join(stand_in.value for stand_in in StandIn), kind)
+    items = fields.optional_integer("items", least=1)
+    if items is not None and items > _LONGEST_TUPLE:
+        raise wrong(fields.path("items"), f"at most {_LONGEST_TUPLE}", items)
+    return Replacement(fields.name("module"), StandIn(kind), items)
+
+
+def read_widenings(fields: Fields) -> tuple[ChannelExpansion, ...]:
+    """Read the modules that are narrower than the stream they are added into."""
+    rows = enumerate(fields.items("widenings", MAX_TENSORS))
+    found = tuple(_widening(row, f"widenings[{n}]") for n, row in rows)
+    check_once("widenings", [widening.module for widening in found])
+    return found
+
+
+def _widening(row: object, where: str) -> ChannelExpansion:
+    fields = _named(row, where, "module", "dim", "missing", "order")
+    dim, missing = fields.integer("dim", least=0), fields.integer("missing", least=0)
+    order = fields.integers("order", least=0, limit=_MAX_CHANNELS)
+    for name, value, limit in (("dim", dim, MAX_DIMENSIONS), ("missing", missing, _MAX_CHANNELS)):
+        if value >= limit:
+            raise wrong(fields.path(name), f"below {limit}", value)
+    if any(place > len(order) for place in order):
+        raise wrong(fields.path("order"), "a list of places among the channels", max(order))
+    return ChannelExpansion(fields.name("module"), dim, missing, order)
+
+
+def read_edits(fields: Fields) -> tuple[Edit, ...]:
+    """Read the ints that surgery changed."""
+    found = tuple(_edit(row, f"edits[{n}]") for n, row in enumerate(fields.items("edits")))
+    check_once("edits", [(edit.module, edit.attribute, edit.item) for edit in found])
+    return found
+
+
+def _edit(row: object, where: str) -> Edit:
+    fields = _named(row, where, "module", "attribute", "item", "value")
+    return Edit(
+        fields.name("module"),
+        fields.name("attribute"),
+        fields.optional_integer("item", least=0),
+        fields.integer("value"),
     )

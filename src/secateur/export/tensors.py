@@ -1,6 +1,7 @@
-"""Tensors with many zeros in little space: one bit for each element, and the elements that are not zero.
+"""The tensors of a model in a safetensors file: written, read and checked, and put into a rebuilt model.
 
-A model's tensors to and from safetensors, and the shapes of a rebuilt model."""
+A tensor with many zeros is stored as one bit for each element and the elements that are not zero.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,72 +14,6 @@ from secateur._json import brief
 from secateur.errors import ArtifactError, SparsityError
 from secateur.export.manifest import TensorRecord
 from secateur.prune.masks import decode_sparse, encode_sparse
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ENTRIES_BYTES = 256
-"""What the header of the file needs for three entries more than for one, generously."""
-
-
-def saves_space(tensor: Tensor) -> bool:
-    """Whether a tensor takes less of a file with its zeros as bits."""
-    present = int(_bits(tensor).count_nonzero())
-    size, width = tensor.numel(), tensor.element_size()
-    return -(-size // 8) + present * width + 8 * tensor.dim() + _ENTRIES_BYTES < size * width
-
-
-def packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What stands for a tensor in a file: ``name/bits``, ``name/values`` (as integers of its width), ``name/shape``."""
-    return {key: torch.from_numpy(array) for key, array in encode_sparse({name: _bits(tensor).cpu().numpy()}).items()}
-
-
-def unpacked(found: Mapping[str, Tensor], records: Iterable[TensorRecord]) -> dict[str, Tensor]:
-    """The tensors of a file with those in the place of their parts that the records call sparse.
-
-    Raises:
-        ArtifactError: If parts are missing or do not fit each other or the record.
-    """
-    whole = dict(found)
-    for record in records:
-        if record.name in found:
-            raise _damaged(record, "it is there as a whole.")
-        parts = {key: whole.pop(key, None) for key in (f"{record.name}/{part}" for part in ("bits", "values", "shape"))}
-        whole[record.name] = _unpacked(record, parts)
-    return whole
-
-
-def _unpacked(record: TensorRecord, parts: Mapping[str, Tensor | None]) -> Tensor:
-    bits, values, shape = parts.values()
-    size = math.prod(record.shape)
-    # Before anything of that size is made.
-    fits = (
-        bits is not None
-        and values is not None
-        and shape is not None
-        and bits.numel() == -(-size // 8)
-        and shape.dtype is torch.int64
-        and shape.tolist() == list(record.shape)
-    )
-    dtype = getattr(torch, record.dtype, None)
-    try:
-        if not fits or not isinstance(dtype, torch.dtype):
-            raise SparsityError("its parts are missing, or are those of another tensor.")
-        arrays = {key: part.numpy() for key, part in parts.items() if part is not None}
-        return torch.from_numpy(decode_sparse(arrays)[record.name]).view(dtype)
-    except (SparsityError, ValueError, RuntimeError) as error:
-        raise _damaged(record, str(error)) from error
-
-
-def _damaged(record: TensorRecord, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"{record.name} must be stored as secateur.json says, sparsely, {record.dtype} of shape {record.shape}; "
-        f"got: {reason} The artifact is damaged: copy it again, or make it again."
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same bits as integers: -0.0 is no zero, and numpy knows no bfloat16."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -103,11 +38,14 @@ _LAYOUTS = {
 _MAX_HEADER_BYTES = 16 * 2**20
 _HEADER_SIZE_BYTES = 8
 _WIDEST = 8
-"""Bytes of the widest element."""
+"""Bytes of the widest dtype."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ENTRIES_BYTES = 256
+"""Upper bound on the header bytes of three entries beyond those of one."""
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer under every name it has, buffers that are not in the state dict too."""
+    """Yield every parameter and buffer under every name it has, also buffers outside of the state dict."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
@@ -133,18 +71,18 @@ def tensor_records(model: nn.Module) -> tuple[TensorRecord, ...]:
 
 
 def serialize(model: nn.Module, records: Sequence[TensorRecord]) -> bytes:
-    """The bytes of model.safetensors."""
+    """Return the bytes of model.safetensors."""
     tensors = dict(named_tensors(model))
     held: dict[str, Tensor] = {}
     for record in records:
         if record.same_as is None:
             tensor = tensors[record.name].detach().cpu().contiguous()
-            held |= packed(record.name, tensor) if record.sparse else {record.name: tensor}
+            held |= pack_sparse(record.name, tensor) if record.sparse else {record.name: tensor}
     return safetensors.torch.save(held)
 
 
 def deserialize(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tensor]:
-    """The tensors of model.safetensors by name (the first name of tied ones), checked against their records.
+    """Read the tensors of model.safetensors by name (the first name of tied ones) and check them against their records.
 
     Raises:
         ArtifactError: If a tensor is missing, unknown, of another shape or dtype, or holds NaN.
@@ -157,7 +95,7 @@ def deserialize(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
             f"model.safetensors is damaged ({brief(error)}). Copy the artifact again, or make it again."
         ) from error
     held = {record.name: record for record in records if record.same_as is None}
-    found = unpacked(found, (record for record in held.values() if record.sparse))
+    found = unpack_sparse(found, (record for record in held.values() if record.sparse))
     _same_names(found, held, "model.safetensors", "secateur.json")
     for record in records:
         holder = record.same_as or record.name
@@ -173,10 +111,10 @@ def deserialize(data: bytes, records: Sequence[TensorRecord]) -> dict[str, Tenso
 def check_capacity(model: nn.Module, records: Sequence[TensorRecord]) -> int:
     """Refuse records of tensors that a rebuilt model does not have, or that are larger than its own.
 
-    Surgery only takes away. So whatever the records claim, what is read takes no more room than the model.
+    Surgery only removes channels, so whatever the records claim, reading them takes no more memory than the model.
 
     Returns:
-        Bytes that the file of such tensors can have at most.
+        The largest size in bytes of the file of such tensors.
 
     Raises:
         ArtifactError: If the model has other tensors than the saved one.
@@ -194,7 +132,7 @@ def check_capacity(model: nn.Module, records: Sequence[TensorRecord]) -> int:
 
 
 def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Give a rebuilt model the saved tensors, in place: their shapes, dtypes and memory layout, and what is tied.
+    """Put the saved tensors into a rebuilt model, with their shapes, dtypes, memory formats and ties.
 
     Raises:
         ArtifactError: If the model has tensors of another kind than the saved one.
@@ -289,3 +227,64 @@ def _same_names(found: Mapping[str, object], wanted: Mapping[str, object], who: 
             f"{who} must have the tensors that {whom} names; missing {len(missing)}: {missing[:5]}, unknown "
             f"{len(unknown)}: {unknown[:5]}. It is damaged, or the model's source code is of another version."
         )
+
+
+def saves_space(tensor: Tensor) -> bool:
+    """Whether a tensor takes fewer bytes when it is stored sparsely."""
+    present = int(_bits(tensor).count_nonzero())
+    size, width = tensor.numel(), tensor.element_size()
+    return -(-size // 8) + present * width + 8 * tensor.dim() + _ENTRIES_BYTES < size * width
+
+
+def pack_sparse(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the parts of a sparse tensor: ``name/bits``, ``name/values`` (integers of its width), ``name/shape``."""
+    return {key: torch.from_numpy(array) for key, array in encode_sparse({name: _bits(tensor).cpu().numpy()}).items()}
+
+
+def unpack_sparse(found: Mapping[str, Tensor], records: Iterable[TensorRecord]) -> dict[str, Tensor]:
+    """Return the tensors of a file, with sparse ones in the place of their parts.
+
+    Raises:
+        ArtifactError: If parts are missing or do not fit each other or the record.
+    """
+    whole = dict(found)
+    for record in records:
+        if record.name in found:
+            raise _damaged(record, "it is there as a whole.")
+        parts = {key: whole.pop(key, None) for key in (f"{record.name}/{part}" for part in ("bits", "values", "shape"))}
+        whole[record.name] = _unpack_sparse(record, parts)
+    return whole
+
+
+def _unpack_sparse(record: TensorRecord, parts: Mapping[str, Tensor | None]) -> Tensor:
+    bits, values, shape = parts.values()
+    size = math.prod(record.shape)
+    # Checked before anything of that size is allocated.
+    fits = (
+        bits is not None
+        and values is not None
+        and shape is not None
+        and bits.numel() == -(-size // 8)
+        and shape.dtype is torch.int64
+        and shape.tolist() == list(record.shape)
+    )
+    dtype = getattr(torch, record.dtype, None)
+    try:
+        if not fits or not isinstance(dtype, torch.dtype):
+            raise SparsityError("its parts are missing, or are those of another tensor.")
+        arrays = {key: part.numpy() for key, part in parts.items() if part is not None}
+        return torch.from_numpy(decode_sparse(arrays)[record.name]).view(dtype)
+    except (SparsityError, ValueError, RuntimeError) as error:
+        raise _damaged(record, str(error)) from error
+
+
+def _damaged(record: TensorRecord, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{record.name} must be stored as secateur.json says, sparsely, {record.dtype} of shape {record.shape}; "
+        f"got: {reason} The artifact is damaged: copy it again, or make it again."
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View the bits as integers: -0.0 is not zero then, and numpy has no bfloat16."""
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])

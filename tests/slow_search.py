@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data import Augment, ImageData, MemorySplit, Normalization
-from secateur.search import Proposal, SearchContext, Strategy, Uniform
-from secateur.train import Saved, load_checkpoint, save_checkpoint
+from secateur.search import Proposal, SearchContext, SearchHistory, Strategy, Uniform
+from secateur.train import Checkpoint, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,26 @@ class SlowSearch(Strategy):
         state = problem.evidence.model.state_dict()
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
         settings = {"epochs": str(self.epochs), "axes": ", ".join(problem.costs.axes)}
-        saved = None if problem.checkpoint is None else load_checkpoint(problem.checkpoint, settings)
+        saved = None if problem.run.checkpoint is None else load_checkpoint(problem.run.checkpoint, settings)
         done = 0
         if saved is not None:
             done, tensors = saved.epoch, dict(saved.tensors)
-        with problem.watch.watch("search", epochs=self.epochs, steps=1, done=done) as meter:
+        with problem.run.callbacks.start("search", epochs=self.epochs, steps=1, done=done) as meter:
             for epoch in range(done + 1, self.epochs + 1):
                 _train_(tensors, problem.evidence.seed, epoch)
                 if os.environ.get("DIE_IN") == str(epoch):
                     os.kill(os.getpid(), signal.SIGKILL)
                 meter.step(epoch, 1, {"loss": 1 / epoch})
                 meter.epoch(epoch, {"entropy": 1 / epoch}, f"search {epoch}/{self.epochs}")
-                if problem.checkpoint is not None:
-                    save_checkpoint(problem.checkpoint, Saved(epoch, tensors, {}, settings))
+                if problem.run.checkpoint is not None:
+                    save_checkpoint(problem.run.checkpoint, Checkpoint(epoch, tensors, {}, settings))
         notes = [
             {"epoch": epoch, "entropy": 0.5**epoch, "widths": {axis: [8.0, 8] for axis in problem.costs.axes}}
             for epoch in range(1, self.epochs + 1)
         ]
-        return Proposal(Uniform().find(problem).architecture, {"search": notes}, tensors)
+        records = {"search": notes}
+        history = SearchHistory.of_records(records, problem.evidence.graph.sizes, problem.costs.original.macs)
+        return Proposal(Uniform().find(problem).architecture, records, tensors, history)
 
 
 def _train_(tensors: dict[str, Tensor], seed: int, epoch: int) -> None:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.search.base import search_architecture as search_architecture
     from secateur.search.depth import RemoveBlocks as RemoveBlocks
     from secateur.search.knapsack import Knapsack as Knapsack
+    from secateur.search.latency import WithinLatency as WithinLatency
     from secateur.search.pca import PCASlimming as PCASlimming
     from secateur.search.ranking import GlobalImportance as GlobalImportance
     from secateur.search.ranking import Uniform as Uniform
@@ -126,6 +127,7 @@ _MODULES = {
     "search.base": ("search_architecture",),
     "search.depth": ("RemoveBlocks",),
     "search.knapsack": ("Knapsack",),
+    "search.latency": ("WithinLatency",),
     "search.pca": ("PCASlimming",),
     "search.ranking": (
         "GlobalImportance",

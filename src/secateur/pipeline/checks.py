@@ -15,9 +15,9 @@ from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.targets import Target
 from secateur.cost.timing import Quartiles
 from secateur.errors import ArtifactError, ExportError
-from secateur.pipeline.latency import limit_of, lower_quartile_ratio, used
 from secateur.pipeline.load import load
 from secateur.report.run import Check, MeasuredLatency
+from secateur.search.latency import limit_of, lower_quartile_ratio, used
 
 _SEED = 20260101
 _IMAGES = 2
@@ -94,12 +94,12 @@ def latency_between(
         return (), (f"Latency was not measured: {error}",)
 
 
-def on_time(
+def check_latency(
     budget: Budget, target: Target, original: nn.Module, student: nn.Module, images: Tensor
 ) -> tuple[LatencyRecord, Check]:
-    """Measure anew whether the finished model keeps to a bound on latency.
+    """Measure the finished model again and check that it is within a bound on latency.
 
-    It does if it is not above it by more than the spread: the quartile on the quick side is within.
+    It is if it is not above the bound by more than the spread: the lower quartile is within.
     """
     record = measure_pairs(original, student, target, images[: target.batch], rounds=_PROOF_ROUNDS)
     limit = limit_of(budget, record.before.median)

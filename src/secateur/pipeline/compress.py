@@ -39,9 +39,9 @@ from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.run import MeasuredAccuracy, Step
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Silent
+from secateur.train.config import RunSettings
 from secateur.train.evaluate import evaluate
-from secateur.train.fit import train_with_teacher
-from secateur.train.trainer import Trained
+from secateur.train.fit import Trained, train_with_teacher
 
 
 def compress(
@@ -153,7 +153,7 @@ def _recovered(
         student = trained.model
         steps.append(_measured(plan, "distilled" if zeros is None else "weights pruned and distilled", student))
     elif zeros is not None:
-        student = zeros.begun(student, 0)
+        student = zeros.start(student, 0)
         steps.append(_measured(plan, "weights pruned", student))
     if zeros is not None:
         student = with_zeros(student)
@@ -183,15 +183,17 @@ def _train(plan: Plan, cut_student: CutStudent, work: RunDirectory | None, zeros
         cut_student.student,
         teacher=cut_student.original,
         data=plan.data,
-        schedule=recovery.train,
+        train=recovery.train,
         objective=objective,
         alignment=alignment,
         sparsify=zeros,
-        checkpoint=None if work is None else work.checkpoint,
-        saving=plan.run.checkpoints,
-        execution=recovery.execution,
-        progress=plan.run.callbacks,
-        fabric=plan.fabric,
+        run=RunSettings(
+            folder=None if work is None else work.checkpoint,
+            checkpoints=plan.run.checkpoints,
+            execution=recovery.execution,
+            callbacks=plan.run.callbacks,
+            fabric=plan.fabric,
+        ),
     )
 
 

@@ -7,7 +7,6 @@ What a whole run gives back.
 Everything one run of `compress` is asked to do, as frozen data."""
 
 import dataclasses
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -35,20 +34,19 @@ from secateur.graph.untie import untie
 from secateur.models.source import ModelSource
 from secateur.pipeline.workspace import OnExisting
 from secateur.prune.cut import Cut, Repair, RepairResult, cut
-from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import RunReport
 from secateur.search.base import SearchResult, Strategy, stable_repr
-from secateur.search.depth import RemoveBlocks
+from secateur.search.depth import DEFAULT_REPAIRS, RemoveBlocks
 from secateur.search.knapsack import Knapsack
 from secateur.search.space import SearchSpace
 from secateur.train.callbacks import Callbacks, TerminalProgress
-from secateur.train.checkpoint import CheckpointPolicy
+from secateur.train.checkpoint import CheckpointPolicy, model_sha256
 from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
+from secateur.train.fit import Trained
 from secateur.train.recipes import check_resettable, reset_weights_
-from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,10 +63,6 @@ class Branches(Enum):
     """That of the stream: every branch keeps the channels that the stream keeps."""
     UNTIED = "untied"
     """Each its own: a narrower branch is added into its channels of the stream, see `secateur.graph.untie`."""
-
-
-DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
-"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,7 +371,7 @@ class Plan:
         """Everything that decides the cut student, as text by name: two runs with the same settings are the same."""
         data, cut = self.data, self.cut
         found = {
-            "model": _digest(self.model),
+            "model": f"{type(self.model).__name__} {model_sha256(self.model)[:16]}",
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "augment": repr(data.augment),
             "budget": str(self.budget),
@@ -410,12 +404,3 @@ def default_strategy(budget: Budget) -> Strategy:
     """How an architecture is found if nobody says so."""
     blocks = default_blocks(budget)
     return RemoveBlocks(DEFAULT_STRATEGY, most=blocks) if blocks else DEFAULT_STRATEGY
-
-
-def _digest(model: nn.Module) -> str:
-    """Class and SHA-256 of the weights."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{type(model).__name__} {found.hexdigest()[:16]}"

@@ -17,9 +17,8 @@ from secateur.pipeline.config import DEFAULT_STRATEGY, LOGGER, CompressResult, R
 from secateur.pipeline.workspace import OnExisting, check_output
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Callbacks, LoopCallbacks
-from secateur.train.config import TrainConfig
-from secateur.train.fit import fit
-from secateur.train.trainer import Trained
+from secateur.train.config import RunSettings, TrainConfig
+from secateur.train.fit import Trained, fit
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ def _teach(fresh: nn.Module, data: ImageData, settings: Demo, seed: int, callbac
     return fit(
         fresh,
         data.train,
-        schedule=replace(settings.teaching, seed=seed),
+        train=replace(settings.teaching, seed=seed),
         objective=Objective.of_labels(label_smoothing=settings.label_smoothing),
         augment=data.augment,
         validation=data.validation,
-        progress=callbacks,
+        run=RunSettings(callbacks=callbacks),
     )

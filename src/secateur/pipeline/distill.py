@@ -36,12 +36,11 @@ from secateur.prune.masks import nonzero_params
 from secateur.report.html import write_report
 from secateur.report.run import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch
 from secateur.train.checkpoint import model_sha256
-from secateur.train.config import TrainConfig
+from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.evaluate import evaluate
-from secateur.train.fit import train_with_teacher
+from secateur.train.fit import Trained, train_with_teacher
 from secateur.train.recipes import distill_after_hints
-from secateur.train.trainer import Trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -228,19 +227,16 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
         _step(plan, "teacher", plan.teacher.model),
         _step(plan, "student before", plan.student.model),
     ]
+    run = RunSettings(checkpoint, plan.run.checkpoints, plan.execution, plan.run.callbacks, plan.fabric)
     if plan.hint_stage is None:
         trained = train_with_teacher(
             plan.student.model,
             teacher=plan.teacher.model,
             data=plan.data,
-            schedule=plan.train,
+            train=plan.train,
             objective=plan.objective,
-            remember=plan.teacher_cache,
-            checkpoint=checkpoint,
-            saving=plan.run.checkpoints,
-            execution=plan.execution,
-            progress=plan.run.callbacks,
-            fabric=plan.fabric,
+            teacher_cache=plan.teacher_cache,
+            run=run,
         )
     else:
         trained = distill_after_hints(
@@ -248,14 +244,10 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
             teacher=plan.teacher.model,
             data=plan.data,
             hints=plan.hint_stage.hints,
-            hint_schedule=replace(plan.hint_stage.train, seed=plan.run.seed),
-            schedule=plan.train,
+            hint_train=replace(plan.hint_stage.train, seed=plan.run.seed),
+            train=plan.train,
             objective=plan.objective,
-            checkpoint=checkpoint,
-            saving=plan.run.checkpoints,
-            execution=plan.execution,
-            progress=plan.run.callbacks,
-            fabric=plan.fabric,
+            run=run,
         )
     steps.append(_step(plan, "distilled", trained.model))
     return trained, tuple(steps)

@@ -2,47 +2,27 @@
 
 Exported files of a finished run: each a check, a row of the report, and an entry of the artifact."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from secateur._provenance import sha256_of
 from secateur.cost.measure import LatencyRecord, measure_files
 from secateur.cost.targets import OnnxRuntime
-from secateur.data.dataset import ImageData, draw_calibration
+from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
-from secateur.export._common import Parity
+from secateur.export._common import Parity, Samples
 from secateur.export.artifact import amend, is_artifact, read_manifest
-from secateur.export.executorch import export_executorch
 from secateur.export.formats import Format, check_formats
-from secateur.export.int8 import USUAL_KEPT, Quantized, export_int8
-from secateur.export.onnx import export_onnx, onnx_bytes
-from secateur.export.openvino import export_openvino
-from secateur.export.torch_export import export_pt2
+from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
+from secateur.export.onnx import onnx_bytes
 from secateur.pipeline.checks import copy_in_eval_mode, shown_latency
 from secateur.report.run import Check, ExportedFile, MeasuredAccuracy
 
-INT8_IMAGES = 512
-"""Training images that tell the range of every activation. More widen ranges by ever rarer values."""
-EXPORT_BATCH_SIZE = 128
-"""Images per pass."""
 RECORD = "exports"
 """Where secateur.json tells of exported files, within its verification."""
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """What exported files are compared on.
-
-    Attributes:
-        images: A few real ones, at least two, as the model takes them.
-        data: Where int8 takes its ranges (training images) and its accuracy (test images) from; None if there is none.
-    """
-
-    images: Tensor
-    data: ImageData | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +45,7 @@ class Exported:
 
     def to_json(self) -> dict[str, object]:
         """A JSON object."""
-        rows = zip(self.form.files, self.sizes, self.sha256, strict=True)
+        rows = zip(self.form.exporter.files, self.sizes, self.sha256, strict=True)
         files = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in rows]
         measured = {} if self.latency is None else {"latency": self.latency.to_json()}
         return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json(), **measured}
@@ -83,11 +63,9 @@ def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) 
     Raises:
         ExportError: If it cannot be made or disagrees; nothing is left then.
     """
-    agreed = _EXPORTERS[form](model, samples, folder / form.file)
-    contents = [(folder / name).read_bytes() for name in form.files]
-    return Exported(
-        form, agreed, tuple(map(len, contents)), tuple(hashlib.sha256(each).hexdigest() for each in contents)
-    )
+    agreed = form.exporter.write(model, samples, folder / form.exporter.file)
+    contents = [(folder / name).read_bytes() for name in form.exporter.files]
+    return Exported(form, agreed, tuple(map(len, contents)), tuple(sha256_of(each) for each in contents))
 
 
 def export_files(
@@ -116,7 +94,7 @@ def export_files(
     finally:
         if made and is_artifact(folder):
             _record(folder, made)
-    return {folder / each.form.file: each.agreed for each in made}
+    return {folder / each.form.exporter.file: each.agreed for each in made}
 
 
 def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
@@ -127,23 +105,6 @@ def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
 def _record(folder: Path, made: Sequence[Exported]) -> None:
     before = read_manifest(folder).recipe.verification.get(RECORD)
     amend(folder, verification={RECORD: {**(before if isinstance(before, dict) else {}), **exports_json(made)}})
-
-
-def _int8(model: nn.Module, samples: Samples, path: Path) -> Quantized:
-    data = samples.data
-    if data is None:
-        raise ExportError("`--export int8` must have images to take ranges and accuracy from; got none. Say --data.")
-    ranges = draw_calibration(data.train, min(INT8_IMAGES, len(data.train)), batch_size=EXPORT_BATCH_SIZE)
-    return export_int8(model, [images for images, _ in ranges], data.test.batches(EXPORT_BATCH_SIZE), path)
-
-
-_EXPORTERS: dict[Format, Callable[[nn.Module, Samples, Path], Parity | Quantized]] = {
-    Format.ONNX: lambda model, samples, path: export_onnx(model, samples.images, path),
-    Format.PT2: lambda model, samples, path: export_pt2(model, samples.images, path),
-    Format.OPENVINO: lambda model, samples, path: export_openvino(model, samples.images, path),
-    Format.EXECUTORCH: lambda model, samples, path: export_executorch(model, samples.images, path),
-    Format.INT8: _int8,
-}
 
 
 _PARITY_IMAGES = 8
@@ -214,33 +175,35 @@ def agreement_check(form: Format, agreed: Parity | Quantized) -> Check:
 
 
 def _claim(form: Format) -> str:
-    return f"{form.file} {'answers as the float model' if form is Format.INT8 else '= model in PyTorch'}"
+    return f"{form.exporter.file} {'answers as the float model' if form.exporter.quantized else '= model in PyTorch'}"
 
 
 def _doubts(found: Exported) -> list[str]:
-    if not isinstance(found.agreed, Quantized) or found.agreed.usual:
+    agreed = found.agreed
+    if not isinstance(agreed, Quantized) or agreed.usual:
         return []
+    kept, usual = 100 * found.agreed.kept, 100 * USUAL_KEPT_ACCURACY
     return [
-        f"{found.form.file} keeps {100 * found.agreed.kept:.1f} % of the float model's accuracy, less than the "
-        f"{100 * USUAL_KEPT:g} % that are usual for 8 bits: {found.agreed}. Use the float file where that matters."
+        f"{found.form.exporter.file} keeps {kept:.1f} % of the float model's accuracy, less than the {usual:g} % that "
+        f"are usual for 8 bits: {found.agreed}. Use the float file where that matters."
     ]
 
 
 def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[LatencyRecord | None, list[str]]:
-    in_float = draft / Format.ONNX.file
+    in_float = draft / Format.ONNX.exporter.file
     try:
         before = in_float if in_float.exists() else onnx_bytes(copy_in_eval_mode(student).cpu(), (images,))
-        return measure_files(before, draft / Format.INT8.file, OnnxRuntime(), images[:1]), []
+        return measure_files(before, draft / Format.INT8.exporter.file, OnnxRuntime(), images[:1]), []
     except ExportError as error:
-        return None, [f"The latency of {Format.INT8.file} was not measured: {error}"]
+        return None, [f"The latency of {Format.INT8.exporter.file} was not measured: {error}"]
 
 
 def _shown(made: Exported) -> ExportedFile:
     size, agreed = sum(made.sizes), made.agreed
     if isinstance(agreed, Parity):
-        return ExportedFile(made.form.file, size, difference=agreed.max_rel)
+        return ExportedFile(made.form.exporter.file, size, difference=agreed.max_rel)
     return ExportedFile(
-        made.form.file,
+        made.form.exporter.file,
         size,
         accuracy=MeasuredAccuracy(agreed.top1, agreed.n),
         float_accuracy=MeasuredAccuracy(agreed.float_top1, agreed.n),

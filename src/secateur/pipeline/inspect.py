@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from secateur.cost.budget import Cost
 from secateur.cost.macs import CostModel
 from secateur.graph.graph import ChannelAxis, ChannelGraph
-from secateur.graph.stages import Stage, stages_of
+from secateur.graph.stages import Stage, find_stages
 from secateur.pipeline.config import CutConfig
-from secateur.prune.slice import parameter_share
+from secateur.prune.slice import prunable_parameter_fraction
 from secateur.report.graph_drawing import places
 from secateur.search.space import SearchSpace
 
@@ -29,7 +29,7 @@ class ModelReport:
         prunable_share: Fraction of the parameters that lies in tensors with at least one prunable dimension.
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
         space: Which widths are allowed.
-        stages: The parts of the model that hand on a single tensor, see `secateur.graph.stages_of`.
+        stages: The parts of the model that hand on a single tensor, see `secateur.graph.find_stages`.
     """
 
     graph: ChannelGraph
@@ -94,16 +94,16 @@ def inspect_model(
 
     Raises:
         TraceError: If the model cannot run the example.
-        ChoiceError: If a pattern matches nothing, or nothing is left to cut.
+        SelectionError: If a pattern matches nothing, or nothing is left to cut.
     """
     graph, space = cut.trace(model, example), cut.space
     costs = CostModel(graph)
     least = np.array([levels[0] for levels in space.levels(graph)], dtype=np.int64)
     fewer = costs.without(block.name for block in graph.removable)
     smallest, shallowest = (some.cost_of(least) for some in (costs, fewer))
-    share = parameter_share(graph)
+    share = prunable_parameter_fraction(graph)
     assert math.isfinite(share)
-    stages = stages_of(model, graph)
+    stages = find_stages(model, graph)
     return ModelReport(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
 
 

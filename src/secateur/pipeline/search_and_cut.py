@@ -1,8 +1,4 @@
-"""Word of long work, not more often than somebody wants to read it.
-
-The first half of a run: trace, search, cut, heal. No training.
-
-The second half of a budget: single weights at zero, after the channels."""
+"""The first half of a run without any training: trace, search, cut and repair; and the masks of single weights."""
 
 import itertools
 import time
@@ -16,55 +12,41 @@ from torch import Tensor, nn
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, format_count, is_timed
-from secateur.cost.latency_model import LatencyModel
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph.graph import ChannelGraph
 from secateur.pipeline.config import CutInput, CutStudent, Plan
-from secateur.pipeline.latency import Measurements, search_within_latency
 from secateur.pipeline.workspace import CutState, RunDirectory
 from secateur.prune.cut import Cut, RepairResult
 from secateur.prune.masks import make_permanent_, nonzero_params
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import Sparsify
-from secateur.search.base import ScoreCache, SearchResult, SearchTraining, Strategy, search_architecture
+from secateur.search.base import SearchResult, Strategy, search_architecture
 from secateur.search.depth import RemoveBlocks
-from secateur.search.space import SearchSpace
+from secateur.search.latency import Measurements, WithinLatency
 from secateur.train.checkpoint import tensors_of, write_tensors_
+from secateur.train.config import RunSettings
 from secateur.train.device import fabric_precision, open_fabric
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+ImageBatches = tuple[tuple[Tensor, Tensor], ...]
+
 _EVERY_S = 20.0
 
 
-class Paced:
-    """Tells how far a search is, at most every twenty seconds, so that a short one is silent."""
-
-    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._tell, self._clock = tell, clock
-        self._told = clock()
-
-    def __call__(self, fraction: float, what: str) -> None:
-        """Called whenever a search has something to say."""
-        now = self._clock()
-        if now - self._told >= _EVERY_S:
-            self._told = now
-            self._tell(f"Searching, {100 * fraction:.0f} % done: {what}.")
-
-
-ImageBatches = tuple[tuple[Tensor, Tensor], ...]
-
-
 def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work: RunDirectory | None) -> CutStudent:
-    """Find an architecture, cut the model to it and repair it, or take up what an interrupted run has left.
+    """Find an architecture, cut the model to it and repair it, or take over what an interrupted run has left.
+
+    An axis that turns out not to be cut exactly is frozen, which changes what fits the budget: the search begins again,
+    with checkpoints of its own, because those of another graph cannot be resumed.
 
     Args:
         plan: The run.
-        original: Our copy of the model, in eval mode, on the device of the run.
+        original: A copy of the model in eval mode, on the device of the run.
         batches: Calibration images and labels from the training split, on the device of the run.
-        work: Where to keep checkpoints of the search and the result for a resume.
+        work: Where to keep checkpoints of the search and the result for a resumed run.
     """
     began = time.perf_counter()
     graph = plan.cut.trace(original, batches[0][0][:2])
@@ -74,64 +56,41 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
     )
     left = None if work is None else work.read()
     if left is not None:
-        plan.log("Going on with the interrupted run: its architecture and weights are taken as they were.")
-        return _take_up(original, graph, left)
-    found, pruned = _search_until_exact(plan, original, graph, batches, work)
-    if work is not None:
-        work.write(_cutting(found, pruned))
-    return CutStudent(original, pruned.model, pruned.graph, found, pruned.verification, pruned.repairs)
-
-
-def _search_until_exact(
-    plan: Plan, original: nn.Module, graph: ChannelGraph, batches: ImageBatches, work: RunDirectory | None
-) -> tuple[SearchResult, Cut]:
-    """Search and cut until nothing had to be frozen: an axis that cannot be cut right changes what fits the budget.
-
-    Every search has checkpoints of its own: they cannot be continued with another graph.
-    """
-    images = [images for images, _ in batches]
-    kept = Measurements.at(None if work is None else work.measurements)
+        plan.log("Continuing the interrupted run: its architecture and weights are taken as they were.")
+        return _restored(original, graph, left)
+    strategy = _strategy(plan, work)
     for number in itertools.count():
         began = time.perf_counter()
-        checkpoint = None if work is None else work.search_checkpoint(number)
-        found = _search(plan, original, graph, batches, checkpoint=checkpoint, kept=kept)
-        plan.log(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_against(found)}.")
+        folder = None if work is None else work.search_checkpoint(number)
+        result = _search(plan, original, graph, batches, strategy=strategy, folder=folder)
+        plan.log(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_describe(result)}.")
         began = time.perf_counter()
-        uncut = CutInput(original, _searched(original, found), graph, images, plan.run.seed)
-        pruned = plan.cut.init.cut(uncut, found.architecture)
+        uncut = CutInput(original, _trained(original, result), graph, [images for images, _ in batches], plan.run.seed)
+        pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
-            seconds = time.perf_counter() - began
-            plan.log(
-                f"{plan.cut.init.done.capitalize()} in {seconds:.1f} s; sliced equals masked within "
-                f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
-            )
-            for repair in pruned.repairs:
-                plan.log(describe_repair(repair))
-            return replace(found, weights=None), pruned  # The cut has what it needs of them.
+            break
         graph = pruned.graph
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.log(f"Could not be cut exactly and stays whole: {names}. Searching again.")
-    raise AssertionError("counting ended")
+    seconds = time.perf_counter() - began
+    plan.log(
+        f"{plan.cut.init.done.capitalize()} in {seconds:.1f} s; sliced equals masked within "
+        f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
+    )
+    for repair in pruned.repairs:
+        plan.log(describe_repair(repair))
+    result = replace(result, weights=None)  # The cut has taken what it needs of them.
+    if work is not None:
+        work.write(_state(result, pruned))
+    return CutStudent(original, pruned.model, pruned.graph, result, pruned.verification, pruned.repairs)
 
 
-def _searched(original: nn.Module, found: SearchResult) -> nn.Module:
-    """The original, or a copy of it with the weights that the search trained.
-
-    Raises:
-        ModelError: If they are not those of the whole model.
-    """
-    if found.weights is None:
-        return original
-    model = copy_model(original)
-    try:
-        model.load_state_dict(dict(found.weights))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ModelError(
-            f"`weights` of the search must be those of the whole model, by their names in its state_dict; got others: "
-            f"{reason}. Mend {found.strategy}."
-        ) from error
-    return model
+def _strategy(plan: Plan, work: RunDirectory | None) -> Strategy:
+    """The strategy of the plan, which measures candidates if the budget limits the latency."""
+    if not is_timed(plan.budget) or isinstance(plan.strategy, WithinLatency):
+        return plan.strategy
+    measurements = Measurements.at(None if work is None else work.measurements)
+    return WithinLatency(plan.strategy, plan.target, plan.run.latency_cache, measurements)
 
 
 def _search(
@@ -140,48 +99,69 @@ def _search(
     graph: ChannelGraph,
     batches: ImageBatches,
     *,
-    checkpoint: Path | None,
-    kept: Measurements,
+    strategy: Strategy,
+    folder: Path | None,
 ) -> SearchResult:
-    """Search; a budget out of reach may be so because of what was chosen, and then the error says it.
+    """Search; if no architecture is within the budget, the error names what the user selected.
 
     Raises:
-        BudgetError: If no architecture that the choices and the space leave is within the budget.
+        BudgetError: If no architecture that the selection and the space leave is within the budget.
     """
-
-    remembered, paced = ScoreCache(), Paced(plan.log)
-
-    def searching(
-        strategy: Strategy, budget: Budget, space: SearchSpace, latency: LatencyModel | None, folder: Path | None
-    ) -> SearchResult:
+    try:
         return search_architecture(
             original,
             graph,
             strategy,
-            budget=budget,
+            budget=plan.budget,
             batches=batches,
-            space=space,
+            space=plan.cut.space,
             seed=plan.run.seed,
-            progress=paced,
-            training=SearchTraining(plan.data, folder, plan.run.checkpoints, plan.run.callbacks, _alone(plan.fabric)),
-            latency=latency,
-            remembered=remembered,
-        )
-
-    try:
-        if not is_timed(plan.budget):
-            return searching(plan.strategy, plan.budget, plan.cut.space, None, checkpoint)
-        images = [images for images, _ in batches]
-        return search_within_latency(
-            plan, original, graph, images, searching=searching, checkpoint=checkpoint, kept=kept
+            data=plan.data,
+            run=RunSettings(folder, plan.run.checkpoints, callbacks=plan.run.callbacks, fabric=_alone(plan.fabric)),
+            progress=ProgressLog(plan.log),
         )
     except BudgetError as error:
-        ways = [f"Or loosen what you chose: {plan.cut}."] if str(plan.cut) else []
+        ways = [f"Or loosen what you selected: {plan.cut}."] if str(plan.cut) else []
         if graph.removable:
             ways += _with_fewer_blocks(plan.strategy)
         if not ways:
             raise
         raise BudgetError(" ".join((str(error), *ways))) from error
+
+
+class ProgressLog:
+    """Logs how far a search is, at most every twenty seconds, so that a short one logs nothing."""
+
+    def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._clock = log, clock
+        self._last = clock()
+
+    def __call__(self, fraction: float, what: str) -> None:
+        """Called by the search with the finished fraction and what is being done."""
+        now = self._clock()
+        if now - self._last >= _EVERY_S:
+            self._last = now
+            self._log(f"Searching, {100 * fraction:.0f} % done: {what}.")
+
+
+def _trained(original: nn.Module, result: SearchResult) -> nn.Module:
+    """The original, or a copy of it with the weights that the search trained.
+
+    Raises:
+        ModelError: If they are not those of the whole model.
+    """
+    if result.weights is None:
+        return original
+    model = copy_model(original)
+    try:
+        model.load_state_dict(dict(result.weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(
+            f"`weights` of the search must be those of the whole model, by their names in its state_dict; got others: "
+            f"{reason}. Correct {result.strategy}."
+        ) from error
+    return model
 
 
 def _alone(fabric: "Fabric") -> "Fabric":
@@ -206,22 +186,23 @@ def describe_repair(repair: RepairResult) -> str:
     return words + ("." if repair.kept else "; undone, because it made things worse.")
 
 
-def _against(found: SearchResult) -> str:
-    removed = len(found.architecture.removed_blocks)
+def _describe(result: SearchResult) -> str:
+    """What is left of blocks, MACs and parameters, in words."""
+    removed, cost, original = len(result.architecture.removed_blocks), result.cost, result.original
     blocks = f"{removed} block{'s' if removed > 1 else ''} removed, " if removed else ""
     return (
-        f"{blocks}{format_count(found.cost.macs)} of {format_count(found.original.macs)} MACs "
-        f"({100 * found.cost.macs / max(found.original.macs, 1):.1f} %), "
-        f"{format_count(found.cost.params)} of {format_count(found.original.params)} parameters "
-        f"({100 * found.cost.params / max(found.original.params, 1):.1f} %)"
+        f"{blocks}{format_count(cost.macs)} of {format_count(original.macs)} MACs "
+        f"({100 * cost.macs / max(original.macs, 1):.1f} %), "
+        f"{format_count(cost.params)} of {format_count(original.params)} parameters "
+        f"({100 * cost.params / max(original.params, 1):.1f} %)"
     )
 
 
-def _cutting(found: SearchResult, pruned: Cut) -> CutState:
-    graph_frozen = tuple((axis.name, axis.frozen_because) for axis in pruned.graph.axes if axis.frozen_because)
+def _state(result: SearchResult, pruned: Cut) -> CutState:
+    """What a resumed run takes over."""
     return CutState(
-        found=found.to_json(),
-        frozen=graph_frozen,
+        search=result.to_json(),
+        frozen=tuple((axis.name, axis.frozen_because) for axis in pruned.graph.axes if axis.frozen_because),
         kept_blocks=tuple((block.name, block.kept_because) for block in pruned.graph.blocks if block.kept_because),
         architecture=pruned.architecture.to_json(),
         verification=asdict(pruned.verification),
@@ -230,7 +211,8 @@ def _cutting(found: SearchResult, pruned: Cut) -> CutState:
     )
 
 
-def _take_up(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutStudent:
+def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutStudent:
+    """The cut student of an interrupted run."""
     graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
     graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
@@ -238,7 +220,7 @@ def _take_up(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutStu
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
     repairs = tuple(RepairResult(**cast(dict[str, Any], dict(repair))) for repair in left.repairs)
-    return CutStudent(original, student, graph, _found(left.found), verification, repairs)
+    return CutStudent(original, student, graph, SearchResult.from_json(left.search), verification, repairs)
 
 
 def _fill_(student: nn.Module, left: CutState) -> None:
@@ -253,18 +235,6 @@ def _fill_(student: nn.Module, left: CutState) -> None:
             "The unfinished run is damaged: its weights are not those of its architecture. Begin again with --restart."
         )
     write_tensors_(student, left.student)
-
-
-def _found(data: Mapping[str, object]) -> SearchResult:
-    fields = cast(Mapping[str, Any], data)
-    return SearchResult(
-        architecture=Architecture.from_json(fields["architecture"]),
-        cost=Cost.from_json(fields["cost"]),
-        original=Cost.from_json(fields["original"]),
-        budget=Budget.parse(fields["budget"]),
-        strategy=fields["strategy"],
-        notes=dict(fields["notes"]),
-    )
 
 
 def zeros_for(plan: Plan, cut_student: CutStudent, batches: Sequence[tuple[Tensor, Tensor]]) -> Sparsify | None:

@@ -2,7 +2,6 @@
 
 Verify an artifact where it lies: does it still compute what it did when it was made?"""
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import read_bytes
+from secateur._provenance import sha256_of
 from secateur.cost.macs import counted_macs, counted_params
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import check_extra, eval_copy
 from secateur.export.formats import Format, compare_file
-from secateur.export.int8 import LEAST_KEPT, compare_int8_file
+from secateur.export.int8 import INT8_BATCH_SIZE, MIN_KEPT_ACCURACY, compare_int8_file
 from secateur.export.manifest import Manifest
 from secateur.export.onnx import onnx_bytes
 from secateur.pipeline.checks import PROBE_TOLERANCE, probe_difference, probe_images
-from secateur.pipeline.exports import EXPORT_BATCH_SIZE, RECORD
+from secateur.pipeline.exports import RECORD
 from secateur.pipeline.load import check_runs, image_size_of, load
 from secateur.prune.masks import nonzero_params
 from secateur.report.run import Check
@@ -50,12 +50,12 @@ def check_files(
     checks, passed_over = list[Check](), list[str]()
     images = probe_images(manifest.recipe.input_shape)
     for form in Format:
-        path = folder / form.file
+        path = folder / form.exporter.file
         if not os.path.lexists(path):
             continue
         reason = _not_now(form, trust_source=trust_source)
         if reason:
-            passed_over.append(f"{form.file} was not checked: {reason}")
+            passed_over.append(f"{form.exporter.file} was not checked: {reason}")
         elif form is Format.INT8:
             checks.append(_int8_check(path, model, manifest, data))
         else:
@@ -65,11 +65,11 @@ def check_files(
 
 def _not_now(form: Format, *, trust_source: bool) -> str:
     """Why a format is passed over; empty if it is not."""
-    if form.trusting and not trust_source:
+    if form.exporter.needs_trust and not trust_source:
         return "a file from a stranger could do harm when it is read. If you trust it, say --trust-source."
     try:
-        if form.extra is not None:
-            check_extra(form.extra)
+        if form.exporter.extra is not None:
+            check_extra(form.exporter.extra)
     except ExportError as error:
         return str(error)
     return ""
@@ -90,14 +90,14 @@ def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageDat
     """Answers on the test images; without any, whether it is the file that was measured."""
     try:
         if data is None:
-            same = _recorded_digest(manifest) == hashlib.sha256(read_bytes(path, limit=_MOST_BYTES)).hexdigest()
+            same = _recorded_digest(manifest) == sha256_of(read_bytes(path, limit=_MOST_BYTES))
             said = "its accuracy is in secateur.json" if same else "another file: export it again, or say --data"
             return Check(f"{path.name} = the file that was measured", same, detail=said)
         in_float = onnx_bytes(eval_copy(model), (probe_images(manifest.recipe.input_shape),))
-        found = compare_int8_file(path, in_float, data.test.batches(EXPORT_BATCH_SIZE))
+        found = compare_int8_file(path, in_float, data.test.batches(INT8_BATCH_SIZE))
     except (ArtifactError, ExportError) as error:
         return Check(f"{path.name} answers as the float model", False, detail=str(error))
-    return Check(f"{path.name} answers as the float model", found.kept >= LEAST_KEPT, detail=str(found))
+    return Check(f"{path.name} answers as the float model", found.kept >= MIN_KEPT_ACCURACY, detail=str(found))
 
 
 def _recorded_digest(manifest: Manifest) -> object:

@@ -25,8 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur._files import LOCK, atomic_file, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic
-from secateur._provenance import this_machine
+from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
+from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
@@ -54,7 +54,7 @@ class CutState:
     """The result of the first half of a run: everything up to the repaired student.
 
     Attributes:
-        found: What the search found, as JSON.
+        search: The result of the search, as JSON.
         frozen: (axis, reason) pairs of everything that is whole.
         kept_blocks: (block, reason) pairs of the blocks that had to stay.
         architecture: What was kept, as JSON.
@@ -63,7 +63,7 @@ class CutState:
         student: State of the repaired student, by name.
     """
 
-    found: Mapping[str, object]
+    search: Mapping[str, object]
     frozen: tuple[tuple[str, str], ...]
     kept_blocks: tuple[tuple[str, str], ...]
     architecture: Mapping[str, object]
@@ -134,10 +134,9 @@ def _compare(folder: Path, here: Mapping[str, str]) -> None:
         then = cast(dict[str, str], dict(json.loads((folder / _SURROUNDINGS).read_text())))
     except (OSError, ValueError, TypeError):
         return
-    different = [f"{name} was {then[name]}, now {text}" for name, text in here.items() if then.get(name, text) != text]
-    if different:
+    if changes := changed_settings({**here, **then}, here):
         warnings.warn(
-            f"The run goes on in other surroundings than it was begun in: {'; '.join(different)}. Its result may "
+            f"The run goes on in other surroundings than it was begun in: {changes}. Its result may "
             "differ in the last bits from that of an uninterrupted run, and by what follows from them.",
             stacklevel=4,
         )
@@ -163,14 +162,9 @@ def _meet(folder: Path, settings: Mapping[str, str], on_existing: OnExisting) ->
         then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder, error) from error
-    different = [
-        f"{name} was {then.get(name, 'absent')}, now {settings.get(name, 'absent')}"
-        for name in sorted(then.keys() | settings.keys())
-        if then.get(name) != settings.get(name)
-    ]
-    if different:
+    if changes := changed_settings(then, settings):
         raise ArtifactError(
-            f"A resumed run must have the settings it was begun with; {'; '.join(different)} ({folder}). "
+            f"A resumed run must have the settings it was begun with; {changes} ({folder}). "
             "Use the old settings, or begin again with --restart."
         )
 
@@ -224,7 +218,7 @@ class RunDirectory:
         """
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in cutting.student.items()}
         state = {
-            "found": dict(cutting.found),
+            "search": dict(cutting.search),
             "frozen": [list(pair) for pair in cutting.frozen],
             "kept_blocks": [list(pair) for pair in cutting.kept_blocks],
             "architecture": dict(cutting.architecture),
@@ -232,10 +226,8 @@ class RunDirectory:
             "repairs": [dict(repair) for repair in cutting.repairs],
         }
         with disk_errors(self.folder), self._undone_on_error():
-            with atomic_file(self.folder / _STUDENT) as part:
-                part.write_bytes(safetensors.torch.save(tensors))
-            with atomic_file(self.folder / _STATE) as part:
-                part.write_text(json.dumps(state, indent=1))
+            write_atomic(self.folder / _STUDENT, safetensors.torch.save(tensors))
+            write_atomic(self.folder / _STATE, json.dumps(state, indent=1))
 
     @contextlib.contextmanager
     def _undone_on_error(self) -> Generator[None]:
@@ -257,7 +249,7 @@ class RunDirectory:
             state = cast(dict[str, Any], json.loads((self.folder / _STATE).read_text()))
             student = safetensors.torch.load((self.folder / _STUDENT).read_bytes())
             return CutState(
-                dict(state["found"]),
+                dict(state["search"]),
                 tuple((str(axis), str(reason)) for axis, reason in state["frozen"]),
                 tuple((str(block), str(reason)) for block, reason in state["kept_blocks"]),
                 dict(state["architecture"]),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import truediv
 
+from secateur.search.history import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
+
 _Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -121,90 +123,6 @@ class TrainedEpoch:
     epoch: int
     loss: float
     accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchedWidth:
-    """One axis in one epoch of a search.
-
-    Attributes:
-        axis: Its name.
-        kept_fraction: Expected width / size, under the probabilities of the epoch.
-        width: The most probable width.
-        size: Of the whole axis.
-    """
-
-    axis: str
-    kept_fraction: float
-    width: int
-    size: int
-
-
-@dataclass(frozen=True)
-class SearchedDepth:
-    """One stage of removable blocks in one epoch of a search.
-
-    Attributes:
-        stage: Name of its first block.
-        kept: Expected number of blocks, under the probabilities of the epoch.
-        blocks: The most probable number.
-        size: All blocks of the stage.
-    """
-
-    stage: str
-    kept: float
-    blocks: int
-    size: int
-
-
-@dataclass(frozen=True)
-class SearchEpoch:
-    """One epoch of a search that learns probabilities of widths and depths; what was not noted is None.
-
-    Attributes:
-        epoch: From 1.
-        entropy: Of the choices, normalized: 1 is undecided, 0 is decided.
-        temperature: Of the sampling.
-        expected_macs: Expected MACs / MACs of the original.
-        current_macs: MACs of the most probable network / MACs of the original.
-        widths: By axis, in order of execution.
-        depths: By stage, in order of execution.
-        train_loss: Mean loss of the weights.
-        architecture_loss: Mean loss of the probabilities.
-    """
-
-    epoch: int
-    entropy: float
-    temperature: float | None = None
-    expected_macs: float | None = None
-    current_macs: float | None = None
-    widths: tuple[SearchedWidth, ...] = ()
-    depths: tuple[SearchedDepth, ...] = ()
-    train_loss: float | None = None
-    architecture_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class JudgedStage:
-    """One stage of a stage-wise search.
-
-    Attributes:
-        name: Of the stage.
-        cut: The module that ends it; empty for the last one.
-        possible: log10 of the number of its candidates.
-        trained: How many different ones were trained.
-        losses: Of the candidates that were judged.
-        macs: Of each of these, over the MACs of the original.
-        chosen: The number of the one that was taken.
-    """
-
-    name: str
-    cut: str
-    possible: float
-    trained: int
-    losses: tuple[float, ...]
-    macs: tuple[float, ...]
-    chosen: int
 
 
 @dataclass(frozen=True)

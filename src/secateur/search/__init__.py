@@ -5,13 +5,13 @@ from secateur.search.base import (
     ScoreCache,
     SearchContext,
     SearchResult,
-    SearchTraining,
     Strategy,
     keep_best,
     search_architecture,
     stable_repr,
 )
 from secateur.search.depth import RemoveBlocks
+from secateur.search.history import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch, SearchHistory
 from secateur.search.importance import (
     L1,
     L2,
@@ -29,6 +29,7 @@ from secateur.search.importance import (
 )
 from secateur.search.importance_data import Reconstruction, Taylor, channel_positions, readers, shown_along
 from secateur.search.knapsack import Fit, Knapsack, widen_to_budget
+from secateur.search.latency import WithinLatency
 from secateur.search.latency_fit import LatencyFit, fit_latency
 from secateur.search.pca import (
     Activations,
@@ -67,6 +68,7 @@ __all__ = [
     "GeometricMedian",
     "GlobalImportance",
     "Importance",
+    "JudgedStage",
     "Knapsack",
     "LatencyFit",
     "Matrix",
@@ -79,13 +81,17 @@ __all__ = [
     "ScoreCache",
     "ScoringInputs",
     "SearchContext",
+    "SearchEpoch",
+    "SearchHistory",
     "SearchResult",
     "SearchSpace",
-    "SearchTraining",
+    "SearchedDepth",
+    "SearchedWidth",
     "Source",
     "Strategy",
     "Taylor",
     "Uniform",
+    "WithinLatency",
     "as_scored",
     "by_axis_max",
     "by_axis_mean",

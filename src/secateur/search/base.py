@@ -10,9 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,15 +23,11 @@ from secateur.cost.macs import CostModel, Modeled
 from secateur.cost.size import FileSize
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
+from secateur.search.history import SearchHistory
 from secateur.search.importance import Importance, ScoringInputs, checked_scores
 from secateur.search.space import SearchSpace, Streams
-from secateur.train.callbacks import Callbacks as Watch
 from secateur.train.callbacks import Silent
-from secateur.train.checkpoint import CheckpointPolicy
-from secateur.train.config import TrainingData
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from secateur.train.config import RunSettings, TrainingData
 
 
 def stable_repr(thing: object) -> str:
@@ -44,24 +39,28 @@ def stable_repr(thing: object) -> str:
 
 
 class ScoreCache:
-    """Numbers of a whole model by who computed them: an importance its scores, a strategy what blocks are worth.
+    """Numbers of a whole model by the object that computed them: scores of importances, effects of removed blocks.
 
-    They are known by identity: two importances that are equal may look at other data. Whoever computed something is
-    kept too, so that nobody else gets the same identity.
+    Objects are known by identity, because two equal importances may look at different data. They are kept, so that no
+    later object gets the identity of an earlier one.
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[object, dict[str, FloatArray]]] = {}
+        self._known: dict[int, tuple[object, dict[str, FloatArray]]] = {}
 
-    def of(self, who: object, compute: Callable[[], dict[str, FloatArray]]) -> dict[str, FloatArray]:
-        """What somebody computed before, or computes now."""
-        if id(who) not in self._found:
-            self._found[id(who)] = (who, compute())
-        return self._found[id(who)][1]
+    def get(self, owner: object) -> dict[str, FloatArray] | None:
+        """Return what an object computed before; None if it did not."""
+        return self._known[id(owner)][1] if id(owner) in self._known else None
+
+    def put(self, owner: object, numbers: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """Store and return what an object computed."""
+        self._known[id(owner)] = (owner, numbers)
+        return numbers
 
 
 ProgressCallback = Callable[[float, str], None]
 """Called with the finished fraction (0 to 1) and what is being done."""
+_SILENT_RUN = RunSettings(callbacks=Silent())
 _TINY = 1e-300
 """Stands for a limit of zero, half of nothing, which is met by nothing."""
 
@@ -76,12 +75,9 @@ class SearchContext:
         budget: As the user gave it.
         space: As the user gave it.
         progress: To be called now and then.
-        training: Training and validation images, or None.
-        checkpoint: Folder for checkpoints of a strategy that trains, or None.
-        watch: Shows the training of a strategy that trains.
-        fabric: Device and precision of a strategy that trains, or None.
-        remembered: What was computed of the whole model.
-        saving: When a strategy that trains writes checkpoints, beside those at the ends of epochs.
+        training: Training and validation images for strategies that train, or None.
+        run: Checkpoints, callbacks and device for strategies that train.
+        score_cache: What was computed of the whole model.
     """
 
     evidence: ScoringInputs
@@ -90,11 +86,8 @@ class SearchContext:
     space: SearchSpace
     progress: ProgressCallback
     training: TrainingData | None = None
-    checkpoint: Path | None = None
-    watch: Watch = field(default_factory=Silent)
-    fabric: "Fabric | None" = None
-    remembered: ScoreCache = field(default_factory=ScoreCache)
-    saving: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 -- frozen
+    run: RunSettings = _SILENT_RUN
+    score_cache: ScoreCache = field(default_factory=ScoreCache)
 
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:
@@ -130,10 +123,11 @@ class SearchContext:
         Raises:
             ModelError: If they cannot be ranked (missing, mis-shaped, NaN or infinite).
         """
-        evidence = self.evidence
-        return self.remembered.of(
-            importance, lambda: checked_scores(importance.scores(evidence), evidence.graph, importance)
-        )
+        known = self.score_cache.get(importance)
+        if known is None:
+            scores = importance.scores(self.evidence)
+            known = self.score_cache.put(importance, checked_scores(scores, self.evidence.graph, importance))
+        return known
 
     @property
     def least(self) -> Cost:
@@ -150,52 +144,13 @@ class Proposal:
         architecture: Within the budget and the space.
         notes: What it learned on the way, as plain data (JSON), for the report.
         weights: The whole model's tensors as it has trained them, by name; None if it trains nothing.
+        history: How the search went, for the report; empty if it trains nothing.
     """
 
     architecture: Architecture
     notes: Mapping[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
-
-
-class Strategy(ABC):
-    """An algorithm that finds an architecture. Implementations are frozen dataclasses; fields are configuration."""
-
-    @abstractmethod
-    def find(self, problem: SearchContext) -> Proposal:
-        """Find an architecture within the budget: the same one for the same problem, whatever ran before."""
-
-    @property
-    def trains(self) -> bool:
-        """Whether it trains: then one search takes long, and the same one again goes on from its checkpoint."""
-        return False
-
-    def again(self, found: Architecture) -> "Strategy":
-        """What searches near to an architecture that it found, for slightly other costs or bounds; quicker than it."""
-        return self
-
-    def least(self, problem: SearchContext) -> Cost:
-        """Cost of the smallest architecture that it could find: a budget below it is refused."""
-        return problem.least
-
-
-def keep_best(problem: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
-    """Keep the channels with the highest scores; of equal ones those with the lower index.
-
-    A branch keeps channels of its stream only.
-
-    Args:
-        problem: For the axes.
-        widths: (axes,) how many to keep.
-        scores: Axis name to (axis size,).
-    """
-    width = dict(zip(problem.costs.axes, problem.streams.fitted(widths[None])[0], strict=True))
-    best = {name: np.argsort(-scores[name], kind="stable") for name in problem.costs.axes}
-    kept = {name: order[: width[name]] for name, order in best.items()}
-    for axis in problem.evidence.graph.prunable:
-        if axis.into in kept:
-            inside = best[axis.name][np.isin(best[axis.name], kept[axis.into])]
-            kept[axis.name] = inside[: width[axis.name]]
-    return Architecture.of(kept)
+    history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
 
 
 @dataclass(frozen=True)
@@ -211,6 +166,7 @@ class SearchResult:
         notes: What the strategy learned, as plain data; always ``utilization``: cost / limit by limited field.
         weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
             instead of its own. None if the search trains nothing. Not part of the JSON object.
+        history: How the search went, for the report; empty if it trains nothing.
     """
 
     architecture: Architecture
@@ -220,6 +176,7 @@ class SearchResult:
     strategy: str
     notes: dict[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
 
     def to_json(self) -> dict[str, object]:
         """A JSON object with every field but the weights."""
@@ -230,26 +187,82 @@ class SearchResult:
             "budget": str(self.budget),
             "strategy": self.strategy,
             "notes": self.notes,
+            "history": self.history.to_json(),
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "SearchResult":
+        """Read what `to_json` gives; the weights are None.
 
-@dataclass(frozen=True, eq=False)
-class SearchTraining:
-    """What a search is given for strategies that train.
+        Raises:
+            KeyError, TypeError, ValueError: If it is something else.
+        """
+        return cls(
+            architecture=Architecture.from_json(data["architecture"]),
+            cost=Cost.from_json(data["cost"]),
+            original=Cost.from_json(data["original"]),
+            budget=Budget.parse(data["budget"]),
+            strategy=data["strategy"],
+            notes=dict(data["notes"]),
+            history=SearchHistory.from_json(data["history"]),
+        )
 
-    Attributes:
-        data: Training and validation images, never test images; None if there are none.
-        folder: Folder for checkpoints, from which an interrupted search is resumed; None writes none.
-        checkpoints: When checkpoints are written, beside those at the ends of epochs.
-        callbacks: Shows the training.
-        fabric: Device and precision; None opens one, see `secateur.train.open_fabric`.
+
+class Strategy(ABC):
+    """An algorithm that finds an architecture. Implementations are frozen dataclasses; fields are configuration."""
+
+    @abstractmethod
+    def find(self, context: SearchContext) -> Proposal:
+        """Find an architecture within the budget: the same one for the same context, whatever ran before."""
+
+    def search(self, context: SearchContext) -> SearchResult:
+        """Find an architecture and check that it is one of the space and within the budget, see `search_architecture`.
+
+        A model that is within the budget already is returned whole.
+        """
+        original = context.costs.original
+        if context.budget.allows(original, original):
+            proposal = Proposal(
+                Architecture.of({axis.name: range(axis.size) for axis in context.evidence.graph.prunable})
+            )
+        else:
+            _check_feasible(context, self)
+            proposal = self.find(context)
+            _check_space(context, self, proposal.architecture)
+        return _result(context, self, proposal)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains, so that one search takes long; the same search again is resumed from its checkpoint."""
+        return False
+
+    def again(self, found: Architecture) -> "Strategy":
+        """Return a faster strategy that searches near to an architecture that this one found, for similar bounds."""
+        return self
+
+    def least(self, context: SearchContext) -> Cost:
+        """Cost of the smallest architecture that it could find: a budget below it is refused."""
+        return context.least
+
+
+def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
+    """Keep the channels with the highest scores; of equal ones those with the lower index.
+
+    A branch keeps channels of its stream only.
+
+    Args:
+        context: For the axes.
+        widths: (axes,) how many to keep.
+        scores: Axis name to (axis size,).
     """
-
-    data: TrainingData | None = None
-    folder: Path | None = None
-    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 -- frozen
-    callbacks: Watch = Silent()  # noqa: RUF009 -- frozen
-    fabric: "Fabric | None" = None
+    width = dict(zip(context.costs.axes, context.streams.fitted(widths[None])[0], strict=True))
+    best = {name: np.argsort(-scores[name], kind="stable") for name in context.costs.axes}
+    kept = {name: order[: width[name]] for name, order in best.items()}
+    for axis in context.evidence.graph.prunable:
+        if axis.residual_axis in kept:
+            inside = best[axis.name][np.isin(best[axis.name], kept[axis.residual_axis])]
+            kept[axis.name] = inside[: width[axis.name]]
+    return Architecture.of(kept)
 
 
 def search_architecture(
@@ -261,10 +274,11 @@ def search_architecture(
     batches: Sequence[tuple[Tensor, Tensor]] = (),
     space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
     seed: int = 0,
+    data: TrainingData | None = None,
+    run: RunSettings = _SILENT_RUN,
     progress: ProgressCallback | None = None,
-    training: SearchTraining | None = None,
     latency: Modeled | None = None,
-    remembered: ScoreCache | None = None,
+    score_cache: ScoreCache | None = None,
 ) -> SearchResult:
     """Find which channels to keep so that the model costs no more than the budget.
 
@@ -281,11 +295,14 @@ def search_architecture(
         batches: (images, labels) pairs for strategies that look at data.
         space: The allowed widths.
         seed: For strategies that draw random numbers; the global random state is neither read nor changed.
+        data: Training and validation images for strategies that train; never test images.
+        run: Checkpoints, callbacks and device for strategies that train, which are resumed from a checkpoint that is
+            there; the device is opened if there is none, and the execution has no effect.
         progress: Called with the finished fraction and a description.
-        training: Images, checkpoints, callbacks and device for strategies that train.
-        latency: Of any widths of the graph, such as ``fit_latency(...).model``; needed if the budget limits it.
-        remembered: Shared by several searches of the same model, graph and batches, so that what is of the whole model
-            is computed once; None means its own.
+        latency: Predicts the latency of any widths of the graph, such as ``fit_latency(...).model``. A budget that
+            limits the latency needs it, or a strategy that measures: `WithinLatency`.
+        score_cache: Shared by several searches of the same model, graph and batches, so that what belongs to the whole
+            model is computed once; None means a new one.
 
     Raises:
         BudgetError: If the budget cannot be read, limits a latency that nothing computes, or no architecture of the
@@ -299,50 +316,46 @@ def search_architecture(
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     evidence = ScoringInputs(model, graph, tuple(batches), seed)
-    costs = CostModel(graph, _more(model, graph, limits, latency))
-    known = ScoreCache() if remembered is None else remembered
-    given = training or SearchTraining()
-    problem = SearchContext(
+    context = SearchContext(
         evidence,
-        costs,
+        cost_model(evidence, limits, latency),
         limits,
         space,
         progress or _silent,
-        training=given.data,
-        checkpoint=given.folder,
-        watch=given.callbacks,
-        fabric=given.fabric,
-        remembered=known,
-        saving=given.checkpoints,
+        data,
+        run,
+        ScoreCache() if score_cache is None else score_cache,
     )
-    if limits.allows(problem.costs.original, problem.costs.original):
-        whole = Architecture.of({axis.name: range(axis.size) for axis in graph.prunable})
-        return _found(problem, strategy, Proposal(whole))
-    _check_feasible(problem, strategy)
-    proposal = strategy.find(problem)
-    _check_space(problem, strategy, proposal.architecture)
-    return _found(problem, strategy, proposal)
+    return strategy.search(context)
 
 
-def _more(model: nn.Module, graph: ChannelGraph, budget: Budget, latency: Modeled | None) -> list[Modeled]:
-    """What computes the limited fields that a cost model does not have by itself."""
-    more: list[Modeled] = [FileSize.of(model, graph)] if FileSize.field in budget.fields else []
-    return more if latency is None else [*more, latency]
+def cost_model(evidence: ScoringInputs, budget: Budget, latency: Modeled | None = None) -> CostModel:
+    """Return the cost of any architecture of a graph, with every field that the budget limits.
+
+    Args:
+        evidence: Model and graph.
+        budget: The file size is computed only if it is limited.
+        latency: Predicts the latency; None leaves it out.
+    """
+    more: list[Modeled] = [FileSize.of(evidence.model, evidence.graph)] if FileSize.field in budget.fields else []
+    return CostModel(evidence.graph, more if latency is None else [*more, latency])
 
 
 def _silent(fraction: float, what: str) -> None:
     """Report no progress."""
 
 
-def _found(problem: SearchContext, strategy: Strategy, proposal: Proposal) -> SearchResult:
+def _result(context: SearchContext, strategy: Strategy, proposal: Proposal) -> SearchResult:
     architecture, notes = proposal.architecture, dict(proposal.notes)
-    cost, original = problem.costs.cost(architecture), problem.costs.original
-    if not problem.budget.allows(cost, original):
-        raise BudgetError(f"`architecture` must be within {problem.budget}; got {cost} from {stable_repr(strategy)}.")
+    cost, original = context.costs.cost(architecture), context.costs.original
+    if not context.budget.allows(cost, original):
+        raise BudgetError(f"`architecture` must be within {context.budget}; got {cost} from {stable_repr(strategy)}.")
     notes["utilization"] = {
-        name: getattr(cost, name) / limit if limit else 1.0 for name, limit in problem.limits.items()
+        name: getattr(cost, name) / limit if limit else 1.0 for name, limit in context.limits.items()
     }
-    return SearchResult(architecture, cost, original, problem.budget, stable_repr(strategy), notes, proposal.weights)
+    return SearchResult(
+        architecture, cost, original, context.budget, stable_repr(strategy), notes, proposal.weights, proposal.history
+    )
 
 
 def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
@@ -358,23 +371,23 @@ def _check_traced(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-def _check_feasible(problem: SearchContext, strategy: Strategy) -> None:
+def _check_feasible(context: SearchContext, strategy: Strategy) -> None:
     """Refuse a budget that no architecture of the space is within, with the range that can be reached."""
-    smallest, original = strategy.least(problem), problem.costs.original
-    if problem.budget.allows(smallest, original):
+    smallest, original = strategy.least(context), context.costs.original
+    if context.budget.allows(smallest, original):
         return
     ranges = (
-        (limit, getattr(smallest, limit.field), getattr(original, limit.field)) for limit in problem.budget.of_cost
+        (limit, getattr(smallest, limit.field), getattr(original, limit.field)) for limit in context.budget.of_cost
     )
     reach = ", ".join(_range(limit, least, most) for limit, least, most in ranges)
-    space = problem.space
+    space = context.space
     way_out = (
         f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
         f"min_kept_fraction (now {space.min_kept_fraction:g}); on the command line --min-width, --divisor, --min-kept."
-        if problem.levels
+        if context.levels
         else "No axis of this model may be slimmed; its graph gives the reasons."
     )
-    raise BudgetError(f"`budget` must be within reach; got {problem.budget}. Reachable: {reach}. {way_out}")
+    raise BudgetError(f"`budget` must be within reach; got {context.budget}. Reachable: {reach}. {way_out}")
 
 
 def _range(limit: Limit, least: float, most: float) -> str:
@@ -382,11 +395,11 @@ def _range(limit: Limit, least: float, most: float) -> str:
     return f"{limit.word} {low} ({100 * least / (most or 1):.1f} %) to {high}"
 
 
-def _check_space(problem: SearchContext, strategy: Strategy, architecture: Architecture) -> None:
-    widths = problem.costs.widths(architecture)
-    for name, width, levels in zip(problem.costs.axes, widths, problem.levels, strict=True):
+def _check_space(context: SearchContext, strategy: Strategy, architecture: Architecture) -> None:
+    widths = context.costs.widths(architecture)
+    for name, width, levels in zip(context.costs.axes, widths, context.levels, strict=True):
         if width not in levels:
             raise SurgeryError(
                 f"`architecture` must keep allowed widths; {stable_repr(strategy)} keeps {width} channels of {name!r}, "
-                f"{problem.space} allows {len(levels)} widths from {levels[0]} to {levels[-1]}."
+                f"{context.space} allows {len(levels)} widths from {levels[0]} to {levels[-1]}."
             )

@@ -13,9 +13,12 @@ from secateur.errors import BudgetError, DataError
 from secateur.graph._record import shadow_copy
 from secateur.prune.cut import OutputDistance, Repair, cut
 from secateur.prune.repair import RecalibrateBatchNorm, Refit
-from secateur.prune.slice import apply_architecture, replace_
+from secateur.prune.slice import apply_architecture, replace_modules_
 from secateur.search.base import Proposal, SearchContext, Strategy
 from secateur.search.knapsack import Knapsack
+
+DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
+"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 _TRIED = 9
 """Numbers of blocks tried at first, evenly spaced; then those beside the best."""
@@ -36,10 +39,10 @@ class Without(Strategy):
     strategy: Strategy
     blocks: tuple[str, ...]
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: those of the inner strategy."""
-        graph = problem.evidence.graph
-        proposal = self.strategy.find(self._rest(problem))
+        graph = context.evidence.graph
+        proposal = self.strategy.find(self._rest(context))
         # What widths are found for layers that are gone has no effect; whole says least.
         gone = {name for block in self.blocks for name in graph.blocks_by_name[block].tensors}
         idle = {a.name: range(a.size) for a in graph.prunable if all(s.tensor in gone for s in a.sites)}
@@ -51,12 +54,12 @@ class Without(Strategy):
         """As the inner strategy."""
         return self.strategy.trains
 
-    def least(self, problem: SearchContext) -> Cost:
+    def least(self, context: SearchContext) -> Cost:
         """Cost of the smallest widths without the blocks."""
-        return self.strategy.least(self._rest(problem))
+        return self.strategy.least(self._rest(context))
 
-    def _rest(self, problem: SearchContext) -> SearchContext:
-        return replace(problem, costs=problem.costs.without(self.blocks))
+    def _rest(self, context: SearchContext) -> SearchContext:
+        return replace(context, costs=context.costs.without(self.blocks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,7 @@ class RemoveBlocks(Strategy):
     strategy: Strategy = field(default_factory=Knapsack)
     most: float = 0.5
     images: int = 128
-    repairs: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
+    repairs: tuple[Repair, ...] = DEFAULT_REPAIRS
 
     def __post_init__(self) -> None:
         if not 0 <= self.most <= 1:
@@ -113,7 +116,7 @@ class RemoveBlocks(Strategy):
         if type(self.images) is not int or self.images < 1:
             raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: those of the inner strategy, ``disturbance`` (d by block), and d by number of blocks.
 
         The last as ``distance`` and, of those that were repaired, ``repaired``.
@@ -121,22 +124,22 @@ class RemoveBlocks(Strategy):
         Raises:
             DataError: If the model has blocks, and there are no images.
         """
-        if self._most(problem) == 0:
-            return self.strategy.find(problem)
-        trials = _Trials(self.strategy, problem, self._images(problem))
-        disturbance = self._disturbances(problem, trials)
-        spared = _spared(problem)
+        if self._most(context) == 0:
+            return self.strategy.find(context)
+        trials = _Trials(self.strategy, context, self._images(context))
+        disturbance = self._disturbances(context, trials)
+        spared = _spared(context)
         order = sorted(disturbance, key=lambda name: disturbance[name] / spared[name])
-        most = min(self._most(problem), len(order))
+        most = min(self._most(context), len(order))
         for number in _spread(most):
             trials.remove(order[:number])
         for number in _between(trials.tried, trials.best, most):
             trials.remove(order[:number])
         if not trials.found:
-            trials.remove(self._dearest(problem))
+            trials.remove(self._dearest(context))
         if not trials.found:
             raise BudgetError(
-                f"`budget` must be within reach; got {problem.budget}: not every block can be removed. Raise it."
+                f"`budget` must be within reach; got {context.budget}: not every block can be removed. Raise it."
             )
         distance = {number: candidate.distance for number, candidate in sorted(trials.found.items())}
         repaired = trials.repaired(self.repairs, _nearest(distance)[:_FINALISTS]) if self.repairs else {}
@@ -144,12 +147,13 @@ class RemoveBlocks(Strategy):
         mine = {"disturbance": disturbance, "distance": _as_json(distance), "repaired": _as_json(repaired)}
         return Proposal(best.architecture, {**best.notes, **mine})
 
-    def _disturbances(self, problem: SearchContext, trials: "_Trials") -> dict[str, float]:
+    def _disturbances(self, context: SearchContext, trials: "_Trials") -> dict[str, float]:
         """Of the whole model, like scores: several searches of it share them."""
-        problem.progress(0.0, "blocks")
-        found = problem.remembered.of(
-            self, lambda: {name: np.array(distance) for name, distance in trials.disturbances().items()}
-        )
+        context.progress(0.0, "blocks")
+        found = context.score_cache.get(self)
+        if found is None:
+            effects = {name: np.array(distance) for name, distance in trials.disturbances().items()}
+            found = context.score_cache.put(self, effects)
         return {name: float(distance) for name, distance in found.items()}
 
     @property
@@ -161,22 +165,22 @@ class RemoveBlocks(Strategy):
         """The same blocks go."""
         return Without(self.strategy, found.removed_blocks)
 
-    def least(self, problem: SearchContext) -> Cost:
+    def least(self, context: SearchContext) -> Cost:
         """Cost of the smallest widths without the dearest blocks."""
-        return Without(self.strategy, tuple(self._dearest(problem))).least(problem)
+        return Without(self.strategy, tuple(self._dearest(context))).least(context)
 
-    def _most(self, problem: SearchContext) -> int:
+    def _most(self, context: SearchContext) -> int:
         """How many blocks may go."""
-        return math.floor(self.most * len(problem.costs.blocks) + 1e-9)
+        return math.floor(self.most * len(context.costs.blocks) + 1e-9)
 
-    def _dearest(self, problem: SearchContext) -> list[str]:
-        spared = _spared(problem)
-        return sorted(spared, key=lambda name: -spared[name])[: self._most(problem)]
+    def _dearest(self, context: SearchContext) -> list[str]:
+        spared = _spared(context)
+        return sorted(spared, key=lambda name: -spared[name])[: self._most(context)]
 
-    def _images(self, problem: SearchContext) -> list[Tensor]:
+    def _images(self, context: SearchContext) -> list[Tensor]:
         """The first images, in their batches."""
         left, found = self.images, list[Tensor]()
-        for images, _ in problem.evidence.batches:
+        for images, _ in context.evidence.batches:
             if left > 0:
                 found.append(images[:left])
                 left -= len(found[-1])
@@ -193,10 +197,10 @@ class _Trials:
         tried: Numbers of blocks that were tried.
     """
 
-    def __init__(self, strategy: Strategy, problem: SearchContext, images: Sequence[Tensor]):
+    def __init__(self, strategy: Strategy, context: SearchContext, images: Sequence[Tensor]):
         self._strategy, self._images = strategy, images
-        self._problem = problem
-        self._model, self._graph = problem.evidence.model, problem.evidence.graph
+        self._context = context
+        self._model, self._graph = context.evidence.model, context.evidence.graph
         self._distance = OutputDistance(self._model, images)
         self.found: dict[int, _Candidate] = {}
         self.tried: set[int] = set()
@@ -212,9 +216,9 @@ class _Trials:
         sound = cut(self._model, self._graph, everything).graph.removable
         found: dict[str, float] = {}
         for done, block in enumerate(sound):
-            self._problem.progress(0.3 * done / len(sound), f"without {block.name}")
+            self._context.progress(0.3 * done / len(sound), f"without {block.name}")
             without = shadow_copy(self._model)
-            replace_(without, block.replacements)
+            replace_modules_(without, block.replacements)
             found[block.name] = self._distance.of(without)
         return found
 
@@ -222,11 +226,11 @@ class _Trials:
         """Try without these; nothing is found if the budget is beyond reach then."""
         self.tried.add(len(blocks))
         rest = Without(self._strategy, tuple(blocks))
-        if not self._problem.budget.allows(rest.least(self._problem), self._problem.costs.original):
+        if not self._context.budget.allows(rest.least(self._context), self._context.costs.original):
             return
-        step = 0.4 * len(blocks) / (len(self._problem.costs.blocks) + 1)
-        self._problem.progress(0.3 + step, f"{len(blocks)} blocks fewer")
-        proposal = rest.find(replace(self._problem, progress=_silent))
+        step = 0.4 * len(blocks) / (len(self._context.costs.blocks) + 1)
+        self._context.progress(0.3 + step, f"{len(blocks)} blocks fewer")
+        proposal = rest.find(replace(self._context, progress=_silent))
         small = apply_architecture(self._model, self._graph, proposal.architecture)
         self.found[len(blocks)] = _Candidate(self._distance.of(small), proposal.architecture, proposal.notes)
 
@@ -234,19 +238,19 @@ class _Trials:
         """Distances of some candidates after repairs."""
         distances: dict[int, float] = {}
         for number in numbers:
-            self._problem.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
+            self._context.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
             architecture = self.found[number].architecture
             made = cut(self._model, self._graph, architecture, calibration=self._images, repairs=repairs)
             distances[number] = self._distance.of(made.model)
         return distances
 
 
-def _spared(problem: SearchContext) -> dict[str, float]:
+def _spared(context: SearchContext) -> dict[str, float]:
     """The share of the budget that each block costs in the full network; tiny if it costs none."""
-    costs = problem.costs
+    costs = context.costs
     rows = 1 - np.eye(len(costs.blocks), dtype=np.int64)
     full = np.broadcast_to(costs.sizes, (len(rows), len(costs.sizes)))
-    shares = problem.utilization(costs.sizes[None])[0] - problem.utilization(full, rows)
+    shares = context.utilization(costs.sizes[None])[0] - context.utilization(full, rows)
     return {name: max(float(share), 1e-12) for name, share in zip(costs.blocks, shares, strict=True)}
 
 

@@ -37,7 +37,7 @@ class Fit:
 
 
 def widen_to_budget(
-    problem: SearchContext, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None
+    context: SearchContext, keys: Sequence[FloatArray], levels: Sequence[IntArray] | None = None
 ) -> Fit:
     """Widen the smallest architecture in the order of the keys until the budget is full.
 
@@ -55,7 +55,7 @@ def widen_to_budget(
        and then 3 again from there.
 
     Args:
-        problem: Levels, costs and limits.
+        context: Levels, costs and limits.
         keys: For each axis: (steps,) when to take its steps, lowest first; made non-decreasing if it is not.
         levels: For each axis: (steps + 1,) the widths to choose from, ascending; None means all that the space allows.
 
@@ -63,7 +63,7 @@ def widen_to_budget(
         Allowed widths within the budget that fill it to at least 99 % if any within reach of 3 and 4 do; no single
         step more fits, unless they do.
     """
-    ladder = _Ladder.of(problem, keys, problem.levels if levels is None else levels)
+    ladder = _Ladder.of(context, keys, context.levels if levels is None else levels)
     counts, threshold = ladder.climb()
     counts = ladder.nearest(ladder.exchange(ladder.nearest(counts)))
     return Fit(ladder.widths(counts[None])[0], threshold, ladder.utilization(counts))
@@ -89,21 +89,21 @@ class _Ladder:
     """All single steps of all axes in the order in which they are wanted. ``counts`` are steps taken per axis.
 
     Attributes:
-        problem: What is to be fitted.
+        context: What is to be fitted.
         levels: (axes, most levels) allowed widths, the last one repeated.
         tops: (axes,) number of steps of each axis.
         axes: (steps,) the axis of each step, in order.
         keys: (steps,) non-decreasing.
     """
 
-    problem: SearchContext
+    context: SearchContext
     levels: IntArray
     tops: IntArray
     axes: IntArray
     keys: FloatArray
 
     @classmethod
-    def of(cls, problem: SearchContext, keys: Sequence[FloatArray], rows: Sequence[IntArray]) -> "_Ladder":
+    def of(cls, context: SearchContext, keys: Sequence[FloatArray], rows: Sequence[IntArray]) -> "_Ladder":
         tops = np.array([len(row) - 1 for row in rows], dtype=np.int64)
         levels = np.stack([np.pad(row, (0, tops.max() + 1 - len(row)), mode="edge") for row in rows])
         axes = np.repeat(np.arange(len(tops)), tops)
@@ -111,7 +111,7 @@ class _Ladder:
         flat = np.concatenate([np.maximum.accumulate(row) if len(row) else row for row in keys])
         assert len(flat) == len(axes), "one key per step"
         order = np.lexsort((axes, numbers, flat))
-        return cls(problem, levels, tops, axes[order], flat[order])
+        return cls(context, levels, tops, axes[order], flat[order])
 
     def widths(self, counts: IntArray) -> IntArray:
         """(n, axes) widths after (n, axes) steps."""
@@ -119,7 +119,7 @@ class _Ladder:
 
     def utilization(self, counts: IntArray) -> float:
         """Of one architecture, (axes,) steps."""
-        return float(self.problem.utilization(self.widths(counts[None]))[0])
+        return float(self.context.utilization(self.widths(counts[None]))[0])
 
     def climb(self) -> tuple[IntArray, float]:
         """Steps taken in order while they fit, and the key of the first that did not."""
@@ -165,7 +165,7 @@ class _Ladder:
                 return counts
             ranges = [np.arange(first, last + 1) for first, last in zip(low, high, strict=True)]
             candidates = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, len(counts))
-            full = self.problem.utilization(self.widths(candidates))
+            full = self.context.utilization(self.widths(candidates))
             good = np.flatnonzero((full >= PROMISED) & (full <= 1))
             if len(good):
                 steps = np.abs(candidates[good] - counts).sum(axis=1)
@@ -192,7 +192,7 @@ class _Ladder:
         for down in downs:
             candidates = counts + ups - down
             # An axis that goes down and up stays; it is harmless, being no better than now.
-            full = self.problem.utilization(self.widths(candidates)) if len(ups) else np.zeros(0)
+            full = self.context.utilization(self.widths(candidates)) if len(ups) else np.zeros(0)
             full = np.where(full <= 1, full, 0)
             if len(full) and full.max() > value:
                 best, value = candidates[full.argmax()], float(full.max())
@@ -218,24 +218,24 @@ class Knapsack(Strategy):
 
     importance: Importance = field(default_factory=Reconstruction)
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: ``threshold``, the worth per budget under which channels go."""
-        scores = problem.scores(self.importance)
-        axes = zip(problem.costs.axes, problem.levels, _prices(problem), strict=True)
+        scores = context.scores(self.importance)
+        axes = zip(context.costs.axes, context.levels, _prices(context), strict=True)
         keys = [-step_values(scores[name], levels) / price for name, levels, price in axes]
-        found = widen_to_budget(problem, keys)
-        return Proposal(keep_best(problem, found.widths, scores), {"threshold": -found.threshold})
+        found = widen_to_budget(context, keys)
+        return Proposal(keep_best(context, found.widths, scores), {"threshold": -found.threshold})
 
 
-def _prices(problem: SearchContext) -> FloatArray:
+def _prices(context: SearchContext) -> FloatArray:
     """(axes,) share of the budget that the last channel of each axis costs in the full network.
 
     Times go in steps of many channels, up and down: where they are limited it is the mean over all the channels that
     the space lets go.
     """
-    full = np.array([levels[-1] for levels in problem.levels], dtype=np.int64)
-    least = np.array([levels[0] for levels in problem.levels], dtype=np.int64)
-    gone = np.maximum(full - least, 1) if LatencyModel.field in problem.limits else np.ones_like(full)
+    full = np.array([levels[-1] for levels in context.levels], dtype=np.int64)
+    least = np.array([levels[0] for levels in context.levels], dtype=np.int64)
+    gone = np.maximum(full - least, 1) if LatencyModel.field in context.limits else np.ones_like(full)
     fewer = np.tile(full, (len(full), 1)) - np.diag(gone)
-    spared = problem.utilization(full[None])[0] - problem.utilization(fewer)
+    spared = context.utilization(full[None])[0] - context.utilization(fewer)
     return np.maximum(spared / gone, 1e-12)

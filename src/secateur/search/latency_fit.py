@@ -2,7 +2,6 @@
 
 The verb: a model of the latency of every architecture of a graph, measured on this machine."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._provenance import sha256_of
 from secateur.architecture import Architecture
 from secateur.cost.latency_model import ALIGNMENTS, LatencyModel, TimeGrid, alignment, ends_of, timeable
 from secateur.cost.measure import Cache, inputs_for, measure_all
@@ -214,8 +214,8 @@ def probes(graph: ChannelGraph, space: SearchSpace) -> IntArray:
     column = {axis.name: number for number, axis in enumerate(graph.prunable)}
     for row in rows:
         for number, axis in enumerate(graph.prunable):
-            if axis.into in column:
-                row[number] = min(row[number], row[column[axis.into]])
+            if axis.residual_axis in column:
+                row[number] = min(row[number], row[column[axis.residual_axis]])
     return np.array(list(dict.fromkeys(map(tuple, rows))), dtype=np.int64).reshape(-1, len(levels))
 
 
@@ -245,7 +245,7 @@ def _name(graph: ChannelGraph, inputs: InputTensors, widths: IntArray) -> str:
     """One whole model as text: two with the same calls, tensors and widths take the same time."""
     tensors = [(name, [extent.at(graph.sizes) for extent in extents]) for name, extents in graph.tensors.items()]
     what = repr((graph.calls, tensors, [tuple(each.shape) for each in inputs], widths.tolist()))
-    return f"whole model {hashlib.sha256(what.encode()).hexdigest()[:32]}"
+    return f"whole model {sha256_of(what)[:32]}"
 
 
 def _silent(fraction: float, what: str) -> None:

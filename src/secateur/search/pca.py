@@ -402,17 +402,17 @@ class PCASlimming(Strategy):
     source: Source = field(default_factory=FilterWeights)
     importance: Importance = field(default_factory=L2)
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: ``tau``, and ``explained``: CCR at the width of each axis."""
-        problem.progress(0.0, "principal components")
-        rest = self.source.unexplained(problem.evidence)
-        axes = problem.costs.axes
+        context.progress(0.0, "principal components")
+        rest = self.source.unexplained(context.evidence)
+        axes = context.costs.axes
         # The step from one allowed width to the next is taken when tau exceeds CCR at the former: in the order of CCR,
         # which is the order of -(1 - CCR).
-        keys = [-rest[name][levels[:-1]] for name, levels in zip(axes, problem.levels, strict=True)]
-        found = widen_to_budget(problem, keys)
-        problem.progress(0.5, "importance")
-        scores = problem.scores(self.importance)
+        keys = [-rest[name][levels[:-1]] for name, levels in zip(axes, context.levels, strict=True)]
+        found = widen_to_budget(context, keys)
+        context.progress(0.5, "importance")
+        scores = context.scores(self.importance)
         explained = {name: 1 - float(rest[name][width]) for name, width in zip(axes, found.widths, strict=True)}
         tau = 1 + float(np.minimum(found.threshold, 0))
-        return Proposal(keep_best(problem, found.widths, scores), {"tau": tau, "explained": explained})
+        return Proposal(keep_best(context, found.widths, scores), {"tau": tau, "explained": explained})

@@ -57,16 +57,16 @@ class GlobalImportance(Strategy):
     importance: Importance = field(default_factory=L2)
     normalize: Normalizer = by_axis_mean
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: ``threshold``, the normalized score under which channels go."""
-        raw = problem.scores(self.importance)
-        graph = problem.evidence.graph
+        raw = context.scores(self.importance)
+        graph = context.evidence.graph
         scores = checked_scores({name: self.normalize(values) for name, values in raw.items()}, graph, self.normalize)
-        axes = zip(problem.costs.axes, problem.levels, strict=True)
+        axes = zip(context.costs.axes, context.levels, strict=True)
         keys = [-step_values(scores[name], levels) for name, levels in axes]
-        found = widen_to_budget(problem, keys)
+        found = widen_to_budget(context, keys)
         # Rank within an axis by the raw scores: normalizing may have made ties of what was not equal.
-        return Proposal(keep_best(problem, found.widths, raw), {"threshold": -found.threshold})
+        return Proposal(keep_best(context, found.widths, raw), {"threshold": -found.threshold})
 
 
 def _divided(scores: FloatArray, by: float) -> FloatArray:
@@ -89,8 +89,8 @@ class Uniform(Strategy):
 
     importance: Importance = field(default_factory=L2)
 
-    def find(self, problem: SearchContext) -> Proposal:
+    def find(self, context: SearchContext) -> Proposal:
         """Notes: ``kept_fraction``, the f at which the next axis would overrun the budget."""
-        found = widen_to_budget(problem, [levels[1:] / levels[-1] for levels in problem.levels])
-        scores = problem.scores(self.importance)
-        return Proposal(keep_best(problem, found.widths, scores), {"kept_fraction": min(found.threshold, 1.0)})
+        found = widen_to_budget(context, [levels[1:] / levels[-1] for levels in context.levels])
+        scores = context.scores(self.importance)
+        return Proposal(keep_best(context, found.widths, scores), {"kept_fraction": min(found.threshold, 1.0)})

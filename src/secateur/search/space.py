@@ -10,11 +10,11 @@ from typing import TypeVar
 import numpy as np
 
 from secateur._arrays import IntArray
-from secateur.errors import BudgetError, ChoiceError
+from secateur.errors import BudgetError, SelectionError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
-from secateur.graph.selection import check_matches, matches
+from secateur.graph.selection import check_patterns, matches_axis
 
-_Number = TypeVar("Number", int, float)
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AxisRule:
 
     Raises:
         BudgetError: If a field is out of range, or none is given.
-        ChoiceError: If the pattern is no text.
+        SelectionError: If the pattern is no text.
     """
 
     pattern: str
@@ -39,7 +39,7 @@ class AxisRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ChoiceError(f"`pattern` must be a name pattern, such as 'layer1.*'; got {self.pattern!r}.")
+            raise SelectionError(f"`pattern` must be a name pattern, such as 'layer1.*'; got {self.pattern!r}.")
         if self.min_width is None and self.divisor is None and self.min_kept_fraction is None:
             raise BudgetError(
                 f"`AxisRule` must set min_width, divisor or min_kept_fraction; got only the pattern {self.pattern!r}."
@@ -82,7 +82,7 @@ class SearchSpace:
 
     def widths(self, axis: ChannelAxis) -> IntArray:
         """The allowed widths of one axis, ascending; the last is its full size."""
-        mine = [rule for rule in self.rules if matches(rule.pattern, axis)]
+        mine = [rule for rule in self.rules if matches_axis(rule.pattern, axis)]
         min_width = _last(self.min_width, [rule.min_width for rule in mine])
         divisor = _last(self.divisor // math.gcd(self.divisor, _positions(axis)), [rule.divisor for rule in mine])
         fraction = _last(self.min_kept_fraction, [rule.min_kept_fraction for rule in mine])
@@ -95,9 +95,9 @@ class SearchSpace:
         """The allowed widths of each prunable axis, in the order of ``graph.prunable``.
 
         Raises:
-            ChoiceError: If the pattern of a rule means no axis of the graph.
+            SelectionError: If the pattern of a rule means no axis of the graph.
         """
-        check_matches((rule.pattern for rule in self.rules), graph, "rules")
+        check_patterns((rule.pattern for rule in self.rules), graph, "rules")
         return tuple(self.widths(axis) for axis in graph.prunable)
 
 
@@ -136,7 +136,7 @@ class Streams:
     def of(cls, graph: ChannelGraph) -> "Streams":
         """The streams of a graph; none if it is tied."""
         column = {axis.name: number for number, axis in enumerate(graph.prunable)}
-        into = ((axis.name, axis.into or "") for axis in graph.prunable)
+        into = ((axis.name, axis.residual_axis or "") for axis in graph.prunable)
         pairs = np.array([(column[n], column[s]) for n, s in into if s in column], dtype=np.int64).reshape(-1, 2)
         sums: list[tuple[int, IntArray]] = []
         for stream in np.unique(pairs[:, 1]).tolist():

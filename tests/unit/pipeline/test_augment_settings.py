@@ -6,34 +6,34 @@ import pytest
 from noise_images import noise_data
 from torch import nn
 
-from secateur.cost import Budget
+from secateur.cost import Budget, OnnxRuntime
 from secateur.data import Augment, ImageData
 from secateur.distill import Objective
-from secateur.graph import HeadUnit, Selection
-from secateur.pipeline import Branches, KeepWeights, ModelSpec
+from secateur.pipeline import CutConfig, ModelSpec, RecoveryConfig, RunConfig
 from secateur.pipeline.config import Plan
-from secateur.pipeline.distill import DistillConfig
-from secateur.search import SearchSpace, Uniform
-from secateur.train import Silent, TrainConfig, open_fabric
+from secateur.pipeline.distill import DistillPlan
+from secateur.search import Uniform
+from secateur.train import Eager, TrainConfig, open_fabric
 
 MODEL = nn.Linear(2, 2)
 
 
-def lesson(data: ImageData) -> dict[str, str]:
-    pupil = ModelSpec(MODEL)
-    return DistillConfig(pupil, pupil, data, TrainConfig(1), Objective(), None, open_fabric(), "").settings()
-
-
-def plan(data: ImageData) -> dict[str, str]:
-    return Plan(
-        model=MODEL, data=data, budget=Budget.parse("macs=50%"), strategy=Uniform(), choices=Selection(),
-        heads=HeadUnit.HEAD, branches=Branches.TIED, rules={}, space=SearchSpace(), schedule=TrainConfig(1),
-        objective=Objective(), start=KeepWeights(), calibration=8, seed=0, fabric=open_fabric(), name="", command="",
-        delivery=None, progress=Silent(), tell=print,
+def of_distillation(data: ImageData) -> dict[str, str]:
+    spec = ModelSpec(MODEL)
+    return DistillPlan(
+        student=spec, teacher=spec, data=data, train=TrainConfig(1), objective=Objective(), hint_stage=None,
+        teacher_cache=None, execution=Eager(), run=RunConfig(), fabric=open_fabric(),
     ).settings()  # fmt: skip
 
 
-@pytest.mark.parametrize("settings_of", [lesson, plan])
+def of_compression(data: ImageData) -> dict[str, str]:
+    return Plan(
+        model=MODEL, data=data, budget=Budget.parse("macs=50%"), strategy=Uniform(), cut=CutConfig(),
+        recovery=RecoveryConfig(), target=OnnxRuntime(), output=None, run=RunConfig(), fabric=open_fabric(),
+    ).settings()  # fmt: skip
+
+
+@pytest.mark.parametrize("settings_of", [of_distillation, of_compression])
 def test_another_augmentation_is_another_run(settings_of) -> None:
     data = noise_data()
     usual = settings_of(data)

@@ -12,9 +12,9 @@ from torch import nn
 
 import secateur
 from secateur.cost import counted_macs
-from secateur.errors import ArtifactError, BudgetError, ChoiceError, ModelError
+from secateur.errors import ArtifactError, BudgetError, ModelError, SelectionError
 from secateur.graph import HeadUnit, Selection
-from secateur.graph._ledger import unknown
+from secateur.graph._ledger import freeze_inputs
 from secateur.pipeline import CutConfig, OnExisting, inspect_model
 from secateur.prune import cut
 from secateur.search import (
@@ -237,7 +237,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
     }  # fmt: skip
     whole = run_compress(_residual(), noise_data(), train=HEAL_ONLY, **{**words, "out": None})
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
             run_compress(_residual(), noise_data(), **words)
     resumed = run_compress(_residual(), noise_data(), on_existing=OnExisting.RESUME, train=HEAL_ONLY, **words)
@@ -331,9 +331,9 @@ def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
 
 
 def test_choices_that_match_nothing_are_refused_before_the_search():
-    with pytest.raises(ChoiceError, match=r"`include` must match an axis.*'conv' matches none"):
+    with pytest.raises(SelectionError, match=r"`include` must match an axis.*'conv' matches none"):
         run_compress(_model(), noise_data(), budget="macs=50%", selection=Selection(include=("conv",)))
-    with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv' matches none"):
+    with pytest.raises(SelectionError, match=r"`rules` must match an axis.*'conv' matches none"):
         run_compress(_model(), noise_data(), budget="macs=50%", space=SearchSpace(rules=(AxisRule("conv", 2),)))
 
 
@@ -343,7 +343,7 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
 
     first = {"budget": "macs=80%", "out": tmp_path / "out", "export": (), "callbacks": Silent()}
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("secateur.pipeline.compress"), "distill", stop)
+        patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
             run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), **first)
     resumed = {**first, "on_existing": OnExisting.RESUME, "train": HEAL_ONLY}
@@ -363,7 +363,7 @@ def test_rules_of_the_users_own_reach_the_tracer():
     usual = inspect_model(_model(), torch.zeros(1, 3, 8, 8))
     assert dict(usual.graph.sizes) == names
     # As if nobody knew what a ReLU does: what goes through it stays whole.
-    blind = {"relu": unknown}
+    blind = {"relu": freeze_inputs}
     assert dict(inspect_model(_model(), torch.zeros(1, 3, 8, 8), cut=CutConfig(rules=blind)).graph.sizes) == {}
     with pytest.raises(BudgetError, match="No axis of this model may be slimmed"):
         run_compress(_model(), noise_data(), budget="macs=50%", rules=blind)
@@ -411,7 +411,9 @@ def test_survey_names_range_share_and_reasons():
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
     assert found.prunable_macs_share == 1
-    chosen = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace()))
+    chosen = inspect_model(
+        model, torch.zeros(1, 3, 8, 8), cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace())
+    )
     # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
     whole = counted_macs(model, torch.zeros(1, 3, 8, 8))
     assert chosen.prunable_macs_share == pytest.approx(1 - 16 * 27 * 64 / whole)

@@ -18,7 +18,15 @@ from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
 from secateur.models import CifarResNet, ModelSource, load_model
 from secateur.pipeline import HintStage, ModelSpec, OnExisting, load, verify
-from secateur.train import CheckpointPolicy, Silent, TrainConfig, distill_after_hints, open_fabric, train_with_teacher
+from secateur.train import (
+    CheckpointPolicy,
+    RunSettings,
+    Silent,
+    TrainConfig,
+    distill_after_hints,
+    open_fabric,
+    train_with_teacher,
+)
 
 SHORT = TrainConfig(epochs=2, batch_size=16)
 
@@ -36,7 +44,7 @@ TAPS = {"layer1": "layer1", "layer3": "layer3"}
 
 def hint() -> Term:
     adaptors = make_adaptors(STUDENT.model, TEACHER.model, TAPS, torch.zeros(1, 3, 8, 8))
-    return Term("hint", MeanOverTaps(hint_loss, dict(adaptors.items())), of=select_features, taps=TAPS)
+    return Term("hint", MeanOverTaps(hint_loss, dict(adaptors.items())), inputs=select_features, taps=TAPS)
 
 
 def run(data: ImageData | None = None, **settings: Any) -> Any:
@@ -54,8 +62,8 @@ def test_the_student_is_that_of_the_engine() -> None:
     before = {name: tensor.clone() for name, tensor in STUDENT.model.state_dict().items()}
     result = run(objective=objective)
     by_hand = train_with_teacher(
-        STUDENT.model, teacher=TEACHER.model, data=noise_data(), schedule=SHORT, objective=objective, progress=Silent(),
-        fabric=open_fabric(),
+        STUDENT.model, teacher=TEACHER.model, data=noise_data(), train=SHORT, objective=objective,
+        run=RunSettings(callbacks=Silent(), fabric=open_fabric()),
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
     assert all(torch.equal(before[name], tensor) for name, tensor in STUDENT.model.state_dict().items())
@@ -72,8 +80,8 @@ def test_hints_come_first_if_they_shall() -> None:
     hinting = HintStage((hint(),), TrainConfig(epochs=1, batch_size=16))
     result = run(hint_stage=hinting)
     by_hand = distill_after_hints(
-        STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_schedule=hinting.train,
-        schedule=SHORT, progress=Silent(), fabric=open_fabric(),
+        STUDENT.model, teacher=TEACHER.model, data=noise_data(), hints=hinting.hints, hint_train=hinting.train,
+        train=SHORT, run=RunSettings(callbacks=Silent(), fabric=open_fabric()),
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
     assert result.report.strategy.endswith("after 1 epochs of hints")
@@ -145,7 +153,7 @@ def test_other_classes_or_inputs_are_refused(who: str) -> None:
 
 
 def test_taps_that_do_not_exist_are_refused_with_the_nearest() -> None:
-    term = Term("hint", MeanOverTaps(hint_loss), of=select_features, taps={"layer3": "layr3"})
+    term = Term("hint", MeanOverTaps(hint_loss), inputs=select_features, taps={"layer3": "layr3"})
     with pytest.raises(TrainingError, match=r"`teacher` must have the tapped module 'layr3'.*Did you mean layer3"):
         run(objective=Objective(terms=(term,)))
 

@@ -30,11 +30,9 @@ from secateur.pipeline import (
 from secateur.pipeline import (
     finalize as _slow,
 )
-from secateur.pipeline import (
-    latency as _timed,
-)
 from secateur.pipeline.config import default_strategy
 from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchSpace, Uniform, stable_repr
+from secateur.search import latency as _timed
 from secateur.train import Silent, TrainConfig
 
 TIMED = Budget(latency="50%")
@@ -274,18 +272,18 @@ def test_a_slow_network_is_told_why(tmp_path: Path) -> None:
     class Half:
         pass
 
-    half = Half()
-    half.search = found.search
-    assert _slow.slow_because(half, 0.5, record(1.0, 0.6)) == ()
-    assert _slow.slow_because(half, 0.95, record(1.0, 1.0)) == ()
-    (said,) = _slow.slow_because(half, 0.5, record(1.0, 0.9))
+    cut_student = Half()
+    cut_student.search = found.search
+    assert _slow.slow_because(cut_student, 0.5, record(1.0, 0.6)) == ()
+    assert _slow.slow_because(cut_student, 0.95, record(1.0, 1.0)) == ()
+    (said,) = _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))
     assert said.startswith("The MACs fell by 50 %, the time on x 1 by 10 % only (1 thread, batch 1).")
     assert "not spent in convolutions" in said
     odd = Architecture.of({name: range(width - 1) for name, width in found.architecture.widths.items()})
-    half.search = dataclasses.replace(found.search, architecture=odd)
-    assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
-    half.search = dataclasses.replace(found.search, notes={})
-    assert "layers are so small" in _slow.slow_because(half, 0.5, record(1.0, 0.9))[0]
+    cut_student.search = dataclasses.replace(found.search, architecture=odd)
+    assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))[0]
+    cut_student.search = dataclasses.replace(found.search, notes={})
+    assert "layers are so small" in _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))[0]
 
 
 def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -298,7 +296,7 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
             return True
 
         def find(self, problem):
-            places.append((problem.checkpoint, problem.space.divisor))
+            places.append((problem.run.checkpoint, problem.space.divisor))
             return super().find(problem)
 
     assert RemoveBlocks(Trained()).trains

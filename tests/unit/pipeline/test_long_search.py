@@ -38,8 +38,8 @@ class Watching(Silent):
         object.__setattr__(self, "stop_after", stop_after)
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int):
-        self.seen.append((what, epochs, done))
+    def start(self, loop: str, *, epochs: int, steps: int, done: int):
+        self.seen.append((loop, epochs, done))
         yield self
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
@@ -72,13 +72,13 @@ def test_a_search_that_trains_gets_data_a_checkpoint_a_meter_and_the_device(tmp_
     run_compress(model(), images, **words(tmp_path / "out", strategy=Asks(epochs=2), callbacks=watching))
     (problem,) = given
     assert problem.training is images
-    assert problem.checkpoint == tmp_path / "out.work" / "search-0"
-    assert problem.fabric is not None
-    assert problem.fabric.device == torch.device("cpu")
+    assert problem.run.checkpoint == tmp_path / "out.work" / "search-0"
+    assert problem.run.fabric is not None
+    assert problem.run.fabric.device == torch.device("cpu")
     assert watching.seen == [("search", 2, 0), "search 1/2", "search 2/2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     run_compress(model(), images, **words(None, strategy=Asks(epochs=2)))
-    assert given[1].checkpoint is None
+    assert given[1].run.checkpoint is None
 
 
 def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +195,7 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
     @dataclass(frozen=True)
     class Asks(SlowSearch):
         def find(self, problem: SearchContext) -> Proposal:
-            folders.append(problem.checkpoint)
+            folders.append(problem.run.checkpoint)
             return super().find(problem)
 
     def skeptical(source: nn.Module, graph: secateur.ChannelGraph, *args: Any, **settings: Any) -> Cut:

@@ -15,8 +15,8 @@ from secateur.cost import Cache, LatencyRecord, LayerShape, Quartiles
 from secateur.errors import ArtifactError, BudgetError
 from secateur.pipeline import CompressResult, OnExisting
 from secateur.pipeline import finalize as _deliver
-from secateur.pipeline.latency import Measurements
 from secateur.search import L2, SearchSpace, Uniform
+from secateur.search.latency import Measurements
 from secateur.train import Silent, TrainConfig
 
 RECORD = LatencyRecord(

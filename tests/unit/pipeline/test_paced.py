@@ -9,7 +9,7 @@ from torch import nn
 from zoo import ZOO
 
 from secateur.pipeline import search_and_cut as _paced
-from secateur.pipeline.search_and_cut import Paced
+from secateur.pipeline.search_and_cut import ProgressLog
 from secateur.search import RemoveBlocks, Uniform
 from secateur.train import Silent, TrainConfig
 
@@ -17,7 +17,7 @@ from secateur.train import Silent, TrainConfig
 def test_it_speaks_at_most_every_so_often() -> None:
     seconds: Iterator[float] = iter([100.0, 101.0, 119.9, 120.0, 139.0, 141.0])
     told: list[str] = []
-    paced = Paced(told.append, lambda: next(seconds))
+    paced = ProgressLog(told.append, lambda: next(seconds))
     for done in range(5):
         paced(done / 5, f"step {done}")
     assert told == ["Searching, 40 % done: step 2.", "Searching, 80 % done: step 4."]

@@ -42,7 +42,9 @@ def test_attention_is_cut_by_dimensions_or_by_heads():
 
 def test_smallest_cost_is_that_of_the_chosen_space():
     rule = SearchSpace(rules=(AxisRule("qkv", min_width=3),))
-    loose = inspect_model(Attention(), IMAGES, cut=CutConfig(selection=Selection(include=("qkv",)), space=SearchSpace()))
+    loose = inspect_model(
+        Attention(), IMAGES, cut=CutConfig(selection=Selection(include=("qkv",)), space=SearchSpace())
+    )
     bound = inspect_model(Attention(), IMAGES, cut=CutConfig(selection=Selection(include=("qkv",)), space=rule))
     # At each of 4 positions, a dimension of 3 heads costs 3 x 12 MACs in qkv, 12 in out, and 2 x 4 in the attention.
     a_dimension = 4 * 3 * (3 * 12 + 12 + 2 * 4)

@@ -14,7 +14,16 @@ from secateur.data import ImageData
 from secateur.errors import BudgetError
 from secateur.pipeline import OnExisting, Reinitialize, verify
 from secateur.pipeline import load as load_artifact
-from secateur.prune import ByERK, ByTaylor, Evenly, NOfM, OneShot, WeightPruning, masks_of, prunable
+from secateur.prune import (
+    ERKAllocation,
+    NOfM,
+    OneShot,
+    TaylorScore,
+    UniformAllocation,
+    WeightPruning,
+    get_masks,
+    prunable_weights,
+)
 from secateur.report import performance_efficiency
 from secateur.search import Uniform
 from secateur.train import Silent, TrainConfig
@@ -49,7 +58,11 @@ def params(model: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     "pruning",
-    [None, WeightPruning(ByTaylor(), ByERK(), OneShot), WeightPruning(allocation=Evenly(), exclude=("0",), every=1)],
+    [
+        None,
+        WeightPruning(TaylorScore(), ERKAllocation(), OneShot),
+        WeightPruning(allocation=UniformAllocation(), exclude=("0",), every=1),
+    ],
 )
 def test_weights_alone(pruning: WeightPruning | None) -> None:
     result = run("nonzero=40%", weight_pruning=pruning)
@@ -59,7 +72,7 @@ def test_weights_alone(pruning: WeightPruning | None) -> None:
     assert result.nonzero == nonzero(result.model) == result.report.after.nonzero
     assert params(result.model) == params(_model())
     assert result.search.cost == result.search.original
-    assert not masks_of(result.model)
+    assert not get_masks(result.model)
     assert result.failed == ()
     assert [step.name for step in result.report.steps] == [
         "original",
@@ -101,8 +114,8 @@ def test_without_a_recovery_weights_go_at_once() -> None:
     assert nonzero(result.model) == limit
     assert result.report.steps[-1].name == "weights pruned"
     # The largest magnitudes stay, all layers together.
-    kept = torch.cat([w[w != 0].abs() for w in prunable(result.model).values()])
-    pairs = zip(prunable(_model()).values(), prunable(result.model).values(), strict=True)
+    kept = torch.cat([w[w != 0].abs() for w in prunable_weights(result.model).values()])
+    pairs = zip(prunable_weights(_model()).values(), prunable_weights(result.model).values(), strict=True)
     gone = torch.cat([was[now == 0].abs() for was, now in pairs])
     assert kept.min() >= gone.max()
 

@@ -5,10 +5,21 @@ from typing import Any
 
 import pytest
 
-from secateur.pipeline.finalize import fairness, judged_stages, search_epochs
-from secateur.report import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.search import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch, SearchHistory
 
 SIZES = {"conv1": 16, "layer1.0.conv1": 16, "layer2.0.conv1": 32}
+
+
+def search_epochs(notes: dict[str, Any], sizes: dict[str, int]) -> tuple[SearchEpoch, ...]:
+    return SearchHistory.of_records(notes, sizes, 1).epochs
+
+
+def judged_stages(notes: dict[str, Any], macs: int) -> tuple[JudgedStage, ...]:
+    return SearchHistory.of_records(notes, {}, macs).stages
+
+
+def fairness(notes: dict[str, Any]) -> float | None:
+    return SearchHistory.of_records(notes, {}, 1).fairness
 
 
 def noted(**changed: Any) -> dict[str, Any]:
@@ -89,3 +100,9 @@ def test_stages_that_cannot_be_read_are_left_out(stages: Any) -> None:
 @pytest.mark.parametrize("odd", [None, "fair", float("nan")])
 def test_fairness_that_was_not_noted_is_none(odd: Any) -> None:
     assert fairness({"fairness": odd}) is None
+
+
+def test_a_history_is_read_again_from_json() -> None:
+    records = {"search": [noted(), noted(epoch=2)], "stages": [judged()], "fairness": 0.25}
+    history = SearchHistory.of_records(records, SIZES, 200)
+    assert SearchHistory.from_json(json.loads(json.dumps(history.to_json()))) == history

@@ -29,7 +29,7 @@ def export(
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     out_folder: Annotated[
-        Path | None, flag("Folder for the files; the artifact by default.", options.RUN, "--out")
+        Path | None, flag("Folder for the files; the artifact by default.", options.RUN, name="--out")
     ] = None,
     formats: Annotated[options.Export, Parameter(name="--export")] = "onnx",
     image_size: options.ImageSize = None,
@@ -101,9 +101,17 @@ app = App(
     end_of_options_delimiter="",
     help_formatter=DefaultFormatter(),
 )
-for _command in (inspect, compress, distill, evaluate, verify, export, bench, demo):
-    _words = {verify: "FOLDER ", bench: "MODELS... "}.get(_command, "")
-    # Cyclopts would derive it, which takes a quarter of the time that --help does.
+for _command, _words in (
+    (inspect, ""),
+    (compress, ""),
+    (distill, ""),
+    (evaluate, ""),
+    (verify, "FOLDER "),
+    (export, ""),
+    (bench, "MODELS... "),
+    (demo, ""),
+):
+    # Cyclopts would derive the usage, which takes a quarter of the time that --help does.
     app.command(_command, usage=f"Usage: secateur {_command.__name__} {_words}[OPTIONS]")
 app.register_install_completion_command()
 

@@ -48,7 +48,7 @@ def compress(
     Example: secateur compress --model cifar_resnet20 --weights resnet20.safetensors --data cifar10
     --budget macs=50% --out small
     """
-    from secateur.cli.parsing import Inputs, strategy
+    from secateur.cli.parsing import Inputs, formats, strategy
     from secateur.cli.tables import show
     from secateur.cost.budget import Budget
     from secateur.pipeline.compress import compress as run_compress
@@ -57,7 +57,7 @@ def compress(
 
     # Whatever can be refused at once is, before anything is loaded.
     run_config = run.to_config()
-    limits, formats = Budget.parse(budget), run.formats
+    limits, exported = Budget.parse(budget), formats(run.export)
     timed_on = target.to_target()
     searched_by = strategy(search, default_blocks=default_blocks(limits), trust_source=images.trust_source)
     cut_config = cut.to_config(space, weight_pruning)
@@ -75,7 +75,7 @@ def compress(
             recovery=recovery_config,
             target=timed_on,
             out=out_folder,
-            export=formats,
+            export=exported,
             source=inputs.loaded.source,
             run=replace(run_config, fabric=fabric, name=inputs.loaded.name, command=command_line()),
         )

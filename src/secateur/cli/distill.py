@@ -70,14 +70,14 @@ def distill(
     Example: secateur distill --teacher cifar_resnet56 --teacher-weights resnet56.safetensors
     --student cifar_resnet20 --data cifar10 --out student
     """
-    from secateur.cli.parsing import Inputs, execution
+    from secateur.cli.parsing import Inputs, formats
     from secateur.cli.tables import show
     from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
     from secateur.pipeline.workspace import check_output
 
     # Whatever can be refused at once is, before anything is loaded.
     run_config = run.to_config()
-    weights, taps, formats = parse_losses(losses.loss), parse_taps(losses.hints), run.formats
+    weights, taps, exported = parse_losses(losses.loss), parse_taps(losses.hints), formats(run.export)
     own = {spec: own_loss(spec, images.trust_source) for spec in weights if spec.startswith("python:")}
     train.check_augment()
     if train.mixup or train.cutmix:
@@ -109,9 +109,9 @@ def distill(
             objective=objective,
             hint_stage=hint_stage,
             teacher_cache=losses.teacher_cache,
-            execution=execution(train.compiled),
+            execution=train.execution,
             out=out_folder,
-            export=formats,
+            export=exported,
             run=replace(run_config, fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:

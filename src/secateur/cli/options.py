@@ -4,7 +4,7 @@ A frozen dataclass is a group of flags that a command takes as one argument; its
 the Python interface. Nothing here loads torch before such a method runs, so that ``--help`` is quick.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
     from secateur.cost.targets import Target
     from secateur.data.dataset import ImageData
-    from secateur.export.formats import Format
     from secateur.pipeline.config import CutConfig, RecoveryConfig, RunConfig
     from secateur.pipeline.workspace import OnExisting
     from secateur.prune.weight_pruning import WeightPruning
-    from secateur.train.callbacks import Callbacks
     from secateur.train.config import TrainConfig
+    from secateur.train.device import Execution
 
 INPUT = Group("Model and data", sort_key=1)
 CUT = Group("Search and cut", sort_key=2)
@@ -40,33 +39,47 @@ MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
 _P, _AUGMENT = "PATTERN", ("--auto-augment", "--rand-augment")
 
 
-def flag(text: str, panel: Group, *names: str, value: str | None = None) -> Parameter:
+def flag(text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), value: str | None = None) -> Parameter:
     """Describe one flag.
 
     Args:
         text: One line of help that can be read without the flag's name.
         panel: Where ``--help`` shows it.
-        names: The flag; derived from the name of the argument if none is given.
+        name: The flag, or several; derived from the name of the argument if none is given.
         value: The placeholder of its value; derived from the type if none is given.
     """
-    return Parameter(name=names or None, help=text, group=panel, metavar=value, show_default=_shown, show_choices=False)
+    return Parameter(name=name or None, help=text, group=panel, metavar=value, show_default=_shown, show_choices=False)
 
 
-def count(text: str, panel: Group, *names: str, least: int = 1, most: int | None = None, value: str = "N") -> Parameter:
+def choice(text: str, panel: Group = ADVANCED) -> Parameter:
+    """Describe a flag with one of a few names."""
+    return flag(text, panel, value="NAME")
+
+
+def count(
+    text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), least: int = 1, most: int | None = None
+) -> Parameter:
     """Describe a flag with a whole number from ``least`` to ``most``."""
-    return Parameter.combine(flag(text, panel, *names, value=value), Parameter(validator=Number(gte=least, lte=most)))
+    return Parameter.combine(flag(text, panel, name=name, value="N"), Parameter(validator=Number(gte=least, lte=most)))
 
 
-def number(text: str, panel: Group, *names: str, least: float | None = None, most: float | None = None) -> Parameter:
+def number(
+    text: str,
+    panel: Group = ADVANCED,
+    *,
+    name: str | Sequence[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> Parameter:
     """Describe a flag with a number from ``least`` to ``most``."""
-    return Parameter.combine(flag(text, panel, *names, value="X"), Parameter(validator=Number(gte=least, lte=most)))
+    return Parameter.combine(flag(text, panel, name=name, value="X"), Parameter(validator=Number(gte=least, lte=most)))
 
 
 def _shown(default: object) -> str | None:
     """Return how a default is shown; without a word where it means that nothing is done."""
-    return (
-        None if default in (None, False, 0, (), "") else f"{default:g}" if isinstance(default, float) else str(default)
-    )
+    if default in (None, False, 0, (), ""):
+        return None
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 Attention = Literal["heads", "dimensions"]
@@ -83,28 +96,28 @@ Patterns = tuple[str, ...]
 # Flags of several commands.
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
-Model = Annotated[str, flag("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", INPUT, value="NAME")]
+Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", INPUT)]
 Weights = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", INPUT)]
-Data = Annotated[str, flag(_DATA_HELP, INPUT, value="NAME")]
-MaybeData = Annotated[str | None, flag(_DATA_HELP, INPUT, value="NAME")]
+Data = Annotated[str, choice(_DATA_HELP, INPUT)]
+MaybeData = Annotated[str | None, choice(_DATA_HELP, INPUT)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", INPUT)]
-ImageSize = Annotated[int | None, count("Resize images to squares of N pixels.", ADVANCED, most=MAX_SIDE)]
-Mean = Annotated[
-    str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", ADVANCED, value="X,...")
-]
-Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", ADVANCED, value="X,...")]
+ImageSize = Annotated[int | None, count("Resize images to squares of N pixels.", most=MAX_SIDE)]
+Mean = Annotated[str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", value="X,...")]
+Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", value="X,...")]
 BatchSize = Annotated[int, count("Images per step.", TRAIN, most=MAX_CHANNELS)]
-Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, "--out")]
+Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, name="--out")]
 Export = Annotated[str, flag("Other files: onnx, pt2, openvino, executorch, int8.", RUN, value="NAMES")]
 Seed = Annotated[int, count("Random seed.", RUN, least=0, most=MAX_SEED)]
-Device = Annotated[str, flag("Device: auto, cpu, cuda, cuda:1 or mps.", RUN, value="NAME")]
-Threads = Annotated[int | None, count("CPU threads of PyTorch; all by default.", RUN, "--threads", most=MAX_THREADS)]
+Device = Annotated[str, choice("Device: auto, cpu, cuda, cuda:1 or mps.", RUN)]
+Threads = Annotated[
+    int | None, count("CPU threads of PyTorch; all by default.", RUN, name="--threads", most=MAX_THREADS)
+]
 TensorBoard = Annotated[
-    Path | None, flag("Also log searches and trainings for TensorBoard.", ADVANCED, "--tensorboard", value="FOLDER")
+    Path | None, flag("Also log searches and trainings for TensorBoard.", name="--tensorboard", value="FOLDER")
 ]
 Quiet = Annotated[bool, flag("Print only the results.", RUN)]
-Debug = Annotated[bool, flag("Show the traceback of an error.", ADVANCED)]
-AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, "--json")]
+Debug = Annotated[bool, flag("Show the traceback of an error.")]
+AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
 
 
 @Parameter(name="*")
@@ -113,11 +126,11 @@ class ImageFlags:
     """Which images a model is trained on, and how they are prepared."""
 
     trust_source: TrustSource = False
-    limit: Annotated[int | None, count("Use only the first N training images.", ADVANCED, most=MAX_COUNT)] = None
+    limit: Annotated[int | None, count("Use only the first N training images.", most=MAX_COUNT)] = None
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None
-    validation_fraction: Annotated[float, number("Fraction of training images that choose the epoch.", ADVANCED)] = 0.1
+    validation_fraction: Annotated[float, number("Fraction of training images that choose the epoch.")] = 0.1
 
 
 @Parameter(name="*")
@@ -130,18 +143,12 @@ class SpaceFlags:
     min_kept: Annotated[float, number("Smallest fraction of an axis that is kept.", CUT, least=0, most=1)] = 0.25
     include: Annotated[Patterns, flag("Cut only matching axes, modules or stages, such as layer2.", CUT, value=_P)] = ()
     exclude: Annotated[Patterns, flag("Never cut what matches. All patterns are repeatable.", CUT, value=_P)] = ()
-    keep_whole: Annotated[Patterns, flag("Keep all weights of matching layers, inputs too.", ADVANCED, value=_P)] = ()
-    axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", ADVANCED, value=f"{_P}=N")] = ()
-    axis_min_width: Annotated[
-        Patterns, flag("Use another --min-width for matching axes.", ADVANCED, value=f"{_P}=N")
-    ] = ()
-    axis_min_kept: Annotated[
-        Patterns, flag("Use another --min-kept for matching axes.", ADVANCED, value=f"{_P}=X")
-    ] = ()
-    attention: Annotated[Attention, flag("Cut whole heads or dimensions of every head.", ADVANCED, value="NAME")] = (
-        "dimensions"
-    )
-    untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.", ADVANCED)] = False
+    keep_whole: Annotated[Patterns, flag("Keep all weights of matching layers, inputs too.", value=_P)] = ()
+    axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", value=f"{_P}=N")] = ()
+    axis_min_width: Annotated[Patterns, flag("Use another --min-width for matching axes.", value=f"{_P}=N")] = ()
+    axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
+    attention: Annotated[Attention, choice("Cut whole heads or dimensions of every head.")] = "dimensions"
+    untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
 
     def to_config(self) -> "CutConfig":
         """Build the part of `CutConfig` that says what may be cut.
@@ -169,31 +176,28 @@ class SpaceFlags:
 class SearchFlags:
     """How an architecture is found; None and () mean the default of the strategy."""
 
-    strategy: Annotated[
-        str, flag("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT, value="NAME")
-    ] = "knapsack"
+    strategy: Annotated[str, choice("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT)] = (
+        "knapsack"
+    )
     importance: Annotated[
-        str | None, flag("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT, value="NAME")
+        str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)
     ] = None
     remove_blocks: Annotated[
         float | None, number("Largest fraction of blocks removed; 1 for latency budgets, else 0.", CUT, least=0, most=1)
     ] = None
-    search_epochs: Annotated[int | None, count("Epochs of the search by tas or swp.", ADVANCED)] = None
+    search_epochs: Annotated[int | None, count("Epochs of the search by tas or swp.")] = None
     search_over: Annotated[
-        SearchedName | None, flag("What tas and swp search: widths (default), depths or both.", ADVANCED, value="NAME")
+        SearchedName | None, choice("What tas and swp search: widths (default), depths or both.")
     ] = None
-    search_learning_rate: Annotated[float | None, number("Peak learning rate in tas and swp.", ADVANCED)] = None
-    search_candidates: Annotated[
-        int | None, count("Candidates for each stage in swp.", ADVANCED, most=MAX_CHANNELS)
-    ] = None
-    combine: Annotated[
-        CombinationName | None,
-        flag("How swp combines candidates: exact (default) or evolution.", ADVANCED, value="NAME"),
-    ] = None
-    stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", ADVANCED, value="MODULE")] = ()
-    ray: Annotated[
-        str | None, flag("Judge candidates of swp on Ray: local, auto or HOST:PORT.", ADVANCED, value="ADDRESS")
-    ] = None
+    search_learning_rate: Annotated[float | None, number("Peak learning rate in tas and swp.")] = None
+    search_candidates: Annotated[int | None, count("Candidates for each stage in swp.", most=MAX_CHANNELS)] = None
+    combine: Annotated[CombinationName | None, choice("How swp combines candidates: exact (default) or evolution.")] = (
+        None
+    )
+    stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", value="MODULE")] = ()
+    ray: Annotated[str | None, flag("Judge candidates of swp on Ray: local, auto or HOST:PORT.", value="ADDRESS")] = (
+        None
+    )
 
 
 @Parameter(name="*")
@@ -202,18 +206,15 @@ class WeightFlags:
     """How single weights are pruned under a budget for ``nonzero``."""
 
     weight_score: Annotated[
-        WeightScoreName | None,
-        flag("With nonzero=: magnitude, taylor, snip, movement or random.", ADVANCED, value="NAME"),
+        WeightScoreName | None, choice("With nonzero=: magnitude, taylor, snip, movement or random.")
     ] = None
     weight_allocation: Annotated[
-        AllocationName | None,
-        flag("Which layers lose weights: global, erk, even, 2:4 or 4:8.", ADVANCED, value="NAME"),
+        AllocationName | None, choice("Which layers lose weights: global, erk, even, 2:4 or 4:8.")
     ] = None
     weight_schedule: Annotated[
-        WeightScheduleName | None,
-        flag("When weights are removed: cubic, iterative or one-shot.", ADVANCED, value="NAME"),
+        WeightScheduleName | None, choice("When weights are removed: cubic, iterative or one-shot.")
     ] = None
-    dense: Annotated[Patterns, flag("Keep every weight of matching layers nonzero.", ADVANCED, value=_P)] = ()
+    dense: Annotated[Patterns, flag("Keep every weight of matching layers nonzero.", value=_P)] = ()
 
     def to_pruning(self) -> "WeightPruning | None":
         """Build the `WeightPruning` that the flags describe; None if none of them is given."""
@@ -272,7 +273,7 @@ class CutFlags:
 
 
 Epochs = Annotated[int, count("Distillation epochs; 0 repairs without training.", TRAIN, least=0)]
-LearningRate = Annotated[float, number("Peak learning rate; a high one undoes repairs.", TRAIN, "--lr")]
+LearningRate = Annotated[float, number("Peak learning rate; a high one undoes repairs.", TRAIN, name="--lr")]
 
 
 @Parameter(name="*")
@@ -283,26 +284,23 @@ class TrainFlags:
     epochs: Epochs = 1
     batch_size: BatchSize = 128
     learning_rate: LearningRate = 0.01
-    optimizer: Annotated[OptimizerName, flag("Optimizer: sgd or adamw.", TRAIN, value="NAME")] = "sgd"
-    precision: Annotated[PrecisionName, flag("Number formats: auto, 32 or bf16.", TRAIN, value="NAME")] = "auto"
-    warmup: Annotated[float, number("Fraction of steps with a rising rate.", ADVANCED, least=0, most=1)] = 0.05
-    weight_decay: Annotated[float | None, number("Weight decay; default of the optimizer.", ADVANCED, least=0)] = None
-    ema: Annotated[float | None, number("Decay of an average of the weights, such as 0.999.", ADVANCED)] = None
-    accumulate: Annotated[int, count("Compute each batch in N parts, with less memory.", ADVANCED)] = 1
-    clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.", ADVANCED)] = None
+    optimizer: Annotated[OptimizerName, choice("Optimizer: sgd or adamw.", TRAIN)] = "sgd"
+    precision: Annotated[PrecisionName, choice("Number formats: auto, 32 or bf16.", TRAIN)] = "auto"
+    warmup: Annotated[float, number("Fraction of steps with a rising rate.", least=0, most=1)] = 0.05
+    weight_decay: Annotated[float | None, number("Weight decay; default of the optimizer.", least=0)] = None
+    ema: Annotated[float | None, number("Decay of an average of the weights, such as 0.999.")] = None
+    accumulate: Annotated[int, count("Compute each batch in N parts, with less memory.")] = 1
+    clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.")] = None
     auto_augment: Annotated[
-        str | None,
-        flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", ADVANCED, *_AUGMENT, value="POLICY"),
+        str | None, flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=_AUGMENT, value="POLICY")
     ] = None
-    erase: Annotated[float, number("Probability of erasing a part of an image.", ADVANCED)] = 0.0
-    mixup: Annotated[float, number("Mix pairs of images with this alpha; 0 is off.", ADVANCED)] = 0.0
-    cutmix: Annotated[float, number("Paste parts of images with this alpha; 0 is off.", ADVANCED)] = 0.0
-    label_smoothing: Annotated[float, number("Share of each label spread over all classes.", ADVANCED)] = 0.0
-    temperature: Annotated[float, number("Temperature that softens probabilities.", ADVANCED)] = 4.0
-    label_weight: Annotated[float, number("Weight of the labels.", ADVANCED, least=0)] = 0.1
-    compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", ADVANCED, "--compile")] = (
-        False
-    )
+    erase: Annotated[float, number("Probability of erasing a part of an image.")] = 0.0
+    mixup: Annotated[float, number("Mix pairs of images with this alpha; 0 is off.")] = 0.0
+    cutmix: Annotated[float, number("Paste parts of images with this alpha; 0 is off.")] = 0.0
+    label_smoothing: Annotated[float, number("Share of each label spread over all classes.")] = 0.0
+    temperature: Annotated[float, number("Temperature that softens probabilities.")] = 4.0
+    label_weight: Annotated[float, number("Weight of the labels.", least=0)] = 0.1
+    compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
     def to_train(self, seed: int) -> "TrainConfig":
         """Build the `TrainConfig` of a run.
@@ -325,6 +323,13 @@ class TrainFlags:
             precision=precision(self.precision),
             seed=seed,
         )
+
+    @property
+    def execution(self) -> "Execution":
+        """How the networks are run."""
+        from secateur.train.device import Compiled, Eager
+
+        return Compiled() if self.compiled else Eager()
 
     def check_augment(self) -> None:
         """Refuse augmentations that cannot be, before anything is loaded.
@@ -364,8 +369,8 @@ class DistillTrainFlags(TrainFlags):
 class RecoveryFlags:
     """The losses by which a cut model recovers."""
 
-    kd_weight: Annotated[float, number("Weight of the teacher's probabilities.", ADVANCED, least=0)] = 0.9
-    feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", ADVANCED, least=0)] = 10.0
+    kd_weight: Annotated[float, number("Weight of the teacher's probabilities.", least=0)] = 0.9
+    feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", least=0)] = 10.0
 
     def to_config(self, train: TrainFlags, seed: int) -> "RecoveryConfig":
         """Build the `RecoveryConfig` of these and other flags.
@@ -373,14 +378,13 @@ class RecoveryFlags:
         Raises:
             TrainingError: If a number is out of range.
         """
-        from secateur.cli.parsing import execution
         from secateur.distill.objective import Objective
         from secateur.pipeline.config import RecoveryConfig
 
         objective = Objective(
             self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
         )
-        return RecoveryConfig(train.to_train(seed), objective, execution(train.compiled))
+        return RecoveryConfig(train.to_train(seed), objective, train.execution)
 
 
 @Parameter(name="*")
@@ -395,20 +399,9 @@ class RunFlags:
     device: Device = "auto"
     thread_count: Threads = None
     quiet: Quiet = False
-    checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.", ADVANCED)] = 10.0
-    checkpoint_steps: Annotated[int | None, count("Also checkpoint every N steps.", ADVANCED)] = None
+    checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.")] = 10.0
+    checkpoint_steps: Annotated[int | None, count("Also checkpoint every N steps.")] = None
     tensorboard: TensorBoard = None
-
-    @property
-    def formats(self) -> "tuple[Format, ...]":
-        """Files for other runtimes.
-
-        Raises:
-            ExportError: If one is unknown, or its library is not installed.
-        """
-        from secateur.cli.parsing import formats
-
-        return formats(self.export)
 
     @property
     def on_existing(self) -> "OnExisting":
@@ -423,17 +416,6 @@ class RunFlags:
             raise ArtifactError("`--resume` continues an interrupted run and `--restart` removes it; give one of them.")
         return OnExisting.RESUME if self.resume else OnExisting.OVERWRITE if self.restart else OnExisting.ERROR
 
-    @property
-    def callbacks(self) -> "Callbacks":
-        """How searches and trainings are shown.
-
-        Raises:
-            TrainingError: If the folder or the package for TensorBoard is missing.
-        """
-        from secateur.cli.parsing import callbacks
-
-        return callbacks(self.quiet, self.tensorboard)
-
     def to_config(self) -> "RunConfig":
         """Build the `RunConfig` of these flags; its device is that of `fabric`.
 
@@ -441,13 +423,14 @@ class RunFlags:
             ArtifactError: If an unfinished run shall be continued and removed.
             TrainingError: If a number is out of range, or TensorBoard cannot write.
         """
+        from secateur.cli.parsing import callbacks
         from secateur.pipeline.config import RunConfig
         from secateur.train.checkpoint import CheckpointPolicy
 
         return RunConfig(
             seed=self.seed,
             checkpoints=CheckpointPolicy(60 * self.checkpoint_minutes, self.checkpoint_steps),
-            callbacks=self.callbacks,
+            callbacks=callbacks(self.quiet, self.tensorboard),
             on_existing=self.on_existing,
         )
 
@@ -503,12 +486,10 @@ def to_target(
 class TargetFlags:
     """Where the latency of a budget is measured."""
 
-    target: Annotated[
-        TargetName, flag("For latency=: ort, torch or compiled, as in bench.", ADVANCED, value="NAME")
-    ] = "ort"
-    target_threads: Annotated[int, count("CPU threads of the target.", ADVANCED, most=MAX_THREADS)] = 1
-    target_batch: Annotated[int, count("Images per pass on the target.", ADVANCED, most=MAX_BATCH)] = 1
-    target_device: Annotated[str, flag("Device of torch and compiled: cpu, cuda, mps.", ADVANCED, value="NAME")] = "cpu"
+    target: Annotated[TargetName, choice("For latency=: ort, torch or compiled, as in bench.")] = "ort"
+    target_threads: Annotated[int, count("CPU threads of the target.", most=MAX_THREADS)] = 1
+    target_batch: Annotated[int, count("Images per pass on the target.", most=MAX_BATCH)] = 1
+    target_device: Annotated[str, choice("Device of torch and compiled: cpu, cuda, mps.")] = "cpu"
 
     def to_target(self) -> "Target":
         """Build the runtime that latency is measured on; see `to_target`."""
@@ -523,9 +504,9 @@ class BenchFlags:
     target: Annotated[
         TargetName, flag("ort (ONNX Runtime on the CPU), torch (eager) or compiled.", RUN, value="NAME")
     ] = "ort"
-    thread_count: Annotated[int, count("CPU threads.", RUN, "--threads", most=MAX_THREADS)] = 1
+    thread_count: Annotated[int, count("CPU threads.", RUN, name="--threads", most=MAX_THREADS)] = 1
     batch: Annotated[int, count("Images per pass.", RUN, most=MAX_BATCH)] = 1
-    device: Annotated[str, flag("Device of torch and compiled: cpu, cuda or mps.", RUN, value="NAME")] = "cpu"
+    device: Annotated[str, choice("Device of torch and compiled: cpu, cuda or mps.", RUN)] = "cpu"
     rounds: Annotated[int, count("Measured passes of each model after warm-up.", RUN, least=3, most=MAX_ROUNDS)] = 30
 
     def to_target(self) -> "Target":

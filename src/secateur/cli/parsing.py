@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from secateur.search.space import AxisRule
     from secateur.train.callbacks import Callbacks
     from secateur.train.config import SGD, AdamW
-    from secateur.train.device import Execution, Precision
+    from secateur.train.device import Precision
 
 Number = TypeVar("Number", int, float)
 Kind = TypeVar("Kind")
@@ -156,7 +156,7 @@ def strategy(flags: SearchFlags, *, default_blocks: float = 0.0, trust_source: b
                 f"`--remove-blocks` must be left out with --strategy {name}, which searches depths itself; got "
                 f"{flags.remove_blocks:g}. Say --search-over depths, or both."
             )
-        found = _tas(flags) if name == "tas" else _swp(flags)
+        found = _supernet(flags)
         return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
     if name.startswith("python:"):
         if flags.importance is not None:
@@ -191,41 +191,32 @@ def _widths(flags: SearchFlags, trust_source: bool) -> "Strategy":
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
 
 
-def _tas(flags: SearchFlags) -> "TAS":
-    from secateur.nas.common import Depths, Widths
-    from secateur.nas.tas import TAS
-
-    return replace(
-        TAS(),
-        widths=None if flags.search_over == "depths" else Widths(),
-        depths=Depths() if flags.search_over in ("depths", "both") else None,
-        train=replace(TAS().train, **_training(flags)),
-    )
-
-
-def _swp(flags: SearchFlags) -> "SWP":
+def _supernet(flags: SearchFlags) -> "TAS | SWP":
+    """Build a strategy that trains a supernet."""
     from secateur.nas.common import Depths, Widths
     from secateur.nas.swp import SWP
     from secateur.nas.swp_evolution import Evolution
     from secateur.nas.swp_knapsack import ExactKnapsack
+    from secateur.nas.tas import TAS
     from secateur.workers import InProcess, OnRay
 
-    default = SWP()
-    return replace(
+    default = TAS() if flags.strategy == "tas" else SWP()
+    given: dict[str, Any] = {"epochs": flags.search_epochs, "learning_rate": flags.search_learning_rate}
+    found = replace(
         default,
         widths=None if flags.search_over == "depths" else Widths(),
         depths=Depths() if flags.search_over in ("depths", "both") else None,
+        train=replace(default.train, **{name: value for name, value in given.items() if value is not None}),
+    )
+    if isinstance(found, TAS):
+        return found
+    return replace(
+        found,
         cuts=flags.stage_end or None,
-        train=replace(default.train, **_training(flags)),
-        candidates=default.candidates if flags.search_candidates is None else flags.search_candidates,
+        candidates=found.candidates if flags.search_candidates is None else flags.search_candidates,
         combination=Evolution() if flags.combine == "evolution" else ExactKnapsack(),
         workers=InProcess() if flags.ray is None else OnRay(flags.ray),
     )
-
-
-def _training(flags: SearchFlags) -> dict[str, Any]:
-    given = {"epochs": flags.search_epochs, "learning_rate": flags.search_learning_rate}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def importance(flags: SearchFlags, trust_source: bool = False) -> "Importance":
@@ -358,13 +349,6 @@ def precision(name: PrecisionName) -> "Precision | None":
     from secateur.train.device import Precision
 
     return {"auto": None, "32": Precision.FLOAT32, "bf16": Precision.BF16_MIXED}[name]
-
-
-def execution(compiled: bool) -> "Execution":
-    """Choose how the networks of a training are run."""
-    from secateur.train.device import Compiled, Eager
-
-    return Compiled() if compiled else Eager()
 
 
 def formats(text: str) -> "tuple[Format, ...]":

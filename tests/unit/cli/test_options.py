@@ -24,7 +24,7 @@ from secateur.cli.options import (
     flag,
 )
 from secateur.cli.output import handle_errors
-from secateur.cli.parsing import strategy
+from secateur.cli.parsing import formats, strategy
 from secateur.cost import OnnxRuntime
 from secateur.errors import ArtifactError
 from secateur.pipeline import CutConfig, RecoveryConfig, RunConfig
@@ -78,7 +78,7 @@ def test_the_defaults_of_the_flags_are_those_of_python():
     assert strategy(SearchFlags()) == DEFAULT_STRATEGY
     defaults = inspect.signature(compress_in_python).parameters
     assert TargetFlags().to_target() == defaults["target"].default == OnnxRuntime()
-    assert RunFlags().formats == defaults["export"].default
+    assert formats(RunFlags().export) == defaults["export"].default
 
 
 def test_the_groups_of_a_command_have_the_defaults_of_their_classes():

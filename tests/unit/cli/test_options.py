@@ -113,7 +113,10 @@ def test_completion_can_be_installed():
         (("demo", "--sede", 3), "Did you mean --seed?"),
         (("compress", "--modle", "x"), "`--model` must be given, and `--modle` is unknown."),
         (("inspect", "--model"), "--model"),
-        (("inspect", "--model", "digits_resnet", "--divisor", "two"), 'Invalid value for --divisor: unable to convert "two" into int'),
+        (
+            ("inspect", "--model", "digits_resnet", "--divisor", "two"),
+            'Invalid value for --divisor: unable to convert "two" into int',
+        ),
         (("inspect", "--model", "digits_resnet", "--divisor", 0), "Must be >= 1"),
         (("inspect", "--model", "digits_resnet", "--attention", "all"), 'Choose from: "heads", "dimensions"'),
         (("inspect", "--model", "digits_resnet", "--no-untied"), "Unknown option: --no-untied"),

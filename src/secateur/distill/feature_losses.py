@@ -1,36 +1,40 @@
-"""Losses that compare features image by image: hints, attention maps, levels of a pyramid, a Gaussian around them.
+"""Losses on features: image by image (hints, attention maps, pyramids), and on relations between images of a batch.
 
-Losses that compare how the images of a batch relate to each other. The two features may have any sizes."""
+Losses on relations compare features of any two sizes. The others need one shape, channels or resolution.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.distill.logit_losses import check_same_images, check_same_shape, widened
+from secateur.distill.logit_losses import check_same_images, check_same_shape, upcast
 from secateur.errors import TrainingError
 
-NORM_FLOOR = 1e-12
-"""The floor of norms in `torch.nn.functional.normalize`."""
-LEVELS = (4, 2, 1)
+FLOOR = 1e-12
+"""The floor of norms in `torch.nn.functional.normalize`, and of distances, far below those of different images."""
+_KERNEL_FLOOR = 1e-7
+"""The floor of the kernel in `pkt_loss`: features of exactly opposite directions would have the probability 0."""
+_SIDES = (4, 2, 1)
 """Sides of the coarser levels in `hcl_loss`, those of the reference code."""
 
 
 def channel_dim(feature: Tensor) -> int:
-    """The dimension that carries channels: the last of tokens (batch, tokens, channels), else the second.
+    """Return the dimension that carries channels.
 
-    That is the second of vectors (batch, channels) and of maps (batch, channels, height, width).
+    It is the last one of tokens (batch, tokens, channels), and the second one of vectors (batch, channels) and maps
+    (batch, channels, height, width).
     """
     return 2 if feature.ndim == 3 else 1
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Equate features.
+    """Compute half the mean squared distance of two features.
 
-    With s and t of one shape:  mean((s - t)^2) / 2. The paper has the squared norm; the mean over all elements
-    instead of the sum keeps the weight of the loss independent of the size of the feature.
+    With s and t of one shape:  mean((s - t)^2) / 2. The paper has the squared norm. The mean over all elements instead
+    of the sum makes the weight of the loss independent of the size of the feature.
 
     Args:
-        student: Any shape, after an adaptor (the paper's regressor) where the shapes differ: see `adaptors_of`.
+        student: Any shape, after an adaptor (the paper's regressor) where the shapes differ: see `make_adaptors`.
         teacher: The same shape; no gradient flows into it.
 
     Returns:
@@ -43,11 +47,11 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Romero et al. (FitNets), arXiv:1412.6550, Eq. (3).
     """
     check_same_shape(student, teacher)
-    return F.mse_loss(widened(student), widened(teacher.detach())) / 2
+    return F.mse_loss(upcast(student), upcast(teacher.detach())) / 2
 
 
 def attention_map(feature: Tensor) -> Tensor:
-    """Where a feature is large: the sum of squares over channels, of length 1 for each image.
+    """Return where a feature is large: the sum of squares over channels, scaled to length 1 for each image.
 
     With Q = vec(sum_c A_c^2):  Q / max(||Q||_2, 1e-12).
 
@@ -68,12 +72,12 @@ def attention_map(feature: Tensor) -> Tensor:
             "`feature` must be a map (batch, channels, height, width) or tokens (batch, tokens, channels); "
             f"got {tuple(feature.shape)}. Tap a module before the pooling."
         )
-    energy = widened(feature).square().sum(channel_dim(feature)).flatten(1)
-    return F.normalize(energy, dim=1, eps=NORM_FLOOR)
+    energy = upcast(feature).square().sum(channel_dim(feature)).flatten(1)
+    return F.normalize(energy, dim=1, eps=FLOOR)
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Look where the teacher looks: equate attention maps.
+    """Compute the mean squared distance of two attention maps.
 
     With Q of `attention_map`:  mean over images and positions of (Q_student - Q_teacher)^2, as in the reference code,
     whose factor beta / 2 is left to the weight (the paper: beta = 1000). The paper's equation has the norm itself.
@@ -101,10 +105,10 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Equate maps on several levels of a pyramid.
+    """Compute the mean squared distance of two maps on several levels of a pyramid.
 
     With m_0 = mean((s - t)^2) at full size, and m_k the same after adaptive average pooling to 4x4, 2x2 and 1x1, as
-    far as these are lower than the map:  sum_k 2^-k m_k / sum_k 2^-k.
+    far as these are smaller than the map:  sum_k 2^-k m_k / sum_k 2^-k.
 
     Args:
         student: (batch, channels, height, width).
@@ -125,11 +129,11 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise TrainingError(
             f"`student` must be a map (batch, channels, height, width); got {tuple(student.shape)}. Use `hint_loss`."
         )
-    student, teacher = widened(student), widened(teacher.detach())
+    student, teacher = upcast(student), upcast(teacher.detach())
     losses = [F.mse_loss(student, teacher)]
     losses += [
         F.mse_loss(F.adaptive_avg_pool2d(student, side), F.adaptive_avg_pool2d(teacher, side))
-        for side in LEVELS
+        for side in _SIDES
         if side < min(student.shape[2:])
     ]
     weights = [2.0**-k for k in range(len(losses))]
@@ -137,10 +141,10 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """How improbable the teacher's feature is, if it is a Gaussian around what the student predicts.
+    """Compute the negative log-likelihood of the teacher's feature under a Gaussian around the student's prediction.
 
-    The mean over all elements of  ((t - mean)^2 / variance + log(variance)) / 2, a bound of the mutual information of
-    the two features up to a constant. The paper has the sum over elements.
+    The mean over all elements of  ((t - mean)^2 / variance + log(variance)) / 2. Up to a constant, its negative is a
+    lower bound of the mutual information of the two features. The paper has the sum over elements.
 
     Args:
         mean: The student's prediction of the teacher's feature, of its shape.
@@ -151,7 +155,7 @@ def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         A scalar, in nats up to a constant, float32 or better. It may be negative.
 
     Raises:
-        TrainingError: If the shapes do not belong together.
+        TrainingError: If the shapes do not fit together.
 
     References:
         Ahn et al. (VID), arXiv:1904.05835, the loss with a Gaussian of one variance for each channel.
@@ -164,19 +168,13 @@ def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
             f"`variance` must have one element for each of the teacher's {channels} channels; "
             f"got {tuple(variance.shape)}. Set it up with the channels of the tapped module."
         )
-    mean, target = (widened(x).movedim(channel_dim(x), -1) for x in (mean, teacher.detach()))
-    variance = widened(variance)
+    mean, target = (upcast(x).movedim(channel_dim(x), -1) for x in (mean, teacher.detach()))
+    variance = upcast(variance)
     return ((target - mean).square() / variance + variance.log()).mean() / 2
 
 
-FLOOR = 1e-12
-"""Floor of distances and norms, far below those of any two different images."""
-KERNEL_FLOOR = 1e-7
-"""Floor of the kernel in `pkt_loss`: features of exactly opposite directions would have the probability 0."""
-
-
 def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Keep the distances between images, in units of their mean.
+    """Compare the distances between images, in units of their mean.
 
     With d_ij = ||f_i - f_j||_2 of flattened features and mu its mean over i != j, the mean over all ordered pairs
     (also i = j, as in the reference code) of  huber(d_student / mu_student - d_teacher / mu_teacher)  with
@@ -200,19 +198,19 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relative_distances(feature: Tensor) -> Tensor:
-    distances = _distances(widened(feature).flatten(1))
+    distances = _distances(upcast(feature).flatten(1))
     images = len(distances)
     mean = distances.sum() / (images * (images - 1))
     return distances / mean.clamp(min=FLOOR)
 
 
 def _distances(points: Tensor) -> Tensor:
-    # The quick way over a matrix product would lose half of the digits of small distances.
+    # The faster way, through a matrix product, would lose half of the digits of small distances.
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Keep the angles in the triangles that images make.
+    """Compare the angles in the triangles that three images form.
 
     With e_ij = (f_i - f_j) / ||f_i - f_j||_2 (0 if i = j), the mean over all ordered triples (i, j, k), degenerate
     ones included as in the reference code, of  huber(<e_ij, e_kj>_student - <e_ij, e_kj>_teacher). The paper has the
@@ -236,9 +234,9 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _cosines(feature: Tensor) -> Tensor:
-    """<e_ij, e_kj> at [j, i, k], by inner products: the vectors e_ij themselves would take batch^2 features."""
-    points = widened(feature).flatten(1)
-    points = points - points.mean(0)  # Smaller numbers, fewer lost digits; differences stay.
+    """<e_ij, e_kj> at [j, i, k], from inner products: the vectors e_ij themselves would take batch^2 features."""
+    points = upcast(feature).flatten(1)
+    points = points - points.mean(0)  # Differences stay the same, and smaller numbers lose fewer digits.
     inner = points @ points.T
     # <f_i - f_j, f_k - f_j> = <i, k> - <i, j> - <k, j> + <j, j>
     products = inner - inner[:, :, None] - inner[:, None, :] + inner.diagonal()[:, None, None]
@@ -248,9 +246,9 @@ def _cosines(feature: Tensor) -> Tensor:
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Keep which images activate alike.
+    """Compare which images have similar features.
 
-    With G = Q Q^T of flattened features Q (batch, anything), each row of G divided by its norm:
+    With G = Q Q^T of flattened features Q (batch, features), each row of G divided by its norm, the loss is
     ||G_student - G_teacher||_F^2 / batch^2.
 
     Args:
@@ -271,16 +269,16 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _similarities(feature: Tensor) -> Tensor:
-    rows = widened(feature).flatten(1)
+    rows = upcast(feature).flatten(1)
     return F.normalize(rows @ rows.T, dim=1, eps=FLOOR)
 
 
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Keep the probability that one image has another for its neighbor.
+    """Compare the probability that one image has another as its neighbor.
 
     With K_ij = max((cos(f_i, f_j) + 1) / 2, 1e-7) and p_ij = K_ij / sum_k K_ik, the mean over the images i of
     sum_j p_ij(teacher) log(p_ij(teacher) / p_ij(student)). Like the reference code, and unlike the paper's equation,
-    the sums include j = i. The reference code takes the mean over pairs: less by the size of the batch.
+    the sums include j = i. The reference code takes the mean over pairs, which is smaller by a factor of the batch.
 
     Args:
         student: (batch, ...), two images or more.
@@ -301,6 +299,6 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _neighbors(feature: Tensor) -> Tensor:
     """log p_ij."""
-    rows = F.normalize(widened(feature).flatten(1), dim=1, eps=FLOOR)
-    kernel = ((rows @ rows.T + 1) / 2).clamp(min=KERNEL_FLOOR)
+    rows = F.normalize(upcast(feature).flatten(1), dim=1, eps=FLOOR)
+    kernel = ((rows @ rows.T + 1) / 2).clamp(min=_KERNEL_FLOOR)
     return (kernel / kernel.sum(1, keepdim=True)).log()

@@ -1,10 +1,7 @@
-"""Initial values from a seed, whatever ran before.
+"""Losses with parameters of their own, as modules: VID, knowledge review and contrastive representations (CRD).
 
-Variational information distillation: a Gaussian around the student's prediction, with a learned spread.
-
-Knowledge review: each level of the teacher teaches all deeper levels of the student.
-
-Contrastive representation distillation, with a bank of earlier images as negatives."""
+In a `Term` their parameters are learned together with the student.
+"""
 
 import math
 from collections.abc import Generator, Sequence
@@ -15,43 +12,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.distill.feature_losses import hcl_loss, vid_loss
-from secateur.distill.logit_losses import check_labels, check_positive, check_same_images, widened
+from secateur.distill.logit_losses import check_class_labels, check_positive, check_same_images, upcast
 from secateur.errors import TrainingError
 
 
 @contextmanager
-def initialized(seed: int) -> Generator[None]:
-    """Draw from the CPU's generator as from a fresh one with this seed; its state is put back afterward."""
+def seeded_initialization(seed: int) -> Generator[None]:
+    """Seed the CPU's random generator, and restore its state afterward."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class VariationalInformation(nn.Module):
-    """`vid_loss` with a learned prediction and a learned variance for each channel of the teacher.
+    """Variational information distillation: `vid_loss` with a learned prediction and a learned variance per channel.
 
     variance_c = softplus(alpha_c) + variance_floor, with alpha learned beside the prediction.
 
     Attributes:
         adaptor: Predicts the teacher's feature from the student's; its parameters are learned.
         alpha: (channels,), the variances before softplus.
-        variance_floor: In squared units of the teacher's feature.
+        variance_floor: The smallest variance, in squared units of the teacher's feature.
 
     References:
-        Ahn et al. (VID), arXiv:1904.05835, the softplus of each channel's variance; 5.0 and 1e-5 are the numbers of the
-        reference code.
+        Ahn et al. (VID), arXiv:1904.05835. 5.0 and 1e-5 are the numbers of the reference code.
     """
 
     def __init__(
         self, adaptor: nn.Module, channels: int, *, initial_variance: float = 5.0, variance_floor: float = 1e-5
     ) -> None:
-        """Begin with one variance for all channels.
+        """Set up one variance for all channels.
 
         Args:
-            adaptor: One of `adaptors_of`, or a deeper network (the paper has three 1x1 convolutions).
-            channels: Of the teacher's feature.
-            initial_variance: Above the floor.
-            variance_floor: Positive.
+            adaptor: One of `make_adaptors`, or a deeper network (the paper has three 1x1 convolutions).
+            channels: Channels of the teacher's feature.
+            initial_variance: The initial variance, above the floor.
+            variance_floor: The smallest variance, positive.
 
         Raises:
             TrainingError: If a number is out of range.
@@ -66,7 +62,7 @@ class VariationalInformation(nn.Module):
         self.adaptor = adaptor
         self.variance_floor = variance_floor
         above = initial_variance - variance_floor
-        # The inverse of softplus, without overflow for large variances.
+        # The inverse of softplus in a form that does not overflow for large variances.
         self.alpha = nn.Parameter(torch.full((channels,), above + math.log(-math.expm1(-above))))
 
     @property
@@ -75,24 +71,24 @@ class VariationalInformation(nn.Module):
         return F.softplus(self.alpha) + self.variance_floor
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """`vid_loss` of one pair of features; gradients flow into the student, the adaptor and the variances."""
-        return vid_loss(self.adaptor(widened(student)), teacher, self.variance)
+        """Return `vid_loss` of one pair of features; gradients flow into the student, the adaptor and the variances."""
+        return vid_loss(self.adaptor(upcast(student)), teacher, self.variance)
 
     def extra_repr(self) -> str:
         """The numbers that are not learned."""
         return f"variance_floor={self.variance_floor}"
 
 
-HIGHEST_WIDTH = 512
-"""Channels of the fused features are those of the deepest student feature, but no more than this (reference code)."""
+MAX_FUSED_WIDTH = 512
+"""The most channels of fused features, which otherwise have those of the deepest student feature (reference code)."""
 
 
 class AttentionFusion(nn.Module):
     """Fuses a level with the deeper ones, and predicts the teacher's feature (ABF).
 
-    With x = BN(conv1x1(feature)), y the deeper fused feature, resized to x by the nearest pixel, and (a, b) =
-    sigmoid(conv1x1([x, y])), two maps:  fused = a * x + b * y, resized to the teacher's resolution by the nearest
-    pixel;  predicted = BN(conv3x3(fused)). The deepest level has fused = x.
+    With x = BN(conv1x1(feature)), y the deeper fused feature, resized to x by the nearest pixel, and two maps (a, b) =
+    sigmoid(conv1x1([x, y])),  fused = a * x + b * y  is resized to the teacher's resolution by the nearest pixel, and
+    predicted = BN(conv3x3(fused)). The deepest level has fused = x.
 
     Attributes:
         enter: 1x1 convolution and norm.
@@ -109,9 +105,9 @@ class AttentionFusion(nn.Module):
         """Set up the layers.
 
         Args:
-            channels: Of the student's feature.
+            channels: Channels of the student's feature.
             width: Channels of fused features.
-            teacher_channels: Of the prediction.
+            teacher_channels: Channels of the prediction.
             deepest: Whether there is no deeper level to fuse.
         """
         super().__init__()
@@ -125,11 +121,11 @@ class AttentionFusion(nn.Module):
         self.deepest = deepest
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One level.
+        """Fuse one level.
 
         Args:
-            feature: The student's, (batch, channels, height, width).
-            deeper: The fused feature of the next deeper level, (batch, width, ...); None at the deepest.
+            feature: The student's feature, (batch, channels, height, width).
+            deeper: The fused feature of the next deeper level, (batch, width, ...); None at the deepest level.
             size: (height, width) of the teacher's feature.
 
         Returns:
@@ -151,7 +147,7 @@ class KnowledgeReview(nn.Module):
     The paper's weight is 0.6 to 8 after a linear rise over the first 20 epochs.
 
     Attributes:
-        levels: From shallow to deep.
+        levels: The fusions of the levels, from shallow to deep.
 
     References:
         Chen et al. (ReviewKD), arXiv:2104.09044.
@@ -168,13 +164,13 @@ class KnowledgeReview(nn.Module):
         """Set up the levels.
 
         Args:
-            student_channels: Of the student's features, from shallow to deep.
-            teacher_channels: Of the teacher's features beside them.
+            student_channels: Channels of the student's features, from shallow to deep.
+            teacher_channels: Channels of the teacher's features of the same levels.
             width: Channels of fused features; None means those of the deepest student feature, at most 512.
-            seed: Of the initial weights.
+            seed: Seed of the initial weights.
 
         Raises:
-            TrainingError: If there are no levels, or not as many of the one as of the other.
+            TrainingError: If there are no levels, or different numbers of them.
         """
         super().__init__()
         if not student_channels or len(student_channels) != len(teacher_channels):
@@ -182,26 +178,26 @@ class KnowledgeReview(nn.Module):
                 "`student_channels` and `teacher_channels` must name the channels of the same levels; got "
                 f"{len(student_channels)} and {len(teacher_channels)}. Give one number for each tap to both."
             )
-        width = min(HIGHEST_WIDTH, student_channels[-1]) if width is None else width
+        width = min(MAX_FUSED_WIDTH, student_channels[-1]) if width is None else width
         last = len(student_channels) - 1
-        with initialized(seed):
+        with seeded_initialization(seed):
             self.levels = nn.ModuleList(
                 AttentionFusion(student, width, teacher, deepest=level == last)
                 for level, (student, teacher) in enumerate(zip(student_channels, teacher_channels, strict=True))
             )
 
     def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        """The loss of one batch.
+        """Return the loss of one batch.
 
         Args:
             students: Maps (batch, channels, height, width) or vectors (batch, channels), from shallow to deep.
-            teachers: Those of the teacher; no gradient flows into them.
+            teachers: The teacher's features; no gradient flows into them.
 
         Returns:
             A scalar, in squared units of the teacher's features, float32 or better.
 
         Raises:
-            TrainingError: If there are other levels or channels than the module was set up with.
+            TrainingError: If the number of levels or the channels are not those the module was set up with.
         """
         losses: list[Tensor] = []
         deeper: Tensor | None = None
@@ -217,17 +213,17 @@ class KnowledgeReview(nn.Module):
                 f"`{name}` must be {len(self.levels)} maps or vectors; got {[tuple(f.shape) for f in features]}. "
                 "Tap as many modules as the review has levels."
             )
-        return [widened(f if f.ndim == 4 else f[:, :, None, None]) for f in features]
+        return [upcast(f if f.ndim == 4 else f[:, :, None, None]) for f in features]
 
 
 NO_CLASS = -1
-"""The label of a slot that no image has filled: different from all."""
+"""The label of a slot that no image has filled yet."""
 
 
 def contrastive_loss(
     positive: Tensor, negatives: Tensor, *, temperature: float, samples: int, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """Tell the pair of one image from pairs of two images.
+    """Distinguish the two embeddings of one image from pairs of two images.
 
     With N negatives for each image, M samples, u(x) = exp(x / temperature) / scale and h = u / (u + N / M), the
     probability that a pair is of one image: the batch mean of  -log h(positive) - sum_n log(1 - h(negative_n)).
@@ -235,47 +231,47 @@ def contrastive_loss(
     Args:
         positive: (batch,), inner products of the two embeddings of each image, in [-1, 1].
         negatives: (batch, N), inner products of its embedding with those of other images.
-        temperature: tau, dimensionless, > 0. The paper 0.1, its reference code 0.07.
+        temperature: tau, dimensionless, > 0. The paper has 0.1, its reference code 0.07.
         samples: M, the number of images negatives are drawn from.
-        scale: A constant that keeps u of the size of a probability. The paper has none (1); its reference code has M
+        scale: A constant that brings u to the size of a probability. The paper has none (1); its reference code has M
             times the mean of exp(x / temperature) over the first batch.
 
     Returns:
         A scalar, in nats, float32 or better.
 
     Raises:
-        TrainingError: If a number is out of range or the shapes do not belong together.
+        TrainingError: If a number is out of range or the shapes do not fit together.
 
     References:
         Tian et al. (CRD), arXiv:1910.10699, the objective of the critic, with h(T, S) of the form with N / M.
     """
     check_positive("temperature", temperature, "0.07")
     check_positive("samples", samples, "The number of training images")
-    if not isinstance(scale, Tensor):  # Looking into a tensor would make the host wait for the device.
+    if not isinstance(scale, Tensor):  # Reading a tensor would make the host wait for the device.
         check_positive("scale", scale, "1")
     if positive.ndim != 1 or negatives.ndim != 2 or len(positive) != len(negatives) or not negatives.shape[1]:
         raise TrainingError(
             "`positive` and `negatives` must have the shapes (batch,) and (batch, N); got "
             f"{tuple(positive.shape)} and {tuple(negatives.shape)}. Give inner products, N of them for each image."
         )
-    # log(u / (N / M)): h = sigmoid of it, so both logarithms are softplus, without overflow.
+    # h is the sigmoid of log(u / (N / M)), so both logarithms are softplus functions, which cannot overflow.
     log_scale = scale.log() if isinstance(scale, Tensor) else math.log(scale)
     shift = log_scale + math.log(negatives.shape[1] / samples)
-    hit = F.softplus(shift - widened(positive) / temperature)
-    misses = F.softplus(widened(negatives) / temperature - shift)
+    hit = F.softplus(shift - upcast(positive) / temperature)
+    misses = F.softplus(upcast(negatives) / temperature - shift)
     return (hit + misses.sum(1)).mean()
 
 
 class ContrastiveRepresentation(nn.Module):
-    """`contrastive_loss` of learned embeddings, with negatives from a bank of the latest images of other classes.
+    """`contrastive_loss` of learned embeddings, with negatives from a bank of recent images of other classes.
 
     Both features are averaged over positions, embedded by a linear layer each and scaled to length 1. The loss is the
     sum of two: the student's embeddings against the teacher's in the bank, and the reverse. The bank keeps the latest
     ``size`` embeddings of both, with their labels; its slots begin with random vectors of no class.
 
-    The reference code has one slot for each training image, updated with momentum 0.5, and needs the numbers of the
-    images in a batch. Here the oldest slot is overwritten instead; with ``size`` training images it holds about the
-    same images, each once. An image is never its own negative, because negatives have another label.
+    The reference code has one slot for each training image, updated with momentum 0.5, and needs the indices of the
+    images in a batch. Here the oldest slot is overwritten instead; if ``size`` is the number of training images, the
+    bank holds about the same images, each once. An image is never its own negative, since negatives have another label.
 
     Attributes:
         student_head: Linear layer from the student's channels.
@@ -283,7 +279,7 @@ class ContrastiveRepresentation(nn.Module):
         student_bank: (size, dimension).
         teacher_bank: (size, dimension).
         bank_labels: (size,), -1 where no image has been.
-        steps: Batches seen; they give the next slots and, with the seed, the next draw.
+        steps: Batches seen; with the seed it determines the next draw.
         position: The next slot.
         scales: (2,), see ``scale`` of `contrastive_loss`; set by the first batch.
 
@@ -312,13 +308,13 @@ class ContrastiveRepresentation(nn.Module):
         """Set up heads and bank.
 
         Args:
-            student_channels: Of the student's feature.
-            teacher_channels: Of the teacher's.
-            size: Slots of the bank: the number of training images, or what the memory holds (1 KiB each).
-            negatives: For each image. The paper: 16384.
-            dimension: Of the embeddings.
+            student_channels: Channels of the student's feature.
+            teacher_channels: Channels of the teacher's feature.
+            size: Slots of the bank: the number of training images, or as many as fit into memory (1 KiB each).
+            negatives: Negatives for each image. The paper has 16384.
+            dimension: Dimension of the embeddings.
             temperature: See `contrastive_loss`.
-            seed: Of heads, bank and draws.
+            seed: Random seed of heads, bank and draws.
 
         Raises:
             TrainingError: If a number is out of range.
@@ -329,7 +325,7 @@ class ContrastiveRepresentation(nn.Module):
             if value < 1:
                 raise TrainingError(f"`{name}` must be at least 1; got {value}. 128 or more is usual.")
         self.negatives, self.temperature, self.seed = negatives, temperature, seed
-        with initialized(seed):
+        with seeded_initialization(seed):
             self.student_head = nn.Linear(student_channels, dimension)
             self.teacher_head = nn.Linear(teacher_channels, dimension)
             for name in ("student_bank", "teacher_bank"):
@@ -340,21 +336,21 @@ class ContrastiveRepresentation(nn.Module):
         self.register_buffer("scales", torch.zeros(2))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """The loss of one batch, which then takes the oldest slots of the bank.
+        """Return the loss of one batch, which then overwrites the oldest slots of the bank.
 
         Args:
             student: (batch, channels, ...), or tokens (batch, tokens, channels).
-            teacher: The same for the teacher; no gradient flows into it (but into its head).
+            teacher: The teacher's feature of such a shape; gradients flow into its head but not into it.
             labels: (batch,) class indices, int64.
 
         Returns:
             A scalar, in nats.
 
         Raises:
-            TrainingError: If the batches differ, are larger than the bank, or the bank holds no other class.
+            TrainingError: If the batches differ or are larger than the bank, or the bank holds no other class.
         """
         check_same_images(student, teacher, images=1)
-        check_labels(labels, student)
+        check_class_labels(labels, student)
         size = len(self.bank_labels)
         if len(labels) > size:
             raise TrainingError(f"`size` must be at least the batch, {len(labels)}; got {size}. Use a larger bank.")
@@ -365,14 +361,14 @@ class ContrastiveRepresentation(nn.Module):
         there, scale_there = self._contrast(of_student, of_teacher, self.teacher_bank, drawn, scales[0])
         back, scale_back = self._contrast(of_teacher, of_student, self.student_bank, drawn, scales[1])
         self.scales = torch.stack([scale_there, scale_back])
-        self._remember(of_student.detach(), of_teacher.detach(), labels)
+        self._store(of_student.detach(), of_teacher.detach(), labels)
         return there + back
 
     def _contrast(
         self, anchor: Tensor, other: Tensor, bank: Tensor, drawn: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         positive = (anchor * other.detach()).sum(1)
-        # All inner products, then those drawn: the drawn vectors themselves would take batch * N * dimension numbers.
+        # All inner products first: gathering the drawn vectors would take batch * N * dimension numbers.
         negatives = (anchor @ bank.T).gather(1, drawn)
         with torch.no_grad():
             first = (torch.cat([positive[:, None], negatives], 1) / self.temperature).exp().mean() * len(bank)
@@ -391,8 +387,8 @@ class ContrastiveRepresentation(nn.Module):
         generator = torch.Generator(device=labels.device).manual_seed(self.seed * 1_000_003 + int(self.steps))
         return torch.multinomial(other, self.negatives, replacement=True, generator=generator)
 
-    def _remember(self, of_student: Tensor, of_teacher: Tensor, labels: Tensor) -> None:
-        # New tensors, not written into the old ones, which the backward pass still needs.
+    def _store(self, of_student: Tensor, of_teacher: Tensor, labels: Tensor) -> None:
+        # New tensors instead of writing in place, because the backward pass still needs the old ones.
         size = len(self.bank_labels)
         slots = (self.position + torch.arange(len(labels), device=labels.device)) % size
         self.student_bank = self.student_bank.index_copy(0, slots, of_student)
@@ -407,6 +403,6 @@ class ContrastiveRepresentation(nn.Module):
 
 
 def _pooled(feature: Tensor) -> Tensor:
-    """(batch, channels): the mean over positions."""
-    feature = widened(feature)
+    """The mean over positions, (batch, channels)."""
+    feature = upcast(feature)
     return feature.mean(1) if feature.ndim == 3 else feature.flatten(2).mean(2) if feature.ndim > 3 else feature

@@ -1,8 +1,8 @@
-"""Terms: any loss on logits or features, with its weight and its taps, as one part of an objective.
+"""What the student is trained for: an `Objective`, the weighted sum of losses on labels, logits and features.
 
-What the student is trained for: labels, the teacher's probabilities and features, and any further losses.
-
-Several teachers as one."""
+`Term` makes any function of tensors, also one of the user's own, a part of the sum. `Ensemble` is several teachers as
+one.
+"""
 
 import functools
 import math
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.distill.logit_losses import check_temperature, check_weight, kd_loss, label_loss, widened
-from secateur.distill.taps import Features, Taps, TapWatch, watch_taps
+from secateur.distill.logit_losses import check_positive, check_weight, kd_loss, label_loss, upcast
+from secateur.distill.taps import Features, TapRecorder, Taps, record_taps
 from secateur.errors import TrainingError
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""A loss of a student's and a teacher's tensor."""
+"""A function of a student's and a teacher's tensor that returns a scalar."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a loss may look at: one batch, as student and teacher saw it.
+class BatchOutputs:
+    """What a loss may use of one batch: labels, and the logits and features of student and teacher.
 
     Attributes:
         labels: (batch,) class indices, or probabilities (batch, classes) where images are mixed.
         student_logits: (batch, classes).
         teacher_logits: (batch, classes).
         student: The student's features at the taps of the term, in order.
-        teacher: The teacher's.
+        teacher: The teacher's features.
     """
 
     labels: Tensor
@@ -41,46 +41,47 @@ class Seen:
     teacher: tuple[Tensor, ...] = ()
 
 
-def logits(seen: Seen) -> tuple[Tensor, Tensor]:
-    """For losses of (student_logits, teacher_logits), such as `dist_loss`."""
-    return seen.student_logits, seen.teacher_logits
+def select_logits(batch: BatchOutputs) -> tuple[Tensor, Tensor]:
+    """Return what losses of (student_logits, teacher_logits) need, such as `dist_loss`."""
+    return batch.student_logits, batch.teacher_logits
 
 
-def labeled_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """For losses of (student_logits, teacher_logits, labels), such as `dkd_loss`."""
-    return seen.student_logits, seen.teacher_logits, seen.labels
+def select_labeled_logits(batch: BatchOutputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what losses of (student_logits, teacher_logits, labels) need, such as `dkd_loss`."""
+    return batch.student_logits, batch.teacher_logits, batch.labels
 
 
-def features(seen: Seen) -> Features:
-    """For losses of all tapped features, (students, teachers), such as `PerTap` and `KnowledgeReview`."""
-    return seen.student, seen.teacher
+def select_features(batch: BatchOutputs) -> Features:
+    """Return what losses of all tapped features need, such as `MeanOverTaps` and `KnowledgeReview`."""
+    return batch.student, batch.teacher
 
 
-def labeled_feature(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """For losses of the first tap, (student, teacher, labels), such as `ContrastiveRepresentation`."""
-    return seen.student[0], seen.teacher[0], seen.labels
+def select_labeled_feature(batch: BatchOutputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the features of the first tap and the labels, for losses such as `ContrastiveRepresentation`."""
+    return batch.student[0], batch.teacher[0], batch.labels
 
 
 @dataclass(frozen=True)
 class Term:
     """One loss of an objective.
 
-        Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits, weight=0.9)
-        Term("hint", PerTap(hint_loss, adaptors), of=features, weight=10.0, taps={"layer2": "layer2"})
+        Term("dkd", partial(dkd_loss, beta=2.0), inputs=select_labeled_logits, weight=0.9)
+        Term("hint", MeanOverTaps(hint_loss, adaptors), inputs=select_features, weight=10.0, taps={"layer2": "layer2"})
 
     Attributes:
-        name: In histories and checkpoints; without dots.
-        loss: Gives a scalar for what ``of`` chooses. If it is a module, its parameters are learned with the student
-            (in a copy) and its tensors are part of checkpoints; parameters that a plain function refers to are not.
-        of: What the loss is given of a batch: `logits`, `labeled_logits`, `features`, `labeled_feature`, or a
-            function of your own.
+        name: The name in histories and checkpoints; without dots.
+        loss: Returns a scalar for what ``inputs`` selects. If it is a module, its parameters are learned with the
+            student (in a copy), and its tensors are part of checkpoints. Parameters that a plain function refers to
+            are not learned.
+        inputs: Selects what the loss receives of a batch: `select_logits`, `select_labeled_logits`, `select_features`,
+            `select_labeled_feature`, or a function of your own.
         weight: Factor of the loss in the objective, > 0.
-        taps: Module names of the student, each with the teacher's; needed by losses of features.
+        taps: Module names of the student, each with the teacher's; needed by losses on features.
     """
 
     name: str
     loss: Callable[..., Tensor]
-    of: Callable[[Seen], tuple[Any, ...]] = logits
+    inputs: Callable[[BatchOutputs], tuple[Any, ...]] = select_logits
     weight: float = 1.0
     taps: Taps = field(default_factory=dict[str, str])
 
@@ -94,13 +95,13 @@ class Term:
         if not self.weight:
             raise TrainingError(f"`weight` must be positive; got 0 for term {self.name!r}. Leave the term out.")
 
-    def __call__(self, seen: Seen) -> Tensor:
-        """The loss of a batch before weighting, a scalar.
+    def __call__(self, batch: BatchOutputs) -> Tensor:
+        """Return the loss of a batch before weighting, a scalar.
 
         Raises:
             TrainingError: If the loss is not a scalar, or refuses what it is given.
         """
-        loss = self.loss(*self.of(seen))
+        loss = self.loss(*self.inputs(batch))
         if loss.ndim:
             raise TrainingError(
                 f"`loss` must give a scalar; got {tuple(loss.shape)} from term {self.name!r}. "
@@ -110,74 +111,20 @@ class Term:
 
     @property
     def description(self) -> str:
-        """Everything but learned tensors in one line, equal in every process: two equal runs have equal terms."""
-        parts = (self.name, repr(self.weight), described(self.loss), described(self.of), repr(dict(self.taps)))
+        """One line that identifies the term, without learned tensors: the same in every process and run."""
+        parts = (
+            self.name,
+            repr(self.weight),
+            describe_callable(self.loss),
+            describe_callable(self.inputs),
+            repr(dict(self.taps)),
+        )
         return " | ".join(" ".join(part.split()) for part in parts)
-
-
-class PerTap(nn.Module):
-    """The mean over the taps of a loss of two features.
-
-    Attributes:
-        losses: One for all taps, or one for each.
-        adaptors: Applied to the student's features first, in order.
-    """
-
-    def __init__(self, losses: PairLoss | Sequence[PairLoss], adaptors: Mapping[str, nn.Module] | None = None) -> None:
-        """Put together losses and adaptors.
-
-        Args:
-            losses: A function or module of (student, teacher), or one for each tap.
-            adaptors: Such as those of `adaptors_of`, one for each tap; None compares the features as they are.
-        """
-        super().__init__()
-        self.losses = tuple(losses) if isinstance(losses, Sequence) else (losses,)
-        # Registered, so that their parameters are learned.
-        self.learned = nn.ModuleList(loss for loss in self.losses if isinstance(loss, nn.Module))
-        self.adaptors = nn.ModuleDict(dict(adaptors or {}))
-
-    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-        """The loss of one batch.
-
-        Args:
-            students: The student's features, in the order of the taps.
-            teachers: The teacher's.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            TrainingError: If there are other numbers of taps, losses and adaptors.
-        """
-        count = len(students)
-        adaptors = list(self.adaptors.values()) or [nn.Identity()] * count
-        losses = self.losses * count if len(self.losses) == 1 else self.losses
-        if not (0 < count == len(adaptors) == len(losses)):
-            raise TrainingError(
-                f"`losses` and `adaptors` must be one for each tap; got {len(self.losses)} and {len(self.adaptors)} "
-                f"for {count} taps. Name the taps in the term, and make the adaptors for the same taps."
-            )
-        each = zip(losses, adaptors, students, teachers, strict=True)
-        return torch.stack([loss(adaptor(widened(s)), t) for loss, adaptor, s, t in each]).mean()
-
-    def extra_repr(self) -> str:
-        """The losses that are not modules."""
-        return ", ".join(described(loss) for loss in self.losses if not isinstance(loss, nn.Module))
-
-
-def described(value: object) -> str:
-    """A function, partial or module in words that hold in every process: no addresses."""
-    if isinstance(value, functools.partial):
-        arguments = [*map(described, value.args), *(f"{name}={described(v)}" for name, v in value.keywords.items())]
-        return f"{described(value.func)}({', '.join(arguments)})"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]
-    return repr(value)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of the losses; one with weight 0 is not computed and needs no input.
+    """A weighted sum of losses; one with weight 0 is not computed and needs no input.
 
     total = label_weight * label + kd_weight * kd + feature_weight * feature + sum over terms of weight * loss
 
@@ -186,10 +133,10 @@ class Objective:
     Attributes:
         kd_weight: Weight of `kd_loss`, >= 0.
         label_weight: Weight of `label_loss`, >= 0.
-        feature_weight: Weight of the aligned features' loss (`AlignedFeatures`), >= 0.
-        temperature: Of the softened probabilities in `kd_loss`, > 0.
+        feature_weight: Weight of the loss of `AlignedFeatures`, >= 0.
+        temperature: Temperature of `kd_loss`, > 0.
         label_smoothing: Share of the label's probability spread over all classes, in [0, 1).
-        terms: Further losses, of different names.
+        terms: Further losses, with different names.
     """
 
     kd_weight: float = 0.9
@@ -201,11 +148,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, weight in self._weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise TrainingError(f"`{name}` must be finite and not negative; got {weight}. Use 0 to leave it out.")
+            check_weight(name, weight)
         if not any(self._weights.values()) and not self.terms:
             raise TrainingError("`Objective` must have a positive weight; got 0 for all three. Set kd_weight=1.")
-        check_temperature(self.temperature)
+        check_positive("temperature", self.temperature, "4")
         if not 0 <= self.label_smoothing < 1:
             raise TrainingError(f"`label_smoothing` must be in [0, 1); got {self.label_smoothing}. 0.1 is usual.")
         names = [term.name for term in self.terms]
@@ -214,7 +160,7 @@ class Objective:
 
     @classmethod
     def of_labels(cls, *, label_smoothing: float = 0.0) -> "Objective":
-        """Plain training on labels, without a teacher."""
+        """Make the objective of plain training on labels, without a teacher."""
         return cls(kd_weight=0.0, label_weight=1.0, label_smoothing=label_smoothing)
 
     @property
@@ -224,12 +170,12 @@ class Objective:
 
     @property
     def learned(self) -> nn.ModuleDict:
-        """The losses of the terms that are modules, by name: what is learned beside the student. Not copies."""
+        """The losses of the terms that are modules, by name: what is learned with the student. They are no copies."""
         return nn.ModuleDict({term.name: term.loss for term in self.terms if isinstance(term.loss, nn.Module)})
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> AbstractContextManager[TapWatch]:
-        """Listen at the taps of all terms while the context is open, see `watch_taps`."""
-        return watch_taps(student, teacher, *(term.taps for term in self.terms))
+    def record(self, student: nn.Module, teacher: nn.Module) -> AbstractContextManager[TapRecorder]:
+        """Record the features at the taps of all terms while the context is open, see `record_taps`."""
+        return record_taps(student, teacher, *(term.taps for term in self.terms))
 
     def __call__(
         self,
@@ -238,52 +184,53 @@ class Objective:
         teacher_logits: Tensor | None = None,
         labels: Tensor | None = None,
         feature: Tensor | None = None,
-        watch: TapWatch | None = None,
+        recorder: TapRecorder | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of one batch.
+        """Return the loss of one batch.
 
         Args:
             student_logits: (batch, classes).
             teacher_logits: (batch, classes); needed if ``kd_weight`` > 0 or there are terms.
             labels: (batch,) int64, or probabilities (batch, classes) of mixed images; needed if ``label_weight`` > 0
                 or there are terms.
-            feature: The aligned features' loss, a scalar; needed if ``feature_weight`` > 0.
-            watch: Has heard both models at the taps of the terms; needed if there are terms. What it holds is let go.
+            feature: The loss of the aligned features, a scalar; needed if ``feature_weight`` > 0.
+            recorder: Holds the features of both models at the taps of the terms; needed if there are terms. It is
+                cleared.
 
         Returns:
-            The total, and its parts before weighting, detached: those of "label", "kd", "feature" with a weight, and
-            each term's under its name.
+            The total, and its parts before weighting, detached: "label", "kd" and "feature" if they have a weight, and
+            each term under its name.
 
         Raises:
             TrainingError: If an input with a positive weight is missing or has the wrong shape.
         """
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.label_weight:
-            target = _given(labels, "labels", "label_weight")
+            target = _require(labels, "labels", "label_weight")
             terms["label"] = (self.label_weight, label_loss(student_logits, target, smoothing=self.label_smoothing))
         if self.kd_weight:
-            target = _given(teacher_logits, "teacher_logits", "kd_weight")
+            target = _require(teacher_logits, "teacher_logits", "kd_weight")
             terms["kd"] = (self.kd_weight, kd_loss(student_logits, target, temperature=self.temperature))
         if self.feature_weight:
-            terms["feature"] = (self.feature_weight, _given(feature, "feature", "feature_weight"))
+            terms["feature"] = (self.feature_weight, _require(feature, "feature", "feature_weight"))
         if self.terms:
-            terms |= self._terms(student_logits, teacher_logits, labels, watch)
+            terms |= self._terms(student_logits, teacher_logits, labels, recorder)
         total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
         return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def _terms(
-        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, watch: TapWatch | None
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, recorder: TapRecorder | None
     ) -> dict[str, tuple[float, Tensor]]:
-        if labels is None or teacher_logits is None or watch is None:
+        if labels is None or teacher_logits is None or recorder is None:
             raise TrainingError(
-                "`labels`, `teacher_logits` and `watch` must be given because the objective has terms; got None for "
-                "one. Run both models inside of Objective.watch(student, teacher)."
+                "`labels`, `teacher_logits` and `recorder` must be given because the objective has terms; got None for "
+                "one. Run both models inside of Objective.record(student, teacher)."
             )
         terms = {
-            term.name: (term.weight, term(Seen(labels, logits, teacher_logits, *watch.features(term.taps))))
+            term.name: (term.weight, term(BatchOutputs(labels, logits, teacher_logits, *recorder.features(term.taps))))
             for term in self.terms
         }
-        watch.forget()
+        recorder.clear()
         return terms
 
     @property
@@ -295,17 +242,80 @@ class Objective:
         }
 
 
-def _given(tensor: Tensor | None, name: str, weight: str) -> Tensor:
+def _require(tensor: Tensor | None, name: str, weight: str) -> Tensor:
     if tensor is None:
         raise TrainingError(f"`{name}` must be given because `{weight}` is positive; got None. Or set {weight}=0.")
     return tensor
 
 
-class Ensemble(nn.Module):
-    """Teachers that speak with one voice: the weighted mean of their logits.
+class MeanOverTaps(nn.Module):
+    """The mean over the taps of a loss on two features.
 
-    z(x) = sum_i a_i * z_i(x), with a_i = weight_i / sum of all weights. Taps name the modules of a teacher behind its
-    number: ``teachers.0.layer3``.
+    Attributes:
+        losses: One loss for all taps, or one for each.
+        adaptors: The layers that are applied to the student's features first, in order.
+    """
+
+    def __init__(self, losses: PairLoss | Sequence[PairLoss], adaptors: Mapping[str, nn.Module] | None = None) -> None:
+        """Combine losses and adaptors.
+
+        Args:
+            losses: A function or module of (student, teacher), or one for each tap.
+            adaptors: One layer for each tap, as `make_adaptors` returns them; None compares the features as they are.
+        """
+        super().__init__()
+        self.losses = tuple(losses) if isinstance(losses, Sequence) else (losses,)
+        # Registered, so that their parameters are learned.
+        self.learned = nn.ModuleList(loss for loss in self.losses if isinstance(loss, nn.Module))
+        self.adaptors = nn.ModuleDict(dict(adaptors or {}))
+
+    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """Return the loss of one batch.
+
+        Args:
+            students: The student's features, in the order of the taps.
+            teachers: The teacher's features.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TrainingError: If the numbers of taps, losses and adaptors differ.
+        """
+        count = len(students)
+        adaptors = list(self.adaptors.values()) or [nn.Identity()] * count
+        losses = self.losses * count if len(self.losses) == 1 else self.losses
+        if not (0 < count == len(adaptors) == len(losses)):
+            raise TrainingError(
+                f"`losses` and `adaptors` must be one for each tap; got {len(self.losses)} and {len(self.adaptors)} "
+                f"for {count} taps. Name the taps in the term, and make the adaptors for the same taps."
+            )
+        each = zip(losses, adaptors, students, teachers, strict=True)
+        return torch.stack([loss(adaptor(upcast(s)), t) for loss, adaptor, s, t in each]).mean()
+
+    def extra_repr(self) -> str:
+        """The losses that are not modules."""
+        return ", ".join(describe_callable(loss) for loss in self.losses if not isinstance(loss, nn.Module))
+
+
+def describe_callable(value: object) -> str:
+    """Describe a function, partial or module in the same words in every process, without memory addresses."""
+    if isinstance(value, functools.partial):
+        arguments = [
+            *map(describe_callable, value.args),
+            *(f"{name}={describe_callable(v)}" for name, v in value.keywords.items()),
+        ]
+        return f"{describe_callable(value.func)}({', '.join(arguments)})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"  # pyright: ignore[reportAttributeAccessIssue]
+    return repr(value)
+
+
+class Ensemble(nn.Module):
+    """Several teachers as one: the weighted mean of their logits.
+
+    z(x) = sum_i a_i * z_i(x), with a_i = weight_i / sum of all weights. In taps, the number of the teacher comes before
+    the module: ``teachers.0.layer3``.
 
     References:
         Hinton et al., arXiv:1503.02531, Section 1, for ensembles as teachers; the mean of logits is the geometric mean
@@ -315,11 +325,11 @@ class Ensemble(nn.Module):
     share: Tensor
 
     def __init__(self, teachers: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
-        """Put teachers together; they are not copied.
+        """Combine teachers; they are not copied.
 
         Args:
-            teachers: One or more, with the same classes.
-            weights: How much each counts, >= 0, not all 0; None counts all alike.
+            teachers: One or more models with the same classes.
+            weights: The weight of each, >= 0, not all 0; None weighs all alike.
 
         Raises:
             TrainingError: If there are no teachers, or the weights do not fit.
@@ -329,7 +339,7 @@ class Ensemble(nn.Module):
         if not teachers or len(given) != len(teachers):
             raise TrainingError(
                 f"`teachers` must be one or more with a weight each; got {len(teachers)} with {len(given)} weights. "
-                "Leave `weights` out to count all alike."
+                "Leave `weights` out to weigh all alike."
             )
         if not all(math.isfinite(weight) and weight >= 0 for weight in given) or not any(given):
             raise TrainingError(f"`weights` must be finite, not negative and not all 0; got {given}. Use 1 for each.")
@@ -337,10 +347,10 @@ class Ensemble(nn.Module):
         self.register_buffer("share", torch.tensor(given) / sum(given))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes).
+        """Return the mean logits (batch, classes).
 
         Raises:
-            TrainingError: If the teachers give logits of different shapes.
+            TrainingError: If the teachers return logits of different shapes.
         """
         each = [teacher(images) for teacher in self.teachers]
         shapes = {tuple(logits.shape) for logits in each}

@@ -1,13 +1,9 @@
-"""Taps: modules of student and teacher whose outputs are compared, by name.
+"""Which features of student and teacher are compared, and how they are recorded and brought to one shape.
 
-Adaptors: small layers that bring a student's feature to the shape of its teacher's.
-
-Which modules of two unlike networks belong together.
-
-Aligned features: a cut student's channels beside the teacher's channels they came from.
-
-The student is a cut of the teacher, so the graph says which teacher channel each student channel is. No adaptor has
-to be learned: the student's feature is compared with the kept channels of the teacher's."""
+`Taps` name pairs of modules, `record_taps` records their outputs, and `make_adaptors` makes layers for features of
+different shapes. A student that is a cut of its teacher needs no adaptor: the graph says which teacher channel each
+student channel is, and `AlignedFeatures` compares the student's feature with those channels of the teacher's.
+"""
 
 import difflib
 from collections.abc import Generator, Mapping, Sequence
@@ -22,78 +18,78 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from secateur._runtime import preserving_state
+from secateur._runtime import evaluating, run_isolated
 from secateur.architecture import Architecture
 from secateur.distill.feature_losses import channel_dim
-from secateur.distill.learned_losses import initialized
+from secateur.distill.learned_losses import seeded_initialization
 from secateur.distill.logit_losses import VARIANCE_FLOOR, feature_loss
 from secateur.errors import TrainingError
 from secateur.graph.graph import ChannelGraph
 
 Taps = Mapping[str, str]
-"""Module names of the student, each with the module of the teacher that it is compared with, in order."""
+"""Module names of the student, each with the module of the teacher that it is compared with; the order counts."""
 
 Features = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """The student's outputs at some taps, and the teacher's, in the order of the taps."""
 
-_SUGGESTIONS = 4
+_SUGGESTED = 4
 
 
-def listen(model: nn.Module, name: str, seen: dict[str, Tensor], owner: str) -> RemovableHandle:
-    """Remember the first tensor of a module's output at every forward pass, until the hook is removed.
+def record_output(model: nn.Module, name: str, seen: dict[str, Tensor], owner: str) -> RemovableHandle:
+    """Record the first tensor of a module's output at every forward pass, until the hook is removed.
 
     Args:
         model: Student or teacher.
-        name: Of the module.
-        seen: Where the tensor is put, under the name of the module.
+        name: The name of the module.
+        seen: The dictionary that gets the tensor, under the name of the module.
         owner: "student" or "teacher", for messages.
 
     Raises:
-        TrainingError: If there is no such module; with the names nearest to it.
+        TrainingError: If there is no such module; it suggests similar names.
     """
     modules = dict(model.named_modules())
     if name not in modules:
-        near = difflib.get_close_matches(name, [n for n in modules if n], n=_SUGGESTIONS)
+        near = difflib.get_close_matches(name, [n for n in modules if n], n=_SUGGESTED)
         meant = f" Did you mean {', '.join(near)}?" if near else ""
         raise TrainingError(
             f"`{owner}` must have the tapped module {name!r}; it has none.{meant} "
             "A student whose block was removed cannot be compared there: name other `modules`."
         )
 
-    def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        # The first tensor in the order of the tracer, which the graph's activation describes.
+    def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        # The tracer takes the same tensor for the module's activation in the graph.
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if first is not None:
             seen[name] = first
 
-    return modules[name].register_forward_hook(remember)
+    return modules[name].register_forward_hook(record)
 
 
-class TapWatch:
-    """The tapped outputs of the latest forward passes of both models; made by `watch_taps`."""
+class TapRecorder:
+    """The outputs of tapped modules in the latest forward passes of both models; made by `record_taps`."""
 
     def __init__(self) -> None:
         self.student: dict[str, Tensor] = {}
         self.teacher: dict[str, Tensor] = {}
 
     def features(self, taps: Taps) -> Features:
-        """What both models have put out at the taps.
+        """Return the recorded outputs of both models at some of the taps.
 
         Raises:
-            TrainingError: If a tapped module has not run since `forget`.
+            TrainingError: If a tapped module has not run since `clear`.
         """
         return (
-            tuple(_heard(self.student, name, "student") for name in taps),
-            tuple(_heard(self.teacher, name, "teacher") for name in taps.values()),
+            tuple(_recorded(self.student, name, "student") for name in taps),
+            tuple(_recorded(self.teacher, name, "teacher") for name in taps.values()),
         )
 
-    def forget(self) -> None:
-        """Let go of the outputs, so that those of an earlier batch are never taken for those of the next."""
+    def clear(self) -> None:
+        """Drop the outputs, so that those of an earlier batch are never taken for those of the next."""
         self.student.clear()
         self.teacher.clear()
 
 
-def _heard(seen: Mapping[str, Tensor], name: str, owner: str) -> Tensor:
+def _recorded(seen: Mapping[str, Tensor], name: str, owner: str) -> Tensor:
     if name not in seen:
         raise TrainingError(
             f"`{owner}` must run module {name!r} before the features are compared; it did not. "
@@ -103,30 +99,30 @@ def _heard(seen: Mapping[str, Tensor], name: str, owner: str) -> Tensor:
 
 
 @contextmanager
-def watch_taps(student: nn.Module, teacher: nn.Module, *taps: Taps) -> Generator[TapWatch]:
-    """Listen to both models while the context is open; nothing is left on them afterward.
+def record_taps(student: nn.Module, teacher: nn.Module, *taps: Taps) -> Generator[TapRecorder]:
+    """Record the outputs of tapped modules while the context is open; nothing is left on the models afterward.
 
     Args:
         student: The model that learns.
         teacher: The model it learns from.
-        taps: Any number of them; they may name the same modules.
+        taps: Any number of mappings, which may name the same modules.
 
     Raises:
-        TrainingError: If a model lacks a tapped module; with the names nearest to it.
+        TrainingError: If a model lacks a tapped module; it suggests similar names.
     """
-    watch = TapWatch()
+    recorder = TapRecorder()
     with ExitStack() as handles:
         for name in dict.fromkeys(name for some in taps for name in some):
-            handles.callback(listen(student, name, watch.student, "student").remove)
+            handles.callback(record_output(student, name, recorder.student, "student").remove)
         for name in dict.fromkeys(name for some in taps for name in some.values()):
-            handles.callback(listen(teacher, name, watch.teacher, "teacher").remove)
-        yield watch
+            handles.callback(record_output(teacher, name, recorder.teacher, "teacher").remove)
+        yield recorder
 
 
-def tapped(student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor) -> Features:
-    """The features of one dry forward pass of each model, in eval mode and without gradients.
+def compute_features(student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor) -> Features:
+    """Run both models once in evaluation mode and without gradients, and return their features.
 
-    Modes, buffers and random state of both are put back or left as they were.
+    Modes, buffers and random state of both are restored or left as they were.
 
     Args:
         student: The model that learns.
@@ -139,27 +135,16 @@ def tapped(student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor) 
     """
     if not taps:
         raise TrainingError('`taps` must name at least one pair of modules; got none. Such as {"layer2": "layer2"}.')
-    with watch_taps(student, teacher, taps) as watch, torch.no_grad():
+    with record_taps(student, teacher, taps) as recorder, torch.no_grad():
         for model in (student, teacher):
-            with preserving_state(model), _evaluating(model):
+            with run_isolated(model), evaluating(model):
                 device = next((p.device for p in model.parameters()), example.device)
                 model(example.to(device))
-        return watch.features(taps)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return recorder.features(taps)
 
 
 class Resize(nn.Module):
-    """Maps (batch, channels, height, width) in another resolution; has no parameters.
+    """Brings maps (batch, channels, height, width) to another resolution; it has no parameters.
 
     Adaptive average pooling if neither side grows, else bilinear interpolation (``align_corners=False``).
 
@@ -172,7 +157,7 @@ class Resize(nn.Module):
         self.size = size
 
     def forward(self, feature: Tensor) -> Tensor:
-        """The map in the other resolution."""
+        """Return the map in the other resolution."""
         if self.size[0] <= feature.shape[2] and self.size[1] <= feature.shape[3]:
             return F.adaptive_avg_pool2d(feature, self.size)
         return F.interpolate(feature, self.size, mode="bilinear", align_corners=False)
@@ -182,10 +167,12 @@ class Resize(nn.Module):
         return f"size={self.size}"
 
 
-def adaptors_of(student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor, *, seed: int = 0) -> nn.ModuleDict:
-    """The layers that bring the student's features to the shapes of the teacher's, read off one dry forward pass.
+def make_adaptors(
+    student: nn.Module, teacher: nn.Module, taps: Taps, example: Tensor, *, seed: int = 0
+) -> nn.ModuleDict:
+    """Make the layers that bring the student's features to the shapes of the teacher's, found by one forward pass.
 
-    Nothing (`torch.nn.Identity`) where the shapes are equal. Else:
+    Where the shapes are equal that is `torch.nn.Identity`. Otherwise it is
 
     - maps (batch, channels, height, width): a 1x1 convolution where the channels differ, and `Resize` where the
       resolution differs, in the order that computes the convolution at the lower resolution;
@@ -198,17 +185,17 @@ def adaptors_of(student: nn.Module, teacher: nn.Module, taps: Taps, example: Ten
         teacher: The model it learns from.
         taps: Module names of the student, each with the teacher's.
         example: An input that both take; one image is enough.
-        seed: Of the initial weights (torch's defaults).
+        seed: Seed of the initial weights, which follow torch's defaults.
 
     Returns:
-        An adaptor for each pair, in order, under the student's module name with "/" for ".": names in a ModuleDict
-        have no dots. On the CPU, float32, in training mode.
+        An adaptor for each pair, in order, under the student's module name with "/" for ".", because names in a
+        ModuleDict have no dots. On the CPU, float32, in training mode.
 
     Raises:
-        TrainingError: If a module is missing (with the names nearest to it), or no adaptor can join the shapes.
+        TrainingError: If a module is missing, or no adaptor can join the shapes.
     """
-    features = tapped(student, teacher, taps, example)
-    with initialized(seed):
+    features = compute_features(student, teacher, taps, example)
+    with seeded_initialization(seed):
         return nn.ModuleDict(
             {
                 name.replace(".", "/"): _adaptor(name, of_student, of_teacher)
@@ -238,9 +225,9 @@ def _adaptor(name: str, student: Tensor, teacher: Tensor) -> nn.Module:
 
 
 def paired_stages(student: ChannelGraph, teacher: ChannelGraph) -> dict[str, str]:
-    """The last modules at each resolution of the student, each with the teacher's at the same resolution.
+    """Pair the last modules at each resolution of the student with the teacher's at the same resolution.
 
-    Where no resolution is common, the last stages are paired, as many as both have.
+    If no resolution is common, the last stages are paired, as many as both have.
 
     Args:
         student: Traced with images of one size.
@@ -255,7 +242,7 @@ def paired_stages(student: ChannelGraph, teacher: ChannelGraph) -> dict[str, str
     here, there = _resolutions(student), _resolutions(teacher)
     if not here or not there:
         raise TrainingError(
-            f"`{'teacher' if here else 'student'}` must have modules with traced channels to listen to; got none. "
+            f"`{'teacher' if here else 'student'}` must have modules with traced channels to compare; got none. "
             "Name the pairs of modules yourself."
         )
     by_size = {size: name for name, size in there.items()}
@@ -267,7 +254,7 @@ def paired_stages(student: ChannelGraph, teacher: ChannelGraph) -> dict[str, str
 
 
 def _resolutions(graph: ChannelGraph) -> dict[str, tuple[int, ...]]:
-    """Sizes of the stages' outputs without the batch and the channels; empty sizes are left out."""
+    """Height and width of the maps that end the stages, by module."""
     found: dict[str, tuple[int, ...]] = {}
     for name in graph.stages:
         activation = graph.activations[name]
@@ -296,7 +283,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class AlignedFeatures:
-    """Where the features of a cut student and of its original are compared.
+    """The modules where the features of a cut student are compared with the kept channels of its original.
 
     The loss is the mean over the taps of `feature_loss(student, teacher[kept])`, that is
     mean((s - t_kept)^2) / Var(t_kept).
@@ -327,7 +314,7 @@ class AlignedFeatures:
         Args:
             graph: The graph of the teacher (the uncut model).
             architecture: What the student keeps of it.
-            modules: Where to compare; None means the graph's ``stages``, the last output at each resolution.
+            modules: The modules to compare; None means the graph's ``stages``, the last output at each resolution.
 
         Raises:
             TrainingError: If a module has no channels in the graph, or none is named.
@@ -346,10 +333,10 @@ class AlignedFeatures:
         return cls(tuple(taps))
 
     @contextmanager
-    def watch(self, student: nn.Module, teacher: nn.Module) -> Generator["FeatureWatch"]:
-        """Listen to both models while the context is open; nothing is left on them afterward.
+    def record(self, student: nn.Module, teacher: nn.Module) -> Generator["AlignedFeatureRecorder"]:
+        """Record the features of both models while the context is open; nothing is left on them afterward.
 
-        Use: run the teacher, run the student, call `FeatureWatch.loss`, once per batch.
+        Use: run both models on a batch, then call `AlignedFeatureRecorder.loss`.
 
         Args:
             student: The cut model.
@@ -358,25 +345,20 @@ class AlignedFeatures:
         Raises:
             TrainingError: If a tapped module is missing in one of them.
         """
-        watch = FeatureWatch(self)
-        with ExitStack() as handles:
-            for owner, model, seen in (("student", student, watch.student), ("teacher", teacher, watch.teacher)):
-                for tap in self.taps:
-                    handles.callback(listen(model, tap.module, seen, owner).remove)
-            yield watch
+        with record_taps(student, teacher, {tap.module: tap.module for tap in self.taps}) as recorder:
+            yield AlignedFeatureRecorder(self, recorder)
 
 
-class FeatureWatch:
-    """The tapped outputs of the latest forward passes; made by `AlignedFeatures.watch`."""
+class AlignedFeatureRecorder:
+    """Compares the recorded features of a cut student and of its original; made by `AlignedFeatures.record`."""
 
-    def __init__(self, alignment: AlignedFeatures) -> None:
+    def __init__(self, alignment: AlignedFeatures, recorder: TapRecorder) -> None:
         self.alignment = alignment
-        self.student: dict[str, Tensor] = {}
-        self.teacher: dict[str, Tensor] = {}
+        self._recorder = recorder
         self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
     def loss(self) -> Tensor:
-        """The features' loss of the batch both models have just seen; forgets the features.
+        """Return the loss of the batch that both models have just run on, and clear the features.
 
         Returns:
             A scalar, dimensionless, float32 or better; gradients flow into the student only.
@@ -384,19 +366,13 @@ class FeatureWatch:
         Raises:
             TrainingError: If one of the models has not run, or the student has other channels than the alignment.
         """
-        losses = [self._loss_at(tap) for tap in self.alignment.taps]
-        self.student.clear()
-        self.teacher.clear()
+        taps = self.alignment.taps
+        features = self._recorder.features({tap.module: tap.module for tap in taps})
+        losses = [self._loss_at(tap, student, teacher) for tap, student, teacher in zip(taps, *features, strict=True)]
+        self._recorder.clear()
         return torch.stack(losses).mean()
 
-    def _loss_at(self, tap: Tap) -> Tensor:
-        student, teacher = self.student.get(tap.module), self.teacher.get(tap.module)
-        if student is None or teacher is None:
-            missing = "student" if student is None else "teacher"
-            raise TrainingError(
-                f"`{missing}` must run module {tap.module!r} before the features are compared; it did not. "
-                "Run both models on the batch, and tap modules that always run."
-            )
+    def _loss_at(self, tap: Tap, student: Tensor, teacher: Tensor) -> Tensor:
         if (student.shape[tap.dim], teacher.shape[tap.dim]) != (len(tap.kept), tap.channels):
             raise TrainingError(
                 f"`student` and `teacher` must have {len(tap.kept)} and {tap.channels} channels at {tap.module!r}; "

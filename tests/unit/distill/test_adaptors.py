@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.distill import Resize, adaptors_of, tapped, watch_taps
+from secateur.distill import Resize, make_adaptors, compute_features, record_taps
 from secateur.errors import TrainingError
 
 
@@ -36,30 +36,30 @@ def taps(*names: str) -> dict[str, str]:
 
 def test_adaptors_bring_the_students_features_to_the_teachers_shapes() -> None:
     pairs = {"stem": "stem", "body": "body", "rows": "rows"}
-    adaptors = adaptors_of(STUDENT, TEACHER, pairs, EXAMPLE)
+    adaptors = make_adaptors(STUDENT, TEACHER, pairs, EXAMPLE)
     assert list(adaptors) == ["stem", "body", "rows"]
-    students, teachers = tapped(STUDENT, TEACHER, pairs, EXAMPLE)
+    students, teachers = compute_features(STUDENT, TEACHER, pairs, EXAMPLE)
     for adaptor, student, teacher in zip(adaptors.values(), students, teachers, strict=True):
         assert student.shape != teacher.shape
         assert adaptor(student).shape == teacher.shape
 
 
 def test_layers_are_chosen_by_shapes() -> None:
-    kinds = {name: repr(a).split("(")[0] for name, a in adaptors_of(STUDENT, TEACHER, taps("rows"), EXAMPLE).items()}
+    kinds = {name: repr(a).split("(")[0] for name, a in make_adaptors(STUDENT, TEACHER, taps("rows"), EXAMPLE).items()}
     assert kinds == {"rows": "Linear"}
-    growing = adaptors_of(STUDENT, TEACHER, {"stem.0": "stem.0"}, EXAMPLE)["stem/0"]
+    growing = make_adaptors(STUDENT, TEACHER, {"stem.0": "stem.0"}, EXAMPLE)["stem/0"]
     assert [type(layer) for layer in growing] == [nn.Conv2d, Resize]
-    shrinking = adaptors_of(TEACHER, STUDENT, {"stem.0": "stem.0"}, EXAMPLE)["stem/0"]
+    shrinking = make_adaptors(TEACHER, STUDENT, {"stem.0": "stem.0"}, EXAMPLE)["stem/0"]
     assert [type(layer) for layer in shrinking] == [Resize, nn.Conv2d]
-    assert isinstance(adaptors_of(STUDENT, STUDENT, {"body": "body"}, EXAMPLE)["body"], nn.Identity)
-    assert isinstance(adaptors_of(Net(4, stride=1), STUDENT, {"body": "body"}, EXAMPLE)["body"], Resize)
-    assert isinstance(adaptors_of(Net(4, stride=1), Net(6, stride=1), {"body": "body"}, EXAMPLE)["body"], nn.Conv2d)
-    assert isinstance(adaptors_of(STUDENT, Net(8, stride=1), {"head": "head"}, EXAMPLE)["head"], nn.Identity)
+    assert isinstance(make_adaptors(STUDENT, STUDENT, {"body": "body"}, EXAMPLE)["body"], nn.Identity)
+    assert isinstance(make_adaptors(Net(4, stride=1), STUDENT, {"body": "body"}, EXAMPLE)["body"], Resize)
+    assert isinstance(make_adaptors(Net(4, stride=1), Net(6, stride=1), {"body": "body"}, EXAMPLE)["body"], nn.Conv2d)
+    assert isinstance(make_adaptors(STUDENT, Net(8, stride=1), {"head": "head"}, EXAMPLE)["head"], nn.Identity)
 
 
 def test_vectors_get_a_linear_layer() -> None:
     student, teacher = nn.Sequential(nn.Linear(8, 3)), nn.Sequential(nn.Linear(8, 5))
-    adaptor = adaptors_of(student, teacher, {"0": "0"}, torch.zeros(1, 8))["0"]
+    adaptor = make_adaptors(student, teacher, {"0": "0"}, torch.zeros(1, 8))["0"]
     assert isinstance(adaptor, nn.Linear)
     assert (adaptor.in_features, adaptor.out_features) == (3, 5)
 
@@ -80,45 +80,45 @@ def test_the_dry_forward_leaves_the_models_and_the_random_state_as_they_were() -
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     modes = [module.training for module in student.modules()]
     state = torch.random.get_rng_state()
-    adaptors = adaptors_of(student, TEACHER, taps("stem"), EXAMPLE, seed=3)
+    adaptors = make_adaptors(student, TEACHER, taps("stem"), EXAMPLE, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [module.training for module in student.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     assert not any(module._forward_hooks for module in student.modules())
-    again, other = (adaptors_of(student, TEACHER, taps("stem"), EXAMPLE, seed=seed)["stem"] for seed in (3, 4))
+    again, other = (make_adaptors(student, TEACHER, taps("stem"), EXAMPLE, seed=seed)["stem"] for seed in (3, 4))
     assert torch.equal(adaptors["stem"][0].weight, again[0].weight)
     assert not torch.equal(adaptors["stem"][0].weight, other[0].weight)
 
 
 def test_features_that_no_adaptor_joins_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"join; got \(1, 10\) and \(1, 12, 8, 8\) at 'head'\. Pair two maps"):
-        adaptors_of(STUDENT, TEACHER, taps("head"), EXAMPLE)
+        make_adaptors(STUDENT, TEACHER, taps("head"), EXAMPLE)
     with pytest.raises(TrainingError, match=r"join; got \(1, 4, 4\) and \(1, 3, 4\) at 'rows'"):
-        adaptors_of(STUDENT, Net(4, stride=1, tokens=3), taps("rows"), EXAMPLE)
+        make_adaptors(STUDENT, Net(4, stride=1, tokens=3), taps("rows"), EXAMPLE)
 
 
 def test_unknown_names_are_refused_with_those_near_to_them() -> None:
     with pytest.raises(TrainingError, match=r"`student` must have the tapped module 'stem\.00'.*Did you mean stem\.0"):
-        adaptors_of(STUDENT, TEACHER, {"stem.00": "stem"}, EXAMPLE)
+        make_adaptors(STUDENT, TEACHER, {"stem.00": "stem"}, EXAMPLE)
     with pytest.raises(
         TrainingError, match=r"`teacher` must have the tapped module 'bodyy'; it has none\. Did you mean"
     ):
-        adaptors_of(STUDENT, TEACHER, {"stem": "bodyy"}, EXAMPLE)
+        make_adaptors(STUDENT, TEACHER, {"stem": "bodyy"}, EXAMPLE)
     with pytest.raises(TrainingError, match="`taps` must name at least one pair of modules; got none"):
-        adaptors_of(STUDENT, TEACHER, {}, EXAMPLE)
+        make_adaptors(STUDENT, TEACHER, {}, EXAMPLE)
     with pytest.raises(TrainingError, match="`student` must run module 'spare' before the features are compared"):
-        adaptors_of(STUDENT, TEACHER, taps("spare"), EXAMPLE)
+        make_adaptors(STUDENT, TEACHER, taps("spare"), EXAMPLE)
 
 
-def test_a_watch_hears_modules_named_twice_and_forgets() -> None:
-    with watch_taps(STUDENT, TEACHER, {"stem": "stem"}, {"stem": "body", "head": "stem"}) as watch:
+def test_a_recorder_keeps_modules_named_twice_and_can_be_cleared() -> None:
+    with record_taps(STUDENT, TEACHER, {"stem": "stem"}, {"stem": "body", "head": "stem"}) as recorder:
         assert len(STUDENT.stem._forward_hooks) == 1
         logits = STUDENT(EXAMPLE)
         TEACHER(EXAMPLE)
-        (stem, head), (body, _) = watch.features({"stem": "body", "head": "stem"})
+        (stem, head), (body, _) = recorder.features({"stem": "body", "head": "stem"})
         assert torch.equal(head, logits)
         assert (stem.shape[1], body.shape[1]) == (4, 12)
-        watch.forget()
+        recorder.clear()
         with pytest.raises(TrainingError, match="`student` must run module 'stem'"):
-            watch.features({"stem": "stem"})
+            recorder.features({"stem": "stem"})
     assert not STUDENT.stem._forward_hooks

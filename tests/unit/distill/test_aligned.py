@@ -49,10 +49,10 @@ def test_loss_is_the_mean_over_taps_of_the_formula_in_numpy() -> None:
     teacher, student = cut_plain()
     _, graph = plain()
     x = images()
-    with AlignedFeatures.of(graph, ARCHITECTURE, modules=["bn1", "bn2"]).watch(student, teacher) as watch:
+    with AlignedFeatures.of(graph, ARCHITECTURE, modules=["bn1", "bn2"]).record(student, teacher) as recorder:
         teacher(x)
         student(x)
-        loss = watch.loss()
+        loss = recorder.loss()
     expected = []
     with torch.no_grad():
         t1, s1 = teacher.bn1(teacher.conv1(x)), student.bn1(student.conv1(x))
@@ -74,18 +74,18 @@ def test_defaults_to_the_stages_of_a_traced_graph_and_is_zero_for_the_uncut_mode
     assert tuple(tap.module for tap in alignment.taps) == graph.stages
     assert len(alignment.taps) == 2
     twin = apply_architecture(model, graph, Architecture()).eval()
-    with alignment.watch(twin, model) as watch:
+    with alignment.record(twin, model) as recorder:
         model(images())
         twin(images())
-        assert watch.loss().item() == 0.0
+        assert recorder.loss().item() == 0.0
 
 
 def test_gradients_reach_the_student_and_not_the_teacher() -> None:
     teacher, student = cut_plain()
-    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn2"]).watch(student, teacher) as watch:
+    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn2"]).record(student, teacher) as recorder:
         teacher(images())
         student(images())
-        watch.loss().backward()
+        recorder.loss().backward()
     assert student.conv1.weight.grad is not None
     assert student.conv1.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in teacher.parameters())
@@ -93,11 +93,11 @@ def test_gradients_reach_the_student_and_not_the_teacher() -> None:
 
 def test_bfloat16_features_are_compared_in_float32() -> None:
     teacher, student = cut_plain()
-    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn2"]).watch(student, teacher) as watch:
+    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn2"]).record(student, teacher) as recorder:
         with torch.autocast("cpu", torch.bfloat16):
             teacher(images())
             student(images())
-        assert watch.loss().dtype is torch.float32
+        assert recorder.loss().dtype is torch.float32
 
 
 def test_first_tensor_of_a_tuple_is_the_feature() -> None:
@@ -106,11 +106,11 @@ def test_first_tensor_of_a_tuple_is_the_feature() -> None:
             return x, x.sum()
 
     teacher, student = nn.Sequential(Pair()), nn.Sequential(Pair())
-    with AlignedFeatures((Tap("0", 1, 3, (0, 2)),)).watch(student, teacher) as watch:
+    with AlignedFeatures((Tap("0", 1, 3, (0, 2)),)).record(student, teacher) as recorder:
         teacher(torch.tensor([[1.0, 9.0, 3.0]]))
         student(torch.tensor([[1.0, 1.0]]))
         # ((1-1)^2 + (1-3)^2) / 2 = 2; Var([1, 3]) = 1.
-        assert watch.loss().item() == pytest.approx(2.0, rel=1e-5)
+        assert recorder.loss().item() == pytest.approx(2.0, rel=1e-5)
 
 
 def test_first_tensor_of_a_dict_is_the_feature() -> None:
@@ -119,19 +119,19 @@ def test_first_tensor_of_a_dict_is_the_feature() -> None:
             return {"note": "text", "out": x}
 
     teacher, student = nn.Sequential(Named()), nn.Sequential(Named())
-    with AlignedFeatures((Tap("0", 1, 2, (0, 1)),)).watch(student, teacher) as watch:
+    with AlignedFeatures((Tap("0", 1, 2, (0, 1)),)).record(student, teacher) as recorder:
         teacher(torch.tensor([[1.0, 3.0]]))
         student(torch.tensor([[1.0, 3.0]]))
-        assert watch.loss().item() == 0.0
+        assert recorder.loss().item() == 0.0
 
 
 def test_hooks_are_removed_also_after_an_error() -> None:
     teacher, student = cut_plain()
     alignment = AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"])
-    with alignment.watch(student, teacher):
+    with alignment.record(student, teacher):
         assert (hooks(student), hooks(teacher)) == (1, 1)
     assert (hooks(student), hooks(teacher)) == (0, 0)
-    with pytest.raises(RuntimeError, match="stop"), alignment.watch(student, teacher):
+    with pytest.raises(RuntimeError, match="stop"), alignment.record(student, teacher):
         raise RuntimeError("stop")
     assert (hooks(student), hooks(teacher)) == (0, 0)
 
@@ -141,7 +141,7 @@ def test_hooks_of_the_first_model_are_removed_when_the_second_lacks_the_module()
     alignment = AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"])
     with (
         pytest.raises(TrainingError, match="`teacher` must have the tapped module 'bn1'; it has none"),
-        alignment.watch(student, nn.Linear(1, 1)),
+        alignment.record(student, nn.Linear(1, 1)),
     ):
         pass
     assert hooks(student) == 0
@@ -150,22 +150,22 @@ def test_hooks_of_the_first_model_are_removed_when_the_second_lacks_the_module()
 
 def test_features_are_forgotten_after_each_batch() -> None:
     teacher, student = cut_plain()
-    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"]).watch(student, teacher) as watch:
+    with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"]).record(student, teacher) as recorder:
         teacher(images())
         student(images())
-        watch.loss()
+        recorder.loss()
         teacher(images())
         with pytest.raises(TrainingError, match="`student` must run module 'bn1' before the features are compared"):
-            watch.loss()
+            recorder.loss()
 
 
 def test_a_student_with_other_channels_is_refused() -> None:
     teacher, _ = cut_plain()
     alignment = AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"])
-    with alignment.watch(teacher, teacher) as watch:
+    with alignment.record(teacher, teacher) as recorder:
         teacher(images())
         with pytest.raises(TrainingError, match=r"must have 4 and 8 channels at 'bn1'; got 8 and 8\. Use the graph"):
-            watch.loss()
+            recorder.loss()
 
 
 def test_modules_without_channels_are_refused() -> None:

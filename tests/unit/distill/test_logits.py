@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from secateur.distill import dist_loss, dkd_loss, kd_loss, standardized, standardized_kd_loss
+from secateur.distill import dist_loss, dkd_loss, kd_loss, standardize_logits, standardized_kd_loss
 from secateur.errors import TrainingError
 
 
@@ -80,7 +80,7 @@ def test_standardized_logits_are_numpys_z_scores() -> None:
     logits = 5 * random(6, 7, seed=8) + 3
     z = logits.numpy()
     expected = (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
-    np.testing.assert_allclose(standardized(logits).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(standardize_logits(logits).numpy(), expected, rtol=1e-12)
 
 
 def test_standardized_kd_does_not_see_scale_and_shift() -> None:
@@ -97,8 +97,8 @@ def test_standardized_kd_does_not_see_scale_and_shift() -> None:
 
 def test_constant_logits_standardize_to_zero_with_a_finite_gradient() -> None:
     logits = torch.full((2, 3), 4.0, requires_grad=True)
-    standardized(logits).sum().backward()
-    assert torch.equal(standardized(logits), torch.zeros(2, 3))
+    standardize_logits(logits).sum().backward()
+    assert torch.equal(standardize_logits(logits), torch.zeros(2, 3))
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 

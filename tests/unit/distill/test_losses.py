@@ -133,5 +133,5 @@ def test_label_loss_refuses_labels_of_other_shapes(labels: torch.Tensor) -> None
 
 
 def test_feature_loss_refuses_other_shapes() -> None:
-    with pytest.raises(TrainingError, match=r"the teacher's kept ones \(2, 4\); got \(2, 3\)"):
+    with pytest.raises(TrainingError, match=r"the teacher's feature \(2, 4\); got \(2, 3\)"):
         feature_loss(torch.zeros(2, 3), torch.zeros(2, 4))

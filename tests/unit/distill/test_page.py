@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from small_runs import Blobs, small_schedule
+from small_runs import Blobs, small_config
 
 import secateur.distill
 from secateur.models import cifar_resnet20
@@ -27,7 +27,7 @@ def test_the_page_runs() -> None:
             "assistant": cifar_resnet20(),
             "example": torch.zeros(1, 3, 8, 8),
             "data": Data(),
-            "train": small_schedule(1),
+            "train": small_config(1),
         }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 5

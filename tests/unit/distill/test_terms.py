@@ -10,19 +10,19 @@ from secateur.distill import (
     ContrastiveRepresentation,
     KnowledgeReview,
     Objective,
-    PerTap,
-    Seen,
+    MeanOverTaps,
+    BatchOutputs,
     Term,
     VariationalInformation,
-    adaptors_of,
+    make_adaptors,
     dist_loss,
     dkd_loss,
-    features,
+    select_features,
     hint_loss,
     kd_loss,
     label_loss,
-    labeled_feature,
-    labeled_logits,
+    select_labeled_feature,
+    select_labeled_logits,
     similarity_loss,
 )
 from secateur.errors import TrainingError
@@ -43,9 +43,9 @@ ONLY_TERMS = partial(Objective, kd_weight=0.0, label_weight=0.0)
 
 
 def run(objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    with objective.watch(STUDENT, TEACHER) as watch:
+    with objective.record(STUDENT, TEACHER) as recorder:
         teacher_logits, logits = TEACHER(IMAGES), STUDENT(IMAGES)
-        total, parts = objective(logits, teacher_logits=teacher_logits, labels=LABELS, watch=watch)
+        total, parts = objective(logits, teacher_logits=teacher_logits, labels=LABELS, recorder=recorder)
     return total, dict(parts)
 
 
@@ -55,17 +55,17 @@ def captured(names: dict[str, str]) -> tuple[list[torch.Tensor], list[torch.Tens
 
 
 def test_any_combination_is_the_weighted_sum_of_its_losses() -> None:
-    adaptors = adaptors_of(STUDENT, TEACHER, TAPS, IMAGES[:1])
+    adaptors = make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1])
     objective = Objective(
         kd_weight=0.5,
         label_weight=0.25,
         temperature=2.0,
         terms=(
-            Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits, weight=0.125),
+            Term("dkd", partial(dkd_loss, beta=2.0), inputs=select_labeled_logits, weight=0.125),
             Term("dist", dist_loss, weight=2.0),
-            Term("hint", PerTap(hint_loss, adaptors), of=features, weight=3.0, taps=TAPS),
-            Term("sp", PerTap(similarity_loss), of=features, weight=7.0, taps={"2": "0"}),
-            Term("mine", lambda seen: seen.student_logits.square().mean(), of=lambda seen: (seen,)),
+            Term("hint", MeanOverTaps(hint_loss, adaptors), inputs=select_features, weight=3.0, taps=TAPS),
+            Term("sp", MeanOverTaps(similarity_loss), inputs=select_features, weight=7.0, taps={"2": "0"}),
+            Term("mine", lambda seen: seen.student_logits.square().mean(), inputs=lambda seen: (seen,)),
         ),
     )
     total, parts = run(objective)
@@ -90,14 +90,14 @@ def test_any_combination_is_the_weighted_sum_of_its_losses() -> None:
 
 
 def test_modules_with_parameters_learn_beside_the_student() -> None:
-    pairs = adaptors_of(STUDENT, TEACHER, TAPS, IMAGES[:1])
+    pairs = make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1])
     channels = (4, 8)
-    vid = PerTap([VariationalInformation(a, c) for a, c in zip(pairs.values(), channels, strict=True)])
+    vid = MeanOverTaps([VariationalInformation(a, c) for a, c in zip(pairs.values(), channels, strict=True)])
     objective = ONLY_TERMS(
         terms=(
-            Term("vid", vid, of=features, taps=TAPS),
-            Term("crd", ContrastiveRepresentation(4, 8, size=12, negatives=3), of=labeled_feature, taps={"2": "2"}),
-            Term("review", KnowledgeReview((2, 4), (4, 8)), of=features, taps=TAPS),
+            Term("vid", vid, inputs=select_features, taps=TAPS),
+            Term("crd", ContrastiveRepresentation(4, 8, size=12, negatives=3), inputs=select_labeled_feature, taps={"2": "2"}),
+            Term("review", KnowledgeReview((2, 4), (4, 8)), inputs=select_features, taps=TAPS),
             Term("dist", dist_loss),
         )
     )
@@ -123,30 +123,30 @@ def test_modules_with_parameters_learn_beside_the_student() -> None:
 
 def test_per_tap_takes_a_loss_for_each_tap_or_one_for_all() -> None:
     students, teachers = [torch.ones(2, 3), torch.zeros(2, 3)], [torch.zeros(2, 3)] * 2
-    assert PerTap(hint_loss)(students, teachers).item() == 0.25
-    assert PerTap([hint_loss, lambda s, t: (s - t).sum() + 5])(students, teachers).item() == 2.75
+    assert MeanOverTaps(hint_loss)(students, teachers).item() == 0.25
+    assert MeanOverTaps([hint_loss, lambda s, t: (s - t).sum() + 5])(students, teachers).item() == 2.75
     with pytest.raises(TrainingError, match="must be one for each tap; got 2 and 0 for 1 taps"):
-        PerTap([hint_loss, hint_loss])(students[:1], teachers[:1])
+        MeanOverTaps([hint_loss, hint_loss])(students[:1], teachers[:1])
     with pytest.raises(TrainingError, match="must be one for each tap; got 1 and 1 for 2 taps"):
-        PerTap(hint_loss, {"a": nn.Identity()})(students, teachers)
+        MeanOverTaps(hint_loss, {"a": nn.Identity()})(students, teachers)
     with pytest.raises(TrainingError, match=r"got 1 and 0 for 0 taps\. Name the taps in the term"):
-        PerTap(hint_loss)([], [])
+        MeanOverTaps(hint_loss)([], [])
 
 
 def test_descriptions_tell_terms_apart_and_hold_no_addresses() -> None:
     def description(**changed: object) -> str:
-        settings = {"loss": partial(dkd_loss, beta=2.0), "of": labeled_logits, "weight": 0.5, "taps": TAPS, **changed}
+        settings = {"loss": partial(dkd_loss, beta=2.0), "inputs": select_labeled_logits, "weight": 0.5, "taps": TAPS, **changed}
         return Term("a", **settings).description  # type: ignore[arg-type]
 
     same = description()
     assert same == description()
-    assert "0x" not in same + description(loss=PerTap(hint_loss, adaptors_of(STUDENT, TEACHER, TAPS, IMAGES[:1])))
+    assert "0x" not in same + description(loss=MeanOverTaps(hint_loss, make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1])))
     assert "beta=2.0" in same
     others = [
         description(loss=partial(dkd_loss, beta=3.0)),
-        description(loss=PerTap(hint_loss)),
-        description(loss=PerTap(similarity_loss)),
-        description(of=features),
+        description(loss=MeanOverTaps(hint_loss)),
+        description(loss=MeanOverTaps(similarity_loss)),
+        description(inputs=select_features),
         description(weight=0.25),
         description(taps={"0": "2"}),
     ]
@@ -157,17 +157,17 @@ def test_terms_need_a_teacher_and_what_they_look_at() -> None:
     objective = ONLY_TERMS(terms=(Term("dist", dist_loss),))
     assert objective.needs_teacher
     logits = torch.zeros(2, 3)
-    with objective.watch(STUDENT, TEACHER) as watch:
-        for missing in ("labels", "teacher_logits", "watch"):
-            given = {"labels": LABELS[:2], "teacher_logits": logits, "watch": watch} | {missing: None}
+    with objective.record(STUDENT, TEACHER) as recorder:
+        for missing in ("labels", "teacher_logits", "recorder"):
+            given = {"labels": LABELS[:2], "teacher_logits": logits, "recorder": recorder} | {missing: None}
             with pytest.raises(TrainingError, match="must be given because the objective has terms; got None for one"):
                 objective(logits, **given)
 
 
 def test_features_of_an_earlier_batch_are_not_used_again() -> None:
-    objective = ONLY_TERMS(terms=(Term("sp", PerTap(similarity_loss), of=features, taps={"0": "0"}),))
-    with objective.watch(STUDENT, TEACHER) as watch:
-        given = {"teacher_logits": TEACHER(IMAGES), "labels": LABELS, "watch": watch}
+    objective = ONLY_TERMS(terms=(Term("sp", MeanOverTaps(similarity_loss), inputs=select_features, taps={"0": "0"}),))
+    with objective.record(STUDENT, TEACHER) as recorder:
+        given = {"teacher_logits": TEACHER(IMAGES), "labels": LABELS, "recorder": recorder}
         objective(STUDENT(IMAGES), **given)
         TEACHER(IMAGES)
         with pytest.raises(TrainingError, match="`student` must run module '0'"):
@@ -184,6 +184,6 @@ def test_bad_terms_are_refused() -> None:
         Term("a", dist_loss, weight=0.0)
     with pytest.raises(TrainingError, match="`terms` must have different names; got a, a"):
         Objective(terms=(Term("a", dist_loss), Term("a", kd_loss)))
-    seen = Seen(LABELS, torch.zeros(6, 5), torch.zeros(6, 5))
+    seen = BatchOutputs(LABELS, torch.zeros(6, 5), torch.zeros(6, 5))
     with pytest.raises(TrainingError, match=r"`loss` must give a scalar; got \(6, 5\) from term 'a'\. Take the mean"):
         Term("a", lambda s, t: s - t)(seen)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, trace
-from secateur.prune import Cut, Verification, apply_architecture, cut, parameter_share
+from secateur.prune import Cut, Verification, apply_architecture, cut, prunable_parameter_fraction
 from secateur.prune.verify import compare_outputs
 
 REMOVED = 0.05
@@ -92,7 +92,7 @@ def describe(row: dict[str, Any], model: nn.Module, graph: ChannelGraph) -> None
         count = operation.factor * math.prod(extent.at(sizes) for extent in operation.extents)
         macs += count
         prunable += count if any(extent.terms for extent in operation.extents) else 0.0
-    row["parameter_share"] = parameter_share(graph)
+    row["parameter_share"] = prunable_parameter_fraction(graph)
     row["mac_share"] = prunable / macs if macs else 0.0
     row["macs"] = macs
     row["axes"], row["prunable_axes"] = len(graph.axes), len(graph.prunable)
@@ -144,7 +144,7 @@ def outcome(row: dict[str, Any], model: nn.Module, done: Cut) -> None:
     row["max_rel"], row["dtype"], row["tolerance"] = found.max_rel, found.dtype, found.tolerance
     row["refrozen"] = [[plain(model, why), n] for why, n in Counter(why for _, why in found.frozen).most_common(5)]
     row["refrozen_raw"] = [list(pair) for pair in found.frozen[:3]]
-    row["final_parameter_share"] = parameter_share(done.graph)
+    row["final_parameter_share"] = prunable_parameter_fraction(done.graph)
     row["kept_params"] = sum(p.numel() for p in done.model.parameters()) / row["params"]
     row["kept_macs"] = costs.cost(done.architecture).macs / max(costs.original.macs, 1)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.models import load_model
-from secateur.train import SGD, Compiled, Eager, Execution, autocast, best_precision, channels_last, placed
+from secateur.train import SGD, Compiled, Eager, Execution, autocast, best_precision, channels_last, copy_to_device
 
 CPU = torch.device("cpu")
 Step = Callable[[], object]
@@ -32,7 +32,7 @@ Step = Callable[[], object]
 
 def step_of(execution: Execution, model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     """Return a function that makes one optimizer step on a copy of a model."""
-    student = placed(model, CPU).train()
+    student = copy_to_device(model, CPU).train()
     forward = execution.prepared(student)
     optimizer = SGD().build(student, 0.01)
 

@@ -39,7 +39,7 @@ from torch.nn import functional
 from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, load_data
 from secateur.distill import Objective
 from secateur.models import load_model
-from secateur.train import Precision, Silent, TrainConfig, fit
+from secateur.train import Precision, RunSettings, Silent, TrainConfig, fit
 
 BATCH = 128
 FOLDER_BATCH = 64
@@ -75,9 +75,9 @@ def bare_batches(source: MemorySplit, epoch: int) -> Iterable[tuple[Tensor, Tens
 
 def engine(model: nn.Module, source: MemorySplit, epoch: int, augment: Augment | None) -> float:
     """Train one epoch with Secateur; return the seconds of its steps."""
-    schedule = TrainConfig(1, BATCH, learning_rate=0.05, precision=Precision.FLOAT32, seed=epoch)
-    labels = Objective.of_labels()
-    trained = fit(model, source, schedule=schedule, objective=labels, augment=augment, progress=Silent())
+    train = TrainConfig(1, BATCH, learning_rate=0.05, precision=Precision.FLOAT32, seed=epoch)
+    labels, run = Objective.of_labels(), RunSettings(callbacks=Silent())
+    trained = fit(model, source, train=train, objective=labels, augment=augment, run=run)
     return trained.history[-1].seconds
 
 
@@ -139,7 +139,7 @@ def cifar(source: MemorySplit, rounds: int) -> dict[str, dict[str, list[float]]]
 
 def folder(place: Path, images: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Compare with torchvision and timm, with and without RandAugment."""
-    usual = Normalization.usual(3)
+    usual = Normalization.default(3)
     paths = tuple(sorted(place.rglob("*.jpg")))
     split = FolderSplit(paths, torch.tensor([int(path.parent.name) for path in paths]), (3, SIDE, SIDE), usual)
     found: dict[str, dict[str, list[float]]] = {}

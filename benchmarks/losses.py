@@ -26,11 +26,11 @@ from recover import ALIGNED, KD, ours
 from torch import nn
 
 from secateur.cli.distill import DEFAULT_WEIGHTS, LOGIT_LOSSES, Pair, inferred_taps, to_objective
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.data import ImageData, Split, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.models import load_model
-from secateur.train import Silent, TrainConfig, evaluate, fit
+from secateur.train import RunSettings, Silent, TrainConfig, evaluate, fit
 
 MODEL = "cifar_resnet20"
 IMAGES = 10_000
@@ -100,12 +100,12 @@ def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, 
     done = fit(
         recovery.student,
         recovery.images,
-        schedule=TrainConfig(epochs=1, learning_rate=rate, seed=seed),
+        train=TrainConfig(epochs=1, learning_rate=rate, seed=seed),
         objective=objective,
         teacher=recovery.teacher if objective.needs_teacher else None,
         alignment=recovery.alignment if objective.feature_weight else None,
         augment=data.augment,
-        progress=Silent(),
+        run=RunSettings(callbacks=Silent()),
     )
     spent, choosing = time.process_time() - began, seed == CHOOSING
     part = data.validation if choosing else data.test
@@ -149,7 +149,7 @@ def started(recovery: Recovery) -> None:
         facts = {
             "start": evaluate(recovery.student, recovery.data.test).top1,
             "teacher": evaluate(recovery.teacher, recovery.data.test).top1,
-            "kept_macs": counted_macs(recovery.student, example) / counted_macs(recovery.teacher, example),
+            "kept_macs": count_macs(recovery.student, example) / count_macs(recovery.teacher, example),
             "images": IMAGES,
         }
         write_record("losses/start", {**facts, **surroundings()})

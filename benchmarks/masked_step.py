@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.models import cifar_resnet20
-from secateur.prune import keep_largest, magnitude, masked, per_layer, prunable
+from secateur.prune import apply_masks, keep_largest, magnitude_scores, prunable_weights, uniform_counts
 
 CASES = (("cifar_resnet20", 32), ("cifar_resnet20", 128), ("mobilenetv3_small_100", 32), ("mobilenetv3_small_100", 128))
 
@@ -27,8 +27,8 @@ CASES = (("cifar_resnet20", 32), ("cifar_resnet20", 128), ("mobilenetv3_small_10
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Measure one network at one batch size."""
     dense = model_of(name).to(memory_format=torch.channels_last).train()
-    weights = prunable(dense)
-    sparse = masked(dense, keep_largest(magnitude(weights), per_layer(weights, 0.2)))
+    weights = prunable_weights(dense)
+    sparse = apply_masks(dense, keep_largest(magnitude_scores(weights), uniform_counts(weights, 0.2)))
     images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
     pairs = [(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)) for model in (dense, sparse)]

@@ -35,16 +35,25 @@ from secateur.architecture import Architecture
 from secateur.cost import Budget, CostModel
 from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
-from secateur.graph import ChannelGraph, stages_of, trace
+from secateur.graph import ChannelGraph, find_stages, trace
 from secateur.models import load_model
 from secateur.nas import SWP, Labels, RandomSampler, SoftLabels, Supernet, Widths, order_by_score
 from secateur.nas.common import set_aside
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.nas.swp_candidates import CandidateSpace
-from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
+from secateur.nas.swp_train import SupernetStep, SWPSearchConfig
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
 from secateur.search import Reconstruction, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Silent, TrainConfig, evaluate, open_fabric, placed, train_with_teacher
+from secateur.train import (
+    RunSettings,
+    Silent,
+    TrainConfig,
+    Trainer,
+    evaluate,
+    open_fabric,
+    copy_to_device,
+    train_with_teacher,
+)
 
 NETWORKS = 24
 IMAGES = 10_000
@@ -76,7 +85,7 @@ class Bench:
         rest, self.aside = set_aside(self.data.train, 2000, 0)
         # About every fourth image: enough to train on, and none of those used for scoring.
         self.images = rest.subset(torch.arange(0, len(rest), len(rest) // IMAGES)[:IMAGES])  # type: ignore[attr-defined]
-        self.options = CandidateSpace.of(self.problem, stages_of(self.model, self.graph), Widths(), None)
+        self.options = CandidateSpace.of(self.problem, find_stages(self.model, self.graph), Widths(), None)
         self.networks = self._drawn()
 
     def _drawn(self) -> list[Any]:
@@ -103,10 +112,10 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
         done.model,
         teacher=bench.model,
         data=replace(bench.data, train=bench.images),  # type: ignore[arg-type]
-        schedule=TrainConfig(epochs=EPOCHS, learning_rate=0.02, seed=number),
+        train=TrainConfig(epochs=EPOCHS, learning_rate=0.02, seed=number),
         objective=ALIGNED,
         alignment=AlignedFeatures.of(done.graph, done.architecture),
-        progress=Silent(),
+        run=RunSettings(callbacks=Silent()),
     )
     last = trained.history[-1].validation_accuracy
     return {
@@ -120,24 +129,25 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
     }
 
 
-def record(bench: Bench, variant: str) -> dict[str, Any]:
+def judged(bench: Bench, variant: str) -> dict[str, Any]:
     """Train a supernet in one way and return its scores of all networks."""
     strategy, fabric = VARIANTS[variant], open_fabric(None, device=torch.device("cpu"))
-    stages = stages_of(bench.model, bench.graph, strategy.cuts)
+    stages = find_stages(bench.model, bench.graph, strategy.cuts)
     options = CandidateSpace.of(bench.problem, stages, strategy.widths, strategy.depths)
-    supernet = placed(bench.supernet(), fabric.device)
-    schedule = replace(strategy.schedule, epochs=EPOCHS)
-    run = SupernetTraining(
+    supernet = copy_to_device(bench.supernet(), fabric.device)
+    train = replace(strategy.train, epochs=EPOCHS)
+    step = SupernetStep(
         SWPSearchConfig(
-            options, strategy.sampler, strategy.supervision, bench.images, bench.data.augment, schedule, fabric
+            options, strategy.sampler, strategy.supervision, bench.images, bench.data.augment, train, fabric
         ),
         supernet,
     )
+    trainer = Trainer(step)
     began = time.process_time()
     if variant != "untrained":
-        with Silent().watch("search", epochs=EPOCHS, steps=run.course.steps, done=0) as meter:
-            while run.epoch < EPOCHS:
-                run.train_epoch(meter)
+        with Silent().start("search", epochs=EPOCHS, steps=step.steps, done=0) as callbacks:
+            while trainer.epoch < EPOCHS:
+                trainer.train_epoch(callbacks)
     trained = time.process_time() - began
     began = time.process_time()
     judge = CandidateScorer.of(
@@ -149,15 +159,15 @@ def record(bench: Bench, variant: str) -> dict[str, Any]:
         fabric=fabric,
     )
     draw = np.random.default_rng(1)
-    judge = judge.weighing([options.subnet(options.sample(draw)) for _ in range(16)])
+    judge = judge.weighted([options.subnet(options.sample(draw)) for _ in range(16)])
     losses = held_out_losses(judge, [bench.options.subnet(rows) for rows in bench.networks])
     return {
         "variant": variant,
         "losses": losses.sum(1).tolist(),
         "weights": np.asarray(judge.weights).tolist(),
         "stages": (losses / np.asarray(judge.weights)).tolist(),
-        "fairness": run.tally.fairness,
-        "training": run.history,
+        "fairness": step.counts.fairness,
+        "training": trainer.history,
         "cpu_seconds_of_training": round(trained, 1),
         "cpu_seconds_of_judging": round(time.process_time() - began, 1),
         "surroundings": surroundings(),

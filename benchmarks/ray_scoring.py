@@ -21,14 +21,14 @@ from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 
 from secateur.cost import Budget, CostModel
 from secateur.data import draw_calibration, load_data
-from secateur.graph import stages_of, trace
+from secateur.graph import find_stages, trace
 from secateur.models import load_model
 from secateur.nas import InPlace, Subnet, Supernet, Widths, order_by_score
 from secateur.nas.common import set_aside
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, open_fabric, placed
+from secateur.train import Precision, open_fabric, copy_to_device
 from secateur.workers import InProcess, OnRay, Pool, Workers
 
 CHUNK = 8
@@ -49,8 +49,8 @@ def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subne
     graph = trace(model.eval(), batches[0][0][:1])
     evidence = ScoringInputs(model, graph, batches)
     problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
-    options = CandidateSpace.of(problem, stages_of(model, graph), Widths(), None)
-    supernet = placed(Supernet(model, graph, order_by_score(L2().scores(evidence))), cpu)
+    options = CandidateSpace.of(problem, find_stages(model, graph), Widths(), None)
+    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(evidence))), cpu)
     judge = CandidateScorer.of(
         supernet,
         stages=options.stages,
@@ -63,7 +63,7 @@ def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subne
     return judge, [[options.subnet(options.sample(draw)) for _ in range(CHUNK)] for _ in range(chunks)]
 
 
-def record(pool: Pool[list[Subnet], Any], chunks: list[list[Subnet]]) -> np.ndarray:
+def judged(pool: Pool[list[Subnet], Any], chunks: list[list[Subnet]]) -> np.ndarray:
     """Return the losses (networks, stages), in the order of the networks."""
     found = dict(pool.map(chunks))
     return np.concatenate([found[number] for number in range(len(chunks))])

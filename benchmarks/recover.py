@@ -25,14 +25,14 @@ from _peer import prune_inner_convolutions
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from torch import nn
 
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import Refit, cut
 from secateur.search import Knapsack, SearchSpace, search_architecture
-from secateur.train import Silent, TrainConfig, evaluate, fit
+from secateur.train import RunSettings, Silent, TrainConfig, evaluate, fit
 
 KD = Objective(kd_weight=0.9, label_weight=0.1)
 # Feature weight and rate were chosen on the validation images with ResNet-20, seed 2, one epoch (docs/log.md).
@@ -86,17 +86,17 @@ def run(  # noqa: PLR0917
     teacher, _ = load_model(f"cifar_resnet{depth}", weights=WEIGHTS / f"cifar10_resnet{depth}.safetensors")
     student, objective, alignment = METHODS[method](teacher, data, seed)
     example = torch.zeros(1, *data.size)
-    schedule = TrainConfig(epochs=epochs, learning_rate=rate, seed=seed)
+    train = TrainConfig(epochs=epochs, learning_rate=rate, seed=seed)
     trained = fit(
         student,
         data.train,
-        schedule=schedule,
+        train=train,
         objective=objective,
         teacher=teacher if objective.needs_teacher else None,
         alignment=alignment,
         augment=data.augment,
         validation=data.validation,
-        progress=Silent(),
+        run=RunSettings(callbacks=Silent()),
     )
     return {
         "model": f"cifar_resnet{depth}",
@@ -104,7 +104,7 @@ def run(  # noqa: PLR0917
         "epochs": epochs,
         "seed": seed,
         "learning_rate": rate,
-        "kept_macs": counted_macs(student, example) / counted_macs(teacher, example),
+        "kept_macs": count_macs(student, example) / count_macs(teacher, example),
         "test_before_training": evaluate(student, data.test).top1,
         "test": evaluate(trained.model, data.test).top1,
         "validation": trained.best_accuracy,

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from secateur.cost import Budget, CostModel
 from secateur.data import ImageData, draw_calibration, load_data
-from secateur.graph import ChannelGraph, stages_of, trace
+from secateur.graph import ChannelGraph, find_stages, trace
 from secateur.models import load_model
 from secateur.nas import InPlace, Subnet, Supernet, Widths, order_by_score
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, channels_last, open_fabric, placed
+from secateur.train import Precision, channels_last, open_fabric, copy_to_device
 
 NETWORKS = 8
 Pair = tuple[Tensor, Tensor]
@@ -52,7 +52,7 @@ def blockwise(model: nn.Module, graph: ChannelGraph) -> tuple[str, ...]:
     found: list[str] = []
     for name in wanted:
         try:
-            stages_of(model, graph, (*found, name))
+            find_stages(model, graph, (*found, name))
         except Exception:
             continue
         found.append(name)
@@ -97,11 +97,11 @@ def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: in
     model = model_of(name)
     batches = draw_calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
     graph = trace(model, batches[0][0][:1])
-    stages = stages_of(model, graph, blockwise(model, graph) if fine else None)
+    stages = find_stages(model, graph, blockwise(model, graph) if fine else None)
     evidence = ScoringInputs(model, graph, batches)
     problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
     options = CandidateSpace.of(problem, stages, Widths(), None)
-    supernet = placed(Supernet(model, graph, order_by_score(L2().scores(evidence))), torch.device("cpu"))
+    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(evidence))), torch.device("cpu"))
     fabric = open_fabric(precision, device=torch.device("cpu"))
     images = [channels_last(images) for images, _ in batches[:2]]
     held: Any = _Held(batches[2:])

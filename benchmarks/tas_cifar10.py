@@ -38,7 +38,7 @@ from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, CostModel, counted_macs
+from secateur.cost import Budget, CostModel, count_macs
 from secateur.data import ImageData, draw_calibration, load_data
 from secateur.distill import AlignedFeatures, Objective
 from secateur.graph import ChannelGraph, trace
@@ -52,13 +52,12 @@ from secateur.search import (
     ScoringInputs,
     SearchContext,
     SearchSpace,
-    SearchTraining,
     Uniform,
     keep_best,
     search_architecture,
     widen_to_budget,
 )
-from secateur.train import Silent, TrainConfig, evaluate, open_fabric, train_with_teacher
+from secateur.train import RunSettings, Silent, TrainConfig, evaluate, open_fabric, train_with_teacher
 
 ALIGNED = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 SPACE = SearchSpace(min_kept_fraction=0.25)
@@ -123,7 +122,7 @@ Method = Callable[[Case], Found]
 
 def tas(case: Case) -> Found:
     """Search for one epoch, with defaults otherwise."""
-    strategy = TAS(schedule=TrainConfig(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
+    strategy = TAS(train=TrainConfig(epochs=SEARCH_EPOCHS, batch_size=64, learning_rate=0.02))
     found = search_architecture(
         case.model,
         case.graph,
@@ -132,7 +131,8 @@ def tas(case: Case) -> Found:
         batches=case.batches,
         space=SPACE,
         seed=case.seed,
-        training=SearchTraining(case.data, fabric=open_fabric(None, device=torch.device("cpu"))),
+        data=case.data,
+        run=RunSettings(fabric=open_fabric(None, device=torch.device("cpu")), callbacks=Silent()),
     )
     return found.architecture, {"search": found.notes["search"], "strategy": found.strategy}
 
@@ -147,7 +147,8 @@ def swp(case: Case) -> Found:
         batches=case.batches,
         space=SPACE,
         seed=case.seed,
-        training=SearchTraining(case.data, fabric=open_fabric(None, device=torch.device("cpu"))),
+        data=case.data,
+        run=RunSettings(fabric=open_fabric(None, device=torch.device("cpu")), callbacks=Silent()),
     )
     return found.architecture, {"strategy": found.strategy, **found.notes}
 
@@ -227,10 +228,10 @@ def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, 
         done.model,
         teacher=teacher,
         data=data,
-        schedule=TrainConfig(epochs=epochs, learning_rate=0.02, seed=seed),
+        train=TrainConfig(epochs=epochs, learning_rate=0.02, seed=seed),
         objective=ALIGNED,
         alignment=AlignedFeatures.of(done.graph, done.architecture),
-        progress=Silent(),
+        run=RunSettings(callbacks=Silent()),
     )
     recovered = time.process_time() - began
     example = torch.zeros(1, *data.size)
@@ -238,7 +239,7 @@ def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, 
         "method": method,
         "seed": seed,
         "epochs_of_recovery": epochs,
-        "kept_macs": counted_macs(done.model, example) / counted_macs(teacher, example),
+        "kept_macs": count_macs(done.model, example) / count_macs(teacher, example),
         "widths": dict(architecture.widths),
         "validation_before_recovery": evaluate(done.model, data.validation).top1,
         "validation": trained.best_accuracy,

@@ -16,13 +16,13 @@ import torch
 from _record import CIFAR10, WEIGHTS, surroundings, table, write_record
 from torch import nn
 
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.data import ImageData, draw_calibration, load_data
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import load_model
 from secateur.nas import TAS, Depths, Widths
 from secateur.prune import cut
-from secateur.search import L2, SearchTraining, search_architecture
+from secateur.search import L2, search_architecture
 from secateur.train import TrainConfig
 
 MODELS = ("cifar_resnet20", "cifar_resnet56", "mobilenetv2_050", "densenet121", "efficientnet_b0", "convnext_atto")
@@ -51,14 +51,12 @@ def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> di
     if space == "untied":
         graph = untie(model, graph)
     widths, depths = SPACES[space]
-    if (depths and not graph.chains) or (space == "untied" and not any(axis.into for axis in graph.prunable)):
+    if (depths and not graph.chains) or (space == "untied" and not any(axis.residual_axis for axis in graph.prunable)):
         return None
-    schedule = TrainConfig(epochs=epochs, batch_size=32, learning_rate=0.01)
-    strategy = TAS(widths=widths, depths=depths, schedule=schedule, importance=L2())
+    train = TrainConfig(epochs=epochs, batch_size=32, learning_rate=0.01)
+    strategy = TAS(widths=widths, depths=depths, train=train, importance=L2())
     began = time.process_time()
-    found = search_architecture(
-        model, graph, strategy, budget=f"macs={percent}%", batches=batches, training=SearchTraining(data)
-    )
+    found = search_architecture(model, graph, strategy, budget=f"macs={percent}%", batches=batches, data=data)
     seconds = time.process_time() - began
     small = cut(model, graph, found.architecture)
     example = torch.zeros(1, *data.size)
@@ -67,7 +65,7 @@ def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> di
         "space": space,
         "budget_percent": percent,
         "utilization": found.cost.macs / (found.original.macs * percent / 100),
-        "counted_percent": 100 * counted_macs(small.model, example) / counted_macs(model, example),
+        "counted_percent": 100 * count_macs(small.model, example) / count_macs(model, example),
         "removed_blocks": len(found.architecture.removed_blocks),
         "blocks": len(graph.removable),
         "verified_max_rel": small.verification.max_rel,

@@ -27,9 +27,9 @@ from secateur.graph import trace
 from secateur.models import cifar_resnet56
 from secateur.nas import TAS, Interpolate, Supernet, WidthExpansion, ZeroPad, order_by_score
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
-from secateur.nas.tas_train import DifferentiableSearch
+from secateur.nas.tas_train import TASStep
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, TrainConfig, best_precision, channels_last, open_fabric, placed
+from secateur.train import Precision, RunSettings, TrainConfig, best_precision, channels_last, open_fabric, copy_to_device
 
 BATCH = 64
 TEMPERATURE = 5.0
@@ -44,18 +44,18 @@ class Steps:
         self._batch = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
         model = cifar_resnet56().eval()
         graph = trace(model, self._batch[0][:2])
-        self._full = placed(model, self._fabric.device).train()
+        self._full = copy_to_device(model, self._fabric.device).train()
         self._sgd = TrainConfig(epochs=1).optimizer.build(self._full, 0.01)
         evidence = ScoringInputs(model, graph, ((self._batch),))
         problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
         supernet = Supernet(model, graph, order_by_score(L2().scores(evidence)))
         strategy = TAS(expansion=blending)
         candidates = WidthCandidates.of(problem, strategy.widths, strategy.depths, supernet.mixable)
-        course = strategy.course(replace(problem, fabric=self._fabric), candidates, (_Images(), _Images()))
-        self._run = DifferentiableSearch(
-            course, placed(supernet, self._fabric.device).train(), WidthDistribution(candidates)
-        )
-        self._noise = torch.Generator().manual_seed(0)
+        context = replace(problem, run=RunSettings(fabric=self._fabric))
+        config = strategy.search_config(context, candidates, (_Images(), _Images()))
+        self._step = TASStep(config, copy_to_device(supernet, self._fabric.device).train(), WidthDistribution(candidates))
+        self._step.noise.manual_seed(0)
+        self._step.learners["supernet"].set_learning_rate(0.01)
 
     def ordinary(self) -> None:
         """Make a training step of the full network."""
@@ -67,11 +67,11 @@ class Steps:
 
     def weights(self) -> None:
         """Make a search step of the weights."""
-        self._run.learn(self._batch, TEMPERATURE, 0.01, self._noise)
+        self._step.update_weights(*self._batch, TEMPERATURE)
 
     def choice(self) -> None:
         """Make a search step of the choice."""
-        self._run.decide(self._batch, TEMPERATURE, self._noise)
+        self._step.update_alpha(*self._batch, TEMPERATURE)
 
     @property
     def kinds(self) -> dict[str, Callable[[], None]]:

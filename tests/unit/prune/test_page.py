@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from small_runs import Blobs, small_schedule
+from small_runs import Blobs, small_config
 
 from secateur.models import cifar_resnet20
 from secateur.prune import prunable_weights
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "sparsity.md"
 def test_the_page_runs() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        names = {"model": cifar_resnet20(), "images": Blobs(32), "train": small_schedule(4)}
+        names = {"model": cifar_resnet20(), "images": Blobs(32), "train": small_config(4)}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 4
     for block in blocks:

@@ -1,13 +1,16 @@
 """Compress a model: a trained network and a budget go in, a smaller verified one comes out."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from secateur.cost.budget import Budget
+from secateur._runtime import copy_model
+from secateur.cost.budget import Budget, is_timed
+from secateur.cost.macs import count_macs, count_params
 from secateur.cost.targets import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.taps import AlignedFeatures
@@ -24,19 +27,27 @@ from secateur.pipeline.config import (
     RunConfig,
     default_strategy,
 )
-from secateur.pipeline.finalize import Finished, finalize
-from secateur.pipeline.search_and_cut import ImageBatches, search_and_cut, with_zeros, zeros_for
+from secateur.pipeline.finalize import Finished, finalize, measured_model, report_of
+from secateur.pipeline.search_and_cut import (
+    ImageBatches,
+    describe_repair,
+    search_and_cut,
+    with_zeros,
+    within,
+    zeros_for,
+)
 from secateur.pipeline.workspace import (
     RunDirectory,
     check_model_fits_data,
     check_output,
     fabric_for,
     first_alone,
-    own_copy,
     shared_run_directory,
 )
+from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
-from secateur.report.run import MeasuredAccuracy, Step
+from secateur.report.graph_drawing import sizes_in_order
+from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, MeasuredAccuracy, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
@@ -92,7 +103,7 @@ def compress(
         SecateurError: One of its subclasses, with the way out, if anything cannot be used; nothing half-written is
             left then.
     """
-    output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source)
+    output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source, type(model).__qualname__)
     if output is not None:
         check_output(output.folder)
         check_formats(output.formats)
@@ -118,7 +129,7 @@ def compress(
         fabric=fabric,
     )
     batches = draw_calibration(data.train, cut.calibration_images, device=fabric.device, seed=run.seed)
-    original = own_copy(model, fabric.device)
+    original = copy_model(model).to(fabric.device).eval()
     check_model_fits_data(original, data, batches[0][0])
     cut.init.check(original, recovery.train)
     with shared_run_directory(
@@ -129,7 +140,22 @@ def compress(
         steps = [_measured(plan, "original", original)]
         with first_alone(fabric):
             cut_student = search_and_cut(plan, original, batches, work)
-        return finalize(_recovered(plan, cut_student, batches, work, steps))
+        trained, student = _recover(plan, cut_student, batches, work, steps)
+        finished = _finished(
+            plan, cut_student, trained, student=student, steps=tuple(steps), images=batches[0][0].detach().cpu()
+        )
+        report, folder, files = finalize(finished)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return CompressResult(
+        model=student.to(device),
+        graph=cut_student.graph,
+        search=cut_student.search,
+        verification=cut_student.verification,
+        trained=trained,
+        report=report,
+        folder=folder,
+        files=files,
+    )
 
 
 def _weight_pruning(budget: Budget, pruning: WeightPruning | None) -> WeightPruning | None:
@@ -141,10 +167,14 @@ def _weight_pruning(budget: Budget, pruning: WeightPruning | None) -> WeightPrun
     return pruning or WeightPruning()
 
 
-def _recovered(
+def _recover(
     plan: Plan, cut_student: CutStudent, batches: ImageBatches, work: RunDirectory | None, steps: list[Step]
-) -> Finished:
-    """Train the cut student, with single weights at zero if the budget bounds them."""
+) -> tuple[Trained | None, nn.Module]:
+    """Train the cut student, with single weights at zero if the budget bounds them.
+
+    Returns:
+        The training or None, and the final student.
+    """
     student = cut_student.student
     steps.append(_measured(plan, plan.cut.init.done, student))
     zeros = zeros_for(plan, cut_student, batches)
@@ -157,15 +187,7 @@ def _recovered(
         steps.append(_measured(plan, "weights pruned", student))
     if zeros is not None:
         student = with_zeros(student)
-    return Finished(
-        plan=plan,
-        cut_student=cut_student,
-        student=student.eval(),
-        trained=trained,
-        steps=tuple(steps),
-        images=batches[0][0].detach().cpu(),
-        original_validation=_validated(plan, cut_student, trained),
-    )
+    return trained, student.eval()
 
 
 def _train(plan: Plan, cut_student: CutStudent, work: RunDirectory | None, zeros: Sparsify | None) -> Trained | None:
@@ -214,11 +236,149 @@ def _comparable(cut_student: CutStudent) -> tuple[str, ...]:
     return tuple(stage for stage in graph.stages if stage not in inside or stage in passing)
 
 
+def _finished(
+    plan: Plan,
+    cut_student: CutStudent,
+    trained: Trained | None,
+    *,
+    student: nn.Module,
+    steps: tuple[Step, ...],
+    images: Tensor,
+) -> Finished:
+    """The run as `finalize` takes it."""
+    search, cut = cut_student.search, plan.cut
+    doubts = _doubts(plan, steps[0], trained)
+    return Finished(
+        report=replace(
+            _report(plan, cut_student, trained, student, steps),
+            checks=_checks(plan, cut_student, student, images),
+            notes=(*doubts, *map(describe_repair, cut_student.repairs)),
+        ),
+        original=cut_student.original,
+        student=student,
+        given=plan.model,
+        trained=trained,
+        images=images,
+        data=plan.data,
+        architecture=search.architecture,
+        costs=(search.original.to_json(), search.cost.to_json()),
+        output=plan.output,
+        run=plan.run,
+        fabric=plan.fabric,
+        log=plan.log,
+        latency_bound=(plan.budget, plan.target) if is_timed(plan.budget) else None,
+        search=search,
+        doubts=doubts,
+        metrics={
+            "nonzero": {"before": nonzero_params(cut_student.original), "after": nonzero_params(student)},
+            "pruning": None if cut.weight_pruning is None else repr(cut.weight_pruning),
+            "repairs": [asdict(repair) for repair in cut_student.repairs],
+            "search": {"strategy": search.strategy, "budget": str(plan.budget), **search.notes},
+            "choices": asdict(cut.selection),
+            "heads": cut.heads.value,
+            "branches": cut.branches.value,
+            "space": asdict(cut.space),
+        },
+    )
+
+
+def _report(
+    plan: Plan, cut_student: CutStudent, trained: Trained | None, student: nn.Module, steps: tuple[Step, ...]
+) -> RunReport:
+    """Every number of the run itself."""
+    graph, search = cut_student.graph, cut_student.search
+    sizes, widths, removed = sizes_in_order(graph), search.architecture.widths, search.architecture.removed_blocks
+    # Of an axis nothing is left if every layer that has it went with a block.
+    tensors = {tensor for name in removed for tensor in graph.blocks_by_name[name].tensors}
+    gone = {axis.name for axis in graph.axes if all(site.tensor in tensors for site in axis.sites)}
+    limit = search.budget.limits(search.original).get("macs")
+    measured = (
+        measured_model(cut_student.original, search.original.macs, steps[0]),
+        measured_model(student, search.cost.macs, steps[-1]),
+    )
+    common = report_of(
+        plan.name, plan.data, measured, strategy=search.strategy, steps=steps, trained=trained, run=plan.run
+    )
+    return replace(
+        common,
+        budget=str(plan.budget),
+        choices=str(plan.cut),
+        widths=tuple(
+            LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()
+        ),
+        frozen=tuple(
+            FrozenAxis(axis.name, axis.size, axis.frozen_because) for axis in graph.axes if axis.frozen_because
+        ),
+        blocks=tuple(BlockFate(b.name, b.name in removed, b.kept_because or "") for b in graph.blocks),
+        search=tuple(_in_order(epoch, sizes) for epoch in search.history.epochs),
+        stages=search.history.stages,
+        fairness=search.history.fairness,
+        macs_limit=None if limit is None or not search.original.macs else limit / search.original.macs,
+        original_validation_accuracy=_validated(plan, cut_student, trained),
+    )
+
+
+def _in_order(epoch: SearchEpoch, sizes: Mapping[str, int]) -> SearchEpoch:
+    """An epoch of a search with its axes in order of execution."""
+    by_axis = {width.axis: width for width in epoch.widths}
+    return replace(epoch, widths=tuple(by_axis[axis] for axis in sizes if axis in by_axis))
+
+
 def _validated(plan: Plan, cut_student: CutStudent, trained: Trained | None) -> float | None:
     """Accuracy of the original on the validation images, which the report draws beside that of the epochs."""
     if trained is None or not len(plan.data.validation):
         return None
     return evaluate(cut_student.original, plan.data.validation, device=plan.device).top1
+
+
+def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Tensor) -> tuple[Check, ...]:
+    """Sliced equals masked, costs equal counted ones, and the budget holds."""
+    proof, search, params = cut_student.verification, cut_student.search, count_params(student)
+    macs = count_macs(student, images[:1].to(plan.device))
+    few, zeros = within(plan.budget, student, search.original)
+    return (
+        Check(
+            "Sliced model = original with the removed channels zeroed",
+            proof.max_rel <= proof.tolerance,
+            proof.max_abs,
+            proof.max_rel,
+            proof.tolerance,
+            f"in {proof.dtype}",
+        ),
+        Check(
+            "Costs from the graph = costs counted on the cut model",
+            (macs, params) == (search.cost.macs, search.cost.params),
+            detail=f"counted {macs} MACs, {params} parameters; computed {search.cost.macs}, {search.cost.params}",
+        ),
+        Check(
+            "Within the budget",
+            search.budget.allows(search.cost, search.original) and few,
+            detail=f"{search.budget}: {100 * search.cost.macs / max(search.original.macs, 1):.2f} % of the MACs, "
+            f"{100 * search.cost.params / max(search.original.params, 1):.2f} % of the parameters{zeros}",
+        ),
+    )
+
+
+def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, ...]:
+    """What a reader must know before believing the rest."""
+    found: list[str] = []
+    if plan.cut.weight_pruning is not None:
+        found.append(
+            "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
+            "with any number. What is faster is so for its cut channels."
+        )
+    first, chance = original.accuracy, 1 / len(plan.data.classes)
+    if first.top1 <= 2 * chance:
+        found.append(
+            f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
+            f"({100 * chance:.1f} %). Check its weights (--weights) and normalization (--mean, --std)."
+        )
+    if trained is not None and trained.best_epoch == 0 and plan.cut.weight_pruning is None:
+        found.append(
+            "No epoch was better on the validation images than the student before training, which is kept. If the "
+            "original was trained on these images, they favor the student that has changed least."
+        )
+    return tuple(found)
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, is_timed
-from secateur.cost.measure import Cache
+from secateur.cost.measure import LatencyCache
 from secateur.cost.targets import Target
 from secateur.data.dataset import ImageData
 from secateur.distill.objective import Objective
@@ -317,7 +317,7 @@ class RunConfig:
     checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
     callbacks: Callbacks = TerminalProgress()  # noqa: RUF009 - frozen
     on_existing: OnExisting = OnExisting.ERROR
-    latency_cache: Cache | None = None
+    latency_cache: LatencyCache | None = None
     name: str = ""
     command: str = ""
 
@@ -330,11 +330,13 @@ class Output:
         folder: The artifact.
         formats: Files for other runtimes.
         source: How the original model is built, or None if only the caller can build it.
+        factory: What the artifact calls the caller's model then.
     """
 
     folder: Path
     formats: tuple[Format, ...]
     source: ModelSource | None
+    factory: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,40 +1,29 @@
-"""Who learns from whom, and what comes of it.
-
-A student of any kind learns from a teacher of any kind: the same engine, checks and artifact as for a cut one."""
+"""Distill any teacher into any student, with the trainer, checks and artifact that a cut student has."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_folder, disk_errors
-from secateur._provenance import Provenance
+from secateur._runtime import copy_model
 from secateur.architecture import Architecture
-from secateur.cost.macs import counted_macs, counted_params
+from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.objective import Objective, Term
-from secateur.export.artifact import amend, save, weights_bytes
-from secateur.export.edits import edits_between
 from secateur.export.formats import Format, check_formats
-from secateur.export.manifest import Recipe
 from secateur.models.source import ModelSource
-from secateur.pipeline.checks import copy_in_eval_mode, latency_between, probe_json, reload_check, shown_latency
-from secateur.pipeline.config import LOGGER, RunConfig
-from secateur.pipeline.exports import Exports, Samples, deliver_exports
+from secateur.pipeline.config import LOGGER, Output, RunConfig
+from secateur.pipeline.finalize import Finished, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     check_model_fits_data,
     check_output,
     fabric_for,
-    own_copy,
-    run_directory_path,
     shared_run_directory,
 )
-from secateur.prune.masks import nonzero_params
-from secateur.report.html import write_report
-from secateur.report.run import Check, Measured, MeasuredAccuracy, RunReport, Step, TrainedEpoch
+from secateur.report.run import MeasuredAccuracy, RunReport, Step
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
@@ -192,7 +181,7 @@ def distill_model(
     execution.check(fabric)
     images = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0][0]
     for spec in (teacher, student):
-        check_model_fits_data(own_copy(spec.model, fabric.device), data, images)
+        check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images)
     if out is not None:
         check_output(out)
         check_formats(export)
@@ -208,18 +197,15 @@ def distill_model(
         run=run,
         fabric=fabric,
     )
-    if out is None:
-        trained, steps = _learn(plan, None)
-        return DistillResult(trained.model, trained, _report(plan, trained, steps))
+    output = None
+    if out is not None:
+        output = Output(Path(out), tuple(dict.fromkeys(export)), student.source, student.called)
     with shared_run_directory(fabric, out, plan.settings(), run.on_existing) as work:
-        assert work is not None
-        plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
-        trained, steps = _learn(plan, work.checkpoint)
-        if not fabric.is_global_zero:
-            return DistillResult(trained.model, trained, _report(plan, trained, steps))
-        learned = _Learned(plan, trained, steps, images.detach().cpu())
-        report, files = _deliver(learned, out, tuple(dict.fromkeys(export)))
-    return DistillResult(trained.model, trained, report, out, files)
+        if work is not None:
+            plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
+        trained, steps = _learn(plan, None if work is None else work.checkpoint)
+        report, folder, files = finalize(_finished(plan, trained, steps, images.detach().cpu(), output))
+    return DistillResult(trained.model, trained, report, folder, files)
 
 
 def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[Step, ...]]:
@@ -259,109 +245,30 @@ def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
     return Step(name, MeasuredAccuracy(found.top1, found.n))
 
 
-def _measured(model: nn.Module, data: ImageData, step: Step) -> Measured:
-    macs = counted_macs(copy_in_eval_mode(model).cpu(), torch.zeros(1, *data.size))
-    return Measured(macs, counted_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
-
-
-def _report(plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], **more: object) -> RunReport:
-    provenance, data = Provenance.here(plan.run.command, plan.run.seed), plan.data
-    report = RunReport(
-        model=f"{plan.student.called} from {plan.teacher.called}",
-        data=f"{data.name}: {len(data.train)} training, {len(data.validation)} validation and {len(data.test)} test "
-        "images",
-        strategy=plan.losses,
-        before=_measured(plan.teacher.model, data, steps[0]),
-        after=_measured(trained.model, data, steps[-1]),
-        steps=steps,
-        training=tuple(
-            TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
-            for record in trained.history
-            if record.train_loss is not None
+def _finished(
+    plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], images: Tensor, output: Output | None
+) -> Finished:
+    """The run as `finalize` takes it."""
+    teacher, student, example = plan.teacher.model, trained.model, torch.zeros(1, *plan.data.size)
+    macs = [count_macs(copy_model(model).eval().cpu(), example) for model in (teacher, student)]
+    measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
+    name = f"{plan.student.called} from {plan.teacher.called}"
+    return Finished(
+        report=report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run),
+        original=teacher,
+        student=student,
+        given=plan.student.model,
+        trained=trained,
+        images=images,
+        data=plan.data,
+        architecture=plan.student.architecture,
+        costs=(
+            {"macs": macs[0], "params": count_params(teacher)},
+            {"macs": macs[1], "params": count_params(student)},
         ),
-        command=provenance.command,
-        seed=provenance.seed,
-        versions=provenance.versions,
-        machine=provenance.machine,
-        date=provenance.date,
+        output=output,
+        run=plan.run,
+        fabric=plan.fabric,
+        log=plan.log,
+        metrics={"distillation": {"teacher": plan.teacher.called, "losses": plan.losses}},
     )
-    return replace(report, **more)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    plan: DistillPlan
-    trained: Trained
-    steps: tuple[Step, ...]
-    images: Tensor
-
-
-def _deliver(learned: _Learned, out: Path, formats: tuple[Format, ...]) -> tuple[RunReport, tuple[Path, ...]]:
-    plan, trained, images = learned.plan, learned.trained, learned.images
-    student, given = trained.model, plan.student
-    with disk_errors(out), atomic_folder(out) as draft:
-        save(draft, student, _recipe(plan, student))
-        own = (lambda: copy_in_eval_mode(given.model)) if given.source is None else None
-        checks: list[Check] = [reload_check(student, images, draft, own)]
-        exports = deliver_exports(student, Samples(images, plan.data), draft, formats)
-        checks += exports.checks
-        latency, notes = latency_between(plan.teacher.model, student, images)
-        report = _report(
-            plan,
-            trained,
-            learned.steps,
-            checks=tuple(checks),
-            latency=tuple(map(shown_latency, latency)),
-            notes=(*notes, *exports.notes),
-            exports=exports.shown,
-        )
-        write_report(draft / "report.html", report)
-        run_directory_path(out).hand_on_history(draft)
-        amend(
-            draft, metrics=_metrics(plan, trained, report), verification=_verification(plan, student, report, exports)
-        )
-        names = sorted(path.name for path in draft.iterdir())
-    for check in report.checks:
-        plan.log(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
-    return report, tuple(out / name for name in names)
-
-
-def _recipe(plan: DistillPlan, student: nn.Module) -> Recipe:
-    given, data = plan.student, plan.data
-    pristine = given.model if given.source is None else given.source.build(trust_source=True)
-    example = torch.zeros(1, *data.size)
-    costs = [
-        {"macs": counted_macs(copy_in_eval_mode(model).cpu(), example), "params": counted_params(model)}
-        for model in (plan.teacher.model, student)
-    ]
-    return Recipe(
-        source={"kind": "factory", "name": given.called} if given.source is None else given.source.to_json(),
-        architecture=given.architecture,
-        edits=edits_between(pristine, student),
-        input_shape=data.size,
-        mean=data.mean,
-        std=data.std,
-        classes=data.classes,
-        cost_before=costs[0],
-        cost_after=costs[1],
-        provenance=Provenance.here(plan.run.command, plan.run.seed),
-    )
-
-
-def _metrics(plan: DistillPlan, trained: Trained, report: RunReport) -> dict[str, object]:
-    return {
-        "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
-        "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
-        "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
-        "history": [record.to_json() for record in trained.history],
-        "best_epoch": trained.best_epoch,
-        "distillation": {"teacher": plan.teacher.called, "losses": plan.losses},
-    }
-
-
-def _verification(plan: DistillPlan, student: nn.Module, report: RunReport, exports: Exports) -> dict[str, object]:
-    return {
-        **exports.to_json(),
-        "checks": [asdict(check) for check in report.checks],
-        "probe": probe_json(copy_in_eval_mode(student).cpu(), plan.data.size),
-    }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur._files import read_bytes
 from secateur._provenance import sha256_of
-from secateur.cost.macs import counted_macs, counted_params
+from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import check_extra, eval_copy
@@ -177,7 +177,7 @@ def verify(
 
 def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
     recipe = manifest.recipe
-    found = {"macs": counted_macs(model, probe_images(recipe.input_shape)), "params": counted_params(model)}
+    found = {"macs": count_macs(model, probe_images(recipe.input_shape)), "params": count_params(model)}
     said = {name: recipe.cost_after.get(name) for name in found}
     if manifest.nonzero is not None:
         found["nonzero"], said["nonzero"] = nonzero_params(model), manifest.nonzero

@@ -32,7 +32,7 @@ from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.export.artifact import refuse_foreign
 from secateur.train.callbacks import Callbacks, CsvLog
-from secateur.train.device import Precision, open_fabric, usable
+from secateur.train.device import Precision, open_fabric, resolve_fabric
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -296,22 +296,6 @@ def check_output(folder: Path) -> None:
         )
 
 
-def own_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a model in eval mode on a device.
-
-    Raises:
-        ModelError: If the model holds something that cannot be copied.
-    """
-    try:
-        return copy_model(model).to(device).eval()
-    except Exception as error:
-        raise ModelError(
-            f"`model` must be copyable, because yours is never changed; copying {type(model).__name__} stopped with: "
-            f"{error}. Remove what it holds beside parameters, buffers and plain values, such as open files or hooks' "
-            "results."
-        ) from error
-
-
 def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> None:
     """Refuse a model that does not classify the data's images.
 
@@ -374,7 +358,7 @@ def fabric_for(
             f"`out` must be given with {fabric.world_size} processes; got None. The first hands on to the others "
             "there: name a folder that all machines share."
         )
-    return usable(fabric, precision)
+    return resolve_fabric(fabric, precision)
 
 
 @contextmanager

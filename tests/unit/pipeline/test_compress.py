@@ -11,7 +11,7 @@ from run_pipeline import run_compress
 from torch import nn
 
 import secateur
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.errors import ArtifactError, BudgetError, ModelError, SelectionError
 from secateur.graph import HeadUnit, Selection
 from secateur.graph._ledger import freeze_inputs
@@ -64,10 +64,8 @@ def test_callers_model_mode_and_random_state_stay():
     assert result.files == ()
     assert result.failed == ()
     example = torch.zeros(1, 3, 8, 8)
-    assert (
-        0.4 * counted_macs(model, example) < counted_macs(result.model, example) <= 0.5 * counted_macs(model, example)
-    )
-    assert result.report.after.macs == counted_macs(result.model, example)
+    assert 0.4 * count_macs(model, example) < count_macs(result.model, example) <= 0.5 * count_macs(model, example)
+    assert result.report.after.macs == count_macs(result.model, example)
 
 
 def test_same_seed_same_weights():
@@ -168,7 +166,7 @@ def test_survey_knows_what_is_left_without_the_blocks():
     found = inspect_model(_residual(), torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace(min_kept_fraction=1.0)))
     assert found.smallest == found.original
     without = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2), nn.AdaptiveAvgPool2d(1))
-    macs = counted_macs(nn.Sequential(*without, nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 8, 8))
+    macs = count_macs(nn.Sequential(*without, nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 8, 8))
     assert found.shallowest.macs == macs
 
 
@@ -274,7 +272,7 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
     assert [frozen.reason for frozen in result.report.frozen if frozen.name == "0"] == ["for this test"]
     example = torch.zeros(1, 3, 8, 8)
     assert result.model[0].out_channels == 16
-    assert counted_macs(result.model, example) <= 0.7 * counted_macs(model, example)
+    assert count_macs(result.model, example) <= 0.7 * count_macs(model, example)
 
 
 def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
@@ -318,7 +316,9 @@ def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
 
 
 def test_budget_out_of_reach_under_choices_names_them_as_a_way_out():
-    with pytest.raises(BudgetError, match=r"Reachable: macs .* Or loosen what you chose: exclude 0; 3: min_width 20\."):
+    with pytest.raises(
+        BudgetError, match=r"Reachable: macs .* Or loosen what you selected: exclude 0; 3: min_width 20\."
+    ):
         run_compress(
             _model(),
             noise_data(),
@@ -347,7 +347,9 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), **first)
     resumed = {**first, "on_existing": OnExisting.RESUME, "train": HEAL_ONLY}
-    with pytest.raises(ArtifactError, match=r"choices was Choices\(.*exclude=\('0',\).*now Choices\(include=\('3',\)"):
+    with pytest.raises(
+        ArtifactError, match=r"selection was Selection\(.*exclude=\('0',\).*now Selection\(include=\('3',\)"
+    ):
         run_compress(_model(), noise_data(), selection=Selection(include=("3",)), **resumed)
     with pytest.raises(ArtifactError, match="heads was dimension, now head"):
         run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), heads=HeadUnit.HEAD, **resumed)
@@ -380,9 +382,13 @@ def test_model_that_does_not_fit_is_refused_before_the_search():
     with pytest.raises(ModelError, match=r"finite weights; got NaN or infinity in 1 tensor.*0\.weight"):
         run_compress(broken, data, budget="macs=50%")
 
+    class Unique(nn.ReLU):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            raise TypeError("there is only one of me")
+
     unusual = _model()
-    unusual.held = (line for line in "ab")
-    with pytest.raises(ModelError, match=r"must be copyable.*cannot pickle 'generator'"):
+    unusual.append(Unique())
+    with pytest.raises(ModelError, match=r"cannot be copied: there is only one of me"):
         run_compress(unusual, data, budget="macs=50%")
 
     class Overflows(nn.Sequential):
@@ -406,7 +412,7 @@ def test_channels_last_models_are_cut_as_others():
 def test_survey_names_range_share_and_reasons():
     model = _model()
     found = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace()))
-    assert found.original.macs == counted_macs(model, torch.zeros(1, 3, 8, 8))
+    assert found.original.macs == count_macs(model, torch.zeros(1, 3, 8, 8))
     assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
@@ -415,6 +421,6 @@ def test_survey_names_range_share_and_reasons():
         model, torch.zeros(1, 3, 8, 8), cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace())
     )
     # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
-    whole = counted_macs(model, torch.zeros(1, 3, 8, 8))
+    whole = count_macs(model, torch.zeros(1, 3, 8, 8))
     assert chosen.prunable_macs_share == pytest.approx(1 - 16 * 27 * 64 / whole)
     assert chosen.smallest.macs == 16 * 27 * 64 + 16 * 9 * 9 + 4

@@ -65,7 +65,7 @@ def test_the_recovery_is_run_as_asked():
     how = Noting()
     settings: dict[str, Any] = {"budget": "macs=60%", "strategy": Uniform(), "callbacks": Silent(), "device": CPU}
     run_compress(network(8), noise_data(), train=SHORT, execution=how, **settings)
-    assert how.asked == ["check on cpu", "check on cpu", "teacher", "student", "epoch"]
+    assert how.asked == ["check on cpu", "check on cpu", "student", "teacher", "epoch"]
     with pytest.raises(TrainingError, match="no compiler"):
         run_compress(network(8), noise_data(), train=SHORT, execution=Refusing(), hear=told, **settings)
     run_compress(network(8), noise_data(), train=TrainConfig(epochs=0), execution=Refusing(), **settings)
@@ -78,6 +78,6 @@ def test_both_stages_of_a_distillation_are_run_as_asked():
     run_distill(
         pupils[0], teacher=pupils[1], objective=Objective(), hint_stage=hinting, execution=how, export=(), **settings
     )
-    assert how.asked == ["check on cpu", *(["check on cpu", "teacher", "student", "epoch"] * 2)]
+    assert how.asked == ["check on cpu", *(["check on cpu", "student", "teacher", "epoch"] * 2)]
     with pytest.raises(TrainingError, match="no compiler"):
         run_distill(pupils[0], teacher=pupils[1], execution=Refusing(), hear=told, **settings)

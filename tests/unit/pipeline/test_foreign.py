@@ -11,7 +11,7 @@ from noise_images import Dying, noise_data, noise_split
 from run_pipeline import run_distill
 from torch import Tensor, nn
 
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.data import ImageData
 from secateur.distill import MeanOverTaps, Objective, Term, hint_loss, make_adaptors, paired_stages, select_features
 from secateur.errors import ArtifactError, ModelError, TrainingError
@@ -69,8 +69,8 @@ def test_the_student_is_that_of_the_engine() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in STUDENT.model.state_dict().items())
     report = result.report
     assert [step.name for step in report.steps] == ["teacher", "student before", "distilled"]
-    assert report.before.macs == counted_macs(TEACHER.model, torch.zeros(1, 3, 8, 8))
-    assert report.after.macs == counted_macs(STUDENT.model, torch.zeros(1, 3, 8, 8))
+    assert report.before.macs == count_macs(TEACHER.model, torch.zeros(1, 3, 8, 8))
+    assert report.after.macs == count_macs(STUDENT.model, torch.zeros(1, 3, 8, 8))
     assert report.strategy == "distilled from teacher: 0.9 kd (T = 4) + 0.1 labels + 1 hint"
     assert result.failed == ()
     assert (result.folder, result.files) == (None, ())

@@ -15,7 +15,7 @@ from run_pipeline import run_compress
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Budget, Cache, LatencyRecord, LayerShape, Quartiles
+from secateur.cost import Budget, LatencyCache, LatencyRecord, LayerShape, Quartiles
 from secateur.cost.budget import is_timed
 from secateur.errors import BudgetError
 from secateur.graph import trace
@@ -31,7 +31,7 @@ from secateur.pipeline import (
     finalize as _slow,
 )
 from secateur.pipeline.config import default_strategy
-from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchSpace, Uniform, stable_repr
+from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchResult, SearchSpace, Uniform, stable_repr
 from secateur.search import latency as _timed
 from secateur.train import Silent, TrainConfig
 
@@ -81,7 +81,7 @@ def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list
         "space": SearchSpace(divisor=8),
         "train": TrainConfig(epochs=0),
         "target": target,
-        "latency_cache": Cache.of(target, folder),
+        "latency_cache": LatencyCache.of(target, folder),
         "calibration_images": 32,
         "callbacks": Silent(),
         "hear": told.append,
@@ -227,7 +227,7 @@ def test_a_network_whose_time_falls_faster_than_predicted_is_found_in_three_tria
     full = whole(_model(), ())
     steep = Pretend(lambda model, inputs: 1e-4 * (whole(model, inputs) / full) ** 2, layer)
     fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
-    result, _ = run(tmp_path, "latency=30%", target=steep, latency_cache=Cache.of(steep, tmp_path), space=fine)
+    result, _ = run(tmp_path, "latency=30%", target=steep, latency_cache=LatencyCache.of(steep, tmp_path), space=fine)
     trials = result.search.notes["latency"]["trials"]
     assert len(trials) <= 3
     assert 0.955 <= trials[-1]["of_the_bound"] <= 1
@@ -257,7 +257,12 @@ def test_later_trials_stay_near_to_the_first_where_they_can(tmp_path: Path, lost
     fine = SearchSpace(divisor=2, min_kept_fraction=0.05)
     strategy = Near(L2(), lost)
     result, _ = run(
-        tmp_path, "latency=30%", strategy=strategy, target=steep, latency_cache=Cache.of(steep, tmp_path), space=fine
+        tmp_path,
+        "latency=30%",
+        strategy=strategy,
+        target=steep,
+        latency_cache=LatencyCache.of(steep, tmp_path),
+        space=fine,
     )
     assert result.search.cost.latency_s <= 0.3 * result.search.original.latency_s
     assert len(result.search.notes["latency"]["trials"]) > 1
@@ -269,21 +274,19 @@ def test_later_trials_stay_near_to_the_first_where_they_can(tmp_path: Path, lost
 def test_a_slow_network_is_told_why(tmp_path: Path) -> None:
     found, _ = run(tmp_path, "latency=60%")
 
-    class Half:
-        pass
+    def at(macs: float, **changed: object) -> SearchResult:
+        original = dataclasses.replace(found.search.original, macs=1000)
+        cost = dataclasses.replace(found.search.cost, macs=round(1000 * macs))
+        return dataclasses.replace(found.search, **{"cost": cost, "original": original, **changed})
 
-    cut_student = Half()
-    cut_student.search = found.search
-    assert _slow.slow_because(cut_student, 0.5, record(1.0, 0.6)) == ()
-    assert _slow.slow_because(cut_student, 0.95, record(1.0, 1.0)) == ()
-    (said,) = _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))
+    assert _slow.slow_because(at(0.5), record(1.0, 0.6)) == ()
+    assert _slow.slow_because(at(0.95), record(1.0, 1.0)) == ()
+    (said,) = _slow.slow_because(at(0.5), record(1.0, 0.9))
     assert said.startswith("The MACs fell by 50 %, the time on x 1 by 10 % only (1 thread, batch 1).")
     assert "not spent in convolutions" in said
     odd = Architecture.of({name: range(width - 1) for name, width in found.architecture.widths.items()})
-    cut_student.search = dataclasses.replace(found.search, architecture=odd)
-    assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))[0]
-    cut_student.search = dataclasses.replace(found.search, notes={})
-    assert "layers are so small" in _slow.slow_because(cut_student, 0.5, record(1.0, 0.9))[0]
+    assert "3 of 3 widths are no multiple of 8" in _slow.slow_because(at(0.5, architecture=odd), record(1.0, 0.9))[0]
+    assert "layers are so small" in _slow.slow_because(at(0.5, notes={}), record(1.0, 0.9))[0]
 
 
 def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -296,7 +299,7 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
             return True
 
         def find(self, problem):
-            places.append((problem.run.checkpoint, problem.space.divisor))
+            places.append((problem.run.folder, problem.space.divisor))
             return super().find(problem)
 
     assert RemoveBlocks(Trained()).trains

@@ -20,7 +20,7 @@ from slow_search import SlowSearch, data, model
 from torch import nn
 
 import secateur
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.pipeline import Branches, KeepWeights, OnExisting, Reinitialize
 from secateur.prune import Cut, RepairContext, cut
@@ -72,13 +72,13 @@ def test_a_search_that_trains_gets_data_a_checkpoint_a_meter_and_the_device(tmp_
     run_compress(model(), images, **words(tmp_path / "out", strategy=Asks(epochs=2), callbacks=watching))
     (problem,) = given
     assert problem.training is images
-    assert problem.run.checkpoint == tmp_path / "out.work" / "search-0"
+    assert problem.run.folder == tmp_path / "out.work" / "search-0"
     assert problem.run.fabric is not None
     assert problem.run.fabric.device == torch.device("cpu")
     assert watching.seen == [("search", 2, 0), "search 1/2", "search 2/2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     run_compress(model(), images, **words(None, strategy=Asks(epochs=2)))
-    assert given[1].run.checkpoint is None
+    assert given[1].run.folder is None
 
 
 def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(monkeypatch: pytest.MonkeyPatch):
@@ -125,7 +125,7 @@ def test_from_scratch_has_no_use_for_the_weights_of_the_search(monkeypatch: pyte
 
     def watched(source: nn.Module, *args: Any, **settings: Any) -> Cut:
         uncut.append(source)
-        assert "heal" not in settings
+        assert "repairs" not in settings
         return cut(source, *args, **settings)
 
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", watched)
@@ -195,7 +195,7 @@ def test_a_second_search_has_checkpoints_of_its_own(tmp_path: Path, monkeypatch:
     @dataclass(frozen=True)
     class Asks(SlowSearch):
         def find(self, problem: SearchContext) -> Proposal:
-            folders.append(problem.run.checkpoint)
+            folders.append(problem.run.folder)
             return super().find(problem)
 
     def skeptical(source: nn.Module, graph: secateur.ChannelGraph, *args: Any, **settings: Any) -> Cut:
@@ -318,7 +318,7 @@ def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
     assert untied == ("stem", "branch/branch")
     kept = done.architecture.by_name
     assert set(kept["branch/branch"]) < set(kept["stem"])
-    assert done.search.cost.macs == counted_macs(done.model, torch.zeros(1, 3, 8, 8))
+    assert done.search.cost.macs == count_macs(done.model, torch.zeros(1, 3, 8, 8))
     utilization = done.search.notes["utilization"]
     assert utilization == {"macs": done.search.cost.macs / (0.6 * done.search.original.macs)}
 

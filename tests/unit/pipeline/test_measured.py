@@ -11,7 +11,7 @@ from run_pipeline import run_compress
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cache, LatencyRecord, LayerShape, Quartiles
+from secateur.cost import LatencyCache, LatencyRecord, LayerShape, Quartiles
 from secateur.errors import ArtifactError, BudgetError
 from secateur.pipeline import CompressResult, OnExisting
 from secateur.pipeline import finalize as _deliver
@@ -98,7 +98,7 @@ def run(
     target = Pretend(machine.whole, machine.layer)
     return run_compress(
         model(), noise_data(), budget=budget, strategy=Uniform(L2()), space=SearchSpace(divisor=4),
-        train=TrainConfig(epochs=0), target=target, latency_cache=Cache.of(target, cache), calibration_images=32,
+        train=TrainConfig(epochs=0), target=target, latency_cache=LatencyCache.of(target, cache), calibration_images=32,
         out=out, export=(), on_existing=OnExisting.RESUME, callbacks=Silent(), hear=tell,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ SETTINGS = {"budget": "macs<=50%", "seed": "0"}
 
 def cutting() -> CutState:
     return CutState(
-        found={"strategy": "Uniform()"},
+        search={"strategy": "Uniform()"},
         frozen=(("conv1", "reaches the output"),),
         kept_blocks=(("layer1", "is shared"),),
         architecture={"kept": {"conv2": [0, 2]}, "removed_blocks": []},
@@ -66,7 +66,7 @@ def test_what_was_written_is_read_again(tmp_path: Path):
     wanted = cutting()
     assert read is not None
     assert torch.equal(read.student["weight"], wanted.student["weight"])
-    for name in ("found", "frozen", "kept_blocks", "architecture", "verification", "repairs"):
+    for name in ("search", "frozen", "kept_blocks", "architecture", "verification", "repairs"):
         assert getattr(read, name) == getattr(wanted, name)
 
 
@@ -117,13 +117,13 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path: Path):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("leftover", list(OnExisting))
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, leftover: OnExisting):
+@pytest.mark.parametrize("on_existing", list(OnExisting))
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, on_existing: OnExisting):
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "run.json").write_text("mine")
     with (
         pytest.raises(ArtifactError, match=r"must be the work of an interrupted run, or not be there.*Move it away"),
-        open_run_directory(tmp_path / "out", SETTINGS, leftover),
+        open_run_directory(tmp_path / "out", SETTINGS, on_existing),
     ):
         pass
     assert (tmp_path / "out.work" / "run.json").read_text() == "mine"
@@ -174,8 +174,8 @@ def test_drafts_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path):
 OTHER_PROCESS = """
 import sys
 from pathlib import Path
-from secateur.pipeline._work import Leftover, workplace
-with workplace(Path(sys.argv[1]), {"budget": "macs<=50%", "seed": "0"}, Leftover.RESUME):
+from secateur.pipeline.workspace import OnExisting, open_run_directory
+with open_run_directory(Path(sys.argv[1]), {"budget": "macs<=50%", "seed": "0"}, OnExisting.RESUME):
     print("in", flush=True)
     sys.stdin.read()
 """
@@ -189,10 +189,10 @@ def test_two_processes_are_not_at_one_run(tmp_path: Path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        for leftover in (OnExisting.RESUME, OnExisting.OVERWRITE):
+        for on_existing in (OnExisting.RESUME, OnExisting.OVERWRITE):
             with (
                 pytest.raises(ArtifactError, match=r"one process at a time; another process is working in"),
-                open_run_directory(tmp_path / "out", SETTINGS, leftover),
+                open_run_directory(tmp_path / "out", SETTINGS, on_existing),
             ):
                 pass
         assert (tmp_path / "out.work" / "settings.json").is_file()

@@ -161,7 +161,7 @@ def test_a_bound_below_what_is_never_pruned_is_refused() -> None:
 
 
 def test_pruning_without_a_bound_says_that_it_has_no_effect() -> None:
-    with pytest.warns(UserWarning, match="`pruning` has no effect: the budget does not bound `nonzero`"):
+    with pytest.warns(UserWarning, match="`weight_pruning` has no effect: the budget does not bound `nonzero`"):
         run("macs=60%", weight_pruning=WeightPruning(), train=HEAL_ONLY)
 
 

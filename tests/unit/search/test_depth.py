@@ -124,7 +124,7 @@ def test_without_blocks_it_is_the_inner_strategy():
 
 def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypatch: pytest.MonkeyPatch):
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4)
-    strategy, remembered, asked = RemoveBlocks(Uniform()), ScoreCache(), []
+    strategy, cache, asked = RemoveBlocks(Uniform()), ScoreCache(), []
     apart = [search_architecture(model, graph, strategy, budget=f"macs={part}%", batches=batches) for part in (80, 60)]
     real = _depth._Trials.disturbances
 
@@ -134,7 +134,7 @@ def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypat
 
     monkeypatch.setattr(_depth._Trials, "disturbances", counted)
     together = [
-        search_architecture(model, graph, strategy, budget=f"macs={part}%", batches=batches, remembered=remembered)
+        search_architecture(model, graph, strategy, budget=f"macs={part}%", batches=batches, score_cache=cache)
         for part in (80, 60)
     ]
     assert together == apart

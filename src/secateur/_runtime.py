@@ -138,6 +138,26 @@ def without_fast_path() -> Generator[None]:
 
 
 @contextlib.contextmanager
+def seeded_initialization(seed: int) -> Generator[None]:
+    """Seed the CPU's random generator, from which modules draw their initial values, and restore it afterward."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode, and give every module its own mode back afterward."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def run_isolated(model: nn.Module) -> Generator[None]:
     """Restore the random state of the CPU and of the model's devices afterward, and run without opaque operations."""
     # Without an initialized CUDA context, no parameter can be on a GPU.

@@ -1,8 +1,17 @@
 """Labeled images: three splits in normalized, augmented batches that depend only on seed, epoch, and image."""
 
-from secateur.data.dataset import ImageData, MemorySplit, Split, calibration
+from secateur.data.dataset import ImageData, MemorySplit, Split, draw_calibration
 from secateur.data.images import FolderSplit
 from secateur.data.load import load_data
 from secateur.data.transforms import Augment, Normalization
 
-__all__ = ["Augment", "FolderSplit", "ImageData", "MemorySplit", "Normalization", "Split", "calibration", "load_data"]
+__all__ = [
+    "Augment",
+    "FolderSplit",
+    "ImageData",
+    "MemorySplit",
+    "Normalization",
+    "Split",
+    "draw_calibration",
+    "load_data",
+]

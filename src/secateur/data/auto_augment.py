@@ -1,8 +1,8 @@
-"""AutoAugment, RandAugment and AugMix as timm has them, as a pure function of an image and a number.
+"""AutoAugment, RandAugment and AugMix of timm, as pure functions of an image and a seed.
 
-timm's operations draw from the global generators of ``random`` and ``numpy``, which belong to the caller. So we load a
-copy of that one module of timm for ourselves and put generators in the place of its two names: each thread has its own,
-seeded anew for every image. Nothing else of timm is loaded, and the module that others import stays as it is.
+timm's operations draw from the global generators of ``random`` and ``numpy``, which belong to the caller. So this file
+loads a private copy of that one module of timm and replaces the two names in it. Each thread has its own generators,
+seeded anew for every image. Nothing else of timm is loaded, and the module that others import is not changed.
 """
 
 import random
@@ -25,39 +25,39 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_REAL, _WHOLE = r"\d+(\.\d+)?", r"\d+"
-_FORMS = {
-    "rand": rf"rand(-(m|n|mmax|inc){_WHOLE}|-(p|mstd){_REAL}|-t(weights|3aw?))*",
-    "augmix": rf"augmix(-(m|w|d|b){_WHOLE}|-(a|mstd){_REAL})*",
+_REAL, _INTEGER = r"\d+(\.\d+)?", r"\d+"
+_POLICY_PATTERNS = {
+    "rand": rf"rand(-(m|n|mmax|inc){_INTEGER}|-(p|mstd){_REAL}|-t(weights|3aw?))*",
+    "augmix": rf"augmix(-(m|w|d|b){_INTEGER}|-(a|mstd){_REAL})*",
     "auto": rf"(original|originalr|v0|v0r|3a)(-mstd{_REAL})?",
 }
-"""Names that timm understands. It passes over what it does not, in silence; we do not."""
+"""Names that timm understands. It silently ignores the rest of a name; we refuse it."""
 
-_TRANSLATED = 0.45
-"""Longest shift as a part of the side, for policies that shift by pixels; timm's ``create_transform`` has it."""
-_MIXED_TRANSLATED = 0.3
-"""The same of AugMix, there."""
+_MAX_SHIFT = 0.45
+"""Longest shift as a fraction of the side, for policies that shift by pixels, as in timm's ``create_transform``."""
+_AUGMIX_MAX_SHIFT = 0.3
+"""Longest shift of AugMix as a fraction of the side, as in timm's ``create_transform``."""
 
 
 def check_policy(name: str) -> None:
-    """Refuse a name that is none of timm's.
+    """Check that timm has a policy of this name.
 
     Raises:
-        DataError: If so.
+        DataError: If it has none.
     """
-    if not any(re.fullmatch(form, name) for form in _FORMS.values()):
+    if not any(re.fullmatch(form, name) for form in _POLICY_PATTERNS.values()):
         raise DataError(
             f"`auto_augment` must be a policy of timm, such as 'rand-m9-mstd0.5-inc1', 'original' or 'augmix-m3-w3'; "
-            f"got {name!r}. None varies no colors or shapes."
+            f"got {name!r}. None applies no policy."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A policy for images of one size, see `policy_of`.
+    """A policy for images of one size, see `load_policy`.
 
     Attributes:
-        transform: timm's, of our copy of its module.
+        transform: The transform made by our copy of timm's module.
     """
 
     transform: Callable[["Image"], "Image"]
@@ -67,27 +67,27 @@ class Policy:
 
         Args:
             pixels: (h, w, c) uint8, c = 1 or 3; not changed.
-            key: All that is random is drawn from it; below 2^64.
+            key: Random seed, below 2^64.
 
         Returns:
-            The same shape, uint8.
+            (h, w, c) uint8.
         """
         from PIL import Image
 
-        _DRAWN.seed(key)
+        _GENERATORS.seed(key)
         array = np.ascontiguousarray(pixels)
         varied = np.asarray(self.transform(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)))
         return varied[..., None] if varied.ndim == 2 else varied
 
-    def vary(self, pixels: Tensor, keys: np.ndarray) -> Tensor:
+    def apply(self, pixels: Tensor, keys: np.ndarray) -> Tensor:
         """Vary a batch.
 
         Args:
             pixels: (n, h, w, c), uint8 or float in [0, 255]; on any device.
-            keys: (n,) uint64.
+            keys: (n,) uint64, a random seed for each image.
 
         Returns:
-            The same shape and device, uint8.
+            (n, h, w, c) uint8, on the same device.
         """
         bytes_ = pixels.round().to(torch.uint8) if pixels.is_floating_point() else pixels
         pairs = zip(bytes_.cpu().numpy(), keys.tolist(), strict=True)
@@ -95,13 +95,13 @@ class Policy:
 
 
 @cache
-def policy_of(name: str, size: tuple[int, int, int], mean: tuple[float, ...]) -> Policy:
-    """timm's policy of a name, with the settings that its ``create_transform`` makes of size and mean.
+def load_policy(name: str, size: tuple[int, int, int], mean: tuple[float, ...]) -> Policy:
+    """Make timm's policy of a name, with the settings that its ``create_transform`` derives from size and mean.
 
     Args:
         name: See `secateur.data.Augment`.
         size: Channels, height, width of the images.
-        mean: Of pixels / 255 per channel: what is shifted or turned in from outside has this color.
+        mean: Mean of pixels / 255 per channel, the color of what is shifted or rotated in from outside.
 
     Raises:
         DataError: If the images are neither gray nor color.
@@ -112,20 +112,20 @@ def policy_of(name: str, size: tuple[int, int, int], mean: tuple[float, ...]) ->
 
     color = tuple(min(255, round(255 * m)) for m in mean)
     settings: dict[str, Any] = {
-        "translate_const": int(min(size[1:]) * _TRANSLATED),
+        "translate_const": int(min(size[1:]) * _MAX_SHIFT),
         "img_mean": color[0] if len(color) == 1 else color,
         "interpolation": Resampling.BILINEAR,
     }
-    timm: Any = _library()
+    timm: Any = _load_timm_module()
     if name.startswith("rand"):
         return Policy(timm.rand_augment_transform(name, settings))
     if name.startswith("augmix"):
-        return Policy(timm.augment_and_mix_transform(name, settings | {"translate_pct": _MIXED_TRANSLATED}))
+        return Policy(timm.augment_and_mix_transform(name, settings | {"translate_pct": _AUGMIX_MAX_SHIFT}))
     return Policy(timm.auto_augment_transform(name, settings))
 
 
-class _Drawn(threading.local):
-    """The generators of a thread, for the image that it varies."""
+class _ThreadGenerators(threading.local):
+    """The random generators of a thread, seeded for the image that it varies."""
 
     def __init__(self) -> None:
         self.python = random.Random(0)
@@ -136,30 +136,30 @@ class _Drawn(threading.local):
         self.numpy.seed((key & 0xFFFFFFFF, key >> 32))
 
 
-_DRAWN = _Drawn()
+_GENERATORS = _ThreadGenerators()
 
 
-class _Python:
-    """Stands for the module ``random``."""
+class _RandomModule:
+    """Replaces the module ``random``."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_DRAWN.python, name)
+        return getattr(_GENERATORS.python, name)
 
 
-class _Numpy:
-    """Stands for ``numpy``."""
+class _NumpyModule:
+    """Replaces ``numpy``."""
 
     @property
     def random(self) -> np.random.RandomState:
-        return _DRAWN.numpy
+        return _GENERATORS.numpy
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
 
 @cache
-def _library() -> Any:
-    """Our copy of timm's module; it is in no list of modules."""
+def _load_timm_module() -> Any:
+    """Load our copy of timm's module, which is not in ``sys.modules``."""
     timm = find_spec("timm")
     assert timm is not None
     assert timm.submodule_search_locations is not None
@@ -171,16 +171,16 @@ def _library() -> Any:
     spec.loader.exec_module(module)
     assert module.random is random
     assert module.np is np
-    module.random, module.np = _Python(), _Numpy()
-    module.NAME_TO_OP |= {name: _posterised for name, op in module.NAME_TO_OP.items() if op is module.posterize}
+    module.random, module.np = _RandomModule(), _NumpyModule()
+    module.NAME_TO_OP |= {name: _posterize for name, op in module.NAME_TO_OP.items() if op is module.posterize}
     return module
 
 
-def _posterised(image: "Image", bits: int, **_: Any) -> "Image":
-    """The image with so many bits per channel, at least one.
+def _posterize(image: "Image", bits: int, **_: Any) -> "Image":
+    """Reduce the bits per channel of an image, to one at least.
 
-    timm's policies ask for none at their highest magnitude. Pillow made a black image of that before version 13, which
-    refuses it; nothing can be learned from a black image.
+    timm's policies ask for zero bits at their highest magnitude, which Pillow from version 13 on refuses. Before, it
+    returned a black image, from which nothing can be learned.
     """
     from PIL import ImageOps
 

@@ -1,6 +1,4 @@
-"""The last steps of a batch, on its device: normalize, erase, mix.
-
-One pass over a split: everything that is drawn for it, before its first batch."""
+"""One pass over a split: all random choices, drawn before its first batch, and the last steps of every batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,25 +9,55 @@ import torch
 from torch import Tensor
 
 from secateur.data._buffers import BufferPool
-from secateur.data.auto_augment import Policy, policy_of
-from secateur.data.transforms import ORDER_STREAM, Augment, Draws, Mix, Normalization, drawn_mixes, erase_, erased_boxes
+from secateur.data.auto_augment import Policy, load_policy
+from secateur.data.transforms import (
+    ORDER_STREAM,
+    Augment,
+    EpochDraws,
+    Mix,
+    Normalization,
+    draw_erase_boxes,
+    draw_mixes,
+    erase_,
+)
 from secateur.errors import DataError
 
-Batch = tuple[Tensor, Tensor]
+ImageBatch = tuple[Tensor, Tensor]
 """(n, c, h, w) float32 normalized images, channels last in memory, and labels on the same device: (n,) int64, or
-float32 probabilities (n, classes) where images are mixed."""
+(n, classes) float32 probabilities where images are mixed."""
+
+
+class SplitInfo(Protocol):
+    """The properties of a `secateur.data.Split` that determine what is drawn for it."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height, and width of its images."""
+        ...
+
+    @property
+    def normalization(self) -> Normalization:
+        """The normalization of its pixels."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
 class BatchTransform:
-    """What makes a batch of an epoch's bytes.
+    """The last steps of a batch, on its device: normalize, erase, mix.
 
     Attributes:
-        normalization: Applied first.
-        classes: Columns of mixed labels.
-        boxes: (n, 4) of every image of the split, on the device, see `secateur.data._erase`; None erases nothing.
-        mixes: Of every batch; empty mixes nothing.
-        floats: Memory of the batches.
+        normalization: The normalization, applied first.
+        classes: Number of columns of mixed labels.
+        boxes: (n, 4) erased boxes of all images of the split, on the device, see `erase_`; None erases nothing.
+        mixes: The mix of each batch; empty mixes nothing.
+        floats: Reused memory of the batches.
     """
 
     normalization: Normalization
@@ -52,21 +80,21 @@ class BatchTransform:
         seed: int,
         epoch: int,
     ) -> "BatchTransform":
-        """Draw what an epoch needs."""
+        """Draw the boxes and mixes of an epoch."""
         _, height, width = size
         boxes, mixes = None, ()
         if augment.erase:
-            boxes = erased_boxes(images, augment.erase, height, width, seed=seed, epoch=epoch).to(device)
+            boxes = draw_erase_boxes(images, augment.erase, height, width, seed=seed, epoch=epoch).to(device)
         if augment.mixes:
-            mixes = drawn_mixes(augment, batches, height, width, seed=seed, epoch=epoch)
+            mixes = draw_mixes(augment, batches, height, width, seed=seed, epoch=epoch)
         return cls(normalization, classes, boxes, mixes)
 
-    def __call__(self, place: int, index: Tensor, pixels: Tensor, labels: Tensor) -> Batch:
-        """One batch.
+    def __call__(self, place: int, index: Tensor, pixels: Tensor, labels: Tensor) -> ImageBatch:
+        """Finish one batch.
 
         Args:
-            place: Of the batch in the epoch, from 0.
-            index: (n,) the positions of its images in the split, on the device.
+            place: Number of the batch in the epoch, from 0.
+            index: (n,) positions of its images in the split, on the device.
             pixels: (n, h, w, c), uint8 or float in [0, 255]; on the device.
             labels: (n,) int64, on the device.
         """
@@ -75,29 +103,8 @@ class BatchTransform:
             images = erase_(images, self.boxes[index])
         if self.mixes:
             mix = self.mixes[place]
-            return mix.images_(images), mix.labels(labels, self.classes)
+            return mix.mix_images_(images), mix.mix_labels(labels, self.classes)
         return images, labels
-
-
-class SplitInfo(Protocol):
-    """What must be known of a split to draw for it; see `secateur.data.Split`."""
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Channels, height, and width of its images."""
-        ...
-
-    @property
-    def normalization(self) -> Normalization:
-        """What turns bytes into the floats a model expects."""
-        ...
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        ...
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,27 +112,27 @@ class Epoch:
     """One pass over a split.
 
     Attributes:
-        order: (m,) positions, on the CPU, of the batches that are left.
-        batch_size: Images per batch; the last holds the rest.
-        device: Where the batches are made.
-        draws: How each image is varied; None varies nothing.
-        policy: How its colors and shapes are; None varies none.
-        finish: The last steps.
-        start: Batches left out before these.
+        order: (m,) positions of the remaining images in order, on the CPU.
+        batch_size: Images per batch; the last batch holds the rest.
+        device: The device of the batches.
+        draws: How each image is shifted, cropped and mirrored; None varies nothing.
+        policy: A policy of timm that is applied to each image, or None.
+        finish: The last steps of a batch.
+        start: Number of batches that are skipped.
     """
 
     order: Tensor
     batch_size: int
     device: torch.device
-    draws: Draws | None
+    draws: EpochDraws | None
     policy: Policy | None
     finish: BatchTransform
     start: int = 0
 
     @property
     def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """The number of each batch that is left, from 0 for the first of the pass, and its positions."""
-        # Of no positions torch would make one batch.
+        """The number of each remaining batch, counted from the first one of the pass, and its positions."""
+        # torch would split an empty order into one empty batch.
         return enumerate(self.order.split(self.batch_size) if len(self.order) else (), self.start)
 
     @classmethod
@@ -141,17 +148,17 @@ class Epoch:
         drop_last: bool,
         start: int = 0,
     ) -> "Epoch":
-        """Check the settings of `Split.batches` and draw."""
+        """Check the settings of `Split.batches`, and draw everything random."""
         n, device = len(split), torch.device(device)
         if start < 0:
             raise DataError(f"`start` must be the number of batches to leave out, 0 or more; got {start}.")
-        order = _order(n, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=drop_last)
+        order = _batch_order(n, batch_size, seed=seed, epoch=epoch, augment=augment, drop_last=drop_last)
         left = order[start * batch_size :]
         if augment is None or seed is None:
             return cls(left, batch_size, device, None, None, BatchTransform(split.normalization), start)
         policy = None
         if augment.auto_augment is not None:
-            policy = policy_of(augment.auto_augment, split.size, split.normalization.mean)
+            policy = load_policy(augment.auto_augment, split.size, split.normalization.mean)
         finish = BatchTransform.of_epoch(
             split.normalization,
             augment,
@@ -163,14 +170,14 @@ class Epoch:
             seed=seed,
             epoch=epoch,
         )
-        draws = Draws.of_epoch(augment, n, seed=seed, epoch=epoch)
+        draws = EpochDraws.of_epoch(augment, n, seed=seed, epoch=epoch)
         return cls(left, batch_size, device, draws, policy, finish, start)
 
 
-def _order(
+def _batch_order(
     n: int, batch_size: int, *, seed: int | None, epoch: int, augment: Augment | None, drop_last: bool
 ) -> Tensor:
-    """The positions of one pass in order, after checking the settings of `Split.batches`."""
+    """Check the settings of `Split.batches`, and return the positions of one pass in order."""
     if batch_size < 1:
         raise DataError(f"`batch_size` must be positive; got {batch_size}.")
     if epoch < 0 or (seed is not None and seed < 0):

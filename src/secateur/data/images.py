@@ -1,6 +1,7 @@
-"""From encoded images to bytes of one size and number of channels.
+"""Image files: safe decoding, resizing, and folders with one subfolder per class.
 
-Image folders: one subfolder per class; small ones are read into memory, large ones are streamed."""
+Small folders are read into memory; `FolderSplit` streams large ones.
+"""
 
 import contextlib
 import errno
@@ -22,10 +23,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.data._buffers import prefetch
-from secateur.data.dataset import MemorySplit, Split, TrainAndTest, checked_classes, checked_labels, default_augment
-from secateur.data.epoch import Batch, Epoch
-from secateur.data.splits import training_count
-from secateur.data.transforms import Augment, Draws, Normalization, crop_box
+from secateur.data.dataset import (
+    MemorySplit,
+    Split,
+    TrainAndTest,
+    default_augment,
+    resolve_class_count,
+    validate_labels,
+)
+from secateur.data.epoch import Epoch, ImageBatch
+from secateur.data.splits import count_training_images
+from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box
 from secateur.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,257 +41,162 @@ if TYPE_CHECKING:
 
 
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of pixels that a set held in memory may have."""
-
+"""The most bytes of pixels of a set held in memory."""
+MAX_PIXELS = 2**26
+"""The most pixels of one image, encoded or while resized: 8192 x 8192. A file of kilobytes can claim any number."""
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+TEST_FOLDERS = ("test", "val", "validation", "valid")
+"""Folders of test images; the first that exists is used."""
+CROP_FRACTION = 0.875
+"""224 / 256: side of the evaluated central square over the shorter side (Krizhevsky et al., NeurIPS 2012)."""
+PHOTOGRAPH_MIN_AREA = 0.08
+"""Smallest area of random resized crops in training (Szegedy et al., arXiv:1409.4842, Section 6)."""
 _MEMORY_CHUNK = 1024
 _THREADED_FROM = 16 * 1024
-"""Encoded bytes per image from which threads pay: below, PIL holds the interpreter lock most of the time.
+"""Encoded bytes per image from which threads are faster. With smaller ones PIL mostly holds the interpreter lock.
 
-Measured on two cores, 2.3 kB PNGs of CIFAR-10: 13,400 images/s in one thread, 8,000 in two.
+Measured on two cores with 2.3 kB PNGs of CIFAR-10: 13,400 images/s in one thread, 8,000 in two.
 """
-
 _CONVERTED_TO = {"1": "L", "LA": "L"} | dict.fromkeys(("RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"), "RGB")
-"""PIL modes with at most 8 bits per channel, and what they become; others (16-bit, float) would be clipped."""
-
-MOST_PIXELS = 2**26
-"""Of one image, encoded or on its way to another size: 8192 x 8192. A file of a few kilobytes can claim any number."""
-
+"""PIL modes with at most 8 bits per channel, and the mode they are converted to; others would be clipped."""
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-"""What is decoded, whatever a file is called. PIL knows many more formats; some of them start other programs (EPS)."""
-
-_MOST_AT_ONCE = 2**24
-"""Bytes of a file that are read before it is known what they are; of larger ones only what the decoder asks for."""
-
+"""Formats that are decoded, whatever a file is called. PIL has more, of which some start other programs (EPS)."""
+_MAX_READ_AT_ONCE = 2**24
+"""Files up to this size are read at once; of larger ones only what the decoder asks for is read."""
+_SAMPLED_HEADERS = 64
 Encoded = bytes | Path
 """An image file, in memory or on disk."""
 
 
-def open_image(
-    encoded: Encoded, where: Callable[[], str], least: Callable[[tuple[int, int]], tuple[int, int]] | None = None
-) -> "Image":
-    """Open and decode an image with 8 bits per channel.
+def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """Read or open ``folder/train`` and ``folder/test`` (or ``val``), each with one subfolder per class.
 
-    Args:
-        encoded: The file.
-        where: Says, for the error, which file or row it is.
-        least: Gives, for its (width, height), those that are enough: a JPEG may then come at a half, a quarter or an
-            eighth of its size, which is quicker to decode. None decodes the whole.
-
-    Returns:
-        Mode "L" (gray) or "RGB"; transparency is dropped.
+    The order is the first image of every class, then the second of every class, and so on, so that the first N images
+    represent all classes. If a sample of the images has one size, which is the one asked for, and all fit into memory,
+    they are held there; otherwise they are streamed.
 
     Raises:
-        DataError: If it cannot be decoded or has more than 8 bits per channel.
+        DataError: If folders or images are missing, or train and test differ in their classes.
     """
-    try:
-        with _opened(_at_once(encoded)) as image:
-            if least is not None:
-                image.draft(None, least(image.size))
-            image.load()
-    except Exception as error:  # damaged files make decoders fail in every way
-        reason = _reason(error)
+    train_folder = folder / "train"
+    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    if not train_folder.is_dir():
         raise DataError(
-            f"{where()} must be an image that PIL can decode; got {reason}. Repair or remove it."
-        ) from error
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode not in _CONVERTED_TO:
-        raise DataError(
-            f"{where()} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG."
+            f"{folder} must hold a folder `train` with one folder per class, or parquet files; "
+            f"got {_list_entries(folder)}."
         )
-    return image.convert(_CONVERTED_TO[image.mode])
-
-
-def _at_once(encoded: Encoded) -> Encoded:
-    """The bytes of a file of usual size: one call instead of PIL's dozens, each of which waits for a disk by itself."""
-    if isinstance(encoded, bytes):
-        return encoded
-    with open_regular(encoded) as file:
-        size = os.fstat(file.fileno()).st_size
-        return file.read(size) if size <= _MOST_AT_ONCE else encoded
-
-
-def probe(path: Path) -> tuple[str, tuple[int, int]]:
-    """PIL mode and (width, height) of an image file, from its header.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    try:
-        with _opened(path) as image:
-            return image.mode, image.size
-    except Exception as error:
-        reason = _reason(error)
-        raise DataError(f"{path} must be an image that PIL can decode; got {reason}. Repair or remove it.") from error
-
-
-@contextlib.contextmanager
-def _opened(encoded: Encoded) -> Generator["Image"]:
-    """The header of an image is read, not yet its pixels."""
-    from PIL import Image
-
-    with (
-        io.BytesIO(encoded) if isinstance(encoded, bytes) else open_regular(encoded) as file,
-        Image.open(file, formats=_FORMATS) as image,
-    ):
-        if math.prod(image.size) > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}")
-        yield image
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it; a pipe or device, which could block or never end, is refused.
-
-    Raises:
-        OSError: If it is not a regular file, or cannot be opened.
-    """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is a pipe or device, not a file")
-    return file
-
-
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return "an unknown format" if "cannot identify" in text else text.rstrip(".") or type(error).__name__
-
-
-def fit_square(image: "Image", size: int, crop_fraction: float) -> "Image":
-    """Resize the shorter side to size / crop_fraction and keep the central square, as published models evaluate.
-
-    An image that has the size already is returned as it is.
-    """
-    from PIL.Image import Resampling
-
-    if image.size == (size, size):
-        return image
-    scale = round(size / crop_fraction) / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if width * height > MOST_PIXELS:
+    if test_folder is None:
+        raise DataError(f"{folder} must hold a folder `test` or `val` beside `train`; got {_list_entries(folder)}.")
+    train_files, test_files = _files_by_class(train_folder), _files_by_class(test_folder)
+    if set(train_files) != set(test_files):
+        odd = sorted(set(train_files) ^ set(test_files))
         raise DataError(
-            f"images must not be much longer than wide; got {image.width} x {image.height}, which would become "
-            f"{width} x {height}. Cut it, or remove it."
+            f"train and test must have the same classes; {odd[:5]} ({len(odd)} in all) are in only one of "
+            f"{train_folder} and {test_folder}. Add or remove these folders."
         )
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    classes = tuple(sorted(train_files))
+    train_paths, train_labels = _interleave([train_files[name] for name in classes])
+    test_paths, test_labels = _interleave([test_files[name] for name in classes])
+    count = count_training_images(train_labels, limit, classes)
+    train_paths, train_labels = train_paths[:count], train_labels[:count]
+    chosen = _choose_format((train_paths, test_paths), image_size)
+    train, test = chosen.split(train_paths, train_labels), chosen.split(test_paths, test_labels)
+    augment = default_augment(train.size) if chosen.in_memory else Augment(0, train.size[0] == 3, PHOTOGRAPH_MIN_AREA)
+    return TrainAndTest(train, test, classes, folder.resolve().name, augment)
 
 
-def decode_all(encoded: Sequence[Encoded], image_size: int | None, name: Callable[[int], str]) -> Tensor:
-    """Decode a whole set into memory.
+@dataclass(frozen=True)
+class _FolderFormat:
+    """How the images of a folder are decoded and held.
 
-    Args:
-        encoded: The files, at least one.
-        image_size: Resize to this square; None: all must have one size already.
-        name: What to call image i in an error.
-
-    Returns:
-        (n, c, h, w) uint8, channels last in memory. c is 1 if every image is gray, else 3.
-
-    Raises:
-        DataError: If an image is damaged or differs in size, or the set is too large.
+    Attributes:
+        channels: 1 if the sampled images are gray, else 3.
+        side: Height and width to resize to, or None if all images have one size that need not be square.
+        in_memory: Whether they are held in memory or streamed.
     """
 
-    def decode(i: int) -> np.ndarray:
-        image = open_image(encoded[i], lambda: name(i))
-        return np.asarray(image if image_size is None else fit_square(image, image_size, crop_fraction=1.0))
+    channels: int
+    side: int | None
+    in_memory: bool
 
-    shape = decode(0).shape[:2]
-    check_memory(len(encoded), 3 * math.prod(shape))
-    pixels = np.empty((len(encoded), *shape, 3), dtype=np.uint8)
-    gray = True
-    for i, array in enumerate(_mapped(decode, encoded)):
-        if array.shape[:2] != shape:
-            raise DataError(
-                f"images must all have the same size unless `image_size` is given; got {_size(shape)} for {name(0)} "
-                f"and {_size(array.shape)} for {name(i)}. Pass image_size={min(shape)}, say."
-            )
-        gray = gray and array.ndim == 2
-        pixels[i] = array[..., None] if array.ndim == 2 else array
-    kept = np.ascontiguousarray(pixels[..., :1]) if gray else pixels
-    return torch.from_numpy(kept).permute(0, 3, 1, 2)
+    def split(self, paths: tuple[Path, ...], labels: Tensor) -> Split:
+        if self.side is None or self.in_memory:
+            images = decode_images(paths, self.side, lambda i: str(paths[i]))
+            return MemorySplit(images, labels, Normalization.default(images.shape[1]))
+        size = (self.channels, self.side, self.side)
+        return FolderSplit(paths, labels, size, Normalization.default(self.channels))
 
 
-def check_memory(n: int, bytes_per_image: int) -> None:
-    """Refuse a set that would not fit into memory.
-
-    Raises:
-        DataError: If its pixels take more than ``MEMORY_LIMIT`` bytes.
-    """
-    if n * bytes_per_image > MEMORY_LIMIT:
+def _choose_format(sets: tuple[tuple[Path, ...], ...], image_size: int | None) -> _FolderFormat:
+    """Choose by the headers of up to 64 evenly spaced images of each split."""
+    probed = [path for paths in sets for path in paths[:: max(1, len(paths) // _SAMPLED_HEADERS)][:_SAMPLED_HEADERS]]
+    headers = [read_image_header(path) for path in probed]
+    channels = 1 if all(mode in ("1", "L", "LA") for mode, _ in headers) else 3
+    width, height = headers[0][1]
+    odd = next((i for i, (_, size) in enumerate(headers) if size != (width, height)), None)
+    fits = max(len(paths) for paths in sets) * 3 * width * height <= MEMORY_LIMIT
+    if image_size is not None:
+        return _FolderFormat(
+            channels, image_size, in_memory=odd is None and fits and (width, height) == (image_size,) * 2
+        )
+    if odd is not None:
+        other = "{} x {}".format(*headers[odd][1])
         raise DataError(
-            f"images held in memory must take at most {MEMORY_LIMIT / 2**30:.0f} GiB; got {n} images of "
-            f"{bytes_per_image} bytes. Pass `limit` or a smaller `image_size`, or use an image folder, which streams."
+            f"images must all have the same size unless `image_size` is given; got {width} x {height} for {probed[0]} "
+            f"and {other} for {probed[odd]}. Pass image_size=224, say."
         )
+    if not fits and width != height:
+        raise DataError(
+            f"`image_size` must be given for a large set of {width} x {height} images; they become squares."
+        )
+    return _FolderFormat(channels, width if width == height else None, in_memory=fits)
 
 
-def resize_all(images: Tensor, image_size: int | None) -> Tensor:
-    """Resize a decoded set to squares (bilinear, antialiased); None or the size it has: unchanged.
-
-    Args:
-        images: (n, c, s, s) uint8.
-        image_size: In pixels.
-    """
-    if image_size is None or images.shape[-2:] == (image_size, image_size):
-        return images
-    check_memory(len(images), images.shape[1] * image_size**2)
-    resized = [
-        functional.interpolate(chunk.float(), (image_size, image_size), mode="bilinear", antialias=True)
-        .round_()
-        .clamp_(0, 255)
-        .to(torch.uint8)
-        for chunk in images.split(_MEMORY_CHUNK)
-    ]
-    return torch.cat(resized)
-
-
-def _mapped(decode: Callable[[int], np.ndarray], encoded: Sequence[Encoded]) -> Iterator[np.ndarray]:
-    sample = encoded[:64]
-    mean_bytes = sum(len(e) if isinstance(e, bytes) else e.stat().st_size for e in sample) / len(sample)
-    if mean_bytes < _THREADED_FROM:
-        yield from map(decode, range(len(encoded)))
-        return
-    with ThreadPoolExecutor(worker_count()) as pool:
-        for start in range(0, len(encoded), _MEMORY_CHUNK):
-            yield from pool.map(decode, range(start, min(start + _MEMORY_CHUNK, len(encoded))))
+def _files_by_class(folder: Path) -> dict[str, list[Path]]:
+    """List the image files of each class folder, sorted by name."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise DataError(f"{folder} must hold one folder of images per class; got {_list_entries(folder)}.")
+    files: dict[str, list[Path]] = {}
+    ignored: list[Path] = []
+    for path in classes:
+        inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        files[path.name] = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+        ignored += [file for file in inside if file.suffix.lower() not in IMAGE_SUFFIXES]
+        if not files[path.name]:
+            raise DataError(f"{path} must hold at least one image; got {_list_entries(path)}. Add images or remove it.")
+    if ignored:
+        message = f"{folder}: {len(ignored)} entries are not image files and are left out, such as {ignored[0]}."
+        warnings.warn(message, stacklevel=2)
+    return files
 
 
-def worker_count() -> int:
-    """Threads that decode images: one per core, eight at most."""
-    return min(8, os.cpu_count() or 1)
+def _interleave(by_class: Sequence[list[Path]]) -> tuple[tuple[Path, ...], Tensor]:
+    """Return the first file of every class, then the second of every class, and so on, with their labels."""
+    rounds = zip_longest(*([(path, label) for path in paths] for label, paths in enumerate(by_class)))
+    pairs = [pair for pair in chain.from_iterable(rounds) if pair is not None]
+    return tuple(path for path, _ in pairs), torch.tensor([label for _, label in pairs])
 
 
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]}"
-
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
-TEST_FOLDERS = ("test", "val", "validation", "valid")
-"""Where test images are looked for, in this order."""
-
-CROP_FRACTION = 0.875
-"""224 / 256: the central part of a resized photograph that is evaluated (Krizhevsky et al., NeurIPS 2012)."""
-
-PHOTOGRAPH_MIN_AREA = 0.08
-"""Of random resized crops in training (Szegedy et al., arXiv:1409.4842, Section 6)."""
-
-_PROBED = 64
+def _list_entries(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return f"{', '.join(names[:5])} ({len(names)} entries)" if names else "nothing"
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
-    """Image files decoded, cropped and resized by threads while they are needed; mirrored and normalized in batch.
+    """Image files that threads decode, crop and resize when they are needed.
 
     Without augmentation the shorter side is resized to side / 0.875 and the central square kept, unless the image
-    has the size already. With ``Augment.min_area`` below 1 a random box is resized instead; a JPEG is then decoded at a
-    half, a quarter or an eighth of its size where the box has more than enough pixels.
+    already has the size. With ``Augment.min_area`` below 1 a random box is resized instead; a JPEG is then decoded at a
+    half, a quarter or an eighth of its size if the box has more than enough pixels.
 
     Attributes:
         paths: The files.
         labels: (n,) integers, not negative.
-        size: Channels, height, width of the images made; height = width.
+        size: Channels, height, width of the resulting images; height = width.
         normalization: Applied last.
-        classes: How many there are; 0 stands for the highest label + 1.
+        classes: Number of classes; 0 stands for the highest label + 1.
     """
 
     paths: tuple[Path, ...]
@@ -293,8 +206,8 @@ class FolderSplit:
     classes: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", checked_labels(self.labels, len(self.paths)))
-        object.__setattr__(self, "classes", checked_classes(self.labels, self.classes))
+        object.__setattr__(self, "labels", validate_labels(self.labels, len(self.paths)))
+        object.__setattr__(self, "classes", resolve_class_count(self.labels, self.classes))
         if self.size[0] not in (1, 3) or self.size[1] != self.size[2]:
             raise DataError(f"`size` must be 1 or 3 channels and a square; got {self.size}.")
 
@@ -302,11 +215,11 @@ class FolderSplit:
         return len(self.paths)
 
     def subset(self, index: Tensor) -> "FolderSplit":
-        """The images at some positions, in that order."""
+        """Return the images at some positions, in that order."""
         return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), labels=self.labels[index])
 
     def normalized(self, normalization: Normalization) -> "FolderSplit":
-        """The same images with another mean and standard deviation."""
+        """Return the same images with another mean and standard deviation."""
         return replace(self, normalization=normalization)
 
     def batches(
@@ -319,7 +232,7 @@ class FolderSplit:
         augment: Augment | None = None,
         drop_last: bool = False,
         start: int = 0,
-    ) -> Iterator[Batch]:
+    ) -> Iterator[ImageBatch]:
         """See `Split.batches`."""
         return self._batches(
             Epoch.of(
@@ -334,7 +247,7 @@ class FolderSplit:
             )
         )
 
-    def _batches(self, epoch: Epoch) -> Iterator[Batch]:
+    def _batches(self, epoch: Epoch) -> Iterator[ImageBatch]:
         channels, height, width = self.size
 
         def fill(i: int, place: np.ndarray) -> None:
@@ -342,30 +255,30 @@ class FolderSplit:
             if epoch.draws is None:
                 np.copyto(place, array)
                 return
-            epoch.draws.vary_one(array, i, place)
+            epoch.draws.apply_to_image(array, i, place)
             if epoch.policy is not None:
                 np.copyto(place, epoch.policy(place, int(epoch.draws.keys[i])))
 
-        ahead = prefetch(epoch.batches, (height, width, channels), fill, worker_count())
+        ahead = prefetch(epoch.batches, (height, width, channels), fill, decoding_threads())
         for place, chosen, pixels in ahead:
             index = chosen.to(epoch.device)
             yield epoch.finish(place, index, pixels.to(epoch.device), self.labels[chosen].to(epoch.device))
 
-    def _image(self, i: int, draws: Draws | None) -> np.ndarray:
+    def _image(self, i: int, draws: EpochDraws | None) -> np.ndarray:
         if draws is not None and draws.augment.min_area < 1.0:
-            array = np.asarray(self._cropped(i, draws))
+            array = np.asarray(self._random_crop(i, draws))
         else:
-            array = np.asarray(fit_square(self._opened(i), self.size[1], CROP_FRACTION))
+            array = np.asarray(resize_and_center_crop(self._opened(i), self.size[1], CROP_FRACTION))
         return array[..., None] if array.ndim == 2 else array
 
-    def _cropped(self, i: int, draws: Draws) -> "Image":
+    def _random_crop(self, i: int, draws: EpochDraws) -> "Image":
         from PIL.Image import Resampling
 
         side, crop, min_area = self.size[1], draws.crops[i].tolist(), draws.augment.min_area
-        sizes: list[tuple[int, int]] = []  # The whole image's; decoded smaller, its sides are rounded up.
+        sizes: list[tuple[int, int]] = []  # Of the whole image, because sides of smaller decoded ones are rounded up.
 
         def least(size: tuple[int, int]) -> tuple[int, int]:
-            """So that the box has at least the pixels of the square that is made of it."""
+            """The size at which the box has at least as many pixels as the square it is resized to."""
             sizes.append(size)
             _, _, height, width = crop_box(crop, min_area, stretch=size[1] / size[0])
             return math.ceil(side / width), math.ceil(side / height)
@@ -384,119 +297,206 @@ class FolderSplit:
         return image.convert("RGB") if self.size[0] == 3 and image.mode == "L" else image
 
 
-def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
-    """Read or open ``folder/train`` and ``folder/test`` (or ``val``), each with one subfolder per class.
-
-    Images are numbered class by class in turn (the first of every class, then the second, ...), so that the first N
-    are a fair sample. If a sample of them has one size, which is the size asked for, and all fit into memory, they
-    are held there; otherwise they are streamed.
-
-    Raises:
-        DataError: If folders or images are missing, or train and test differ in their classes.
-    """
-    train_folder = folder / "train"
-    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
-    if not train_folder.is_dir():
-        raise DataError(
-            f"{folder} must hold a folder `train` with one folder per class, or parquet files; got {_contents(folder)}."
-        )
-    if test_folder is None:
-        raise DataError(f"{folder} must hold a folder `test` or `val` beside `train`; got {_contents(folder)}.")
-    train_files, test_files = _by_class(train_folder), _by_class(test_folder)
-    if set(train_files) != set(test_files):
-        odd = sorted(set(train_files) ^ set(test_files))
-        raise DataError(
-            f"train and test must have the same classes; {odd[:5]} ({len(odd)} in all) are in only one of "
-            f"{train_folder} and {test_folder}. Add or remove these folders."
-        )
-    classes = tuple(sorted(train_files))
-    train_paths, train_labels = _interleaved([train_files[name] for name in classes])
-    test_paths, test_labels = _interleaved([test_files[name] for name in classes])
-    count = training_count(train_labels, limit, classes)
-    train_paths, train_labels = train_paths[:count], train_labels[:count]
-    form = _form((train_paths, test_paths), image_size)
-    train, test = form.split(train_paths, train_labels), form.split(test_paths, test_labels)
-    augment = default_augment(train.size) if form.in_memory else Augment(0, train.size[0] == 3, PHOTOGRAPH_MIN_AREA)
-    return TrainAndTest(train, test, classes, folder.resolve().name, augment)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How the images of a folder are held.
-
-    Attributes:
-        channels: 1 if those probed are gray, else 3.
-        side: Height and width to make, or None if all are said to have one size that need not be square.
-        in_memory: Or streamed.
-    """
-
-    channels: int
-    side: int | None
-    in_memory: bool
-
-    def split(self, paths: tuple[Path, ...], labels: Tensor) -> Split:
-        if self.side is None or self.in_memory:
-            images = decode_all(paths, self.side, lambda i: str(paths[i]))
-            return MemorySplit(images, labels, Normalization.usual(images.shape[1]))
-        size = (self.channels, self.side, self.side)
-        return FolderSplit(paths, labels, size, Normalization.usual(self.channels))
-
-
-def _form(sets: tuple[tuple[Path, ...], ...], image_size: int | None) -> _Form:
-    """Decide by the headers of up to 64 images of each split, evenly spaced."""
-    probed = [path for paths in sets for path in paths[:: max(1, len(paths) // _PROBED)][:_PROBED]]
-    headers = [probe(path) for path in probed]
-    channels = 1 if all(mode in ("1", "L", "LA") for mode, _ in headers) else 3
-    width, height = headers[0][1]
-    odd = next((i for i, (_, size) in enumerate(headers) if size != (width, height)), None)
-    fits = max(len(paths) for paths in sets) * 3 * width * height <= MEMORY_LIMIT
-    if image_size is not None:
-        return _Form(channels, image_size, in_memory=odd is None and fits and (width, height) == (image_size,) * 2)
-    if odd is not None:
-        other = "{} x {}".format(*headers[odd][1])
-        raise DataError(
-            f"images must all have the same size unless `image_size` is given; got {width} x {height} for {probed[0]} "
-            f"and {other} for {probed[odd]}. Pass image_size=224, say."
-        )
-    if not fits and width != height:
-        raise DataError(
-            f"`image_size` must be given for a large set of {width} x {height} images; they become squares."
-        )
-    return _Form(channels, width if width == height else None, in_memory=fits)
-
-
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class folder, sorted by name."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise DataError(f"{folder} must hold one folder of images per class; got {_contents(folder)}.")
-    files: dict[str, list[Path]] = {}
-    ignored: list[Path] = []
-    for path in classes:
-        inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-        files[path.name] = [file for file in inside if file.suffix.lower() in SUFFIXES]
-        ignored += [file for file in inside if file.suffix.lower() not in SUFFIXES]
-        if not files[path.name]:
-            raise DataError(f"{path} must hold at least one image; got {_contents(path)}. Add images or remove it.")
-    if ignored:
-        message = f"{folder}: {len(ignored)} entries are not image files and are left out, such as {ignored[0]}."
-        warnings.warn(message, stacklevel=2)
-    return files
-
-
-def _interleaved(by_class: Sequence[list[Path]]) -> tuple[tuple[Path, ...], Tensor]:
-    """The first file of every class, then the second of every class, ...; with their labels."""
-    rounds = zip_longest(*([(path, label) for path in paths] for label, paths in enumerate(by_class)))
-    pairs = [pair for pair in chain.from_iterable(rounds) if pair is not None]
-    return tuple(path for path, _ in pairs), torch.tensor([label for _, label in pairs])
-
-
 def _pixel_box(fractions: Sequence[float], size: tuple[float, float]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in pixels of (top, left, height, width) as fractions of the image."""
+    """Return (left, top, right, bottom) in pixels for (top, left, height, width) as fractions of the image."""
     (top, left, height, width), (across, down) = fractions, size
     return left * across, top * down, min(left + width, 1.0) * across, min(top + height, 1.0) * down
 
 
-def _contents(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return f"{', '.join(names[:5])} ({len(names)} entries)" if names else "nothing"
+def open_image(
+    encoded: Encoded, where: Callable[[], str], least: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+) -> "Image":
+    """Open and decode an image with 8 bits per channel.
+
+    Args:
+        encoded: The file.
+        where: Returns the name of the file or row, for errors.
+        least: Returns a sufficient (width, height) for that of the image. A JPEG may then be decoded at a half, a
+            quarter or an eighth of its size, which is faster. None decodes it in full size.
+
+    Returns:
+        Mode "L" (gray) or "RGB"; transparency is dropped.
+
+    Raises:
+        DataError: If it cannot be decoded or has more than 8 bits per channel.
+    """
+    try:
+        with _opened(_read_small_file(encoded)) as image:
+            if least is not None:
+                image.draft(None, least(image.size))
+            image.load()
+    except Exception as error:  # Damaged files make decoders raise any exception.
+        reason = _reason(error)
+        raise DataError(
+            f"{where()} must be an image that PIL can decode; got {reason}. Repair or remove it."
+        ) from error
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode not in _CONVERTED_TO:
+        raise DataError(
+            f"{where()} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG."
+        )
+    return image.convert(_CONVERTED_TO[image.mode])
+
+
+def _read_small_file(encoded: Encoded) -> Encoded:
+    """Read a file of usual size in one call instead of PIL's dozens, each of which waits for the disk."""
+    if isinstance(encoded, bytes):
+        return encoded
+    with open_regular_file(encoded) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.read(size) if size <= _MAX_READ_AT_ONCE else encoded
+
+
+def read_image_header(path: Path) -> tuple[str, tuple[int, int]]:
+    """Read the PIL mode and (width, height) of an image file from its header.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with _opened(path) as image:
+            return image.mode, image.size
+    except Exception as error:
+        reason = _reason(error)
+        raise DataError(f"{path} must be an image that PIL can decode; got {reason}. Repair or remove it.") from error
+
+
+@contextlib.contextmanager
+def _opened(encoded: Encoded) -> Generator["Image"]:
+    """Read the header of an image, but not its pixels."""
+    from PIL import Image
+
+    with (
+        io.BytesIO(encoded) if isinstance(encoded, bytes) else open_regular_file(encoded) as file,
+        Image.open(file, formats=_FORMATS) as image,
+    ):
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        yield image
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Open a file for reading; pipes and devices, which could block or never end, are refused.
+
+    Raises:
+        OSError: If it is not a regular file, or cannot be opened.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or device, not a file")
+    return file
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "an unknown format" if "cannot identify" in text else text.rstrip(".") or type(error).__name__
+
+
+def resize_and_center_crop(image: "Image", size: int, crop_fraction: float) -> "Image":
+    """Resize the shorter side to size / crop_fraction and keep the central square, as published models evaluate.
+
+    An image that already has the size is returned unchanged.
+    """
+    from PIL.Image import Resampling
+
+    if image.size == (size, size):
+        return image
+    scale = round(size / crop_fraction) / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"images must not be much longer than wide; got {image.width} x {image.height}, which would become "
+            f"{width} x {height}. Cut it, or remove it."
+        )
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
+
+
+def decode_images(encoded: Sequence[Encoded], image_size: int | None, name: Callable[[int], str]) -> Tensor:
+    """Decode a whole set into memory.
+
+    Args:
+        encoded: The files, at least one.
+        image_size: Side of the squares to resize to, in pixels; None requires images of one size.
+        name: Returns the name of image i, for errors.
+
+    Returns:
+        (n, c, h, w) uint8, channels last in memory. c is 1 if every image is gray, else 3.
+
+    Raises:
+        DataError: If an image is damaged or differs in size, or the set is too large.
+    """
+
+    def decode(i: int) -> np.ndarray:
+        image = open_image(encoded[i], lambda: name(i))
+        return np.asarray(image if image_size is None else resize_and_center_crop(image, image_size, crop_fraction=1.0))
+
+    shape = decode(0).shape[:2]
+    check_fits_in_memory(len(encoded), 3 * math.prod(shape))
+    pixels = np.empty((len(encoded), *shape, 3), dtype=np.uint8)
+    gray = True
+    for i, array in enumerate(_decode_in_order(decode, encoded)):
+        if array.shape[:2] != shape:
+            raise DataError(
+                f"images must all have the same size unless `image_size` is given; got {_format_size(shape)} for "
+                f"{name(0)} and {_format_size(array.shape)} for {name(i)}. Pass image_size={min(shape)}, say."
+            )
+        gray = gray and array.ndim == 2
+        pixels[i] = array[..., None] if array.ndim == 2 else array
+    kept = np.ascontiguousarray(pixels[..., :1]) if gray else pixels
+    return torch.from_numpy(kept).permute(0, 3, 1, 2)
+
+
+def check_fits_in_memory(n: int, bytes_per_image: int) -> None:
+    """Refuse a set that would not fit into memory.
+
+    Raises:
+        DataError: If its pixels take more than ``MEMORY_LIMIT`` bytes.
+    """
+    if n * bytes_per_image > MEMORY_LIMIT:
+        raise DataError(
+            f"images held in memory must take at most {MEMORY_LIMIT / 2**30:.0f} GiB; got {n} images of "
+            f"{bytes_per_image} bytes. Pass `limit` or a smaller `image_size`, or use an image folder, which streams."
+        )
+
+
+def resize_images(images: Tensor, image_size: int | None) -> Tensor:
+    """Resize a decoded set to squares (bilinear, antialiased).
+
+    Args:
+        images: (n, c, s, s) uint8.
+        image_size: Side in pixels; None or s returns the images unchanged.
+    """
+    if image_size is None or images.shape[-2:] == (image_size, image_size):
+        return images
+    check_fits_in_memory(len(images), images.shape[1] * image_size**2)
+    resized = [
+        functional.interpolate(chunk.float(), (image_size, image_size), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+        for chunk in images.split(_MEMORY_CHUNK)
+    ]
+    return torch.cat(resized)
+
+
+def _decode_in_order(decode: Callable[[int], np.ndarray], encoded: Sequence[Encoded]) -> Iterator[np.ndarray]:
+    sample = encoded[:64]
+    mean_bytes = sum(len(e) if isinstance(e, bytes) else e.stat().st_size for e in sample) / len(sample)
+    if mean_bytes < _THREADED_FROM:
+        yield from map(decode, range(len(encoded)))
+        return
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        for start in range(0, len(encoded), _MEMORY_CHUNK):
+            yield from pool.map(decode, range(start, min(start + _MEMORY_CHUNK, len(encoded))))
+
+
+def decoding_threads() -> int:
+    """Return the number of threads that decode images: one per core, eight at most."""
+    return min(8, os.cpu_count() or 1)
+
+
+def _format_size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"

@@ -1,6 +1,4 @@
-"""Sets that Python packages bring or know: scikit-learn's digits and torchvision's CIFAR.
-
-From a short description to a data set."""
+"""`load_data`: image data by a short description, including the sets of scikit-learn and torchvision."""
 
 import os
 import warnings
@@ -12,98 +10,22 @@ import numpy as np
 import torch
 
 from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, default_augment
-from secateur.data.images import read_image_folder, resize_all
+from secateur.data.images import read_image_folder, resize_images
 from secateur.data.parquet import parquet_files, read_parquet
-from secateur.data.splits import TEST_SEED, hold_out, training_count
+from secateur.data.splits import TEST_SEED, count_training_images, hold_out
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
 DIGITS_NORMALIZATION = Normalization((0.305,), (0.376,))
-"""Of the 1,797 digits as bytes / 255, measured: 0.3053 and 0.3761."""
-
+"""Measured mean and standard deviation of the 1,797 digits as bytes / 255: 0.3053 and 0.3761."""
+TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+"""Names after ``torchvision:``, and torchvision's classes."""
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_LEVELS = 16
-_SHOWN = 80
-
-TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-"""Names after ``torchvision:`` and the classes they stand for."""
-
-
-def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
-    """The 1,797 handwritten digits of scikit-learn: 1 x 8 x 8, ten classes; a fixed fifth of each class is for test.
-
-    Args:
-        limit: Use the first so many training images.
-        image_size: Resize to squares of this side.
-
-    Raises:
-        DataError: If scikit-learn is not installed.
-
-    References:
-        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'") from error
-    bunch = load_digits()  # pyright: ignore[reportUnknownVariableType]
-    levels = np.asarray(bunch.images)  # type: ignore[union-attr]
-    images = torch.from_numpy(np.rint(levels * (255 / _DIGITS_LEVELS)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))  # type: ignore[union-attr]
-    classes = tuple(str(i) for i in range(10))
-    kept, held = hold_out(labels, _DIGITS_TEST_FRACTION, TEST_SEED)
-    kept = kept[: training_count(labels[kept], limit, classes)]
-    images = resize_all(images, image_size)
-    train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALIZATION) for index in (kept, held))
-    return TrainAndTest(train, test, classes, "digits", default_augment(train.size))
-
-
-def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
-    """CIFAR-10 or CIFAR-100 as torchvision stores them; nothing is downloaded.
-
-    The files are pickles; torchvision reads them only after comparing their MD5 with the published one.
-
-    Args:
-        name: A key of ``TORCHVISION_SETS``.
-        root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
-        limit: Use the first so many training images.
-        image_size: Resize to squares of this side.
-
-    Raises:
-        DataError: If the name is unknown or the files are missing or damaged.
-    """
-    from torchvision import datasets
-
-    if name not in TORCHVISION_SETS:
-        raise DataError(
-            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got {repr(name)[:_SHOWN]}. Others "
-            "can be given as an image folder or as Hugging Face parquet."
-        )
-    kind = getattr(datasets, TORCHVISION_SETS[name])
-    try:
-        train_set, test_set = kind(root=str(root), train=True), kind(root=str(root), train=False)
-    except (RuntimeError, OSError, ValueError) as error:
-        command = f"torchvision.datasets.{TORCHVISION_SETS[name]}({str(root)!r}, download=True)"
-        raise DataError(
-            f"{root} must hold torchvision's {name}; it is missing or damaged. Download it with {command}, or name "
-            f"the folder: torchvision:{name}:FOLDER."
-        ) from error
-    classes: tuple[str, ...] = tuple(train_set.classes)
-    count = training_count(torch.tensor(train_set.targets), limit, classes)
-    splits = [
-        MemorySplit(
-            resize_all(torch.from_numpy(np.asarray(dataset.data[:n])).permute(0, 3, 1, 2), image_size),
-            torch.tensor(dataset.targets[:n]),
-            Normalization.usual(3),
-        )
-        for dataset, n in ((train_set, count), (test_set, None))
-    ]
-    return TrainAndTest(splits[0], splits[1], classes, name, default_augment(splits[0].size))
-
-
 _TORCHVISION = "torchvision:"
 _TORCHVISION_ROOT = "data"
-_SHOWN_SPLITS = 500
+_MAX_NAME_SHOWN = 80
+_MAX_SPEC_SHOWN = 500
 
 
 def load_data(
@@ -127,18 +49,18 @@ def load_data(
             - ``torchvision:cifar10`` or ``torchvision:cifar100``, optionally with ``:ROOT`` (``data`` if left out),
             - ``digits``: scikit-learn's 8 x 8 handwritten digits.
 
-        limit: Use only the first so many training images (before validation images are taken from them).
-        validation_fraction: Part of the training images that is held out for choosing, class by class.
-        seed: Chooses the validation images.
-        image_size: Resize to squares of this side, in pixels; None keeps the size that all images share.
-        mean: Per channel, of pixels / 255. By default ImageNet's for color images and 0.5 for gray ones.
-        std: The same.
+        limit: Number of training images to use, the first ones, including those held out; None uses all.
+        validation_fraction: Fraction of the training images that is held out for validation, class by class.
+        seed: Seed of the choice of validation images.
+        image_size: Side of the squares to resize to, in pixels; None keeps the size that all images share.
+        mean: Mean of pixels / 255 per channel. By default ImageNet's for color images and 0.5 for gray ones.
+        std: Standard deviation of pixels / 255 per channel, with the same defaults.
 
     Returns:
-        Three splits with class names and the usual augmentation.
+        Three splits with class names and the default augmentation.
 
     Raises:
-        DataError: If anything of it is missing, damaged or contradictory; the message says what to do.
+        DataError: If something is missing, damaged or contradictory; the message says what to do.
     """
     if image_size is not None and image_size < 1:
         raise DataError(f"`image_size` must be positive, in pixels; got {image_size}.")
@@ -165,7 +87,7 @@ def _read(spec: str | Path, *, limit: int | None, image_size: int | None) -> Tra
         raise DataError(
             "`data` must be a folder (Hugging Face parquet, or train/ and test/ with class folders), "
             f"'torchvision:cifar10[:ROOT]', 'torchvision:cifar100[:ROOT]' or 'digits'; got "
-            f"{repr(str(spec))[:_SHOWN_SPLITS]}, which {problem}. Check the path."
+            f"{repr(str(spec))[:_MAX_SPEC_SHOWN]}, which {problem}. Check the path."
         )
     files = parquet_files(folder)
     if files:
@@ -181,3 +103,75 @@ def _warn_of_absent_classes(sets: TrainAndTest) -> None:
             f"{sets.classes[absent[0]]!r}.",
             stacklevel=3,
         )
+
+
+def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """Read the 1,797 handwritten digits of scikit-learn: 1 x 8 x 8, ten classes. A fixed fifth of each is for testing.
+
+    Args:
+        limit: Number of training images to use, the first ones; None uses all.
+        image_size: Side of the squares to resize to, in pixels; None keeps 8.
+
+    Raises:
+        DataError: If scikit-learn is not installed.
+
+    References:
+        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'") from error
+    bunch = load_digits()  # pyright: ignore[reportUnknownVariableType]
+    levels = np.asarray(bunch.images)  # type: ignore[union-attr]
+    images = torch.from_numpy(np.rint(levels * (255 / _DIGITS_LEVELS)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))  # type: ignore[union-attr]
+    classes = tuple(str(i) for i in range(10))
+    kept, held = hold_out(labels, _DIGITS_TEST_FRACTION, TEST_SEED)
+    kept = kept[: count_training_images(labels[kept], limit, classes)]
+    images = resize_images(images, image_size)
+    train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALIZATION) for index in (kept, held))
+    return TrainAndTest(train, test, classes, "digits", default_augment(train.size))
+
+
+def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+    """Read CIFAR-10 or CIFAR-100 as torchvision stores them; nothing is downloaded.
+
+    The files are pickles; torchvision reads them only after comparing their MD5 with the published one.
+
+    Args:
+        name: A key of ``TORCHVISION_SETS``.
+        root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        limit: Number of training images to use, the first ones; None uses all.
+        image_size: Side of the squares to resize to, in pixels; None keeps 32.
+
+    Raises:
+        DataError: If the name is unknown or the files are missing or damaged.
+    """
+    from torchvision import datasets
+
+    if name not in TORCHVISION_SETS:
+        raise DataError(
+            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got "
+            f"{repr(name)[:_MAX_NAME_SHOWN]}. Other data can be given as an image folder or as Hugging Face parquet."
+        )
+    kind = getattr(datasets, TORCHVISION_SETS[name])
+    try:
+        train_set, test_set = kind(root=str(root), train=True), kind(root=str(root), train=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        command = f"torchvision.datasets.{TORCHVISION_SETS[name]}({str(root)!r}, download=True)"
+        raise DataError(
+            f"{root} must hold torchvision's {name}; it is missing or damaged. Download it with {command}, or name "
+            f"the folder: torchvision:{name}:FOLDER."
+        ) from error
+    classes: tuple[str, ...] = tuple(train_set.classes)
+    count = count_training_images(torch.tensor(train_set.targets), limit, classes)
+    splits = [
+        MemorySplit(
+            resize_images(torch.from_numpy(np.asarray(dataset.data[:n])).permute(0, 3, 1, 2), image_size),
+            torch.tensor(dataset.targets[:n]),
+            Normalization.default(3),
+        )
+        for dataset, n in ((train_set, count), (test_set, None))
+    ]
+    return TrainAndTest(splits[0], splits[1], classes, name, default_augment(splits[0].size))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from secateur.data.dataset import MemorySplit, TrainAndTest, default_augment
-from secateur.data.images import MEMORY_LIMIT, check_memory, decode_all, open_regular
-from secateur.data.splits import training_count
+from secateur.data.images import MEMORY_LIMIT, check_fits_in_memory, decode_images, open_regular_file
+from secateur.data.splits import count_training_images
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
@@ -26,14 +26,14 @@ _IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label", "fine_label")
 _TRAIN, _TEST, _VALIDATION = ("train",), ("test",), ("validation", "valid", "val", "dev")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 _READ_ROWS, _FEW_ROWS, _LABEL_ROWS = 1024, 16, 2**18
-_MOST_ROWS = 2**26
-_MOST_CLASSES = 2**17
-_MOST_GROUP_BYTES = 2**30
-"""Of one group of rows, unpacked. A kilobyte of parquet can say that it holds any number of rows."""
+_MAX_ROWS = 2**26
+_MAX_CLASSES = 2**17
+_MAX_GROUP_BYTES = 2**30
+"""The most unpacked bytes of one group of rows. A kilobyte of parquet can claim any number of rows."""
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder and of its direct subfolders, in order."""
+    """List the parquet files of a folder and of its direct subfolders, in order."""
     return sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet")))
 
 
@@ -44,10 +44,10 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     (used for testing where there is no ``test``) ``validation``, ``valid``, ``val`` or ``dev``.
 
     Args:
-        folder: For names and errors.
+        folder: The folder, whose name becomes that of the data.
         files: Its parquet files.
-        limit: Use the first so many training images.
-        image_size: Resize to squares; None: all images have one size.
+        limit: Number of training images to use, the first ones; None uses all.
+        image_size: Side of the squares to resize to, in pixels; None requires images of one size.
 
     Raises:
         DataError: If files, columns, images or labels are missing, damaged or do not fit together.
@@ -55,19 +55,19 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     train = _Table.open(folder, files, (_TRAIN,))
     test = _Table.open(folder, files, (_TEST, _VALIDATION))
     if train.names and test.names and train.names != test.names:
-        raise DataError(_other_classes(folder, train.names, test.names))
+        raise DataError(_describe_class_difference(folder, train.names, test.names))
     last = int(train.labels.max())
-    if max(last, len(train.names), len(test.names)) >= _MOST_CLASSES:
-        raise DataError(f"`data` must have fewer than {_MOST_CLASSES} classes; got the label {last} in {folder}.")
+    if max(last, len(train.names), len(test.names)) >= _MAX_CLASSES:
+        raise DataError(f"`data` must have fewer than {_MAX_CLASSES} classes; got the label {last} in {folder}.")
     classes = train.names or test.names or tuple(str(i) for i in range(last + 1))
     train.check_labels(classes)
     test.check_labels(classes)
-    count = training_count(torch.from_numpy(train.labels), limit, classes)
+    count = count_training_images(torch.from_numpy(train.labels), limit, classes)
     splits = [table.split(n, image_size, len(classes)) for table, n in ((train, count), (test, len(test.labels)))]
     return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, default_augment(splits[0].size))
 
 
-def _other_classes(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:
+def _describe_class_difference(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:
     k = next((i for i, (a, b) in enumerate(zip(train, test, strict=False)) if a != b), min(len(train), len(test)))
     names = [repr(classes[k]) if k < len(classes) else "nothing" for classes in (train, test)]
     return (
@@ -78,7 +78,7 @@ def _other_classes(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The rows of one split: labels read, images not yet."""
+    """The rows of one split, of which the labels have been read but not the images."""
 
     files: tuple[Path, ...]
     rows: tuple[int, ...]
@@ -89,7 +89,7 @@ class _Table:
 
     @classmethod
     def open(cls, folder: Path, files: Sequence[Path], choices: tuple[tuple[str, ...], ...]) -> "_Table":
-        chosen = next((found for prefixes in choices if (found := _of_split(files, prefixes))), [])
+        chosen = next((found for prefixes in choices if (found := _files_of_split(files, prefixes))), [])
         if not chosen:
             raise DataError(
                 f"{folder} must hold {choices[0][0]} files, named {choices[0][0]}-*.parquet; got "
@@ -101,16 +101,16 @@ class _Table:
                 f"{', '.join(sorted({str(f.parent) for f in chosen}))}. Name the folder of the one you want."
             )
         _warn_of_missing_shards(chosen)
-        first = _opened(chosen[0])
-        image, label = _column(first, chosen[0], _IMAGE_COLUMNS), _column(first, chosen[0], _LABEL_COLUMNS)
-        labels = [_labels(file, label) for file in chosen]
+        first = _open_parquet(chosen[0])
+        image, label = _find_column(first, chosen[0], _IMAGE_COLUMNS), _find_column(first, chosen[0], _LABEL_COLUMNS)
+        labels = [_read_labels(file, label) for file in chosen]
         rows = tuple(len(part) for part in labels)
         if not sum(rows):
             raise DataError(f"{folder} must hold at least one {choices[0][0]} image; got an empty set.")
         return cls(tuple(chosen), rows, image, label, np.concatenate(labels), _class_names(first, label))
 
     def row_name(self, i: int) -> str:
-        """Which file and row image i of the split is."""
+        """Name the file and row of image i of the split."""
         ends = np.cumsum(self.rows)
         k = int(np.searchsorted(ends, i, side="right"))
         return f"row {i - int(ends[k]) + self.rows[k]} of {self.files[k]} (column {self.image!r})"
@@ -125,11 +125,11 @@ class _Table:
             )
 
     def split(self, count: int, image_size: int | None, classes: int) -> MemorySplit:
-        check_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
+        check_fits_in_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
         encoded: list[bytes | None] = []
         for file in self.files:
             if len(encoded) < count:
-                encoded += _encoded(file, self.image, count - len(encoded))
+                encoded += _read_encoded(file, self.image, count - len(encoded))
         if len(encoded) < count:
             raise DataError(
                 f"{self.files[-1].parent} must have an image for each of its {count} labels; got {len(encoded)}. "
@@ -138,13 +138,13 @@ class _Table:
         empty = next((i for i, item in enumerate(encoded) if item is None), None)
         if empty is not None:
             raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")
-        images = decode_all([item for item in encoded if item is not None], image_size, self.row_name)
+        images = decode_images([item for item in encoded if item is not None], image_size, self.row_name)
         labels = torch.from_numpy(self.labels[:count])
-        return MemorySplit(images, labels, Normalization.usual(images.shape[1]), classes)
+        return MemorySplit(images, labels, Normalization.default(images.shape[1]), classes)
 
 
-def _of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:
-    """The files whose own name begins with a prefix as a word, or else whose folder's name does."""
+def _files_of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:
+    """Select the files whose own name begins with a prefix as a word, or else whose folder's name does."""
     begins = re.compile(rf"({'|'.join(prefixes)})(?![a-zA-Z])")
     known = re.compile(rf"({'|'.join((*_TRAIN, *_TEST, *_VALIDATION))})(?![a-zA-Z])")
     return [file for file in files if begins.match(file.name if known.match(file.name) else file.parent.name)]
@@ -163,17 +163,17 @@ def _warn_of_missing_shards(files: Sequence[Path]) -> None:
         )
 
 
-def _opened(file: Path, once: Sequence[str] = ()) -> "ParquetFile":
-    """Open a file; in the columns ``once``, values that are the same are unpacked once."""
+def _open_parquet(file: Path, once: Sequence[str] = ()) -> "ParquetFile":
+    """Open a file; equal values in the columns ``once`` are unpacked only once."""
     from pyarrow.parquet import ParquetFile
 
     try:
-        open_regular(file).close()
+        open_regular_file(file).close()
         table = ParquetFile(file, read_dictionary=[*once])
-    except Exception as error:  # a damaged file can end in any of them
+    except Exception as error:  # A damaged file can raise any exception.
         raise _damaged(file, error) from error
-    if table.metadata.num_rows > _MOST_ROWS:
-        raise _damaged(file, ValueError(f"it says that it has {table.metadata.num_rows} rows, above {_MOST_ROWS}."))
+    if table.metadata.num_rows > _MAX_ROWS:
+        raise _damaged(file, ValueError(f"it says that it has {table.metadata.num_rows} rows, above {_MAX_ROWS}."))
     return table
 
 
@@ -182,7 +182,7 @@ def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} must be a complete parquet file; {first_line} Download it again.")
 
 
-def _column(table: "ParquetFile", file: Path, names: tuple[str, ...]) -> str:
+def _find_column(table: "ParquetFile", file: Path, names: tuple[str, ...]) -> str:
     found: list[str] = table.schema_arrow.names
     name = next((name for name in names if name in found), None)
     if name is None:
@@ -191,11 +191,11 @@ def _column(table: "ParquetFile", file: Path, names: tuple[str, ...]) -> str:
     return name
 
 
-def _labels(file: Path, column: str) -> np.ndarray:
+def _read_labels(file: Path, column: str) -> np.ndarray:
     import pyarrow
 
-    table = _opened(file)
-    _column(table, file, (column,))
+    table = _open_parquet(file)
+    _find_column(table, file, (column,))
     kind = table.schema_arrow.field(column).type
     if table.metadata.num_rows == 0:
         return np.empty(0, dtype=np.int64)
@@ -213,12 +213,12 @@ def _labels(file: Path, column: str) -> np.ndarray:
     return values.to_numpy()
 
 
-def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:
-    """The encoded images of the first ``count`` rows (fewer if the file has fewer)."""
+def _read_encoded(file: Path, column: str, count: int) -> list[bytes | None]:
+    """Read the encoded images of the first ``count`` rows, or of all rows if there are fewer."""
     import pyarrow
 
-    table = _opened(file)
-    _column(table, file, (column,))
+    table = _open_parquet(file)
+    _find_column(table, file, (column,))
     kind = table.schema_arrow.field(column).type
     is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if not is_struct and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
@@ -228,8 +228,8 @@ def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:
     encoded: list[bytes | None] = []
     room = MEMORY_LIMIT
     try:
-        for found in _parts(file, column):
-            # Values that are the same are one, and held once.
+        for found in _read_parts(file, column):
+            # Equal values are one object, so they count once.
             room -= sum(map(len, {id(value): value for value in found if value is not None}.values()))
             encoded += found
             if room < 0:
@@ -241,40 +241,40 @@ def _encoded(file: Path, column: str, count: int) -> list[bytes | None]:
     return encoded[:count]
 
 
-def _parts(file: Path, column: str) -> Iterator[list[bytes | None]]:
-    """The values of a column, some rows at a time.
+def _read_parts(file: Path, column: str) -> Iterator[list[bytes | None]]:
+    """Yield the values of a column, some rows at a time.
 
-    A file may say a thousand times that it has the same large image, in a dictionary. Such a column is read with its
-    dictionary, which holds it once. Columns that leave theirs on the way cannot be: the rest is read a few rows at a
-    time.
+    A file may refer to one large image in its dictionary a thousand times. So columns are read with their dictionary,
+    which holds the image once. Where a column stops using its dictionary this fails, and the rest is read a few rows at
+    a time.
     """
     import pyarrow
 
-    table, done = _opened(file, (column,)), 0
+    table, done = _open_parquet(file, (column,)), 0
     _check_groups(table)
     try:
         for batch in table.iter_batches(_READ_ROWS, columns=[column]):
-            yield _unpacked(batch)
+            yield _values(batch)
             done += len(batch)
         return
     except pyarrow.ArrowNotImplementedError:
         pass
-    for batch in _opened(file).iter_batches(_FEW_ROWS, columns=[column]):
+    for batch in _open_parquet(file).iter_batches(_FEW_ROWS, columns=[column]):
         if done < len(batch):
-            yield _unpacked(batch)[done:]
+            yield _values(batch)[done:]
         done = max(0, done - len(batch))
 
 
 def _check_groups(table: "ParquetFile") -> None:
-    # Sizes of single columns are not asked for: pyarrow ends the process where their statistics are damaged.
+    # The sizes of single columns are not read, because pyarrow aborts the process if their statistics are damaged.
     for number in range(table.metadata.num_row_groups):
         size = table.metadata.row_group(number).total_byte_size
-        if not 0 <= size <= _MOST_GROUP_BYTES:
-            raise ValueError(f"its columns take {size} bytes in one group of rows, above {_MOST_GROUP_BYTES}.")
+        if not 0 <= size <= _MAX_GROUP_BYTES:
+            raise ValueError(f"its columns take {size} bytes in one group of rows, above {_MAX_GROUP_BYTES}.")
 
 
-def _unpacked(batch: Any) -> list[bytes | None]:
-    """The values of a batch; those that are the same in a dictionary are the same object."""
+def _values(batch: Any) -> list[bytes | None]:
+    """Return the values of a batch; equal values of a dictionary are the same object."""
     import pyarrow
 
     array = batch.column(0)
@@ -286,7 +286,7 @@ def _unpacked(batch: Any) -> list[bytes | None]:
 
 
 def _class_names(table: "ParquetFile", label: str) -> tuple[str, ...]:
-    """Class names in the Hugging Face metadata of the schema; empty if there are none."""
+    """Read the class names in the Hugging Face metadata of the schema; empty if there are none."""
     metadata: dict[bytes, bytes] = table.schema_arrow.metadata or {}
     try:
         known: Any = json.loads(metadata.get(b"huggingface", b"{}"))

@@ -1,4 +1,4 @@
-"""Which images are used, and which of them are held out."""
+"""Which images are used for training, and which of them are held out."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from secateur.errors import DataError
 
 TEST_SEED = 0
-"""For sets that come without a test split; fixed, so that everybody tests on the same images."""
+"""Seed of the test split of sets that have none. It is fixed, so that everybody tests on the same images."""
 
 
-def training_count(labels: Tensor, limit: int | None, classes: Sequence[str]) -> int:
-    """How many training images to use.
+def count_training_images(labels: Tensor, limit: int | None, classes: Sequence[str]) -> int:
+    """Return the number of training images to use.
 
     Args:
-        labels: (n,) of the whole training set.
-        limit: Use only the first so many; None: all.
-        classes: Their names.
+        labels: (n,) classes of the whole training set.
+        limit: Number of images to use, the first ones; None uses all.
+        classes: Class names, by label.
 
     Raises:
         DataError: If ``limit`` is more than there are, or leaves a class without an image.
@@ -38,15 +38,15 @@ def training_count(labels: Tensor, limit: int | None, classes: Sequence[str]) ->
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split positions in two, class by class, so that both parts have the classes in the same proportion.
+    """Split positions into two parts, class by class, so that both have the classes in the same proportion.
 
     The number held out is round(fraction * n), at least 1. Each class gives its share rounded down and the classes
     with the largest remainders one more (Hamilton's method); a class always keeps one image.
 
     Args:
         labels: (n,) classes.
-        fraction: Of the images to hold out, in (0, 1).
-        seed: Chooses which.
+        fraction: Fraction of the images to hold out, in (0, 1).
+        seed: Random seed.
 
     Returns:
         Positions kept and positions held out, both increasing.

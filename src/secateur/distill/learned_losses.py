@@ -4,24 +4,16 @@ In a `Term` their parameters are learned together with the student.
 """
 
 import math
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur._runtime import seeded_initialization
 from secateur.distill.feature_losses import hcl_loss, vid_loss
 from secateur.distill.logit_losses import check_class_labels, check_positive, check_same_images, upcast
 from secateur.errors import TrainingError
-
-
-@contextmanager
-def seeded_initialization(seed: int) -> Generator[None]:
-    """Seed the CPU's random generator, and restore its state afterward."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 class VariationalInformation(nn.Module):

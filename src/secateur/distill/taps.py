@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from secateur._runtime import evaluating, run_isolated
+from secateur._runtime import evaluating, run_isolated, seeded_initialization
 from secateur.architecture import Architecture
 from secateur.distill.feature_losses import channel_dim
-from secateur.distill.learned_losses import seeded_initialization
 from secateur.distill.logit_losses import VARIANCE_FLOOR, feature_loss
 from secateur.errors import TrainingError
 from secateur.graph.graph import ChannelGraph

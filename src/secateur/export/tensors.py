@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur._json import brief
 from secateur.errors import ArtifactError, SparsityError
 from secateur.export.manifest import TensorRecord
+from secateur.models.weights import MAX_HEADER_BYTES, can_start_safetensors
 from secateur.prune.masks import decode_sparse, encode_sparse
 
 _DTYPES = {
@@ -35,8 +36,6 @@ _LAYOUTS = {
     "channels_last": (torch.channels_last, 4),
     "channels_last_3d": (torch.channels_last_3d, 5),
 }
-_MAX_HEADER_BYTES = 16 * 2**20
-_HEADER_SIZE_BYTES = 8
 _WIDEST = 8
 """Bytes of the widest dtype."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -128,7 +127,7 @@ def check_capacity(model: nn.Module, records: Sequence[TensorRecord]) -> int:
                 f"{tuple(present[record.name].shape)}; got {record.shape}. "
                 "The source builds another model than the one that was saved: use the same version of its code."
             )
-    return _MAX_HEADER_BYTES + _WIDEST * sum(tensor.numel() for tensor in present.values())
+    return MAX_HEADER_BYTES + _WIDEST * sum(tensor.numel() for tensor in present.values())
 
 
 def install(model: nn.Module, records: Sequence[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
@@ -195,11 +194,10 @@ def _refuse_unusual(name: str, tensor: Tensor) -> None:
 
 
 def _check_header(data: bytes) -> None:
-    size = int.from_bytes(data[:_HEADER_SIZE_BYTES], "little")
-    if len(data) < _HEADER_SIZE_BYTES or size > min(_MAX_HEADER_BYTES, len(data) - _HEADER_SIZE_BYTES):
+    if not can_start_safetensors(data, len(data)):
         raise ArtifactError(
-            f"model.safetensors must begin with the size of its header; got {size} bytes in a file of {len(data)}. "
-            "The file is damaged: copy the artifact again, or make it again."
+            f"model.safetensors must begin with the size of its header; got {data[:8].hex()} in a file of "
+            f"{len(data)} bytes. The file is damaged: copy the artifact again, or make it again."
         )
 
 

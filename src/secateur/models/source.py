@@ -1,6 +1,4 @@
-"""Where a model comes from: plain data that can build it again.
-
-From a short description to a model with its weights."""
+"""Models by name: `ModelSource` is plain data that can build a model again, and `load_model` also loads weights."""
 
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,39 +10,36 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import nn
 
+from secateur._runtime import seeded_initialization
 from secateur.errors import ModelError
-from secateur.models import zoo as _cifar
-from secateur.models import zoo as _resnet
+from secateur.models import zoo
 from secateur.models.weights import load_weights_
 
 Kind = Literal["timm", "torchvision", "secateur", "python"]
-
 BUILTIN_MODELS: Mapping[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
     for factory in (
-        _resnet.cifar_resnet20,
-        _resnet.cifar_resnet32,
-        _resnet.cifar_resnet44,
-        _resnet.cifar_resnet56,
-        _resnet.cifar_resnet110,
-        _resnet.digits_resnet,
-        _cifar.cifar_densenet40,
-        _cifar.cifar_densenet52,
-        _cifar.cifar_efficientnet,
-        _cifar.cifar_efficientnet_150,
-        _cifar.cifar_mobilenetv2,
-        _cifar.cifar_mobilenetv2_150,
+        zoo.cifar_resnet20,
+        zoo.cifar_resnet32,
+        zoo.cifar_resnet44,
+        zoo.cifar_resnet56,
+        zoo.cifar_resnet110,
+        zoo.digits_resnet,
+        zoo.cifar_densenet40,
+        zoo.cifar_densenet52,
+        zoo.cifar_efficientnet,
+        zoo.cifar_efficientnet_150,
+        zoo.cifar_mobilenetv2,
+        zoo.cifar_mobilenetv2_150,
     )
 }
-"""Models that come with Secateur, by name."""
-
-_MOST = {"num_classes": 2**17, "in_channels": 2**12}
-"""Largest arguments: six times the classes of ImageNet-21k, and more channels than satellites have bands. A stranger's
-artifact could otherwise ask for terabytes of fresh weights."""
-_LONGEST_NAME = 500
+"""The models of Secateur itself, by name."""
+_MAX_ARGUMENTS = {"num_classes": 2**17, "in_channels": 2**12}
+"""The largest arguments: six times the classes of ImageNet-21k, and more channels than satellites have bands. Without
+a limit, an untrusted artifact could ask for terabytes of weights."""
+_MAX_NAME_LENGTH = 500
 _TIMM_ARGUMENTS = {"num_classes": "num_classes", "in_channels": "in_chans"}
 _SUGGESTED = 3
 
@@ -54,9 +49,9 @@ class ModelSource:
     """How to build a model with fresh weights.
 
     Attributes:
-        kind: Which library knows the name.
-        name: The model's name there; for "python", ``package.module:factory``.
-        arguments: ``num_classes`` and ``in_channels`` where they differ from the model's defaults; positive integers.
+        kind: The library that has the model.
+        name: The model's name in the library; for "python", ``package.module:factory``.
+        arguments: ``num_classes`` and ``in_channels`` if they differ from the model's defaults; positive integers.
     """
 
     kind: Kind
@@ -65,17 +60,19 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ModelError(f"`kind` must be one of {list(get_args(Kind))}; got {repr(self.kind)[:_LONGEST_NAME]}.")
-        if type(self.name) is not str or not 0 < len(self.name) <= _LONGEST_NAME:  # pyright: ignore[reportUnnecessaryComparison]
-            raise ModelError(f"`name` must be the name of a model; got {repr(self.name)[:_LONGEST_NAME]}.")
+            raise ModelError(f"`kind` must be one of {list(get_args(Kind))}; got {repr(self.kind)[:_MAX_NAME_LENGTH]}.")
+        if type(self.name) is not str or not 0 < len(self.name) <= _MAX_NAME_LENGTH:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ModelError(f"`name` must be the name of a model; got {repr(self.name)[:_MAX_NAME_LENGTH]}.")
         for key, value in self.arguments.items():
-            if key not in _MOST or type(value) is not int or value < 1:  # pyright: ignore[reportUnnecessaryComparison]
+            if key not in _MAX_ARGUMENTS or type(value) is not int or value < 1:  # pyright: ignore[reportUnnecessaryComparison]
                 raise ModelError(
-                    f"`arguments` must be positive integers among {sorted(_MOST)}; got {key}={value!r} "
+                    f"`arguments` must be positive integers among {sorted(_MAX_ARGUMENTS)}; got {key}={value!r} "
                     f"({self.kind}:{self.name})."
                 )
-            if value > _MOST[key]:
-                raise ModelError(f"`{key}` must be at most {_MOST[key]}; got {value} ({self.kind}:{self.name}).")
+            if value > _MAX_ARGUMENTS[key]:
+                raise ModelError(
+                    f"`{key}` must be at most {_MAX_ARGUMENTS[key]}; got {value} ({self.kind}:{self.name})."
+                )
         object.__setattr__(self, "arguments", dict(self.arguments))
 
     @classmethod
@@ -96,18 +93,18 @@ class ModelSource:
         return cls(cast(Kind, kind), name, {key: value for key, value in given.items() if value is not None})
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object with ``kind``, ``name`` and ``arguments``."""
+        """Return a JSON object with ``kind``, ``name`` and ``arguments``."""
         return {"kind": self.kind, "name": self.name, "arguments": dict(self.arguments)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> "ModelSource":
-        """Inverse of `to_json`.
+        """Read what `to_json` returned.
 
         Raises:
             ModelError: If the object has other keys or values.
         """
         if set(data) != {"kind", "name", "arguments"} or not isinstance(data["arguments"], Mapping):
-            got = repr(dict(data))[:_LONGEST_NAME]
+            got = repr(dict(data))[:_MAX_NAME_LENGTH]
             raise ModelError(f"a model source must have `kind`, `name` and `arguments`; got {got}.")
         return cls(cast(Kind, data["kind"]), cast(str, data["name"]), cast(Mapping[str, int], data["arguments"]))
 
@@ -115,27 +112,68 @@ class ModelSource:
         """Build the model with fresh weights, in evaluation mode; nothing is downloaded.
 
         Args:
-            trust_source: Allow a "python" source to import and run code of that name.
-            seed: Of the fresh weights; the global random state stays as it was.
+            trust_source: Allow a "python" source to import and run the code that it names.
+            seed: Seed of the weights; the global random state is restored.
 
         Raises:
             ModelError: If the name is unknown, the arguments do not fit, or user code fails or is not trusted.
         """
-        make = {"timm": _timm, "torchvision": _torchvision, "secateur": _built_in, "python": _python}[self.kind]
+        make = {
+            "timm": _build_timm,
+            "torchvision": _build_torchvision,
+            "secateur": _build_builtin,
+            "python": _build_python,
+        }[self.kind]
         if self.kind == "python":
             _check_trusted(f"python:{self.name}", trust_source)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded_initialization(seed):
             return make(self).eval()
 
 
-def _built_in(source: ModelSource) -> nn.Module:
+def load_model(
+    spec: str,
+    *,
+    weights: Path | str | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    trust_source: bool = False,
+    seed: int = 0,
+) -> tuple[nn.Module, ModelSource]:
+    """Build a model and load its weights; nothing is downloaded.
+
+    Args:
+        spec: One of
+
+            - a model of Secateur, such as ``cifar_resnet20`` (32, 44, 56, 110) or ``digits_resnet``,
+            - ``timm:NAME`` or ``torchvision:NAME`` (image classification),
+            - ``python:package.module:factory``: a function of yours that returns a model.
+
+        weights: A ``.safetensors`` file, or a torch file without code; None keeps random weights.
+        num_classes: Number of classes; None takes the model's default.
+        in_channels: Channels of the images; None takes the model's default.
+        trust_source: Allow ``python:`` to import and run the code that it names.
+        seed: Seed of random weights.
+
+    Returns:
+        The model in evaluation mode on the CPU, and the source that builds it again.
+
+    Raises:
+        ModelError: If the name is unknown, code is not trusted or fails, or the weights do not fit.
+    """
+    source = ModelSource.parse(spec, num_classes=num_classes, in_channels=in_channels)
+    model = source.build(trust_source=trust_source, seed=seed)
+    if weights is not None:
+        load_weights_(model, weights)
+    return model, source
+
+
+def _build_builtin(source: ModelSource) -> nn.Module:
     if source.name not in BUILTIN_MODELS:
-        raise ModelError(f"`model` must be a known name; got {source.name!r}. {_elsewhere(source.name)}")
+        raise ModelError(f"`model` must be a known name; got {source.name!r}. {_suggest(source.name)}")
     return BUILTIN_MODELS[source.name](**source.arguments)
 
 
-def _elsewhere(name: str) -> str:
+def _suggest(name: str) -> str:
     """Suggest built-in names like this one, and the same name in the libraries."""
     import timm
     from torchvision import models
@@ -146,10 +184,10 @@ def _elsewhere(name: str) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILTIN_MODELS)}."
 
 
-def _timm(source: ModelSource) -> nn.Module:
+def _build_timm(source: ModelSource) -> nn.Module:
     import timm
 
-    # a name with a scheme or a path ("hf-hub:", "local-dir:") would fetch or read a configuration
+    # A name with a scheme or a path ("hf-hub:", "local-dir:") would download or read a configuration.
     if not timm.is_model(source.name) or not set(source.name).isdisjoint(":/\\"):
         close = get_close_matches(source.name, timm.list_models(), _SUGGESTED)
         raise ModelError(f"`model` must be a name that timm knows; got {source.name!r}. {_did_you_mean(close, 'timm')}")
@@ -160,7 +198,7 @@ def _timm(source: ModelSource) -> nn.Module:
         raise ModelError(f"timm could not build {source.name} with {arguments}; got: {error}.") from error
 
 
-def _torchvision(source: ModelSource) -> nn.Module:
+def _build_torchvision(source: ModelSource) -> nn.Module:
     from torchvision import models
 
     names: list[str] = models.list_models(module=models)
@@ -200,7 +238,7 @@ def load_factory(spec: str, *, makes: str = "model", trust_source: bool = False)
     module_name, _, factory_name = name.partition(":")
     if kind != "python" or not factory_name or not module_name:
         raise ModelError(f"`{makes}` must be python:package.module:factory; got {spec!r}.")
-    return _factory(_imported(module_name, spec), factory_name, spec, makes)
+    return _factory(_import(module_name, spec), factory_name, spec, makes)
 
 
 def _check_trusted(spec: str, trust_source: bool) -> None:
@@ -211,7 +249,7 @@ def _check_trusted(spec: str, trust_source: bool) -> None:
         )
 
 
-def _python(source: ModelSource) -> nn.Module:
+def _build_python(source: ModelSource) -> nn.Module:
     spec = f"python:{source.name}"
     factory = load_factory(spec, trust_source=True)
     try:
@@ -219,24 +257,24 @@ def _python(source: ModelSource) -> nn.Module:
     except TypeError as error:
         raise ModelError(f"{spec} must accept the arguments {dict(source.arguments)}; got: {error}.") from error
     except ValueError:
-        pass  # a factory written in C has no signature; calling it will tell
+        pass  # A factory written in C has no signature; calling it shows whether the arguments fit.
     try:
         model: object = factory(**source.arguments)
     except Exception as error:
-        raise ModelError(f"{spec} failed: {_summary(error)}.") from error
+        raise ModelError(f"{spec} failed: {_summarize(error)}.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} must return a torch.nn.Module; got {type(model).__name__}.")
     return model
 
 
-def _imported(module_name: str, spec: str) -> ModuleType:
+def _import(module_name: str, spec: str) -> ModuleType:
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
         way_out = "Install it, or put its folder on PYTHONPATH."
         raise ModelError(f"{spec} must name a module that can be imported; {error}. {way_out}") from error
     except Exception as error:
-        raise ModelError(f"{spec} could not be imported: {_summary(error)}.") from error
+        raise ModelError(f"{spec} could not be imported: {_summarize(error)}.") from error
 
 
 def _factory(module: ModuleType, name: str, spec: str, makes: str) -> Callable[..., Any]:
@@ -250,45 +288,8 @@ def _factory(module: ModuleType, name: str, spec: str, makes: str) -> Callable[.
     return factory
 
 
-def _summary(error: Exception) -> str:
-    """What went wrong in user code, and where."""
+def _summarize(error: Exception) -> str:
+    """Describe an error of the user's code and its place."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
-
-
-def load_model(
-    spec: str,
-    *,
-    weights: Path | str | None = None,
-    num_classes: int | None = None,
-    in_channels: int | None = None,
-    trust_source: bool = False,
-    seed: int = 0,
-) -> tuple[nn.Module, ModelSource]:
-    """Build a model and load its weights; nothing is downloaded.
-
-    Args:
-        spec: One of
-
-            - ``cifar_resnet20`` (32, 44, 56, 110) or ``digits_resnet``, which come with Secateur,
-            - ``timm:NAME`` or ``torchvision:NAME`` (image classification),
-            - ``python:package.module:factory``: a function of yours that returns a model.
-
-        weights: A ``.safetensors`` file, or a torch file without code; None keeps fresh weights.
-        num_classes: Outputs; None takes the model's default.
-        in_channels: Of the images; None takes the model's default.
-        trust_source: Allow ``python:`` to import and run code of that name.
-        seed: Of fresh weights.
-
-    Returns:
-        The model in evaluation mode on the CPU, and the source that builds it again.
-
-    Raises:
-        ModelError: If the name is unknown, code is not trusted or fails, or the weights do not fit.
-    """
-    source = ModelSource.parse(spec, num_classes=num_classes, in_channels=in_channels)
-    model = source.build(trust_source=trust_source, seed=seed)
-    if weights is not None:
-        load_weights_(model, weights)
-    return model, source

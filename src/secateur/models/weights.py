@@ -1,10 +1,9 @@
-"""Looking at a torch file before torch does: what it would take of memory and time is known without running any of it.
+"""Weights from files that cannot run code: safetensors, or torch files read with ``weights_only=True``.
 
-``torch.load(weights_only=True)`` runs no code of a file, but the file still says how much is unpacked and built. Two
-kilobytes of compressed zeros are two megabytes, and sixty tuples, each of the one before twice, have 2^60 parts, all
-of which Python visits if one becomes the key of a mapping.
-
-Weights from files that cannot run code: safetensors, or torch files read with ``weights_only=True``."""
+A torch file still says how much is unpacked and built: two kilobytes of compressed zeros are two megabytes, and sixty
+nested tuples, each containing the previous one twice, have 2^60 parts, all of which Python visits if one becomes a key
+of a mapping. So `check_torch_file` computes what loading would cost, without building anything, before torch loads it.
+"""
 
 import pickle
 import pickletools
@@ -18,102 +17,15 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 
-_MOST_STEPS = 5_000_000
-_MOST_PARTS = 10_000_000
-"""Of one object with everything that it refers to, counted each time."""
-_MOST_LONG = 10_000
-"""Whole numbers beyond 32 bits: as keys of one mapping, they can be chosen to collide."""
-_REFUSED = frozenset({"builtins bytearray", "__builtin__ bytearray"})
-"""Makes as many zeros as it is told to."""
-_LOCAL_HEADER = 30
-_LEGACY_PICKLES = 5
-
-
-class AbsurdFileError(ValueError):
-    """A file that asks for more than its weights can need."""
-
-
-def check_torch_file(path: Path) -> None:
-    """Refuse a file that would take more memory than its size, or time without end.
-
-    Raises:
-        AbsurdFileError: If it does.
-        Exception: Of any kind if it is damaged, or no torch file.
-    """
-    with path.open("rb") as file:
-        if zipfile.is_zipfile(file):
-            _check_zip(file, path.stat().st_size)
-            return
-        file.seek(0)
-        for _ in range(_LEGACY_PICKLES):
-            _check_pickle(file)
-
-
-def _check_zip(file: IO[bytes], size: int) -> None:
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise AbsurdFileError("it is compressed, which torch.save never does")
-    if sum(entry.file_size for entry in entries) > size:
-        raise AbsurdFileError("its parts are larger than the file")
-    for entry in entries:
-        if entry.filename.endswith("data.pkl"):
-            # Not by zipfile, which insists on check sums that torch may be told to leave out.
-            file.seek(entry.header_offset)
-            header = file.read(_LOCAL_HEADER)
-            names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            file.seek(entry.header_offset + _LOCAL_HEADER + names)
-            _check_pickle(file)
-
-
-def _check_pickle(file: IO[bytes]) -> None:
-    """Follow a pickle without building anything: for every object only the number of its parts."""
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[Any, int] = {}
-    long = 0
-    for steps, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
-        name = operation.name
-        long += name.startswith("LONG") and "GET" not in name and "PUT" not in name
-        if steps > _MOST_STEPS or long > _MOST_LONG or (name == "GLOBAL" and argument in _REFUSED):
-            raise AbsurdFileError("it builds more than tensors by name")
-        if name == "MARK":
-            marks.append(len(stack))
-        elif "PUT" in name:
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif "GET" in name:
-            stack.append(memo[argument])
-        else:
-            _follow(operation, stack, marks)
-        if stack and stack[-1] > _MOST_PARTS:
-            raise AbsurdFileError("it builds objects of endless parts")
-
-
-def _follow(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
-    before = operation.stack_before
-    start = len(stack)
-    if pickletools.markobject in before:
-        start = marks.pop()
-        before = before[: before.index(pickletools.markobject)]
-    start -= len(before)
-    if start < 0:
-        raise ValueError("the pickle is damaged")
-    parts = 1 + sum(stack[start:])
-    del stack[start:]
-    stack.extend(parts for _ in operation.stack_after)
-
-
-_NESTED_UNDER = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-"""Left by DataParallel and by torch.compile."""
-
-_OF_NUMPY = (".npy", ".npz")
-_COUNTER = "num_batches_tracked"
-_NAMED, _LONGEST = 5, 200
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+"""Prefixes of names that DataParallel and torch.compile add."""
+_NUMPY_SUFFIXES = (".npy", ".npz")
+_BATCH_COUNTER = "num_batches_tracked"
+_MAX_NAMES_SHOWN, _MAX_NAME_LENGTH = 5, 200
 _HEADER_SIZE_BYTES = 8
-_MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+"""The longest header of a safetensors file that is read."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -128,7 +40,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"`weights` must be a file; there is none at {path}. Check the path.")
-    if path.suffix in _OF_NUMPY:
+    if path.suffix in _NUMPY_SUFFIXES:
         raise ModelError(
             f"`weights` must be a .safetensors file or a torch file; got numpy's {path}. Read it with "
             "numpy.load(allow_pickle=False) and write it with safetensors.numpy.save_file."
@@ -140,14 +52,14 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 
 def load_weights_(model: nn.Module, path: Path | str) -> None:
-    """Copy the weights of a file into a model (in place); all must fit.
+    """Copy the weights of a file into a model in place; all must fit.
 
     A prefix ``module.`` or ``_orig_mod.`` that all names of the file and none of the model's have is removed. Two kinds
-    of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and
-    tensors that the model shares with one that is there.
+    of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and names of
+    tensors that the file has under another name.
 
     Args:
-        model: Stays as it was if an error is raised.
+        model: Unchanged if an error is raised.
         path: See `read_weights`.
 
     Raises:
@@ -155,17 +67,17 @@ def load_weights_(model: nn.Module, path: Path | str) -> None:
             infinite values.
     """
     state = model.state_dict()
-    tensors = _unwrapped(read_weights(path), state)
+    tensors = _strip_prefixes(read_weights(path), state)
     _check_names(state, tensors, path)
     _check_values(tensors, path)
     model.load_state_dict(tensors, strict=False)
 
 
-def _unwrapped(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes that wrappers leave, however many."""
-    for prefix in _PREFIXES:
+    for prefix in _WRAPPER_PREFIXES:
         if all(name.startswith(prefix) for name in tensors) and not any(name.startswith(prefix) for name in state):
-            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, state)
+            return _strip_prefixes({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, state)
     return tensors
 
 
@@ -173,8 +85,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(_HEADER_SIZE_BYTES), "little")
-    if header > _MAX_HEADER_BYTES:
+        start = file.read(_HEADER_SIZE_BYTES)
+    if not can_start_safetensors(start, path.stat().st_size):
         raise ModelError(_damaged(path))
     try:
         return load_file(path)
@@ -183,20 +95,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} must be a complete safetensors file; got: {reason}. Copy it again.") from error
 
 
+def can_start_safetensors(start: bytes, file_size: int) -> bool:
+    """Say whether a safetensors file of this size can start like this, with the size of a header within the file."""
+    size = int.from_bytes(start[:_HEADER_SIZE_BYTES], "little")
+    return len(start) >= _HEADER_SIZE_BYTES and size <= min(MAX_HEADER_BYTES, file_size - _HEADER_SIZE_BYTES)
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         check_torch_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ModelError(_unreadable(path, str(error))) from error
-    except AbsurdFileError as error:
+        raise ModelError(_explain_unpickling_error(path, str(error))) from error
+    except OversizedFileError as error:
         raise ModelError(
             f"{path} must hold tensors by name and nothing else; {error}. Where you trust it, save model.state_dict() "
             "with safetensors.torch.save_file and use that."
         ) from error
     except Exception as error:  # a damaged file can end in any of them
         raise ModelError(_damaged(path)) from error
-    for key in _NESTED_UNDER:
+    for key in _STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -205,14 +123,15 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     odd = next(((name, value) for name, value in content.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise ModelError(
-            f"{path} must hold tensors by name (a state_dict); {_few([repr(odd[0])])} is {type(odd[1]).__name__}. "
-            "Save only model.state_dict()."
+            f"{path} must hold tensors by name (a state_dict); {_list_names([repr(odd[0])])} is "
+            f"{type(odd[1]).__name__}. Save only model.state_dict()."
         )
     tensors = {str(name): value for name, value in content.items()}
     unusual = [name for name, value in tensors.items() if not _is_plain(value)]
     if unusual:
         raise ModelError(
-            f"{path} must hold dense tensors of floats or whole numbers; got others: {_few(unusual)}. Convert them."
+            f"{path} must hold dense tensors of floats or whole numbers; got others: {_list_names(unusual)}. "
+            "Convert them."
         )
     return tensors
 
@@ -222,8 +141,8 @@ def _is_plain(tensor: Tensor) -> bool:
     return dense and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex()
 
 
-def _unreadable(path: Path, reason: str) -> str:
-    """Tell pickled code from garbage: torch names the global that it refused."""
+def _explain_unpickling_error(path: Path, reason: str) -> str:
+    """Distinguish pickled code from a damaged file: torch names the global that it refused."""
     if "GLOBAL" not in reason and "Unsupported class" not in reason:
         return _damaged(path)
     return (
@@ -241,7 +160,7 @@ def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
     missing = [
         name
         for name, tensor in state.items()
-        if name not in tensors and not name.endswith(_COUNTER) and tensor.data_ptr() not in there
+        if name not in tensors and not name.endswith(_BATCH_COUNTER) and tensor.data_ptr() not in there
     ]
     unexpected = [name for name in tensors if name not in state]
     misshaped = [
@@ -250,7 +169,7 @@ def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-    text = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in problems if names)
+    text = "; ".join(f"{len(names)} {kind}: {_list_names(names)}" for kind, names in problems if names)
     if text:
         raise ModelError(
             f"{path} must fit the model; {text}. Check the model's name, num_classes and in_channels against the file."
@@ -261,11 +180,100 @@ def _check_values(tensors: Mapping[str, Tensor], path: Path | str) -> None:
     wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise ModelError(
-            f"{path} must hold finite weights; NaN or infinite values in {len(wrong)} tensor(s): {_few(wrong)}. The "
-            "training that made it diverged, or the file is damaged."
+            f"{path} must hold finite weights; NaN or infinite values in {len(wrong)} tensor(s): {_list_names(wrong)}. "
+            "The training that made it diverged, or the file is damaged."
         )
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_NAMED]]
-    return ", ".join(shown) + (", ..." if len(names) > _NAMED else "")
+def _list_names(names: Sequence[str]) -> str:
+    shown = [
+        name if len(name) <= _MAX_NAME_LENGTH else f"{name[:_MAX_NAME_LENGTH]}..." for name in names[:_MAX_NAMES_SHOWN]
+    ]
+    return ", ".join(shown) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
+
+
+_MAX_STEPS = 5_000_000
+_MAX_PARTS = 10_000_000
+"""The most parts of one object, where a part that is referred to twice counts twice."""
+_MAX_LONG_INTEGERS = 10_000
+"""The most integers beyond 32 bits: as keys of a mapping they could be chosen to collide."""
+_REFUSED_GLOBALS = frozenset({"builtins bytearray", "__builtin__ bytearray"})
+"""Allocates as many zeros as it is asked for."""
+_LOCAL_HEADER_BYTES = 30
+_LEGACY_PICKLES = 5
+
+
+class OversizedFileError(ValueError):
+    """Signals a file that asks for more memory or time than its weights can need."""
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file whose loading would take more memory than the size of the file, or unbounded time.
+
+    Raises:
+        OversizedFileError: If it would.
+        Exception: Any exception if the file is damaged, or no torch file.
+    """
+    with path.open("rb") as file:
+        if zipfile.is_zipfile(file):
+            _check_zip(file, path.stat().st_size)
+            return
+        file.seek(0)
+        for _ in range(_LEGACY_PICKLES):
+            _check_pickle(file)
+
+
+def _check_zip(file: IO[bytes], size: int) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise OversizedFileError("it is compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > size:
+        raise OversizedFileError("its parts are larger than the file")
+    for entry in entries:
+        if entry.filename.endswith("data.pkl"):
+            # Read without zipfile, which requires checksums that torch.save may leave out.
+            file.seek(entry.header_offset)
+            header = file.read(_LOCAL_HEADER_BYTES)
+            names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            file.seek(entry.header_offset + _LOCAL_HEADER_BYTES + names)
+            _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Run a pickle without building anything: every object is replaced by the number of its parts."""
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    long = 0
+    for steps, (operation, argument, _) in enumerate(pickletools.genops(file), 1):
+        name = operation.name
+        long += name.startswith("LONG") and "GET" not in name and "PUT" not in name
+        if steps > _MAX_STEPS or long > _MAX_LONG_INTEGERS or (name == "GLOBAL" and argument in _REFUSED_GLOBALS):
+            raise OversizedFileError("it builds more than tensors by name")
+        if name == "MARK":
+            marks.append(len(stack))
+        elif "PUT" in name:
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif "GET" in name:
+            stack.append(memo[argument])
+        else:
+            _apply(operation, stack, marks)
+        if stack and stack[-1] > _MAX_PARTS:
+            raise OversizedFileError("it builds objects of endless parts")
+
+
+def _apply(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
+    before = operation.stack_before
+    start = len(stack)
+    if pickletools.markobject in before:
+        start = marks.pop()
+        before = before[: before.index(pickletools.markobject)]
+    start -= len(before)
+    if start < 0:
+        raise ValueError("the pickle is damaged")
+    parts = 1 + sum(stack[start:])
+    del stack[start:]
+    stack.extend(parts for _ in operation.stack_after)

@@ -1,9 +1,9 @@
-"""The residual networks of the CIFAR section of He et al.: parameter-free shortcuts (option A), or projections (B).
+"""Small models for images of 32 x 32 pixels: the residual networks of He et al., and relatives of ImageNet's families.
 
-Relatives of ImageNet's families for images of 32 x 32: timm's own classes with fewer strides, layers and channels.
-
-timm has no such variants: its networks divide the sides by 32, which leaves one pixel. Here they are divided by eight
-at most. The stems keep the stride of two that they have in the papers; DenseNet's has no pooling."""
+The residual networks have parameter-free shortcuts (option A) or projections (option B). The relatives are timm's own
+classes with fewer strides, layers and channels: timm's networks divide the sides by 32, which leaves one pixel, and
+these divide them by eight at most. The stems keep the stride of two of the papers; DenseNet's stem has no pooling.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,20 +14,19 @@ from torch.nn import functional
 
 from secateur.errors import ModelError
 
-_CIFAR_WIDTHS = (16, 32, 64)
-_DIGITS_WIDTHS = (16, 32, 64)
+_WIDTHS = (16, 32, 64)
 
 Shortcut = Callable[[int, int, int], nn.Module]
-"""Makes the shortcut of a block that changes the shape, from its input channels, output channels and stride."""
+"""Makes the shortcut of a block that changes the shape from input channels, output channels and stride."""
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: take every ``stride``-th pixel and add zero channels before and after; no parameters.
+    """Option A: take every ``stride``-th pixel and add zero channels before and after; it has no parameters.
 
     Attributes:
-        stride: Of rows and columns.
-        low: Zero channels before the first channel.
-        high: Zero channels after the last one.
+        stride: Stride of rows and columns.
+        low: Number of zero channels before the first channel.
+        high: Number of zero channels after the last channel.
     """
 
     def __init__(self, stride: int, low: int, high: int) -> None:
@@ -38,16 +37,16 @@ class PaddedShortcut(nn.Module):
 
     @classmethod
     def between(cls, in_channels: int, channels: int, stride: int) -> "PaddedShortcut":
-        """Half of the new channels before the old ones, half after."""
+        """Make a shortcut with half of the new channels before the old ones, and half after."""
         low = (channels - in_channels) // 2
         return cls(stride, low, channels - in_channels - low)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) to (n, low + c + high, ceil(h / stride), ceil(w / stride))."""
+        """Map (n, c, h, w) to (n, low + c + high, ceil(h / stride), ceil(w / stride))."""
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.low, self.high))
 
     def extra_repr(self) -> str:
-        """The settings, for ``print(model)``."""
+        """Return the settings, for ``print(model)``."""
         return f"stride={self.stride}, low={self.low}, high={self.high}"
 
 
@@ -55,9 +54,9 @@ class ProjectionShortcut(nn.Sequential):
     """Option B: a 1 x 1 convolution with a stride, and batch norm.
 
     Args:
-        in_channels: Of the input.
-        channels: Of the output.
-        stride: Of rows and columns.
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        stride: Stride of rows and columns.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -65,7 +64,7 @@ class ProjectionShortcut(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """relu(x' + bn(conv(relu(bn(conv(x)))))) with 3 x 3 convolutions; x' is the shortcut of x."""
+    """A residual block: relu(x' + bn(conv(relu(bn(conv(x)))))) with 3 x 3 convolutions; x' is the shortcut of x."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, shortcut: Shortcut = PaddedShortcut.between
@@ -80,24 +79,26 @@ class BasicBlock(nn.Module):
             self.shortcut = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) to (n, channels, h / stride, w / stride)."""
+        """Map (n, in_channels, h, w) to (n, channels, h / stride, w / stride)."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return functional.relu(out + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
-    """A 3 x 3 stem, three stages of basic blocks (the second and third halve the resolution), mean, linear.
+    """A ResNet for CIFAR: a 3 x 3 stem, three stages of basic blocks, global mean and a linear layer.
+
+    The second and third stage halve the resolution.
 
     Parameter names are those of akamaster/pytorch_resnet_cifar10, so its weights fit.
 
     Args:
-        blocks: Per stage, n; the depth is 6 n + 2.
+        blocks: Blocks per stage, n; the depth is 6 n + 2.
         widths: Channels of each stage.
-        num_classes: Outputs.
-        in_channels: Of the images.
-        shortcut: What the first blocks of the second and third stage have: `PaddedShortcut.between` (option A) or
-            `ProjectionShortcut` (option B).
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+        shortcut: Makes the shortcut of the first block of the second and third stage: `PaddedShortcut.between` (option
+            A) or `ProjectionShortcut` (option B).
 
     References:
         He et al., arXiv:1512.03385, Section 4.2.
@@ -107,7 +108,7 @@ class CifarResNet(nn.Module):
         self,
         blocks: int,
         *,
-        widths: tuple[int, int, int] = _CIFAR_WIDTHS,
+        widths: tuple[int, int, int] = _WIDTHS,
         num_classes: int = 10,
         in_channels: int = 3,
         shortcut: Shortcut = PaddedShortcut.between,
@@ -129,7 +130,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) to (n, num_classes) logits."""
+        """Map (n, in_channels, h, w) to (n, num_classes) logits."""
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))
@@ -166,8 +167,8 @@ def cifar_resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
 
 
 def digits_resnet(num_classes: int = 10, in_channels: int = 1) -> CifarResNet:
-    """One block per stage, for 8 x 8 gray digits; trains in seconds on a CPU."""
-    return CifarResNet(1, widths=_DIGITS_WIDTHS, num_classes=num_classes, in_channels=in_channels)
+    """ResNet-8 (one block per stage) for 8 x 8 gray digits, which trains in seconds on a CPU."""
+    return CifarResNet(1, num_classes=num_classes, in_channels=in_channels)
 
 
 _EFFICIENTNET = (
@@ -185,32 +186,32 @@ _STEM, _FEATURES, _GROWTH = 16, 256, 12
 
 
 def cifar_densenet40(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """DenseNet-BC-40 of growth rate 12 (Huang et al., arXiv:1608.06993), with a stem of stride 2: 176 k parameters."""
+    """DenseNet-BC-40 with growth rate 12 (Huang et al., arXiv:1608.06993) and a stem of stride 2: 176 k parameters."""
     return _densenet(6, num_classes, in_channels)
 
 
 def cifar_densenet52(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """The same with eight layers in each of the three blocks."""
+    """DenseNet-BC-52: `cifar_densenet40` with eight layers instead of six in each of the three blocks."""
     return _densenet(8, num_classes, in_channels)
 
 
 def cifar_efficientnet(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """Seven blocks with squeeze-and-excitation: 156 k parameters."""
+    """The first stages of EfficientNet-B0, seven blocks with squeeze-and-excitation: 156 k parameters."""
     return _efficientnet(_EFFICIENTNET, "silu", 1.0, num_classes, in_channels)
 
 
 def cifar_efficientnet_150(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """The same, half as wide again."""
+    """`cifar_efficientnet` with 1.5 times the channels."""
     return _efficientnet(_EFFICIENTNET, "silu", 1.5, num_classes, in_channels)
 
 
 def cifar_mobilenetv2(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """Seven inverted residual blocks: 135 k parameters."""
+    """The first stages of MobileNetV2, seven inverted residual blocks: 135 k parameters."""
     return _efficientnet(_MOBILENETV2, "relu6", 1.0, num_classes, in_channels)
 
 
 def cifar_mobilenetv2_150(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """The same, half as wide again."""
+    """`cifar_mobilenetv2` with 1.5 times the channels."""
     return _efficientnet(_MOBILENETV2, "relu6", 1.5, num_classes, in_channels)
 
 

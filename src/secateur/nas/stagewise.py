@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur._runtime import evaluating
 from secateur.distill.logit_losses import upcast
 from secateur.errors import SurgeryError
 from secateur.graph.stages import Stage
@@ -22,7 +23,6 @@ from secateur.nas.supernet import (
     Subnet,
     Supernet,
     check_any_batches,
-    evaluating,
     fresh_statistics,
     measuring_batch_norms,
 )

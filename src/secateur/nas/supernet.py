@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from secateur._arrays import FloatArray, IntArray
 from secateur._provenance import sha256_of
+from secateur._runtime import evaluating
 from secateur.architecture import Architecture
 from secateur.errors import DataError, SurgeryError
 from secateur.graph.graph import ChannelGraph, Site
@@ -101,7 +102,7 @@ class Supernet(nn.Module):
             )
         full = {**sizes, **widths}
         for axis in self.graph.prunable:
-            if axis.residual_axis is None or axis.into not in full:
+            if axis.residual_axis is None or axis.residual_axis not in full:
                 continue
             if widths.get(axis.name, 1) > full[axis.residual_axis]:
                 raise SurgeryError(
@@ -477,18 +478,6 @@ def measuring_batch_norms(supernet: Supernet) -> Generator[None]:
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Put a model into evaluation mode, and give every module its own mode back afterward."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def fresh_statistics(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:

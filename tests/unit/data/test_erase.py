@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalization
-from secateur.data.transforms import erased_boxes
+from secateur.data.transforms import draw_erase_boxes
 from secateur.errors import DataError
 
 HALF = Normalization((0.5,) * 3, (0.25,) * 3)
@@ -25,7 +25,7 @@ def by_label(augment: Augment, batch_size: int = 32) -> Tensor:
 def test_a_box_of_each_chosen_image_is_the_mean_color():
     plain = by_label(Augment(padding=0, flip=False))
     erased = by_label(Augment(padding=0, flip=False, erase=0.4))
-    boxes = erased_boxes(200, 0.4, 20, 16, seed=0, epoch=3).tolist()
+    boxes = draw_erase_boxes(200, 0.4, 20, 16, seed=0, epoch=3).tolist()
     chosen = 0
     for before, after, (top, left, bottom, right) in zip(plain, erased, boxes, strict=True):
         expected = before.clone()
@@ -36,7 +36,7 @@ def test_a_box_of_each_chosen_image_is_the_mean_color():
 
 
 def test_boxes_are_as_large_and_long_as_said():
-    boxes = erased_boxes(4000, 1.0, 200, 200, seed=0, epoch=0).numpy()
+    boxes = draw_erase_boxes(4000, 1.0, 200, 200, seed=0, epoch=0).numpy()
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0
     assert boxes.max() <= 200
@@ -51,7 +51,7 @@ def test_boxes_are_as_large_and_long_as_said():
 
 def test_what_is_erased_depends_on_seed_epoch_and_image_only():
     assert torch.equal(by_label(Augment(erase=0.5)), by_label(Augment(erase=0.5), batch_size=7))
-    first, second = (erased_boxes(50, 0.5, 8, 8, seed=0, epoch=epoch) for epoch in (0, 1))
+    first, second = (draw_erase_boxes(50, 0.5, 8, 8, seed=0, epoch=epoch) for epoch in (0, 1))
     assert not torch.equal(first, second)
 
 

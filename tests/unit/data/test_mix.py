@@ -11,7 +11,7 @@ from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 
 from secateur.data import Augment, MemorySplit, Normalization
-from secateur.data.transforms import Mix, drawn_mixes, pasted_box
+from secateur.data.transforms import Mix, draw_mixes, draw_paste_box
 from secateur.distill import label_loss
 from secateur.errors import DataError
 
@@ -75,7 +75,7 @@ def test_the_box_is_timms(share: float, height: int, width: int, seed: int):
         def integers(self, high: int) -> int:
             return int(self.state.randint(0, high))
 
-    mine = pasted_box(share, height, width, SameDraws())  # type: ignore[arg-type]
+    mine = draw_paste_box(share, height, width, SameDraws())  # type: ignore[arg-type]
     state = np.random.get_state()
     try:
         np.random.seed(seed)
@@ -94,20 +94,20 @@ def test_labels_with_the_losss_smoothing_are_timms(share: float, smoothing: floa
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     target = mixup_target(labels, 4, share, smoothing).double()
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    mixed = Mix(share).labels(labels, 4)
+    mixed = Mix(share).mix_labels(labels, 4)
     assert mixed.sum(1).tolist() == pytest.approx([1.0] * 5)
     assert label_loss(logits, mixed, smoothing=smoothing).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_shares_are_drawn_from_the_beta_distribution():
-    shares = np.array([mix.share for mix in drawn_mixes(Augment(mixup=0.4), 4000, 8, 8, seed=0, epoch=0)])
+    shares = np.array([mix.share for mix in draw_mixes(Augment(mixup=0.4), 4000, 8, 8, seed=0, epoch=0)])
     variance = 1 / (4 * (2 * 0.4 + 1))  # of Beta(a, a)
     assert abs(shares.mean() - 0.5) < 4 * (variance / 4000) ** 0.5
     assert abs(shares.var() / variance - 1) < 0.1
 
 
 def test_with_both_each_batch_has_one_of_the_two():
-    mixes = drawn_mixes(Augment(mixup=0.2, cutmix=1.0), 1000, 8, 8, seed=0, epoch=0)
+    mixes = draw_mixes(Augment(mixup=0.2, cutmix=1.0), 1000, 8, 8, seed=0, epoch=0)
     assert abs(sum(mix.box is not None for mix in mixes) - 500) < 64  # four standard deviations
 
 

@@ -35,7 +35,7 @@ def saved(path: Path, kind: str, seed: int = 0) -> Path:
 def _read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read at once, or are larger than what is."""
     if request.param != "whole":
-        monkeypatch.setattr(import_module("secateur.data.images"), "_MOST_AT_ONCE", 10)
+        monkeypatch.setattr(import_module("secateur.data.images"), "_MAX_READ_AT_ONCE", 10)
 
 
 @pytest.mark.usefixtures("_read")
@@ -72,7 +72,7 @@ def test_batches_are_the_same_with_any_number_of_threads(tmp_path: Path, monkeyp
     split = split_of(*[saved(tmp_path / f"{seed}.jpg", "plain", seed) for seed in range(21)])
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(import_module("secateur.data.images"), "worker_count", lambda threads=threads: threads)
+        monkeypatch.setattr(import_module("secateur.data.images"), "decoding_threads", lambda threads=threads: threads)
         augment = Augment(padding=0, min_area=0.08, auto_augment="rand-m9-mstd0.5-inc1")
         found.append(torch.cat([images for images, _ in split.batches(4, seed=3, epoch=1, augment=augment)]))
     assert found[0].std() > 0
@@ -84,7 +84,7 @@ def test_batches_are_the_same_with_any_number_of_threads(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("whole", [True, False])
 def test_floats_are_those_of_the_formula_bit_for_bit(shape: tuple[int, ...], whole: bool):
     """Whatever the parts that are computed at once."""
-    usual = Normalization.usual(shape[-1])
+    usual = Normalization.default(shape[-1])
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     given = pixels if whole else (pixels.permute(0, 3, 1, 2).contiguous().float() / 2).permute(0, 2, 3, 1)
     mean, std = torch.tensor(usual.mean) * 255, torch.tensor(usual.std) * 255

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from secateur.data import Augment, FolderSplit, MemorySplit, Normalization, Split
-from secateur.data.auto_augment import policy_of
+from secateur.data.auto_augment import load_policy
 from secateur.errors import DataError
 
 BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
-USUAL = Normalization.usual(3)
+USUAL = Normalization.default(3)
 NAMES = ("rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.7-tweights", "original-mstd0.5", "v0", "3a", "augmix-m3-w2")
 
 
@@ -37,7 +37,7 @@ def test_a_policy_is_timms_with_the_same_draws(name: str):
         theirs = timm.augment_and_mix_transform(name, settings | {"translate_pct": 0.3})
     else:
         theirs = timm.auto_augment_transform(name, settings)
-    mine = policy_of(name, (3, 12, 12), USUAL.mean)
+    mine = load_policy(name, (3, 12, 12), USUAL.mean)
     states, changed, compared = (random.getstate(), np.random.get_state()), 0, 0
     try:
         for key, image in enumerate(pixels(), 2**40):
@@ -58,13 +58,13 @@ def test_a_policy_is_timms_with_the_same_draws(name: str):
 
 
 def test_the_highest_magnitude_leaves_one_bit():
-    policy = policy_of("rand-m10-n4-p1-inc1", (3, 12, 12), USUAL.mean)
+    policy = load_policy("rand-m10-n4-p1-inc1", (3, 12, 12), USUAL.mean)
     for key, image in enumerate(pixels(200)):
         assert policy(image, key).shape == image.shape
 
 
 def test_an_image_is_not_changed_and_keys_matter():
-    image, policy = pixels()[0], policy_of(NAMES[0], (3, 12, 12), USUAL.mean)
+    image, policy = pixels()[0], load_policy(NAMES[0], (3, 12, 12), USUAL.mean)
     before = image.copy()
     varied = [policy(image, key).tobytes() for key in range(20)]
     np.testing.assert_array_equal(image, before)
@@ -73,7 +73,7 @@ def test_an_image_is_not_changed_and_keys_matter():
 
 
 def test_threads_do_not_draw_from_each_other():
-    policy, images = policy_of("original", (3, 12, 12), USUAL.mean), pixels(200)
+    policy, images = load_policy("original", (3, 12, 12), USUAL.mean), pixels(200)
     alone = [policy(image, key).tobytes() for key, image in enumerate(images)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda key: policy(images[key], key).tobytes(), range(200))) == alone
@@ -115,7 +115,7 @@ def test_what_becomes_of_an_image_depends_on_seed_and_epoch_only(
         return torch.cat([x for x, _ in batches])[torch.cat([y for _, y in batches]).argsort()]
 
     first = by_label(7, epoch=1)
-    monkeypatch.setattr(import_module("secateur.data.images"), "worker_count", lambda: 1)
+    monkeypatch.setattr(import_module("secateur.data.images"), "decoding_threads", lambda: 1)
     torch.testing.assert_close(first, by_label(16, epoch=1), rtol=0, atol=0)
     assert not torch.equal(first, by_label(7, epoch=2))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalization, Split, calibration, load_data
+from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalization, Split, draw_calibration, load_data
 from secateur.errors import DataError
 
 BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
@@ -249,19 +249,19 @@ def test_bad_tensors_are_refused(images: Tensor, labels: Tensor, message: str):
 
 
 def test_calibration_is_a_fair_sample_without_repeats(split: Split):
-    batches = calibration(split, 20, batch_size=8, seed=2)
+    batches = draw_calibration(split, 20, batch_size=8, seed=2)
     assert [len(labels) for _, labels in batches] == [8, 8, 4]
     chosen = torch.cat([labels for _, labels in batches])
     assert len(set(chosen.tolist())) == 20
     whole, _ = everything(split)
     assert torch.equal(torch.cat([images for images, _ in batches]), whole[chosen])
-    assert not torch.equal(chosen, torch.cat([y for _, y in calibration(split, 20, seed=3)]))
+    assert not torch.equal(chosen, torch.cat([y for _, y in draw_calibration(split, 20, seed=3)]))
 
 
 @pytest.mark.parametrize("n", [0, 1000])
 def test_calibration_of_more_than_there_is_is_refused(split: Split, n: int):
     with pytest.raises(DataError, match=rf"`n` must lie between 1 and the \d+ images of the split; got {n}"):
-        calibration(split, n)
+        draw_calibration(split, n)
 
 
 def test_image_data_is_immutable():

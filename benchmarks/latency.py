@@ -9,6 +9,7 @@ alternating pairs.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,17 +19,18 @@ from typing import Any
 
 import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
+from secateur.pipeline.latency import LatencySearch, _roomiest, limit_of, spaces_of, used
 from torch import Tensor, nn
 
 from secateur.cost import Budget, OnnxRuntime, measure_pairs
 from secateur.data import load_data
 from secateur.export import eval_copy, feed, onnx_bytes, open_session
-from secateur.graph import trace
+from secateur.graph import ChannelGraph, trace
 from secateur.models import load_model
 from secateur.pipeline import RecoveryConfig, RunConfig, compress
-from secateur.pipeline.latency import LatencySearch, _roomiest, limit_of, spaces_of, used
 from secateur.prune import apply_architecture
-from secateur.search import L2, LatencyFit, SearchResult, SearchSpace, Strategy, Uniform, search_architecture
+from secateur.search import L2, SearchResult, SearchSpace, Uniform, WithinLatency, fit_latency, search_architecture
+from secateur.search.latency import limit_of, spaces_of, used
 from secateur.train import Silent, TrainConfig
 
 
@@ -94,6 +96,7 @@ class Remembering(OnnxRuntime):
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     begun = surroundings()
     wanted = sys.argv[1:]
@@ -122,14 +125,12 @@ def of_network(network: Network) -> list[dict[str, Any]]:
     images = torch.randn(8, 3, network.side, network.side, generator=torch.Generator().manual_seed(0))
     graph = trace(model, images[:1])
     target = Remembering()
-    fit = LatencySearch(model, graph, target, images[:1], Budget(latency="50%"), None, print).fit(
-        spaces_of(SPACE, graph)[0]
-    )
+    fit = fit_latency(model, graph, target, images[:1], space=spaces_of(SPACE, graph)[0])
     rows = []
     for percent in BUDGETS:
         budget = Budget(latency=f"{percent}%")
         if network.weights is None:
-            outcome = of_random(LatencySearch(model, graph, target, images[:1], budget, None, print), fit)
+            outcome = of_random(model, graph, target, images[:1], budget)
         else:
             outcome = of_trained(model, budget)
         proof = measure_pairs(model, outcome.small, target, images[:1], rounds=50)
@@ -165,20 +166,14 @@ def of_network(network: Network) -> list[dict[str, Any]]:
     return rows
 
 
-def of_random(timed: LatencySearch, fit: LatencyFit) -> Outcome:
-    """Uniform widths."""
-    model, graph = timed.original, timed.graph
-    within = Budget(latency=limit_of(timed.budget, float(fit.measured[0])))
-
-    def again(strategy: Strategy, space: SearchSpace, latency: Any) -> SearchResult:
-        return search_architecture(model, graph, strategy, budget=within, space=space, latency=latency)
-
-    space = _roomiest(model, graph, within, spaces_of(SPACE, graph), fit)
-    trials = list(timed.within(space, fit, Uniform(L2()), again))
-    fitting = [trial for trial in trials if trial.used <= 1]
-    best = max(fitting or trials, key=lambda trial: trial.used)
-    small = apply_architecture(model, graph, best.found.architecture)
-    return Outcome(best.found, small, best.space.divisor, [trial.to_json() for trial in trials])
+def of_random(model: nn.Module, graph: ChannelGraph, target: Remembering, images: Tensor, budget: Budget) -> Outcome:
+    """Search for uniform widths with one divisor."""
+    strategy = WithinLatency(Uniform(L2()), target, one_divisor=True)
+    batches = [(images, torch.zeros(len(images), dtype=torch.int64))]
+    result = search_architecture(model, graph, strategy, budget=budget, batches=batches, space=SPACE)
+    noted: Any = result.notes["latency"]
+    small = apply_architecture(model, graph, result.architecture)
+    return Outcome(result, small, noted["divisor"], noted["trials"])
 
 
 def of_trained(model: nn.Module, budget: Budget) -> Outcome:

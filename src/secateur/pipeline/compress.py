@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget, is_timed
 from secateur.cost.macs import count_macs, count_params
@@ -109,6 +110,8 @@ def compress(
         check_formats(output.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)
+    if fabric.is_global_zero:
+        warn_outside_window()
     if recovery.train.epochs:
         recovery.execution.check(fabric)  # A search of hours would otherwise end with this error.
     cut = replace(

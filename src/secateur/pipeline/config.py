@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from secateur.prune.cut import Cut, Repair, RepairResult, cut
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import RunReport
-from secateur.search.base import SearchResult, Strategy, stable_repr
+from secateur.search.base import SearchResult, Strategy, data_frame, html_table, stable_repr
 from secateur.search.depth import DEFAULT_REPAIRS, RemoveBlocks
 from secateur.search.knapsack import Knapsack
 from secateur.search.space import SearchSpace
@@ -188,7 +188,7 @@ class CutStudent:
     repairs: tuple[RepairResult, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CompressResult:
     """A compressed model, how it came about and what was checked.
 
@@ -211,6 +211,36 @@ class CompressResult:
     report: RunReport
     folder: Path | None = None
     files: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        steps = " -> ".join(f"{step.name} {100 * step.accuracy.top1:.2f} %" for step in self.report.steps)
+        checks = f"{sum(check.passed for check in self.report.checks)} of {len(self.report.checks)} checks passed"
+        lines = [f"  test accuracy: {steps}", f"  {checks}", *(f"  FAILED: {failure}" for failure in self.failed)]
+        lines += [] if self.folder is None else [f"  written to {self.folder}"]
+        search, *axes = repr(self.search).splitlines()
+        return "\n".join(
+            (search.replace("SearchResult", "CompressResult"), *lines, *axes[:10], *(["  ..."] * (len(axes) > 10)))
+        )
+
+    def _repr_html_(self) -> str:
+        title, *lines = repr(self).splitlines()
+        return html_table("; ".join((title, *map(str.strip, lines[:2]))), self._table())
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with one row per axis: its name, and its channels before and after.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return data_frame(self._table())
+
+    def _table(self) -> dict[str, list[object]]:
+        widths = self.report.widths
+        return {
+            "axis": [width.name for width in widths],
+            "before": [width.before for width in widths],
+            "after": [width.after for width in widths],
+        }
 
     @property
     def architecture(self) -> Architecture:

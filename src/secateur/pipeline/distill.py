@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.macs import count_macs, count_params
@@ -178,6 +179,8 @@ def distill_model(
         SecateurError: One of its subclasses, with the way out.
     """
     fabric = fabric_for(run.fabric, train.precision, run.device, out)
+    if fabric.is_global_zero:
+        warn_outside_window()
     execution.check(fabric)
     images = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0][0]
     for spec in (teacher, student):

@@ -3,23 +3,28 @@
 import itertools
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.cost.budget import Cost
+from secateur.cost.budget import Cost, format_cost
 from secateur.cost.macs import CostModel
 from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.stages import Stage, find_stages
 from secateur.pipeline.config import CutConfig
 from secateur.prune.slice import prunable_parameter_fraction
 from secateur.report.graph_drawing import places
+from secateur.search.base import data_frame
 from secateur.search.space import SearchSpace
 
+_MOST_SHOWN = 14
+"""Axes in a printed report."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelReport:
-    """What a model offers to the shears.
+    """What can be cut from a model, and the range of costs that a budget can ask for.
 
     Attributes:
         graph: Its channel graph.
@@ -40,6 +45,25 @@ class ModelReport:
     prunable_macs_share: float
     space: SearchSpace
     stages: tuple[Stage, ...]
+
+    def __repr__(self) -> str:
+        title, *axes = repr(self.graph).splitlines()
+        costs = [
+            f"  {field}: {format_cost(field, getattr(self.smallest, field))} to {format_cost(field, value)}"
+            for field, value in self.original.to_json().items()
+        ]
+        more = ["  ..."] if len(axes) > _MOST_SHOWN else []
+        return "\n".join((title.replace("ChannelGraph", "ModelReport"), *costs, *axes[:_MOST_SHOWN], *more))
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with one row per axis, as `to_json` has them, without their sites.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        rows = [self._axis_json(axis) for axis in self.graph.axes]
+        names = ("name", "size", "smallest_width", "width_step", "frozen_because")
+        return data_frame({name: [row[name] for row in rows] for name in names})
 
     @property
     def frozen(self) -> dict[str, list[str]]:

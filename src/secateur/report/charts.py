@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from secateur.report.run import JudgedStage, LayerWidth, SearchEpoch, TrainedEpoch
+from secateur.report.run import LayerWidth, TrainedEpoch
+from secateur.search.history import JudgedStage, SearchEpoch
 
 _MOST_LABELS = 12
 _LEAST_SHARE = 0.07

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import truediv
 
-from secateur.search.history import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.search.history import JudgedStage, SearchEpoch
 
 _Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""

@@ -6,10 +6,12 @@ What a strategy is given, and what it gives back.
 
 The verb: search an architecture within a budget."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
+from html import escape
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from secateur._arrays import FloatArray, IntArray
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, Limit, format_cost
-from secateur.cost.macs import CostModel, Modeled
+from secateur.cost.macs import CostModel, FieldModel
 from secateur.cost.size import FileSize
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
@@ -61,6 +63,9 @@ class ScoreCache:
 ProgressCallback = Callable[[float, str], None]
 """Called with the finished fraction (0 to 1) and what is being done."""
 _SILENT_RUN = RunSettings(callbacks=Silent())
+_MOST_SHOWN = 12
+"""Axes in a printed result."""
+_MOST_ROWS = 50
 _TINY = 1e-300
 """Stands for a limit of zero, half of nothing, which is met by nothing."""
 
@@ -153,7 +158,7 @@ class Proposal:
     history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """What a search found.
 
@@ -177,6 +182,34 @@ class SearchResult:
     notes: dict[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
+
+    def __repr__(self) -> str:
+        shown = [f"  {axis}: keeps {len(channels)} channels" for axis, channels in self.architecture.kept]
+        more = [f"  ... and {len(shown) - _MOST_SHOWN} more axes"] if len(shown) > _MOST_SHOWN else []
+        return "\n".join((f"SearchResult({self._summary()})", *shown[:_MOST_SHOWN], *more))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"SearchResult: {self._summary()}", self._table())
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with one row per axis: its name and the number of channels that are kept.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return data_frame(self._table())
+
+    def _table(self) -> dict[str, list[object]]:
+        widths = self.architecture.widths
+        return {"axis": list(widths), "kept": list(widths.values())}
+
+    def _summary(self) -> str:
+        costs = [
+            f"{field} {format_cost(field, value)} of {format_cost(field, getattr(self.original, field))}"
+            for field, value in self.cost.to_json().items()
+        ]
+        removed = len(self.architecture.removed_blocks)
+        return "; ".join((str(self.budget), ", ".join(costs), *([f"{removed} blocks removed"] if removed else [])))
 
     def to_json(self) -> dict[str, object]:
         """A JSON object with every field but the weights."""
@@ -245,6 +278,28 @@ class Strategy(ABC):
         return context.least
 
 
+def data_frame(columns: Mapping[str, Sequence[object]]) -> Any:
+    """Return a `pandas.DataFrame`.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    try:
+        pandas: Any = importlib.import_module("pandas")
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas, which is not installed. Run: pip install pandas") from error
+    return pandas.DataFrame(dict(columns))
+
+
+def html_table(title: str, columns: Mapping[str, Sequence[object]]) -> str:
+    """Return a table for notebooks, with its first fifty rows."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in zip(*columns.values(), strict=True)]
+    body = "".join(f"<tr>{row}</tr>" for row in rows[:_MOST_ROWS])
+    more = f"<p>... and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
+    return f"<p>{escape(title)}</p><table><tr>{head}</tr>{body}</table>{more}"
+
+
 def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
     """Keep the channels with the highest scores; of equal ones those with the lower index.
 
@@ -277,7 +332,7 @@ def search_architecture(
     data: TrainingData | None = None,
     run: RunSettings = _SILENT_RUN,
     progress: ProgressCallback | None = None,
-    latency: Modeled | None = None,
+    latency: FieldModel | None = None,
     score_cache: ScoreCache | None = None,
 ) -> SearchResult:
     """Find which channels to keep so that the model costs no more than the budget.
@@ -329,7 +384,7 @@ def search_architecture(
     return strategy.search(context)
 
 
-def cost_model(evidence: ScoringInputs, budget: Budget, latency: Modeled | None = None) -> CostModel:
+def cost_model(evidence: ScoringInputs, budget: Budget, latency: FieldModel | None = None) -> CostModel:
     """Return the cost of any architecture of a graph, with every field that the budget limits.
 
     Args:
@@ -337,7 +392,7 @@ def cost_model(evidence: ScoringInputs, budget: Budget, latency: Modeled | None 
         budget: The file size is computed only if it is limited.
         latency: Predicts the latency; None leaves it out.
     """
-    more: list[Modeled] = [FileSize.of(evidence.model, evidence.graph)] if FileSize.field in budget.fields else []
+    more: list[FieldModel] = [FileSize.of(evidence.model, evidence.graph)] if FileSize.field in budget.fields else []
     return CostModel(evidence.graph, more if latency is None else [*more, latency])
 
 

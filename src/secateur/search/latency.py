@@ -22,7 +22,7 @@ from secateur._provenance import sha256_of_json
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
 from secateur.cost.latency_model import TERMS, LatencyModel
-from secateur.cost.measure import Cache, LatencyRecord, measure_pairs
+from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
 from secateur.cost.targets import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
@@ -73,7 +73,7 @@ class WithinLatency(Strategy):
 
     inner: Strategy = field(default_factory=Knapsack)
     target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
-    cache: Cache | None = None
+    cache: LatencyCache | None = None
     measurements: "Measurements | None" = None
     one_divisor: bool = False
     repairs: tuple[Repair, ...] = DEFAULT_REPAIRS
@@ -161,7 +161,7 @@ class Measurements:
 
     Attributes:
         path: The file; None keeps them in memory only.
-        seconds: Times of layers and whole models, with the keys of a `secateur.cost.Cache`.
+        seconds: Times of layers and whole models, with the keys of a `secateur.cost.LatencyCache`.
         pairs: Measurements of the original and a candidate in pairs, by the digest of the candidate's architecture.
     """
 
@@ -243,7 +243,7 @@ class _Measuring:
     def fit(self, space: SearchSpace) -> LatencyFit:
         """Return what predicts the latency of the widths of a space."""
         target, inputs = self.strategy.target, self.context.evidence
-        cache = Cache.of(target) if self.strategy.cache is None else self.strategy.cache
+        cache = LatencyCache.of(target) if self.strategy.cache is None else self.strategy.cache
         cache.seconds.update(self.measurements.seconds)
         fit = fit_latency(inputs.model, inputs.graph, target, self.sample, space=space, cache=cache)
         self.measurements.keep({**self.measurements.seconds, **fit.seconds})
@@ -451,8 +451,8 @@ class _Comparison:
 @contextlib.contextmanager
 def _resumable(context: SearchContext, trains: bool) -> Generator[SearchContext]:
     """Yield a context with a folder for checkpoints, by which later searches of a strategy that trains are short."""
-    if context.run.checkpoint is not None or not trains:
+    if context.run.folder is not None or not trains:
         yield context
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield replace(context, run=replace(context.run, checkpoint=Path(folder) / "search"))
+        yield replace(context, run=replace(context.run, folder=Path(folder) / "search"))

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from secateur._arrays import FloatArray, IntArray
 from secateur._provenance import sha256_of
 from secateur.architecture import Architecture
-from secateur.cost.latency_model import ALIGNMENTS, LatencyModel, TimeGrid, alignment, ends_of, timeable
-from secateur.cost.measure import Cache, inputs_for, measure_all
+from secateur.cost.latency_model import (
+    ALIGNMENTS,
+    LatencyModel,
+    TimeGrid,
+    alignment,
+    layer_extents,
+    timeable_operations,
+)
+from secateur.cost.measure import LatencyCache, inputs_for, measure_all
 from secateur.cost.targets import InputTensors, Target
 from secateur.cost.timing import ConvolutionShape, LayerShape, shape_of
 from secateur.graph.graph import ChannelGraph, Extent
@@ -27,7 +34,7 @@ _NODES = 4
 
 
 def layer_times(
-    model: nn.Module, graph: ChannelGraph, target: Target, space: SearchSpace, *, cache: Cache, tell: Tell
+    model: nn.Module, graph: ChannelGraph, target: Target, space: SearchSpace, *, cache: LatencyCache, tell: Tell
 ) -> dict[str, TimeGrid]:
     """Times of every layer of a traced model that can be timed alone, by module name.
 
@@ -41,7 +48,7 @@ def layer_times(
         if done % 64 == 0:
             tell(done / len(shapes), "timing layers")
             cache.write()
-        cache.get(what, lambda shape=shape: target.seconds_alone(shape))
+        cache.get(what, lambda shape=shape: target.layer_seconds(shape))
     if shapes:
         cache.write()
     return {
@@ -55,12 +62,12 @@ def _grids(
 ) -> Iterator[tuple[str, tuple[IntArray, IntArray, list[list[LayerShape]]]]]:
     modules = dict(model.named_modules())
     levels = dict(zip((axis.name for axis in graph.prunable), space.levels(graph), strict=True))
-    for name, operation in timeable(graph).items():
+    for name, operation in timeable_operations(graph).items():
         macs = operation.factor * np.prod([extent.at(graph.sizes) for extent in operation.extents], dtype=np.float64)
         shape = shape_of(modules[name], float(macs))
         if shape is None:
             continue
-        out, read = ends_of(graph, name)
+        out, read = layer_extents(graph, name)
         if (out.at(graph.sizes), read.at(graph.sizes)) != (shape.out, shape.read):
             continue  # A weight of another layout than torch's own layers have.
         outs, reads = nodes(out, levels), nodes(read, levels)
@@ -126,7 +133,7 @@ class LatencyFit:
         widths: (n, axes) of the whole models that were measured, the uncut one first.
         measured: (n,) seconds.
         predicted: (n,) what a model fitted to the others says: no measurement is predicted from itself.
-        seconds: Everything that it was fitted to, by what was measured, as a `Cache` has it: the same give the same
+        seconds: Everything that it was fitted to, by what was measured, as a `LatencyCache` has it: the same give the same
             again.
     """
 
@@ -136,6 +143,10 @@ class LatencyFit:
     measured: FloatArray
     predicted: FloatArray
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def __repr__(self) -> str:
+        largest = 100 * float(np.abs(self.errors).max())
+        return f"LatencyFit({self.target}, {len(self.measured)} models measured, errors up to {largest:.1f} %)"
 
     @property
     def errors(self) -> FloatArray:
@@ -166,7 +177,7 @@ def fit_latency(
     shape: tuple[int, ...] | Tensor | InputTensors,
     *,
     space: SearchSpace = SearchSpace(divisor=8),  # noqa: B008 -- frozen
-    cache: Cache | None = None,
+    cache: LatencyCache | None = None,
     tell: Tell | None = None,
 ) -> LatencyFit:
     """Time the layers of a traced model at some widths and some whole models, and fit the latency of all others.
@@ -181,13 +192,13 @@ def fit_latency(
         target: Runtime, threads and batch size.
         shape: Of one input without the batch; or real samples, see `measure`.
         space: Widths to time; others are interpolated.
-        cache: Measurements of this machine; None means those in the user's cache folder, see `Cache`.
+        cache: Measurements of this machine; None means those in the user's cache folder, see `LatencyCache`.
         tell: Called with the finished fraction and a description.
 
     Raises:
         ExportError: If a model cannot be brought to the target.
     """
-    cache = Cache.of(target) if cache is None else cache
+    cache = LatencyCache.of(target) if cache is None else cache
     cache.asked.clear()
     tell = tell or _silent
     times = layer_times(model, graph, target, space, cache=cache, tell=tell)
@@ -229,7 +240,13 @@ def _nearest(levels: IntArray, fraction: float) -> int:
 
 
 def _whole_models(
-    model: nn.Module, graph: ChannelGraph, target: Target, inputs: InputTensors, widths: IntArray, *, cache: Cache
+    model: nn.Module,
+    graph: ChannelGraph,
+    target: Target,
+    inputs: InputTensors,
+    widths: IntArray,
+    *,
+    cache: LatencyCache,
 ) -> FloatArray:
     """Seconds of each; measured together, in turns, unless all are known."""
     names = [_name(graph, inputs, row) for row in widths]

@@ -16,14 +16,12 @@ from secateur.report import (
     MeasuredAccuracy,
     MeasuredLatency,
     RunReport,
-    SearchedDepth,
-    SearchedWidth,
-    SearchEpoch,
     Step,
     TrainedEpoch,
     write_report,
 )
 from secateur.report.html import headline, render, tiles
+from secateur.search import SearchedDepth, SearchedWidth, SearchEpoch
 
 CPU = "processor time"
 RUN = RunReport(

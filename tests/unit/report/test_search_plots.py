@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from secateur.report import Measured, RunReport, SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.report import Measured, RunReport
 from secateur.report.charts import HeatMap, search_plots
 from secateur.report.html import render
+from secateur.search import SearchedDepth, SearchedWidth, SearchEpoch
 
 
 def searched(epoch: int, *kept: float, entropy: float = 0.5, macs: float | None = 0.6) -> SearchEpoch:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from secateur.report import JudgedStage, Measured, RunReport, write_report
+from secateur.report import Measured, RunReport, write_report
 from secateur.report.charts import stage_plots
+from secateur.search import JudgedStage
 
 STAGE = JudgedStage("stage1", "layer1", 3.2, 7, (0.0, 0.5, 0.2, 0.4, 0.1), (0.4, 0.1, 0.2, 0.3, 0.2), 4)
 

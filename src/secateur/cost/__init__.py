@@ -1,11 +1,19 @@
 """What an architecture costs, measured and predicted, and the budget it must keep to."""
 
 from secateur.cost.budget import Budget, Cost, Limit, amount_of, format_cost, format_count
-from secateur.cost.latency_model import ALIGNMENTS, TERMS, LatencyModel, TimeGrid, alignment, ends_of, timeable
-from secateur.cost.macs import CostModel, Modeled, counted_macs, counted_params
+from secateur.cost.latency_model import (
+    ALIGNMENTS,
+    TERMS,
+    LatencyModel,
+    TimeGrid,
+    alignment,
+    layer_extents,
+    timeable_operations,
+)
+from secateur.cost.macs import CostModel, FieldModel, count_macs, count_params, flop_counter
 from secateur.cost.measure import (
-    Cache,
     Latency,
+    LatencyCache,
     LatencyRecord,
     cache_folder,
     measure,
@@ -23,18 +31,18 @@ __all__ = [
     "ALIGNMENTS",
     "TERMS",
     "Budget",
-    "Cache",
     "ConvolutionShape",
     "Cost",
     "CostModel",
+    "FieldModel",
     "FileSize",
     "Latency",
+    "LatencyCache",
     "LatencyModel",
     "LatencyRecord",
     "LayerShape",
     "Limit",
     "LinearShape",
-    "Modeled",
     "OnnxRuntime",
     "Quartiles",
     "Target",
@@ -44,16 +52,17 @@ __all__ = [
     "alignment",
     "amount_of",
     "cache_folder",
-    "counted_macs",
-    "counted_params",
-    "ends_of",
+    "count_macs",
+    "count_params",
+    "flop_counter",
     "format_cost",
     "format_count",
+    "layer_extents",
     "measure",
     "measure_all",
     "measure_each",
     "measure_files",
     "measure_latency",
     "measure_pairs",
-    "timeable",
+    "timeable_operations",
 ]

@@ -1,6 +1,7 @@
-"""The time of one layer at a few widths, and at those between them.
+"""The latency of any architecture of a graph, from a table of layer times: nothing is built and nothing runs.
 
-The latency of any architecture of a graph, from a table of layers: nothing is built and nothing runs."""
+Layers are timed at a few widths (`TimeGrid`), interpolated between them, and added up (`LatencyModel`).
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +11,240 @@ import numpy as np
 import torch
 
 from secateur._arrays import FloatArray, IntArray
-from secateur.cost.macs import Polynomial
+from secateur.cost.macs import (
+    Polynomial,
+    block_column,
+    block_factors,
+    join_columns,
+    join_tensor_columns,
+    linear_extents,
+)
 from secateur.graph.graph import Activation, ChannelGraph, Extent, Operation
 
+TERMS = ("layers", "other MACs", "activations", "constant")
+"""The terms of a latency, in the order of `LatencyModel.terms`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TimedLayer:
+    """A layer of a graph and its times.
+
+    Attributes:
+        out: Its output channels.
+        read: The input channels of one of its groups.
+        blocks: Names of the blocks that it is removed with.
+        times: Its seconds at any widths.
+    """
+
+    out: Extent
+    read: Extent
+    blocks: tuple[str, ...]
+    times: "TimeGrid"
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyModel:
+    """The seconds of one forward pass as a function of the widths w and of the kept blocks b.
+
+    seconds(w, b) = factor * (c_0 * sum over layers of times(out(w), read(w)) * product of its b
+                              + c_1 * MACs of all other operations + c_2 * elements of activations + c_3)
+
+    with coefficients c that are fitted to measurements of whole models. Conventions are those of `CostModel`.
+
+    Attributes:
+        axes: Names of the prunable axes: the columns of every width array.
+        sizes: (axes,) full widths.
+        blocks: Names of the removable blocks: the columns of every block array.
+        layers: The layers that were timed alone.
+        other: MACs of all other operations, for one sample.
+        elements: Number of elements in the outputs of the innermost modules, for one sample.
+        coefficients: Seconds for each unit of a term, in the order of `TERMS`.
+        factor: Measured time of a whole model / time by the table, see `scaled`.
+    """
+
+    axes: tuple[str, ...]
+    sizes: IntArray
+    blocks: tuple[str, ...]
+    layers: tuple[TimedLayer, ...]
+    other: Polynomial
+    elements: Polynomial
+    coefficients: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
+    factor: float = 1.0
+
+    def __repr__(self) -> str:
+        layers, axes = f"{len(self.layers)} timed layers", f"{len(self.axes)} axes"
+        return f"LatencyModel({layers}, {axes}, {len(self.blocks)} blocks, coefficients={self.coefficients})"
+
+    field = "latency_s"
+    """The field of `Cost` that this computes."""
+
+    @classmethod
+    def of(cls, graph: ChannelGraph, timed: "Mapping[str, TimeGrid]") -> "LatencyModel":
+        """Return the model of a graph, with the coefficients of a network that consists of its layers only.
+
+        Args:
+            graph: Its operations, widths and blocks.
+            timed: Times by module name; each of these modules has one operation and a weight of its own.
+        """
+        layers = [
+            TimedLayer(*layer_extents(graph, op.module), op.blocks, timed[op.module])
+            for op in graph.operations
+            if op.module in timed
+        ]
+        axes, blocks = tuple(axis.name for axis in graph.prunable), tuple(block.name for block in graph.removable)
+        columns = (*axes, *map(block_column, blocks))
+        others = (_with_blocks(op.factor, op.extents, op.blocks, blocks) for op in graph.operations)
+        rest = [term for term, op in zip(others, graph.operations, strict=True) if op.module not in timed]
+        sizes = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
+        elements = Polynomial.of(_elements(graph, blocks), columns)
+        return cls(axes, sizes, blocks, tuple(layers), Polynomial.of(rest, columns), elements)
+
+    def fitted(self, widths: IntArray, seconds: FloatArray) -> "LatencyModel":
+        """Return this model with coefficients that are fitted to whole models of some widths.
+
+        Least squares of the relative error, with coefficients that are not negative. c_0 is pulled to 1 with the weight
+        of a hundredth of a measurement, which decides where the terms cannot be separated.
+
+        Args:
+            widths: (n, axes).
+            seconds: (n,) as measured.
+        """
+        from scipy.optimize import nnls  # Half a second of imports, which only fitting needs.
+
+        terms = self.terms(widths)
+        rows = terms / seconds[:, None]
+        scales = np.maximum(rows.max(axis=0), 1e-300)
+        prior = np.array([[0.1, 0, 0, 0]])
+        found, _ = nnls(np.concatenate([rows, prior]) / scales, np.append(np.ones(len(rows)), 0.1))
+        coefficients = tuple(float(c) for c in np.where(terms.max(axis=0) > 0, found / scales, 0))
+        return replace(self, coefficients=coefficients)
+
+    def scaled(self, factor: float) -> "LatencyModel":
+        """Return this model with all times multiplied, for models like one that was measured."""
+        return replace(self, factor=self.factor * factor)
+
+    def terms(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
+        """Return the terms (n, 4) of the coefficients; see `of_widths` for the arguments."""
+        columns = self._columns(widths, blocks)
+        outs, reads = (columns @ slopes + bases for slopes, bases in self._ends)
+        total = np.zeros(len(columns))
+        for number, layer in enumerate(self.layers):
+            there = columns[:, self._there[number]].prod(axis=1)
+            total += there * layer.times.at(outs[:, number], reads[:, number])
+        others, elements = self.other.at(columns), self.elements.at(columns)
+        return np.stack([total, others, elements, np.ones(len(columns))], axis=1).astype(np.float64)
+
+    def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
+        """Compute the seconds of many architectures at once.
+
+        Args:
+            widths: (n, axes) whole numbers, columns in the order of ``axes``.
+            blocks: (n, blocks) or (1, blocks), 1 where a block is kept and 0 where it is removed; None keeps all.
+
+        Returns:
+            (n,) seconds for one pass.
+        """
+        return self.factor * (self.terms(widths, blocks) @ np.array(self.coefficients))
+
+    def of_tensor(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute seconds (...) of real-valued widths (..., axes) and presences (..., blocks); for relaxed searches.
+
+        Differentiable: times are interpolated linearly between well aligned widths, without the steps of kernels.
+        """
+        if blocks is None:
+            blocks = torch.ones(len(self.blocks), dtype=widths.dtype, device=widths.device)
+        columns = join_tensor_columns(widths, blocks)
+        ends = [[torch.as_tensor(part).to(columns) for part in end] for end in self._ends]
+        outs, reads = (columns @ slopes + bases for slopes, bases in ends)
+        layers, others, elements, constant = self.coefficients
+        total = constant + others * self.other.at_tensor(columns) + elements * self.elements.at_tensor(columns)
+        for number, layer in enumerate(self.layers):
+            there = columns[..., self._there[number]].prod(dim=-1)
+            total = total + layers * there * layer.times.at_tensor(outs[..., number], reads[..., number])
+        return self.factor * total
+
+    def _columns(self, widths: IntArray, blocks: IntArray | None) -> IntArray:
+        widths = np.asarray(widths)
+        if blocks is None:
+            blocks = np.ones((1, len(self.blocks)), dtype=np.int64)
+        if widths.ndim != 2 or widths.shape[1] != len(self.axes) or not np.issubdtype(widths.dtype, np.integer):
+            raise ValueError(
+                f"`widths` must be whole numbers of shape (n, {len(self.axes)}), one column per prunable axis; "
+                f"got {widths.dtype} of shape {widths.shape}."
+            )
+        return join_columns(widths, blocks)
+
+    @cached_property
+    def _ends(self) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
+        """Slopes (columns, layers) and bases (layers,) of the output and of the input channels."""
+        columns = (*self.axes, *map(block_column, self.blocks))
+        outs, reads = [layer.out for layer in self.layers], [layer.read for layer in self.layers]
+        return linear_extents(outs, columns), linear_extents(reads, columns)
+
+    @cached_property
+    def _there(self) -> list[list[int]]:
+        """Columns of the removable blocks that each layer goes with."""
+        column = {name: len(self.axes) + number for number, name in enumerate(self.blocks)}
+        return [[column[name] for name in layer.blocks if name in column] for layer in self.layers]
+
+
+def timeable_operations(graph: ChannelGraph) -> dict[str, Operation]:
+    """Return operations by module: of modules with one operation and a weight of at least two dimensions."""
+    by_module: dict[str, list[Operation]] = {}
+    for operation in graph.operations:
+        by_module.setdefault(operation.module, []).append(operation)
+    return {
+        module: operations[0]
+        for module, operations in by_module.items()
+        if len(operations) == 1 and len(graph.tensors.get(_weight(module), ())) > 1
+    }
+
+
+def layer_extents(graph: ChannelGraph, module: str) -> tuple[Extent, Extent]:
+    """Return the output channels, and the input channels of one group, of a layer of `timeable_operations`."""
+    out, read, *_ = graph.tensors[_weight(module)]
+    return out, read
+
+
+def _weight(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
+
+
+def _with_blocks(
+    factor: float, extents: Iterable[Extent], among: Iterable[str], removable: Sequence[str]
+) -> tuple[float, tuple[Extent, ...]]:
+    """Return a term of a polynomial that is there if none of its blocks is removed."""
+    return factor, (*extents, *block_factors(set(among).intersection(removable)))
+
+
+def _elements(graph: ChannelGraph, removable: Sequence[str]) -> Iterable[tuple[float, tuple[Extent, ...]]]:
+    """Yield the outputs of the innermost modules as terms of a polynomial."""
+    outer = {"", *(name[:place] for name in graph.activations for place, letter in enumerate(name) if letter == ".")}
+    for name, activation in graph.activations.items():
+        if name in outer or len(activation.shape) < 2:
+            continue
+        around = [block.name for block in graph.removable if name in block.modules]
+        rest = np.prod([size for dim, size in enumerate(activation.shape) if dim != activation.dim], dtype=np.int64)
+        yield _with_blocks(float(rest), (_channels(graph, activation),), around, removable)
+
+
+def _channels(graph: ChannelGraph, activation: Activation) -> Extent:
+    base, terms = 0, list[tuple[str, int]]()
+    for number, count in zip(*np.unique(activation.axis, return_counts=True), strict=True):
+        axis = graph.axes[number] if number >= 0 else None
+        if axis is None or axis.frozen_because is not None or count % axis.size:
+            base += int(count)
+        else:
+            terms.append((axis.name, int(count) // axis.size))
+    return Extent(base, tuple(sorted(terms)))
+
+
 ALIGNMENTS = (16, 8, 4, 1)
-"""Kernels work on vectors of channels: a width is as quick as the largest of these that divides it lets it be."""
+"""Kernels work on vectors of channels, so speed depends on the largest of these that divides the width."""
 
 
 def alignment(widths: IntArray) -> IntArray:
-    """The first of `ALIGNMENTS` that divides each width, of the same shape; 16 divides 0."""
+    """Return the first of `ALIGNMENTS` that divides each width; 16 divides 0."""
     found = np.ones_like(widths)
     for divisor in reversed(ALIGNMENTS):
         found[widths % divisor == 0] = divisor
@@ -27,12 +253,12 @@ def alignment(widths: IntArray) -> IntArray:
 
 @dataclass(frozen=True, eq=False)
 class TimeGrid:
-    """Seconds of a layer, measured on a grid of numbers of channels.
+    """The seconds of a layer, measured on a grid of numbers of channels.
 
-    A time between measured ones is interpolated linearly in each direction, among the widths of the same alignment
-    alone: 63 channels lie between 31 and 95, not between 48 and 64, so the steps of the kernels are kept. A width
-    beyond the measured ones takes the time of the last. Where nothing of its alignment was measured, the next better
-    aligned widths stand for it. Along each direction times of one alignment never fall, whatever the clock said.
+    Times between measured ones are interpolated linearly in each direction, among widths of the same alignment only:
+    63 channels lie between 31 and 95, not between 48 and 64, which keeps the steps of the kernels. A width beyond the
+    measured ones takes the time of the last one. Where no width of its alignment was measured, the next better aligned
+    ones are used. Along each direction, times of one alignment never decrease, whatever was measured.
 
     Attributes:
         outs: (o,) output channels, ascending.
@@ -45,7 +271,7 @@ class TimeGrid:
     seconds: FloatArray
 
     def at(self, outs: IntArray, reads: IntArray) -> FloatArray:
-        """Seconds at whole widths.
+        """Interpolate the seconds at whole widths.
 
         Args:
             outs: (n,).
@@ -58,7 +284,7 @@ class TimeGrid:
         return near * (1 - share) + far * share
 
     def at_tensor(self, outs: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-        """Seconds at real-valued widths (...), among the best aligned and the largest; differentiable."""
+        """Interpolate at real-valued widths (...), among the best aligned and the largest ones; differentiable."""
         rows, columns = _best_aligned(self.outs), _best_aligned(self.reads)
         table = torch.as_tensor(self._rising[np.ix_(rows, columns)], dtype=outs.dtype, device=outs.device)
         low, high, share = _between(self.outs[rows], outs)
@@ -87,7 +313,7 @@ class TimeGrid:
 
 @dataclass(frozen=True, eq=False)
 class _Lookup:
-    """For every whole number up to the largest node: the nodes around it, and how far it is to the upper one."""
+    """For every whole number up to the largest node: the nodes around it, and its share of the upper one."""
 
     low: IntArray
     high: IntArray
@@ -115,7 +341,7 @@ class _Lookup:
 
 
 def _stand_in(divisor: int, present: IntArray) -> int:
-    """The alignment of the nodes for widths of an alignment: its own, the next better, else the best of the worse."""
+    """Return the alignment of nodes that is used for a divisor: its own, the next better, else the best one present."""
     there = {int(each) for each in present}
     better = [each for each in reversed(ALIGNMENTS) if each >= divisor and each in there]
     return better[0] if better else max(there)
@@ -127,240 +353,14 @@ def _by_alignment(nodes: IntArray) -> list[IntArray]:
 
 
 def _best_aligned(nodes: IntArray) -> IntArray:
-    """The nodes of the best alignment that has two of them, and the largest of all; all if none has two."""
+    """Return the nodes of the best alignment with at least two, and the largest of all; all nodes if there is none."""
     found = next((mine for mine in _by_alignment(nodes) if len(mine) > 1), np.arange(len(nodes)))
     return np.union1d(found, [len(nodes) - 1])
 
 
 def _between(nodes: IntArray, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers of the nodes around real values, and the share of the upper one; beyond the ends there is no slope."""
+    """Return the nodes around real values, and the share of the upper one; beyond the ends the slope is zero."""
     places = torch.as_tensor(nodes, dtype=values.dtype, device=values.device)
     high = torch.searchsorted(places, values.detach().contiguous()).clamp(0, len(nodes) - 1)
     low = (high - 1).clamp_min(0)
     return low, high, ((values - places[low]) / (places[high] - places[low]).clamp_min(1)).clamp(0, 1)
-
-
-TERMS = ("layers", "other MACs", "activations", "constant")
-"""What a latency is made of, in the order of `LatencyModel.terms`."""
-
-
-@dataclass(frozen=True, eq=False)
-class TimedLayer:
-    """A layer of a graph and its times.
-
-    Attributes:
-        out: Its output channels.
-        read: Input channels of one of its groups.
-        blocks: Names of the blocks that it goes with.
-        times: At any widths.
-    """
-
-    out: Extent
-    read: Extent
-    blocks: tuple[str, ...]
-    times: TimeGrid
-
-
-@dataclass(frozen=True, eq=False)
-class LatencyModel:
-    """Seconds of one forward pass as a function of the widths w and of the blocks that are there, b.
-
-    seconds(w, b) = factor * (c_0 * sum over layers of times(out(w), read(w)) * product of its b
-                              + c_1 * MACs of all other operations + c_2 * elements of activations + c_3)
-
-    with the coefficients c fitted to whole models that were measured. Conventions are those of `CostModel`.
-
-    Attributes:
-        axes: Names of the prunable axes: the columns of every width array.
-        sizes: (axes,) full widths.
-        blocks: Names of the removable blocks: the columns of every block array.
-        layers: What was timed alone.
-        other: MACs of the operations that were not, for one sample.
-        elements: Numbers in the outputs of the innermost modules, for one sample.
-        coefficients: Of `TERMS`; seconds for each unit of a term.
-        factor: What a whole model takes / what the table says, see `scaled`.
-    """
-
-    axes: tuple[str, ...]
-    sizes: IntArray
-    blocks: tuple[str, ...]
-    layers: tuple[TimedLayer, ...]
-    other: Polynomial
-    elements: Polynomial
-    coefficients: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
-    factor: float = 1.0
-
-    field = "latency_s"
-    """The field of `Cost` that this computes."""
-
-    @classmethod
-    def of(cls, graph: ChannelGraph, timed: Mapping[str, TimeGrid]) -> "LatencyModel":
-        """The model of a graph, with the coefficients of a network that is nothing but its layers.
-
-        Args:
-            graph: Its operations, widths and blocks.
-            timed: Times by module name; each of these modules has one operation and a weight of its own.
-        """
-        layers = [
-            TimedLayer(*ends_of(graph, op.module), op.blocks, timed[op.module])
-            for op in graph.operations
-            if op.module in timed
-        ]
-        axes, blocks = tuple(axis.name for axis in graph.prunable), tuple(block.name for block in graph.removable)
-        columns = (*axes, *map(_column, blocks))
-        others = (_with_blocks(op.factor, op.extents, op.blocks, blocks) for op in graph.operations)
-        rest = [term for term, op in zip(others, graph.operations, strict=True) if op.module not in timed]
-        sizes = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
-        elements = Polynomial.of(_elements(graph, blocks), columns)
-        return cls(axes, sizes, blocks, tuple(layers), Polynomial.of(rest, columns), elements)
-
-    def fitted(self, widths: IntArray, seconds: FloatArray) -> "LatencyModel":
-        """The same with coefficients that fit whole models of some widths.
-
-        Least squares of the relative error, with coefficients that are not negative. c_0 is drawn to 1 with the weight
-        of a hundredth of a measurement, which decides where the terms cannot be told apart.
-
-        Args:
-            widths: (n, axes).
-            seconds: (n,) as measured.
-        """
-        from scipy.optimize import nnls  # Half a second of imports, which only fitting needs.
-
-        terms = self.terms(widths)
-        rows = terms / seconds[:, None]
-        scales = np.maximum(rows.max(axis=0), 1e-300)
-        prior = np.array([[0.1, 0, 0, 0]])
-        found, _ = nnls(np.concatenate([rows, prior]) / scales, np.append(np.ones(len(rows)), 0.1))
-        coefficients = tuple(float(c) for c in np.where(terms.max(axis=0) > 0, found / scales, 0))
-        return replace(self, coefficients=coefficients)
-
-    def scaled(self, factor: float) -> "LatencyModel":
-        """The same with all times multiplied: what one measurement of a whole model says of those like it."""
-        return replace(self, factor=self.factor * factor)
-
-    def terms(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
-        """(n, 4) what the coefficients are multiplied with; see `of_widths` for the arguments."""
-        columns = self._columns(widths, blocks)
-        outs, reads = (columns @ slopes + bases for slopes, bases in self._ends)
-        total = np.zeros(len(columns))
-        for number, layer in enumerate(self.layers):
-            there = columns[:, self._there[number]].prod(axis=1)
-            total += there * layer.times.at(outs[:, number], reads[:, number])
-        others, elements = self.other.at(columns), self.elements.at(columns)
-        return np.stack([total, others, elements, np.ones(len(columns))], axis=1).astype(np.float64)
-
-    def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> FloatArray:
-        """Seconds of many architectures at once.
-
-        Args:
-            widths: (n, axes) whole numbers, columns in the order of ``axes``.
-            blocks: (n, blocks) or (1, blocks), 1 where a block is kept and 0 where it is removed; None keeps all.
-
-        Returns:
-            (n,) seconds for one pass.
-        """
-        return self.factor * (self.terms(widths, blocks) @ np.array(self.coefficients))
-
-    def of_tensor(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
-        """Seconds (...) of real-valued widths (..., axes) and presences (..., blocks), 0 to 1; for relaxed searches.
-
-        Differentiable: between well aligned widths times are interpolated linearly, and steps of kernels do not show.
-        """
-        if blocks is None:
-            blocks = torch.ones(len(self.blocks), dtype=widths.dtype, device=widths.device)
-        columns = torch.cat([widths, blocks.expand(*widths.shape[:-1], len(self.blocks))], dim=-1)
-        ends = [[torch.as_tensor(part).to(columns) for part in end] for end in self._ends]
-        outs, reads = (columns @ slopes + bases for slopes, bases in ends)
-        layers, others, elements, constant = self.coefficients
-        total = constant + others * self.other.at_tensor(columns) + elements * self.elements.at_tensor(columns)
-        for number, layer in enumerate(self.layers):
-            there = columns[..., self._there[number]].prod(dim=-1)
-            total = total + layers * there * layer.times.at_tensor(outs[..., number], reads[..., number])
-        return self.factor * total
-
-    def _columns(self, widths: IntArray, blocks: IntArray | None) -> IntArray:
-        widths = np.asarray(widths)
-        if blocks is None:
-            blocks = np.ones((1, len(self.blocks)), dtype=np.int64)
-        if widths.ndim != 2 or widths.shape[1] != len(self.axes) or not np.issubdtype(widths.dtype, np.integer):
-            raise ValueError(
-                f"`widths` must be whole numbers of shape (n, {len(self.axes)}), one column per prunable axis; "
-                f"got {widths.dtype} of shape {widths.shape}."
-            )
-        return np.concatenate([widths, np.broadcast_to(blocks, (len(widths), len(self.blocks)))], axis=1)
-
-    @cached_property
-    def _ends(self) -> tuple[tuple[IntArray, IntArray], tuple[IntArray, IntArray]]:
-        """Slopes (columns, layers) and bases (layers,) of the output and of the input channels."""
-        column = {name: number for number, name in enumerate(self.axes)}
-
-        def linear(extents: Sequence[Extent]) -> tuple[IntArray, IntArray]:
-            slopes = np.zeros((len(self.axes) + len(self.blocks), len(extents)), dtype=np.int64)
-            for number, extent in enumerate(extents):
-                for name, multiplicity in extent.terms:
-                    slopes[column[name], number] += multiplicity
-            return slopes, np.array([extent.base for extent in extents], dtype=np.int64)
-
-        return linear([layer.out for layer in self.layers]), linear([layer.read for layer in self.layers])
-
-    @cached_property
-    def _there(self) -> list[list[int]]:
-        """Columns of the removable blocks that each layer goes with."""
-        column = {name: len(self.axes) + number for number, name in enumerate(self.blocks)}
-        return [[column[name] for name in layer.blocks if name in column] for layer in self.layers]
-
-
-def timeable(graph: ChannelGraph) -> dict[str, Operation]:
-    """Operations by module, of the modules that have one and a weight of their own with two or more dimensions."""
-    by_module: dict[str, list[Operation]] = {}
-    for operation in graph.operations:
-        by_module.setdefault(operation.module, []).append(operation)
-    return {
-        module: operations[0]
-        for module, operations in by_module.items()
-        if len(operations) == 1 and len(graph.tensors.get(_weight(module), ())) > 1
-    }
-
-
-def ends_of(graph: ChannelGraph, module: str) -> tuple[Extent, Extent]:
-    """Output channels, and input channels of one group, of a layer that `timeable` names."""
-    out, read, *_ = graph.tensors[_weight(module)]
-    return out, read
-
-
-def _weight(module: str) -> str:
-    return f"{module}.weight" if module else "weight"
-
-
-def _column(block: str) -> str:
-    return f"block {block}"
-
-
-def _with_blocks(
-    factor: float, extents: Iterable[Extent], among: Iterable[str], removable: Sequence[str]
-) -> tuple[float, tuple[Extent, ...]]:
-    """A term of a polynomial that is there if none of its blocks is removed."""
-    factors = (Extent(0, ((_column(name), 1),)) for name in sorted(set(among).intersection(removable)))
-    return factor, (*extents, *factors)
-
-
-def _elements(graph: ChannelGraph, removable: Sequence[str]) -> Iterable[tuple[float, tuple[Extent, ...]]]:
-    """The outputs of the innermost modules as terms of a polynomial."""
-    outer = {"", *(name[:place] for name in graph.activations for place, letter in enumerate(name) if letter == ".")}
-    for name, activation in graph.activations.items():
-        if name in outer or len(activation.shape) < 2:
-            continue
-        around = [block.name for block in graph.removable if name in block.modules]
-        rest = np.prod([size for dim, size in enumerate(activation.shape) if dim != activation.dim], dtype=np.int64)
-        yield _with_blocks(float(rest), (_channels(graph, activation),), around, removable)
-
-
-def _channels(graph: ChannelGraph, activation: Activation) -> Extent:
-    base, terms = 0, list[tuple[str, int]]()
-    for number, count in zip(*np.unique(activation.axis, return_counts=True), strict=True):
-        axis = graph.axes[number] if number >= 0 else None
-        if axis is None or axis.frozen_because is not None or count % axis.size:
-            base += int(count)
-        else:
-            terms.append((axis.name, int(count) // axis.size))
-    return Extent(base, tuple(sorted(terms)))

@@ -1,26 +1,29 @@
-"""Sums of products of channel counts, compiled once and evaluated for many widths at a time.
+"""The MACs and parameters of any architecture of a graph, from a formula: nothing is built and nothing runs.
 
-Costs counted by running the model: independent of the channel graph, to check it against.
-
-The cost of any architecture of a graph, from a formula: nothing is built and nothing runs."""
+`count_macs` and `count_params` count them by running a model, independent of the graph, to check the formula against.
+"""
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Never, Protocol
+from typing import TYPE_CHECKING, Any, Never, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._runtime import without_fast_path
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost, amount_of
 from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelGraph, Extent
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 _CHUNK = 4096
 """Rows evaluated together: bounds the memory at about chunk * extents * 8 bytes."""
@@ -28,136 +31,8 @@ _MAX_DENOMINATOR = 1 << 20
 """A factor is a whole number over a number of groups, which is far smaller than this."""
 
 
-@dataclass(frozen=True, eq=False)
-class Polynomial:
-    """p(w) = sum_t numerator_t / denominator * prod_k extent_{factors[t, k]}(w), each extent linear in the widths w.
-
-    Attributes:
-        slopes: (axes, extents) channels that an extent gains per channel of an axis.
-        bases: (extents,) channels that are always there. The last extent is the constant 1, for padding.
-        factors: (terms, most extents in a term) which extents are multiplied.
-        numerators: (terms,).
-        denominator: Common to all terms.
-    """
-
-    slopes: FloatArray
-    bases: FloatArray
-    factors: IntArray
-    numerators: IntArray
-    denominator: int
-
-    @classmethod
-    def of(cls, terms: Iterable[tuple[float, Sequence[Extent]]], axes: Sequence[str]) -> "Polynomial":
-        """Compile (factor, extents) terms; equal products are merged.
-
-        Args:
-            terms: Each is factor * product of its extents. A factor is an exact rational in a float.
-            axes: Order of the widths. Every axis named by an extent is among them.
-        """
-        number: dict[Extent, int] = {}
-        merged: dict[tuple[int, ...], Fraction] = {}
-        for factor, extents in terms:
-            product = tuple(sorted(number.setdefault(extent, len(number)) for extent in extents))
-            merged[product] = merged.get(product, Fraction(0)) + _exact(factor)
-        column = {name: position for position, name in enumerate(axes)}
-        slopes = np.zeros((len(axes), len(number) + 1))
-        bases = np.ones(len(number) + 1)
-        for extent, index in number.items():
-            bases[index] = extent.base
-            for name, multiplicity in extent.terms:
-                slopes[column[name], index] += multiplicity
-        longest = max((len(product) for product in merged), default=0)
-        factors = np.full((len(merged), longest), len(number), dtype=np.int64)
-        for row, product in enumerate(merged):
-            factors[row, : len(product)] = product
-        denominator = math.lcm(*(fraction.denominator for fraction in merged.values()))
-        numerators = np.array([int(fraction * denominator) for fraction in merged.values()], dtype=np.int64)
-        return cls(slopes, bases, factors, numerators, denominator)
-
-    def at(self, widths: IntArray) -> IntArray:
-        """Exact whole values.
-
-        Args:
-            widths: (n, axes).
-
-        Returns:
-            (n,) int64. Widths that break an axis' divisor may give a fraction; it is rounded down.
-        """
-        chunks = [self._at(widths[start : start + _CHUNK]) for start in range(0, len(widths), _CHUNK)]
-        return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int64)
-
-    def _at(self, widths: IntArray) -> IntArray:
-        # Channel counts are far below 2**53, so the float product is exact, and BLAS makes it quick.
-        extents = (widths.astype(np.float64) @ self.slopes + self.bases).astype(np.int64)
-        products = np.broadcast_to(self.numerators, (len(widths), len(self.numerators)))
-        for position in range(self.factors.shape[1]):
-            products = products * extents[:, self.factors[:, position]]
-        return products.sum(axis=1, dtype=np.int64) // self.denominator
-
-    def at_tensor(self, widths: torch.Tensor) -> torch.Tensor:
-        """The same for real-valued widths (..., axes), differentiable; the dtype and device of ``widths``."""
-
-        def constant(array: FloatArray | IntArray) -> torch.Tensor:
-            return torch.as_tensor(array, device=widths.device)
-
-        extents = widths @ constant(self.slopes).to(widths.dtype) + constant(self.bases).to(widths.dtype)
-        products = extents[..., constant(self.factors)].prod(dim=-1)
-        return products @ (constant(self.numerators).to(widths.dtype) / self.denominator)
-
-
-def _exact(factor: float) -> Fraction:
-    if float(factor).is_integer():
-        return Fraction(int(factor))
-    return Fraction(factor).limit_denominator(_MAX_DENOMINATOR)
-
-
-def counted_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
-    """Multiply-accumulates of one forward pass in evaluation mode at batch 1, counted operator by operator.
-
-    Half of what torch's ``FlopCounterMode`` counts (convolutions, matrix products, attention). A copy of the model
-    runs, so modes, buffers and the global random state stay as they were.
-
-    Args:
-        model: Any module.
-        example: Its input, or several; only the first sample of each (dimension 0) is used.
-    """
-    # Imported here: it brings Triton along, a quarter of a second that only counting needs.
-    from torch.utils.flop_counter import FlopCounterMode
-
-    inputs = example if isinstance(example, tuple) else (example,)
-    running = _without_gradients(shadow_copy(model))
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        try:
-            # The fast path runs a whole attention layer as one operator that the counter does not know.
-            torch.backends.mha.set_fastpath_enabled(False)
-            running(*(tensor[:1] for tensor in inputs))
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() // 2
-
-
-def _without_gradients(shadow: nn.Module) -> nn.Module:
-    """The shadow with parameters that share their numbers with the model's but require no gradient.
-
-    The counter looks for the gradient function of every tensor that requires one, and fails where there is none.
-    """
-    frozen: dict[int, nn.Parameter] = {}
-    for module in shadow.modules():
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            plain = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
-            setattr(module, name, plain)
-    return shadow
-
-
-def counted_params(model: nn.Module) -> int:
-    """Number of parameters; a shared one counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-class Modeled(Protocol):
-    """What computes a further field of `Cost` from widths and blocks, in the columns of `CostModel`."""
+class FieldModel(Protocol):
+    """A model of a further field of `Cost`, computed from widths and blocks in the columns of `CostModel`."""
 
     @property
     def field(self) -> str:
@@ -165,16 +40,16 @@ class Modeled(Protocol):
         ...
 
     def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> IntArray | FloatArray:
-        """(n,) of whole widths (n, axes) and blocks (n or 1, blocks)."""
+        """Return the field (n,) for whole widths (n, axes) and blocks (n or 1, blocks)."""
         ...
 
     def of_tensor(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
-        """(...) of real-valued widths (..., axes) and presences (..., blocks), differentiable."""
+        """Return the field (...) for real-valued widths (..., axes) and presences (..., blocks), differentiable."""
         ...
 
 
 class CostModel:
-    """MACs and params as functions of the widths w and of the blocks that are there, b (0 or 1 each).
+    """MACs and parameters as functions of the widths w and of the kept blocks b (0 or 1 each).
 
     macs(w, b) = sum over operations of factor * product of extents(w) * product of b over the blocks it goes with;
     params(w, b) = sum over parameters of the product of the extents(w) of its dimensions, * the same product of b.
@@ -182,37 +57,39 @@ class CostModel:
 
     Args:
         graph: Its operations, parameters, widths and blocks.
-        more: What computes further fields of `Cost`, such as `LatencyModel` and `FileSize`; of the same graph.
+        more: Models of further fields of `Cost` for the same graph, such as `LatencyModel` and `FileSize`.
 
     Attributes:
         axes: Names of the prunable axes: the columns of every width array.
         sizes: (axes,) full widths.
         blocks: Names of the removable blocks: the columns of every block array.
-        present: (blocks,) 1 for the blocks that are there where no block array says otherwise; see `without`.
+        present: (blocks,) 1 for the blocks that are kept where no block array is given; see `without`.
         original: Cost of the whole model.
     """
 
-    def __init__(self, graph: ChannelGraph, more: Sequence[Modeled] = ()):
+    def __init__(self, graph: ChannelGraph, more: Sequence[FieldModel] = ()):
         self._more = tuple(more)
         self.axes: tuple[str, ...] = tuple(axis.name for axis in graph.prunable)
         self._frozen = {axis.name: axis.size for axis in graph.axes if axis.frozen_because is not None}
         self.sizes: IntArray = np.array([axis.size for axis in graph.prunable], dtype=np.int64)
         self.blocks: tuple[str, ...] = tuple(block.name for block in graph.removable)
         self.present: IntArray = np.ones(len(self.blocks), dtype=np.int64)
-        columns = (*self.axes, *map(_column, self.blocks))
+        columns = (*self.axes, *map(block_column, self.blocks))
         known = frozenset(self.blocks)
         around: dict[str, list[str]] = {}
         for block in graph.removable:
             for name in block.tensors:
                 around.setdefault(name, []).append(block.name)
-        operations = ((op.factor, (*op.extents, *_factors(known.intersection(op.blocks)))) for op in graph.operations)
-        tensors = ((1.0, (*graph.tensors[name], *_factors(around.get(name, ())))) for name in graph.parameters)
+        operations = (
+            (op.factor, (*op.extents, *block_factors(known.intersection(op.blocks)))) for op in graph.operations
+        )
+        tensors = ((1.0, (*graph.tensors[name], *block_factors(around.get(name, ())))) for name in graph.parameters)
         self._macs = Polynomial.of(operations, columns)
         self._params = Polynomial.of(tensors, columns)
         self.original: Cost = self.cost(Architecture())
 
     def without(self, removed_blocks: Iterable[str]) -> "CostModel":
-        """The same model in which some blocks are removed wherever no block array says otherwise.
+        """Return this model with some blocks removed wherever no block array is given.
 
         ``original`` stays the cost of the whole model: what a relative budget refers to.
 
@@ -224,7 +101,7 @@ class CostModel:
         return fewer
 
     def cost(self, architecture: Architecture) -> Cost:
-        """Cost of one architecture; blocks of `without` stay removed.
+        """Compute the cost of one architecture; blocks of `without` stay removed.
 
         Raises:
             SurgeryError: If it names an axis, a channel or a block that the graph does not have.
@@ -232,7 +109,7 @@ class CostModel:
         return self.cost_of(self.widths(architecture), self._present(architecture.removed_blocks))
 
     def cost_of(self, widths: IntArray, blocks: IntArray | None = None) -> Cost:
-        """Cost of one architecture, every field that is known.
+        """Compute the cost of one architecture, with every field that is known.
 
         Args:
             widths: (axes,) whole numbers.
@@ -247,7 +124,7 @@ class CostModel:
     def fields(
         self, names: Iterable[str], widths: IntArray, blocks: IntArray | None = None
     ) -> dict[str, IntArray | FloatArray]:
-        """Some fields of the costs of many architectures, (n,) each; see `of_widths` for the arguments.
+        """Compute some fields of the costs of many architectures, (n,) each; see `of_widths` for the arguments.
 
         Raises:
             BudgetError: If nothing computes one of them.
@@ -262,7 +139,7 @@ class CostModel:
     def expected(
         self, names: Iterable[str], widths: torch.Tensor, blocks: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """The same for real-valued widths (..., axes) and presences (..., blocks), 0 to 1; differentiable in both.
+        """Compute some fields for real-valued widths (..., axes) and presences (..., blocks), 0 to 1; differentiable.
 
         Raises:
             BudgetError: If nothing computes one of them.
@@ -285,7 +162,7 @@ class CostModel:
         return present
 
     def widths(self, architecture: Architecture) -> IntArray:
-        """(axes,) widths of an architecture; an axis it does not name is whole.
+        """Return the widths (axes,) of an architecture; an axis that it does not name is whole.
 
         Raises:
             SurgeryError: If it names an axis or a channel that the graph does not have.
@@ -310,7 +187,7 @@ class CostModel:
         return widths
 
     def of_widths(self, widths: IntArray, blocks: IntArray | None = None) -> tuple[IntArray, IntArray]:
-        """Costs of many architectures at once, exact.
+        """Compute the exact costs of many architectures at once.
 
         Args:
             widths: (n, axes) whole numbers, columns in the order of ``axes``.
@@ -325,38 +202,29 @@ class CostModel:
         """
         widths = _whole("widths", widths, len(self.axes), "prunable axis")
         blocks = _whole("blocks", self.present[None] if blocks is None else blocks, len(self.blocks), "removable block")
-        columns = np.concatenate([widths, np.broadcast_to(blocks, (len(widths), len(self.blocks)))], axis=1)
+        columns = join_columns(widths, blocks)
         return self._macs.at(columns), self._params.at(columns)
 
     def macs_of(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
-        """MACs (...) of real-valued widths (..., axes) and presences (..., blocks), 0 to 1; for relaxed searches.
+        """Compute MACs (...) of real-valued widths (..., axes) and presences (..., blocks); for relaxed searches.
 
         Differentiable in both. Without ``blocks``, ``present`` holds.
         """
         return self._macs.at_tensor(self._columns(widths, blocks))
 
     def params_of(self, widths: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
-        """Parameters (...) of real-valued widths (..., axes) and presences (..., blocks); as `macs_of`."""
+        """Compute parameters (...) of real-valued widths (..., axes) and presences (..., blocks); see `macs_of`."""
         return self._params.at_tensor(self._columns(widths, blocks))
 
     def _columns(self, widths: torch.Tensor, blocks: torch.Tensor | None) -> torch.Tensor:
         if blocks is None:
             blocks = torch.as_tensor(self.present, dtype=widths.dtype, device=widths.device)
-        return torch.cat([widths, blocks.expand(*widths.shape[:-1], len(self.blocks))], dim=-1)
+        return join_tensor_columns(widths, blocks)
 
 
 def _unknown(original: Cost, name: str) -> Never:
     amount_of(original, name)
     raise AssertionError(f"nothing computes {name}, yet the whole model has it")
-
-
-def _column(block: str) -> str:
-    """The column of a block; no axis has such a name."""
-    return f"block {block}"
-
-
-def _factors(blocks: Iterable[str]) -> tuple[Extent, ...]:
-    return tuple(Extent(0, ((_column(name), 1),)) for name in sorted(blocks))
 
 
 def _whole(name: str, array: IntArray, columns: int, of: str) -> IntArray:
@@ -367,3 +235,225 @@ def _whole(name: str, array: IntArray, columns: int, of: str) -> IntArray:
             f"got {array.dtype} of shape {array.shape}."
         )
     return array
+
+
+@dataclass(frozen=True, eq=False)
+class Polynomial:
+    """p(w) = sum_t numerator_t / denominator * prod_k extent_{factors[t, k]}(w), each extent linear in the widths w.
+
+    Attributes:
+        slopes: (axes, extents) channels that an extent gains per channel of an axis.
+        bases: (extents,) constant part of each extent. The last extent is the constant 1, for padding.
+        factors: (terms, most extents in a term) which extents are multiplied.
+        numerators: (terms,).
+        denominator: Common to all terms.
+    """
+
+    slopes: FloatArray
+    bases: FloatArray
+    factors: IntArray
+    numerators: IntArray
+    denominator: int
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[float, Sequence[Extent]]], axes: Sequence[str]) -> "Polynomial":
+        """Compile (factor, extents) terms. Equal products are merged.
+
+        Args:
+            terms: Each is factor * product of its extents. A factor is an exact rational in a float.
+            axes: Order of the widths. Every axis named by an extent is among them.
+        """
+        number: dict[Extent, int] = {}
+        merged: dict[tuple[int, ...], Fraction] = {}
+        for factor, extents in terms:
+            product = tuple(sorted(number.setdefault(extent, len(number)) for extent in extents))
+            merged[product] = merged.get(product, Fraction(0)) + _exact(factor)
+        slopes, bases = linear_extents([*number, Extent(1)], axes)
+        longest = max((len(product) for product in merged), default=0)
+        factors = np.full((len(merged), longest), len(number), dtype=np.int64)
+        for row, product in enumerate(merged):
+            factors[row, : len(product)] = product
+        denominator = math.lcm(*(fraction.denominator for fraction in merged.values()))
+        numerators = np.array([int(fraction * denominator) for fraction in merged.values()], dtype=np.int64)
+        return cls(slopes.astype(np.float64), bases.astype(np.float64), factors, numerators, denominator)
+
+    def at(self, widths: IntArray) -> IntArray:
+        """Evaluate at whole widths, exactly.
+
+        Args:
+            widths: (n, axes).
+
+        Returns:
+            (n,) int64. Widths that break an axis' divisor may give a fraction; it is rounded down.
+        """
+        chunks = [self._at(widths[start : start + _CHUNK]) for start in range(0, len(widths), _CHUNK)]
+        return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int64)
+
+    def _at(self, widths: IntArray) -> IntArray:
+        # Channel counts are far below 2**53, so the float product is exact, and BLAS makes it quick.
+        extents = (widths.astype(np.float64) @ self.slopes + self.bases).astype(np.int64)
+        products = np.broadcast_to(self.numerators, (len(widths), len(self.numerators)))
+        for position in range(self.factors.shape[1]):
+            products = products * extents[:, self.factors[:, position]]
+        return products.sum(axis=1, dtype=np.int64) // self.denominator
+
+    def at_tensor(self, widths: torch.Tensor) -> torch.Tensor:
+        """Evaluate at real-valued widths (..., axes), differentiable, in the dtype and on the device of ``widths``."""
+
+        def constant(array: FloatArray | IntArray) -> torch.Tensor:
+            return torch.as_tensor(array, device=widths.device)
+
+        extents = widths @ constant(self.slopes).to(widths.dtype) + constant(self.bases).to(widths.dtype)
+        products = extents[..., constant(self.factors)].prod(dim=-1)
+        return products @ (constant(self.numerators).to(widths.dtype) / self.denominator)
+
+
+def _exact(factor: float) -> Fraction:
+    if float(factor).is_integer():
+        return Fraction(int(factor))
+    return Fraction(factor).limit_denominator(_MAX_DENOMINATOR)
+
+
+def linear_extents(extents: Sequence[Extent], columns: Sequence[str]) -> tuple[IntArray, IntArray]:
+    """Return slopes (columns, extents) and bases (extents,) of extents: ``widths @ slopes + bases``."""
+    position = {name: number for number, name in enumerate(columns)}
+    slopes = np.zeros((len(columns), len(extents)), dtype=np.int64)
+    for number, extent in enumerate(extents):
+        for name, multiplicity in extent.terms:
+            slopes[position[name], number] += multiplicity
+    return slopes, np.array([extent.base for extent in extents], dtype=np.int64)
+
+
+def block_column(block: str) -> str:
+    """Return the name of the column of a block; no axis has such a name."""
+    return f"block {block}"
+
+
+def block_factors(blocks: Iterable[str]) -> tuple[Extent, ...]:
+    """Return the factors of a term that is there only if all of some blocks are."""
+    return tuple(Extent(0, ((block_column(name), 1),)) for name in sorted(blocks))
+
+
+def join_columns(widths: IntArray, blocks: IntArray) -> IntArray:
+    """Put widths (n, axes) and blocks (n or 1, blocks) side by side."""
+    return np.concatenate([widths, np.broadcast_to(blocks, (len(widths), blocks.shape[1]))], axis=1)
+
+
+def join_tensor_columns(widths: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Put real-valued widths (..., axes) and presences (blocks,) or (..., blocks) side by side."""
+    return torch.cat([widths, blocks.expand(*widths.shape[:-1], blocks.shape[-1])], dim=-1)
+
+
+def count_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
+    """Count the multiply-accumulates of one forward pass in eval mode at batch 1, operator by operator.
+
+    Convolutions, products of matrices and vectors, attention and recurrent layers are counted, whichever kernel this
+    version of torch runs them with (see `flop_counter`). A copy of the model runs, so modes, buffers and the global
+    random state do not change.
+
+    Args:
+        model: Any module.
+        example: Its input, or several; only the first sample of each (dimension 0) is used.
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    running = _without_gradients(shadow_copy(model))
+    devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
+    # The fast path runs a whole attention layer as one operator that the counter does not know.
+    forked = torch.random.fork_rng(devices=devices)
+    with forked, torch.no_grad(), without_fast_path(), flop_counter() as counter:
+        running(*(tensor[:1] for tensor in inputs))
+    return counter.get_total_flops() // 2
+
+
+def flop_counter() -> "FlopCounterMode":
+    """torch's ``FlopCounterMode`` (two FLOPs per multiply-accumulate), with formulas for what some versions leave out.
+
+    An operator without a formula silently counts as zero. torch 2.9 to 2.14 have no formula for the CPU's attention
+    kernel, and no version has them for products with vectors, bilinear layers, and recurrent layers that run as one
+    operator. The alternative, attention on its math backend while counting, would fail for a model that selects a
+    backend itself, need memory for the scores of all heads, and set global switches.
+    """
+    # Imported here: it brings Triton along, a quarter of a second that only counting needs.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Operators come and go between versions of torch: what this one lacks cannot run either.
+    known = {getattr(torch.ops.aten, name, None): formula for name, formula in _FORMULAS.items()}
+    return FlopCounterMode(
+        display=False, custom_mapping={operator: formula for operator, formula in known.items() if operator is not None}
+    )
+
+
+_Shape = Sequence[int]
+"""Shape of one argument of an operator."""
+
+
+def _attention(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """Scores = query key^T, and scores times value, for every head; masks are not made use of."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _product_of_vectors(left: _Shape, _right: _Shape, *_: Any, **__: Any) -> int:
+    """(k) . (k), and (n, k) @ (k): every element of the first factor is multiplied once."""
+    return 2 * math.prod(left)
+
+
+def _added_product_of_vectors(_added: _Shape, left: _Shape, _right: _Shape, *_: Any, **__: Any) -> int:
+    """A sum + (n, k) @ (k)."""
+    return 2 * math.prod(left)
+
+
+def _summed_batched_product(_added: _Shape, left: _Shape, right: _Shape, *_: Any, **__: Any) -> int:
+    """A sum + the sum over the batch of (batch, n, k) @ (batch, k, m)."""
+    return 2 * math.prod(left) * right[-1]
+
+
+def _bilinear(left: _Shape, weight: _Shape, _right: _Shape, *_: Any, **__: Any) -> int:
+    """``nn.Bilinear``, (n, i) and (o, i, j) and (n, j): every weight is used once per sample."""
+    return 2 * left[0] * math.prod(weight)
+
+
+def _recurrent_layer(inputs: _Shape, of_inputs: _Shape, of_hidden: _Shape, *_: Any, **__: Any) -> int:
+    """One direction of one recurrent layer on the CPU: (steps, batch, features), a matrix each for input and hidden."""
+    return 2 * math.prod(inputs[:2]) * (math.prod(of_inputs) + math.prod(of_hidden))
+
+
+def _recurrent_network(inputs: _Shape, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    """All layers and directions of a recurrent network on the GPU: every matrix is used once per step and sample."""
+    return 2 * math.prod(inputs[:2]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_attention_math_for_mps": _attention,
+    "dot": _product_of_vectors,
+    "vdot": _product_of_vectors,
+    "mv": _product_of_vectors,
+    "addmv": _added_product_of_vectors,
+    "addbmm": _summed_batched_product,
+    "_trilinear": _bilinear,
+    "mkldnn_rnn_layer": _recurrent_layer,
+    "_cudnn_rnn": _recurrent_network,
+}
+"""FLOPs by name of the ATen operator, from the shapes of its arguments."""
+
+
+def _without_gradients(shadow: nn.Module) -> nn.Module:
+    """Replace the parameters of a shadow by ones that share their values but require no gradient.
+
+    The counter looks for the gradient function of every tensor that requires a gradient, and fails where it has none.
+    """
+    frozen: dict[int, nn.Parameter] = {}
+    for module in shadow.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            plain = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+            setattr(module, name, plain)
+    return shadow
+
+
+def count_params(model: nn.Module) -> int:
+    """Count the parameters; a shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,6 +1,4 @@
-"""What was measured on this machine, kept for the next time.
-
-The verbs: how long one forward pass takes, alone, or side by side with others."""
+"""Measure the latency of models: one, several in turns, or two as pairs; and a cache of measurements on disk."""
 
 import contextlib
 import json
@@ -18,31 +16,32 @@ from torch import Tensor, nn
 from secateur._files import write_atomic
 from secateur._provenance import sha256_of_json, this_machine
 from secateur._runtime import load_average
-from secateur.cost.targets import InputTensors, OnnxRuntime, Target, TorchEager
-from secateur.cost.timing import Quartiles, take_turns
+from secateur.cost.targets import OnnxRuntime, Target, TorchEager
+from secateur.cost.timing import Pass, Quartiles, time_in_turns
 from secateur.errors import ExportError
+from secateur.export._common import InputTensors
 
 _FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept: ``$XDG_CACHE_HOME/secateur/latency``, by default in ``~/.cache``."""
+    """Return the folder of measurements: ``$XDG_CACHE_HOME/secateur/latency``, by default in ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "secateur" / "latency"
 
 
 @dataclass(eq=False)
-class Cache:
-    """Seconds by what was measured, for one machine and one target: one JSON file.
+class LatencyCache:
+    """Seconds by what was measured, for one machine and one target, in one JSON file.
 
-    The file is named for the processor, the system, the runtime with its version, threads and batch size, so what was
-    measured elsewhere is never used. It is written atomically, together with what another process has written since. A
-    file that cannot be read or written is as good as none: measuring again costs only time.
+    The name of the file depends on the processor, the system, the runtime with its version, threads and batch size, so
+    measurements from elsewhere are never used. It is written atomically, together with what other processes have
+    written meanwhile. A file that cannot be read or written is ignored: measuring again costs only time.
 
     Attributes:
         path: The file.
         seconds: By what was measured, as text.
-        asked: What was asked for, in order: what somebody's result depends on.
+        asked: What was asked for, in order: the measurements that a result depends on.
     """
 
     path: Path
@@ -51,11 +50,11 @@ class Cache:
     asked: dict[str, None] = field(default_factory=dict[str, None], init=False)
 
     @classmethod
-    def of(cls, target: Target, folder: Path | None = None) -> "Cache":
-        """The cache of a target on this machine.
+    def of(cls, target: Target, folder: Path | None = None) -> "LatencyCache":
+        """Return the cache of a target on this machine.
 
         Args:
-            target: What is measured on.
+            target: The target of the measurements.
             folder: None means `cache_folder`.
         """
         about: dict[str, object] = {"target": target.key, "machine": this_machine()}
@@ -64,18 +63,18 @@ class Cache:
         return cls(path, _read(path), about)
 
     def get(self, what: str, measured: Callable[[], float]) -> float:
-        """The seconds of something, measured now if they are not known; not yet written."""
+        """Return the seconds of something; measure them if they are not known. Nothing is written yet."""
         if what not in self.seconds:
             self.seconds[what] = measured()
         return self.known(what)
 
     def known(self, what: str) -> float:
-        """The seconds of something that is known."""
+        """Return known seconds."""
         self.asked[what] = None
         return self.seconds[what]
 
     def write(self) -> None:
-        """Write what is known, and what others have written."""
+        """Write the file: what is known, and what other processes have written."""
         self.seconds = {**_read(self.path), **self.seconds}
         content = {"format": _FORMAT, **self._about, "seconds": dict(sorted(self.seconds.items()))}
         with contextlib.suppress(OSError):
@@ -93,25 +92,22 @@ def _read(path: Path) -> dict[str, float]:
     return {what: value for what, value in seconds.items() if 0 < value < math.inf}
 
 
-_NO_ONE = "`models` must be at least one model; got none."
-
-
 @dataclass(frozen=True)
 class Latency:
     """Seconds per forward pass of one model on one target.
 
     Attributes:
         seconds: Median and quartiles over the rounds.
-        runtime: Name and version, and the device.
+        runtime: Name and version of the runtime, and the device.
         batch_size: Samples per pass.
         threads: Threads on the CPU.
-        rounds: Turns that were measured, after warm-up.
+        rounds: Rounds that were measured, after warm-up.
         clock: ``processor time`` with one thread on the CPU, else ``elapsed time``. One thread's processor time is the
             elapsed time on an idle machine, without the time that other programs had the processor: beside eight busy
             programs on two cores, elapsed times of single passes gave a speedup of 6.5 where 2.4 was right.
-        load: How many programs were running, on average of the minute before and of that after; None where the system
-            does not say. This one counts too.
-        machine: What it ran on, in words.
+        load: Average number of running programs, this one included, in the minute before and the minute after; None
+            where the system does not say.
+        machine: What it ran on, as text.
     """
 
     seconds: Quartiles
@@ -124,7 +120,7 @@ class Latency:
     machine: Mapping[str, str] = field(default_factory=this_machine)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return {**asdict(self), "machine": dict(self.machine), "load": None if self.load is None else list(self.load)}
 
 
@@ -136,14 +132,14 @@ class LatencyRecord:
         runtime: ``onnxruntime`` or ``torch``, with its version.
         batch_size: Samples per pass.
         threads: Threads the runtime was given.
-        rounds: Pairs of turns that were measured, after warm-up.
+        rounds: Pairs that were measured, after warm-up.
         clock: See `Latency`.
         before: Seconds per pass of the original.
         after: Seconds per pass of the compressed model.
-        speedup: Original time / compressed time of each pair (above 1: faster now). Its median is *the* number: both
-            turns of a pair ran one after the other, so drift of the machine's clock cancels.
+        speedup: Original time / compressed time of each pair (above 1: faster now). Its median is the number
+            to quote: both passes of a pair ran one after the other, so drift of the machine's speed cancels.
         load: See `Latency`.
-        machine: What it ran on, in words.
+        machine: What it ran on, as text.
     """
 
     runtime: str
@@ -158,12 +154,12 @@ class LatencyRecord:
     machine: Mapping[str, str] = field(default_factory=this_machine)
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object."""
+        """Return a JSON object."""
         return {**asdict(self), "machine": dict(self.machine), "load": None if self.load is None else list(self.load)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "LatencyRecord":
-        """Inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         fields = dict(data)
         fields |= {name: Quartiles(**data[name]) for name in ("before", "after", "speedup")}
         fields["load"] = None if data["load"] is None else (float(data["load"][0]), float(data["load"][1]))
@@ -180,8 +176,8 @@ def measure(
         target: Runtime, threads and batch size.
         shape: Of one input without the batch, such as (3, 224, 224), for seeded noise; or real samples, which are
             repeated to ``target.batch`` of them.
-        rounds: Turns to measure, at least 3; each repeats short passes until it takes 20 ms.
-        warmup: Turns that are run first and not counted.
+        rounds: Rounds to measure, at least 3; each repeats short passes until it takes 20 ms.
+        warmup: Rounds that are run first and not counted.
 
     Raises:
         ExportError: If an argument cannot be used or the model cannot be brought to the target.
@@ -208,7 +204,7 @@ def measure_each(
     rounds: int = 30,
     warmup: int = 5,
 ) -> list[Latency]:
-    """The same for models that take inputs of their own: (model, shape) pairs."""
+    """Measure several models with inputs of their own, given as (model, shape) pairs; see `measure_all`."""
     prepared = [(model, inputs_for(target, shape)) for model, shape in models]
     found, load = _rounds(prepared, target, rounds, warmup)
     return [
@@ -230,8 +226,7 @@ def measure_pairs(
 ) -> LatencyRecord:
     """Measure two models in alternating pairs, A B, B A, A B...; see `measure` for the arguments."""
     inputs = inputs_for(target, shape)
-    found, load = _rounds(((before, inputs), (after, inputs)), target, rounds, warmup)
-    return _record(target, found, load)
+    return _record(target, *_rounds(((before, inputs), (after, inputs)), target, rounds, warmup))
 
 
 def measure_files(
@@ -258,10 +253,8 @@ def measure_files(
     """
     _check(rounds, warmup, target.threads)
     inputs = inputs_for(target, example)
-    before_load = load_average()
-    found = take_turns([target.opened_file(each, inputs) for each in (before, after)], target.clock, rounds, warmup)
-    after_load = load_average()
-    return _record(target, found, None if before_load is None or after_load is None else (before_load, after_load))
+    passes = [target.opened_file(each, inputs) for each in (before, after)]
+    return _record(target, *_timed(passes, target, rounds, warmup))
 
 
 def measure_latency(
@@ -277,14 +270,14 @@ def measure_latency(
 
     Args:
         original: Any device or mode; not changed.
-        compressed: The same.
+        compressed: Any device or mode; not changed.
         example: One batch, as it will be used; its batch size is measured.
-        threads: Threads of each runtime; decides the clock, see `Latency`. PyTorch's setting is put back.
-        rounds: Pairs of turns to measure, at least 3.
-        warmup: Pairs of turns that are run first and not counted.
+        threads: Threads of each runtime; decides the clock, see `Latency`. PyTorch's setting is restored.
+        rounds: Pairs to measure, at least 3.
+        warmup: Pairs that are run first and not counted.
 
     Returns:
-        The record of ONNX Runtime, and that of PyTorch.
+        The record of ONNX Runtime and the one of PyTorch.
 
     Raises:
         ExportError: If an argument cannot be used or a model cannot be exported.
@@ -298,7 +291,7 @@ def measure_latency(
 
 
 def inputs_for(target: Target, shape: Sequence[int] | Tensor | InputTensors) -> InputTensors:
-    """One batch for a target, on the CPU; see `measure`."""
+    """Return one batch for a target, on the CPU; see `measure`."""
     if isinstance(shape, Tensor):
         shape = (shape,)
     given = tuple(each for each in shape if isinstance(each, Tensor))
@@ -314,21 +307,25 @@ def inputs_for(target: Target, shape: Sequence[int] | Tensor | InputTensors) -> 
 def _rounds(
     models: Sequence[tuple[nn.Module, InputTensors]], target: Target, rounds: int, warmup: int
 ) -> tuple[list[tuple[float, ...]], tuple[float, float] | None]:
-    """Seconds of every model in every round, and the load before and after."""
+    """Return the seconds of every model in every round, and the load before and after."""
     _check(rounds, warmup, target.threads)
     if not models:
-        raise ExportError(_NO_ONE)
+        raise ExportError("`models` must be at least one model; got none.")
     with ExitStack() as stack:
         passes = [stack.enter_context(target.opened(model, inputs)) for model, inputs in models]
-        before = load_average()
-        found = take_turns(passes, target.clock, rounds, warmup)
-        after = load_average()
+        return _timed(passes, target, rounds, warmup)
+
+
+def _timed(
+    passes: Sequence[Pass], target: Target, rounds: int, warmup: int
+) -> tuple[list[tuple[float, ...]], tuple[float, float] | None]:
+    before = load_average()
+    found = time_in_turns(passes, target.clock, rounds, warmup)
+    after = load_average()
     return found, None if before is None or after is None else (before, after)
 
 
-def _record(
-    target: Target, seconds: Sequence[tuple[float, ...]], load: tuple[float, float] | None = None
-) -> LatencyRecord:
+def _record(target: Target, seconds: Sequence[tuple[float, ...]], load: tuple[float, float] | None) -> LatencyRecord:
     return LatencyRecord(
         runtime=target.runtime,
         batch_size=target.batch,

@@ -1,4 +1,4 @@
-"""Targets: what a forward pass is timed on. Each is opened for a model and then runs one pass at a time."""
+"""Targets: the runtimes and devices that a forward pass is timed on."""
 
 import importlib.metadata
 import tempfile
@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur._runtime import ELAPSED, ONE_THREAD, Clock, same_environment, torch_threads
-from secateur.cost import timing as _alone
-from secateur.cost.timing import LayerShape, Pass
+from secateur._runtime import ELAPSED_TIME, PROCESSOR_TIME, Clock, preserve_environment, torch_threads
+from secateur.cost.timing import LayerShape, Pass, call_seconds, kernel_seconds, onnx_of
 from secateur.errors import ExportError
-from secateur.export._common import eval_copy
+from secateur.export._common import InputTensors, eval_copy
 from secateur.export.onnx import feed, onnx_bytes, open_session
-
-Inputs = tuple[Tensor, ...]
 
 
 class Target(ABC):
@@ -40,27 +37,27 @@ class Target(ABC):
     @property
     def clock(self) -> Clock:
         """Processor time with one thread on the CPU, else elapsed time; see `Latency`."""
-        return ONE_THREAD if self.threads == 1 else ELAPSED
+        return PROCESSOR_TIME if self.threads == 1 else ELAPSED_TIME
 
     @abstractmethod
-    def opened(self, model: nn.Module, inputs: Inputs) -> AbstractContextManager[Pass]:
-        """A pass of a model over a batch, finished when it returns; the process' settings are put back at the end.
+    def opened(self, model: nn.Module, inputs: InputTensors) -> AbstractContextManager[Pass]:
+        """Open a model: yield a pass over a batch, finished when it returns, and restore its settings at the end.
 
         Args:
             model: Any device or mode; not changed.
-            inputs: One batch, whose batch size counts.
+            inputs: One batch, as it will be used.
 
         Raises:
             ExportError: If the model cannot be brought to this target.
         """
 
     @abstractmethod
-    def seconds_alone(self, shape: LayerShape) -> float:
-        """Seconds of one layer for one pass of ``batch`` samples, without what surrounds it."""
+    def layer_seconds(self, shape: LayerShape) -> float:
+        """Time one layer alone, for one pass of ``batch`` samples."""
 
     @property
     def key(self) -> str:
-        """Everything that decides a time on one machine, as text."""
+        """Everything that a time depends on, on one machine, as text."""
         return f"{self.runtime}, {self.threads} thread{'s' if self.threads > 1 else ''}, batch {self.batch}"
 
     def _check(self) -> None:
@@ -73,12 +70,12 @@ class Target(ABC):
 class OnnxRuntime(Target):
     """ONNX Runtime on this CPU: what most deployments use.
 
-    A pass is a run of a session over the file that `secateur.export_onnx` writes, with all of the runtime's own
-    optimizations. A layer alone is what the runtime's profile says its kernel takes: norms and most activations are
-    fused into it, and conversions of the memory layout are not counted, as they fall away between layers.
+    A pass runs a session over the file that `secateur.export_onnx` writes, with all optimizations of the runtime. A
+    layer alone is timed by the runtime's profile of its kernel: norms and most activations are fused into it, and
+    conversions of the memory layout, which disappear between layers, are not counted.
 
     Attributes:
-        threads: Of the session.
+        threads: Threads of the session.
         batch: Samples per pass.
     """
 
@@ -94,32 +91,32 @@ class OnnxRuntime(Target):
         return _package("onnxruntime")
 
     @contextmanager
-    def opened(self, model: nn.Module, inputs: Inputs) -> Generator[Pass]:
+    def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
         yield self.opened_file(onnx_bytes(eval_copy(model), inputs), inputs)
 
-    def opened_file(self, model: Path | bytes, inputs: Inputs) -> Pass:
-        """The same of an ONNX file, or its content."""
+    def opened_file(self, model: Path | bytes, inputs: InputTensors) -> Pass:
+        """Open an ONNX file, or its content: return a pass over a batch."""
         session = open_session(model, threads=self.threads)
         fed = feed(session, inputs)
         return lambda: session.run(None, fed)
 
-    def seconds_alone(self, shape: LayerShape) -> float:
-        """See `Target.seconds_alone`."""
+    def layer_seconds(self, shape: LayerShape) -> float:
+        """See `Target.layer_seconds`."""
         with tempfile.TemporaryDirectory() as folder:
             profile = Path(folder) / "profile"
-            session = open_session(_alone.onnx_of(shape, self.batch), threads=self.threads, profile=profile)
-            return _alone.kernel_seconds(session, shape, self.batch)
+            session = open_session(onnx_of(shape, self.batch), threads=self.threads, profile=profile)
+            return kernel_seconds(session, shape, self.batch)
 
 
 @dataclass(frozen=True)
 class TorchEager(Target):
-    """PyTorch as it is, in inference mode.
+    """PyTorch without compilation, in inference mode.
 
     Attributes:
-        threads: On the CPU; ignored elsewhere.
+        threads: Threads on the CPU; ignored elsewhere.
         batch: Samples per pass.
-        device: Such as ``cpu`` or ``cuda``; elsewhere than on the CPU elapsed time counts, to the end of the work.
+        device: Such as ``cpu`` or ``cuda``. On an accelerator elapsed time counts, to the end of the work.
     """
 
     threads: int = 1
@@ -137,10 +134,10 @@ class TorchEager(Target):
     @property
     def clock(self) -> Clock:
         """See `Target.clock`."""
-        return super().clock if self.device == "cpu" else ELAPSED
+        return super().clock if self.device == "cpu" else ELAPSED_TIME
 
     @contextmanager
-    def opened(self, model: nn.Module, inputs: Inputs) -> Generator[Pass]:
+    def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
         moved = tuple(tensor.detach().to(self.device) for tensor in inputs)
         placed = self._prepared(eval_copy(model).to(self.device))
@@ -153,10 +150,10 @@ class TorchEager(Target):
         with torch_threads(self.threads), torch.inference_mode():
             yield run
 
-    def seconds_alone(self, shape: LayerShape) -> float:
-        """See `Target.seconds_alone`: its kernels alone; norms and activations are operations of their own here."""
-        with TorchEager.opened(_bare(self), shape.module(), (shape.example(self.batch),)) as run:
-            return _alone.call_seconds(run, self.clock)
+    def layer_seconds(self, shape: LayerShape) -> float:
+        """See `Target.layer_seconds`: norms and activations are operations of their own here."""
+        with TorchEager.opened(_uncompiled(self), shape.module(), (shape.example(self.batch),)) as run:
+            return call_seconds(run, self.clock)
 
     def _prepared(self, model: nn.Module) -> Callable[..., object]:
         return model
@@ -164,12 +161,12 @@ class TorchEager(Target):
 
 @dataclass(frozen=True)
 class TorchCompiled(TorchEager):
-    """PyTorch with `torch.compile` (inductor); compiling is not counted.
+    """PyTorch with `torch.compile` (inductor); compilation is not counted.
 
-    A layer alone is timed uncompiled, as compiling each would take hours; measurements of whole models correct it.
+    A layer alone is timed uncompiled, as compiling each would take hours; measurements of whole models correct that.
 
     Attributes:
-        threads: On the CPU; ignored elsewhere.
+        threads: Threads on the CPU; ignored elsewhere.
         batch: Samples per pass.
         device: Such as ``cpu`` or ``cuda``.
     """
@@ -180,22 +177,22 @@ class TorchCompiled(TorchEager):
         return f"{_package('torch')}, compiled, on {_device_name(self.device)}"
 
     @contextmanager
-    def opened(self, model: nn.Module, inputs: Inputs) -> Generator[Pass]:
+    def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
-        with same_environment(), super().opened(model, inputs) as run:
+        with preserve_environment(), super().opened(model, inputs) as run:
             yield run
 
     def _prepared(self, model: nn.Module) -> Callable[..., object]:
-        torch.compiler.reset()  # Code for the last model would count as a recompilation of this one.
+        torch.compiler.reset()  # Otherwise the code of the last model counts as a recompilation of this one.
         return torch.compile(model)
 
 
-def _bare(target: TorchEager) -> TorchEager:
+def _uncompiled(target: TorchEager) -> TorchEager:
     return TorchEager(target.threads, target.batch, target.device)
 
 
 def _finisher(device: str) -> Callable[[], object]:
-    """Waits for the work that was given to a device."""
+    """Return a function that waits for the work of a device."""
     kind = torch.device(device).type
     if kind == "cpu":
         return lambda: None

@@ -1,8 +1,4 @@
-"""Passes that take turns, so that whatever else slows the machine down slows all of them down.
-
-Single layers of any width, to be timed alone.
-
-One layer alone on a target."""
+"""The clockwork of latency: passes timed in turns, and single layers of any width timed alone."""
 
 import json
 import math
@@ -21,9 +17,9 @@ from secateur._runtime import Clock, no_garbage_collection
 Pass = Callable[[], object]
 """One forward pass, finished when it returns."""
 
-_LEAST_TURN_S = 0.02
-"""A turn repeats short passes until it takes at least this long, far above the clock's and the call's overhead."""
-_MOST_CALLS = 1000
+_MIN_TURN_S = 0.02
+"""Seconds that a turn takes at least, by repeating short passes: far above the overhead of clock and call."""
+_MAX_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Quartiles:
 
     Attributes:
         lower: First quartile.
-        median: The middle.
+        median: Second quartile.
         upper: Third quartile.
     """
 
@@ -42,17 +38,29 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quartiles":
-        """The quartiles of at least two values."""
+        """Compute the quartiles of at least two values."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     @property
     def spread(self) -> float:
-        """(upper - lower) / median, dimensionless: half of all values lie within."""
+        """(upper - lower) / median, dimensionless; half of all values lie in that range."""
         return (self.upper - self.lower) / self.median
 
 
-def take_turns(passes: Sequence[Pass], clock: Clock, rounds: int, warmup: int) -> list[tuple[float, ...]]:
-    """Seconds per call of every pass in each round; the order is turned round from one round to the next."""
+def time_in_turns(passes: Sequence[Pass], clock: Clock, rounds: int, warmup: int) -> list[tuple[float, ...]]:
+    """Time passes in turns, so that whatever slows down the machine slows down all of them.
+
+    The order is reversed from one round to the next.
+
+    Args:
+        passes: What to time.
+        clock: What counts as time.
+        rounds: Rounds to measure.
+        warmup: Rounds that are run first and not counted.
+
+    Returns:
+        For each round the seconds per call of every pass.
+    """
     calls = [_calls_per_turn(run, clock) for run in passes]
     found: list[tuple[float, ...]] = []
     forth = range(len(passes))
@@ -66,7 +74,7 @@ def take_turns(passes: Sequence[Pass], clock: Clock, rounds: int, warmup: int) -
 
 
 def seconds_per_call(run: Pass, calls: int, clock: Clock) -> float:
-    """Mean over some calls in a row."""
+    """Return the mean seconds of some calls in a row."""
     begin = clock.read()
     for _ in range(calls):
         run()
@@ -75,7 +83,7 @@ def seconds_per_call(run: Pass, calls: int, clock: Clock) -> float:
 
 def _calls_per_turn(run: Pass, clock: Clock) -> int:
     run()
-    return min(_MOST_CALLS, max(1, round(_LEAST_TURN_S / max(seconds_per_call(run, 3, clock), 1e-9))))
+    return min(_MAX_CALLS, max(1, round(_MIN_TURN_S / max(seconds_per_call(run, 3, clock), 1e-9))))
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,11 +97,11 @@ class ConvolutionShape:
         out: Output channels.
         read: Input channels of one group.
         groups: Number of groups; read * groups input channels.
-        size: Of the input, without batch and channels.
-        kernel: Of the window, as many numbers as ``size``.
-        stride: The same.
-        padding: The same.
-        dilation: The same.
+        size: Size of the input without batch and channels.
+        kernel: Size of the window; it, stride, padding and dilation have as many numbers as ``size``.
+        stride: Stride of the window.
+        padding: Padding on both sides.
+        dilation: Dilation of the window.
     """
 
     out: int
@@ -106,7 +114,7 @@ class ConvolutionShape:
     dilation: tuple[int, ...]
 
     def module(self) -> nn.Module:
-        """The layer, with weights drawn at random from a generator of its own."""
+        """The layer, with random weights from a generator of its own."""
         kind = _CONVOLUTIONS[len(self.kernel) - 1]
         layer = kind(
             self.read * self.groups,
@@ -118,10 +126,10 @@ class ConvolutionShape:
             self.groups,
             device="meta",
         )
-        return _drawn(layer)
+        return _with_random_weights(layer)
 
     def example(self, batch: int) -> Tensor:
-        """An input."""
+        """Return an input of random numbers."""
         return _noise(batch, self.read * self.groups, *self.size)
 
 
@@ -132,7 +140,7 @@ class LinearShape:
     Attributes:
         out: Output features.
         read: Input features.
-        rows: Vectors it is applied to for one sample, such as tokens.
+        rows: Number of vectors it is applied to for one sample, such as tokens.
     """
 
     out: int
@@ -140,11 +148,11 @@ class LinearShape:
     rows: int
 
     def module(self) -> nn.Module:
-        """The layer, with weights drawn at random from a generator of its own."""
-        return _drawn(nn.Linear(self.read, self.out, device="meta"))
+        """The layer, with random weights from a generator of its own."""
+        return _with_random_weights(nn.Linear(self.read, self.out, device="meta"))
 
     def example(self, batch: int) -> Tensor:
-        """An input: with one row for each sample (batch, read), else (batch, rows, read)."""
+        """Return an input of random numbers: (batch, read) with one row for each sample, else (batch, rows, read)."""
         return _noise(batch, self.read) if self.rows == 1 else _noise(batch, self.rows, self.read)
 
 
@@ -152,15 +160,15 @@ LayerShape = ConvolutionShape | LinearShape
 
 
 def shape_of(layer: nn.Module, macs: float) -> LayerShape | None:
-    """The shape of a layer of a traced model at its full widths.
+    """Return the shape of a layer of a traced model at its full widths.
 
     Args:
         layer: Any module.
-        macs: Multiply-accumulates of its one operation for one sample; they tell how often its weights are used.
+        macs: Multiply-accumulates of its one operation for one sample, which tell how often its weights are used.
 
     Returns:
-        None if it is neither a convolution nor a linear layer. The input of a convolution is taken to be square, and as
-        large as the outputs say, which is what padding and stride leave of the real one.
+        None if it is neither a convolution nor a linear layer. The input of a convolution is assumed to be square, with
+        the smallest size that gives its outputs.
     """
     weight = cast(Tensor | None, getattr(layer, "weight", None))
     if weight is None or not weight.numel():
@@ -171,7 +179,7 @@ def shape_of(layer: nn.Module, macs: float) -> LayerShape | None:
     if not isinstance(layer, _CONVOLUTIONS):
         return None
     kernel, stride, dilation = (_numbers(getattr(layer, name)) for name in ("kernel_size", "stride", "dilation"))
-    # timm's convolutions pad by themselves and say so with zeros; torch's may say it with a word.
+    # timm's convolutions pad in their own forward and have zeros here; torch's padding may be a string.
     padding = tuple(0 for _ in kernel) if isinstance(layer.padding, str) else _numbers(layer.padding)
     side = max(1, round(uses ** (1 / len(kernel))))
     size = tuple(
@@ -191,7 +199,7 @@ def shape_of(layer: nn.Module, macs: float) -> LayerShape | None:
 
 
 def macs_of(shape: LayerShape) -> float:
-    """Multiply-accumulates for one sample."""
+    """Return the multiply-accumulates for one sample."""
     if isinstance(shape, LinearShape):
         return float(shape.out * shape.read * shape.rows)
     parts = zip(shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True)
@@ -203,12 +211,12 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(int(each) for each in cast(tuple[int, ...], value))
 
 
-def _drawn(layer: nn.Module) -> nn.Module:
+def _with_random_weights(layer: nn.Module) -> nn.Module:
     layer = layer.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
-            # Small numbers, none of them denormal, which would be slow.
+            # Small numbers, but not denormal ones, which would be slow.
             parameter.uniform_(-0.1, 0.1, generator=generator)
     return layer
 
@@ -217,17 +225,17 @@ def _noise(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
-_RUNS = 13
-_WARM = 3
-_LEAST_S = 1e-3
+_TIMED_RUNS = 13
+_WARMUP_RUNS = 3
+_MIN_SECONDS = 1e-3
 _KERNELS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
-"""Names that ONNX Runtime gives to the kernel of a layer; other nodes convert layouts around it."""
+"""Names of ONNX Runtime for the kernel of a layer; other nodes convert memory layouts around it."""
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """The mean of the lower half without its lowest value, in seconds.
+    """Return the mean of the lower half without its lowest value, in seconds.
 
-    Whatever else the machine does can only add time, so the upper half says more of that than of the layer; the mean
+    Other work of the machine can only add time, so the upper half says more about that than about the layer. The mean
     of several is finer than the clock of a profile, which counts microseconds.
     """
     ordered = sorted(seconds)
@@ -235,13 +243,13 @@ def typical(seconds: Sequence[float]) -> float:
 
 
 def call_seconds(run: Callable[[], object], clock: Clock) -> float:
-    """Seconds of a pass, called often enough in a row for the clock."""
+    """Time a pass, called often enough in a row for the clock."""
     run()
     began = clock.read()
     run()
-    calls = max(1, round(_LEAST_S / max(clock.read() - began, 1e-7)))
+    calls = max(1, round(_MIN_SECONDS / max(clock.read() - began, 1e-7)))
     found: list[float] = []
-    for _ in range(_RUNS):
+    for _ in range(_TIMED_RUNS):
         began = clock.read()
         for _ in range(calls):
             run()
@@ -250,25 +258,25 @@ def call_seconds(run: Callable[[], object], clock: Clock) -> float:
 
 
 def kernel_seconds(session: Any, shape: LayerShape, batch: int) -> float:
-    """Seconds of the kernel of a one-layer session that was opened with a profile."""
+    """Time the kernel of a one-layer session that was opened with a profile."""
     fed = {session.get_inputs()[0].name: shape.example(batch).numpy()}
-    for _ in range(_WARM + _RUNS):
+    for _ in range(_WARMUP_RUNS + _TIMED_RUNS):
         session.run(None, fed)
     return profiled(json.loads(Path(session.end_profiling()).read_text()))
 
 
 def profiled(events: object) -> float:
-    """Seconds of the layer's kernels in a profile of ONNX Runtime with one layer; the first runs are left out."""
+    """Sum the seconds of the kernels in a profile of ONNX Runtime of one layer; the first runs are left out."""
     by_node: dict[str, list[float]] = {}
     for event in cast(list[dict[str, Any]], events):
         name, operator = str(event.get("name", "")), event.get("args", {}).get("op_name")
         if event.get("cat") == "Node" and name.endswith("_kernel_time") and operator in _KERNELS:
             by_node.setdefault(name, []).append(1e-6 * float(event["dur"]))
-    return sum(typical(seconds[_WARM:] or seconds) for seconds in by_node.values())
+    return sum(typical(seconds[_WARMUP_RUNS:] or seconds) for seconds in by_node.values())
 
 
 def onnx_of(shape: LayerShape, batch: int) -> bytes:
-    """One layer as the content of an ONNX file, written without an exporter, which would take seconds for each."""
+    """Write one layer as the content of an ONNX file, without an exporter, which would take seconds for each."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 

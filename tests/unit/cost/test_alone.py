@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.cost import ConvolutionShape, LinearShape, OnnxRuntime, TorchEager, counted_macs
+from secateur.cost import ConvolutionShape, LinearShape, OnnxRuntime, TorchEager, count_macs
 from secateur.cost import timing as _alone
 from secateur.cost import timing as _layers
 
@@ -22,11 +22,11 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
 def test_shape_of_a_convolution_has_its_macs(layer: nn.Module) -> None:
     example = torch.randn(1, layer.in_channels, *[17] * len(layer.kernel_size))
-    shape = _layers.shape_of(layer, counted_macs(layer, example))
+    shape = _layers.shape_of(layer, count_macs(layer, example))
     assert isinstance(shape, ConvolutionShape)
     again = shape.module()
     assert {n: p.shape for n, p in again.named_parameters() if n == "weight"} == {"weight": layer.weight.shape}
-    assert _layers.macs_of(shape) == counted_macs(again, shape.example(1))
+    assert _layers.macs_of(shape) == count_macs(again, shape.example(1))
     if layer.stride[0] == layer.stride[-1] and layer.kernel_size[0] == layer.kernel_size[-1]:
         assert again(shape.example(1)).shape == layer(example).shape
 
@@ -71,7 +71,7 @@ def test_drawing_weights_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize("target", [OnnxRuntime(), TorchEager()])
 def test_a_layer_alone_takes_time(target: OnnxRuntime | TorchEager) -> None:
     shape = ConvolutionShape(8, 8, 1, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
-    assert 0 < target.seconds_alone(shape) < 1
+    assert 0 < target.layer_seconds(shape) < 1
 
 
 def test_typical_leaves_out_what_other_programs_added() -> None:

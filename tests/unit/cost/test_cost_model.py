@@ -5,17 +5,19 @@ from hand_graphs import HAND_GRAPHS, Concat, Flat, Plain, concat, depthwise, fla
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params, format_count
+from secateur.cost import Cost, CostModel, count_macs, count_params, format_count
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph import ChannelAxis, ChannelGraph, Extent, Operation
+
+pytestmark = pytest.mark.window
 
 
 @pytest.mark.parametrize("make", HAND_GRAPHS.values(), ids=HAND_GRAPHS)
 def test_whole_model_costs_what_is_counted_by_running_it(make):
     model, graph = make()
     original = CostModel(graph).original
-    assert original.params == counted_params(model)
-    assert original.macs == counted_macs(model, torch.zeros(graph.example_shape))
+    assert original.params == count_params(model)
+    assert original.macs == count_macs(model, torch.zeros(graph.example_shape))
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (3, 7), (8, 11)])
@@ -23,7 +25,7 @@ def test_narrow_model_costs_what_a_model_built_narrow_counts(first, second):
     _, graph = plain()
     built = Plain(first, second)
     cost = CostModel(graph).cost(Architecture.of({"conv1": range(first), "conv2": range(second)}))
-    assert cost == Cost(counted_macs(built, torch.zeros(1, 3, 8, 8)), counted_params(built))
+    assert cost == Cost(count_macs(built, torch.zeros(1, 3, 8, 8)), count_params(built))
 
 
 def test_flatten_multiplies_the_width():
@@ -136,7 +138,7 @@ def test_counting_leaves_the_model_and_the_random_state_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    assert counted_macs(model, torch.randn(7, 3, 5, 5, generator=torch.Generator().manual_seed(0))) == 4 * 3 * 25
+    assert count_macs(model, torch.randn(7, 3, 5, 5, generator=torch.Generator().manual_seed(0))) == 4 * 3 * 25
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
@@ -146,7 +148,7 @@ def test_attention_is_counted_without_its_fast_path():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     enabled = torch.backends.mha.get_fastpath_enabled()
     # 5 tokens: q, k, v and output projections, scores and their use, two linears
-    assert counted_macs(layer, torch.zeros(1, 5, 8)) == 5 * 8 * 8 * 4 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
+    assert count_macs(layer, torch.zeros(1, 5, 8)) == 5 * 8 * 8 * 4 + 2 * 5 * 5 * 8 + 2 * 5 * 8 * 16
     assert torch.backends.mha.get_fastpath_enabled() == enabled
 
 
@@ -155,12 +157,12 @@ def test_several_inputs_are_counted():
         def forward(self, x, y):
             return x @ y.T
 
-    assert counted_macs(Two(), (torch.zeros(4, 3), torch.zeros(4, 3))) == 3
+    assert count_macs(Two(), (torch.zeros(4, 3), torch.zeros(4, 3))) == 3
 
 
 def test_shared_parameters_count_once():
     first = nn.Linear(3, 3, bias=False)
-    assert counted_params(nn.Sequential(first, first)) == 9
+    assert count_params(nn.Sequential(first, first)) == 9
 
 
 def test_cost_round_trips_through_json():
@@ -206,6 +208,6 @@ def test_a_parameter_that_is_handed_to_a_module_is_no_obstacle():
             return self.fc(self.token.expand(len(x), -1, -1)) + self.fc(x)
 
     model = Given()
-    assert counted_macs(model, torch.ones(2, 5, 4)) == 12 + 60
+    assert count_macs(model, torch.ones(2, 5, 4)) == 12 + 60
     assert model.token.requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -8,11 +8,13 @@ from torch import nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
 from secateur.prune import apply_architecture
 from secateur.search import SearchSpace
+
+pytestmark = pytest.mark.window
 
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
@@ -29,11 +31,11 @@ def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
 def check(model: nn.Module, example: torch.Tensor, seeds: range) -> None:
     graph = trace(model, example)
     costs = CostModel(graph)
-    assert costs.original == Cost(counted_macs(model, example), counted_params(model))
+    assert costs.original == Cost(count_macs(model, example), count_params(model))
     for seed in seeds:
         architecture = random_architecture(graph, seed)
         cut = apply_architecture(model, graph, architecture)
-        assert costs.cost(architecture) == Cost(counted_macs(cut, example), counted_params(cut))
+        assert costs.cost(architecture) == Cost(count_macs(cut, example), count_params(cut))
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -9,11 +9,13 @@ from torch import nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
 from secateur.prune import cut
+
+pytestmark = pytest.mark.window
 
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
@@ -29,7 +31,7 @@ def check(model: nn.Module, example: torch.Tensor, seeds: range, blocks: int) ->
     assert len(graph.removable) == blocks
     for seed in seeds:
         made = cut(model, graph, random_architecture(graph, seed))
-        counted = Cost(counted_macs(made.model, example), counted_params(made.model))
+        counted = Cost(count_macs(made.model, example), count_params(made.model))
         assert CostModel(made.graph).cost(made.architecture) == counted
         assert 0 < len(made.architecture.removed_blocks) < blocks
 

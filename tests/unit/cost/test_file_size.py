@@ -76,7 +76,7 @@ def test_untied_branches_never_cost_more_than_is_said(tmp_path):
     size, column = FileSize.of(model, graph), {axis.name: n for n, axis in enumerate(graph.prunable)}
     kept = {axis.name: range(axis.size // 2, axis.size) for axis in graph.prunable}
     for axis in graph.prunable:
-        if axis.into in column:
+        if axis.residual_axis in column:
             kept[axis.name] = range(axis.size // 2, axis.size, 2)
     small = cut(model, graph, Architecture.of(kept)).model
     widths = np.array([[len(kept[axis.name]) for axis in graph.prunable]])

@@ -7,7 +7,7 @@ import zoo
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import CostModel, LatencyModel, TimeGrid, counted_macs, ends_of, timeable
+from secateur.cost import CostModel, LatencyModel, TimeGrid, count_macs, layer_extents, timeable_operations
 from secateur.graph import trace
 from secateur.prune import apply_architecture
 
@@ -41,8 +41,8 @@ def made() -> tuple[nn.Module, object]:
 def proportional(graph, seconds_per_mac: float = 1e-9) -> dict[str, TimeGrid]:
     """Times that are a constant per layer plus so much per weight."""
     found = {}
-    for name in timeable(graph):
-        out, read = (extent.at(graph.sizes) for extent in ends_of(graph, name))
+    for name in timeable_operations(graph):
+        out, read = (extent.at(graph.sizes) for extent in layer_extents(graph, name))
         outs, reads = np.unique([16, out]), np.unique([16, read])
         found[name] = TimeGrid(outs, reads, 1e-6 + seconds_per_mac * outs[:, None] * reads[None, :])
     return found
@@ -50,7 +50,7 @@ def proportional(graph, seconds_per_mac: float = 1e-9) -> dict[str, TimeGrid]:
 
 def test_layers_with_one_operation_and_a_weight_can_be_timed():
     _, graph = made()
-    assert list(timeable(graph)) == ["first", "inner", "back", "head"]
+    assert list(timeable_operations(graph)) == ["first", "inner", "back", "head"]
 
 
 def test_seconds_are_the_sum_that_the_docstring_says():
@@ -64,7 +64,7 @@ def test_seconds_are_the_sum_that_the_docstring_says():
     small = apply_architecture(model, graph, architecture)
     layers = sum(1e-6 + 1e-9 * out * read for out, read in ((16, 3), (24, 16), (16, 24), (5, 16)))
     timed = sum(4 * 4 * out * read * k for out, read, k in ((16, 3, 9), (24, 16, 1), (16, 24, 1))) + 5 * 16
-    others = counted_macs(small, EXAMPLE) - timed
+    others = count_macs(small, EXAMPLE) - timed
     assert others == 2 * 16 * 16 * 16
     elements = 16 * 16 + 24 * 16 + 16 * 16 + 5
     assert latency.of_widths(widths) == pytest.approx([0.5 * (1.5 * layers + 2e-9 * others + 3e-9 * elements + 4e-6)])

@@ -43,7 +43,7 @@ def test_records_of_both_runtimes() -> None:
     for record, runtime in ((by_onnx, "onnxruntime"), (by_torch, "torch")):
         assert record.runtime.startswith(runtime)
         assert (record.batch_size, record.threads, record.rounds) == (1, 1, 4)
-        assert record.clock == _clock.ONE_THREAD.name
+        assert record.clock == _clock.PROCESSOR_TIME.name
         for spread in (record.before, record.after, record.speedup):
             assert 0 < spread.lower <= spread.median <= spread.upper
         assert record.machine["cpu"]
@@ -68,7 +68,7 @@ def test_turns_alternate() -> None:
 
         return play
 
-    seconds = _turns.take_turns([player(0, 0.04), player(1, 0.03)], clock, rounds=4, warmup=1)
+    seconds = _turns.time_in_turns([player(0, 0.04), player(1, 0.03)], clock, rounds=4, warmup=1)
     assert played[8:] == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1]
     assert [pair[0] for pair in seconds] == pytest.approx([0.04] * 4)
     assert [pair[1] for pair in seconds] == pytest.approx([0.03] * 4)
@@ -84,8 +84,8 @@ def test_record_takes_the_median_of_pairwise_ratios() -> None:
 
 def test_time_of_other_programs_is_not_counted() -> None:
     """A thread that sleeps stands for one that has to wait for the processor."""
-    assert _turns.seconds_per_call(lambda: time.sleep(0.02), 2, _clock.ELAPSED) >= 0.02
-    assert _turns.seconds_per_call(lambda: time.sleep(0.02), 2, _clock.ONE_THREAD) < 0.01
+    assert _turns.seconds_per_call(lambda: time.sleep(0.02), 2, _clock.ELAPSED_TIME) >= 0.02
+    assert _turns.seconds_per_call(lambda: time.sleep(0.02), 2, _clock.PROCESSOR_TIME) < 0.01
 
 
 def test_settings_come_back_when_a_model_fails() -> None:
@@ -157,8 +157,8 @@ def test_every_target_runs_a_model_and_leaves_it_alone(target: Target) -> None:
 def test_targets_have_different_keys() -> None:
     targets = [OnnxRuntime(), OnnxRuntime(2), OnnxRuntime(1, 2), TorchEager(), TorchCompiled()]
     assert len({target.key for target in targets}) == 5
-    assert OnnxRuntime(2).clock is _clock.ELAPSED
-    assert OnnxRuntime(1).clock is _clock.ONE_THREAD
+    assert OnnxRuntime(2).clock is _clock.ELAPSED_TIME
+    assert OnnxRuntime(1).clock is _clock.PROCESSOR_TIME
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntime, TorchEager, TorchCompiled])

@@ -1,4 +1,4 @@
-"""What a hostile file must not do, watched for while it is read: run code, write, connect, or take for ever."""
+"""Watch for what a hostile file must not do while it is read: run code, write, connect, or take too long."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 from secateur.errors import SecateurError
 
 SECONDS = 60
-"""In which every refusal must come, on a busy machine too."""
+"""Seconds within which every refusal must come, on a busy machine too."""
 LONGEST_MESSAGE = 2_000
 
 _FORBIDDEN = (
@@ -33,7 +33,7 @@ _FORBIDDEN = (
     "ctypes.dlopen",
 )
 _ASKS_FOR_A_GPU = ("ctypes.dlopen", ("libnvidia-ml.so.1",))
-"""What torch does once in a process, whoever is the first to need a device."""
+"""Events that torch causes once per process, when a device is first needed."""
 _WRITES = frozenset("wax+")
 _seen: list[str] = []
 _watching = False
@@ -51,7 +51,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def watched() -> Generator[None]:
-    """Fails if what runs inside of it does what only code can do, or takes too long."""
+    """Fail if the code inside the context imports, writes, connects or starts processes, or takes too long."""
     global _installed, _watching  # noqa: PLW0603
     if not _installed:
         sys.addaudithook(_hook)
@@ -74,7 +74,7 @@ def watched() -> Generator[None]:
 
 
 def refusal(action: Any, *arguments: Any, **named: Any) -> tuple[str | None, Any]:
-    """The message with which something is refused, or None and what it returned; any other error is a bug."""
+    """Return the message of a refusal and None, or None and the result; any other error is a bug."""
     with watched():
         try:
             return None, action(*arguments, **named)
@@ -86,7 +86,7 @@ def refusal(action: Any, *arguments: Any, **named: Any) -> tuple[str | None, Any
 
 
 def everything_in(folder: Path) -> dict[str, object]:
-    """Names, kinds and contents, to see that nothing was written."""
+    """Return names, kinds and contents of a folder, to check that nothing was written."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else None
         for path in sorted(folder.rglob("*"))

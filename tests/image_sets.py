@@ -1,4 +1,4 @@
-"""Small image sets on disk, in the layouts that users have: what the tests of data write."""
+"""Write small image sets to disk in the layouts that users have."""
 
 import io
 import json

@@ -29,7 +29,7 @@ HEADROOM = 4 * 2**30
 
 
 def limit_memory() -> None:
-    """Whatever would take much more than the bound fails at once, and does not trouble the machine."""
+    """Limit the address space, so that an allocation far above the bound fails instead of burdening the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + HEADROOM
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -56,7 +56,7 @@ def png(side: int) -> bytes:
 
 
 def artifacts(good: Good, folder: Path) -> list[Callable[[], object]]:
-    """Each writes an artifact and reads it."""
+    """Functions that each write an artifact and read it."""
 
     def signed(path: tuple[object, ...], new: object) -> Callable[[], object]:
         return lambda: verify(good.write(folder, manifest=replaced(good.manifest, path, new)))
@@ -101,7 +101,7 @@ def artifacts(good: Good, folder: Path) -> list[Callable[[], object]]:
 
 
 def others(folder: Path) -> list[Callable[[], object]]:
-    """Weights files and data sets."""
+    """Functions that each write weights or a data set and read them."""
     bomb = folder / "w.pt"
 
     def weights(content: bytes) -> Callable[[], object]:
@@ -137,7 +137,7 @@ def others(folder: Path) -> list[Callable[[], object]]:
 
 
 def main(folder: Path) -> None:
-    """Read everything."""
+    """Read all of them, and print the growth."""
     good = good_artifact(folder / "good")
     assert verify(folder / "good").passed
     bombs = [*artifacts(good, folder / "bomb"), *others(folder)]
@@ -152,7 +152,7 @@ def main(folder: Path) -> None:
 
 
 def refusal_of(bomb: Callable[[], object]) -> tuple[str | None, object]:
-    """Without the watch for writes: the bombs write their own files."""
+    """Run without watching for writes, because the tests write their own files."""
     from secateur.errors import SecateurError
 
     try:

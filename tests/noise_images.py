@@ -1,4 +1,4 @@
-"""Noise of four classes for the tests of the pipeline: small enough to run the whole way."""
+"""Noise images of four classes for tests of whole pipelines."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ def noise_split(n: int, seed: int) -> MemorySplit:
     """Images of 8 x 8 pixels."""
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalization.usual(3))
+    return MemorySplit(images, torch.arange(n) % 4, Normalization.default(3))
 
 
 def noise_data(train: MemorySplit | None = None) -> ImageData:
-    """64 images to learn from, or others; 16 to validate, 32 to test."""
-    normalization = Normalization.usual(3)
+    """64 training images by default, 16 validation images and 32 test images."""
+    normalization = Normalization.default(3)
     return ImageData(
         train=train or noise_split(64, 0),
         validation=noise_split(16, 1),
@@ -31,7 +31,7 @@ def noise_data(train: MemorySplit | None = None) -> ImageData:
 
 
 class Dying(MemorySplit):
-    """Training images that are interrupted in the second epoch."""
+    """Training images that raise KeyboardInterrupt in the second epoch."""
 
     def batches(self, *args: Any, epoch: int = 0, **settings: Any) -> Any:
         if settings.get("augment") is not None and epoch == 1:

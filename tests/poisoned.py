@@ -1,4 +1,4 @@
-"""Images and layers that spoil a training, for tests of how it stops."""
+"""Images and layers that make a training diverge, for tests of how it stops."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,12 +34,12 @@ class Poisoned:
 
 
 def poisoned(epoch: int, step: int) -> Any:
-    """The noise images with one such batch."""
+    """The noise images with one batch that is not finite."""
     return replace(noise(), train=Poisoned(noise().train, epoch, step))  # type: ignore[arg-type]
 
 
 class Exploding(nn.Module):
-    """A factor of one whose gradient is infinite."""
+    """A factor of 1 whose gradient is infinite."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Spoiled images and tables of strangers: refused with one clear message, or read as what they are."""
+"""Corrupt and hostile images and tables are refused with one clear message, or read correctly."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def image_folder(folder: Path, odd: bytes, name: str = "5.png") -> Path:
 
 
 def read_all(folder: Path, **settings: Any) -> int:
-    """Load a set and go over all its images."""
+    """Load a data set and read all its images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = load_data(folder, **settings)
@@ -88,7 +88,7 @@ def read_all(folder: Path, **settings: Any) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every module is there before any is watched."""
+    """Import all modules before a test watches for imports."""
     folder = tmp_path_factory.mktemp("warm")
     table(folder / "a", {})
     for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF"):
@@ -99,7 +99,7 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("name", IMAGES)
-def test_spoiled_images_in_a_folder(tmp_path: Path, name: str, size: int | None):
+def test_corrupt_images_in_a_folder(tmp_path: Path, name: str, size: int | None):
     folder = image_folder(tmp_path / "set", IMAGES[name])
     before = everything_in(folder)
     said, _ = refusal(read_all, folder, image_size=size)
@@ -116,7 +116,7 @@ def test_flipped_images(tmp_path: Path, kind: str, seed: int):
 
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("what", ["pipe", "device", "dead link", "folder"])
-def test_images_that_are_no_files(tmp_path: Path, what: str, size: int | None):
+def test_images_that_are_not_regular_files(tmp_path: Path, what: str, size: int | None):
     folder = image_folder(tmp_path / "set", b"")
     odd = folder / "train" / "b" / "5.png"
     odd.unlink()
@@ -176,7 +176,7 @@ TABLES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("name", TABLES)
-def test_spoiled_columns(tmp_path: Path, name: str, size: int | None):
+def test_corrupt_columns(tmp_path: Path, name: str, size: int | None):
     folder = table(tmp_path / "set", TABLES[name])
     before = everything_in(folder)
     said, _ = refusal(read_all, folder, image_size=size)
@@ -185,7 +185,7 @@ def test_spoiled_columns(tmp_path: Path, name: str, size: int | None):
 
 
 @pytest.mark.parametrize("name", ["a vast label", "the largest label"])
-def test_labels_without_names_are_bounded(tmp_path: Path, name: str):
+def test_the_number_of_unnamed_classes_is_bounded(tmp_path: Path, name: str):
     said, _ = refusal(read_all, table(tmp_path / "set", TABLES[name], raw=b"{}"))
     assert said is not None
     assert "must have fewer than 131072 classes" in said
@@ -194,12 +194,12 @@ def test_labels_without_names_are_bounded(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     "raw", [b"[" * 100_000, b"\xff", b'{"info": {"features": 3}}', b'{"info": {"features": {"label": {"names": 7}}}}']
 )
-def test_spoiled_metadata_names_nothing(tmp_path: Path, raw: bytes):
+def test_corrupt_metadata_gives_no_class_names(tmp_path: Path, raw: bytes):
     assert refusal(read_all, table(tmp_path / "set", {}, raw=raw)) == (None, 2 * ROWS - 1)
 
 
-def test_one_large_image_said_a_thousand_times(tmp_path: Path):
-    """A kilobyte of file, a gigabyte of images."""
+def test_one_large_image_repeated_a_thousand_times(tmp_path: Path):
+    """The file has a kilobyte and claims a gigabyte of images."""
     once = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([bytes(2**20)]))
     columns = {"img": once, "label": pa.array([0, 1] * 500)}
     settings: dict[str, Any] = {"compression": "zstd", "dictionary_pagesize_limit": 2**22, "store_schema": False}
@@ -212,7 +212,7 @@ def test_one_large_image_said_a_thousand_times(tmp_path: Path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 2**10  # kilobytes
 
 
-def test_a_long_thin_image_does_not_become_a_huge_one(tmp_path: Path):
+def test_a_long_thin_image_is_not_resized_to_a_huge_one(tmp_path: Path):
     said, _ = refusal(read_all, image_folder(tmp_path / "set", picture(size=(1, 20_000))), image_size=224)
     assert said is not None
     assert "must not be much longer than wide" in said
@@ -227,7 +227,7 @@ def test_flipped_tables(tmp_path: Path, seed: int):
 
 
 @pytest.mark.parametrize("seed", [969, 1475, 1592, 1689])
-def test_damaged_statistics_do_not_end_the_process(tmp_path: Path, seed: int):
+def test_damaged_statistics_do_not_abort_the_process(tmp_path: Path, seed: int):
     """pyarrow 26 aborts when it is asked for the column of a group in files like these."""
     folder = table(tmp_path / "set", {})
     path = folder / "train-00000-of-00001.parquet"
@@ -260,7 +260,7 @@ def test_more_rows_than_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("what", ["pipe", "device", "folder"])
-def test_tables_that_are_no_files(tmp_path: Path, what: str):
+def test_tables_that_are_not_regular_files(tmp_path: Path, what: str):
     path = table(tmp_path / "set", {}) / "train-00000-of-00001.parquet"
     path.unlink()
     if what == "pipe":
@@ -273,14 +273,14 @@ def test_tables_that_are_no_files(tmp_path: Path, what: str):
     assert said
 
 
-def test_names_of_shards_are_no_numbers_to_count_to(tmp_path: Path):
+def test_huge_shard_counts_in_file_names_are_harmless(tmp_path: Path):
     folder = table(tmp_path / "set", {})
     (folder / "train-00000-of-00001.parquet").rename(folder / f"train-00000-of-{10**15}.parquet")
     assert refusal(read_all, folder) == (None, 2 * ROWS - 1)
 
 
 @pytest.mark.slow
-def test_thousands_of_flips(tmp_path: Path):
+def test_thousands_of_flipped_tables(tmp_path: Path):
     folder = table(tmp_path / "set", {})
     path = folder / "train-00000-of-00001.parquet"
     content = path.read_bytes()

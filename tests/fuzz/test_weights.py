@@ -1,4 +1,4 @@
-"""Spoiled weights files of strangers: refused with one clear message, or the numbers that the file holds."""
+"""Corrupt and hostile weight files are refused with one clear message, or give the numbers in the file."""
 
 import io
 import pickle
@@ -56,7 +56,7 @@ def _warm(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def refused_or_loaded(path: Path) -> str | None:
-    """The message, or None; a refused file leaves the model as it was."""
+    """Return the error message, or None; a refused file leaves the model unchanged."""
     model, before = digits_resnet(), everything_in(path.parent)
     old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said, _ = refusal(load_weights_, model, path)
@@ -94,7 +94,7 @@ NAMES = ["w.pt", "w.pth", "w.bin", "w.safetensors", "w"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_never_runs(tmp_path: Path, state: dict[str, Tensor], name: str, zipped: bool):
+def test_code_in_weights_never_runs(tmp_path: Path, state: dict[str, Tensor], name: str, zipped: bool):
     mark = tmp_path / "ran"
     for spoiled in ({"state_dict": state, "args": Touch(mark)}, Touch(mark), {Touch(mark): 1}):
         (tmp_path / name).write_bytes(torch_file(spoiled, _use_new_zipfile_serialization=zipped))
@@ -141,7 +141,7 @@ def made(name: str, tmp_path: Path) -> bytes:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_files_that_are_something_else(tmp_path: Path, name: str, suffix: str):
+def test_files_of_other_kinds(tmp_path: Path, name: str, suffix: str):
     path = tmp_path / f"w{suffix}"
     content = FILES[name]
     path.write_bytes(made(name, tmp_path) if content is None else content)
@@ -167,7 +167,7 @@ HEADERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers(tmp_path: Path, state: dict[str, Tensor], name: str):
+def test_corrupt_headers(tmp_path: Path, state: dict[str, Tensor], name: str):
     path = tmp_path / "w.safetensors"
     path.write_bytes(with_header(save(state), HEADERS[name]))
     assert (refused_or_loaded(path) is None) == (name == "another order")

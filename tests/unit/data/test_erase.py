@@ -35,7 +35,7 @@ def test_a_box_of_each_chosen_image_is_the_mean_color():
     assert abs(chosen - 80) < 28  # four standard deviations
 
 
-def test_boxes_are_as_large_and_long_as_said():
+def test_areas_and_aspects_of_boxes_are_uniform_as_documented():
     boxes = draw_erase_boxes(4000, 1.0, 200, 200, seed=0, epoch=0).numpy()
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0
@@ -49,7 +49,7 @@ def test_boxes_are_as_large_and_long_as_said():
     assert abs((boxes[:, 0] / (200 - height + 1)).mean() - 0.5) < 0.03
 
 
-def test_what_is_erased_depends_on_seed_epoch_and_image_only():
+def test_erased_boxes_depend_on_seed_epoch_and_image_only():
     assert torch.equal(by_label(Augment(erase=0.5)), by_label(Augment(erase=0.5), batch_size=7))
     first, second = (draw_erase_boxes(50, 0.5, 8, 8, seed=0, epoch=epoch) for epoch in (0, 1))
     assert not torch.equal(first, second)

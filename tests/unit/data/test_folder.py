@@ -29,7 +29,7 @@ def test_small_folders_are_held_in_memory(image_folder: Make, test: str):
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
 
 
-def test_image_size_that_the_images_have_keeps_them_in_memory(image_folder: Make):
+def test_images_that_already_have_image_size_are_held_in_memory(image_folder: Make):
     folder = image_folder()
     assert isinstance(load_data(folder, image_size=8).train, MemorySplit)
     assert isinstance(load_data(folder, image_size=7).train, FolderSplit)
@@ -40,7 +40,7 @@ def test_images_that_are_not_square_can_be_held_in_memory(image_folder: Make):
     assert data.size == (3, 6, 10)
 
 
-def test_limit_takes_every_class_in_turn(image_folder: Make):
+def test_limit_takes_images_of_all_classes_in_turn(image_folder: Make):
     data = load_data(image_folder(), limit=9, validation_fraction=0.3)
     counts = torch.bincount(torch.cat([data.train.labels, data.validation.labels]))
     assert counts.tolist() == [3, 3, 3]
@@ -71,7 +71,7 @@ def test_folders_beyond_the_memory_limit_are_streamed_with_equal_pixels(
         assert torch.equal(a[1], b[1])
 
 
-def test_shifts_and_flips_of_held_and_streamed_sets_are_equal(image_folder: Make, monkeypatch: pytest.MonkeyPatch):
+def test_shifts_and_flips_in_memory_and_streamed_are_equal(image_folder: Make, monkeypatch: pytest.MonkeyPatch):
     folder = image_folder()
     held = load_data(folder)
     monkeypatch.setattr(import_module("secateur.data.images"), "MEMORY_LIMIT", 1000)
@@ -106,7 +106,7 @@ def test_streamed_crops_are_parts_of_the_photograph(tmp_path: Path):
     assert float(aspect[~whole].max()) < 1.45
 
 
-def test_large_jpegs_are_decoded_smaller_for_crops_and_hardly_differ(tmp_path: Path):
+def test_large_jpegs_are_decoded_at_reduced_size_for_crops_and_hardly_differ(tmp_path: Path):
     """A smooth photograph of 1,200 x 900: a crop of most of it to 64 pixels needs an eighth of its pixels per side."""
     rows, columns = np.mgrid[0:900, 0:1200]
     waves = [128 + 100 * np.sin(rows / 90 + k) * np.cos(columns / 70) for k in range(3)]

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: the formulas, by hand and against timm's own code; labels; where purity ends."""
+"""Mixup and CutMix: the formulas, by hand and against timm's code; labels; dependence on the batch."""
 
 import random
 
@@ -28,7 +28,7 @@ def batches(source: MemorySplit, augment: Augment, batch_size: int = 16, epoch: 
     return list(source.batches(batch_size, seed=4, epoch=epoch, augment=augment))
 
 
-def test_mixup_is_its_formula():
+def test_mixup_equals_its_formula():
     source = split()
     for (mixed, labels), (plain, own) in zip(
         batches(source, Augment(**STILL, mixup=0.5)), batches(source, Augment(**STILL)), strict=True
@@ -65,7 +65,7 @@ def test_cutmix_pastes_a_box_and_shares_by_its_area():
 
 
 @given(st.floats(0, 1), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_the_box_is_timms(share: float, height: int, width: int, seed: int):
+def test_the_box_equals_that_of_timm(share: float, height: int, width: int, seed: int):
     class SameDraws:
         """Gives pasted_box the numbers that timm draws."""
 
@@ -89,7 +89,7 @@ def test_the_box_is_timms(share: float, height: int, width: int, seed: int):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_labels_with_the_losss_smoothing_are_timms(share: float, smoothing: float):
+def test_mixed_labels_with_label_smoothing_equal_those_of_timm(share: float, smoothing: float):
     labels = torch.tensor([0, 3, 3, 1, 2])
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     target = mixup_target(labels, 4, share, smoothing).double()
@@ -106,7 +106,7 @@ def test_shares_are_drawn_from_the_beta_distribution():
     assert abs(shares.var() / variance - 1) < 0.1
 
 
-def test_with_both_each_batch_has_one_of_the_two():
+def test_with_mixup_and_cutmix_each_batch_gets_one_of_them():
     mixes = draw_mixes(Augment(mixup=0.2, cutmix=1.0), 1000, 8, 8, seed=0, epoch=0)
     assert abs(sum(mix.box is not None for mix in mixes) - 500) < 64  # four standard deviations
 
@@ -121,7 +121,7 @@ def test_mixes_depend_on_seed_epoch_and_place_only():
     assert not torch.equal(whole[0][0], batches(source, augment, epoch=1)[0][0])
 
 
-def test_labels_are_probabilities_for_all_classes_that_are_known():
+def test_mixed_labels_have_a_probability_for_every_class():
     images, labels = next(batch for batch in batches(split(classes=3), Augment(mixup=0.2)))
     assert labels.dtype == torch.float32
     assert labels.shape == (len(images), 3)
@@ -132,7 +132,7 @@ def test_labels_are_probabilities_for_all_classes_that_are_known():
         MemorySplit(known.images, known.labels, BYTES, classes=2)
 
 
-def test_an_image_alone_is_mixed_with_itself():
+def test_a_batch_of_one_image_is_mixed_with_itself():
     source = split(n=17, classes=17)
     (_, _), (image, label) = batches(source, Augment(**STILL, mixup=0.5))
     own = source.images[int(label.argmax())]
@@ -140,7 +140,7 @@ def test_an_image_alone_is_mixed_with_itself():
     torch.testing.assert_close(image[0], own.float(), rtol=0, atol=1e-4)
 
 
-def test_the_callers_generators_are_left_alone():
+def test_global_generators_are_neither_read_nor_changed():
     before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     batches(split(), Augment(mixup=0.2, cutmix=1.0, erase=0.5))
     assert torch.equal(before[0], torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Hugging Face parquet folders: what is read, and what is refused."""
+"""Hugging Face parquet folders: reading them, and refusing bad ones."""
 
 import io
 import warnings
@@ -22,7 +22,7 @@ def images_of(split: object) -> np.ndarray:
     return split.images.permute(0, 2, 3, 1).numpy()  # type: ignore[attr-defined]
 
 
-def test_pixels_labels_and_names_come_out_as_they_went_in(parquet: Make):
+def test_pixels_labels_and_class_names_are_read_unchanged(parquet: Make):
     data = load_data(parquet())
     assert data.classes == CLASSES
     assert data.size == (3, 8, 8)
@@ -31,7 +31,7 @@ def test_pixels_labels_and_names_come_out_as_they_went_in(parquet: Make):
     assert data.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_train_and_validation_are_the_training_set_cut_in_two(parquet: Make):
+def test_train_and_validation_split_the_training_set(parquet: Make):
     data = load_data(parquet(), validation_fraction=0.2)
     assert (len(data.train), len(data.validation)) == (24, 6)
     rows = {row.tobytes() for split in (data.train, data.validation) for row in images_of(split)}
@@ -39,7 +39,7 @@ def test_train_and_validation_are_the_training_set_cut_in_two(parquet: Make):
     assert torch.bincount(data.validation.labels).tolist() == [2, 2, 2]
 
 
-def test_limit_is_the_first_images(parquet: Make):
+def test_limit_takes_the_first_images(parquet: Make):
     data = load_data(parquet(), limit=12)
     rows = {row.tobytes() for split in (data.train, data.validation) for row in images_of(split)}
     assert rows == {row.tobytes() for row in random_pixels(30)[:12]}
@@ -67,7 +67,7 @@ def test_a_missing_shard_warns(tmp_path: Path):
     assert len(data.train) + len(data.validation) == 6
 
 
-def test_split_may_be_the_name_of_a_subfolder_and_validation_stands_in_for_test(tmp_path: Path):
+def test_subfolders_may_name_splits_and_validation_replaces_a_missing_test(tmp_path: Path):
     save_table(tmp_path / "train" / "0000.parquet", [encode(p) for p in random_pixels(6)], [0, 1, 2] * 2)
     save_table(tmp_path / "validation" / "0000.parquet", [encode(p) for p in random_pixels(3)], [0, 1, 2])
     data = load_data(tmp_path)
@@ -270,7 +270,7 @@ def test_classes_without_images_warn(parquet: Make):
         load_data(parquet(names=(*CLASSES, "yak")))
 
 
-def test_good_data_does_not_warn(parquet: Make):
+def test_valid_data_does_not_warn(parquet: Make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(load_data(parquet()).test) == 6

@@ -1,4 +1,4 @@
-"""How files become pixels and pixels become floats: the same whatever is read at once, by however many threads."""
+"""Decoding and normalizing do not depend on how a file is read, on the number of threads, or on the parts."""
 
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ def split_of(*paths: Path) -> FolderSplit:
 
 
 def saved(path: Path, kind: str, seed: int = 0) -> Path:
-    """A JPEG of 40 x 30: plain, or one of the kinds that cameras and printers write."""
+    """A JPEG of 40 x 30 pixels: plain, or of a kind that cameras and printers write."""
     image = Image.fromarray(random_pixels(1, 30, 40, seed)[0])
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -33,14 +33,14 @@ def saved(path: Path, kind: str, seed: int = 0) -> Path:
 
 @pytest.fixture(params=["whole", "piece by piece"])
 def _read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are read at once, or are larger than what is."""
+    """Run the tests with files that are read at once, and with files above that size."""
     if request.param != "whole":
         monkeypatch.setattr(import_module("secateur.data.images"), "_MAX_READ_AT_ONCE", 10)
 
 
 @pytest.mark.usefixtures("_read")
 @pytest.mark.parametrize("kind", ["plain", "gray", "printed", "progressive", "turned"])
-def test_jpegs_have_the_pixels_that_pil_gives(tmp_path: Path, kind: str):
+def test_jpegs_have_the_pixels_that_pil_decodes(tmp_path: Path, kind: str):
     path = saved(tmp_path / "photo.jpg", kind)
     images, _ = next(split_of(path).batches(1))
     with Image.open(path) as photo:
@@ -51,7 +51,7 @@ def test_jpegs_have_the_pixels_that_pil_gives(tmp_path: Path, kind: str):
 
 @pytest.mark.usefixtures("_read")
 @pytest.mark.parametrize("augment", [None, Augment(padding=0, min_area=0.08)])
-def test_a_jpeg_cut_short_is_refused(tmp_path: Path, augment: Augment | None):
+def test_a_truncated_jpeg_is_refused(tmp_path: Path, augment: Augment | None):
     path = saved(tmp_path / "photo.jpg", "plain")
     path.write_bytes(path.read_bytes()[:800])
     with pytest.raises(
@@ -82,8 +82,8 @@ def test_batches_are_the_same_with_any_number_of_threads(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("shape", [(3, 200, 333, 3), (2, 8, 8, 1), (1, 2, 50_000, 3), (0, 4, 4, 3)])
 @pytest.mark.parametrize("whole", [True, False])
-def test_floats_are_those_of_the_formula_bit_for_bit(shape: tuple[int, ...], whole: bool):
-    """Whatever the parts that are computed at once."""
+def test_normalized_floats_equal_the_formula_bit_for_bit(shape: tuple[int, ...], whole: bool):
+    """The result does not depend on the size of the parts that are computed at once."""
     usual = Normalization.default(shape[-1])
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     given = pixels if whole else (pixels.permute(0, 3, 1, 2).contiguous().float() / 2).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, epoch), and augmentation that is what it says."""
+"""Batches are a pure function of (seed, epoch), and augmentation equals its definition."""
 
 import random
 from collections.abc import Callable
@@ -10,11 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from secateur.data import Augment, FolderSplit, ImageData, MemorySplit, Normalization, Split, draw_calibration, load_data
+from secateur.data import (
+    Augment,
+    FolderSplit,
+    ImageData,
+    MemorySplit,
+    Normalization,
+    Split,
+    draw_calibration,
+    load_data,
+)
 from secateur.errors import DataError
 
 BYTES = Normalization((0.0,) * 3, (1 / 255,) * 3)
-"""Gives the bytes back as floats."""
+"""A normalization that returns the bytes as floats."""
 
 
 def memory_split(n: int = 40, height: int = 6, width: int = 5, channels: int = 3) -> MemorySplit:
@@ -24,7 +33,7 @@ def memory_split(n: int = 40, height: int = 6, width: int = 5, channels: int = 3
 
 @pytest.fixture(params=["memory", "folder"])
 def split(request: pytest.FixtureRequest, image_folder: Callable[..., Path]) -> Split:
-    """Both kinds of split must keep one contract. Every image has a label of its own."""
+    """Both kinds of split, which must fulfill one contract. Every image has its own label."""
     if request.param == "memory":
         return memory_split()
     paths = tuple(sorted(image_folder().rglob("*.png")))
@@ -58,7 +67,7 @@ def test_batch_sizes_and_drop_last(split: Split):
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_start_leaves_out_batches_and_changes_no_other(split: Split, drop_last: bool):
+def test_start_skips_batches_and_changes_no_other(split: Split, drop_last: bool):
     settings: dict[str, object] = {"seed": 3, "epoch": 2, "augment": Augment(padding=1), "drop_last": drop_last}
     whole = list(split.batches(7, **settings))  # type: ignore[arg-type]
     for start in range(len(whole) + 2):
@@ -69,7 +78,7 @@ def test_a_start_leaves_out_batches_and_changes_no_other(split: Split, drop_last
             assert torch.equal(labels, named)
 
 
-def test_nothing_is_decoded_of_what_is_left_out(tmp_path: Path):
+def test_skipped_images_are_not_decoded(tmp_path: Path):
     paths = tuple(tmp_path / f"{n}.png" for n in range(10))  # Only the last two are there.
     for path in paths[8:]:
         Image.new("RGB", (8, 8)).save(path)
@@ -140,7 +149,7 @@ def test_subset_takes_positions_in_order(split: Split):
     assert torch.equal(images, whole[index])
 
 
-def test_normalization_is_its_formula():
+def test_normalization_equals_its_formula():
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     split = memory_split()
     pixels = split.images.double() / 255
@@ -209,7 +218,7 @@ def test_resized_crops_of_a_ramp_are_ramps_of_the_right_length():
         ({"batch_size": 1000, "drop_last": True}, r"`batch_size` must be at most the \d+ images of the split"),
     ],
 )
-def test_bad_settings_are_refused_at_the_call(split: Split, settings: dict[str, object], message: str):
+def test_bad_settings_are_refused_when_batches_is_called(split: Split, settings: dict[str, object], message: str):
     with pytest.raises(DataError, match=message):
         split.batches(**({"batch_size": 7} | settings))  # type: ignore[arg-type]
 
@@ -248,7 +257,7 @@ def test_bad_tensors_are_refused(images: Tensor, labels: Tensor, message: str):
         MemorySplit(images, labels, BYTES)
 
 
-def test_calibration_is_a_fair_sample_without_repeats(split: Split):
+def test_calibration_images_are_drawn_without_repeats_from_all_classes(split: Split):
     batches = draw_calibration(split, 20, batch_size=8, seed=2)
     assert [len(labels) for _, labels in batches] == [8, 8, 4]
     chosen = torch.cat([labels for _, labels in batches])
@@ -259,7 +268,7 @@ def test_calibration_is_a_fair_sample_without_repeats(split: Split):
 
 
 @pytest.mark.parametrize("n", [0, 1000])
-def test_calibration_of_more_than_there_is_is_refused(split: Split, n: int):
+def test_more_calibration_images_than_there_are_are_refused(split: Split, n: int):
     with pytest.raises(DataError, match=rf"`n` must lie between 1 and the \d+ images of the split; got {n}"):
         draw_calibration(split, n)
 

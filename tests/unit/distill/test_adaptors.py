@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.distill import Resize, make_adaptors, compute_features, record_taps
+from secateur.distill import Resize, compute_features, make_adaptors, record_taps
 from secateur.errors import TrainingError
 
 
@@ -74,7 +74,7 @@ def test_resize_pools_down_and_interpolates_up() -> None:
     assert "size=(4, 8)" in repr(Resize((4, 8)))
 
 
-def test_the_dry_forward_leaves_the_models_and_the_random_state_as_they_were() -> None:
+def test_the_forward_pass_for_shapes_does_not_change_models_and_random_state() -> None:
     student = Net(4, stride=2).train()
     student.stem[1].eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -90,14 +90,14 @@ def test_the_dry_forward_leaves_the_models_and_the_random_state_as_they_were() -
     assert not torch.equal(adaptors["stem"][0].weight, other[0].weight)
 
 
-def test_features_that_no_adaptor_joins_are_refused() -> None:
+def test_features_that_no_adaptor_can_join_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"join; got \(1, 10\) and \(1, 12, 8, 8\) at 'head'\. Pair two maps"):
         make_adaptors(STUDENT, TEACHER, taps("head"), EXAMPLE)
     with pytest.raises(TrainingError, match=r"join; got \(1, 4, 4\) and \(1, 3, 4\) at 'rows'"):
         make_adaptors(STUDENT, Net(4, stride=1, tokens=3), taps("rows"), EXAMPLE)
 
 
-def test_unknown_names_are_refused_with_those_near_to_them() -> None:
+def test_unknown_names_are_refused_with_suggestions() -> None:
     with pytest.raises(TrainingError, match=r"`student` must have the tapped module 'stem\.00'.*Did you mean stem\.0"):
         make_adaptors(STUDENT, TEACHER, {"stem.00": "stem"}, EXAMPLE)
     with pytest.raises(

@@ -15,7 +15,7 @@ ARCHITECTURE = Architecture.of(KEPT)
 
 
 def cut_plain() -> tuple[Plain, Plain]:
-    """A teacher and a student made of its kept channels, sliced here by hand."""
+    """A teacher, and a student of its kept channels, sliced by hand."""
     teacher, _ = plain()
     assert isinstance(teacher, Plain)
     student = Plain(4, 6)
@@ -148,7 +148,7 @@ def test_hooks_of_the_first_model_are_removed_when_the_second_lacks_the_module()
     assert teacher is not None
 
 
-def test_features_are_forgotten_after_each_batch() -> None:
+def test_features_are_cleared_after_each_batch() -> None:
     teacher, student = cut_plain()
     with AlignedFeatures.of(plain()[1], ARCHITECTURE, modules=["bn1"]).record(student, teacher) as recorder:
         teacher(images())

@@ -53,7 +53,7 @@ BATCHES = [
 ]
 
 
-def test_module_is_the_formula_on_what_it_draws_from_its_bank() -> None:
+def test_the_module_equals_the_formula_on_negatives_drawn_from_its_bank() -> None:
     module = crd().double()
     banks = module.student_bank.clone(), module.teacher_bank.clone()
     student, teacher, labels = BATCHES[0]
@@ -97,7 +97,7 @@ def test_negatives_are_of_other_classes_and_drawn_evenly() -> None:
         assert counts[counts > 0].sub(1200).abs().max() < 160
 
 
-def test_a_copy_or_a_state_dict_goes_on_with_the_same_numbers() -> None:
+def test_a_copy_and_a_restored_state_dict_continue_identically() -> None:
     def run(module: ContrastiveRepresentation, batch: int) -> torch.Tensor:
         student, teacher, labels = BATCHES[batch]
         return module(student.float(), teacher.float(), labels)

@@ -22,7 +22,7 @@ def test_hint_loss_is_half_the_mean_square() -> None:
 
 
 def numpy_attention(feature: np.ndarray) -> np.ndarray:
-    """Of one image, (channels, height, width), position by position."""
+    """The attention map of one image (channels, height, width), position by position."""
     _, height, width = feature.shape
     q = np.array([(feature[:, i, j] ** 2).sum() for i in range(height) for j in range(width)])
     return q / math.sqrt((q**2).sum())
@@ -42,7 +42,7 @@ def test_attention_of_tokens_is_that_of_the_map_they_come_from() -> None:
     torch.testing.assert_close(attention_map(tokens), attention_map(feature), rtol=1e-12, atol=0)
 
 
-def test_attention_of_a_dead_feature_is_zero_with_a_finite_gradient() -> None:
+def test_attention_of_a_zero_feature_is_zero_with_a_finite_gradient() -> None:
     feature = torch.zeros(1, 2, 3, 3, requires_grad=True)
     attention_loss(feature, torch.ones(1, 2, 3, 3)).backward()
     assert torch.equal(attention_map(feature), torch.zeros(1, 9))
@@ -76,7 +76,7 @@ def test_vid_is_the_negative_log_of_a_gaussian_up_to_its_constant(shape: tuple[i
     assert vid_loss(mean, teacher, variance).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_vid_module_begins_with_the_variance_asked_for_and_learns_it() -> None:
+def test_vid_module_starts_with_the_given_variance_and_learns_it() -> None:
     # Errors of variance 4 in the first channel and 0.25 in the second: the best variances of a Gaussian.
     student = random(4000, 2, seed=11).float()
     teacher = student + torch.tensor([2.0, 0.5]) * random(4000, 2, seed=12).float()

@@ -39,7 +39,7 @@ def test_dkd_is_its_formula_image_by_image(temperature: float, alpha: float, bet
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_kd_is_dkd_with_the_teachers_doubt_as_beta() -> None:
+def test_kd_is_dkd_with_one_minus_the_teachers_label_probability_as_beta() -> None:
     # Eq. (6) of the paper, for one image: KD = TCKD + (1 - q_label) NCKD.
     student, teacher = random(1, 5, seed=3), random(1, 5, seed=4)
     doubt = 1 - softmax(teacher[0].numpy() / 4.0)[2]
@@ -47,7 +47,7 @@ def test_kd_is_dkd_with_the_teachers_doubt_as_beta() -> None:
     assert loss.item() == pytest.approx(kd_loss(student, teacher, temperature=4.0).item(), rel=1e-12)
 
 
-def test_dkd_of_a_teacher_beyond_doubt_is_finite() -> None:
+def test_dkd_of_a_fully_confident_teacher_is_finite() -> None:
     teacher = torch.tensor([[200.0, 0.0, 1.0]])
     student = torch.tensor([[0.0, 0.0, 0.0]], requires_grad=True)
     loss = dkd_loss(student, teacher, torch.tensor([0]), temperature=1.0)
@@ -83,7 +83,7 @@ def test_standardized_logits_are_numpys_z_scores() -> None:
     np.testing.assert_allclose(standardize_logits(logits).numpy(), expected, rtol=1e-12)
 
 
-def test_standardized_kd_does_not_see_scale_and_shift() -> None:
+def test_standardized_kd_is_invariant_to_scale_and_shift() -> None:
     student, teacher = random(6, 5, seed=9), random(6, 5, seed=10)
     loss = standardized_kd_loss(student, teacher).item()
     z = [(x.numpy() - x.numpy().mean(1, keepdims=True)) / x.numpy().std(1, keepdims=True) for x in (student, teacher)]
@@ -119,7 +119,7 @@ def test_gradients_agree_with_finite_differences_and_the_teacher_gets_none(name:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_equal_logits_cost_nothing(name: str) -> None:
+def test_equal_logits_have_zero_loss(name: str) -> None:
     logits = random(3, 4, seed=13)
     assert LOSSES[name](logits, logits).item() == pytest.approx(0.0, abs=1e-10)
 

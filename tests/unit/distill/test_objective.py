@@ -41,7 +41,7 @@ def test_gradients_flow_through_the_total_only() -> None:
     assert not any(part.requires_grad for part in parts.values())
 
 
-def test_which_objectives_need_a_teacher() -> None:
+def test_needs_teacher() -> None:
     assert Objective().needs_teacher
     assert Objective(kd_weight=0.0, feature_weight=1.0).needs_teacher
     assert not Objective.of_labels(label_smoothing=0.1).needs_teacher

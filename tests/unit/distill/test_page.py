@@ -38,7 +38,7 @@ def test_the_page_runs() -> None:
     assert len(names["assisted"]) == len(names["generations"]) == 2
 
 
-def test_the_table_names_what_there_is() -> None:
+def test_the_table_names_all_losses() -> None:
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     losses = {name for name in secateur.distill.__all__ if name.endswith("_loss")} - {

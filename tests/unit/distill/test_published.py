@@ -1,4 +1,4 @@
-"""The losses beside those of torchdistill, a published implementation (the ``bench`` extra)."""
+"""The losses compared with those of torchdistill, a published implementation (the ``bench`` extra)."""
 
 import math
 
@@ -58,7 +58,7 @@ def test_feature_losses_agree() -> None:
     assert vid(*MAPS).item() == pytest.approx(theirs(published.VIDLoss(PAIR), predicted, MAPS[1]), rel=1e-6)
 
 
-def test_relations_agree() -> None:
+def test_relational_losses_agree() -> None:
     rows = [x.flatten(1) for x in MAPS]
     pkt = theirs(published.PKTLoss(*PLACES, eps=1e-12), *rows) * 6  # They take the mean over pairs.
     assert pkt_loss(*MAPS).item() == pytest.approx(pkt, rel=1e-6)
@@ -68,7 +68,7 @@ def test_relations_agree() -> None:
         assert ours(*MAPS).item() == pytest.approx(rkd, rel=1e-6)
 
 
-def test_contrast_agrees() -> None:
+def test_contrastive_losses_agree() -> None:
     positive, negatives = random(6, seed=5).tanh(), random(6, 7, seed=6).tanh()
     crd = published.CRDLoss.__new__(published.CRDLoss)
     nn.Module.__init__(crd)

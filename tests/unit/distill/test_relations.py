@@ -77,7 +77,7 @@ def test_gradients_agree_with_finite_differences_and_the_teacher_gets_none(loss)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_rotated_and_scaled_copy_costs_nothing(loss) -> None:
+def test_a_rotated_and_scaled_copy_has_zero_loss(loss) -> None:
     feature = random(6, 4, seed=5)
     rotation = torch.linalg.qr(random(4, 4, seed=6))[0]
     assert loss(3 * feature @ rotation, feature).item() == pytest.approx(0.0, abs=1e-14)

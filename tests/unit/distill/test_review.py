@@ -16,18 +16,18 @@ TEACHERS = (random(2, 5, 8, 8, seed=4), random(2, 7, 8, 8, seed=5), random(2, 9,
 
 
 def nearest(feature: torch.Tensor, size: int) -> torch.Tensor:
-    """By the nearest pixel, index by index."""
+    """Resize by the nearest pixel, index by index."""
     index = [i * feature.shape[2] // size for i in range(size)]
     return feature[:, :, index][:, :, :, index]
 
 
 def norm(feature: torch.Tensor) -> torch.Tensor:
-    """Batch norm in training, before it has learned anything."""
+    """Batch norm in training mode with its initial scale and shift."""
     mean, variance = feature.mean((0, 2, 3), keepdim=True), feature.var((0, 2, 3), correction=0, keepdim=True)
     return (feature - mean) / (variance + 1e-5).sqrt()
 
 
-def test_review_is_its_figure_step_by_step() -> None:
+def test_review_equals_the_figure_of_the_paper_step_by_step() -> None:
     review = KnowledgeReview((3, 4, 6), (5, 7, 9), seed=3).double()
     assert review.levels[0].enter[0].out_channels == 6
     total, fused = 0.0, None
@@ -57,7 +57,7 @@ def test_width_is_that_of_the_deepest_feature_up_to_512_or_as_given() -> None:
     assert width(KnowledgeReview((3, 20), (4, 5), width=7)) == 7
 
 
-def test_seed_decides_the_initial_values_and_nothing_else_is_touched() -> None:
+def test_the_seed_determines_initial_values_and_the_random_state_is_restored() -> None:
     before = torch.random.get_rng_state()
     same, again, other = (KnowledgeReview((3, 4), (5, 6), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)

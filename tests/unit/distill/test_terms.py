@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 from secateur.distill import (
+    BatchOutputs,
     ContrastiveRepresentation,
     KnowledgeReview,
-    Objective,
     MeanOverTaps,
-    BatchOutputs,
+    Objective,
     Term,
     VariationalInformation,
-    make_adaptors,
     dist_loss,
     dkd_loss,
-    select_features,
     hint_loss,
     kd_loss,
     label_loss,
+    make_adaptors,
+    select_features,
     select_labeled_feature,
     select_labeled_logits,
     similarity_loss,
@@ -89,14 +89,19 @@ def test_any_combination_is_the_weighted_sum_of_its_losses() -> None:
     torch.testing.assert_close(total, sum(weights[name] * loss for name, loss in expected.items()))
 
 
-def test_modules_with_parameters_learn_beside_the_student() -> None:
+def test_modules_with_parameters_learn_with_the_student() -> None:
     pairs = make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1])
     channels = (4, 8)
     vid = MeanOverTaps([VariationalInformation(a, c) for a, c in zip(pairs.values(), channels, strict=True)])
     objective = ONLY_TERMS(
         terms=(
             Term("vid", vid, inputs=select_features, taps=TAPS),
-            Term("crd", ContrastiveRepresentation(4, 8, size=12, negatives=3), inputs=select_labeled_feature, taps={"2": "2"}),
+            Term(
+                "crd",
+                ContrastiveRepresentation(4, 8, size=12, negatives=3),
+                inputs=select_labeled_feature,
+                taps={"2": "2"},
+            ),
             Term("review", KnowledgeReview((2, 4), (4, 8)), inputs=select_features, taps=TAPS),
             Term("dist", dist_loss),
         )
@@ -121,7 +126,7 @@ def test_modules_with_parameters_learn_beside_the_student() -> None:
     STUDENT.zero_grad()
 
 
-def test_per_tap_takes_a_loss_for_each_tap_or_one_for_all() -> None:
+def test_mean_over_taps_takes_a_loss_for_each_tap_or_one_for_all() -> None:
     students, teachers = [torch.ones(2, 3), torch.zeros(2, 3)], [torch.zeros(2, 3)] * 2
     assert MeanOverTaps(hint_loss)(students, teachers).item() == 0.25
     assert MeanOverTaps([hint_loss, lambda s, t: (s - t).sum() + 5])(students, teachers).item() == 2.75
@@ -133,14 +138,22 @@ def test_per_tap_takes_a_loss_for_each_tap_or_one_for_all() -> None:
         MeanOverTaps(hint_loss)([], [])
 
 
-def test_descriptions_tell_terms_apart_and_hold_no_addresses() -> None:
+def test_descriptions_distinguish_terms_and_contain_no_addresses() -> None:
     def description(**changed: object) -> str:
-        settings = {"loss": partial(dkd_loss, beta=2.0), "inputs": select_labeled_logits, "weight": 0.5, "taps": TAPS, **changed}
+        settings = {
+            "loss": partial(dkd_loss, beta=2.0),
+            "inputs": select_labeled_logits,
+            "weight": 0.5,
+            "taps": TAPS,
+            **changed,
+        }
         return Term("a", **settings).description  # type: ignore[arg-type]
 
     same = description()
     assert same == description()
-    assert "0x" not in same + description(loss=MeanOverTaps(hint_loss, make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1])))
+    assert "0x" not in same + description(
+        loss=MeanOverTaps(hint_loss, make_adaptors(STUDENT, TEACHER, TAPS, IMAGES[:1]))
+    )
     assert "beta=2.0" in same
     others = [
         description(loss=partial(dkd_loss, beta=3.0)),
@@ -153,7 +166,7 @@ def test_descriptions_tell_terms_apart_and_hold_no_addresses() -> None:
     assert len({same, *others}) == 7
 
 
-def test_terms_need_a_teacher_and_what_they_look_at() -> None:
+def test_terms_need_a_teacher_and_their_inputs() -> None:
     objective = ONLY_TERMS(terms=(Term("dist", dist_loss),))
     assert objective.needs_teacher
     logits = torch.zeros(2, 3)

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import CifarResNet, ProjectionShortcut
 from secateur.prune import cut
@@ -136,8 +136,8 @@ def architecture_of(released: Released, graph: ChannelGraph) -> Architecture:
 
     def give(layer: str, width: int) -> None:
         ((name, _),) = graph.tensors[f"{layer}.weight"][0].terms
-        stream = graph.by_name[name].into or name
-        together = [axis.name for axis in graph.axes if axis.into == stream]
+        stream = graph.by_name[name].residual_axis or name
+        together = [axis.name for axis in graph.axes if axis.residual_axis == stream]
         # Layers that are added without a convolution between them have one width in the file too.
         assert {widths.setdefault(axis, width) for axis in (stream, *together)} == {width}
 
@@ -151,7 +151,7 @@ def architecture_of(released: Released, graph: ChannelGraph) -> Architecture:
 
 
 @each_net
-def test_our_network_costs_what_the_found_one_does(name: str):
+def test_our_network_costs_as_much_as_the_published_one(name: str):
     released = NETS[name]
     model = full_network(released)
     side = 224 if released.is_imagenet else 32
@@ -164,7 +164,7 @@ def test_our_network_costs_what_the_found_one_does(name: str):
 
 
 @each_net
-def test_the_published_figures_are_those_of_the_lists(name: str):
+def test_the_published_figures_follow_from_the_lists(name: str):
     """They are lower where blocks are gone: the next stage seems to begin with fewer channels than it does."""
     released = NETS[name]
     listed, published = released.macs(as_listed=True), released.published_mmacs
@@ -201,8 +201,8 @@ def test_the_found_network_can_be_cut_from_ours(name: str):
     graph = trace(model, example)
     made = cut(model, graph, architecture_of(released, graph))
     assert made.verification.frozen == ()
-    assert counted_macs(made.model, example) == released.macs()
-    found = Cost(counted_macs(made.model, example), counted_params(made.model))
+    assert count_macs(made.model, example) == released.macs()
+    found = Cost(count_macs(made.model, example), count_params(made.model))
     assert CostModel(graph).cost(made.architecture) == found
     shapes = [m.out_channels for n, m in made.model.named_modules() if isinstance(m, nn.Conv2d) and "shortcut" not in n]
     assert shapes == [released.stem, *(width for *_, widths in released.blocks() for width in widths)]

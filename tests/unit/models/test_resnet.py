@@ -1,4 +1,4 @@
-"""The networks that come with Secateur."""
+"""The networks of `secateur.models`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur import graph, models
-from secateur.cost import counted_macs
+from secateur.cost import count_macs
 from secateur.data import load_data
 from secateur.errors import ModelError
 from secateur.models import CifarResNet, PaddedShortcut, ProjectionShortcut, load_model, read_weights
@@ -28,7 +28,7 @@ def test_parameter_counts_are_the_published_ones(factory: Callable[[], nn.Module
     assert sum(p.numel() for p in factory().parameters()) == parameters
 
 
-def test_arguments_change_the_ends_only():
+def test_arguments_change_the_first_and_last_layer_only():
     model = models.cifar_resnet20(num_classes=7, in_channels=1)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     plain, changed = models.cifar_resnet20().state_dict(), model.state_dict()
@@ -68,10 +68,10 @@ def test_odd_widths_are_padded_with_one_more_at_the_end():
 
 
 @pytest.mark.parametrize(("blocks", "macs"), [(3, 40.81), (5, 69.12), (9, 125.75), (18, 253.15)])
-def test_projections_cost_what_is_published(blocks: int, macs: float):
+def test_costs_with_projections_equal_the_published_ones(blocks: int, macs: float):
     """The base networks of arXiv:1905.09717, in million."""
     model = CifarResNet(blocks, shortcut=ProjectionShortcut)
-    assert round(counted_macs(model, torch.zeros(1, 3, 32, 32)) / 1e6, 2) == macs
+    assert round(count_macs(model, torch.zeros(1, 3, 32, 32)) / 1e6, 2) == macs
     kinds = [name for name, module in model.named_modules() if isinstance(module, ProjectionShortcut)]
     assert kinds == ["layer2.0.shortcut", "layer3.0.shortcut"]
 
@@ -87,7 +87,7 @@ def test_bad_sizes_are_refused(settings: dict[str, int]):
 @pytest.mark.parametrize(
     ("model", "shape"), [(models.cifar_resnet20(), (1, 3, 32, 32)), (models.digits_resnet(), (1, 1, 8, 8))]
 )
-def test_they_can_be_traced_and_everything_inside_is_prunable(model: nn.Module, shape: tuple[int, ...]):
+def test_all_inner_axes_are_prunable(model: nn.Module, shape: tuple[int, ...]):
     traced = graph.trace(model.eval(), torch.zeros(shape))
     frozen = {axis.name for axis in traced.axes if axis.frozen_because is not None}
     assert frozen <= {"linear", "conv1/input"}
@@ -98,7 +98,7 @@ def test_they_can_be_traced_and_everything_inside_is_prunable(model: nn.Module, 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("depth", [20, 56])
-def test_published_weights_fit_every_name(weights_folder: Path, depth: int):
+def test_published_weights_fit_by_name(weights_folder: Path, depth: int):
     path = weights_folder / f"cifar10_resnet{depth}.safetensors"
     model, _ = load_model(f"cifar_resnet{depth}", weights=path)
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""Models by name: where they come from, and what is refused."""
+"""Models by name: building them, and refusing bad names and code."""
 
 import json
 import sys
@@ -170,9 +170,7 @@ def test_user_code_is_not_even_imported_without_trust(user_module: str):
         ("my_nets:text", {}, r"must return a torch\.nn\.Module; got str"),
     ],
 )
-def test_user_code_that_does_not_work_is_explained(
-    user_module: str, spec: str, arguments: dict[str, int], message: str
-):
+def test_errors_in_user_code_are_explained(user_module: str, spec: str, arguments: dict[str, int], message: str):
     with pytest.raises(ModelError, match=message):
         load_model(f"python:{spec}", trust_source=True, **arguments)
 
@@ -186,5 +184,5 @@ def test_failures_inside_timm_are_explained(monkeypatch: pytest.MonkeyPatch):
         load_model("timm:resnet10t", num_classes=3)
 
 
-def test_built_in_models_are_what_they_say():
+def test_built_in_models_are_registered_by_their_names():
     assert isinstance(load_model("cifar_resnet32")[0], CifarResNet)

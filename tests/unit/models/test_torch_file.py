@@ -48,7 +48,7 @@ def test_compressed_files_are_refused(tmp_path: Path):
         read_weights(path)
 
 
-def test_parts_that_lie_over_each_other_are_refused(tmp_path: Path):
+def test_overlapping_parts_are_refused(tmp_path: Path):
     path = repacked(tmp_path / "w.pt", {"data/0": bytes(10**5)})
     with zipfile.ZipFile(path, "a") as archive:
         (big,) = (entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
@@ -64,13 +64,13 @@ def test_parts_that_lie_over_each_other_are_refused(tmp_path: Path):
 
 
 def doubled(times: int) -> bytes:
-    """A mapping with the key ((((1, 1), (1, 1)), ...)): one tuple of the one before, twice, and so on."""
+    """A mapping with the key ((((1, 1), (1, 1)), ...)), in which every tuple has the previous one twice."""
     steps = b"".join(b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(1, times))
     return b"\x80\x02}q\x00K\x01K\x01\x86q\x01" + steps + b"K\x05s."
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_key_of_endless_parts_is_refused(tmp_path: Path, zipped: bool):
+def test_a_key_with_exponentially_many_parts_is_refused(tmp_path: Path, zipped: bool):
     if zipped:
         path = repacked(tmp_path / "w.pt", {"data.pkl": doubled(60)})
     else:
@@ -80,7 +80,7 @@ def test_a_key_of_endless_parts_is_refused(tmp_path: Path, zipped: bool):
         read_weights(path)
 
 
-def test_zeros_by_number_are_refused(tmp_path: Path):
+def test_bytearrays_of_a_given_length_are_refused(tmp_path: Path):
     made = b"\x80\x02cbuiltins\nbytearray\n" + pickle.dumps((2**40,), 2)[2:-1] + b"R."
     with pytest.raises(ModelError, match="it builds more than tensors by name"):
         read_weights(repacked(tmp_path / "w.pt", {"data.pkl": made}))
@@ -108,7 +108,7 @@ def test_files_of_numpy_are_refused_with_the_way_out(tmp_path: Path, name: str):
         read_weights(tmp_path / name)
 
 
-def test_an_absurd_header_is_refused(tmp_path: Path):
+def test_a_too_long_header_is_refused(tmp_path: Path):
     (tmp_path / "w.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
     with pytest.raises(ModelError, match="must be a complete"):
         read_weights(tmp_path / "w.safetensors")

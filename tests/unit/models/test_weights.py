@@ -1,4 +1,4 @@
-"""Weights files: what fits is loaded, and what does not is named."""
+"""Weight files: what fits is loaded, and what does not fit is named in the error."""
 
 import copy
 import re
@@ -64,7 +64,7 @@ def test_old_files_may_lack_the_batch_counter(tmp_path: Path, state: dict[str, T
     assert same(model, state)
 
 
-def test_shared_tensors_may_be_there_once(tmp_path: Path):
+def test_shared_tensors_may_be_stored_once(tmp_path: Path):
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -129,7 +129,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path):
         ({}, "must hold tensors by name; it is empty"),
     ],
 )
-def test_torch_files_of_other_things_are_refused(tmp_path: Path, content: object, message: str):
+def test_torch_files_without_a_state_dict_are_refused(tmp_path: Path, content: object, message: str):
     path = tmp_path / "w.pt"
     torch.save(content, path)
     with pytest.raises(ModelError, match=message):
@@ -163,7 +163,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, state: dict[str, 
         load_model("digits_resnet", weights=path)
 
 
-def test_a_refused_file_leaves_the_model_as_it_was(tmp_path: Path, state: dict[str, Tensor]):
+def test_a_refused_file_leaves_the_model_unchanged(tmp_path: Path, state: dict[str, Tensor]):
     model = digits_resnet()
     before = copy.deepcopy(model.state_dict())
     path = tmp_path / "w.safetensors"

@@ -25,8 +25,8 @@ def thin(supernet: Supernet) -> Subnet:
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", NETS)
-def test_statistics_are_those_that_the_cut_model_would_have_measured(name, untied):
-    """Run in training mode with momentum None, torch's word for the plain mean over all batches."""
+def test_statistics_equal_those_measured_by_the_cut_model(name, untied):
+    """The cut model runs in training mode with momentum None, which is torch's plain mean over all batches."""
     model, x, graph = zoo_net(name)
     supernet = Supernet(model, untie(model, graph) if untied else graph)
     subnet = thin(supernet)
@@ -57,7 +57,7 @@ def test_statistics_are_those_that_the_cut_model_would_have_measured(name, untie
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_changed(training):
+def test_measuring_changes_nothing(training):
     model, _, graph = zoo_net("residual")
     supernet = Supernet(model, graph).train(training)
     supernet.model[2].bn1.eval()
@@ -92,7 +92,7 @@ def test_a_net_without_batch_norms_has_no_statistics():
 
 
 def test_no_images_are_refused():
-    """Else every channel would have mean 0 and variance 1, as if that had been measured."""
+    """Otherwise every channel would have mean 0 and variance 1 without any measurement."""
     model, _, graph = zoo_net("plain")
     supernet = Supernet(model, graph)
     with pytest.raises(DataError, match=r"`batches` must hold images to measure batch norms on; got none\. Pass"):

@@ -1,4 +1,4 @@
-"""Several depths in one pass, against really shortened nets."""
+"""Several depths in one pass, compared with networks that really have these depths."""
 
 import copy
 from dataclasses import replace
@@ -26,7 +26,7 @@ class Whole(nn.Module):
 
 
 class Pair(Whole):
-    """The same, but it returns a tuple, as blocks of transformers do."""
+    """A residual block that returns a tuple, as blocks of transformers do."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return super().forward(x), None
@@ -85,7 +85,7 @@ def shares(blocks: int, seed: int = 0) -> Tensor:
 
 
 def mixture(graph: ChannelGraph, *depths: Tensor) -> Mixture:
-    """Depths alone."""
+    """A mixture of depths only."""
     widths = tuple(graph.sizes.values())
     return Mixture(widths, torch.tensor([[0.0, 1.0]]).double().repeat(len(widths), 1), depths)
 
@@ -169,7 +169,7 @@ def test_one_hot_depths_in_the_zoo(name):
 
 
 def test_widths_and_depths_are_mixed_together():
-    """Blended where channels are made, then summed over the depths."""
+    """Widths are mixed where channels are produced, then the depths are summed."""
     model, x, graph = stage(Whole, Whole)
     q, weights = shares(2), torch.from_numpy(np.random.default_rng(1).dirichlet((1, 1), 3))
     sizes = list(graph.sizes)

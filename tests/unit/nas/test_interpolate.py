@@ -41,6 +41,6 @@ def test_any_dimension_can_carry_the_channels(dim):
     )
 
 
-def test_gradients_flow_through():
+def test_interpolation_is_differentiable():
     x = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: interpolate_channels(x, 7), (x,))

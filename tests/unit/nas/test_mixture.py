@@ -1,4 +1,4 @@
-"""Two widths in one pass against forward passes written by hand, with torch's own pooling."""
+"""Two widths in one pass, compared with forward passes written by hand with torch's own pooling."""
 
 import copy
 import sys
@@ -154,7 +154,7 @@ HAND_WRITTEN = {
 @pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
 @each_expansion
 @pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_a_mixture_is_what_is_written(name, expansion, matrix, monkeypatch):
+def test_a_mixture_equals_the_hand_written_pass(name, expansion, matrix, monkeypatch):
     monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_MATRIX_UP_TO", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
@@ -171,7 +171,7 @@ def test_a_mixture_is_what_is_written(name, expansion, matrix, monkeypatch):
 @pytest.mark.parametrize("matrix", [True, False], ids=["matrix", "gather"])
 @pytest.mark.parametrize("name", ["plain", "flatten_linear", "dense"])
 def test_gradients_of_the_weights(name, expansion, matrix, monkeypatch):
-    """gradcheck, float64. A wrong one would lead every search astray."""
+    """gradcheck in float64: searches follow these gradients."""
     monkeypatch.setattr(sys.modules["secateur.nas.mixture"], "_MATRIX_UP_TO", 256 if matrix else 0)
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
@@ -197,7 +197,7 @@ def test_gradients_of_the_model_are_those_of_the_hand_written_pass():
 
 @each_expansion
 @pytest.mark.parametrize("name", ["plain", "residual", "dense", "few_groups", "inverted_residual_se", "attention"])
-def test_equal_widths_blend_nothing(name, expansion):
+def test_equal_widths_mix_nothing(name, expansion):
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, expansion, 5)
@@ -213,8 +213,8 @@ def test_equal_widths_blend_nothing(name, expansion):
         "depthwise_separable", "depth_multiplier", "inverted_residual_se", "shuffle_v2", "option_a_residual",
     ],
 )  # fmt: skip
-def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
-    """A channel that fades to zero is a channel that is cut: no norm brings it back with its bias."""
+def test_zero_padding_with_all_weight_on_the_narrow_width_is_the_narrow_net(name):
+    """A channel that is zero-padded equals a cut channel: no norm turns it into its bias."""
     model, x, graph = double(name)
     supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, ZeroPad(), 2)
@@ -230,7 +230,7 @@ def test_all_weight_on_the_narrow_is_the_narrow_net_when_faded(name):
     ["plain", "residual", "preact_residual", "dense", "many_groups", "depthwise_separable", "depth_multiplier"],
 )
 def test_every_axis_matters_to_the_loss_in_training(name, expansion):
-    """A search learns from these gradients. A norm behind the expansion must not undo it."""
+    """A search learns from these gradients, so a norm behind the expansion must not undo it."""
     model, _, graph = double(name)
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     supernet = Supernet(model, graph).train()
@@ -242,7 +242,7 @@ def test_every_axis_matters_to_the_loss_in_training(name, expansion):
     assert toward.min() > 1e-6, dict(zip(graph.sizes, toward.tolist(), strict=True))
 
 
-def test_all_weight_on_the_wide_is_the_subnet():
+def test_all_weight_on_the_wide_width_is_the_subnet():
     model, x, graph = double("residual")
     supernet = Supernet(model, graph)
     subnet, mixture = drawn(graph, Interpolate(), 2)
@@ -252,7 +252,7 @@ def test_all_weight_on_the_wide_is_the_subnet():
 
 
 @each_expansion
-def test_narrow_branches_are_blended_before_they_are_widened(expansion):
+def test_narrow_branches_are_mixed_before_they_are_widened(expansion):
     """Untied: each branch has widths of its own, and is added into the first channels of the stream."""
     model, x, graph = double("residual")
     graph = untie(model, graph)
@@ -288,14 +288,14 @@ def test_narrow_branches_are_blended_before_they_are_widened(expansion):
     assert apart([want], [got]) <= 1e-12
 
 
-def test_axes_that_no_module_shows_cannot_be_blended():
+def test_axes_that_no_output_shows_cannot_be_mixed():
     model, _, graph = zoo_net("functional")
     assert Supernet(model, graph).mixable == frozenset()
     model, _, graph = zoo_net("residual")
     assert Supernet(model, graph).mixable == frozenset(graph.sizes)
 
 
-def test_a_mixture_of_one_traced_net_in_many_dimensions():
+def test_a_mixture_with_channels_last_in_three_dimensions():
     """Channels last of three dimensions, as in a transformer: Eq. (4) along the last one."""
 
     class Tokens(nn.Module):

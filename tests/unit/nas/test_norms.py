@@ -1,4 +1,4 @@
-"""Which batch norms stand between a layer and its readers."""
+"""Which batch norms alone read the output of a layer."""
 
 import torch
 from torch import nn
@@ -7,8 +7,8 @@ from zoo import ZOO
 from secateur.nas.mixture import find_following_norms
 
 
-def test_a_tensor_that_is_gone_is_not_taken_for_a_later_one_in_its_place():
-    """A depthwise convolution's output is freed before the gate is computed, which may then get its identity."""
+def test_a_freed_tensor_is_not_confused_with_a_later_one_of_the_same_id():
+    """A depthwise convolution's output is freed before the gate is computed, which may then get its id."""
     model, example = ZOO["inverted_residual_se"]()
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and not is_depthwise(m)]
     held = []
@@ -25,7 +25,7 @@ def is_depthwise(module: nn.Module) -> bool:
     return getattr(module, "groups", 1) > 1
 
 
-def test_a_layer_read_by_others_too_is_not_behind_its_norm():
+def test_a_layer_that_others_read_too_is_left_out():
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -11,19 +11,19 @@ from secateur.graph import untie
 from secateur.nas import Supernet, invert_order, order_by_score, reorder_channels
 
 
-def test_the_best_channels_come_first_and_of_equal_ones_the_lower():
+def test_channels_are_ordered_by_score_and_of_equal_ones_by_index():
     order = order_by_score({"a": np.array([0.5, 2.0, 0.5, 3.0]), "b": np.zeros(3)})
     assert order["a"].tolist() == [3, 1, 0, 2]
     assert order["b"].tolist() == [0, 1, 2]
 
 
-def test_the_inverse_puts_every_channel_back():
+def test_the_inverse_order_restores_every_channel():
     order = {"a": np.array([2, 0, 3, 1])}
     channels = np.array([10, 11, 12, 13])
     assert channels[order["a"]][invert_order(order)["a"]].tolist() == channels.tolist()
 
 
-def test_channels_move_in_every_tensor_that_has_them():
+def test_channels_move_together_in_all_tensors():
     model, _, graph = zoo_net("plain")
     order = {"0.0": np.roll(np.arange(12), 5)}
     moved = reorder_channels(model, graph, order)
@@ -43,7 +43,7 @@ def test_positions_behind_a_flatten_move_together():
     assert torch.equal(moved.get_parameter("5.weight"), want)
 
 
-def test_the_model_itself_is_left_alone():
+def test_the_given_model_is_not_changed():
     model, _, graph = zoo_net("residual")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moved = reorder_channels(model, graph, {axis.name: np.arange(axis.size)[::-1].copy() for axis in graph.prunable})
@@ -62,7 +62,7 @@ def test_the_model_itself_is_left_alone():
     ids=["too short", "out of range", "twice the same", "unknown axis"],
 )
 @pytest.mark.parametrize("make", [reorder_channels, Supernet])
-def test_what_is_no_permutation_is_refused(order, make):
+def test_orders_that_are_no_permutations_are_refused(order, make):
     model, _, graph = zoo_net("plain")
     name = next(iter(order))
     message = rf"`order` must hold a permutation of the channels of each axis; got another one for '{name}'. Make it"
@@ -70,8 +70,8 @@ def test_what_is_no_permutation_is_refused(order, make):
         make(model, graph, order)
 
 
-def test_branches_stay_in_line_with_their_stream():
-    """Whatever is said of them: the stream and what is added to it are the same channels."""
+def test_branches_follow_the_order_of_their_stream():
+    """An order given for the branch is ignored, because the stream and what is added to it have the same channels."""
     model, example, graph = zoo_net("residual")
     untied = untie(model, graph)
     stream = next(axis.name for axis in untied.prunable if any(a.residual_axis == axis.name for a in untied.prunable))

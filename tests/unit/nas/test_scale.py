@@ -20,7 +20,7 @@ def test_some_channels_are_multiplied(positions, dim):
     assert torch.autograd.gradcheck(lambda z, f: scale_channels(z, f, where, dim=dim), (z, factors))
 
 
-def test_only_what_is_asked_for_is_differentiated():
+def test_only_needed_gradients_are_computed():
     z, factors, where = torch.ones(2, 3, requires_grad=True), torch.ones(2), torch.tensor([0, 2])
     scale_channels(z, factors, where, dim=1).sum().backward()
     assert torch.equal(z.grad, torch.ones(2, 3))
@@ -29,8 +29,8 @@ def test_only_what_is_asked_for_is_differentiated():
     assert factors.grad.tolist() == [2, 2]
 
 
-def test_it_has_the_type_of_the_features():
-    """And the factors a gradient of their own type, summed in it."""
+def test_the_result_has_the_dtype_of_the_features():
+    """The gradient of the factors is summed in the dtype of the factors."""
     z = torch.ones(300, 2, dtype=torch.bfloat16)
     factors = torch.tensor([0.5], requires_grad=True)
     out = scale_channels(z, factors, torch.tensor([1]), dim=1)

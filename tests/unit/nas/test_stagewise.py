@@ -1,4 +1,4 @@
-"""The stage-wise pass: every stage in one run is that stage of the really cut model, run alone."""
+"""The stage-wise pass: every stage in one run equals the same stage of the cut model, run alone."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -140,7 +140,7 @@ def test_each_stage_is_that_stage_of_a_cut_resnet(untied):
     assert_each_stage_is_that_stage_alone(resnet_case(untied), 4)
 
 
-def test_features_are_kept_from_layers_that_write_into_them():
+def test_features_are_protected_from_layers_that_write_in_place():
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)]
     model, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
     graph = trace(model, images)
@@ -160,7 +160,7 @@ def test_features_are_kept_from_layers_that_write_into_them():
 
 
 def weighed(outputs: Sequence[Tensor]) -> Tensor:
-    """A number that every output matters to, each element in another way."""
+    """A scalar in which every element of every output has its own weight."""
     return sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in outputs)
 
 
@@ -187,8 +187,8 @@ def test_no_gradient_crosses_a_cut(untied):
 
 
 @each_case
-def test_gradients_of_one_pass_are_those_of_the_stages_one_by_one(untied):
-    """They land in the whole tensors, where those of a stage run alone by the supernet do."""
+def test_gradients_of_one_pass_equal_those_of_single_stages(untied):
+    """They land in the whole tensors, like those of a stage that the supernet runs alone."""
     case = resnet_case(untied)
     supernet, subnet = case.supernet.eval(), case.subnet(2)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def gradients_of(supernet: Supernet, loss: Callable[[], Tensor]) -> list[Tensor]
 
 
 def stage_of_supernet(case: Case, subnet: Subnet, number: int, handed_on: Sequence[Tensor]) -> Tensor:
-    """One stage of a subnet: its start replaced, its end looked at, by hooks on the supernet's model."""
+    """Run one stage of a subnet: hooks on the supernet's model replace its input and record its output."""
     found: list[Tensor] = []
     with ExitStack() as stack:
         if number > 0:
@@ -226,7 +226,7 @@ def stage_of_supernet(case: Case, subnet: Subnet, number: int, handed_on: Sequen
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_works_under_autocast(training):
+def test_stages_run_under_autocast(training):
     case = resnet_case()
     supernet = copy.deepcopy(case.supernet).float().train(training)
     images, subnet = case.images.float(), case.subnet(1)
@@ -249,7 +249,7 @@ def test_works_under_autocast(training):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_losses_are_their_formula():
+def test_stage_losses_equal_their_formula():
     draw = torch.Generator().manual_seed(0)
     targets = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((4, 3, 5, 5), (4, 7))]
     targets[0] += 3.0
@@ -308,7 +308,7 @@ def batches() -> list[Tensor]:
 
 
 def measured_alone(case: Case, subnet: Subnet, number: int, handed_on: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Statistics of the norms that ran in one stage of the really cut model, by their names in the original."""
+    """Statistics of the norms that ran in one stage of the cut model, by their names in the original."""
     small = case.supernet.extract(subnet).eval()
     begun = number == 0
     ran: dict[str, nn.Module] = {}
@@ -336,7 +336,7 @@ def measured_alone(case: Case, subnet: Subnet, number: int, handed_on: Sequence[
 
 @pytest.mark.parametrize("given", [True, False], ids=["full's own", "of each batch"])
 @each_case
-def test_statistics_are_those_of_the_stages_run_alone(untied, given):
+def test_statistics_equal_those_of_the_stages_run_alone(untied, given):
     case = resnet_case(untied)
     supernet = copy.deepcopy(case.supernet).train()
     subnets = [case.subnet(seed) for seed in (1, 2)]
@@ -373,7 +373,7 @@ def test_statistics_of_the_full_net_in_stages_are_its_own():
         torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-13)
 
 
-def test_calibrating_leaves_the_supernet_alone():
+def test_measuring_statistics_does_not_change_the_supernet():
     case = resnet_case()
     supernet = copy.deepcopy(case.supernet).train()
     supernet.model.get_submodule("layer1").eval()
@@ -404,7 +404,7 @@ def test_boundary_axes_must_be_whole():
     assert not any(module._forward_hooks for module in case.supernet.modules())
 
 
-def test_modules_that_end_stages_must_stay():
+def test_modules_that_end_stages_cannot_be_removed():
     case = resnet_case()
     stages = find_stages(case.supernet.model, case.graph, ["layer2.1"])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The supernet as a module: what it leaves alone, what it refuses, and how it trains."""
+"""The supernet as a module: it restores its state, refuses bad subnets, and trains like the cut models."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ def half(supernet: Supernet, *, removed: bool = True) -> Subnet:
 
 
 def state(module: nn.Module) -> dict[str, object]:
-    """Everything a call might leave behind: which modules and parameters by identity, attributes, modes, hooks."""
+    """Everything that a call might change: the ids of modules and parameters, attributes, modes, hooks."""
     found: dict[str, object] = {}
     for name, each in module.named_modules():
         plain = {k: copy.copy(v) for k, v in vars(each).items() if isinstance(v, (int, float, str, tuple, list))}
@@ -54,7 +54,7 @@ NAMES = ("residual", "option_a_residual", "split", "depthwise_separable", "neste
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_call_leaves_the_supernet_as_it_was(name, untied):
+def test_a_call_does_not_change_the_supernet(name, untied):
     model, x, graph = zoo_net(name)
     supernet = Supernet(model, untie(model, graph) if untied else graph).eval()
     subnet = half(supernet)
@@ -72,7 +72,7 @@ def _even_depths(supernet: Supernet) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_call_that_fails_leaves_it_as_it_was_too(name):
+def test_a_failing_call_does_not_change_the_supernet(name):
     """In the last layer, in the first, and before the model runs."""
     model, x, graph = zoo_net(name)
     supernet = Supernet(model, graph).eval()
@@ -99,7 +99,7 @@ def test_a_call_that_fails_leaves_it_as_it_was_too(name):
     assert same_state(before, state(supernet))
 
 
-def test_the_callers_model_is_left_alone():
+def test_the_callers_model_is_not_changed():
     model, x, graph = zoo_net("residual")
     before = state(model)
     supernet = Supernet(model, graph, {axis.name: np.arange(axis.size)[::-1].copy() for axis in graph.prunable})
@@ -109,7 +109,7 @@ def test_the_callers_model_is_left_alone():
     assert not any(a is b for a in supernet.parameters() for b in model.parameters())
 
 
-def test_the_full_subnet_is_the_model_to_the_last_bit():
+def test_the_full_subnet_equals_the_model_bit_for_bit():
     model, x, graph = zoo_net("residual")
     supernet = Supernet(model, graph)
     with torch.no_grad():
@@ -117,8 +117,8 @@ def test_the_full_subnet_is_the_model_to_the_last_bit():
     assert supernet.full == supernet.subnet({})
 
 
-def test_weights_are_views_where_channels_stand_in_a_row():
-    """No copies: what a sliced layer costs is what it computes."""
+def test_weights_are_views_where_channels_are_contiguous():
+    """Views need no copies, so a sliced layer costs only its computation."""
     model, _, graph = zoo_net("residual")
     supernet = Supernet(model, graph)
     parts = supernet.tensors_of(half(supernet))
@@ -136,7 +136,7 @@ def test_parts_of_removed_blocks_are_left_out():
     assert not any(name.startswith("1.") for name in names)
 
 
-def test_given_tensors_take_the_places_of_its_own():
+def test_given_tensors_replace_those_of_the_supernet():
     model, x, graph = zoo_net("plain")
     supernet = Supernet(model, graph)
     subnet = half(supernet)
@@ -164,7 +164,7 @@ def test_unknown_blocks_are_refused():
         Supernet(model, graph).subnet({}, ["x", "2", "1"])
 
 
-def test_blocks_may_come_from_anywhere():
+def test_blocks_may_be_any_iterable():
     model, _, graph = zoo_net("residual")
     supernet = Supernet(model, graph)
     assert supernet.subnet({}, (name for name in ("3", "1", "3"))).removed_blocks == ("1", "3")
@@ -184,7 +184,7 @@ def test_branches_wider_than_their_stream_are_refused():
 
 
 class Remembering(nn.Module):
-    """Keeps what it derives from a parameter in its first call in evaluation mode, as attention biases are kept."""
+    """Caches a value derived from a parameter in its first call in evaluation mode, as attention does with biases."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ class Remembering(nn.Module):
         return self.last(self.first(x) * self.known["factor"] + self.latest)
 
 
-def test_what_one_subnet_remembers_is_not_taken_for_anothers():
+def test_values_cached_by_one_subnet_are_not_used_by_another():
     torch.manual_seed(0)
     model, x = Remembering().eval(), torch.randn(4, 6)
     supernet = copy.deepcopy(Supernet(model, trace(model, x))).eval()
@@ -256,7 +256,7 @@ def _half_mixture(supernet: Supernet, subnet: Subnet) -> Mixture:
 
 
 class Normless(nn.Module):
-    """A residual net without batch norms: every image is by itself."""
+    """A residual net without batch norms, so that images do not depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ def test_two_half_batches_give_the_gradients_of_a_whole_one():
         torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-12, atol=1e-14)
 
 
-def test_steps_of_different_subnets_add_up():
+def test_gradients_of_different_subnets_add_up():
     """Gradients of two subnets in one step, as in the sandwich rule."""
     supernet, x, labels = normless()
     wide, slim = supernet.full, supernet.subnet({"stem": 2, "first": 2})
@@ -305,7 +305,7 @@ def test_steps_of_different_subnets_add_up():
         torch.testing.assert_close(parameter.grad, gradients[0][name] + gradients[1][name])
 
 
-def test_training_a_subnet_is_training_the_cut_model():
+def test_training_a_subnet_equals_training_the_cut_model():
     """Three steps of SGD on both; the kept parts of the weights are the cut model's."""
     supernet, x, labels = normless()
     supernet = supernet.double()

@@ -1,4 +1,4 @@
-"""Which candidates are judged, round by round."""
+"""Which candidates are scored in each round."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ def options_to_search(untied: bool = False) -> CandidateSpace:
 
 
 def losses_by_size(options: CandidateSpace) -> Losses:
-    """The less of each choice, the more is lost; by other weights for each."""
+    """Losses that grow as widths and depths shrink, with a different weight for each."""
     draw = np.random.default_rng(7)
     weights = [draw.uniform(0.2, 1.0, len(of.max_numbers)) for of in options.of_stage]
 
@@ -32,7 +32,7 @@ def losses_by_size(options: CandidateSpace) -> Losses:
     return of
 
 
-def judged_(candidates: StageCandidates, count: int, losses: Losses) -> list[CandidateRows]:
+def record_round(candidates: StageCandidates, count: int, losses: Losses) -> list[CandidateRows]:
     proposed = candidates.propose(count)
     stages = len(candidates.rows)
     candidates.record(proposed, np.array([losses(rows) for rows in proposed]).reshape(len(proposed), stages))
@@ -44,13 +44,13 @@ def as_tuples(rows: CandidateRows) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
-def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
+def test_no_candidate_is_scored_twice_and_all_are_in_the_space(untied):
     options = options_to_search(untied)
     candidates = StageCandidates(options, 0)
     for number in range(4):
         assert candidates.rounds == number
         before = [len(rows) for rows in candidates.rows]
-        proposed = judged_(candidates, 8, losses_by_size(options))
+        proposed = record_round(candidates, 8, losses_by_size(options))
         assert len(proposed) == 8
         for stage, rows in enumerate(candidates.rows):
             new = as_tuples(tuple(rows[before[stage] :]))
@@ -62,7 +62,7 @@ def test_no_candidate_is_judged_twice_and_all_are_of_the_space(untied):
         assert all(((row >= 0) & (row <= of.max_numbers)).all() for row in rows)
 
 
-def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
+def test_the_first_round_has_the_largest_and_smallest_candidate_and_all_sizes():
     options = options_to_search()
     for seed in range(5):
         candidates = StageCandidates(options, seed)
@@ -73,13 +73,13 @@ def test_the_first_round_has_the_whole_and_the_tiny_candidate_and_all_sizes():
         assert (np.histogram(size, bins=4, range=(0, 1))[0] >= 2).all()
 
 
-def test_small_spaces_are_judged_to_the_last_candidate():
+def test_all_candidates_of_small_spaces_are_scored():
     options = options_of(staged(), widths=Widths((0.5,)))
     assert [of.size for of in options.of_stage] == [2, 2, 2 * 2 * 2 * 3]
     candidates = StageCandidates(options, 0)
     counts = []
     for _ in range(12):
-        judged_(candidates, 6, losses_by_size(options))
+        record_round(candidates, 6, losses_by_size(options))
         counts.append([len(rows) for rows in candidates.rows])
     assert counts[0] == [2, 2, 6]
     assert counts[-1][:2] == [2, 2]
@@ -87,25 +87,25 @@ def test_small_spaces_are_judged_to_the_last_candidate():
     assert all(set(as_tuples(tuple(rows))) == {(0,), (1,)} for rows in candidates.rows[:2])
 
 
-def test_when_nothing_is_left_a_round_is_empty():
+def test_a_round_without_new_candidates_is_empty():
     options = options_of(staged(), widths=Widths((0.5,)), depths=None, cuts=["4"])
     assert [of.size for of in options.of_stage] == [4, 8]
     candidates = StageCandidates(options, 0)
-    judged_(candidates, 32, losses_by_size(options))
+    record_round(candidates, 32, losses_by_size(options))
     assert [len(rows) for rows in candidates.rows] == [4, 8]
-    assert judged_(candidates, 32, losses_by_size(options)) == []
+    assert record_round(candidates, 32, losses_by_size(options)) == []
     assert candidates.rounds == 2
     assert [len(rows) for rows in candidates.rows] == [4, 8]
 
 
-def test_candidates_follow_the_seed_and_what_was_judged_only():
+def test_candidates_depend_only_on_the_seed_and_on_recorded_losses():
     options, losses = options_to_search(), losses_by_size(options_to_search())
 
     def all_of(seed: int, losses: Losses) -> list[list[tuple[int, ...]]]:
         candidates = StageCandidates(options, seed)
         for _ in range(3):
             np.random.seed(len(candidates.rows[0]))
-            judged_(candidates, 6, losses)
+            record_round(candidates, 6, losses)
         return [as_tuples(tuple(rows)) for rows in candidates.rows]
 
     state = np.random.get_state()
@@ -120,26 +120,28 @@ def test_candidates_follow_the_seed_and_what_was_judged_only():
         np.random.set_state(state)
 
 
-def test_candidates_that_are_restored_go_on_as_if_nothing_had_happened():
+def test_restored_candidates_continue_identically():
     options = options_to_search()
     losses = losses_by_size(options)
     candidates = StageCandidates(options, 4)
     for _ in range(2):
-        judged_(candidates, 6, losses)
+        record_round(candidates, 6, losses)
     again = StageCandidates(options, 4)
     again.restore(json.loads(json.dumps(candidates.to_json())))
     assert again.rounds == 2
     for each in (candidates, again):
-        judged_(each, 6, losses)
+        record_round(each, 6, losses)
     assert again.to_json() == candidates.to_json()
 
 
 def test_rounds_improve_the_best_combination_or_keep_it():
-    """They come near the best of the whole space, which enumeration and the exact combination of it tell."""
+    """They come near the best of the whole space, which is found by enumeration and the exact combination."""
     options = options_to_search()
     losses = losses_by_size(options)
     space = StageCandidates(options, 0)
-    every = [[np.array(row) for row in itertools.product(*(range(t + 1) for t in of.max_numbers))] for of in options.of_stage]
+    every = [
+        [np.array(row) for row in itertools.product(*(range(t + 1) for t in of.max_numbers))] for of in options.of_stage
+    ]
     most = max(map(len, every))
     networks = [tuple(rows[n % len(rows)] for rows in every) for n in range(most)]
     space.record(networks, np.array([losses(rows) for rows in networks]))
@@ -149,18 +151,18 @@ def test_rounds_improve_the_best_combination_or_keep_it():
         candidates = StageCandidates(options, seed)
         found = []
         for _ in range(6):
-            judged_(candidates, 16, losses)
+            record_round(candidates, 16, losses)
             found.append(ExactKnapsack().combine(candidates.table(), 0).loss)
         assert found == sorted(found, reverse=True)
         assert found[-1] < found[0]
         assert best <= found[-1] <= 1.25 * best
 
 
-def test_parents_are_those_that_none_beats_from_the_best_on():
+def test_parents_are_the_nondominated_candidates_ordered_by_loss():
     options = options_to_search()
     losses = losses_by_size(options)
     candidates = StageCandidates(options, 0)
-    judged_(candidates, 24, losses)
+    record_round(candidates, 24, losses)
     table = candidates.table()
     for stage, rows in enumerate(candidates.rows):
         points = list(zip(candidates.losses[stage], table.costs["macs"][stage].tolist(), strict=True))
@@ -173,6 +175,6 @@ def test_parents_are_those_that_none_beats_from_the_best_on():
 def test_losses_that_are_not_finite_are_refused_when_they_are_used():
     options = options_to_search()
     candidates = StageCandidates(options, 0)
-    judged_(candidates, 4, lambda rows: [float("nan")] * len(rows))
+    record_round(candidates, 4, lambda rows: [float("nan")] * len(rows))
     with pytest.raises(TrainingError, match="`losses` must be finite; got nan for candidate 0 of stage 0"):
         candidates.propose(4)

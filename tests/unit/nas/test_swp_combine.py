@@ -1,4 +1,4 @@
-"""One candidate per stage under limits: against enumeration, in exact arithmetic."""
+"""One candidate per stage under limits, compared with enumeration in exact arithmetic."""
 
 import contextlib
 import itertools
@@ -86,8 +86,8 @@ def random_table(stages: int, candidates: int, seed: int, fields: int = 1, kept:
     StageTable((np.array([-1.0]), np.array([-1.0, -2.0])), _AT_THE_LIMIT, {"latency_s": 0.1}, {"latency_s": 0.1 + 0.2})
 )
 @given(tables())
-def test_exact_is_the_best_of_all_choices(table):
-    """Seconds are rounded up to 2^-60 of the largest sum: what is nearer to a limit than that may be left out."""
+def test_the_exact_choice_is_the_best_of_all(table):
+    """Seconds are rounded up to 2^-60 of the largest sum, so a choice nearer to a limit than that may be left out."""
     possible = every(table, tuple(table.limits))
     surely = every(table, tuple(table.limits), spare=_ROUNDED)
     if not surely:
@@ -122,7 +122,7 @@ def test_exact_is_never_worse_than_evolution(table, seed):
 
 @settings(max_examples=60)
 @given(tables(fields=1))
-def test_the_front_of_one_cost_is_that_of_all_choices(table):
+def test_the_front_of_one_cost_equals_that_of_all_choices(table):
     unbounded = StageTable(table.losses, table.costs, table.base, {})
     for each in (table, unbounded):
         possible = every(each, ("macs",))
@@ -141,8 +141,8 @@ def test_the_front_of_one_cost_is_that_of_all_choices(table):
 
 @settings(max_examples=60)
 @given(tables(fields=2, most=1000))
-def test_the_solver_alone_and_the_sums_alone_agree(table):
-    """Two ways: HiGHS in floating point with nothing known before, and sums in whole numbers without HiGHS."""
+def test_the_solver_alone_and_the_enumeration_alone_agree(table):
+    """Two independent ways: HiGHS in floating point without bounds, and whole-number sums without HiGHS."""
     rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
     sums = enumerate_nondominated(rows)
     possible = every(table, ())
@@ -181,8 +181,8 @@ def test_one_limit_has_the_same_answer_as_its_front(seed):
     assert solve_knapsack(table) == pareto_front(table).choices[-1]
 
 
-def test_a_limit_that_no_float_can_tell_apart_is_kept():
-    """Sums that differ by one in 10^15: far below the tolerance of the solver, not of whole numbers."""
+def test_a_limit_below_float_resolution_is_respected():
+    """Sums that differ by one in 10^15, far below the tolerance of the solver but not of whole numbers."""
     large = 10**15
     rows = tuple(np.array([large, large + 1]) for _ in range(3))
     losses = tuple(np.array([1.0, 0.0]) for _ in range(3))
@@ -195,7 +195,7 @@ def test_a_limit_that_no_float_can_tell_apart_is_kept():
     assert solve_knapsack(table).cost["latency_s"] <= 3.0 + 2.0**-50
 
 
-def test_what_the_solver_lets_over_a_limit_is_refused(monkeypatch):
+def test_answers_of_the_solver_that_exceed_a_limit_are_refused(monkeypatch):
     table = random_table(3, 20, seed=5)
     right = solve_knapsack(table)
     real, asked = _exact.milp, []
@@ -213,10 +213,12 @@ def test_what_the_solver_lets_over_a_limit_is_refused(monkeypatch):
     assert solve_knapsack(table) == right
 
 
-def test_among_too_many_sums_the_solver_still_counts(monkeypatch):
+def test_an_incomplete_enumeration_still_considers_the_answer_of_the_solver(monkeypatch):
     table = random_table(4, 60, seed=2, fields=2)
     right = solve_knapsack(table)
-    monkeypatch.setattr(_exact, "enumerate_nondominated", lambda rows, bound, **_: enumerate_nondominated(rows, bound, most=1))
+    monkeypatch.setattr(
+        _exact, "enumerate_nondominated", lambda rows, bound, **_: enumerate_nondominated(rows, bound, most=1)
+    )
     assert solve_knapsack(table).loss == pytest.approx(right.loss, rel=1e-9)
 
 
@@ -234,7 +236,7 @@ def test_stages_with_a_single_candidate():
     assert solve_knapsack(only) == Evolution().combine(only, 0) == StageChoice((0,), 2.0, {"macs": 6})
 
 
-def test_limits_out_of_reach_say_what_is_in_reach():
+def test_errors_on_infeasible_limits_say_which_costs_can_be_reached():
     table = random_table(2, 5, seed=0, fields=2)
     low, high = table.cost_range("macs")
     over = StageTable(table.losses, table.costs, table.base, {"macs": float(low - 1), "params": 1e9})
@@ -256,7 +258,7 @@ def test_limits_that_can_be_met_one_by_one_but_not_together():
         pareto_front(table)
 
 
-def test_the_front_of_several_costs_has_no_beaten_choice_and_the_ends_of_the_exact_fronts():
+def test_the_front_of_several_costs_is_nondominated_and_has_the_ends_of_the_exact_fronts():
     table = random_table(3, 8, seed=4, fields=2, kept=0.8)
     found = pareto_front(table, evolution=Evolution(population=60, generations=40), seed=1)
     points = [(c.loss, c.cost["macs"], c.cost["params"]) for c in found.choices]
@@ -273,12 +275,15 @@ def test_the_front_of_several_costs_has_no_beaten_choice_and_the_ends_of_the_exa
 
 def test_the_front_keeps_to_limits_on_other_costs():
     table = random_table(3, 10, seed=4, fields=2, kept=0.4)
-    assert pareto_front(table, ("macs",), evolution=Evolution(population=30, generations=10)).fields == ("macs", "params")
+    assert pareto_front(table, ("macs",), evolution=Evolution(population=30, generations=10)).fields == (
+        "macs",
+        "params",
+    )
     with pytest.raises(BudgetError, match=r"`fields` must be among those with costs, \['macs', 'params'\]; got 'sec"):
         pareto_front(table, ("seconds",))
 
 
-def test_undominated_points_are_those_of_the_definition():
+def test_nondominated_points_equal_those_by_definition():
     draw = np.random.default_rng(0)
     for fields in (1, 2, 3):
         points = draw.integers(0, 6, (fields + 1, 60))
@@ -293,7 +298,7 @@ def test_undominated_points_are_those_of_the_definition():
         assert nondominated_indices(points[0], points[1:]).tolist() == expected
 
 
-def test_evolution_leaves_the_random_numbers_of_others_alone():
+def test_evolution_does_not_change_the_global_random_state():
     np.random.seed(3)
     before = np.random.get_state()[1].tolist()
     Evolution(population=10, generations=3).combine(random_table(2, 10, 0), 5)
@@ -314,7 +319,7 @@ def test_evolution_without_pymoo_names_the_extra(monkeypatch):
         ({"mutation": 1.5}, "`mutation` must be a probability, 0 to 1; got 1.5"),
     ],
 )
-def test_numbers_of_evolution_out_of_range(settings, message):
+def test_settings_of_evolution_out_of_range_are_refused(settings, message):
     with pytest.raises(BudgetError, match=message):
         Evolution(**settings)
 
@@ -345,6 +350,6 @@ ONE = (np.array([1.0, 2.0]),)
         ),
     ],
 )
-def test_tables_that_do_not_go_together(losses, costs, base, limits, error, message):
+def test_inconsistent_tables_are_refused(losses, costs, base, limits, error, message):
     with pytest.raises(error, match=message):
         StageTable(losses, costs, base, limits)

@@ -1,4 +1,4 @@
-"""What a combination leaves of the budget is used."""
+"""The part of the budget that a combination leaves is used."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def single_steps(of: CandidateSpace, rows: CandidateRows) -> list[CandidateRows]
 @pytest.mark.parametrize(
     "budget", [Budget(macs="60%"), Budget(macs="80%", params="70%"), Budget(params="90%")], ids=str
 )
-def test_no_single_step_is_left_that_fits_unless_it_is_full(budget, untied):
+def test_no_further_step_fits_unless_the_budget_is_used(budget, untied):
     of = options(budget, untied=untied)
     draw = np.random.default_rng(0)
     drawn = [of.smallest, *(of.sample(draw) for _ in range(20))]
@@ -49,7 +49,7 @@ def test_no_single_step_is_left_that_fits_unless_it_is_full(budget, untied):
         assert fullness(of, found) >= 0.995 or all(fullness(of, wider) > 1 for wider in single_steps(of, found))
 
 
-def test_everything_becomes_whole_where_there_is_room():
+def test_an_ample_budget_gives_the_full_network():
     of = options(Budget(macs="100%"))
     assert all(map(np.array_equal, fill_budget(of, of.largest), of.largest))
     nearly = tuple(np.maximum(row - 1, 0) for row in of.largest)

@@ -1,4 +1,4 @@
-"""What there is to choose from: against enumeration, and costs against those of whole and really cut networks."""
+"""The candidates, compared with enumeration, and their costs, compared with those of whole and cut networks."""
 
 import itertools
 from functools import cache
@@ -12,7 +12,7 @@ from swp_runs import finest, options_of, problem_of, quick, staged
 from tas_runs import Net, Recorder, net, run
 from zoo import ZOO
 
-from secateur.cost import CostModel, counted_macs
+from secateur.cost import CostModel, count_macs
 from secateur.errors import BudgetError, SelectionError
 from secateur.graph import trace, untie
 from secateur.models import cifar_resnet20
@@ -30,7 +30,7 @@ FINELY = (
     "nested",
     "attention",
 )
-"""Cut wherever they can be: most of their streams cross cuts then."""
+"""Networks with as many stages as possible, so that most of their streams cross cuts."""
 
 
 # --- choices ----------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def nearest(levels: list[int], fractions: tuple[float, ...]) -> set[int]:
 def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divisor):
     """The second stage of the net in two: axes 5, 8.conv1 and 9.conv1, the chain 8, 9; the first has block 4 as end."""
     options = options_of(staged(), depths=depths, cuts=["4"], space=SearchSpace(divisor=divisor))
-    sizes = options.context.evidence.graph.sizes
+    sizes = options.context.inputs.graph.sizes
     axes = [("3.conv1", "4.conv1"), ("5", "8.conv1", "9.conv1")]
     blocks = [[()], [(), ("9",), ("8", "9")]]  # What goes; chains lose their last blocks first.
     if depths is not None:
@@ -73,9 +73,9 @@ def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divi
         )
 
 
-def test_whole_and_tiny():
+def test_the_largest_and_the_smallest_network():
     options = options_of(staged())
-    graph = options.context.evidence.graph
+    graph = options.context.inputs.graph
     full = options.subnet(options.largest)
     assert dict(zip(graph.sizes, full.widths, strict=True)) == dict(graph.sizes)
     assert full.removed_blocks == ()
@@ -86,7 +86,7 @@ def test_whole_and_tiny():
     assert tiny.removed_blocks == ("8", "9")
 
 
-def test_every_choice_is_drawn_as_often_as_any_other():
+def test_sampled_choices_are_uniform():
     options, draw = options_of(staged()), np.random.default_rng(0)
     drawn = [options.sample(draw) for _ in range(3000)]
     for number, stage in enumerate(options.of_stage):
@@ -130,15 +130,15 @@ def zoo_options(name: str, untied: bool, finely: bool) -> CandidateSpace:
 
 
 def assert_costs_add_up(options: CandidateSpace, networks: int = 12) -> None:
-    """Of random combinations of candidates: exactly the cost of the architecture as a whole."""
+    """Costs of random combinations of candidates equal the cost of the whole architecture exactly."""
     draw = np.random.default_rng(3)
     rows = [options.largest, options.smallest, *(options.sample(draw) for _ in range(networks))]
     candidates = StageCandidates(options, 0)
     candidates.record(rows, np.zeros((len(rows), len(options.stages))))
     table = candidates.table()
     assert table.limits == options.context.limits
-    graph = options.context.evidence.graph
-    supernet, costs = Supernet(options.context.evidence.model, graph), CostModel(graph)
+    graph = options.context.inputs.graph
+    supernet, costs = Supernet(options.context.inputs.model, graph), CostModel(graph)
     for _ in range(networks):
         picked = [int(draw.integers(len(known))) for known in candidates.rows]
         network = candidates.rows_of(picked)
@@ -156,11 +156,11 @@ ZOO_CASES += [(name, untied, True) for name in FINELY for untied in (False, True
 
 
 def assert_boundaries_are_whole(options: CandidateSpace, images: torch.Tensor) -> None:
-    """Nothing that a cut or two stages see is narrowed, so that every network can be run stage by stage."""
-    graph = options.context.evidence.graph
+    """No axis that a cut or two stages see is narrowed, so that every network can be run stage by stage."""
+    graph = options.context.inputs.graph
     inside = {name for stage in options.stages for name in stage.axes}
     draw = np.random.default_rng(4)
-    supernet = Supernet(options.context.evidence.model, graph)
+    supernet = Supernet(options.context.inputs.model, graph)
     with torch.no_grad():
         _, handed_on = stage_features(supernet, options.stages, images)
         for rows in (options.smallest, options.sample(draw)):
@@ -181,7 +181,7 @@ def test_costs_add_up_and_boundaries_are_whole(name, untied, finely):
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_costs_of_a_resnet_add_up(untied):
-    """Option A: the streams of its second and third stage are nothing but sums, and one of them crosses a cut."""
+    """Option A: the streams of its second and third stage are only sums, and one of them crosses a cut."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, images = cifar_resnet20().eval(), torch.randn(1, 3, 16, 16)
@@ -194,15 +194,15 @@ def test_costs_of_a_resnet_add_up(untied):
     rows = options.sample(np.random.default_rng(1))
     architecture = Supernet(model, graph).architecture(options.subnet(rows))
     small = cut(model, graph, architecture).model
-    assert counted_macs(small, images) == CostModel(graph).cost(architecture).macs
+    assert count_macs(small, images) == CostModel(graph).cost(architecture).macs
     assert sum(p.numel() for p in small.parameters()) == CostModel(graph).cost(architecture).params
 
 
 def test_a_stream_that_crosses_a_cut_stays_whole_however_narrow_its_branches():
-    """And the cut model, in which nobody computes some of its channels, is what the supernet ran."""
+    """The cut model, in which some channels are never computed, equals what the supernet runs."""
     model, images, _ = zoo_net("option_a_residual")
     options = zoo_options("option_a_residual", untied=True, finely=False)
-    graph = options.context.evidence.graph
+    graph = options.context.inputs.graph
     subnet = options.subnet(options.smallest)
     widths = dict(zip(graph.sizes, subnet.widths, strict=True))
     into = {axis.name: axis.residual_axis for axis in graph.prunable if axis.residual_axis}
@@ -256,7 +256,7 @@ def test_settings_out_of_range_are_refused(fields, message):
         quick(**fields)
 
 
-def test_the_least_cost_is_that_of_the_tiny_net():
+def test_the_least_cost_is_that_of_the_smallest_network():
     given = staged()
     problem = problem_of(given.model, given.graph)
     options = options_of(given, widths=Widths())

@@ -1,4 +1,4 @@
-"""Sets that packages bring: digits and torchvision's CIFAR."""
+"""Data sets of installed packages: scikit-learn's digits and torchvision's CIFAR."""
 
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.Mon
 
 
 class FakeCifar:
-    """What torchvision gives, without its 170 MB."""
+    """A stand-in for torchvision's class without its 170 MB of data."""
 
     classes = ("a", "b", "c")
 

@@ -14,7 +14,7 @@ from secateur.errors import DataError
     fraction=st.floats(0.01, 0.99),
     seed=st.integers(0, 5),
 )
-def test_every_class_gives_its_share(counts: list[int], fraction: float, seed: int):
+def test_every_class_contributes_in_proportion(counts: list[int], fraction: float, seed: int):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     kept, held = hold_out(labels, fraction, seed)
@@ -35,14 +35,14 @@ def test_the_number_held_out_is_the_rounded_share():
     assert len(held) == 123
 
 
-def test_seed_chooses():
+def test_the_choice_depends_on_the_seed():
     labels = torch.arange(100) % 4
     assert torch.equal(hold_out(labels, 0.3, 1)[1], hold_out(labels, 0.3, 1)[1])
     assert not torch.equal(hold_out(labels, 0.3, 1)[1], hold_out(labels, 0.3, 2)[1])
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_fractions_outside_are_refused(fraction: float):
+def test_fractions_out_of_range_are_refused(fraction: float):
     with pytest.raises(DataError, match="`validation_fraction` must lie in"):
         hold_out(torch.arange(10) % 2, fraction, 0)
 

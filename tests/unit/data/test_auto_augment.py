@@ -1,4 +1,4 @@
-"""timm's policies: what timm does, as a pure function of the image, in any thread, with nobody's generators."""
+"""Policies of timm: equal to timm, a pure function of image and key in any thread, without global generators."""
 
 import random
 import sys
@@ -27,7 +27,7 @@ def pixels(n: int = 24, channels: int = 3, side: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_policy_is_timms_with_the_same_draws(name: str):
+def test_a_policy_equals_that_of_timm_for_equal_random_numbers(name: str):
     from timm.data import auto_augment as timm
 
     settings = {"translate_const": 5, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BILINEAR}
@@ -63,7 +63,7 @@ def test_the_highest_magnitude_leaves_one_bit():
         assert policy(image, key).shape == image.shape
 
 
-def test_an_image_is_not_changed_and_keys_matter():
+def test_the_input_is_not_changed_and_the_result_depends_on_the_key():
     image, policy = pixels()[0], load_policy(NAMES[0], (3, 12, 12), USUAL.mean)
     before = image.copy()
     varied = [policy(image, key).tobytes() for key in range(20)]
@@ -72,14 +72,14 @@ def test_an_image_is_not_changed_and_keys_matter():
     assert varied == [policy(image, key).tobytes() for key in range(20)]
 
 
-def test_threads_do_not_draw_from_each_other():
+def test_threads_have_independent_generators():
     policy, images = load_policy("original", (3, 12, 12), USUAL.mean), pixels(200)
     alone = [policy(image, key).tobytes() for key, image in enumerate(images)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda key: policy(images[key], key).tobytes(), range(200))) == alone
 
 
-def test_nothing_of_timms_module_or_the_callers_generators_is_changed():
+def test_timms_module_and_global_generators_are_not_changed():
     from timm.data import auto_augment
 
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -107,9 +107,7 @@ def split(request: pytest.FixtureRequest, image_folder: Callable[..., Path]) -> 
     "augment",
     [Augment(padding=1, auto_augment=NAMES[0]), Augment(padding=0, min_area=0.3, auto_augment=NAMES[2], erase=0.3)],
 )
-def test_what_becomes_of_an_image_depends_on_seed_and_epoch_only(
-    split: Split, augment: Augment, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_varied_image_depends_on_seed_and_epoch_only(split: Split, augment: Augment, monkeypatch: pytest.MonkeyPatch):
     def by_label(batch_size: int, epoch: int) -> Tensor:
         batches = list(split.batches(batch_size, seed=3, epoch=epoch, augment=augment))
         return torch.cat([x for x, _ in batches])[torch.cat([y for _, y in batches]).argsort()]
@@ -120,7 +118,7 @@ def test_what_becomes_of_an_image_depends_on_seed_and_epoch_only(
     assert not torch.equal(first, by_label(7, epoch=2))
 
 
-def test_policies_of_held_and_streamed_sets_are_equal(image_folder: Callable[..., Path]):
+def test_policies_in_memory_and_streamed_are_equal(image_folder: Callable[..., Path]):
     paths = tuple(sorted(image_folder().rglob("*.png")))
     held = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
     splits = (MemorySplit(held, torch.arange(36), BYTES), FolderSplit(paths, torch.arange(36), (3, 8, 8), BYTES))

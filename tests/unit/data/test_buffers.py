@@ -1,4 +1,4 @@
-"""Memory of batches is used again, but never while anybody has a part of it."""
+"""Batch memory is reused, but never while a part of it is in use."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def made(floats: BufferPool, n: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS.keys())
-def test_memory_is_used_again_when_nobody_has_it_any_more(holder: Callable[[Tensor], object]) -> None:
+def test_memory_is_reused_once_nothing_refers_to_it(holder: Callable[[Tensor], object]) -> None:
     floats = BufferPool()
     first = made(floats)
     where = address(first)
@@ -43,7 +43,7 @@ def test_memory_is_used_again_when_nobody_has_it_any_more(holder: Callable[[Tens
     assert address(third) == where
 
 
-def test_more_than_a_few_batches_are_not_kept() -> None:
+def test_memory_of_only_a_few_batches_is_kept() -> None:
     floats = BufferPool()
     held = [made(floats) for _ in range(10)]
     assert len({address(batch) for batch in held}) == 10
@@ -51,7 +51,7 @@ def test_more_than_a_few_batches_are_not_kept() -> None:
 
 
 @given(kept=st.lists(st.booleans(), min_size=9, max_size=9))
-def test_batches_that_are_kept_stay_what_they_were(kept: list[bool]) -> None:
+def test_batches_that_the_caller_keeps_do_not_change(kept: list[bool]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (41, 3, 6, 5), dtype=np.uint8)
     split = MemorySplit(torch.from_numpy(pixels), torch.arange(41), Normalization((0.5,) * 3, (0.2,) * 3))
     varied = Augment(padding=1, mixup=0.2)

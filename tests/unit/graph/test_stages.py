@@ -12,12 +12,11 @@ import torchvision
 from cuts import zoo_net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO
 from zoo_convolutional import conv_bn
 
 from secateur.architecture import Architecture
-from secateur.cost import CostModel
+from secateur.cost import CostModel, flop_counter
 from secateur.errors import SelectionError
 from secateur.graph import ChannelGraph, Stage, find_stages, trace, untie
 from secateur.models import cifar_resnet20
@@ -189,7 +188,7 @@ def test_untied_branches_are_free_and_their_streams_are_not():
     stages = find_stages(model, untied)
     free = {name: stage.name for stage in stages for name in stage.axes}
     assert tied_free <= set(free)
-    branches = {axis.name for axis in untied.prunable if axis.into}
+    branches = {axis.name for axis in untied.prunable if axis.residual_axis}
     assert branches
     assert branches <= set(free)
     assert all(free[name] == f"stage{name[5]}" for name in branches if name.startswith("layer"))
@@ -312,8 +311,8 @@ def some(graph: ChannelGraph, stages: tuple[Stage, ...], draw: np.random.Generat
         axes = [graph.by_name[name] for name in stage.axes]
         kept = {axis.name: range(int(draw.integers(1, axis.size // axis.divisor + 1)) * axis.divisor) for axis in axes}
         for axis in axes:
-            if axis.into in kept:
-                kept[axis.name] = range(min(len(kept[axis.name]), len(kept[axis.into])))
+            if axis.residual_axis in kept:
+                kept[axis.name] = range(min(len(kept[axis.name]), len(kept[axis.residual_axis])))
         blocks = [block for block in stage.blocks if draw.random() < 0.4]
         found.append(Architecture.of(kept, blocks))
     return tuple(found)
@@ -373,7 +372,7 @@ def test_macs_of_a_stage_are_what_runs_between_its_cuts(name):
     model, graph = published(name)
     stages, counted = find_stages(model, graph), []
     model = copy.deepcopy(model)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         for stage in stages[:-1]:
             module = model.get_submodule(stage.cut)
             module.register_forward_hook(lambda *_: counted.append(counter.get_total_flops() // 2))
@@ -387,11 +386,15 @@ def test_macs_of_a_stage_are_what_runs_between_its_cuts(name):
 
 def test_cuts_that_cannot_be_are_refused_with_a_way_out():
     model, graph = resnet20()
-    with pytest.raises(SelectionError, match=r"`cuts` must name modules of the model; got 'layr1'\. Did you mean layer1"):
+    with pytest.raises(
+        SelectionError, match=r"`cuts` must name modules of the model; got 'layr1'\. Did you mean layer1"
+    ):
         find_stages(model, graph, ["layr1"])
     with pytest.raises(SelectionError, match=r"'layer2.1.conv1' is passed by.* Near it are layer2\.0 and layer2\.1\."):
         find_stages(model, graph, ["layer2.1.conv1"])
-    with pytest.raises(SelectionError, match=r"order of execution.*'layer1' after 'layer2'\. In order: layer1, layer2\."):
+    with pytest.raises(
+        SelectionError, match=r"order of execution.*'layer1' after 'layer2'\. In order: layer1, layer2\."
+    ):
         find_stages(model, graph, ["layer2", "layer1"])
     with pytest.raises(SelectionError, match=r"each once; got 'layer1\.2' after 'layer1'"):
         find_stages(model, graph, ["layer1", "layer1.2"])

@@ -75,7 +75,7 @@ class Provenance:
 def installed_versions() -> dict[str, str]:
     """Return the installed versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version()}
-    for name in ("secateur", *tested_window()):
+    for name in ("secateur", *version_window()):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -83,7 +83,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def tested_window() -> dict[str, SpecifierSet]:
+def version_window() -> dict[str, SpecifierSet]:
     """The versions that are tested, by name of the package: lowest and newest.
 
     They are stated in pyproject.toml alone, and read from the metadata of the installed package. The result is empty
@@ -105,7 +105,7 @@ def tested_window() -> dict[str, SpecifierSet]:
 
 def warn_outside_window() -> None:
     """Warn of installed packages whose versions lie outside of the tested window; once, with all of them."""
-    window, here = tested_window(), installed_versions()
+    window, here = version_window(), installed_versions()
     outside = [
         f"{name} {here[name]} (tested: {','.join(sorted(map(str, versions), reverse=True))})"
         for name, versions in window.items()

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from secateur._provenance import installed_versions, tested_window, warn_outside_window
+from secateur._provenance import installed_versions, version_window, warn_outside_window
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def said() -> list[str]:
 
 
 def test_every_package_of_the_window_has_a_lowest_and_a_newest_version():
-    window = tested_window()
+    window = version_window()
     assert {
         "torch",
         "torchvision",
@@ -54,14 +54,14 @@ def test_the_window_is_the_one_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lowest = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
     newest = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["tested"])}
-    assert tested_window() == {name: lowest[name] & newest[name] for name in newest}
+    assert version_window() == {name: lowest[name] & newest[name] for name in newest}
 
 
 @pytest.mark.parametrize("name", ["pinned", "lowest"])
 def test_pinned_and_lowest_versions_lie_inside_of_the_window(name: str):
     lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
-    window = tested_window()
+    window = version_window()
     assert {pin.name for pin in pins} >= window.keys()
     for pin in pins:
         (exact,) = pin.specifier
@@ -73,7 +73,7 @@ def test_pinned_and_lowest_versions_lie_inside_of_the_window(name: str):
 def test_the_lowest_versions_are_the_lowest_bounds():
     lines = (ROOT / "requirements" / "lowest.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
-    for name, versions in tested_window().items():
+    for name, versions in version_window().items():
         (bound,) = (Version(b.version) for b in versions if b.operator == ">=")
         assert min(Version(next(iter(p.specifier)).version) for p in pins if p.name == name) == bound
 
@@ -101,7 +101,7 @@ def test_the_table_of_the_readme_says_the_same():
         first = [next(line.split()[0] for line in text.splitlines() if line.startswith(f"{name}==")) for text in files]
         assert first == [f"{name}=={lowest}", f"{name}=={pinned}"]
         assert Version(pinned) <= Version(newest)
-        assert tested_window()[name].contains(newest)
+        assert version_window()[name].contains(newest)
 
 
 @pytest.mark.parametrize("torch", ["2.9", "2.9.1", "2.14.1+cu130", "2.15.3"])
@@ -130,6 +130,6 @@ def test_a_folder_that_was_not_installed_has_no_window(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(importlib.metadata, "requires", absent)
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    assert tested_window() == {}
+    assert version_window() == {}
     assert said() == []
     assert installed_versions().keys() == {"python"}

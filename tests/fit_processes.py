@@ -1,19 +1,20 @@
 """A student trained by one process or by two: what both must agree on."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from small_runs import Blobs, small_net, small_schedule
+from small_runs import Blobs, fit_small, launch_two, small_config, small_net
 from torch import nn
 
 from secateur._runtime import Stopped, stoppable
 from secateur.distill import Objective
 from secateur.errors import TrainingError
-from secateur.train import SGD, CheckpointPolicy, Silent, Trained, fit
+from secateur.train import SGD, CheckpointPolicy, Silent, Trained, callbacks
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,7 +40,7 @@ class Losses:
         self.found: list[float] = []
         self.epochs: list[int] = []
 
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Any:
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Any:
         from contextlib import nullcontext
 
         return nullcontext(self)
@@ -51,17 +52,15 @@ class Losses:
         self.epochs.append(epoch)
 
 
-def trained(name: str, progress: Any, fabric: "Fabric | None" = None, **more: Any) -> Trained:
+def trained(name: str, shown: Any, fabric: "Fabric | None" = None, **more: Any) -> Trained:
     """Distilled from a teacher, with a moving average, clipping and validation images that two do not divide."""
-    from secateur.train import trainer as _ledger
-
-    _ledger.SECONDS_PER_LOOK = -1.0
-    schedule = small_schedule(
+    callbacks.SECONDS_PER_LOOK = -1.0
+    schedule = small_config(
         EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimizer=SGD(), **more.pop("also", {})
     )
-    return fit(
-        net(name), more.pop("source", Blobs(16 * STEPS)), schedule=schedule, objective=Objective(0.5, 0.5),
-        teacher=small_net(5), validation=Blobs(33, seed=1), progress=progress, fabric=fabric, **more,
+    return fit_small(
+        net(name), more.pop("source", Blobs(16 * STEPS)), train=schedule, objective=Objective(0.5, 0.5),
+        teacher=small_net(5), validation=Blobs(33, seed=1), callbacks=shown, fabric=fabric, **more,
     )  # fmt: skip
 
 
@@ -97,33 +96,25 @@ def _process(fabric: "Fabric", folder: Path) -> None:
     with stoppable() as stop:
         source = Asks(16 * STEPS, stop if rank == 0 else None)
         try:
-            trained("normed", Silent(), fabric, source=source, checkpoint=folder / "run", saving=CheckpointPolicy())
+            trained("normed", Silent(), fabric, source=source, folder=folder / "run", checkpoints=CheckpointPolicy())
         except Stopped:
             result["stopped"] = sorted(path.name for path in (folder / "run").iterdir())
     fabric.barrier()
-    found = trained("normed", Silent(), fabric, checkpoint=folder / "run")
+    found = trained("normed", Silent(), fabric, folder=folder / "run")
     save_file({k: t.contiguous() for k, t in found.model.state_dict().items()}, folder / f"resumed-{rank}.safetensors")
     fabric.barrier()
+    if rank == 0:  # Only one process finds a checkpoint in its folder.
+        shutil.copytree(folder / "run", folder / "own-0")
     result["refused"] = [
-        _refusal(fabric, checkpoint=folder / f"own-{rank}", before=rank == 0),
-        _refusal(fabric, remember=folder / "logits"),
+        _refusal(fabric, folder=folder / f"own-{rank}"),
+        _refusal(fabric, teacher_cache=folder / "logits"),
         _refusal(fabric, source=Blobs(3), also={"accumulate": 2}),
     ]
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
-def _refusal(fabric: "Fabric", *, before: bool = False, **more: Any) -> str:
-    """The message of an error; before, one process may leave a checkpoint that the other does not see."""
-    if before:
-        from secateur.train import Saved, save_checkpoint
-        from secateur.train.config import TrainingTask
-        from secateur.train.fit import _settings
-
-        schedule = small_schedule(
-            EPOCHS, batch_size=16, learning_rate=0.1, clip_norm=1.0, ema_decay=0.9, optimizer=SGD()
-        )
-        task = TrainingTask(Blobs(160), Blobs(33), None, Objective(0.5, 0.5), schedule, None, fabric)
-        save_checkpoint(more["checkpoint"], Saved(1, {}, {}, _settings(task, net("normed"), small_net(5))))
+def _refusal(fabric: "Fabric", **more: Any) -> str:
+    """The message of an error."""
     try:
         trained("normed", Silent(), fabric, **more)
     except TrainingError as error:
@@ -132,10 +123,4 @@ def _refusal(fabric: "Fabric", *, before: bool = False, **more: Any) -> str:
 
 
 if __name__ == "__main__":
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-
-    torch.set_num_threads(1)
-    # Forked: two more starts of Python would take most of the time.
-    both = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[LightningEnvironment()])
-    both.launch(_process, Path(sys.argv[1]))
+    launch_two(_process, Path(sys.argv[1]))

@@ -1,13 +1,18 @@
 """A tiny problem, net, split and schedule for the tests of the training engine."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.distill import Objective
-from secateur.train import SGD, Batches, Precision, TrainConfig
+from secateur.train import SGD, Batches, Precision, RunSettings, Silent, TrainConfig, Trained, fit
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 CPU = torch.device("cpu")
 LABELS_ONLY = Objective.of_labels()
@@ -65,9 +70,32 @@ def small_net(seed: int = 0, *, dropout: float = 0.0, width: int = 8, classes: i
         )
 
 
-def small_schedule(epochs: int = 2, **changes: Any) -> TrainConfig:
+def small_config(epochs: int = 2, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimizer": SGD()}
     return TrainConfig(epochs, **(settings | changes))
+
+
+def with_run(**settings: Any) -> dict[str, Any]:
+    """Arguments of a training in which those that are fields of `RunSettings` become ``run``; silent by default."""
+    names = {field.name for field in fields(RunSettings)} & settings.keys()
+    run = RunSettings(**({"callbacks": Silent()} | {name: settings.pop(name) for name in names}))
+    return {**settings, "run": run}
+
+
+def fit_small(student: nn.Module, source: Batches, **settings: Any) -> Trained:
+    """`fit`, with the fields of `RunSettings` as arguments of their own."""
+    return fit(student, source, **with_run(**settings))
+
+
+def launch_two(process: Callable[["Fabric", Path], None], folder: Path) -> None:
+    """Run a function in two processes that are connected by gloo."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+    torch.set_num_threads(1)
+    # Forked: two more starts of Python would take most of the time.
+    both = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[LightningEnvironment()])
+    both.launch(process, folder)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -5,19 +5,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from slow_search import data as noise
-from swp_runs import options_of, quick, quick_schedule
+from small_runs import launch_two
+from swp_runs import options_of, quick, quick_config
 from tas_runs import Net
 from torch import Tensor, nn
 
 from secateur.graph import trace
 from secateur.nas import InPlace, OriginalWeights, SandwichSampler, Supernet
-from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig
-from secateur.search import SearchTraining, search_architecture
-from secateur.train import tensors_of
+from secateur.nas.swp_train import SupernetStep, SWPSearchConfig
+from secateur.search import search_architecture
+from secateur.train import RunSettings, Silent, Trainer, tensors_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -45,27 +45,27 @@ def curve(fabric: "Fabric") -> tuple[list[list[float]], dict[str, Tensor]]:
     options = options_of(given, cuts=CUTS)
     supernet = Supernet(given.model, given.graph).train()
     images = noise().train
-    course = SWPSearchConfig(options, SandwichSampler(2), InPlace(), images, None, quick_schedule(), fabric)
-    run, draw, losses = SupernetTraining(course, supernet), np.random.default_rng(0), []
+    config = SWPSearchConfig(options, SandwichSampler(2), InPlace(), images, None, quick_config(), fabric)
+    step, losses = SupernetStep(config, supernet), list[list[float]]()
+    trainer = Trainer(step)
+    step.begin(0)
     for epoch in range(STEPS // 4):
-        for batch, labels in images.batches(16, device=fabric.device, seed=0, epoch=epoch):
-            total, parts = run.learn(batch, labels, 0.05, draw)
-            losses.append([float(total), *map(float, parts.values())])
+        for batch in images.batches(16, device=fabric.device, seed=0, epoch=epoch):
+            losses.append([float(loss) for loss in trainer.train_step(batch, len(losses), 0.05).values()])
     return losses, {name: tensor.clone() for name, tensor in tensors_of(supernet).items()}
 
 
-def found(fabric: "Fabric", checkpoint: Path | None = None) -> Any:
+def found(fabric: "Fabric", folder: Path | None = None) -> Any:
     """A whole search."""
     given, strategy = unnormed(), quick(2, cuts=CUTS, student_weights=OriginalWeights())
     return search_architecture(
         given.model, given.graph, strategy, budget="macs=50%", batches=given.batches,
-        training=SearchTraining(noise(), checkpoint, fabric=fabric),
+        data=noise(), run=RunSettings(folder=folder, callbacks=Silent(), fabric=fabric),
     )  # fmt: skip
 
 
-def _process(fabric: "Fabric", folder: Path) -> None:
-    """What each of the two processes does."""
-    torch.set_num_threads(1)
+def count_messages(fabric: "Fabric") -> list[int]:
+    """The sizes of all tensors that processes exchange from now on."""
     sent: list[int] = []
     all_reduce = fabric.all_reduce
 
@@ -74,6 +74,13 @@ def _process(fabric: "Fabric", folder: Path) -> None:
         return all_reduce(data, *arguments, **named)
 
     fabric.all_reduce = counted  # type: ignore[method-assign]
+    return sent
+
+
+def _process(fabric: "Fabric", folder: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    sent = count_messages(fabric)
     losses, weights = curve(fabric)
     steps = list(sent)
     whole = found(fabric, folder / "checkpoints")
@@ -84,10 +91,4 @@ def _process(fabric: "Fabric", folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-
-    torch.set_num_threads(1)
-    # Forked: two more starts of Python would take most of the time.
-    both = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[LightningEnvironment()])
-    both.launch(_process, Path(sys.argv[1]))
+    launch_two(_process, Path(sys.argv[1]))

@@ -13,11 +13,21 @@ from tas_runs import Block, Net
 from torch import Tensor, nn
 
 from secateur.cost import Budget, CostModel
-from secateur.errors import ChoiceError
-from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
-from secateur.nas import SWP, Depths, Subnet, Supernet, SupernetWeights, Supervision, Widths, best_first, calibrated
+from secateur.errors import SelectionError
+from secateur.graph import ChannelGraph, Stage, find_stages, trace, untie
+from secateur.nas import (
+    SWP,
+    Depths,
+    Subnet,
+    Supernet,
+    SupernetWeights,
+    Supervision,
+    Widths,
+    measure_batch_norms,
+    order_by_score,
+)
 from secateur.nas.swp import CandidateScorer
-from secateur.nas.swp_candidates import Options
+from secateur.nas.swp_candidates import CandidateSpace
 from secateur.prune import original_names
 from secateur.search import L2, ScoringInputs, SearchContext, SearchResult, SearchSpace
 from secateur.train import SGD, Precision, TrainConfig
@@ -47,7 +57,7 @@ def staged(*, untied: bool = False) -> Net:
     return Net(model, untie(model, graph) if untied else graph, batches)
 
 
-def quick_schedule(epochs: int = 2, **changes: Any) -> TrainConfig:
+def quick_config(epochs: int = 2, **changes: Any) -> TrainConfig:
     usual: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.05, "optimizer": SGD(), "warmup_fraction": 0.0}
     return TrainConfig(epochs, **(usual | {"precision": Precision.FLOAT32} | changes))
 
@@ -55,8 +65,8 @@ def quick_schedule(epochs: int = 2, **changes: Any) -> TrainConfig:
 def quick(epochs: int = 2, **fields: Any) -> SWP:
     """Widths and depths, three steps an epoch, four candidates a round, in half a second."""
     given: dict[str, Any] = {
-        "schedule": quick_schedule(epochs), "importance": L2(), "depths": Depths(), "candidates": 12, "rounds": 3,
-        "held_out": 16, "hand_on": SupernetWeights(),
+        "train": quick_config(epochs), "importance": L2(), "depths": Depths(), "candidates": 12, "rounds": 3,
+        "held_out": 16, "student_weights": SupernetWeights(),
     }  # fmt: skip
     return SWP(**(given | fields))
 
@@ -76,10 +86,10 @@ def options_of(
     depths: Depths | None = DEPTHS,
     cuts: Sequence[str] | None = None,
     **settings: Any,
-) -> Options:
+) -> CandidateSpace:
     """What there is to choose from."""
     problem = problem_of(given.model, given.graph, **settings)
-    return Options.of(problem, stages_of(given.model, given.graph, cuts), widths, depths)
+    return CandidateSpace.of(problem, find_stages(given.model, given.graph, cuts), widths, depths)
 
 
 def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
@@ -88,8 +98,8 @@ def finest(model: nn.Module, graph: ChannelGraph) -> list[str]:
     for name, _ in model.named_modules():
         for some in ([*cuts, name], [*cuts[:-1], name]):
             try:
-                stages_of(model, graph, some)
-            except ChoiceError:
+                find_stages(model, graph, some)
+            except SelectionError:
                 continue
             cuts = some
             break
@@ -173,26 +183,26 @@ def assert_same(one: SearchResult, other: SearchResult) -> None:
     assert as_text(one.notes) == as_text(other.notes)
 
 
-def supernet_of(options: Options, dtype: torch.dtype) -> Supernet:
+def supernet_of(options: CandidateSpace, dtype: torch.dtype) -> Supernet:
     """With channels in an order of their own."""
-    evidence = options.problem.evidence
+    inputs = options.context.inputs
     draw = np.random.default_rng(2)
-    graph = replace(evidence.graph, example=tuple(tensor.to(dtype) for tensor in evidence.graph.example))
+    graph = replace(inputs.graph, example=tuple(tensor.to(dtype) for tensor in inputs.graph.example))
     scores = {axis.name: draw.random(axis.size) for axis in graph.prunable}
-    return Supernet(copy.deepcopy(evidence.model).to(dtype), graph, best_first(scores)).eval()
+    return Supernet(copy.deepcopy(inputs.model).to(dtype), graph, order_by_score(scores)).eval()
 
 
-def judge_of(options: Options, supervision: Supervision, dtype: torch.dtype = torch.float64) -> CandidateScorer:
+def judge_of(options: CandidateSpace, supervision: Supervision, dtype: torch.dtype = torch.float64) -> CandidateScorer:
     """A judge with images in two batches of calibration and two held out."""
     supernet = supernet_of(options, dtype)
     batches = [(images.to(dtype), labels) for images, labels in noise().train.batches(16, device=torch.device("cpu"))]
     calibration = tuple(images for images, _ in batches[:2])
-    full = calibrated(supernet, supernet.full, calibration)
+    full = measure_batch_norms(supernet, supernet.full, calibration)
     return CandidateScorer(
         supernet, options.stages, supervision, calibration, tuple(batches[2:]), full, Precision.FLOAT32
     )
 
 
-def subnets_of(options: Options, count: int) -> list[Subnet]:
+def subnets_of(options: CandidateSpace, count: int) -> list[Subnet]:
     draw = np.random.default_rng(1)
-    return [options.subnet(rows) for rows in (options.tiny, *(options.drawn(draw) for _ in range(count - 1)))]
+    return [options.subnet(rows) for rows in (options.smallest, *(options.sample(draw) for _ in range(count - 1)))]

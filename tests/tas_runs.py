@@ -1,5 +1,6 @@
 """A tiny net, a tiny set of images and a quick search for the tests of TAS; also the process that gets killed."""
 
+import copy
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from slow_search import data as noise
+from small_runs import with_run
 from torch import Tensor, nn
 
 from secateur.data import ImageData
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.nas import TAS, Depths, SupernetWeights
-from secateur.search import L2, SearchResult, SearchTraining, Strategy, search_architecture
+from secateur.search import L2, SearchResult, Strategy, search_architecture
 from secateur.train import SGD, Precision, TrainConfig
 
 __all__ = ["Interrupted", "Net", "Recorder", "Stopped", "net", "noise", "quick", "run"]
@@ -64,12 +66,25 @@ def net(*, untied: bool = False, blocks: int = 3) -> Net:
     return Net(model, untie(model, graph) if untied else graph, batches)
 
 
+def without_dropout() -> Net:
+    """The net without dropout, which several processes draw each for itself."""
+    given = net(blocks=2)
+    model = copy.deepcopy(given.model)
+    model[-2] = nn.Identity()
+    return Net(model, trace(model, torch.zeros(1, 3, 8, 8)), given.batches)
+
+
 def quick(epochs: int = 2, **fields: Any) -> TAS:
     """Both widths and depths, in half a second."""
     schedule = TrainConfig(
         epochs, batch_size=16, learning_rate=0.05, optimizer=SGD(), precision=Precision.FLOAT32, warmup_fraction=0
     )
-    given: dict[str, Any] = {"schedule": schedule, "importance": L2(), "depths": Depths(), "student_weights": SupernetWeights()}
+    given: dict[str, Any] = {
+        "train": schedule,
+        "importance": L2(),
+        "depths": Depths(),
+        "student_weights": SupernetWeights(),
+    }
     return TAS(**(given | fields))
 
 
@@ -88,8 +103,8 @@ class Recorder:
     at_epoch: Callable[[int], None] | None = None
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Iterator["Recorder"]:
-        self.opened.append({"what": what, "epochs": epochs, "steps": steps, "done": done})
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Iterator["Recorder"]:
+        self.opened.append({"what": loop, "epochs": epochs, "steps": steps, "done": done})
         yield self
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
@@ -123,11 +138,8 @@ def run(
     data: ImageData | None = None,
     **settings: Any,
 ) -> SearchResult:
-    """Search."""
-    names = {"checkpoint": "folder", "saving": "checkpoints", "watch": "callbacks", "fabric": "fabric"}
-    given_to_training = {new: settings.pop(old) for old, new in names.items() if old in settings}
-    training = SearchTraining(noise() if data is None else data, **given_to_training)
-    settings = {"batches": given.batches, "training": training, **settings}
+    """Search; the fields of `RunSettings` are arguments of their own."""
+    settings = {"batches": given.batches, "data": noise() if data is None else data, **with_run(**settings)}
     return search_architecture(given.model, given.graph, strategy, budget=budget, **settings)
 
 
@@ -163,7 +175,7 @@ def _main(folder: Path, untied: bool, kill: tuple[int, int] | None) -> None:
     data = noise()
     if kill is not None:
         data = replace(data, train=_KilledSplit(data.train, *kill))  # type: ignore[arg-type]
-    found = run(net(untied=untied), quick(3), data=data, checkpoint=folder / "checkpoints", seed=4)
+    found = run(net(untied=untied), quick(3), data=data, folder=folder / "checkpoints", seed=4)
     assert found.weights is not None
     save_file({name: tensor.contiguous() for name, tensor in found.weights.items()}, folder / "weights.safetensors")
     (folder / "found.json").write_text(json.dumps(found.architecture.to_json()))

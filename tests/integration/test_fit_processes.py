@@ -21,7 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not sys.platform.startswith("linux"):
         pytest.skip("the two processes are forked")
     place = tmp_path_factory.mktemp("both")
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "fit_processes.py"), str(place)]
     both = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert both.returncode == 0, both.stderr
@@ -68,7 +69,7 @@ def test_a_request_to_one_process_stops_both_and_they_go_on_bit_for_bit(folder):
 
 
 def test_what_several_processes_cannot_do_is_refused_in_all_of_them(folder):
-    for other_folder, remember, few in (found["refused"] for found in said(folder)):
+    for other_folder, cache, few in (found["refused"] for found in said(folder)):
         assert "`checkpoint` must be one folder that all processes see" in other_folder
-        assert "`remember` must go with one process; got 2" in remember
+        assert "`teacher_cache` must go with one process; got 2" in cache
         assert "got 3 images for 2 process(es) and `accumulate` 2" in few

@@ -19,7 +19,8 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the two processes are forked")
 def test_two_processes_train_what_one_does(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "swp_processes.py"), str(tmp_path)]
     both = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert both.returncode == 0, both.stderr

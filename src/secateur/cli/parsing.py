@@ -300,17 +300,15 @@ def axis_rules(divisors: Sequence[str], min_widths: Sequence[str], min_kept: Seq
     """
     from secateur.search.space import AxisRule
 
-    rules: list[AxisRule] = []
-    for word in divisors:
-        pattern, number = _named_number(word, "--axis-divisor", int)
-        rules.append(AxisRule(pattern, divisor=number))
-    for word in min_widths:
-        pattern, number = _named_number(word, "--axis-min-width", int)
-        rules.append(AxisRule(pattern, min_width=number))
-    for word in min_kept:
-        pattern, number = _named_number(word, "--axis-min-kept", float)
-        rules.append(AxisRule(pattern, min_kept_fraction=number))
-    return tuple(rules)
+    read = _named_number
+    return (
+        *(AxisRule(name, divisor=n) for name, n in (read(word, "--axis-divisor", int) for word in divisors)),
+        *(AxisRule(name, min_width=n) for name, n in (read(word, "--axis-min-width", int) for word in min_widths)),
+        *(
+            AxisRule(name, min_kept_fraction=x)
+            for name, x in (read(word, "--axis-min-kept", float) for word in min_kept)
+        ),
+    )
 
 
 def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[str, Number]:
@@ -384,21 +382,12 @@ def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
 
 
 def device(text: str) -> "torch.device | None":
-    """Return the device of a name; None for the accelerator if there is one.
-
-    Raises:
-        TrainingError: If this machine has no such device.
-    """
+    """Return the device of a name; None for the accelerator if there is one."""
     return None if text == "auto" else check_device("--device", text, instead="auto or cpu")
 
 
 def check_device(flag: str, text: str, *, instead: str = "cpu") -> "torch.device":
-    """Return the device of a name such as cpu or cuda:1.
-
-    Args:
-        flag: The flag of the name, for the message.
-        text: The name.
-        instead: What to say instead, for the message.
+    """Return the device of a name such as cpu or cuda:1; ``flag`` and ``instead`` are for the message.
 
     Raises:
         TrainingError: If this machine has no such device.

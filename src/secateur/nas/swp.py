@@ -29,12 +29,13 @@ from secateur.nas.swp_train import (
     SWPSearchConfig,
 )
 from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
+from secateur.search.history import SearchHistory
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
 from secateur.train.callbacks import Silent
 from secateur.train.checkpoint import Checkpoint, checkpointing, model_sha256
 from secateur.train.config import Batches, RunSettings, TrainConfig
-from secateur.train.device import Precision, autocast, channels_last, fabric_precision, open_fabric, placed
+from secateur.train.device import Precision, autocast, channels_last, copy_to_device, fabric_precision, open_fabric
 from secateur.train.trainer import Trainer
 from secateur.workers import InProcess, Workers
 
@@ -144,26 +145,28 @@ class SWP(Strategy):
             return self._find(context)
 
     def _options(self, context: SearchContext) -> CandidateSpace:
-        stages = find_stages(context.evidence.model, context.evidence.graph, self.cuts)
+        stages = find_stages(context.inputs.model, context.inputs.graph, self.cuts)
         self.supervision.check(stages)
         return CandidateSpace.of(context, stages, self.widths, self.depths)
 
     def _find(self, context: SearchContext) -> Proposal:
-        evidence, data = context.evidence, context.training
+        inputs, data = context.inputs, context.training
         assert data is not None
         options = self._options(context)
         fabric = open_fabric(self.train.precision) if context.run.fabric is None else context.run.fabric
         order = order_by_score(context.scores(self.importance))
-        supernet = placed(Supernet(self.init.of(evidence.model, evidence.seed), evidence.graph, order), fabric.device)
-        learned, scored = set_aside(data.train, self.held_out, evidence.seed)
-        train = replace(self.train, seed=evidence.seed)
+        supernet = copy_to_device(
+            Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order), fabric.device
+        )
+        learned, scored = set_aside(data.train, self.held_out, inputs.seed)
+        train = replace(self.train, seed=inputs.seed)
         config = SWPSearchConfig(options, self.sampler, self.supervision, learned, data.augment, train, fabric)
-        calibration = tuple(images.to(fabric.device) for images, _ in evidence.batches[:_CALIBRATION])
+        calibration = tuple(images.to(fabric.device) for images, _ in inputs.batches[:_CALIBRATION])
         if not calibration:
             raise DataError("`batches` must hold training images for SWP, to measure batch norms on; got none.")
         search = StagewiseSearch(
             SupernetStep(config, supernet),
-            StageCandidates(options, evidence.seed),
+            StageCandidates(options, inputs.seed),
             context.run,
             {
                 **self._settings(context),
@@ -185,14 +188,15 @@ class SWP(Strategy):
             images=scored,
             fabric=fabric,
         )
-        draw = np.random.default_rng((evidence.seed, _PROBES))
+        draw = np.random.default_rng((inputs.seed, _PROBES))
         scorer = scorer.weighted([options.subnet(options.sample(draw)) for _ in range(_PROBES)])
         search.score(scorer, self.workers, self.rounds, self.candidates // self.rounds)
         choice = self._combined(context, options, search.candidates)
         rows = fill_budget(options, search.candidates.rows_of(choice.picked))
         architecture = supernet.architecture(options.subnet(rows))
         notes = {**search.notes(choice), "weights": np.asarray(scorer.weights).tolist()}
-        return Proposal(architecture, notes, self.student_weights.of(supernet, calibration, context))
+        history = SearchHistory.of_records(notes, inputs.graph.sizes, context.costs.original.macs)
+        return Proposal(architecture, notes, self.student_weights.of(supernet, calibration, context), history)
 
     def _combined(self, context: SearchContext, options: CandidateSpace, candidates: StageCandidates) -> StageChoice:
         """The combination, within the budget as a whole network too.
@@ -202,7 +206,7 @@ class SWP(Strategy):
         """
         table = candidates.table()
         while True:
-            choice = self.combination.combine(table, context.evidence.seed)
+            choice = self.combination.combine(table, context.inputs.seed)
             cost = context.costs.cost_of(*options.network_sizes(candidates.rows_of(choice.picked)))
             over = {field: getattr(cost, field) - limit for field, limit in context.limits.items()}
             tighter = {
@@ -215,14 +219,14 @@ class SWP(Strategy):
             table = replace(table, limits={**table.limits, **tighter})
 
     def _settings(self, context: SearchContext) -> Mapping[str, str]:
-        """Where candidates are judged and how they are combined may change when a search goes on."""
+        """Everything that must be equal for a search to be resumed; workers and combination may change."""
         same = replace(self, workers=InProcess(), combination=ExactKnapsack())
         return {
             "strategy": stable_repr(same),
             "budget": str(context.budget),
             "space": repr(context.space),
-            "seed": str(context.evidence.seed),
-            "model": model_sha256(context.evidence.model),
+            "seed": str(context.inputs.seed),
+            "model": model_sha256(context.inputs.model),
         }
 
 

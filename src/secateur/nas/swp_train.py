@@ -24,7 +24,7 @@ from secateur.nas.swp_candidates import CandidateRows, CandidateSpace, StageOpti
 from secateur.train.checkpoint import Tensors
 from secateur.train.config import Batches, TrainConfig, epoch_batches
 from secateur.train.device import channels_last
-from secateur.train.distributed import averaged
+from secateur.train.distributed import mean_over_processes
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class SupernetStep(TrainingStep):
         if config.sampler.full_learns:
             self.fabric.backward(full)
             self.counts.add(config.options.largest)
-        shared = None if self.fabric.world_size == 1 else partial(averaged, self.fabric)
+        shared = None if self.fabric.world_size == 1 else partial(mean_over_processes, self.fabric)
         target = SupervisionTarget.of((*stage_inputs, logits), labels, shared)
         networks = config.sampler.of(config.options, self.draw)
         of_stage = torch.zeros(len(stages), device=full.device)
@@ -334,7 +334,7 @@ class TrainingCounts:
         """
         if not any(self._seen):
             return 1.0
-        sizes = self._options.context.evidence.graph.sizes
+        sizes = self._options.context.inputs.graph.sizes
         return min((times[sizes[name]] / max(times.total(), 1) for name, times in self._times.items()), default=1.0)
 
     @property
@@ -367,7 +367,7 @@ def _number(stage: StageOptions, row: IntArray) -> int:
 
 def _holders(options: CandidateSpace, axis: str) -> list[frozenset[str]]:
     """For each tensor with the channels of an axis, the blocks that it goes with."""
-    graph = options.context.evidence.graph
+    graph = options.context.inputs.graph
     return [
         frozenset(block.name for block in graph.removable if site.tensor in block.tensors)
         for site in graph.by_name[axis].sites

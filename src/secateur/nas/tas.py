@@ -17,11 +17,12 @@ from secateur.nas.tas_cost import ExpectedCost
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.nas.tas_train import AlphaOptimizer, CosineTemperature, LinearTemperature, TASSearchConfig, TASStep
 from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
+from secateur.search.history import SearchHistory
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import Batches, TrainConfig
-from secateur.train.device import fabric_precision, placed, usable
+from secateur.train.device import copy_to_device, fabric_precision, resolve_fabric
 from secateur.train.trainer import Trainer
 
 _CALIBRATION = 8
@@ -96,7 +97,7 @@ class TAS(Strategy):
 
     def least(self, context: SearchContext) -> Cost:
         """Cost of the smallest candidates."""
-        graph = context.evidence.graph
+        graph = context.inputs.graph
         widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in context.levels]
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
         chains = graph.chains if self.depths is not None else ()
@@ -121,22 +122,23 @@ class TAS(Strategy):
             return self._find(context)
 
     def _find(self, context: SearchContext) -> Proposal:
-        evidence = context.evidence
+        inputs = context.inputs
         order = order_by_score(context.scores(self.importance))
-        supernet = Supernet(self.init.of(evidence.model, evidence.seed), evidence.graph, order)
+        supernet = Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order)
         candidates = WidthCandidates.of(context, self.widths, self.depths, supernet.mixable)
         assert context.training is not None
-        halves = split_in_half(context.training.train, evidence.seed)
+        halves = split_in_half(context.training.train, inputs.seed)
         config = self.search_config(context, candidates, halves)
         device = config.fabric.device
-        step = TASStep(config, placed(supernet, device), WidthDistribution(candidates).to(device))
-        history = self._search(context, config, step)
+        step = TASStep(config, copy_to_device(supernet, device), WidthDistribution(candidates).to(device))
+        notes: dict[str, object] = {"search": self._search(context, config, step)}
         # Streams that are nothing but sums follow their branches.
         chosen = supernet.mixable.union(context.costs.axes[stream] for stream, _ in context.streams.sums)
-        unsearched = sorted(set(evidence.graph.sizes) - chosen) if self.widths else []
+        notes["unsearched"] = sorted(set(inputs.graph.sizes) - chosen) if self.widths else []
         architecture = step.supernet.architecture(step.subnet(step.derived()))
         weights = self.student_weights.of(step.supernet, config.calibration, context)
-        return Proposal(architecture, {"search": history, "unsearched": unsearched}, weights)
+        history = SearchHistory.of_records(notes, inputs.graph.sizes, context.costs.original.macs)
+        return Proposal(architecture, notes, weights, history)
 
     def _search(self, context: SearchContext, config: TASSearchConfig, step: TASStep) -> list[dict[str, Any]]:
         """Search, or resume a search that was interrupted; returns the history."""
@@ -157,9 +159,9 @@ class TAS(Strategy):
             candidates: The candidates to choose from.
             images: The images for the weights, and those for alpha.
         """
-        data, seed = context.training, context.evidence.seed
-        fabric = usable(context.run.fabric, None if context.run.fabric is not None else self.train.precision)
-        calibration = tuple(images.to(fabric.device) for images, _ in context.evidence.batches[:_CALIBRATION])
+        data, seed = context.training, context.inputs.seed
+        fabric = resolve_fabric(context.run.fabric, None if context.run.fabric is not None else self.train.precision)
+        calibration = tuple(images.to(fabric.device) for images, _ in context.inputs.batches[:_CALIBRATION])
         return TASSearchConfig(
             cost=ExpectedCost(context, candidates, self.tolerance),
             for_weights=images[0],
@@ -180,9 +182,9 @@ class TAS(Strategy):
             "strategy": stable_repr(self),
             "budget": str(context.budget),
             "space": repr(context.space),
-            "seed": str(context.evidence.seed),
+            "seed": str(context.inputs.seed),
             "precision": fabric_precision(config.fabric).name,
-            "model": model_sha256(context.evidence.model),
+            "model": model_sha256(context.inputs.model),
             "axes": f"{len(supernet.order)}, {order_digest(supernet.order)}",
             "images": f"{len(config.for_weights)} and {len(config.for_alpha)}",
             "validation": "none" if config.validation is None else f"{len(config.validation)} images",

@@ -75,7 +75,7 @@ class ExpectedCost:
         p = choice.log_depths.double().exp()
         for row, number in enumerate(self.candidates.chains.tolist()):
             depths = torch.as_tensor(self.candidates.depths[row], device=p.device)
-            for place, block in enumerate(self.context.evidence.graph.chains[number], 1):
+            for place, block in enumerate(self.context.inputs.graph.chains[number], 1):
                 kept = (p[row] * (depths >= place)).sum()
                 present = present.index_put((torch.tensor([column[block.name]], device=p.device),), kept)
         return present
@@ -106,7 +106,7 @@ class ExpectedCost:
         column = {name: index for index, name in enumerate(costs.blocks)}
         present = costs.present.copy()
         for row, number in enumerate(self.candidates.chains.tolist()):
-            for block in self.context.evidence.graph.chains[number][self.candidates.depths[row, picked[row]] :]:
+            for block in self.context.inputs.graph.chains[number][self.candidates.depths[row, picked[row]] :]:
                 present[column[block.name]] = 0
         return present
 
@@ -251,7 +251,7 @@ class _Blocks:
         return float(replace(self._problem, costs=costs).utilization(widths[None])[0])
 
     def _names(self, now: Sequence[int]) -> tuple[str, ...]:
-        chains = self._problem.evidence.graph.chains
+        chains = self._problem.inputs.graph.chains
         picked = zip(self._candidates.chains.tolist(), now, strict=True)
         kept = ((chains[chain], int(self._candidates.depths[row, n])) for row, (chain, n) in enumerate(picked))
         return tuple(sorted(block.name for chain, depth in kept for block in chain[depth:]))

@@ -61,7 +61,7 @@ class WidthCandidates:
             for number, levels in enumerate(context.levels)
             if widths is not None and names[number] in seen
         }
-        chains = context.evidence.graph.chains
+        chains = context.inputs.graph.chains
         by_chain = {number: depths.of(len(chain)) for number, chain in enumerate(chains) if depths is not None}
         by_axis, by_chain = (
             {number: found for number, found in rows.items() if len(found) > 1} for rows in (by_axis, by_chain)

@@ -305,7 +305,7 @@ class TASStep(TrainingStep):
     def _record(self, summary: EpochSummary, temperature: float, accuracy: float | None) -> dict[str, Any]:
         """What the report draws of an epoch."""
         cost = self._config.cost
-        candidates, names, chains = cost.candidates, cost.context.costs.axes, cost.context.evidence.graph.chains
+        candidates, names, chains = cost.candidates, cost.context.costs.axes, cost.context.inputs.graph.chains
         p, q = self._probabilities()
         widths, depths = candidates.widths, candidates.depths
         return {

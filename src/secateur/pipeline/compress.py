@@ -47,7 +47,7 @@ from secateur.pipeline.workspace import (
 )
 from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
-from secateur.report.graph_drawing import sizes_in_order
+from secateur.report.graph_drawing import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, MeasuredAccuracy, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Silent
@@ -290,7 +290,7 @@ def _report(
 ) -> RunReport:
     """Every number of the run itself."""
     graph, search = cut_student.graph, cut_student.search
-    sizes, widths, removed = sizes_in_order(graph), search.architecture.widths, search.architecture.removed_blocks
+    sizes, widths, removed = axis_sizes_in_order(graph), search.architecture.widths, search.architecture.removed_blocks
     # Of an axis nothing is left if every layer that has it went with a block.
     tensors = {tensor for name in removed for tensor in graph.blocks_by_name[name].tensors}
     gone = {axis.name for axis in graph.axes if all(site.tensor in tensors for site in axis.sites)}

@@ -371,7 +371,7 @@ class LossMeter:
         for step, row in enumerate(rows, first):
             if not all(map(math.isfinite, row)):
                 values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
-                raise diverged(f"loss ({values})", f"epoch {self.epoch}, step {step}", self._rate)
+                raise divergence_error(f"loss ({values})", f"epoch {self.epoch}, step {step}", self._rate)
             for name, value in zip(self._sums, row, strict=True):
                 self._sums[name] += value
             self.latest = row[0]
@@ -415,7 +415,7 @@ class LossMeter:
         return meter
 
 
-def diverged(what: str, where: str, rate: float) -> TrainingError:
+def divergence_error(what: str, where: str, rate: float) -> TrainingError:
     """The error for a run whose numbers are no longer finite."""
     return TrainingError(
         f"the {what} must stay finite; that failed at {where} (learning rate {rate:.3g}). "

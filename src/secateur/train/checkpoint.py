@@ -1,8 +1,4 @@
-"""The tensors of modules and optimizers by name, and the moving average of weights.
-
-Checkpoints: a folder each, complete or absent, without pickle.
-
-When a long loop writes its checkpoints, and that it obeys a request to stop."""
+"""Checkpoints: a folder each, complete or absent, without pickle; when they are written, and the tensors in them."""
 
 import json
 import math
@@ -25,17 +21,18 @@ from secateur._files import atomic_folder
 from secateur._provenance import changed_settings, sha256_of, sha256_of_tensors
 from secateur._runtime import Stopped, StopRequest, accept_stop_requests, copy_model
 from secateur.errors import TrainingError
-from secateur.train.distributed import averaged
+from secateur.train.distributed import mean_over_processes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
 Tensors = Mapping[str, Tensor]
+"""Tensors by name."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer once, also the buffers a state_dict leaves out. The tensors themselves, no copies."""
+    """Return every parameter and buffer once, also buffers that a state_dict leaves out; no copies."""
     return {
         **{name: parameter.detach() for name, parameter in model.named_parameters()},
         **dict(model.named_buffers()),
@@ -43,7 +40,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def clone_tensors(tensors: Tensors) -> dict[str, Tensor]:
-    """Copies on the same devices."""
+    """Return copies on the same devices."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -55,7 +52,7 @@ def write_tensors_(model: nn.Module, tensors: Tensors) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's running tensors, named "<state name>/<parameter name>"."""
+    """Return the running tensors of an optimizer, named "<state name>/<parameter name>"."""
     return {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -70,7 +67,7 @@ def write_optimizer_(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        # Running means lie beside their parameter; Adam's step count is a scalar on the CPU, as torch makes it.
+        # Running means lie on the device of their parameter; Adam's step count is a scalar on the CPU, as torch has it.
         beside = torch.empty_like(value if kind == "step" else parameter, requires_grad=False)
         optimizer.state[parameter][kind] = beside.copy_(value)
 
@@ -80,15 +77,15 @@ def model_sha256(model: nn.Module) -> str:
     return sha256_of_tensors(tensors_of(model))
 
 
-def finite(model: nn.Module) -> bool:
-    """Whether every parameter is finite; reads one number from the device."""
+def is_finite(model: nn.Module) -> bool:
+    """Whether every parameter is finite; waits for the device."""
     return bool(get_total_norm([p.detach() for p in model.parameters()]).isfinite())
 
 
 def average_decay(decay: float, update: int) -> float:
-    """Decay of a moving average at its n-th update, n from 0: min(decay, (1 + n) / (10 + n)).
+    """Return the decay of a moving average at its n-th update, n from 0: min(decay, (1 + n) / (10 + n)).
 
-    The lower decay at first keeps the untrained start from weighing on the average.
+    The lower decay at the beginning keeps the untrained weights from dominating the average.
 
     References:
         The rule of ``tf.train.ExponentialMovingAverage(num_updates=n)``.
@@ -101,8 +98,8 @@ class MovingAverage:
 
     Attributes:
         model: The average, in eval mode.
-        decay: Per update, before the rule of `average_decay`.
-        updates: Number of updates so far.
+        decay: Decay per update, before the rule of `average_decay`.
+        updates: The number of updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -114,7 +111,7 @@ class MovingAverage:
         self._others = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
 
     def update(self, model: nn.Module) -> None:
-        """Every floating tensor a becomes decay * a + (1 - decay) * x."""
+        """Replace every floating tensor a by decay * a + (1 - decay) * x."""
         mine, theirs = tensors_of(self.model), tensors_of(model)
         average_ = get_ema_multi_avg_fn(average_decay(self.decay, self.updates))
         with torch.no_grad():
@@ -139,10 +136,10 @@ class Checkpoint:
 
     Attributes:
         epoch: Epochs done.
-        tensors: By name, on the CPU.
-        numbers: JSON data.
-        settings: What must be equal to go on from here.
-        step: Steps done of the epoch after these; 0 at the end of an epoch.
+        tensors: Tensors by name; on the CPU if the checkpoint was read from a file.
+        numbers: A JSON object.
+        settings: Settings that must be equal to resume from here.
+        step: Steps done of the next epoch; 0 at the end of an epoch.
     """
 
     epoch: int
@@ -153,16 +150,16 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of its folder: ``epoch-000007``, or ``epoch-000007-step-000120`` within the epoch after that."""
+        """Name of its folder: ``epoch-000007``, or ``epoch-000007-step-000120`` within the epoch after that."""
         return f"epoch-{self.epoch:06d}" + (f"-step-{self.step:06d}" if self.step else "")
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with a prefix, by the rest of their names."""
+        """Return the tensors whose names begin with a prefix, by the rest of their names."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def save_checkpoint(folder: Path, saved: Checkpoint) -> None:
-    """Write ``folder/epoch-000007`` (see `Saved.name`) in one step, then remove all but the last `KEPT`.
+    """Write ``folder/epoch-000007`` (see `Checkpoint.name`) in one step, then remove all but the last `KEPT`.
 
     A process killed at any moment leaves complete checkpoints only (and a hidden draft, removed later).
 
@@ -182,8 +179,8 @@ def save_checkpoint(folder: Path, saved: Checkpoint) -> None:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or mend the "
-            "permissions and start again: the run goes on after its last complete checkpoint."
+            f"`checkpoint` must be a folder that can be written; got {folder} ({error}). Free some space or fix the "
+            "permissions and start again: the run is resumed after its last complete checkpoint."
         ) from error
 
 
@@ -207,11 +204,11 @@ def _write(draft: Path, saved: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path, settings: Mapping[str, str]) -> Checkpoint | None:
-    """The newest good checkpoint of the folder, or None if it has none yet.
+    """Return the newest good checkpoint of a folder, or None if it has none yet.
 
     Args:
-        folder: Where `save_checkpoint` wrote.
-        settings: The settings of the run that wants to go on.
+        folder: The folder that `save_checkpoint` wrote to.
+        settings: The settings of the run to be resumed.
 
     Raises:
         TrainingError: If the checkpoint is of a run with other settings, every checkpoint is damaged, or the
@@ -267,18 +264,18 @@ def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str])
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
+    """The complete checkpoints, newest first."""
     found = {path: match for path in folder.glob("epoch-*") if (match := _NAME.fullmatch(path.name))}
     return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """When a loop writes a checkpoint within an epoch. There is always one at the end of every epoch.
+    """When a loop writes checkpoints within an epoch, beside those at the end of every epoch.
 
     Attributes:
-        seconds: As soon as the last one is so old, > 0; infinity for never.
-        steps: After so many steps since the last one, >= 1; None for never.
+        seconds: Age of the last checkpoint at which the next is written, > 0; infinity for never.
+        steps: Steps after the last checkpoint at which the next is written, >= 1; None for never.
     """
 
     seconds: float = 600.0
@@ -292,12 +289,12 @@ class CheckpointPolicy:
 
 
 class Checkpointer:
-    """Writes the checkpoints of a loop when they are due, the same in all processes.
+    """Writes the checkpoints of a loop when they are due, at the same step in all processes.
 
     Args:
-        folder: Where; None writes none.
-        saving: When.
-        request: That the loop shall stop.
+        folder: Folder for checkpoints; None writes none.
+        policy: When they are written.
+        request: Whether the loop was asked to stop.
         fabric: The processes of the loop; the first one writes.
     """
 
@@ -306,10 +303,10 @@ class Checkpointer:
         self._steps, self._written = 0, monotonic()
 
     def between(self, state: Callable[[], Checkpoint]) -> None:
-        """To be called after every step: writes a checkpoint if one is due, and stops if that was asked for.
+        """Write a checkpoint if one is due, and stop the loop if that was requested; call this after every step.
 
         Args:
-            state: Gives what a checkpoint holds.
+            state: Returns what a checkpoint holds.
 
         Raises:
             Stopped: After a checkpoint.
@@ -333,35 +330,35 @@ class Checkpointer:
         self._steps, self._written = 0, monotonic()
         if self._folder is None:
             return
-        saved = state()  # By all processes: it may hold something of each.
+        saved = state()  # In all processes, because it may gather something from each.
         if self._fabric.is_global_zero:
             save_checkpoint(self._folder, saved)
         if self._fabric.world_size > 1:
             self._fabric.barrier()
 
     def end(self) -> None:
-        """To be called when the loop is through.
+        """Stop if that was requested since the last step; call this at the end of the loop.
 
         Raises:
-            Stopped: If that was asked for since the last step.
+            Stopped: If so.
         """
         if self._agreed(self._request.asked)[0]:
             raise Stopped(self._folder)
 
     def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
-        """What any process wishes; clocks and signals differ, and all must do the same."""
+        """Whether any process wishes it: clocks and signals differ, and all processes must do the same."""
         if self._fabric.world_size == 1:
             return wishes
         said = torch.tensor(wishes, dtype=torch.float32, device=self._fabric.device)
-        return tuple(wish > 0 for wish in averaged(self._fabric, said).tolist())
+        return tuple(wish > 0 for wish in mean_over_processes(self._fabric, said).tolist())
 
 
 @contextmanager
 def checkpointing(folder: Path | None, policy: CheckpointPolicy, fabric: "Fabric") -> Generator[Checkpointer]:
-    """A loop that keeps checkpoints and obeys `stoppable`: it ends with `Stopped` if that is asked for meanwhile.
+    """Return a context for a loop that writes checkpoints and ends with `Stopped` when a `stoppable` block asks for it.
 
     Args:
-        folder: For checkpoints; None writes none.
+        folder: Folder for checkpoints; None writes none.
         policy: When they are written within an epoch.
         fabric: The processes of the loop.
     """

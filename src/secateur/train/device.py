@@ -1,6 +1,4 @@
-"""Where to compute and in which number formats: Lightning Fabric on one device.
-
-How the networks of a training are run: operation by operation, or compiled."""
+"""Where and how to compute: devices, number formats, random states, and eager or compiled execution."""
 
 import inspect
 import os
@@ -36,7 +34,7 @@ class Precision(Enum):
 
 
 def best_precision(device: torch.device) -> Precision:
-    """bfloat16 where the hardware computes in it, else float32.
+    """Return bfloat16 where the hardware computes in it, else float32.
 
     Hardware means CUDA's own bfloat16 (not emulated), or a CPU with AVX512-BF16 or AMX-BF16: elsewhere bfloat16 is
     slower than float32.
@@ -51,7 +49,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def open_fabric(precision: Precision | None = None, *, device: torch.device | None = None) -> "Fabric":
-    """A Fabric for one device in this process; nothing is launched.
+    """Open a Fabric for one device in this process; nothing is launched.
 
     Args:
         precision: None means `best_precision` of the device.
@@ -71,7 +69,7 @@ def open_fabric(precision: Precision | None = None, *, device: torch.device | No
 
 
 def fabric_plugin(precision: Precision | None, device: torch.device) -> "FabricPrecision":
-    """What has a Fabric compute in a precision; None means `best_precision` of the device."""
+    """Return the Fabric plugin of a precision; None means `best_precision` of the device."""
     with preserve_nvml_variable():
         from lightning_fabric.plugins.precision import MixedPrecision
         from lightning_fabric.plugins.precision import Precision as FullPrecision
@@ -80,19 +78,8 @@ def fabric_plugin(precision: Precision | None, device: torch.device) -> "FabricP
     return MixedPrecision("bf16-mixed", device.type) if mixed else FullPrecision()
 
 
-def one_device(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
-    """The caller's Fabric if it can be used, or a new one.
-
-    Raises:
-        TrainingError: If it spans several processes, or has another precision than the one asked for.
-    """
-    if fabric is not None and fabric.world_size > 1:
-        raise TrainingError(f"`fabric` must have one device; got {fabric.world_size}. Use Fabric(devices=1).")
-    return usable(fabric, precision)
-
-
-def usable(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
-    """The caller's Fabric if it can be used, or a new one.
+def resolve_fabric(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
+    """Return the caller's Fabric if it can be used, or a new one.
 
     Raises:
         TrainingError: If it has another precision than the one asked for, its processes were not started, or each of
@@ -122,7 +109,7 @@ def usable(fabric: "Fabric | None", precision: Precision | None) -> "Fabric":
 
 
 def fabric_precision(fabric: "Fabric") -> Precision:
-    """The precision of a Fabric.
+    """Return the precision of a Fabric.
 
     Raises:
         TrainingError: If it is not one of `Precision`.
@@ -137,16 +124,15 @@ def fabric_precision(fabric: "Fabric") -> Precision:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """A context in which forward passes run in a precision, where there is no Fabric to ask."""
+    """Return a context in which forward passes run in a precision, where there is no Fabric."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)
 
 
 def in_precision(fabric: "Fabric", model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """A model's forward in the precision of a Fabric, with a float32 output.
+    """Return a model's forward in the precision of a Fabric, with a float32 output."""
 
-    Not `Fabric.setup`: with several processes that would make every backward pass send its gradients, see
-    `average_gradients_`.
-    """
+    # Not Fabric.setup: with several processes every backward pass would then send its gradients. They travel once in
+    # a step, see average_gradients_.
 
     def forward(images: Tensor) -> Tensor:
         with fabric.autocast():
@@ -156,8 +142,8 @@ def in_precision(fabric: "Fabric", model: Callable[[Tensor], Any]) -> Callable[[
     return forward
 
 
-def placed(model: ModelType, device: torch.device) -> ModelType:
-    """A copy on the device with channels-last weights of convolutions; the model itself stays as it is."""
+def copy_to_device(model: ModelType, device: torch.device) -> ModelType:
+    """Return a copy on the device with channels-last weights of convolutions; the model stays as it is."""
     model = copy_model(model).to(device)
     for parameter in model.parameters():
         if parameter.ndim == 4:
@@ -167,13 +153,13 @@ def placed(model: ModelType, device: torch.device) -> ModelType:
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The images in channels-last order, if they are a batch of two-dimensional ones."""
+    """Return images in channels-last order if they are a batch of two-dimensional images."""
     return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
 @contextmanager
 def seeded(device: torch.device, *seed: int) -> Generator[None]:
-    """Random numbers from a seed on the CPU and the device; the caller's state is put back afterward."""
+    """Seed the random numbers of the CPU and the device; the caller's state is restored at the end."""
     number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
     before = random_states(device)
     try:
@@ -185,14 +171,14 @@ def seeded(device: torch.device, *seed: int) -> Generator[None]:
 
 
 def random_states(device: torch.device) -> tuple[Tensor, ...]:
-    """Where torch's random numbers are, on the CPU and on the device: uint8 tensors on the CPU."""
+    """Return the states of torch's generators of the CPU and the device, as uint8 tensors on the CPU."""
     return tuple(generator.get_state() for generator in _generators(device))
 
 
 def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
     """Inverse of `random_states`."""
     for generator, state in zip(_generators(device), states, strict=True):
-        # A copy: torch reads the bytes as larger numbers, and dies where they do not lie on such a boundary.
+        # A copy, because torch reads the bytes as larger numbers and crashes if they are not aligned.
         generator.set_state(state.clone())
 
 
@@ -228,26 +214,26 @@ def default_device() -> torch.device:
 
 
 _NOTES = ("TORCH", "_TORCH", "TRITON")
-"""Environment variables in which compilers leave notes to themselves begin like this."""
+"""Compilers set environment variables whose names begin like this."""
 
 
 class Execution(ABC):
-    """How student and teacher compute in a training. Implementations are frozen dataclasses; fields are configuration.
+    """How student and teacher are run in a training. Implementations are frozen dataclasses.
 
-    Chosen by the caller and never by a stopwatch: two ways round differently, and what a run gives must not depend on
-    what else the machine did.
+    The caller chooses, never a measurement of time: two ways round differently, and the result of a run must not depend
+    on what else the machine was doing.
     """
 
     @abstractmethod
     def prepared(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        """The model's forward, to be called in a `running` block.
+        """Return the model's forward, to be called in a `running` block.
 
-        The model itself stays an ordinary module with the same tensors, and hooks on its modules are heard.
+        The model itself stays an ordinary module with the same tensors, and hooks on its modules are called.
         """
 
     @abstractmethod
     def running(self) -> AbstractContextManager[None]:
-        """A block in which prepared forwards are called and differentiated.
+        """Return a context in which prepared forwards are called and differentiated.
 
         Raises:
             TrainingError: If a model cannot be run like this.
@@ -255,7 +241,7 @@ class Execution(ABC):
 
     @abstractmethod
     def check(self, fabric: "Fabric") -> None:
-        """Find out at the door what would be found out in the first step.
+        """Refuse before the first step what would fail in it.
 
         Raises:
             TrainingError: If this machine cannot run any model like this.
@@ -264,7 +250,7 @@ class Execution(ABC):
 
 @dataclass(frozen=True)
 class Eager(Execution):
-    """Operation by operation, as PyTorch does by itself."""
+    """Run operation by operation, as PyTorch does by default."""
 
     def prepared(self, model: nn.Module) -> Callable[[Tensor], Any]:
         """See `Execution.prepared`: the model."""
@@ -280,14 +266,14 @@ class Eager(Execution):
 
 @dataclass(frozen=True)
 class Compiled(Execution):
-    """By `torch.compile`, for the very shapes of the batches: about a minute at first, then often faster steps.
+    """Compile with `torch.compile`, for the exact shapes of the batches: about a minute, then often faster steps.
 
-    Losses, optimizer and validation stay eager. The code is made anew in every process; on the CPU, with the same
-    compiler and number of threads, it computes the same bits, so a run goes on as exactly as an eager one. Parts of
-    different sizes (`Schedule.accumulate`) are compiled twice; a model that asks for more and more code is refused.
+    Losses, optimizer and validation stay eager. Every process compiles again; on the CPU, with the same compiler and
+    number of threads, the code computes the same bits, so that a run is resumed as exactly as an eager one. Parts of
+    different sizes (`TrainConfig.accumulate`) are compiled twice; a model that keeps asking for more code is refused.
 
     Attributes:
-        backend: As `torch.compile` names it. ``inductor`` needs a C++ compiler on the CPU, and Triton on CUDA.
+        backend: Backend of `torch.compile`. ``inductor`` needs a C++ compiler on the CPU, and Triton on CUDA.
     """
 
     backend: str = "inductor"
@@ -320,7 +306,7 @@ class Compiled(Execution):
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            # Else torch would go on eagerly after the limit, and a resumed run would count from the beginning.
+            # Else torch would continue eagerly after the limit, which a resumed run would reach at another step.
             with _same_notes(), config.patch(fail_on_recompile_limit_hit=True):
                 yield
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -332,7 +318,7 @@ class Compiled(Execution):
 
 
 _ALONE: dict[str, Any] = (
-    # Code for one model shall not count as a recompilation of the next one of its class.
+    # Code for one model must not count as a recompilation of the next model of its class.
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
@@ -342,7 +328,7 @@ def _one_line(values: Tensor) -> Tensor:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, beneath the layers of the compiler."""
+    """Return the first line of the error beneath the layers of the compiler."""
     cause: BaseException = getattr(error, "inner_exception", error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__

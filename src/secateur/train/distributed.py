@@ -1,8 +1,4 @@
-"""Several processes that torchrun has started, on one machine or many, as one Fabric.
-
-One step on several processes: each takes its part of the batch, and gradients are averaged.
-
-Batch norms of several processes, over the whole batch."""
+"""Several processes that torchrun has started: their Fabric, their parts of a batch, gradients and batch norms."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,14 +20,14 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = timedelta(days=30)
-"""How long a process waits for the others: while the first searches alone, that may be long. Where one has died,
-torchrun ends the rest."""
+"""How long a process waits for the others, which may be long while the first one searches alone. If a process dies,
+torchrun ends the others."""
 
 
 def open_group(precision: Precision | None = None, *, device: torch.device | None = None) -> "Fabric":
-    """A Fabric for this process and all others that torchrun has started with it, connected to them.
+    """Open a Fabric for all processes that torchrun has started, and connect them.
 
-    Every process has a device of its own: with CUDA the one of its number on its machine.
+    Every process has a device of its own: with CUDA the device of its number on its machine.
 
     Args:
         precision: None means `best_precision` of the device.
@@ -82,11 +78,11 @@ def check_divisible(fabric: "Fabric", batch: int, parts: int) -> None:
         )
 
 
-def own_part(fabric: "Fabric", batch: Tensor) -> Tensor:
-    """This process's part of a batch: every n-th item, for n processes.
+def own_shard(fabric: "Fabric", batch: Tensor) -> Tensor:
+    """Return this process's part of a batch: every n-th item, for n processes.
 
-    The mean of the parts' mean losses is that of the batch, and so are the gradients, wherever the number of processes
-    divides the batch (or the parts are weighed by their images) and nothing is normalized over it.
+    The mean of the parts' mean losses is the mean loss of the batch, and so are the gradients, if the number of
+    processes divides the batch, or the parts are weighted by their images, and nothing is normalized over the batch.
 
     Raises:
         TrainingError: If there are more processes than items.
@@ -103,7 +99,7 @@ def own_part(fabric: "Fabric", batch: Tensor) -> Tensor:
 def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their means over all processes; with one process nothing is done.
 
-    All at once, in one message, after as many backward passes as a step has. A parameter without a gradient in this
+    All gradients travel in one message, after all backward passes of a step. A parameter without a gradient in this
     process counts as zero.
     """
     if fabric.world_size == 1:
@@ -111,11 +107,11 @@ def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> 
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
-    _spread(learning, gradients, averaged(fabric, flat))
+    _spread(learning, gradients, mean_over_processes(fabric, flat))
 
 
-def averaged(fabric: "Fabric", values: Tensor) -> Tensor:
-    """The mean of some values over all processes; with one process the values themselves."""
+def mean_over_processes(fabric: "Fabric", values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes; with one process the tensor itself."""
     if fabric.world_size == 1:
         return values
     mean = fabric.all_reduce(values, reduce_op="mean")
@@ -123,11 +119,9 @@ def averaged(fabric: "Fabric", values: Tensor) -> Tensor:
     return mean
 
 
-def gathered(fabric: "Fabric", values: Tensor) -> Tensor:
-    """The values of all processes, (processes, ...), in each of them.
-
-    By a sum with zeros: all backends know that, for all types.
-    """
+def gather(fabric: "Fabric", values: Tensor) -> Tensor:
+    """Return the tensors of all processes, stacked to (processes, ...), in each of them."""
+    # A sum with zeros, because all backends have it for all types.
     found = values.new_zeros((fabric.world_size, *values.shape), device=fabric.device)
     found[fabric.global_rank] = values.to(fabric.device)
     if fabric.world_size > 1:
@@ -142,12 +136,12 @@ def _spread(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], mea
         parameter.grad = part.reshape(gradient.shape).to(gradient)
 
 
-def synchronized_norms(fabric: "Fabric") -> AbstractContextManager[object]:
-    """A context in which every batch norm in training mode normalizes over the parts of all processes.
+def synchronized_batch_norms(fabric: "Fabric") -> AbstractContextManager[object]:
+    """Return a context in which every batch norm in training mode normalizes over the parts of all processes.
 
-    Whatever calls `torch.nn.functional.batch_norm` in it, with the same statistics as one process with the whole batch.
-    On any device; `torch.nn.SyncBatchNorm` is for CUDA alone, and would change the model. All processes must run the
-    same layers in the same order, backwards too.
+    Everything that calls `torch.nn.functional.batch_norm` in it gets the statistics of one process with the whole
+    batch. This works on any device; `torch.nn.SyncBatchNorm` is for CUDA alone, and would change the model. All
+    processes must run the same layers in the same order, backward too.
     """
     return nullcontext() if fabric.world_size == 1 else _Synchronized(fabric)
 
@@ -180,7 +174,7 @@ def _batch_norm(  # noqa: PLR0917 - in torch's order
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`: its arguments, and its result on the whole batch."""
+    """Compute `torch.nn.functional.batch_norm` as if this process had the whole batch."""
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     wide = input if input.dtype == torch.float64 else input.float()  # As torch does, also where autocast is on.
@@ -207,7 +201,7 @@ def _batch_norm(  # noqa: PLR0917 - in torch's order
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient, because the losses of all depend on it."""
+    """The sum over all processes. Its gradient is summed too, because the losses of all processes depend on it."""
 
     @staticmethod
     def forward(ctx: Any, fabric: "Fabric", values: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from secateur.errors import TrainingError
 from secateur.train.config import Batches
-from secateur.train.device import Precision, autocast, channels_last, default_device, placed
-from secateur.train.distributed import averaged
+from secateur.train.device import Precision, autocast, channels_last, copy_to_device, default_device
+from secateur.train.distributed import mean_over_processes
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,7 +55,7 @@ def evaluate(
         raise TrainingError(f"`batch_size` must be at least 1; got {batch_size}. 250 is usual.")
     device = device or default_device()
     with torch.inference_mode(mode=False):
-        copy = placed(model, device).eval()
+        copy = copy_to_device(model, device).eval()
     return measure_accuracy(copy, split, batch_size=batch_size, precision=precision, device=device)
 
 
@@ -68,9 +68,9 @@ def measure_accuracy(
     device: torch.device,
     fabric: "Fabric | None" = None,
 ) -> Accuracy:
-    """As `evaluate`, of a model that lies on the device and is in eval mode already.
+    """Evaluate a model that is on the device and in eval mode already, see `evaluate`.
 
-    With a Fabric of several processes each looks at its part of every batch, and all return the result of the whole.
+    With a Fabric of several processes each computes its part of every batch, and all return the result of the whole.
     """
     rank, processes = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     if len(split) == 0:
@@ -96,7 +96,7 @@ def measure_accuracy(
             n += len(labels)
     if fabric is not None and processes > 1:
         said = torch.stack([correct.double(), loss.double(), torch.tensor(float(n), device=device).double()])
-        right, nats, images_of_all = (averaged(fabric, said) * processes).tolist()
+        right, nats, images_of_all = (mean_over_processes(fabric, said) * processes).tolist()
         return Accuracy(top1=right / images_of_all, loss=nats / images_of_all, n=round(images_of_all))
     return Accuracy(top1=correct.item() / n, loss=loss.item() / n, n=n)
 
@@ -116,7 +116,7 @@ def check_logits(logits: object, images: int) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that have no class; reads two numbers from the device.
+    """Refuse labels that are not classes of the model; waits for the device.
 
     Raises:
         TrainingError: If a label is negative or too high.
@@ -130,10 +130,10 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def check_targets(labels: Tensor, classes: int) -> None:
-    """Refuse labels of training images that have no class: class numbers, or the probabilities of mixed images.
+    """Refuse labels of training images that do not fit the model: class numbers, or probabilities of mixed images.
 
     Raises:
-        TrainingError: See `check_class_indices`; or if there is not one probability for every class.
+        TrainingError: See `check_labels`; or if there is not one probability for every class.
     """
     if not labels.is_floating_point():
         check_labels(labels, classes)
@@ -144,6 +144,6 @@ def check_targets(labels: Tensor, classes: int) -> None:
         )
 
 
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many highest logits are the label's, or the likeliest one's of a mixed image; waits for no device."""
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count the images whose highest logit is the label's (of a mixed image, the likeliest label's), on the device."""
     return (logits.argmax(1) == (labels.argmax(1) if labels.is_floating_point() else labels)).sum()

@@ -18,7 +18,7 @@ from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
 from secateur.train.checkpoint import model_sha256, write_tensors_
 from secateur.train.config import Batches, RunSettings, TrainConfig, TrainingData
-from secateur.train.device import Eager, Precision, fabric_precision, usable
+from secateur.train.device import Eager, Precision, fabric_precision, resolve_fabric
 from secateur.train.distributed import check_divisible
 from secateur.train.supervised import EpochRecord, SupervisedStep, SupervisedTask
 from secateur.train.teacher import TeacherCache
@@ -97,7 +97,7 @@ def fit(
     _check_objective(objective, teacher, alignment)
     if train.epochs and len(source) == 0:
         raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
-    fabric, execution = usable(run.fabric, train.precision), run.execution
+    fabric, execution = resolve_fabric(run.fabric, train.precision), run.execution
     if train.epochs:
         check_divisible(fabric, min(train.batch_size, len(source)), train.accumulate)
     else:
@@ -107,7 +107,7 @@ def fit(
     task = SupervisedTask(source, validation, augment, objective, train, alignment, fabric, sparsify, execution)
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
-            student = sparsify.begun(student, train.epochs * task.steps)
+            student = sparsify.start(student, train.epochs * task.steps)
         step = SupervisedStep(task, student, teacher, _cache(task, teacher, teacher_cache))
         trainer = Trainer(step)
         settings = {} if run.folder is None else _settings(task, student, teacher)

@@ -38,7 +38,8 @@ def distill_after_hints(
         student: See `train_with_teacher`.
         teacher: See `train_with_teacher`.
         data: See `train_with_teacher`.
-        hints: Losses of features, such as ``Term("hint", PerTap(hint_loss, adaptors), of=features, taps=...)``.
+        hints: Losses of features, such as
+            ``Term("hint", MeanOverTaps(hint_loss, adaptors), inputs=select_features, taps=...)``.
         hint_train: Config of the first stage.
         train: Config of the second stage.
         objective: Objective of the second stage.

@@ -14,10 +14,10 @@ from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatureRecorder, AlignedFeatures, TapRecorder
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
-from secateur.train.callbacks import diverged
+from secateur.train.callbacks import divergence_error
 from secateur.train.checkpoint import Tensors, clone_tensors, tensors_of
 from secateur.train.config import Batches, TrainConfig, epoch_batches
-from secateur.train.device import Eager, Execution, Precision, channels_last, in_precision, placed
+from secateur.train.device import Eager, Execution, Precision, channels_last, copy_to_device, in_precision
 from secateur.train.evaluate import check_logits, check_targets, measure_accuracy
 from secateur.train.teacher import TeacherCache, TeacherRunner
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
@@ -153,7 +153,7 @@ class SupervisedStep(TrainingStep):
     ) -> None:
         device = task.fabric.device
         self.loop, self.train, self.fabric, self.steps = "train", task.train, task.fabric, task.steps
-        self.student = self.averaged = placed(student, device).train()
+        self.student = self.averaged = copy_to_device(student, device).train()
         self.best: BestEpoch | None = None
         # A copy, because losses may learn too: adaptors, variances, embeddings.
         self._objective = copy.deepcopy(task.objective)
@@ -165,7 +165,7 @@ class SupervisedStep(TrainingStep):
         self._teacher: nn.Module | None = None
         self._runner: TeacherRunner | None = None
         if teacher is not None:
-            self._teacher = placed(teacher, device).eval().requires_grad_(requires_grad=False)
+            self._teacher = copy_to_device(teacher, device).eval().requires_grad_(requires_grad=False)
             self._runner = TeacherRunner(in_precision(task.fabric, task.execution.prepared(self._teacher)), cache)
         self._features: AlignedFeatureRecorder | None = None
         self._taps: TapRecorder | None = None
@@ -183,9 +183,9 @@ class SupervisedStep(TrainingStep):
         alignment, teacher, objective = self._task.alignment, self._teacher, self._objective
         with self._teacher_epoch(epoch), ExitStack() as stack:
             if alignment is not None and teacher is not None and objective.feature_weight:
-                self._features = stack.enter_context(alignment.watch(self.student, teacher))
+                self._features = stack.enter_context(alignment.record(self.student, teacher))
             if teacher is not None and objective.terms:
-                self._taps = stack.enter_context(objective.watch(self.student, teacher))
+                self._taps = stack.enter_context(objective.record(self.student, teacher))
             stack.enter_context(self._task.execution.running())
             yield
         self._features = self._taps = None
@@ -237,7 +237,7 @@ class SupervisedStep(TrainingStep):
             teacher_logits=teacher_logits,
             labels=labels,
             feature=None if self._features is None else self._features.loss(),
-            watch=self._taps,
+            recorder=self._taps,
         )
         return total, dict(parts)
 
@@ -275,7 +275,7 @@ class SupervisedStep(TrainingStep):
             )
             if not math.isfinite(result.loss):
                 where = f"epoch {record.epoch}"
-                raise diverged(f"validation loss ({result.loss:g})", where, self.train.learning_rate)
+                raise divergence_error(f"validation loss ({result.loss:g})", where, self.train.learning_rate)
             record = replace(record, validation_accuracy=result.top1, validation_loss=result.loss)
             better = self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss)
             # While weights are still being pruned, an epoch with more of them must not win.

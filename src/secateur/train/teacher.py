@@ -1,6 +1,4 @@
-"""Teacher's logits on disk, so that a big teacher sees every augmented image once, whoever learns from it.
-
-A teacher at work: its logits for every batch, looked after."""
+"""Run a teacher: compute or read its logits for every batch, and check that it has something to teach."""
 
 import hashlib
 import json
@@ -15,7 +13,7 @@ from torch import Tensor
 from secateur._files import write_atomic
 from secateur._provenance import changed_settings
 from secateur.errors import TrainingError
-from secateur.train.evaluate import hits
+from secateur.train.evaluate import count_correct
 
 _SETTINGS = "teacher.json"
 
@@ -23,13 +21,13 @@ _SETTINGS = "teacher.json"
 class TeacherCache:
     """The logits of one teacher for the batches of training runs with one seed, a file for each epoch.
 
-    Augmentation is a function of seed and epoch, so a second run sees the same images. A digest of every batch is kept
-    beside its logits: what is given back was computed from exactly these images, or there is an error.
+    Augmentation is a function of seed and epoch, so another run sees the same images. A digest of every batch is stored
+    with its logits: what is read was computed from exactly these images, or there is an error.
 
     Args:
-        folder: Where; made if it is not there. Runs with several seeds may share it.
-        seed: Of order and augmentation of the images.
-        settings: What the logits depend on beside the images: the teacher and its number formats.
+        folder: The folder of the files, created if it is missing. Runs with several seeds may share it.
+        seed: Seed of order and augmentation of the images.
+        settings: What the logits depend on besides the images: the teacher and its number formats.
 
     Raises:
         TrainingError: If the folder holds the logits of another teacher, or cannot be written.
@@ -44,7 +42,7 @@ class TeacherCache:
         self._meet(dict(settings))
 
     def begin(self, epoch: int) -> None:
-        """Open an epoch, from 0: find what is there of it.
+        """Begin an epoch, from 0, and read its file if there is one.
 
         Raises:
             TrainingError: If its file is damaged.
@@ -55,7 +53,7 @@ class TeacherCache:
             self._stored, self._digests = self._read()
 
     def find(self, step: int, images: Tensor) -> Tensor | None:
-        """The logits for a batch of the epoch, or None if they were never kept.
+        """Return the stored logits for a batch of the epoch, or None if there are none.
 
         Raises:
             TrainingError: If what is kept for the step belongs to other images.
@@ -70,12 +68,12 @@ class TeacherCache:
         return self._stored[step].to(images.device)
 
     def keep(self, images: Tensor, logits: Tensor) -> None:
-        """Take note of a batch of the epoch."""
+        """Keep the logits of a batch until the end of the epoch."""
         self._digests.append(_digest(images))
         self._made.append(logits.detach().cpu().contiguous())
 
     def end(self) -> None:
-        """Close the epoch: write what was noted, in one step.
+        """End the epoch: write its logits in one step.
 
         Raises:
             TrainingError: If the file cannot be written.
@@ -86,7 +84,7 @@ class TeacherCache:
             _write(self._path, save(noted))
 
     def noted(self) -> dict[str, Tensor]:
-        """What was kept so far of an epoch that no file holds yet; empty if there is nothing."""
+        """Return the logits so far of an epoch that has no file yet, for a checkpoint; empty if there are none."""
         if self._stored is not None or not self._made:
             return {}
         return {
@@ -96,7 +94,7 @@ class TeacherCache:
         }
 
     def take_up(self, noted: Mapping[str, Tensor]) -> None:
-        """Inverse of `noted`, after `begin`; nothing where another run has finished the epoch meanwhile."""
+        """Inverse of `noted`, after `begin`; does nothing if another run has written the file meanwhile."""
         if self._stored is None and "logits" in noted:
             made, self._digests = _parted(noted)
             self._made = list(made)
@@ -134,7 +132,7 @@ _DIGEST_BYTES = 16
 
 
 def _parted(tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], list[bytes]]:
-    """Logits and digests, batch by batch."""
+    """Return logits and digests, batch by batch."""
     digests = bytes(tensors["digests"].tolist())
     parts = [digests[at : at + _DIGEST_BYTES] for at in range(0, len(digests), _DIGEST_BYTES)]
     return tensors["logits"].split(tensors["sizes"].tolist()), parts
@@ -156,63 +154,63 @@ def _write(path: Path, content: bytes) -> None:
 
 
 _DEVIATIONS = 2.0
-"""A teacher that guesses is rarely so many standard deviations above chance."""
+"""Standard deviations above chance that the accuracy of a guessing teacher rarely reaches."""
 
 
 class TeacherRunner:
-    """Gives a teacher's logits, from memory where there is one, and finds out whether it has anything to teach.
+    """Gives the logits of a teacher, from a cache where there is one, and checks that they are finite and useful.
 
     Args:
-        teach: The teacher, ready to be called with a batch.
-        memory: Logits on disk; None computes all.
+        teach: The teacher's forward.
+        cache: Logits on disk; None computes all.
     """
 
-    def __init__(self, teach: Callable[[Tensor], Tensor], memory: TeacherCache | None) -> None:
-        self._teach, self._memory = teach, memory
+    def __init__(self, teach: Callable[[Tensor], Tensor], cache: TeacherCache | None) -> None:
+        self._teach, self._cache = teach, cache
         self._step = self._images = self._classes = 0
         self._sound: Tensor | None = None
         self._right: Tensor | None = None
         self._left: tuple[Mapping[str, int], Mapping[str, Tensor]] | None = None
 
     def begin(self, epoch: int) -> None:
-        """Open an epoch, from 0; where it was interrupted if that was said."""
+        """Begin an epoch, from 0, or continue one after `resume_with`."""
         self._step = self._images = 0
         self._sound = self._right = None
-        if self._memory is not None:
-            self._memory.begin(epoch)
+        if self._cache is not None:
+            self._cache.begin(epoch)
         if self._left is not None:
             self._go_on(*self._left)
             self._left = None
 
     def resume_with(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
-        """Have the next epoch go on where `numbers` and `tensors` were taken."""
+        """Let the next epoch continue where `numbers` and `tensors` were taken."""
         self._left = numbers, tensors
 
     def _go_on(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         self._step, self._images, self._classes = numbers["step"], numbers["images"], numbers["classes"]
         self._sound, self._right = tensors.get("sound"), tensors.get("right")
-        if self._memory is not None:
-            self._memory.take_up(tensors)
+        if self._cache is not None:
+            self._cache.take_up(tensors)
 
     def numbers(self) -> dict[str, int]:
-        """How far the epoch has come, as a JSON object."""
+        """Return how far the epoch has come, as a JSON object."""
         return {"step": self._step, "images": self._images, "classes": self._classes}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was found so far in the epoch, and what is to be remembered of it."""
-        found = {} if self._memory is None else self._memory.noted()
+        """Return what was found so far in the epoch, and its logits for the cache."""
+        found = {} if self._cache is None else self._cache.noted()
         if self._sound is not None and self._right is not None:
             found |= {"sound": self._sound, "right": self._right}
         return found
 
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """What the teacher says to the next batch of the epoch; without gradients."""
-        found = None if self._memory is None else self._memory.find(self._step, images)
+        """Return the teacher's logits for the next batch of the epoch, without gradients."""
+        found = None if self._cache is None else self._cache.find(self._step, images)
         if found is None:
             with torch.no_grad():
                 found = self._teach(images)
-            if self._memory is not None:
-                self._memory.keep(images, found)
+            if self._cache is not None:
+                self._cache.keep(images, found)
         self._step += 1
         if found.ndim == 2:  # Anything else is refused by the losses, with a better message.
             self._note(found, labels)
@@ -220,14 +218,14 @@ class TeacherRunner:
 
     def _note(self, found: Tensor, labels: Tensor) -> None:
         # On the device, without waiting for it.
-        sound, right = found.isfinite().all(), hits(found, labels)
+        sound, right = found.isfinite().all(), count_correct(found, labels)
         self._sound = sound if self._sound is None else self._sound.to(sound.device) & sound
         self._right = right if self._right is None else self._right.to(right.device) + right
         self._images += len(labels)
         self._classes = found.shape[1]
 
     def check(self) -> None:
-        """Refuse a teacher that has said something that is no number in this epoch; waits for the device.
+        """Refuse a teacher whose logits were not finite in this epoch; waits for the device.
 
         Raises:
             TrainingError: If so.
@@ -239,17 +237,17 @@ class TeacherRunner:
             )
 
     def end(self) -> None:
-        """Close the epoch; warns after the first one of a teacher that guesses.
+        """End the epoch and write its logits to the cache.
 
         Raises:
             TrainingError: See `check`.
         """
         self.check()
-        if self._memory is not None:
-            self._memory.end()
+        if self._cache is not None:
+            self._cache.end()
 
     def warn_of_guessing(self) -> None:
-        """Warn of a teacher that was no better than chance in this epoch."""
+        """Warn if the teacher was no better than chance in this epoch."""
         if self._right is None:
             return
         share, chance = int(self._right) / self._images, 1 / self._classes

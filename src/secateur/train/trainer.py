@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import TrainingError
-from secateur.train.callbacks import LoopCallbacks, LossMeter, Silent, diverged
+from secateur.train.callbacks import LoopCallbacks, LossMeter, Silent, divergence_error
 from secateur.train.checkpoint import (
     Checkpoint,
     MovingAverage,
     Tensors,
     checkpointing,
-    finite,
+    is_finite,
     load_checkpoint,
     optimizer_tensors,
     tensors_of,
@@ -34,7 +34,13 @@ from secateur.train.checkpoint import (
 )
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import random_states, seeded, set_random_states
-from secateur.train.distributed import average_gradients_, averaged, gathered, own_part, synchronized_norms
+from secateur.train.distributed import (
+    average_gradients_,
+    gather,
+    mean_over_processes,
+    own_shard,
+    synchronized_batch_norms,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -133,7 +139,7 @@ class EpochSummary:
         step: Number of the last step, from 0 over all epochs.
         seconds: Wall-clock time of the steps.
         images: Images of the first tensor of the batches.
-        average: The moving average of `TrainingStep.averaged`; None if none is kept.
+        average: The moving average of `TrainingStep.mean_over_processes`; None if none is kept.
     """
 
     epoch: int
@@ -285,7 +291,7 @@ class EpochState:
     def tensors(self) -> dict[str, Tensor]:
         """The random states of all processes, (processes, bytes) for each generator of torch."""
         states = random_states(self._fabric.device)
-        return {f"random/{number}": gathered(self._fabric, state).cpu() for number, state in enumerate(states)}
+        return {f"random/{number}": gather(self._fabric, state).cpu() for number, state in enumerate(states)}
 
     @classmethod
     def restored(cls, epoch: int, saved: Checkpoint, fabric: "Fabric") -> "EpochState":
@@ -319,7 +325,7 @@ class Trainer:
 
     @property
     def average(self) -> nn.Module | None:
-        """The moving average of `TrainingStep.averaged`; None if none is kept."""
+        """The moving average of `TrainingStep.mean_over_processes`; None if none is kept."""
         return None if self._average is None else self._average.model
 
     def resume(self, folder: Path | None, settings: Mapping[str, str]) -> Checkpoint | None:
@@ -409,15 +415,15 @@ class Trainer:
         """
         step, fabric = self._step, self._step.fabric
         next(iter(step.learners.values())).set_learning_rate(rate)
-        own = tuple(own_part(fabric, tensor) for tensor in batch)
+        own = tuple(own_shard(fabric, tensor) for tensor in batch)
         # Batch norms see the whole batch, so that the step is that of one process.
-        with synchronized_norms(fabric):
+        with synchronized_batch_norms(fabric):
             losses = step.learn(Shard(own, tuple(map(len, batch)), number))
         if self._average is not None and step.averaged is not None:
             self._average.update(step.averaged)
         # All losses in one message. A total that is the sum of its parts need not travel.
         totals = [] if losses.total is None else [losses.total.detach()]
-        seen = averaged(fabric, torch.stack([*totals, *(part.detach() for part in losses.parts.values())]))
+        seen = mean_over_processes(fabric, torch.stack([*totals, *(part.detach() for part in losses.parts.values())]))
         total = seen.sum() if losses.total is None else seen[0]
         return {"total": total, **dict(zip(losses.parts, seen[len(totals) :], strict=True))}
 
@@ -481,14 +487,14 @@ class Trainer:
                 f"got {losses.steps} (epoch {losses.epoch}). Its len() must be the number of images it gives."
             )
         # No loss has shown what the last step of the epoch did to the weights, and a checkpoint follows.
-        if not finite(next(iter(step.learners.values())).module):
-            raise diverged("weights", f"the end of epoch {losses.epoch}", rate)
+        if not is_finite(next(iter(step.learners.values())).module):
+            raise divergence_error("weights", f"the end of epoch {losses.epoch}", rate)
 
 
 def _check_same_checkpoint(fabric: "Fabric", saved: Checkpoint | None) -> None:
     """Refuse processes that have found different checkpoints."""
     own = torch.tensor([-1, 0] if saved is None else [saved.epoch, saved.step])
-    if len(gathered(fabric, own).unique(dim=0)) > 1:
+    if len(gather(fabric, own).unique(dim=0)) > 1:
         raise TrainingError(
             "`checkpoint` must be one folder that all processes see; got different checkpoints in them. "
             "Use a folder that all machines share."

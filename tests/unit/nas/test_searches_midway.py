@@ -21,7 +21,7 @@ EVERY_STEP = CheckpointPolicy(math.inf, 1)
 
 @pytest.fixture(autouse=True)
 def _every_step_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", -1.0)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", -1.0)
 
 
 def stopped_at(stop: Any, at: int) -> Recorder:
@@ -54,13 +54,13 @@ def test_tas_goes_on_within_an_epoch(tmp_path, step):
     """Epochs have two steps: stopped in the first, at the end of the first, and in the second."""
     whole = run(net(), quick_tas(2), seed=4)
     with stoppable() as stop, pytest.raises(Stopped) as stopped:
-        run(net(), quick_tas(2), seed=4, checkpoint=tmp_path, watch=stopped_at(stop, step))
+        run(net(), quick_tas(2), seed=4, folder=tmp_path, callbacks=stopped_at(stop, step))
     assert stopped.value.folder == tmp_path
     newest = sorted(path.name for path in tmp_path.iterdir())[-1]
     epoch, done = divmod(step - 1, 2)
     assert newest == f"epoch-{epoch:06d}-step-{done + 1:06d}"
     seen = Recorder()
-    same_search(run(net(), quick_tas(2), seed=4, checkpoint=tmp_path, watch=seen), whole)
+    same_search(run(net(), quick_tas(2), seed=4, folder=tmp_path, callbacks=seen), whole)
     # What was shown of the interrupted epoch is shown again.
     assert [(epoch, step) for epoch, step, _ in seen.steps] == [(e, s) for e in range(epoch + 1, 3) for s in (1, 2)]
 
@@ -72,7 +72,7 @@ def test_swp_goes_on_within_epochs_and_rounds(tmp_path, untied):
     Every process comes one step further than the one before it.
     """
     seen = Recorder()
-    whole = run(staged(untied=untied), quick_swp(), seed=2, watch=seen)
+    whole = run(staged(untied=untied), quick_swp(), seed=2, callbacks=seen)
     total, stops = len(seen.steps), 0
     assert [loop["what"] for loop in seen.opened] == ["search", "judge"]
     while stops < 2 * total:
@@ -81,7 +81,7 @@ def test_swp_goes_on_within_epochs_and_rounds(tmp_path, untied):
             # Whatever is shown again does not count: it stops in the first step of its own.
             shown.at_step = lambda epoch, step, stop=stop: stop.ask()
             try:
-                found = run(staged(untied=untied), quick_swp(), seed=2, checkpoint=tmp_path, watch=shown)
+                found = run(staged(untied=untied), quick_swp(), seed=2, folder=tmp_path, callbacks=shown)
             except Stopped:
                 stops += 1
                 continue

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cuts import zoo_net
+from run_pipeline import run_compress
 from slow_search import data as noise
 from small_runs import Blobs
 from swp_runs import DEPTHS, assert_same, problem_of, quick, recalibrated, staged
@@ -20,12 +21,11 @@ import secateur
 from secateur.cost import CostModel
 from secateur.data import MemorySplit, Normalization
 from secateur.errors import BudgetError, DataError
-from secateur.graph import stages_of, untie
-from secateur.nas import SWP, Evolution, Exact, OriginalWeights, RandomInit, RandomSampler, Widths
-from secateur.nas.common import held_out
-from secateur.pipeline import compress
+from secateur.graph import find_stages, untie
+from secateur.nas import SWP, Evolution, ExactKnapsack, OriginalWeights, RandomInit, RandomSampler, Widths
+from secateur.nas.common import set_aside
 from secateur.prune import cut
-from secateur.search import L1, L2, ScoringInputs, SearchSpace, describe, search_architecture
+from secateur.search import L1, L2, ScoringInputs, SearchSpace, search_architecture, stable_repr
 from secateur.train import Silent, TrainConfig
 
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
@@ -45,7 +45,7 @@ def test_it_ends_within_the_budget_and_in_the_space(budget, untied):
     assert made.architecture == found.architecture
     assert CostModel(given.graph).cost(found.architecture) == found.cost
     for axis in given.graph.prunable:
-        if axis.into is None:
+        if axis.residual_axis is None:
             assert len(found.architecture.by_name[axis.name]) in Widths().of(SearchSpace().widths(axis))
     # Depth goes from the end of each chain, and the axis that crosses the cuts is whole.
     removed = set(found.architecture.removed_blocks)
@@ -92,12 +92,12 @@ def test_costs_that_are_no_sums_over_stages_are_within_the_budget_too():
     asked: list[Mapping[str, float]] = []
 
     @dataclass(frozen=True)
-    class Watched(Exact):
+    class Watched(ExactKnapsack):
         def combine(self, table: Any, seed: int) -> Any:
             asked.append(table.limits)
             return super().combine(table, seed)
 
-    strategy = quick(0, depths=None, hand_on=OriginalWeights(), combination=Watched())
+    strategy = quick(0, depths=None, student_weights=OriginalWeights(), combination=Watched())
     found = run(staged(), strategy, budget="latency=40%", latency=Entangled())
     assert len(asked) > 1
     assert all(now["latency_s"] < before["latency_s"] for before, now in pairwise(asked))
@@ -115,7 +115,7 @@ def test_what_it_notes_can_be_written_as_json():
     notes = json.loads(json.dumps(found.to_json()))["notes"]
     assert [epoch["epoch"] for epoch in notes["training"]] == [1, 2]
     assert 0 < notes["fairness"] <= 1
-    stages = stages_of(given.model, given.graph)
+    stages = find_stages(given.model, given.graph)
     assert [(s["name"], s["cut"]) for s in notes["stages"]] == [(stage.name, stage.cut) for stage in stages]
     assert [(s["axes"], s["blocks"]) for s in notes["stages"]] == [(1, 0), (1, 0), (3, 2)]
     for stage in notes["stages"]:
@@ -137,7 +137,7 @@ def test_widths_alone_and_depths_alone(searched):
 
 
 def test_without_stages_the_net_is_one():
-    found = run(staged(), quick(1, cuts=(), nets=RandomSampler(2)))
+    found = run(staged(), quick(1, cuts=(), sampler=RandomSampler(2)))
     stages: Any = found.notes["stages"]
     assert [stage["cut"] for stage in stages] == [""]
     assert found.cost.macs <= 0.5 * found.original.macs
@@ -151,7 +151,9 @@ def test_streams_that_cross_cuts_are_nothing_but_sums_of_narrow_branches():
     made = cut(model, given.graph, found.architecture)
     with torch.no_grad():
         assert made.model(images).shape == model(images).shape
-    narrow = [axis for axis in given.graph.prunable if axis.into and axis.size > found.architecture.widths[axis.name]]
+    narrow = [
+        axis for axis in given.graph.prunable if axis.residual_axis and axis.size > found.architecture.widths[axis.name]
+    ]
     assert narrow
     assert CostModel(given.graph).cost(found.architecture).macs <= 0.35 * found.original.macs
 
@@ -192,7 +194,7 @@ def test_searched_weights_are_those_of_the_training_with_norms_of_their_own(unti
 def test_original_weights_and_no_epochs():
     """Nothing is trained then, but candidates are judged all the same."""
     seen = Recorder()
-    found = run(staged(), quick(0, hand_on=OriginalWeights()), watch=seen)
+    found = run(staged(), quick(0, student_weights=OriginalWeights()), callbacks=seen)
     assert found.weights is None
     assert found.notes["training"] == []
     assert found.notes["fairness"] == 1
@@ -202,7 +204,7 @@ def test_original_weights_and_no_epochs():
 def test_it_begins_with_new_weights_if_told_to():
     given = staged()
     before = copy.deepcopy(given.model.state_dict())
-    found = {begin: run(given, quick(1, begin=begin), seed=1) for begin in (RandomInit(), quick().begin)}
+    found = {begin: run(given, quick(1, init=begin), seed=1) for begin in (RandomInit(), quick().init)}
     assert all(torch.equal(before[name], tensor) for name, tensor in given.model.state_dict().items())
     far, near = (
         float((weights["3.conv1.weight"] - before["3.conv1.weight"]).norm())
@@ -214,14 +216,14 @@ def test_it_begins_with_new_weights_if_told_to():
 
 def test_evolution_combines_too_and_never_better_than_exactly(tmp_path):
     """The same candidates: how they are combined, and where they are judged, may change when a search goes on."""
-    exact = run(staged(), quick(1), checkpoint=tmp_path)
+    exact = run(staged(), quick(1), folder=tmp_path)
     seen = Recorder()
     strategy = quick(1, combination=Evolution(population=20, generations=10))
-    evolved = run(staged(), strategy, checkpoint=tmp_path, watch=seen)
+    evolved = run(staged(), strategy, folder=tmp_path, callbacks=seen)
     assert seen.opened == []
     assert evolved.cost.macs <= 0.5 * evolved.original.macs
     assert evolved.notes["loss"] >= exact.notes["loss"] - 1e-12  # type: ignore[operator]
-    assert_same(evolved, run(staged(), strategy, checkpoint=tmp_path))
+    assert_same(evolved, run(staged(), strategy, folder=tmp_path))
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -233,14 +235,14 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained():
     part = 100 * least.macs / CostModel(given.graph).original.macs
     message = rf"`budget` must be within reach; got macs<=.* Reachable: macs .* \({part:.1f} %\) to "
     with pytest.raises(BudgetError, match=message):
-        run(given, quick(), budget=f"macs={least.macs - 1}", watch=seen)
+        run(given, quick(), budget=f"macs={least.macs - 1}", callbacks=seen)
     assert seen.opened == []
     assert run(given, quick(0), budget=f"macs={least.macs}").cost == least
 
 
 def split_of(labels: torch.Tensor) -> MemorySplit:
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    return MemorySplit(images, labels, Normalization.usual(3))
+    return MemorySplit(images, labels, Normalization.default(3))
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,11 @@ def split_of(labels: torch.Tensor) -> MemorySplit:
         ({"data": replace(noise(), train=split_of(torch.zeros(20, dtype=torch.int64)))}, "got 1 in one of them"),
         ({"data": replace(noise(), train=split_of(torch.tensor([1])))}, r"got 0 in one of them \(1 images of 1"),
         ({"data": replace(noise(), train=Blobs(32))}, "`data.train` must have `labels` and `subset"),
-        ({"batches": ()}, "`batches` must hold training images for SearchedWeights"),
-        ({"batches": (), "strategy": quick(hand_on=OriginalWeights())}, "`batches` must hold training images for SWP"),
+        ({"batches": ()}, "`batches` must hold training images for SupernetWeights"),
+        (
+            {"batches": (), "strategy": quick(student_weights=OriginalWeights())},
+            "`batches` must hold training images for SWP",
+        ),
     ],
     ids=["one class", "one image", "no labels", "no batches", "no batches to judge with"],
 )
@@ -273,7 +278,7 @@ def test_images_held_out_are_of_each_class_its_share(n, count):
     images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     split = MemorySplit(images, labels, Normalization(mean=(0.0,) * 3, std=(1.0,) * 3))
     numbers = []
-    for part in held_out(split, count, seed=1):
+    for part in set_aside(split, count, seed=1):
         ((pixels, found),) = part.batches(1000, device=torch.device("cpu"))
         numbers.append((pixels[:, 0, 0, 0] * 255).round().long())
         assert torch.equal(labels[numbers[-1]], found)
@@ -286,10 +291,10 @@ def test_images_held_out_are_of_each_class_its_share(n, count):
 
 def test_it_is_told_in_the_same_words_by_every_process():
     """No addresses: a checkpoint is recognized by them."""
-    text = describe(SWP(importance=L2()))
-    assert text == describe(SWP(importance=L2()))
+    text = stable_repr(SWP(importance=L2()))
+    assert text == stable_repr(SWP(importance=L2()))
     assert "0x" not in text
-    assert all(word in text for word in ("SWP(", "Widths(", "Sandwich(random=2)", "InPlace()", "Exact()", "L2()"))
+    assert all(word in text for word in ("SWP(", "Widths(", "SandwichSampler(random=2)", "InPlace()", "ExactKnapsack()", "L2()"))
     assert SWP().trains
 
 
@@ -298,9 +303,9 @@ def test_it_is_told_in_the_same_words_by_every_process():
 
 def test_it_compresses_a_model_to_an_artifact(tmp_path):
     given = staged()
-    done = compress(
-        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=Exact()), schedule=TrainConfig(epochs=0),
-        out=tmp_path / "out", export=(), progress=Silent(), seed=3,
+    done = run_compress(
+        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=ExactKnapsack()), train=TrainConfig(epochs=0),
+        out=tmp_path / "out", export=(), callbacks=Silent(), seed=3,
     )  # fmt: skip
     loaded = secateur.load(tmp_path / "out", factory=lambda: copy.deepcopy(given.model))
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from swp_runs import alone, fresh_norms_, judge_of, options_of, quick, staged, s
 from tas_runs import run
 from torch import Tensor
 
-from secateur.nas import InPlace, Labels, carried_on, features, stage_effects
-from secateur.nas.swp import losses_of
+from secateur.nas import InPlace, Labels, run_remaining_stages, stage_effects, stage_features
+from secateur.nas.swp import held_out_losses
 
 
 def far(y: Tensor, x: Tensor) -> float:
@@ -38,17 +38,17 @@ def test_effects_are_those_of_stages_run_one_after_the_other():
     got = stage_effects(judge.supernet, subnets, stages, images)
     np.testing.assert_allclose(got, arrived / own, rtol=1e-9)
     assert got[last] == 1
-    np.testing.assert_array_equal(judge.weighing(subnets).weights, got)
+    np.testing.assert_array_equal(judge.weighted(subnets).weights, got)
 
 
 def test_the_full_nets_own_feature_leads_to_its_own_output():
     judge = judge_of(options_of(staged()), InPlace())
     images = judge.calibration[0]
     with torch.no_grad():
-        logits, handed_on = features(judge.supernet, judge.stages, images, tensors=judge.full)
+        logits, handed_on = stage_features(judge.supernet, judge.stages, images, tensors=judge.full)
         for number, feature in enumerate(handed_on):
-            again = carried_on(judge.supernet, judge.stages, images, number, feature, tensors=judge.full)
-            other = carried_on(judge.supernet, judge.stages, images, number, 2 * feature, tensors=judge.full)
+            again = run_remaining_stages(judge.supernet, judge.stages, images, number, feature, tensors=judge.full)
+            other = run_remaining_stages(judge.supernet, judge.stages, images, number, 2 * feature, tensors=judge.full)
             assert torch.equal(again, logits)
             assert not torch.equal(other, logits)
 
@@ -58,15 +58,15 @@ def test_losses_are_multiplied_by_the_weights():
     judge, subnets = judge_of(options, InPlace()), subnets_of(options, 2)
     weights = np.arange(2.0, 2.0 + len(judge.stages))
     np.testing.assert_array_equal(
-        losses_of(replace(judge, weights=weights), subnets), losses_of(judge, subnets) * weights
+        held_out_losses(replace(judge, weights=weights), subnets), held_out_losses(judge, subnets) * weights
     )
 
 
 def test_one_stage_and_stages_without_any_loss_weigh_one():
     whole_net = options_of(staged(), cuts=())
-    assert judge_of(whole_net, Labels(), torch.float32).weighing(subnets_of(whole_net, 2)).weights.tolist() == [1.0]
+    assert judge_of(whole_net, Labels(), torch.float32).weighted(subnets_of(whole_net, 2)).weights.tolist() == [1.0]
     options = options_of(staged())
-    assert judge_of(options, InPlace()).weighing([]).weights.tolist() == [1.0] * len(options.stages)
+    assert judge_of(options, InPlace()).weighted([]).weights.tolist() == [1.0] * len(options.stages)
 
 
 def test_a_search_says_what_it_weighed_by():

@@ -24,8 +24,8 @@ class StoppedIn(Recorder):
         self._at = (what, epoch, step)
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int) -> Iterator[Recorder]:
-        with super().watch(what, epochs=epochs, steps=steps, done=done):
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Iterator[Recorder]:
+        with super().start(loop, epochs=epochs, steps=steps, done=done):
             yield self
 
     def _now(self, epoch: int, step: int | None) -> None:
@@ -54,11 +54,11 @@ def test_a_search_goes_on_wherever_it_is_interrupted(untied, tmp_path):
     original = run(staged(untied=untied), quick(), seed=2)
     for stop, newest in STOPS:
         with pytest.raises(Interrupted):
-            run(staged(untied=untied), quick(), seed=2, checkpoint=tmp_path, watch=StoppedIn(*stop))
+            run(staged(untied=untied), quick(), seed=2, folder=tmp_path, callbacks=StoppedIn(*stop))
         names = sorted(path.name for path in tmp_path.glob("epoch-*"))
         assert names[-1:] == [f"epoch-{newest:06d}"] * (newest > 0), stop
     seen = Recorder()
-    assert_same(original, run(staged(untied=untied), quick(), seed=2, checkpoint=tmp_path, watch=seen))
+    assert_same(original, run(staged(untied=untied), quick(), seed=2, folder=tmp_path, callbacks=seen))
     # A round is told before its checkpoint is written: who keeps a log of rounds hears of the last one again.
     assert [(loop["what"], loop["done"]) for loop in seen.opened] == [("judge", 2)]
     assert [epoch for epoch, *_ in seen.epochs] == [3]
@@ -80,7 +80,7 @@ def test_a_search_goes_on_wherever_it_is_interrupted(untied, tmp_path):
 def test_a_checkpoint_of_another_search_is_refused(settings, what, tmp_path):
     given = staged()
     with pytest.raises(Interrupted):
-        run(given, quick(1), checkpoint=tmp_path, watch=StoppedIn("judge", 1))
+        run(given, quick(1), folder=tmp_path, callbacks=StoppedIn("judge", 1))
     changed = {"given": given, "strategy": quick(1), **settings}
     with pytest.raises(TrainingError, match=f"`checkpoint` must be continued with the settings it was begun.*{what}"):
-        run(changed.pop("given"), changed.pop("strategy"), checkpoint=tmp_path, **changed)
+        run(changed.pop("given"), changed.pop("strategy"), folder=tmp_path, **changed)

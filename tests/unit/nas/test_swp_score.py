@@ -26,7 +26,7 @@ from tas_runs import run
 from torch import Tensor
 
 from secateur.nas import InPlace, Labels, SoftLabels, Subnet, Supervision
-from secateur.nas.swp import CandidateScorer, losses_of
+from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.train import Precision, open_fabric
 from secateur.workers import InProcess, OnRay
 
@@ -70,7 +70,7 @@ def losses_by_hand(judge: CandidateScorer, subnet: Subnet) -> list[float]:
 def test_losses_are_those_of_the_cut_model_stage_by_stage(cuts, untied):
     options = options_of(staged(untied=untied), cuts=cuts)
     judge, subnets = judge_of(options, InPlace()), subnets_of(options, 4)
-    got = losses_of(judge, subnets)
+    got = held_out_losses(judge, subnets)
     assert got.shape == (4, len(options.stages))
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, [losses_by_hand(judge, subnet) for subnet in subnets], rtol=1e-9)
@@ -83,29 +83,29 @@ def test_losses_of_whole_networks_from_labels_and_logits(supervision):
     judge, subnets = judge_of(options, supervision, torch.float32), subnets_of(options, 3)
     wanted = [losses_by_hand(judge, subnet) for subnet in subnets]
     # The logits differ by some 1e-7 of 1; divergences of 0.01 by as much.
-    np.testing.assert_allclose(losses_of(judge, subnets), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(held_out_losses(judge, subnets), wanted, rtol=1e-4, atol=1e-6)
 
 
 def in_chunks(judge: CandidateScorer, subnets: Sequence[Subnet], size: int) -> np.ndarray:
     chunks = [subnets[first : first + size] for first in range(0, len(subnets), size)]
-    return np.concatenate([losses_of(judge, chunk) for chunk in chunks])
+    return np.concatenate([held_out_losses(judge, chunk) for chunk in chunks])
 
 
 def test_losses_do_not_depend_on_the_chunks():
     options = options_of(staged(untied=True))
     judge, subnets = judge_of(options, InPlace(), torch.float32), subnets_of(options, 6)
-    together = losses_of(judge, subnets)
+    together = held_out_losses(judge, subnets)
     for size in (1, 4):
         assert np.array_equal(in_chunks(judge, subnets, size), together)
-    assert np.array_equal(losses_of(judge, subnets[::-1]), together[::-1])
-    assert losses_of(judge, []).shape == (0, 3)
+    assert np.array_equal(held_out_losses(judge, subnets[::-1]), together[::-1])
+    assert held_out_losses(judge, []).shape == (0, 3)
 
 
 def test_the_full_net_has_almost_no_loss_and_the_tiny_one_has():
     """Not none at all: its norms are measured on features that the averages of two batches have normalized."""
     options = options_of(staged())
     judge = judge_of(options, InPlace())
-    full, tiny = losses_of(judge, [options.subnet(options.whole), options.subnet(options.tiny)])
+    full, tiny = held_out_losses(judge, [options.subnet(options.largest), options.subnet(options.smallest)])
     assert full[0] < 1e-4
     assert (full < 0.02).all()
     assert (tiny > 10 * full).all()
@@ -115,11 +115,11 @@ def test_judging_leaves_the_supernet_alone():
     options = options_of(staged())
     judge = judge_of(options, InPlace())
     before = copy.deepcopy(judge.supernet.state_dict())
-    one = losses_of(judge, subnets_of(options, 2))
+    one = held_out_losses(judge, subnets_of(options, 2))
     assert all(torch.equal(before[name], tensor) for name, tensor in judge.supernet.state_dict().items())
     assert not any(module.training for module in judge.supernet.modules())
     assert all(parameter.grad is None for parameter in judge.supernet.parameters())
-    assert np.array_equal(one, losses_of(judge, subnets_of(options, 2)))
+    assert np.array_equal(one, held_out_losses(judge, subnets_of(options, 2)))
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(64, [64]), (374, [374]), (376, [188, 188]), (800, [267, 267, 266])])
@@ -148,8 +148,8 @@ def test_judging_in_bfloat16_is_judging_up_to_its_digits():
     options = options_of(staged())
     exact = judge_of(options, InPlace(), torch.float32)
     subnets = subnets_of(options, 3)
-    half = losses_of(replace(exact, precision=Precision.BF16_MIXED), subnets)
-    single = losses_of(exact, subnets)
+    half = held_out_losses(replace(exact, precision=Precision.BF16_MIXED), subnets)
+    single = held_out_losses(exact, subnets)
     assert not np.array_equal(half, single)
     np.testing.assert_allclose(half, single, rtol=0.1, atol=0.01)
 

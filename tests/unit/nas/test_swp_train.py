@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from poisoned import Exploding, poisoned
 from slow_search import data as noise
-from swp_runs import alone, as_text, options_of, quick, quick_schedule, staged, whole
+from swp_runs import alone, as_text, options_of, quick, quick_config, staged, whole
 from tas_runs import Net, Recorder, run
 from torch import Tensor, nn
 
@@ -28,25 +28,29 @@ from secateur.nas import (
     Supernet,
     Supervision,
 )
-from secateur.nas.swp_candidates import Options, Rows
-from secateur.nas.swp_train import SupernetTraining, SWPSearchConfig, Target, TrainingCounts
+from secateur.nas.swp_candidates import CandidateRows, CandidateSpace
+from secateur.nas.swp_train import SupernetStep, SupervisionTarget, SWPSearchConfig, TrainingCounts
 from secateur.prune import original_names
-from secateur.train import SGD, AdamW, Precision, open_fabric
+from secateur.train import SGD, AdamW, Precision, Trainer, open_fabric
 
 PLAIN = SGD(momentum=0.0, nesterov=False, weight_decay=0.0)
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
 
 def run_of(
-    options: Options, nets: SubnetSampler, supervision: Supervision, dtype: torch.dtype = torch.float32, **schedule: Any
-) -> tuple[SupernetTraining, Supernet]:
+    options: CandidateSpace,
+    nets: SubnetSampler,
+    supervision: Supervision,
+    dtype: torch.dtype = torch.float32,
+    **train: Any,
+) -> tuple[SupernetStep, Supernet]:
     """A training before its first step, with channels as they are in the model."""
-    evidence = options.problem.evidence
-    graph = replace(evidence.graph, example=tuple(tensor.to(dtype) for tensor in evidence.graph.example))
-    supernet = Supernet(copy.deepcopy(evidence.model).to(dtype), graph).train()
+    inputs = options.context.inputs
+    graph = replace(inputs.graph, example=tuple(tensor.to(dtype) for tensor in inputs.graph.example))
+    supernet = Supernet(copy.deepcopy(inputs.model).to(dtype), graph).train()
     fabric = open_fabric(Precision.FLOAT32)
-    course = SWPSearchConfig(options, nets, supervision, noise().train, None, quick_schedule(**schedule), fabric)
-    return SupernetTraining(course, supernet), supernet
+    config = SWPSearchConfig(options, nets, supervision, noise().train, None, quick_config(**train), fabric)
+    return SupernetStep(config, supernet), supernet
 
 
 def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,12 @@ def loss_by_hand(supervision: Supervision, outputs: Sequence[Tensor], targets: S
 
 
 def gradients_by_hand(
-    model: nn.Module, options: Options, supernet: Supernet, nets: Sequence[Rows], supervision: Supervision, full: bool
+    model: nn.Module,
+    options: CandidateSpace,
+    supernet: Supernet,
+    nets: Sequence[CandidateRows],
+    supervision: Supervision,
+    full: bool,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Of really cut models, stage by stage, put where their channels are in the whole one; and the losses."""
     images, labels = batch(next(model.parameters()).dtype)
@@ -114,11 +123,13 @@ def test_a_step_is_that_of_the_really_cut_models(nets, supervision, cuts, untied
     """
     dtype = torch.float64 if supervision == InPlace() else torch.float32
     options = options_of(staged(untied=untied), cuts=cuts)
-    training, supernet = run_of(options, nets, supervision, dtype, optimizer=PLAIN)
+    step, supernet = run_of(options, nets, supervision, dtype, optimizer=PLAIN)
     before = copy.deepcopy(supernet.model)
     others = nets.of(options, np.random.default_rng(5))
     wanted, losses = gradients_by_hand(before, options, supernet, others, supervision, nets.full_learns)
-    total, parts = training.learn(*batch(dtype), 0.1, np.random.default_rng(5))
+    step.draw.bit_generator.state = np.random.default_rng(5).bit_generator.state
+    parts = Trainer(step).train_step(batch(dtype), 0, 0.1)
+    total = parts.pop("total")
     # Cross-entropy is computed in float32 whatever the model is.
     tolerance = 1e-6 if supervision == InPlace() else 2e-5
     scale = max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -141,26 +152,26 @@ def test_variances_of_parts_of_a_batch_are_those_of_the_batch():
     parts = [[tensor[rank::2] for tensor in batch] for rank in range(2)]
     said: list[Tensor] = []
     for part in parts:
-        _ = Target.of(part, labels, lambda tensor: said.append(tensor) or tensor).variances
+        _ = SupervisionTarget.of(part, labels, lambda tensor: said.append(tensor) or tensor).variances
     mean = torch.stack(said).mean(0)
     wanted = torch.stack([tensor.var(unbiased=False) for tensor in batch])
     for part in parts:
-        torch.testing.assert_close(Target.of(part, labels, lambda _: mean).variances, wanted)
-        assert not torch.allclose(Target.of(part, labels).variances, wanted, rtol=1e-4)
+        torch.testing.assert_close(SupervisionTarget.of(part, labels, lambda _: mean).variances, wanted)
+        assert not torch.allclose(SupervisionTarget.of(part, labels).variances, wanted, rtol=1e-4)
 
 
 # --- which networks, and from what ------------------------------------------------------------------------------------
 
 
-def as_lists(networks: Sequence[Rows]) -> list[list[list[int]]]:
+def as_lists(networks: Sequence[CandidateRows]) -> list[list[list[int]]]:
     return [[row.tolist() for row in rows] for rows in networks]
 
 
 def test_the_sandwich_is_the_tiny_net_and_drawn_ones_and_its_ablation_only_drawn_ones():
     options = options_of(staged())
-    drawn = [options.drawn(draw) for draw in [np.random.default_rng(1)] for _ in range(3)]
+    drawn = [options.sample(draw) for draw in [np.random.default_rng(1)] for _ in range(3)]
     sandwich, only = (nets.of(options, np.random.default_rng(1)) for nets in (SandwichSampler(3), RandomSampler(3)))
-    assert as_lists(sandwich) == as_lists([options.tiny, *drawn])
+    assert as_lists(sandwich) == as_lists([options.smallest, *drawn])
     assert as_lists(only) == as_lists(drawn)
     assert SandwichSampler().full_learns
     assert not RandomSampler().full_learns
@@ -178,7 +189,7 @@ def test_logits_and_labels_say_nothing_of_stages(supervision):
     seen = Recorder()
     message = rf"`supervision` must be InPlace\(\) for a model in stages; got {type(supervision).__name__}\(\) for 3"
     with pytest.raises(BudgetError, match=message):
-        run(staged(), quick(supervision=supervision), watch=seen)
+        run(staged(), quick(supervision=supervision), callbacks=seen)
     assert seen.opened == []
     assert run(staged(), quick(1, supervision=supervision, cuts=())).notes["loss"] > 0  # type: ignore[operator]
 
@@ -186,7 +197,7 @@ def test_logits_and_labels_say_nothing_of_stages(supervision):
 # --- what is counted --------------------------------------------------------------------------------------------------
 
 
-def channels_of(supernet: Supernet, options: Options, rows: Rows) -> dict[str, int]:
+def channels_of(supernet: Supernet, options: CandidateSpace, rows: CandidateRows) -> dict[str, int]:
     """How many channels of each axis a really cut model has; 0 for an axis that went with its block."""
     small = supernet.extract(options.subnet(rows))
     there = {
@@ -203,14 +214,14 @@ def channels_of(supernet: Supernet, options: Options, rows: Rows) -> dict[str, i
 def test_fairness_is_what_counting_every_channel_gives(nets, untied):
     """Branches are never wider than their streams, and channels of a removed block learn nothing."""
     options = options_of(staged(untied=untied))
-    supernet = Supernet(options.problem.evidence.model, options.problem.evidence.graph)
-    names = [options.problem.costs.axes[axis] for stage in options.of_stage for axis in stage.axes]
+    supernet = Supernet(options.context.inputs.model, options.context.inputs.graph)
+    names = [options.context.costs.axes[axis] for stage in options.of_stage for axis in stage.axes]
     times = {name: np.zeros(supernet.graph.sizes[name], dtype=int) for name in names}
     tally, draw = TrainingCounts(options), np.random.default_rng(0)
     assert tally.fairness == 1
     seen: set[str] = set()
     for _ in range(8):
-        networks = [*nets.of(options, draw), *([options.whole] if nets.full_learns else [])]
+        networks = [*nets.of(options, draw), *([options.largest] if nets.full_learns else [])]
         for rows in networks:
             tally.add(rows)
             seen.update(f"{number} {row.tolist()}" for number, row in enumerate(rows))
@@ -225,15 +236,15 @@ def test_fairness_is_what_counting_every_channel_gives(nets, untied):
     again = TrainingCounts(options)
     again.restore(json.loads(json.dumps(tally.to_json())))
     assert (again.fairness, again.candidates) == (tally.fairness, tally.candidates)
-    again.add(options.tiny)
-    tally.add(options.tiny)
+    again.add(options.smallest)
+    tally.add(options.smallest)
     assert again.to_json() == tally.to_json()
 
 
 def test_channels_that_never_learned_are_told():
     options = options_of(staged())
     tally = TrainingCounts(options)
-    tally.add(options.tiny)
+    tally.add(options.smallest)
     assert tally.fairness == 0
 
 
@@ -241,7 +252,7 @@ def test_the_sandwich_is_fairer_than_its_ablation():
     """With the full net in every step no channel learns less than once in four networks."""
     found = {}
     for name, nets in (("sandwich", SandwichSampler(2)), ("drawn", RandomSampler(4))):
-        notes = run(staged(), quick(2, nets=nets, depths=None, candidates=2, rounds=1)).notes
+        notes = run(staged(), quick(2, sampler=nets, depths=None, candidates=2, rounds=1)).notes
         history: Any = notes["training"]
         assert history[-1]["fairness"] == notes["fairness"]
         found[name] = notes["fairness"]
@@ -254,7 +265,7 @@ def test_the_sandwich_is_fairer_than_its_ablation():
 
 def test_losses_of_the_epochs_are_noted_and_fall():
     seen = Recorder()
-    history: Any = run(staged(), quick(4), watch=seen).notes["training"]
+    history: Any = run(staged(), quick(4), callbacks=seen).notes["training"]
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4]
     assert all(len(epoch["stages"]) == 3 for epoch in history)
     # Those of features; the labels are noise, so what the logits do is chance.
@@ -275,8 +286,8 @@ def test_losses_of_the_epochs_are_noted_and_fall():
 def test_the_learning_rate_is_that_of_the_schedule():
     seen = Recorder()
     strategy = quick(4)
-    schedule = replace(strategy.schedule, warmup_fraction=0.25)
-    run(staged(), replace(strategy, schedule=schedule), watch=seen)
+    schedule = replace(strategy.train, warmup_fraction=0.25)
+    run(staged(), replace(strategy, train=schedule), callbacks=seen)
     rates = [numbers["learning_rate"] for _, _, numbers in seen.steps if "learning_rate" in numbers]
     # The last of the three steps of every epoch is shown.
     assert rates == [schedule.learning_rate_at(3 * epoch + 2, steps=12) for epoch in range(4)]
@@ -287,10 +298,10 @@ def test_a_loss_that_is_not_finite_stops_the_training(epoch, step, tmp_path):
     """It says when; what was good is kept, and with good images the search goes on from there."""
     message = rf"the loss \(.*nan.*\) must stay finite; that failed at epoch {epoch}, step {step} \(learning rate"
     with pytest.raises(TrainingError, match=message):
-        run(staged(), quick(2), data=poisoned(epoch, step), checkpoint=tmp_path)
+        run(staged(), quick(2), data=poisoned(epoch, step), folder=tmp_path)
     assert [path.name for path in tmp_path.glob("epoch-*")] == [f"epoch-{n:06d}" for n in range(1, epoch)]
     seen = Recorder()
-    found = run(staged(), quick(2), checkpoint=tmp_path, watch=seen)
+    found = run(staged(), quick(2), folder=tmp_path, callbacks=seen)
     assert seen.opened[0]["done"] == epoch - 1
     assert as_text(found.notes) == as_text(run(staged(), quick(2)).notes)
 
@@ -300,9 +311,9 @@ def test_weights_that_are_not_finite_leave_no_checkpoint(tmp_path):
     given = staged()
     model = nn.Sequential(*given.model, Exploding()).eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
-    strategy = quick(2, schedule=quick_schedule(2, batch_size=48))
+    strategy = quick(2, train=quick_config(2, batch_size=48))
     with pytest.raises(TrainingError, match="the weights must stay finite; that failed at the end of epoch 1"):
-        run(Net(model, graph, given.batches), strategy, checkpoint=tmp_path)
+        run(Net(model, graph, given.batches), strategy, folder=tmp_path)
     assert list(tmp_path.glob("epoch-*")) == []
 
 
@@ -331,11 +342,11 @@ def test_nothing_of_the_callers_is_changed():
 
 @pytest.mark.parametrize("cuts", [None, ()], ids=["stages", "whole"])
 def test_it_trains_in_bfloat16_and_with_another_optimizer(cuts):
-    schedule = quick_schedule(2, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
+    schedule = quick_config(2, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
     supervision = InPlace() if cuts is None else SoftLabels()
-    found = run(staged(), quick(schedule=schedule, cuts=cuts, supervision=supervision))
+    found = run(staged(), quick(train=schedule, cuts=cuts, supervision=supervision))
     exact = run(
-        staged(), quick(schedule=replace(schedule, precision=Precision.FLOAT32), cuts=cuts, supervision=supervision)
+        staged(), quick(train=replace(schedule, precision=Precision.FLOAT32), cuts=cuts, supervision=supervision)
     )
     assert found.weights is not None
     assert all(tensor.isfinite().all() for tensor in found.weights.values())

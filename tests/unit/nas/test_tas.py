@@ -27,7 +27,7 @@ from secateur.nas import (
     SupernetWeights,
     Widths,
 )
-from secateur.nas.common import halves
+from secateur.nas.common import split_in_half
 from secateur.prune import cut
 from secateur.search import (
     L1,
@@ -38,8 +38,8 @@ from secateur.search import (
     SearchContext,
     SearchResult,
     SearchSpace,
-    describe,
     search_architecture,
+    stable_repr,
 )
 from secateur.train import AdamW, Precision
 
@@ -47,7 +47,7 @@ SEARCHES = {
     "widths": {"depths": None},
     "depths": {"widths": None},
     "both": {},
-    "interpolated": {"blending": Interpolate(), "temperature": CosineTemperature()},
+    "interpolated": {"expansion": Interpolate(), "temperature": CosineTemperature()},
 }
 
 
@@ -169,7 +169,7 @@ def test_searched_weights_are_the_supernet_in_the_models_own_order(untied):
             return super().of(supernet, calibration, problem)
 
     given = net(untied=untied)
-    found = run(given, quick(hand_on=Kept()))
+    found = run(given, quick(student_weights=Kept()))
     assert found.weights is not None
     trained = copy.deepcopy(given.model)
     trained.load_state_dict(dict(found.weights), strict=True)
@@ -187,16 +187,16 @@ def test_searched_weights_are_the_supernet_in_the_models_own_order(untied):
 
 
 def test_original_weights_are_the_models_own():
-    assert run(net(), quick(hand_on=OriginalWeights())).weights is None
+    assert run(net(), quick(student_weights=OriginalWeights())).weights is None
 
 
 def test_searched_weights_need_batches_for_their_norms():
     """Asked for before anything is trained."""
     seen = Recorder()
     with pytest.raises(DataError, match=r"`batches` must hold .*images.*; got none"):
-        run(net(), quick(), batches=(), watch=seen)
+        run(net(), quick(), batches=(), callbacks=seen)
     assert seen.opened == []
-    assert run(net(), quick(hand_on=OriginalWeights()), batches=()).architecture
+    assert run(net(), quick(student_weights=OriginalWeights()), batches=()).architecture
 
 
 def test_what_is_found_can_be_written_as_json():
@@ -221,7 +221,7 @@ def test_what_is_found_can_be_written_as_json():
 
 def test_it_can_be_watched():
     seen = Recorder()
-    found = run(net(), quick(2), watch=seen)
+    found = run(net(), quick(2), callbacks=seen)
     assert seen.opened == [{"what": "search", "epochs": 2, "steps": 2, "done": 0}]
     assert [epoch for epoch, _, _ in seen.epochs] == [1, 2]
     assert {epoch for epoch, _, _ in seen.steps} == {1, 2}
@@ -240,14 +240,14 @@ def test_without_validation_images_or_batches_nothing_is_validated():
     data = noise()
     none = replace(data, validation=Blobs(0))  # type: ignore[arg-type]
     for settings in ({"data": none}, {"batches": ()}):
-        found = run(net(), quick(1, hand_on=OriginalWeights()), **settings)
+        found = run(net(), quick(1, student_weights=OriginalWeights()), **settings)
         assert found.notes["search"][0]["validation"] is None  # type: ignore[index]
 
 
 def test_it_searches_in_bfloat16_and_with_another_optimizer():
     strategy = quick()
-    schedule = replace(strategy.schedule, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
-    found = run(net(), replace(strategy, schedule=schedule))
+    schedule = replace(strategy.train, precision=Precision.BF16_MIXED, optimizer=AdamW(), learning_rate=0.001)
+    found = run(net(), replace(strategy, train=schedule))
     assert 0.97 <= max(found.notes["utilization"].values()) <= 1  # type: ignore[attr-defined]
     assert found.weights is not None
     assert all(tensor.isfinite().all() for tensor in found.weights.values())
@@ -257,7 +257,7 @@ def test_the_cost_draws_the_choice_to_the_budget():
     """From even probabilities, by the gradient of the cost alone: the widest becomes the least likely, or the most."""
     expected = {}
     for budget in ("macs=25%", "macs=90%"):
-        strategy = quick(8, depths=None, architecture=AlphaOptimizer(0.1, weight_decay=0.0))
+        strategy = quick(8, depths=None, alpha_optimizer=AlphaOptimizer(0.1, weight_decay=0.0))
         history: Any = run(net(), strategy, budget=budget).notes["search"]
         expected[budget] = [epoch["expected"]["macs"] for epoch in history]
     assert expected["macs=25%"][-1] < expected["macs=25%"][0]
@@ -272,9 +272,9 @@ def test_a_search_goes_on_where_it_was_interrupted(epoch, tmp_path):
     """Interrupted before the checkpoint of that epoch is written: the epoch is run again."""
     whole = run(net(), quick(3), seed=2)
     with pytest.raises(Interrupted):
-        run(net(), quick(3), seed=2, checkpoint=tmp_path, watch=Stopped(epoch))
+        run(net(), quick(3), seed=2, folder=tmp_path, callbacks=Stopped(epoch))
     seen = Recorder()
-    assert_same(whole, run(net(), quick(3), seed=2, checkpoint=tmp_path, watch=seen))
+    assert_same(whole, run(net(), quick(3), seed=2, folder=tmp_path, callbacks=seen))
     assert seen.opened[0]["done"] == epoch - 1
     assert [number for number, _, _ in seen.epochs] == list(range(epoch, 4))
 
@@ -288,14 +288,14 @@ def test_interrupted_twice_and_in_the_middle_of_an_epoch(tmp_path):
 
     for watch in (Recorder(at_step=stop), Stopped(3)):
         with pytest.raises(Interrupted):
-            run(net(untied=True), quick(3), seed=2, checkpoint=tmp_path, watch=watch)
-    assert_same(whole, run(net(untied=True), quick(3), seed=2, checkpoint=tmp_path))
+            run(net(untied=True), quick(3), seed=2, folder=tmp_path, callbacks=watch)
+    assert_same(whole, run(net(untied=True), quick(3), seed=2, folder=tmp_path))
 
 
 def test_a_finished_search_is_not_run_again(tmp_path):
-    first = run(net(), quick(2), checkpoint=tmp_path)
+    first = run(net(), quick(2), folder=tmp_path)
     seen = Recorder()
-    assert_same(first, run(net(), quick(2), checkpoint=tmp_path, watch=seen))
+    assert_same(first, run(net(), quick(2), folder=tmp_path, callbacks=seen))
     assert seen.epochs == []
 
 
@@ -319,18 +319,18 @@ def other_batches() -> Any:
     ids=["seed", "budget", "space", "strategy", "importance", "untied", "model", "images"],
 )
 def test_a_checkpoint_of_another_search_is_refused(settings, what, tmp_path):
-    run(net(), quick(2), checkpoint=tmp_path)
+    run(net(), quick(2), folder=tmp_path)
     changed = {"given": net(), "strategy": quick(2), **settings}
     with pytest.raises(TrainingError, match=f"`checkpoint` must be continued with the settings it was begun.*{what}"):
-        run(changed.pop("given"), changed.pop("strategy"), checkpoint=tmp_path, **changed)
+        run(changed.pop("given"), changed.pop("strategy"), folder=tmp_path, **changed)
 
 
 def test_a_checkpoint_with_its_channels_in_another_order_is_refused(tmp_path):
     """Scores of other batches: the weights in the checkpoint would stand at the wrong places."""
     strategy = quick(2, importance=Reconstruction())
-    run(net(), strategy, checkpoint=tmp_path)
+    run(net(), strategy, folder=tmp_path)
     with pytest.raises(TrainingError, match="`checkpoint` must be continued with the settings it was begun"):
-        run(net(), strategy, checkpoint=tmp_path, batches=other_batches())
+        run(net(), strategy, folder=tmp_path, batches=other_batches())
 
 
 # Losses that are not finite.
@@ -341,9 +341,9 @@ def test_a_loss_that_is_not_finite_stops_the_search(epoch, step, tmp_path):
     """It says when; what was good is kept, and with good images the search goes on from there."""
     message = rf"the loss \(.*nan.*\) must stay finite; that failed at epoch {epoch}, step {step} \(learning rate"
     with pytest.raises(TrainingError, match=message):
-        run(net(), quick(3), data=poisoned(epoch, step), checkpoint=tmp_path)
+        run(net(), quick(3), data=poisoned(epoch, step), folder=tmp_path)
     seen = Recorder()
-    assert_same(run(net(), quick(3)), run(net(), quick(3), checkpoint=tmp_path, watch=seen))
+    assert_same(run(net(), quick(3)), run(net(), quick(3), folder=tmp_path, callbacks=seen))
     assert seen.opened[0]["done"] == epoch - 1
 
 
@@ -353,9 +353,9 @@ def test_weights_that_are_not_finite_leave_no_checkpoint(tmp_path):
     model = nn.Sequential(*given.model, Exploding()).eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     strategy = quick(3)
-    one_step = replace(strategy, schedule=replace(strategy.schedule, batch_size=32))
+    one_step = replace(strategy, train=replace(strategy.train, batch_size=32))
     with pytest.raises(TrainingError, match="must stay finite; that failed at epoch 1"):
-        run(Net(model, graph, given.batches), one_step, checkpoint=tmp_path)
+        run(Net(model, graph, given.batches), one_step, folder=tmp_path)
     assert list(tmp_path.glob("epoch-*")) == []
 
 
@@ -364,7 +364,7 @@ def test_weights_that_are_not_finite_leave_no_checkpoint(tmp_path):
 
 def split_of(labels: Tensor) -> MemorySplit:
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
-    return MemorySplit(images, labels, Normalization.usual(3))
+    return MemorySplit(images, labels, Normalization.default(3))
 
 
 def test_no_data_is_refused():
@@ -399,7 +399,7 @@ def test_images_without_labels_are_refused():
 def test_halves_are_disjoint_and_even_class_by_class(n, seed):
     labels = torch.arange(4 * n) % 4 if n > 3 else torch.arange(2 * n) % 2
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
-    first, second = halves(MemorySplit(images, labels, Normalization(mean=(0.0,) * 3, std=(1.0,) * 3)), seed)
+    first, second = split_in_half(MemorySplit(images, labels, Normalization(mean=(0.0,) * 3, std=(1.0,) * 3)), seed)
     numbers = []
     for half in (first, second):
         (pixels, found), *rest = half.batches(1000, device=torch.device("cpu"))
@@ -441,7 +441,7 @@ def test_a_budget_outside_of_the_space_is_refused_with_its_reach():
     part = 100 * least / CostModel(given.graph).original.macs
     message = rf"`budget` must be within reach; got macs<=5%\. Reachable: macs .* \({part:.1f} %\) to "
     with pytest.raises(BudgetError, match=message):
-        run(given, strategy, budget="macs=5%", watch=seen)
+        run(given, strategy, budget="macs=5%", callbacks=seen)
     assert seen.opened == []
 
 
@@ -456,9 +456,9 @@ def test_the_least_cost_is_that_of_the_smallest_candidates(fields):
 
 
 def problem_of(given: Net) -> Any:
-    evidence = ScoringInputs(given.model, given.graph)
+    inputs = ScoringInputs(given.model, given.graph)
     return SearchContext(
-        evidence, CostModel(given.graph), Budget.parse("macs=50%"), SearchSpace(), lambda _done, _what: None
+        inputs, CostModel(given.graph), Budget.parse("macs=50%"), SearchSpace(), lambda _done, _what: None
     )
 
 
@@ -495,7 +495,7 @@ def test_axes_that_cannot_be_searched_stay_whole_and_are_named():
 def test_a_budget_that_they_leave_no_room_for_is_refused_before_anything_is_trained():
     seen = Recorder()
     with pytest.raises(BudgetError, match=r"`budget` must be within reach; got macs<=25%\."):
-        run(hidden(), quick(depths=None), budget="macs=25%", watch=seen)
+        run(hidden(), quick(depths=None), budget="macs=25%", callbacks=seen)
     assert seen.opened == []
 
 
@@ -509,7 +509,7 @@ def test_axes_with_a_single_candidate_stay_whole():
 
 
 def test_a_schedule_without_epochs_is_refused():
-    with pytest.raises(BudgetError, match="`schedule` must have at least one epoch of search; got 0"):
+    with pytest.raises(BudgetError, match="`train` must have at least one epoch of search; got 0"):
         quick(0)
 
 
@@ -519,11 +519,11 @@ def test_a_tolerance_of_zero_works():
 
 def test_strategies_are_told_in_the_same_words_by_every_process():
     """No addresses: a checkpoint is recognized by them."""
-    text = describe(TAS(importance=L2(), depths=Depths()))
-    assert text == describe(TAS(importance=L2(), depths=Depths()))
+    text = stable_repr(TAS(importance=L2(), depths=Depths()))
+    assert text == stable_repr(TAS(importance=L2(), depths=Depths()))
     assert "0x" not in text
-    assert all(word in text for word in ("TAS(", "Widths(", "Depths(stride=2", "Linear(first=10", "Fade()", "L2()"))
-    assert describe(quick(tolerance=0.1)) != describe(quick())
+    assert all(word in text for word in ("TAS(", "Widths(", "Depths(stride=2", "LinearTemperature(first=10", "ZeroPad()", "L2()"))
+    assert stable_repr(quick(tolerance=0.1)) != stable_repr(quick())
 
 
 def test_the_graph_of_the_net_is_what_these_tests_take_it_for():

@@ -37,5 +37,5 @@ def test_parameters_that_nobody_can_draw_are_refused():
             super().__init__()
             self.scale = nn.Parameter(torch.ones(4))
 
-    with pytest.raises(ModelError, match=r"`begin` must be able to draw all weights anew; 1 \(Scaled\).*begin=Warm"):
+    with pytest.raises(ModelError, match=r"`init` must be able to reset all weights; 1 \(Scaled\).*init=Pretrained"):
         RandomInit().of(nn.Sequential(nn.Conv2d(3, 4, 3), Scaled()), 0)

@@ -12,7 +12,7 @@ from hand_graphs import plain, residual
 
 from secateur.cost import Budget, CostModel
 from secateur.errors import BudgetError, TrainingError
-from secateur.nas import TAS, AlphaOptimizer, CosineTemperature, Depths, Fade, LinearTemperature, Supernet, Widths
+from secateur.nas import TAS, AlphaOptimizer, CosineTemperature, Depths, LinearTemperature, Supernet, Widths, ZeroPad
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution, draw, draw_all, draw_two, gumbel
 from secateur.search import ScoringInputs, SearchContext, SearchSpace
 from secateur.search.space import Streams
@@ -195,7 +195,7 @@ def test_a_draw_runs_the_wider_and_blends_in_the_narrower():
     assert candidates.widths.tolist() == [[3, 6, 12]]
     seen = set()
     for seed in range(40):
-        drawn = draw(supernet, choice, 1.0, Fade(), generator(seed))
+        drawn = draw(supernet, choice, 1.0, ZeroPad(), generator(seed))
         assert drawn.subnet.widths[0] == drawn.mixture.narrow[0] == 8
         assert drawn.mixture.weights[0].tolist() == [0, 1]
         indices, weights = draw_two(choice.log_widths, 1.0, generator(seed))

@@ -86,14 +86,14 @@ class Case:
     def depths(self, removed: tuple[str, ...]) -> list[int]:
         """Blocks kept of each chain with a choice; the first ones."""
         found = []
-        for chain in (self.problem.evidence.graph.chains[number] for number in self.candidates.chains):
+        for chain in (self.problem.inputs.graph.chains[number] for number in self.candidates.chains):
             kept = [block.name not in removed for block in chain]
             assert kept == sorted(kept, reverse=True)
             found.append(sum(kept))
         return found
 
     def removed(self, depths: list[int]) -> tuple[str, ...]:
-        chains = [self.problem.evidence.graph.chains[number] for number in self.candidates.chains]
+        chains = [self.problem.inputs.graph.chains[number] for number in self.candidates.chains]
         return tuple(sorted(b.name for chain, n in zip(chains, depths, strict=True) for b in chain[n:]))
 
 

@@ -17,15 +17,15 @@ from secateur.graph import ChannelGraph, untie
 from secateur.nas import Depths, Widths
 from secateur.nas.tas_cost import ExpectedCost
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
-from secateur.prune import within_streams
+from secateur.prune import restrict_branches
 from secateur.search import ScoringInputs, SearchContext, SearchSpace
 
 FEW = Widths((0.3, 0.6))
 
 
 def problem(graph: ChannelGraph, budget: str = "macs=50%, params=50%") -> SearchContext:
-    evidence = ScoringInputs(None, graph)
-    return SearchContext(evidence, CostModel(graph), Budget.parse(budget), SearchSpace(), lambda _done, _what: None)
+    inputs = ScoringInputs(None, graph)
+    return SearchContext(inputs, CostModel(graph), Budget.parse(budget), SearchSpace(), lambda _done, _what: None)
 
 
 def producing(graph: ChannelGraph) -> frozenset[str]:
@@ -68,7 +68,7 @@ def enumerated(given: Asked) -> dict[str, float]:
     graph, candidates = given.graph, given.price.candidates
     names, costs = list(graph.sizes), CostModel(graph)
     p, q = (log_p.detach().exp().numpy() for log_p in (given.choice.log_widths, given.choice.log_depths))
-    sums = {names[stream]: [names[b] for b in branches] for stream, branches in given.price.problem.streams.sums}
+    sums = {names[stream]: [names[b] for b in branches] for stream, branches in given.price.context.streams.sums}
     found = {"macs": 0.0, "params": 0.0}
     rows = [range(int(row.sum())) for row in (*candidates.open_widths, *candidates.open_depths)]
     for picks in itertools.product(*rows):
@@ -85,7 +85,7 @@ def enumerated(given: Asked) -> dict[str, float]:
         for stream, branches in sums.items():
             widths[stream] = max(widths[branch] for branch in branches)
         architecture = Architecture.of({name: range(width) for name, width in widths.items()}, removed)
-        cost = costs.cost(within_streams(graph, architecture))
+        cost = costs.cost(restrict_branches(graph, architecture))
         found["macs"] += chance * cost.macs
         found["params"] += chance * cost.params
     return found
@@ -126,7 +126,7 @@ def test_streams_are_as_wide_as_their_widest_branch(name):
     """Untied: branches are never wider than their stream, and a stream that only sums them is their maximum."""
     graph = untie(*zoo_net(name)[::2])
     axes = producing(graph)
-    some = frozenset(sorted(axes, key=lambda axis: (graph.by_name[axis].into is None, axis))[:7])
+    some = frozenset(sorted(axes, key=lambda axis: (graph.by_name[axis].residual_axis is None, axis))[:7])
     given = asked(graph, widths=Widths((0.4, 0.7)), axes=some)
     want = enumerated(given)
     got = {field: float(value.detach()) for field, value in given.price.expected(given.choice).items()}
@@ -136,7 +136,7 @@ def test_streams_are_as_wide_as_their_widest_branch(name):
 def test_a_branch_with_a_choice_is_clipped_by_a_stream_with_one():
     """E[min(branch, stream)], both drawn by themselves."""
     graph = untie(*zoo_net("residual")[::2])
-    branch = next(axis for axis in graph.prunable if axis.into == "0.0")
+    branch = next(axis for axis in graph.prunable if axis.residual_axis == "0.0")
     given = asked(graph, axes=frozenset({branch.name, "0.0"}))
     want = enumerated(given)
     got = {field: float(value.detach()) for field, value in given.price.expected(given.choice).items()}
@@ -193,7 +193,7 @@ def decided(given: Asked, pick: int) -> WidthDistribution:
 
 
 def fraction_at(given: Asked, pick: int) -> float:
-    original = given.price.problem.costs.original
+    original = given.price.context.costs.original
     return given.price.most_likely(decided(given, pick)).macs / original.macs
 
 
@@ -203,7 +203,7 @@ def test_over_the_budget_the_loss_is_plus_log_of_the_expected_cost():
     given = asked(graph, f"macs={100 * (middle - 0.001):.4f}%")
     choice = decided(given, 1)
     loss = given.price.loss(choice)
-    original = given.price.problem.costs.original.macs
+    original = given.price.context.costs.original.macs
     expected = given.price.expected(choice)["macs"].detach()
     assert float(loss.detach()) == pytest.approx(math.log(float(expected) / original))
     loss.backward()
@@ -218,7 +218,7 @@ def test_far_under_the_budget_it_is_minus_log():
     given = asked(graph, f"macs={100 * (middle + 0.051):.4f}%")
     choice = decided(given, 1)
     loss = given.price.loss(choice)
-    original = given.price.problem.costs.original.macs
+    original = given.price.context.costs.original.macs
     expected = given.price.expected(choice)["macs"].detach()
     assert float(loss.detach()) == pytest.approx(-math.log(float(expected) / original))
     loss.backward()

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import CPU, LABELS_ONLY, Blobs, same, small_net, small_schedule, state
+from small_runs import CPU, LABELS_ONLY, Blobs, fit_small, same, small_config, small_net, state
 from torch import nn
 from torch.nn import functional as F
 
 from secateur.distill import Objective
 from secateur.errors import TrainingError
-from secateur.train import SGD, Silent, Trained, fit
+from secateur.train import SGD, Silent, Trained
 
 PLAIN = SGD(momentum=0.0, nesterov=False, weight_decay=0.0)
 
@@ -25,9 +25,9 @@ def grouped() -> nn.Sequential:
 
 def run(student: nn.Module, epochs: int = 2, n: int = 64, **schedule: Any) -> Trained:
     settings = {"learning_rate": 0.1, "warmup_fraction": 0.0, **schedule}
-    return fit(
-        student, Blobs(n), schedule=small_schedule(epochs, **settings), objective=Objective(0.5, 0.5),
-        teacher=small_net(5), progress=Silent(),
+    return fit_small(
+        student, Blobs(n), train=small_config(epochs, **settings), objective=Objective(0.5, 0.5),
+        teacher=small_net(5), callbacks=Silent(),
     )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def test_batch_norms_see_the_parts() -> None:
 def one_step(clip: float | None, seed: int = 0) -> tuple[nn.Module, nn.Module, float]:
     """A net before and after one step of plain descent with the rate 0.1, and the norm of its gradient in float64."""
     net, source = grouped(), Blobs(16, seed)
-    schedule = small_schedule(1, learning_rate=0.1, warmup_fraction=0.0, optimizer=PLAIN, clip_norm=clip)
-    trained = fit(net, source, schedule=schedule, objective=LABELS_ONLY, progress=Silent())
+    schedule = small_config(1, learning_rate=0.1, warmup_fraction=0.0, optimizer=PLAIN, clip_norm=clip)
+    trained = fit_small(net, source, train=schedule, objective=LABELS_ONLY, callbacks=Silent())
     wide = copy.deepcopy(net).double()
     images, labels = next(source.batches(16, device=CPU, seed=0))
     F.cross_entropy(wide(images.double()), labels).backward()
@@ -95,7 +95,7 @@ def test_short_gradients_are_left_alone() -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        small_schedule(1, **settings)
+        small_config(1, **settings)
 
 
 def test_a_small_source_must_fill_the_parts() -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, small_net, small_schedule
+from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, fit_small, small_config, small_net
 from tas_runs import Recorder
 
 from secateur.errors import TrainingError
-from secateur.train import CheckpointPolicy, CsvLog, Silent, TerminalProgress, Trained, fit
+from secateur.train import CheckpointPolicy, CsvLog, Silent, TerminalProgress, Trained
 
 
 def run(log: CsvLog, source: Blobs | None = None, epochs: int = 3, **more: Any) -> Trained:
-    return fit(
-        small_net(), source or Blobs(48), schedule=small_schedule(epochs), objective=LABELS_ONLY,
-        validation=Blobs(16, seed=1), progress=log, **more,
+    return fit_small(
+        small_net(), source or Blobs(48), train=small_config(epochs), objective=LABELS_ONLY,
+        validation=Blobs(16, seed=1), callbacks=log, **more,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_steps_are_handed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 1)])
 def test_a_resumed_run_leaves_no_gap_and_no_double(tmp_path: Path, epoch: int, step: int) -> None:
     run(CsvLog(tmp_path / "whole.csv", Silent()))
-    path, more = tmp_path / "history.csv", {"checkpoint": tmp_path / "run", "saving": CheckpointPolicy(math.inf, 2)}
+    path, more = tmp_path / "history.csv", {"folder": tmp_path / "run", "checkpoints": CheckpointPolicy(math.inf, 2)}
     with pytest.raises(Killed):
         run(CsvLog(path, Silent()), Fragile(48, epoch, step), **more)
     assert [row["epoch"] for row in table(path)] == [str(number) for number in range(epoch + 1)]
@@ -80,16 +80,16 @@ def test_rows_that_no_checkpoint_knows_of_are_replaced(tmp_path: Path, monkeypat
 
         patch.setattr(import_module("secateur.train.checkpoint"), "save_checkpoint", killed)
         with pytest.raises(Killed):
-            run(CsvLog(path, Silent()), checkpoint=tmp_path / "run")
+            run(CsvLog(path, Silent()), folder=tmp_path / "run")
     assert [row["epoch"] for row in table(path)] == ["0", "1"]
-    run(CsvLog(path, Silent()), checkpoint=tmp_path / "run")
+    run(CsvLog(path, Silent()), folder=tmp_path / "run")
     assert timeless(table(path)) == timeless(table(tmp_path / "whole.csv"))
 
 
 def test_loops_share_a_table_and_one_begun_anew_replaces_its_own_rows(tmp_path: Path) -> None:
     log = CsvLog(tmp_path / "history.csv", Silent())
     for what, numbers in (("search", {"entropy": 0.5}), ("train", {"mean_loss": 2.0}), ("train", {"mean_loss": 1.0})):
-        with log.watch(what, epochs=1, steps=1, done=0) as meter:
+        with log.start(what, epochs=1, steps=1, done=0) as meter:
             meter.epoch(1, numbers, "")
     assert table(tmp_path / "history.csv") == [
         {"loop": "search", "epoch": "1", "entropy": "0.5", "mean_loss": ""},

@@ -13,14 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, fit_small, same, small_config, small_net, state
 from torch import Tensor, nn
 
 from secateur._runtime import stoppable
-from secateur.distill import AlignedFeatures, Objective, PerTap, Tap, Term, adaptors_of, features, hint_loss
+from secateur.distill import (
+    AlignedFeatures,
+    MeanOverTaps,
+    Objective,
+    Tap,
+    Term,
+    hint_loss,
+    make_adaptors,
+    select_features,
+)
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, Precision, Silent, Trained, fit
+from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, Precision, Silent, Trained
 
 TRACED = Compiled(backend="eager")
 TEACHER = small_net(5)
@@ -36,8 +45,10 @@ HINTED: dict[str, Any] = {
         terms=(
             Term(
                 "hint",
-                PerTap(hint_loss, dict(adaptors_of(small_net(), TEACHER, TAPS, torch.zeros(1, 3, 8, 8)).items())),
-                of=features,
+                MeanOverTaps(
+                    hint_loss, dict(make_adaptors(small_net(), TEACHER, TAPS, torch.zeros(1, 3, 8, 8)).items())
+                ),
+                inputs=select_features,
                 taps=TAPS,
             ),
         )
@@ -59,21 +70,21 @@ def compile_by(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 def run(
     execution: Execution, source: Blobs | None = None, student: nn.Module | None = None, **settings: Any
 ) -> Trained:
-    defaults: dict[str, Any] = {"schedule": small_schedule(3), "objective": LABELS_ONLY, "progress": Silent()}
+    defaults: dict[str, Any] = {"train": small_config(3), "objective": LABELS_ONLY, "callbacks": Silent()}
     student = small_net(dropout=0.3) if student is None else student
-    return fit(student, source or Blobs(48), execution=execution, **(defaults | settings))
+    return fit_small(student, source or Blobs(48), execution=execution, **(defaults | settings))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {},
-        {"validation": Blobs(32, seed=1), "schedule": small_schedule(3, ema_decay=0.9)},
+        {"validation": Blobs(32, seed=1), "train": small_config(3, ema_decay=0.9)},
         ALIGNED,
         HINTED,
         SPARSE,
-        {"schedule": small_schedule(2, accumulate=3, clip_norm=1.0)},  # Parts of 6, 5 and 5 images.
-        {"schedule": small_schedule(2, precision=Precision.BF16_MIXED)},
+        {"train": small_config(2, accumulate=3, clip_norm=1.0)},  # Parts of 6, 5 and 5 images.
+        {"train": small_config(2, precision=Precision.BF16_MIXED)},
     ],
     ids=["labels", "validated average", "aligned features", "hints", "masks", "parts", "bfloat16"],
 )
@@ -97,7 +108,7 @@ def test_networks_are_traced_once_for_every_size_of_a_part(monkeypatch: pytest.M
         return _graph.forward
 
     compile_by(counting, monkeypatch)
-    run(TRACED, teacher=TEACHER, objective=Objective(), schedule=small_schedule(2, accumulate=3))
+    run(TRACED, teacher=TEACHER, objective=Objective(), train=small_config(2, accumulate=3))
     # Student and teacher, and not once more in the second epoch.
     assert sorted(shapes) == [(5, 3, 8, 8)] * 2 + [(6, 3, 8, 8)] * 2
 
@@ -105,8 +116,8 @@ def test_networks_are_traced_once_for_every_size_of_a_part(monkeypatch: pytest.M
 def test_a_killed_run_continues_bit_identically(tmp_path: Path) -> None:
     whole = run(TRACED, **ALIGNED)
     with pytest.raises(Killed):
-        run(TRACED, Fragile(48, epoch=1), checkpoint=tmp_path, saving=CheckpointPolicy(steps=1), **ALIGNED)
-    assert same(state(run(TRACED, checkpoint=tmp_path, **ALIGNED).model), state(whole.model))
+        run(TRACED, Fragile(48, epoch=1), folder=tmp_path, checkpoints=CheckpointPolicy(steps=1), **ALIGNED)
+    assert same(state(run(TRACED, folder=tmp_path, **ALIGNED).model), state(whole.model))
 
 
 @pytest.mark.parametrize(
@@ -114,18 +125,18 @@ def test_a_killed_run_continues_bit_identically(tmp_path: Path) -> None:
     [(Eager(), TRACED, r"absent, now Compiled\(backend='eager'\)"), (TRACED, Eager(), r"was Compiled.*, now absent")],
 )
 def test_a_run_is_not_continued_in_another_way(tmp_path: Path, then: Execution, now: Execution, said: str) -> None:
-    run(then, checkpoint=tmp_path)
+    run(then, folder=tmp_path)
     with pytest.raises(TrainingError, match=rf"`checkpoint` must be continued.*execution.*{said}"):
-        run(now, checkpoint=tmp_path)
+        run(now, folder=tmp_path)
 
 
 def test_an_eager_run_says_nothing_new_about_itself(tmp_path: Path) -> None:
-    run(Eager(), checkpoint=tmp_path)
+    run(Eager(), folder=tmp_path)
     assert "execution" not in (tmp_path / "epoch-000003" / "state.json").read_text()
 
 
 def test_remembered_logits_are_those_of_one_way(tmp_path: Path) -> None:
-    taught: dict[str, Any] = {"teacher": TEACHER, "objective": Objective(), "remember": tmp_path}
+    taught: dict[str, Any] = {"teacher": TEACHER, "objective": Objective(), "teacher_cache": tmp_path}
     first = run(TRACED, **taught)
     assert same(state(run(TRACED, **taught).model), state(first.model))
     with pytest.raises(TrainingError, match="execution"):
@@ -159,7 +170,7 @@ class Counted(nn.Module):
 
 def test_a_model_that_changes_in_every_step_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"`execution` must be one that these models can do; .*Train without it"):
-        run(TRACED, student=Counted(), schedule=small_schedule(4))
+        run(TRACED, student=Counted(), train=small_config(4))
 
 
 def broken(_graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
@@ -193,7 +204,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_nothing_is_compiled_for_no_epochs() -> None:
-    assert run(Compiled(backend="gcc"), schedule=small_schedule(0)).best_epoch == 0
+    assert run(Compiled(backend="gcc"), train=small_config(0)).best_epoch == 0
 
 
 @pytest.mark.slow  # About a minute: C++ is compiled.
@@ -206,8 +217,8 @@ def test_real_code_learns_the_same_and_continues_bit_identically(tmp_path: Path,
         torch.testing.assert_close(tensor, state(plain.model)[name], rtol=1e-3, atol=1e-4)
     with_dropout = run(Compiled(), **settings)
     with pytest.raises(Killed):
-        run(Compiled(), Fragile(48, epoch=1), checkpoint=tmp_path, saving=CheckpointPolicy(steps=1), **settings)
-    resumed = run(Compiled(), checkpoint=tmp_path, **settings)
+        run(Compiled(), Fragile(48, epoch=1), folder=tmp_path, checkpoints=CheckpointPolicy(steps=1), **settings)
+    resumed = run(Compiled(), folder=tmp_path, **settings)
     assert same(state(resumed.model), state(with_dropout.model))
     assert not any("_orig_mod" in name for name in state(resumed.model))
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, fit_small, same, small_config, small_net, state
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,18 +17,18 @@ from secateur.train import (
     Batches,
     EpochRecord,
     Precision,
+    RunSettings,
     Silent,
     Trained,
     average_decay,
     evaluate,
-    fit,
     train_with_teacher,
 )
 
 
 def run(student: nn.Module, source: Batches, **settings: Any) -> Trained:
-    defaults: dict[str, Any] = {"schedule": small_schedule(), "objective": LABELS_ONLY, "progress": Silent()}
-    return fit(student, source, **(defaults | settings))
+    defaults: dict[str, Any] = {"train": small_config(), "objective": LABELS_ONLY, "callbacks": Silent()}
+    return fit_small(student, source, **(defaults | settings))
 
 
 def hand_written(student: nn.Module, source: Blobs, optimizer: torch.optim.Optimizer, rates: list[list[float]]) -> None:
@@ -47,8 +47,8 @@ def hand_written(student: nn.Module, source: Blobs, optimizer: torch.optim.Optim
 @pytest.mark.parametrize("optimizer", [SGD(), SGD(vector_weight_decay=5e-4), AdamW()])
 def test_training_is_bit_for_bit_a_hand_written_loop(optimizer: SGD | AdamW) -> None:
     student, source = small_net(), Blobs(40)
-    schedule = small_schedule(2, optimizer=optimizer, learning_rate=0.1, warmup_fraction=0.5)
-    trained = run(student, source, schedule=schedule)
+    schedule = small_config(2, optimizer=optimizer, learning_rate=0.1, warmup_fraction=0.5)
+    trained = run(student, source, train=schedule)
     expected = small_net().to(memory_format=torch.channels_last)
     matrices = [p for p in expected.parameters() if p.ndim > 1]
     vectors = [p for p in expected.parameters() if p.ndim == 1]
@@ -69,8 +69,8 @@ def test_distillation_step_is_bit_for_bit_a_hand_written_one() -> None:
     student, teacher, source = small_net(1, width=4), small_net(2), Blobs(16)
     alignment = AlignedFeatures((Tap("1", 1, 8, (0, 2, 3, 7)),))
     objective = Objective(kd_weight=0.5, label_weight=0.25, feature_weight=2.0, label_smoothing=0.1)
-    schedule = small_schedule(1, learning_rate=0.1, warmup_fraction=0.0)
-    trained = run(student, source, schedule=schedule, objective=objective, teacher=teacher, alignment=alignment)
+    schedule = small_config(1, learning_rate=0.1, warmup_fraction=0.0)
+    trained = run(student, source, train=schedule, objective=objective, teacher=teacher, alignment=alignment)
 
     expected = small_net(1, width=4).to(memory_format=torch.channels_last).train()
     teacher.eval()
@@ -105,7 +105,7 @@ def test_distillation_step_is_bit_for_bit_a_hand_written_one() -> None:
 def test_training_learns_the_problem() -> None:
     source, validation = Blobs(256), Blobs(128, seed=1)
     before = evaluate(small_net(), validation)
-    trained = run(small_net(), source, schedule=small_schedule(5, learning_rate=0.1), validation=validation)
+    trained = run(small_net(), source, train=small_config(5, learning_rate=0.1), validation=validation)
     losses = [record.train_loss for record in trained.history[1:]]
     assert None not in losses
     assert losses[-1] < losses[0] / 2
@@ -115,7 +115,7 @@ def test_training_learns_the_problem() -> None:
 
 def test_distillation_brings_the_student_to_the_teacher() -> None:
     source, validation = Blobs(256), Blobs(128, seed=1)
-    teacher = run(small_net(), source, schedule=small_schedule(5, learning_rate=0.1)).model
+    teacher = run(small_net(), source, train=small_config(5, learning_rate=0.1)).model
     objective = Objective(kd_weight=1.0, label_weight=0.0)
 
     class Data:
@@ -123,9 +123,14 @@ def test_distillation_brings_the_student_to_the_teacher() -> None:
         validation = Blobs(128, seed=1)
         augment = 0.25
 
-    schedule = small_schedule(5, learning_rate=0.1)
+    schedule = small_config(5, learning_rate=0.1)
     result = train_with_teacher(
-        small_net(9), teacher=teacher, data=Data, schedule=schedule, objective=objective, progress=Silent()
+        small_net(9),
+        teacher=teacher,
+        data=Data,
+        train=schedule,
+        objective=objective,
+        run=RunSettings(callbacks=Silent()),
     )
     assert result.history[-1].parts["kd"] < result.history[1].parts["kd"] / 2
     assert evaluate(result.model, validation).top1 > 0.9
@@ -175,7 +180,7 @@ def test_frozen_parameters_of_the_student_stay() -> None:
 def test_runs_are_deterministic_for_a_seed_with_dropout() -> None:
     def trained(seed: int, disturbance: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(disturbance)
-        return state(run(small_net(dropout=0.5), Blobs(40), schedule=small_schedule(seed=seed)).model)
+        return state(run(small_net(dropout=0.5), Blobs(40), train=small_config(seed=seed)).model)
 
     assert same(trained(1, disturbance=10), trained(1, disturbance=11))
     assert not same(trained(1, disturbance=10), trained(2, disturbance=10))
@@ -189,29 +194,29 @@ def test_dropout_differs_between_epochs() -> None:
     seen: list[torch.Tensor] = []
     student = small_net(dropout=0.5)
     student[5].register_forward_hook(lambda module, args, out: seen.append(out == 0))
-    run(student, OneOrder(16), schedule=small_schedule(2))
+    run(student, OneOrder(16), train=small_config(2))
     assert len(seen) == 2
     assert not torch.equal(seen[0], seen[1])
 
 
 def test_the_source_is_read_as_the_protocol_says() -> None:
     source, validation = Blobs(40), Blobs(24, seed=1)
-    run(small_net(), source, schedule=small_schedule(2, seed=7), augment=0.5, validation=validation)
+    run(small_net(), source, train=small_config(2, seed=7), augment=0.5, validation=validation)
     expected = [{"seed": 7, "epoch": epoch, "augment": 0.5, "drop_last": True, "start": 0} for epoch in (0, 1)]
     assert source.calls == expected
     assert validation.calls == [{"seed": None, "epoch": 0, "augment": None, "drop_last": False, "start": 0}] * 3
 
 
 def test_a_source_smaller_than_a_batch_is_one_step() -> None:
-    trained = run(small_net(), Blobs(5), schedule=small_schedule(1))
+    trained = run(small_net(), Blobs(5), train=small_config(1))
     assert trained.history[0].train_loss is not None
 
 
 def test_the_best_epoch_on_validation_is_returned() -> None:
     # At this learning rate accuracy jumps about, so that the last epoch is not the best one.
     source, validation = Blobs(64), Blobs(64, seed=1)
-    schedule = small_schedule(6, learning_rate=3.0, warmup_fraction=1.0)
-    trained = run(small_net(), source, schedule=schedule, validation=validation)
+    schedule = small_config(6, learning_rate=3.0, warmup_fraction=1.0)
+    trained = run(small_net(), source, train=schedule, validation=validation)
     results = [(r.validation_accuracy, -(r.validation_loss or 0.0)) for r in trained.history]
     assert [r.epoch for r in trained.history] == list(range(7))
     assert trained.best_epoch == max(range(7), key=lambda epoch: results[epoch])
@@ -223,21 +228,21 @@ def test_the_best_epoch_on_validation_is_returned() -> None:
 
 def test_a_student_that_training_only_harms_is_returned_as_it_came() -> None:
     source, validation = Blobs(128), Blobs(128, seed=1)
-    good = run(small_net(), source, schedule=small_schedule(5, learning_rate=0.1)).model
+    good = run(small_net(), source, train=small_config(5, learning_rate=0.1)).model
 
     class Wrong(Blobs):
         def batches(self, batch_size: int, **settings: Any):
             for images, labels in super().batches(batch_size, **settings):
                 yield images, (labels + 1) % 3
 
-    trained = run(good, Wrong(128), schedule=small_schedule(2, learning_rate=0.1), validation=validation)
+    trained = run(good, Wrong(128), train=small_config(2, learning_rate=0.1), validation=validation)
     assert trained.best_epoch == 0
     assert same(state(trained.model), state(good))
     assert trained.model is not good
 
 
 def test_without_validation_the_last_epoch_is_returned_and_said() -> None:
-    trained = run(small_net(), Blobs(40), schedule=small_schedule(3))
+    trained = run(small_net(), Blobs(40), train=small_config(3))
     assert (trained.best_epoch, trained.best_accuracy) == (3, None)
     assert [record.epoch for record in trained.history] == [1, 2, 3]
     assert all(r.validation_accuracy is None and r.validation_loss is None for r in trained.history)
@@ -245,7 +250,7 @@ def test_without_validation_the_last_epoch_is_returned_and_said() -> None:
 
 def test_no_epochs_return_the_student_evaluated() -> None:
     student, validation = small_net().train(), Blobs(24)
-    trained = run(student, Blobs(0), schedule=small_schedule(0), validation=validation)
+    trained = run(student, Blobs(0), train=small_config(0), validation=validation)
     accuracy = evaluate(student, validation)
     assert same(state(trained.model), state(student))
     assert trained.best_accuracy == accuracy.top1
@@ -256,14 +261,14 @@ def test_no_epochs_return_the_student_evaluated() -> None:
 
 
 def test_no_epochs_and_no_validation_return_the_student() -> None:
-    trained = run(small_net(), Blobs(16), schedule=small_schedule(0))
+    trained = run(small_net(), Blobs(16), train=small_config(0))
     assert same(state(trained.model), state(small_net()))
     assert (trained.history, trained.best_epoch, trained.best_accuracy) == ((), 0, None)
 
 
 def test_history_holds_rates_times_and_round_trips() -> None:
-    schedule = small_schedule(2, learning_rate=0.1, warmup_fraction=0.5)
-    trained = run(small_net(), Blobs(40), schedule=schedule, validation=Blobs(8))
+    schedule = small_config(2, learning_rate=0.1, warmup_fraction=0.5)
+    trained = run(small_net(), Blobs(40), train=schedule, validation=Blobs(8))
     assert [record.learning_rate for record in trained.history] == [None, 0.1, pytest.approx(0.05)]
     for record in trained.history:
         assert EpochRecord.from_json(record.to_json()) == record
@@ -273,8 +278,8 @@ def test_history_holds_rates_times_and_round_trips() -> None:
 
 def test_the_average_of_the_weights_is_validated_and_returned() -> None:
     source = Blobs(32)
-    schedule = small_schedule(1, ema_decay=0.6, learning_rate=0.1, warmup_fraction=0.0)
-    trained = run(small_net(), source, schedule=schedule, validation=Blobs(8))
+    schedule = small_config(1, ema_decay=0.6, learning_rate=0.1, warmup_fraction=0.0)
+    trained = run(small_net(), source, train=schedule, validation=Blobs(8))
     # The average by hand: three recorded states of the same two steps without an average.
     states = [state(small_net())]
     for steps in (1, 2):
@@ -314,7 +319,7 @@ def test_weights_shared_by_two_modules_stay_shared() -> None:
         def forward(self, x):
             return self.again(self.head(self.stem(x)))
 
-    trained = run(Tied(), Blobs(40), schedule=small_schedule(1, ema_decay=0.5), validation=Blobs(8))
+    trained = run(Tied(), Blobs(40), train=small_config(1, ema_decay=0.5), validation=Blobs(8))
     assert trained.model.head.weight is trained.model.again.weight
 
 
@@ -323,8 +328,8 @@ def test_bfloat16_is_used_when_asked_for_and_the_weights_stay_float32() -> None:
     student, teacher = small_net(1), small_net(2)
     for model in (student, teacher):
         model[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    schedule = small_schedule(1, precision=Precision.BF16_MIXED)
-    trained = run(student, Blobs(16), schedule=schedule, objective=Objective(), teacher=teacher)
+    schedule = small_config(1, precision=Precision.BF16_MIXED)
+    trained = run(student, Blobs(16), train=schedule, objective=Objective(), teacher=teacher)
     assert seen == [torch.bfloat16, torch.bfloat16]
     assert trained.precision is Precision.BF16_MIXED
     assert trained.model[0].weight.dtype is torch.float32
@@ -339,7 +344,7 @@ def test_the_step_sees_channels_last_images_and_weights() -> None:
 
     student = small_net()
     student[0].register_forward_pre_hook(look)
-    run(student, Blobs(32), schedule=small_schedule(1))
+    run(student, Blobs(32), train=small_config(1))
     assert seen == [True] * 4
 
 

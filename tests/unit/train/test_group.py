@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur._runtime import processes
+from secateur._runtime import process_count
 from secateur.errors import TrainingError
 from secateur.pipeline.workspace import fabric_for, first_alone
 from secateur.train import Precision, open_fabric, open_group
@@ -23,14 +23,14 @@ def test_processes_are_those_of_torchrun(variables, wanted, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes() == wanted
+    assert process_count() == wanted
 
 
 def test_a_number_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(TrainingError, match=r"WORLD_SIZE must be a number of processes.*'two'"):
-        processes()
+        process_count()
 
 
 def test_a_group_needs_torchrun_and_as_many_processes_on_each_machine(monkeypatch):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from small_runs import CPU, LABELS_ONLY, Blobs, small_net, small_schedule
+from small_runs import CPU, LABELS_ONLY, Blobs, fit_small, small_config, small_net
 from torch import nn
 
 from secateur.errors import TrainingError
-from secateur.train import Precision, Silent, best_precision, fit, one_device, open_fabric, placed
+from secateur.train import Precision, Silent, best_precision, copy_to_device, open_fabric
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,10 @@ def test_one_process_of_a_cluster_job_is_not_taken_for_many(monkeypatch: pytest.
 
 def test_a_fabric_of_the_caller_brings_its_precision() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    schedule = small_schedule(1, precision=None)
-    trained = fit(small_net(), Blobs(16), schedule=schedule, objective=LABELS_ONLY, progress=Silent(), fabric=fabric)
+    schedule = small_config(1, precision=None)
+    trained = fit_small(
+        small_net(), Blobs(16), train=schedule, objective=LABELS_ONLY, callbacks=Silent(), fabric=fabric
+    )
     assert trained.precision is Precision.BF16_MIXED
 
 
@@ -93,20 +95,14 @@ def test_a_fabric_of_the_caller_brings_its_precision() -> None:
     ],
 )
 def test_other_fabrics_are_refused(fabric: Any, message: str) -> None:
-    settings: dict[str, Any] = {"objective": LABELS_ONLY, "schedule": small_schedule(1)}
+    settings: dict[str, Any] = {"objective": LABELS_ONLY, "train": small_config(1)}
     with pytest.raises(TrainingError, match=message):
-        fit(small_net(), Blobs(16), progress=Silent(), fabric=fabric, **settings)
-
-
-def test_what_needs_one_device_refuses_several() -> None:
-    fabric: Any = SimpleNamespace(world_size=2)
-    with pytest.raises(TrainingError, match=r"`fabric` must have one device; got 2\. Use Fabric\(devices=1\)"):
-        one_device(fabric, None)
+        fit_small(small_net(), Blobs(16), callbacks=Silent(), fabric=fabric, **settings)
 
 
 def test_a_placed_copy_has_channels_last_convolutions_and_leaves_the_model() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv3d(2, 2, 3), nn.Linear(3, 3))
-    copy = placed(model, CPU)
+    copy = copy_to_device(model, CPU)
     assert copy[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, fit_small, same, small_config, small_net, state
 from tas_runs import Recorder
 from torch import nn
 
@@ -18,7 +18,7 @@ from secateur._runtime import Stopped, stoppable
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import SGD, AdamW, CheckpointPolicy, Silent, Trained, fit
+from secateur.train import SGD, AdamW, CheckpointPolicy, Silent, Trained
 
 EVERY_STEP = CheckpointPolicy(math.inf, 1)
 STEPS = 3
@@ -27,12 +27,12 @@ STEPS = 3
 
 def run(source: Blobs, student: nn.Module | None = None, **more: Any) -> Trained:
     defaults: dict[str, Any] = {
-        "schedule": small_schedule(2),
+        "train": small_config(2),
         "objective": LABELS_ONLY,
-        "progress": Silent(),
-        "saving": EVERY_STEP,
+        "callbacks": Silent(),
+        "checkpoints": EVERY_STEP,
     }
-    return fit(student or small_net(dropout=0.3), source, **(defaults | more))
+    return fit_small(student or small_net(dropout=0.3), source, **(defaults | more))
 
 
 def without_times(trained: Trained) -> list[dict[str, Any]]:
@@ -47,9 +47,9 @@ def assert_same(one: Trained, other: Trained) -> None:
 
 TAUGHT: dict[str, Any] = {"teacher": small_net(5), "objective": Objective()}
 RUNS: list[dict[str, Any]] = [
-    {"validation": Blobs(16, seed=1), "schedule": small_schedule(2, learning_rate=0.2)},
-    {"schedule": small_schedule(2, optimizer=AdamW(), learning_rate=0.01, ema_decay=0.9)},
-    {**TAUGHT, "schedule": small_schedule(2, optimizer=SGD(momentum=0.0, nesterov=False))},
+    {"validation": Blobs(16, seed=1), "train": small_config(2, learning_rate=0.2)},
+    {"train": small_config(2, optimizer=AdamW(), learning_rate=0.01, ema_decay=0.9)},
+    {**TAUGHT, "train": small_config(2, optimizer=SGD(momentum=0.0, nesterov=False))},
     {
         "teacher": small_net(5),
         "objective": Objective(feature_weight=1.0),
@@ -67,10 +67,10 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
 ) -> None:
     whole = run(Blobs(48), **more)
     with pytest.raises(Killed):
-        run(Fragile(48, epoch, step), checkpoint=tmp_path, **more)
+        run(Fragile(48, epoch, step), folder=tmp_path, **more)
     torch.manual_seed(99)
     source = Blobs(48)
-    resumed = run(source, checkpoint=tmp_path, **more)
+    resumed = run(source, folder=tmp_path, **more)
     assert [(call["epoch"], call["start"]) for call in source.calls if call["seed"] is not None] == [
         (epoch, step),
         *((later, 0) for later in range(epoch + 1, 2)),
@@ -86,30 +86,30 @@ def test_any_kills_at_any_steps_change_nothing(
     folder = tmp_path_factory.mktemp("run")
     for kill in kills:
         with contextlib.suppress(Killed):  # Where an earlier process came further, this one runs to the end.
-            run(Fragile(48, *divmod(kill, STEPS)), checkpoint=folder, saving=CheckpointPolicy(math.inf, every))
-    assert_same(run(Blobs(48), checkpoint=folder), run(Blobs(48)))
+            run(Fragile(48, *divmod(kill, STEPS)), folder=folder, checkpoints=CheckpointPolicy(math.inf, every))
+    assert_same(run(Blobs(48), folder=folder), run(Blobs(48)))
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(Fragile(48, 0, 2), checkpoint=tmp_path)
+        run(Fragile(48, 0, 2), folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "epoch-000000-step-000001",
         "epoch-000000-step-000002",
     ]
     with pytest.raises(Killed):
-        run(Fragile(48, 1, 1), checkpoint=tmp_path)
+        run(Fragile(48, 1, 1), folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000001", "epoch-000001-step-000001"]
 
 
 def test_a_damaged_one_within_an_epoch_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(Fragile(48, 0, 2), checkpoint=tmp_path)
+        run(Fragile(48, 0, 2), folder=tmp_path)
     damaged = tmp_path / "epoch-000000-step-000002" / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     source = Blobs(48)
     with pytest.warns(UserWarning, match="going on from .*epoch-000000-step-000001, because later ones are damaged"):
-        resumed = run(source, checkpoint=tmp_path)
+        resumed = run(source, folder=tmp_path)
     assert source.calls[0]["start"] == 1
     assert_same(resumed, run(Blobs(48)))
 
@@ -135,7 +135,7 @@ def test_checkpoints_are_written_by_time(
         import_module("secateur.train.checkpoint"), "save_checkpoint", lambda folder, saved: seen.append(saved.name)
     )
     monkeypatch.setattr(import_module("secateur.train.checkpoint"), "monotonic", Clock(seconds))
-    run(Blobs(80), schedule=small_schedule(1), checkpoint=tmp_path, saving=CheckpointPolicy())
+    run(Blobs(80), train=small_config(1), folder=tmp_path, checkpoints=CheckpointPolicy())
     within = [int(name[-6:]) for name in seen if "step" in name]
     assert within == written
     assert seen[-1] == "epoch-000001"
@@ -159,12 +159,12 @@ def test_bad_times_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_nothing_is_missing_in_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", -1.0)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", -1.0)
     whole, first, second = Recorder(), Recorder(), Recorder()
-    run(Blobs(48), progress=whole)
+    run(Blobs(48), callbacks=whole)
     with pytest.raises(Killed):
-        run(Fragile(48, 1, 2), checkpoint=tmp_path, progress=first)
-    run(Blobs(48), checkpoint=tmp_path, progress=second)
+        run(Fragile(48, 1, 2), folder=tmp_path, callbacks=first)
+    run(Blobs(48), folder=tmp_path, callbacks=second)
     assert [(epoch, step) for epoch, step, _ in whole.steps] == [(e, s) for e in (1, 2) for s in (1, 2, 3)]
     # What the interrupted process showed of the epoch that it did not end is shown again.
     assert first.steps[:3] + second.steps == whole.steps
@@ -174,8 +174,8 @@ def test_nothing_is_missing_in_what_is_shown(tmp_path: Path, monkeypatch: pytest
 def test_time_is_summed_up_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("secateur.train.trainer"), "perf_counter", Clock(1.0))
     with pytest.raises(Killed):
-        run(Fragile(48, 0, 2), checkpoint=tmp_path)
-    (record,) = run(Blobs(48), checkpoint=tmp_path, schedule=small_schedule(2)).history[:1]
+        run(Fragile(48, 0, 2), folder=tmp_path)
+    (record,) = run(Blobs(48), folder=tmp_path, train=small_config(2)).history[:1]
     # Begun, asked at each of two checkpoints; then begun again, a checkpoint, and the end.
     assert record.seconds == 2.0 + 2.0
     assert record.images_per_s == 48 / 4
@@ -187,8 +187,8 @@ def test_time_is_summed_up_over_processes(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.filterwarnings("ignore:`teacher` is right on")
 @pytest.mark.parametrize("step", [1, 2])
 def test_remembered_logits_of_an_interrupted_epoch_are_whole(tmp_path: Path, step: int) -> None:
-    whole = run(Blobs(48), remember=tmp_path / "wanted", **TAUGHT)
-    remembered: dict[str, Any] = {"remember": tmp_path / "logits", "checkpoint": tmp_path / "run", **TAUGHT}
+    whole = run(Blobs(48), teacher_cache=tmp_path / "wanted", **TAUGHT)
+    remembered: dict[str, Any] = {"teacher_cache": tmp_path / "logits", "folder": tmp_path / "run", **TAUGHT}
     with pytest.raises(Killed):
         run(Fragile(48, 0, step), **remembered)
     assert not list((tmp_path / "logits").glob("seed*"))
@@ -200,16 +200,16 @@ def test_remembered_logits_of_an_interrupted_epoch_are_whole(tmp_path: Path, ste
 @pytest.mark.filterwarnings("ignore:`teacher` is right on")
 def test_remembered_logits_of_another_run_are_read_in_the_middle(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(Fragile(48, 0, 2), remember=tmp_path / "logits", checkpoint=tmp_path / "run", **TAUGHT)
-    whole = run(Blobs(48), remember=tmp_path / "logits", **TAUGHT)
-    assert_same(run(Blobs(48), remember=tmp_path / "logits", checkpoint=tmp_path / "run", **TAUGHT), whole)
+        run(Fragile(48, 0, 2), teacher_cache=tmp_path / "logits", folder=tmp_path / "run", **TAUGHT)
+    whole = run(Blobs(48), teacher_cache=tmp_path / "logits", **TAUGHT)
+    assert_same(run(Blobs(48), teacher_cache=tmp_path / "logits", folder=tmp_path / "run", **TAUGHT), whole)
 
 
 def test_a_teacher_that_guesses_is_found_over_both_halves_of_an_epoch(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(Fragile(48, 0, 2), checkpoint=tmp_path, **TAUGHT)
+        run(Fragile(48, 0, 2), folder=tmp_path, **TAUGHT)
     with pytest.warns(UserWarning, match="`teacher` is right on .* % of 48 training images"):
-        run(Blobs(48), checkpoint=tmp_path, **TAUGHT)
+        run(Blobs(48), folder=tmp_path, **TAUGHT)
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Asking(Blobs):
     def batches(self, batch_size: int, **settings: Any):
         for step, batch in enumerate(super().batches(batch_size, **settings)):
             if (settings["epoch"], step) == (0, self.step):
-                self.heard = self.stop.heard
+                self.heard = self.stop.acknowledged
                 self.stop.ask()
             yield batch
 
@@ -234,14 +234,14 @@ class Asking(Blobs):
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_after_the_step(tmp_path: Path, step: int) -> None:
     with stoppable() as stop:
         source = Asking(48, stop, step)
-        assert not stop.heard
+        assert not stop.acknowledged
         with pytest.raises(Stopped, match=r"stopped on request; see .*run") as stopped:
-            run(source, checkpoint=tmp_path / "run", saving=CheckpointPolicy())
+            run(source, folder=tmp_path / "run", checkpoints=CheckpointPolicy())
     assert source.heard
-    assert not stop.heard
+    assert not stop.acknowledged
     assert stopped.value.folder == tmp_path / "run"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [f"epoch-000000-step-{step + 1:06d}"]
-    assert_same(run(Blobs(48), checkpoint=tmp_path / "run"), run(Blobs(48)))
+    assert_same(run(Blobs(48), folder=tmp_path / "run"), run(Blobs(48)))
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
@@ -258,9 +258,9 @@ def test_a_request_during_validation_stops_after_the_epoch_is_kept(tmp_path: Pat
                 stop.ask()
 
     with stoppable() as stop, pytest.raises(Stopped):
-        run(Blobs(48), validation=Last(16), checkpoint=tmp_path)
+        run(Blobs(48), validation=Last(16), folder=tmp_path)
     assert (tmp_path / "epoch-000002").is_dir()
-    assert_same(run(Blobs(48), validation=Blobs(16), checkpoint=tmp_path), run(Blobs(48), validation=Blobs(16)))
+    assert_same(run(Blobs(48), validation=Blobs(16), folder=tmp_path), run(Blobs(48), validation=Blobs(16)))
 
 
 def test_the_innermost_block_is_asked_and_only_inside_of_it() -> None:

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from small_runs import small_net, small_schedule
+from small_runs import fit_small, small_config, small_net
 from torch import Tensor, nn
 
 from secateur.data import Augment, MemorySplit, Normalization
-from secateur.distill import Objective, Term, dkd_loss, labeled_logits
+from secateur.distill import Objective, Term, dkd_loss, select_labeled_logits
 from secateur.errors import TrainingError
-from secateur.train import SGD, Silent, Trained, fit
+from secateur.train import SGD, Silent, Trained
 
 MIXED = Augment(padding=1, mixup=0.4, cutmix=1.0)
 
@@ -21,18 +21,18 @@ def source(classes: int = 3, n: int = 48) -> MemorySplit:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % classes
     noise = torch.randint(0, 60, (n, 3, 8, 8), generator=generator)
-    return MemorySplit((noise + 60 * labels[:, None, None, None]).to(torch.uint8), labels, Normalization.usual(3))
+    return MemorySplit((noise + 60 * labels[:, None, None, None]).to(torch.uint8), labels, Normalization.default(3))
 
 
 def run(student: nn.Module, objective: Objective, epochs: int = 1, **settings: object) -> Trained:
-    schedule = small_schedule(epochs, learning_rate=1e-9, optimizer=SGD(momentum=0.0, nesterov=False))
-    return fit(
+    schedule = small_config(epochs, learning_rate=1e-9, optimizer=SGD(momentum=0.0, nesterov=False))
+    return fit_small(
         student,
         settings.pop("source", source()),  # type: ignore[arg-type]
-        schedule=schedule,
+        train=schedule,
         objective=objective,
         augment=MIXED,
-        progress=Silent(),
+        callbacks=Silent(),
         **settings,  # type: ignore[arg-type]
     )
 
@@ -51,7 +51,7 @@ def test_the_loss_is_the_cross_entropy_with_probabilities(smoothing: float) -> N
 
 
 def test_a_loss_that_needs_classes_refuses_mixed_labels() -> None:
-    objective = Objective(terms=(Term("dkd", partial(dkd_loss, beta=2.0), of=labeled_logits),))
+    objective = Objective(terms=(Term("dkd", partial(dkd_loss, beta=2.0), inputs=select_labeled_logits),))
     with pytest.raises(TrainingError, match=r"leave mixup and cutmix out: this loss needs one class for each image"):
         run(small_net(), objective, teacher=small_net(seed=1))
 
@@ -69,7 +69,7 @@ class Knowing(nn.Module):
         self.wrong = wrong
 
     def forward(self, images: Tensor) -> Tensor:
-        usual = Normalization.usual(3)
+        usual = Normalization.default(3)
         mean, std = (torch.tensor(values)[:, None, None] for values in (usual.mean, usual.std))
         brightness = 255 * (images * std + mean).mean((1, 2, 3))
         middle = torch.tensor([25.0, 70.0, 120.0]).roll(self.wrong)  # the padding darkens

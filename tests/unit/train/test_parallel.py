@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import TrainingError
-from secateur.train import average_gradients_, averaged, own_part
+from secateur.train import average_gradients_, mean_over_processes, own_shard
 
 
 @dataclass
@@ -61,17 +61,17 @@ def alone() -> Any:
 def test_parts_are_the_batch_each_item_once(items, processes):
     batch = torch.arange(items)
     fabrics = [SimpleNamespace(world_size=processes, global_rank=rank) for rank in range(processes)]
-    parts = [own_part(fabric, batch) for fabric in fabrics]  # type: ignore[arg-type]
+    parts = [own_shard(fabric, batch) for fabric in fabrics]  # type: ignore[arg-type]
     assert sorted(torch.cat(parts).tolist()) == list(range(items))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     # Images and labels are divided alike.
-    assert all(torch.equal(own_part(f, batch * 10), part * 10) for f, part in zip(fabrics, parts, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(own_shard(f, batch * 10), part * 10) for f, part in zip(fabrics, parts, strict=True))  # type: ignore[arg-type]
 
 
 def test_more_processes_than_images_are_refused():
     fabric: Any = SimpleNamespace(world_size=4, global_rank=1)
     with pytest.raises(TrainingError, match="`batch_size` must give every process an image; got 3 for 4 processes"):
-        own_part(fabric, torch.zeros(3, 1))
+        own_shard(fabric, torch.zeros(3, 1))
 
 
 def model_of() -> nn.Sequential:
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_whole_batch(processes):
     def work(rank: int, fabric: Any) -> None:
         # Two backward passes, as in a step of several networks.
         for _ in range(2):
-            (models[rank](own_part(fabric, batch)).square().mean() / 2).backward()
+            (models[rank](own_shard(fabric, batch)).square().mean() / 2).backward()
         average_gradients_(fabric, models[rank].parameters())
 
     together(meeting, work)
@@ -136,13 +136,15 @@ def test_one_process_talks_to_nobody():
     average_gradients_(alone(), model.parameters())
     assert all(parameter.grad is gradient for parameter, gradient in zip(model.parameters(), before, strict=True))
     values = torch.ones(2)
-    assert averaged(alone(), values) is values
-    assert own_part(alone(), values) is values
+    assert mean_over_processes(alone(), values) is values
+    assert own_shard(alone(), values) is values
 
 
 def test_values_are_averaged():
     found: dict[int, Tensor] = {}
     meeting = Meeting(2)
-    together(meeting, lambda rank, fabric: found.update({rank: averaged(fabric, torch.tensor([1.0, 3.0]) * rank)}))
+    together(
+        meeting, lambda rank, fabric: found.update({rank: mean_over_processes(fabric, torch.tensor([1.0, 3.0]) * rank)})
+    )
     assert torch.equal(found[0], torch.tensor([0.5, 1.5]))
     assert torch.equal(found[1], found[0])

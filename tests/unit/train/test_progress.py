@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
+from small_runs import LABELS_ONLY, Blobs, fit_small, small_config, small_net
 
-from secateur.train import Silent, TerminalProgress, fit
+from secateur.train import Silent, TerminalProgress
 
 
 class Terminal(io.StringIO):
@@ -18,14 +18,14 @@ class Terminal(io.StringIO):
 
 
 def run(progress: Any, epochs: int = 2) -> None:
-    schedule = small_schedule(epochs, batch_size=4)
-    fit(
+    schedule = small_config(epochs, batch_size=4)
+    fit_small(
         small_net(),
         Blobs(100),
-        schedule=schedule,
+        train=schedule,
         objective=LABELS_ONLY,
         validation=Blobs(8),
-        progress=progress,
+        callbacks=progress,
     )
 
 
@@ -41,12 +41,12 @@ def test_a_stream_that_is_no_terminal_gets_one_line_per_epoch() -> None:
 
 
 def test_slow_steps_are_shown_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 0.0)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", 0.0)
     seen: list[int] = []
 
     class Steps(Silent):
         @contextmanager
-        def watch(self, what: str, *, epochs: int, steps: int, done: int):
+        def start(self, loop: str, *, epochs: int, steps: int, done: int):
             yield self
 
         def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
@@ -81,13 +81,13 @@ def test_silent_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", math.inf)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", math.inf)
     events: list[Any] = []
 
     class Mine:
         @contextmanager
-        def watch(self, what: str, *, epochs: int, steps: int, done: int):
-            events.append((what, epochs, steps, done))
+        def start(self, loop: str, *, epochs: int, steps: int, done: int):
+            events.append((loop, epochs, steps, done))
             try:
                 yield self
             finally:
@@ -120,7 +120,7 @@ def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch
 def test_the_bar_fits_80_columns_and_leaves_out_what_has_no_room() -> None:
     stream = Terminal()
     numbers = {"loss": 1234.5678, "architecture_loss": 0.00012345, "entropy": 0.98765, "macs": 0.54321, "late": 1.0}
-    with TerminalProgress(stream).watch("search", epochs=12, steps=390, done=10) as meter:
+    with TerminalProgress(stream).start("search", epochs=12, steps=390, done=10) as meter:
         meter.step(11, 389, numbers)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     lines = re.split(r"[\r\n]+", text)
@@ -131,7 +131,7 @@ def test_the_bar_fits_80_columns_and_leaves_out_what_has_no_room() -> None:
 
 def test_lines_of_a_resumed_loop_reckon_with_its_own_epochs() -> None:
     stream = io.StringIO()
-    with TerminalProgress(stream).watch("search", epochs=4, steps=1, done=2) as meter:
+    with TerminalProgress(stream).start("search", epochs=4, steps=1, done=2) as meter:
         meter.epoch(2, {}, "as it was")
         meter.epoch(3, {}, "search 3/4  entropy 0.5")
         meter.epoch(4, {}, "search 4/4")

@@ -2,19 +2,19 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, accepts, small_net, small_schedule
+from small_runs import LABELS_ONLY, Blobs, accepts, fit_small, small_config, small_net
 from torch import nn
 
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
-from secateur.train import Silent, Trained, fit
+from secateur.train import Silent, Trained
 
 ALIGNMENT = AlignedFeatures((Tap("1", 1, 8, tuple(range(8))),))
 
 
 def run(student: nn.Module, source: Blobs, **settings: Any) -> Trained:
-    defaults: dict[str, Any] = {"schedule": small_schedule(1), "objective": LABELS_ONLY, "progress": Silent()}
-    return fit(student, source, **(defaults | settings))
+    defaults: dict[str, Any] = {"train": small_config(1), "objective": LABELS_ONLY, "callbacks": Silent()}
+    return fit_small(student, source, **(defaults | settings))
 
 
 class Spoilt(Blobs):
@@ -38,7 +38,7 @@ def test_a_loss_that_is_not_finite_is_found_at_its_step(step: int) -> None:
         r"\(learning rate .*Lower the learning rate or warm up longer"
     )
     with pytest.raises(TrainingError, match=pattern):
-        run(small_net(), Spoilt(23 * 4, step), schedule=small_schedule(1, batch_size=4))
+        run(small_net(), Spoilt(23 * 4, step), train=small_config(1, batch_size=4))
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_found() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Blobs, same, small_net, small_schedule, state
+from small_runs import Blobs, fit_small, same, small_config, small_net, state, with_run
 from torch import Tensor, nn
 
-from secateur.distill import Ensemble, Objective, PerTap, Term, features, hint_loss
+from secateur.distill import Ensemble, MeanOverTaps, Objective, Term, hint_loss, select_features
 from secateur.errors import ModelError, TrainingError
 from secateur.train import (
     Precision,
@@ -18,13 +18,12 @@ from secateur.train import (
     Trained,
     born_again,
     distill_chain,
-    fit,
     reset_weights_,
     train_with_teacher,
 )
 
-TAUGHT = fit(
-    small_net(9, width=12), Blobs(96), schedule=small_schedule(8), objective=Objective.of_labels(), progress=Silent()
+TAUGHT = fit_small(
+    small_net(9, width=12), Blobs(96), train=small_config(8), objective=Objective.of_labels(), callbacks=Silent()
 ).model
 
 
@@ -51,27 +50,27 @@ class Counting(nn.Module):
 
 def run(**settings: Any) -> Trained:
     defaults: dict[str, Any] = {
-        "teacher": TAUGHT, "data": Data(), "schedule": small_schedule(3), "progress": Silent(),
+        "teacher": TAUGHT, "data": Data(), "train": small_config(3), "callbacks": Silent(),
     }  # fmt: skip
-    return train_with_teacher(settings.pop("student", small_net(dropout=0.2)), **(defaults | settings))
+    return train_with_teacher(settings.pop("student", small_net(dropout=0.2)), **with_run(**(defaults | settings)))
 
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_logits_on_disk_replay_exactly_and_the_teacher_runs_once(tmp_path: Path, precision: Precision) -> None:
     teacher = Counting(TAUGHT, tmp_path / "log")
-    schedule = small_schedule(3, precision=precision)
-    without = run(teacher=teacher, schedule=schedule)
+    schedule = small_config(3, precision=precision)
+    without = run(teacher=teacher, train=schedule)
     assert teacher.batches == 9
-    first = run(teacher=teacher, schedule=schedule, remember=tmp_path / "logits")
+    first = run(teacher=teacher, train=schedule, teacher_cache=tmp_path / "logits")
     assert teacher.batches == 18
-    second = run(teacher=teacher, schedule=schedule, remember=tmp_path / "logits")
+    second = run(teacher=teacher, train=schedule, teacher_cache=tmp_path / "logits")
     assert teacher.batches == 18, "it did not run again"
     assert same(state(first.model), state(without.model))
     assert same(state(second.model), state(without.model))
     # Another student learns from the same file.
-    other = run(student=small_net(4), teacher=teacher, schedule=schedule, remember=tmp_path / "logits")
+    other = run(student=small_net(4), teacher=teacher, train=schedule, teacher_cache=tmp_path / "logits")
     assert teacher.batches == 18
-    assert same(state(other.model), state(run(student=small_net(4), schedule=schedule).model))
+    assert same(state(other.model), state(run(student=small_net(4), train=schedule).model))
     names = sorted(path.name for path in (tmp_path / "logits").iterdir())
     assert names == [*(f"seed-0-epoch-00000{epoch}.safetensors" for epoch in range(3)), "teacher.json"]
 
@@ -79,7 +78,7 @@ def test_logits_on_disk_replay_exactly_and_the_teacher_runs_once(tmp_path: Path,
 def test_another_seed_has_logits_of_its_own(tmp_path: Path) -> None:
     teacher = Counting(TAUGHT, tmp_path / "log")
     for seed in (0, 1):
-        run(teacher=teacher, schedule=small_schedule(1, seed=seed), remember=tmp_path / "logits")
+        run(teacher=teacher, train=small_config(1, seed=seed), teacher_cache=tmp_path / "logits")
     assert teacher.batches == 6
     assert len(list((tmp_path / "logits").glob("seed-1-*"))) == 1
 
@@ -96,9 +95,9 @@ def test_a_run_killed_within_an_epoch_leaves_whole_epochs(tmp_path: Path) -> Non
         train = Fragile(48)
 
     with pytest.raises(KeyboardInterrupt):
-        run(data=Broken(), remember=tmp_path / "logits", checkpoint=tmp_path / "run")
+        run(data=Broken(), teacher_cache=tmp_path / "logits", folder=tmp_path / "run")
     assert [path.name for path in (tmp_path / "logits").glob("seed*")] == ["seed-0-epoch-000000.safetensors"]
-    resumed = run(remember=tmp_path / "logits", checkpoint=tmp_path / "run")
+    resumed = run(teacher_cache=tmp_path / "logits", folder=tmp_path / "run")
     assert same(state(resumed.model), state(run().model))
 
 
@@ -106,44 +105,44 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     class Other(Data):
         augment = 0.5
 
-    run(remember=tmp_path / "logits")
-    message = r"`remember` must hold logits for these images; those of step 1 in .*epoch-000000.*belong to others"
+    run(teacher_cache=tmp_path / "logits")
+    message = r"`teacher_cache` must hold logits for these images; those of step 1 in .*epoch-000000.*belong to others"
     with pytest.raises(TrainingError, match=message):
-        run(data=Other(), remember=tmp_path / "logits")
+        run(data=Other(), teacher_cache=tmp_path / "logits")
     with pytest.raises(TrainingError, match=message):
-        run(schedule=small_schedule(3, batch_size=24), remember=tmp_path / "logits")
+        run(train=small_config(3, batch_size=24), teacher_cache=tmp_path / "logits")
 
 
 def test_another_teacher_or_precision_is_refused(tmp_path: Path) -> None:
-    run(remember=tmp_path / "logits")
-    with pytest.raises(TrainingError, match="`remember` must be a folder for one teacher in one precision; got"):
-        run(teacher=small_net(1), remember=tmp_path / "logits")
+    run(teacher_cache=tmp_path / "logits")
+    with pytest.raises(TrainingError, match="`teacher_cache` must be a folder for one teacher in one precision; got"):
+        run(teacher=small_net(1), teacher_cache=tmp_path / "logits")
     with pytest.raises(TrainingError, match=r"BF16_MIXED.*Name another folder"):
-        run(schedule=small_schedule(3, precision=Precision.BF16_MIXED), remember=tmp_path / "logits")
+        run(train=small_config(3, precision=Precision.BF16_MIXED), teacher_cache=tmp_path / "logits")
 
 
 @pytest.mark.parametrize("name", ["teacher.json", "seed-0-epoch-000000.safetensors"])
 def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
-    run(remember=tmp_path)
+    run(teacher_cache=tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(TrainingError, match=rf"{name} is damaged .*the teacher runs again"):
-        run(remember=tmp_path)
+        run(teacher_cache=tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(TrainingError, match="`remember` must be a folder that can be written"):
-        run(remember=tmp_path / "file")
+    with pytest.raises(TrainingError, match="`teacher_cache` must be a folder that can be written"):
+        run(teacher_cache=tmp_path / "file")
 
 
 def test_features_need_a_teacher_that_runs(tmp_path: Path) -> None:
-    hint = Term("hint", PerTap(hint_loss), of=features, taps={"0": "0"})
-    with pytest.raises(TrainingError, match="`remember` must go with losses of logits alone; hint listens inside"):
-        run(objective=Objective(terms=(hint,)), remember=tmp_path)
-    with pytest.warns(UserWarning, match="`remember` has no effect"):
-        fit(
-            small_net(), Blobs(16), schedule=small_schedule(1), objective=Objective.of_labels(), progress=Silent(),
-            remember=tmp_path,
+    hint = Term("hint", MeanOverTaps(hint_loss), inputs=select_features, taps={"0": "0"})
+    with pytest.raises(TrainingError, match="`teacher_cache` must go with losses of logits alone; hint needs features"):
+        run(objective=Objective(terms=(hint,)), teacher_cache=tmp_path)
+    with pytest.warns(UserWarning, match="`teacher_cache` has no effect"):
+        fit_small(
+            small_net(), Blobs(16), train=small_config(1), objective=Objective.of_labels(), callbacks=Silent(),
+            teacher_cache=tmp_path,
         )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def test_an_ensemble_is_the_weighted_mean_of_logits(weights: tuple[float, float]
 
 
 def test_teachers_of_an_ensemble_are_tapped_by_number() -> None:
-    hint = Term("hint", PerTap(hint_loss), of=features, taps={"0": "teachers.1.0"})
+    hint = Term("hint", MeanOverTaps(hint_loss), inputs=select_features, taps={"0": "teachers.1.0"})
     trained = run(teacher=Ensemble([small_net(1), small_net(2)]), objective=Objective(terms=(hint,)))
     assert "hint" in trained.history[-1].parts
 
@@ -190,35 +189,38 @@ def test_an_ensemble_of_none_or_of_other_classes_is_refused() -> None:
 
 def test_assistants_teach_in_a_row(tmp_path: Path) -> None:
     students = [small_net(1, width=10), small_net(2)]
-    settings: dict[str, Any] = {"data": Data(), "schedule": small_schedule(2), "progress": Silent()}
-    found = distill_chain(students, teacher=TAUGHT, checkpoint=tmp_path, **settings)
-    assistant = train_with_teacher(students[0], teacher=TAUGHT, **settings)
-    student = train_with_teacher(students[1], teacher=assistant.model, **settings)
+    settings: dict[str, Any] = {"data": Data(), "train": small_config(2), "callbacks": Silent()}
+    found = distill_chain(students, teacher=TAUGHT, **with_run(folder=tmp_path, **settings))
+    assistant = train_with_teacher(students[0], teacher=TAUGHT, **with_run(**settings))
+    student = train_with_teacher(students[1], teacher=assistant.model, **with_run(**settings))
     assert [same(state(one.model), state(other.model)) for one, other in zip(found, (assistant, student), strict=True)]
     assert same(state(found[1].model), state(student.model))
     assert {path.name for path in tmp_path.iterdir()} == {"student-0", "student-1"}
     shutil.rmtree(tmp_path / "student-1")
-    again = distill_chain(students, teacher=TAUGHT, checkpoint=tmp_path, **settings)
+    again = distill_chain(students, teacher=TAUGHT, **with_run(folder=tmp_path, **settings))
     assert same(state(again[1].model), state(student.model))
     with pytest.raises(TrainingError, match="`students` must name at least one"):
-        distill_chain([], teacher=TAUGHT, **settings)
+        distill_chain([], teacher=TAUGHT, **with_run(**settings))
 
 
 def test_a_network_is_born_again() -> None:
-    settings: dict[str, Any] = {"data": Data(), "progress": Silent()}
+    settings: dict[str, Any] = {"data": Data(), "callbacks": Silent()}
     before = state(TAUGHT)
-    found = born_again(TAUGHT, schedule=small_schedule(2, seed=5), generations=2, **settings)
+    found = born_again(TAUGHT, train=small_config(2, seed=5), generations=2, **with_run(**settings))
     assert same(state(TAUGHT), before)
     first = train_with_teacher(
-        reset_weights_(small_net(width=12), 6), teacher=TAUGHT, schedule=small_schedule(2, seed=6), **settings
+        reset_weights_(small_net(width=12), 6), teacher=TAUGHT, train=small_config(2, seed=6), **with_run(**settings)
     )
     second = train_with_teacher(
-        reset_weights_(small_net(width=12), 7), teacher=first.model, schedule=small_schedule(2, seed=7), **settings
+        reset_weights_(small_net(width=12), 7),
+        teacher=first.model,
+        train=small_config(2, seed=7),
+        **with_run(**settings),
     )
     for one, other in zip(found, (first, second), strict=True):
         assert same(state(one.model), state(other.model))
     with pytest.raises(TrainingError, match="`generations` must be at least 1; got 0"):
-        born_again(TAUGHT, schedule=small_schedule(1), generations=0, **settings)
+        born_again(TAUGHT, train=small_config(1), generations=0, **with_run(**settings))
 
 
 def test_a_network_that_cannot_be_drawn_anew_is_not_born_again() -> None:
@@ -230,8 +232,8 @@ def test_a_network_that_cannot_be_drawn_anew_is_not_born_again() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images.mean((2, 3)) * self.scale
 
-    with pytest.raises(ModelError, match="`teacher` must be able to draw all weights anew"):
-        born_again(Own(), data=Data(), schedule=small_schedule(1), progress=Silent())
+    with pytest.raises(ModelError, match="`teacher` must be able to reset all weights"):
+        born_again(Own(), data=Data(), **with_run(train=small_config(1)))
 
 
 class Saying(nn.Module):
@@ -262,7 +264,7 @@ def test_a_teacher_that_guesses_is_warned_of_once(recwarn: pytest.WarningsRecord
 
 
 def test_remembered_settings_are_words(tmp_path: Path) -> None:
-    run(remember=tmp_path)
+    run(teacher_cache=tmp_path)
     said = json.loads((tmp_path / "teacher.json").read_text())
     assert set(said) == {"teacher", "precision"}
     assert said["precision"] == "FLOAT32"

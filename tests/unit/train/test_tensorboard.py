@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LABELS_ONLY, Blobs, small_net, small_schedule
+from small_runs import LABELS_ONLY, Blobs, fit_small, small_config, small_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from secateur.errors import TrainingError
-from secateur.train import Progress, Silent, TensorBoard, TerminalProgress, fit
+from secateur.train import Callbacks, Silent, TensorBoard, TerminalProgress
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -23,20 +23,20 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def run(progress: Progress, epochs: int = 2, checkpoint: Path | None = None) -> Any:
-    return fit(
+def run(callbacks: Callbacks, epochs: int = 2, folder: Path | None = None) -> Any:
+    return fit_small(
         small_net(),
         Blobs(100),
-        schedule=small_schedule(epochs, batch_size=4),
+        train=small_config(epochs, batch_size=4),
         objective=LABELS_ONLY,
         validation=Blobs(8),
-        checkpoint=checkpoint,
-        progress=progress,
+        folder=folder,
+        callbacks=callbacks,
     )
 
 
 def test_every_number_is_logged_at_its_step_and_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 0.0)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", 0.0)
     stream = io.StringIO()
     trained = run(TensorBoard(tmp_path / "new" / "events", TerminalProgress(stream)))
     found = scalars(tmp_path / "new" / "events" / "train")
@@ -46,7 +46,7 @@ def test_every_number_is_logged_at_its_step_and_handed_on(tmp_path: Path, monkey
     }  # fmt: skip
     assert [step for step, _ in found["train/loss"]] == list(range(1, 51))
     rates = [rate for _, rate in found["train/learning_rate"]]
-    schedule = small_schedule(2, batch_size=4)
+    schedule = small_config(2, batch_size=4)
     assert rates == pytest.approx([schedule.learning_rate_at(step, steps=50) for step in range(50)])
     mean = [(25 * r.epoch, pytest.approx(r.train_loss)) for r in trained.history[1:]]
     assert found["train/mean_loss"] == mean
@@ -60,7 +60,7 @@ class Dies(Silent):
     """Like a kill in the middle of the third epoch."""
 
     @contextmanager
-    def watch(self, what: str, *, epochs: int, steps: int, done: int):
+    def start(self, loop: str, *, epochs: int, steps: int, done: int):
         yield self
 
     def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
@@ -74,12 +74,12 @@ class Dies(Silent):
 def test_a_resumed_run_goes_on_at_its_step_and_leaves_no_trace_of_what_it_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("secateur.train.trainer"), "SECONDS_PER_LOOK", 1e9)
+    monkeypatch.setattr(import_module("secateur.train.callbacks"), "SECONDS_PER_LOOK", 1e9)
     run(TensorBoard(tmp_path / "whole", Silent()), epochs=4)
     with pytest.raises(KeyboardInterrupt):
-        run(TensorBoard(tmp_path / "parts", Dies()), epochs=4, checkpoint=tmp_path / "checkpoint")
+        run(TensorBoard(tmp_path / "parts", Dies()), epochs=4, folder=tmp_path / "checkpoint")
     assert [step for step, _ in scalars(tmp_path / "parts" / "train")["train/loss"]] == [20, 25, 45, 50, 70]
-    run(TensorBoard(tmp_path / "parts", Silent()), epochs=4, checkpoint=tmp_path / "checkpoint")
+    run(TensorBoard(tmp_path / "parts", Silent()), epochs=4, folder=tmp_path / "checkpoint")
     whole, parts = (scalars(tmp_path / name / "train") for name in ("whole", "parts"))
     assert [step for step, _ in whole["train/loss"]] == [20, 25, 45, 50, 70, 75, 95, 100]
     assert len(whole["train/validation_loss"]) == 5
@@ -94,7 +94,7 @@ def test_a_run_that_begins_anew_replaces_the_curves_of_its_kind_only(
     for number, (what, loss) in enumerate((("search", 1.0), ("train", 2.0), ("train", 3.0))):
         # Files are read in the order of their names: a second, then a counter, of which 10 comes before 9.
         monkeypatch.setattr(time, "time", lambda now=began + number: now)
-        with board.watch(what, epochs=1, steps=10, done=0) as meter:
+        with board.start(what, epochs=1, steps=10, done=0) as meter:
             meter.step(1, 7, {"loss": loss})
     assert scalars(tmp_path / "search") == {"search/loss": [(7, 1.0)]}
     assert scalars(tmp_path / "train") == {"train/loss": [(7, 3.0)]}
@@ -105,15 +105,15 @@ def test_an_error_closes_the_file_and_the_inner_meter(tmp_path: Path) -> None:
 
     class Inner(Silent):
         @contextmanager
-        def watch(self, what: str, *, epochs: int, steps: int, done: int):
+        def start(self, loop: str, *, epochs: int, steps: int, done: int):
             try:
-                with super().watch(what, epochs=epochs, steps=steps, done=done) as meter:
+                with super().start(loop, epochs=epochs, steps=steps, done=done) as meter:
                     yield meter
             finally:
                 events.append("closed")
 
     def interrupted() -> None:
-        with TensorBoard(tmp_path, Inner()).watch("train", epochs=1, steps=10, done=0) as meter:
+        with TensorBoard(tmp_path, Inner()).start("train", epochs=1, steps=10, done=0) as meter:
             meter.step(1, 3, {"loss": 0.5})
             raise RuntimeError("enough")
 
@@ -125,7 +125,7 @@ def test_an_error_closes_the_file_and_the_inner_meter(tmp_path: Path) -> None:
 
 def test_the_random_state_stays(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    with TensorBoard(tmp_path, Silent()).watch("train", epochs=1, steps=1, done=0) as meter:
+    with TensorBoard(tmp_path, Silent()).start("train", epochs=1, steps=1, done=0) as meter:
         meter.epoch(1, {"loss": 0.5}, "epoch 1/1")
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -79,8 +79,8 @@ class Bench:
         self.model, _ = load_model("cifar_resnet20", weights=WEIGHTS / "cifar10_resnet20.safetensors")
         self.batches: Batches = draw_calibration(self.data.train, 1024, device=torch.device("cpu"), seed=0)
         self.graph: ChannelGraph = trace(self.model, self.batches[0][0][:1])
-        evidence = ScoringInputs(self.model, self.graph, self.batches)
-        self.problem = SearchContext(evidence, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
+        inputs = ScoringInputs(self.model, self.graph, self.batches)
+        self.problem = SearchContext(inputs, CostModel(self.graph), Budget(macs="50%"), SPACE, lambda *_: None)
         self.scores = self.problem.scores(Reconstruction())
         rest, self.aside = set_aside(self.data.train, 2000, 0)
         # About every fourth image: enough to train on, and none of those used for scoring.

@@ -47,10 +47,10 @@ def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subne
     learned, judged = set_aside(data.train, images, 0)
     batches = draw_calibration(learned, images // 4, device=cpu, seed=0, batch_size=250)
     graph = trace(model.eval(), batches[0][0][:1])
-    evidence = ScoringInputs(model, graph, batches)
-    problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    inputs = ScoringInputs(model, graph, batches)
+    problem = SearchContext(inputs, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
     options = CandidateSpace.of(problem, find_stages(model, graph), Widths(), None)
-    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(evidence))), cpu)
+    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(inputs))), cpu)
     judge = CandidateScorer.of(
         supernet,
         stages=options.stages,

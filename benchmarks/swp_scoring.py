@@ -98,10 +98,10 @@ def run(name: str, fine: bool, data: ImageData, precision: Precision, rounds: in
     batches = draw_calibration(data.train, 1500, device=torch.device("cpu"), seed=0, batch_size=250)
     graph = trace(model, batches[0][0][:1])
     stages = find_stages(model, graph, blockwise(model, graph) if fine else None)
-    evidence = ScoringInputs(model, graph, batches)
-    problem = SearchContext(evidence, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    inputs = ScoringInputs(model, graph, batches)
+    problem = SearchContext(inputs, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
     options = CandidateSpace.of(problem, stages, Widths(), None)
-    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(evidence))), torch.device("cpu"))
+    supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(inputs))), torch.device("cpu"))
     fabric = open_fabric(precision, device=torch.device("cpu"))
     images = [channels_last(images) for images, _ in batches[:2]]
     held: Any = _Held(batches[2:])

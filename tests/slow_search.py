@@ -33,28 +33,28 @@ class SlowSearch(Strategy):
 
     def find(self, problem: SearchContext) -> Proposal:
         assert problem.training is not None
-        state = problem.evidence.model.state_dict()
+        state = problem.inputs.model.state_dict()
         tensors = {name: tensor.detach().clone() for name, tensor in state.items()}
         settings = {"epochs": str(self.epochs), "axes": ", ".join(problem.costs.axes)}
-        saved = None if problem.run.checkpoint is None else load_checkpoint(problem.run.checkpoint, settings)
+        saved = None if problem.run.folder is None else load_checkpoint(problem.run.folder, settings)
         done = 0
         if saved is not None:
             done, tensors = saved.epoch, dict(saved.tensors)
         with problem.run.callbacks.start("search", epochs=self.epochs, steps=1, done=done) as meter:
             for epoch in range(done + 1, self.epochs + 1):
-                _train_(tensors, problem.evidence.seed, epoch)
+                _train_(tensors, problem.inputs.seed, epoch)
                 if os.environ.get("DIE_IN") == str(epoch):
                     os.kill(os.getpid(), signal.SIGKILL)
                 meter.step(epoch, 1, {"loss": 1 / epoch})
                 meter.epoch(epoch, {"entropy": 1 / epoch}, f"search {epoch}/{self.epochs}")
-                if problem.run.checkpoint is not None:
-                    save_checkpoint(problem.run.checkpoint, Checkpoint(epoch, tensors, {}, settings))
+                if problem.run.folder is not None:
+                    save_checkpoint(problem.run.folder, Checkpoint(epoch, tensors, {}, settings))
         notes = [
             {"epoch": epoch, "entropy": 0.5**epoch, "widths": {axis: [8.0, 8] for axis in problem.costs.axes}}
             for epoch in range(1, self.epochs + 1)
         ]
         records = {"search": notes}
-        history = SearchHistory.of_records(records, problem.evidence.graph.sizes, problem.costs.original.macs)
+        history = SearchHistory.of_records(records, problem.inputs.graph.sizes, problem.costs.original.macs)
         return Proposal(Uniform().find(problem).architecture, records, tensors, history)
 
 
@@ -67,7 +67,7 @@ def _train_(tensors: dict[str, Tensor], seed: int, epoch: int) -> None:
 
 def data() -> ImageData:
     """Four classes of noise."""
-    usual = Normalization.usual(3)
+    usual = Normalization.default(3)
     return ImageData(
         train=_split(64, 0), validation=_split(16, 1), test=_split(32, 2), classes=("a", "b", "c", "d"),
         mean=usual.mean, std=usual.std, size=(3, 8, 8), name="noise", augment=Augment(padding=1),
@@ -77,7 +77,7 @@ def data() -> ImageData:
 def _split(n: int, seed: int) -> MemorySplit:
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8)
-    return MemorySplit(images, torch.arange(n) % 4, Normalization.usual(3))
+    return MemorySplit(images, torch.arange(n) % 4, Normalization.default(3))
 
 
 def model() -> nn.Sequential:

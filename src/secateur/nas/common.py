@@ -125,9 +125,9 @@ class SupernetWeights:
         Raises:
             DataError: If there are batch norms and no images to measure them on.
         """
-        evidence = problem.evidence
-        norms = any(isinstance(getattr(module, "running_var", None), Tensor) for module in evidence.model.modules())
-        if norms and not evidence.batches:
+        inputs = problem.inputs
+        norms = any(isinstance(getattr(module, "running_var", None), Tensor) for module in inputs.model.modules())
+        if norms and not inputs.batches:
             raise DataError(
                 "`batches` must hold training images for SupernetWeights, which measures batch norms on them; got none."
                 " Pass some, or use student_weights=OriginalWeights()."
@@ -137,7 +137,7 @@ class SupernetWeights:
         """Return the trained model's ``state_dict`` in the original order of channels, with measured batch norms."""
         statistics = measure_batch_norms(supernet, supernet.full, calibration)
         write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
-        trained = copy_model(problem.evidence.model)
+        trained = copy_model(problem.inputs.model)
         write_tensors_(trained, tensors_of(supernet.in_original_order()))
         return {name: tensor.detach() for name, tensor in trained.state_dict().items()}
 

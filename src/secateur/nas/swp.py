@@ -44,41 +44,41 @@ if TYPE_CHECKING:
 
 
 _CALIBRATION = 4
-"""Image batches that the batch norms of a candidate are measured on."""
+"""Image batches for the batch norms of a candidate."""
 
 _PROBES = 16
-"""Networks by which the weight of each stage's losses is measured."""
+"""Networks that the weights of the stages' losses are measured with."""
 
 
 @dataclass(frozen=True)
 class SWP(Strategy):
-    """Train the networks of a space a little, all at once and stage by stage; judge many; combine the best exactly.
+    """Train all networks of a space together, stage by stage; score many candidates; combine the best exactly.
 
-    The model is divided into stages. In every step the full net learns from the labels, and the tiny net and some that
-    are drawn learn beside it: each of their stages is fed with the full net's feature and learns to give what the full
-    net's stage gives, so that one pass trains a candidate of every stage. Candidates of all stages are then judged on
-    images held out, by the same loss, one of every stage in a pass, times what arrives of it at the output
-    (`stage_effects`). Their losses and their costs add up, so that the best combination within the budget is a
-    multiple-choice knapsack. Axes whose channels are seen where stages meet stay whole (see
+    The model is divided into stages. In every step the full net learns from the labels, and the smallest net and some
+    random ones learn beside it: each of their stages gets the full net's features as input and learns to give the
+    output of the full net's stage, so that one pass trains a candidate of every stage. Candidates of all stages are
+    then scored on held-out images by the same loss, one of every stage in a pass, times the effect of the stage on the
+    output (`stage_effects`). Losses and costs add up over the stages, so that the best combination within the budget is
+    a multiple-choice knapsack. Axes whose channels cross the end of a stage stay whole (see
     `secateur.graph.find_stages`); untie the graph to search residual branches as well.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
         depths: Candidate depths of chains of residual blocks; None keeps all blocks.
         cuts: Modules that end a stage; None finds them, () is the ablation without stages.
-        sampler: Which networks learn in a step: `SandwichSampler`, or `SampledWidths`, the ablation.
+        sampler: Which networks learn in a step: `SandwichSampler`, or `RandomSampler`, the ablation.
         supervision: What they learn from: `InPlace`; without stages also `SoftLabels` and `Labels`.
         train: Training of the supernet: epochs, batch size, learning rate, optimizer. Its seed is replaced by that of
             the search.
-        candidates: Judged in every stage, over all rounds.
-        rounds: The first draws from the whole space, the others near the best of the rounds before.
-        held_out: Training images that no weights learn from, to judge on.
+        candidates: Candidates scored in every stage, over all rounds.
+        rounds: Rounds of scoring. The first draws from the whole space, the others near the best candidates so far.
+        held_out: The number of training images that no weights learn from, for scoring.
         combination: How one candidate of every stage is chosen: `ExactKnapsack`, or `Evolution` as in the paper.
         importance: The order of the channels: every width keeps the first ones.
         init: The weights that the training begins with.
         student_weights: The weights that the student is cut from.
-        workers: Where candidates are judged: `InProcess`, or `OnRay`; the same bits if these compute with as many
-            threads as this process.
+        workers: Where candidates are scored: `InProcess`, or `OnRay`. The result has the same bits if Ray's workers
+            compute with as many threads as this process.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or a number is out of range.
@@ -119,18 +119,18 @@ class SWP(Strategy):
         return True
 
     def least(self, context: SearchContext) -> Cost:
-        """Cost of the smallest candidates of all stages."""
+        """Return the cost of the smallest candidates of all stages."""
         options = self._options(context)
         widths, blocks = options.network_sizes(options.smallest)
         return context.costs.cost_of(widths, blocks)
 
     def find(self, context: SearchContext) -> Proposal:
-        """Notes.
+        """Search, see `Strategy.find`. What the chosen candidates leave of the budget is filled by widening them.
 
-        ``training``: what every epoch looked like, with how fairly channels were trained; ``stages``: for each one
-        where it ends, its axes and blocks, how many candidates it has, how many were trained, the judged ones' losses
-        and costs, and which was chosen; ``loss``, their sum; ``weights``, what the losses of each stage were
-        multiplied by. What the chosen ones leave of the budget is then filled by widening them (`fill_budget`).
+        The notes are ``training``: a record of every epoch; ``fairness``: how evenly channels were trained; ``stages``:
+        for each stage its end, its axes and blocks, the number of its candidates and of those trained, the losses and
+        costs of the scored ones, and the chosen one; ``loss``: the sum of the chosen losses; ``weights``: what the
+        losses of each stage were multiplied by.
 
         Raises:
             DataError: If there are no training images or calibration batches, or images cannot be held out.
@@ -155,9 +155,7 @@ class SWP(Strategy):
         options = self._options(context)
         fabric = open_fabric(self.train.precision) if context.run.fabric is None else context.run.fabric
         order = order_by_score(context.scores(self.importance))
-        supernet = copy_to_device(
-            Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order), fabric.device
-        )
+        supernet = copy_to_device(Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order), fabric.device)
         learned, scored = set_aside(data.train, self.held_out, inputs.seed)
         train = replace(self.train, seed=inputs.seed)
         config = SWPSearchConfig(options, self.sampler, self.supervision, learned, data.augment, train, fabric)

@@ -134,7 +134,7 @@ class CandidateSpace:
 
 
 def _stage_options(context: SearchContext, stage: Stage, widths: Widths | None, depths: Depths | None) -> StageOptions:
-    graph, costs = context.evidence.graph, context.costs
+    graph, costs = context.inputs.graph, context.costs
     # The width of a stream that is only a sum follows from its branches.
     sums = {costs.axes[stream] for stream, _ in context.streams.sums}
     by_axis = {

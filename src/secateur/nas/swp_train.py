@@ -41,15 +41,15 @@ class SubnetSampler(ABC):
 
     @abstractmethod
     def of(self, options: CandidateSpace, draw: np.random.Generator) -> tuple[CandidateRows, ...]:
-        """The other networks of one step, as candidates of every stage."""
+        """Return the other networks of one step, as candidates of every stage."""
 
 
 @dataclass(frozen=True)
 class SandwichSampler(SubnetSampler):
-    """The full net, the tiny net, and some that are drawn: every channel learns in every step.
+    """The full net, the smallest net, and some random ones: every channel learns in every step.
 
     Attributes:
-        random: How many are drawn.
+        random: The number of random nets.
 
     References:
         Zhang et al. (SWP), arXiv:2011.04908; Yu & Huang, arXiv:1903.05134, Section 3.1, the sandwich rule.
@@ -63,20 +63,20 @@ class SandwichSampler(SubnetSampler):
 
     @property
     def full_learns(self) -> bool:
-        """It does."""
+        """See `SubnetSampler.full_learns`."""
         return True
 
     def of(self, options: CandidateSpace, draw: np.random.Generator) -> tuple[CandidateRows, ...]:
-        """The tiny net and the drawn ones."""
+        """See `SubnetSampler.of`: the smallest net and the random ones."""
         return (options.smallest, *(options.sample(draw) for _ in range(self.random)))
 
 
 @dataclass(frozen=True)
 class RandomSampler(SubnetSampler):
-    """Networks that are drawn, and no others: the sandwich's ablation. Late channels learn rarely, the full net never.
+    """Random networks alone, the ablation of the sandwich. The last channels learn rarely, the full net never.
 
     Attributes:
-        random: How many are drawn.
+        random: The number of random nets.
     """
 
     random: int = 3
@@ -87,23 +87,23 @@ class RandomSampler(SubnetSampler):
 
     @property
     def full_learns(self) -> bool:
-        """It does not."""
+        """See `SubnetSampler.full_learns`."""
         return False
 
     def of(self, options: CandidateSpace, draw: np.random.Generator) -> tuple[CandidateRows, ...]:
-        """The drawn ones."""
+        """See `SubnetSampler.of`: the random nets."""
         return tuple(options.sample(draw) for _ in range(self.random))
 
 
 @dataclass(frozen=True, eq=False)
 class SupervisionTarget:
-    """What the full net has computed for a batch, and its labels: made once for all networks that learn from it.
+    """What the full net has computed for a batch, and its labels; the same for all networks that learn from it.
 
     Attributes:
-        outputs: Of every stage, float32 or better, detached.
+        outputs: Outputs of every stage, float32 or better, detached.
         labels: (batch,) class numbers.
-        averaged: The mean of a tensor over the processes that have the other parts of the batch; None if there are
-            none.
+        averaged: Returns the mean of a tensor over the processes, each of which has a part of the batch; None if there
+            is one process.
     """
 
     outputs: tuple[Tensor, ...]
@@ -114,14 +114,14 @@ class SupervisionTarget:
     def of(
         cls, outputs: Sequence[Tensor], labels: Tensor, averaged: Callable[[Tensor], Tensor] | None = None
     ) -> "SupervisionTarget":
-        """The target of outputs of any precision."""
+        """Return the target of outputs of any precision."""
         kinds = [torch.promote_types(torch.float32, output.dtype) for output in outputs]
         outputs = tuple(output.detach().to(kind) for output, kind in zip(outputs, kinds, strict=True))
         return cls(outputs, labels, averaged)
 
     @cached_property
     def variances(self) -> Tensor:
-        """(stages,) see `stage_variances`; those of the whole batch, whoever has the other parts of it."""
+        """(stages,) variances of the whole batch, see `stage_variances`."""
         own = stage_variances(self.outputs)
         if self.averaged is None:
             return own
@@ -132,10 +132,10 @@ class SupervisionTarget:
 
 
 class Supervision(ABC):
-    """The loss of a network's stages, in training and in judging. Implementations are frozen dataclasses."""
+    """The loss of a network's stages, in training and scoring. Implementations are frozen dataclasses."""
 
     def check(self, stages: Sequence[Stage]) -> None:
-        """Refuse stages that it can say nothing of."""
+        """Refuse stages that the loss cannot be computed for."""
         if len(stages) > 1:
             raise BudgetError(
                 f"`supervision` must be InPlace() for a model in stages; got {self} for {len(stages)} of them. "
@@ -144,45 +144,45 @@ class Supervision(ABC):
 
     @abstractmethod
     def losses(self, outputs: Sequence[Tensor], target: SupervisionTarget) -> Tensor:
-        """(stages,) mean losses over a batch.
+        """Return the mean losses over a batch, (stages,).
 
         Args:
-            outputs: What each stage of the network has computed.
-            target: What those of the full net have.
+            outputs: Outputs of the network's stages.
+            target: Outputs of the full net's stages, and labels.
         """
 
 
 @dataclass(frozen=True)
 class InPlace(Supervision):
-    """In-place distillation: each stage's output against that of the full net, see `stage_losses`."""
+    """In-place distillation of the output of each stage from that of the full net, see `stage_losses`."""
 
     def check(self, stages: Sequence[Stage]) -> None:
-        """Any stages."""
+        """See `Supervision.check`: any stages are fine."""
 
     def losses(self, outputs: Sequence[Tensor], target: SupervisionTarget) -> Tensor:
-        """mean((y - x)^2) / Var(x) of each stage."""
+        """Return mean((y - x)^2) / Var(x) of each stage."""
         return stage_losses(outputs, target.outputs, target.variances)
 
 
 @dataclass(frozen=True)
 class SoftLabels(Supervision):
-    """In-place distillation of the logits alone, for one stage: whole networks, as AutoSlim trains them.
+    """In-place distillation of the logits alone, for models without stages, as AutoSlim does it.
 
     References:
         Yu & Huang, arXiv:1903.05134, Section 3.2; Yu & Huang (AutoSlim), arXiv:1903.11728.
     """
 
     def losses(self, outputs: Sequence[Tensor], target: SupervisionTarget) -> Tensor:
-        """KL(softmax(x) || softmax(y)) of the logits."""
+        """Return KL(softmax(x) || softmax(y)) of the logits."""
         return kd_loss(outputs[-1].float(), target.outputs[-1], temperature=1.0).reshape(1)
 
 
 @dataclass(frozen=True)
 class Labels(Supervision):
-    """No distillation: the labels, for one stage."""
+    """Cross-entropy with the labels, without distillation, for models without stages."""
 
     def losses(self, outputs: Sequence[Tensor], target: SupervisionTarget) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         return F.cross_entropy(outputs[-1].float(), target.labels).reshape(1)
 
 
@@ -301,10 +301,10 @@ class SupernetStep(TrainingStep):
 
 
 class TrainingCounts:
-    """Counts how often every channel that may go was trained, and the candidates that were.
+    """Counts how often every removable channel was trained, and which candidates were.
 
     Args:
-        options: The choices.
+        options: The candidates of every stage.
     """
 
     def __init__(self, options: CandidateSpace):
@@ -315,7 +315,7 @@ class TrainingCounts:
         self._holders = {name: _holders(options, name) for name in self._times}
 
     def add(self, rows: CandidateRows) -> None:
-        """Note that a network was trained."""
+        """Count a network that was trained."""
         for stage, seen, row in zip(self._options.of_stage, self._seen, rows, strict=True):
             seen.add(_number(stage, row))
         subnet, axes = self._options.subnet(rows), self._options.context.costs.axes
@@ -327,10 +327,10 @@ class TrainingCounts:
 
     @property
     def fairness(self) -> float:
-        """How often the channel trained least was trained, per time of the one trained most; the least over all axes.
+        """How often the least trained channel was trained, relative to the most trained one; the minimum over all axes.
 
-        A channel learns in every network that is wide enough for it and has its block. 1 is fair, 0 means that some
-        never learned.
+        A channel learns in every network that is wide enough for it and has its block. 1 is fair, and 0 means that some
+        channel never learned.
         """
         if not any(self._seen):
             return 1.0
@@ -339,14 +339,14 @@ class TrainingCounts:
 
     @property
     def candidates(self) -> list[dict[str, float]]:
-        """For each stage: log10 of how many candidates it has, and how many of them were trained."""
+        """For each stage log10 of the number of its candidates, and how many of them were trained."""
         return [
             {"log10": math.log10(stage.size), "trained": len(seen)}
             for stage, seen in zip(self._options.of_stage, self._seen, strict=True)
         ]
 
     def to_json(self) -> dict[str, object]:
-        """Everything, as plain data."""
+        """Return the counts as a JSON object."""
         times = {name: sorted(times.items()) for name, times in self._times.items()}
         return {"times": times, "seen": [sorted(seen) for seen in self._seen]}
 
@@ -358,7 +358,8 @@ class TrainingCounts:
 
 
 def _number(stage: StageOptions, row: IntArray) -> int:
-    """Of a candidate among all of its stage: one whole number, since a long training meets hundreds of thousands."""
+    """Return the number of a candidate among all of its stage."""
+    # One int per candidate instead of an array, because a long training meets hundreds of thousands.
     number = 0
     for top, chosen in zip(stage.max_numbers.tolist(), row.tolist(), strict=True):
         number = number * (top + 1) + chosen
@@ -366,7 +367,7 @@ def _number(stage: StageOptions, row: IntArray) -> int:
 
 
 def _holders(options: CandidateSpace, axis: str) -> list[frozenset[str]]:
-    """For each tensor with the channels of an axis, the blocks that it goes with."""
+    """Return for each tensor with the channels of an axis the blocks that it is removed with."""
     graph = options.context.inputs.graph
     return [
         frozenset(block.name for block in graph.removable if site.tensor in block.tensors)

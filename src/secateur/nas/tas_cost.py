@@ -1,6 +1,4 @@
-"""What the relaxed choice is expected to cost, and the loss that draws it to the budget.
-
-From probabilities to an architecture that fills the budget and is never over it."""
+"""The cost that TAS expects of its distribution, the loss that pulls it to the budget, and the derived architecture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +17,12 @@ from secateur.search.knapsack import PROMISED, widen_to_budget
 
 @dataclass(frozen=True, eq=False)
 class ExpectedCost:
-    """The cost of a choice.
+    """The cost of a distribution of widths and depths.
 
     Attributes:
         context: Costs and limits.
-        candidates: What there is to choose from.
-        tolerance: How far under the budget is near enough, as a fraction of the whole model's cost.
+        candidates: The candidates of the distribution.
+        tolerance: Distance below the budget that is near enough, as a fraction of the whole model's cost.
     """
 
     context: SearchContext
@@ -32,14 +30,14 @@ class ExpectedCost:
     tolerance: float
 
     def expected(self, choice: WidthDistribution) -> dict[str, Tensor]:
-        """E[cost] by limited field, in its own unit, float64, differentiable.
+        """Return E[cost] by limited field, in its own unit, float64, differentiable.
 
         Widths are replaced by their expectations under p and every block by the probability that it is kept. For
         operations whose factors are different axes (all but those that have one axis, or a stream and its branch, at
         both ends) and blocks that do not lie in each other this is the expectation itself, since costs are multilinear
         and choices independent. In an untied graph a branch counts with E[min] of its own width and the stream's, and
         a stream that is nothing but the sum of its branches with E[max] of theirs. A latency between well aligned
-        widths is interpolated, so its steps do not show here; what is most likely is priced with them.
+        widths is interpolated, so its steps do not show here; `most_likely` has them.
         """
         costs, device = self.context.costs, choice.widths.device
         widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
@@ -59,7 +57,7 @@ class ExpectedCost:
         return costs.expected(self.context.limits, widths, self.presence(choice))
 
     def _drawn(self, choice: WidthDistribution, axes: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
-        """The widths of each axis and their probabilities; axes without a choice are whole."""
+        """Return the widths of each axis and their probabilities; axes with one candidate are whole."""
         row = {axis: number for number, axis in enumerate(self.candidates.axes.tolist())}
         p = choice.log_widths.double().exp()
         table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=p.device)
@@ -68,7 +66,7 @@ class ExpectedCost:
         return [(table[row[axis]], p[row[axis]]) if axis in row else (whole[axis].view(1), one) for axis in axes]
 
     def presence(self, choice: WidthDistribution) -> Tensor:
-        """(blocks,) probability that each removable block is kept."""
+        """Return the probability that each removable block is kept, (blocks,)."""
         costs = self.context.costs
         present = torch.as_tensor(costs.present, dtype=torch.float64, device=choice.depths.device)
         column = {name: index for index, name in enumerate(costs.blocks)}
@@ -81,27 +79,23 @@ class ExpectedCost:
         return present
 
     def most_likely(self, choice: WidthDistribution) -> Cost:
-        """Cost of the architecture of the most likely candidates."""
+        """Return the cost of the architecture of the most likely candidates."""
         widths, blocks = self.widths_at(self.top(choice.log_widths)), self.blocks_at(self.top(choice.log_depths))
         return self.context.costs.cost_of(self.context.streams.fitted(widths[None])[0], blocks)
 
     @staticmethod
-    def top(log_p: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """The most likely candidate of every row."""
+    def top(log_p: Tensor) -> IntArray:
+        """Return the number of the most likely candidate of every row."""
         return log_p.detach().cpu().argmax(1).numpy().astype(np.int64)
 
-    def widths_at(
-        self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """(axes,) widths of all prunable axes when each choice takes a candidate by number."""
+    def widths_at(self, picked: IntArray) -> IntArray:
+        """Return the widths of all prunable axes, (axes,), for the numbers of the picked candidates."""
         widths = self.context.costs.sizes.copy()
         widths[self.candidates.axes] = self.candidates.widths[np.arange(len(picked)), picked]
         return widths
 
-    def blocks_at(
-        self, picked: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """(blocks,) 1 for every removable block that is kept when each chain takes a candidate by number."""
+    def blocks_at(self, picked: IntArray) -> IntArray:
+        """Return 1 for every removable block that is kept, (blocks,), for the numbers of the picked candidates."""
         costs = self.context.costs
         column = {name: index for index, name in enumerate(costs.blocks)}
         present = costs.present.copy()
@@ -111,10 +105,10 @@ class ExpectedCost:
         return present
 
     def loss(self, choice: WidthDistribution) -> Tensor:
-        """+log E if the most likely architecture costs more than the budget, -log E if less by over the tolerance.
+        """Return +log E if the most likely architecture is over the budget, -log E if it is too far under it, else 0.
 
-        With several limits the one counts whose budget is fullest. E is relative to the whole model's cost, which
-        changes no gradient.
+        E is the expected cost relative to the whole model's, which changes no gradient. Too far is more than the
+        tolerance. With several limits the one counts that the most likely architecture uses most.
 
         References:
             Dong & Yang (TAS), arXiv:1905.09717, Eq. (8), with the lower bound R - t * F_full of the reference code
@@ -132,17 +126,17 @@ class ExpectedCost:
         return 0 * expected
 
     def fractions(self, cost: Mapping[str, float] | Cost) -> dict[str, float]:
-        """Limited fields as fractions of the whole model's."""
+        """Return limited fields as fractions of the whole model's."""
         original = self.context.costs.original
         values = cost if isinstance(cost, Mapping) else {name: getattr(cost, name) for name in self.context.limits}
         return {name: value / (getattr(original, name) or 1) for name, value in values.items()}
 
 
 def _expected_maximum(drawn: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """E[max] of independent draws = sum_v v * (F(v) - F(v-)), F(v) the product of their P(value <= v).
+    """Return E[max] of independent draws = sum_v v * (F(v) - F(v-)), F(v) the product of their P(value <= v).
 
     Args:
-        drawn: Values and probabilities of each.
+        drawn: Values and probabilities of each draw.
     """
     values = torch.cat([each for each, _ in drawn]).unique()
     below = torch.stack([(p[:, None] * (each[:, None] <= values)).sum(0) for each, p in drawn]).prod(0)
@@ -154,8 +148,8 @@ class Derived:
     """An architecture within the budget.
 
     Attributes:
-        widths: (axes,) of every prunable axis.
-        removed_blocks: Names.
+        widths: (axes,) widths of every prunable axis.
+        removed_blocks: Names of the removed blocks.
     """
 
     widths: IntArray
@@ -163,17 +157,17 @@ class Derived:
 
 
 def derive(context: SearchContext, candidates: WidthCandidates, widths: FloatArray, depths: FloatArray) -> Derived:
-    """The most likely architecture, moved as little as it takes to fill the budget.
+    """Return the most likely architecture, changed as little as it takes to fill the budget.
 
-    Depths first: those most likely. While nothing within the budget is left of the widths, the step to a shallower
-    candidate that costs least likelihood for what it spares is taken; while whole widths would not fill the budget,
-    that to a deeper one, if there is one that fits. Then the widths: the steps up to the most likely ones come first,
-    the least doubtful before the others; those beyond follow, the most likely first. `widen_to_budget` takes as many as
-    there is room for. The step beyond a width w is in doubt by P(width <= w). Axes without a choice stay whole.
+    Depths come first, from the most likely ones. While not even the smallest widths fit the budget, one chain becomes
+    shallower: the one whose step loses the least likelihood per unit of cost that it saves. While even whole widths
+    would not fill the budget, one chain becomes deeper in the same way, if one fits. Then `widen_to_budget` takes as
+    many steps of the widths as fit, those up to the most likely widths first, in the order of P(width <= w), w the
+    width before the step; steps beyond them follow in the same order. Axes with one candidate stay whole.
 
     Args:
         context: Costs, limits and allowed widths.
-        candidates: What the probabilities are of.
+        candidates: The candidates that the probabilities are of.
         widths: (axes with a choice, candidates) probabilities.
         depths: (chains with a choice, candidates) probabilities.
 
@@ -194,7 +188,7 @@ def derive(context: SearchContext, candidates: WidthCandidates, widths: FloatArr
 
 
 def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatArray) -> list[FloatArray]:
-    """When to take each step of each axis; see `derive`. Steps up to the smallest candidate come first of all."""
+    """Return when to take each step of each axis, see `derive`. Steps up to the smallest candidate come first."""
     row = {axis: number for number, axis in enumerate(candidates.axes.tolist())}
     keys: list[FloatArray] = []
     for axis, levels in enumerate(all_levels):
@@ -209,14 +203,14 @@ def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatA
 
 
 class _Blocks:
-    """Depths of the chains, as candidate numbers, and what they cost with every axis at its smallest width or whole."""
+    """The choice of depths in `derive`, as candidate numbers, with every axis at its smallest width or whole."""
 
     def __init__(self, context: SearchContext, candidates: WidthCandidates, p: FloatArray, widths: IntArray):
         self._problem, self._candidates, self._p, self._widths = context, candidates, p, widths
         self._last = [int(row.sum()) - 1 for row in candidates.open_depths]
 
     def removed(self) -> tuple[str, ...]:
-        """Names of the blocks to remove."""
+        """Return the names of the blocks to remove."""
         now = [int(row.argmax()) for row in self._p]
         while self._cost(now) > 1:
             options = [self._moved(now, chain, -1) for chain, number in enumerate(now) if number > 0]
@@ -237,7 +231,7 @@ class _Blocks:
         return [number + step * (place == chain) for place, number in enumerate(now)]
 
     def _regret(self, now: Sequence[int], then: Sequence[int]) -> float:
-        """Loss of log likelihood for each unit of utilization."""
+        """Return the loss of log likelihood per unit of utilization."""
         change = abs(self._cost(now) - self._cost(then))
         return (self._likelihood(now) - self._likelihood(then)) / max(change, 1e-12)
 
@@ -245,7 +239,7 @@ class _Blocks:
         return float(sum(np.log(max(self._p[chain, number], 1e-300)) for chain, number in enumerate(now)))
 
     def _cost(self, now: Sequence[int], *, whole: bool = False) -> float:
-        """Utilization."""
+        """Return the utilization of the budget."""
         costs = self._problem.costs.without(self._names(now))
         widths = costs.sizes if whole else self._widths
         return float(replace(self._problem, costs=costs).utilization(widths[None])[0])

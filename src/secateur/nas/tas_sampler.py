@@ -1,6 +1,4 @@
-"""What a search may choose between: a few widths of every axis, a few depths of every chain of blocks.
-
-The relaxed choice: a distribution over candidates, and what is drawn from it."""
+"""The distribution over candidate widths and depths that TAS learns, and what is drawn from it in a step."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from secateur.search.space import Streams
 
 @dataclass(frozen=True, eq=False)
 class WidthCandidates:
-    """Every candidate of a search as tables; rows are padded with the last candidate.
+    """All candidates of a search as tables, whose rows are padded with the last candidate.
 
     Attributes:
         axes: (n,) numbers of the prunable axes that have a choice.
@@ -29,7 +27,7 @@ class WidthCandidates:
         chains: (m,) numbers of the chains of the graph that have a choice.
         depths: (m, candidates) numbers of blocks kept, ascending.
         open_depths: (m, candidates) False for padding.
-        streams: Which widths go together.
+        streams: The widths that depend on each other.
     """
 
     axes: IntArray
@@ -44,12 +42,12 @@ class WidthCandidates:
     def of(
         cls, context: SearchContext, widths: Widths | None, depths: Depths | None, seen: frozenset[str]
     ) -> "WidthCandidates":
-        """The candidates of a context.
+        """Return the candidates of a search.
 
         Args:
-            context: For the allowed widths and the chains.
-            widths: None leaves all axes whole.
-            depths: None keeps all blocks.
+            context: The allowed widths and the chains of blocks.
+            widths: Candidate widths; None leaves all axes whole.
+            depths: Candidate depths; None keeps all blocks.
             seen: Names of the axes that can be searched; the others stay whole.
 
         Raises:
@@ -107,7 +105,7 @@ class WidthDistribution(nn.Module):
 
     @property
     def entropy(self) -> float:
-        """Mean over all choices of H(p) / log(candidates): 1 knows nothing, 0 has decided."""
+        """Mean over all rows of H(p) / log(candidates): 1 is undecided, 0 is decided."""
         with torch.no_grad():
             parts: list[Tensor] = []
             for log_p in (self.log_widths, self.log_depths):
@@ -122,16 +120,14 @@ def _log_softmax(logits: Tensor, valid: Tensor) -> Tensor:
 
 
 def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise -log(-log u), on the CPU.
-
-    u is kept off 0 and 1, so that the noise is finite.
-    """
+    """Draw standard Gumbel noise -log(-log u), on the CPU."""
+    # Never 0 or 1, so that the noise is finite.
     u = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return -torch.log(-torch.log(u))
 
 
 def draw_two(log_p: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two different candidates of every row, and their weights.
+    """Draw two different candidates of every row, and return them with their weights.
 
     With z = (log p + g) / tau, g Gumbel noise, two candidates are drawn without replacement from softmax(z), and
     weighted by the softmax of their two z. Drawing without replacement is taking the two highest of z + g', g' fresh
@@ -140,7 +136,7 @@ def draw_two(log_p: Tensor, temperature: float, generator: torch.Generator) -> t
     Args:
         log_p: (rows, candidates), -inf where there is none; at least two others in each row.
         temperature: tau > 0.
-        generator: Of the noise, on the CPU: the same draws on every device.
+        generator: Random numbers of the noise, on the CPU: the draws are the same on every device.
 
     Returns:
         (rows, 2) indices, the lower one first, and (rows, 2) weights, differentiable, that sum to 1.
@@ -155,7 +151,7 @@ def draw_two(log_p: Tensor, temperature: float, generator: torch.Generator) -> t
 
 
 def draw_all(log_p: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A weight for every candidate: softmax((log p + g) / tau), g Gumbel noise; (rows, candidates).
+    """Draw a weight for every candidate: softmax((log p + g) / tau), g Gumbel noise; (rows, candidates).
 
     References:
         Dong & Yang (TAS), arXiv:1905.09717, Eq. (3), for depths, Eq. (5).
@@ -165,7 +161,7 @@ def draw_all(log_p: Tensor, temperature: float, generator: torch.Generator) -> T
 
 @dataclass(frozen=True, eq=False)
 class SampledWidths:
-    """One draw: the subnet to run, and what to blend into it."""
+    """One draw: the subnet to run, and the narrower widths and depths to blend into it."""
 
     subnet: Subnet
     mixture: Mixture
@@ -198,7 +194,7 @@ def draw(
 
 
 def _spread(supernet: Supernet, choice: WidthDistribution, shares: Tensor) -> tuple[Tensor, ...]:
-    """For each chain of the graph the weight of every number of blocks."""
+    """Return for each chain of the graph the weight of every number of blocks."""
     found = [_all_of(len(chain), shares) for chain in supernet.graph.chains]
     for row, number in enumerate(choice.candidates.chains.tolist()):
         depths = torch.from_numpy(choice.candidates.depths[row]).to(shares.device)

@@ -75,7 +75,7 @@ class SearchContext:
     """One search: find an architecture of the space within the budget. The smallest one it can find is within it.
 
     Attributes:
-        evidence: Model, graph, batches and seed.
+        inputs: Model, graph, batches and seed.
         costs: Cost of any widths.
         budget: As the user gave it.
         space: As the user gave it.
@@ -85,7 +85,7 @@ class SearchContext:
         score_cache: What was computed of the whole model.
     """
 
-    evidence: ScoringInputs
+    inputs: ScoringInputs
     costs: CostModel
     budget: Budget
     space: SearchSpace
@@ -97,7 +97,7 @@ class SearchContext:
     @cached_property
     def levels(self) -> tuple[IntArray, ...]:
         """Allowed widths per prunable axis, ascending; the last is the full size."""
-        return self.space.levels(self.evidence.graph)
+        return self.space.levels(self.inputs.graph)
 
     @cached_property
     def limits(self) -> Mapping[str, float]:
@@ -120,7 +120,7 @@ class SearchContext:
     @cached_property
     def streams(self) -> Streams:
         """Which widths go together in an untied graph."""
-        return Streams.of(self.evidence.graph)
+        return Streams.of(self.inputs.graph)
 
     def scores(self, importance: Importance) -> dict[str, FloatArray]:
         """Scores of every prunable axis: name to (axis size,).
@@ -130,8 +130,8 @@ class SearchContext:
         """
         known = self.score_cache.get(importance)
         if known is None:
-            scores = importance.scores(self.evidence)
-            known = self.score_cache.put(importance, checked_scores(scores, self.evidence.graph, importance))
+            scores = importance.scores(self.inputs)
+            known = self.score_cache.put(importance, checked_scores(scores, self.inputs.graph, importance))
         return known
 
     @property
@@ -256,7 +256,7 @@ class Strategy(ABC):
         original = context.costs.original
         if context.budget.allows(original, original):
             proposal = Proposal(
-                Architecture.of({axis.name: range(axis.size) for axis in context.evidence.graph.prunable})
+                Architecture.of({axis.name: range(axis.size) for axis in context.inputs.graph.prunable})
             )
         else:
             _check_feasible(context, self)
@@ -313,7 +313,7 @@ def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, Flo
     width = dict(zip(context.costs.axes, context.streams.fitted(widths[None])[0], strict=True))
     best = {name: np.argsort(-scores[name], kind="stable") for name in context.costs.axes}
     kept = {name: order[: width[name]] for name, order in best.items()}
-    for axis in context.evidence.graph.prunable:
+    for axis in context.inputs.graph.prunable:
         if axis.residual_axis in kept:
             inside = best[axis.name][np.isin(best[axis.name], kept[axis.residual_axis])]
             kept[axis.name] = inside[: width[axis.name]]
@@ -370,10 +370,10 @@ def search_architecture(
     """
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
-    evidence = ScoringInputs(model, graph, tuple(batches), seed)
+    inputs = ScoringInputs(model, graph, tuple(batches), seed)
     context = SearchContext(
-        evidence,
-        cost_model(evidence, limits, latency),
+        inputs,
+        cost_model(inputs, limits, latency),
         limits,
         space,
         progress or _silent,
@@ -384,16 +384,16 @@ def search_architecture(
     return strategy.search(context)
 
 
-def cost_model(evidence: ScoringInputs, budget: Budget, latency: FieldModel | None = None) -> CostModel:
+def cost_model(inputs: ScoringInputs, budget: Budget, latency: FieldModel | None = None) -> CostModel:
     """Return the cost of any architecture of a graph, with every field that the budget limits.
 
     Args:
-        evidence: Model and graph.
+        inputs: Model and graph.
         budget: The file size is computed only if it is limited.
         latency: Predicts the latency; None leaves it out.
     """
-    more: list[FieldModel] = [FileSize.of(evidence.model, evidence.graph)] if FileSize.field in budget.fields else []
-    return CostModel(evidence.graph, more if latency is None else [*more, latency])
+    more: list[FieldModel] = [FileSize.of(inputs.model, inputs.graph)] if FileSize.field in budget.fields else []
+    return CostModel(inputs.graph, more if latency is None else [*more, latency])
 
 
 def _silent(fraction: float, what: str) -> None:

@@ -41,7 +41,7 @@ class Without(Strategy):
 
     def find(self, context: SearchContext) -> Proposal:
         """Notes: those of the inner strategy."""
-        graph = context.evidence.graph
+        graph = context.inputs.graph
         proposal = self.strategy.find(self._rest(context))
         # What widths are found for layers that are gone has no effect; whole says least.
         gone = {name for block in self.blocks for name in graph.blocks_by_name[block].tensors}
@@ -180,7 +180,7 @@ class RemoveBlocks(Strategy):
     def _images(self, context: SearchContext) -> list[Tensor]:
         """The first images, in their batches."""
         left, found = self.images, list[Tensor]()
-        for images, _ in context.evidence.batches:
+        for images, _ in context.inputs.batches:
             if left > 0:
                 found.append(images[:left])
                 left -= len(found[-1])
@@ -200,7 +200,7 @@ class _Trials:
     def __init__(self, strategy: Strategy, context: SearchContext, images: Sequence[Tensor]):
         self._strategy, self._images = strategy, images
         self._context = context
-        self._model, self._graph = context.evidence.model, context.evidence.graph
+        self._model, self._graph = context.inputs.model, context.inputs.graph
         self._distance = OutputDistance(self._model, images)
         self.found: dict[int, _Candidate] = {}
         self.tried: set[int] = set()

@@ -44,7 +44,7 @@ class Importance(ABC):
     """
 
     @abstractmethod
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """Score every channel of every prunable axis.
 
         Returns:
@@ -125,17 +125,17 @@ def _each_producer(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> Iterator
         yield Filters(site, _rows(tensors[site.tensor], site))
 
 
-def mean_over_producers(evidence: ScoringInputs, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
+def mean_over_producers(inputs: ScoringInputs, score: Callable[[FloatArray], FloatArray]) -> dict[str, FloatArray]:
     """Score the rows of each producer of each axis and average over the producers.
 
     Args:
-        evidence: The model and its graph.
+        inputs: The model and its graph.
         score: (channels, weights per channel) to (channels,).
     """
-    tensors = tensors_by_name(evidence.model)
+    tensors = tensors_by_name(inputs.model)
     return {
         axis.name: np.mean([score(filters.rows) for filters in _each_producer(axis, tensors)], axis=0)
-        for axis in evidence.graph.prunable
+        for axis in inputs.graph.prunable
     }
 
 
@@ -165,10 +165,10 @@ class L1(Importance):
         Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710, Section 3.1.
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
-        scores = mean_over_producers(evidence, lambda rows: np.abs(rows).sum(axis=1))
-        return checked_scores(scores, evidence.graph, self)
+        scores = mean_over_producers(inputs, lambda rows: np.abs(rows).sum(axis=1))
+        return checked_scores(scores, inputs.graph, self)
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class L2(Importance):
         He et al., Soft Filter Pruning, arXiv:1808.06866, Section 3 (the p-norm with p = 2).
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
-        return checked_scores(mean_over_producers(evidence, norms), evidence.graph, self)
+        return checked_scores(mean_over_producers(inputs, norms), inputs.graph, self)
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ class GeometricMedian(Importance):
         hand here, so the equation has no number).
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in units of the weights. Raises ModelError for weights that are not finite."""
-        return checked_scores(mean_over_producers(evidence, distance_sums), evidence.graph, self)
+        return checked_scores(mean_over_producers(inputs, distance_sums), inputs.graph, self)
 
 
 @dataclass(frozen=True)
@@ -216,23 +216,23 @@ class LAMP(Importance):
         for single weights; here for whole channels [ours].
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in [0, 1]. Raises ModelError for weights that are not finite."""
-        return checked_scores(mean_over_producers(evidence, lamp), evidence.graph, self)
+        return checked_scores(mean_over_producers(inputs, lamp), inputs.graph, self)
 
 
 @dataclass(frozen=True)
 class RandomImportance(Importance):
     """Uniform random scores in [0, 1): the baseline every criterion must beat.
 
-    They depend on the evidence's seed and the position of the axis in the graph, on nothing else.
+    They depend on the seed of the inputs and the position of the axis in the graph, on nothing else.
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless."""
         return {
-            axis.name: np.random.default_rng([evidence.seed, position]).random(axis.size)
-            for position, axis in enumerate(evidence.graph.prunable)
+            axis.name: np.random.default_rng([inputs.seed, position]).random(axis.size)
+            for position, axis in enumerate(inputs.graph.prunable)
         }
 
 
@@ -278,12 +278,12 @@ class BatchNormScale(Importance):
         Liu et al., Learning Efficient Convolutional Networks through Network Slimming, arXiv:1708.06519, Section 3.
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, dimensionless. Raises ModelError for weights that are not finite."""
-        tensors = tensors_by_name(evidence.model)
-        modules = dict(evidence.model.named_modules())
-        scores = {axis.name: _of_axis(axis, tensors, modules) for axis in evidence.graph.prunable}
-        return checked_scores(scores, evidence.graph, self)
+        tensors = tensors_by_name(inputs.model)
+        modules = dict(inputs.model.named_modules())
+        scores = {axis.name: _of_axis(axis, tensors, modules) for axis in inputs.graph.prunable}
+        return checked_scores(scores, inputs.graph, self)
 
 
 def _of_axis(axis: ChannelAxis, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> FloatArray:

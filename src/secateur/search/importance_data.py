@@ -117,29 +117,29 @@ class Taylor(Importance):
         batch alike and keeps the unit.
     """
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in nats.
 
         Raises:
-            DataError: If the evidence has no batches or the model's output is not logits for the labels.
+            DataError: If there are no batches or the model's output is not logits for the labels.
             ModelError: If a score is not finite.
         """
-        if not evidence.batches:
+        if not inputs.batches:
             raise DataError("`batches` must hold labeled images for Taylor; got none. Pass calibration data.")
-        model = shadow_copy(evidence.model)
+        model = shadow_copy(inputs.model)
         leaves = {
             id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
         }
         named = model.named_parameters(remove_duplicate=False)
         parameters = {name: leaves[id(weight)] for name, weight in named if leaves[id(weight)].requires_grad}
-        axes = evidence.graph.prunable
+        axes = inputs.graph.prunable
         sums = {axis.name: np.zeros(axis.size) for axis in axes}
-        for batch in evidence.batches:
+        for batch in inputs.batches:
             products = _weight_times_gradient(model, parameters, batch)
             for axis in axes:
                 sums[axis.name] += np.abs(_channel_sums(axis, products))
-        scores = {name: total / len(evidence.batches) for name, total in sums.items()}
-        return checked_scores(scores, evidence.graph, self)
+        scores = {name: total / len(inputs.batches) for name, total in sums.items()}
+        return checked_scores(scores, inputs.graph, self)
 
 
 def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, FloatArray]:
@@ -200,7 +200,7 @@ class Reconstruction(Importance):
 
     Attributes:
         ridge: Added to the diagonal of G, relative to its mean; dimensionless, > 0.
-        images: How many images of the evidence are used at most.
+        images: The largest number of images to use.
 
     References:
         Optimal Brain Surgeon, Hassibi & Stork, NeurIPS 1992, Eq. (5), for channels, with the Gauss-Newton matrix
@@ -211,28 +211,28 @@ class Reconstruction(Importance):
     ridge: float = 1e-4
     images: int = 512
 
-    def scores(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """(axis size,) per axis, in squared logits.
 
         An axis none of whose readers is a module of its own gets the highest score of all: it goes last.
 
         Raises:
-            DataError: If the evidence has no batches.
+            DataError: If there are no batches.
             ModelError: If a score is not finite.
         """
-        if not evidence.batches:
+        if not inputs.batches:
             raise DataError("`batches` must hold images for Reconstruction; got none. Pass calibration data.")
-        readers = _readers(evidence.model, evidence.graph)
+        readers = _readers(inputs.model, inputs.graph)
         moments = _Moments(readers)
-        moments.collect(evidence, self.images)
+        moments.collect(inputs, self.images)
         found: dict[str, FloatArray] = {}
-        for axis in evidence.graph.prunable:
+        for axis in inputs.graph.prunable:
             pairs = [moments.of(axis, site) for site in readers.get(axis.name, ())]
             if pairs:
                 found[axis.name] = self._eliminate(pairs)
         highest = max((float(values.max()) for values in found.values()), default=1.0)
-        scores = {axis.name: found.get(axis.name, np.full(axis.size, highest)) for axis in evidence.graph.prunable}
-        return checked_scores(scores, evidence.graph, self)
+        scores = {axis.name: found.get(axis.name, np.full(axis.size, highest)) for axis in inputs.graph.prunable}
+        return checked_scores(scores, inputs.graph, self)
 
     def _eliminate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> FloatArray:
         """Damage at removal for every channel, from (G, sum_o,t Jacobian * W^2) of every reader."""
@@ -314,18 +314,18 @@ class _Moments:
     def _is_conv(self, site: Site) -> bool:
         return self.weights[site.tensor].dim() > 2
 
-    def collect(self, evidence: ScoringInputs, images: int) -> None:
+    def collect(self, inputs: ScoringInputs, images: int) -> None:
         """One forward and one backward pass over up to ``images`` images."""
         if not self.by_module:
             return
-        shadow = shadow_copy(evidence.model)
-        draw = torch.Generator().manual_seed(evidence.seed)
+        shadow = shadow_copy(inputs.model)
+        draw = torch.Generator().manual_seed(inputs.seed)
         given: dict[str, Tensor] = {}
         for name in self.by_module:
             layer: Any = shadow.get_submodule(name)
             self.weights[f"{name}.weight"] = layer.weight.detach().double().cpu()
             layer.register_forward_hook(self._watch(name, given))
-        for batch, _ in evidence.batches:
+        for batch, _ in inputs.batches:
             part = batch[: images - self.seen]
             if not len(part):
                 return

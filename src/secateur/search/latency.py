@@ -91,7 +91,7 @@ class WithinLatency(Strategy):
             ExportError: If a model cannot be brought to the target.
             DataError: If there are no images.
         """
-        graph = context.evidence.graph
+        graph = context.inputs.graph
         spaces = spaces_of(context.space, graph)
         measuring = _Measuring(self, context, self.measurements or Measurements())
         fit = measuring.fit(spaces[0])
@@ -235,14 +235,14 @@ class _Measuring:
     @property
     def sample(self) -> Tensor:
         """A batch of the target's size, on the CPU."""
-        if not self.context.evidence.batches:
+        if not self.context.inputs.batches:
             raise DataError("`batches` must hold images to measure latency on; got none. Pass calibration data.")
-        images, _ = self.context.evidence.batches[0]
+        images, _ = self.context.inputs.batches[0]
         return images[: self.strategy.target.batch].detach().cpu()
 
     def fit(self, space: SearchSpace) -> LatencyFit:
         """Return what predicts the latency of the widths of a space."""
-        target, inputs = self.strategy.target, self.context.evidence
+        target, inputs = self.strategy.target, self.context.inputs
         cache = LatencyCache.of(target) if self.strategy.cache is None else self.strategy.cache
         cache.seconds.update(self.measurements.seconds)
         fit = fit_latency(inputs.model, inputs.graph, target, self.sample, space=space, cache=cache)
@@ -266,7 +266,7 @@ class _Measuring:
         allowed = aim * limit / fit.scale
         for _ in range(_ROUNDS):
             factor = limit / allowed
-            costs = cost_model(context.evidence, context.budget, fit.model.scaled(factor))
+            costs = cost_model(context.inputs, context.budget, fit.model.scaled(factor))
             result = _next([trial.result for trial in trials], self.strategy.inner, replace(context, costs=costs))
             if any(result.architecture == trial.result.architecture for trial in trials):
                 return
@@ -286,7 +286,7 @@ class _Measuring:
 
     def _record(self, architecture: Architecture) -> LatencyRecord:
         """The original and its cut, measured in pairs."""
-        inputs = self.context.evidence
+        inputs = self.context.inputs
 
         def measured() -> LatencyRecord:
             small = apply_architecture(inputs.model, inputs.graph, architecture)
@@ -421,7 +421,7 @@ def _parts(trial: Trial, fit: LatencyFit) -> dict[str, float]:
 def _roomiest(context: SearchContext, spaces: Sequence[SearchSpace], fit: LatencyFit) -> SearchSpace:
     """The space in which uniform widths keep most MACs within the bound."""
     kept: dict[SearchSpace, int] = {}
-    costs = cost_model(context.evidence, context.budget, fit.model.scaled(fit.scale))
+    costs = cost_model(context.inputs, context.budget, fit.model.scaled(fit.scale))
     for space in spaces:
         with contextlib.suppress(BudgetError):
             result = Uniform(L2()).search(replace(context, costs=costs, space=space))
@@ -433,9 +433,9 @@ class _Comparison:
     """Measures how far the outputs of cut and repaired networks are from the original's."""
 
     def __init__(self, context: SearchContext, repairs: tuple[Repair, ...]):
-        self._inputs, self._repairs = context.evidence, repairs
+        self._inputs, self._repairs = context.inputs, repairs
         self._images, left = list[Tensor](), _COMPARED_IMAGES
-        for images, _ in context.evidence.batches:
+        for images, _ in context.inputs.batches:
             if left > 0:
                 self._images.append(images[:left])
                 left -= len(self._images[-1])

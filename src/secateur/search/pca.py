@@ -198,7 +198,7 @@ class Source(ABC):
     """What the principal components are taken of."""
 
     @abstractmethod
-    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) of every prunable axis: name to (size + 1,), see `unexplained_variance`."""
 
 
@@ -223,9 +223,9 @@ class FilterWeights(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
-        return _of_weights(evidence, self.matrix, _fold_scales(evidence.model, _followers(evidence)))
+        return _of_weights(inputs, self.matrix, _fold_scales(inputs.model, _followers(inputs)))
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ class RawWeights(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
-        return _of_weights(evidence, self.matrix, {})
+        return _of_weights(inputs, self.matrix, {})
 
 
 @dataclass(frozen=True)
@@ -263,27 +263,27 @@ class Activations(Source):
 
     matrix: Matrix = field(default_factory=Covariance)
 
-    def unexplained(self, evidence: ScoringInputs) -> dict[str, FloatArray]:
+    def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis.
 
         Raises:
-            DataError: If the evidence has no batches.
+            DataError: If there are no batches.
             ModelError: If an activation is not finite.
         """
-        if not evidence.batches:
+        if not inputs.batches:
             raise DataError("`batches` must hold images for Activations; got none. Pass calibration data.")
-        taps = _taps(evidence)
+        taps = _taps(inputs)
         measured = observing_covariance(
-            shadow_copy(evidence.model), evidence.graph, taps, [images for images, _ in evidence.batches]
+            shadow_copy(inputs.model), inputs.graph, taps, [images for images, _ in inputs.batches]
         )
         weights: dict[str, FloatArray] | None = None
         found: dict[str, FloatArray] = {}
-        for axis in evidence.graph.prunable:
+        for axis in inputs.graph.prunable:
             spectra = [
                 self._spectrum(axis, run, taps[axis.name][module]) for module, run in measured[axis.name].items()
             ]
             if not spectra:
-                weights = weights or _of_weights(evidence, self.matrix, {})
+                weights = weights or _of_weights(inputs, self.matrix, {})
                 spectra = [weights[axis.name]]
             found[axis.name] = pooled(spectra)
         return found
@@ -298,10 +298,10 @@ class Activations(Source):
         return unexplained_variance(eigenvalues, axis.size, min(run.samples - 1, inputs))
 
 
-def _of_weights(evidence: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    tensors = tensors_by_name(evidence.model)
+def _of_weights(inputs: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    tensors = tensors_by_name(inputs.model)
     found: dict[str, FloatArray] = {}
-    for axis in evidence.graph.prunable:
+    for axis in inputs.graph.prunable:
         spectra: list[FloatArray] = []
         for filters in producers(axis, tensors):
             rows = _folded(filters, tensors[filters.site.tensor], folds.get(filters.site.tensor))
@@ -343,13 +343,13 @@ def _numbers(tensor: object) -> FloatArray:
     return tensor.detach().cpu().double().numpy()
 
 
-def _followers(evidence: ScoringInputs) -> dict[str, str]:
+def _followers(inputs: ScoringInputs) -> dict[str, str]:
     """The batch norm that reads the output of each producing module, by module name."""
-    names = {name for axis in evidence.graph.prunable for name in _producing_modules(axis, evidence.model)}
-    if not evidence.graph.example:
+    names = {name for axis in inputs.graph.prunable for name in _producing_modules(axis, inputs.model)}
+    if not inputs.graph.example:
         return {}
     with torch.no_grad():
-        return readers(shadow_copy(evidence.model), evidence.graph.example, names)
+        return readers(shadow_copy(inputs.model), inputs.graph.example, names)
 
 
 def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
@@ -364,12 +364,12 @@ def _producing_modules(axis: ChannelAxis, model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _taps(evidence: ScoringInputs) -> dict[str, dict[str, int]]:
+def _taps(inputs: ScoringInputs) -> dict[str, dict[str, int]]:
     """For each axis: the modules whose outputs show it, with the cap that their weights put on the rank."""
-    after = _followers(evidence)
+    after = _followers(inputs)
     return {
-        axis.name: {after.get(name, name): cap for name, cap in _producing_modules(axis, evidence.model).items()}
-        for axis in evidence.graph.prunable
+        axis.name: {after.get(name, name): cap for name, cap in _producing_modules(axis, inputs.model).items()}
+        for axis in inputs.graph.prunable
     }
 
 
@@ -405,7 +405,7 @@ class PCASlimming(Strategy):
     def find(self, context: SearchContext) -> Proposal:
         """Notes: ``tau``, and ``explained``: CCR at the width of each axis."""
         context.progress(0.0, "principal components")
-        rest = self.source.unexplained(context.evidence)
+        rest = self.source.unexplained(context.inputs)
         axes = context.costs.axes
         # The step from one allowed width to the next is taken when tau exceeds CCR at the former: in the order of CCR,
         # which is the order of -(1 - CCR).

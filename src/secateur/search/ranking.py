@@ -60,7 +60,7 @@ class GlobalImportance(Strategy):
     def find(self, context: SearchContext) -> Proposal:
         """Notes: ``threshold``, the normalized score under which channels go."""
         raw = context.scores(self.importance)
-        graph = context.evidence.graph
+        graph = context.inputs.graph
         scores = checked_scores({name: self.normalize(values) for name, values in raw.items()}, graph, self.normalize)
         axes = zip(context.costs.axes, context.levels, strict=True)
         keys = [-step_values(scores[name], levels) for name, levels in axes]

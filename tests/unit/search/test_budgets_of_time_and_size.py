@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.cost import Budget, CostModel, FileSize, LatencyModel, TimeGrid, ends_of, timeable
+from secateur.cost import Budget, CostModel, FileSize, LatencyModel, TimeGrid, layer_extents, timeable_operations
 from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.models import load_model
@@ -35,8 +35,8 @@ def made() -> tuple[nn.Module, object, LatencyModel]:
     model, _ = load_model("cifar_resnet20", seed=0)
     graph = trace(model, EXAMPLE)
     times = {}
-    for name in timeable(graph):
-        out, read = (extent.at(graph.sizes) for extent in ends_of(graph, name))
+    for name in timeable_operations(graph):
+        out, read = (extent.at(graph.sizes) for extent in layer_extents(graph, name))
         outs, reads = np.arange(1, out + 1), np.arange(1, read + 1)
         times[name] = TimeGrid(outs, reads, 1e-6 + 1e-9 * 16 * -(-outs[:, None] // 4) * -(-reads[None, :] // 4))
     return model, graph, LatencyModel.of(graph, times)

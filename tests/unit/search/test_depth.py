@@ -203,9 +203,9 @@ class Counting(Importance):
 
     asked: list
 
-    def scores(self, evidence):
+    def scores(self, inputs):
         self.asked.append(1)
-        return L2().scores(evidence)
+        return L2().scores(inputs)
 
 
 def test_scores_of_the_whole_model_are_asked_for_once():

@@ -43,11 +43,11 @@ def rows_of(model: nn.Module, name: str) -> np.ndarray:
 @pytest.mark.parametrize("make", HAND_GRAPHS.values(), ids=HAND_GRAPHS)
 def test_every_importance_scores_every_axis_and_repeats_itself(importance, make):
     model, graph = make()
-    evidence = ScoringInputs(model, graph, batches(graph, 3), seed=3)
+    inputs = ScoringInputs(model, graph, batches(graph, 3), seed=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     model.train()
-    first, second = importance.scores(evidence), importance.scores(evidence)
+    first, second = importance.scores(inputs), importance.scores(inputs)
     assert list(first) == [axis.name for axis in graph.prunable]
     for axis in graph.prunable:
         assert first[axis.name].shape == (axis.size,)
@@ -254,9 +254,9 @@ def test_weights_that_are_not_finite_are_refused(importance, value):
     with torch.no_grad():
         model.conv1.weight[2, 0, 0, 0] = value
         model.bn1.weight[2] = value
-    evidence = ScoringInputs(model, graph, batches(graph, 10))
+    inputs = ScoringInputs(model, graph, batches(graph, 10))
     with pytest.raises(ModelError, match=r"must be finite; got (nan|inf)"):
-        importance.scores(evidence)
+        importance.scores(inputs)
 
 
 def test_scores_of_a_foreign_importance_are_checked():

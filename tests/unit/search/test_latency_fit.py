@@ -9,7 +9,7 @@ from pretend import Pretend
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cache, LayerShape, TorchEager, counted_macs
+from secateur.cost import LatencyCache, LayerShape, TorchEager, count_macs
 from secateur.cost import timing as _layers
 from secateur.graph import trace, untie
 from secateur.models import load_model
@@ -28,7 +28,7 @@ def by_macs(shape: LayerShape) -> float:
 def slower_in_a_net(model: nn.Module, inputs: object) -> float:
     """Layers take a tenth more than alone, and the session half a millisecond."""
     convolutions = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
-    return 1.1 * (convolutions * 1e-6 + 1e-9 * counted_macs(model, torch.zeros(1, *SHAPE))) + 5e-4
+    return 1.1 * (convolutions * 1e-6 + 1e-9 * count_macs(model, torch.zeros(1, *SHAPE))) + 5e-4
 
 
 def net() -> nn.Module:
@@ -41,7 +41,7 @@ def net() -> nn.Module:
 def fit(folder: Path, target: Pretend):
     model = net()
     graph = trace(model, torch.zeros(1, *SHAPE))
-    return model, graph, fit_latency(model, graph, target, SHAPE, space=SPACE, cache=Cache.of(target, folder))
+    return model, graph, fit_latency(model, graph, target, SHAPE, space=SPACE, cache=LatencyCache.of(target, folder))
 
 
 def test_other_widths_are_predicted(tmp_path: Path):
@@ -92,8 +92,8 @@ def test_probes_of_an_untied_graph_can_be_cut():
     column = {axis.name: number for number, axis in enumerate(graph.prunable)}
     for row in probes(graph, SearchSpace(divisor=4)):
         for number, axis in enumerate(graph.prunable):
-            if axis.into in column:
-                assert row[number] <= row[column[axis.into]]
+            if axis.residual_axis in column:
+                assert row[number] <= row[column[axis.residual_axis]]
 
 
 def test_a_real_runtime_and_a_real_net(tmp_path: Path):
@@ -102,7 +102,7 @@ def test_a_real_runtime_and_a_real_net(tmp_path: Path):
     graph = trace(model.eval(), torch.zeros(1, 1, 8, 8))
     target = TorchEager()
     space = SearchSpace(divisor=16)
-    found = fit_latency(model, graph, target, (1, 8, 8), space=space, cache=Cache.of(target, tmp_path))
+    found = fit_latency(model, graph, target, (1, 8, 8), space=space, cache=LatencyCache.of(target, tmp_path))
     assert (found.measured > 0).all()
     assert (found.predicted > 0).all()
     assert len(found.model.layers) > 3

@@ -9,7 +9,15 @@ import torch
 from pretend import Pretend
 from torch import nn
 
-from secateur.cost import Cache, ConvolutionShape, LayerShape, LinearShape, alignment, cache_folder, ends_of
+from secateur.cost import (
+    ConvolutionShape,
+    LatencyCache,
+    LayerShape,
+    LinearShape,
+    alignment,
+    cache_folder,
+    layer_extents,
+)
 from secateur.cost import timing as _layers
 from secateur.graph import Extent, trace
 from secateur.search import SearchSpace
@@ -33,8 +41,8 @@ def net() -> nn.Module:
     ).eval()
 
 
-def cache_in(folder: Path, target: Pretend) -> Cache:
-    return Cache.of(target, folder)
+def cache_in(folder: Path, target: Pretend) -> LatencyCache:
+    return LatencyCache.of(target, folder)
 
 
 def table(folder: Path, target: Pretend, space: SearchSpace):
@@ -51,7 +59,7 @@ def test_times_are_those_of_layers_of_these_widths(tmp_path: Path):
     graph, times, _ = table(tmp_path, Pretend(layer=by_macs), SearchSpace(divisor=8))
     assert list(times) == ["0", "1", "2", "4"]
     for name, grid in times.items():
-        out, read = (extent.at(graph.sizes) for extent in ends_of(graph, name))
+        out, read = (extent.at(graph.sizes) for extent in layer_extents(graph, name))
         assert (grid.outs[-1], grid.reads[-1]) == (out, read)
     # 36 positions, 9 taps, 3 inputs; a depthwise layer reads one channel; 18 of each 36 by two groups.
     # The groups tie their halves, so all widths are even numbers of channels.

@@ -152,8 +152,8 @@ def test_every_net_gets_finite_scores_the_same_every_time_and_is_left_alone(name
     images = pictures(24)
     before = {key: (t.clone(), t._version) for key, t in model.state_dict(keep_vars=True).items()}
     state, same = torch.get_rng_state(), images.clone()
-    evidence = ScoringInputs(model, graph, batched(images, 8), seed=3)
-    first, second = (Reconstruction().scores(evidence) for _ in range(2))
+    inputs = ScoringInputs(model, graph, batched(images, 8), seed=3)
+    first, second = (Reconstruction().scores(inputs) for _ in range(2))
     assert list(first) == [axis.name for axis in graph.prunable]
     for axis in graph.prunable:
         assert first[axis.name].shape == (axis.size,)

@@ -15,6 +15,7 @@ from secateur.search import (
     L2,
     Activations,
     Correlation,
+    FilterWeights,
     GlobalImportance,
     Importance,
     PCASlimming,
@@ -24,14 +25,13 @@ from secateur.search import (
     SearchSpace,
     Strategy,
     Uniform,
-    Weights,
     as_scored,
     by_axis_max,
     by_axis_mean,
     by_axis_norm,
     by_axis_rank,
-    describe,
     search_architecture,
+    stable_repr,
 )
 
 
@@ -51,7 +51,7 @@ class Given(Importance):
 
     values: dict
 
-    def scores(self, evidence):
+    def scores(self, inputs):
         return self.values
 
 
@@ -150,13 +150,16 @@ def test_progress_is_reported():
     ("thing", "text"),
     [
         (GlobalImportance(), "GlobalImportance(importance=L2(), normalize=by_axis_mean)"),
-        (PCASlimming(Weights(Correlation())), "PCASlimming(source=Weights(matrix=Correlation()), importance=L2())"),
+        (
+            PCASlimming(FilterWeights(Correlation())),
+            "PCASlimming(source=FilterWeights(matrix=Correlation()), importance=L2())",
+        ),
         (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.0, rules=())"),
-        (L2, "<class 'secateur.importance._weights.L2'>"),
+        (L2, "<class 'secateur.search.importance.L2'>"),
     ],
 )
 def test_strategies_are_described_without_addresses(thing, text):
-    assert describe(thing) == text
+    assert stable_repr(thing) == text
 
 
 def test_uniform_keeps_the_same_fraction_everywhere():

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.cost import Budget, CostModel
-from secateur.errors import BudgetError, ChoiceError
+from secateur.errors import BudgetError, SelectionError
 from secateur.graph import ChannelAxis, Role, Site
-from secateur.search import AxisRule, ScoringInputs, SearchContext, SearchSpace, fit
+from secateur.search import AxisRule, ScoringInputs, SearchContext, SearchSpace, widen_to_budget
 
 
 def axis(size: int, divisor: int = 1) -> ChannelAxis:
@@ -109,7 +109,7 @@ def test_divisor_of_a_rule_is_combined_with_the_axis_own():
         ),
         ({"pattern": "a", "min_width": 1.5}, BudgetError, "`min_width` must be a whole number"),
         ({"pattern": "a", "min_kept_fraction": -1}, BudgetError, "`min_kept_fraction` must be from 0 to 1; got -1"),
-        ({"pattern": "", "divisor": 2}, ChoiceError, "`pattern` must be a name pattern, such as .*; got ''"),
+        ({"pattern": "", "divisor": 2}, SelectionError, "`pattern` must be a name pattern, such as .*; got ''"),
     ],
 )
 def test_impossible_rules_are_refused(fields, error, message):
@@ -124,7 +124,7 @@ def test_rules_in_words():
 
 def test_rule_that_means_no_axis_is_refused():
     _, graph = plain()
-    with pytest.raises(ChoiceError, match=r"`rules` must match an axis.*'conv7' matches none\. Did you mean conv"):
+    with pytest.raises(SelectionError, match=r"`rules` must match an axis.*'conv7' matches none\. Did you mean conv"):
         ruled(AxisRule("conv7", divisor=2)).levels(graph)
 
 
@@ -133,7 +133,7 @@ def test_prefix_of_the_fit_is_the_largest_threshold_within_the_budget():
     generator = np.random.default_rng(0)
     keys = [np.sort(generator.random(299)), np.sort(generator.random(249))]
     posed = problem(graph, "macs=40%")
-    found = fit(posed, keys)
+    found = widen_to_budget(posed, keys)
 
     def at(t: float) -> np.ndarray:
         return np.array([[1 + (row < t).sum() for row in keys]])
@@ -145,7 +145,7 @@ def test_prefix_of_the_fit_is_the_largest_threshold_within_the_budget():
 
 def test_all_steps_taken_gives_an_infinite_threshold():
     _, graph = plain()
-    found = fit(problem(graph, "macs=100%"), [np.arange(7.0), np.arange(11.0)])
+    found = widen_to_budget(problem(graph, "macs=100%"), [np.arange(7.0), np.arange(11.0)])
     assert found.threshold == np.inf
     assert found.widths.tolist() == [8, 12]
 
@@ -154,7 +154,7 @@ def test_equal_keys_go_by_step_then_by_axis():
     _, graph = residual(12, 12)
     model = CostModel(graph)
     target = int(model.of_widths(np.array([[3, 2]]))[0][0])
-    found = fit(problem(graph, f"macs={target}"), [np.zeros(11), np.zeros(11)])
+    found = widen_to_budget(problem(graph, f"macs={target}"), [np.zeros(11), np.zeros(11)])
     assert found.widths.tolist() == [3, 2]
 
 
@@ -163,8 +163,8 @@ def test_keys_that_fall_are_raised():
     falling = [np.linspace(1, 0, 7), np.linspace(1, 0, 11)]
     flat = [np.ones(7), np.ones(11)]
     assert (
-        fit(problem(graph, "macs=50%"), falling).widths.tolist()
-        == fit(problem(graph, "macs=50%"), flat).widths.tolist()
+        widen_to_budget(problem(graph, "macs=50%"), falling).widths.tolist()
+        == widen_to_budget(problem(graph, "macs=50%"), flat).widths.tolist()
     )
 
 
@@ -173,7 +173,7 @@ def test_room_left_by_a_coarse_step_is_filled_in_order():
     # All of axis conv1 is wanted first, but the last step of it that fits leaves room for others.
     posed = problem(graph, "macs=30%", SearchSpace(divisor=16))
     keys = [np.zeros(3), np.ones(3)]
-    found = fit(posed, keys)
+    found = widen_to_budget(posed, keys)
     widths = np.array(list(itertools.product((16, 32, 48, 64), repeat=2)))
     full = posed.utilization(widths)
     assert found.utilization <= 1
@@ -212,7 +212,7 @@ def test_fit_is_never_over_and_as_full_as_the_widths_allow(name, bounds, divisor
     smallest = np.array([[levels[0] for levels in posed.levels]])
     if posed.utilization(smallest)[0] > 1:
         return
-    found = fit(posed, keys)
+    found = widen_to_budget(posed, keys)
     everything = np.array(list(itertools.product(*posed.levels)))
     full = posed.utilization(everything)
     assert found.utilization == posed.utilization(found.widths[None])[0] <= 1
@@ -232,7 +232,7 @@ def test_fine_widths_always_land_within_one_percent(percent, name, seed):
     _, graph = residual(300, 250)  # one channel is below 1 % of anything above 5 %
     posed = problem(graph, f"{name}={percent}%")
     generator = np.random.default_rng(seed)
-    found = fit(posed, [np.sort(generator.random(299)), np.sort(generator.random(249))])
+    found = widen_to_budget(posed, [np.sort(generator.random(299)), np.sort(generator.random(249))])
     assert 0.99 <= found.utilization <= 1
 
 
@@ -250,14 +250,14 @@ def chain(widths: list[int]):
 def test_many_coarse_axes_land_within_one_percent_by_exchange(percent):
     graph = chain([64] * 20)
     posed = problem(graph, f"macs={percent}%", SearchSpace(divisor=16))
-    found = fit(posed, [levels[1:] / levels[-1] for levels in posed.levels])
+    found = widen_to_budget(posed, [levels[1:] / levels[-1] for levels in posed.levels])
     assert 0.99 <= found.utilization <= 1
     assert np.abs(found.widths - 64 * np.sqrt(percent / 100)).max() < 48
 
 
 def test_exchange_stops_where_nothing_is_better():
     posed = problem(chain([4] * 14), "macs=30%", SearchSpace(divisor=2))
-    found = fit(posed, [np.zeros(1)] * 14)
+    found = widen_to_budget(posed, [np.zeros(1)] * 14)
     assert found.utilization <= 1
     if found.utilization < 0.99:
         assert not any(
@@ -267,5 +267,7 @@ def test_exchange_stops_where_nothing_is_better():
 
 def test_an_axis_with_one_width_is_never_moved():
     _, graph = concat()
-    found = fit(problem(graph, "macs=60%", SearchSpace(min_width=5)), [np.zeros(0), np.zeros(0), np.zeros(1)])
+    found = widen_to_budget(
+        problem(graph, "macs=60%", SearchSpace(min_width=5)), [np.zeros(0), np.zeros(0), np.zeros(1)]
+    )
     assert found.widths.tolist()[:2] == [4, 5]

@@ -10,9 +10,9 @@ from secateur.search import (
     Activations,
     Correlation,
     Covariance,
+    FilterWeights,
     RawWeights,
     ScoringInputs,
-    Weights,
     readers,
     unexplained_variance,
 )
@@ -97,26 +97,26 @@ def test_weights_fold_the_batch_norm():
     model, graph = plain()
     scale = model.bn1.weight / torch.sqrt(model.bn1.running_var + model.bn1.eps)
     rows = weight_rows(model.conv1.weight) * scale.detach().double().numpy()[:, None]
-    rest = Weights().unexplained(ScoringInputs(model, graph))
+    rest = FilterWeights().unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(rows), atol=1e-7)  # float32 scale here
 
 
 def test_folded_weights_do_not_depend_on_the_scale_of_a_filter():
     model, graph = plain()
     model.bn1.eps = 0.0
-    before = Weights().unexplained(ScoringInputs(model, graph))["conv1"]
+    before = FilterWeights().unexplained(ScoringInputs(model, graph))["conv1"]
     raw = RawWeights().unexplained(ScoringInputs(model, graph))["conv1"]
     with torch.no_grad():
         scale = torch.tensor([2.0**k for k in range(-4, 4)])
         model.conv1.weight *= scale[:, None, None, None]
         model.bn1.running_var *= scale**2
-    np.testing.assert_allclose(Weights().unexplained(ScoringInputs(model, graph))["conv1"], before, rtol=1e-12)
+    np.testing.assert_allclose(FilterWeights().unexplained(ScoringInputs(model, graph))["conv1"], before, rtol=1e-12)
     assert np.abs(RawWeights().unexplained(ScoringInputs(model, graph))["conv1"] - raw).max() > 0.05
 
 
 def test_correlation_does_not_care_for_folding():
     model, graph = plain()
-    folded = Weights(Correlation()).unexplained(ScoringInputs(model, graph))
+    folded = FilterWeights(Correlation()).unexplained(ScoringInputs(model, graph))
     raw = RawWeights(Correlation()).unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(folded["conv1"], raw["conv1"], atol=1e-12)
 
@@ -132,7 +132,7 @@ def test_batch_norms_without_gamma_fold_their_variance():
     model.bn1.register_parameter("weight", None)
     forget(graph, "bn1.weight")
     rows = weight_rows(model.conv1.weight) / np.sqrt(model.bn1.running_var.double().numpy() + 1e-5)[:, None]
-    rest = Weights().unexplained(ScoringInputs(model, graph))
+    rest = FilterWeights().unexplained(ScoringInputs(model, graph))
     np.testing.assert_allclose(1 - rest["conv1"], explained(rows), atol=1e-12)
 
 
@@ -141,15 +141,15 @@ def test_batch_norms_without_running_statistics_are_not_folded():
     model.bn1.running_var = None
     model.bn1.running_mean = None
     forget(graph, "bn1.running_var", "bn1.running_mean")
-    evidence = ScoringInputs(model, graph)
-    np.testing.assert_allclose(Weights().unexplained(evidence)["conv1"], RawWeights().unexplained(evidence)["conv1"])
+    inputs = ScoringInputs(model, graph)
+    np.testing.assert_allclose(FilterWeights().unexplained(inputs)["conv1"], RawWeights().unexplained(inputs)["conv1"])
 
 
 def test_damaged_batch_norms_are_refused_when_folding():
     model, graph = plain()
     model.bn1.running_var[2] = -1.0
     with pytest.raises(ModelError, match=r"`bn1` must have finite scales .* use RawWeights\(\)"):
-        Weights().unexplained(ScoringInputs(model, graph))
+        FilterWeights().unexplained(ScoringInputs(model, graph))
     assert set(RawWeights().unexplained(ScoringInputs(model, graph))) == {"conv1", "conv2"}
 
 
@@ -169,15 +169,17 @@ def test_rgb_stem_with_more_filters_than_rank_is_stretched():
     np.testing.assert_allclose(1 - rest[32], plain_ccr[13], atol=1e-12)
 
 
-@pytest.mark.parametrize("source", [Weights(), RawWeights(), Weights(Correlation()), Activations()], ids=repr)
+@pytest.mark.parametrize(
+    "source", [FilterWeights(), RawWeights(), FilterWeights(Correlation()), Activations()], ids=repr
+)
 @pytest.mark.parametrize("make", HAND_GRAPHS.values(), ids=HAND_GRAPHS)
 def test_every_source_gives_a_falling_curve_for_every_axis_and_changes_nothing(source, make):
     model, graph = make()
     images = torch.randn(6, *graph.example_shape[1:], generator=torch.Generator().manual_seed(0))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    evidence = ScoringInputs(model, graph, ((images, torch.zeros(6, dtype=torch.int64)),))
-    rest, again = source.unexplained(evidence), source.unexplained(evidence)
+    inputs = ScoringInputs(model, graph, ((images, torch.zeros(6, dtype=torch.int64)),))
+    rest, again = source.unexplained(inputs), source.unexplained(inputs)
     assert set(rest) == {axis.name for axis in graph.prunable}
     for axis in graph.prunable:
         curve = rest[axis.name]
@@ -216,9 +218,9 @@ def test_activations_without_batch_norm_are_the_outputs():
 
 def test_activations_of_an_axis_no_module_shows_use_the_weights():
     model, graph = embedding()
-    evidence = ScoringInputs(model, graph, ((images_for(graph), None),))
+    inputs = ScoringInputs(model, graph, ((images_for(graph), None),))
     np.testing.assert_array_equal(
-        Activations().unexplained(evidence)["position"], RawWeights().unexplained(evidence)["position"]
+        Activations().unexplained(inputs)["position"], RawWeights().unexplained(inputs)["position"]
     )
 
 
@@ -226,8 +228,8 @@ def test_an_output_that_shows_an_axis_in_part_is_not_used():
     model, graph = concat()
     part = graph.activations["a"]
     graph.activations["a"] = Activation("a", part.shape, 1, np.where(part.channel < 2, 0, -1), part.channel)
-    evidence = ScoringInputs(model, graph, ((images_for(graph), None),))
-    np.testing.assert_array_equal(Activations().unexplained(evidence)["a"], RawWeights().unexplained(evidence)["a"])
+    inputs = ScoringInputs(model, graph, ((images_for(graph), None),))
+    np.testing.assert_array_equal(Activations().unexplained(inputs)["a"], RawWeights().unexplained(inputs)["a"])
 
 
 def test_activations_need_batches():

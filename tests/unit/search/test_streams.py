@@ -35,8 +35,8 @@ def named(graph: ChannelGraph, **widths: int) -> np.ndarray:
 
 
 def problem(graph: ChannelGraph, space: SearchSpace = SearchSpace()) -> SearchContext:  # noqa: B008 -- frozen
-    evidence = ScoringInputs(zoo_net("residual")[0], graph)
-    return SearchContext(evidence, CostModel(graph), Budget.parse("macs=50%"), space, lambda _done, _what: None)
+    inputs = ScoringInputs(zoo_net("residual")[0], graph)
+    return SearchContext(inputs, CostModel(graph), Budget.parse("macs=50%"), space, lambda _done, _what: None)
 
 
 def of(graph: ChannelGraph, fitted: np.ndarray) -> dict[str, int]:
@@ -44,7 +44,7 @@ def of(graph: ChannelGraph, fitted: np.ndarray) -> dict[str, int]:
 
 
 def branches(graph: ChannelGraph, stream: str) -> list[str]:
-    return [axis.name for axis in graph.prunable if axis.into == stream]
+    return [axis.name for axis in graph.prunable if axis.residual_axis == stream]
 
 
 def test_a_tied_graph_has_no_streams():
@@ -113,8 +113,8 @@ def test_branches_keep_channels_of_their_stream():
         widths = draw.integers(1, list(graph.sizes.values()), len(graph.sizes), endpoint=True)
         found = keep_best(asked, widths, scores).by_name
         for axis in graph.prunable:
-            if axis.into:
-                assert set(found[axis.name]) <= set(found[axis.into])
+            if axis.residual_axis:
+                assert set(found[axis.name]) <= set(found[axis.residual_axis])
         assert {name: len(kept) for name, kept in found.items()} == of(graph, Streams.of(graph).fitted(widths[None]))
 
 

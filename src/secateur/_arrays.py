@@ -1,4 +1,4 @@
-"""Which ids are one: connected components of the ties, vectorized."""
+"""Types of numpy arrays, and vectorized operations on arrays of ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,37 +11,38 @@ BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 def unique_values(values: IntArray) -> IntArray:
-    """The different numbers in a vector, increasing.
+    """Return the distinct numbers of a vector in increasing order.
 
-    As `numpy.unique`, which imports `numpy.ma` when it is first called: longer than a small network takes to trace.
+    `numpy.unique` does the same, but imports `numpy.ma` at its first call, which takes longer than tracing a small
+    network.
     """
     ordered = np.sort(values)
     return ordered[run_starts(ordered)]
 
 
 def unique_rows(matrix: IntArray) -> IntArray:
-    """The different rows of a matrix with at least one, in lexicographic order."""
+    """Return the distinct rows of a matrix, which must have at least one, in lexicographic order."""
     ordered = matrix[np.lexsort(matrix.T[::-1])]
     return ordered[np.append(0, np.flatnonzero((ordered[1:] != ordered[:-1]).any(1)) + 1)]
 
 
 def run_starts(ordered: np.ndarray[tuple[int, ...], Any]) -> IntArray:
-    """Where the runs of equal numbers in a vector begin."""
+    """Return the positions at which the runs of equal numbers in a vector begin."""
     return np.append(np.arange(min(len(ordered), 1)), np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
 
 
 def connected_components(count: int, ties: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
-    """The smallest id of the component of every id.
+    """Return the smallest id of the connected component of every id.
 
-    Hooking and pointer jumping: every round, each tie pulls the larger root to the smaller one, then paths are
-    halved until flat. Rounds grow with the logarithm of the longest chain.
+    The algorithm is hooking and pointer jumping: in every round, each tie attaches the larger root to the smaller one,
+    and paths are halved until they are flat. The number of rounds is logarithmic in the longest chain.
 
     Args:
-        count: Number of ids.
-        ties: Pairs of equally long vectors; positions belong together.
+        count: The number of ids, which are 0 to count - 1.
+        ties: Pairs of equally long vectors of ids; ids at the same position are connected.
 
     Returns:
-        (count,) representative of each id.
+        (count,) the representative of each id.
     """
     parent = np.arange(count, dtype=np.int64)
     if not ties:

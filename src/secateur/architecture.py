@@ -1,4 +1,4 @@
-"""An architecture: which channels each axis keeps and which blocks go. Plain data: hashable, JSON, free of torch."""
+"""The result of a search as plain data: which channels each axis keeps, and which blocks are removed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,14 +7,17 @@ from typing import cast
 
 from secateur.errors import SurgeryError
 
+_MOST_SHOWN = 16
+"""Axes that `repr` lists, of which there may be hundreds."""
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """The kept channels of each axis, and the blocks that are removed; an axis that is not named is whole.
+    """The kept channels of each axis, and the removed blocks. It is hashable and can be written as JSON.
 
     Attributes:
-        kept: (axis name, strictly increasing kept channel indices) pairs, sorted by name. What is kept of an axis that
-            lives in removed blocks only has no effect.
+        kept: (axis name, strictly increasing indices of kept channels) pairs, sorted by name. An axis that is not named
+            keeps all channels. An entry for an axis that exists only inside removed blocks has no effect.
         removed_blocks: Names of the residual blocks that are removed, sorted.
     """
 
@@ -37,30 +40,42 @@ class Architecture:
                 "Use Architecture.of()."
             )
 
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {len(channels)} channels, {_abbreviate(channels)}" for name, channels in self.kept]
+        if len(lines) > _MOST_SHOWN:
+            lines[_MOST_SHOWN:] = [f"  ... and {len(lines) - _MOST_SHOWN} more axes"]
+        blocks = list(self.removed_blocks[:_MOST_SHOWN])
+        blocks += ["..."] if len(self.removed_blocks) > _MOST_SHOWN else []
+        lines += [f"  removed blocks: {', '.join(blocks)}"] if blocks else []
+        head = f"Architecture({len(self.kept)} axes, {len(self.removed_blocks)} blocks removed)"
+        return "\n".join((head, *lines))
+
     @classmethod
     def of(cls, kept: Mapping[str, object], removed_blocks: Iterable[str] = ()) -> "Architecture":
-        """Build from any mapping of axis name to an iterable of channel indices, and block names (in any order)."""
+        """Return the architecture that keeps these channels and removes these blocks, both in any order."""
         pairs = ((name, tuple(sorted(int(c) for c in channels))) for name, channels in kept.items())  # type: ignore[attr-defined]
         return cls(tuple(sorted(pairs)), tuple(sorted(set(removed_blocks))))
 
     @cached_property
     def by_name(self) -> Mapping[str, tuple[int, ...]]:
-        """Kept channels by axis name."""
+        """The kept channels by axis name."""
         return dict(self.kept)
 
     @cached_property
     def widths(self) -> Mapping[str, int]:
-        """Number of kept channels by axis name."""
+        """The number of kept channels by axis name."""
         return {name: len(channels) for name, channels in self.kept}
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object: ``kept`` (axis name to kept channels) and ``removed_blocks``."""
+        """Return a JSON object with ``kept`` (axis name to kept channels) and ``removed_blocks``."""
         kept = {name: list(channels) for name, channels in self.kept}
         return {"kept": kept, "removed_blocks": list(self.removed_blocks)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> "Architecture":
-        """Inverse of `to_json`. The form before there were blocks, the mapping ``kept`` alone, is read too.
+        """Return the architecture that `to_json` wrote.
+
+        The mapping ``kept`` alone, which earlier versions wrote, is read too.
 
         Raises:
             SurgeryError: If the object is not a mapping of names to integer lists, with a list of block names.
@@ -78,3 +93,9 @@ class Architecture:
         if not isinstance(blocks, list) or not all(isinstance(name, str) for name in cast(list[object], blocks)):
             raise SurgeryError(f"`removed_blocks` must be a list of block names; got {blocks!r}.")
         return cls.of(kept, cast(list[str], blocks))
+
+
+def _abbreviate(channels: tuple[int, ...]) -> str:
+    """Return the channels as text: the first three and the last one where there are more than five."""
+    shown = channels if len(channels) <= 5 else (*channels[:3], "...", channels[-1])
+    return f"[{', '.join(map(str, shown))}]"

@@ -1,16 +1,16 @@
-"""The errors a user can cause, each with a way out in its message.
+"""The errors that a user can cause. Every message says what was wrong, with which value, and what to do.
 
-The command line prints them without a traceback and exits with code 2. Everything else that escapes is a bug
-and keeps its traceback.
+The command line prints them without a traceback and exits with code 2. Any other exception that escapes is a bug and
+keeps its traceback.
 """
 
 
 class SecateurError(Exception):
-    """Base class: what was wrong, with which value, and what to do about it."""
+    """The base class of all errors that a user can cause."""
 
 
 class BudgetError(SecateurError, ValueError):
-    """A budget that cannot be read or cannot be met."""
+    """A budget that cannot be parsed or cannot be met."""
 
 
 class TraceError(SecateurError):
@@ -18,7 +18,7 @@ class TraceError(SecateurError):
 
 
 class SelectionError(SecateurError, ValueError):
-    """A choice about a graph that names nothing in it, or leaves nothing to cut."""
+    """A selection of layers that matches nothing in the graph, or leaves nothing to cut."""
 
 
 class SurgeryError(SecateurError, ValueError):
@@ -34,20 +34,20 @@ class ModelError(SecateurError, ValueError):
 
 
 class SparsityError(SecateurError, ValueError):
-    """Scores, budgets or masks of single weights that do not fit the model or each other."""
+    """Scores, densities or masks of single weights that do not fit the model or each other."""
 
 
 class ArtifactError(SecateurError, ValueError):
-    """An artifact folder that is damaged, foreign, or from the future."""
+    """An artifact folder that is damaged, was not written by Secateur, or was written by a later version."""
 
 
 class TrainingError(SecateurError, ValueError):
-    """Training settings or values (NaN) that cannot lead to a result."""
+    """Training settings that are invalid, or a training run that produced NaN or infinity."""
 
 
 class WorkerError(SecateurError):
-    """Work handed to other processes that was not done."""
+    """Work that other processes were given and did not complete."""
 
 
 class ExportError(SecateurError):
-    """An exported file that could not be made or does not agree with the model."""
+    """An exported file that could not be written or does not agree with the model."""

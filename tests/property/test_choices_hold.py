@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.errors import SelectionError
 from secateur.graph import ChannelGraph, Role, Selection, trace
 from secateur.prune import cut
@@ -51,7 +51,7 @@ def test_what_is_chosen_to_stay_is_untouched(name: str, data: st.DataObject):
     pruned = cut(animal.model, left, Architecture.of({a.name: range((a.size + 1) // 2) for a in left.prunable}))
     assert pruned.verification.max_rel <= pruned.verification.tolerance
     assert CostModel(left).cost(pruned.architecture) == Cost(
-        counted_macs(pruned.model, animal.example), counted_params(pruned.model)
+        count_macs(pruned.model, animal.example), count_params(pruned.model)
     )
     before, after = animal.model.state_dict(), pruned.model.state_dict()
     cuttable = {(site.tensor, site.dim) for axis in left.prunable for site in axis.sites}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import apply_architecture, cut, mask_removed
 
@@ -48,7 +48,7 @@ def test_cost_is_that_of_the_cut_model(name, data):
     # torch.einsum multiplies elementwise, uncounted, where the summed dimension has length one.
     assume(name != "functional" or architecture.widths.get("weight") != 1)
     small = apply_architecture(model, graph, architecture)
-    assert CostModel(graph).cost(architecture) == Cost(counted_macs(small, example), counted_params(small))
+    assert CostModel(graph).cost(architecture) == Cost(count_macs(small, example), count_params(small))
 
 
 @each_net

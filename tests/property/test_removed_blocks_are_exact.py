@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import apply_architecture, cut, mask_removed
 
@@ -66,7 +66,7 @@ def test_costs_and_tensors_are_those_of_the_cut_model(name, data):
     model, example, graph = zoo_net(name)
     architecture = data.draw(architectures(graph))
     small = apply_architecture(model, graph, architecture)
-    assert CostModel(graph).cost(architecture) == Cost(counted_macs(small, example), counted_params(small))
+    assert CostModel(graph).cost(architecture) == Cost(count_macs(small, example), count_params(small))
     assert tensor_shapes(small) == declared_shapes(graph, architecture)
 
 

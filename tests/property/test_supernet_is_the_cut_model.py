@@ -59,8 +59,8 @@ def case(name: str, untied: bool) -> Case:
 def subnets(draw: st.DrawFn, graph: ChannelGraph) -> Subnet:
     """Any multiple of the divisor of every axis, branches no wider than their streams, and any blocks."""
     widths: dict[str, int] = {}
-    for axis in sorted(graph.prunable, key=lambda axis: axis.into is not None):
-        most = widths.get(str(axis.into), axis.size)
+    for axis in sorted(graph.prunable, key=lambda axis: axis.residual_axis is not None):
+        most = widths.get(str(axis.residual_axis), axis.size)
         widths[axis.name] = draw(st.integers(1, most // axis.divisor)) * axis.divisor
     blocks = [block.name for block in graph.removable]
     removed = draw(st.sets(st.sampled_from(blocks))) if blocks else ()
@@ -161,9 +161,14 @@ def test_another_order_of_channels_computes_the_same(name, untied, seed, some):
     assert apart(outputs(net.model, net.example), outputs(supernet.model, net.example)) <= TOLERANCE
     back = supernet.in_original_order()
     assert_equal_tensors(back, net.model)
-    again = reorder_channels(reorder_channels(net.model, net.graph, supernet.order), net.graph, invert_order(supernet.order))
+    again = reorder_channels(
+        reorder_channels(net.model, net.graph, supernet.order), net.graph, invert_order(supernet.order)
+    )
     assert_equal_tensors(again, net.model)
-    assert apart(outputs(reorder_channels(net.model, net.graph, order), net.example), outputs(net.model, net.example)) <= 1e-12
+    assert (
+        apart(outputs(reorder_channels(net.model, net.graph, order), net.example), outputs(net.model, net.example))
+        <= 1e-12
+    )
 
 
 def assert_equal_tensors(one: nn.Module, other: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelAxis, ChannelGraph, trace, untie
 from secateur.prune import ExpandChannels, apply_architecture, cut, mask_removed, original_names
 
@@ -35,8 +35,8 @@ def untied(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
 def architectures(draw: st.DrawFn, graph: ChannelGraph) -> Architecture:
     """Some channels of every axis; of every branch, some of those of its stream; and any of the blocks."""
     kept: dict[str, set[int]] = {}
-    for axis in sorted(graph.prunable, key=lambda axis: axis.into is not None):
-        stream = sorted(kept[axis.into]) if axis.into else range(axis.size)
+    for axis in sorted(graph.prunable, key=lambda axis: axis.residual_axis is not None):
+        stream = sorted(kept[axis.residual_axis]) if axis.residual_axis else range(axis.size)
         kept[axis.name] = draw(st.sets(st.sampled_from(stream), min_size=1) | st.just(set(stream)))
     blocks = [block.name for block in graph.removable]
     return Architecture.of(kept, draw(st.sets(st.sampled_from(blocks))) if blocks else ())
@@ -61,11 +61,11 @@ def test_a_branch_without_some_channels_adds_zeros_there(name, data):
     """The reference knows nothing of parameters: it zeroes what the modules give that are added to the stream."""
     model, example, graph = untied(name)
     whole = {axis.name: range(axis.size) for axis in graph.prunable}
-    kept = {n: c for n, c in data.draw(architectures(graph)).kept if graph.by_name[n].into}
+    kept = {n: c for n, c in data.draw(architectures(graph)).kept if graph.by_name[n].residual_axis}
     architecture = Architecture.of({**whole, **kept})
     reference = copy.deepcopy(model)
     for axis in graph.axes:
-        if axis.into is not None:
+        if axis.residual_axis is not None:
             reference.get_submodule(axis.residual_output).register_forward_hook(silencing(graph, axis, architecture))
     small = apply_architecture(model, graph, architecture)
     assert apart(outputs(reference, example), outputs(small, example)) <= EXACT[torch.float32]
@@ -74,7 +74,7 @@ def test_a_branch_without_some_channels_adds_zeros_there(name, data):
 def silencing(graph: ChannelGraph, axis: ChannelAxis, architecture: Architecture) -> Callable[..., Tensor]:
     """A hook that zeroes the channels of a branch which are not kept."""
     activation = graph.activations[axis.residual_output]
-    stream = [found.name for found in graph.axes].index(axis.into)
+    stream = [found.name for found in graph.axes].index(axis.residual_axis)
     gone = set(range(axis.size)) - set(architecture.by_name[axis.name])
     silent = [p for p in range(len(activation.axis)) if activation.axis[p] == stream and activation.channel[p] in gone]
     return lambda _module, _args, out: out.index_fill(activation.dim, torch.tensor(silent, dtype=torch.int64), 0.0)
@@ -87,7 +87,7 @@ def test_costs_and_tensors_are_those_of_the_cut_model(name, data):
     model, example, graph = untied(name)
     architecture = data.draw(architectures(graph))
     small = apply_architecture(model, graph, architecture)
-    assert CostModel(graph).cost(architecture) == Cost(counted_macs(small, example), counted_params(small))
+    assert CostModel(graph).cost(architecture) == Cost(count_macs(small, example), count_params(small))
     names = original_names(small)
     shapes = {named(tensor, names): shape for tensor, shape in tensor_shapes(small).items()}
     assert {tensor: shape for tensor, shape in shapes.items() if tensor} == declared_shapes(graph, architecture)
@@ -125,11 +125,11 @@ def test_every_branch_can_be_cut_to_one_channel(name):
     """The first, so that a pad is enough, and one from the middle."""
     model, example, graph = untied(name)
     for first in (0, 1):
-        kept = {axis.name: [first] if axis.into else range(axis.size // 2 + 1) for axis in graph.prunable}
+        kept = {axis.name: [first] if axis.residual_axis else range(axis.size // 2 + 1) for axis in graph.prunable}
         made = cut(model, graph, Architecture.of(kept))
         assert made.architecture == Architecture.of(kept)
         assert made.verification.frozen == ()
-        narrow = {axis.residual_output for axis in graph.prunable if axis.into}
+        narrow = {axis.residual_output for axis in graph.prunable if axis.residual_axis}
         assert {n for n, m in made.model.named_modules() if isinstance(m, ExpandChannels)} == narrow
         masked = mask_removed(model, graph, made.architecture)
         assert apart(outputs(masked, example), outputs(made.model, example)) <= EXACT[torch.float32]

@@ -37,9 +37,9 @@ __all__ = [
     "StandIn",
     "check_patterns",
     "compute_over_kept_channels_",
+    "find_stages",
     "matches_axis",
     "shadow_copy",
-    "find_stages",
     "trace",
     "untie",
 ]

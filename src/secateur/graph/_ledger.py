@@ -1,9 +1,10 @@
-"""What is learned while a model runs: which channel ids must go together, which must stay, what sizes depend on them.
+"""The record of a traced forward pass, and the `Call` that channel rules get.
 
 Every position of every dimension of every parameter and buffer gets an integer id. An activation carries, for each
-dimension along which channels run, the vector of ids at its positions. The ledger only collects; `_solve` concludes.
-
-One recorded ATen call, and what its rules have in common."""
+dimension with channels, the vector of ids at its positions. While the model runs, the rules of its operations write
+into the `Ledger` which ids must be kept or removed together, which must be kept, and which sizes depend on them.
+`_solve` turns the ledger into a channel graph.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from secateur.graph.blocks import is_mutable
 from secateur.graph.graph import Block, Role
 
 ChannelIds = dict[int, IntArray]
-"""Dimension to the ids of its positions. A dimension that is not named carries no channels."""
+"""A mapping from dimension to the ids of its positions. A dimension that is missing carries no channels."""
 
 _MARK = "_secateur_channel_ids"
 _OWN = "_secateur_own"
@@ -27,7 +28,7 @@ _OWN = "_secateur_own"
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A parameter or buffer and its ids. It is held, as a model may drop it: another tensor would get its identity."""
+    """A parameter or buffer and its ids. It holds the tensor, so that no other tensor can get the same `id`."""
 
     tensor: torch.Tensor
     name: str
@@ -38,7 +39,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class SizeBinding:
-    """A python int that must stay equal to the number of kept ids (or to its old value, if ids is None)."""
+    """A Python int that must equal the number of kept ids (or its old value, if ids is None)."""
 
     expression: Expression
     ids: IntArray | None
@@ -47,7 +48,7 @@ class SizeBinding:
 
 @dataclass(frozen=True, eq=False)
 class CountedOperation:
-    """An operation to count: factor times the product of the (numbers of ids | constants)."""
+    """An operation to count: its MACs are the factor times the product of the constants and numbers of kept ids."""
 
     module: str
     kind: str
@@ -57,7 +58,7 @@ class CountedOperation:
 
 @dataclass(frozen=True, eq=False)
 class ModuleOutput:
-    """Ids of the first output tensor of a module call."""
+    """The ids of the first output tensor of a module, and how often the module was called."""
 
     module: str
     shape: tuple[int, ...]
@@ -67,7 +68,7 @@ class ModuleOutput:
 
 @dataclass(frozen=True, eq=False)
 class RecordedMixingCall:
-    """A call that computes over channels: (tensor, dimension, ids) of what it reads and writes."""
+    """A call that combines channels, with (tensor number, dimension, ids) of what it reads and writes."""
 
     number: int
     kind: str
@@ -77,14 +78,27 @@ class RecordedMixingCall:
 
 @dataclass(eq=False)
 class Ledger:
-    """Append-only record of one traced forward pass.
+    """The append-only record of one traced forward pass.
 
     Attributes:
+        stored: The parameters and buffers, by `id`.
+        ties: Pairs of equally long vectors; ids at the same position are kept or removed together.
+        freezes: (ids, reason) pairs: these ids must be kept.
+        bindings: Python ints that depend on numbers of channels.
+        operations: The operations with multiply-accumulates.
+        mixings: The calls that combine channels.
+        roles: (ids of a dimension, role) pairs.
+        touched: (module, ids) pairs: operations of the module saw these ids.
+        outputs: The output of every module.
         attended: By module, ids that are multiplied with those of another activation, as in attention.
-        contracted: Ids over which two activations are multiplied and summed: so they are read, if by no layer.
-        scaled: Ids whose number sets a scale (``head_dim ** -0.5``): fewer of them would change it.
-        scaling: Modules that take such a scale.
-        by_head: Ids (of an earlier run) that stay or go by whole heads.
+        contracted: Ids over which two activations are multiplied and summed; this reads them although no layer does.
+        scaled: Ids whose number determines a scale (``head_dim ** -0.5``): fewer ids would change the scale.
+        scaling: The modules that use such a scale.
+        by_head: (ids,) of an earlier run of the model: whether these ids are kept or removed by whole heads.
+        blocks: The residual blocks.
+        calls: The ATen names of all calls.
+        seen: The ids of all tensors that any operation read.
+        count: The number of ids.
     """
 
     stored: dict[int, StoredTensor] = field(default_factory=dict)
@@ -107,24 +121,24 @@ class Ledger:
     count: int = 0
 
     def unseen(self) -> tuple[str, ...]:
-        """Parameters that took part in no operation so far."""
+        """Return the names of the parameters that no operation has read."""
         return tuple(s.name for number, s in self.stored.items() if s.is_parameter and number not in self.seen)
 
     def new(self, number: int) -> IntArray:
-        """Fresh ids."""
+        """Return new ids."""
         first = self.count
         self.count += number
         return np.arange(first, first + number, dtype=np.int64)
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        """Give every dimension of a parameter or buffer its ids."""
+        """Give new ids to every dimension of a parameter or buffer."""
         ids = {dim: self.new(size) for dim, size in enumerate(tensor.shape) if size > 1}
         self.stored[id(tensor)] = StoredTensor(
             tensor, name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids
         )
 
     def ids_of(self, tensor: torch.Tensor) -> ChannelIds:
-        """The ids a tensor carries; empty if none."""
+        """Return the ids that a tensor carries; empty if none."""
         marked: ChannelIds | None = getattr(tensor, _MARK, None)
         if marked is not None:
             return marked
@@ -132,48 +146,48 @@ class Ledger:
         return stored.ids if stored else {}
 
     def mark(self, tensor: torch.Tensor, ids: ChannelIds, *, own: bool = False) -> None:
-        """Remember the ids of an activation for as long as it lives, and whether it is computed from weights only."""
+        """Attach ids to an activation, and whether it is computed from weights only (``own``)."""
         if id(tensor) not in self.stored:
             setattr(tensor, _MARK, ids)
             setattr(tensor, _OWN, own)
 
     def is_own(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the model, or computed from nothing else."""
+        """Return whether a tensor is a parameter or buffer of the model, or computed from these only."""
         return id(tensor) in self.stored or bool(getattr(tensor, _OWN, False))
 
     def tie(self, first: IntArray, second: IntArray) -> IntArray:
-        """Positions that must be kept or removed together; returns a representative vector."""
+        """Record that ids at the same position must be kept or removed together, and return one of the two vectors."""
         if first is not second:
             self.ties.append((first, second))
         return first
 
     def tie_rows(self, matrix: IntArray) -> IntArray:
-        """Tie every row of a matrix to the first one."""
+        """Tie every row of a matrix to the first one, and return that."""
         if matrix.shape[0] > 1:
             self.ties.append((np.broadcast_to(matrix[:1], matrix[1:].shape).reshape(-1), matrix[1:].reshape(-1)))
         return matrix[0]
 
     def freeze(self, ids: IntArray, reason: str) -> None:
-        """These channels must stay."""
+        """Record that these channels must be kept."""
         self.freezes.append((ids, reason))
 
     def freeze_all(self, tensors: Sequence[ChannelIds], reason: str) -> None:
-        """Every channel of these tensors must stay."""
+        """Record that every channel of these tensors must be kept."""
         for channel_ids in tensors:
             for ids in channel_ids.values():
                 self.freeze(ids, reason)
 
     def note_attention(self, module: str, vectors: Iterable[IntArray]) -> None:
-        """These ids are head dimensions (or channels) of two activations that are multiplied with each other."""
+        """Record the ids of two activations that are multiplied with each other."""
         self.attended.setdefault(module, []).extend(vectors)
 
     def is_by_head(self, ids: IntArray) -> bool:
-        """Whether channels are to be divided by heads: known from an earlier run of the same model."""
+        """Return whether these ids are kept or removed by whole heads, as an earlier run of the same model found."""
         known = ids[ids < len(self.by_head)]
         return bool(self.by_head[known].any())
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
-        """A python int must follow the number of kept ids."""
+        """Record that a Python int must equal the number of kept ids."""
         self.bindings.append(SizeBinding(expression, ids, where))
 
 
@@ -219,24 +233,24 @@ MIXING_KINDS = frozenset(
         *ATTENTION_KINDS,
     }
 )  # fmt: skip
-"""ATen names of the calls that are numbered, whether they meet channels or not."""
+"""The ATen names of calls that may combine channels. They are numbered, whether they meet channels or not."""
 
 
 @cache
 def base_name(operator: Any) -> str:
-    """Name of an ATen overload without namespace and without the underscore of an in-place form."""
+    """Return the name of an ATen overload without its namespace and without the underscore of an in-place form."""
     name: str = operator._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.startswith("__") else name
 
 
 @cache
 def _arguments(operator: Any) -> Mapping[str, tuple[int, Any]]:
-    """Position and default of every argument of an ATen overload, by name."""
+    """Return the position and default of every argument of an ATen overload, by name."""
     return {a.name: (number, a.default_value) for number, a in enumerate(operator._schema.arguments)}
 
 
 def tensors_in(*values: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors among arguments or results of an ATen call, in order; they lie in lists and tuples at most."""
+    """Return the tensors among the arguments or results of an ATen call, which may be in lists and tuples, in order."""
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -251,15 +265,15 @@ class Call:
     """One recorded ATen call.
 
     Attributes:
-        ledger: Where conclusions go.
+        ledger: The record that rules write into.
         operator: The ATen overload.
         name: Its base name without a trailing in-place underscore.
         module: Qualified name of the module whose forward made the call.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        inputs: Tensors among the arguments, in order.
-        outputs: Tensors returned.
-        number: How many calls that compute over channels came before it (`_mixing.MIXING_KINDS`).
+        inputs: The tensors among the arguments, in order.
+        outputs: The tensors that were returned.
+        number: The number of calls of `MIXING_KINDS` before it.
     """
 
     ledger: Ledger
@@ -274,24 +288,24 @@ class Call:
 
     @property
     def where(self) -> str:
-        """For a human."""
+        """The call in words, for messages."""
         return f"`{self.name}` in {self.module or 'the model itself'}"
 
     @property
     def full_name(self) -> str:
-        """With its namespace: ``aten::relu``, ``my_lib::my_op``."""
+        """The name of the operation with its namespace, such as ``aten::relu`` or ``my_lib::my_op``."""
         return str(self.operator._schema.name)
 
     def ids(self, tensor: torch.Tensor) -> ChannelIds:
-        """Channel ids of an argument."""
+        """Return the channel ids of a tensor."""
         return self.ledger.ids_of(tensor)
 
     def argument(self, position: int, default: Any = None) -> Any:
-        """A positional argument that may have been left out."""
+        """Return a positional argument, or the default if it was left out."""
         return self.args[position] if len(self.args) > position else default
 
     def named(self, name: str) -> Any:
-        """An argument by its name in the operator's schema; the default if left out, None if there is no such."""
+        """Return an argument by its name in the schema: its default if left out, None if there is no such argument."""
         position, default = _arguments(self.operator).get(name, (None, None))
         if position is None:
             return None
@@ -299,7 +313,7 @@ class Call:
         return default if given is None else given
 
     def dims(self, name: str = "dim") -> set[int] | None:
-        """Dimensions of the first input that an argument names, counted from the front; None if it names none."""
+        """Return the dimensions of the first input that an argument names, from the front; None if it names none."""
         value = self.named(name)
         if value is None or value == []:
             return None
@@ -307,7 +321,7 @@ class Call:
         return {int(d) % rank for d in ([value] if isinstance(value, int) else value)}
 
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
-        """Note that the call computes over channels, which a cut model does over the kept ones only."""
+        """Record that the call combines channels, in a cut model only the kept ones, and return the results."""
         if is_mutable(self.operator) or self.name not in MIXING_KINDS:
             return freeze_inputs(self)
         read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
@@ -320,21 +334,21 @@ Rule = Callable[[Call], Sequence[ChannelIds]]
 
 
 def cuts_whole_groups(groups: int, each: int) -> bool:
-    """Whether whole groups go, or else the same positions of every group: whichever leaves more to choose from.
+    """Return whether to remove whole groups, or else the same positions of every group.
 
-    With G groups of c channels, whole groups leave G units, equal positions leave c.
+    With G groups of c channels there are G choices for whole groups and c for positions; the larger number wins.
     """
     return groups >= each
 
 
 def freeze_inputs(call: Call) -> Sequence[ChannelIds]:
-    """No rule: everything that comes in stays whole."""
+    """Freeze all channels of the inputs: the rule of operations without a rule."""
     call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule")
     return [{} for _ in call.outputs]
 
 
 def merge_operands(call: Call, operands: Sequence[tuple[IntArray | None, int]]) -> IntArray | None:
-    """Ids of one dimension after an elementwise operation of several operands (ids or None, length)."""
+    """Tie the operands (ids or None, length) of an elementwise operation along one dimension, and return its ids."""
     carried = [ids for ids, _ in operands if ids is not None]
     if not carried:
         return None

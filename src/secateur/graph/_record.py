@@ -1,14 +1,11 @@
-"""Operations that need not be computed while a model is traced, because nobody reads their numbers.
+"""One recorded forward pass of a model: for the channel graph (`record`), or to see its data flow (`record_execution`).
 
-A trace learns which calls are made, in which order and with which shapes. The numbers in the tensors decide that only
-where somebody reads them: python (``if x.max() > 3``), an index, a mask, an operation that gives as many results as
-the numbers say. So the operations that do nearly all of the arithmetic of a model are not run: tensors of the same
-shape and layout stand in for what they would return, and what is computed from those is *hollow*. As soon as anybody
-is about to read what is hollow, the trace is given up and made again with every number.
-
-Run a model once and write down what happens to its channels.
-
-One more forward pass of a traced model, to see where its values come from and go to."""
+A trace learns which calls are made, in which order and with which shapes. The values of the tensors matter only where
+somebody reads them: Python code (``if x.max() > 3``), an index, a mask, an operation whose output shape depends on
+values. So the operations that do nearly all of the arithmetic do not run: they return *fake* results, uninitialized
+tensors of the right shape and layout, and everything computed from fake tensors is fake as well. As soon as a fake
+value is about to be read, the pass is abandoned and repeated with all values computed.
+"""
 
 import contextlib
 import math
@@ -34,32 +31,32 @@ from secateur.graph.rules import apply_rule
 VALUE_READERS = frozenset({
     "tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "_typed_storage",
 })  # fmt: skip
-"""Methods of a tensor that hand out its numbers without any ATen call."""
+"""Methods that return the values of a tensor without any ATen call."""
 _TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
 class FakeValueReadError(Exception):
-    """Somebody is about to read the numbers of a hollow tensor."""
+    """The values of a fake tensor are about to be read."""
 
 
-def reads_values(func: Any, name: str, hollow: Sequence[Tensor]) -> bool:
-    """Whether what an ATen call gives back, but for the numbers in its tensors, may depend on hollow inputs.
+def reads_values(func: Any, name: str, fake: Sequence[Tensor]) -> bool:
+    """Return whether anything but the values of the result of an ATen call may depend on the values of its inputs.
 
     Args:
         func: The ATen overload.
         name: Its base name.
-        hollow: The hollow tensors among its inputs, at least one.
+        fake: The fake tensors among its inputs, at least one.
     """
-    if func.namespace != "aten" or any(not (t.is_floating_point() or t.is_complex()) for t in hollow):
-        return True  # What is no floating-point number is a mask or an index computed from one.
-    # What is taken of a tensor by an index depends on that index alone.
+    if func.namespace != "aten" or any(not (t.is_floating_point() or t.is_complex()) for t in fake):
+        return True  # Integers and booleans computed from fake values are indices or masks.
+    # `index` is tagged as data-dependent because of masks, but here only the indexed tensor is fake.
     return name != "index" and not _TAGS.isdisjoint(func.tags)
 
 
 def make_fake_result(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Tensors of the shapes and layouts that a call would return; None if there is anything unusual about it.
+    """Return uninitialized tensors of the shapes and layouts that a call would return; None in any unusual case.
 
-    What they hold is whatever lies in the memory. An operation in place returns what it is given.
+    An operation in place returns its input.
 
     Args:
         func: The ATen overload, one of `FAKE_RESULTS`.
@@ -80,8 +77,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor | None:
 
 
 def _added_product(bias: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    made = _product(left, right)
-    return made if made is not None and bias.shape in {made.shape, made.shape[1:]} else None
+    fake = _product(left, right)
+    return fake if fake is not None and bias.shape in {fake.shape, fake.shape[1:]} else None
 
 
 def _convolution(  # noqa: PLR0917
@@ -101,7 +98,7 @@ def _convolution(  # noqa: PLR0917
     channels = weight.size(leaving) * (groups if transposed else 1)
     fits = (
         len({len(amounts) for amounts in per_dim}) == 1
-        # Where channels come last in memory, what comes out depends on the library that convolves.
+        # With channels last in memory, the layout of the output depends on the library that convolves.
         and _is_in_order(source)
         and _is_in_order(weight)
         and source.size(1) == weight.size(entering) * (1 if transposed else groups)
@@ -116,7 +113,7 @@ def _convolution(  # noqa: PLR0917
 
 
 def _is_in_order(tensor: Tensor) -> bool:
-    """Contiguous, and its strides say so even where a dimension has one position only and any would do."""
+    """Return whether a tensor is contiguous with the canonical strides, also along dimensions of size one."""
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if stride != expected:
@@ -126,12 +123,12 @@ def _is_in_order(tensor: Tensor) -> bool:
 
 
 def _convolved_size(size: int, kernel: int, stride: int, pad: int, dilation: int, *_: int) -> int:
-    """How many places a kernel takes as it slides."""
+    """Return the output size of a convolution along one dimension."""
     return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _transposed_size(size: int, kernel: int, stride: int, pad: int, dilation: int, *further: int) -> int:
-    """How far a transposed convolution reaches."""
+    """Return the output size of a transposed convolution along one dimension."""
     return (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + sum(further) + 1
 
 
@@ -153,7 +150,7 @@ def _binary_in_place(left: Tensor, right: Any, **_: Any) -> Tensor | None:
 
 
 def _batch_norm(source: Tensor, *vectors_training_and_more: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """With running statistics only: those of the input are of no use to anyone then, and are empty."""
+    """Normalize with running statistics only: then nobody uses the batch statistics, which are empty."""
     *vectors, training, _, _ = vectors_training_and_more
     shapes = {tuple(v.shape) for v in vectors if v is not None}
     if training or source.dim() < 2 or shapes - {(source.size(1),)} or not _is_in_order(source):
@@ -164,7 +161,7 @@ def _batch_norm(source: Tensor, *vectors_training_and_more: Any) -> tuple[Tensor
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any
 ) -> tuple[Tensor, Tensor] | None:
-    """(batch, heads, tokens, dimension) in the order of the query, and a sum for each of its tokens."""
+    """Return (batch, heads, tokens, dimension) in the layout of the query, and (batch, heads, tokens) log-sum-exps."""
     batch, heads, tokens, size = query.shape
     fits = key.shape == value.shape and key.shape == (batch, heads, key.size(2), size) and query.dtype == torch.float32
     if dropout or causal or not fits:
@@ -192,80 +189,88 @@ FAKE_RESULTS: Mapping[Any, Callable[..., Any]] = {
         (_ATEN.relu_.default, _ATEN.silu_.default, _ATEN.hardswish_.default, _ATEN.hardtanh_.default), _in_place
     ),
 }
-"""What may go without being computed: from the arguments of a call to what stands in for its results."""
+"""The operations that need not run: functions from the arguments of a call to its fake result."""
 
 
 class RecordingContext:
-    """Which module is running, by which rules beyond the built-in ones, and whether every number is computed."""
+    """The state of one recording.
+
+    Attributes:
+        rules: The rules of the user, by name of the operation.
+        computed: Whether all values are computed, so that none is fake.
+        value_was_read: Whether a fake value was about to be read.
+        stack: The qualified names of the running modules, outermost first.
+        flow: The data flow.
+    """
 
     def __init__(self, rules: Mapping[str, Rule], *, computed: bool) -> None:
         self.rules = rules
         self.computed = computed
-        self.was_read = False
+        self.value_was_read = False
         self.stack: list[str] = []
         self.flow = DataFlow()
 
     @property
     def module(self) -> str:
-        """Qualified name of the innermost running module."""
+        """The qualified name of the innermost running module."""
         return self.stack[-1] if self.stack else ""
 
-    def refuse(self) -> NoReturn:
-        """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
-        self.was_read = True
+    def reject_fake(self) -> NoReturn:
+        """Raise `FakeValueReadError`, and remember that, because the model may catch the exception."""
+        self.value_was_read = True
         raise FakeValueReadError
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Sees every ATen call with its real tensors and applies the channel rule."""
+    """Applies the channel rule of every ATen call."""
 
-    def __init__(self, ledger: Ledger, where: RecordingContext) -> None:
+    def __init__(self, ledger: Ledger, context: RecordingContext) -> None:
         super().__init__()
         self.ledger = ledger
-        self.where = where
+        self.context = context
         self.mixed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tensors_in(args, *kwargs.values())
-        read = [self.where.flow.read(tensor) for tensor in inputs]
+        read = [self.context.flow.origin_of(tensor) for tensor in inputs]
         name = base_name(func)
-        made = None if self.where.computed else self._unread(func, name, args, kwargs, inputs, read)
-        out = func(*args, **kwargs) if made is None else made
+        fake = None if self.context.computed else self._fake_result(func, name, args, kwargs, inputs, read)
+        out = func(*args, **kwargs) if fake is None else fake
         outputs = tensors_in(out)
         self.ledger.seen.update(map(id, inputs))
-        call = Call(self.ledger, func, name, self.where.module, args, kwargs, inputs, outputs, self.mixed)
-        apply_rule(call, self.where.rules)
+        call = Call(self.ledger, func, name, self.context.module, args, kwargs, inputs, outputs, self.mixed)
+        apply_rule(call, self.context.rules)
         self.mixed += name in MIXING_KINDS
-        self.where.flow.step(func, name, not kwargs, inputs, outputs, read=read, hollow=made is not None)
+        self.context.flow.add_step(func, name, not kwargs, inputs, outputs, read=read, fake=fake is not None)
         return out
 
-    def _unread(  # noqa: PLR0917
+    def _fake_result(  # noqa: PLR0917
         self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[ValueOrigin]
     ) -> Any:
-        """What stands in for the result of the call; None if it is to be made."""
-        hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
-        ruled = bool(self.where.rules) and not self.where.rules.keys().isdisjoint((name, func._schema.name))
-        if hollow and (ruled or reads_values(func, name, hollow)):
-            self.where.refuse()
-        # What does not depend on the input might be kept for later, somewhere beyond the shadow.
-        fed = func in FAKE_RESULTS and not ruled and any(reading.fed for reading in read)
+        """Return the fake result of a call; None if the call must run."""
+        fake = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.fake]
+        ruled = bool(self.context.rules) and not self.context.rules.keys().isdisjoint((name, func._schema.name))
+        if fake and (ruled or reads_values(func, name, fake)):
+            self.context.reject_fake()
+        # The model may keep a result that does not depend on the input in a place that it shares with the original.
+        fed = func in FAKE_RESULTS and not ruled and any(reading.from_input for reading in read)
         return make_fake_result(func, args, kwargs) if fed else None
 
 
 class SizeRecorder(TorchFunctionMode):
-    """Gives shapes that remember their channels, and binds the ints that reach sized calls."""
+    """Returns shapes whose ints remember the channels they count, and binds the ints that reach calls with sizes."""
 
-    def __init__(self, ledger: Ledger, where: RecordingContext) -> None:
+    def __init__(self, ledger: Ledger, context: RecordingContext) -> None:
         super().__init__()
         self.ledger = ledger
-        self.where = where
+        self.context = context
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in VALUE_READERS and self.where.flow.is_hollow(args[0]):
-            self.where.refuse()
+        if name in VALUE_READERS and self.context.flow.is_fake(args[0]):
+            self.context.reject_fake()
         out = func(*args, **kwargs)
         if func == _SHAPE:
             return self._remember(args[0], out)
@@ -273,7 +278,7 @@ class SizeRecorder(TorchFunctionMode):
             return self._remember_size(args, kwargs, out)
         if name in {"numel", "nelement"}:
             return math.prod(self._remember(args[0], args[0].shape))
-        bind_sizes(self.ledger, name, self.where.module, args, kwargs, out)
+        bind_sizes(self.ledger, name, self.context.module, args, kwargs, out)
         return out
 
     def _remember(self, tensor: torch.Tensor, shape: torch.Size) -> Any:
@@ -308,7 +313,11 @@ _HOLDS_INTS = frozenset({int, tuple, list})
 
 
 def wrap_int_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int]:
-    """Replace the ints held by the modules of a shadow, by name, by ints that remember where they are held."""
+    """Replace the int attributes of the modules of a shadow copy, by name, by ints that remember their attribute.
+
+    Returns:
+        Every int attribute with its value.
+    """
     values: dict[Attribute, int] = {}
 
     def remember(place: Attribute, value: int) -> SizeInt:
@@ -332,15 +341,13 @@ def wrap_int_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int
 def record(
     model: nn.Module, example: tuple[Any, ...], rules: Mapping[str, Rule], *, by_head: BoolArray | None = None
 ) -> tuple[Ledger, dict[Attribute, int]]:
-    """Trace one forward pass of a shadow of the model in eval mode.
-
-    What does most of the arithmetic is not computed, as long as nobody reads their numbers; see `_unread`.
+    """Record one forward pass of a shadow copy of the model in eval mode.
 
     Args:
         model: Any module.
-        example: Positional arguments, tensors already at batch 1.
-        rules: The user's own, by name of the operation.
-        by_head: Ids, of an earlier run of the same model, that stay or go by whole heads.
+        example: The positional arguments, tensors at batch 1.
+        rules: The rules of the user, by name of the operation.
+        by_head: (ids of an earlier run of the same model,) which of them are kept or removed by whole heads.
 
     Returns:
         The ledger, and every int attribute with its value.
@@ -354,7 +361,7 @@ def record(
 
 
 def _record_once(
-    model: nn.Module, example: tuple[Any, ...], where: RecordingContext, by_head: BoolArray | None
+    model: nn.Module, example: tuple[Any, ...], context: RecordingContext, by_head: BoolArray | None
 ) -> tuple[Ledger, dict[Attribute, int]]:
     try:
         shadow = shadow_copy(model)
@@ -367,37 +374,37 @@ def _record_once(
         ledger.store(name, tensor)
     modules = {n: m for n, m in shadow.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     attributes = wrap_int_attributes(modules)
-    _add_recording_hooks(modules, ledger, where)
-    where.flow.feed(example)
-    with run_isolated(model), torch.no_grad(), SizeRecorder(ledger, where), OperationRecorder(ledger, where):
+    _add_recording_hooks(modules, ledger, context)
+    context.flow.add_inputs(example)
+    with run_isolated(model), torch.no_grad(), SizeRecorder(ledger, context), OperationRecorder(ledger, context):
         try:
             out = shadow(*example)
         except Exception as error:
-            if where.was_read:
+            if context.value_was_read:
                 raise FakeValueReadError from error
             shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in example]
             raise TraceError(
-                f"the model cannot run the example input of shape {shapes} (in module {where.module or 'itself'!r}): "
-                f"{error}. Give an input of the size and channels the model was made for."
+                f"the model cannot run the example input of shape {shapes} (in module {context.module or 'itself'!r}): "
+                f"{error}. Give an input of the size and channels the model was fake for."
             ) from error
     tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
-    where.flow.finish(out)
-    ledger.calls = tuple(name for name in where.flow.names if name != INPUT)
-    ledger.blocks = find_blocks(where.flow, shadow, {operation.module for operation in ledger.operations})
+    context.flow.add_outputs(out)
+    ledger.calls = tuple(name for name in context.flow.names if name != INPUT)
+    ledger.blocks = find_blocks(context.flow, shadow, {operation.module for operation in ledger.operations})
     if ledger.unseen():
-        _record_training(model, shadow, example, ledger, where)
-    if where.was_read:
+        _record_training(model, shadow, example, ledger, context)
+    if context.value_was_read:
         raise FakeValueReadError
     return ledger, attributes
 
 
 def _record_training(
-    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, where: RecordingContext
+    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, context: RecordingContext
 ) -> None:
-    """Run once more in training mode: auxiliary heads, unused in evaluation, must be cut along with what they read.
+    """Run once more in training mode: auxiliary heads that evaluation does not use must be cut with what they read.
 
-    Only what must go together is kept of it. A model that cannot run so keeps what is known already.
+    Only the ties and freezes of this run are kept. If the model cannot run in this mode, nothing more is recorded.
     """
     doubled = tuple(
         torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.dim() and t.size(0) == 1 else t for t in example
@@ -408,29 +415,29 @@ def _record_training(
         dict(ledger.outputs),
         len(ledger.touched),
     )
-    recorders = SizeRecorder(ledger, where), OperationRecorder(ledger, where)
-    where.flow.feed(doubled)
+    recorders = SizeRecorder(ledger, context), OperationRecorder(ledger, context)
+    context.flow.add_inputs(doubled)
     with contextlib.suppress(Exception), run_isolated(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
         tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output in training")
     del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:]
     ledger.outputs = outputs
-    where.stack.clear()
+    context.stack.clear()
 
 
-def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, where: RecordingContext) -> None:
+def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, context: RecordingContext) -> None:
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            where.stack.append(name)
-            where.flow.enter(name, args, kwargs)
+            context.stack.append(name)
+            context.flow.enter_module(name, args, kwargs)
 
         return hook
 
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            where.stack.pop()
-            where.flow.leave(out)
+            context.stack.pop()
+            context.flow.leave_module(out)
             leaves = (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
             tensor = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
             if tensor is not None:
@@ -449,12 +456,12 @@ def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, where
 
 @dataclass(eq=False)
 class ForwardRun:
-    """One forward pass in evaluation mode.
+    """The data flow of one forward pass in eval mode.
 
     Attributes:
-        flow: Its steps and module calls.
-        mixings: Number of each call that computes over channels, to its step.
-        stored: For each step, the names of the parameters and buffers that it reads itself.
+        flow: The steps and module calls.
+        mixings: The step of each call of `MIXING_KINDS`, by the number of the call.
+        stored: For each step, the names of the parameters and buffers that it reads directly.
     """
 
     flow: DataFlow = field(default_factory=DataFlow)
@@ -466,56 +473,56 @@ class _ExecutionRecorder(TorchDispatchMode):
     def __init__(self, run: ForwardRun, names: dict[int, str], *, computed: bool):
         super().__init__()
         self._run, self._names, self._computed = run, names, computed
-        self.was_read = False
+        self.value_was_read = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tensors_in(args, *kwargs.values())
-        read = [self._run.flow.read(tensor) for tensor in inputs]
+        read = [self._run.flow.origin_of(tensor) for tensor in inputs]
         name = base_name(func)
-        made = None if self._computed else self._unread(func, name, args, kwargs, inputs, read)
-        out = func(*args, **kwargs) if made is None else made
+        fake = None if self._computed else self._fake_result(func, name, args, kwargs, inputs, read)
+        out = func(*args, **kwargs) if fake is None else fake
         if name in MIXING_KINDS:
             self._run.mixings[len(self._run.mixings)] = len(self._run.flow.names)
-        self._run.flow.step(func, name, not kwargs, inputs, tensors_in(out), read=read, hollow=made is not None)
+        self._run.flow.add_step(func, name, not kwargs, inputs, tensors_in(out), read=read, fake=fake is not None)
         self._run.stored.append(tuple(self._names[id(t)] for t in inputs if id(t) in self._names))
         return out
 
-    def _unread(  # noqa: PLR0917
+    def _fake_result(  # noqa: PLR0917
         self, func: Any, name: str, args: Any, kwargs: Any, inputs: tuple[torch.Tensor, ...], read: list[ValueOrigin]
     ) -> Any:
-        """What stands in for the result of the call; None if it is to be made."""
-        hollow = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.hollow]
-        if hollow and reads_values(func, name, hollow):
-            self.refuse()
-        fed = func in FAKE_RESULTS and any(reading.fed for reading in read)
+        """Return the fake result of a call; None if the call must run."""
+        fake = [tensor for tensor, reading in zip(inputs, read, strict=True) if reading.fake]
+        if fake and reads_values(func, name, fake):
+            self.reject_fake()
+        fed = func in FAKE_RESULTS and any(reading.from_input for reading in read)
         return make_fake_result(func, args, kwargs) if fed else None
 
-    def refuse(self) -> NoReturn:
-        """Numbers are about to be read that were not computed. Noted too, as a model may catch what is raised."""
-        self.was_read = True
+    def reject_fake(self) -> NoReturn:
+        """Raise `FakeValueReadError`, and remember that, because the model may catch the exception."""
+        self.value_was_read = True
         raise FakeValueReadError
 
 
 class _ValueReadGuard(TorchFunctionMode):
-    """Sees numbers handed out without any ATen call."""
+    """Notices when fake values are read without any ATen call."""
 
-    def __init__(self, watching: _ExecutionRecorder, flow: DataFlow):
+    def __init__(self, recorder: _ExecutionRecorder, flow: DataFlow):
         super().__init__()
-        self._watching, self._flow = watching, flow
+        self._recorder, self._flow = recorder, flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in VALUE_READERS and self._flow.is_hollow(args[0]):
-            self._watching.refuse()
+        if getattr(func, "__name__", "") in VALUE_READERS and self._flow.is_fake(args[0]):
+            self._recorder.reject_fake()
         return func(*args, **(kwargs or {}))
 
 
 def record_execution(model: nn.Module, example: tuple[Any, ...]) -> ForwardRun:
-    """Run a shadow of a model once; what nobody reads is not computed, see `_unread`.
+    """Record the data flow of one forward pass of a shadow copy of a model in eval mode.
 
     Args:
         model: The traced model; not modified.
-        example: Positional arguments, tensors at batch 1.
+        example: The positional arguments, tensors at batch 1.
     """
     with contextlib.suppress(FakeValueReadError):
         return _record_execution(model, example, computed=False)
@@ -524,22 +531,22 @@ def record_execution(model: nn.Module, example: tuple[Any, ...]) -> ForwardRun:
 
 def _record_execution(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> ForwardRun:
     run = ForwardRun()
-    run.flow.feed(example)
+    run.flow.add_inputs(example)
     run.stored.extend(() for _ in run.flow.names)
     shadow = shadow_copy(model)
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: run.flow.enter(name, args, kwargs)
+        return lambda _module, args, kwargs: run.flow.enter_module(name, args, kwargs)
 
     for name, module in shadow.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(enter(name), with_kwargs=True)
-            module.register_forward_hook(lambda _module, _args, out: run.flow.leave(out))
+            module.register_forward_hook(lambda _module, _args, out: run.flow.leave_module(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
-    watching = _ExecutionRecorder(run, names, computed=computed)
-    with run_isolated(model), torch.no_grad(), _ValueReadGuard(watching, run.flow), watching:
+    recorder = _ExecutionRecorder(run, names, computed=computed)
+    with run_isolated(model), torch.no_grad(), _ValueReadGuard(recorder, run.flow), recorder:
         out = shadow(*example)
-    run.flow.finish(out)
-    if watching.was_read:
+    run.flow.add_outputs(out)
+    if recorder.value_was_read:
         raise FakeValueReadError
     return run

@@ -1,12 +1,11 @@
-"""Operations with weights: convolutions, matrix products, norms, attention.
+"""Channel rules of operations with weights: convolutions, matrix products, norms and attention.
 
-Operations that compute something over channels: norms, means, softmax.
-
-A cut model computes them over the channels it kept. The masked original must do the same, or the two could never be
-compared: zeros in place of the removed channels would take part in the mean."""
+`compute_over_kept_channels_` belongs to them: a cut model computes norms, means and softmaxes over the channels that it
+kept. The masked original must do the same to be comparable, because the zeros of removed channels would enter a mean.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,10 @@ from secateur.graph.graph import ChannelDim, ChannelGraph, MixingCall, Role
 
 
 def batch_norm(call: Call) -> Sequence[ChannelIds]:
-    """One scale, shift, mean and variance per channel.
+    """Tie the input channels to the scale, shift, mean and variance of each channel.
 
-    With statistics of the input itself (standardized weights), other dimensions that carry channels are averaged over.
+    If the statistics are those of the input itself (standardized weights), the call averages over the other dimensions,
+    which may carry channels too.
     """
     source = call.inputs[0]
     ids = dict(call.ids(source))
@@ -48,7 +48,7 @@ def batch_norm(call: Call) -> Sequence[ChannelIds]:
 
 
 def layer_norm(call: Call) -> Sequence[ChannelIds]:
-    """Mean and variance (or root mean square) over the last dimensions; of channels, over the kept ones."""
+    """Tie the input channels to the weights; the mean and variance over channels are those of the kept ones."""
     source = call.inputs[0]
     first = source.dim() - len(call.args[1])
     ids = dict(call.ids(source))
@@ -62,7 +62,7 @@ def layer_norm(call: Call) -> Sequence[ChannelIds]:
 
 
 def group_norm(call: Call) -> Sequence[ChannelIds]:
-    """Mean and variance over the channels of a group: whole groups go, or the same positions of every group."""
+    """Normalize groups of channels: whole groups can be removed, or else the same positions of every group."""
     source, groups = call.inputs[0], call.args[6]
     ids = dict(call.ids(source))
     own = [(call.ids(t).get(0), t.size(0)) for t in call.inputs[1:]]
@@ -76,14 +76,14 @@ def group_norm(call: Call) -> Sequence[ChannelIds]:
 
 
 def tie_groups(ledger: Ledger, members: IntArray) -> None:
-    """Let whole groups go, or the same positions of every group."""
+    """Tie (groups, channels of a group) so that whole groups are removed, or else the same positions of every group."""
     ledger.tie_rows(np.ascontiguousarray(members.T) if cuts_whole_groups(*members.shape) else members)
 
 
 def convolution(call: Call) -> Sequence[ChannelIds]:
-    """Convolution of any rank: ties its input channels to the weight's input dimension, gives the output dimension.
+    """Tie the input channels of a convolution of any rank to the weight's input dimension.
 
-    One that slides along channels, as the gates of ECA do, slides along the kept ones in a cut model.
+    A convolution that slides along channels, as in the gates of ECA, slides along the kept ones in a cut model.
     """
     source, weight, bias = call.args[0], call.args[1], call.args[2]
     transposed, groups = call.args[6], call.args[8]
@@ -95,7 +95,7 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
     incoming = call.ids(source).get(1)
-    # Windows may be folded into the batch, so it is not always one.
+    # Windows may be folded into the batch dimension, so its size is not always one.
     placed = {0: source.size(0), **dict(enumerate((source if transposed else out).shape[2:], 2))}
     positions = math.prod(size for dim, size in placed.items() if dim not in along)
     factor = float(positions * math.prod(weight.shape[2:]))
@@ -119,7 +119,7 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
 
 
 def _connect_input(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
-    """The channels that arrive are those the weight's input dimension expects."""
+    """Tie the incoming channels to the input dimension of the weight."""
     if consumed is not None:
         call.ledger.roles.append((consumed, Role.INPUT))
     if incoming is not None and consumed is not None:
@@ -138,7 +138,7 @@ def _count_convolution(  # noqa: PLR0917
     out_dim: int,
     along: tuple[IntArray, ...],
 ) -> None:
-    """Count a convolution: factor x output channels x channels the weight reads."""
+    """Record the MACs of a convolution: factor x output channels x input channels of the weight."""
     produced, consumed = vectors
     if produced is not None and call.args[8] != weight.size(0):
         # A depthwise convolution passes its channels through; every other one produces new ones.
@@ -152,14 +152,14 @@ def _count_convolution(  # noqa: PLR0917
 
 
 def _pass_through(call: Call, incoming: IntArray | None, weight: torch.Tensor) -> IntArray | None:
-    """A depthwise transposed convolution passes its channels through."""
+    """Tie the channels of a depthwise transposed convolution to those of its weight, and return these."""
     channels = call.ids(weight).get(0)
     merge_operands(call, [(incoming, weight.size(0)), (channels, weight.size(0))])
     return channels
 
 
 def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor, groups: int) -> IntArray | None:
-    """Grouped convolution: remove whole groups, or the same positions of every group. Depthwise is the first case."""
+    """Tie the channels of a grouped convolution: by whole groups, as in a depthwise one, or equal positions of them."""
     produced, consumed = call.ids(weight).get(0), call.ids(weight).get(1)
     if incoming is None or produced is None:
         call.ledger.freeze_all(
@@ -184,7 +184,7 @@ def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor,
 
 
 def matrix_product(call: Call) -> Sequence[ChannelIds]:
-    """``mm`` and ``addmm``: (n, k) @ (k, m)."""
+    """Connect the factors of ``mm`` and ``addmm``, (n, k) @ (k, m)."""
     left, right = call.args[-2:] if call.name == "mm" else call.args[1:3]
     result = _multiply(call, left, right, 0)
     if call.name == "addmm":
@@ -199,20 +199,40 @@ def matrix_product(call: Call) -> Sequence[ChannelIds]:
 
 
 def batched_product(call: Call) -> Sequence[ChannelIds]:
-    """``bmm``: (batch, n, k) @ (batch, k, m), as `matrix_product` for every item of the batch."""
+    """Connect the factors of ``bmm``, (batch, n, k) @ (batch, k, m)."""
     return [_multiply(call, call.args[0], call.args[1], 1)]
 
 
-def added_batched_product(call: Call) -> Sequence[ChannelIds]:
-    """``baddbmm``: counted, and frozen."""
-    left, right = call.args[1], call.args[2]
-    macs = float(left.size(0) * left.size(1) * left.size(2) * right.size(2))
+def whole_product(call: Call) -> Sequence[ChannelIds]:
+    """Products that no channel is followed through: counted, and frozen."""
+    macs = float(_WHOLE_PRODUCTS[call.name](*call.args))
     call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
     return freeze_inputs(call)
 
 
+def _inner(left: torch.Tensor, right: torch.Tensor) -> int:
+    """(n, k) @ (k, m), (n, k) @ (k) or (k) . (k), or a batch of them."""
+    return left.numel() * (right.size(-1) if right.dim() > 1 else 1)
+
+
+_WHOLE_PRODUCTS: Mapping[str, Callable[..., int]] = {
+    "dot": _inner,
+    "vdot": _inner,
+    "mv": _inner,
+    "addmv": lambda _added, left, right: _inner(left, right),
+    "addbmm": lambda _added, left, right: _inner(left, right),
+    "baddbmm": lambda _added, left, right: _inner(left, right),
+    # nn.Bilinear: (n, i), (o, i, j), (n, j).
+    "_trilinear": lambda left, weight, _right, *_: left.size(0) * weight.numel(),
+    # One direction of one layer: (steps, batch, features), a matrix for the input, another for the hidden state.
+    "mkldnn_rnn_layer": lambda x, w, u, *_: x.size(0) * x.size(1) * (w.numel() + u.numel()),
+    "_cudnn_rnn": lambda x, weights, *_: x.size(0) * x.size(1) * sum(w.numel() for w in weights if w.dim() == 2),
+}
+WHOLE_PRODUCT_KINDS = tuple(_WHOLE_PRODUCTS)
+
+
 def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
-    """(..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor."""
+    """Connect (..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor, and count the product."""
     left_ids, right_ids = call.ids(left), call.ids(right)
     if rows and not call.ledger.is_own(left) and not call.ledger.is_own(right):
         call.ledger.note_attention(call.module, (*left_ids.values(), *right_ids.values()))
@@ -223,7 +243,7 @@ def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) ->
         _connect_input(call, left_ids.get(rows + 1), right_ids.get(rows))
         produced = leaving.get(rows + 1)
     else:
-        # The matrix of the model stands on the left: ``W @ x``.
+        # The weight is the left factor: ``W @ x``.
         _connect_input(call, right_ids.get(rows), left_ids.get(rows + 1))
         produced = leaving.get(rows)
     if produced is not None:
@@ -244,9 +264,10 @@ def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) ->
 
 
 def attention(call: Call) -> Sequence[ChannelIds]:
-    """Fused attention softmax(q k^T) v over (..., heads, tokens, head dimension): two matrix products.
+    """Connect the inputs of fused attention, softmax(q k^T) v over (..., heads, tokens, head dimension).
 
-    The head dimension of q and k is summed over, that of v passes; heads and other leading dimensions go together.
+    It counts as two matrix products. The head dimensions of q and k are tied, that of v passes through, and the heads
+    and other leading dimensions of all three are tied.
     """
     query, key, value = (call.named(name) for name in ("query", "key", "value"))
     bias = call.named("attn_mask") if call.named("attn_mask") is not None else call.named("attn_bias")
@@ -277,14 +298,14 @@ def attention(call: Call) -> Sequence[ChannelIds]:
 
 
 def _ids_and_length(call: Call, tensor: torch.Tensor, dim: int) -> tuple[IntArray | None, int]:
-    """Ids and length along a dimension that may be missing, of size one or broadcast."""
+    """Return the ids and length along a dimension, which may be missing, of size one, or broadcast."""
     if dim < 0 or tensor.size(dim) == 1 or tensor.stride(dim) == 0:
         return None, 1
     return call.ids(tensor).get(dim), tensor.size(dim)
 
 
 def _tie_inner(call: Call, inner: Sequence[IntArray | None]) -> None:
-    """The head dimension of the query meets that of the key."""
+    """Tie the two dimensions that a product sums over."""
     first, second = inner
     if first is not None and second is not None:
         call.ledger.contracted.append(call.ledger.tie(first, second))
@@ -295,18 +316,18 @@ def _tie_inner(call: Call, inner: Sequence[IntArray | None]) -> None:
 
 
 class KeptChannelsMode(TorchDispatchMode):
-    """While active, one run of a full model computes norms, means and softmaxes over the kept channels only.
+    """A mode in which one run of a full model computes norms, means and softmaxes over the kept channels only.
 
-    Removed positions of the results are zero.
+    The removed positions of the results are zero.
 
     Args:
-        graph: Of the model that runs.
-        kept: Kept channels by axis name; an axis that is not named is whole.
+        graph: The channel graph of the model that runs.
+        kept: The kept channels by axis name; an axis that is not named keeps all of them.
     """
 
     def __init__(self, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]):
         super().__init__()
-        self._alive = graph.alive(kept)
+        self._masks = graph.kept_masks(kept)
         self._expected = {mixing.number: mixing for mixing in graph.mixings}
         self._number = 0
         self._positions: dict[tuple[int, int], IntArray] = {}
@@ -318,29 +339,29 @@ class KeptChannelsMode(TorchDispatchMode):
             return func(*args, **kwargs)
         mixing = self._expected.get(self._number)
         self._number += 1
-        if mixing is None or not self._is_same(mixing, name, args, kwargs):
+        if mixing is None or not self._is_expected(mixing, name, args, kwargs):
             return func(*args, **kwargs)
-        read = [(lane, self._kept(lane)) for lane in mixing.read]
-        if all(len(positions) == len(lane.axis) for lane, positions in read):
+        read = [(channels, self._kept(channels)) for channels in mixing.read]
+        if all(len(positions) == len(channels.axis) for channels, positions in read):
             return func(*args, **kwargs)
         args, kwargs = _gather_kept(name, args, kwargs, read)
-        return _scatter_kept(func(*args, **kwargs), [(lane, self._kept(lane)) for lane in mixing.written])
+        return _scatter_kept(func(*args, **kwargs), [(channels, self._kept(channels)) for channels in mixing.written])
 
-    def _kept(self, lane: ChannelDim) -> IntArray:
-        """Positions that remain along a lane; calls on the same stream share theirs."""
-        key = id(lane.axis), id(lane.channel)
+    def _kept(self, channels: ChannelDim) -> IntArray:
+        """Return the positions that remain; calls on the same channels share them."""
+        key = id(channels.axis), id(channels.channel)
         if key not in self._positions:
-            self._positions[key] = lane.kept(self._alive)
+            self._positions[key] = channels.kept(self._masks)
         return self._positions[key]
 
-    def _is_same(self, mixing: MixingCall, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether the model still runs what it ran when traced; where data decide, it may not, and all bets are off."""
+    def _is_expected(self, mixing: MixingCall, name: str, args: Any, kwargs: Any) -> bool:
+        """Return whether a call is the one that was traced; if not, the model branches on data, and no later one is."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         same = mixing.kind == name and all(
-            lane.tensor < len(tensors)
-            and lane.dim < tensors[lane.tensor].dim()
-            and tensors[lane.tensor].size(lane.dim) == len(lane.axis)
-            for lane in mixing.read
+            channels.tensor < len(tensors)
+            and channels.dim < tensors[channels.tensor].dim()
+            and tensors[channels.tensor].size(channels.dim) == len(channels.axis)
+            for channels in mixing.read
         )
         if not same:
             self._expected = {}
@@ -350,7 +371,7 @@ class KeptChannelsMode(TorchDispatchMode):
 def compute_over_kept_channels_(
     model: nn.Module, graph: ChannelGraph, kept: Mapping[str, tuple[int, ...]]
 ) -> nn.Module:
-    """Make a full model compute norms, means and softmaxes over the kept channels whenever it runs; returns it."""
+    """Make a full model compute norms, means and softmaxes over the kept channels whenever it runs, and return it."""
     return add_run_context_(model, lambda _: KeptChannelsMode(graph, kept)) if graph.mixings else model
 
 
@@ -358,16 +379,18 @@ def _gather_kept(
     name: str, args: Any, kwargs: Any, read: Sequence[tuple[ChannelDim, IntArray]]
 ) -> tuple[tuple[Any, ...], Any]:
     leaves, spec = tree_flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    for lane, positions in read:
-        tensor = leaves[places[lane.tensor]]
-        leaves[places[lane.tensor]] = tensor.index_select(lane.dim, torch.from_numpy(positions).to(tensor.device))
+    places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for channels, positions in read:
+        tensor = leaves[places[channels.tensor]]
+        leaves[places[channels.tensor]] = tensor.index_select(
+            channels.dim, torch.from_numpy(positions).to(tensor.device)
+        )
     args, kwargs = tree_unflatten(leaves, spec)
     args = list(args)
     if name in {"native_layer_norm", "_fused_rms_norm"}:
         args[1] = list(args[0].shape[-len(args[1]) :])
     elif name == "native_group_norm":
-        positions = next(p for lane, p in read if lane.tensor == 0 and lane.dim == 1)
+        positions = next(p for channels, p in read if channels.tensor == 0 and channels.dim == 1)
         args[6] = len({int(p) // (args[4] // args[6]) for p in positions})
         args[4] = len(positions)
     return tuple(args), kwargs
@@ -375,11 +398,13 @@ def _gather_kept(
 
 def _scatter_kept(out: Any, written: Sequence[tuple[ChannelDim, IntArray]]) -> Any:
     leaves, spec = tree_flatten(out)
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    for lane, positions in written:
-        tensor = leaves[places[lane.tensor]]
+    places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for channels, positions in written:
+        tensor = leaves[places[channels.tensor]]
         shape = list(tensor.shape)
-        shape[lane.dim] = len(lane.axis)
+        shape[channels.dim] = len(channels.axis)
         full = tensor.new_zeros(shape)
-        leaves[places[lane.tensor]] = full.index_copy_(lane.dim, torch.from_numpy(positions).to(tensor.device), tensor)
+        leaves[places[channels.tensor]] = full.index_copy_(
+            channels.dim, torch.from_numpy(positions).to(tensor.device), tensor
+        )
     return tree_unflatten(leaves, spec)

@@ -1,4 +1,4 @@
-"""Operations that only move channels: most simply run on the ids."""
+"""Channel rules of operations that only move channels; most of these operations are executed on the ids themselves."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,18 @@ _FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pa
 
 
 def like_tensor(call: Call) -> Sequence[ChannelIds]:
-    """A new tensor with the shape of another (``zeros_like``): its sizes follow that tensor's."""
+    """Give a new tensor of the shape of another one (``zeros_like``) the ids of that one."""
     source = call.inputs[0]
     return [call.ids(source) if out.shape == source.shape else {} for out in call.outputs]
 
 
 def fill(call: Call) -> Sequence[ChannelIds]:
-    """``zero_``, ``fill_``: a value that no channel has a part in; the places stay what they are."""
+    """Keep the ids of a tensor whose values are overwritten by constants (``zero_``, ``fill_``)."""
     return [call.ids(call.inputs[0]) for _ in call.outputs]
 
 
 def move_channels(call: Call) -> Sequence[ChannelIds]:
-    """Run the operation on the ids themselves."""
+    """Execute the operation on the ids themselves."""
     source = call.inputs[0]
     for other in call.inputs[1:]:
         call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
@@ -53,7 +53,7 @@ def _move_ids(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
 
 
 def _find_destination(call: Call, dim: int, vector: IntArray) -> int | None:
-    """The dimension that ids go to without any change among them, which needs no execution; None if not sure."""
+    """Return the dimension to which all ids move unchanged, so that nothing need be executed; None if not certain."""
     find = _DESTINATIONS.get(call.name)
     if find is None or call.kwargs or len(vector) < 2 or vector[0] == vector[-1] or not call.outputs[0].numel():
         return None
@@ -80,7 +80,7 @@ def _expand_dim(call: Call, dim: int) -> int | None:
 
 
 def _slice_dim(call: Call, dim: int) -> int | None:
-    """Of a cut along another dimension."""
+    """Return the same dimension if the operation cuts along another one."""
     position = 1 if call.name == "slice" else 2
     return None if call.argument(position, 0) % call.inputs[0].dim() == dim else dim
 
@@ -117,9 +117,9 @@ def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray
 
 
 def _reshape_ids(old: Sequence[int], new: Sequence[int], dim: int, vector: IntArray) -> torch.Tensor:
-    """Ids after a reshape, of size one along the dimensions that have no share in the dimension of the ids.
+    """Return the ids after a reshape, of size one along the dimensions into which they do not go.
 
-    Both shapes are matched from the left into the shortest groups of equal product; only one group holds the ids.
+    Both shapes are divided from the left into the shortest groups of equal product; one group contains the ids.
     """
     first, low, second, high = _find_group(old, new, dim)
     shape = [1] * (low - first)
@@ -129,7 +129,7 @@ def _reshape_ids(old: Sequence[int], new: Sequence[int], dim: int, vector: IntAr
 
 
 def _find_group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, int, int, int]:
-    """The shortest run of old dimensions around one, and that of new ones, which hold equally many positions."""
+    """Return the bounds of the group of old dimensions that contains ``dim``, and of the matching group of new ones."""
     first = second = 0
     while True:
         low, high = first + 1, second + 1
@@ -145,7 +145,7 @@ def _find_group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, 
 
 
 def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
-    """Find the dimension along which moved ids vary; of several, the one with most different ids stays free."""
+    """Give moved ids to the dimension along which they vary; of several, to the one with the most distinct ids."""
     dims = [d for d in range(ids.dim()) if _varies(ids, d)]
     for d in set(range(ids.dim())) - set(dims):
         ids = ids.narrow(d, 0, min(1, ids.size(d)))
@@ -178,7 +178,7 @@ def _assign_ids(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None
 
 
 def _count_distinct(ids: torch.Tensor, dim: int) -> int:
-    """How many different ids the first line along a dimension holds."""
+    """Return the number of distinct ids along a dimension, at position 0 of the others."""
     line = ids
     for other in range(ids.dim() - 1, -1, -1):
         if other != dim:
@@ -196,7 +196,7 @@ def _varies(ids: torch.Tensor, dim: int) -> bool:
 
 
 def as_strided(call: Call) -> Sequence[ChannelIds]:
-    """``as_strided`` that only renames strides of single positions, as global pooling of channels-last tensors does."""
+    """Pass the ids if the strides change only along single positions, as in global pooling of channels-last tensors."""
     source, out = call.inputs[0], call.outputs[0]
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     same = out.shape == source.shape and dense and all(size == 1 for size in out.shape[2:])
@@ -204,7 +204,7 @@ def as_strided(call: Call) -> Sequence[ChannelIds]:
 
 
 def select(call: Call) -> Sequence[ChannelIds]:
-    """``select`` and ``unbind``: fine along other dimensions, along channels positions are fixed."""
+    """``select`` and ``unbind``: pass the ids of the other dimensions, and freeze those of the selected one."""
     source = call.inputs[0]
     dim = call.argument(1, call.kwargs.get("dim", 0)) % source.dim()
     if dim in call.ids(source):
@@ -214,7 +214,7 @@ def select(call: Call) -> Sequence[ChannelIds]:
 
 
 def move_positions(call: Call) -> Sequence[ChannelIds]:
-    """``roll``, ``unfold``, ``diagonal``: movement along other dimensions; along channels positions would shift."""
+    """``roll``, ``unfold``, ``diagonal``: pass the ids of the other dimensions, and freeze those that would shift."""
     named = [call.dims(name) for name in ("dims", "dim", "dimension", "dim1", "dim2")]
     dims = set[int]().union(*(found for found in named if found is not None))
     source = call.inputs[0]
@@ -230,7 +230,7 @@ def move_positions(call: Call) -> Sequence[ChannelIds]:
 
 
 def channel_shuffle(call: Call) -> Sequence[ChannelIds]:
-    """``channel_shuffle``: (groups, n) channels become (n, groups), so every group keeps the same positions."""
+    """Transpose (groups, n) channels to (n, groups), and tie equal positions of the groups."""
     ids = dict(call.ids(call.inputs[0]))
     if 1 in ids:
         matrix = ids[1].reshape(call.named("groups"), -1)
@@ -240,7 +240,7 @@ def channel_shuffle(call: Call) -> Sequence[ChannelIds]:
 
 
 def im2col(call: Call) -> Sequence[ChannelIds]:
-    """``im2col``: every channel becomes as many positions as the kernel has."""
+    """Repeat every channel as often as the kernel has positions."""
     ids = dict(call.ids(call.inputs[0]))
     channels = ids.pop(1, None)
     call.ledger.freeze_all([ids], f"{call.where} slides over channels")
@@ -248,7 +248,7 @@ def im2col(call: Call) -> Sequence[ChannelIds]:
 
 
 def stack(call: Call) -> Sequence[ChannelIds]:
-    """``stack``: a new dimension without channels; all others must agree."""
+    """Insert a dimension without channels, and tie the other dimensions of the tensors."""
     tensors: Sequence[torch.Tensor] = call.args[0]
     new = int(call.named("dim")) % call.outputs[0].dim()
     result: ChannelIds = {}
@@ -260,7 +260,7 @@ def stack(call: Call) -> Sequence[ChannelIds]:
 
 
 def index(call: Call) -> Sequence[ChannelIds]:
-    """Indexing with tensors: fine along other dimensions, frozen along channels."""
+    """Indexing with tensors: pass the ids of the other dimensions, and freeze those that are indexed."""
     source = call.inputs[0]
     for other in call.inputs[1:]:
         call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
@@ -273,12 +273,12 @@ def index(call: Call) -> Sequence[ChannelIds]:
 
 
 def new_tensor(call: Call) -> Sequence[ChannelIds]:
-    """``x.new_zeros(...)``: takes nothing but the dtype and device."""
+    """Give ``x.new_zeros(...)`` no ids: it takes only the dtype and device of x."""
     return [{} for _ in call.outputs]
 
 
 def pad(call: Call) -> Sequence[ChannelIds]:
-    """Constant padding: new channels that no parameter produces (option-A shortcuts)."""
+    """Constant padding: give the padding new ids, which no parameter produces (option-A shortcuts of ResNets)."""
     source, amounts = call.inputs[0], call.args[1]
     result: ChannelIds = {}
     for dim, vector in call.ids(source).items():
@@ -293,7 +293,7 @@ def pad(call: Call) -> Sequence[ChannelIds]:
 
 
 def concatenate(call: Call) -> Sequence[ChannelIds]:
-    """``cat`` puts ids side by side; other dimensions must agree."""
+    """Concatenate the ids, and tie the other dimensions of the tensors."""
     tensors: Sequence[torch.Tensor] = call.args[0]
     rank = tensors[0].dim()
     dim = call.argument(1, call.kwargs.get("dim", 0)) % rank

@@ -1,7 +1,7 @@
-"""Python ints that reach sized operations: bind each to the channels it counts.
+"""Rules of calls that take sizes: bind each Python int to the channels that it counts.
 
-Works one level above ATen, on the calls as the model wrote them (``x.view(b, self.groups, -1)``), where ints still are
-`SizeInt`; `_rules` works on the ATen calls below them.
+They work one level above ATen, on the calls as the model wrote them (``x.view(b, self.groups, -1)``), where ints still
+are `SizeInt`. The rules in `graph.rules` work on the ATen calls below.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 def bind_sizes(  # noqa: PLR0917
     ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """Bind the python ints of one call, if it is one that takes sizes."""
+    """Bind the Python ints of one call, if it takes sizes."""
     rule = SIZE_RULES.get(name)
     if rule is not None:
         scales = len(ledger.scaled)
@@ -31,7 +31,7 @@ def bind_sizes(  # noqa: PLR0917
 
 
 def _bind_view(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``view``, ``reshape``, ``expand``: one size per output dimension."""
+    """``view`` and ``reshape``: bind one size per output dimension."""
     sizes = _flatten_sizes(args[1:], kwargs)
     if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
         return
@@ -42,13 +42,13 @@ def _bind_view(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _bind_expand(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``expand``: a dimension broadcast to a number of channels follows that number."""
+    """``expand``: a dimension that is broadcast to a number of channels gets their ids."""
     _assign_counted_ids(ledger, out, _flatten_sizes(args[1:], kwargs))
     _bind_view(ledger, where, args, kwargs, out)
 
 
 def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``torch.zeros``, ``x.new_ones``: a dimension made as long as another has channels follows them."""
+    """``torch.zeros``, ``x.new_ones``: a dimension as long as a number of channels gets their ids."""
     sizes = _flatten_sizes(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
     _assign_counted_ids(ledger, out, sizes)
     for dim, size in enumerate(sizes):
@@ -57,7 +57,7 @@ def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: 
 
 
 def _assign_counted_ids(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
-    """Positions that are all alike have no identity: they take that of the channels they were counted by."""
+    """Give dimensions of equal values the ids of the channels that determined their length."""
     if len(sizes) != out.dim():
         return
     ids = dict(ledger.ids_of(out))
@@ -69,13 +69,13 @@ def _assign_counted_ids(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any])
 
 
 def _flatten_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Sizes given one by one or as one sequence, by position or by name."""
+    """Return the sizes, which may be passed one by one or as one sequence, by position or by name."""
     given = args or tuple(v for k, v in kwargs.items() if k in {"shape", "size"})
     return [size for item in given for size in (item if isinstance(item, tuple | list) else (item,))]
 
 
 def _bind_unflatten(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``unflatten``: one dimension becomes several, each with its size."""
+    """``unflatten``: bind the sizes of the dimensions that one dimension becomes."""
     sizes = _argument(args, kwargs, 2, "sizes")
     first = _dim_argument(args, kwargs, 1) % args[0].dim()
     ids = ledger.ids_of(out)
@@ -85,14 +85,14 @@ def _bind_unflatten(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: d
 
 
 def _bind_chunk(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``chunk``: the pieces stay equally long, so the same positions of each go together."""
+    """``chunk``: tie equal positions of the pieces, which must stay equally long."""
     dim = _dim_argument(args, kwargs, 2)
     asked = _argument(args, kwargs, 1, "chunks")
     _tie_pieces(ledger, where, out, dim, complete=len(out) == asked)
 
 
 def _bind_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``split`` by one size (equal pieces) or by a list of sizes (each its own)."""
+    """``split``: tie the pieces of one size, or bind each of a list of sizes."""
     sizes = _argument(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
     dim = _dim_argument(args, kwargs, 2)
     if isinstance(sizes, int):
@@ -118,7 +118,7 @@ def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: 
 
 
 def _bind_pad(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``pad``: the amounts before and after the channels follow how many of the padded channels stay."""
+    """``pad``: bind the amounts before and after the channels to the ids of the padding."""
     amounts = _argument(args, kwargs, 1, "pad")
     rank = out.dim()
     for dim in range(rank):
@@ -133,7 +133,7 @@ def _bind_pad(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _bind_index(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``x[:, a:b]``: the bounds follow how many channels before them stay."""
+    """``x[:, a:b]``: bind the bounds to the channels before them."""
     source, item = args[0], args[1]
     items = item if isinstance(item, tuple) else (item,)
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
@@ -168,7 +168,7 @@ def _bind_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, An
 
 
 def _bind_narrow(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``original_module``: start and length count channels."""
+    """``narrow``: bind the start and the length to the channels that they count."""
     source, dim, start, length = (
         _argument(args, kwargs, position, name) for position, name in enumerate(("input", "dim", "start", "length"))
     )
@@ -179,14 +179,14 @@ def _bind_narrow(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict
 
 
 def _bind_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """A grouped convolution that loses whole groups has fewer of them."""
+    """Grouped convolution: bind the number of groups, if whole groups are removed."""
     groups = _argument(args, kwargs, 6, "groups", 1)
     if groups != 1:
         _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
 
 def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
-    """Where whole groups go, their number follows."""
+    """Bind the number of groups to one channel of each, if whole groups are removed."""
     members = None if ids is None else ids.reshape(int(groups), -1)
     counted = members[:, 0] if members is not None and cuts_whole_groups(*members.shape) else None
     if counted is not None or isinstance(groups, SizeInt):
@@ -194,7 +194,7 @@ def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) 
 
 
 def _bind_layer_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``layer_norm``, ``rms_norm``: the sizes of the last dimensions."""
+    """``layer_norm`` and ``rms_norm``: bind the sizes of the last dimensions."""
     sizes = _argument(args, kwargs, 1, "normalized_shape")
     ids = ledger.ids_of(args[0])
     for dim, size in enumerate(sizes, args[0].dim() - len(sizes)):
@@ -203,13 +203,13 @@ def _bind_layer_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: 
 
 
 def _bind_group_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``group_norm`` that loses whole groups has fewer of them."""
+    """``group_norm``: bind the number of groups, if whole groups are removed."""
     groups = _argument(args, kwargs, 1, "num_groups")
     _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
 
 def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """``scaled_dot_product_attention``: its default scale is (head dimension) ** -0.5, which nothing can hold."""
+    """``scaled_dot_product_attention``: its default scale, (head dimension) ** -0.5, must stay what it is."""
     if _argument(args, kwargs, 6, "scale") is None:
         for tensor in args[:2]:
             ids = _ids_along(ledger, tensor, -1)
@@ -221,7 +221,7 @@ def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: d
 def _freeze_packed_attention(
     ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """``multi_head_attention_forward``: one python int is the width of its input, of all heads, and of its output."""
+    """``multi_head_attention_forward``: freeze all, because one int is the width of the input, heads and output."""
     reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, torch.Tensor):
@@ -229,7 +229,7 @@ def _freeze_packed_attention(
 
 
 def _bind_scale(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """A product with a number computed from sizes: the number must stay what it is."""
+    """A product with a number that was computed from sizes: the number must stay what it is."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, SizeInt | SizeFloat):
             ledger.bind(value.expression, None, where)
@@ -237,7 +237,7 @@ def _bind_scale(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
-    """An argument passed by position or by name."""
+    """Return an argument, which may be passed by position or by name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 

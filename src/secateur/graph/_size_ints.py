@@ -1,10 +1,10 @@
-"""Python ints that remember where they came from.
+"""Python ints that remember how they were computed.
 
-Most models that resist slicing do so because of sizes held as python ints: ``view(b, self.groups, c // self.groups)``,
-``split(x, self.sizes)``, ``pad(x, (low, high))``. While a model is traced, its integer attributes and the channel
-counts read from ``x.shape`` are `SizeInt`: an int that carries an expression. When such an int reaches an operation
-that sizes a dimension with channels, the expression tells which attribute must be edited when channels go, or that no
-edit is needed because the number is computed from a shape.
+Many models cannot simply be sliced because they hold sizes as Python ints, as in ``split(x, self.sizes)``,
+``view(b, self.groups, c // self.groups)`` or ``pad(x, (low, high))``. While a model is traced, its int attributes and
+the channel counts in ``x.shape`` are `SizeInt`, ints that carry an expression. When such an int becomes the size of a
+dimension with channels, the expression tells which attribute must be edited when channels are removed, or that no edit
+is needed because the number is computed from a shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from secateur.graph.graph import Extent
 
 @dataclass(frozen=True)
 class Literal:
-    """A number written in the source code, or of unknown origin."""
+    """A constant of the source code, or a number of unknown origin."""
 
     value: int
 
 
 class Attribute(NamedTuple):
-    """An int held by a module: ``module.attribute`` or ``module.attribute[item]``."""
+    """An int attribute of a module: ``module.attribute`` or ``module.attribute[item]``."""
 
     module: str
     attribute: str
@@ -36,7 +36,7 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ShapeOf:
-    """The length of a dimension whose positions carry these channel ids."""
+    """The length of a dimension with these channel ids."""
 
     ids: IntArray
 
@@ -54,7 +54,7 @@ Expression = Literal | Attribute | ShapeOf | Arithmetic
 
 
 class SizeInt(int):
-    """An int with an `Expression`; arithmetic with ints keeps the expression, everything else drops it."""
+    """An int with an `Expression`. Arithmetic with ints extends it; everything else returns plain numbers."""
 
     expression: Expression
 
@@ -81,7 +81,7 @@ class SizeInt(int):
 
 
 class SizeFloat(float):
-    """A float computed from sizes (``head_dim ** -0.5``): as long as its `expression` does not change, nor does it."""
+    """A float that was computed from sizes (``head_dim ** -0.5``), and stays the same if its `expression` does."""
 
     expression: Expression
 
@@ -122,7 +122,7 @@ SizeInt.__pow__ = _power  # type: ignore[method-assign, assignment]
 
 
 def expression_of(value: int) -> Expression:
-    """The expression behind an int; a plain int is a `Literal`."""
+    """Return the expression of an int; that of a plain int is a `Literal`."""
     return value.expression if isinstance(value, SizeInt) else Literal(int(value))
 
 
@@ -152,12 +152,12 @@ for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%"
 
 
 class SizeTuple(tuple[int, ...]):
-    """What ``x.shape`` is while tracing: like `torch.Size`, but its elements keep their expressions."""
+    """The type of ``x.shape`` while tracing: as `torch.Size`, but its elements keep their expressions."""
 
     __slots__ = ()
 
     def numel(self) -> int:
-        """Product of the sizes."""
+        """Return the product of the sizes."""
         total = 1
         for size in self:
             total = size * total
@@ -178,13 +178,13 @@ def evaluate_expression(
     values: Mapping[Attribute, int],
     measure: Callable[[IntArray], Extent | None],
 ) -> Extent | None:
-    """The expression as a linear function of the widths, or None if it is not one.
+    """Return the expression as a linear function of the widths; None if it is not one.
 
     Args:
         expression: What to evaluate.
-        attributes: Attributes that will be edited, with their new value.
+        attributes: The attributes that will be edited, with their new values.
         values: The present value of every attribute.
-        measure: Extent of a vector of channel ids.
+        measure: Returns the extent of a vector of channel ids.
     """
     match expression:
         case Literal(value):
@@ -206,15 +206,15 @@ def evaluate_expression(
 def solve_for_attribute(
     expression: Expression, wanted: Extent, known: Callable[[Expression], Extent | None]
 ) -> tuple[Attribute, Extent] | None:
-    """An attribute in an expression, and the value that makes the whole expression ``wanted``.
+    """Return an attribute of an expression, and the value for it that makes the whole expression ``wanted``.
 
     Args:
         expression: Sums, products, quotients of attributes and numbers.
-        wanted: What it must be.
-        known: The value of a part of it that will not be changed for this; None if it may be.
+        wanted: The value that the expression must have.
+        known: Returns the value of a part that will not be changed for this; None for a part that may be.
 
     Returns:
-        None if there is no such attribute, or no whole number will do.
+        None if there is no such attribute, or if its value would not be an integer.
     """
     match expression:
         case Attribute():
@@ -277,7 +277,7 @@ def _quotient(extent: Extent, by: int) -> Extent | None:
 
 
 def _ratio(left: Extent, right: Extent) -> Extent | None:
-    """The constant k if left = k * right for all widths: channels over a number of groups that follows them."""
+    """Return the constant k if left = k * right for all widths, as for channels and the number of their groups."""
     times, rest = divmod(left.at({name: 1 for name, _ in left.terms}), right.at({name: 1 for name, _ in right.terms}))
     return Extent(times) if not rest and combine_extents(((times, right),)) == left else None
 
@@ -287,7 +287,7 @@ def _remainder(extent: Extent, by: int) -> Extent | None:
 
 
 def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:
-    """Sum of factor * extent."""
+    """Return the sum of factor * extent."""
     base, terms = 0, dict[str, int]()
     for factor, extent in parts:
         base += factor * extent.base
@@ -297,7 +297,7 @@ def combine_extents(parts: tuple[tuple[int, Extent], ...]) -> Extent:
 
 
 def shape_ids(expression: Expression) -> list[IntArray]:
-    """Every id vector the expression takes the length of."""
+    """Return every id vector whose length the expression contains."""
     match expression:
         case ShapeOf(ids):
             return [ids]

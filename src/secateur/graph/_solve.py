@@ -1,8 +1,8 @@
-"""The axes of a graph under construction, and the extents of channels in their widths.
+"""`solve` derives the channel graph from the ledger of one recorded pass.
 
-Python ints against the widths: which attributes a cut must set, and what must stay because an int cannot follow.
-
-From the ledger of one run to the channel graph: components, axes, extents, and what must be frozen."""
+Tied ids form components, and components that occur at the same places form axes. Then every size, and every Python int
+that counts channels, is expressed by the widths of the axes; axes that some int cannot follow are frozen.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ _Part = tuple[int, int, int | None]
 
 @dataclass(eq=False)
 class Solution:
-    """Axes under construction; freezing an axis only fills `reason`."""
+    """The axes of a graph under construction, and the reasons why some are frozen, by index of the axis."""
 
     axes: list[ChannelAxis]
     axis_of: IntArray
@@ -53,8 +53,8 @@ class Solution:
         default_factory=dict[int, tuple[IntArray, IntArray, IntArray]]
     )
 
-    def lane(self, ids: IntArray) -> tuple[IntArray, IntArray]:
-        """The number of the axis (-1 if none) and the channel of it that each of some ids belongs to."""
+    def locate(self, ids: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the index of the axis (-1 for none) and the channel of the axis that each id belongs to."""
         known = self._lanes.get(id(ids))
         if known is None:
             roots = self.root[ids]
@@ -63,11 +63,11 @@ class Solution:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Full width of every axis by name."""
+        """The full width of every axis by name."""
         return {axis.name: axis.size for axis in self.axes}
 
-    def measure(self, ids: IntArray) -> Extent | None:
-        """Extent of a vector of ids; None if it holds only a part of an axis that may be pruned."""
+    def extent_of(self, ids: IntArray) -> Extent | None:
+        """Return the extent of a vector of ids; None if it has only a part of an axis that may be pruned."""
         base, terms = 0, list[tuple[str, int]]()
         for number, total, times in self._census(ids):
             if number < 0 or number in self.reasons:
@@ -78,24 +78,24 @@ class Solution:
                 terms.append((self.axes[number].name, times))
         return Extent(base, tuple(sorted(terms)))
 
-    def count(self, ids: IntArray, parts: list[tuple[int, int, int]]) -> None:
-        """Tell what a vector of ids holds, where that is known without looking.
+    def set_census(self, ids: IntArray, parts: list[tuple[int, int, int]]) -> None:
+        """Set the census of a vector of ids, which saves counting it.
 
         Args:
-            ids: A dimension of a stored tensor.
-            parts: For each axis along it: its number, its positions, how often each of its channels. No axis twice.
+            ids: The ids of a dimension of a stored tensor.
+            parts: For each axis in it: the index, the number of positions, and the number of those of each channel.
         """
         rest = len(ids) - sum(total for _, total, _ in parts)
         self._counted[id(ids)] = ids, [*([(-1, rest, None)] if rest else []), *sorted(parts)]
 
     def _census(self, ids: IntArray) -> list[_Part]:
-        """For each axis in a vector of ids: its number, its positions, how often each channel (None: unequally)."""
+        """Return for each axis in a vector of ids its index, its positions, and those per channel (None: unequal)."""
         known = self._counted.get(id(ids))
         if known is not None:
             return known[1]
         roots = self.root[ids]
         owner = self.axis_of[roots]
-        # Nearly always they all belong to the same axis.
+        # Shortcut: nearly always, all ids belong to the same axis.
         alike = len(owner) > 0 and bool((owner == owner[0]).all())
         found: list[_Part] = []
         for number in [int(owner[0])] if alike else unique_values(owner).tolist():
@@ -109,30 +109,30 @@ class Solution:
         return found
 
     def axes_in(self, ids: IntArray) -> set[int]:
-        """Numbers of the axes that a vector of ids belongs to."""
+        """Return the indices of the axes in a vector of ids."""
         return {number for number, _, _ in self._census(ids) if number >= 0}
 
     def freeze(self, vectors: Iterable[IntArray], reason: str) -> bool:
-        """Freeze every axis these ids belong to; True if that is news."""
+        """Freeze every axis in some vectors of ids, and return whether any was not frozen before."""
         return self._freeze_numbers(set[int]().union(*map(self.axes_in, vectors)), reason)
 
     def freeze_named(self, names: Iterable[str], reason: str) -> bool:
-        """Freeze axes by name; True if that is news."""
+        """Freeze axes by name, and return whether any was not frozen before."""
         wanted = set(names)
         return self._freeze_numbers({n for n, axis in enumerate(self.axes) if axis.name in wanted}, reason)
 
     def _freeze_numbers(self, numbers: set[int], reason: str) -> bool:
-        news = numbers - set(self.reasons)
-        self.reasons.update(dict.fromkeys(sorted(news), reason))
-        return bool(news)
+        changed = numbers - set(self.reasons)
+        self.reasons.update(dict.fromkeys(sorted(changed), reason))
+        return bool(changed)
 
 
 def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
-    """Tie channels whose numbers a model takes to be the same; True if any were tied.
+    """Tie channels whose numbers the model assumes to be equal, and return whether any were tied.
 
-    After attention, many models write ``x.reshape(b, n, c)`` with the width c of their input, or take the dimension of
-    a head to be ``c // heads``. Then the residual stream must be as wide as all heads together: position p of the one
-    goes with position p of the other. Without the tie both would have to stay whole.
+    After attention, many models write ``x.reshape(b, n, c)`` with the width c of their input, or compute the dimension
+    of a head as ``c // heads``. Then the residual stream must be as wide as all heads together, so each of its
+    positions is tied to one of the heads. Without the tie, both would have to be frozen.
     """
     edited = _find_edits(ledger, solution, attributes)
     before = len(ledger.ties)
@@ -145,7 +145,7 @@ def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attr
 
 
 def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, IntArray]]:
-    """Pairs of id vectors that must be equally long if the binding is to hold."""
+    """Return pairs of id vectors that must be equally long for the binding to hold."""
     match binding.expression:
         case Attribute() if binding.ids is not None:
             same = (b.ids for b in ledger.bindings if b.expression == binding.expression and b.ids is not None)
@@ -166,37 +166,37 @@ def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, 
 
 
 def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
-    """Find the new value of every int attribute; freeze channels whose sizes cannot follow. Repeats until stable."""
+    """Find the new value of every int attribute, and freeze axes whose sizes an int cannot follow, until stable."""
     while True:
-        news = _freeze_partial(ledger, solution)
+        changed = _freeze_partial(ledger, solution)
         edited = _find_edits(ledger, solution, attributes)
         for binding in ledger.bindings:
-            news |= _freeze_unless_consistent(binding, solution, edited, attributes)
-        if not news:
+            changed |= _freeze_unless_consistent(binding, solution, edited, attributes)
+        if not changed:
             return edited
 
 
 def _freeze_partial(ledger: Ledger, solution: Solution) -> bool:
-    news = False
+    changed = False
     for operation in ledger.operations:
         for ids in operation.dims:
-            if not isinstance(ids, int) and solution.measure(ids) is None:
-                news |= solution.freeze([ids], f"`{operation.kind}` in {operation.module} sees only a part of them")
-    return news
+            if not isinstance(ids, int) and solution.extent_of(ids) is None:
+                changed |= solution.freeze([ids], f"`{operation.kind}` in {operation.module} sees only a part of them")
+    return changed
 
 
 def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
-    """The new value of every attribute that counts channels; first of those that do so directly."""
+    """Return the new value of every attribute that counts channels."""
     edited = dict[Attribute, Extent]()
 
     def known(expression: Expression) -> Extent | None:
         inside = _attributes_in(expression)
         if not all(place in edited for place in inside) and not isinstance(expression, Attribute):
             return None
-        return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.measure)
+        return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.extent_of)
 
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
-        extent = None if binding.ids is None else solution.measure(binding.ids)
+        extent = None if binding.ids is None else solution.extent_of(binding.ids)
         found = None if extent is None else solve_for_attribute(binding.expression, extent, known)
         if found and found[1].at(solution.sizes) == attributes[found[0]]:
             edited.setdefault(*found)
@@ -209,12 +209,12 @@ def _is_consistent(
     edited: Mapping[Attribute, Extent],
     attributes: Mapping[Attribute, int],
 ) -> bool:
-    """Whether an int will have the value that its use needs, for all widths."""
+    """Return whether an int will have the value that its use requires, for all widths."""
     if binding.ids is None and not shape_ids(binding.expression) and not _mentions(binding.expression, edited):
         return True
-    found = evaluate_expression(binding.expression, attributes=edited, values=attributes, measure=solution.measure)
+    found = evaluate_expression(binding.expression, attributes=edited, values=attributes, measure=solution.extent_of)
     if binding.ids is not None:
-        needed = solution.measure(binding.ids)
+        needed = solution.extent_of(binding.ids)
     else:
         needed = evaluate_expression(
             binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids))
@@ -231,14 +231,14 @@ def _freeze_unless_consistent(
     leaves = shape_ids(binding.expression)
     if _is_consistent(binding, solution, edited, attributes):
         return False
-    # An attribute that cannot serve this use may still be edited for another one: that other axis must stay as well.
+    # The attribute may be edited for another use, which would break this one: freeze the axis of that use as well.
     names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
     vectors = [*leaves, *([binding.ids] if binding.ids is not None else [])]
     if not vectors:
         return solution.freeze_named(names, f"{binding.where} needs {expression_text(binding.expression)} as it is")
     reason = f"{binding.where} takes the size {expression_text(binding.expression)}, which cannot follow"
-    news = solution.freeze(vectors, reason)
-    return solution.freeze_named(names, reason) or news
+    changed = solution.freeze(vectors, reason)
+    return solution.freeze_named(names, reason) or changed
 
 
 def _mentions(expression: Expression, edited: Mapping[Attribute, Extent]) -> bool:
@@ -259,7 +259,7 @@ NOT_PRODUCED = "no layer of this model produces these channels"
 
 @dataclass(eq=False)
 class _Occurrences:
-    """Every (component, site, position) of stored tensors, then of bound sizes (sites without a tensor)."""
+    """Every (component, site, position) of the stored tensors, then of the bound sizes (sites without a tensor)."""
 
     root: IntArray
     site: IntArray
@@ -268,7 +268,7 @@ class _Occurrences:
 
 
 def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
-    """Conclude the channel graph from everything the ledger holds."""
+    """Return the channel graph that follows from a ledger."""
     solution = _solve_axes(ledger)
     while tie_equal_sizes(ledger, solution, attributes):
         solution = _solve_axes(ledger)
@@ -277,10 +277,10 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         ChannelAxis(axis.name, axis.size, axis.sites, axis.divisor, solution.reasons.get(number))
         for number, axis in enumerate(solution.axes)
     )
-    around = blocks_of_modules(ledger.blocks)
+    blocks_of = blocks_of_modules(ledger.blocks)
     return ChannelGraph(
         axes=axes,
-        operations=tuple(_operation(solution, op, around(op.module)) for op in ledger.operations),
+        operations=tuple(_operation(solution, op, blocks_of(op.module)) for op in ledger.operations),
         tensors={s.name: _extents(solution, s) for s in ledger.stored.values()},
         parameters=tuple(s.name for s in ledger.stored.values() if s.is_parameter),
         edits=tuple(
@@ -290,7 +290,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         ),
         activations=_activations(ledger, solution),
         stages=_stages(ledger),
-        touching=_module_axes(ledger, solution),
+        module_axes=_module_axes(ledger, solution),
         example=example,
         mixings=tuple(_mixing(solution, call) for call in ledger.mixings),
         unseen=ledger.unseen(),
@@ -307,7 +307,7 @@ def _solve_axes(ledger: Ledger) -> Solution:
 def _find_occurrences(ledger: Ledger, root: IntArray) -> _Occurrences:
     tensors = [(stored, dim) for stored in ledger.stored.values() for dim in stored.ids]
     vectors = [stored.ids[dim] for stored, dim in tensors]
-    # Sizes count as places too: channels that one python int counts and another does not must not share an axis.
+    # Bound sizes are sites too, because channels that different Python ints count must not share an axis.
     for binding in ledger.bindings:
         vectors += [binding.ids] if binding.ids is not None else []
         vectors += shape_ids(binding.expression)
@@ -318,7 +318,7 @@ def _find_occurrences(ledger: Ledger, root: IntArray) -> _Occurrences:
 
 
 def _first_freezes(ledger: Ledger, root: IntArray) -> IntArray:
-    """Index of the first freeze that hits each component; a large number if none."""
+    """Return the index of the first freeze of each component; the number of freezes if there is none."""
     first = np.full(ledger.count, len(ledger.freezes), dtype=np.int64)
     for number in range(len(ledger.freezes) - 1, -1, -1):
         first[root[ledger.freezes[number][0]]] = number
@@ -326,7 +326,7 @@ def _first_freezes(ledger: Ledger, root: IntArray) -> IntArray:
 
 
 def _group_into_axes(ledger: Ledger, places: _Occurrences, root: IntArray, frozen: IntArray) -> Solution:
-    """Group components that appear at the same places, equally often, into axes."""
+    """Group the components that occur at the same sites, equally often, into axes."""
     order = np.argsort(places.root, kind="stable")  # Sites and positions are in order already.
     roots, sites, positions = places.root[order], places.site[order], places.position[order]
     starts = run_starts(roots)
@@ -363,15 +363,15 @@ def _group_into_axes(ledger: Ledger, places: _Occurrences, root: IntArray, froze
         elif len(members) == 1:
             solution.reasons[number] = SINGLE_CHANNEL
     for stored, dim in places.tensors:
-        solution.count(stored.ids[dim], along[stored.name, dim])
+        solution.set_census(stored.ids[dim], along[stored.name, dim])
     return solution
 
 
 def _group_components(reasons: IntArray, sites: IntArray, positions: IntArray, starts: IntArray) -> list[IntArray]:
-    """Components with the same freeze and the same multiset of sites.
+    """Return groups of components with the same freeze and the same multiset of sites.
 
-    A component's fingerprint is the sum, modulo 2^64, of a random number for its freeze and one for each of its sites:
-    equal for equal ones, and different for others but for a chance of 2^-63, which the caller checks.
+    The fingerprint of a component is the sum, modulo 2^64, of a random number for its freeze and one for each of its
+    sites. Different components have equal fingerprints with probability 2^-63, and the caller checks for that.
 
     Args:
         reasons: (components,) number of the freeze.
@@ -380,7 +380,7 @@ def _group_components(reasons: IntArray, sites: IntArray, positions: IntArray, s
         starts: (components,) index of the first place of each component.
 
     Returns:
-        Numbers of the components of each group, both in order of appearance: by first site, then position.
+        The indices of the components of each group; components and groups are in order of first site, then position.
     """
     if not len(starts):
         return []
@@ -418,7 +418,7 @@ def _sites(
 
 
 def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
-    """The module that produces the channels first; a number is added where it produces several axes."""
+    """Return the module that produces the channels first, with a number if it produces several axes."""
     best = next((s for s in sites if s.role is Role.OUTPUT), sites[0])
     name = best.tensor.rpartition(".")[0] or best.tensor
     if best.role is Role.INPUT:
@@ -433,7 +433,7 @@ def _operation(solution: Solution, operation: CountedOperation, blocks: tuple[st
 
 
 def _whole_extent(solution: Solution, ids: IntArray) -> Extent:
-    extent = solution.measure(ids)
+    extent = solution.extent_of(ids)
     assert extent is not None, "channels covered in part are frozen before"
     return extent
 
@@ -454,22 +454,22 @@ def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
 
 
 def _activation(solution: Solution, output: ModuleOutput) -> Activation:
-    lanes = [ChannelDim(0, dim, *solution.lane(ids)) for dim, ids in sorted(output.ids.items())]
-    # A position embedding gives tokens ids as well, but no axis owns them.
-    main = lanes[0] if len(lanes) == 1 else max(lanes, key=lambda lane: int((lane.axis >= 0).sum()))
-    others = tuple(lane for lane in lanes if lane is not main and (lane.axis >= 0).any())
+    dims = [ChannelDim(0, dim, *solution.locate(ids)) for dim, ids in sorted(output.ids.items())]
+    # A position embedding gives ids to tokens as well, but these belong to no axis.
+    main = dims[0] if len(dims) == 1 else max(dims, key=lambda one: int((one.axis >= 0).sum()))
+    others = tuple(one for one in dims if one is not main and (one.axis >= 0).any())
     return Activation(output.module, output.shape, main.dim, main.axis, main.channel, others)
 
 
 def _mixing(solution: Solution, call: RecordedMixingCall) -> MixingCall:
-    def lanes(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[ChannelDim, ...]:
-        return tuple(ChannelDim(tensor, dim, *solution.lane(ids)) for tensor, dim, ids in found)
+    def channel_dims(found: tuple[tuple[int, int, IntArray], ...]) -> tuple[ChannelDim, ...]:
+        return tuple(ChannelDim(tensor, dim, *solution.locate(ids)) for tensor, dim, ids in found)
 
-    return MixingCall(call.number, call.kind, lanes(call.read), lanes(call.written))
+    return MixingCall(call.number, call.kind, channel_dims(call.read), channel_dims(call.written))
 
 
 def _stages(ledger: Ledger) -> tuple[str, ...]:
-    """The outermost, last module output at each spatial resolution above 1 x 1."""
+    """Return the last, outermost module with an output at each spatial resolution above 1 x 1."""
     best: dict[tuple[int, ...], ModuleOutput] = {}
     for output in ledger.outputs.values():
         spatial = output.shape[2:]
@@ -483,7 +483,7 @@ def _stages(ledger: Ledger) -> tuple[str, ...]:
 
 
 def _module_axes(ledger: Ledger, solution: Solution) -> dict[str, tuple[str, ...]]:
-    """For every module, the axes that operations run by it saw."""
+    """Return for every module the names of the axes that its operations saw."""
     seen: dict[str, set[int]] = {}
     for module, ids in ledger.touched:
         seen.setdefault(module, set()).update(solution.axes_in(ids))

@@ -1,20 +1,19 @@
-"""Where every value of a forward pass comes from and goes to: what residual branches are found in.
+"""The data flow of a forward pass, and the removable residual blocks that it contains.
 
-A *step* is one ATen call, numbered in order of execution; a model input counts as one too. The value a tensor holds is
-named by the step that wrote it last, through whichever view that was.
+A *step* is one ATen call, numbered in order of execution; a model input is a step too. A *value* is named by the step
+that wrote it last, through whichever view of the memory.
 
-Find the removable residual branches of a traced forward pass, in any model.
+`find_blocks` looks at every sum x + b from its end. The *branch* of b consists of the steps whose results are used only
+by each other or by the sum. The branch is residual if b is computed from x itself. Replacing b by zeros then leaves x,
+and the modules in the branch can be removed in one of two ways:
 
-A sum x + b is looked at from its end. Its *branch* are the steps that serve b alone: everything they compute is used
-by each other or by the sum. It is residual if x itself, unchanged, is among what b is computed from. Then zeros in the
-place of b leave x, and the modules that run in the branch can go:
+1. If one module takes x and returns the sum (perhaps after a ReLU that changes nothing, because x is the output of a
+   ReLU), the whole module is replaced by a pass-through.
+2. Otherwise the last modules with parameters in the branch are replaced by modules that return zeros, and those before
+   them by pass-throughs. The steps between them still run, so they must map zeros to zeros.
 
-1. If one module takes x and returns the sum (perhaps after a ReLU that changes nothing, because x is the output of
-   one), the whole module becomes a pass-through.
-2. Else the modules with parameters at the end of the branch become silent, those before them pass-throughs. What the
-   model computes without modules in between runs on; it must turn zeros into zeros.
-
-Where neither is sure, the branch is not a block."""
+Where neither is certain to be exact, the branch is not a block.
+"""
 
 import itertools
 from bisect import bisect_right
@@ -33,49 +32,49 @@ from secateur.graph.graph import Block, Replacement, StandIn
 ADDITION = "add"
 INPUT = "input"
 CONSTANT = -1
-"""Stands for a parameter, a buffer or any other value that no step has written."""
+"""Stands for a parameter, a buffer or any other value that no step wrote."""
 _RUNS = itertools.count()
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
-    """What tensors that share their numbers have in common, as long as one of them lives."""
+    """Return a key that all tensors on the same memory share, as long as one of them exists."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 @cache
 def is_pointwise(func: Any) -> bool:
-    """Whether an ATen overload is said to work elementwise."""
+    """Return whether ATen tags an overload as elementwise."""
     return torch.Tag.pointwise in func.tags
 
 
 @cache
 def is_mutable(func: Any) -> bool:
-    """Whether an ATen overload writes into an argument."""
+    """Return whether an ATen overload writes into an argument."""
     return bool(func._schema.is_mutable)
 
 
 class ValueOrigin(NamedTuple):
-    """Where what a tensor holds comes from.
+    """The origin of the values of a tensor.
 
     Attributes:
         value: The step that wrote it; `CONSTANT` if none did.
-        fed: Whether it depends on the model's input.
-        hollow: Whether it was not computed, or from something that was not.
+        from_input: Whether it depends on the model's input.
+        fake: Whether it was not really computed, or depends on a value that was not.
     """
 
     value: int
-    fed: bool
-    hollow: bool
+    from_input: bool
+    fake: bool
 
 
 @dataclass(frozen=True)
 class Addition:
     """A sum of two tensors of the same shape that both depend on the model's input.
 
-    No other sums are counted. Whether a linear layer adds its bias by one depends on the batch size.
+    No other sums are counted: whether a linear layer adds its bias by a separate sum depends on the batch size.
 
     Attributes:
-        number: How many such sums came before it in the forward pass.
+        number: The number of such sums before it in the forward pass.
         left: The value of the first operand.
         right: The value of the second operand.
     """
@@ -91,25 +90,25 @@ class ModuleCall:
 
     Attributes:
         module: Qualified name.
-        begin: First step that ran in it.
-        taken: The value of its first tensor argument.
-        taken_shape: Its shape.
+        begin: The first step that ran in it.
+        input: The value of its first tensor argument.
+        input_shape: The shape of that tensor.
         end: The step after the last one that ran in it.
-        given: The value of its first output tensor.
-        given_shape: Its shape.
-        items: Length of the tuple it returns; None if it returns a tensor, 0 if something else than tensors and None.
-        others: The values of the other tensors of that tuple.
+        output: The value of its first output tensor.
+        output_shape: The shape of that tensor.
+        items: The length of the tuple that it returns; None if it returns a tensor, 0 if it returns anything else.
+        other_outputs: The values of the other tensors of that tuple.
     """
 
     module: str
     begin: int
-    taken: int = CONSTANT
-    taken_shape: tuple[int, ...] = ()
+    input: int = CONSTANT
+    input_shape: tuple[int, ...] = ()
     end: int = -1
-    given: int = CONSTANT
-    given_shape: tuple[int, ...] = ()
+    output: int = CONSTANT
+    output_shape: tuple[int, ...] = ()
     items: int | None = 0
-    others: tuple[int, ...] = ()
+    other_outputs: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -117,36 +116,36 @@ class DataFlow:
     """Append-only record of the steps and the module calls of one forward pass.
 
     Attributes:
-        names: ATen name of each step.
-        sources: The values each step reads, one for each tensor, `CONSTANT` included.
-        fed: Whether the result of each step depends on the model's input.
-        hollow: Whether the numbers of each step's result were not computed; see `_unread`.
+        names: The ATen name of each step.
+        sources: The values that each step reads, one for each tensor, including `CONSTANT`.
+        from_input: Whether the result of each step depends on the model's input.
+        fake: Whether each step's result is fake; see `_record.make_fake_result`.
         pointwise: Whether each step works elementwise.
-        call: The innermost module call each step ran in; -1 for none.
+        call: The innermost module call that each step ran in; -1 for none.
         additions: The sums of two tensors, by step.
-        calls: Module calls in order of their begin.
-        given: The values that leave the record: the model returns them, or python reads their numbers.
+        calls: The module calls in order of their begin.
+        returned: The values that leave the model: it returns them, or Python reads them.
     """
 
     names: list[str] = field(default_factory=list[str])
     sources: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
-    fed: list[bool] = field(default_factory=list[bool])
-    hollow: list[bool] = field(default_factory=list[bool])
+    from_input: list[bool] = field(default_factory=list[bool])
+    fake: list[bool] = field(default_factory=list[bool])
     pointwise: list[bool] = field(default_factory=list[bool])
     call: list[int] = field(default_factory=list[int])
     additions: dict[int, Addition] = field(default_factory=dict[int, Addition])
     calls: list[ModuleCall] = field(default_factory=list[ModuleCall])
-    given: set[int] = field(default_factory=set[int])
+    returned: set[int] = field(default_factory=set[int])
     _open: list[int] = field(default_factory=list[int])
     _writers: dict[int, int] = field(default_factory=dict[int, int])
     _uncomputed: set[int] = field(default_factory=set[int])
     _added: int = 0
     _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
-    def read(self, tensor: torch.Tensor) -> ValueOrigin:
-        """Where what a tensor holds comes from.
+    def origin_of(self, tensor: torch.Tensor) -> ValueOrigin:
+        """Return the origin of the values of a tensor.
 
-        Its memory tells too whether it was computed: ``x.data`` and the like are made by no step.
+        The memory is looked up too, because no step creates ``x.data`` and the like.
         """
         value: int = getattr(tensor, self._mark, CONSTANT)
         uncomputed = False
@@ -156,32 +155,32 @@ class DataFlow:
             uncomputed = memory in self._uncomputed
         if value < 0:
             return ValueOrigin(value, False, uncomputed)
-        return ValueOrigin(value, self.fed[value], uncomputed or self.hollow[value])
+        return ValueOrigin(value, self.from_input[value], uncomputed or self.fake[value])
 
     def value_of(self, tensor: torch.Tensor) -> int:
-        """The step that wrote what a tensor holds."""
-        return self.read(tensor).value
+        """Return the step that wrote the values of a tensor."""
+        return self.origin_of(tensor).value
 
-    def is_hollow(self, tensor: torch.Tensor) -> bool:
-        """Whether what a tensor holds was not computed, or from something that was not."""
-        return self.read(tensor).hollow
+    def is_fake(self, tensor: torch.Tensor) -> bool:
+        """Return whether the values of a tensor are fake."""
+        return self.origin_of(tensor).fake
 
-    def feed(self, example: Any) -> None:
-        """The inputs of the model."""
+    def add_inputs(self, example: Any) -> None:
+        """Record the inputs of the model."""
         for tensor in tree_leaves(example):
             if isinstance(tensor, torch.Tensor):
-                self.hollow.append(False)
-                self._append(INPUT, (), fed=True, pointwise=False)
-                # By its storage: the caller's tensor is not to carry a mark of ours.
+                self.fake.append(False)
+                self._append(INPUT, (), from_input=True, pointwise=False)
+                # By its storage, because the caller's tensor must not get an attribute.
                 self._writers[_storage_key(tensor)] = len(self.names) - 1
 
-    def addition(self, name: str, inputs: Sequence[torch.Tensor], read: Sequence[ValueOrigin]) -> int | None:
-        """The number of a sum of two tensors that is about to run; None if it is none that counts."""
+    def addition_number(self, name: str, inputs: Sequence[torch.Tensor], read: Sequence[ValueOrigin]) -> int | None:
+        """Return the number of an `Addition` that is about to run; None if the call is not one."""
         if name != ADDITION or len(inputs) != 2 or inputs[0].shape != inputs[1].shape:
             return None
-        return self._added if all(reading.fed for reading in read) else None
+        return self._added if all(reading.from_input for reading in read) else None
 
-    def step(
+    def add_step(
         self,
         func: Any,
         name: str,
@@ -190,73 +189,73 @@ class DataFlow:
         outputs: Sequence[torch.Tensor],
         *,
         read: Sequence[ValueOrigin],
-        hollow: bool = False,
+        fake: bool = False,
     ) -> None:
-        """One ATen call that has just run.
+        """Record one ATen call that has just run.
 
         Args:
             func: The ATen overload.
             name: Its base name.
-            plain: Whether it was given positional arguments only (no ``alpha``).
-            inputs: The tensors it was given.
-            outputs: The tensors it returned.
-            read: Where what the inputs held came from.
-            hollow: Whether it was not run at all, and others stand in for what it would return.
+            plain: Whether it had positional arguments only (no ``alpha``).
+            inputs: The tensors among its arguments.
+            outputs: The tensors that it returned.
+            read: The origins of the inputs, determined before the call.
+            fake: Whether the call did not run, and the outputs are fake.
         """
         sources = tuple(reading.value for reading in read)
         number = len(self.names)
-        added = self.addition(name, inputs, read)
+        added = self.addition_number(name, inputs, read)
         if added is not None:
             self._added += 1
             if plain:
                 self.additions[number] = Addition(added, sources[0], sources[1])
-        self.hollow.append(hollow or any(reading.hollow for reading in read))
-        self._append(name, sources, any(reading.fed for reading in read), is_pointwise(func))
+        self.fake.append(fake or any(reading.fake for reading in read))
+        self._append(name, sources, any(reading.from_input for reading in read), is_pointwise(func))
         if not outputs:
-            self.given.add(number)
+            self.returned.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
         strided = [_storage_key(tensor) for tensor in outputs if tensor.layout == torch.strided]
         if is_mutable(func):
             self._writers.update(dict.fromkeys(strided, number))
-        if self.hollow[number]:
+        if self.fake[number]:
             self._uncomputed.update(strided)
         else:
-            self._uncomputed.difference_update(strided)  # Memory that was freed since, and is used again.
+            self._uncomputed.difference_update(strided)  # The memory was freed in the meantime, and is used again.
 
-    def _append(self, name: str, sources: tuple[int, ...], fed: bool, pointwise: bool) -> None:
+    def _append(self, name: str, sources: tuple[int, ...], from_input: bool, pointwise: bool) -> None:
         self.names.append(name)
         self.sources.append(sources)
-        self.fed.append(fed)
+        self.from_input.append(from_input)
         self.pointwise.append(pointwise)
         self.call.append(self._open[-1] if self._open else -1)
 
-    def enter(self, module: str, args: Any, kwargs: Any) -> None:
-        """A module begins to run."""
+    def enter_module(self, module: str, args: Any, kwargs: Any) -> None:
+        """Record that a module begins to run."""
         call = ModuleCall(module, len(self.names))
         tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         if tensor is not None:
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                call.taken, call.taken_shape = self.value_of(tensor), tensor.shape
+                call.input, call.input_shape = self.value_of(tensor), tensor.shape
         self._open.append(len(self.calls))
         self.calls.append(call)
 
-    def leave(self, out: Any) -> None:
-        """The innermost running module has returned."""
+    def leave_module(self, out: Any) -> None:
+        """Record that the innermost running module has returned."""
         call = self.calls[self._open.pop()]
         call.end = len(self.names)
         first, *rest = out if type(out) is tuple and out else (out,)
         if isinstance(first, torch.Tensor):
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                call.given, call.given_shape = self.value_of(first), first.shape
-                call.others = tuple(self.value_of(item) for item in rest if isinstance(item, torch.Tensor))
+                call.output, call.output_shape = self.value_of(first), first.shape
+                call.other_outputs = tuple(self.value_of(item) for item in rest if isinstance(item, torch.Tensor))
             if all(item is None or isinstance(item, torch.Tensor) for item in rest):
                 call.items = len(out) if type(out) is tuple else None
 
-    def finish(self, out: Any) -> None:
-        """The model has returned."""
-        self.given.update(self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-        self.given.discard(CONSTANT)
+    def add_outputs(self, out: Any) -> None:
+        """Record what the model has returned."""
+        self.returned.update(self.value_of(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        self.returned.discard(CONSTANT)
 
 
 _RESHAPING = frozenset({
@@ -270,26 +269,26 @@ ZERO_PRESERVING = _RESHAPING | _SHAPE_PRESERVING | frozenset({
     "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "neg", "div", "mean", "sum", "avg_pool2d",
     "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
 })  # fmt: skip
-"""Steps whose result is zero where their first operand is."""
+"""Names of steps whose result is zero where their first operand is zero."""
 _NONNEGATIVE = frozenset({"relu", "sigmoid", "hardsigmoid", "_softmax", "abs", "square"})
 _KEEPS_SIGN = _RESHAPING | _SHAPE_PRESERVING | frozenset({
     "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum", "add", "mul", "cat", "stack",
     "upsample_nearest2d", "upsample_bilinear2d", "hardtanh",
 })  # fmt: skip
-"""Steps whose result is not negative where no operand is."""
+"""Names of steps whose result is not negative if no operand is."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
-    """The steps that serve one operand of a sum alone.
+    """The steps whose results only one operand b of a sum x + b needs.
 
     Attributes:
         addition: The step of the sum.
         shortcut: The value x.
         result: The value b.
-        operand: Which operand of the sum b is.
-        steps: Every step whose result serves b, or nothing, and no one else.
-        serving: Those of them that b is computed from.
+        operand: The position of b in the sum, 0 or 1.
+        steps: The steps whose results nothing but b needs, including those that nothing needs.
+        serving: Those of them from which b is computed.
     """
 
     addition: int
@@ -302,13 +301,13 @@ class _Branch:
 
 @dataclass(frozen=True, eq=False)
 class _FoundBlock:
-    """A block that has no place among the others yet.
+    """A block that does not have its final name yet.
 
     Attributes:
-        block: The block; its name is that of the module that goes as a whole, else empty.
+        block: The block; its name is that of the module that is removed as a whole, or empty.
         call: The innermost module call that the sum runs in.
         entering: The value x that the sum adds to.
-        leaving: What the stream goes on with: the value the whole module returns, else the sum.
+        leaving: The next value of the residual stream: what the whole module returns, or the sum.
     """
 
     block: Block
@@ -318,25 +317,25 @@ class _FoundBlock:
 
 
 def find_blocks(flow: DataFlow, model: nn.Module, counted: Collection[str]) -> tuple[Block, ...]:
-    """Every removable residual branch that holds multiply-accumulates.
+    """Return every residual block that contains multiply-accumulates, but not all of the model's.
 
     Args:
-        flow: The traced forward pass.
+        flow: The data flow of the forward pass.
         model: The model that ran, for the tensors of its modules.
-        counted: Names of the modules that ran a counted operation, one for each.
+        counted: Names of the modules that ran an operation with multiply-accumulates.
     """
     return _BlockFinder(flow, model).blocks(counted)
 
 
 def enclosing_names(name: str) -> Iterator[str]:
-    """A module or tensor and the modules around it, innermost first; the model itself is left out."""
+    """Yield the name of a module or tensor, then the names of the modules around it, innermost first."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 def blocks_of_modules(blocks: Iterable[Block]) -> Callable[[str], tuple[str, ...]]:
-    """A function that names the blocks with which a module goes."""
+    """Return a function from a module name to the names of the blocks that remove the module."""
     owners: dict[str, list[str]] = {}
     for block in blocks:
         for replacement in block.replacements:
@@ -364,40 +363,40 @@ class _BlockFinder:
     def blocks(self, counted: Collection[str]) -> tuple[Block, ...]:
         found: list[_FoundBlock] = []
         for step, addition in self.flow.additions.items():
-            branch = self._branch(step, addition)
+            branch = self._find_branch(step, addition)
             if branch is None:
                 continue
             self.shortcuts[step] = branch.shortcut
-            one = self._found(branch, addition)
+            one = self._make_block(branch, addition)
             if one is not None and 0 < sum(map(one.block.replaces, counted)) < len(counted):
                 found.append(one)
-        return self._named(found)
+        return self._name_blocks(found)
 
-    def _branch(self, step: int, addition: Addition) -> _Branch | None:
+    def _find_branch(self, step: int, addition: Addition) -> _Branch | None:
         pairs = ((addition.left, addition.right, 1), (addition.right, addition.left, 0))
         for shortcut, result, operand in pairs:
-            if shortcut < 0 or result <= 0 or not self.flow.fed[shortcut] or self.users[result] != [step]:
+            if shortcut < 0 or result <= 0 or not self.flow.from_input[shortcut] or self.users[result] != [step]:
                 continue
-            trunk = self._trunk(step, shortcut)
+            trunk = self._find_trunk(step, shortcut)
             if result <= min(trunk):
                 continue
-            origin = self._ancestors(result, min(trunk))
+            origin = self._find_ancestors(result, min(trunk))
             if not trunk & origin:
                 continue
-            steps = self._exclusive(step, result, min(trunk))
+            steps = self._find_exclusive(step, result, min(trunk))
             return _Branch(step, shortcut, result, operand, steps, steps & origin)
         return None
 
-    def _trunk(self, step: int, shortcut: int) -> set[int]:
-        """The shortcut, and what it is the same as if the branches added to it by the same module call are removed."""
+    def _find_trunk(self, step: int, shortcut: int) -> set[int]:
+        """Return the shortcut, and the values it equals without the branches that the same module call adds to it."""
         trunk = {shortcut}
         while shortcut in self.shortcuts and self.flow.call[shortcut] == self.flow.call[step]:
             shortcut = self.shortcuts[shortcut]
             trunk.add(shortcut)
         return trunk
 
-    def _ancestors(self, value: int, first: int) -> set[int]:
-        """Every step from ``first`` on that a value is computed from, itself included."""
+    def _find_ancestors(self, value: int, first: int) -> set[int]:
+        """Return the steps from ``first`` on from which a value is computed, including itself."""
         seen, waiting = {value}, [value]
         while waiting:
             for source in self.flow.sources[waiting.pop()]:
@@ -406,33 +405,33 @@ class _BlockFinder:
                     waiting.append(source)
         return seen
 
-    def _exclusive(self, step: int, result: int, after: int) -> frozenset[int]:
+    def _find_exclusive(self, step: int, result: int, after: int) -> frozenset[int]:
         steps: set[int] = set()
         for number in range(step - 1, after, -1):
             if all(user in steps or (user == step and number == result) for user in self.users[number]):
                 steps.add(number)
         return frozenset(steps)
 
-    def _found(self, branch: _Branch, addition: Addition) -> _FoundBlock | None:
+    def _make_block(self, branch: _Branch, addition: Addition) -> _FoundBlock | None:
         inside = self._calls_inside(branch)
-        whole = self._whole(branch)
+        whole = self._find_wrapper(branch)
         if whole is not None:
             replacements = (Replacement(whole.module, StandIn.PASS_THROUGH),)
             modules = {call.module for call in inside} | {whole.module}
         else:
-            replacements = self._silenced(branch, inside)
+            replacements = self._find_silenced(branch, inside)
             modules = {call.module for call in inside}
         if not replacements or any(self.times[r.module] > 1 for r in replacements):
             return None
         tensors = self.tensors.only_in([r.module for r in replacements])
         if tensors is None:
             return None
-        name, leaving = (whole.module, whole.given) if whole is not None else ("", branch.addition)
+        name, leaving = (whole.module, whole.output) if whole is not None else ("", branch.addition)
         block = Block(name, addition.number, branch.operand, replacements, tuple(sorted(modules)), tensors)
         return _FoundBlock(block, self.flow.call[branch.addition], branch.shortcut, leaving)
 
     def _calls_inside(self, branch: _Branch) -> list[ModuleCall]:
-        """Module calls of which every step lies in the branch and some step serves it."""
+        """Return the module calls whose steps all lie in the branch and of which at least one serves it."""
         first = bisect_right(self.begins, min(branch.steps) - 1)
         found: list[ModuleCall] = []
         for call in self.flow.calls[first:]:
@@ -443,13 +442,13 @@ class _BlockFinder:
                 found.append(call)
         return found
 
-    def _whole(self, branch: _Branch) -> ModuleCall | None:
-        """The call that takes x and returns x + b, if that is all it does."""
+    def _find_wrapper(self, branch: _Branch) -> ModuleCall | None:
+        """Return the call that takes x and returns x + b, if it does nothing else."""
         number = self.flow.call[branch.addition]
         if number < 0:
             return None
         call = self.flow.calls[number]
-        if not call.module or call.items is not None or call.taken != branch.shortcut:
+        if not call.module or call.items is not None or call.input != branch.shortcut:
             return None
         last = branch.addition
         for step in range(call.begin, call.end):
@@ -459,10 +458,10 @@ class _BlockFinder:
             if not rectified or self.flow.sources[step] != (last,) or self.users[last] != [step]:
                 return None
             last = step
-        return call if call.given == last else None
+        return call if call.output == last else None
 
-    def _silenced(self, branch: _Branch, inside: list[ModuleCall]) -> tuple[Replacement, ...]:
-        """Stand-ins for the outermost modules with parameters; empty if the result would not surely be zero."""
+    def _find_silenced(self, branch: _Branch, inside: list[ModuleCall]) -> tuple[Replacement, ...]:
+        """Return stand-ins for the outermost modules with parameters; none if the result may differ from zero."""
         outermost: list[ModuleCall] = []
         for call in inside:
             if call.module in self.tensors.parameters and not (outermost and call.begin < outermost[-1].end):
@@ -475,9 +474,9 @@ class _BlockFinder:
             call = owner.get(step)
             if call is not None and call not in last:
                 last.append(call)
-                if step != call.given:
+                if step != call.output:
                     return ()
-        zero.update(call.given for call in last)
+        zero.update(call.output for call in last)
         for step in loose:
             if self._is_zero(step, zero):
                 zero.add(step)
@@ -497,20 +496,20 @@ class _BlockFinder:
         return name in ZERO_PRESERVING and sources[:1] != () and sources[0] in zero
 
     def _gives_one_tensor(self, call: ModuleCall) -> bool:
-        """Whether nothing but its first tensor matters of what a module returns."""
-        others = (user for value in call.others if value != CONSTANT for user in self.users[value])
+        """Return whether only the first tensor that a module returns is used outside of it."""
+        others = (user for value in call.other_outputs if value != CONSTANT for user in self.users[value])
         return call.items != 0 and all(user < call.end for user in others)
 
     def _shapes_fit(self, loose: Iterable[int], calls: Iterable[ModuleCall]) -> bool:
-        """Whether what runs between the stand-ins takes the shapes that these pass on."""
+        """Return whether the steps between the stand-ins accept the shapes that these return."""
         if not all(map(self._gives_one_tensor, calls)):
             return False
-        if all(call.taken_shape == call.given_shape for call in calls):
+        if all(call.input_shape == call.output_shape for call in calls):
             return True
-        fed = (step for step in loose if self.flow.fed[step])
+        fed = (step for step in loose if self.flow.from_input[step])
         return all(self.flow.pointwise[step] or self.flow.names[step] in _SHAPE_PRESERVING for step in fed)
 
-    def _named(self, found: list[_FoundBlock]) -> tuple[Block, ...]:
+    def _name_blocks(self, found: list[_FoundBlock]) -> tuple[Block, ...]:
         sums = Counter(one.call for one in found)
         named: list[Block] = []
         taken: Counter[str] = Counter()
@@ -527,12 +526,12 @@ class _BlockFinder:
 
 
 class _TensorOwners:
-    """Which tensors lie in which modules.
+    """The tensors in every module of a model, including those of inner modules.
 
     Attributes:
-        names: Every name of a tensor, by identity.
-        inside: The tensors of a module and those in it, by its name; once for each of their names.
-        parameters: Number of parameters in a module, by its name; modules without any are left out.
+        names: All names of a tensor, by its id.
+        inside: The ids of the tensors in a module, by its name, once for each name of the tensor.
+        parameters: The number of parameters in a module, by its name; modules without any are left out.
     """
 
     def __init__(self, model: nn.Module):
@@ -540,13 +539,13 @@ class _TensorOwners:
         self.inside: dict[str, list[int]] = {}
         self.parameters: dict[str, int] = {}
         for name, tensor in model.named_parameters(remove_duplicate=False):
-            for module in self._hold(name, tensor):
+            for module in self._enter(name, tensor):
                 self.parameters[module] = self.parameters.get(module, 0) + tensor.numel()
         for name, tensor in model.named_buffers(remove_duplicate=False):
-            self._hold(name, tensor)
+            self._enter(name, tensor)
 
-    def _hold(self, name: str, tensor: torch.Tensor) -> list[str]:
-        """The modules around a tensor."""
+    def _enter(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """Enter a tensor, and return the names of the modules around it."""
         self.names.setdefault(id(tensor), []).append(name)
         around = list(enclosing_names(name.rpartition(".")[0]))
         for module in around:
@@ -554,7 +553,7 @@ class _TensorOwners:
         return around
 
     def only_in(self, modules: Iterable[str]) -> tuple[str, ...] | None:
-        """The tensors of some modules by their first names; None if one of them lies elsewhere too."""
+        """Return the first names of the tensors in some modules; None if another module shares one of them."""
         held = Counter(tensor for module in modules for tensor in self.inside.get(module, ()))
         if any(times < len(self.names[tensor]) for tensor, times in held.items()):
             return None
@@ -562,9 +561,12 @@ class _TensorOwners:
 
 
 def _needed_by(flow: DataFlow) -> list[list[int]]:
-    """For every step, the steps that need its result, the end for the caller. What serves nobody needs nothing."""
+    """Return for every step the steps that need its result; the number of steps stands for the caller of the model.
+
+    A step whose result nobody needs does not count as a user.
+    """
     users: list[list[int]] = [[] for _ in flow.names]
-    for value in flow.given:
+    for value in flow.returned:
         users[value].append(len(flow.names))
     for step in range(len(flow.names) - 1, -1, -1):
         if users[step]:
@@ -576,7 +578,7 @@ def _needed_by(flow: DataFlow) -> list[list[int]]:
 def _find_nonnegative(flow: DataFlow) -> list[bool]:
     known: list[bool] = []
     for step, (name, sources) in enumerate(zip(flow.names, flow.sources, strict=True)):
-        # Of a sum or product with a number nothing is known.
+        # A sum or product with a number may be negative.
         plain = step in flow.additions if name == "add" else len(sources) == 2 if name == "mul" else bool(sources)
         inherits = name in _KEEPS_SIGN and plain
         known.append(name in _NONNEGATIVE or (inherits and all(s >= 0 and known[s] for s in sources)))
@@ -584,7 +586,7 @@ def _find_nonnegative(flow: DataFlow) -> list[bool]:
 
 
 def _walk_back(branch: _Branch, flow: DataFlow, owner: Collection[int]) -> Iterable[int]:
-    """Steps of the branch met on the ways back from its result; the ways end at the steps of owned modules."""
+    """Yield the steps of the branch on the paths back from its result; paths end at the steps of owned modules."""
     seen, waiting = {branch.result}, [branch.result]
     while waiting:
         step = waiting.pop()

@@ -1,19 +1,25 @@
-"""The channel graph: which channels of which tensors must stay or go together.
+"""The channel graph: which channels of which tensors must be kept or removed together.
 
-Every name here is part of the public vocabulary (see docs): an *axis* is a set of channels shared by several
-tensors, a *site* is one place where it appears, an *extent* is the number of channels along one dimension
-written as a linear function of the widths.
+An *axis* is a set of channels that several tensors share, a *site* is one place where it appears, and an *extent* is
+the number of channels along one dimension as a linear function of the widths. Everything here is immutable data.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import numpy as np
 
 from secateur._arrays import IntArray
+
+_MOST_SHOWN, _MOST_FROZEN_SHOWN = 12, 5
+"""Axes that `repr` lists: with the two lines that count the rest and the summary at most 20 lines."""
+_MOST_ROWS = 20
+"""Rows of the table in notebooks."""
 
 
 class Role(Enum):
@@ -34,8 +40,8 @@ class Site:
     Attributes:
         tensor: Name of the parameter or buffer in the model's ``state_dict``.
         dim: The dimension of that tensor.
-        index: (axis size, multiplicity): the positions along ``dim`` that belong to each channel. Multiplicity is
-            above 1 where one channel owns several positions, as after a flatten (height x width positions).
+        index: (axis size, multiplicity), the positions along ``dim`` that belong to each channel. The multiplicity
+            is above 1 where one channel has several positions, as after a flatten (height x width positions).
         role: What the tensor does with the channels.
     """
 
@@ -47,7 +53,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class ChannelAxis:
-    """Channels that every tensor in ``sites`` must keep or lose together.
+    """A set of channels that every tensor in ``sites`` must keep or remove together.
 
     Attributes:
         name: Unique and stable for a model: the parameter or module that produces the channels first.
@@ -55,9 +61,9 @@ class ChannelAxis:
         sites: Where the channels live.
         divisor: Widths of this axis must be a multiple of it (1: any).
         frozen_because: None if channels may be removed, else the reason why not, as a sentence for a user.
-        into: None, or the axis of the stream into whose channels these are added; see `untie`. What is kept of this
-            axis is also kept of the stream: its channels are that axis' channels.
-        residual_output: The module whose output is added to the stream; empty without ``into``.
+        residual_axis: None, or the residual axis to whose channels these are added; see `untie`. Channel i of both is
+            the same channel, and this axis may keep only channels that the residual axis keeps.
+        residual_output: The module whose output is added; empty without ``residual_axis``.
     """
 
     name: str
@@ -65,8 +71,15 @@ class ChannelAxis:
     sites: tuple[Site, ...]
     divisor: int = 1
     frozen_because: str | None = None
-    into: str | None = None
+    residual_axis: str | None = None
     residual_output: str = ""
+
+    def __repr__(self) -> str:
+        parts = [f"{self.name!r}", f"size={self.size}", f"{len(self.sites)} sites"]
+        parts += [f"divisor={self.divisor}"] if self.divisor != 1 else []
+        parts += [f"residual_axis={self.residual_axis!r}"] if self.residual_axis is not None else []
+        parts += [f"frozen_because={self.frozen_because!r}"] if self.frozen_because is not None else []
+        return f"ChannelAxis({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Extent:
     """A number of channels as a linear function of the widths: base + sum of multiplicity * width.
 
     Attributes:
-        base: Channels that are always there (frozen ones).
+        base: The number of channels that cannot be removed.
         terms: (axis name, multiplicity) pairs, prunable axes only, sorted by name, no duplicates.
     """
 
@@ -82,11 +95,11 @@ class Extent:
     terms: tuple[tuple[str, int], ...] = ()
 
     def at(self, widths: Mapping[str, int]) -> int:
-        """The number of channels when each axis has ``widths[name]`` channels."""
+        """Return the number of channels when each axis has ``widths[name]`` channels."""
         return self.base + sum(k * widths[name] for name, k in self.terms)
 
-    def fixing(self, sizes: Mapping[str, int]) -> "Extent":
-        """The same number where these axes are always whole."""
+    def with_whole(self, sizes: Mapping[str, int]) -> "Extent":
+        """Return the extent in which these axes are constants, because they keep all their channels."""
         if not any(name in sizes for name, _ in self.terms):
             return self
         base = self.base + sum(k * sizes[name] for name, k in self.terms if name in sizes)
@@ -94,7 +107,7 @@ class Extent:
 
 
 class StandIn(Enum):
-    """What takes the place of a module that is removed with a block."""
+    """The kind of module that takes the place of one that is removed with a block."""
 
     PASS_THROUGH = "pass_through"
     """Returns its first tensor argument."""
@@ -104,12 +117,12 @@ class StandIn(Enum):
 
 @dataclass(frozen=True)
 class Replacement:
-    """A module that a stand-in replaces when a block is removed.
+    """A module to replace when a block is removed.
 
     Attributes:
         module: Qualified module name.
         stand_in: What takes its place.
-        items: Length of the tuple that the module returns, the tensor first (the rest becomes None); None if it
+        items: The length of the tuple that the module returns, the tensor first (the rest becomes None); None if it
             returns a tensor.
     """
 
@@ -120,21 +133,21 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Block:
-    """A removable residual branch f of a sum x + f(x).
+    """A residual branch f of a sum x + f(x) that can be removed as a whole.
 
-    The model without it computes what the original computes when the output of the branch is zero, for every input.
+    Without the branch, the model computes what the original computes when the output of the branch is zero.
 
     Attributes:
         name: Unique: the module that adds it to its input, or the largest module in it.
-        addition: How many sums come before the one that adds it, in the forward pass: sums of two tensors of equal
-            shape that depend on the model's input.
-        operand: Which operand of that sum is f(x): 0 or 1.
-        replacements: The modules that go, and what takes their places.
-        modules: Names of the modules that run in the branch, those that stay (without effect) too.
-        tensors: Names of the parameters and buffers that go.
+        addition: The number of sums before the one that adds it, in the forward pass. Counted are sums of two tensors
+            of equal shape that both depend on the model's input.
+        operand: The position of f(x) in that sum: 0 or 1.
+        replacements: The modules that are removed, and what takes their places.
+        modules: Names of all modules that run in the branch, including those that stay but no longer have an effect.
+        tensors: Names of the parameters and buffers that are removed.
         kept_because: None if the block may be removed, else the reason why not, as a sentence for a user.
-        follows: Name of the block directly before it on the residual stream, removable or not: its sum, or what the
-            module that goes with it as a whole returns, is the very value x. None where anything else computes x.
+        follows: The block directly before it on the residual stream, whose sum, or whose returned value, is x itself.
+            None where anything else computes x.
     """
 
     name: str
@@ -147,7 +160,7 @@ class Block:
     follows: str | None = None
 
     def replaces(self, module: str) -> bool:
-        """Whether a module goes with the block: it is replaced or lies in one that is."""
+        """Return whether a module is removed with the block: it is replaced, or lies inside a module that is."""
         return any(module == r.module or module.startswith(r.module + ".") for r in self.replacements)
 
 
@@ -161,9 +174,9 @@ class Operation:
     Attributes:
         module: Qualified name of the module that ran it ("" is the model itself).
         kind: ATen name, such as ``convolution`` or ``addmm``.
-        factor: Everything that widths do not change. Exact rational kept as a float; products are integers.
-        extents: Channel counts multiplied together.
-        blocks: Names of the blocks that it goes with: it runs if none of them is removed.
+        factor: What the widths do not change: a rational number as a float, such that the whole product is an integer.
+        extents: The channel counts to multiply.
+        blocks: Names of the blocks that contain it: it runs if none of them is removed.
     """
 
     module: str
@@ -180,10 +193,10 @@ class Activation:
     Attributes:
         module: Qualified module name.
         shape: Shape of the output at the example input.
-        dim: The dimension that carries channels; of several, the one with most that belong to an axis.
-        axis: (shape[dim],) index into ``ChannelGraph.axes`` of the axis each position belongs to; -1 if none.
+        dim: The dimension that carries channels; of several, the one with the most channels that belong to an axis.
+        axis: (shape[dim],) index into ``ChannelGraph.axes`` of the axis that each position belongs to; -1 for none.
         channel: (shape[dim],) the channel of that axis.
-        others: Further dimensions that carry channels, such as the tokens of a mixer.
+        others: The other dimensions that carry channels, such as the tokens of a mixer.
     """
 
     module: str
@@ -201,7 +214,7 @@ class ChannelDim:
     Attributes:
         tensor: Position among the tensors that the call reads, or returns.
         dim: The dimension that carries channels.
-        axis: (length of the dimension,) index into ``ChannelGraph.axes`` of each position's axis; -1 if none.
+        axis: (length of the dimension,) index into ``ChannelGraph.axes`` of each position's axis; -1 for none.
         channel: (length of the dimension,) the channel of that axis.
     """
 
@@ -211,19 +224,19 @@ class ChannelDim:
     channel: IntArray
 
     def kept(self, alive: Mapping[int, np.ndarray[Any, np.dtype[np.bool_]]]) -> IntArray:
-        """Positions that remain, given which channels of which axes do; see `ChannelGraph.alive`."""
+        """Return the positions that remain, given the `ChannelGraph.kept_masks` of the axes."""
         return _kept_positions(self.axis, self.channel, alive)
 
 
 @dataclass(frozen=True, eq=False)
 class MixingCall:
-    """One call that computes something over channels: a norm, a mean, a softmax.
+    """One call that combines the values of several channels: a norm, a mean, a softmax.
 
     Attributes:
-        number: How many calls of such kinds came before it in the forward pass.
+        number: The number of calls of such kinds before it in the forward pass.
         kind: Its ATen name.
-        read: Channels of its input tensors.
-        written: Channels of its output tensors.
+        read: The channels of its input tensors.
+        written: The channels of its output tensors.
     """
 
     number: int
@@ -234,13 +247,13 @@ class MixingCall:
 
 @dataclass(frozen=True)
 class SizeEdit:
-    """A python int held by a module (``groups``, a pad amount, a split list) that must follow the widths.
+    """A Python int of a module (``groups``, a pad amount, an item of a split list) that depends on the widths.
 
     Attributes:
         module: Qualified module name.
         attribute: Attribute name.
-        item: Position inside a tuple or list attribute, or None for a plain int.
-        extent: The value it must have.
+        item: The position inside a tuple or list attribute; None for a plain int.
+        extent: The value that it must have.
     """
 
     module: str
@@ -255,18 +268,18 @@ class ChannelGraph:
 
     Attributes:
         axes: Every axis, prunable and frozen, in order of first appearance.
-        operations: What costs multiply-accumulates.
-        tensors: For every parameter and buffer: the extent of each of its dimensions.
-        parameters: Names in ``tensors`` that are parameters (shared ones once).
-        edits: Python ints to change in a cut model.
+        operations: The operations that cost multiply-accumulates.
+        tensors: The extent of each dimension of every parameter and buffer.
+        parameters: The names in ``tensors`` that are parameters (shared ones once).
+        edits: The Python ints to change in a cut model.
         activations: Module outputs with channels, by module name, in order of execution.
         stages: Module names whose outputs are the last at their spatial resolution, in order of execution.
-        touching: Names of the axes seen by the operations of each module.
+        module_axes: Names of the axes that the operations of each module read or write.
         example: The positional arguments the model was traced with, tensors at batch 1.
-        mixings: The calls that compute over channels which may be removed, in order of execution.
-        unseen: Parameters that took no part, neither in evaluation nor in training: a branch that the example did not
-            take, or dead weight. They stay as they are, and may not fit a cut model that runs them after all.
-        blocks: Residual branches that can be removed, and those that turned out not to be, in order of execution.
+        mixings: The calls that combine channels which may be removed, in order of execution.
+        unseen: Parameters that no operation used, neither in evaluation nor in training mode, such as those of a branch
+            that the example did not take. They stay as they are, and may not fit a cut model that runs them after all.
+        blocks: Residual branches in order of execution, removable or not.
         calls: ATen names of all calls of the forward pass, in order.
     """
 
@@ -277,16 +290,63 @@ class ChannelGraph:
     edits: tuple[SizeEdit, ...]
     activations: Mapping[str, Activation]
     stages: tuple[str, ...]
-    touching: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    module_axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     example: tuple[Any, ...] = ()
     mixings: tuple[MixingCall, ...] = ()
     unseen: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        frozen = [axis for axis in self.axes if axis.frozen_because is not None]
+        lines = [f"  {axis.name}: {axis.size} channels" for axis in self.prunable[:_MOST_SHOWN]]
+        lines += [f"  ... and {len(self.prunable) - _MOST_SHOWN} more"] if len(self.prunable) > _MOST_SHOWN else []
+        lines += [f"  {axis.name}: {axis.size} channels, {axis.frozen_because}" for axis in frozen[:_MOST_FROZEN_SHOWN]]
+        if len(frozen) > _MOST_FROZEN_SHOWN:
+            lines.append(f"  ... and {len(frozen) - _MOST_FROZEN_SHOWN} more frozen axes")
+        return "\n".join((f"ChannelGraph({self._summary()})", *lines))
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in self._table())
+        rows = zip(*(column[:_MOST_ROWS] for column in self._table().values()), strict=True)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        more = f"<p>... and {len(self.axes) - _MOST_ROWS} more axes</p>" if len(self.axes) > _MOST_ROWS else ""
+        return f"<p>ChannelGraph: {escape(self._summary())}</p><table><tr>{head}</tr>{body}</table>{more}"
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with one row per axis: name, channels, divisor, sites and why it is frozen.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            pandas: Any = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas, which is not installed. Run: pip install pandas") from error
+        return pandas.DataFrame(self._table())
+
+    def _summary(self) -> str:
+        shape = " x ".join(map(str, self.example_shape))
+        text = f"input {shape}, {len(self.prunable)} of {len(self.axes)} axes prunable"
+        return f"{text}, {len(self.removable)} of {len(self.blocks)} blocks removable" if self.blocks else text
+
+    def _table(self) -> dict[str, list[Any]]:
+        """Return the columns of a table with one row per axis."""
+        return {
+            "axis": [axis.name for axis in self.axes],
+            "channels": [axis.size for axis in self.axes],
+            "divisor": [axis.divisor for axis in self.axes],
+            "sites": [len(axis.sites) for axis in self.axes],
+            "residual_axis": [axis.residual_axis for axis in self.axes],
+            "frozen_because": [axis.frozen_because for axis in self.axes],
+        }
+
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """Shape of the first input tensor, batch 1."""
+        """The shape of the first input tensor, at batch 1."""
         return next((tuple(item.shape) for item in self.example if hasattr(item, "shape")), ())
 
     @cached_property
@@ -311,9 +371,9 @@ class ChannelGraph:
 
     @cached_property
     def chains(self) -> tuple[tuple[Block, ...], ...]:
-        """The longest runs of removable blocks that each follow the one before; a block that follows none begins one.
+        """The longest runs of removable blocks in which each follows the one before.
 
-        Of several that follow the same block, the first to run goes on with its chain.
+        Of several blocks that follow the same one, the first to run continues its chain; the others begin new chains.
         """
         chains: list[list[Block]] = []
         for block in self.removable:
@@ -330,34 +390,34 @@ class ChannelGraph:
         return {block.name: block for block in self.blocks}
 
     def with_kept_blocks(self, reasons: Mapping[str, str]) -> "ChannelGraph":
-        """The same graph with more blocks that have to stay.
+        """Return the graph in which more blocks must be kept.
 
         Args:
-            reasons: Why, by block name. Blocks that had to stay before keep their first reason.
+            reasons: The reason by block name. Blocks that had to be kept before keep their first reason.
         """
         return replace(
             self, blocks=tuple(replace(b, kept_because=b.kept_because or reasons.get(b.name)) for b in self.blocks)
         )
 
     def removed_modules(self, removed_blocks: Iterable[str]) -> Callable[[str], bool]:
-        """A test for the modules that go with some blocks: is this one replaced, or does it lie in one that is?"""
+        """Return a function that tells whether a module, by name, is removed together with some blocks."""
         blocks = [self.blocks_by_name[name] for name in removed_blocks]
         return lambda module: any(block.replaces(module) for block in blocks)
 
     def with_frozen(self, reasons: Mapping[str, str]) -> "ChannelGraph":
-        """The same graph with more axes frozen.
+        """Return the graph in which more axes are frozen.
 
         Args:
-            reasons: Why, by axis name. Axes already frozen keep their first reason. The stream of a branch that must
-                stay whole must stay whole too, for the same reason.
+            reasons: The reason by axis name. Axes that are frozen already keep their first reason. If a branch is
+                frozen, so is the residual axis that it is added to, for the same reason.
         """
-        streams = {axis.into: reasons[axis.name] for axis in self.axes if axis.into and axis.name in reasons}
+        streams = {a.residual_axis: reasons[a.name] for a in self.axes if a.residual_axis and a.name in reasons}
         reasons = {**streams, **reasons}
         new = {name: reason for name, reason in reasons.items() if self.by_name[name].frozen_because is None}
         sizes = {name: self.by_name[name].size for name in new}
 
         def fixed(extent: Extent) -> Extent:
-            return extent.fixing(sizes)
+            return extent.with_whole(sizes)
 
         return replace(
             self,
@@ -368,19 +428,19 @@ class ChannelGraph:
         )
 
     def kept_positions(self, module: str, kept: Mapping[str, tuple[int, ...]]) -> IntArray:
-        """Positions of a module's output channels that remain in a cut model, in order.
+        """Return the positions of a module's output channels that remain in a cut model, in order.
 
-        ``original_output.index_select(dim, kept_positions)`` lies beside the cut model's output, channel by channel.
+        ``original_output.index_select(dim, kept_positions)`` has the channels of the cut model's output.
 
         Args:
             module: A key of ``activations``.
-            kept: Kept channels by axis name; an axis that is not named is whole.
+            kept: The kept channels by axis name; an axis that is not named keeps all of them.
         """
         activation = self.activations[module]
-        return _kept_positions(activation.axis, activation.channel, self.alive(kept))
+        return _kept_positions(activation.axis, activation.channel, self.kept_masks(kept))
 
-    def alive(self, kept: Mapping[str, tuple[int, ...]]) -> dict[int, np.ndarray[Any, np.dtype[np.bool_]]]:
-        """Which channels remain, by number of the axis; axes that ``kept`` does not name are whole and left out."""
+    def kept_masks(self, kept: Mapping[str, tuple[int, ...]]) -> dict[int, np.ndarray[Any, np.dtype[np.bool_]]]:
+        """Return a mask of the kept channels, (axis size,), by index of the axis, for the axes that ``kept`` names."""
         masks: dict[int, np.ndarray[Any, np.dtype[np.bool_]]] = {}
         for number, axis in enumerate(self.axes):
             if axis.name in kept:

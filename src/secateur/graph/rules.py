@@ -18,7 +18,7 @@ from secateur.graph.blocks import is_pointwise
 
 
 def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:
-    """Give the outputs of a call their channel ids, by the rules of the user (``further``) or else the built-in ones."""
+    """Give the outputs of a call their channel ids, by the user's ``further`` rules or else the built-in ones."""
     if not any(call.ids(tensor) for tensor in call.inputs) and call.name not in _ALWAYS_COUNTED:
         return
     rule = further.get(call.full_name) or further.get(call.name) or _rule_for(call)
@@ -151,7 +151,7 @@ _ELEMENTWISE = [
     "dropout", "log_sigmoid", "hardshrink", "softshrink", "rrelu_with_noise",
 ]
 # fmt: on
-_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *ATTENTION_KINDS})
+_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "convolution", *layers.WHOLE_PRODUCT_KINDS, *ATTENTION_KINDS})
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, moves.move_channels),
@@ -180,7 +180,7 @@ RULES: dict[str, Rule] = {
     "mm": layers.matrix_product,
     "addmm": layers.matrix_product,
     "bmm": layers.batched_product,
-    "baddbmm": layers.added_batched_product,
+    **dict.fromkeys(layers.WHOLE_PRODUCT_KINDS, layers.whole_product),
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a user decides about a traced graph: which channels may be removed, by the names of their modules."""
+"""`Selection`: which channels and blocks of a traced graph may be removed, by the names of modules."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,26 +14,26 @@ _SUGGESTIONS = 4
 _LIST_THEM = "`secateur inspect` lists the axes and their modules (in Python: graph.axes)."
 
 Names = Callable[[ChannelAxis], Iterable[str]]
-"""Gives the names by which a pattern may mean an axis."""
+"""A function that returns the names by which a pattern can match an axis."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which axes of a graph may be cut, by name patterns.
+    """Name patterns that decide which axes and blocks of a graph may be cut.
 
-    A pattern is a glob in which ``*`` also stands for dots, such as ``layer1.*`` or ``*.conv2``. It means an axis if it
-    matches the name of the axis, or of a parameter, module or enclosing module that makes or carries its channels:
-    ``layer2`` means everything inside of it. A layer that only *reads* channels does not count, because its inputs
-    belong to the layer that makes them; thus ``include=("layer2",)`` prunes this stage only. An axis that several
-    layers make, such as a residual stream, is meant by the name of any of them.
+    A pattern is a glob in which ``*`` also matches dots, such as ``layer1.*`` or ``*.conv2``. It matches an axis if it
+    matches the name of the axis, or the name of a parameter, module or enclosing module that produces its channels or
+    passes them through: ``layer2`` matches everything inside. Layers that only *read* the channels do not count,
+    because their inputs belong to the layer that produces them; so ``include=("layer2",)`` prunes only this stage. An
+    axis that several layers produce, such as a residual stream, is matched by the name of any of them.
 
-    A residual block may be removed only if all its weights may go: ``include`` must mean the block by its name, or
-    every parameter that goes with it; ``exclude`` and ``whole`` keep it if they mean any of them.
+    A residual block may be removed only if all its weights may be: ``include`` must match the name of the block, or
+    every parameter that is removed with it; ``exclude`` and ``whole`` keep the block if they match any of them.
 
     Attributes:
-        include: If there are any, only what they mean may be cut.
-        exclude: What they mean stays whole. Stronger than ``include``.
-        whole: Layers that lose no weight: the channels they make or carry stay, and those they read too.
+        include: If there are any, only the axes and blocks that they match may be cut.
+        exclude: The axes and blocks that they match are not cut. They take precedence over ``include``.
+        whole: Layers that keep all their weights: neither the channels that they produce nor those they read are cut.
     """
 
     include: tuple[str, ...] = ()
@@ -45,21 +45,21 @@ class Selection:
             _check_pattern_types(getattr(self, name), name)
 
     def __bool__(self) -> bool:
-        """Whether anything is chosen."""
+        """Return whether there is any pattern."""
         return bool(self.include or self.exclude or self.whole)
 
     def __str__(self) -> str:
-        """The choices in words: ``include layer2, exclude *.conv2``; empty if there are none."""
+        """Return the patterns as text, such as ``include layer2, exclude *.conv2``; empty if there are none."""
         named = (("include", self.include), ("exclude", self.exclude), ("keep whole", self.whole))
         return ", ".join(f"{name} {' '.join(patterns)}" for name, patterns in named if patterns)
 
     def apply(self, graph: ChannelGraph) -> ChannelGraph:
-        """The same graph with the axes frozen, and the blocks kept, that must stay whole, and this as their reason.
+        """Return the graph in which the axes are frozen and the blocks kept that may not be cut.
 
-        What has a reason already keeps it.
+        Their reason is the pattern. What cannot be cut anyway keeps its reason.
 
         Raises:
-            SelectionError: If a pattern means nothing in the graph, or nothing is left that may be cut.
+            SelectionError: If a pattern matches nothing in the graph, or nothing is left to cut.
         """
         if not self:
             return graph
@@ -74,7 +74,7 @@ class Selection:
         return chosen
 
     def _reason(self, axis: ChannelAxis, seen_in: Names) -> str | None:
-        """Why an axis stays whole, or None."""
+        """Return why an axis may not be cut, or None."""
         excluded, kept = _first_match(self.exclude, _producer_names(axis)), _first_match(self.whole, seen_in(axis))
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
@@ -85,7 +85,7 @@ class Selection:
         return None
 
     def _block_reason(self, block: Block) -> str | None:
-        """Why a block stays, or None."""
+        """Return why a block may not be removed, or None."""
         names = {block.name}.union(*map(enclosing_names, block.tensors))
         excluded, kept = _first_match(self.exclude, names), _first_match(self.whole, names)
         if excluded is not None:
@@ -108,26 +108,26 @@ class Selection:
 
 
 def matches_axis(pattern: str, axis: ChannelAxis) -> bool:
-    """Whether a pattern means an axis: it matches its name or that of a place that makes or carries its channels.
+    """Return whether a pattern matches the name of an axis or of what produces or passes its channels.
 
     Args:
         pattern: A glob; see `Selection`.
-        axis: Of a traced graph.
+        axis: An axis of a traced graph.
     """
     return _first_match((pattern,), _producer_names(axis)) is not None
 
 
 def check_patterns(patterns: Iterable[str], graph: ChannelGraph, name: str, names: Names | None = None) -> None:
-    """Refuse a pattern that means no axis of a graph, frozen ones included, and no block.
+    """Refuse patterns that match no axis of a graph, frozen ones included, and no block.
 
     Args:
         patterns: Globs.
         graph: The graph.
-        name: Of the argument, for the message.
-        names: Names of an axis; None means those of `matches_axis`.
+        name: The name of the argument, for the message.
+        names: Returns the names of an axis; None stands for those that `matches_axis` uses.
 
     Raises:
-        SelectionError: With the names that are nearest to it.
+        SelectionError: If there is one; the message suggests similar names.
     """
     known = dict.fromkeys(one for axis in graph.axes for one in (names or _producer_names)(axis))
     known |= dict.fromkeys(block.name for block in graph.blocks)
@@ -140,7 +140,7 @@ def check_patterns(patterns: Iterable[str], graph: ChannelGraph, name: str, name
 
 
 def _producer_names(axis: ChannelAxis) -> Iterator[str]:
-    """Name of the axis, and names of the parameters and modules that make or carry its channels."""
+    """Yield the name of an axis, and the names of the parameters and modules that produce or pass its channels."""
     yield axis.name
     for site in axis.sites:
         if site.role is not Role.INPUT:
@@ -148,12 +148,12 @@ def _producer_names(axis: ChannelAxis) -> Iterator[str]:
 
 
 def _names_with_readers(graph: ChannelGraph) -> Names:
-    """Names of an axis, and names of everything that makes, carries or reads its channels.
+    """Return a function that yields the name of an axis and of everything that produces, passes or reads its channels.
 
-    Modules that saw them run count as well: one that shares another's weight is no site of its own.
+    This includes the modules that ran such operations, because a module that shares another's weight has no site.
     """
     modules: dict[str, list[str]] = {}
-    for module, axes in graph.touching.items():
+    for module, axes in graph.module_axes.items():
         for name in axes:
             modules.setdefault(name, []).append(module)
 
@@ -166,13 +166,13 @@ def _names_with_readers(graph: ChannelGraph) -> Names:
 
 
 def _first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first pattern that matches any of the names."""
+    """Return the first pattern that matches any of the names, or None."""
     names = tuple(names)
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def _suggest(pattern: str, known: Mapping[str, object]) -> str:
-    """The names like a pattern, its wildcards left out."""
+    """Return a sentence with the names that are similar to a pattern, or nothing."""
     plain = pattern.replace("*", "").strip(".")
     similar = partial(difflib.get_close_matches, n=_SUGGESTIONS, cutoff=0.6)
     found = similar(pattern, known) or similar(plain, known)

@@ -1,9 +1,8 @@
-"""Single live tensors: module outputs through which alone everything that a model returns depends on its input.
+"""Stages of a traced model: parts in sequence that pass on a single tensor, so that each can be searched separately.
 
-Stages of a traced model: parts in a row that hand on a single tensor.
-
-Stage(name, cut, axes, blocks, macs)
-stages_of(model, graph, cuts=None) -> tuple[Stage, ...]"""
+The output of a module can end a stage if it is the *single live tensor* at that point: everything that the model
+returns depends on the input through this tensor alone.
+"""
 
 import difflib
 import itertools
@@ -24,13 +23,13 @@ from secateur.graph.graph import Block, ChannelAxis, ChannelDim, ChannelGraph
 
 @dataclass(frozen=True)
 class CutPoint:
-    """The output of a module that is the single live tensor when it is returned.
+    """The output of a module at which a stage can end, because it is the single live tensor.
 
     Attributes:
-        module: Qualified name.
-        value: The step that computed it.
-        size: Number of elements at batch 1.
-        resolution: Its shape without the batch and the channels.
+        module: The qualified name of the module.
+        value: The step that computed the output.
+        size: The number of elements at batch 1.
+        resolution: The shape without the batch and the channels.
     """
 
     module: str
@@ -40,7 +39,7 @@ class CutPoint:
 
 
 class StageExecution:
-    """One forward pass, and where in it everything lies that a stage may hold.
+    """One forward pass, with the steps at which operations, tensors and outputs occur.
 
     Args:
         model: The traced model; not modified. It runs once on the example.
@@ -58,12 +57,12 @@ class StageExecution:
         self._jumped = _last_reads_before(self._reach)
 
     def is_live(self, call: ModuleCall) -> bool:
-        """Whether the output of a call can be replaced, and all that follows depends on nothing else of the input.
+        """Return whether the output of a call is the single live tensor.
 
-        With the steps in order of execution that is so if no step after it reads, for the sake of what the model
-        returns, anything that an earlier one has computed. An output that nothing follows ends no stage.
+        This is so if no later step that contributes to the model's output reads a value that was computed before. The
+        output of the model itself does not count, because nothing follows it.
         """
-        value = call.given
+        value = call.output
         inside = bool(call.module) and call.begin <= value < call.end and call.items is None
         if not inside or self.times[call.module] != 1 or self._reach[value] == CONSTANT or value == self._last:
             return False
@@ -71,24 +70,24 @@ class StageExecution:
 
     @cached_property
     def outputs(self) -> tuple[CutPoint, ...]:
-        """Of every single live tensor the outermost module that returns it, in order of execution."""
+        """The single live tensors in order of execution, each with the outermost module that returns it."""
         outermost: dict[int, CutPoint] = {}
         for call in self.flow.calls:  # In order of entry: the outermost comes first.
-            if call.given not in outermost and self.is_live(call):
-                outermost[call.given] = self.output_of(call)
+            if call.output not in outermost and self.is_live(call):
+                outermost[call.output] = self.output_of(call)
         return tuple(outermost[value] for value in sorted(outermost))
 
     def output_of(self, call: ModuleCall) -> CutPoint:
-        """What a call returns."""
-        shape = tuple(call.given_shape)
+        """Return the output of a call as a cut point."""
+        shape = tuple(call.output_shape)
         seen = self.graph.activations.get(call.module)
         channels = seen.dim if seen is not None else 1 if len(shape) == 4 else len(shape) - 1
         resolution = tuple(size for dim, size in enumerate(shape) if dim not in (0, channels))
-        return CutPoint(call.module, call.given, math.prod(shape[1:]), resolution)
+        return CutPoint(call.module, call.output, math.prod(shape[1:]), resolution)
 
     @cached_property
     def macs(self) -> tuple[tuple[int, int], ...]:
-        """For each counted operation of the graph: its step, and its MACs at full width."""
+        """The step and the MACs at full width of each operation of the graph."""
         sizes = self.graph.sizes
         times = Counter((operation.module, operation.kind) for operation in self.graph.operations)
         steps: dict[tuple[str, str], list[int]] = {key: [] for key in times}
@@ -96,7 +95,7 @@ class StageExecution:
             key = (self.flow.calls[call].module if call >= 0 else "", name)
             if key in steps:
                 steps[key].append(step)
-        # Where a module makes more calls of a kind than are counted, nobody knows which: the first stands for all.
+        # If a module makes more calls of a kind than are counted, it is unknown which: take the first one for all.
         rows = {
             key: iter(found if len(found) == times[key] else found[:1] * times[key]) for key, found in steps.items()
         }
@@ -108,32 +107,34 @@ class StageExecution:
             for operation in self.graph.operations
         )
 
-    def crossing(self, module: str) -> frozenset[str]:
-        """Names of the axes whose channels a module's output has."""
+    def axes_at(self, module: str) -> frozenset[str]:
+        """Return the names of the axes whose channels a module's output has."""
         seen = self.graph.activations.get(module)
         if seen is None:
             return frozenset()
-        lanes = (ChannelDim(0, seen.dim, seen.axis, seen.channel), *seen.others)
-        return frozenset(self.graph.axes[int(n)].name for lane in lanes for n in set(lane.axis.tolist()) if n >= 0)
+        channel_dims = (ChannelDim(0, seen.dim, seen.axis, seen.channel), *seen.others)
+        return frozenset(self.graph.axes[int(n)].name for one in channel_dims for n in set(one.axis.tolist()) if n >= 0)
 
 
 def _last_reads(flow: DataFlow) -> list[int]:
-    """For every value, the last step that reads it on a way from the input to what leaves the model.
+    """Return for every value the last step that reads it on a path from the input to the output of the model.
 
-    The number of steps stands for the caller, -1 for a value that lies on no such way.
+    The number of steps stands for the caller of the model, -1 for a value that is on no such path.
     """
-    reach = [len(flow.names) if fed and value in flow.given else CONSTANT for value, fed in enumerate(flow.fed)]
+    reach = [
+        len(flow.names) if fed and value in flow.returned else CONSTANT for value, fed in enumerate(flow.from_input)
+    ]
     for step in reversed(range(len(reach))):
         if reach[step] == CONSTANT:
             continue
         for source in flow.sources[step]:
-            if source != CONSTANT and flow.fed[source]:
+            if source != CONSTANT and flow.from_input[source]:
                 reach[source] = max(reach[source], step)
     return reach
 
 
 def _last_reads_before(reach: list[int]) -> list[int]:
-    """For every value, the last step that reads any of the values before it."""
+    """Return for every value the last step that reads any value before it."""
     furthest, jumped = CONSTANT, list[int]()
     for each in reach:
         jumped.append(furthest)
@@ -142,15 +143,15 @@ def _last_reads_before(reach: list[int]) -> list[int]:
 
 
 def _readers(flow: DataFlow, stored: list[tuple[str, ...]]) -> dict[str, set[int]]:
-    """For each parameter and buffer the steps on whose results the input tells too, and which it enters.
+    """Return for each parameter and buffer the steps in which it meets values that depend on the input.
 
-    It may be computed with before (a weight that is normalized): what counts is where the result is used.
+    For a weight that is normalized first, these are the steps that use the normalized weight.
     """
     behind: dict[int, set[str]] = {}
     readers: dict[str, set[int]] = {}
     for step, names in enumerate(stored):
         found = {*names}.union(*(behind.get(source, ()) for source in flow.sources[step]))
-        if not flow.fed[step]:
+        if not flow.from_input[step]:
             behind[step] = found
             continue
         for name in found:
@@ -159,11 +160,11 @@ def _readers(flow: DataFlow, stored: list[tuple[str, ...]]) -> dict[str, set[int
 
 
 def drop_widened(outputs: tuple[CutPoint, ...], operations: list[int]) -> Iterator[CutPoint]:
-    """The outputs without those that a single layer has only widened: it belongs to what follows.
+    """Yield the cut points except those after a single layer that only widens: it belongs to the next stage.
 
     Args:
-        outputs: Of one resolution, in order.
-        operations: Steps of the counted operations.
+        outputs: The cut points at one resolution, in order.
+        operations: The steps of the counted operations.
     """
     groups: list[list[CutPoint]] = []
     for output in outputs:
@@ -183,25 +184,25 @@ def _count_between(first: CutPoint, second: CutPoint, operations: list[int]) -> 
 
 
 _SMALL_STAGE = 0.05
-"""Of the MACs: a stage with less is merged with a neighbor."""
+"""A stage with less than this fraction of the MACs is merged with a neighbor."""
 _LARGE_STAGE = 0.5
-"""Of the MACs: a stage with more is divided."""
+"""A stage with more than this fraction of the MACs is divided."""
 _PARTS = 4
-"""Into how many stages a whole model would be divided."""
+"""The number of parts into which a stage with all the MACs would be divided."""
 _SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a model between two single live tensors.
+    """A part of a model between two cut points.
 
     Attributes:
         name: ``stage1``, ``stage2`` and so on.
         cut: The module whose output ends it; empty for the last one, which ends with the model's output.
-        axes: Prunable axes that live wholly inside: every tensor with their channels is used in this stage only, and
-            the tensors that it takes and gives have none of them.
-        blocks: Removable blocks wholly inside that leave the cut module where it is.
-        macs: Multiply-accumulates at full width, batch 1.
+        axes: The prunable axes inside: all tensors with their channels are used in this stage only, and neither its
+            input nor its output has any of the channels.
+        blocks: The removable blocks inside that do not contain the cut module.
+        macs: The multiply-accumulates at full width and batch 1.
     """
 
     name: str
@@ -214,24 +215,22 @@ class Stage:
 def find_stages(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | None = None) -> tuple[Stage, ...]:
     """Divide a model into stages that can be searched one by one.
 
-    A *cut* is a module that is called once and returns one tensor through which alone all that the model returns
-    depends on its input. What lies wholly between two cuts is a stage's own; an axis whose channels are seen at a cut,
-    or in two stages, is a *boundary* axis: it belongs to no stage and stays whole. So the MACs and params that an
-    architecture with whole boundary axes saves are the sum of what it saves in each stage.
+    A *cut* is a module that is called once and returns the single live tensor. An axis whose channels occur at a cut or
+    in two stages is a *boundary* axis: it belongs to no stage and keeps all channels. So the MACs and parameters that
+    an architecture saves are the sums of what it saves in the stages.
 
-    Where no cuts are given, they are found: at each spatial resolution the last one, by its outermost module, that a
-    single layer has not just widened (such a layer belongs to what follows). Stages without a choice, or with less than
-    5 % of the MACs, are merged with the smaller of their neighbors. A stage with more than half of the MACs, a
-    transformer for example, is then divided into about equal parts of about a quarter of the MACs. A model without a
-    single live tensor is one stage.
+    By default, there is one cut at each spatial resolution: the last one that does not follow a layer which only
+    widens (such a layer belongs to the next stage). Stages in which nothing can be cut, or with less than 5 % of the
+    MACs, are merged with the smaller of their neighbors. A stage with more than half of the MACs, as in a transformer,
+    is then divided into about equal parts of about a quarter of all MACs. A model without cuts is one stage.
 
     Args:
         model: The traced model; not modified. It runs once more on the example.
-        graph: Its channel graph, tied or not (see `untie`).
-        cuts: Names of the modules whose outputs end a stage, in order of execution, without the last stage's.
+        graph: Its channel graph; `untie` may have been applied.
+        cuts: The modules whose outputs end a stage, in order of execution, without that of the last stage.
 
     Returns:
-        The stages in order of execution, at least one. Of given cuts, those too that offer nothing to choose.
+        The stages in order of execution, at least one. With ``cuts``, also those in which nothing can be cut.
 
     Raises:
         SelectionError: If a cut names no module, is no single live tensor, or is out of order.
@@ -239,7 +238,7 @@ def find_stages(model: nn.Module, graph: ChannelGraph, cuts: Sequence[str] | Non
     division = _StageDivider(StageExecution(model, graph))
     if cuts is not None:
         return division.stages(_check_cuts(division.passage, model, cuts))
-    return division.stages(division.found())
+    return division.stages(division.find_cuts())
 
 
 class _StageDivider:
@@ -253,15 +252,15 @@ class _StageDivider:
         self._steps = [step for step, _ in passage.macs]
         self._total = max(sum(macs for _, macs in passage.macs), 1)
 
-    def found(self) -> list[CutPoint]:
-        """The cuts by rule."""
-        cuts = self._merged(self._by_resolution())
-        return self._merged(self._divided(cuts))
+    def find_cuts(self) -> list[CutPoint]:
+        """Return the default cuts."""
+        cuts = self._merge_small(self._last_by_resolution())
+        return self._merge_small(self._split_large(cuts))
 
     def stages(self, cuts: Sequence[CutPoint]) -> tuple[Stage, ...]:
-        """What lies between cuts."""
+        """Return the stages between cuts."""
         ends = [cut.value for cut in cuts]
-        crossing = frozenset[str]().union(*(self.passage.crossing(cut.module) for cut in cuts))
+        crossing = frozenset[str]().union(*(self.passage.axes_at(cut.module) for cut in cuts))
         axes = {axis.name: self._stage_of_axis(axis, ends) for axis in self.graph.prunable if axis.name not in crossing}
         removable = [block for block in self.graph.removable if not any(block.replaces(cut.module) for cut in cuts)]
         blocks = {block.name: self._stage_of_block(block, ends) for block in removable}
@@ -281,13 +280,13 @@ class _StageDivider:
         )
 
     def _stage_of_axis(self, axis: ChannelAxis, ends: Sequence[int]) -> int | None:
-        """The stage in which every tensor of an axis is used; None if there is no such, or one is not used at all."""
+        """Return the stage that uses every tensor of an axis; None if there are several, or a tensor is not used."""
         steps = [self._readers.get(site.tensor, set[int]()) for site in axis.sites]
         stages = {_stage_number(step, ends) for step in set[int]().union(*steps)}
         return stages.pop() if all(steps) and len(stages) == 1 else None
 
     def _stage_of_block(self, block: Block, ends: Sequence[int]) -> int | None:
-        """The stage in which what goes with a block runs; what stays may be shared, and has no effect without it."""
+        """Return the stage in which all replaced modules of a block run; None if there are several."""
         steps = (step for gone in block.replacements for step in self._spans.get(gone.module, ()))
         stages = {_stage_number(step, ends) for step in steps}
         return stages.pop() if len(stages) == 1 else None
@@ -295,7 +294,7 @@ class _StageDivider:
     def _check_operations(
         self, ends: Sequence[int], axes: dict[str, int | None], blocks: dict[str, int | None]
     ) -> None:
-        """Take away from their stages what an operation counts in another one: channels of weights used elsewhere."""
+        """Remove axes and blocks from their stages if an operation of another stage depends on them."""
         for step, operation in zip(self._steps, self.graph.operations, strict=True):
             here = _stage_number(step, ends)
             for name in {name for extent in operation.extents for name, _ in extent.terms}:
@@ -305,8 +304,8 @@ class _StageDivider:
                 if blocks.get(name, here) != here:
                     blocks[name] = None
 
-    def _by_resolution(self) -> list[CutPoint]:
-        """At each resolution the last output that is not just widened."""
+    def _last_by_resolution(self) -> list[CutPoint]:
+        """Return the last cut point at each resolution that does not follow a widening layer."""
         at: dict[tuple[int, ...], list[CutPoint]] = {}
         for output in self.passage.outputs:
             if max(output.resolution, default=1) > 1:
@@ -314,8 +313,8 @@ class _StageDivider:
         last = [list(drop_widened(tuple(outputs), self._steps))[-1] for outputs in at.values()]
         return sorted(last, key=lambda output: output.value)
 
-    def _merged(self, cuts: list[CutPoint]) -> list[CutPoint]:
-        """Without cuts beside stages that are small or offer nothing, the smallest of these first."""
+    def _merge_small(self, cuts: list[CutPoint]) -> list[CutPoint]:
+        """Merge stages that are small or in which nothing can be cut with a neighbor, the smallest first."""
         cuts = list(cuts)
         while cuts:
             stages = self.stages(cuts)
@@ -328,18 +327,18 @@ class _StageDivider:
             del cuts[min(number, other)]
         return cuts
 
-    def _divided(self, cuts: list[CutPoint]) -> list[CutPoint]:
-        """With further cuts in stages that hold most of the model."""
+    def _split_large(self, cuts: list[CutPoint]) -> list[CutPoint]:
+        """Add cuts in stages with most of the MACs."""
         more = list(cuts)
         borders = [-1, *(cut.value for cut in cuts), len(self.passage.flow.names)]
         for (low, high), stage in zip(itertools.pairwise(borders), self.stages(cuts), strict=True):
             if stage.macs > _LARGE_STAGE * self._total:
                 inside = [output for output in self.passage.outputs if low < output.value < high]
-                more += self._equal_parts(inside, round(_PARTS * stage.macs / self._total), low, high)
+                more += self._choose_even_cuts(inside, round(_PARTS * stage.macs / self._total), low, high)
         return sorted(set(more), key=lambda output: output.value)
 
-    def _equal_parts(self, outputs: list[CutPoint], parts: int, low: int, high: int) -> list[CutPoint]:
-        """The outputs that divide the MACs between two steps most evenly, of the outermost modules that can do so."""
+    def _choose_even_cuts(self, outputs: list[CutPoint], parts: int, low: int, high: int) -> list[CutPoint]:
+        """Return the cut points, of outer modules if possible, that divide the MACs between two steps evenly."""
         outputs = list(drop_widened(tuple(outputs), self._steps))
         inside = [(step, macs) for step, macs in self.passage.macs if low < step < high]
         total = max(sum(macs for _, macs in inside), 1)
@@ -349,19 +348,19 @@ class _StageDivider:
         for depth in sorted({output.module.count(".") for output in outputs}):
             level = [output for output in outputs if output.module.count(".") <= depth]
             chosen = [min(level, key=lambda output: abs(before[output] - aim)) for aim in aims]
-            # Each nearer to its own aim than to those of others.
+            # Deeper modules are needed only if a cut is nearer to the aim of another one.
             if all(abs(before[output] - aim) < 0.5 / parts for output, aim in zip(chosen, aims, strict=True)):
                 break
         return chosen
 
 
 def _stage_number(step: int, ends: Sequence[int]) -> int:
-    """The number of the stage that a step runs in, given the values that end all but the last."""
+    """Return the number of the stage of a step, given the last steps of all stages but the last."""
     return int(np.searchsorted(ends, step, side="left"))
 
 
 def _check_cuts(passage: StageExecution, model: nn.Module, cuts: Sequence[str]) -> list[CutPoint]:
-    """The outputs of modules that a user names."""
+    """Return the cut points that a user names."""
     known = [name for name, _ in model.named_modules() if name]
     found: list[CutPoint] = []
     for name in cuts:
@@ -374,7 +373,8 @@ def _check_cuts(passage: StageExecution, model: nn.Module, cuts: Sequence[str]) 
             begin = call.begin if call is not None else 0
             raise SelectionError(
                 f"`cuts` must name modules that run once and return one tensor which alone the model's output depends "
-                f"on from there; {name!r} {_explain_refusal(passage, name)}.{_suggest_neighbors(passage.outputs, begin)}"
+                f"on from there; {name!r} {_explain_refusal(passage, name)}."
+                f"{_suggest_neighbors(passage.outputs, begin)}"
             )
         found.append(passage.output_of(call))
     for first, second in itertools.pairwise(found):

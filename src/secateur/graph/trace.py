@@ -1,6 +1,8 @@
-"""What comes in at the door: example inputs of any form, and models that cannot be traced as they are.
+"""`trace` finds the channel graph of a model from one forward pass on an example input.
 
-`trace`: the public verb of this room."""
+This module checks the model and the example, and decides whether attention is cut by whole heads or by their
+dimensions. `_record` runs the model, and `_solve` derives the graph from the record.
+"""
 
 import inspect
 import math
@@ -23,14 +25,14 @@ from secateur.graph._solve import NOT_CONSUMED, solve
 from secateur.graph.graph import ChannelGraph
 
 Example = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""One input; a tuple of positional inputs; a mapping of inputs by name; a list is one input (as detectors take it)."""
+"""One input (a list is one, as detectors take it), a tuple of positional inputs, or a mapping of inputs by name."""
 
 
 def positional_arguments(model: nn.Module, example: Example) -> tuple[Any, ...]:
-    """The example as positional arguments at batch 1.
+    """Return the example as positional arguments at batch 1.
 
-    Of tensors that share the first dimension of the first one, only the first item is taken. What lies inside a list
-    or dict is passed on as it is.
+    All tensors whose first dimension has the size of the first tensor's are reduced to their first item. Lists and
+    dicts are passed unchanged.
 
     Raises:
         TraceError: If there is no tensor, an empty one, or a name that the model's forward does not take.
@@ -71,7 +73,7 @@ def _bind_by_name(model: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be traced as it is, with the way out.
+    """Refuse a model that cannot be traced as it is, and say what to do.
 
     Raises:
         TraceError: For wrapped, compiled, quantized or lazy modules, weights on the meta device, or no parameters.
@@ -113,10 +115,10 @@ _OBSTACLES = {
 
 
 class HeadUnit(Enum):
-    """What is kept or removed as one in attention."""
+    """The unit in which attention is cut."""
 
     DIMENSION = "dimension"
-    """The same dimensions of every head, where that leaves the scale of the attention as it is; else whole heads."""
+    """The same dimensions of every head, unless that would change the scale of the attention; then whole heads."""
     HEAD = "head"
     """Whole heads."""
 
@@ -130,25 +132,25 @@ def trace(
 ) -> ChannelGraph:
     """Find which channels of which tensors must be kept or removed together.
 
-    The model runs once, in eval mode, at batch 1, while every operation is recorded (index tracing): any python
-    control flow is fine because the model simply runs. What does most of its arithmetic (such as convolutions) is
-    computed only if somebody reads the numbers that follow from it. The model itself is not changed: a shadow that
-    shares its parameters runs in its place, and random state is put back.
+    The model runs once, in eval mode, at batch 1, while every operation is recorded. Any Python control flow is
+    allowed. The operations that do most of the arithmetic, such as convolutions, are computed only if the model reads
+    values that depend on them. The model is not changed: a copy that shares its parameters runs in its place, and the
+    random state is restored.
 
     Args:
         model: A trained network.
         example: One input, a tuple of positional inputs, or a mapping of inputs by name; of a batch, the first item is
             used.
-        heads: What is kept or removed as one in attention. Where fewer dimensions per head would change the scale of
-            the attention (`scaled_dot_product_attention` takes it from them unless told), it is whole heads always.
-        rules: What further ATen or custom operations do to channels, by their name (``relu``, ``my_lib::my_op``);
-            see docs/rules.md. They go before the built-in rules.
+        heads: The unit in which attention is cut. Where fewer dimensions per head would change the scale of the
+            attention (`scaled_dot_product_attention` computes it from their number by default), whole heads are used.
+        rules: Channel rules of further ATen or custom operations, by their name (``relu``, ``my_lib::my_op``); see
+            docs/rules.md. They take precedence over the built-in rules.
 
     Returns:
-        The channel graph. Channels that cannot be removed safely are in it too, with the reason.
+        The channel graph. It also contains the channels that cannot be removed safely, with the reason.
 
     Raises:
-        TraceError: If the model cannot run the example, or must be unwrapped, loaded or the like before.
+        TraceError: If the model cannot run the example, or must be unwrapped or loaded first.
     """
     check_model(model)
     single = positional_arguments(model, example)
@@ -164,7 +166,7 @@ def trace(
 
 
 def _find_head_ids(ledger: Ledger, heads: HeadUnit) -> BoolArray:
-    """(ids,) which belong to attention that must be cut by whole heads."""
+    """Return (ids,), whether each id belongs to attention that must be cut by whole heads."""
     marked = np.zeros(ledger.count, dtype=bool)
     if not ledger.attended:
         return marked
@@ -180,17 +182,17 @@ def _find_head_ids(ledger: Ledger, heads: HeadUnit) -> BoolArray:
 
 
 def _may_gain_from_heads(graph: ChannelGraph) -> bool:
-    """Whether whole heads might leave more to choose than dimensions of heads.
+    """Return whether cutting whole heads might allow more than cutting their dimensions.
 
-    So where heads are divided in one way here and in another there, which ties all channels together, and where the
-    dimensions of queries and keys meet each other alone, and no layer.
+    This is possible if an axis has a single channel, because layers divide heads in different ways, which ties all
+    channels together, or if the dimensions of queries and keys are read by no layer.
     """
     tied = (axis.size == 1 and any(site.index.size > 1 for site in axis.sites) for axis in graph.axes)
     return any(tied) or any(axis.frozen_because == NOT_CONSUMED for axis in graph.axes)
 
 
 def _count_prunable(graph: ChannelGraph) -> int:
-    """Parameters in tensors with at least one prunable dimension."""
+    """Return the number of parameters in tensors with at least one prunable dimension."""
     sizes = graph.sizes
     free = (extents for extents in graph.tensors.values() if any(extent.terms for extent in extents))
     return sum(math.prod(extent.at(sizes) for extent in extents) for extents in free)

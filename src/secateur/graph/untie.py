@@ -1,8 +1,8 @@
-"""`untie`: let every branch of a residual stream have a width of its own.
+"""`untie` gives every branch of a residual stream its own axis, so that it can be narrower than the stream.
 
-In a sum x + f(x) the channels of f's output are those of the stream: trace ties them. But a branch that computes only
-some of them is the same sum with zeros for the rest, so it may as well keep fewer channels than the stream does, and be
-added into those.
+In a sum x + f(x) the channels of f's output are those of the stream, so `trace` puts them on one axis. But a branch
+that computes only some of the channels is the same sum with zeros for the rest. It can therefore keep fewer channels
+than the stream and be added to those.
 """
 
 from collections import Counter
@@ -28,20 +28,20 @@ from secateur.graph.graph import (
 )
 
 BRANCH = "/branch"
-"""Ends the name of a branch axis; what comes before it is the module that produces the channels."""
+"""The suffix of the name of a branch axis, after the module that produces the channels."""
 
 
 def untie(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
-    """A graph in which every branch that is added to a residual stream has an axis of its own.
+    """Return a graph in which every branch that is added to a residual stream has its own axis.
 
-    A branch is a module that produces channels of a stream which other modules produce too, and the norms behind it
+    A branch is a module that produces channels of a stream which other modules produce too, and the norms after it
     that read its output and nothing else, if the output of the last of them is used once: as an operand of a sum,
-    perhaps after steps that leave zeros zero (an activation, a factor for each channel, a permutation). The new axis
-    has the channels of the stream, the sites of these modules, and the stream's name in `ChannelAxis.into`. All else
-    stays with the stream: the layers that read it, norms on it, producers that are not added (a stem). An architecture
-    keeps of a branch some of the channels that it keeps of the stream.
+    perhaps after steps that preserve zeros (an activation, a factor for each channel, a permutation). The new axis
+    has the channels of the stream, the sites of these modules, and the stream's name as its ``residual_axis``. All else
+    stays on the axis of the stream: the layers that read it, norms on it, and producers that are not added (a stem).
+    The channels that an architecture keeps of a branch must be a subset of those that it keeps of the stream.
 
-    A model without such sums, DenseNet for example, has the same graph as before.
+    For a model without such sums, such as DenseNet, the graph is returned unchanged.
 
     Args:
         model: The traced model; not modified. It runs once more on the example.
@@ -54,15 +54,15 @@ def untie(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
-    """Modules in a row whose output is added to a stream.
+    """A sequence of modules whose output is added to a stream.
 
     Attributes:
-        producer: The first one, which produces the channels.
-        norms: The others, in order.
-        axes: The stream's axes with the sites that are the branch's; of one stream there may be several, where some of
+        producer: The first module, which produces the channels.
+        norms: The other modules, in order.
+        axes: The sites that belong to the branch, by the axis of the stream. A stream can have several axes if some of
             its channels begin later than others.
-        mixings: Numbers of the calls that compute over channels in it.
-        carriers: Modules that return what is still as narrow as the branch.
+        mixings: The numbers of the calls in the branch that combine channels.
+        carriers: The modules that return tensors with the channels of the branch.
     """
 
     producer: str
@@ -73,7 +73,7 @@ class _Branch:
 
     @property
     def residual_output(self) -> str:
-        """The last one, whose output is added."""
+        """The last module, whose output is added."""
         return self.norms[-1] if self.norms else self.producer
 
 
@@ -88,7 +88,7 @@ class _BranchFinder:
         for axis in graph.prunable:
             for site in axis.sites:
                 self.sites.setdefault(site.tensor.rpartition(".")[0], []).append((axis.name, site))
-        # A bias may be an output's too, that of a depthwise convolution, which makes no channels.
+        # Only weights count: the bias of a depthwise convolution has the same role, but produces no channels.
         self.makers = {
             axis.name: {
                 site.tensor.rpartition(".")[0]
@@ -100,11 +100,11 @@ class _BranchFinder:
         self.parameters = frozenset(graph.parameters)
         shared = _find_shared(model)
         owners = [call for call in run.flow.calls if call.module in self.sites]
-        # The innermost module with tensors of its own that returns a value; calls are in order of entry.
+        # By value: the innermost module with tensors of its own that returns it.
         self.returned = {
-            call.given: call
+            call.output: call
             for call in owners
-            if call.begin <= call.given < call.end
+            if call.begin <= call.output < call.end
             and call.items is None
             and self.times[call.module] == 1
             and call.module in graph.activations
@@ -113,16 +113,16 @@ class _BranchFinder:
         }
 
     def branches(self) -> Iterator[_Branch]:
-        """Every branch, in order of the sums."""
+        """Yield every branch, in order of the sums."""
         for step, addition in self.flow.additions.items():
             for value in (addition.left, addition.right):
-                branch = self._branch(value, step)
+                branch = self._find_branch(value, step)
                 if branch is not None:
                     yield branch
 
-    def _branch(self, value: int, addition: int) -> _Branch | None:
+    def _find_branch(self, value: int, addition: int) -> _Branch | None:
         row: list[ModuleCall] = []
-        value, users = self._begin(value, addition)
+        value, users = self._skip_zero_preserving(value, addition)
         while True:
             call = self.returned.get(value)
             if call is None or not all(user in users for user in self.users[value]):
@@ -132,52 +132,52 @@ class _BranchFinder:
                 break
             if any(site.role is Role.INPUT for _, site in self.sites[call.module]) or not self._reads_only(call):
                 return None
-            value, users = call.taken, range(call.begin, call.end)
-        return self._made(row)
+            value, users = call.input, range(call.begin, call.end)
+        return self._build_branch(row)
 
-    def _begin(self, value: int, user: int) -> tuple[int, range]:
-        """What a module returns that becomes the operand of a sum by steps that leave zeros zero, and who uses it."""
+    def _skip_zero_preserving(self, value: int, user: int) -> tuple[int, range]:
+        """Follow an operand of a sum back through steps that preserve zeros; return the value before, and its users."""
         while value >= 0 and value not in self.returned and self.users[value] == [user]:
             name, sources = self.flow.names[value], self.flow.sources[value]
-            fed = [source for source in sources if source != CONSTANT and self.flow.fed[source]]
+            fed = [source for source in sources if source != CONSTANT and self.flow.from_input[source]]
             if len(fed) != 1 or not (name == "mul" or (name in ZERO_PRESERVING and fed[0] == sources[0])):
                 break
             value, user = fed[0], value
         return value, range(user, user + 1)
 
     def _reads_only(self, call: ModuleCall) -> bool:
-        """Whether a module computes its output from one value, and its own tensors."""
-        known = {CONSTANT, call.taken, *range(call.begin, call.end)}
-        return call.taken >= 0 and all(known.issuperset(self.flow.sources[s]) for s in range(call.begin, call.end))
+        """Return whether a module computes its output from one value and its own tensors only."""
+        known = {CONSTANT, call.input, *range(call.begin, call.end)}
+        return call.input >= 0 and all(known.issuperset(self.flow.sources[s]) for s in range(call.begin, call.end))
 
-    def _made(self, row: list[ModuleCall]) -> _Branch | None:
+    def _build_branch(self, row: list[ModuleCall]) -> _Branch | None:
         producer, *norms = row
         own = self.sites[producer.module]
         axes = {axis for axis, makers in self.makers.items() if producer.module in makers and len(makers) > 1}
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
-        # Zeros can only be put in the place of removed channels where the last module has parameters for them.
+        # The reference zeros removed channels by the parameters of the last module, so it must have some for them.
         numbers = [number for number, axis in enumerate(self.graph.axes) if axis.name in axes]
         seen = single_channel_dim(self.graph.activations[row[-1].module], numbers) is not None
-        if not axes or not axes <= silent or not seen or not self._is_clear(producer.module, axes):
+        if not axes or not axes <= silent or not seen or not self._is_unambiguous(producer.module, axes):
             return None
         mine = [(axis, site) for axis, site in own if site.role is not Role.INPUT]
         mine += [pair for call in norms for pair in self.sites[call.module]]
         steps = {step for call in row for step in range(call.begin, call.end)}
-        narrow = {call.given for call in row[:-1]}
+        narrow = {call.output for call in row[:-1]}
         return _Branch(
             producer.module,
             tuple(call.module for call in norms),
             {name: tuple(site for axis, site in mine if axis == name) for name in sorted(axes)},
             frozenset(number for number, step in self.mixings.items() if step in steps),
-            frozenset(call.module for call in self.flow.calls if call.given in narrow),
+            frozenset(call.module for call in self.flow.calls if call.output in narrow),
         )
 
-    def _is_clear(self, producer: str, axes: Collection[str]) -> bool:
-        """Whether it is clear what of a producer belongs to its output, should it read the same axis."""
+    def _is_unambiguous(self, producer: str, axes: Collection[str]) -> bool:
+        """Return whether the output of a producer can be told from its input, which may be on the same axis."""
         roles = {site.role for axis, site in self.sites[producer] if axis in axes}
         reads = Role.INPUT in roles
         if any(e.module == producer and _has_any_axis(e.extent, axes) for e in self.graph.edits):
-            return False  # the groups of a convolution, say: they follow its input as well
+            return False  # For example the groups of a convolution, which depend on its input as well.
         if reads and Role.VECTOR in roles:
             return False
         counted = [
@@ -186,31 +186,31 @@ class _BranchFinder:
             if operation.module == producer
         ]
         counted = [extents for extents in counted if extents]
-        # Of two equal factors of a product it does not matter which is the output.
+        # If both factors of a product are equal, it does not matter which one is the output.
         clear = all(len(extents) == 1 + reads and len(set(extents)) == 1 for extents in counted)
         return clear and (not reads or len(counted) == 1)
 
 
 def single_channel_dim(activation: Activation, axes: Collection[int]) -> ChannelDim | None:
-    """The dimension of a module's output along which some axes (by number) run; None if it is not a single one."""
+    """Return the dimension of a module's output that carries some axes (by index); None if it is not a single one."""
     main = ChannelDim(0, activation.dim, activation.axis, activation.channel)
-    lanes = [lane for lane in (main, *activation.others) if np.isin(lane.axis, list(axes)).any()]
-    return lanes[0] if len(lanes) == 1 else None
+    channel_dims = [one for one in (main, *activation.others) if np.isin(one.axis, list(axes)).any()]
+    return channel_dims[0] if len(channel_dims) == 1 else None
 
 
 def _read_by(flow: DataFlow) -> list[list[int]]:
-    """For every value, the steps that read it; the end for the caller."""
+    """Return for every value the steps that read it; the number of steps stands for the caller of the model."""
     users: list[list[int]] = [[] for _ in flow.names]
     for step, sources in enumerate(flow.sources):
         for source in set(sources) - {CONSTANT}:
             users[source].append(step)
-    for value in flow.given:
+    for value in flow.returned:
         users[value].append(len(flow.names))
     return users
 
 
 def _find_shared(model: nn.Module) -> set[str]:
-    """Modules that share a tensor with another one."""
+    """Return the modules that share a tensor with another module."""
     holders: dict[int, list[str]] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in named:
@@ -223,7 +223,7 @@ def _has_any_axis(extent: Extent, axes: Collection[str]) -> bool:
 
 
 def _split_branches(graph: ChannelGraph, branches: Iterable[_Branch]) -> ChannelGraph:
-    """The graph with an axis of its own for each branch and each axis of its stream."""
+    """Return the graph with a separate axis for each branch and each axis of its stream."""
     taken: dict[str, int] = {}
     for branch in branches:
         graph = _split_branch(graph, branch, taken)
@@ -237,11 +237,16 @@ def _split_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -
         number = "" if taken[branch.producer] == 1 else f"#{taken[branch.producer]}"
         names[stream] = f"{branch.producer}{BRANCH}{number}"
     moved = {site for sites in branch.axes.values() for site in sites}
-    places = {(site.tensor, site.dim) for site in moved}
+    channel_dims = {(site.tensor, site.dim) for site in moved}
     axes = [replace(axis, sites=tuple(s for s in axis.sites if s not in moved)) for axis in graph.axes]
     made = {
         stream: ChannelAxis(
-            name, old.size, branch.axes[stream], old.divisor, into=stream, residual_output=branch.residual_output
+            name,
+            old.size,
+            branch.axes[stream],
+            old.divisor,
+            residual_axis=stream,
+            residual_output=branch.residual_output,
         )
         for stream, name in names.items()
         for old in (graph.by_name[stream],)
@@ -258,12 +263,12 @@ def _split_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -
         axes=(*axes, *made.values()),
         operations=tuple(_rename_operation(o, branch, names) for o in graph.operations),
         tensors={
-            name: tuple(_rename_extent(e, names) if (name, dim) in places else e for dim, e in enumerate(extents))
+            name: tuple(_rename_extent(e, names) if (name, dim) in channel_dims else e for dim, e in enumerate(extents))
             for name, extents in graph.tensors.items()
         },
         edits=tuple(replace(e, extent=_rename_extent(e.extent, names)) if e.module in row else e for e in graph.edits),
         activations=activations,
-        touching={m: (*seen, *names.values()) if m in row else seen for m, seen in graph.touching.items()},
+        module_axes={m: (*seen, *names.values()) if m in row else seen for m, seen in graph.module_axes.items()},
         mixings=tuple(_renumber_mixing(m, numbers) if m.number in branch.mixings else m for m in graph.mixings),
     )
 
@@ -273,7 +278,7 @@ def _rename_extent(extent: Extent, names: Mapping[str, str]) -> Extent:
 
 
 def _rename_operation(operation: Operation, branch: _Branch, names: Mapping[str, str]) -> Operation:
-    """Every extent of a norm's operations, and the first one of the producer's that holds the axis."""
+    """Rename the axis in all extents of a norm's operations, but only in the first one of the producer's."""
     if operation.module not in (branch.producer, *branch.norms):
         return operation
     extents = list(operation.extents)
@@ -284,15 +289,15 @@ def _rename_operation(operation: Operation, branch: _Branch, names: Mapping[str,
 
 
 def _renumber_activation(activation: Activation, numbers: Mapping[int, int]) -> Activation:
-    others = tuple(replace(lane, axis=_renumber(lane.axis, numbers)) for lane in activation.others)
+    others = tuple(replace(one, axis=_renumber(one.axis, numbers)) for one in activation.others)
     return replace(activation, axis=_renumber(activation.axis, numbers), others=others)
 
 
 def _renumber_mixing(mixing: MixingCall, numbers: Mapping[int, int]) -> MixingCall:
-    def lanes(found: Iterable[ChannelDim]) -> tuple[ChannelDim, ...]:
-        return tuple(replace(lane, axis=_renumber(lane.axis, numbers)) for lane in found)
+    def channel_dims(found: Iterable[ChannelDim]) -> tuple[ChannelDim, ...]:
+        return tuple(replace(one, axis=_renumber(one.axis, numbers)) for one in found)
 
-    return replace(mixing, read=lanes(mixing.read), written=lanes(mixing.written))
+    return replace(mixing, read=channel_dims(mixing.read), written=channel_dims(mixing.written))
 
 
 def _renumber(axis: IntArray, numbers: Mapping[int, int]) -> IntArray:

@@ -1,4 +1,4 @@
-"""`cut`: slice, verify, freeze what cannot be cut right, heal."""
+"""`cut` slices a model to an architecture, verifies the result, and repairs its weights without training."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from secateur.prune.verify import Mismatch, Verification, compare_outputs
 
 @dataclass(frozen=True, eq=False)
 class RepairContext:
-    """What a repairs step works on.
+    """The inputs of a repair.
 
     Attributes:
         original: The full model; never modified.
         graph: Its channel graph.
-        architecture: What was kept.
+        architecture: The architecture of the cut model.
         images: Calibration batches, normalized, on the model's device.
     """
 
@@ -35,14 +35,14 @@ class RepairContext:
 
     @property
     def was_cut(self) -> bool:
-        """Whether any channel or block was removed."""
+        """Return whether any channel or block was removed."""
         axes = self.graph.by_name
         fewer = any(len(channels) < axes[name].size for name, channels in self.architecture.kept)
         return fewer or bool(self.architecture.removed_blocks)
 
 
 class Repair(Protocol):
-    """A closed-form repair of a freshly cut model."""
+    """A repair of a cut model in closed form, without training."""
 
     def apply_(self, small: nn.Module, context: RepairContext) -> None:
         """Change the weights or statistics of ``small`` in place."""
@@ -51,13 +51,13 @@ class Repair(Protocol):
 
 @dataclass(frozen=True)
 class RepairResult:
-    """One repair and what it did to the logits.
+    """One repair and its effect on the outputs.
 
     Attributes:
-        repair: Its name and configuration.
-        before: Distance from the original's outputs on the calibration images before: see `output_distance`.
-        after: The same after.
-        kept: False if it made things worse and was undone.
+        repair: The name and configuration of the repair.
+        before: The distance to the original's outputs before, on the calibration images (see `output_distance`).
+        after: The distance after the repair.
+        kept: False if the repair increased the distance and was undone.
     """
 
     repair: str
@@ -68,15 +68,15 @@ class RepairResult:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A cut model and the proof that the cut is right.
+    """A cut model and the evidence that it was cut correctly.
 
     Attributes:
         model: The smaller model, in eval mode.
-        graph: The graph it was cut by; axes that could not be cut right are frozen in it, and blocks that could not be
-            removed are kept.
-        architecture: What was kept; whole on axes that had to be frozen.
-        verification: Sliced against masked, before repairs.
-        repairs: What each repair did.
+        graph: The channel graph, in which axes that could not be cut correctly are frozen, and blocks that could not be
+            removed correctly are kept.
+        architecture: The architecture of the cut model, with all channels of the axes that had to be frozen.
+        verification: The comparison of the sliced with the masked model, before repairs.
+        repairs: The effect of each repair.
     """
 
     model: nn.Module
@@ -84,6 +84,16 @@ class Cut:
     architecture: Architecture
     verification: Verification
     repairs: tuple[RepairResult, ...] = ()
+
+    def __repr__(self) -> str:
+        before = sum(
+            math.prod(extent.at(self.graph.sizes) for extent in self.graph.tensors[name])
+            for name in self.graph.parameters
+        )
+        after = sum(parameter.numel() for parameter in self.model.parameters())
+        architecture = repr(self.architecture).splitlines()[0]
+        lines = [f"  {architecture}", f"  {self.verification!r}", *(f"  {repair!r}" for repair in self.repairs[:10])]
+        return "\n".join((f"Cut({type(self.model).__name__}, {before} -> {after} parameters)", *lines))
 
 
 def cut(
@@ -94,20 +104,20 @@ def cut(
     calibration: Sequence[torch.Tensor] = (),
     repairs: Sequence[Repair] = (),
 ) -> Cut:
-    """Cut a model to an architecture, prove it, and repair it.
+    """Cut a model to an architecture, verify the result, and repair it.
 
-    The cut model must equal the original with the removed channels and the removed branches zeroed. Where it does not,
-    a block that cannot be removed by itself is kept, or else the module in which the two first differ is found and its
-    channels are frozen, with a reason, and the cut is made again: a wrong model is never returned, at worst a larger
-    one. A repair after which the outputs on the calibration images lie further from
-    the original's than before is undone: what helps one model (new batch norm statistics, say) hurts another.
+    The cut model must compute the same as the original with the removed channels and branches zeroed. If it does not,
+    a block whose removal alone is wrong is kept; otherwise the module in which the two first differ is found, and its
+    channels are frozen with a reason. Then the model is cut again. So the result is never wrong, at worst larger than
+    intended. A repair that increases the distance to the original's outputs on the calibration images is undone,
+    because what helps one model (such as new batch norm statistics) harms another.
 
     Args:
         model: The traced model; not modified.
         graph: Its channel graph.
-        architecture: Channels to keep, and blocks to remove.
+        architecture: The channels to keep, and the blocks to remove.
         calibration: Batches of normalized images for the repairs.
-        repairs: Repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``; each needs calibration.
+        repairs: The repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``.
 
     Raises:
         SurgeryError: If the architecture does not fit, a repair has no images, or no correct cut is found.
@@ -154,13 +164,13 @@ def _repair_(small: nn.Module, context: RepairContext, repairs: Sequence[Repair]
 
 
 class OutputDistance:
-    """How far the outputs of cut models are from the original's: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
+    """The distance of cut models' outputs z' from the original's z: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
 
-    Dimensionless; 0 is equal, 1 is as good as always giving the mean output. Needs no labels.
+    Dimensionless: 0 for equal outputs, 1 for a model that always returns the mean output. It needs no labels.
 
     Args:
-        original: Runs once, here.
-        images: Batches of normalized images, on its device.
+        original: The original model, which runs once.
+        images: Batches of normalized images, on the device of the model.
     """
 
     def __init__(self, original: nn.Module, images: Sequence[torch.Tensor]):
@@ -168,12 +178,12 @@ class OutputDistance:
         self._wanted = _run_flat(original, self._images)
 
     def of(self, small: nn.Module) -> float:
-        """The distance of one cut model."""
+        """Return the distance of one cut model."""
         return _distance(self._wanted, _run_flat(small, self._images))
 
 
 def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """How far the outputs of one cut model are from the original's; see `OutputDistance`."""
+    """Return the distance of one cut model's outputs from the original's; see `OutputDistance`."""
     return OutputDistance(original, images).of(small)
 
 
@@ -193,17 +203,17 @@ def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def _drop_frozen(architecture: Architecture, graph: ChannelGraph) -> Architecture:
-    """The architecture less what the graph says must stay."""
+    """Return the architecture with all channels of frozen axes and all blocks that must be kept."""
     kept = {n: c for n, c in architecture.kept if graph.by_name[n].frozen_because is None}
     blocks = (n for n in architecture.removed_blocks if graph.blocks_by_name[n].kept_because is None)
     return Architecture.of(kept, blocks)
 
 
 def _find_inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
-    """The removed blocks without which the model is not the original with their branches zeroed, and why.
+    """Return the blocks whose removal is not exact, and why.
 
-    Looked at without any other cut: all of them together, and if that is wrong one by one. If each is right alone, the
-    last one by name has to stay.
+    They are removed without any other cut: first all together, and if that is wrong, one by one. If each alone is
+    exact, the last one by name is returned.
     """
     blocks = architecture.removed_blocks
     if not blocks or isinstance(_verify_without_blocks(model, graph, blocks), Verification):
@@ -221,16 +231,16 @@ def _verify_without_blocks(model: nn.Module, graph: ChannelGraph, blocks: tuple[
 
 
 def _find_axes_to_freeze(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
-    """The cut axes to freeze: those the guilty module touches, else those of the module around it, and so on."""
+    """Return the axes to freeze: the cut axes of the module that differs, else of the module around it, and so on."""
     cut_axes = {n for n, channels in architecture.kept if len(channels) < graph.by_name[n].size}
     module = mismatch.module
     while True:
-        inside = {m for m in graph.touching if m == module or m.startswith(module + ".") or not module}
-        guilty = cut_axes & {name for m in inside for name in graph.touching[m]}
+        inside = {m for m in graph.module_axes if m == module or m.startswith(module + ".") or not module}
+        guilty = cut_axes & {name for m in inside for name in graph.module_axes[m]}
         if guilty:
             reason = f"cutting {module or 'the model'} was not exact: {mismatch.what}"
-            # A branch that stays whole keeps its stream whole.
-            streams = {graph.by_name[name].into for name in guilty} - {None}
+            # A frozen branch needs all channels of the residual axis that it is added to.
+            streams = {graph.by_name[name].residual_axis for name in guilty} - {None}
             return dict.fromkeys(sorted(guilty.union(map(str, streams))), reason)
         if not module:
             raise SurgeryError(f"the model could not be cut correctly: {mismatch.what}. Please report this model.")

@@ -1,8 +1,8 @@
-"""Which tensors of a model are pruned weight by weight, and what is said of each.
+"""Pruning of single weights: which weights can be pruned, masks that hold them at zero, and their compact encoding.
 
-Masks on a model: a factor of 0 or 1 in front of every weight, through `torch.nn.utils.parametrize`.
-
-Sparse tensors in little space: one bit for each element, and the elements that are not zero."""
+A mask is a parametrization (`torch.nn.utils.parametrize`) that multiplies a weight by 0 or 1 whenever it is read.
+`encode_sparse` stores a sparse array as one bit per element and the elements that are not zero.
+"""
 
 import difflib
 import math
@@ -21,36 +21,37 @@ from torch.nn.utils import parametrize
 
 from secateur._runtime import copy_model
 from secateur.errors import SparsityError
+from secateur.graph.blocks import enclosing_names
 
 Weights = Mapping[str, Tensor]
-"""Weights by name, masked ones as the model computes with them: pruned weights are 0."""
+"""Weights by name, with zeros where they are pruned."""
 
 Scores = Mapping[str, Tensor]
-"""What each weight is worth, in tensors of the shape of the weights. The highest are kept."""
+"""The importance of each weight, in tensors of the shapes of the weights; the highest are kept."""
 
 Counts = Mapping[str, int]
-"""How many weights of each tensor are kept."""
+"""The number of weights to keep, by name of the tensor."""
 
 Masks = Mapping[str, Tensor]
-"""bool tensors of the shapes of the weights: True is kept."""
+"""bool tensors of the shapes of the weights; True for kept weights."""
 
 _SUGGESTIONS = 4
 
 
 def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The weights of a model that may be pruned one by one.
+    """Return the weights of a model that may be pruned one by one.
 
-    All tensors of two dimensions or more whose own name ends in "weight": those of convolutions, linear layers,
-    attention projections and embeddings; not biases, tokens, position tables, and norms of one dimension. Tensors that
-    several modules share are named once, by the first.
+    These are all tensors of two or more dimensions whose own name ends in "weight": those of convolutions, linear
+    layers, attention projections and embeddings, but not biases, tokens, position tables and one-dimensional norms.
+    Tensors that several modules share are named once, by the first.
 
     Args:
-        model: Left as it is; it may be masked already.
-        exclude: Name patterns; ``*`` also stands for dots. A tensor is left out if a pattern matches its name or that
-            of a module around it: ``head`` or ``head.weight`` or ``*.downsample``.
+        model: Not modified; it may have masks already.
+        exclude: Name patterns in which ``*`` also matches dots. A tensor is left out if a pattern matches its name or
+            that of a module around it: ``head`` or ``head.weight`` or ``*.downsample``.
 
     Returns:
-        The tensors themselves, no copies, detached; what a mask holds at zero is zero.
+        The tensors themselves, not copies, detached; masked weights are zero.
 
     Raises:
         SparsityError: If a pattern matches nothing (with the names nearest to it), or nothing is left.
@@ -60,7 +61,7 @@ def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[s
         tensor = getattr(place.module, place.own).detach()
         if place.own.endswith("weight") and tensor.ndim >= 2:
             found[place.name] = tensor
-    known = dict.fromkeys(around for name in found for around in _around(name))
+    known = dict.fromkeys(around for name in found for around in enclosing_names(name))
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in known):
             near = difflib.get_close_matches(pattern, known, n=_SUGGESTIONS)
@@ -71,7 +72,7 @@ def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[s
     kept = {
         name: tensor
         for name, tensor in found.items()
-        if not any(fnmatchcase(around, pattern) for around in _around(name) for pattern in exclude)
+        if not any(fnmatchcase(around, pattern) for around in enclosing_names(name) for pattern in exclude)
     }
     if not kept:
         raise SparsityError(
@@ -82,10 +83,10 @@ def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[s
 
 @dataclass(frozen=True)
 class WeightUse:
-    """Where a module reads a tensor.
+    """A tensor and a module that uses it.
 
     Attributes:
-        name: Qualified name of the tensor.
+        name: The qualified name of the tensor.
         module: The module.
         own: The tensor's name in the module.
     """
@@ -96,9 +97,9 @@ class WeightUse:
 
 
 def weight_uses(model: nn.Module) -> dict[str, list[WeightUse]]:
-    """By the name of a tensor, all places that share its parameter, the first one first.
+    """Return all uses of the same parameter, in order, by the name of the tensor.
 
-    A parametrized tensor is the one the module computes with; the insides of its parametrization are left out.
+    A parametrized tensor is represented by the result; the tensors inside of its parametrization are left out.
     """
     shared: dict[int, list[WeightUse]] = {}
     for prefix, module in model.named_modules():
@@ -113,21 +114,15 @@ def weight_uses(model: nn.Module) -> dict[str, list[WeightUse]]:
 
 
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrizations of a module by the names of its tensors; empty if it has none."""
+    """Return the parametrizations of a module by the names of its tensors; empty if it has none."""
     if not parametrize.is_parametrized(module):
         return {}
     lists = cast("nn.ModuleDict", module.parametrizations)
     return {own: cast("parametrize.ParametrizationList", inner) for own, inner in lists.items()}
 
 
-def _around(name: str) -> list[str]:
-    """A tensor's name and the names of the modules around it."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-
-
 def check_density(name: str, density: float, *, dense: bool) -> None:
-    """Refuse a kept fraction outside of (0, 1); 1 is allowed if ``dense``."""
+    """Refuse a kept fraction outside (0, 1); 1 is allowed if ``dense``."""
     if not (math.isfinite(density) and 0 < density <= 1) or (density == 1 and not dense):
         interval = "(0, 1]" if dense else "(0, 1)"
         raise SparsityError(
@@ -137,7 +132,7 @@ def check_density(name: str, density: float, *, dense: bool) -> None:
 
 
 def check_same_names(name: str, given: Mapping[str, object], wanted: Mapping[str, object], of: str) -> None:
-    """Refuse a mapping over other tensors than those wanted."""
+    """Refuse a mapping whose keys are not the wanted tensors."""
     if given.keys() != wanted.keys():
         unknown, missing = sorted(given.keys() - wanted.keys()), sorted(wanted.keys() - given.keys())
         raise SparsityError(
@@ -164,24 +159,28 @@ class Mask(nn.Module):
         self.register_buffer("kept", kept)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight, with zeros where it is pruned."""
+        """Return the weight with zeros where it is pruned."""
         # Not weight * kept: the strides of a product are not those of the weight where dimensions have size 1, and the
         # convolutions then convert between memory orders (MobileNet-v3-small, batch 32: 60 % more time per step).
         return weight.clone().mul_(self.kept)
 
+    def extra_repr(self) -> str:
+        """Return the shape and the fraction of the weights that are kept."""
+        return f"{' x '.join(map(str, self.kept.shape))}, {float(self.kept.float().mean()):.1%} kept"
+
 
 def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
-    """A copy of a model in which pruned weights are zero, whatever its training does.
+    """Return a copy of a model in which pruned weights are zero, and stay zero during training.
 
     Parameters keep their values; the mask is applied whenever a module reads its weight. Modules that share a tensor
-    share its mask. A model that is masked already keeps its masks where no new one is given.
+    share its mask. A model that has masks already keeps those for which there is no new one.
 
     Args:
-        model: Left as it is.
-        masks: For some or all of `prunable_weights`, by name.
+        model: Not modified.
+        masks: Masks of some or all of the `prunable_weights`, by name.
 
     Returns:
-        The copy, in the mode of the model. Its state dict holds the masks.
+        The copy, in the mode of the model. Its state dict contains the masks.
 
     Raises:
         SparsityError: If a mask has no weight, or another shape or type than bool.
@@ -206,14 +205,14 @@ def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
 
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of a model by the names of its weights, as copies; empty if it has none."""
+    """Return copies of the masks of a model by the names of its weights; empty if it has none."""
     return {name: mask.kept.clone() for name, mask in _masks(model).items()}
 
 
 def nonzero_params(model: nn.Module) -> int:
-    """The number of a model's parameters that are not zero, shared ones once; masked ones count as zero.
+    """Return the number of a model's parameters that are neither zero nor masked, counting shared ones once.
 
-    The count of all of them is `secateur.cost.counted_params`.
+    The number of all parameters is `secateur.cost.count_params`.
     """
     firsts = {places[0].name: places[0] for places in weight_uses(model).values()}
     kept = {
@@ -226,11 +225,11 @@ def nonzero_params(model: nn.Module) -> int:
 
 
 def set_masks_(model: nn.Module, masks: Masks) -> nn.Module:
-    """Put other values into the masks of a model, in place: the next step of a gradual schedule.
+    """Replace the masks of a model in place, as for the next step of a gradual schedule.
 
     Args:
-        model: Masked, see `apply_masks`.
-        masks: For all its masks, by the names of `get_masks`.
+        model: A model with masks; see `apply_masks`.
+        masks: New values of all its masks, by the names of `get_masks`.
 
     Returns:
         The model.
@@ -248,10 +247,10 @@ def set_masks_(model: nn.Module, masks: Masks) -> nn.Module:
 
 
 def load_masked(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A masked copy of a model that holds a masked model's state dict, masks and all.
+    """Return a copy of a model with the state dict of a masked model, including the masks.
 
     Args:
-        model: Of the same architecture, without masks; left as it is.
+        model: A model of the same architecture without masks; not modified.
         state: ``masked_model.state_dict()``, as loaded from a file.
 
     Raises:
@@ -267,12 +266,12 @@ def load_masked(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def make_permanent_(model: nn.Module) -> nn.Module:
-    """Take the masks off and leave their zeros in the weights, in place: an ordinary model again.
+    """Remove the masks in place and set the pruned weights to zero, which leaves an ordinary model.
 
-    Parameters stay the objects they are, so an optimizer goes on with them (and may then make zeros non-zero).
+    The parameters stay the same objects, so an optimizer continues with them (and may then change the zeros).
 
     Args:
-        model: Masked or not.
+        model: A model with or without masks.
 
     Returns:
         The model.
@@ -294,13 +293,13 @@ def make_permanent_(model: nn.Module) -> nn.Module:
         _unshare_class_(place.module)
         parametrize.remove_parametrizations(place.module, place.own)
         with torch.no_grad():
-            # A mask makes -0.0 of negative weights, which is no zero to a file: -0.0 + 0.0 = 0.0.
+            # A mask turns negative weights into -0.0, whose bits are not zero: -0.0 + 0.0 = 0.0.
             getattr(place.module, place.own).add_(0.0)
     return model
 
 
 def _masks(model: nn.Module) -> dict[str, Mask]:
-    """Masks by the first name of their weight."""
+    """Return the masks by the first name of their weight."""
     firsts = {places[0].name: places[0] for places in weight_uses(model).values()}
     return {name: mask for name, place in firsts.items() if (mask := _mask_at(place)) is not None}
 
@@ -314,17 +313,17 @@ def _check_mask(name: str, kept: Tensor, weight: Tensor) -> None:
     if kept.dtype is not torch.bool or kept.shape != weight.shape:
         raise SparsityError(
             f"`masks` must be bool tensors of the shapes of the weights; got {kept.dtype} {tuple(kept.shape)} for "
-            f"{name!r} {tuple(weight.shape)}. Use `keep_largest` or its like."
+            f"{name!r} {tuple(weight.shape)}. Use `keep_largest` or a similar function."
         )
     if not bool(kept.any()):
         warnings.warn(f"the mask of {name!r} keeps no weight: its layer is reduced to its bias", stacklevel=3)
 
 
 def _unshare_class_(module: nn.Module) -> None:
-    """Give a parametrized module a class that no copy of it shares.
+    """Give a parametrized module a class that no copy of the module shares.
 
-    torch keeps a parametrized tensor as a property of a class made for the module, and copies of the module share
-    that class: adding or removing a property in one would break the others.
+    torch makes a class with properties for each parametrized module, but copies of the module share that class: adding
+    or removing a property in one of them would break the others.
     """
     if parametrize.is_parametrized(module):
         kind = type(module)
@@ -335,11 +334,11 @@ def _unshare_class_(module: nn.Module) -> None:
 Arrays = dict[str, npt.NDArray[Any]]
 
 BITS, VALUES, SHAPE, DENSE = "bits", "values", "shape", "dense"
-"""Last parts of the names of encoded arrays."""
+"""The last parts of the names of encoded arrays."""
 
 
 def encode_sparse(tensors: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Encode arrays so that zeros take one bit.
+    """Encode arrays so that every zero takes one bit.
 
     An array ``name`` becomes ``name/bits`` (uint8, one bit for each element in C order, most significant first, 1 where
     it is not zero), ``name/values`` (the others, in order, of its own type) and ``name/shape`` (int64); or
@@ -350,7 +349,7 @@ def encode_sparse(tensors: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         tensors: Arrays of numbers by name.
 
     Returns:
-        Contiguous arrays by name; inverse of `decode_sparse`, bit by bit.
+        Contiguous arrays by name, from which `decode_sparse` restores the same bits.
 
     Raises:
         SparsityError: If an array holds something else than numbers.
@@ -370,10 +369,10 @@ def encode_sparse(tensors: Mapping[str, npt.NDArray[Any]]) -> Arrays:
 
 
 def decode_sparse(encoded: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-    """Inverse of `encode_sparse`.
+    """Return the arrays that `encode_sparse` encoded.
 
     Args:
-        encoded: What it gave, as written to and read from a file.
+        encoded: The result of `encode_sparse`, which may have been written to a file and read again.
 
     Raises:
         SparsityError: If arrays are missing or do not fit each other.

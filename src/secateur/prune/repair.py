@@ -1,8 +1,8 @@
-"""Inputs and outputs of a layer at sampled positions: the rows of a least-squares problem.
+"""Repairs of a cut model in closed form, without training.
 
-Batch-norm statistics of a cut model.
-
-Refit: every layer that lost inputs learns, in closed form, to give what it gave before."""
+`Refit` solves a least-squares problem for every layer that lost inputs, so that its outputs are again what they were.
+`RecalibrateBatchNorm` measures the change of the batch-norm statistics and applies it.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +22,10 @@ from secateur.prune.slice import KeptByDim, kept_positions_by_tensor
 
 @dataclass(frozen=True, eq=False)
 class LayerSampler:
-    """Which output positions of a layer are looked at, the same in the original and the cut model.
+    """The output positions of a layer that are sampled, the same ones in the original and the cut model.
 
     Attributes:
-        module: Qualified name of a convolution (2-d, one group) or linear layer.
+        module: The qualified name of a convolution (2-d, one group) or linear layer.
         positions: (count,) flat indices into the output positions of one image; None for all.
     """
 
@@ -33,7 +33,7 @@ class LayerSampler:
     positions: Tensor | None
 
     def rows_of_output(self, layer: nn.Module, out: Tensor) -> Tensor:
-        """(samples, output channels). A linear layer may give four dimensions too: its channels are the last."""
+        """Return (samples, output channels). The channels of a linear layer are always the last dimension."""
         if isinstance(layer, nn.Conv2d):
             flat = out.flatten(2)
             if self.positions is not None:
@@ -45,7 +45,7 @@ class LayerSampler:
         return flat.reshape(-1, out.size(-1))
 
     def rows_of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """(samples, input channels x kernel positions), ordered as ``weight.flatten(1)``."""
+        """Return (samples, input channels x kernel positions), ordered as ``weight.flatten(1)``."""
         if isinstance(layer, nn.Conv2d):
             return self._patches(layer, x)
         flat = x.reshape(x.size(0), -1, x.size(-1))
@@ -69,14 +69,14 @@ class LayerSampler:
 
 
 def is_refittable(layer: nn.Module) -> bool:
-    """True for layers whose output is exactly weight times patches (+ bias): 2-d convolutions of one group, linear."""
+    """Return whether the layer is one whose output is weight times patches (+ bias): 2-d convolution or linear."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
 
 
 def computes_from_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
-    """Whether the layer really computes what its class says (a subclass may standardize weights or pad by itself)."""
+    """Return whether the layer computes what its class does; a subclass may standardize weights or pad by itself."""
     with torch.no_grad():
         plain: Any = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
         want = plain(layer, x[:1])
@@ -84,7 +84,7 @@ def computes_from_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
 
 
 def sample_positions(count: int, wanted: int, seed: int) -> Tensor | None:
-    """``wanted`` of ``count`` positions, spread by a seeded permutation; None if that is all of them."""
+    """Return ``wanted`` of ``count`` positions from a seeded permutation, sorted; None if that is all of them."""
     if wanted >= count:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def sample_positions(count: int, wanted: int, seed: int) -> Tensor | None:
 
 
 def positions_per_image(unknowns: int, images: int, rows_per_unknown: int) -> int:
-    """How many positions of each image give about ``rows_per_unknown`` equations per unknown."""
+    """Return the number of positions per image that gives about ``rows_per_unknown`` equations per unknown."""
     return max(1, math.ceil(unknowns * rows_per_unknown / max(images, 1)))
 
 
@@ -101,15 +101,15 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsa
 
 @dataclass(frozen=True)
 class RecalibrateBatchNorm:
-    """Measure the batch-norm statistics of the cut model anew, relative to the original's on the same images.
+    """Update the batch-norm statistics of the cut model by their change relative to the original on the same images.
 
-    The running statistics of a trained model come from augmented images and many batches. Measuring the cut model
-    on a few clean images would replace them by something else, cut or not. So both models are measured on the same
-    images with batch statistics, and only the *change* is applied:
+    The running statistics of a trained model come from many batches of augmented images. Statistics that are measured
+    on a few clean images differ from them even without a cut. So both models are measured on the same images with
+    batch statistics, and only the *change* is applied:
 
         mean' = mean + (mean_cut - mean_original),   var' = var * var_cut / var_original
 
-    An uncut model is therefore left exactly as it is.
+    A model that was not cut does not change at all.
 
     Attributes:
         eps: Added to both variances before dividing.
@@ -143,7 +143,7 @@ class RecalibrateBatchNorm:
 
 
 def _join_single_image(images: Sequence[Tensor]) -> list[Tensor]:
-    """The same images, a last batch of one joined to its neighbor: one value has no variance, and torch refuses it."""
+    """Join a last batch of one image to the one before: a single value has no variance, and torch refuses it."""
     batches = list(images)
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
@@ -151,16 +151,16 @@ def _join_single_image(images: Sequence[Tensor]) -> list[Tensor]:
 
 
 def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and biased variance of every batch-norm input, with every batch norm normalizing by its own batch.
+    """Measure the mean and biased variance of every batch-norm input while all batch norms use batch statistics.
 
     Returns:
-        Module name to ((channels,) mean, (channels,) variance), float64, averaged over all images.
+        By module name, ((channels,) mean, (channels,) variance), float64, over all images.
     """
     sums: dict[str, list[Any]] = {}
     model = shadow_copy(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
 
-    def watch(name: str) -> Any:
+    def observe(name: str) -> Any:
         def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().transpose(0, 1).flatten(1).double()
             total = sums.setdefault(name, [0.0, 0.0, 0])
@@ -170,8 +170,8 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
         return hook
 
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(watch(name))
-        # Without running statistics a batch norm uses those of the batch, in eval mode too.
+        layer.register_forward_pre_hook(observe(name))
+        # Without running statistics, a batch norm uses those of the batch in eval mode too.
         layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     with torch.no_grad():
         for batch in _join_single_image(images):
@@ -186,24 +186,24 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
 class Refit:
     """Fold the removed channels into the kept ones by least squares, layer by layer.
 
-    For a layer with weight W (output channels x patch) that lost inputs, or reads a stream to which a removed block or
-    what is gone of a narrower branch had added,
-    with X' the patches it now receives in the already repaired cut model, Y the outputs of the original on the same
-    images (kept channels only), and W_S the sliced weight, the new weight is
+    Refitted are layers that lost inputs, or that read a stream to which a removed block or removed channels of a branch
+    had been added. Let W_S be the sliced weight (output channels x patch), X' the patches that the layer receives in
+    the cut model, whose earlier layers are repaired already, and Y the outputs of the original on the same images (kept
+    channels only). The new weight is
 
         W' = argmin  ||Y - X' W'^T||^2 + ridge * mean(diag(X'^T X')) * ||W' - W_S||^2
            = (Y^T X' + r W_S) (X'^T X' + r I)^-1
 
-    solved in float64; a bias is refitted with it as one more input that is always 1. Layers are visited in order of
-    execution and see what really arrives after the repairs before them, so errors do not add up. With X' the original
-    activations and one weight per channel instead of one per tap, this is the interpolative decomposition
+    solved in float64; a bias is refitted as the weight of one more input that is always 1. Layers are visited in order
+    of execution, with the inputs that result from the repairs before them, so errors do not add up. With X' the
+    original activations and one weight per channel instead of one per tap, this is the interpolative decomposition
     M = G_SS^-1 G_SP, W' = W_S + W_P M^T.
 
     Attributes:
         ridge: Pull toward the sliced weight, relative to the mean energy of the inputs; dimensionless, > 0.
-        rows_per_unknown: Sampled output positions for each unknown of a layer (all if there are fewer).
-        max_passes: Layers beyond this number share a forward pass with their neighbors, so that the cost stays
-            linear in the model.
+        rows_per_unknown: The number of sampled output positions for each unknown of a layer (all if there are fewer).
+        max_passes: The number of forward passes at most. If there are more layers, neighbors share a pass, so that the
+            cost is linear in the size of the model.
 
     References:
         He et al., Channel pruning for accelerating very deep networks, arXiv:1707.06168, Eq. (3) (reconstruction
@@ -261,14 +261,14 @@ class Refit:
 
 
 def _group_samplers(samplers: Sequence[LayerSampler], most: int) -> list[Sequence[LayerSampler]]:
-    """Neighbors that share a forward pass. The last layer gives the outputs, so it must see all others repaired."""
+    """Group neighbors that share a forward pass; the last layer is alone, as it must see all others repaired."""
     first, last = samplers[:-1], samplers[-1:]
     size = max(1, -(-len(first) // max(most - 1, 1)))
     return [*(first[start : start + size] for start in range(0, len(first), size)), last]
 
 
 def find_layers_to_refit(small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[str]:
-    """Plain layers, in order of execution, that read fewer channels, or channels to which less is added than before."""
+    """Return the layers to refit, in order of execution: those that read fewer channels, or sums of fewer branches."""
     gone = context.graph.removed_modules(context.architecture.removed_blocks)
     names = _readers_after_blocks(context) | _readers_after_branches(context)
     for axis in context.graph.prunable:
@@ -281,7 +281,7 @@ def find_layers_to_refit(small: nn.Module, context: RepairContext, kept: dict[st
 
 
 def _readers_after_blocks(context: RepairContext) -> set[str]:
-    """Modules that run after a removed block and whose weight reads what the block had added to."""
+    """Return the modules that run after a removed block and whose weight reads the sum that the block was part of."""
     graph, found = context.graph, set[str]()
     for block in (graph.blocks_by_name[name] for name in context.architecture.removed_blocks):
         tensors = set(block.tensors)
@@ -292,20 +292,20 @@ def _readers_after_blocks(context: RepairContext) -> set[str]:
 
 
 def _readers_after_branches(context: RepairContext) -> set[str]:
-    """Modules that run after a branch which lost channels that its stream has, and whose weight reads the stream."""
+    """Return the modules that run after a branch with fewer channels than its stream, and read the stream."""
     graph, found = context.graph, set[str]()
     widths = {**{axis.name: axis.size for axis in graph.axes}, **context.architecture.widths}
     for axis in graph.axes:
-        if axis.into is not None and widths[axis.name] < widths[axis.into]:
+        if axis.residual_axis is not None and widths[axis.name] < widths[axis.residual_axis]:
             found |= _readers_after(graph, axis, (axis.residual_output,))
     return found
 
 
 def _readers_after(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str]) -> set[str]:
-    """Modules that run after some others and whose weight reads an axis, or the stream that it is added into."""
+    """Return the modules that run after some others and whose weight reads an axis, or its residual axis."""
     place = {name: number for number, name in enumerate(graph.activations)}
     last = max((place[module] for module in modules if module in place), default=len(place))
-    stream = axis if axis.into is None else graph.by_name[axis.into]
+    stream = axis if axis.residual_axis is None else graph.by_name[axis.residual_axis]
     readers = (site.tensor.rpartition(".") for site in stream.sites if site.role is Role.INPUT)
     return {module for module, _, name in readers if name == "weight" and place.get(module, -1) > last}
 
@@ -313,11 +313,11 @@ def _readers_after(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str
 def _collect_targets(
     original: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor], kept: dict[str, KeptByDim]
 ) -> dict[str, Tensor]:
-    """What each layer gave in the original: sampled rows, kept output channels."""
+    """Return the outputs of each layer in the original, as (samples, kept output channels)."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
     skipped: set[str] = set()
 
-    def watch(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+    def observe(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         if not rows[sampler.module] and not computes_from_weight(layer, x, out):
             skipped.add(sampler.module)
         found = sampler.rows_of_output(layer, out)
@@ -326,38 +326,38 @@ def _collect_targets(
             found = found.index_select(1, torch.from_numpy(positions).to(found.device))
         rows[sampler.module].append(found)
 
-    run_observed(original, samplers, images, watch)
+    run_observed(original, samplers, images, observe)
     return {name: torch.cat(parts) for name, parts in rows.items() if name not in skipped}
 
 
 def _collect_inputs(small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What arrives at each layer of a group now: sampled patches. The forward pass ends at the last of them."""
+    """Return the present inputs of each layer of a group, as (samples, patch)."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
 
-    def watch(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+    def observe(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         rows[sampler.module].append(sampler.rows_of_input(layer, x))
 
-    run_observed(small, samplers, images, watch)
+    run_observed(small, samplers, images, observe)
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 class _AllSeen(Exception):  # noqa: N818
-    """Raised inside a forward pass once everything wanted has been seen."""
+    """Ends a forward pass after the last layer of interest."""
 
 
 def run_observed(
     model: nn.Module,
     samplers: Sequence[LayerSampler],
     images: Sequence[Tensor],
-    watch: Callable[[LayerSampler, nn.Module, Tensor, Tensor], None],
+    observe: Callable[[LayerSampler, nn.Module, Tensor, Tensor], None],
 ) -> None:
-    """Run images and hand over the input and output of some layers; stop after the last of them."""
+    """Run the images and pass the input and output of some layers to ``observe``; stop after the last of them."""
     waiting = {sampler.module for sampler in samplers}
     seen: set[str] = set()
 
     def hook(sampler: LayerSampler) -> Any:
         def forward(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            watch(sampler, layer, args[0].detach(), out.detach())
+            observe(sampler, layer, args[0].detach(), out.detach())
             seen.add(sampler.module)
             if seen == waiting:
                 raise _AllSeen

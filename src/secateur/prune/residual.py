@@ -1,4 +1,8 @@
-"""Narrow branches of a residual stream: their channels are put at their places in it, zeros at the other places."""
+"""Branches that are narrower than their residual stream, and how their output is expanded to its channels.
+
+A branch axis (see `graph.untie`) may keep fewer channels than its residual axis. In the cut model, the last module of
+such a branch is wrapped in `ExpandChannels`, which inserts zeros for the channels that the branch does not compute.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +21,16 @@ from secateur.graph.untie import single_channel_dim
 
 
 class ExpandChannels(nn.Module):
-    """Runs a module and brings its output to the width of the stream that it is added into.
+    """A wrapper that expands the output of a module to the channels of the residual stream that it is added to.
 
-    The channels get ``missing`` zero channels behind them; then, unless ``order`` is empty, channel i of the result is
-    channel order[i] of that. So where the branch has the first channels of the stream a pad is all.
+    ``missing`` zero channels are appended; then, unless ``order`` is empty, channel i of the result is channel order[i]
+    of those. If the branch has the first channels of the stream, padding is enough.
 
     Args:
-        inner: The narrow module; returns a tensor.
+        inner: The module with fewer channels; returns a tensor.
         dim: The dimension that carries channels.
-        missing: Number of zero channels behind those of ``inner``.
-        order: Which of them each channel of the stream is; empty: they are in order already.
+        missing: The number of zero channels to append.
+        order: The source of each channel of the stream; empty if they are in order already.
     """
 
     def __init__(self, inner: nn.Module, dim: int, missing: int, order: Sequence[int] = ()):
@@ -35,35 +39,35 @@ class ExpandChannels(nn.Module):
         self.dim = dim
         self.missing = missing
         index = torch.tensor(order) if order else None
-        # Not in the state dict: it says what the module is, not what it has learned.
+        # Not in the state dict, because it is part of the architecture, and not learned.
         self.register_buffer("index", index, persistent=False)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What it was made with."""
+        """The ``order`` that it was made with."""
         index: Any = self.index
         return () if index is None else tuple(index.tolist())
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What ``inner`` returns, as wide as the stream."""
+        """Return the output of ``inner`` with the channels of the stream."""
         out: Tensor = self.inner(*args, **kwargs)
         out = F.pad(out, (0, 0) * (out.dim() - 1 - self.dim) + (0, self.missing))
         return out if self.index is None else out.index_select(self.dim, self.index)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        """What it adds."""
+        """Return the configuration as text."""
         return f"dim={self.dim}, missing={self.missing}" + (f", order={self.order}" if self.order else "")
 
 
 @dataclass(frozen=True)
 class ChannelExpansion:
-    """A module that is narrower than the stream it is added into; see `ExpandChannels`.
+    """A module with fewer channels than the stream that it is added to, and how to expand it; see `ExpandChannels`.
 
     Attributes:
-        module: Its qualified name.
+        module: The qualified name of the module.
         dim: The dimension of its output that carries channels.
-        missing: Number of zero channels to put behind its own.
-        order: Which of them each channel of the stream is; empty if they are in order.
+        missing: The number of zero channels to append.
+        order: The source of each channel of the stream; empty if they are in order already.
     """
 
     module: str
@@ -73,49 +77,49 @@ class ChannelExpansion:
 
 
 def check_branches(graph: ChannelGraph, architecture: Architecture) -> None:
-    """Refuse branches that keep channels which their stream has lost.
+    """Refuse branches that keep channels which their residual axis does not keep.
 
     Raises:
         SurgeryError: If there is such a branch outside of the removed blocks.
     """
     kept = architecture.by_name
     for axis in _branch_axes(graph, architecture):
-        stream = str(axis.into)
+        stream = str(axis.residual_axis)
         more = set(_kept_channels(graph, axis.name, kept)).difference(_kept_channels(graph, stream, kept))
         if more:
             raise SurgeryError(
-                f"`architecture` must keep of {axis.name!r} some of the channels that it keeps of {stream!r}, the "
-                f"stream it is added into; got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
+                f"`architecture` must keep in {axis.name!r} only channels that it keeps in its residual axis {stream!r}; "
+                f"got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
                 f"(`restrict_branches` does), or keep them in {stream!r}."
             )
 
 
 def restrict_branches(graph: ChannelGraph, architecture: Architecture) -> Architecture:
-    """The same architecture in which every branch keeps only what its stream keeps; nothing it costs becomes more.
+    """Return the architecture in which every branch keeps only channels that its residual axis keeps.
 
-    For searches that choose the channels of every axis by itself. A branch that would keep nothing keeps the first
-    channel of its stream.
+    This is for searches that choose the channels of every axis independently; the cost does not increase. A branch
+    without any such channel keeps the first channel of its residual axis.
     """
     kept = dict(architecture.by_name)
     for axis in graph.axes:
-        if axis.into is not None:
-            stream = kept.get(axis.into, range(graph.by_name[axis.into].size))
+        if axis.residual_axis is not None:
+            stream = kept.get(axis.residual_axis, range(graph.by_name[axis.residual_axis].size))
             own = set(_kept_channels(graph, axis.name, kept))
             kept[axis.name] = tuple(channel for channel in stream if channel in own) or (stream[0],)
     return Architecture.of(kept, architecture.removed_blocks)
 
 
 def branch_expansions(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelExpansion, ...]:
-    """The modules that an architecture makes narrower than the stream they are added into."""
-    outlets: dict[str, dict[int, int]] = {}
+    """Return the expansions of the branches that an architecture makes narrower than their residual axis."""
+    expanded: dict[str, dict[int, int]] = {}
     position = {axis.name: number for number, axis in enumerate(graph.axes)}
     for axis in _branch_axes(graph, architecture):
-        outlets.setdefault(axis.residual_output, {})[position[str(axis.into)]] = position[axis.name]
-    alive = graph.alive(architecture.by_name)
+        expanded.setdefault(axis.residual_output, {})[position[str(axis.residual_axis)]] = position[axis.name]
+    alive = graph.kept_masks(architecture.by_name)
     found: list[ChannelExpansion] = []
-    for outlet, branches in outlets.items():
-        # The graph gives the output of this module the channels of the stream, which it has in the cut model again.
-        stream = single_channel_dim(graph.activations[outlet], branches)
+    for module, branches in expanded.items():
+        # In the graph, the output of this module has the channels of the stream, as it has after the expansion.
+        stream = single_channel_dim(graph.activations[module], branches)
         assert stream is not None, "untie takes no branch whose channels run along two dimensions"
         whole = np.ones(len(stream.axis), dtype=bool)
         there, mine = whole.copy(), whole.copy()
@@ -125,12 +129,12 @@ def branch_expansions(graph: ChannelGraph, architecture: Architecture) -> tuple[
                 if axis in alive:
                     mask[here] = alive[axis][stream.channel[here]]
         if (there != mine).any():
-            found.append(_make_expansion(outlet, stream.dim, np.flatnonzero(mine[there]), int(there.sum())))
+            found.append(_make_expansion(module, stream.dim, np.flatnonzero(mine[there]), int(there.sum())))
     return tuple(found)
 
 
 def _make_expansion(module: str, dim: int, places: IntArray, channels: int) -> ChannelExpansion:
-    """The module's channels lie at these places among the stream's."""
+    """Return the expansion of a module whose channels are at these places among those of the stream."""
     own = np.arange(len(places))
     if (places == own).all():
         return ChannelExpansion(module, dim, channels - len(places))
@@ -140,7 +144,7 @@ def _make_expansion(module: str, dim: int, places: IntArray, channels: int) -> C
 
 
 def expand_branches_(model: nn.Module, widenings: Iterable[ChannelExpansion]) -> None:
-    """Put `ExpandChannels` around modules of a model of ours.
+    """Wrap modules in `ExpandChannels`, in place.
 
     Raises:
         SurgeryError: If the model lacks one of the modules.
@@ -159,7 +163,7 @@ def expand_branches_(model: nn.Module, widenings: Iterable[ChannelExpansion]) ->
 
 
 def find_expansions(model: nn.Module) -> tuple[ChannelExpansion, ...]:
-    """The narrow branches that a cut model holds: what `expand_branches_` needs to make it again."""
+    """Return the expansions that a cut model contains, from which `expand_branches_` can make them again."""
     return tuple(
         ChannelExpansion(name, module.dim, module.missing, module.order)
         for name, module in model.named_modules()
@@ -168,12 +172,12 @@ def find_expansions(model: nn.Module) -> tuple[ChannelExpansion, ...]:
 
 
 def original_names(small: nn.Module) -> dict[str, str]:
-    """For every module of a cut model the name that it has in the original, where there is no `ExpandChannels`."""
+    """Return the name in the original of every module of a cut model, by its name; `ExpandChannels` has none."""
     names: dict[str, str] = {}
     inner = "?"
     for name, module in small.named_modules():
         if isinstance(module, ExpandChannels):
-            inner = f"{name}.inner"  # what lies in a module follows right behind it
+            inner = f"{name}.inner"  # `named_modules` visits the inside of a module right after it.
         elif name == inner or name.startswith(f"{inner}."):
             names[name] = inner.removesuffix(".inner") + name[len(inner) :]
         else:
@@ -182,14 +186,14 @@ def original_names(small: nn.Module) -> dict[str, str]:
 
 
 def original_module(model: nn.Module, name: str) -> nn.Module:
-    """A module of a cut model by its name in the original; what `ExpandChannels` was put around, not `ExpandChannels`."""
+    """Return a module of a cut model by its name in the original: the one inside of `ExpandChannels`, if wrapped."""
     module = model.get_submodule(name)
     return module.inner if isinstance(module, ExpandChannels) else module
 
 
 def _branch_axes(graph: ChannelGraph, architecture: Architecture) -> tuple[ChannelAxis, ...]:
     gone = graph.removed_modules(architecture.removed_blocks)
-    return tuple(axis for axis in graph.axes if axis.into is not None and not gone(axis.residual_output))
+    return tuple(axis for axis in graph.axes if axis.residual_axis is not None and not gone(axis.residual_output))
 
 
 def _kept_channels(graph: ChannelGraph, name: str, kept: Mapping[str, tuple[int, ...]]) -> Iterable[int]:

@@ -1,6 +1,8 @@
-"""Remove residual blocks for real: stand-ins take the places of their modules.
+"""Make the smaller model of an architecture: slice every tensor, set every size, replace the modules of removed blocks.
 
-Cut a model for real: slice every tensor, set every size. Nothing is learned or repaired here."""
+`mask_removed` and `mask_readers` make full models that compute the same, as references. Nothing is verified or repaired
+here; see `cut`.
+"""
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -21,10 +23,10 @@ from secateur.prune.zeroing import zero_branches_
 
 
 class PassThrough(nn.Module):
-    """Stands in for a removed module: returns its first tensor argument.
+    """The module that replaces a removed one and returns its first tensor argument.
 
     Args:
-        items: Length of the tuple to return, the tensor first and None after it; None to return the tensor itself.
+        items: The length of the tuple to return, the tensor first and then None; None to return the tensor itself.
     """
 
     def __init__(self, items: int | None = None):
@@ -33,11 +35,11 @@ class PassThrough(nn.Module):
 
     @property
     def items(self) -> int | None:
-        """Length of the tuple that it returns; None if it returns a tensor."""
+        """The length of the tuple that it returns; None if it returns a tensor."""
         return self._items
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first tensor among the arguments."""
+        """Return the first tensor among the arguments."""
         tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
         return self._packed(tensor)
 
@@ -45,15 +47,15 @@ class PassThrough(nn.Module):
         return tensor if self._items is None else (tensor, *[None] * (self._items - 1))
 
     def extra_repr(self) -> str:
-        """What differs from the usual."""
+        """Return ``items`` as text, if it is set."""
         return "" if self._items is None else f"items={self._items}"
 
 
 class ZeroOutput(PassThrough):
-    """Stands in for a removed module: returns zeros of the shape of its first tensor argument."""
+    """The module that replaces a removed one and returns zeros of the shape of its first tensor argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros like the first tensor among the arguments."""
+        """Return zeros like the first tensor among the arguments."""
         tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
         return self._packed(torch.zeros_like(tensor))
 
@@ -62,7 +64,7 @@ _CLASSES: dict[StandIn, type[PassThrough]] = {StandIn.PASS_THROUGH: PassThrough,
 
 
 def replace_modules_(model: nn.Module, replacements: Iterable[Replacement]) -> None:
-    """Put the stand-ins into a model of ours, outermost first; a module within a replaced one is gone with it.
+    """Replace modules by their stand-ins in place, the outermost first; modules inside a replaced one are skipped.
 
     Raises:
         SurgeryError: If the model lacks one of the modules.
@@ -84,12 +86,12 @@ def replace_modules_(model: nn.Module, replacements: Iterable[Replacement]) -> N
 
 
 def make_stand_in(replacement: Replacement) -> PassThrough:
-    """A new module to take the place of the one that goes."""
+    """Return a new module that takes the place of a removed one."""
     return _CLASSES[replacement.stand_in](replacement.items)
 
 
 def find_replacements(model: nn.Module) -> tuple[Replacement, ...]:
-    """The stand-ins that a cut model holds: what `replace_modules_` needs to make them again."""
+    """Return the replacements that a cut model contains, from which `replace_modules_` can make them again."""
     kinds = {kind: stand_in for stand_in, kind in _CLASSES.items()}
     return tuple(
         Replacement(name, kinds[type(module)], module.items)
@@ -99,12 +101,12 @@ def find_replacements(model: nn.Module) -> tuple[Replacement, ...]:
 
 
 def block_replacements(graph: ChannelGraph, removed_blocks: Iterable[str]) -> tuple[Replacement, ...]:
-    """What stands in for the modules of some blocks."""
+    """Return the replacements of some blocks."""
     return tuple(r for name in removed_blocks for r in graph.blocks_by_name[name].replacements)
 
 
 KeptByDim = dict[int, IntArray]
-"""Dimension of a tensor to the positions that stay."""
+"""The kept positions by dimension of a tensor."""
 
 
 def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
@@ -112,7 +114,7 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
 
     Raises:
         SurgeryError: For an unknown or frozen axis, a channel out of range, a block that may not be removed, or a
-            branch that keeps other channels than the stream it is added into.
+            branch that keeps channels which its residual axis does not keep.
     """
     for name in architecture.removed_blocks:
         block = graph.blocks_by_name.get(name)
@@ -138,13 +140,13 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
 def kept_positions_by_tensor(
     graph: ChannelGraph, architecture: Architecture, roles: Container[Role] = frozenset(Role)
 ) -> dict[str, KeptByDim]:
-    """Which positions of which dimensions of which tensors stay; tensors that stay whole are left out.
+    """Return the kept positions of every dimension of every tensor that loses any.
 
     Args:
-        graph: The channel graph of the whole model.
-        architecture: Channels to keep.
-        roles: Only sites of these are looked at, and the last ones of branches: what they give is read by a sum, which
-            has no weights.
+        graph: The channel graph of the original model.
+        architecture: The channels to keep.
+        roles: Only sites with these roles count. Those of the last module of a branch always do, because a sum reads
+            its output, and a sum has no weights.
     """
     masks: dict[str, dict[int, np.ndarray[Any, np.dtype[np.bool_]]]] = {}
     kept: dict[str, KeptByDim] = {}
@@ -156,11 +158,11 @@ def kept_positions_by_tensor(
         stays[list(channels)] = True
         known: dict[int, IntArray] = {}
         for site in axis.sites:
-            gives = axis.into is not None and site.tensor.rpartition(".")[0] == axis.residual_output
-            if site.role not in roles and not gives:
+            adds = axis.residual_axis is not None and site.tensor.rpartition(".")[0] == axis.residual_output
+            if site.role not in roles and not adds:
                 continue
             length = full_size(graph, site.tensor, site.dim)
-            if site.index.size == length:  # No other axis has a part in this dimension. Many sites share their index.
+            if site.index.size == length:  # No other axis is in this dimension. Many sites share their index.
                 if id(site.index) not in known:
                     known[id(site.index)] = np.sort(site.index[stays], axis=None)
                 kept.setdefault(site.tensor, {})[site.dim] = known[id(site.index)]
@@ -173,19 +175,20 @@ def kept_positions_by_tensor(
 
 
 def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
-    """Length of a dimension in the traced model."""
+    """Return the length of a dimension in the traced model."""
     return graph.tensors[tensor][dim].at(graph.sizes)
 
 
 def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A new, smaller model: blocks removed, every tensor sliced, every size set. Weights that stay are unchanged.
+    """Return a new, smaller model: blocks removed, every tensor sliced, every size set. Kept weights are unchanged.
 
-    A branch that keeps fewer channels than its stream is put into a `ExpandChannels`, which adds ``.inner`` to its names.
+    A branch that keeps fewer channels than its residual axis is wrapped in `ExpandChannels`, which adds ``.inner`` to
+    its names.
 
     Args:
-        model: The traced model; not modified, nothing is shared with the result.
+        model: The traced model; not modified, and nothing is shared with the result.
         graph: Its channel graph.
-        architecture: Which channels stay, and which blocks go.
+        architecture: The channels to keep, and the blocks to remove.
 
     Raises:
         SurgeryError: If the architecture does not fit the graph.
@@ -210,19 +213,19 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
 
 
 def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A copy of the full model in which the parameters of removed channels, and removed branches, are zero.
+    """Return a copy of the full model in which the parameters of removed channels, and removed branches, are zero.
 
-    What a removed channel carries then no longer matters: every weight that reads it is zero. The independent
-    reference for `apply_architecture`. Buffers are left alone (a zero variance means nothing).
+    It is the independent reference for `apply_architecture`: the value of a removed channel does not matter, because
+    every weight that reads it is zero. Buffers are not changed (a variance of zero would be meaningless).
     """
     return _zero_parameters(model, graph, architecture, frozenset(Role))
 
 
 def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
-    """A copy of the full model in which only the weights that read removed channels, or add them to a stream, are zero.
+    """Return a copy of the full model in which only the weights that read removed channels, or add them, are zero.
 
-    The channels themselves run on unchanged. As good a reference as `mask_removed`, and one that stays finite where
-    the model divides by something that is zero for a channel of zeros.
+    The channels themselves are computed as before. It is as good a reference as `mask_removed`, and stays finite
+    where the model divides by something that is zero for a channel of zeros.
     """
     return _zero_parameters(model, graph, architecture, frozenset({Role.INPUT}))
 
@@ -235,11 +238,11 @@ def _zero_parameters(
     parameters = set(graph.parameters)
 
     def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        silent = tensor.clone()
+        zeroed = tensor.clone()
         for dim, positions in kept[name].items():
             gone = np.setdiff1d(np.arange(tensor.size(dim)), positions, assume_unique=True)
-            silent.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
-        return silent
+            zeroed.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+        return zeroed
 
     full = copy_with_tensors(model, {name: masked for name in kept if name in parameters})
     full = compute_over_kept_channels_(full, graph, architecture.by_name)
@@ -251,11 +254,11 @@ def _zero_parameters(
 def copy_with_tensors(
     model: nn.Module, changes: Mapping[str, Callable[[str, torch.Tensor], torch.Tensor]]
 ) -> nn.Module:
-    """Deep copy of a model in which some tensors are replaced; sharing between modules is kept.
+    """Return a copy of a model in which some tensors are replaced; tensors that modules share stay shared.
 
     Args:
-        model: Left as it is.
-        changes: Tensor name to a function from (name, tensor) to its replacement.
+        model: Not modified.
+        changes: By name of a tensor, a function from (name, tensor) to its replacement.
     """
     memo: dict[int, Any] = {}
     with torch.no_grad():
@@ -274,7 +277,7 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def set_size_attributes_(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
-    """Set int attributes (module, attribute, item or None, value) on a model of ours."""
+    """Set int attributes, given as (module, attribute, item or None, value), in place."""
     modules = dict(model.named_modules())
     for name, attribute, item, value in sizes:
         holder = modules[name]
@@ -288,7 +291,7 @@ def set_size_attributes_(model: nn.Module, sizes: list[tuple[str, str, int | Non
 
 
 def update_declared_sizes_(model: nn.Module) -> None:
-    """Make the sizes that torch's own layers declare (``out_channels``, ``num_features``) agree with their tensors."""
+    """Set the sizes that torch's own layers declare (``out_channels``, ``num_features``) to those of their tensors."""
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
             first, second = module.weight.shape[:2]
@@ -313,7 +316,7 @@ def _has_no_weight(module: nn.Module) -> bool:
 
 
 def prunable_parameter_fraction(graph: ChannelGraph) -> float:
-    """Fraction of the parameters that lies in tensors with at least one prunable dimension."""
+    """Return the fraction of the parameters that are in tensors with at least one prunable dimension."""
     sizes = graph.sizes
     total = prunable = 0
     for name in graph.parameters:

@@ -1,4 +1,4 @@
-"""Proof that a cut is right: the sliced model equals the original in which the removed channels are zeroed."""
+"""Verification of a cut: the sliced model must equal the original in which the removed channels are zeroed."""
 
 import copy
 import math
@@ -26,9 +26,9 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float16: 4e-3,
 }
 """Largest |sliced - masked| / largest |masked|. Sums of the same terms in another order differ by a few ulps per
-layer; a wrong channel differs by per cents (rolling one bias by one: 2e-2)."""
+layer; a wrong channel causes differences of percents (rolling one bias by one: 2e-2)."""
 FLOAT64_TOLERANCE = 1e-9
-"""Tolerance of the second look in float64, taken where float32 rounding alone may exceed its tolerance."""
+"""Tolerance of the second comparison in float64, which is made if float32 exceeds its tolerance."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Verification:
 
     Attributes:
         max_abs: Largest absolute difference of the outputs.
-        max_rel: The same divided by the largest absolute output.
-        tolerance: Bound that ``max_rel`` had to meet.
-        dtype: Precision the comparison was made in.
-        frozen: (axis, reason) pairs that had to be frozen until the cut was right.
-        shape: Shape of the input that both ran on: the example's, or less where they make the same calls on less.
+        max_rel: ``max_abs`` divided by the largest absolute output.
+        tolerance: The bound on ``max_rel``.
+        dtype: The precision of the comparison.
+        frozen: (axis, reason) pairs that had to be frozen until the cut was correct.
+        shape: The shape of the input: that of the example, or of a crop on which the models make the same calls.
     """
 
     max_abs: float
@@ -51,10 +51,15 @@ class Verification:
     frozen: tuple[tuple[str, str], ...] = ()
     shape: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        names = ", ".join(name for name, _ in self.frozen[:5]) + (", ..." if len(self.frozen) > 5 else "")
+        frozen = f", frozen: {names}" if self.frozen else ""
+        return f"Verification(max_rel={self.max_rel:.1e} <= {self.tolerance:.0e}, {self.dtype}{frozen})"
+
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A cut that is wrong: where it first shows, and how."""
+    """A difference between the sliced and the masked model: the module where it first occurs, and a description."""
 
     module: str
     what: str
@@ -63,11 +68,10 @@ class Mismatch:
 def compare_outputs(
     model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | Mismatch:
-    """Run both on the example and compare; look again in float64 where rounding may be the reason.
+    """Compare the outputs of both models on the example, in float64 if rounding may be the reason of a difference.
 
-    Whether channels lie where they belong does not depend on how many pixels there are. So the middle of the images is
-    enough where the model runs on it, makes the very calls it made when traced, and both agree. In any other case
-    the whole example decides.
+    Whether the channels are right does not depend on the number of pixels. So a crop of the images is enough if the
+    models run on it, make the same calls as when traced, and agree. In any other case the whole example decides.
     """
     example = graph.example
     sliced = copy.copy(small) if not small.training else copy_model(small).eval()
@@ -85,7 +89,7 @@ def compare_outputs(
     found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
     found = found and replace(found, shape=graph.example_shape)
     if found is not None and found.max_rel <= found.tolerance:
-        # Where only blocks are removed no sum has other terms, so that no difference at all is no reason for doubt.
+        # Fewer channels change the order of sums, so bit-equal outputs are suspicious, unless only blocks were removed.
         doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
         return _verify_features(found, masked, sliced, graph, architecture) if doubtful else found
     if found is not None and dtype == torch.float32:
@@ -104,7 +108,7 @@ def compare_outputs(
 def _verify_on_crop(
     model: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | None:
-    """Both compared on the middle of the images; None if that leaves any doubt."""
+    """Compare both models on a crop of the images; return None if that is not conclusive."""
     example = tuple(map(_center_crop, graph.example))
     if all(part is whole for part, whole in zip(example, graph.example, strict=True)):
         return None
@@ -114,7 +118,7 @@ def _verify_on_crop(
         want, got = _outputs(masked, example), _outputs(sliced, example)
     except Exception:
         return None
-    if not calls.all_made or not want or not _all_finite(want):
+    if not calls.complete or not want or not _all_finite(want):
         return None
     dtype = want[0].dtype
     found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
@@ -123,7 +127,7 @@ def _verify_on_crop(
 
 
 def _center_crop(part: Any) -> Any:
-    """Of images, (n, channels, height, width), at most half of the rows and of the columns, in multiples of 32."""
+    """Crop images (n, channels, height, width) to at most half of the rows and columns, in multiples of 32."""
     if not isinstance(part, torch.Tensor) or part.dim() != 4 or not part.is_floating_point():
         return part
     height, width = (size // 64 * 32 for size in part.shape[2:])
@@ -135,7 +139,7 @@ def _center_crop(part: Any) -> Any:
 def _zero_while_running(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture, expected: ExpectedCalls | None = None
 ) -> nn.Module:
-    """What `mask_removed` gives, without a second set of weights: they are multiplied by zeros and ones as it runs."""
+    """Return the model of `mask_removed` without a second set of weights: it multiplies them by 0 and 1 as it runs."""
     kept = kept_positions_by_tensor(graph, architecture)
     masked = zero_weights_(shadow_copy(model), kept, expected)
     masked = compute_over_kept_channels_(masked, graph, architecture.by_name)
@@ -151,13 +155,13 @@ _REFERENCES: Sequence[_Reference] = (
     # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
     lambda *original: mask_readers(*original).eval(),
 )
-"""Ways to make the masked original, in eval mode. A later one is taken where outputs of the former are not finite."""
+"""Ways to make the masked original, in eval mode; the first one whose outputs are finite is used."""
 
 
 def _make_reference(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
-    """The first reference with finite outputs: how it is made, itself, and the outputs."""
+    """Return the first way with finite outputs, the model that it makes, and the outputs."""
     for reference in _REFERENCES:
         masked = reference(model, graph, architecture)
         want = _outputs(masked, graph.example)
@@ -169,12 +173,12 @@ def _make_reference(
 def _verify_features(
     found: Verification, masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | Mismatch:
-    """An output that is the same to the last bit may not depend on its input at all, as that of a head not trained yet.
+    """Compare the outputs of all modules as well, because bit-equal outputs of the models may prove nothing.
 
-    Then it proves nothing, and every module on the way to it is compared.
+    The output of an untrained head, for example, may be constant.
     """
     module = _first_difference(masked, sliced, graph, architecture, graph.example)
-    return Mismatch(module, "features differ behind an output that does not show it") if module else found
+    return Mismatch(module, "features differ although the outputs are equal") if module else found
 
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
@@ -202,7 +206,7 @@ def _difference(
 
 
 def _find_failing_module(model: nn.Module, example: tuple[Any, ...]) -> str:
-    """The innermost module whose forward was running when the model raised."""
+    """Return the innermost module whose forward was running when the model raised."""
     stack: list[str] = []
     hooks: list[Any] = []
 
@@ -225,23 +229,23 @@ def _find_failing_module(model: nn.Module, example: tuple[Any, ...]) -> str:
 def _first_difference(
     masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture, example: tuple[Any, ...]
 ) -> str:
-    """The first module, in order of execution, whose kept output channels differ."""
+    """Return the first module, in order of execution, whose kept output channels differ; empty if none."""
     seen: dict[str, torch.Tensor] = _capture_outputs(masked, graph, example)
-    mine = _capture_outputs(sliced, graph, example)
-    # What runs in a removed branch has no effect in either, and need not be the same.
+    own = _capture_outputs(sliced, graph, example)
+    # Modules in a removed branch have no effect in either model, and may differ.
     idle = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].modules}
-    alive = graph.alive(architecture.by_name)
+    masks = graph.kept_masks(architecture.by_name)
     for name, activation in graph.activations.items():
-        if name not in seen or name not in mine or name in idle:
+        if name not in seen or name not in own or name in idle:
             continue
         positions = torch.from_numpy(graph.kept_positions(name, architecture.by_name))
         want = seen[name].index_select(activation.dim, positions.to(seen[name].device))
-        for lane in activation.others:
-            want = want.index_select(lane.dim, torch.from_numpy(lane.kept(alive)).to(want.device))
-        if want.shape != mine[name].shape:
+        for channels in activation.others:
+            want = want.index_select(channels.dim, torch.from_numpy(channels.kept(masks)).to(want.device))
+        if want.shape != own[name].shape:
             return name
         scale = float(want.abs().max()) or 1.0
-        if float((want - mine[name]).abs().max()) / scale > 1e-4:
+        if float((want - own[name]).abs().max()) / scale > 1e-4:
             return name
     return ""
 
@@ -254,7 +258,7 @@ def _capture_outputs(model: nn.Module, graph: ChannelGraph, example: tuple[Any, 
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
             if tensor is not None:
-                # In-place activations that follow would overwrite it.
+                # A clone, because in-place activations that follow would overwrite it.
                 found[name] = tensor.detach().clone()
 
         return hook

@@ -1,8 +1,7 @@
-"""When weights are pruned: the kept fraction as a function of the progress of training.
+"""Configurations for pruning single weights: a schedule, a score and an allocation, combined in `WeightPruning`.
 
-What is pruned: a score and a budget, each a choice that can be written down, put together as one.
-
-Pruning while a model is trained: which masks it has at which step."""
+`Sparsify` applies such a configuration while a model is trained.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -29,27 +28,27 @@ from secateur.prune.weight_scores import (
 
 
 class SparsitySchedule(ABC):
-    """The kept fraction over a training run.
+    """The kept fraction of the weights as a function of the progress of training.
 
-    Ask for the density whenever the masks may change, make masks of it (`keep_largest`, `keep_globally`) from the
-    weights as they are then, and put them in with `set_masks_`. What is pruned scores 0 and stays pruned.
+    Whenever the masks may change, compute masks of the current density from the current weights (`keep_largest`,
+    `keep_globally`), and set them with `set_masks_`. Pruned weights have score 0 and stay pruned.
     """
 
     @abstractmethod
     def density_at(self, progress: float) -> float:
-        """The fraction of weights kept, never rising.
+        """Return the kept fraction, which never increases.
 
         Args:
-            progress: Part of the run that is done, from 0 to 1: (step - first) / steps.
+            progress: The completed part of the run, from 0 to 1: (step - first) / steps.
         """
 
 
 @dataclass(frozen=True)
 class OneShot(SparsitySchedule):
-    """All at once, at the start.
+    """Prune all weights at the start.
 
     Attributes:
-        density: Kept fraction, in (0, 1).
+        density: The kept fraction, in (0, 1).
     """
 
     density: float
@@ -58,20 +57,20 @@ class OneShot(SparsitySchedule):
         check_density("density", self.density, dense=False)
 
     def density_at(self, progress: float) -> float:
-        """The density, whatever the progress."""
+        """Return the density, at any progress."""
         _check_progress(progress)
         return self.density
 
 
 @dataclass(frozen=True)
 class Iterative(SparsitySchedule):
-    """In rounds, each of which keeps the same fraction of what is left:  density^(k / rounds) in round k.
+    """Prune in rounds that each keep the same fraction of the remaining weights:  density^(k / rounds) in round k.
 
     Round k, from 1, begins at progress (k - 1) / rounds.
 
     Attributes:
-        density: Kept fraction at the end, in (0, 1).
-        rounds: >= 1; one is `OneShot`.
+        density: The kept fraction at the end, in (0, 1).
+        rounds: The number of rounds, >= 1; one round is `OneShot`.
 
     References:
         Frankle & Carbin, arXiv:1803.03635, iterative pruning.
@@ -86,7 +85,7 @@ class Iterative(SparsitySchedule):
             raise SparsityError(f"`rounds` must be at least 1; got {self.rounds}. 5 is usual.")
 
     def density_at(self, progress: float) -> float:
-        """The density of the round that has begun last."""
+        """Return the density of the current round."""
         _check_progress(progress)
         done = min(int(progress * self.rounds) + 1, self.rounds)
         return self.density ** (done / self.rounds)
@@ -94,16 +93,16 @@ class Iterative(SparsitySchedule):
 
 @dataclass(frozen=True)
 class Cubic(SparsitySchedule):
-    """Fast while there is much to prune, slow toward the end.
+    """Prune fast at the beginning and slowly toward the end.
 
     With sparsity s = 1 - density, u = (progress - begin) / (end - begin) clipped to [0, 1]:
     s = s_final + (s_initial - s_final) * (1 - u)^3.
 
     Attributes:
-        density: Kept fraction at the end, in (0, 1).
-        initial_density: Kept fraction at the beginning, in (0, 1], above ``density``.
-        begin: Progress at which pruning begins.
-        end: Progress at which it ends; the rest of the run trains what is left.
+        density: The kept fraction at the end, in (0, 1).
+        initial_density: The kept fraction at the beginning, in (0, 1], above ``density``.
+        begin: The progress at which pruning begins.
+        end: The progress at which it ends; the rest of the run trains the remaining weights.
 
     References:
         Zhu & Gupta, arXiv:1710.01878, Eq. (1).
@@ -128,7 +127,7 @@ class Cubic(SparsitySchedule):
             )
 
     def density_at(self, progress: float) -> float:
-        """The density on the curve."""
+        """Return the density on the curve."""
         _check_progress(progress)
         done = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         return self.density + (self.initial_density - self.density) * (1 - done) ** 3
@@ -140,22 +139,22 @@ def _check_progress(progress: float) -> None:
 
 
 class WeightScore(ABC):
-    """What every weight is worth. Implementations are frozen dataclasses; fields are configuration."""
+    """The importance of every weight. Implementations are frozen dataclasses whose fields are the configuration."""
 
     @abstractmethod
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Scores, highest for the weights that should stay.
+        """Return scores, highest for the weights to keep.
 
         Args:
-            model: Left as it is.
-            weights: Of `prunable_weights`.
+            model: Not modified.
+            weights: The result of `prunable_weights`.
             batches: Inputs and labels on the model's device, for scores that need gradients.
         """
 
 
 @dataclass(frozen=True)
 class MagnitudeScore(WeightScore):
-    """`magnitude_scores`."""
+    """Scores of `magnitude_scores`."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
@@ -164,10 +163,10 @@ class MagnitudeScore(WeightScore):
 
 @dataclass(frozen=True)
 class RandomScore(WeightScore):
-    """`random_scores`.
+    """Scores of `random_scores`.
 
     Attributes:
-        seed: Of the draw.
+        seed: The random seed.
     """
 
     seed: int = 0
@@ -179,7 +178,7 @@ class RandomScore(WeightScore):
 
 @dataclass(frozen=True)
 class TaylorScore(WeightScore):
-    """`taylor_scores` of the cross-entropy."""
+    """Scores of `taylor_scores` with the cross-entropy."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
@@ -188,7 +187,7 @@ class TaylorScore(WeightScore):
 
 @dataclass(frozen=True)
 class SnipScore(WeightScore):
-    """`snip_scores` of the cross-entropy."""
+    """Scores of `snip_scores` with the cross-entropy."""
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
@@ -197,10 +196,10 @@ class SnipScore(WeightScore):
 
 @dataclass(frozen=True)
 class MovementScore(WeightScore):
-    """`movement_scores` of the cross-entropy.
+    """Scores of `movement_scores` with the cross-entropy.
 
     Attributes:
-        learning_rate: Of its steps, >= 0.
+        learning_rate: The learning rate of its steps, >= 0.
     """
 
     learning_rate: float = 0.01
@@ -211,20 +210,20 @@ class MovementScore(WeightScore):
 
 
 class Allocation(ABC):
-    """Which weights stay, by their scores. Implementations are frozen dataclasses; fields are configuration."""
+    """A rule for which weights to keep. Implementations are frozen dataclasses whose fields are the configuration."""
 
     @abstractmethod
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
-        """Masks that keep at most a fraction of all weights, in (0, 1]."""
+        """Return masks that keep at most a fraction ``density``, in (0, 1], of all weights."""
 
-    def nearest(self, density: float) -> float:
-        """The largest fraction up to ``density`` that can be asked for."""
+    def attainable_density(self, density: float) -> float:
+        """Return the largest supported density up to ``density``."""
         return density
 
 
 @dataclass(frozen=True)
 class GlobalAllocation(Allocation):
-    """`keep_globally`: the highest scores, whatever their tensor."""
+    """Keep the highest scores of all tensors together (`keep_globally`)."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
@@ -233,7 +232,7 @@ class GlobalAllocation(Allocation):
 
 @dataclass(frozen=True)
 class UniformAllocation(Allocation):
-    """The same fraction of every tensor, rounded down."""
+    """Keep the same fraction of every tensor, rounded down."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
@@ -242,7 +241,7 @@ class UniformAllocation(Allocation):
 
 @dataclass(frozen=True)
 class ERKAllocation(Allocation):
-    """`erk_counts`: sparser where tensors are larger."""
+    """Keep fewer weights in larger tensors (`erk_counts`)."""
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
@@ -251,18 +250,18 @@ class ERKAllocation(Allocation):
 
 @dataclass(frozen=True)
 class NOfM(Allocation):
-    """`keep_n_of_m`: the pattern alone says how many stay; a density above n / m keeps everything.
+    """Keep n of every m neighbors (`keep_n_of_m`). The density must be n / m; a higher one keeps everything.
 
     Attributes:
-        n: Kept of each group.
-        m: Size of a group.
+        n: The number of weights to keep in each group.
+        m: The size of a group.
     """
 
     n: int = 2
     m: int = 4
 
-    def nearest(self, density: float) -> float:
-        """See `Allocation.nearest`: that of the pattern, if it is not above."""
+    def attainable_density(self, density: float) -> float:
+        """Return n / m, or the density if it is lower."""
         return min(density, self.n / self.m)
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
@@ -282,17 +281,17 @@ class NOfM(Allocation):
 
 @dataclass(frozen=True)
 class WeightPruning:
-    """How single weights are pruned, whatever is left of them.
+    """How single weights are pruned, except the density.
 
         WeightPruning(ByTaylor(), ByERK(), schedule=partial(Cubic, end=0.5), exclude=("conv1", "linear"))
 
     Attributes:
-        score: What each weight is worth.
-        allocation: Which weights stay, by their scores.
+        score: The score of each weight.
+        allocation: The rule for which weights to keep.
         schedule: Makes the schedule for a final density: `Cubic`, `OneShot`, `Iterative`, or one of them with other
-            settings by `functools.partial` (a lambda has another name in every process: no resume).
-        exclude: Patterns of what is never pruned, see `prunable_weights`.
-        every: Steps between two changes of the masks, >= 1.
+            settings by `functools.partial`. With a lambda, whose name changes, a run cannot be resumed.
+        exclude: Patterns of weights that are never pruned; see `prunable_weights`.
+        every: The number of steps between two changes of the masks, >= 1.
     """
 
     score: WeightScore = MagnitudeScore()
@@ -306,12 +305,12 @@ class WeightPruning:
             raise SparsityError(f"`every` must be at least 1; got {self.every}. 10 to 100 steps is usual.")
 
     def masks(self, model: nn.Module, density: float, batches: Sequence[Batch] = ()) -> dict[str, Tensor]:
-        """The masks that keep a fraction of a model's weights as they are now.
+        """Return masks that keep a fraction of the model's current weights.
 
         Args:
-            model: Left as it is; may be masked already.
-            density: Kept fraction of the weights that may be pruned, in (0, 1].
-            batches: For scores that need gradients; on any device.
+            model: Not modified; it may have masks already.
+            density: The kept fraction of the weights that may be pruned, in (0, 1].
+            batches: Inputs and labels for scores that need gradients, on any device.
 
         Raises:
             SparsityError: If the density is out of range, a pattern matches nothing, or batches are missing.
@@ -323,19 +322,19 @@ class WeightPruning:
         return self.allocation(self.score(model, weights, here), density)
 
     def density_within(self, model: nn.Module, nonzero: float) -> float:
-        """The kept fraction with which a model has at most so many parameters that are not zero.
+        """Return the density with which a model has at most ``nonzero`` parameters that are not zero.
 
-        What may not be pruned (biases, norms, what is excluded) counts whole.
+        All parameters that may not be pruned (biases, norms, excluded weights) count as not zero.
 
         Args:
-            model: Without masks.
-            nonzero: Bound on its parameters that are not zero.
+            model: A model without masks.
+            nonzero: The bound on the number of parameters that are not zero.
 
         Returns:
-            In (0, 1]; 1 if the model is within the bound as it is.
+            The density in (0, 1]; 1 if the model is within the bound already.
 
         Raises:
-            BudgetError: If what may not be pruned is more than that, with the least that can be reached.
+            BudgetError: If more parameters than that may not be pruned.
         """
         size = sum(weight.numel() for weight in prunable_weights(model, exclude=self.exclude).values())
         rest = sum(parameter.numel() for parameter in model.parameters()) - size
@@ -347,19 +346,19 @@ class WeightPruning:
                 f"`nonzero` must leave room for the {rest} parameters that are not pruned one by one (biases, norms, "
                 f"what is excluded); got {math.floor(nonzero)}. Allow more than {rest}, or exclude less."
             )
-        return self.allocation.nearest(room / size)
+        return self.allocation.attainable_density(room / size)
 
 
 @dataclass(frozen=True)
 class Sparsify:
-    """The masks of a training run, as a function of its step and of the weights at that time.
+    """The masks of a training run, as a function of the step and of the weights at that step.
 
     Before step s of S the density is ``schedule.density_at(s / (S - 1))``, at the steps 0, ``every``, 2 ``every``, ...
-    and at the last one. Masks are made anew only where it has changed; what is pruned scores lowest and stays pruned.
+    and at the last one. Masks are computed only if it changes; pruned weights have the lowest score and stay pruned.
 
     Attributes:
-        density: Kept fraction at the end, in (0, 1); of the weights that may be pruned.
-        pruning: How.
+        density: The kept fraction at the end, in (0, 1), of the weights that may be pruned.
+        pruning: How the weights are pruned.
         batches: Inputs and labels for scores that need gradients.
     """
 
@@ -371,23 +370,23 @@ class Sparsify:
         check_density("density", self.density, dense=False)
 
     def density_before(self, step: int, steps: int) -> float:
-        """The density with which a step is made.
+        """Return the density during a step.
 
         Args:
-            step: From 0; ``steps`` stands for the end of the run.
-            steps: Of the whole run; 0 prunes at once.
+            step: The number of the step, from 0; ``steps`` stands for the end of the run.
+            steps: The number of steps of the whole run; with 0, all pruning happens at once.
         """
         schedule, last = self.pruning.schedule(self.density), steps - 1
         if step >= last:
             return schedule.density_at(1.0)
         return schedule.density_at((step - step % self.pruning.every) / last)
 
-    def begun(self, model: nn.Module, steps: int) -> nn.Module:
-        """A masked copy, with the masks of the first step.
+    def start(self, model: nn.Module, steps: int) -> nn.Module:
+        """Return a copy of a model with the masks of the first step.
 
         Args:
-            model: Left as it is. Masks that it has already stay where the plan makes none.
-            steps: Of the whole run.
+            model: Not modified. Masks that it has already stay on weights that are not pruned here.
+            steps: The number of steps of the whole run.
 
         Raises:
             SparsityError: See `WeightPruning.masks`.
@@ -395,7 +394,7 @@ class Sparsify:
         return apply_masks(model, self.pruning.masks(model, self.density_before(0, steps), self.batches))
 
     def update_(self, model: nn.Module, step: int, steps: int) -> None:
-        """Put the masks of a step into a model that `begun` made, in place, if they change there."""
+        """Set the masks of a step in place in a model that `start` returned, if the density changes at this step."""
         density = self.density_before(step, steps)
         if step and density != self.density_before(step - 1, steps):
             set_masks_(model, get_masks(model) | self.pruning.masks(model, density, self.batches))

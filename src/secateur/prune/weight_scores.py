@@ -1,6 +1,4 @@
-"""What a weight is worth. Every score is higher for weights that should stay.
-
-How many weights each tensor keeps, and which: budgets, and the largest scores within them."""
+"""Scores of single weights, higher for those to keep, and the masks that keep the highest scores within a budget."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,14 +11,14 @@ from secateur.errors import SparsityError
 from secateur.prune.masks import Counts, Scores, Weights, check_density, check_same_names, make_permanent_
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A scalar for the model's output and the labels, the mean over the batch, such as `secateur.distill.label_loss`."""
+"""A function of the model's output and the labels: the mean loss of the batch, as `secateur.distill.label_loss`."""
 
 
 def magnitude_scores(weights: Weights) -> dict[str, Tensor]:
-    """|w|, in units of the weights.
+    """Return |w|, in units of the weights.
 
     Args:
-        weights: Of `prunable_weights`.
+        weights: The result of `prunable_weights`.
 
     References:
         Han et al., arXiv:1506.02626.
@@ -29,11 +27,11 @@ def magnitude_scores(weights: Weights) -> dict[str, Tensor]:
 
 
 def random_scores(weights: Weights, *, seed: int = 0) -> dict[str, Tensor]:
-    """Uniform in [0, 1), the same on every device. Weights at exactly 0 score -inf, so that pruned ones stay so.
+    """Return uniform numbers in [0, 1), the same on every device. Weights of exactly 0 score -inf and stay pruned.
 
     Args:
-        weights: Of `prunable_weights`.
-        seed: Of the draw; torch's own random state is not touched.
+        weights: The result of `prunable_weights`.
+        seed: The random seed; the global random state of torch is not used.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -43,15 +41,15 @@ def random_scores(weights: Weights, *, seed: int = 0) -> dict[str, Tensor]:
 
 
 def taylor_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
-    """The squared change of the loss when a weight becomes zero, to first order.
+    """Return the squared change of the loss when a weight becomes zero, to first order.
 
     The mean over the batches of  (w * dL/dw)^2, in squared units of the loss. The model runs in eval mode.
 
     Args:
-        model: Left as it is.
-        weights: Of `prunable_weights`; they name the tensors.
+        model: Not modified.
+        weights: The result of `prunable_weights`, for the names of the tensors.
         batches: Inputs and labels, on the model's device.
-        loss: Mean over a batch.
+        loss: The mean loss of a batch.
 
     Returns:
         Scores, float32 or better.
@@ -69,13 +67,13 @@ def taylor_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], 
 
 
 def snip_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
-    """How much the loss depends on a weight being there.
+    """Return the connection sensitivity: how much the loss depends on the presence of a weight.
 
     |w * g| / sum over all weights of |w * g|, with g the mean over the batches of dL/dw. Dimensionless, sum 1. The
     model runs in eval mode. The paper takes one batch, before training.
 
     Args:
-        model: Left as it is.
+        model: Not modified.
         weights: See `taylor_scores`.
         batches: See `taylor_scores`.
         loss: See `taylor_scores`.
@@ -98,17 +96,17 @@ def snip_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], lo
 def movement_scores(
     model: nn.Module, weights: Weights, batches: Iterable[Batch], loss: Loss, *, learning_rate: float
 ) -> dict[str, Tensor]:
-    """Whether training moves a weight away from zero.
+    """Return how much training moves each weight away from zero.
 
-    Along plain SGD steps on the batches (in a copy, in eval mode):  -sum over steps of w * dL/dw, in units of the loss.
-    Positive for weights that grow in magnitude; weights at exactly 0 score -inf, so that pruned ones stay so.
+    Along plain SGD steps on the batches (in a copy, in eval mode), this is  -sum over steps of w * dL/dw,  in units of
+    the loss. It is positive for weights that grow in magnitude. Weights of exactly 0 score -inf and stay pruned.
 
     Args:
-        model: Left as it is.
+        model: Not modified.
         weights: See `taylor_scores`.
-        batches: See `taylor_scores`; a step each.
+        batches: See `taylor_scores`; there is one step for each.
         loss: See `taylor_scores`.
-        learning_rate: Of the steps, >= 0.
+        learning_rate: The learning rate of the steps, >= 0.
 
     Returns:
         Scores, float32 or better.
@@ -132,7 +130,7 @@ def _sum_over_batches(
     *,
     learning_rate: float = 0.0,
 ) -> tuple[dict[str, Tensor], int]:
-    """The sum over batches of a function of weights and gradients, in a copy that takes a step of SGD after each."""
+    """Sum a function of weights and gradients over batches, in a copy that takes a step of SGD after each of them."""
     copied = make_permanent_(copy_model(model)).eval()
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     named = {name: parameters[name].requires_grad_() for name in weights}
@@ -161,16 +159,16 @@ def _sum_over_batches(
 
 
 def _pruned_last(scores: Tensor, weight: Tensor) -> Tensor:
-    """Scores in which a weight at exactly 0, pruned before, is the first to go."""
+    """Give weights of exactly 0, which were pruned before, the lowest score."""
     return scores.masked_fill(weight == 0, -torch.inf)
 
 
 def uniform_counts(weights: Weights, density: float | Mapping[str, float]) -> dict[str, int]:
-    """Each tensor keeps round(density * n) of its n weights.
+    """Return the counts with which each tensor keeps round(density * n) of its n weights.
 
     Args:
-        weights: Of `prunable_weights`, or scores of them.
-        density: Kept fraction in (0, 1], one for all tensors or one for each by name, such as the widths of a PCA.
+        weights: The result of `prunable_weights`, or scores of these.
+        density: The kept fraction in (0, 1], one for all tensors or one for each by name.
 
     Raises:
         SparsityError: If a density is out of range, or the names are not those of the weights.
@@ -183,15 +181,15 @@ def uniform_counts(weights: Weights, density: float | Mapping[str, float]) -> di
 
 
 def erk_counts(weights: Weights, density: float) -> dict[str, int]:
-    """Sparser where tensors are larger: the Erdos-Renyi kernel rule, with exactly round(density * N) of all N kept.
+    """Return counts by the Erdos-Renyi kernel rule, sparser in larger tensors, with round(density * N) of all N kept.
 
     The density of a tensor with dimensions d_1, d_2, ... is  epsilon * (d_1 + d_2 + ...) / (d_1 * d_2 * ...), at most
     1; one epsilon for all, such that the whole keeps ``density``. Counts are rounded down, and the largest remainders,
     the first among equals, get the rest.
 
     Args:
-        weights: Of `prunable_weights`, or scores of them.
-        density: Kept fraction of all weights together, in (0, 1].
+        weights: The result of `prunable_weights`, or scores of these.
+        density: The kept fraction of all weights together, in (0, 1].
 
     Raises:
         SparsityError: If ``density`` is out of range.
@@ -222,14 +220,14 @@ def erk_counts(weights: Weights, density: float) -> dict[str, int]:
 
 
 def keep_largest(scores: Scores, counts: Counts) -> dict[str, Tensor]:
-    """Masks of the highest scores of each tensor; among equal scores the first stay, by index.
+    """Return masks of the highest scores of each tensor; of equal scores, those with the lowest index are kept.
 
     Args:
         scores: By name, without NaN.
-        counts: How many each tensor keeps, from `uniform_counts` or `erk_counts`.
+        counts: The number of weights that each tensor keeps, from `uniform_counts` or `erk_counts`.
 
     Returns:
-        bool masks with exactly so many True.
+        bool masks with exactly this number of True values.
 
     Raises:
         SparsityError: If names differ, a count is out of range, or a score is NaN.
@@ -242,13 +240,13 @@ def keep_largest(scores: Scores, counts: Counts) -> dict[str, Tensor]:
 
 
 def keep_globally(scores: Scores, density: float) -> dict[str, Tensor]:
-    """Masks of the round(density * N) highest of all N scores, whatever their tensor.
+    """Return masks of the round(density * N) highest of all N scores, in any tensors.
 
-    Among equal scores the first stay, by the order of the tensors, then by index.
+    Of equal scores, the first ones are kept, in order of the tensors, then of the indices.
 
     Args:
         scores: By name, in one unit, without NaN; on one device.
-        density: Kept fraction of all weights together, in (0, 1].
+        density: The kept fraction of all weights together, in (0, 1].
 
     Raises:
         SparsityError: If ``density`` is out of range, or a score is NaN.
@@ -261,15 +259,15 @@ def keep_globally(scores: Scores, density: float) -> dict[str, Tensor]:
 
 
 def keep_n_of_m(scores: Scores, n: int, m: int) -> dict[str, Tensor]:
-    """Masks that keep the n highest scores of every m neighbors along the input dimension.
+    """Return masks that keep the n highest scores of every m neighbors along the input dimension.
 
     Neighbors have consecutive positions in dimension 1 and equal ones elsewhere, as the sparse tensor cores of GPUs
-    want it (2 of 4). Among equal scores the first stay.
+    require (2 of 4). Of equal scores, the first ones are kept.
 
     Args:
         scores: By name, without NaN.
-        n: Kept of each group, 1 <= n < m.
-        m: Size of a group; divides dimension 1 of every tensor.
+        n: The number of weights to keep in each group, 1 <= n < m.
+        m: The size of a group, which must divide dimension 1 of every tensor.
 
     Raises:
         SparsityError: If n and m do not fit each other, or m does not divide an input dimension.
@@ -296,13 +294,13 @@ def keep_n_of_m(scores: Scores, n: int, m: int) -> dict[str, Tensor]:
 
 
 def mask_density(masks: Mapping[str, Tensor]) -> float:
-    """The fraction of weights that masks keep, over all of them."""
+    """Return the fraction of all weights that the masks keep."""
     kept = sum(int(mask.sum()) for mask in masks.values())
     return kept / sum(mask.numel() for mask in masks.values())
 
 
 def _largest(flat: Tensor, count: int, name: str) -> Tensor:
-    """Exactly so many True, at the highest values; the first among equals. In linear time, without sorting."""
+    """Return a mask of the ``count`` highest values, the first ones of equal values. Linear time, without sorting."""
     _check_numbers(flat, name)
     if count == 0:
         return torch.zeros_like(flat, dtype=torch.bool)

@@ -10,9 +10,11 @@ from cuts import apart, one_channel, outputs, random_architecture
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, Role, trace
 from secateur.prune import cut, mask_removed
+
+pytestmark = pytest.mark.window
 
 
 class Between(nn.Module):
@@ -42,7 +44,7 @@ def traced(model: nn.Module) -> ChannelGraph:
         made = cut(model, graph, architecture)
         assert made.verification.frozen == ()
         assert apart(outputs(mask_removed(model, graph, architecture), IMAGES), outputs(made.model, IMAGES)) < 1e-5
-        assert CostModel(graph).cost(architecture) == Cost(counted_macs(made.model, IMAGES), counted_params(made.model))
+        assert CostModel(graph).cost(architecture) == Cost(count_macs(made.model, IMAGES), count_params(made.model))
     return graph
 
 
@@ -291,7 +293,7 @@ def test_convolutions_of_other_ranks(dims):
     made = cut(model, graph, one_channel(graph, 1))
     assert {a.name: a.size for a in graph.prunable} == {"0": 6, "4": 4}
     assert apart(outputs(mask_removed(model, graph, made.architecture), x), outputs(made.model, x)) < 1e-5
-    assert CostModel(graph).cost(made.architecture).macs == counted_macs(made.model, x)
+    assert CostModel(graph).cost(made.architecture).macs == count_macs(made.model, x)
 
 
 def test_windows_folded_into_the_batch_are_counted():
@@ -322,4 +324,4 @@ def test_products_without_any_channels_are_counted_too():
             return self.head(mixed)
 
     model = Mixer().eval()
-    assert CostModel(trace(model, IMAGES)).original == Cost(counted_macs(model, IMAGES), counted_params(model))
+    assert CostModel(trace(model, IMAGES)).original == Cost(count_macs(model, IMAGES), count_params(model))

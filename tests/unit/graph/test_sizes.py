@@ -22,9 +22,9 @@ from secateur.graph._size_ints import (
     ShapeOf,
     SizeInt,
     SizeTuple,
-    expression_text,
     evaluate_expression,
     expression_of,
+    expression_text,
     solve_for_attribute,
 )
 from secateur.prune import apply_architecture, cut, mask_removed
@@ -259,7 +259,7 @@ FREEZING: dict[str, tuple[Resized, str]] = {
     "literal_split": (Resized(lambda m, x: torch.cat(x.split([5, 7], 1), 1)), r"`split` in .* takes the size [57]"),
     "literal_narrow": (
         Resized(lambda m, x: torch.cat([x.narrow(1, 0, 5), x.narrow(1, 5, 7)], 1)),
-        r"`original_module` in .* takes the size [57]",
+        r"`narrow` in .* takes the size [57]",
     ),
     "literal_unflatten": (
         Resized(lambda m, x: x.unflatten(1, (3, 4)).flatten(1, 2)),

@@ -1,6 +1,7 @@
 """The channel graph against structures written down by hand, not computed."""
 
 import numpy as np
+import pytest
 import torch
 from cuts import random_architecture
 from torch import nn
@@ -9,6 +10,8 @@ from zoo import ZOO
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, Extent, HeadUnit, trace
 from secateur.prune import cut
+
+pytestmark = pytest.mark.window
 
 Places = dict[tuple[str, int], list[list[int]]]
 
@@ -196,7 +199,7 @@ def test_operations_count_the_original():
     assert CostModel(graph).original.macs == macs
     assert [o.module for o in graph.operations] == ["0.0", "1.0", "2.0", "3.fc"]
     assert graph.stages == ("0", "2")
-    assert graph.touching["1.0"] == ("1.0",)
+    assert graph.module_axes["1.0"] == ("1.0",)
 
 
 def test_activations_tell_which_channels_a_module_gives():

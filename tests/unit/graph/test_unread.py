@@ -32,15 +32,15 @@ def test_what_is_learned_is_the_same_with_every_number(name):
     except FakeValueReadError:
         pytest.skip("its numbers are read")
     wanted, wanted_attributes = _record_once(model, example, full, None)
-    assert any(lean.flow.hollow)
-    assert (lean.flow.names, lean.flow.sources, lean.flow.given) == (
+    assert any(lean.flow.fake)
+    assert (lean.flow.names, lean.flow.sources, lean.flow.returned) == (
         full.flow.names,
         full.flow.sources,
-        full.flow.given,
+        full.flow.returned,
     )
     assert attributes == wanted_attributes
-    assert [(call.module, call.given_shape) for call in lean.flow.calls] == [
-        (call.module, call.given_shape) for call in full.flow.calls
+    assert [(call.module, call.output_shape) for call in lean.flow.calls] == [
+        (call.module, call.output_shape) for call in full.flow.calls
     ]
     for mine, theirs in ((ledger.ties, wanted.ties), (ledger.freezes, wanted.freezes)):
         assert [str(item) for item in mine] == [str(item) for item in theirs]
@@ -202,7 +202,7 @@ def test_a_model_that_catches_what_reading_raises_is_traced_with_its_numbers():
     where = RecordingContext({}, computed=False)
     with pytest.raises(FakeValueReadError):
         _record_once(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
-    assert where.was_read
+    assert where.value_was_read
 
 
 def test_what_does_not_depend_on_the_input_is_computed():
@@ -259,5 +259,5 @@ def test_an_index_of_its_own_needs_no_numbers():
 
     where = RecordingContext({}, computed=False)
     ledger, _ = _record_once(Picking().eval(), (image(1, 5, 3),), where, None)
-    assert any(where.flow.hollow)
+    assert any(where.flow.fake)
     assert ledger.count > 0

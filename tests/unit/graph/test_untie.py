@@ -12,7 +12,7 @@ from zoo import ZOO
 from zoo_convolutional import Head, conv_bn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, Extent, trace, untie
 from secateur.models import cifar_resnet20
 from secateur.prune import apply_architecture, cut, mask_removed
@@ -43,14 +43,14 @@ def test_a_branch_has_what_makes_its_channels_and_the_stream_has_the_rest():
     first = {("0.0.weight", 0), *norm("0.1"), ("1.conv1.weight", 1), ("2.conv1.weight", 1), ("2.shortcut.0.weight", 1)}
     assert places(graph, "0.0") == first
     assert places(graph, "2.conv2") == {("3.conv1.weight", 1), ("4.fc.weight", 1)}
-    found = {axis.name: (axis.into, axis.residual_output, axis.size) for axis in graph.axes if axis.into is not None}
+    found = {axis.name: (axis.residual_axis, axis.residual_output, axis.size) for axis in graph.axes if axis.residual_axis is not None}
     assert found == {
         "1.conv2/branch": ("0.0", "1.bn2", 8),
         "2.conv2/branch": ("2.conv2", "2.bn2", 14),
         "2.shortcut.0/branch": ("2.conv2", "2.shortcut.1", 14),
         "3.conv2/branch": ("2.conv2", "3.bn2", 14),
     }
-    assert all(axis.frozen_because is None for axis in graph.axes if axis.into)
+    assert all(axis.frozen_because is None for axis in graph.axes if axis.residual_axis)
 
 
 def test_extents_and_activations_follow():
@@ -76,7 +76,7 @@ def test_extents_and_activations_follow():
 def test_a_stream_whose_channels_begin_at_several_places_gives_a_branch_several_axes():
     model = cifar_resnet20().eval()
     graph = untie(model, trace(model, torch.zeros(1, 3, 32, 32)))
-    of_last = {axis.name: (axis.into, axis.size) for axis in graph.axes if axis.residual_output == "layer3.2.bn2"}
+    of_last = {axis.name: (axis.residual_axis, axis.size) for axis in graph.axes if axis.residual_output == "layer3.2.bn2"}
     assert of_last == {
         "layer3.2.conv2/branch": ("conv1", 16),
         "layer3.2.conv2/branch#2": ("layer2.0.conv2", 8),
@@ -198,7 +198,7 @@ def test_rows_of_many_kinds_are_cut_exactly(row: str):
         model = randomized(Around(ROWS[row](), ROWS[row]()))
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
-    branches = [axis for axis in graph.prunable if axis.into]
+    branches = [axis for axis in graph.prunable if axis.residual_axis]
     assert {axis.residual_output.partition(".")[0] for axis in branches} == {"first", "second"}
     kept = {axis.name: range(axis.size - 1) for axis in graph.prunable}
     kept |= {axis.name: range(axis.size // 4, max(1, axis.size // 2)) for axis in branches[::2]}
@@ -207,7 +207,7 @@ def test_rows_of_many_kinds_are_cut_exactly(row: str):
     masked = mask_removed(model, graph, made.architecture)
     assert apart(outputs(masked, example), outputs(made.model, example)) <= 1e-5
     assert CostModel(graph).cost(made.architecture) == Cost(
-        counted_macs(made.model, example), counted_params(made.model)
+        count_macs(made.model, example), count_params(made.model)
     )
 
 
@@ -260,7 +260,7 @@ NO_ROWS = {
 def test_what_is_no_branch_stays_tied(row: str):
     model = randomized(Around(NO_ROWS[row](), conv()))
     graph = untie(model, trace(model, torch.zeros(1, 3, 6, 6)))
-    assert [axis.residual_output for axis in graph.axes if axis.into and not axis.residual_output.endswith("gate")] == [
+    assert [axis.residual_output for axis in graph.axes if axis.residual_axis and not axis.residual_output.endswith("gate")] == [
         "second"
     ]
 
@@ -294,9 +294,9 @@ def test_the_channels_of_a_branch_may_run_beside_others():
     model = randomized(Mixer())
     example = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph = untie(model, trace(model, example))
-    (axis,) = (axis for axis in graph.prunable if axis.into)
+    (axis,) = (axis for axis in graph.prunable if axis.residual_axis)
     assert (axis.residual_output, axis.size, graph.activations["fourth"].dim) == ("fourth", 8, 1)
-    architecture = Architecture.of({axis.name: [1, 2, 6], str(axis.into): [1, 2, 3, 6, 7], "third": [0, 5]})
+    architecture = Architecture.of({axis.name: [1, 2, 6], str(axis.residual_axis): [1, 2, 3, 6, 7], "third": [0, 5]})
     made = cut(model, graph, architecture)
     assert made.architecture == architecture
     assert made.model.fourth.dim == 2

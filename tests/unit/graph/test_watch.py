@@ -16,9 +16,9 @@ def record_of(run: ForwardRun) -> tuple[object, ...]:
     return (
         flow.names,
         flow.sources,
-        flow.fed,
+        flow.from_input,
         flow.call,
-        flow.given,
+        flow.returned,
         flow.additions,
         [vars(call) for call in flow.calls],
         run.mixings,
@@ -31,8 +31,8 @@ def test_the_record_does_not_depend_on_what_is_computed(name):
     model, example = ZOO[name]()
     lean, full = (_record_execution(model, (example[:1],), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
-    assert any(lean.flow.hollow)
-    assert not any(full.flow.hollow)
+    assert any(lean.flow.fake)
+    assert not any(full.flow.fake)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import SparsityError
-from secateur.prune import mask_density, erk_counts, keep_globally, keep_largest, keep_n_of_m, uniform_counts
+from secateur.prune import erk_counts, keep_globally, keep_largest, keep_n_of_m, mask_density, uniform_counts
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

@@ -4,23 +4,23 @@ from collections.abc import Callable
 import pytest
 import torch
 from safetensors.torch import load, save
-from small_runs import LABELS_ONLY, Blobs, same, small_net, small_schedule, state
+from small_runs import LABELS_ONLY, Blobs, same, small_config, small_net, state
 from torch import nn
 from torch.nn.utils import parametrize
 
 from secateur.errors import SparsityError
 from secateur.prune import (
+    apply_masks,
+    get_masks,
     keep_largest,
+    load_masked,
     magnitude_scores,
     make_permanent_,
-    apply_masks,
-    load_masked,
-    get_masks,
-    uniform_counts,
     prunable_weights,
     set_masks_,
+    uniform_counts,
 )
-from secateur.train import Silent, fit
+from secateur.train import RunSettings, Silent, fit
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -59,7 +59,10 @@ def test_prunable_names_weights_once_and_leaves_out_the_rest() -> None:
     weights = prunable_weights(tied())
     # The norm's weight has two dimensions here, and is one by its name: left out by name where that is not wanted.
     assert list(weights) == ["first.weight", "attention.in_proj_weight", "attention.out_proj.weight", "norm.weight"]
-    assert list(prunable_weights(tied(), exclude=("norm", "*.out_proj"))) == ["first.weight", "attention.in_proj_weight"]
+    assert list(prunable_weights(tied(), exclude=("norm", "*.out_proj"))) == [
+        "first.weight",
+        "attention.in_proj_weight",
+    ]
     assert list(prunable_weights(small_net())) == ["0.weight", "6.weight"]
     assert list(prunable_weights(small_net(), exclude=("6",))) == ["0.weight"]
     assert list(prunable_weights(small_net(), exclude=("0.weight",))) == ["6.weight"]
@@ -122,7 +125,9 @@ def test_pruned_weights_get_no_gradient_and_stay_zero_in_training() -> None:
         assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))
         assert gradient[kept].abs().sum() > 0
     source = Blobs(64)
-    trained = fit(small, source, schedule=small_schedule(2), objective=LABELS_ONLY, progress=Silent()).model
+    trained = fit(
+        small, source, train=small_config(2), objective=LABELS_ONLY, run=RunSettings(callbacks=Silent())
+    ).model
     weights = prunable_weights(trained)
     for name, kept in masks.items():
         assert torch.equal(get_masks(trained)[name], kept)
@@ -134,9 +139,9 @@ def test_masks_survive_averaging_and_an_interrupted_run(tmp_path) -> None:
     small = apply_masks(small_net(), half(small_net(), 0.25))
 
     def run(source: Blobs, folder: str) -> nn.Module:
-        schedule = small_schedule(3, ema_decay=0.9)
-        settings = {"schedule": schedule, "objective": LABELS_ONLY, "progress": Silent()}
-        return fit(small, source, checkpoint=tmp_path / folder, **settings).model
+        schedule = small_config(3, ema_decay=0.9)
+        settings = {"train": schedule, "objective": LABELS_ONLY}
+        return fit(small, source, run=RunSettings(folder=tmp_path / folder, callbacks=Silent()), **settings).model
 
     whole = run(Blobs(64), "a")
     with pytest.raises(KeyboardInterrupt):

@@ -9,10 +9,12 @@ from cuts import apart, one_channel, outputs, random_architecture
 from torch import Tensor, nn
 from zoo import _loud
 
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
 from secateur.prune import apply_architecture, cut, mask_removed, prunable_parameter_fraction
+
+pytestmark = pytest.mark.window
 
 
 def torchvision(name: str, **settings: object) -> nn.Module:
@@ -84,7 +86,7 @@ def check(model: nn.Module, example: Tensor, graph: ChannelGraph, seed: int) -> 
     made = cut(model, graph, architecture)
     assert made.verification.frozen == ()
     assert made.architecture == architecture
-    assert CostModel(graph).cost(architecture) == Cost(counted_macs(made.model, example), counted_params(made.model))
+    assert CostModel(graph).cost(architecture) == Cost(count_macs(made.model, example), count_params(made.model))
     other = torch.randn(example.shape, generator=torch.Generator().manual_seed(seed)).double()
     masked = mask_removed(model, graph, architecture).double()
     assert apart(outputs(masked, other), outputs(made.model.double(), other)) < 1e-9
@@ -98,7 +100,7 @@ def test_convolutional_networks_are_cut_exactly_and_wholly(name):
     assert prunable_parameter_fraction(graph) >= share
     check(model, example, graph, seed=0)
     narrow = apply_architecture(model, graph, one_channel(graph))
-    assert counted_params(narrow) == CostModel(graph).cost(one_channel(graph)).params
+    assert count_params(narrow) == CostModel(graph).cost(one_channel(graph)).params
     assert all(tensor.isfinite().all() for tensor in outputs(narrow, example))
 
 

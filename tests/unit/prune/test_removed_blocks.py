@@ -20,10 +20,10 @@ from secateur.prune import (
     ZeroOutput,
     apply_architecture,
     cut,
+    find_replacements,
     mask_removed,
     output_distance,
     replace_modules_,
-    find_replacements,
 )
 
 

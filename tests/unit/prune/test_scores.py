@@ -7,7 +7,17 @@ from torch import nn
 
 from secateur.distill import label_loss
 from secateur.errors import SparsityError
-from secateur.prune import keep_largest, magnitude_scores, apply_masks, movement_scores, uniform_counts, prunable_weights, random_scores, snip_scores, taylor_scores
+from secateur.prune import (
+    apply_masks,
+    keep_largest,
+    magnitude_scores,
+    movement_scores,
+    prunable_weights,
+    random_scores,
+    snip_scores,
+    taylor_scores,
+    uniform_counts,
+)
 
 WEIGHT = [2.0, -1.0, 0.5]
 BATCHES = [
@@ -43,7 +53,9 @@ def test_taylor_is_the_mean_square_of_weight_times_gradient() -> None:
     model = linear()
     products = [[w * g for w, g in zip(WEIGHT, gradient(WEIGHT, b), strict=True)] for b in (0, 1)]
     expected = [(a**2 + b**2) / 2 for a, b in zip(*products, strict=True)]
-    assert taylor_scores(model, prunable_weights(model), BATCHES, mse)["0.weight"][0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert taylor_scores(model, prunable_weights(model), BATCHES, mse)["0.weight"][0].tolist() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_snip_is_the_share_of_the_mean_gradients_connection() -> None:
@@ -68,7 +80,9 @@ def test_movement_is_positive_for_weights_that_grow() -> None:
     # Targets 3 x_0: the first weight grows from 2, the second goes from -1 toward 0.
     inputs = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = linear()
-    scores = movement_scores(model, prunable_weights(model), [(inputs, 3 * inputs[:, :1])] * 3, mse, learning_rate=0.1)["0.weight"][0]
+    scores = movement_scores(model, prunable_weights(model), [(inputs, 3 * inputs[:, :1])] * 3, mse, learning_rate=0.1)[
+        "0.weight"
+    ][0]
     assert scores[0] > 0 > scores[1]
 
 
@@ -87,7 +101,9 @@ def test_what_is_pruned_stays_pruned_and_the_model_is_not_changed(name: str) -> 
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     batches = [(images, torch.arange(8) % 3)]
     model = small_net()
-    small = apply_masks(model, keep_largest(magnitude_scores(prunable_weights(model)), uniform_counts(prunable_weights(model), 0.5))).train()
+    small = apply_masks(
+        model, keep_largest(magnitude_scores(prunable_weights(model)), uniform_counts(prunable_weights(model), 0.5))
+    ).train()
     before, weights = state(small), prunable_weights(small)
     scores = {
         "magnitude": lambda: magnitude_scores(weights),

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import Cost, CostModel, counted_macs, counted_params
+from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import cifar_resnet20, cifar_resnet56
 from secateur.prune import ExpandChannels, cut
@@ -29,8 +29,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 def some_of(graph: ChannelGraph, seed: int) -> Architecture:
     """Between half and all of every axis; of branches, of what their streams keep."""
     draw, kept = np.random.default_rng(seed), dict[str, np.ndarray]()
-    for axis in sorted(graph.prunable, key=lambda axis: axis.into is not None):
-        stream = kept[axis.into] if axis.into else np.arange(axis.size)
+    for axis in sorted(graph.prunable, key=lambda axis: axis.residual_axis is not None):
+        stream = kept[axis.residual_axis] if axis.residual_axis else np.arange(axis.size)
         count = draw.integers(max(1, len(stream) // 2), len(stream) + 1)
         kept[axis.name] = draw.choice(stream, count, replace=False)
     return Architecture.of(kept)
@@ -43,10 +43,10 @@ def test_real_networks_are_cut_exactly(name: str):
         torch.manual_seed(0)
         model, example = build().eval(), torch.randn(1, 3, side, side)
     graph = untie(model, trace(model, example))
-    assert len({axis.residual_output for axis in graph.prunable if axis.into}) == outlets
+    assert len({axis.residual_output for axis in graph.prunable if axis.residual_axis}) == outlets
     architecture = some_of(graph, seed=len(name))
     made = cut(model, graph, architecture)
     assert made.architecture == architecture
     assert made.verification.frozen == ()
     assert any(isinstance(module, ExpandChannels) for module in made.model.modules()) == (outlets > 0)
-    assert CostModel(graph).cost(architecture) == Cost(counted_macs(made.model, example), counted_params(made.model))
+    assert CostModel(graph).cost(architecture) == Cost(count_macs(made.model, example), count_params(made.model))

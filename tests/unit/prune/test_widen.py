@@ -18,18 +18,18 @@ from secateur.export import export_onnx, export_pt2
 from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import cifar_resnet20
 from secateur.prune import (
+    ChannelExpansion,
+    ExpandChannels,
     RecalibrateBatchNorm,
     Refit,
     RepairContext,
-    ExpandChannels,
-    ChannelExpansion,
     apply_architecture,
+    branch_expansions,
     cut,
-    mask_removed,
-    original_names,
     expand_branches_,
     find_expansions,
-    branch_expansions,
+    mask_removed,
+    original_names,
     restrict_branches,
 )
 from secateur.prune.repair import batch_statistics, find_layers_to_refit
@@ -43,7 +43,7 @@ def zoo(name: str) -> tuple[nn.Module, Tensor, ChannelGraph]:
 def halves(graph: ChannelGraph) -> Architecture:
     """Streams lose their last channel; branches have the first half of theirs or every other channel, in turns."""
     kept = {axis.name: range(axis.size - 1) for axis in graph.prunable}
-    branches = [axis for axis in graph.prunable if axis.into]
+    branches = [axis for axis in graph.prunable if axis.residual_axis]
     for number, axis in enumerate(branches):
         kept[axis.name] = range(0, axis.size - 1, 2) if number % 2 else range(axis.size // 2)
     return Architecture.of(kept)
@@ -66,7 +66,9 @@ def test_channels_are_put_at_their_places():
 def test_a_prefix_of_the_stream_is_only_padded():
     model, _, graph = zoo("residual")
     stream = {"0.0": [0, 2, 4, 6, 7]}
-    assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2]})) == (ChannelExpansion("1.bn2", 1, 3),)
+    assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [0, 2]})) == (
+        ChannelExpansion("1.bn2", 1, 3),
+    )
     assert branch_expansions(graph, Architecture.of({**stream, "1.conv2/branch": [2, 7]})) == (
         ChannelExpansion("1.bn2", 1, 1, (2, 0, 2, 2, 1)),
     )
@@ -262,7 +264,7 @@ def test_stages_of_teacher_and_student_are_compared_channel_by_channel():
     with torch.random.fork_rng(devices=[]):
         model = cifar_resnet20().eval()
     graph = untie(model, trace(model, torch.zeros(1, 3, 8, 8)))
-    kept = {axis.name: range(axis.size // 2) if axis.into else range(axis.size - 1) for axis in graph.prunable}
+    kept = {axis.name: range(axis.size // 2) if axis.residual_axis else range(axis.size - 1) for axis in graph.prunable}
     architecture = Architecture.of(kept)
     student = apply_architecture(model, graph, architecture).eval()
     aligned = AlignedFeatures.of(graph, architecture)

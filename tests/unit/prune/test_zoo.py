@@ -7,15 +7,15 @@ import torch
 from zoo import ZOO
 
 from secateur.prune import (
-    mask_density,
+    apply_masks,
     erk_counts,
+    get_masks,
     keep_globally,
     keep_largest,
+    load_masked,
     magnitude_scores,
     make_permanent_,
-    apply_masks,
-    load_masked,
-    get_masks,
+    mask_density,
     prunable_weights,
     random_scores,
 )

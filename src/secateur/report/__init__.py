@@ -1,12 +1,12 @@
 """Reports: one run as one page that needs nothing else, and drawings of a channel graph."""
 
 from secateur.report.graph_drawing import (
-    Place,
+    GraphLayer,
+    axis_sizes_in_order,
     check_drawing,
-    inside,
-    places,
-    sentence_of,
-    sizes_in_order,
+    frozen_sentence,
+    layers_of_block,
+    list_layers,
     write_drawing,
 )
 from secateur.report.html import Page, PageTable, write_page, write_report
@@ -30,6 +30,7 @@ __all__ = [
     "Check",
     "ExportedFile",
     "FrozenAxis",
+    "GraphLayer",
     "LayerWidth",
     "Measured",
     "MeasuredAccuracy",
@@ -39,13 +40,12 @@ __all__ = [
     "RunReport",
     "Step",
     "TrainedEpoch",
-    "WeightUse",
+    "axis_sizes_in_order",
     "check_drawing",
-    "inside",
+    "frozen_sentence",
+    "layers_of_block",
+    "list_layers",
     "performance_efficiency",
-    "places",
-    "sentence_of",
-    "sizes_in_order",
     "write_drawing",
     "write_page",
     "write_report",

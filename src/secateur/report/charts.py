@@ -1,12 +1,9 @@
-"""Where the marks of the two pictures go, in percent of the plot. The template draws them with HTML and inline SVG.
+"""The report's charts: positions of their marks in percent of the plot. The template draws them in HTML and SVG.
 
-Why not plotly: it would add more than 4 MB and a script to a page of some 40 kB, for bars and two lines. This way the
-report runs no script at all, prints, follows light and dark through its style sheet, and its text never shrinks with
-the picture on a phone.
-
-A search over its epochs: what it still kept of every axis as a picture of colors, and how decided it was.
-
-What a stage-wise search had to choose from: for each stage its candidates, by cost and loss."""
+There are bars of widths, curves of training, heat maps of a search over its epochs, and the candidates of each stage of
+a stage-wise search. plotly would add more than 4 MB and a script to a page of some 40 kB. Without it the report runs no
+script, prints, follows light and dark through its style sheet, and its text does not shrink on a phone.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,14 +12,14 @@ from dataclasses import dataclass
 from secateur.report.run import LayerWidth, TrainedEpoch
 from secateur.search.history import JudgedStage, SearchEpoch
 
-_MOST_LABELS = 12
-_LEAST_SHARE = 0.07
+_MAX_GROUPS = 12
+_MIN_SHARE = 0.07
 """A group narrower than this share of the plot has no room for its name."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label on a scale, at a position in percent."""
+    """A label on a scale at a position in percent."""
 
     at: float
     text: str
@@ -30,7 +27,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Bar:
-    """One axis: heights in percent of the plot."""
+    """The bars of one axis, with heights in percent of the plot."""
 
     name: str
     before: int
@@ -41,7 +38,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarPlot:
-    """Widths of all axes: bars, (label, number of bars) groups below them, and the scale."""
+    """The widths of all axes: bars, (label, number of bars) groups below them, and the scale."""
 
     bars: tuple[Bar, ...]
     groups: tuple[tuple[str, int], ...]
@@ -50,7 +47,7 @@ class BarPlot:
 
 @dataclass(frozen=True)
 class Point:
-    """A measured value: position in percent from the left and from the top, and its words."""
+    """A measured value: its position in percent from the left and from the top, and its text."""
 
     x: float
     y: float
@@ -59,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class LinePlot:
-    """A curve over epochs, perhaps with a second one; ``reference`` is a line across with its words, or None."""
+    """One or two curves over epochs; ``reference`` is a horizontal line with its text, or None."""
 
     title: str
     points: tuple[Point, ...]
@@ -75,12 +72,12 @@ class LinePlot:
 
     @property
     def second_path(self) -> str:
-        """The same of the second curve."""
+        """SVG path data of the second curve."""
         return _path(self.second)
 
 
 def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
-    """Bars of all axes on one scale from zero."""
+    """Make the bars of all axes on one scale from zero."""
     widest = max(max(width.before, width.after) for width in widths)
     steps = [widest * quarter / 4 for quarter in range(5)] if widest % 4 == 0 else round_steps(0.0, float(widest), 4)
     top = steps[-1]
@@ -89,12 +86,12 @@ def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
 
 
 def loss_plot(epochs: Sequence[TrainedEpoch]) -> LinePlot | None:
-    """Training loss by epoch, or None with fewer than two finite values."""
+    """Plot the training loss by epoch; None with fewer than two finite values."""
     return line_plot("Training loss", [(e.epoch, e.loss) for e in epochs if math.isfinite(e.loss)])
 
 
 def accuracy_plot(epochs: Sequence[TrainedEpoch], original: float | None) -> LinePlot | None:
-    """Validation accuracy by epoch, with the original's as a line across; None with fewer than two values."""
+    """Plot validation accuracy by epoch, the original's as a horizontal line; None with fewer than two values."""
     values = [(e.epoch, 100 * e.accuracy) for e in epochs if e.accuracy is not None and math.isfinite(e.accuracy)]
     return line_plot("Validation accuracy (%)", values, None if original is None else ("original", 100 * original))
 
@@ -106,14 +103,14 @@ def line_plot(
     second: Sequence[tuple[int, float]] = (),
     span: tuple[float, ...] = (),
 ) -> LinePlot | None:
-    """Finite values by epoch, ascending; None with fewer than two.
+    """Plot finite values by ascending epoch; None with fewer than two.
 
     Args:
-        title: Above the plot.
+        title: The title above the plot.
         values: (epoch, value) pairs.
-        across: Name and value of a line across.
-        second: Pairs of a second curve, at epochs of the first.
-        span: Values that the scale must show, whatever the curves do.
+        across: Name and value of a horizontal line.
+        second: (epoch, value) pairs of a second curve, at epochs of the first.
+        span: Values that the scale must include.
     """
     if len(values) < 2:
         return None
@@ -143,14 +140,14 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def epoch_ticks(first: int, last: int) -> list[int]:
-    """Epochs to mark on a scale: both ends, and round ones between that leave them room."""
+    """Choose the epochs to mark on a scale: both ends, and round ones between with enough distance."""
     every = max(1, round(round_steps(0, last - first, 5)[1]))
     between = range(first - first % every + every, last, every)
     return [first, *(e for e in between if min(e - first, last - e) > every * 0.45), last]
 
 
 def round_steps(low: float, high: float, about: int) -> list[float]:
-    """Round numbers, evenly spaced, that enclose [low, high]."""
+    """Choose round, evenly spaced numbers that enclose [low, high]."""
     span = (high - low) or abs(high) or 1.0
     rough = span / about
     scale = 10 ** math.floor(math.log10(rough))
@@ -160,7 +157,7 @@ def round_steps(low: float, high: float, about: int) -> list[float]:
 
 
 def _groups(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Neighbors that share the beginning of their names, by the shortest beginning that tells a few groups apart."""
+    """Group neighbors by the beginning of their names, the shortest one that gives several groups."""
     for depth in (1, 2):
         groups: list[tuple[str, int]] = []
         for name in names:
@@ -169,22 +166,22 @@ def _groups(names: Sequence[str]) -> tuple[tuple[str, int], ...]:
                 groups[-1] = (key, groups[-1][1] + 1)
             else:
                 groups.append((key, 1))
-        if 2 <= len(groups) <= _MOST_LABELS:
-            room = len(names) * _LEAST_SHARE
+        if 2 <= len(groups) <= _MAX_GROUPS:
+            room = len(names) * _MIN_SHARE
             return tuple((name if number >= room else "", number) for name, number in groups)
     return (("layers in order of execution", len(names)),)
 
 
-_MOST_COLUMNS = 120
-"""More epochs than this share columns: a narrower one could not be seen."""
+_MAX_COLUMNS = 120
+"""With more epochs than this, several share a column: narrower ones could not be seen."""
 _SHADES = 24
 """Steps between the palest and the deepest color; more cannot be told apart."""
-_MOST_LETTERS = 34
+_MAX_NAME = 34
 
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One axis or stage: its name (shortened, and whole), and what is kept at the end."""
+    """An axis or stage: its short and its full name, and what is kept at the end."""
 
     label: str
     name: str
@@ -193,7 +190,7 @@ class HeatRow:
 
 @dataclass(frozen=True)
 class Shade:
-    """All cells of one color: its depth, 0 to 1, and SVG path data in a box of columns by rows."""
+    """The cells of one color: its depth, 0 to 1, and SVG path data in a box of columns by rows."""
 
     depth: float
     path: str
@@ -201,14 +198,14 @@ class Shade:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows from top to bottom, epochs from left to right, kept fractions as colors.
+    """A heat map: rows from top to bottom, epochs from left to right, kept fractions as colors.
 
     Attributes:
-        rows: In order of execution.
+        rows: The rows, in order of execution.
         columns: Width of the box of the paths; its height is the number of rows.
         shades: The cells by color.
         ticks: Epochs, in percent from the left.
-        low: The kept fraction of the palest color; the deepest is everything kept.
+        low: The kept fraction of the palest color; the deepest color is 1.
     """
 
     rows: tuple[HeatRow, ...]
@@ -220,7 +217,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class SearchPlots:
-    """All pictures of a search."""
+    """The charts of a search."""
 
     curves: tuple[LinePlot, ...]
     widths: HeatMap | None
@@ -228,7 +225,7 @@ class SearchPlots:
 
 
 def search_plots(epochs: Sequence[SearchEpoch], macs_limit: float | None) -> SearchPlots | None:
-    """The pictures of a search, or None if there was none."""
+    """Make the charts of a search; None if there was none."""
     if not epochs:
         return None
     ends = epochs[-1]
@@ -264,10 +261,10 @@ def _finite(values: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _heat_map(rows: Sequence[HeatRow], marks: Sequence[int], kept: Sequence[dict[str, float]]) -> HeatMap | None:
-    """Colors of the kept fractions: ``kept[e][row name]`` at epoch ``marks[e]``."""
+    """Make a heat map of kept fractions, ``kept[e][row name]`` at epoch ``marks[e]``."""
     if not rows:
         return None
-    columns = min(len(marks), _MOST_COLUMNS)
+    columns = min(len(marks), _MAX_COLUMNS)
     # A column of several epochs shows the last of them, so that the right edge is the end of the search.
     shown = [kept[(column + 1) * len(marks) // columns - 1] for column in range(columns)]
     grid = [[_unit(column.get(row.name)) for column in shown] for row in rows]
@@ -289,14 +286,14 @@ def _heat_map(rows: Sequence[HeatRow], marks: Sequence[int], kept: Sequence[dict
 
 
 def _ticks(ends: Sequence[tuple[int, int]]) -> tuple[Tick, ...]:
-    """Round epochs below the middle of their columns."""
+    """Put round epochs below the middle of their columns."""
     wanted = epoch_ticks(ends[0][0], ends[-1][0]) if len(ends) > 1 else [ends[0][0]]
     places = {epoch: next(column for end, column in ends if end >= epoch) for epoch in wanted}
     return tuple(Tick(100 * (column + 0.5) / len(ends), str(epoch)) for epoch, column in places.items())
 
 
 def _runs(shades: Sequence[int | None]) -> Iterable[tuple[int, int, int]]:
-    """(shade, start, length) of neighbors that are equal."""
+    """Yield (shade, start, length) of runs of equal values."""
     start = 0
     for end in range(1, len(shades) + 1):
         if end == len(shades) or shades[end] != shades[start]:
@@ -311,23 +308,23 @@ def _unit(value: float | None) -> float | None:
 
 
 def _short(name: str) -> str:
-    """The end of a long name: it tells neighbors apart."""
-    return name if len(name) <= _MOST_LETTERS else "…" + name[-_MOST_LETTERS + 1 :]
+    """Keep the end of a long name, which distinguishes neighbors."""
+    return name if len(name) <= _MAX_NAME else "…" + name[-_MAX_NAME + 1 :]
 
 
-_MOST_POINTS = 400
-"""More could not be told apart; the best ones are always drawn."""
+_MAX_POINTS = 400
+"""More points could not be distinguished; the best ones are always drawn."""
 
 
 @dataclass(frozen=True)
 class StagePlot:
-    """The candidates of one stage: the cheaper the further left, the better the lower.
+    """The candidates of one stage: cost from left to right, loss from bottom to top.
 
     Attributes:
-        title: The stage.
-        points: Candidates that another one beats in both.
-        front: Those that none beats, ascending in cost.
-        chosen: The one that was taken.
+        title: Name of the stage.
+        points: Candidates that are dominated: another one is better in both.
+        front: Candidates that are not dominated, ascending in cost.
+        chosen: The chosen candidate.
         x_ticks: MACs in percent of the original's.
         y_ticks: Losses.
     """
@@ -341,14 +338,14 @@ class StagePlot:
 
     @property
     def path(self) -> str:
-        """SVG path data of the front, in a box of 100 by 100: steps, since nothing lies between two candidates."""
+        """SVG path data of the front as steps, in a box of 100 by 100."""
         corners = [f"M{self.front[0].x:.2f} {self.front[0].y:.2f}"]
         corners += [f"H{point.x:.2f} V{point.y:.2f}" for point in self.front[1:]]
         return " ".join(corners)
 
 
 def stage_plots(stages: Sequence[JudgedStage]) -> tuple[StagePlot, ...]:
-    """One picture for each stage with more than one candidate."""
+    """Make one chart for each stage with more than one candidate."""
     return tuple(_plot(stage) for stage in stages if len(stage.losses) > 1)
 
 
@@ -363,7 +360,7 @@ def _plot(stage: JudgedStage) -> StagePlot:
 
     front = _front(stage)
     others = [number for number in range(len(stage.losses)) if number not in set(front)]
-    every = -(-len(others) // _MOST_POINTS) or 1
+    every = -(-len(others) // _MAX_POINTS) or 1
     return StagePlot(
         title=f"{stage.name}, ends at {stage.cut}" if stage.cut else f"{stage.name}, ends at the output",
         points=tuple(at(number) for number in others[::every]),
@@ -375,7 +372,7 @@ def _plot(stage: JudgedStage) -> StagePlot:
 
 
 def _front(stage: JudgedStage) -> list[int]:
-    """The candidates that no other one beats in both, the cheapest first."""
+    """Return the candidates that are not dominated, the cheapest first."""
     found: list[int] = []
     for number in sorted(range(len(stage.losses)), key=lambda n: (stage.macs[n], stage.losses[n])):
         if not found or stage.losses[number] < stage.losses[found[-1]]:

@@ -1,12 +1,8 @@
-"""The layers of a traced model: what each costs, and which axes it makes, carries and reads.
+"""Drawings of a channel graph, as one SVG picture or as DOT text for graphviz.
 
-Where the layers and axes of a graph stand in a drawing: a row for each layer, a lane for each axis.
-
-A channel graph in the language of graphviz.
-
-A channel graph as one SVG picture that needs nothing else.
-
-A channel graph as a file to look at."""
+`list_layers` says what each layer costs and which axes it makes, carries and reads. `layout` gives each layer a row and
+each axis a vertical lane.
+"""
 
 import itertools
 import math
@@ -16,25 +12,25 @@ from enum import Enum
 from html import escape
 from pathlib import Path
 
-from secateur._files import atomic_file
+from secateur._files import write_atomic
 from secateur.errors import ExportError
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role
-from secateur.report import units as _format
+from secateur.report import units
 
 
 @dataclass(frozen=True)
-class Place:
-    """One module that holds weights or runs multiply-accumulates itself, not through its children.
+class GraphLayer:
+    """A module that holds weights or computes multiply-accumulates itself, not through its children.
 
     Attributes:
         module: Its qualified name; "" is the model itself.
-        params: Parameters of its own; a shared one counts where it is named first.
-        macs: Multiply-accumulates of its own at batch 1.
+        params: Number of its own parameters; a shared one counts where it is named first.
+        macs: Its own multiply-accumulates at batch 1.
         makes: Names of the axes of its outputs, in order of first appearance.
         carries: Names of the axes that it scales or shifts channel by channel (norms, depthwise convolutions).
         reads: Names of the axes of its inputs.
         channels_out: Length of the dimension that ``makes`` or ``carries`` lie on, or None if there is none.
-        channels_in: The same for ``reads``.
+        channels_in: Length of the dimension that ``reads`` lie on, or None if there is none.
     """
 
     module: str
@@ -48,14 +44,14 @@ class Place:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Every axis here, once: those of the outputs first."""
+        """Every axis of the layer once, those of the outputs first."""
         return tuple(dict.fromkeys((*self.makes, *self.carries, *self.reads)))
 
 
-def places(graph: ChannelGraph) -> tuple[Place, ...]:
-    """The layers of a graph in order of execution.
+def list_layers(graph: ChannelGraph) -> tuple[GraphLayer, ...]:
+    """List the layers of a graph in order of execution.
 
-    The sum of their ``params`` and ``macs`` is the cost of the whole model.
+    Their ``params`` and ``macs`` add up to the cost of the whole model.
     """
     sizes = graph.sizes
     shapes = {name: tuple(extent.at(sizes) for extent in extents) for name, extents in graph.tensors.items()}
@@ -71,7 +67,7 @@ def places(graph: ChannelGraph) -> tuple[Place, ...]:
     for axis in graph.axes:
         for site in axis.sites:
             lengths.setdefault((_owner(site.tensor), site.role), shapes[site.tensor][site.dim])
-    found: list[Place] = []
+    found: list[GraphLayer] = []
     for module in _in_order(graph, dict.fromkeys((*map(_owner, graph.tensors), *params, *macs))):
         makes, reads, carries = (
             tuple(roles.get((module, role), ())) for role in (Role.OUTPUT, Role.INPUT, Role.VECTOR)
@@ -79,32 +75,32 @@ def places(graph: ChannelGraph) -> tuple[Place, ...]:
         out = lengths.get((module, Role.OUTPUT), lengths.get((module, Role.VECTOR)))
         into = lengths.get((module, Role.INPUT))
         found.append(
-            Place(module, params.get(module, 0), round(macs.get(module, 0.0)), makes, carries, reads, out, into)
+            GraphLayer(module, params.get(module, 0), round(macs.get(module, 0.0)), makes, carries, reads, out, into)
         )
-    return tuple(place for place in found if place.params or place.macs or place.axes)
+    return tuple(layer for layer in found if layer.params or layer.macs or layer.axes)
 
 
-def sizes_in_order(graph: ChannelGraph) -> dict[str, int]:
-    """Full width of each prunable axis, in order of the first layer that has it.
+def axis_sizes_in_order(graph: ChannelGraph) -> dict[str, int]:
+    """Return the full width of each prunable axis, in order of the first layer that has it.
 
-    An untied branch stands where it is computed; the graph itself names branches after everything else.
+    An untied branch comes where it is computed; the graph itself lists branches after everything else.
     """
-    met = dict.fromkeys(axis for place in places(graph) for axis in (*place.reads, *place.axes))
+    met = dict.fromkeys(axis for layer in list_layers(graph) for axis in (*layer.reads, *layer.axes))
     return {axis: graph.sizes[axis] for axis in dict.fromkeys((*met, *graph.sizes)) if axis in graph.sizes}
 
 
-def inside(block: Block, layers: Iterable[Place]) -> tuple[Place, ...]:
-    """The layers that go with a block."""
-    return tuple(place for place in layers if block.replaces(place.module))
+def layers_of_block(block: Block, layers: Iterable[GraphLayer]) -> tuple[GraphLayer, ...]:
+    """Return the layers that are removed with a block."""
+    return tuple(layer for layer in layers if block.replaces(layer.module))
 
 
-def sentence_of(axis: ChannelAxis) -> str:
-    """Why a frozen axis stays whole: ``Stays whole: reaches the model's output``."""
+def frozen_sentence(axis: ChannelAxis) -> str:
+    """Say why an axis is frozen: ``Stays whole: reaches the model's output``."""
     return f"Stays whole: {(axis.frozen_because or '').removeprefix('kept whole: ')}"
 
 
 def _roles(graph: ChannelGraph) -> Mapping[tuple[str, Role], dict[str, None]]:
-    """Names of the axes by module and role, in order."""
+    """Return the names of axes by module and role, in order."""
     found: dict[tuple[str, Role], dict[str, None]] = {}
     for axis in graph.axes:
         for site in axis.sites:
@@ -113,12 +109,12 @@ def _roles(graph: ChannelGraph) -> Mapping[tuple[str, Role], dict[str, None]]:
 
 
 def _in_order(graph: ChannelGraph, modules: Iterable[str]) -> list[str]:
-    """Modules in order of their first operation; one that ran none stands behind the one before it in the state."""
-    ran = {name: number for number, name in enumerate(dict.fromkeys((*graph.touching, *graph.activations)))}
-    place, keyed = -1, list[tuple[int, int, str]]()
+    """Sort modules by their first operation; one without any follows the one before it in the state dict."""
+    ran = {name: number for number, name in enumerate(dict.fromkeys((*graph.module_axes, *graph.activations)))}
+    position, keyed = -1, list[tuple[int, int, str]]()
     for number, name in enumerate(modules):
-        place = ran.get(name, place)
-        keyed.append((place, number, name))
+        position = ran.get(name, position)
+        keyed.append((position, number, name))
     return [name for *_, name in sorted(keyed)]
 
 
@@ -127,9 +123,9 @@ def _owner(tensor: str) -> str:
 
 
 _COLORS = ("#2f7ed8", "#d9730d", "#2a9d5c", "#c9407f", "#7d5fd3", "#0f97a6", "#b8860b", "#d04a3a")
-"""Of mid lightness, so that they show on light and on dark."""
-WHOLE = "#8b8f98"
-"""The color of what stays whole."""
+"""Colors of medium lightness, visible on light and dark backgrounds."""
+FROZEN_COLOR = "#8b8f98"
+"""The color of frozen axes."""
 
 
 class Mark(Enum):
@@ -141,53 +137,53 @@ class Mark(Enum):
 
 
 @dataclass(frozen=True)
-class Row:
-    """A layer and the norms right behind it, which only scale what it makes.
+class LayerRow:
+    """A row of the drawing: a layer and the norms directly after it, which only scale its outputs.
 
     Attributes:
-        place: The layer.
+        layer: The layer.
         folded: The norms.
     """
 
-    place: Place
-    folded: tuple[Place, ...] = ()
+    layer: GraphLayer
+    folded: tuple[GraphLayer, ...] = ()
 
     @property
     def label(self) -> str:
-        """``layer1.0.conv1 + bn1``."""
-        return " + ".join((self.place.module or "(model)", *(p.module.rpartition(".")[2] for p in self.folded)))
+        """The text of the row, such as ``layer1.0.conv1 + bn1``."""
+        return " + ".join((self.layer.module or "(model)", *(p.module.rpartition(".")[2] for p in self.folded)))
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates at batch 1."""
-        return self.place.macs + sum(place.macs for place in self.folded)
+        """Multiply-accumulates of all its layers at batch 1."""
+        return self.layer.macs + sum(layer.macs for layer in self.folded)
 
     @property
     def params(self) -> int:
-        """Parameters."""
-        return self.place.params + sum(place.params for place in self.folded)
+        """Parameters of all its layers."""
+        return self.layer.params + sum(layer.params for layer in self.folded)
 
     @property
     def color_axes(self) -> tuple[str, ...]:
         """The axes of its outputs."""
-        return self.place.makes or self.place.carries
+        return self.layer.makes or self.layer.carries
 
     @property
     def channels(self) -> str:
-        """``64 → 128``; one number where channels are only carried; empty if there are none."""
-        into, out = self.place.channels_in, self.place.channels_out
+        """Such as ``64 → 128``; one number where channels are only carried; empty if there are none."""
+        into, out = self.layer.channels_in, self.layer.channels_out
         return " → ".join(str(number) for number in (into, out) if number is not None)
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One axis: a vertical line with a mark at each of its layers.
+class AxisLane:
+    """An axis in the drawing: a vertical line with a mark at each of its layers.
 
     Attributes:
         axis: The axis.
-        column: Counted from the left.
-        marks: (row, what the layer does) pairs from the first row to the last.
-        color: As #rrggbb; gray for one that stays whole.
+        column: Its column, from the left.
+        marks: (row, mark) pairs from the first row to the last.
+        color: As #rrggbb; gray for a frozen axis.
     """
 
     axis: ChannelAxis
@@ -197,26 +193,26 @@ class Lane:
 
     @property
     def whole(self) -> bool:
-        """Whether it stays whole."""
+        """Whether the axis is frozen."""
         return self.axis.frozen_because is not None
 
     @property
     def words(self) -> str:
-        """Name, size, layers and, if it stays whole, the reason."""
+        """The name and size of the axis and, if it is frozen, the reason."""
         axis = self.axis
         size = f"{axis.name}: {axis.size} channels, {len(axis.sites)} sites"
         if axis.divisor > 1:
             size += f", in multiples of {axis.divisor}"
-        return f"{size}. {sentence_of(axis)}" if self.whole else size
+        return f"{size}. {frozen_sentence(axis)}" if self.whole else size
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """A residual block: the rows that go with it.
+    """A residual block in the drawing: a bracket beside its rows.
 
     Attributes:
         block: The block.
-        column: Counted from the layers outwards.
+        column: Its column, from the layers outward.
         first: Its first row.
         last: Its last row.
     """
@@ -228,7 +224,7 @@ class Bracket:
 
     @property
     def words(self) -> str:
-        """Whether it may be removed, or why not."""
+        """Whether the block can be removed, or why not."""
         why = (self.block.kept_because or "").removeprefix("kept whole: ")
         return f"Block {self.block.name}: " + (f"stays, {why}" if why else "a residual branch that can be removed")
 
@@ -237,49 +233,50 @@ class Bracket:
 class Layout:
     """Rows from top to bottom, lanes from left to right, and brackets beside the rows."""
 
-    rows: tuple[Row, ...]
-    lanes: tuple[Lane, ...]
+    rows: tuple[LayerRow, ...]
+    lanes: tuple[AxisLane, ...]
     brackets: tuple[Bracket, ...] = ()
 
     @property
     def columns(self) -> int:
-        """Number of columns that the lanes take."""
+        """Number of columns of the lanes."""
         return 1 + max((lane.column for lane in self.lanes), default=-1)
 
-    def beginning(self, row: int) -> list[Lane]:
-        """The lanes whose first mark is in a row, left to right."""
+    def lanes_from(self, row: int) -> list[AxisLane]:
+        """Return the lanes whose first mark is in a row, from left to right."""
         return sorted((lane for lane in self.lanes if lane.marks[0][0] == row), key=lambda lane: lane.column)
 
 
 def layout(graph: ChannelGraph) -> Layout:
-    """Rows in order of execution; every axis takes the leftmost column that is free from its first row to its last."""
-    rows = _rows(places(graph))
+    """Lay out a graph: rows in order of execution, each axis in the leftmost column that is free along its rows."""
+    rows = _rows(list_layers(graph))
     marks = _marks(rows)
     colors = dict(zip((axis.name for axis in graph.prunable), itertools.cycle(_COLORS), strict=False))
-    columns, lanes = _Columns(), list[Lane]()
+    columns, lanes = _Columns(), list[AxisLane]()
     for axis in sorted((axis for axis in graph.axes if axis.name in marks), key=lambda a: min(marks[a.name])):
         here = sorted(marks[axis.name].items())
         column = columns.free(here[0][0], here[-1][0])
-        lanes.append(Lane(axis, column, tuple(here), colors.get(axis.name, WHOLE)))
+        lanes.append(AxisLane(axis, column, tuple(here), colors.get(axis.name, FROZEN_COLOR)))
     return Layout(rows, tuple(lanes), _brackets(graph, rows))
 
 
-def _brackets(graph: ChannelGraph, rows: Sequence[Row]) -> tuple[Bracket, ...]:
+def _brackets(graph: ChannelGraph, rows: Sequence[LayerRow]) -> tuple[Bracket, ...]:
     columns, found = _Columns(), list[Bracket]()
     for block in graph.blocks:
-        inside = [number for number, row in enumerate(rows) if block.replaces(row.place.module)]
+        inside = [number for number, row in enumerate(rows) if block.replaces(row.layer.module)]
         if inside:
             found.append(Bracket(block, columns.free(inside[0], inside[-1]), inside[0], inside[-1]))
     return tuple(found)
 
 
 class _Columns:
-    """Hands out columns, the first that is free from one row to another."""
+    """Assigns columns so that the contents of a column do not overlap."""
 
     def __init__(self) -> None:
         self.busy: list[list[tuple[int, int]]] = []
 
     def free(self, first: int, last: int) -> int:
+        """Take the first column that is free from one row to another."""
         for column, taken in enumerate(self.busy):
             if all(last < begin or end < first for begin, end in taken):
                 taken.append((first, last))
@@ -288,43 +285,43 @@ class _Columns:
         return len(self.busy) - 1
 
 
-def _rows(layers: Sequence[Place]) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    for place in layers:
+def _rows(layers: Sequence[GraphLayer]) -> tuple[LayerRow, ...]:
+    rows: list[LayerRow] = []
+    for layer in layers:
         last = rows[-1] if rows else None
-        if last is not None and _follows(last.place, place):
-            rows[-1] = Row(last.place, (*last.folded, place))
+        if last is not None and _follows(last.layer, layer):
+            rows[-1] = LayerRow(last.layer, (*last.folded, layer))
         else:
-            rows.append(Row(place))
+            rows.append(LayerRow(layer))
     return tuple(rows)
 
 
-def _follows(layer: Place, norm: Place) -> bool:
-    """Whether a layer is only a norm of the one before it, in the same module."""
+def _follows(layer: GraphLayer, norm: GraphLayer) -> bool:
+    """Whether a layer is a norm of the one before it, in the same parent module."""
     only_carries = bool(norm.carries) and not (norm.macs or norm.makes or norm.reads)
     beside = layer.module.rpartition(".")[0] == norm.module.rpartition(".")[0] and norm.module != ""
     return only_carries and beside and norm.carries == (layer.makes or layer.carries)
 
 
-def _marks(rows: Sequence[Row]) -> Mapping[str, dict[int, Mark]]:
-    """For every axis what each row does with it; a row that does several things shows the first of `Mark`."""
+def _marks(rows: Sequence[LayerRow]) -> Mapping[str, dict[int, Mark]]:
+    """Return for every axis the mark of each row; of several marks the first of `Mark` counts."""
     found: dict[str, dict[int, Mark]] = {}
-    for number, row in enumerate(rows):
-        for place in (row.place, *row.folded):
-            doing = ((Mark.MAKES, place.makes), (Mark.CARRIES, place.carries), (Mark.READS, place.reads))
-            for mark, axes in doing:
-                for axis in axes:
-                    found.setdefault(axis, {}).setdefault(number, mark)
+    for number, layer in ((number, layer) for number, row in enumerate(rows) for layer in (row.layer, *row.folded)):
+        for mark, axes in ((Mark.MAKES, layer.makes), (Mark.CARRIES, layer.carries), (Mark.READS, layer.reads)):
+            for axis in axes:
+                found.setdefault(axis, {}).setdefault(number, mark)
     return found
 
 
 def dot(graph: ChannelGraph, title: str) -> str:
-    """A graph as DOT text: an arrow from the layer that makes channels to each that reads them, dotted lines between
-    layers whose channels must stay or go together.
+    """Draw a graph as DOT text.
+
+    Arrows lead from the layer that makes channels to each that reads them; dotted lines are between layers whose
+    channels must be kept or removed together.
 
     Args:
-        graph: What to draw.
-        title: Of the drawing; quoted, like every name.
+        graph: The graph.
+        title: The title; quoted, like every name.
     """
     drawn = layout(graph)
     lines = [
@@ -335,15 +332,15 @@ def dot(graph: ChannelGraph, title: str) -> str:
     ]
     colors = {lane.axis.name: lane.color for lane in drawn.lanes}
     for number, row in enumerate(drawn.rows):
-        words = "\n".join(filter(None, (row.label, row.channels, f"{_format.count(row.macs)} MACs")))
-        color = next((colors[name] for name in row.color_axes), WHOLE)
+        words = "\n".join(filter(None, (row.label, row.channels, f"{units.count(row.macs)} MACs")))
+        color = next((colors[name] for name in row.color_axes), FROZEN_COLOR)
         lines.append(f"  n{number} [label={_quoted(words)}, color={_quoted(color)}];")
     for lane in drawn.lanes:
         lines += _edges(lane)
     return "\n".join((*lines, "}\n"))
 
 
-def _edges(lane: Lane) -> list[str]:
+def _edges(lane: AxisLane) -> list[str]:
     name = f"{lane.axis.name} ({lane.axis.size})"
     hint = f"color={_quoted(lane.color)}, tooltip={_quoted(lane.words)}"
     look = f"{hint}, style=dashed" if lane.whole else hint
@@ -360,7 +357,7 @@ def _edges(lane: Lane) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """A DOT string: quotes and backslashes escaped, line ends as \\n."""
+    """Return a DOT string: quotes and backslashes escaped, line ends as \\n."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
@@ -371,9 +368,9 @@ def _comment(text: str) -> str:
 _ROW, _COLUMN, _LETTER = 22, 13, 6.75
 """Pixels: height of a row, distance of two lanes, advance of a letter of the 11 px monospace font."""
 _TOP, _PAD, _BAR, _BRACKET = 94, 14, 56, 9
-_MOST_LETTERS, _MOST_NOTE = 64, 90
+_MAX_LABEL, _MAX_NOTE = 64, 90
 _NO_XML = frozenset({*map(chr, range(0xD800, 0xE000)), "\ufffe", "\uffff"})
-"""Characters beyond the control codes that no XML file may have."""
+"""Characters beyond the control codes that XML forbids."""
 _LEGEND = "● makes channels   ■ scales them   ○ reads them   ┆ stays whole   [ block"
 _STYLE = """
 text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#1d2330}
@@ -387,14 +384,14 @@ text{fill:#e8ebf1}.bg{fill:#14171d}.faint{fill:#a4abb8}
 
 
 def svg(graph: ChannelGraph, title: str) -> str:
-    """Draw a graph: layers in order of execution, and for each axis a lane through all layers that share it.
+    """Draw a graph as SVG: layers in order of execution, and for each axis a lane through all layers that share it.
 
-    A filled dot makes the channels, a small square scales them, a ring reads them. Gray dashed lanes stay whole; their
-    reason shows when the mouse rests on them. Colors suit a light and a dark background.
+    A filled dot makes the channels, a small square scales them, a ring reads them. Gray dashed lanes are
+    frozen; a tooltip says why. Colors suit a light and a dark background.
 
     Args:
-        graph: What to draw.
-        title: Above the picture; escaped, like every name.
+        graph: The graph.
+        title: The title above the picture; escaped, like every name.
     """
     return _Picture(layout(graph), _summary(graph)).draw(title)
 
@@ -413,7 +410,7 @@ class _Picture:
         self.most = max((row.macs for row in drawn.rows), default=0)
         brackets = max((bracket.column + 1 for bracket in drawn.brackets), default=0)
         self.left = _PAD + brackets * _BRACKET
-        letters = min(max((len(row.label) for row in drawn.rows), default=0), _MOST_LETTERS)
+        letters = min(max((len(row.label) for row in drawn.rows), default=0), _MAX_LABEL)
         self.box = 2 * _PAD + letters * _LETTER
         self.channels = (
             self.left + self.box + max((len(row.channels) for row in drawn.rows), default=0) * _LETTER + _PAD
@@ -451,22 +448,22 @@ class _Picture:
     def _middle(self, row: int) -> float:
         return _TOP + (row + 0.5) * _ROW
 
-    def _row(self, number: int, row: Row) -> str:
+    def _row(self, number: int, row: LayerRow) -> str:
         middle, share = self._middle(number), row.macs / self.macs
         mine = {lane.axis.name: lane for lane in self.drawn.lanes}
         lanes = [mine[name] for name in row.color_axes]
         top, tall = middle - _ROW / 2 + 2, _ROW - 4
-        color = lanes[0].color if lanes else WHOLE
+        color = lanes[0].color if lanes else FROZEN_COLOR
         parts = [
             f"<g><title>{_text(self._row_words(row))}</title>",
             f'<rect x="{self.left}" y="{top}" width="{self.box:.1f}" height="{tall}" rx="3" fill="{color}" '
             'fill-opacity="0.14"/>',
         ]
-        for place, lane in enumerate(lanes):
+        for index, lane in enumerate(lanes):
             part = tall / len(lanes)
-            box = f'x="{self.left}" y="{top + place * part:.2f}" width="5" height="{part:.2f}"'
+            box = f'x="{self.left}" y="{top + index * part:.2f}" width="5" height="{part:.2f}"'
             parts.append(f'<rect {box} fill="{lane.color}"/>')
-        parts.append(_words(self.left + 11, middle + 4, _short(row.label, _MOST_LETTERS)))
+        parts.append(_words(self.left + 11, middle + 4, _short(row.label, _MAX_LABEL)))
         parts.append(_words(self.channels, middle + 4, row.channels, "faint", anchor="end"))
         if row.macs:
             bar = f'x="{self.bar:.1f}" y="{middle - 4}" height="8"'
@@ -480,16 +477,16 @@ class _Picture:
         parts.append(_words(self.notes, middle + 4, self._note(number), "faint"))
         return "".join(parts) + "</g>"
 
-    def _row_words(self, row: Row) -> str:
-        return f"{row.label}: {_format.count(row.params)} parameters, {_format.count(row.macs)} MACs"
+    def _row_words(self, row: LayerRow) -> str:
+        return f"{row.label}: {units.count(row.params)} parameters, {units.count(row.macs)} MACs"
 
     def _note(self, row: int) -> str:
-        """The axes that begin in a row, in words."""
+        """Return the text for the axes that begin in a row."""
         notes = [
             f"{lane.axis.name} {lane.axis.size}" + (" (whole)" if lane.whole else "")
-            for lane in self.drawn.beginning(row)
+            for lane in self.drawn.lanes_from(row)
         ]
-        return _short(", ".join(notes), _MOST_NOTE)
+        return _short(", ".join(notes), _MAX_NOTE)
 
     def _bracket(self, bracket: Bracket) -> str:
         x, end = self.left - 5 - bracket.column * _BRACKET, _ROW / 2 - 3
@@ -498,7 +495,7 @@ class _Picture:
         shape = f'<path class="block" d="{line}" stroke-width="1.5" fill="none"{dashed}/>'
         return f"<g><title>{_text(bracket.words)}</title>{shape}</g>"
 
-    def _lane(self, lane: Lane) -> str:
+    def _lane(self, lane: AxisLane) -> str:
         x, color = self.lanes + lane.column * _COLUMN, lane.color
         first, last = self._middle(lane.marks[0][0]), self._middle(lane.marks[-1][0])
         dashed = ' stroke-dasharray="3 3"' if lane.whole else ""
@@ -526,7 +523,7 @@ def _short(text: str, most: int) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, and without the characters that XML cannot hold."""
+    """Escape text, without the characters that XML cannot hold."""
     return escape("".join(c if c in "\t\n" or (c >= " " and c not in _NO_XML) else "\ufffd" for c in text))
 
 
@@ -534,7 +531,7 @@ _WRITERS = {".svg": svg, ".dot": dot}
 
 
 def check_drawing(path: Path | str) -> None:
-    """Refuse a file that `write_drawing` could not write.
+    """Refuse a path that `write_drawing` could not write.
 
     Raises:
         ExportError: If the name does not end in .svg or .dot, or is that of a folder.
@@ -549,14 +546,14 @@ def check_drawing(path: Path | str) -> None:
 
 
 def write_drawing(path: Path | str, graph: ChannelGraph, title: str) -> Path:
-    """Draw a graph: its layers, and which of them share an axis.
+    """Write a drawing of a graph: its layers, and which of them share an axis.
 
-    An ``.svg`` needs nothing else and suits a light and a dark background; a ``.dot`` is for graphviz.
+    An ``.svg`` is one self-contained file that suits a light and a dark background; a ``.dot`` is for graphviz.
 
     Args:
-        path: Where; replaced atomically.
-        graph: A traced model, with choices applied or without.
-        title: Above the drawing, such as the name of the model.
+        path: The file; replaced atomically.
+        graph: The graph, with a selection applied or without.
+        title: The title above the drawing, such as the name of the model.
 
     Returns:
         The absolute path of the file.
@@ -568,6 +565,5 @@ def write_drawing(path: Path | str, graph: ChannelGraph, title: str) -> Path:
     check_drawing(path)
     path = Path(path).absolute()
     text = _WRITERS[path.suffix.lower()](graph, title)
-    with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
     return path

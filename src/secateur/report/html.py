@@ -1,27 +1,25 @@
-"""Tables of many runs as one page that needs nothing else.
-
-One self-contained page about one run."""
+"""Self-contained HTML pages: the report of one run, and tables of many. No network, no scripts, light and dark."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from secateur._files import atomic_file
-from secateur.report import units as _format
+from secateur._files import write_atomic
+from secateur.report import units
 from secateur.report.charts import accuracy_plot, loss_plot, search_plots, stage_plots, width_plot
 from secateur.report.run import RunReport
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """One table.
+    """One table of a page.
 
     Attributes:
-        title: Above it.
-        columns: Their names.
-        rows: Cells as text; the first of a row names it.
-        text: A sentence before it.
+        title: The title above the table.
+        columns: Names of the columns.
+        rows: Cells as text; the first cell of a row names it.
+        text: A sentence before the table.
     """
 
     title: str
@@ -35,10 +33,10 @@ class Page:
     """A page of tables.
 
     Attributes:
-        title: Of the page.
+        title: The title of the page.
         facts: (label, value) pairs under the title.
-        notes: Sentences the reader must know.
-        tables: In order.
+        notes: Sentences that the reader must know.
+        tables: The tables, in order.
         command: The exact command or call.
     """
 
@@ -50,10 +48,10 @@ class Page:
 
 
 def write_page(path: Path | str, page: Page) -> Path:
-    """Write tables as one HTML file that needs nothing else: no network, no scripts, light and dark.
+    """Write tables as one self-contained HTML file.
 
     Args:
-        path: Where; replaced atomically.
+        path: The file; replaced atomically.
         page: What to show. All of it is escaped.
 
     Returns:
@@ -62,40 +60,47 @@ def write_page(path: Path | str, page: Page) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
+    return _write(path, _render("page.html", page=page))
+
+
+def _render(template: str, **values: object) -> str:
+    """Fill in a template with the style sheet and values, all of which are escaped."""
     import jinja2
     import markupsafe
 
-    path, here = Path(path).absolute(), files("secateur.report")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (here / "page.html").read_text(encoding="utf-8")
-    )
-    text = template.render(page=page, style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")))
-    with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    here = files("secateur.report")
+    style = markupsafe.Markup((here / "report.css").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((here / template).read_text(encoding="utf-8")).render(style=style, **values)
+
+
+def _write(path: Path | str, page: str) -> Path:
+    path = Path(path).absolute()
+    write_atomic(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
 _FACTS = ("data", "strategy", "budget", "choices")
-"""Fields under the headline; empty ones are left out."""
+"""Fields of `RunReport` under the headline; empty ones are left out."""
 _NOTABLE = 0.02
-"""Speedups nearer to 1 than this, or whose quartiles lie on both sides of 1, are not called faster or slower."""
+"""A speedup nearer to 1 than this, or with quartiles on both sides of 1, is not called faster or slower."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A number at the top of the page; ``part`` is what is left of the original in percent, if that has a meaning."""
+    """A number at the top of the page; ``percent_left`` is the part of the original, if that has a meaning."""
 
-    what: str
-    much: str
-    source: str
-    part: float | None = None
+    label: str
+    value: str
+    origin: str
+    percent_left: float | None = None
 
 
 def write_report(path: Path | str, run: RunReport) -> Path:
-    """Write a run as one HTML file that needs nothing else: no network, no scripts, light and dark, any screen.
+    """Write the report of a run as one self-contained HTML file for any screen.
 
     Args:
-        path: Where; replaced atomically.
+        path: The file; replaced atomically.
         run: What to show. All of it is escaped.
 
     Returns:
@@ -104,26 +109,15 @@ def write_report(path: Path | str, run: RunReport) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(path).absolute()
-    page = render(run)
-    with atomic_file(path) as part:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return path
+    return _write(path, render(run))
 
 
 def render(run: RunReport) -> str:
-    """The page as text."""
-    import jinja2
-    import markupsafe
-
-    here = files("secateur.report")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (here / "report.html").read_text(encoding="utf-8")
-    )
+    """Return the report of a run as HTML."""
     curves = (loss_plot(run.training), accuracy_plot(run.training, run.original_validation_accuracy))
-    return template.render(
+    return _render(
+        "report.html",
         run=run,
-        style=markupsafe.Markup((here / "report.css").read_text(encoding="utf-8")),
         nbsp="\u00a0",
         headline=headline(run),
         facts=[(name, value) for name in _FACTS if (value := getattr(run, name))],
@@ -140,39 +134,39 @@ def render(run: RunReport) -> str:
 
 
 def headline(run: RunReport) -> str:
-    """The result as one sentence."""
+    """Say the result in one sentence."""
     cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
-    said = [f"{_format.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
+    said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
     if run.latency:
         said.append(_speed(run.latency[0].speedup))
     before, after = run.before.accuracy, run.after.accuracy
     if before and after:
-        said.append(f"{_format.percent(after.top1, 2)} accuracy instead of {_format.percent(before.top1, 2)}")
+        said.append(f"{units.percent(after.top1, 2)} accuracy instead of {units.percent(before.top1, 2)}")
     return f"{run.model}: {', '.join(said)}."
 
 
 def tiles(run: RunReport) -> list[Tile]:
-    """The numbers at the top of the page."""
+    """Return the numbers at the top of the page."""
     before, after = run.before, run.after
     found: list[Tile] = []
     if before.accuracy and after.accuracy:
-        was = f"from {_format.percent(before.accuracy.top1, 2)}"
-        found.append(Tile("Accuracy", _format.percent(after.accuracy.top1, 2), was, 100 * after.accuracy.top1))
+        was = f"from {units.percent(before.accuracy.top1, 2)}"
+        found.append(Tile("Accuracy", units.percent(after.accuracy.top1, 2), was, 100 * after.accuracy.top1))
     costs = [
-        ("MACs", before.macs, after.macs, _format.count),
-        ("Parameters", before.params, after.params, _format.count),
+        ("MACs", before.macs, after.macs, units.count),
+        ("Parameters", before.params, after.params, units.count),
     ]
     if after.weights != after.params:
-        costs.append(("Non-zero parameters", before.weights, after.weights, _format.count))
+        costs.append(("Non-zero parameters", before.weights, after.weights, units.count))
     if before.size_bytes is not None and after.size_bytes is not None:
-        costs.append(("File size", before.size_bytes, after.size_bytes, _format.size))
+        costs.append(("File size", before.size_bytes, after.size_bytes, units.size))
     for what, old, new, words in costs:
         left = min(100.0, 100 * new / old) if old else 100.0
-        found.append(Tile(what, _format.change(old, new), f"{words(old)} → {words(new)}", left))
+        found.append(Tile(what, units.change(old, new), f"{words(old)} → {words(new)}", left))
     if run.latency:
         first = run.latency[0]
-        times = f"{_format.duration(first.before[1])} → {_format.duration(first.after[1])}"
-        found.append(Tile("CPU speed", _format.factor(first.speedup[1]), times, min(100.0, 100 / first.speedup[1])))
+        times = f"{units.duration(first.before[1])} → {units.duration(first.after[1])}"
+        found.append(Tile("CPU speed", units.factor(first.speedup[1]), times, min(100.0, 100 / first.speedup[1])))
     return found
 
 
@@ -180,7 +174,7 @@ def _speed(speedup: tuple[float, float, float]) -> str:
     lower, median, upper = speedup
     if lower < 1 < upper or abs(median - 1) < _NOTABLE:
         return "about as fast as before"
-    words = _format.factor(median)
+    words = units.factor(median)
     return f"{words}\u00a0as\u00a0fast" if median > 1 else f"slower ({words} the speed)"
 
 
@@ -198,7 +192,7 @@ def _origin(run: RunReport) -> list[tuple[str, str]]:
     seed = "none" if run.seed is None else str(run.seed)
     rows = [
         ("Seed", seed),
-        ("Date", _format.moment(run.date)),
+        ("Date", units.moment(run.date)),
         ("Machine", _joined(run.machine)),
         ("Versions", _joined(run.versions)),
     ]
@@ -211,4 +205,4 @@ def _joined(entries: Mapping[str, str]) -> str:
 
 def _words() -> dict[str, object]:
     names = ("count", "size", "duration", "percent", "change", "points", "error", "factor", "moment")
-    return {name: getattr(_format, name) for name in names}
+    return {name: getattr(units, name) for name in names}

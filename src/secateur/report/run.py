@@ -1,6 +1,4 @@
-"""What a report shows, as plain frozen data. The pipeline fills it in; nothing here knows how it was found.
-
-Performance Efficiency: accuracy that is left, against size that is left."""
+"""The content of a report as plain frozen data, which the pipeline fills in; and Performance Efficiency."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +17,7 @@ def _nothing() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class MeasuredAccuracy:
-    """A share of images classified right.
+    """The fraction of images that were classified correctly.
 
     Attributes:
         top1: Fraction, 0 to 1.
@@ -42,13 +40,13 @@ class MeasuredAccuracy:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's numbers.
+    """The measured numbers of one model.
 
     Attributes:
         macs: Multiply-accumulates for one input.
         params: Parameters.
         size_bytes: Size of its weights file, or None.
-        accuracy: On the test images, or None.
+        accuracy: Accuracy on the test images, or None.
         nonzero: Parameters that are not zero; None means all of them.
     """
 
@@ -74,9 +72,9 @@ class MeasuredLatency:
         batch_size: Samples per pass.
         rounds: Pairs of measurements.
         before: First quartile, median, third quartile of the original, in seconds.
-        after: The same of the compressed model.
-        speedup: The same of original time / compressed time, pair by pair.
-        clock: What was counted, such as ``processor time``.
+        after: First quartile, median, third quartile of the compressed model, in seconds.
+        speedup: First quartile, median, third quartile of original time / compressed time, pair by pair.
+        clock: The clock, such as ``processor time``.
     """
 
     runtime: str
@@ -91,7 +89,7 @@ class MeasuredLatency:
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """Number of channels of one axis before and after."""
+    """The number of channels of one axis before and after."""
 
     name: str
     before: int
@@ -100,7 +98,7 @@ class LayerWidth:
 
 @dataclass(frozen=True)
 class FrozenAxis:
-    """Channels that were not removed, and why, as a sentence."""
+    """An axis that was not cut, and why, as a sentence."""
 
     name: str
     channels: int
@@ -109,7 +107,7 @@ class FrozenAxis:
 
 @dataclass(frozen=True)
 class BlockFate:
-    """A residual block: whether it was removed, and, if it could not be, why, as a sentence."""
+    """A residual block: whether it was removed and, if it could not be, why, as a sentence."""
 
     name: str
     removed: bool
@@ -118,7 +116,7 @@ class BlockFate:
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """One epoch of the recovery: mean training loss, and validation accuracy (a fraction) if it was measured."""
+    """One epoch of the recovery: the mean training loss and the validation accuracy (a fraction), if measured."""
 
     epoch: int
     loss: float
@@ -127,7 +125,7 @@ class TrainedEpoch:
 
 @dataclass(frozen=True)
 class Step:
-    """Accuracy after one step of the way: the original, after the cut, after repairs, after distillation."""
+    """The accuracy after one step: of the original, after the cut, after repairs, after distillation."""
 
     name: str
     accuracy: MeasuredAccuracy
@@ -138,10 +136,10 @@ class Check:
     """One comparison of two ways to compute the same outputs.
 
     Attributes:
-        name: What was compared, such as ``Sliced model = masked original``.
+        name: The comparison, such as ``Sliced model = masked original``.
         passed: Whether it held.
         max_abs: Largest absolute difference, or None if nothing was computed.
-        max_rel: The same relative to the largest output.
+        max_rel: Largest absolute difference / the largest output.
         tolerance: The bound on ``max_rel``; 0 means bit for bit.
         detail: One more sentence, such as the batch sizes.
     """
@@ -156,17 +154,17 @@ class Check:
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A file for another runtime.
+    """An exported file for another runtime.
 
     Attributes:
         name: Its name, or that of the one to open if there are several.
-        size_bytes: Of all its files together.
+        size_bytes: Size of all its files together.
         difference: Largest absolute difference from the model's outputs / the largest of them; None if the file
             computes with other numbers, so that only answers can be compared.
-        accuracy: Measured with the file itself, or None.
-        float_accuracy: Of the float model in the same runtime, on the same images.
-        agreement: Fraction of images for which both say the same class.
-        latency: Time of the float file (before) and of this one (after), or None.
+        accuracy: Accuracy of the file itself, or None.
+        float_accuracy: Accuracy of the float model in the same runtime, on the same images.
+        agreement: Fraction of images for which both predict the same class.
+        latency: Latency of the float file (before) and of this one (after), or None.
     """
 
     name: str
@@ -265,18 +263,18 @@ def performance_efficiency(
     original_size: float,
     formula: Callable[[float, float], float] = truediv,
 ) -> float:
-    """What is kept of the accuracy, for what is kept of the size.
+    """Compute the kept fraction of the accuracy divided by the kept fraction of the size.
 
     PE = (accuracy / original_accuracy) / (size / original_size): 1 for the original, 2 for half the size at the same
-    accuracy. It rewards size without end: a useless network of no parameters has the highest of all. So it is shown
-    beside the accuracy, never instead of it.
+    accuracy. It rewards smaller sizes without bound: a useless network without parameters has the highest value. So
+    it is shown beside the accuracy, never instead of it.
 
     Args:
-        accuracy: Of the compressed model, a fraction.
-        original_accuracy: Of the original, on the same images.
-        size: Of the compressed model: non-zero parameters, or MACs for the second variant. Any unit.
-        original_size: Of the original, in the same unit.
-        formula: Of (kept accuracy, kept size), both as fractions; the quotient unless told otherwise.
+        accuracy: Accuracy of the compressed model, a fraction.
+        original_accuracy: Accuracy of the original on the same images.
+        size: Size of the compressed model: non-zero parameters, or MACs for the second variant. Any unit.
+        original_size: Size of the original, in the same unit.
+        formula: Combines (kept accuracy, kept size), both as fractions; the quotient by default.
 
     Returns:
         Dimensionless; NaN if the original has neither accuracy nor size, or nothing is left of the size.

@@ -1,4 +1,4 @@
-"""Numbers as words with their units. A no-break space binds each number to its unit."""
+"""Format numbers with their units for reports. A no-break space joins each number and its unit."""
 
 import math
 from datetime import datetime
@@ -11,7 +11,7 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def count(value: float) -> str:
-    """A count with an SI prefix: 125490000 is ``125.5 M``, 900 is ``900``."""
+    """Format a count with an SI prefix: 125490000 is ``125.5 M``, 900 is ``900``."""
     for factor, prefix in _PREFIXES:
         if abs(value) >= factor * 0.9995:
             return f"{_digits(value / factor)}{_SPACE}{prefix}"
@@ -19,12 +19,12 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes with an SI prefix (1 kB = 1000 bytes)."""
+    """Format bytes with an SI prefix (1 kB = 1000 bytes)."""
     return count(value) + ("B" if abs(value) >= 999.5 else f"{_SPACE}bytes")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as s, ms or µs, three digits."""
+    """Format seconds as s, ms or µs with three digits."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= factor * 0.9995:
             return f"{_digits(seconds / factor)}{_SPACE}{unit}"
@@ -32,24 +32,24 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a percentage."""
+    """Format a fraction as a percentage."""
     return f"{fraction * 100:.{digits}f}{_SPACE}%".replace("-", _MINUS)
 
 
 def change(before: float, after: float) -> str:
-    """The relative change from one number to another, signed: ``−48.7 %``."""
+    """Format the relative change from one number to another, signed: ``−48.7 %``."""
     if before == 0:
         return _NOTHING
     return signed((after / before - 1) * 100, 1) + f"{_SPACE}%"
 
 
 def points(before: float, after: float) -> str:
-    """The difference of two fractions in percentage points, signed."""
+    """Format the difference of two fractions in percentage points, signed."""
     return signed((after - before) * 100, 2) + " points"
 
 
 def signed(value: float, digits: int) -> str:
-    """A number with its sign, ± if it rounds to zero."""
+    """Format a number with its sign, ± if it rounds to zero."""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return f"±{text}"
@@ -57,7 +57,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def error(value: float | None) -> str:
-    """A numerical difference: ``0``, or two digits in scientific notation."""
+    """Format a numerical difference: ``0``, or two digits in scientific notation."""
     if value is None:
         return _NOTHING
     if value == 0:
@@ -69,7 +69,7 @@ def error(value: float | None) -> str:
 
 
 def factor(value: float) -> str:
-    """A ratio: ``1.94×``."""
+    """Format a ratio: ``1.94×``."""
     return f"{value:.2f}{_TIMES}"
 
 
@@ -78,7 +78,7 @@ def _digits(value: float) -> str:
 
 
 def moment(date: str) -> str:
-    """An ISO 8601 date for reading: ``2026-01-31 09:05 UTC``; any other text as it is."""
+    """Format an ISO 8601 date: ``2026-01-31 09:05 UTC``; any other text is unchanged."""
     try:
         when = datetime.fromisoformat(date)
     except ValueError:

@@ -13,7 +13,7 @@ from zoo import ZOO
 from secateur.cost import CostModel
 from secateur.errors import ExportError
 from secateur.graph import ChannelGraph, Selection, trace
-from secateur.report import places, sentence_of, write_drawing
+from secateur.report import frozen_sentence, list_layers, write_drawing
 from secateur.report.graph_drawing import Mark, dot, layout, svg
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -62,7 +62,7 @@ def hostile() -> ChannelGraph:
 
 
 def test_layers_in_order_of_execution_with_the_whole_cost(graph: ChannelGraph):
-    layers = places(graph)
+    layers = list_layers(graph)
     assert [place.module for place in layers] == [
         "stem", "block.conv1", "block.bn1", "block.conv2", "block.bn2", "depthwise", "", "head",
     ]  # fmt: skip
@@ -140,7 +140,7 @@ def test_frozen_axes_are_gray_and_say_why(graph: ChannelGraph):
     assert lane.whole
     assert lane.color == "#8b8f98"
     assert lane.words.endswith("Stays whole: matched exclude pattern 'block.conv1'")
-    assert sentence_of(chosen.by_name["head"]) == "Stays whole: reaches the model's output"
+    assert frozen_sentence(chosen.by_name["head"]) == "Stays whole: reaches the model's output"
     (bracket,) = layout(chosen).brackets
     assert bracket.words == "Block block: stays, matched exclude pattern 'block.conv1'"
     assert "stroke-dasharray" in svg(chosen, "net")
@@ -176,7 +176,7 @@ def test_names_cannot_leave_their_quotes_in_dot(hostile: ChannelGraph):
 def test_every_net_of_the_zoo_can_be_drawn(name: str):
     animal = ZOO[name]()
     graph = trace(animal.model, animal.example)
-    layers, cost = places(graph), CostModel(graph).original
+    layers, cost = list_layers(graph), CostModel(graph).original
     assert (sum(p.macs for p in layers), sum(p.params for p in layers)) == (cost.macs, cost.params)
     hints = [node.text for node in ET.fromstring(svg(graph, name)).iter(f"{_SVG}title")]
     for axis in graph.prunable:
@@ -198,7 +198,7 @@ def test_files_are_written_whole(tmp_path: Path, graph: ChannelGraph, monkeypatc
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         write_drawing(tmp_path / "net.svg", graph, "other")
     assert (tmp_path / "net.svg").read_bytes() == before

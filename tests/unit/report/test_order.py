@@ -5,7 +5,7 @@ from torch import nn
 
 from secateur.graph import trace, untie
 from secateur.models import load_model
-from secateur.report import sizes_in_order
+from secateur.report import axis_sizes_in_order
 
 
 class Residual(nn.Module):
@@ -26,19 +26,19 @@ class Residual(nn.Module):
 def test_branches_stand_where_they_are_computed() -> None:
     model = Residual()
     graph = trace(model, torch.zeros(1, 3, 4, 4))
-    assert list(sizes_in_order(graph)) == ["stem", "first", "last"]
+    assert list(axis_sizes_in_order(graph)) == ["stem", "first", "last"]
     untied = untie(model, graph)
     assert list(untied.sizes)[-1] == "second/branch"
-    assert list(sizes_in_order(untied)) == ["stem", "first", "second/branch", "last"]
-    assert sizes_in_order(untied) == untied.sizes
+    assert list(axis_sizes_in_order(untied)) == ["stem", "first", "second/branch", "last"]
+    assert axis_sizes_in_order(untied) == untied.sizes
 
 
 def test_tied_axes_keep_the_order_of_the_graph() -> None:
     model, _ = load_model("cifar_resnet20")
     graph = trace(model, torch.zeros(1, 3, 32, 32))
-    assert list(sizes_in_order(graph)) == list(graph.sizes)
+    assert list(axis_sizes_in_order(graph)) == list(graph.sizes)
     untied = untie(model, graph)
-    names = list(sizes_in_order(untied))
+    names = list(axis_sizes_in_order(untied))
     assert len(names) == len(set(names)) == len(untied.sizes)
     for block in ("layer1.0", "layer2.1", "layer3.2"):
         place = names.index(f"{block}.conv1")

@@ -239,7 +239,9 @@ def test_the_headline_says_what_changed() -> None:
 
 def test_tiles_never_overflow() -> None:
     larger = replace(RUN, before=RUN.after, after=RUN.before)
-    assert [tile.part for tile in tiles(larger) if tile.part is not None and tile.part > 100] == []
+    assert [
+        tile.percent_left for tile in tiles(larger) if tile.percent_left is not None and tile.percent_left > 100
+    ] == []
 
 
 def test_values_that_are_not_numbers_do_not_break_the_curve() -> None:
@@ -261,7 +263,7 @@ def test_an_older_report_survives_a_failure(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path / "report.html", RUN)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "older")]

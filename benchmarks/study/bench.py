@@ -29,7 +29,7 @@ from secateur.distill import (
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import Sparsify
-from secateur.train import Silent, TrainConfig, evaluate, fabric_precision, fit
+from secateur.train import RunSettings, Silent, TrainConfig, evaluate, fabric_precision, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -114,13 +114,13 @@ class Bench:
         if taught is Taught.KD:
             # The batches of a seed are the same in all cells: the teacher runs over them once.
             memory = self._folder / "logits" / f"{family.name}-{len(images)}-{schedule.batch_size}"
-            return train(Objective(temperature=TEMPERATURE), teacher=teacher, remember=memory)
+            return train(Objective(temperature=TEMPERATURE), teacher=teacher, teacher_cache=memory)
         taps = self._taps_of(family)
         adaptors = make_adaptors(model, teacher, taps, self._example[:1], seed=schedule.seed)
         hint = Term(
             "hint",
             MeanOverTaps(hint_loss, dict(adaptors.items())),
-            of=select_features,
+            inputs=select_features,
             weight=self._study.hint_weight,
             taps=taps,
         )
@@ -163,20 +163,18 @@ class Bench:
         checkpoint: Path,
         teacher: nn.Module | None = None,
         sparsify: Sparsify | None = None,
-        remember: Path | None = None,
+        teacher_cache: Path | None = None,
     ) -> nn.Module:
         return fit(
             model,
             images,
-            schedule=schedule,
+            train=schedule,
             objective=objective,
             teacher=teacher,
             augment=self._data.augment,
             sparsify=sparsify,
-            remember=remember,
-            checkpoint=checkpoint,
-            progress=Silent(),
-            fabric=self._fabric,
+            teacher_cache=teacher_cache,
+            run=RunSettings(checkpoint, callbacks=Silent(), fabric=self._fabric),
         ).model
 
     def unfinished(self, name: str) -> Path:

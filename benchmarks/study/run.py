@@ -17,7 +17,7 @@ from benchmarks.study.plan import Cell, Pruned, Study
 from benchmarks.study.results import page_of, write_parquet
 from secateur._files import disk_errors, locked, write_atomic
 from secateur._provenance import Provenance, changed_settings
-from secateur.cost import Budget, counted_macs, counted_params
+from secateur.cost import Budget, count_macs, count_params
 from secateur.data import ImageData
 from secateur.errors import ArtifactError
 from secateur.export import weights_bytes
@@ -158,8 +158,8 @@ def _measured(bench: Bench, study: Study, cell: Cell) -> dict[str, Any]:
     )
     model = trained if sparsify is None else with_zeros(trained)
     accuracy, example = bench.accuracy(model), bench.example[:1]
-    macs, nonzero = counted_macs(model, example), nonzero_params(model)
-    teacher_macs, teacher_params = counted_macs(teacher.model, example), counted_params(teacher.model)
+    macs, nonzero = count_macs(model, example), nonzero_params(model)
+    teacher_macs, teacher_params = count_macs(teacher.model, example), count_params(teacher.model)
     efficiency = [
         performance_efficiency(accuracy=accuracy, original_accuracy=teacher.accuracy, size=size, original_size=original)
         for size, original in ((nonzero, teacher_params), (macs, teacher_macs))
@@ -175,7 +175,7 @@ def _measured(bench: Bench, study: Study, cell: Cell) -> dict[str, Any]:
         "student_accuracy": student.accuracy,
         "teacher_accuracy": teacher.accuracy,
         "macs": macs,
-        "params": counted_params(model),
+        "params": count_params(model),
         "nonzero": nonzero,
         "size_bytes": weights_bytes(model),
         "teacher_macs": teacher_macs,

@@ -11,7 +11,7 @@ import torch
 from command_line import Run, Small, compress_words
 
 import secateur
-from secateur.cost import counted_macs, counted_params
+from secateur.cost import count_macs, count_params
 from secateur.data import load_data
 from secateur.export import is_artifact
 from secateur.train import Silent
@@ -41,9 +41,9 @@ def test_result_is_really_half_and_nearly_as_good(small: Small):
     loaded = secateur.load(small.folder)
     original, _ = secateur.load_model("digits_resnet", weights=small.weights)
     example = torch.zeros(1, 1, 8, 8)
-    before, after = counted_macs(original, example), counted_macs(loaded.model, example)
+    before, after = count_macs(original, example), count_macs(loaded.model, example)
     assert 0.49 * before <= after <= 0.5 * before
-    assert manifest["cost"]["after"] == {"macs": after, "params": counted_params(loaded.model)}
+    assert manifest["cost"]["after"] == {"macs": after, "params": count_params(loaded.model)}
     accuracy = {step["step"]: step["top1"] for step in manifest["metrics"]["test_accuracy"]}
     assert accuracy["original"] > 0.9
     last = list(accuracy.values())[-1]
@@ -126,10 +126,10 @@ def test_inspect_shows_axes_reasons_and_range(small: Small, run: Run):
 class _StopsInEpoch2(Silent):
     """Ctrl-C in the middle of a training."""
 
-    def watch(self, what: str, *, epochs: int, steps: int, done: int):
+    def start(self, loop: str, *, epochs: int, steps: int, done: int):
         from contextlib import contextmanager
 
-        class Meter:
+        class Loop:
             def step(self, epoch: int, step: int, numbers: object) -> None:
                 pass
 
@@ -139,7 +139,7 @@ class _StopsInEpoch2(Silent):
 
         @contextmanager
         def opened():
-            yield Meter()
+            yield Loop()
 
         return opened()
 
@@ -181,7 +181,7 @@ def test_artifact_can_be_compressed_again(small: Small, run: Run, tmp_path: Path
     assert found.exit_code == 0, found.output
     assert is_artifact(out)
     once, twice = secateur.load(small.folder).model, secateur.load(out).model
-    assert counted_macs(twice, torch.zeros(1, 1, 8, 8)) <= 0.6 * counted_macs(once, torch.zeros(1, 1, 8, 8))
+    assert count_macs(twice, torch.zeros(1, 1, 8, 8)) <= 0.6 * count_macs(once, torch.zeros(1, 1, 8, 8))
 
 
 def test_older_artifact_is_replaced_whole(small: Small, run: Run, tmp_path: Path):
@@ -214,7 +214,7 @@ def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_pat
     loaded = secateur.load(out).model
     original = run("inspect", "--model", "digits_resnet", "--json")
     macs = json.loads(original.stdout)["original"]["macs"]
-    assert 0.97 * 0.5 * macs <= counted_macs(loaded, torch.zeros(1, 1, 8, 8)) <= 0.5 * macs
+    assert 0.97 * 0.5 * macs <= count_macs(loaded, torch.zeros(1, 1, 8, 8)) <= 0.5 * macs
     assert not (tmp_path / "out.work").exists()
 
 

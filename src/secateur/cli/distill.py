@@ -166,7 +166,7 @@ class Pair:
         term = self.own.get(name)
         if term is None:
             return name not in LOGIT_LOSSES
-        return term.of in (select_features, select_labeled_feature) and not term.taps
+        return term.inputs in (select_features, select_labeled_feature) and not term.taps
 
 
 def parse_losses(words: Sequence[str]) -> dict[str, float]:
@@ -195,11 +195,7 @@ def parse_losses(words: Sequence[str]) -> dict[str, float]:
 
 
 def own_loss(spec: str, trust_source: bool) -> "Term":
-    """Return the loss that ``python:PACKAGE.MODULE:NAME`` makes, as a term of weight 1.
-
-    Raises:
-        ModelError: If the code is not trusted, cannot be imported, fails, or makes no `secateur.distill.Term`.
-    """
+    """Return the term that ``python:PACKAGE.MODULE:NAME`` makes, see `made_by`."""
     from secateur.cli.parsing import made_by
     from secateur.distill.objective import Term
 
@@ -207,11 +203,7 @@ def own_loss(spec: str, trust_source: bool) -> "Term":
 
 
 def check_mixable(losses: Mapping[str, float]) -> None:
-    """Refuse losses that have no use for the labels of mixed images.
-
-    Raises:
-        TrainingError: If there is one.
-    """
+    """Refuse losses that have no use for the labels of mixed images."""
     for loss in losses:
         if loss in CLASS_LOSSES:
             raise TrainingError(
@@ -239,12 +231,7 @@ def parse_taps(words: Sequence[str]) -> dict[str, str]:
 
 
 def inferred_taps(pair: Pair) -> dict[str, str]:
-    """Pair the last modules at each resolution.
-
-    Raises:
-        TraceError: If a network cannot be traced.
-        TrainingError: If a network has no such modules.
-    """
+    """Pair the last modules at each resolution; raise a `SecateurError` if a network has none."""
     from secateur.distill.taps import paired_stages
     from secateur.graph.trace import trace
 
@@ -260,16 +247,7 @@ def to_objective(
     label_weight: float,
     label_smoothing: float,
 ) -> "Objective":
-    """Build one objective from the losses.
-
-    Args:
-        losses: Weights by name, see `parse_losses`.
-        pair: Student and teacher.
-        taps: Where losses of features listen; unused without such losses.
-        temperature: Temperature of kd.
-        label_weight: Weight of the labels.
-        label_smoothing: Share of each label that is spread over all classes.
-    """
+    """Build one objective from losses by name; ``taps`` are where losses of features listen."""
     from secateur.distill.objective import Objective
 
     terms = [term for name, weight in losses.items() if name != "kd" for term in _terms(name, weight, pair, taps)]
@@ -277,11 +255,7 @@ def to_objective(
 
 
 def hint_terms(losses: Mapping[str, float], pair: Pair, taps: "Taps") -> "tuple[Term, ...]":
-    """Return the losses of features alone, for a stage before everything else.
-
-    Raises:
-        TrainingError: If there are none.
-    """
+    """Return the losses of features alone, for a stage before everything else; refuse if there are none."""
     chosen = [name for name in losses if pair.needs_taps(name) or (name in pair.own and pair.own[name].taps)]
     found = [term for name in chosen for term in _terms(name, losses[name], pair, taps)]
     if not found:

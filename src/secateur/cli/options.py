@@ -1,7 +1,8 @@
 """The flags of the command line, each written once: its name, type, bounds, panel and help.
 
 A frozen dataclass is a group of flags that a command takes as one argument; its ``to_...`` methods make the objects of
-the Python interface. Nothing here loads torch before such a method runs, so that ``--help`` is quick.
+the Python interface, or raise a `SecateurError` that says which flag is wrong. Nothing here loads torch before such a
+method runs, so that ``--help`` is quick.
 """
 
 from collections.abc import Generator, Sequence
@@ -151,12 +152,7 @@ class SpaceFlags:
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
 
     def to_config(self) -> "CutConfig":
-        """Build the part of `CutConfig` that says what may be cut.
-
-        Raises:
-            SelectionError: If a pattern or rule cannot be read.
-            BudgetError: If a number is out of range.
-        """
+        """Build the part of `CutConfig` that says what may be cut."""
         from secateur.cli.parsing import axis_rules, selection
         from secateur.graph.trace import HeadUnit
         from secateur.pipeline.config import Branches, CutConfig
@@ -256,12 +252,7 @@ class CutFlags:
     from_scratch: Annotated[bool, flag("Draw new weights; needs --epochs and --lr like the original.", CUT)] = False
 
     def to_config(self, space: SpaceFlags, weights: WeightFlags) -> "CutConfig":
-        """Build the `CutConfig` of these and other flags.
-
-        Raises:
-            SelectionError: If a pattern or rule cannot be read.
-            BudgetError: If a number is out of range.
-        """
+        """Build the `CutConfig` of these and other flags."""
         from secateur.pipeline.config import KeepWeights, Reinitialize
 
         return replace(
@@ -303,11 +294,7 @@ class TrainFlags:
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
     def to_train(self, seed: int) -> "TrainConfig":
-        """Build the `TrainConfig` of a run.
-
-        Raises:
-            TrainingError: If a number is out of range.
-        """
+        """Build the `TrainConfig` of a run."""
         from secateur.cli.parsing import optimizer, precision
         from secateur.train.config import TrainConfig
 
@@ -332,11 +319,7 @@ class TrainFlags:
         return Compiled() if self.compiled else Eager()
 
     def check_augment(self) -> None:
-        """Refuse augmentations that cannot be, before anything is loaded.
-
-        Raises:
-            DataError: If a number is out of range, or timm has no such policy.
-        """
+        """Refuse augmentations that cannot be, before anything is loaded."""
         from secateur.data.transforms import Augment
 
         Augment(**self._augment)
@@ -347,12 +330,7 @@ class TrainFlags:
 
     @property
     def _augment(self) -> dict[str, Any]:
-        return {
-            "auto_augment": self.auto_augment,
-            "erase": self.erase,
-            "mixup": self.mixup,
-            "cutmix": self.cutmix,
-        }
+        return {name: getattr(self, name) for name in ("auto_augment", "erase", "mixup", "cutmix")}
 
 
 @Parameter(name="*")
@@ -373,11 +351,7 @@ class RecoveryFlags:
     feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", least=0)] = 10.0
 
     def to_config(self, train: TrainFlags, seed: int) -> "RecoveryConfig":
-        """Build the `RecoveryConfig` of these and other flags.
-
-        Raises:
-            TrainingError: If a number is out of range.
-        """
+        """Build the `RecoveryConfig` of these and other flags."""
         from secateur.distill.objective import Objective
         from secateur.pipeline.config import RecoveryConfig
 
@@ -405,11 +379,7 @@ class RunFlags:
 
     @property
     def on_existing(self) -> "OnExisting":
-        """What to do with an unfinished run.
-
-        Raises:
-            ArtifactError: If two things are asked for.
-        """
+        """What to do with an unfinished run."""
         from secateur.pipeline.workspace import OnExisting
 
         if self.resume and self.restart:
@@ -417,12 +387,7 @@ class RunFlags:
         return OnExisting.RESUME if self.resume else OnExisting.OVERWRITE if self.restart else OnExisting.ERROR
 
     def to_config(self) -> "RunConfig":
-        """Build the `RunConfig` of these flags; its device is that of `fabric`.
-
-        Raises:
-            ArtifactError: If an unfinished run shall be continued and removed.
-            TrainingError: If a number is out of range, or TensorBoard cannot write.
-        """
+        """Build the `RunConfig` of these flags; its device is that of `fabric`."""
         from secateur.cli.parsing import callbacks
         from secateur.pipeline.config import RunConfig
         from secateur.train.checkpoint import CheckpointPolicy
@@ -436,11 +401,7 @@ class RunFlags:
 
     @contextmanager
     def fabric(self, train: "TrainConfig") -> "Generator[Fabric]":
-        """Run a block with the device and threads of these flags, in all processes that torchrun has started.
-
-        Raises:
-            TrainingError: If this machine has no such device, or the processes cannot work together.
-        """
+        """Run a block with the device and threads of these flags, in all processes that torchrun has started."""
         from secateur._runtime import process_count
         from secateur.cli.output import threads
         from secateur.cli.parsing import device
@@ -462,12 +423,7 @@ class RunFlags:
 def to_target(
     name: TargetName, threads: int, batch: int, device: str = "cpu", *, device_flag: str = "--target-device"
 ) -> "Target":
-    """Build the runtime that latency is measured on.
-
-    Raises:
-        ExportError: If the runtime cannot use the device.
-        TrainingError: If this machine has no such device.
-    """
+    """Build the runtime that latency is measured on."""
     from secateur.cli.parsing import check_device
     from secateur.cost.targets import OnnxRuntime, TorchCompiled, TorchEager
 

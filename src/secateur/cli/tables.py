@@ -16,7 +16,7 @@ from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
 from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
-from secateur.report.graph_drawing import Place, inside, places, sentence_of
+from secateur.report.graph_drawing import GraphLayer, layers_of_block, list_layers, frozen_sentence
 from secateur.report.run import Check, Measured, RunReport
 
 _SHOWN_NAMES = 4
@@ -26,8 +26,7 @@ _ELLIPSIS = "…"
 
 
 def show(result: CompressResult | DistillResult) -> None:
-    """The tables of a finished run; ends with an error if a check failed."""
-
+    """Print the tables of a finished run; end with an error if a check failed."""
     print_before_after(result.report)
     print_steps(result.report)
     print_exports(result.report)
@@ -38,7 +37,7 @@ def show(result: CompressResult | DistillResult) -> None:
 
 
 def print_before_after(report: RunReport) -> None:
-    """Accuracy, MACs, parameters, file size and latency of the original and the compressed model."""
+    """Print accuracy, MACs, parameters, file size and latency of the original and the compressed model."""
     title = ", ".join(filter(None, (report.model, report.budget)))
     table = plain_table(title, ("", "before", "after", "change"), numbers=3)
     before, after = report.before, report.after
@@ -65,13 +64,13 @@ def print_before_after(report: RunReport) -> None:
 
 
 def print_steps(report: RunReport) -> None:
-    """Accuracy on the way."""
+    """Print the accuracy after every step."""
     way = " -> ".join(f"{step.name} {100 * step.accuracy.top1:.2f} %" for step in report.steps)
     out().print(Text(f"Test accuracy: {way}"), soft_wrap=True)
 
 
 def print_exports(report: RunReport) -> None:
-    """Files for other runtimes: size, and of those in 8-bit integers accuracy and time beside the float file's."""
+    """Print the files for other runtimes: sizes, and for 8-bit integers accuracy and time beside the float file."""
     if not report.exports:
         return
     columns = ("file", "size", "difference", "accuracy", "in float", "same answer", "time", "float file's")
@@ -91,7 +90,7 @@ def print_exports(report: RunReport) -> None:
 
 
 def print_checks(checks: Iterable[Check]) -> None:
-    """What was verified."""
+    """Print what was verified."""
     table = plain_table("Checks", ("check", "", "largest difference", "detail"), numbers=0)
     for check in checks:
         difference = ""
@@ -104,13 +103,13 @@ def print_checks(checks: Iterable[Check]) -> None:
 
 
 def print_written(paths: Iterable[Path]) -> None:
-    """What was written, with sizes."""
+    """Print what was written, with sizes."""
     for path in paths:
         out().print(Text(f"Wrote {path} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
 
 
 def print_report(report: ModelReport, name: str) -> None:
-    """The axes of a model, what is frozen and why, and what a budget can ask for."""
+    """Print the axes of a model, what is frozen and why, and what a budget can ask for."""
     table = plain_table(f"Channel axes of {name}", ("axis", "channels", "may keep", "sites", "seen in"), numbers=0)
     for axis in report.graph.prunable:
         row = (axis.name, str(axis.size), _widths(report, axis), str(len(axis.sites)), _few(_modules(axis)))
@@ -131,11 +130,11 @@ def print_report(report: ModelReport, name: str) -> None:
 
 
 def _print_blocks(report: ModelReport) -> None:
-    layers, macs = places(report.graph), max(report.original.macs, 1)
+    layers, macs = list_layers(report.graph), max(report.original.macs, 1)
     title = "Residual blocks: branches that can be removed whole"
     table = plain_table(title, ("block", "layers", "params", "of the MACs", "stays because"), numbers=0)
     for block in report.graph.blocks:
-        mine = inside(block, layers)
+        mine = layers_of_block(block, layers)
         params, share = sum(place.params for place in mine), sum(place.macs for place in mine) / macs
         row = (block.name, _few([place.module for place in mine if place.macs]), format_count(params))
         table.add_row(*row, f"{100 * share:.1f} %", block.kept_because or "")
@@ -153,9 +152,9 @@ def _print_stages(report: ModelReport) -> None:
 
 
 def print_tree(report: ModelReport, name: str) -> None:
-    """The modules of a model: parameters and share of the MACs, and for each layer its channels."""
+    """Print the modules of a model: parameters and share of the MACs, and for each layer its channels."""
     graph, root = report.graph, _Node(name)
-    for place in places(graph):
+    for place in list_layers(graph):
         root.at(place.module).place = place
     for block in graph.blocks:
         root.at(block.name).block = block
@@ -167,15 +166,15 @@ def print_tree(report: ModelReport, name: str) -> None:
 
 @dataclass
 class _Node:
-    """A module and what is inside of it."""
+    """A module and its submodules."""
 
     name: str
-    place: Place | None = None
+    place: GraphLayer | None = None
     block: Block | None = None
     children: dict[str, "_Node"] = field(default_factory=dict[str, "_Node"])
 
     def at(self, module: str) -> "_Node":
-        """The node of a module inside of this one, made if it is not there."""
+        """Return the node of a module inside this one; it is made if it is absent."""
         node = self
         for part in module.split(".") if module else ():
             node = node.children.setdefault(part, _Node(part))
@@ -203,14 +202,14 @@ def _branch(node: _Node, graph: ChannelGraph, all_macs: int) -> Tree:
     return tree
 
 
-def _channels(place: Place, graph: ChannelGraph) -> Iterable[tuple[str, str]]:
-    """The axes of a layer's outputs in words, with a style."""
+def _channels(place: GraphLayer, graph: ChannelGraph) -> Iterable[tuple[str, str]]:
+    """Describe the axes of a layer's outputs, each with a style."""
     for name in place.makes or place.carries:
         axis = graph.by_name[name]
         if axis.frozen_because is None:
             yield f"{name} ({axis.size})", "green"
         else:
-            yield f"{name} ({axis.size}){f'. {sentence_of(axis)}' if place.makes else ', whole'}", "yellow"
+            yield f"{name} ({axis.size}){f'. {frozen_sentence(axis)}' if place.makes else ', whole'}", "yellow"
 
 
 def _summary(report: ModelReport) -> tuple[str, ...]:
@@ -231,7 +230,7 @@ def _summary(report: ModelReport) -> tuple[str, ...]:
 
 
 def _never_ran(graph: ChannelGraph) -> tuple[str, ...]:
-    """Parameters that no run touched: they stay, and may not fit a cut model that takes another way."""
+    """Name parameters that no run touched: they stay, and may not fit a cut model that runs them after all."""
     if not graph.unseen:
         return ()
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen))
@@ -249,15 +248,13 @@ def _both(cost: Cost, whole: Cost) -> str:
 
 
 def _grouped(frozen: Sequence[ChannelAxis]) -> list[tuple[str, list[str]]]:
-    """Reasons with the names of their axes; reasons that differ only in the names of layers count as one."""
+    """Group axes by reason; reasons that differ only in the names of layers count as one."""
     groups: dict[str, list[ChannelAxis]] = {}
     for axis in frozen:
         groups.setdefault(_without_names(axis), []).append(axis)
+    same = {reason: len({axis.frozen_because for axis in axes}) == 1 for reason, axes in groups.items()}
     return [
-        (
-            reason if len({axis.frozen_because for axis in axes}) > 1 else axes[0].frozen_because or "",
-            [a.name for a in axes],
-        )
+        (axes[0].frozen_because or "" if same[reason] else reason, [axis.name for axis in axes])
         for reason, axes in groups.items()
     ]
 
@@ -295,32 +292,20 @@ def print_latencies(names: Sequence[str], shapes: Sequence[Sequence[int]], found
     columns = ("model", "input", "median", "quartiles", "spread", "speed of the first")
     table = plain_table(f"Latency of one pass, {first.runtime}", columns, numbers=4)
     for name, shape, latency in zip(names, shapes, found, strict=True):
-        seconds = latency.seconds
-        lower, median, upper = (
-            format_cost("latency_s", value) for value in (seconds.lower, seconds.median, seconds.upper)
-        )
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            median,
-            f"{lower} to {upper}",
-            f"{100 * seconds.spread:.1f} %",
-            f"{first.seconds.median / seconds.median:.2f} x",
-        )
+        times = latency.seconds
+        lower, median, upper = (format_cost("latency_s", each) for each in (times.lower, times.median, times.upper))
+        row = (name, "x".join(map(str, shape)), median, f"{lower} to {upper}", f"{100 * times.spread:.1f} %")
+        table.add_row(*row, f"{first.seconds.median / times.median:.2f} x")
     out().print(table)
     load = "unknown" if first.load is None else f"{first.load[0]:g} before, {first.load[1]:g} after (this run included)"
-    out().print(
-        Text(
-            f"Batch {first.batch_size}, {first.threads} thread{'s' if first.threads > 1 else ''}, {first.rounds} "
-            f"rounds in turns, {first.clock}. Load average {load}; "
-            f"{first.machine['cores']} cores, {first.machine['cpu']}."
-        ),
-        soft_wrap=True,
-    )
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
+    how = f"Batch {first.batch_size}, {threads}, {first.rounds} rounds in turns, {first.clock}."
+    where = f"Load average {load}; {first.machine['cores']} cores, {first.machine['cpu']}."
+    out().print(Text(f"{how} {where}"), soft_wrap=True)
 
 
 def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:
-    """An empty table; the last ``numbers`` columns are to the right."""
+    """Return an empty table; the last ``numbers`` columns are aligned to the right."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
         right = place >= len(columns) - numbers

@@ -30,7 +30,7 @@ def term():
     return Term("difference", difference, weight=2.0)
 
 def at_taps():
-    return Term("levels", MeanOverTaps(hint_loss), of=select_features)
+    return Term("levels", MeanOverTaps(hint_loss), inputs=select_features)
 
 def asks(argument):
     return argument
@@ -106,7 +106,9 @@ def test_factories_that_make_nothing_useful_are_refused(name: str, message: str)
 
 
 def test_other_words_than_a_module_and_a_name_are_refused():
-    with pytest.raises(ModelError, match=r"`strategy` must be python:package\.module:factory; got 'python:own_methods'"):
+    with pytest.raises(
+        ModelError, match=r"`strategy` must be python:package\.module:factory; got 'python:own_methods'"
+    ):
         strategy(SearchFlags(strategy="python:own_methods"), trust_source=True)
 
 

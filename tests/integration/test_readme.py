@@ -1,5 +1,6 @@
 """The code blocks of README.md and docs/guide.md run, and README's table agrees with its record."""
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -103,3 +104,14 @@ def test_links_exist():
 def test_export_page_shows_the_example():
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     assert f"```python\n{(ROOT / 'examples' / 'consume_onnx.py').read_text(encoding='utf-8')}```" in page
+
+
+def test_names_of_the_package_exist():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    # History names what there was.
+    history = {"CHANGELOG.md", "log.md", "decisions.md"}
+    text = "".join(page.read_text(encoding="utf-8") for page in pages if page.name not in history)
+    names = set(re.findall(r"`(secateur(?:\.\w+)+)[`(]", text)) - {"secateur.json"}
+    assert len(names) > 8
+    for name in names:
+        pkgutil.resolve_name(name)

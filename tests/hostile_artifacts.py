@@ -14,13 +14,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur.cost import Budget, counted_macs, counted_params
+from secateur.cost import Budget, count_macs, count_params
 from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, save
-from secateur.export.manifest import digest
+from secateur.export.manifest import manifest_sha256
 from secateur.graph import trace
 from secateur.models import load_model
-from secateur.pipeline.checks import probe_json
-from secateur.prune import ByERK, ByMagnitude, WeightPruning, cut, make_permanent_, masked
+from secateur.pipeline.finalize import probe_json
+from secateur.prune import ERKAllocation, MagnitudeScore, WeightPruning, apply_masks, cut, make_permanent_
 from secateur.search import Uniform, search_architecture
 
 Json = Any
@@ -41,7 +41,7 @@ class Good:
         if sign and weights is not None:
             data["weights"].update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
         if sign:
-            data["sha256"] = digest(data)
+            data["sha256"] = manifest_sha256(data)
         folder.mkdir(exist_ok=True)
         (folder / MANIFEST_NAME).write_text(json.dumps(data))
         (folder / WEIGHTS_NAME).write_bytes(content)
@@ -55,7 +55,9 @@ def good_artifact(folder: Path) -> Good:
     graph = trace(model, example)
     found = search_architecture(model, graph, Uniform(), budget=Budget(macs="50%"))
     small = cut(model, graph, found.architecture).model
-    half = make_permanent_(masked(small, WeightPruning(ByMagnitude(), ByERK()).masks(small, 0.3))).eval()
+    half = make_permanent_(
+        apply_masks(small, WeightPruning(MagnitudeScore(), ERKAllocation()).masks(small, 0.3))
+    ).eval()
     recipe = Recipe(
         source=source.to_json(),
         architecture=found.architecture,
@@ -64,8 +66,8 @@ def good_artifact(folder: Path) -> Good:
         mean=(0.305,),
         std=(0.376,),
         classes=tuple(map(str, range(10))),
-        cost_before={"macs": counted_macs(model, example), "params": counted_params(model)},
-        cost_after={"macs": counted_macs(half, example), "params": counted_params(half)},
+        cost_before={"macs": count_macs(model, example), "params": count_params(model)},
+        cost_after={"macs": count_macs(half, example), "params": count_params(half)},
         metrics={"test_accuracy": [{"step": "original", "top1": 0.9, "n": 360}]},
         verification={"probe": probe_json(half, (1, 8, 8))},
     )

@@ -9,8 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from secateur._provenance import sha256_of
+from secateur._runtime import copy_model
 from secateur.cost.measure import LatencyRecord, measure_files
 from secateur.cost.targets import OnnxRuntime
+from secateur.cost.timing import Quartiles
 from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
 from secateur.export._common import Parity, Samples
@@ -18,8 +20,7 @@ from secateur.export.artifact import amend, is_artifact, read_manifest
 from secateur.export.formats import Format, check_formats
 from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
 from secateur.export.onnx import onnx_bytes
-from secateur.pipeline.checks import copy_in_eval_mode, shown_latency
-from secateur.report.run import Check, ExportedFile, MeasuredAccuracy
+from secateur.report.run import Check, ExportedFile, MeasuredAccuracy, MeasuredLatency
 
 RECORD = "exports"
 """Where secateur.json tells of exported files, within its verification."""
@@ -192,7 +193,7 @@ def _doubts(found: Exported) -> list[str]:
 def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[LatencyRecord | None, list[str]]:
     in_float = draft / Format.ONNX.exporter.file
     try:
-        before = in_float if in_float.exists() else onnx_bytes(copy_in_eval_mode(student).cpu(), (images,))
+        before = in_float if in_float.exists() else onnx_bytes(copy_model(student).eval().cpu(), (images,))
         return measure_files(before, draft / Format.INT8.exporter.file, OnnxRuntime(), images[:1]), []
     except ExportError as error:
         return None, [f"The latency of {Format.INT8.exporter.file} was not measured: {error}"]
@@ -210,3 +211,22 @@ def _shown(made: Exported) -> ExportedFile:
         agreement=agreed.agreement,
         latency=None if made.latency is None else shown_latency(made.latency),
     )
+
+
+def shown_latency(record: LatencyRecord) -> MeasuredLatency:
+    """Return a measurement as the report shows it."""
+    return MeasuredLatency(
+        runtime=record.runtime,
+        threads=record.threads,
+        batch_size=record.batch_size,
+        rounds=record.rounds,
+        before=quartiles(record.before),
+        after=quartiles(record.after),
+        speedup=quartiles(record.speedup),
+        clock=record.clock,
+    )
+
+
+def quartiles(found: Quartiles) -> tuple[float, float, float]:
+    """Return first quartile, median and third quartile, in seconds."""
+    return found.lower, found.median, found.upper

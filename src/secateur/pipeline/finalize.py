@@ -3,11 +3,12 @@
 Everything is written into a draft folder that appears whole or not at all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_folder, disk_errors
@@ -16,20 +17,22 @@ from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget
 from secateur.cost.macs import count_params
-from secateur.cost.measure import LatencyRecord
+from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.targets import Target
 from secateur.data.dataset import ImageData
+from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, save, weights_bytes
 from secateur.export.edits import edits_between
 from secateur.export.manifest import Recipe
-from secateur.pipeline.checks import check_latency, latency_between, probe_json, reload_check, shown_latency
 from secateur.pipeline.config import Output, RunConfig
-from secateur.pipeline.exports import Exports, Samples, deliver_exports
+from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
+from secateur.pipeline.load import load
 from secateur.pipeline.workspace import run_directory_path
 from secateur.prune.masks import nonzero_params
 from secateur.report.html import write_report
 from secateur.report.run import Check, Measured, RunReport, Step, TrainedEpoch
 from secateur.search.base import SearchResult
+from secateur.search.latency import limit_of, lower_quartile_ratio, used
 from secateur.train.fit import Trained
 
 if TYPE_CHECKING:
@@ -220,6 +223,9 @@ def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[st
     }
 
 
+_PARITY_IMAGES = 8
+_PROOF_ROUNDS = 50
+
 _NOTABLE = 0.1
 """The fraction of the MACs that must be gone before anybody expects a faster network."""
 _PAID = 0.5
@@ -266,3 +272,95 @@ def _cause(result: SearchResult) -> str:
         "Its layers are so small that what a layer costs whatever its width weighs most, or are bound by memory: fewer "
         "blocks (--remove-blocks), a larger batch or another runtime may gain more."
     )
+
+
+def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[[], nn.Module] | None) -> Check:
+    """Check that the artifact gives the bits of the model in memory.
+
+    Args:
+        student: The model in memory.
+        images: A few, normalized, on the CPU.
+        draft: The artifact.
+        own: Builds the original, if the artifact does not name a source.
+
+    Raises:
+        ArtifactError: If not.
+    """
+    reloaded = load(draft, factory=own, trust_source=True).model
+    equal = same_bits(copy_model(student).eval().cpu(), reloaded, images[:_PARITY_IMAGES])
+    detail = f"{min(_PARITY_IMAGES, len(images))} images, bit for bit" if equal else "outputs differ"
+    if not equal:
+        raise ArtifactError(
+            "The saved artifact must give the same bits as the model in memory; it does not. This is a bug in "
+            "Secateur: nothing was written; please report the model."
+        )
+    return Check("Reloaded artifact = model in memory", True, 0.0, 0.0, 0.0, detail)
+
+
+def latency_between(
+    original: nn.Module, student: nn.Module, images: Tensor
+) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
+    """Return the times of both models for one image, or a note why there are none."""
+    try:
+        return measure_latency(original, student, images[:1]), ()
+    except ExportError as error:
+        return (), (f"Latency was not measured: {error}",)
+
+
+def check_latency(
+    budget: Budget, target: Target, original: nn.Module, student: nn.Module, images: Tensor
+) -> tuple[LatencyRecord, Check]:
+    """Measure the finished model again and check that it is within a bound on latency.
+
+    It is if it is not above the bound by more than the spread: the lower quartile is within.
+    """
+    record = measure_pairs(original, student, target, images[: target.batch], rounds=_PROOF_ROUNDS)
+    limit = limit_of(budget, record.before.median)
+    low, middle, high = (f"{1e3 * seconds:.4g}" for seconds in quartiles(record.after))
+    beside = "" if record.load is None else f", load average {record.load[0]:g} to {record.load[1]:g}"
+    detail = (
+        f"median {middle} ms, quartiles {low} and {high} ms, {100 * used(budget, record):.1f} % of the bound of "
+        f"{1e3 * limit:.4g} ms; original {1e3 * record.before.median:.4g} ms ({target.key}, {record.rounds} pairs, "
+        f"{record.clock}{beside})"
+    )
+    return record, Check(
+        "Latency within the budget, measured again", lower_quartile_ratio(budget, record) <= 1, detail=detail
+    )
+
+
+_PROBE_SEED = 20260101
+_PROBE_IMAGES = 2
+PROBE_TOLERANCE = 1e-4
+"""Largest difference, relative to the largest logit, that another machine's kernels may make in float32."""
+
+
+def probe_images(size: Sequence[int]) -> Tensor:
+    """Return two images of standard normal noise, the same on every machine.
+
+    Args:
+        size: Channels, height, width.
+    """
+    return torch.randn(_PROBE_IMAGES, *size, generator=torch.Generator().manual_seed(_PROBE_SEED))
+
+
+def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object]:
+    """Return the logits of a model in eval mode on the CPU for the probe images, as a JSON object."""
+    with torch.no_grad():
+        return {"seed": _PROBE_SEED, "logits": model(probe_images(size)).double().tolist()}
+
+
+def probe_difference(model: nn.Module, size: Sequence[int], recorded: Mapping[str, object]) -> tuple[float, float]:
+    """Return the largest absolute and relative difference of logits from recorded ones; infinite if shapes differ."""
+    with torch.no_grad():
+        found = model(probe_images(size)).double()
+    wanted = torch.tensor(cast(Any, recorded["logits"]), dtype=torch.float64)
+    if found.shape != wanted.shape:
+        return float("inf"), float("inf")
+    absolute = float((found - wanted).abs().max())
+    return absolute, absolute / max(float(wanted.abs().max()), 1e-30)
+
+
+def same_bits(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
+    """Return whether two models in eval mode on the CPU give the same bits."""
+    with torch.no_grad():
+        return torch.equal(one(images), other(images))

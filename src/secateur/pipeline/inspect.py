@@ -14,7 +14,7 @@ from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.stages import Stage, find_stages
 from secateur.pipeline.config import CutConfig
 from secateur.prune.slice import prunable_parameter_fraction
-from secateur.report.graph_drawing import places
+from secateur.report.graph_drawing import list_layers
 from secateur.search.base import data_frame
 from secateur.search.space import SearchSpace
 
@@ -87,7 +87,7 @@ class ModelReport:
                 for block in self.graph.blocks
             ],
             "stages": [asdict(stage) for stage in self.stages],
-            "layers": [asdict(place) for place in places(self.graph)],
+            "layers": [asdict(place) for place in list_layers(self.graph)],
             "never_ran": list(self.graph.unseen),
         }
 

@@ -21,8 +21,8 @@ from secateur.export.formats import Format, compare_file
 from secateur.export.int8 import INT8_BATCH_SIZE, MIN_KEPT_ACCURACY, compare_int8_file
 from secateur.export.manifest import Manifest
 from secateur.export.onnx import onnx_bytes
-from secateur.pipeline.checks import PROBE_TOLERANCE, probe_difference, probe_images
 from secateur.pipeline.exports import RECORD
+from secateur.pipeline.finalize import PROBE_TOLERANCE, probe_difference, probe_images
 from secateur.pipeline.load import check_runs, image_size_of, load
 from secateur.prune.masks import nonzero_params
 from secateur.report.run import Check

@@ -141,22 +141,21 @@ class SearchHistory:
         Raises:
             KeyError, TypeError: If it is something else.
         """
+        epochs: list[Any] = [
+            {
+                **epoch,
+                "widths": tuple(SearchedWidth(**width) for width in epoch["widths"]),
+                "depths": tuple(SearchedDepth(**depth) for depth in epoch["depths"]),
+            }
+            for epoch in data["epochs"]
+        ]
+        stages: list[Any] = [
+            {**stage, "losses": tuple(stage["losses"]), "macs": tuple(stage["macs"])} for stage in data["stages"]
+        ]
         return cls(
-            epochs=tuple(
-                SearchEpoch(
-                    **{
-                        **epoch,
-                        "widths": tuple(SearchedWidth(**width) for width in epoch["widths"]),
-                        "depths": tuple(SearchedDepth(**depth) for depth in epoch["depths"]),
-                    }
-                )
-                for epoch in data["epochs"]
-            ),
-            stages=tuple(
-                JudgedStage(**{**stage, "losses": tuple(stage["losses"]), "macs": tuple(stage["macs"])})
-                for stage in data["stages"]
-            ),
-            fairness=data["fairness"],
+            tuple(SearchEpoch(**epoch) for epoch in epochs),
+            tuple(JudgedStage(**stage) for stage in stages),
+            data["fairness"],
         )
 
 

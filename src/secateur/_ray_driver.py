@@ -1,7 +1,7 @@
 """The process between the caller and Ray: `OnRay` runs this file, so that Ray changes nothing in the caller's process.
 
-It hands packed tasks to Ray actors and packed results back, and unpacks neither. Standard library only at the top: the
-caller imports this module too, for the messages.
+It passes pickled tasks to Ray actors and pickled results back, and unpickles neither. Only the standard library is
+imported at the top, because the caller imports this module too, for the messages.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from collections import deque
 from typing import Any, BinaryIO
 
 _PATIENCE = 300
-"""Seconds in which Ray must be there. It takes ten where a core is free, and minutes where none is."""
+"""Seconds in which Ray must have started. It takes ten if a core is free, and minutes if none is."""
 
 
 def write(stream: BinaryIO, message: tuple[object, ...]) -> None:
-    """One message, preceded by its length."""
+    """Write one message, preceded by its length."""
     packed = pickle.dumps(message, protocol=5)
     stream.write(struct.pack("<Q", len(packed)))
     stream.write(packed)
@@ -30,7 +30,7 @@ def write(stream: BinaryIO, message: tuple[object, ...]) -> None:
 
 
 def read(stream: BinaryIO) -> tuple[Any, ...] | None:
-    """The next message; None if the other side has closed."""
+    """Read the next message; None if the other side has closed."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -40,15 +40,15 @@ def read(stream: BinaryIO) -> tuple[Any, ...] | None:
 
 
 class Actor:
-    """What runs in a worker of Ray: holds the function and what it shares, unpacked with the first task."""
+    """A Ray actor that holds the function and the shared data, unpickled with the first task."""
 
     def __init__(self, packed: Any, threads: int, paths: list[str]):
         self._packed, self._threads, self._paths = packed, threads, paths
         self._held: Any = None
 
     def run(self, task: bytes) -> tuple[str, bytes]:
-        """("result", it) or ("raised", the exception), packed."""
-        import cloudpickle  # Both sides must have the same: the caller packs with it.
+        """Compute a task: return ("result", its result) or ("raised", the exception), pickled."""
+        import cloudpickle  # Both sides need the same version: the caller pickles with it.
 
         try:
             if self._held is None:
@@ -80,13 +80,13 @@ def _packed_error(error: Exception) -> bytes:
 
 
 class Cluster:  # pragma: no cover -- in a process of its own, as the tests of `OnRay` run it
-    """Ray, and the actors of one pool.
+    """A connection to Ray and the actors of one pool.
 
     Args:
         settings: address ("local", "auto" or HOST:PORT), folder (for the files of a local Ray), workers (None means as
-            many as there are cores for), threads_each (threads, and CPUs in Ray's books, of each), retries (how often
-            a task is done again after its worker ended), paths (where the caller's modules are found).
-        packed: The function and what it shares.
+            many as there are cores for), threads_each (threads of each worker, and CPUs that Ray reserves for it),
+            retries (how often a task is computed again after its worker ended), paths (the caller's module path).
+        packed: The pickled function and shared data.
     """
 
     def __init__(self, settings: dict[str, Any], packed: bytes):
@@ -110,7 +110,7 @@ class Cluster:  # pragma: no cover -- in a process of its own, as the tests of `
                 f"and it has {cpus}."
             )
         self._retries = settings["retries"]
-        # As an array the bytes are read in place by every worker of a machine, without a copy.
+        # Every worker of a machine reads the bytes of an array in place, without a copy.
         shared = ray.put(np.frombuffer(packed, dtype=np.uint8))
         actor: Any = ray.remote(num_cpus=threads, max_restarts=0, max_task_retries=0)(Actor)
         self._start = lambda: actor.remote(shared, threads, settings["paths"])
@@ -120,20 +120,20 @@ class Cluster:  # pragma: no cover -- in a process of its own, as the tests of `
         self._deaths: dict[int, int] = {}
 
     def submit(self, number: int, task: bytes) -> None:
-        """Take a task."""
+        """Add a task to the queue."""
         self._pending.append((number, task))
 
     def forget(self) -> None:
-        """Drop the tasks that no worker has begun."""
+        """Drop the tasks that no worker has started."""
         self._pending.clear()
 
     @property
     def busy(self) -> bool:
-        """Whether anything is to be waited for."""
+        """Whether any task is not finished."""
         return bool(self._pending or self._running)
 
     def step(self) -> list[tuple[object, ...]]:
-        """Give tasks to idle workers; wait for a moment; what has come back."""
+        """Give tasks to idle workers, wait for a moment, and return the messages of finished tasks."""
         while self._pending and self._idle:
             actor = self._idle.pop()
             number, task = self._pending.popleft()
@@ -161,7 +161,7 @@ def _cores() -> int:
 
 
 def serve(cluster: Cluster, inbox: "queue.SimpleQueue[tuple[Any, ...] | None]", out: BinaryIO) -> None:
-    """Answer until the caller closes."""
+    """Answer messages until the caller closes."""
     while True:
         try:
             message = inbox.get(block=not cluster.busy)
@@ -178,18 +178,18 @@ def serve(cluster: Cluster, inbox: "queue.SimpleQueue[tuple[Any, ...] | None]", 
                 write(out, answer)
 
 
-def main() -> None:  # pragma: no cover -- as `Cluster`
-    """Read settings and the packed function, then serve."""
-    # Ray prints to standard output; the caller reads messages there.
+def run_driver() -> None:  # pragma: no cover -- as `Cluster`
+    """Read the settings and the pickled function, then serve."""
+    # Ray prints to standard output, where the caller reads messages: standard output becomes standard error.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     first = read(sys.stdin.buffer)
     if first is None:
         return
     settings, packed = first
-    # Behind the installed packages, so that no module of the caller's hides one that Ray needs.
+    # Behind the installed packages, so that no module of the caller hides one that Ray needs.
     sys.path.extend(path for path in settings["paths"] if path not in sys.path)
-    # An address that nobody answers at would be tried for ever.
+    # Ray tries an address that nobody answers forever.
     patience = threading.Timer(_PATIENCE, _give_up, args=(out,))
     patience.start()
     try:
@@ -209,12 +209,12 @@ def main() -> None:  # pragma: no cover -- as `Cluster`
             serve(cluster, inbox, out)
     finally:
         cluster.ray.shutdown()
-    # A caller that was killed cannot do that.
+    # A caller that was killed cannot remove it.
     shutil.rmtree(settings["folder"], ignore_errors=True)
 
 
 def _check_answers(address: str) -> None:
-    """An error at once if nobody listens at HOST:PORT."""
+    """Fail at once if nobody listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -234,4 +234,4 @@ def _listen(stream: BinaryIO, inbox: "queue.SimpleQueue[tuple[Any, ...] | None]"
 
 
 if __name__ == "__main__":
-    main()
+    run_driver()

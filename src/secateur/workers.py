@@ -1,6 +1,4 @@
-"""What can run independent tasks.
-
-Tasks on the workers of a Ray cluster, on this machine or on many."""
+"""Workers that run independent tasks: in this process, or on a Ray cluster of one or many machines."""
 
 import contextlib
 import importlib.util
@@ -31,42 +29,42 @@ class Pool(ABC, Generic[Task, Result]):
     """Workers that hold a function and what it shares between tasks.
 
     Attributes:
-        size: How many tasks are computed at the same time.
+        size: Number of tasks that are computed at the same time.
     """
 
     size: int
 
     @abstractmethod
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:
-        """Compute ``function(shared, task)`` for every task, and give each result as soon as it is there.
+        """Compute ``function(shared, task)`` for every task and yield each result as soon as it is ready.
 
         Tasks are taken from the iterable as workers become free. Leaving the iterator early abandons the rest.
 
         Args:
-            tasks: Each of them independent of all others.
+            tasks: Tasks that are independent of each other.
 
         Returns:
-            Number of the task, from 0, and its result; in any order.
+            The number of the task, from 0, and its result; in any order.
 
         Raises:
-            Exception: What the function raises for a task, with its own message.
-            WorkerError: If a task cannot be computed because its worker ends every time.
+            Exception: Whatever the function raises for a task, unchanged.
+            WorkerError: If the worker of a task ends every time.
         """
 
 
 class Workers(ABC):
-    """Who computes. Implementations are frozen dataclasses."""
+    """Where tasks are computed. Implementations are frozen dataclasses."""
 
     @abstractmethod
     def running(
         self, function: Callable[[Shared, Task], Result], shared: Shared
     ) -> AbstractContextManager[Pool[Task, Result]]:
-        """Workers that are ready to map, and are gone when the context ends.
+        """Start workers, which end with the context.
 
         Args:
             function: Called as ``function(shared, task)``. It must not change ``shared``, must draw its random numbers
                 from a seed within the task, and must be importable: a function of a module, or a partial of one.
-            shared: What all tasks need, such as a network and images. It is handed to each worker once.
+            shared: What all tasks need, such as a network and images. Each worker gets it once.
 
         Raises:
             WorkerError: If the workers cannot be started.
@@ -76,11 +74,11 @@ class Workers(ABC):
 
 @dataclass(frozen=True)
 class InProcess(Workers):
-    """In this process, one task after the other, in the order of the tasks."""
+    """Compute in this process, one task after the other, in the order of the tasks."""
 
     @contextmanager
     def running(self, function: Callable[[Shared, Task], Result], shared: Shared) -> Generator[Pool[Task, Result]]:
-        """A pool of one, which is this process."""
+        """Return a pool of one, which is this process."""
         yield _Here(function, shared)
 
 
@@ -95,25 +93,25 @@ class _Here(Pool[Task, Result]):
 
 
 _PATIENCE = 30
-"""Seconds in which Ray must have ended by itself."""
+"""Seconds in which Ray must end by itself."""
 
 
 @dataclass(frozen=True)
 class OnRay(Workers):
-    """On Ray workers, each with the function and what it shares in its memory; needs the extra ``ray``.
+    """Compute on Ray workers, each with the function and the shared data in its memory; needs the extra ``ray``.
 
-    What is shared goes once into Ray's object store. A worker that ends (killed, out of memory) is replaced and its
-    task done again; what a task raises is raised in the caller. With as many threads as here, results are those of
-    `InProcess`, bit for bit. Ray is spoken to by a process of its own, so that nothing of the caller's process changes
-    (environment, signals, logging, threads); it sends no usage statistics, and nothing of it is left when the context
-    ends or the caller is killed.
+    Shared data goes once into Ray's object store. A worker that ends (killed, out of memory) is replaced, and its task
+    is computed again; an exception of a task is raised in the caller. With the same number of threads, results equal
+    those of `InProcess` bit for bit. A separate process talks to Ray, so that Ray changes nothing in the caller's
+    process (environment, signals, logging, threads). Ray sends no usage statistics, and nothing of it is left when the
+    context ends or the caller is killed.
 
     Attributes:
         address: "local" starts Ray on this machine; "auto" joins the cluster that this machine is part of; HOST:PORT
             joins that one. The machines of a cluster need the same Python and the same packages.
-        workers: How many; None means as many as there are cores for.
-        threads_each: Threads that each computes with, and the CPUs it counts for.
-        retries: How often a task is done again after its worker ended.
+        workers: Number of workers; None means as many as there are cores for.
+        threads_each: Threads of each worker, which are also the CPUs that Ray reserves for it.
+        retries: How often a task is computed again after its worker ended.
 
     Raises:
         WorkerError: If a number or the address is out of range.
@@ -137,7 +135,7 @@ class OnRay(Workers):
 
     @contextmanager
     def running(self, function: Callable[[Shared, Task], Result], shared: Shared) -> Generator[Pool[Task, Result]]:
-        """Workers of Ray. To start Ray on this machine takes several seconds.
+        """Start the Ray workers; starting Ray on this machine takes several seconds.
 
         Raises:
             WorkerError: If Ray cannot be started or reached, or has too few CPUs.
@@ -146,7 +144,7 @@ class OnRay(Workers):
         for package in ("ray", "cloudpickle"):
             if importlib.util.find_spec(package) is None:
                 raise ImportError(f"`OnRay` needs {package}; got none. Run pip install 'secateur[ray]'.")
-        # Sockets lie in this folder: their paths must be short.
+        # Ray puts sockets into this folder, and their paths must be short.
         folder = Path(tempfile.mkdtemp(prefix="ray-"))
         try:
             with (folder / "log").open("wb") as log:
@@ -163,10 +161,10 @@ class OnRay(Workers):
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[name] = str(self.threads_each)
         if self.address == "local":
-            # Ray would otherwise write a token of its own into the home folder.
+            # Otherwise Ray writes a token of its own into the home folder.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         return subprocess.Popen(
-            # -P: the folder of the file is not searched for modules. A session of its own: Ctrl-C is for the caller.
+            # -P keeps the folder of the file off the module path. The new session keeps Ctrl-C for the caller.
             [sys.executable, "-P", str(Path(_ray_driver.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -201,7 +199,7 @@ class OnRay(Workers):
 
 
 class _Link:
-    """Messages to and from the driver."""
+    """The connection to the driver process."""
 
     def __init__(self, driver: "subprocess.Popen[bytes]", log: Path):
         assert driver.stdin is not None
@@ -222,7 +220,9 @@ class _Link:
 
     def _gone(self) -> WorkerError:
         lines = self._log.read_text(errors="replace").strip().splitlines()[-5:]
-        return WorkerError("Ray ended before the work was done. Its last words: " + (" / ".join(lines) or "none") + ".")
+        return WorkerError(
+            "Ray ended before the work was done. Its last output: " + (" / ".join(lines) or "none") + "."
+        )
 
 
 class _Remote(Pool[Task, Result]):
@@ -238,7 +238,7 @@ class _Remote(Pool[Task, Result]):
         ahead: dict[int, int] = {}
         try:
             while True:
-                # Two for each worker: the next one is there when it has done one, and no more are packed than needed.
+                # Two for each worker: the next task is there when one is done, and few are packed in advance.
                 while len(ahead) < 2 * self.size and (following := next(source, None)) is not None:
                     number = next(self._numbers)
                     self._link.send("task", number, cloudpickle.dumps(following[1]))
@@ -247,7 +247,7 @@ class _Remote(Pool[Task, Result]):
                     return
                 kind, number, *rest = self._link.receive()
                 if number not in ahead:
-                    continue  # Of a map that was left early.
+                    continue  # A result of a map that was left early.
                 index = ahead.pop(number)
                 if kind == "lost":
                     died = f"`task` must not end its worker; task {index} did {rest[0]} times"
@@ -262,14 +262,14 @@ class _Remote(Pool[Task, Result]):
 
 
 def _end(driver: "subprocess.Popen[bytes]") -> None:
-    """Let Ray end, or end it."""
+    """Wait for Ray to end, then kill what is left of it."""
     assert driver.stdin is not None
     assert driver.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         driver.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         driver.wait(_PATIENCE)
-    # Where the driver was killed, agents of Ray outlive it; they are in its process group.
+    # If the driver was killed, Ray's agents outlive it; they are in its process group.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()

@@ -183,10 +183,10 @@ def _doubts(found: Exported) -> list[str]:
     agreed = found.agreed
     if not isinstance(agreed, Quantized) or agreed.usual:
         return []
-    kept, usual = 100 * found.agreed.kept, 100 * USUAL_KEPT_ACCURACY
+    kept, usual = 100 * agreed.kept, 100 * USUAL_KEPT_ACCURACY
     return [
         f"{found.form.exporter.file} keeps {kept:.1f} % of the float model's accuracy, less than the {usual:g} % that "
-        f"are usual for 8 bits: {found.agreed}. Use the float file where that matters."
+        f"are usual for 8 bits: {agreed}. Use the float file where that matters."
     ]
 
 

@@ -1,6 +1,5 @@
 """The first half of a run without any training: trace, search, cut and repair; and the masks of single weights."""
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -58,8 +57,8 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
     if left is not None:
         plan.log("Continuing the interrupted run: its architecture and weights are taken as they were.")
         return _restored(original, graph, left)
-    strategy = _strategy(plan, work)
-    for number in itertools.count():
+    strategy, number = _strategy(plan, work), 0
+    while True:
         began = time.perf_counter()
         folder = None if work is None else work.search_checkpoint(number)
         result = _search(plan, original, graph, batches, strategy=strategy, folder=folder)
@@ -69,7 +68,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
         pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
             break
-        graph = pruned.graph
+        graph, number = pruned.graph, number + 1
         names = ", ".join(name for name, _ in pruned.verification.frozen)
         plan.log(f"Could not be cut exactly and stays whole: {names}. Searching again.")
     seconds = time.perf_counter() - began

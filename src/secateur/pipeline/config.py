@@ -60,21 +60,21 @@ class Branches(Enum):
     """Which widths the branches of a residual stream may have."""
 
     TIED = "tied"
-    """That of the stream: every branch keeps the channels that the stream keeps."""
+    """The width of the stream: every branch keeps the channels that the stream keeps."""
     UNTIED = "untied"
-    """Each its own: a narrower branch is added into its channels of the stream, see `secateur.graph.untie`."""
+    """A width of its own: a narrower branch is added to its channels of the stream, see `secateur.graph.untie`."""
 
 
 @dataclass(frozen=True, eq=False)
 class CutInput:
-    """What is to be cut.
+    """A model that is to be cut.
 
     Attributes:
         original: The model as it was given.
-        searched: The same with the weights that the search trained; the original itself if it trained none.
+        searched: The model with the weights that the search trained; the original itself if it trained none.
         graph: The channel graph of both.
         images: Calibration batches, normalized, on the models' device.
-        seed: Of weights that are drawn.
+        seed: Random seed of new weights.
     """
 
     original: nn.Module
@@ -85,7 +85,7 @@ class CutInput:
 
 
 class StudentInit(ABC):
-    """How a student comes from the uncut model. Implementations are frozen dataclasses; fields are configuration."""
+    """How a cut model gets its first weights. Implementations are frozen dataclasses; fields are configuration."""
 
     @property
     @abstractmethod
@@ -94,7 +94,7 @@ class StudentInit(ABC):
 
     @abstractmethod
     def check(self, model: nn.Module, train: TrainConfig) -> None:
-        """Refuse a model or a recovery that it cannot be for, before any work.
+        """Refuse a model or a recovery that it does not work with, before any computing.
 
         Raises:
             SecateurError: With the way out.
@@ -102,14 +102,14 @@ class StudentInit(ABC):
 
     @abstractmethod
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
-        """The student before any training, proved as long as its weights are those of the uncut model."""
+        """Return the student before any training; the cut is verified with the weights of the uncut model."""
 
 
 @dataclass(frozen=True)
 class KeepWeights(StudentInit):
     """The student keeps the weights of its channels, and is repaired.
 
-    They are the weights that the search trained, if it trained any. The repairs compare with the model of these.
+    If the search trained weights, it keeps those, and the repairs compare with the whole model that has them.
 
     Attributes:
         repairs: Repairs right after the cut, in order.
@@ -123,7 +123,7 @@ class KeepWeights(StudentInit):
         return "cut and repaired"
 
     def check(self, model: nn.Module, train: TrainConfig) -> None:
-        """See `StudentInit.check`: for any."""
+        """See `StudentInit.check`; every model is accepted."""
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `StudentInit.cut`."""
@@ -132,12 +132,11 @@ class KeepWeights(StudentInit):
 
 @dataclass(frozen=True)
 class Reinitialize(StudentInit):
-    """The student keeps its architecture alone: its weights are drawn anew, and all it knows comes from the recovery.
+    """The student keeps the architecture only: its weights are initialized again and trained from there.
 
-    The cut is made and proved with the original's weights. Then every module draws its own by its
-    ``reset_parameters()`` (or torch's other spelling, ``_reset_parameters()``), as when it was made: what a module
-    holds before the module itself, which may have other wishes for it. The same seed gives the same weights on every
-    device.
+    The cut is made and verified with the original's weights. Then every module calls its ``reset_parameters()`` (or
+    torch's other spelling, ``_reset_parameters()``): submodules before the module that holds them, which may initialize
+    them in its own way. The same seed gives the same weights on every device.
     """
 
     @property
@@ -149,7 +148,7 @@ class Reinitialize(StudentInit):
         """See `StudentInit.check`.
 
         Raises:
-            ModelError: If a module has parameters and no way to draw them.
+            ModelError: If a module has parameters and no method to reset them.
             TrainingError: If there is no recovery.
         """
         if train.epochs == 0:
@@ -172,11 +171,11 @@ class CutStudent:
     """A cut and repaired student, before any training.
 
     Attributes:
-        original: The uncut model in eval mode, on the device of the run; ours, not the caller's.
+        original: The uncut model in eval mode, on the device of the run; a copy of the caller's.
         student: The cut and repaired one.
         graph: The graph it was cut by.
         search: The result of the search.
-        verification: Sliced against masked.
+        verification: The comparison of sliced and masked model.
         repairs: What each repair did.
     """
 
@@ -200,7 +199,7 @@ class CompressResult:
         trained: The recovery, or None if there were no epochs; its model is masked if single weights were pruned.
         report: Every number: before and after, accuracy on the way, widths, checks, latency, provenance.
         folder: The artifact, or None if none was asked for.
-        files: Everything that was written.
+        files: All files that were written.
     """
 
     model: nn.Module
@@ -254,7 +253,7 @@ class CompressResult:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """What did not hold, in words; empty if everything did."""
+        """The failed checks in words; empty if all passed."""
         return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
 
 
@@ -425,14 +424,14 @@ class Plan:
 
 
 def default_blocks(budget: Budget) -> float:
-    """Which part of the residual blocks may go if nobody says so: any where time is limited, else none.
+    """Return the fraction of the residual blocks that may be removed by default: all under a latency bound, else none.
 
-    Narrow layers take little less time than wide ones, and removed ones none; docs/log.md has the numbers.
+    Narrow layers take little less time than wide ones, and removed layers take none; docs/log.md has the numbers.
     """
     return 1.0 if is_timed(budget) else 0.0
 
 
 def default_strategy(budget: Budget) -> Strategy:
-    """How an architecture is found if nobody says so."""
+    """Return the default strategy for a budget."""
     blocks = default_blocks(budget)
     return RemoveBlocks(DEFAULT_STRATEGY, most=blocks) if blocks else DEFAULT_STRATEGY

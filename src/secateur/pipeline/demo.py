@@ -1,4 +1,4 @@
-"""The whole way on a data set that scikit-learn brings: train a small network, then compress it."""
+"""A demonstration on the digits of scikit-learn: train a small network, then compress it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HintStage:
-    """A stage of hints before everything else, see `secateur.train.distill_after_hints`.
+    """A first stage that trains with hints only, see `secateur.train.distill_after_hints`.
 
     Attributes:
         hints: Losses of features.
@@ -51,13 +51,13 @@ class HintStage:
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """A student or teacher, and what is written of it.
+    """A student or teacher with its name and origin.
 
     Attributes:
-        model: Not changed.
-        name: For the report; empty means its class.
-        source: How it is built, so that the artifact can be loaded; None: loading needs ``factory=``.
-        architecture: What was kept, if it is a cut model.
+        model: The model; it is not changed.
+        name: Name for the report; empty means the name of its class.
+        source: How it is built, so that the artifact can be loaded; with None, loading needs ``factory=``.
+        architecture: What is kept of the model that ``source`` builds; complete if it is not a cut model.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class ModelSpec:
 
     @property
     def called(self) -> str:
-        """Its name, or its class."""
+        """The name, or that of the class."""
         return self.name or type(self.model).__name__
 
 
@@ -80,7 +80,7 @@ class DistillResult:
         trained: The training.
         report: Teacher and student side by side.
         folder: The artifact, or None.
-        files: Everything that was written.
+        files: All files that were written.
     """
 
     model: nn.Module
@@ -91,7 +91,7 @@ class DistillResult:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """What did not hold, in words; empty if everything did."""
+        """The failed checks in words; empty if all passed."""
         return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
 
 
@@ -116,7 +116,7 @@ class DistillPlan:
             LOGGER.info(message)
 
     def settings(self) -> dict[str, str]:
-        """What makes two runs the same; the rest is in the checkpoints' own settings."""
+        """Return what decides the result, as text by name, beside the settings that training checkpoints hold."""
         data = self.data
         return {
             "student": model_sha256(self.student.model),

@@ -1,6 +1,4 @@
-"""Files for other runtimes, from any model.
-
-Exported files of a finished run: each a check, a row of the report, and an entry of the artifact."""
+"""Write files for other runtimes, compare each with the model, and record the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +21,12 @@ from secateur.export.onnx import onnx_bytes
 from secateur.report.run import Check, ExportedFile, MeasuredAccuracy, MeasuredLatency
 
 RECORD = "exports"
-"""Where secateur.json tells of exported files, within its verification."""
+"""Key of the exported files in the verification of secateur.json."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One format in a folder.
+    """A written file of one format, and how it compares with the model.
 
     Attributes:
         form: Which.
@@ -72,7 +70,7 @@ def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) 
 def export_files(
     model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format], *, data: ImageData | None = None
 ) -> dict[Path, Parity | Quantized]:
-    """Write exported files into a folder; if that is an artifact, its secateur.json tells of them afterward.
+    """Write exported files into a folder; if the folder is an artifact, its secateur.json records them.
 
     Args:
         model: Not changed.
@@ -113,7 +111,7 @@ _PARITY_IMAGES = 8
 
 @dataclass(frozen=True)
 class Exports:
-    """What became of the formats that were asked for.
+    """The result of exporting the requested formats.
 
     Attributes:
         checks: One for each.
@@ -127,11 +125,11 @@ class Exports:
 
     @property
     def shown(self) -> tuple[ExportedFile, ...]:
-        """As the report has them."""
+        """The files as the report shows them."""
         return tuple(map(_shown, self.made))
 
     def to_json(self) -> dict[str, object]:
-        """For the verification in secateur.json."""
+        """Return what secateur.json records of them."""
         return {RECORD: exports_json(self.made)}
 
 
@@ -151,7 +149,9 @@ def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: 
             found = export_file(student, few, draft, form)
         except ExportError as error:
             cause = error.__cause__
-            if isinstance(cause, OSError):  # A full disk says nothing of the file: the run goes on when there is room.
+            if isinstance(
+                cause, OSError
+            ):  # A full disk says nothing about the file; the run can be resumed when there is room.
                 raise cause from None
             checks.append(Check(_claim(form), False, detail=f"not written: {error}"))
             continue
@@ -168,7 +168,7 @@ def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: 
 
 
 def agreement_check(form: Format, agreed: Parity | Quantized) -> Check:
-    """What was found as a line of the report; for files that were accepted."""
+    """Return the agreement of an accepted file as a check of the report."""
     if isinstance(agreed, Quantized):
         return Check(_claim(form), True, detail=str(agreed))
     sizes = " and ".join(map(str, agreed.batch_sizes))

@@ -1,4 +1,4 @@
-"""What could be cut from a model, before anything is."""
+"""Report what can be cut from a model, without cutting anything."""
 
 import itertools
 import math

@@ -1,6 +1,7 @@
-"""The first run of a model that a stranger described: it runs on images of its size, within a bound of memory.
+"""Load models: artifacts, and models by the names that `secateur.models` knows.
 
-Models by name: an artifact folder, or whatever `secateur.models` knows."""
+A model from an artifact of unknown origin is first run within a bound on memory.
+"""
 
 import math
 import os
@@ -22,7 +23,7 @@ from secateur.export.manifest import Manifest
 from secateur.models.source import ModelSource, load_model
 
 MAX_TRIAL_BYTES = 4 * 2**30
-"""Of one tensor that a layer makes."""
+"""Upper bound on one tensor that a layer makes, in bytes."""
 
 
 def check_runs(model: nn.Module, size: Sequence[int]) -> None:
@@ -50,7 +51,7 @@ def check_runs(model: nn.Module, size: Sequence[int]) -> None:
 
 
 class _Bounded(TorchDispatchMode):
-    """Stops an operation before it makes a tensor that is too large."""
+    """Refuses an operation before it makes a tensor that is too large."""
 
     def __torch_dispatch__(
         self,
@@ -67,21 +68,21 @@ class _Bounded(TorchDispatchMode):
 
 
 def _shapes_of(func: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> list[Tensor]:
-    """What an operation would give, as tensors without numbers; nothing if that depends on numbers."""
+    """Return the results of an operation as meta tensors; none if their shapes depend on values."""
     found: list[Tensor] = []
     try:
         given, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, settings))
         if "device" in named:
             named["device"] = torch.device("meta")
         tree_map_only(torch.Tensor, found.append, func(*given, **named))
-    except Exception:  # the operation itself will say what is wrong with it
+    except Exception:  # The operation itself will raise what is wrong with it.
         return []
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model and where it comes from.
+    """A model with its origin.
 
     Attributes:
         model: In eval mode, on the CPU.
@@ -97,7 +98,7 @@ class LoadedModel:
 
     @property
     def architecture(self) -> Architecture:
-        """What was kept of the original, if it is a cut model."""
+        """The kept channels and blocks of the original, if it is a cut model."""
         return Architecture() if self.manifest is None else self.manifest.recipe.architecture
 
 
@@ -132,7 +133,7 @@ def load_any(
     trust_source: bool = False,
     seed: int = 0,
 ) -> LoadedModel:
-    """A model by name or folder.
+    """Load a model by name or from an artifact folder.
 
     Args:
         spec: An artifact folder, or a name that `secateur.models.load_model` knows.
@@ -183,10 +184,10 @@ def image_size_of(manifest: Manifest) -> tuple[int, int, int]:
 
 
 def default_size(opened: LoadedModel) -> tuple[int, int, int]:
-    """The image size a model was made for, as far as it says so: channels, height, width.
+    """Return the image size that a model was made for: channels, height, width.
 
-    An artifact knows it, timm's models carry it as ``default_cfg``, Secateur's own are for CIFAR or digits;
-    otherwise 3 x 224 x 224, the size of most classifiers.
+    An artifact records it, timm's models have it in ``default_cfg``, Secateur's own models are for CIFAR or digits; for
+    all others it is 3 x 224 x 224, the size of most classifiers.
     """
     if opened.manifest is not None:
         return image_size_of(opened.manifest)

@@ -1,6 +1,4 @@
-"""Exported files in an artifact, run again where they lie.
-
-Verify an artifact where it lies: does it still compute what it did when it was made?"""
+"""Verify an artifact in place: its weights, costs, outputs, accuracy and exported files."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -64,7 +62,7 @@ def check_files(
 
 
 def _not_now(form: Format, *, trust_source: bool) -> str:
-    """Why a format is passed over; empty if it is not."""
+    """Return why a format is not checked; empty if it is."""
     if form.exporter.needs_trust and not trust_source:
         return "a file from a stranger could do harm when it is read. If you trust it, say --trust-source."
     try:
@@ -76,7 +74,7 @@ def _not_now(form: Format, *, trust_source: bool) -> str:
 
 
 def _file_check(path: Path, model: nn.Module, images: Tensor) -> Check:
-    """Whatever is wrong with a file from outside, the check has failed, and the others still run."""
+    """Compare one file; whatever is wrong with it fails this check only."""
     name = f"{path.name} = model in PyTorch"
     try:
         found = compare_file(path, model, images)
@@ -87,7 +85,7 @@ def _file_check(path: Path, model: nn.Module, images: Tensor) -> Check:
 
 
 def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageData | None) -> Check:
-    """Answers on the test images; without any, whether it is the file that was measured."""
+    """Compare answers on the test images; without any, check that it is the file that was measured."""
     try:
         if data is None:
             same = _recorded_digest(manifest) == sha256_of(read_bytes(path, limit=_MOST_BYTES))
@@ -101,7 +99,7 @@ def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageDat
 
 
 def _recorded_digest(manifest: Manifest) -> object:
-    """SHA-256 of the int8 file, as far as secateur.json says it."""
+    """Return the SHA-256 of the int8 file that secateur.json records, if any."""
     found: object = manifest.recipe.verification
     for key in (RECORD, Format.INT8.value, "files"):
         found = _at(found, key)
@@ -115,13 +113,13 @@ def _at(found: object, key: str) -> object:
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """What was checked.
+    """The result of `verify`.
 
     Attributes:
         model: The loaded model.
         manifest: What the artifact says.
         checks: Each with its result.
-        passed_over: Files that were not checked, with the reason; which is no failure.
+        passed_over: Files that were not checked, with the reason; this is no failure.
     """
 
     model: nn.Module
@@ -131,7 +129,7 @@ class Verified:
 
     @property
     def passed(self) -> bool:
-        """Whether every check held."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
 
@@ -143,7 +141,7 @@ def verify(
     trust_source: bool = False,
     device: torch.device | None = None,
 ) -> Verified:
-    """Load an artifact and compare what it does with what it says.
+    """Load an artifact and compare its behavior with what secateur.json records.
 
     Args:
         folder: The artifact.
@@ -211,7 +209,7 @@ def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, devic
 
 
 def _recorded_accuracy(manifest: Manifest) -> tuple[int | None, float | None]:
-    """Images and accuracy of the last step, as far as secateur.json says them."""
+    """Return images and accuracy of the last step, as far as secateur.json records them."""
     steps = manifest.recipe.metrics.get("test_accuracy")
     last = cast(list[object], steps)[-1] if isinstance(steps, list) and steps else None
     recorded = cast(Mapping[str, object], last) if isinstance(last, Mapping) else {}

@@ -1,12 +1,9 @@
-"""The work of a run that is not finished: checkpoints of the search, what was measured, what was found, the cut
-student, checkpoints of the training.
+"""The work of an unfinished run, and what is checked before any work begins.
 
-It lies beside the output folder as ``<out>.work``, from the first moment on, so that an interrupted run can go on; it
-is removed at the end, and when a run ends before there is anything to go on from. One process at a time has it.
-
-What is checked before any work begins: the output folder, and that model and data belong together.
-
-One run on several processes: the first finds, writes and speaks, all train."""
+A run keeps its checkpoints, measurements and cut student beside the output folder, in ``<out>.work``, from its first
+moment on, so that an interrupted run can be resumed. The folder is removed at the end, and when a run ends before there
+is anything to resume from. One process at a time uses it; of a run on several processes it is the first one.
+"""
 
 import contextlib
 import json
@@ -74,29 +71,29 @@ class CutState:
 
 @contextlib.contextmanager
 def open_run_directory(
-    out: Path, settings: Mapping[str, str], on_existing: OnExisting, surroundings: Mapping[str, str] | None = None
+    out: Path, settings: Mapping[str, str], on_existing: OnExisting, environment: Mapping[str, str] | None = None
 ) -> Generator["RunDirectory"]:
-    """The work of a run, until the run is finished.
+    """Yield the work of a run until the run is finished.
 
     Args:
-        out: The output folder that the work is for.
+        out: The output folder of the run.
         settings: Everything that makes two runs the same run, as text by name.
         on_existing: What to do with the work of an interrupted run.
-        surroundings: What the last bits of the results depend on beside them, as text by name, see
-            `environment_of`: a run that goes on among others warns.
+        environment: What the last bits of the results depend on beside the settings, as text by name, see
+            `environment_of`. A run that is resumed in another environment warns.
 
     Raises:
         ArtifactError: If an interrupted run is there and must not be touched, is damaged, or is one with other
-            settings; if another process is at it; or if the folder cannot be written.
+            settings; if another process uses it; or if the folder cannot be written.
     """
-    place, here = run_directory_path(out), dict(surroundings or {})
+    place, here = run_directory_path(out), dict(environment or {})
     if place.folder.exists():
         _meet(place.folder, settings, on_existing)
     if not place.folder.exists():
         with disk_errors(place.folder), atomic_folder(place.folder) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
             (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
-            (draft / LOCK).touch()  # With the rest: a disk that is full then leaves nothing.
+            (draft / LOCK).touch()  # Together with the rest, so that a full disk leaves nothing.
     with contextlib.ExitStack() as stack:
         with disk_errors(place.folder):
             stack.enter_context(locked(place.folder))
@@ -112,12 +109,12 @@ def open_run_directory(
 
 
 def run_directory_path(out: Path) -> "RunDirectory":
-    """Where the work of a run with this output folder lies, whether there is any or not."""
+    """Return the place of the work of a run with this output folder, whether there is any or not."""
     return RunDirectory(out.with_name(f"{out.name}.work"))
 
 
 def environment_of(device: torch.device) -> dict[str, str]:
-    """What the last bits of a result depend on beside the settings of a run."""
+    """Return what the last bits of a result depend on beside the settings of a run."""
     machine = this_machine()
     found = {
         "device": device.type if device.type == "cpu" else machine.get("accelerator", device.type),
@@ -129,21 +126,21 @@ def environment_of(device: torch.device) -> dict[str, str]:
 
 
 def _compare(folder: Path, here: Mapping[str, str]) -> None:
-    """Warn of a run that goes on elsewhere."""
+    """Warn of a run that is resumed on different hardware or versions."""
     try:
         then = cast(dict[str, str], dict(json.loads((folder / _SURROUNDINGS).read_text())))
     except (OSError, ValueError, TypeError):
         return
     if changes := changed_settings({**here, **then}, here):
         warnings.warn(
-            f"The run goes on in other surroundings than it was begun in: {changes}. Its result may "
-            "differ in the last bits from that of an uninterrupted run, and by what follows from them.",
+            f"The run is resumed on different hardware or versions: {changes}. Its result may differ in the last bits "
+            "from that of an uninterrupted run, and by what follows from them.",
             stacklevel=4,
         )
 
 
 def _meet(folder: Path, settings: Mapping[str, str], on_existing: OnExisting) -> None:
-    """What is there already is refused, gone on with, or removed."""
+    """Refuse, resume or remove what is there already."""
     if not (folder / _SETTINGS).is_file():
         raise ArtifactError(
             f"{folder} must be the work of an interrupted run, or not be there; got something else. "
@@ -177,41 +174,40 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder for training checkpoints."""
+        """Folder for checkpoints of the training."""
         return self.folder / "checkpoint"
 
     def search_checkpoint(self, search: int) -> Path:
-        """The folder for checkpoints of a search; the searches of one run are numbered from 0."""
+        """Return the folder for checkpoints of a search; the searches of one run are numbered from 0."""
         return self.folder / f"search-{search}"
 
     @property
     def measurements(self) -> Path:
-        """The file for what was measured, see `Measurements`."""
+        """File for everything measured, see `secateur.search.latency.Measurements`."""
         return self.folder / _MEASURED
 
     def logged(self, progress: Callbacks) -> Callbacks:
-        """The same, with a table of all epochs kept in the work."""
+        """Return callbacks that also keep a table of all epochs in the work."""
         return CsvLog(self.folder / _HISTORY, progress)
 
     def hand_on_history(self, draft: Path) -> None:
-        """Copy the table of all epochs beside the report; nothing if there were none."""
+        """Copy the table of all epochs to a finished artifact; do nothing if there were no epochs."""
         if (self.folder / _HISTORY).is_file():
             shutil.copyfile(self.folder / _HISTORY, draft / _HISTORY)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to go on from: no file beside those that every run begins with.
+        """Whether there is nothing to resume from: no file beside those that every run begins with.
 
-        Measurements by which nothing was found yet count as nothing: a bound that turns out to be out of reach must not
-        leave an unfinished run, and the cache of the machine knows most of them. So does a table of epochs
-        without the checkpoints that its rows are of.
+        Measurements without a result count as nothing: a bound that turns out to be out of reach must not leave an
+        unfinished run, and the cache of the machine has most of them. So does a table of epochs without checkpoints.
         """
         files = (path for path in self.folder.rglob("*") if not path.is_dir())
         nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, _HISTORY, LOCK)
         return all(path.parent == self.folder and path.name in nothing for path in files)
 
     def write(self, cutting: CutState) -> None:
-        """Keep the first half of the run.
+        """Store the first half of the run.
 
         Raises:
             ArtifactError: If the disk is full; what was there before is as it was.
@@ -238,7 +234,7 @@ class RunDirectory:
             raise
 
     def read(self) -> CutState | None:
-        """The first half of an interrupted run; None if it was interrupted before the cut.
+        """Return the first half of an interrupted run; None if it was interrupted before the cut.
 
         Raises:
             ArtifactError: If it is damaged.
@@ -261,7 +257,7 @@ class RunDirectory:
             raise _damaged(self.folder, error) from error
 
     def remove(self) -> None:
-        """Remove the work, as far as it can be; the run is finished."""
+        """Remove the work of a finished run, as far as possible."""
         with contextlib.suppress(OSError):
             remove_dir_atomic(self.folder)
 
@@ -282,7 +278,7 @@ def check_output(folder: Path) -> None:
     """Refuse an output folder that could not be written at the end of the run.
 
     Args:
-        folder: Where the artifact shall be.
+        folder: The place of the artifact.
 
     Raises:
         ArtifactError: If it is a file, holds something else than an artifact, or cannot be made there.
@@ -342,7 +338,7 @@ def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> 
 def fabric_for(
     fabric: "Fabric | None", precision: Precision | None, device: torch.device | None, out: Path | None
 ) -> "Fabric":
-    """The caller's Fabric, or one for a device in this process.
+    """Return the caller's Fabric, or one for a device in this process.
 
     Raises:
         TrainingError: If both are given, the Fabric cannot be used, or its processes have no folder to share.
@@ -355,17 +351,17 @@ def fabric_for(
         )
     if fabric.world_size > 1 and out is None:
         raise TrainingError(
-            f"`out` must be given with {fabric.world_size} processes; got None. The first hands on to the others "
-            "there: name a folder that all machines share."
+            f"`out` must be given with {fabric.world_size} processes; got None. The first process passes its "
+            "results to the others there: name a folder that all machines share."
         )
     return resolve_fabric(fabric, precision)
 
 
 @contextmanager
 def first_alone(fabric: "Fabric") -> Generator[None]:
-    """A block that the first process goes through before all others begin it.
+    """Run a block in the first process before all others begin it.
 
-    If it fails there the others wait until torchrun ends them.
+    If it fails there, the others wait until torchrun ends them.
     """
     if not fabric.is_global_zero:
         fabric.barrier()

@@ -30,7 +30,7 @@ from secateur.search import (
 )
 from secateur.train import Silent, TrainConfig
 
-HEAL_ONLY = TrainConfig(epochs=0)
+REPAIR_ONLY = TrainConfig(epochs=0)
 
 
 def _model() -> nn.Module:
@@ -68,6 +68,12 @@ def test_callers_model_mode_and_random_state_stay():
     assert result.report.after.macs == count_macs(result.model, example)
 
 
+def test_versions_outside_of_the_tested_window_are_warned_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.metadata.requires", lambda _name: ["torch>=0.3", 'torch<0.4; extra == "tested"'])
+    with pytest.warns(UserWarning, match=r"not tested with torch .* \(tested: >=0\.3,<0\.4\)"):
+        run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY, callbacks=Silent())
+
+
 def test_same_seed_same_weights():
     first, second = (
         run_compress(_model(), noise_data(), budget="macs=50%", train=TrainConfig(1, 32), callbacks=Silent(), seed=5)
@@ -80,7 +86,7 @@ def test_same_seed_same_weights():
 
 def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
     out = tmp_path / "out"
-    result = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
+    result = run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY, out=out, export=())
     with pytest.raises(ArtifactError, match="factory"):
         secateur.load(out)
     loaded = secateur.load(out, factory=_model)
@@ -95,7 +101,7 @@ def test_artifact_of_a_model_without_a_name_needs_its_factory(tmp_path: Path):
 
 def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
     out = tmp_path / "out"
-    run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
+    run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY, out=out, export=())
 
     class Louder(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +115,7 @@ def test_verify_notices_other_outputs_and_other_costs(tmp_path: Path):
 
 def test_verify_fails_for_a_broken_export_and_goes_on(tmp_path: Path):
     out = tmp_path / "out"
-    run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY, out=out, export=())
+    run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY, out=out, export=())
     (out / "model.onnx").write_bytes(b"not a model")
     found = secateur.verify(out, factory=_model)
     failed = [check for check in found.checks if not check.passed]
@@ -124,7 +130,7 @@ def test_curve_has_the_originals_accuracy_as_its_line():
     )
     wanted = secateur.evaluate(_model(), noise_data().validation).top1
     assert result.report.original_validation_accuracy == wanted
-    repaired = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
+    repaired = run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY)
     assert repaired.report.original_validation_accuracy is None
 
 
@@ -204,7 +210,7 @@ def test_blocks_that_the_user_keeps_stay():
         budget="macs=70%",
         strategy=RemoveBlocks(Uniform(), most=1.0),
         selection=Selection(whole=("early.conv1",)),
-        train=HEAL_ONLY,
+        train=REPAIR_ONLY,
     )
     assert "early" not in result.architecture.removed_blocks
     assert result.architecture.removed_blocks
@@ -233,12 +239,12 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), most=0.7),
         "selection": Selection(exclude=("late.1",)), "out": tmp_path / "out", "export": (), "callbacks": Silent(),
     }  # fmt: skip
-    whole = run_compress(_residual(), noise_data(), train=HEAL_ONLY, **{**words, "out": None})
+    whole = run_compress(_residual(), noise_data(), train=REPAIR_ONLY, **{**words, "out": None})
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
             run_compress(_residual(), noise_data(), **words)
-    resumed = run_compress(_residual(), noise_data(), on_existing=OnExisting.RESUME, train=HEAL_ONLY, **words)
+    resumed = run_compress(_residual(), noise_data(), on_existing=OnExisting.RESUME, train=REPAIR_ONLY, **words)
     assert resumed.architecture == whole.architecture
     assert "early" in resumed.architecture.removed_blocks
     assert resumed.report.blocks == whole.report.blocks
@@ -247,7 +253,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_original_that_guesses_is_noted():
-    result = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
+    result = run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY)
     assert any("about what guessing gives (25.0 %)" in note for note in result.report.notes)
 
 
@@ -266,7 +272,9 @@ def test_axis_that_cannot_be_cut_right_stays_and_the_search_is_repeated(monkeypa
     monkeypatch.setattr(import_module("secateur.pipeline.config"), "cut", skeptical)
     said: list[str] = []
     model = _model()
-    result = run_compress(model, noise_data(), budget="macs=70%", train=HEAL_ONLY, strategy=Uniform(), hear=said.append)
+    result = run_compress(
+        model, noise_data(), budget="macs=70%", train=REPAIR_ONLY, strategy=Uniform(), hear=said.append
+    )
     assert calls == [2, 1]
     assert any("Searching again" in line for line in said)
     assert [frozen.reason for frozen in result.report.frozen if frozen.name == "0"] == ["for this test"]
@@ -280,7 +288,7 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     choices, space = Selection(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
     said: list[str] = []
     result = run_compress(
-        _model(), noise_data(), budget="macs=80%", selection=choices, space=space, train=HEAL_ONLY, out=out, export=(),
+        _model(), noise_data(), budget="macs=80%", selection=choices, space=space, train=REPAIR_ONLY, out=out, export=(),
         hear=said.append,
     )  # fmt: skip
     assert result.model[0].out_channels == 16
@@ -300,7 +308,7 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
 @pytest.mark.parametrize("strategy", [Knapsack(L2()), PCASlimming(), GlobalImportance(), Uniform()])
 def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
     space = SearchSpace(rules=(AxisRule("0", divisor=4), AxisRule("3", min_width=17)))
-    result = run_compress(_model(), noise_data(), budget="macs=70%", space=space, train=HEAL_ONLY, strategy=strategy)
+    result = run_compress(_model(), noise_data(), budget="macs=70%", space=space, train=REPAIR_ONLY, strategy=strategy)
     assert result.model[0].out_channels % 4 == 0
     assert result.model[3].out_channels >= 17
     only = run_compress(
@@ -308,7 +316,7 @@ def test_every_strategy_keeps_to_choices_and_rules(strategy: Strategy):
         noise_data(),
         budget="macs=70%",
         selection=Selection(include=("3",)),
-        train=HEAL_ONLY,
+        train=REPAIR_ONLY,
         strategy=strategy,
     )
     assert only.model[0].out_channels == 16
@@ -346,7 +354,7 @@ def test_resumed_run_must_have_the_same_choices(tmp_path: Path, monkeypatch: pyt
         patch.setattr(import_module("secateur.pipeline.compress"), "train_with_teacher", stop)
         with pytest.raises(KeyboardInterrupt):
             run_compress(_model(), noise_data(), selection=Selection(exclude=("0",)), **first)
-    resumed = {**first, "on_existing": OnExisting.RESUME, "train": HEAL_ONLY}
+    resumed = {**first, "on_existing": OnExisting.RESUME, "train": REPAIR_ONLY}
     with pytest.raises(
         ArtifactError, match=r"selection was Selection\(.*exclude=\('0',\).*now Selection\(include=\('3',\)"
     ):
@@ -400,9 +408,9 @@ def test_model_that_does_not_fit_is_refused_before_the_search():
 
 
 def test_channels_last_models_are_cut_as_others():
-    usual = run_compress(_model(), noise_data(), budget="macs=50%", train=HEAL_ONLY)
+    usual = run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY)
     last = run_compress(
-        _model().to(memory_format=torch.channels_last), noise_data(), budget="macs=50%", train=HEAL_ONLY
+        _model().to(memory_format=torch.channels_last), noise_data(), budget="macs=50%", train=REPAIR_ONLY
     )
     assert [axis.frozen_because for axis in last.graph.axes] == [axis.frozen_because for axis in usual.graph.axes]
     assert last.architecture.widths == usual.architecture.widths

@@ -203,7 +203,7 @@ def test_two_processes_are_not_at_one_run(tmp_path: Path):
         pass
 
 
-def test_other_surroundings_are_warned_of(tmp_path: Path):
+def test_another_environment_is_warned_of(tmp_path: Path):
     here = {"threads": "2", "torch": "2.15"}
 
     def interrupted_again(now: dict[str, str]) -> None:
@@ -219,11 +219,11 @@ def test_other_surroundings_are_warned_of(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         interrupted_again(here)
-    with pytest.warns(UserWarning, match=r"other surroundings than it was begun in: threads was 2, now 1\. Its result"):
+    with pytest.warns(UserWarning, match=r"different hardware or versions: threads was 2, now 1\. Its result"):
         interrupted_again(here | {"threads": "1"})
 
 
-def test_surroundings_are_what_the_last_bits_depend_on():
+def test_the_environment_is_what_the_last_bits_depend_on():
     found = environment_of(torch.device("cpu"))
     assert found["threads"] == str(torch.get_num_threads())
     assert (found["device"], found["torch"]) == ("cpu", torch.__version__)

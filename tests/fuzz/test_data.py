@@ -236,7 +236,7 @@ def test_damaged_statistics_do_not_abort_the_process(tmp_path: Path, seed: int):
 
 
 def test_groups_of_rows_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(import_module("secateur.data.parquet"), "_MOST_GROUP_BYTES", 100)
+    monkeypatch.setattr(import_module("secateur.data.parquet"), "_MAX_GROUP_BYTES", 100)
     said, _ = refusal(read_all, table(tmp_path / "set", {}))
     assert said is not None
     assert "bytes in one group of rows, above 100" in said
@@ -253,7 +253,7 @@ def test_truncated_tables(tmp_path: Path, part: float):
 
 
 def test_more_rows_than_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(import_module("secateur.data.parquet"), "_MOST_ROWS", ROWS - 1)
+    monkeypatch.setattr(import_module("secateur.data.parquet"), "_MAX_ROWS", ROWS - 1)
     said, _ = refusal(read_all, table(tmp_path / "set", {}))
     assert said is not None
     assert f"it says that it has {ROWS} rows, above" in said

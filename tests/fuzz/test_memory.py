@@ -12,7 +12,8 @@ BOUND = 512 * 2**20
 
 def test_files_with_huge_claims_take_little_memory(tmp_path: Path):
     tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
+    paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(tests / "memory_bombs.py"), str(tmp_path)],
         env=environment,

@@ -203,6 +203,7 @@ class SWP(Strategy):
         is over a limit by so much, it must leave so much room.
         """
         table = candidates.table()
+        # Ends, because every round lowers a limit below the cost of the combination before.
         while True:
             choice = self.combination.combine(table, context.inputs.seed)
             cost = context.costs.cost_of(*options.network_sizes(candidates.rows_of(choice.picked)))
@@ -218,6 +219,7 @@ class SWP(Strategy):
 
     def _settings(self, context: SearchContext) -> Mapping[str, str]:
         """Everything that must be equal for a search to be resumed; workers and combination may change."""
+        # Neither changes what is trained or scored.
         same = replace(self, workers=InProcess(), combination=ExactKnapsack())
         return {
             "strategy": stable_repr(same),

@@ -1,4 +1,4 @@
-"""Shared by the tests of tracing and cutting: random architectures, and how far apart two models are."""
+"""Helper functions for tests of tracing and cutting: random architectures, and distances between models."""
 
 import copy
 from functools import cache

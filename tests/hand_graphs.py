@@ -1,4 +1,4 @@
-"""Small nets with channel graphs written by hand: what tracing must find, known independently of it."""
+"""Small nets with channel graphs that were written by hand, as the expected results of tracing."""
 
 from dataclasses import dataclass, field
 

@@ -1,6 +1,6 @@
 """About thirty small networks, each the smallest that shows one way channels can be wired.
 
-``ZOO[name]()`` returns a freshly built `Animal`: a model in eval mode and an example input of batch 2. Weights are
+``ZOO[name]()`` returns a freshly built `ZooNet`: a model in eval mode and an example input of batch 2. Weights are
 seeded and *loud*: no bias, norm statistic or LayerScale is left at its silent default, so that a channel that is
 lost, swapped or kept by mistake changes the output. Building one leaves torch's global random state alone.
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from zoo_attention import Attention, GroupedQueryAttention, Transformer
 
 
-class Animal(NamedTuple):
+class ZooNet(NamedTuple):
     """A model in eval mode and an example input it accepts."""
 
     model: nn.Module
     example: Tensor
 
 
-def _loud(model: nn.Module, seed: int) -> nn.Module:
+def randomize_all(model: nn.Module, seed: int) -> nn.Module:
     """Fill every parameter and running statistic with seeded numbers that are not zero, one or equal."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -44,12 +44,12 @@ def _loud(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _animal(build: Callable[[], nn.Module], seed: int) -> Callable[[], Animal]:
-    def make() -> Animal:
+def _seeded(build: Callable[[], nn.Module], seed: int) -> Callable[[], ZooNet]:
+    def make() -> ZooNet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build()
-            return Animal(_loud(model, seed), torch.randn(2, 3, 8, 8))
+            return ZooNet(randomize_all(model, seed), torch.randn(2, 3, 8, 8))
 
     return make
 
@@ -94,8 +94,8 @@ _BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
     "grouped_query_attention": lambda: Transformer(GroupedQueryAttention()),
 }
 
-ZOO: Mapping[str, Callable[[], Animal]] = {
-    name: _animal(build, seed) for seed, (name, build) in enumerate(_BUILDERS.items())
+ZOO: Mapping[str, Callable[[], ZooNet]] = {
+    name: _seeded(build, seed) for seed, (name, build) in enumerate(_BUILDERS.items())
 }
 """Factories by name. Every call builds the same model again."""
 

@@ -1,4 +1,4 @@
-"""The tests that matter most: whatever is kept, the cut model is the original without the rest, at the cost we say."""
+"""The most important tests: for any kept channels, the cut model equals the masked original and has the stated cost."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Whatever channels are kept and whatever blocks are removed: the cut model is the original without the rest."""
+"""For any kept channels and any removed blocks, the cut model equals the masked original."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Whatever widths and blocks: a subnet computes what the really cut model computes, and learns what that learns."""
+"""For any widths and blocks, a subnet computes and learns what the corresponding cut model computes and learns."""
 
 import copy
 from dataclasses import dataclass, replace

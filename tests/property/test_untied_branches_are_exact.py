@@ -1,4 +1,4 @@
-"""Whatever each branch keeps of its stream: the cut model is the original in which the branch adds zeros there."""
+"""For any channels that branches keep, the cut model equals the original in which the others are zero."""
 
 import copy
 from collections.abc import Callable

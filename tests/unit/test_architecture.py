@@ -1,3 +1,5 @@
+"""Architectures: equality, JSON, display, and invalid ones."""
+
 import json
 
 import pytest
@@ -47,3 +49,16 @@ def test_damaged_json_is_refused(data, message):
 def test_block_names_in_disorder_are_refused(blocks):
     with pytest.raises(SurgeryError, match="`removed_blocks` must name each block once, in sorted order"):
         Architecture((), blocks)
+
+
+def test_its_text_is_short():
+    made = Architecture.of({"stem": range(40), "head": [2, 5]}, ["layer1.0"])
+    assert repr(made) == (
+        "Architecture(2 axes, 1 blocks removed)\n"
+        "  head: 2 channels, [2, 5]\n"
+        "  stem: 40 channels, [0, 1, 2, ..., 39]\n"
+        "  removed blocks: layer1.0"
+    )
+    large = Architecture.of({f"axis{n}": [0] for n in range(300)}, [f"block{n}" for n in range(300)])
+    assert len(repr(large).splitlines()) <= 20
+    assert "... and 284 more axes" in repr(large)

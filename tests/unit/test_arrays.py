@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur._arrays import components, distinct, distinct_rows, run_starts
+from secateur._arrays import connected_components, run_starts, unique_rows, unique_values
 
 SMALL = st.integers(-3, 5)
 
@@ -15,13 +15,13 @@ SMALL = st.integers(-3, 5)
 @given(st.lists(SMALL))
 def test_distinct_is_what_numpy_finds(values: list[int]) -> None:
     vector = np.array(values, dtype=np.int64)
-    assert distinct(vector).tolist() == np.unique(vector).tolist()
+    assert unique_values(vector).tolist() == np.unique(vector).tolist()
 
 
 @given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(SMALL, min_size=n, max_size=n), min_size=1)))
 def test_distinct_rows_are_what_numpy_finds(rows: list[list[int]]) -> None:
     matrix = np.array(rows, dtype=np.int64)
-    assert distinct_rows(matrix).tolist() == np.unique(matrix, axis=0).tolist()
+    assert unique_rows(matrix).tolist() == np.unique(matrix, axis=0).tolist()
 
 
 @given(st.lists(SMALL))
@@ -37,7 +37,7 @@ def test_components_are_what_a_search_finds(graph: tuple[int, list[tuple[int, in
     for _ in range(count):
         for first, second in ties:
             smallest[first] = smallest[second] = min(smallest[first], smallest[second])
-    found = components(count, [(np.array([first]), np.array([second])) for first, second in ties])
+    found = connected_components(count, [(np.array([first]), np.array([second])) for first, second in ties])
     assert found.tolist() == smallest
 
 

@@ -1,4 +1,4 @@
-"""The zoo itself: every net is deterministic and loud, or the tests built on it prove nothing."""
+"""The zoo itself: every net is deterministic, and all its weights have a visible effect, as other tests assume."""
 
 import pytest
 import torch

@@ -126,12 +126,14 @@ class Ledger:
 
     def new(self, number: int) -> IntArray:
         """Return new ids."""
+        # Ids are consecutive, so that vectors of ids are plain ranges until operations permute them.
         first = self.count
         self.count += number
         return np.arange(first, first + number, dtype=np.int64)
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
         """Give new ids to every dimension of a parameter or buffer."""
+        # A dimension of size one has nothing to remove, and broadcasts against any number of channels.
         ids = {dim: self.new(size) for dim, size in enumerate(tensor.shape) if size > 1}
         self.stored[id(tensor)] = StoredTensor(
             tensor, name, isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), ids
@@ -139,6 +141,7 @@ class Ledger:
 
     def ids_of(self, tensor: torch.Tensor) -> ChannelIds:
         """Return the ids that a tensor carries; empty if none."""
+        # The ids of an activation are an attribute of the tensor, so that they are dropped together with it.
         marked: ChannelIds | None = getattr(tensor, _MARK, None)
         if marked is not None:
             return marked
@@ -147,6 +150,7 @@ class Ledger:
 
     def mark(self, tensor: torch.Tensor, ids: ChannelIds, *, own: bool = False) -> None:
         """Attach ids to an activation, and whether it is computed from weights only (``own``)."""
+        # An operation in place may return a parameter or buffer, whose own ids must stay.
         if id(tensor) not in self.stored:
             setattr(tensor, _MARK, ids)
             setattr(tensor, _OWN, own)
@@ -164,6 +168,7 @@ class Ledger:
     def tie_rows(self, matrix: IntArray) -> IntArray:
         """Tie every row of a matrix to the first one, and return that."""
         if matrix.shape[0] > 1:
+            # One pair of vectors for the whole matrix: `connected_components` works on few long vectors.
             self.ties.append((np.broadcast_to(matrix[:1], matrix[1:].shape).reshape(-1), matrix[1:].reshape(-1)))
         return matrix[0]
 
@@ -322,6 +327,7 @@ class Call:
 
     def mix(self, results: Sequence[ChannelIds]) -> Sequence[ChannelIds]:
         """Record that the call combines channels, in a cut model only the kept ones, and return the results."""
+        # `KeptChannelsMode` can only repeat numbered calls, and only if they return new tensors.
         if is_mutable(self.operator) or self.name not in MIXING_KINDS:
             return freeze_inputs(self)
         read = tuple((t, dim, ids) for t, tensor in enumerate(self.inputs) for dim, ids in self.ids(tensor).items())
@@ -352,8 +358,10 @@ def merge_operands(call: Call, operands: Sequence[tuple[IntArray | None, int]]) 
     carried = [ids for ids, _ in operands if ids is not None]
     if not carried:
         return None
+    # Channels at the same position of all operands are one channel from here on.
     for ids in carried[1:]:
         call.ledger.tie(carried[0], ids)
+    # A longer operand without ids would keep its length, and no longer fit if channels were removed.
     if any(ids is None and length > 1 for ids, length in operands):
         call.ledger.freeze(carried[0], f"{call.where} meets a tensor that does not follow the channels")
     return carried[0]

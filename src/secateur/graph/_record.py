@@ -356,11 +356,11 @@ def record(
         TraceError: If the model cannot run the example.
     """
     with contextlib.suppress(TraceError, FakeValueReadError):
-        return _record_once(model, example, RecordingContext(rules, computed=False), by_head)
-    return _record_once(model, example, RecordingContext(rules, computed=True), by_head)
+        return record_once(model, example, RecordingContext(rules, computed=False), by_head)
+    return record_once(model, example, RecordingContext(rules, computed=True), by_head)
 
 
-def _record_once(
+def record_once(
     model: nn.Module, example: tuple[Any, ...], context: RecordingContext, by_head: BoolArray | None
 ) -> tuple[Ledger, dict[Attribute, int]]:
     try:
@@ -525,11 +525,11 @@ def record_execution(model: nn.Module, example: tuple[Any, ...]) -> ForwardRun:
         example: The positional arguments, tensors at batch 1.
     """
     with contextlib.suppress(FakeValueReadError):
-        return _record_execution(model, example, computed=False)
-    return _record_execution(model, example, computed=True)
+        return record_execution_once(model, example, computed=False)
+    return record_execution_once(model, example, computed=True)
 
 
-def _record_execution(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> ForwardRun:
+def record_execution_once(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> ForwardRun:
     run = ForwardRun()
     run.flow.add_inputs(example)
     run.stored.extend(() for _ in run.flow.names)

@@ -29,10 +29,13 @@ def fill(call: Call) -> Sequence[ChannelIds]:
 def move_channels(call: Call) -> Sequence[ChannelIds]:
     """Execute the operation on the ids themselves."""
     source = call.inputs[0]
+    # Further inputs are index tensors. Removing entries of these would change what is selected.
     for other in call.inputs[1:]:
         call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    # The identity needs no execution.
     if call.name in _SAME and call.outputs[0].shape == source.shape:
         return [call.ids(source) for _ in call.outputs]
+    # A view with another dtype changes the number of elements, so that ids cannot follow.
     if call.name in _RESHAPES and call.outputs[0].numel() != source.numel():
         return freeze_inputs(call)
     return _move_ids(call, call.ids(source))
@@ -55,6 +58,7 @@ def _move_ids(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
 def _find_destination(call: Call, dim: int, vector: IntArray) -> int | None:
     """Return the dimension to which all ids move unchanged, so that nothing need be executed; None if not certain."""
     find = _DESTINATIONS.get(call.name)
+    # Equal ends may mean that all ids are equal, as after `expand`; then only execution tells where they vary.
     if find is None or call.kwargs or len(vector) < 2 or vector[0] == vector[-1] or not call.outputs[0].numel():
         return None
     return find(call, dim)
@@ -107,7 +111,9 @@ def _execute_on_ids(call: Call, source: torch.Tensor, dim: int, vector: IntArray
         return [_reshape_ids(source.shape, call.outputs[0].shape, dim, vector)]
     shape = [1] * source.dim()
     shape[dim] = len(vector)
+    # Along the other dimensions the probe repeats by stride 0, which costs no memory.
     probe = torch.from_numpy(vector).view(shape).expand(source.shape)
+    # These operations are not implemented for integers. Ids are far below 2^53, so float64 is exact.
     if call.name in _FLOAT_ONLY:
         probe = probe.double()
     args, kwargs = tree_map_only(torch.Tensor, lambda t: probe if t is source else t, (call.args, call.kwargs))
@@ -134,6 +140,7 @@ def _find_group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, 
     while True:
         low, high = first + 1, second + 1
         left, right = old[first], new[second] if second < len(new) else 1
+        # Grow the smaller group until both have the same number of positions.
         while left != right:
             if left < right:
                 left, low = left * old[low], low + 1
@@ -147,6 +154,7 @@ def _find_group(old: Sequence[int], new: Sequence[int], dim: int) -> tuple[int, 
 def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector: IntArray) -> None:
     """Give moved ids to the dimension along which they vary; of several, to the one with the most distinct ids."""
     dims = [d for d in range(ids.dim()) if _varies(ids, d)]
+    # Along these dimensions all ids are equal: one position is enough.
     for d in set(range(ids.dim())) - set(dims):
         ids = ids.narrow(d, 0, min(1, ids.size(d)))
     if not dims:
@@ -155,6 +163,7 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
         return
     if len(dims) == 1:
         free = dims[0]
+    # Heads come before their dimensions, so the second to last dimension that varies counts heads.
     elif call.ledger.is_by_head(vector):
         free = dims[-2]
     else:
@@ -163,6 +172,7 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
     matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
     flat = matrix.numpy()
     if len(dims) > 1:
+        # Channels that lie in several rows are kept or removed together with those of the other rows.
         flat = unique_rows(flat)
         picked = call.ledger.tie_rows(flat)
     else:
@@ -189,6 +199,7 @@ def _count_distinct(ids: torch.Tensor, dim: int) -> int:
 def _varies(ids: torch.Tensor, dim: int) -> bool:
     if ids.size(dim) <= 1 or ids.stride(dim) == 0:
         return False
+    # Comparing the ends first avoids the full comparison in nearly all cases.
     first = ids.narrow(dim, 0, 1)
     if not torch.equal(first, ids.narrow(dim, ids.size(dim) - 1, 1)):
         return True
@@ -198,6 +209,7 @@ def _varies(ids: torch.Tensor, dim: int) -> bool:
 def as_strided(call: Call) -> Sequence[ChannelIds]:
     """Pass the ids if the strides change only along single positions, as in global pooling of channels-last tensors."""
     source, out = call.inputs[0], call.outputs[0]
+    # In a dense layout with single positions, only the strides of dimensions of size one can differ.
     dense = out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     same = out.shape == source.shape and dense and all(size == 1 for size in out.shape[2:])
     return [call.ids(source)] if same else freeze_inputs(call)
@@ -223,6 +235,7 @@ def move_positions(call: Call) -> Sequence[ChannelIds]:
     if not moved:
         return move_channels(call)
     call.ledger.freeze_all([moved], f"{call.where} moves channels to other positions")
+    # `unfold` and `diagonal` change the number of dimensions, so that the other ids have no place.
     if call.outputs[0].shape != source.shape:
         call.ledger.freeze_all([ids], f"{call.where} moves channels to other positions")
         return [{} for _ in call.outputs]
@@ -234,6 +247,7 @@ def channel_shuffle(call: Call) -> Sequence[ChannelIds]:
     ids = dict(call.ids(call.inputs[0]))
     if 1 in ids:
         matrix = ids[1].reshape(call.named("groups"), -1)
+        # Every group must keep equally many channels for the shuffle to remain a transposition.
         call.ledger.tie_rows(matrix)
         ids[1] = np.ascontiguousarray(matrix.T).reshape(-1)
     return [ids]
@@ -282,6 +296,7 @@ def pad(call: Call) -> Sequence[ChannelIds]:
     source, amounts = call.inputs[0], call.args[1]
     result: ChannelIds = {}
     for dim, vector in call.ids(source).items():
+        # Amounts are listed from the last dimension to the first, two for each.
         place = 2 * (source.dim() - 1 - dim)
         low, high = (amounts[place], amounts[place + 1]) if place + 1 < len(amounts) else (0, 0)
         if low < 0 or high < 0:
@@ -300,6 +315,7 @@ def concatenate(call: Call) -> Sequence[ChannelIds]:
     result: ChannelIds = {}
     if any(dim in call.ids(t) for t in tensors):
         parts = [call.ids(t).get(dim) for t in tensors]
+        # A part without ids, such as constants, gets new ids that are frozen.
         result[dim] = np.concatenate(
             [
                 part if part is not None else _new_frozen_ids(call, t.size(dim))

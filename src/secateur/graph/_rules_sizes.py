@@ -24,6 +24,7 @@ def bind_sizes(  # noqa: PLR0917
     """Bind the Python ints of one call, if it takes sizes."""
     rule = SIZE_RULES.get(name)
     if rule is not None:
+        # Modules whose attention scale depends on a size are cut by whole heads; see `trace`.
         scales = len(ledger.scaled)
         rule(ledger, f"`{name}` in {where or 'the model itself'}", args, kwargs, out)
         if len(ledger.scaled) > scales:
@@ -33,10 +34,12 @@ def bind_sizes(  # noqa: PLR0917
 def _bind_view(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``view`` and ``reshape``: bind one size per output dimension."""
     sizes = _flatten_sizes(args[1:], kwargs)
+    # `view(dtype)` has no sizes.
     if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
         return
     ids = ledger.ids_of(out)
     for dim, size in enumerate(sizes):
+        # A size of -1 follows by itself. A plain int along a dimension without channels stays what it is.
         if size != -1 and (dim in ids or isinstance(size, SizeInt)):
             ledger.bind(expression_of(size), ids.get(dim), where)
 
@@ -95,6 +98,7 @@ def _bind_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
     """``split``: tie the pieces of one size, or bind each of a list of sizes."""
     sizes = _argument(args, kwargs, 1, "split_size_or_sections", kwargs.get("split_size"))
     dim = _dim_argument(args, kwargs, 2)
+    # With one size for all pieces, it must equal the length of the first piece.
     if isinstance(sizes, int):
         _tie_pieces(ledger, where, out, dim)
         ledger.bind(expression_of(sizes), _ids_along(ledger, out[0], dim), where)
@@ -109,6 +113,7 @@ def _bind_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
 def _tie_pieces(ledger: Ledger, where: str, pieces: Any, dim: int, *, complete: bool = True) -> None:
     carried = [_ids_along(ledger, piece, dim) for piece in pieces]
     known = [ids for ids in carried if ids is not None]
+    # Unequal pieces would become unequal in another way after a cut: `chunk` rounds their length up.
     if not complete or len(known) < len(carried) or len({len(ids) for ids in known}) > 1:
         for ids in known:
             ledger.freeze(ids, f"{where} splits channels into unequal pieces")
@@ -122,6 +127,7 @@ def _bind_pad(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[st
     amounts = _argument(args, kwargs, 1, "pad")
     rank = out.dim()
     for dim in range(rank):
+        # Amounts are listed from the last dimension to the first, two for each.
         place = 2 * (rank - 1 - dim)
         if place + 1 >= len(amounts):
             continue
@@ -142,6 +148,7 @@ def _bind_index(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
         if part is None:
             continue
         if part is Ellipsis:
+            # An ellipsis stands for all dimensions that the other items do not index.
             dim += source.dim() - consumed
             continue
         ids = ledger.ids_of(source).get(dim)
@@ -163,6 +170,7 @@ def _bind_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, An
         ledger.bind(expression_of(-part.start if part.start < 0 else part.start), before, where)
     if part.stop is not None:
         counted = ids[: part.stop] if part.stop >= 0 else ids[part.stop :]
+        # A bound at or beyond the end is no limit, whatever the width.
         if 0 < len(counted) < len(ids) or isinstance(part.stop, SizeInt):
             ledger.bind(expression_of(-part.stop if part.stop < 0 else part.stop), counted, where)
 
@@ -187,6 +195,7 @@ def _bind_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs:
 
 def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
     """Bind the number of groups to one channel of each, if whole groups are removed."""
+    # If positions of groups are removed instead, the number of groups does not change.
     members = None if ids is None else ids.reshape(int(groups), -1)
     counted = members[:, 0] if members is not None and cuts_whole_groups(*members.shape) else None
     if counted is not None or isinstance(groups, SizeInt):
@@ -210,6 +219,7 @@ def _bind_group_norm(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: 
 
 def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``scaled_dot_product_attention``: its default scale, (head dimension) ** -0.5, must stay what it is."""
+    # With an explicit scale, the number of dimensions does not matter.
     if _argument(args, kwargs, 6, "scale") is None:
         for tensor in args[:2]:
             ids = _ids_along(ledger, tensor, -1)

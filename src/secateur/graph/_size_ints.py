@@ -64,6 +64,7 @@ class SizeInt(int):
         return self
 
     def __neg__(self) -> "SizeInt":
+        # A double negation is simplified, because slices from the end negate their bound twice.
         match self.expression:
             case Arithmetic("-", Literal(0), positive):
                 return SizeInt(-int(self), positive)
@@ -100,6 +101,7 @@ def _float_operator(name: str) -> Callable[[Any, Any], Any]:
     def apply(self: SizeInt | SizeFloat, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
+        # Only the origin of the float matters, not the operation: no float becomes the size of a dimension.
         value = plain(float(self), float(other))
         theirs: Expression = getattr(other, "expression", Literal(0))
         constant = isinstance(theirs, Literal)
@@ -129,6 +131,7 @@ def expression_of(value: int) -> Expression:
 def _left_operator(operator: str, plain: Callable[[int, Any], Any]) -> Callable[[SizeInt, Any], Any]:
     def apply(self: SizeInt, other: Any) -> Any:
         value = plain(int(self), other)
+        # `NotImplemented`, or the float that int arithmetic with a float returns.
         if type(value) is not int:
             return value
         return SizeInt(value, Arithmetic(operator, self.expression, expression_of(other)))
@@ -146,6 +149,7 @@ def _right_operator(operator: str, plain: Callable[[int, Any], Any]) -> Callable
     return apply
 
 
+# Assigned in a loop, because the ten methods differ only in their operator.
 for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv", "%": "mod"}.items():
     setattr(SizeInt, f"__{_name}__", _left_operator(_symbol, getattr(int, f"__{_name}__")))
     setattr(SizeInt, f"__r{_name}__", _right_operator(_symbol, getattr(int, f"__r{_name}__")))
@@ -262,6 +266,7 @@ def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
 
 
 def _product(left: Extent, right: Extent) -> Extent | None:
+    # A product of two widths is not linear.
     if left.terms and right.terms:
         return None
     constant, other = (right.base, left) if left.terms else (left.base, right)
@@ -271,6 +276,7 @@ def _product(left: Extent, right: Extent) -> Extent | None:
 def _quotient(extent: Extent, by: int) -> Extent | None:
     if not extent.terms:
         return Extent(extent.base // by)
+    # Floor division is linear only if it is exact for all widths.
     if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
         return None
     return _quotient_of(extent, by)
@@ -278,6 +284,7 @@ def _quotient(extent: Extent, by: int) -> Extent | None:
 
 def _ratio(left: Extent, right: Extent) -> Extent | None:
     """Return the constant k if left = k * right for all widths, as for channels and the number of their groups."""
+    # With all widths set to one, both sides are positive, and a constant ratio must show.
     times, rest = divmod(left.at({name: 1 for name, _ in left.terms}), right.at({name: 1 for name, _ in right.terms}))
     return Extent(times) if not rest and combine_extents(((times, right),)) == left else None
 

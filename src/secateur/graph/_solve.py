@@ -69,6 +69,7 @@ class Solution:
     def extent_of(self, ids: IntArray) -> Extent | None:
         """Return the extent of a vector of ids; None if it has only a part of an axis that may be pruned."""
         base, terms = 0, list[tuple[str, int]]()
+        # Frozen axes and ids of no axis are constants; a partly present prunable axis has no linear extent.
         for number, total, times in self._census(ids):
             if number < 0 or number in self.reasons:
                 base += total
@@ -93,6 +94,7 @@ class Solution:
         known = self._counted.get(id(ids))
         if known is not None:
             return known[1]
+        # All ids of a component have the axis and channel of its root.
         roots = self.root[ids]
         owner = self.axis_of[roots]
         # Shortcut: nearly always, all ids belong to the same axis.
@@ -138,6 +140,7 @@ def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attr
     before = len(ledger.ties)
     for binding in ledger.bindings:
         if not _is_consistent(binding, solution, edited, attributes):
+            # A tie helps only if it connects something; otherwise the loop in `solve` would not end.
             for first, second in _equal_counts(ledger, binding):
                 if (solution.root[first] != solution.root[second]).any():
                     ledger.tie(first, second)
@@ -154,6 +157,7 @@ def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, 
         case ShapeOf(counted) if binding.ids is not None and len(counted) == len(binding.ids):
             return [(counted, binding.ids)]
         case Arithmetic("//", ShapeOf(counted), heads) if binding.ids is not None:
+            # With c // heads, the counted channels are heads x dimensions: tie each dimension across the heads.
             rows = counted.reshape(-1, len(binding.ids)) if len(counted) % len(binding.ids) == 0 else None
             return [] if rows is None else [(np.tile(binding.ids, len(rows)), counted)]
         case Arithmetic("//", ShapeOf(counted), Attribute() as heads):
@@ -168,6 +172,7 @@ def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, 
 def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:
     """Find the new value of every int attribute, and freeze axes whose sizes an int cannot follow, until stable."""
     while True:
+        # Freezing an axis changes extents, and thereby the edits and what is consistent: repeat until nothing changes.
         changed = _freeze_partial(ledger, solution)
         edited = _find_edits(ledger, solution, attributes)
         for binding in ledger.bindings:
@@ -195,9 +200,11 @@ def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribut
             return None
         return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.extent_of)
 
+    # Attributes that count channels directly come first, because expressions may contain them.
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.extent_of(binding.ids)
         found = None if extent is None else solve_for_attribute(binding.expression, extent, known)
+        # At full width the new value must be the present one; otherwise the equation has another meaning.
         if found and found[1].at(solution.sizes) == attributes[found[0]]:
             edited.setdefault(*found)
     return edited
@@ -270,6 +277,7 @@ class _Occurrences:
 def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[Any, ...]) -> ChannelGraph:
     """Return the channel graph that follows from a ledger."""
     solution = _solve_axes(ledger)
+    # New ties merge axes, after which more sizes may be consistent.
     while tie_equal_sizes(ledger, solution, attributes):
         solution = _solve_axes(ledger)
     edited = resolve_sizes(ledger, solution, attributes)
@@ -320,6 +328,7 @@ def _find_occurrences(ledger: Ledger, root: IntArray) -> _Occurrences:
 def _first_freezes(ledger: Ledger, root: IntArray) -> IntArray:
     """Return the index of the first freeze of each component; the number of freezes if there is none."""
     first = np.full(ledger.count, len(ledger.freezes), dtype=np.int64)
+    # Backward, so that the first freeze of a component is the one that remains.
     for number in range(len(ledger.freezes) - 1, -1, -1):
         first[root[ledger.freezes[number][0]]] = number
     return first
@@ -346,6 +355,7 @@ def _group_into_axes(ledger: Ledger, places: _Occurrences, root: IntArray, froze
         pattern, block = sites[where[0]], positions[where]
         assert (sites[where] == pattern).all(), "two kinds of channels have the same fingerprint"
         axis_sites = tuple(_sites(places, roles, pattern, block))
+        # Tensors that no layer produces or consumes, such as the tokens of a position embedding, are no channels.
         if not any(site.role is not Role.VECTOR for site in axis_sites):
             continue
         number = len(solution.axes)
@@ -354,6 +364,7 @@ def _group_into_axes(ledger: Ledger, places: _Occurrences, root: IntArray, froze
         solution.axes.append(ChannelAxis(_name(axis_sites, taken), len(members), axis_sites))
         for site in axis_sites:
             along[site.tensor, site.dim].append((number, site.index.size, site.index.shape[1]))
+        # An explicit freeze takes precedence over the reasons that follow from the sites.
         if reason < len(ledger.freezes):
             solution.reasons[number] = ledger.freezes[reason][1]
         elif not contracted[heads[members[0]]] and not any(site.role is Role.INPUT for site in axis_sites):
@@ -385,8 +396,10 @@ def _group_components(reasons: IntArray, sites: IntArray, positions: IntArray, s
     if not len(starts):
         return []
     draw = np.random.default_rng(0)
+    # The seed is fixed, so that the same model always gives the same graph.
     secrets = draw.integers(2**63, size=int(sites.max()) + int(reasons.max()) + 2, dtype=np.uint64)
     prints = np.add.reduceat(secrets[sites], starts) + secrets[len(secrets) - 1 - reasons]
+    # Order of first site, then of position: the order of the channels in the tensor that names the axis.
     order = np.lexsort((positions[starts], sites[starts]))
     kinds = prints[order]
     grouped = np.argsort(kinds, kind="stable")
@@ -395,6 +408,7 @@ def _group_components(reasons: IntArray, sites: IntArray, positions: IntArray, s
 
 
 def _roles(ledger: Ledger, places: _Occurrences) -> dict[tuple[str, int], Role]:
+    # The first id of a dimension identifies it, because dimensions of stored tensors do not share ids.
     owner: dict[int, tuple[str, int]] = {int(stored.ids[dim][0]): (stored.name, dim) for stored, dim in places.tensors}
     roles: dict[tuple[str, int], Role] = {}
     for ids, role in ledger.roles:
@@ -413,12 +427,14 @@ def _sites(
         if number < len(places.tensors):
             stored, dim = places.tensors[number]
             role = roles.get((stored.name, dim), Role.VECTOR)
+            # Many sites have the same positions; sharing one array saves memory, and time in `slice`.
             one = high == low + 1 and alike[low]
             yield Site(stored.name, dim, shared if one else np.ascontiguousarray(block[:, low:high]), role)
 
 
 def _name(sites: tuple[Site, ...], taken: dict[str, int]) -> str:
     """Return the module that produces the channels first, with a number if it produces several axes."""
+    # Sites are in the order of the state dict; the producer is what a user looks for.
     best = next((s for s in sites if s.role is Role.OUTPUT), sites[0])
     name = best.tensor.rpartition(".")[0] or best.tensor
     if best.role is Role.INPUT:

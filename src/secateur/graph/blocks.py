@@ -205,6 +205,7 @@ class DataFlow:
         sources = tuple(reading.value for reading in read)
         number = len(self.names)
         added = self.addition_number(name, inputs, read)
+        # Sums with ``alpha`` are counted, so that numbers agree with `ZeroBranches`, but are never residual.
         if added is not None:
             self._added += 1
             if plain:
@@ -233,6 +234,7 @@ class DataFlow:
     def enter_module(self, module: str, args: Any, kwargs: Any) -> None:
         """Record that a module begins to run."""
         call = ModuleCall(module, len(self.names))
+        # Stand-ins return their first tensor argument, so the value of that one is enough.
         tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         if tensor is not None:
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
@@ -249,6 +251,7 @@ class DataFlow:
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                 call.output, call.output_shape = self.value_of(first), first.shape
                 call.other_outputs = tuple(self.value_of(item) for item in rest if isinstance(item, torch.Tensor))
+            # A stand-in can return a tuple of a tensor and None, as attention does, but no other structure.
             if all(item is None or isinstance(item, torch.Tensor) for item in rest):
                 call.items = len(out) if type(out) is tuple else None
 
@@ -373,6 +376,7 @@ class _BlockFinder:
         return self._name_blocks(found)
 
     def _find_branch(self, step: int, addition: Addition) -> _Branch | None:
+        # Either operand may be the branch. The usual order is shortcut + branch.
         pairs = ((addition.left, addition.right, 1), (addition.right, addition.left, 0))
         for shortcut, result, operand in pairs:
             if shortcut < 0 or result <= 0 or not self.flow.from_input[shortcut] or self.users[result] != [step]:
@@ -381,6 +385,7 @@ class _BlockFinder:
             if result <= min(trunk):
                 continue
             origin = self._find_ancestors(result, min(trunk))
+            # The branch must be computed from x; otherwise removing it would lose an independent input.
             if not trunk & origin:
                 continue
             steps = self._find_exclusive(step, result, min(trunk))
@@ -421,6 +426,7 @@ class _BlockFinder:
         else:
             replacements = self._find_silenced(branch, inside)
             modules = {call.module for call in inside}
+        # A module that runs several times would be removed from its other places as well.
         if not replacements or any(self.times[r.module] > 1 for r in replacements):
             return None
         tensors = self.tensors.only_in([r.module for r in replacements])
@@ -437,6 +443,7 @@ class _BlockFinder:
         for call in self.flow.calls[first:]:
             if call.begin >= branch.addition:
                 break
+            # Modules that share only some of their steps with the branch also serve something else.
             span = range(call.begin, call.end)
             if any(s in branch.serving for s in span) and all(s in branch.steps for s in span):
                 found.append(call)
@@ -452,6 +459,7 @@ class _BlockFinder:
             return None
         last = branch.addition
         for step in range(call.begin, call.end):
+            # What remains besides the branch, the sum and unused steps must not change the value.
             if step in branch.steps or step == branch.addition or not self.users[step]:
                 continue
             rectified = self.flow.names[step] == "relu" and self.positive[branch.shortcut]
@@ -466,6 +474,7 @@ class _BlockFinder:
         for call in inside:
             if call.module in self.tensors.parameters and not (outermost and call.begin < outermost[-1].end):
                 outermost.append(call)
+        # Steps inside of these modules disappear with them; all others ('loose') still run.
         owner = {step: call for call in outermost for step in range(call.begin, call.end)}
         loose = sorted(step for step in branch.serving if step not in owner)
         zero: set[int] = set()
@@ -474,6 +483,7 @@ class _BlockFinder:
             call = owner.get(step)
             if call is not None and call not in last:
                 last.append(call)
+                # The result depends on a part of the module other than its first output, such as a stored attribute.
                 if step != call.output:
                     return ()
         zero.update(call.output for call in last)
@@ -489,6 +499,7 @@ class _BlockFinder:
 
     def _is_zero(self, step: int, zero: Collection[int]) -> bool:
         name, sources = self.flow.names[step], self.flow.sources[step]
+        # A product is zero if any factor is; a concatenation or sum only if all parts are.
         if name == "mul":
             return any(source in zero for source in sources)
         if name in {"cat", "stack"} or step in self.flow.additions:
@@ -554,6 +565,7 @@ class _TensorOwners:
 
     def only_in(self, modules: Iterable[str]) -> tuple[str, ...] | None:
         """Return the first names of the tensors in some modules; None if another module shares one of them."""
+        # A tensor with more names than uses inside of the modules belongs to another module too.
         held = Counter(tensor for module in modules for tensor in self.inside.get(module, ()))
         if any(times < len(self.names[tensor]) for tensor, times in held.items()):
             return None

@@ -377,6 +377,7 @@ class ChannelGraph:
         """
         chains: list[list[Block]] = []
         for block in self.removable:
+            # Blocks are in order of execution, so a chain is always extended at its end.
             chain = next((c for c in chains if block.follows == c[-1].name), None)
             if chain is None:
                 chains.append([block])
@@ -411,6 +412,7 @@ class ChannelGraph:
             reasons: The reason by axis name. Axes that are frozen already keep their first reason. If a branch is
                 frozen, so is the residual axis that it is added to, for the same reason.
         """
+        # Removing channels of a stream removes them from its branches, which is not possible if these are frozen.
         streams = {a.residual_axis: reasons[a.name] for a in self.axes if a.residual_axis and a.name in reasons}
         reasons = {**streams, **reasons}
         new = {name: reason for name, reason in reasons.items() if self.by_name[name].frozen_because is None}
@@ -455,6 +457,7 @@ def _kept_positions(
     keep = np.ones(axis.shape, dtype=bool)
     for number in set(axis.tolist()):
         mask = alive.get(number)
+        # Axes that are not in the mapping keep all channels.
         if mask is not None:
             here = axis == number
             keep[here] = mask[channel[here]]

@@ -92,6 +92,7 @@ class Selection:
             return f"kept whole: matched exclude pattern {excluded!r}"
         if kept is not None:
             return f"kept whole: a layer of it matched {kept!r}"
+        # Unlike an axis, a block is included only if all its parameters are, because all of them are removed.
         every = all(_first_match(self.include, enclosing_names(tensor)) is not None for tensor in block.tensors)
         if self.include and not every and _first_match(self.include, (block.name,)) is None:
             return f"kept whole: not all of it matched an include pattern ({', '.join(map(repr, self.include))})"
@@ -143,6 +144,7 @@ def _producer_names(axis: ChannelAxis) -> Iterator[str]:
     """Yield the name of an axis, and the names of the parameters and modules that produce or pass its channels."""
     yield axis.name
     for site in axis.sites:
+        # Readers do not count: their inputs belong to the layer that produces them.
         if site.role is not Role.INPUT:
             yield from enclosing_names(site.tensor)
 

@@ -64,6 +64,7 @@ class StageExecution:
         """
         value = call.output
         inside = bool(call.module) and call.begin <= value < call.end and call.items is None
+        # A module that runs several times would cut at several points.
         if not inside or self.times[call.module] != 1 or self._reach[value] == CONSTANT or value == self._last:
             return False
         return self._jumped[value] <= value and not any(r > CONSTANT for r in self._reach[value + 1 : call.end])
@@ -71,6 +72,7 @@ class StageExecution:
     @cached_property
     def outputs(self) -> tuple[CutPoint, ...]:
         """The single live tensors in order of execution, each with the outermost module that returns it."""
+        # Several nested modules return the same value; the outermost is the most stable name for it.
         outermost: dict[int, CutPoint] = {}
         for call in self.flow.calls:  # In order of entry: the outermost comes first.
             if call.output not in outermost and self.is_live(call):
@@ -124,6 +126,7 @@ def _last_reads(flow: DataFlow) -> list[int]:
     reach = [
         len(flow.names) if fed and value in flow.returned else CONSTANT for value, fed in enumerate(flow.from_input)
     ]
+    # Backward, so that the readers of a value are known before its sources are visited.
     for step in reversed(range(len(reach))):
         if reach[step] == CONSTANT:
             continue
@@ -151,6 +154,7 @@ def _readers(flow: DataFlow, stored: list[tuple[str, ...]]) -> dict[str, set[int
     readers: dict[str, set[int]] = {}
     for step, names in enumerate(stored):
         found = {*names}.union(*(behind.get(source, ()) for source in flow.sources[step]))
+        # A value computed from weights only passes them on to the steps that use it.
         if not flow.from_input[step]:
             behind[step] = found
             continue
@@ -168,12 +172,14 @@ def drop_widened(outputs: tuple[CutPoint, ...], operations: list[int]) -> Iterat
     """
     groups: list[list[CutPoint]] = []
     for output in outputs:
+        # Outputs with no counted operation between them are at the same depth.
         if groups and _count_between(groups[-1][-1], output, operations) == 0:
             groups[-1].append(output)
         else:
             groups.append([output])
     for number, group in enumerate(groups):
         before = groups[number - 1][-1] if number else None
+        # More elements at the same resolution mean more channels.
         widened = before is not None and before.size < group[-1].size
         if not (widened and before is not None and _count_between(before, group[0], operations) == 1):
             yield min(reversed(group), key=lambda output: output.module.count("."))
@@ -262,6 +268,7 @@ class _StageDivider:
         ends = [cut.value for cut in cuts]
         crossing = frozenset[str]().union(*(self.passage.axes_at(cut.module) for cut in cuts))
         axes = {axis.name: self._stage_of_axis(axis, ends) for axis in self.graph.prunable if axis.name not in crossing}
+        # Removing the cut module itself would remove the end of the stage.
         removable = [block for block in self.graph.removable if not any(block.replaces(cut.module) for cut in cuts)]
         blocks = {block.name: self._stage_of_block(block, ends) for block in removable}
         self._check_operations(ends, axes, blocks)
@@ -321,6 +328,7 @@ class _StageDivider:
             poor = [n for n, s in enumerate(stages) if not (s.axes or s.blocks) or s.macs < _SMALL_STAGE * self._total]
             if not poor:
                 break
+            # The smallest first, because merging it may make its neighbor large enough.
             number = min(poor, key=lambda n: stages[n].macs)
             neighbors = [n for n in (number - 1, number + 1) if 0 <= n < len(stages)]
             other = min(neighbors, key=lambda n: stages[n].macs)
@@ -333,6 +341,7 @@ class _StageDivider:
         borders = [-1, *(cut.value for cut in cuts), len(self.passage.flow.names)]
         for (low, high), stage in zip(itertools.pairwise(borders), self.stages(cuts), strict=True):
             if stage.macs > _LARGE_STAGE * self._total:
+                # Only cut points strictly inside the stage can divide it.
                 inside = [output for output in self.passage.outputs if low < output.value < high]
                 more += self._choose_even_cuts(inside, round(_PARTS * stage.macs / self._total), low, high)
         return sorted(set(more), key=lambda output: output.value)

@@ -49,6 +49,7 @@ def positional_arguments(model: nn.Module, example: Example) -> tuple[Any, ...]:
             f"`example` must hold at least one image; got a batch of shape {tuple(tensors[0].shape)}. "
             "Pass an input batch."
         )
+    # Only direct arguments define the batch: tensors in a list are separate images of different sizes.
     direct = [t for t in arguments if isinstance(t, torch.Tensor) and t.dim()]
     batch = direct[0].shape[0] if direct else 1
     return tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == batch else t for t in arguments)
@@ -63,6 +64,7 @@ def _bind_by_name(model: nn.Module, named: Mapping[str, Any]) -> tuple[Any, ...]
             f"`example` must name arguments of the model's forward{signature}; got {', '.join(named)}: {error}. "
             "A dict that is itself the one argument goes into a tuple: ({...},)."
         ) from error
+    # Arguments after a missing one need their defaults to be passed by position.
     bound.apply_defaults()
     if bound.kwargs:
         raise TraceError(
@@ -156,11 +158,13 @@ def trace(
     single = positional_arguments(model, example)
     ledger, attributes = record(model, single, rules)
     by_head = _find_head_ids(ledger, heads)
+    # Which ids belong to attention is known only after a first run; the second one treats them by whole heads.
     if by_head.any():
         ledger, attributes = record(model, single, rules, by_head=by_head)
     graph = solve(ledger, attributes, single)
     if not ledger.attended or not _may_gain_from_heads(graph):
         return graph
+    # Try whole heads everywhere, and keep the graph in which more parameters can be removed.
     ledger, attributes = record(model, single, rules, by_head=_find_head_ids(ledger, HeadUnit.HEAD))
     return max(graph, solve(ledger, attributes, single), key=_count_prunable)
 

@@ -115,6 +115,7 @@ class _BranchFinder:
     def branches(self) -> Iterator[_Branch]:
         """Yield every branch, in order of the sums."""
         for step, addition in self.flow.additions.items():
+            # Both operands may be branches, as in the first block of a stage, whose shortcut is a convolution.
             for value in (addition.left, addition.right):
                 branch = self._find_branch(value, step)
                 if branch is not None:
@@ -127,9 +128,11 @@ class _BranchFinder:
             call = self.returned.get(value)
             if call is None or not all(user in users for user in self.users[value]):
                 return None
+            # Walk back from the sum, through norms, to the module that produces the channels.
             row.insert(0, call)
             if any(call.module in makers for makers in self.makers.values()):
                 break
+            # Only norms may follow the producer: they neither mix channels nor read anything else.
             if any(site.role is Role.INPUT for _, site in self.sites[call.module]) or not self._reads_only(call):
                 return None
             value, users = call.input, range(call.begin, call.end)
@@ -153,6 +156,7 @@ class _BranchFinder:
     def _build_branch(self, row: list[ModuleCall]) -> _Branch | None:
         producer, *norms = row
         own = self.sites[producer.module]
+        # A stream that only this module produces has no other width to differ from.
         axes = {axis for axis, makers in self.makers.items() if producer.module in makers and len(makers) > 1}
         silent = {axis for axis, site in self.sites[row[-1].module] if site.tensor in self.parameters}
         # The reference zeros removed channels by the parameters of the last module, so it must have some for them.
@@ -174,6 +178,7 @@ class _BranchFinder:
 
     def _is_unambiguous(self, producer: str, axes: Collection[str]) -> bool:
         """Return whether the output of a producer can be told from its input, which may be on the same axis."""
+        # A producer may itself read the stream that it is added to.
         roles = {site.role for axis, site in self.sites[producer] if axis in axes}
         reads = Role.INPUT in roles
         if any(e.module == producer and _has_any_axis(e.extent, axes) for e in self.graph.edits):
@@ -236,6 +241,7 @@ def _split_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -
         taken[branch.producer] = taken.get(branch.producer, 0) + 1
         number = "" if taken[branch.producer] == 1 else f"#{taken[branch.producer]}"
         names[stream] = f"{branch.producer}{BRANCH}{number}"
+    # Sites compare by identity, so this moves exactly the sites of the branch.
     moved = {site for sites in branch.axes.values() for site in sites}
     channel_dims = {(site.tensor, site.dim) for site in moved}
     axes = [replace(axis, sites=tuple(s for s in axis.sites if s not in moved)) for axis in graph.axes]
@@ -252,6 +258,7 @@ def _split_branch(graph: ChannelGraph, branch: _Branch, taken: dict[str, int]) -
         for old in (graph.by_name[stream],)
     }
     position = {axis.name: number for number, axis in enumerate(axes)}
+    # Branch axes are appended, so that the indices of all other axes stay valid.
     numbers = {position[stream]: len(axes) + count for count, stream in enumerate(made)}
     row = (branch.producer, *branch.norms)
     activations = {

@@ -131,6 +131,7 @@ def cut(
         result = compare_outputs(model, small, graph, architecture)
         if isinstance(result, Verification):
             break
+        # Blocks first: a wrong block makes every channel after it look wrong.
         reasons = _find_inexact_blocks(model, graph, architecture)
         if reasons:
             graph = graph.with_kept_blocks(reasons)
@@ -151,6 +152,7 @@ def _repair_(small: nn.Module, context: RepairContext, repairs: Sequence[Repair]
     now = distance.of(small)
     done: list[RepairResult] = []
     for repair in repairs:
+        # A repair may change any weight or statistic, so all are saved.
         saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
         repair.apply_(small, context)
         after = distance.of(small)
@@ -196,6 +198,7 @@ def _run_flat(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    # In float64, because the difference of close outputs loses digits.
     error = (got - wanted).square().sum(1).mean()
     spread = (wanted - wanted.mean(0)).square().sum(1).mean()
     distance = float(error / spread.clamp_min(1e-30))

@@ -57,6 +57,7 @@ def prunable_weights(model: nn.Module, *, exclude: Sequence[str] = ()) -> dict[s
         SparsityError: If a pattern matches nothing (with the names nearest to it), or nothing is left.
     """
     found: dict[str, Tensor] = {}
+    # Shared tensors have the same list of uses; take each list once.
     for place in {id(places): places[0] for places in weight_uses(model).values()}.values():
         tensor = getattr(place.module, place.own).detach()
         if place.own.endswith("weight") and tensor.ndim >= 2:
@@ -195,6 +196,7 @@ def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
         first = places[name][0]
         weight = getattr(first.module, first.own)
         _check_mask(name, kept, weight)
+        # Uses of a shared weight share one mask, so that they stay equal.
         mask = _mask_at(first) or Mask(torch.ones_like(weight, dtype=torch.bool))
         mask.kept.copy_(kept)
         for place in places[name]:
@@ -395,6 +397,7 @@ def _decode_array(name: str, encoded: Mapping[str, npt.NDArray[Any]]) -> npt.NDA
         raise SparsityError(f"`encoded` must be what `encode_sparse` gave; {name!r} has no {' and no '.join(missing)}.")
     bits, values, shape = (np.asarray(encoded[f"{name}/{part}"]) for part in (BITS, VALUES, SHAPE))
     size = int(np.prod(shape, dtype=np.int64))
+    # The file may come from anywhere: check the parts against each other before using their sizes.
     sound = (
         bits.dtype == np.uint8 and bits.ndim == values.ndim == 1 and (shape >= 0).all() and len(bits) == -(-size // 8)
     )

@@ -60,6 +60,7 @@ class LayerSampler:
         width = (x.size(3) - dw * (kw - 1) - 1) // sw + 1
         height = (x.size(2) - dh * (kh - 1) - 1) // sh + 1
         where = torch.arange(height * width) if self.positions is None else self.positions
+        # Gather only the patches at the sampled positions; `unfold` would make all of them.
         top, left = (where // width) * sh, (where % width) * sw
         rows = top[:, None] + torch.arange(kh).repeat_interleave(kw) * dh
         columns = left[:, None] + torch.arange(kw).repeat(kh) * dw
@@ -78,6 +79,7 @@ def is_refittable(layer: nn.Module) -> bool:
 def computes_from_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
     """Return whether the layer computes what its class does; a subclass may standardize weights or pad by itself."""
     with torch.no_grad():
+        # Compare with the class's own forward on one image.
         plain: Any = nn.Conv2d.forward if isinstance(layer, nn.Conv2d) else nn.Linear.forward
         want = plain(layer, x[:1])
         return want.shape == out[:1].shape and torch.allclose(want, out[:1], rtol=1e-3, atol=1e-4)
@@ -132,11 +134,13 @@ class RecalibrateBatchNorm:
             if name not in before:
                 continue
             old_mean, old_variance = before[name]
+            # The original has statistics of all channels, the cut model only of the kept ones.
             positions = kept.get(f"{name}.running_mean", {}).get(0)
             if positions is not None:
                 chosen = torch.from_numpy(positions).to(old_mean.device)
                 old_mean, old_variance = old_mean[chosen], old_variance[chosen]
             layer: Any = modules[place]
+            # Only the change is applied, so that nothing happens where the cut had no effect.
             layer.running_mean.add_((mean - old_mean).to(layer.running_mean.dtype))
             ratio = (variance + self.eps) / (old_variance + self.eps)
             layer.running_var.mul_(ratio.to(layer.running_var.dtype))
@@ -244,13 +248,16 @@ class Refit:
         sliced = weight.detach().flatten(1).double()
         bias = layer.bias
         if isinstance(bias, Tensor):
+            # The bias is the weight of an input that is always one.
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             sliced = torch.cat([sliced, bias.detach().double()[:, None]], 1)
+        # The products are computed in the precision of the model, and only the small matrices in float64.
         gram = (inputs.T @ inputs).double()
         cross = (inputs.T @ outputs).double()
         pull = self.ridge * gram.diagonal().mean()
         gram.diagonal().add_(pull)
         solved = torch.linalg.solve(gram, cross + pull * sliced.T).T
+        # A singular system leaves the sliced weight, which is the cut without repair.
         if not bool(torch.isfinite(solved).all()):
             return
         with torch.no_grad():
@@ -368,6 +375,7 @@ def run_observed(
         hooks = [original_module(model, s.module).register_forward_hook(hook(s)) for s in samplers]
         try:
             for batch in images:
+                # Each batch runs until all layers were seen once.
                 seen.clear()
                 try:
                     model(batch)

@@ -88,8 +88,8 @@ def check_branches(graph: ChannelGraph, architecture: Architecture) -> None:
         more = set(_kept_channels(graph, axis.name, kept)).difference(_kept_channels(graph, stream, kept))
         if more:
             raise SurgeryError(
-                f"`architecture` must keep in {axis.name!r} only channels that it keeps in its residual axis {stream!r}; "
-                f"got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
+                f"`architecture` must keep in {axis.name!r} only channels that it keeps in its residual axis "
+                f"{stream!r}; got {sorted(more)[:5]} besides. Remove these from {axis.name!r} too "
                 f"(`restrict_branches` does), or keep them in {stream!r}."
             )
 
@@ -105,6 +105,7 @@ def restrict_branches(graph: ChannelGraph, architecture: Architecture) -> Archit
         if axis.residual_axis is not None:
             stream = kept.get(axis.residual_axis, range(graph.by_name[axis.residual_axis].size))
             own = set(_kept_channels(graph, axis.name, kept))
+            # An axis must keep at least one channel, even if its stream and its own choice have none in common.
             kept[axis.name] = tuple(channel for channel in stream if channel in own) or (stream[0],)
     return Architecture.of(kept, architecture.removed_blocks)
 
@@ -123,6 +124,7 @@ def branch_expansions(graph: ChannelGraph, architecture: Architecture) -> tuple[
         assert stream is not None, "untie takes no branch whose channels run along two dimensions"
         whole = np.ones(len(stream.axis), dtype=bool)
         there, mine = whole.copy(), whole.copy()
+        # A stream can consist of several axes; each has its own branch axis, or none.
         for number in set(stream.axis.tolist()):
             here = stream.axis == number
             for mask, axis in ((there, number), (mine, branches.get(number, number))):
@@ -138,6 +140,7 @@ def _make_expansion(module: str, dim: int, places: IntArray, channels: int) -> C
     own = np.arange(len(places))
     if (places == own).all():
         return ChannelExpansion(module, dim, channels - len(places))
+    # Position len(places) is the one appended zero channel, which serves all missing channels.
     order = np.full(channels, len(places))
     order[places] = own
     return ChannelExpansion(module, dim, 1, tuple(order.tolist()))

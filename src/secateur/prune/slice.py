@@ -72,6 +72,7 @@ def replace_modules_(model: nn.Module, replacements: Iterable[Replacement]) -> N
     done: list[str] = []
     for replacement in sorted(replacements, key=lambda r: r.module.count(".")):
         name = replacement.module
+        # The module disappeared together with an outer one.
         if any(name == outer or name.startswith(outer + ".") for outer in done):
             continue
         done.append(name)
@@ -201,13 +202,16 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
             tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
         return tensor
 
+    # Tensors before modules: sites are named by the modules of the original.
     small = copy_with_tensors(model, dict.fromkeys(kept, sliced))
     replace_modules_(small, block_replacements(graph, architecture.removed_blocks))
     gone = graph.removed_modules(architecture.removed_blocks)
     widths = {**graph.sizes, **architecture.widths}
+    # Modules inside of replaced ones no longer exist.
     edits = (e for e in graph.edits if not gone(e.module))
     set_size_attributes_(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
     update_declared_sizes_(small)
+    # Last, because it changes the names of the modules that it wraps.
     expand_branches_(small, branch_expansions(graph, architecture))
     return small
 
@@ -245,6 +249,7 @@ def _zero_parameters(
         return zeroed
 
     full = copy_with_tensors(model, {name: masked for name in kept if name in parameters})
+    # Norms of the cut model see only the kept channels, so those of the reference must as well.
     full = compute_over_kept_channels_(full, graph, architecture.by_name)
     if architecture.removed_blocks:
         zero_branches_(full, (graph.blocks_by_name[name] for name in architecture.removed_blocks))
@@ -294,6 +299,7 @@ def update_declared_sizes_(model: nn.Module) -> None:
     """Set the sizes that torch's own layers declare (``out_channels``, ``num_features``) to those of their tensors."""
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+            # The second dimension of a grouped weight counts the channels of one group.
             first, second = module.weight.shape[:2]
             if module.transposed:
                 module.in_channels, module.out_channels = first, second * module.groups
@@ -302,6 +308,7 @@ def update_declared_sizes_(model: nn.Module) -> None:
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
+            # Without affine parameters, only the statistics show the number of channels.
             vector = module.running_mean if _has_no_weight(module) else module.weight
             if vector is not None:
                 module.num_features = vector.numel()

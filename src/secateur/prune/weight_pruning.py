@@ -338,6 +338,7 @@ class WeightPruning:
         """
         size = sum(weight.numel() for weight in prunable_weights(model, exclude=self.exclude).values())
         rest = sum(parameter.numel() for parameter in model.parameters()) - size
+        # The bound is on all parameters, the density only on those that may be pruned.
         room = math.floor(nonzero) - rest
         if room >= size:
             return 1.0
@@ -379,6 +380,7 @@ class Sparsify:
         schedule, last = self.pruning.schedule(self.density), steps - 1
         if step >= last:
             return schedule.density_at(1.0)
+        # The density of the last step at which masks may have changed.
         return schedule.density_at((step - step % self.pruning.every) / last)
 
     def start(self, model: nn.Module, steps: int) -> nn.Module:

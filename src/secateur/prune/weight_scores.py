@@ -131,6 +131,7 @@ def _sum_over_batches(
     learning_rate: float = 0.0,
 ) -> tuple[dict[str, Tensor], int]:
     """Sum a function of weights and gradients over batches, in a copy that takes a step of SGD after each of them."""
+    # Without masks, gradients reach the weights themselves, of which pruned ones are zero.
     copied = make_permanent_(copy_model(model)).eval()
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     named = {name: parameters[name].requires_grad_() for name in weights}
@@ -207,6 +208,7 @@ def erk_counts(weights: Weights, density: float) -> dict[str, int]:
         rest = total - sum(sizes[name] for name in dense)
         # A tensor keeps epsilon * (sum of its dimensions) weights.
         epsilon = rest / sum(sums[name] for name in free) if free else 0.0
+        # A tensor that would keep more than all its weights is dense, and the others share the rest.
         over = {name for name in free if epsilon * sums[name] > sizes[name]}
         if not over:
             break
@@ -304,6 +306,7 @@ def _largest(flat: Tensor, count: int, name: str) -> Tensor:
     _check_numbers(flat, name)
     if count == 0:
         return torch.zeros_like(flat, dtype=torch.bool)
+    # `topk` does not define which of equal values it returns; this keeps the first ones.
     threshold = flat.kthvalue(len(flat) - count + 1).values
     kept = flat > threshold
     ties = (flat == threshold).nonzero().squeeze(1)

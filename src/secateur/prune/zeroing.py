@@ -34,6 +34,7 @@ class ZeroBranchesMode(TorchDispatchMode):
         kwargs = kwargs or {}
         name = base_name(func)
         inputs = tensors_in(args, *kwargs.values())
+        # Before the call, because an operation in place overwrites its operand.
         read = [self._flow.origin_of(tensor) for tensor in inputs]
         operand = self._operands.get(self._flow.addition_number(name, inputs, read))  # type: ignore[arg-type]
         given = args
@@ -42,6 +43,7 @@ class ZeroBranchesMode(TorchDispatchMode):
         elif operand == 0:
             # An addition in place must still write into its first operand.
             given = (args[0].zero_() if func._schema.is_mutable else torch.zeros_like(args[0]), args[1])
+        # The original arguments define the data flow, so that later sums have the same numbers.
         out = func(*given, **kwargs)
         self._flow.add_step(func, name, not kwargs, inputs, tensors_in(out), read=read)
         return out

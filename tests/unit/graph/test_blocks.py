@@ -1,4 +1,4 @@
-"""Which residual branches are found, in whatever way they are written, and which are not."""
+"""Residual blocks: which are found, in all the ways to write them, and which are not removable."""
 
 from functools import cache
 

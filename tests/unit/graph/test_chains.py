@@ -1,4 +1,4 @@
-"""Which residual blocks follow each other directly."""
+"""Chains of residual blocks that follow each other directly."""
 
 import pytest
 import timm

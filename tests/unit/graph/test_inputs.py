@@ -1,4 +1,4 @@
-"""What comes in at the door of `trace`: examples of every form, and models that must be prepared first."""
+"""The inputs of `trace`: examples of every form, and models that must be prepared first."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What single operations do to channels: each in the smallest net that has it, traced, cut and compared."""
+"""The channel rules: each operation in the smallest net that contains it, traced, cut and compared."""
 
 import re
 from collections.abc import Callable

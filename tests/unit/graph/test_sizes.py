@@ -1,4 +1,4 @@
-"""Python ints that count channels: which are edited, which need no edit, which freeze what they count."""
+"""Python ints that count channels: which are edited, which need no edit, and which freeze their channels."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Stages: single live tensors against a test with gradients, what belongs to a stage, and costs that add up."""
+"""Stages: cut points compared with gradients, the contents of a stage, and costs that add up."""
 
 import copy
 from functools import cache

@@ -1,4 +1,8 @@
-"""The channel graph against structures written down by hand, not computed."""
+"""Channel graphs compared with structures that were written by hand, and how graphs are displayed."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,3 +282,60 @@ def test_the_channels_of_an_output_are_those_of_an_axis_not_the_tokens():
     assert graph.activations["block.mlp.0"].dim == 2
     assert graph.activations["block"].dim == 2
     assert graph.kept_positions("block", {"patch": (0, 3)}).tolist() == [0, 3]
+
+
+# --- display ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_text_of_a_graph_is_short_and_names_its_axes(name):
+    graph = traced(name)
+    text = repr(graph)
+    assert len(text.splitlines()) <= 20
+    assert f"{len(graph.prunable)} of {len(graph.axes)} axes prunable" in text
+    for axis in graph.prunable[:12]:
+        assert f"  {axis.name}: {axis.size} channels" in text
+    for axis in graph.axes:
+        assert len(repr(axis).splitlines()) == 1
+        assert repr(axis).startswith(f"ChannelAxis({axis.name!r}, size={axis.size}")
+        assert (axis.frozen_because is None) == ("frozen_because" not in repr(axis))
+
+
+def test_the_text_of_a_large_graph_counts_what_it_leaves_out():
+    graph = traced("dense")
+    axes = tuple(replace(graph.axes[0], name=f"axis{number}", frozen_because=None) for number in range(100))
+    frozen = tuple(replace(axis, name=f"frozen {axis.name}", frozen_because="<of no use>") for axis in axes)
+    large = replace(graph, axes=(*axes, *frozen))
+    assert len(repr(large).splitlines()) <= 20
+    assert "... and 88 more\n" in repr(large)
+    assert repr(large).endswith("... and 95 more frozen axes")
+    assert large._repr_html_().count("<tr>") == 21
+    assert "... and 180 more axes" in large._repr_html_()
+
+
+def test_notebooks_show_a_table_of_axes():
+    graph = traced("residual")
+    html = graph._repr_html_()
+    assert html.count("<tr>") == 1 + len(graph.axes)
+    for axis in graph.axes:
+        assert f"<td>{axis.name}</td><td>{axis.size}</td>" in html
+    frozen = graph.with_frozen({graph.prunable[0].name: "a < b"})
+    assert "<td>a &lt; b</td>" in frozen._repr_html_()
+
+
+def test_a_graph_is_a_table_for_pandas(monkeypatch):
+    graph = traced("residual")
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    table = graph.to_pandas()
+    assert table["axis"] == [axis.name for axis in graph.axes]
+    assert table["channels"] == [axis.size for axis in graph.axes]
+    assert table["frozen_because"] == [axis.frozen_because for axis in graph.axes]
+    assert {len(column) for column in table.values()} == {len(graph.axes)}
+
+
+def test_without_pandas_the_table_is_refused_in_words(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(
+        ImportError, match=r"to_pandas\(\) needs pandas, which is not installed\. Run: pip install pandas"
+    ):
+        traced("plain").to_pandas()

@@ -1,4 +1,4 @@
-"""Tracing leaves no trace, and refuses well."""
+"""`trace` does not change the model or the process, and its errors say what to do."""
 
 import weakref
 from typing import Any

@@ -1,4 +1,4 @@
-"""Branches with axes of their own: structures written down by hand, and what is no branch."""
+"""`untie`: branches compared with structures that were written by hand, and what is not a branch."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,11 @@ def test_a_branch_has_what_makes_its_channels_and_the_stream_has_the_rest():
     first = {("0.0.weight", 0), *norm("0.1"), ("1.conv1.weight", 1), ("2.conv1.weight", 1), ("2.shortcut.0.weight", 1)}
     assert places(graph, "0.0") == first
     assert places(graph, "2.conv2") == {("3.conv1.weight", 1), ("4.fc.weight", 1)}
-    found = {axis.name: (axis.residual_axis, axis.residual_output, axis.size) for axis in graph.axes if axis.residual_axis is not None}
+    found = {
+        axis.name: (axis.residual_axis, axis.residual_output, axis.size)
+        for axis in graph.axes
+        if axis.residual_axis is not None
+    }
     assert found == {
         "1.conv2/branch": ("0.0", "1.bn2", 8),
         "2.conv2/branch": ("2.conv2", "2.bn2", 14),
@@ -76,7 +80,9 @@ def test_extents_and_activations_follow():
 def test_a_stream_whose_channels_begin_at_several_places_gives_a_branch_several_axes():
     model = cifar_resnet20().eval()
     graph = untie(model, trace(model, torch.zeros(1, 3, 32, 32)))
-    of_last = {axis.name: (axis.residual_axis, axis.size) for axis in graph.axes if axis.residual_output == "layer3.2.bn2"}
+    of_last = {
+        axis.name: (axis.residual_axis, axis.size) for axis in graph.axes if axis.residual_output == "layer3.2.bn2"
+    }
     assert of_last == {
         "layer3.2.conv2/branch": ("conv1", 16),
         "layer3.2.conv2/branch#2": ("layer2.0.conv2", 8),
@@ -206,9 +212,7 @@ def test_rows_of_many_kinds_are_cut_exactly(row: str):
     assert made.verification.frozen == ()
     masked = mask_removed(model, graph, made.architecture)
     assert apart(outputs(masked, example), outputs(made.model, example)) <= 1e-5
-    assert CostModel(graph).cost(made.architecture) == Cost(
-        count_macs(made.model, example), count_params(made.model)
-    )
+    assert CostModel(graph).cost(made.architecture) == Cost(count_macs(made.model, example), count_params(made.model))
 
 
 class Twice(nn.Module):
@@ -260,9 +264,9 @@ NO_ROWS = {
 def test_what_is_no_branch_stays_tied(row: str):
     model = randomized(Around(NO_ROWS[row](), conv()))
     graph = untie(model, trace(model, torch.zeros(1, 3, 6, 6)))
-    assert [axis.residual_output for axis in graph.axes if axis.residual_axis and not axis.residual_output.endswith("gate")] == [
-        "second"
-    ]
+    assert [
+        axis.residual_output for axis in graph.axes if axis.residual_axis and not axis.residual_output.endswith("gate")
+    ] == ["second"]
 
 
 def test_shared_weights_stay_tied():

@@ -1,3 +1,5 @@
+"""Densities, counts and the masks that keep the highest scores."""
+
 import math
 
 import numpy as np

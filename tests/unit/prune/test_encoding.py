@@ -1,3 +1,5 @@
+"""The encoding of sparse arrays restores the same bits, and refuses damaged data."""
+
 import numpy as np
 import pytest
 import safetensors.numpy

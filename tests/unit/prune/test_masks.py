@@ -1,3 +1,5 @@
+"""Masks hold weights at zero in training, copies and checkpoints, and can be made permanent."""
+
 import copy
 from collections.abc import Callable
 
@@ -273,3 +275,9 @@ def test_zeros_that_stay_are_plain_zeros() -> None:
         found = permanent.get_parameter(name)
         assert bool((weight < 0).logical_and(found == 0).any()), "a negative weight is pruned"
         assert not bool((found == 0).logical_and(found.signbit()).any()), "a file would hold -0.0 as a value"
+
+
+def test_a_mask_shows_its_shape_and_density():
+    model = nn.Sequential(nn.Linear(4, 5))
+    sparse = apply_masks(model, half(model, 0.25))
+    assert "Mask(5 x 4, 25.0% kept)" in repr(sparse)

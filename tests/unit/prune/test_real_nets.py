@@ -1,4 +1,4 @@
-"""Networks people use, untrained but loud: traced, cut at random, exact, and not frozen more than they must be."""
+"""Published networks with random weights: cut at random, the result is exact, and no more is frozen than necessary."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuts import apart, one_channel, outputs, random_architecture
 from torch import Tensor, nn
-from zoo import _loud
+from zoo import randomize_all
 
 from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
@@ -78,7 +78,7 @@ PARTLY: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
 def loud(build: Callable[[], nn.Module], size: int) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _loud(build(), 1), torch.randn(1, 3, size, size)
+        return randomize_all(build(), 1), torch.randn(1, 3, size, size)
 
 
 def check(model: nn.Module, example: Tensor, graph: ChannelGraph, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Blocks go for real: what stands in for them, what is refused, what is kept because it would be wrong."""
+"""Removed blocks: their stand-ins, which removals are refused, and which blocks are kept because of an inexact cut."""
 
 import copy
 from dataclasses import replace

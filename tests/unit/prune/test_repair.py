@@ -1,4 +1,4 @@
-"""Repairs: each against its written equation, and harmless where there is nothing to repair."""
+"""Repairs: each compared with its equation, and without effect where there is nothing to repair."""
 
 import copy
 

@@ -1,3 +1,5 @@
+"""Sparsity schedules compared with their formulas, and invalid settings."""
+
 import itertools
 
 import pytest

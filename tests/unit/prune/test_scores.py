@@ -1,3 +1,5 @@
+"""Scores of single weights compared with their definitions."""
+
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""Real networks with branches narrower than their streams: exact, and at the cost that the formula says."""
+"""Published networks with branches narrower than their streams: exact, and with the predicted cost."""
 
 from collections.abc import Callable
 

@@ -1,13 +1,14 @@
-"""On which input a cut is verified, and that less of it shows a wrong cut just as well."""
+"""The input on which a cut is verified: a crop detects a wrong cut as reliably as the whole example."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.graph import ChannelGraph, trace
-from secateur.prune import apply_architecture, cut
+from secateur.prune import Verification, apply_architecture, cut
 from secateur.prune.verify import Mismatch, compare_outputs
 
 
@@ -127,3 +128,18 @@ def test_an_output_that_shows_nothing_on_the_middle_is_looked_at_as_a_whole():
     done = cut(model, graph, half(graph))
     assert done.verification.max_abs == 0
     assert done.verification.shape == (1, 3, 64, 64)
+
+
+def test_the_text_of_a_cut_is_short():
+    model, example = ZOO["residual"]()
+    graph = trace(model, example)
+    made = cut(model, graph, Architecture.of({axis.name: range(1) for axis in graph.prunable}))
+    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, made.model))
+    head, architecture, verification = repr(made).splitlines()
+    assert head == f"Cut({type(model).__name__}, {before} -> {after} parameters)"
+    assert architecture.strip() == repr(made.architecture).splitlines()[0]
+    assert verification.strip() == repr(made.verification)
+    many = Verification(1e-7, 2e-7, 1e-5, "float32", tuple((f"axis{n}", "a reason") for n in range(50)))
+    assert repr(many) == (
+        "Verification(max_rel=2.0e-07 <= 1e-05, float32, frozen: axis0, axis1, axis2, axis3, axis4, ...)"
+    )

@@ -1,4 +1,4 @@
-"""Masks on every small network of the zoo: shared weights, groups, attention, embeddings of patches."""
+"""Masks on every small network of the zoo, with shared weights, groups, attention and patch embeddings."""
 
 import copy
 

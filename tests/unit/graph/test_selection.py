@@ -1,4 +1,4 @@
-"""What a user chooses by name patterns: which axes stay whole, why, and what is refused."""
+"""Selections by name patterns: which axes are frozen, with which reason, and which patterns are refused."""
 
 import pytest
 import torch

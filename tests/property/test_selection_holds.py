@@ -1,4 +1,4 @@
-"""Whatever a user chooses: what stays whole is untouched in the cut model, and the cut is exact."""
+"""For any selection, what may not be cut is unchanged in the cut model, and the cut is exact."""
 
 import glob
 

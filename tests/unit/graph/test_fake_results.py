@@ -1,4 +1,4 @@
-"""Most arithmetic is not done while a model is traced, unless somebody reads their numbers."""
+"""Tracing skips most of the arithmetic, unless the values are read."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from zoo import ZOO
 
 from secateur.errors import TraceError
 from secateur.graph import trace
-from secateur.graph._record import FAKE_RESULTS, FakeValueReadError, RecordingContext, _record_once, make_fake_result
+from secateur.graph._record import FAKE_RESULTS, FakeValueReadError, RecordingContext, make_fake_result, record_once
 from secateur.graph.trace import positional_arguments
 
 ATEN = torch.ops.aten
@@ -28,10 +28,10 @@ def test_what_is_learned_is_the_same_with_every_number(name):
     example = positional_arguments(model, example)
     lean, full = RecordingContext({}, computed=False), RecordingContext({}, computed=True)
     try:
-        ledger, attributes = _record_once(model, example, lean, None)
+        ledger, attributes = record_once(model, example, lean, None)
     except FakeValueReadError:
         pytest.skip("its numbers are read")
-    wanted, wanted_attributes = _record_once(model, example, full, None)
+    wanted, wanted_attributes = record_once(model, example, full, None)
     assert any(lean.flow.fake)
     assert (lean.flow.names, lean.flow.sources, lean.flow.returned) == (
         full.flow.names,
@@ -188,7 +188,7 @@ def test_numbers_that_are_read_are_right(read):
     model = Reading(read).eval()
     example = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
     with pytest.raises(FakeValueReadError):
-        _record_once(model, (example,), RecordingContext({}, computed=False), None)
+        record_once(model, (example,), RecordingContext({}, computed=False), None)
     assert [operation.module for operation in trace(model, example).operations] == ["stem", "further", "head"]
 
 
@@ -201,7 +201,7 @@ def test_a_model_that_catches_what_reading_raises_is_traced_with_its_numbers():
 
     where = RecordingContext({}, computed=False)
     with pytest.raises(FakeValueReadError):
-        _record_once(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
+        record_once(Reading(read).eval(), (torch.rand(1, 3, 4, 4),), where, None)
     assert where.value_was_read
 
 
@@ -258,6 +258,6 @@ def test_an_index_of_its_own_needs_no_numbers():
             return self.second(F.relu(self.first(x))[:, self.order])
 
     where = RecordingContext({}, computed=False)
-    ledger, _ = _record_once(Picking().eval(), (image(1, 5, 3),), where, None)
+    ledger, _ = record_once(Picking().eval(), (image(1, 5, 3),), where, None)
     assert any(where.flow.fake)
     assert ledger.count > 0

@@ -1,4 +1,4 @@
-"""Narrow branches: what widens them, what is refused, what is exported, repaired and compared."""
+"""Branches with fewer channels than their residual stream: expansion, errors, export, repair and comparison."""
 
 from pathlib import Path
 
@@ -97,7 +97,9 @@ def test_what_cannot_be_widened_is_refused():
 
 def test_a_branch_that_keeps_more_than_its_stream_is_refused():
     model, _, graph = zoo("residual")
-    message = r"must keep of '1.conv2/branch' some of the channels that it keeps of '0.0'.*got \[4, 7\] besides"
+    message = (
+        r"must keep in '1.conv2/branch' only channels that it keeps in its residual axis '0.0'.*got \[4, 7\] besides"
+    )
     for kept in ({"1.conv2/branch": [0, 4, 7]}, {"1.conv2/branch": [4, 7]}):
         with pytest.raises(SurgeryError, match=message):
             apply_architecture(model, graph, Architecture.of({"0.0": [0, 1], **kept}))

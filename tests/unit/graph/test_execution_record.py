@@ -1,4 +1,4 @@
-"""A second look at a model: the same record, whether every number is computed or only those that somebody reads."""
+"""The data flow of a model is the same whether all values are computed or only those that are read."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.graph._record import FakeValueReadError, ForwardRun, _record_execution, record_execution
+from secateur.graph._record import FakeValueReadError, ForwardRun, record_execution, record_execution_once
 
 
 def record_of(run: ForwardRun) -> tuple[object, ...]:
@@ -29,7 +29,7 @@ def record_of(run: ForwardRun) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ZOO)
 def test_the_record_does_not_depend_on_what_is_computed(name):
     model, example = ZOO[name]()
-    lean, full = (_record_execution(model, (example[:1],), computed=computed) for computed in (False, True))
+    lean, full = (record_execution_once(model, (example[:1],), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
     assert any(lean.flow.fake)
     assert not any(full.flow.fake)
@@ -41,7 +41,7 @@ def test_the_record_does_not_depend_on_what_is_computed(name):
 def test_the_record_of_published_models_does_not_depend_on_it(name):
     model = timm.create_model(name, img_size=64) if "tiny" in name else timm.create_model(name)
     example = torch.randn(1, 3, 64, 64)
-    lean, full = (_record_execution(model.eval(), (example,), computed=computed) for computed in (False, True))
+    lean, full = (record_execution_once(model.eval(), (example,), computed=computed) for computed in (False, True))
     assert record_of(lean) == record_of(full)
 
 
@@ -72,7 +72,7 @@ class Reading(nn.Module):
 def test_what_is_read_is_computed(way):
     model, example = Reading(way).eval(), torch.rand(1, 3, 4, 4)
     with pytest.raises(FakeValueReadError):
-        _record_execution(model, (example,), computed=False)
+        record_execution_once(model, (example,), computed=False)
     assert [call.module for call in record_execution(model, (example,)).flow.calls] == ["", "stem", "left"]
 
 

@@ -10,7 +10,7 @@ from hand_graphs import HAND_GRAPHS, residual
 from torch import nn
 from zoo import ZOO
 
-from secateur.cost import Budget, CostModel, counted_macs, counted_params
+from secateur.cost import Budget, CostModel, count_macs, count_params
 from secateur.errors import BudgetError, ModelError
 from secateur.graph import ChannelGraph, trace
 from secateur.prune import apply_architecture
@@ -31,10 +31,10 @@ from secateur.search import (
     Strategy,
     Taylor,
     Uniform,
-    Weights,
+    FilterWeights,
     as_scored,
     by_axis_rank,
-    describe,
+    stable_repr,
     search_architecture,
 )
 
@@ -52,9 +52,9 @@ STRATEGIES: list[Strategy] = [
     PCASlimming(),
     PCASlimming(RawWeights(Correlation()), GeometricMedian()),
     PCASlimming(Activations()),
-    PCASlimming(Weights(Correlation()), Taylor()),
+    PCASlimming(FilterWeights(Correlation()), Taylor()),
     RemoveBlocks(),
-    RemoveBlocks(Uniform(), most=1.0, images=3),
+    RemoveBlocks(Uniform(), max_fraction=1.0, images=3),
 ]
 NETS = [
     "plain",
@@ -90,7 +90,7 @@ def net(name: str) -> Net:
     return Net(model, graph, example[:1], ((images, torch.tensor([0, 1, 2, 1])),))
 
 
-each_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=describe)
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=stable_repr)
 
 
 @each_strategy
@@ -167,8 +167,8 @@ def test_the_found_architecture_can_be_cut_and_costs_what_was_said(strategy):
     it = net("zoo:dense")
     found = search_architecture(it.model, it.graph, strategy, budget="macs=60%", batches=it.batches)
     cut = apply_architecture(it.model, it.graph, found.architecture)
-    assert counted_macs(cut, it.example) == found.cost.macs
-    assert counted_params(cut) == found.cost.params
+    assert count_macs(cut, it.example) == found.cost.macs
+    assert count_params(cut) == found.cost.params
     assert torch.isfinite(cut(it.example)).all()
 
 

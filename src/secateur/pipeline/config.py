@@ -434,4 +434,4 @@ def default_blocks(budget: Budget) -> float:
 def default_strategy(budget: Budget) -> Strategy:
     """Return the default strategy for a budget."""
     blocks = default_blocks(budget)
-    return RemoveBlocks(DEFAULT_STRATEGY, most=blocks) if blocks else DEFAULT_STRATEGY
+    return RemoveBlocks(DEFAULT_STRATEGY, max_fraction=blocks) if blocks else DEFAULT_STRATEGY

@@ -172,9 +172,10 @@ def _with_fewer_blocks(strategy: Strategy) -> list[str]:
     """A way out that takes more blocks than a strategy does, if there is one."""
     if not isinstance(strategy, RemoveBlocks):
         return ["Or let residual blocks go too (--remove-blocks; in Python: RemoveBlocks)."]
-    if strategy.most < 1:
+    if strategy.max_fraction < 1:
         return [
-            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.most:g}; in Python: RemoveBlocks)."
+            f"Or let more of the residual blocks go (--remove-blocks, now {strategy.max_fraction:g}; in Python: "
+            "RemoveBlocks)."
         ]
     return []
 

@@ -1,10 +1,4 @@
-"""Strategies in words that are the same in every process.
-
-What several searches of one model need not compute twice.
-
-What a strategy is given, and what it gives back.
-
-The verb: search an architecture within a budget."""
+"""Search an architecture within a budget: the function, what a strategy is given, and what it returns."""
 
 import importlib
 from abc import ABC, abstractmethod
@@ -33,7 +27,7 @@ from secateur.train.config import RunSettings, TrainingData
 
 
 def stable_repr(thing: object) -> str:
-    """A strategy or any part of one as text that is the same in every process: functions by their name."""
+    """Return a strategy or any part of one as text that is the same in every process: functions by their name."""
     if is_dataclass(thing) and not isinstance(thing, type):
         inside = ", ".join(f"{part.name}={stable_repr(getattr(thing, part.name))}" for part in fields(thing))
         return f"{type(thing).__name__}({inside})"
@@ -67,7 +61,7 @@ _MOST_SHOWN = 12
 """Axes in a printed result."""
 _MOST_ROWS = 50
 _TINY = 1e-300
-"""Stands for a limit of zero, half of nothing, which is met by nothing."""
+"""Replaces a limit of zero in quotients; no cost is within it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +71,12 @@ class SearchContext:
     Attributes:
         inputs: Model, graph, batches and seed.
         costs: Cost of any widths.
-        budget: As the user gave it.
-        space: As the user gave it.
-        progress: To be called now and then.
+        budget: The bounds on the cost.
+        space: The allowed widths.
+        progress: Called by the strategy now and then.
         training: Training and validation images for strategies that train, or None.
         run: Checkpoints, callbacks and device for strategies that train.
-        score_cache: What was computed of the whole model.
+        score_cache: Numbers of the whole model that were computed before.
     """
 
     inputs: ScoringInputs
@@ -119,7 +113,7 @@ class SearchContext:
 
     @cached_property
     def streams(self) -> Streams:
-        """Which widths go together in an untied graph."""
+        """The widths that belong together where residual branches have widths of their own."""
         return Streams.of(self.inputs.graph)
 
     def scores(self, importance: Importance) -> dict[str, FloatArray]:
@@ -143,11 +137,11 @@ class SearchContext:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a strategy found.
+    """An architecture that a strategy proposes.
 
     Attributes:
         architecture: Within the budget and the space.
-        notes: What it learned on the way, as plain data (JSON), for the report.
+        notes: Further findings as plain data (JSON), for secateur.json.
         weights: The whole model's tensors as it has trained them, by name; None if it trains nothing.
         history: How the search went, for the report; empty if it trains nothing.
     """
@@ -160,15 +154,15 @@ class Proposal:
 
 @dataclass(frozen=True, repr=False)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         architecture: Kept channels of every prunable axis, and removed blocks.
         cost: Its cost.
         original: Cost of the whole model.
-        budget: The bounds it keeps to.
+        budget: The bounds that the cost is within.
         strategy: The strategy and its configuration, as text.
-        notes: What the strategy learned, as plain data; always ``utilization``: cost / limit by limited field.
+        notes: Further findings as plain data; always ``utilization``: cost / limit by limited field.
         weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
             instead of its own. None if the search trains nothing. Not part of the JSON object.
         history: How the search went, for the report; empty if it trains nothing.
@@ -274,7 +268,7 @@ class Strategy(ABC):
         return self
 
     def least(self, context: SearchContext) -> Cost:
-        """Cost of the smallest architecture that it could find: a budget below it is refused."""
+        """Return the cost of the smallest architecture that it can find: a smaller budget is refused."""
         return context.least
 
 
@@ -301,13 +295,13 @@ def html_table(title: str, columns: Mapping[str, Sequence[object]]) -> str:
 
 
 def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:
-    """Keep the channels with the highest scores; of equal ones those with the lower index.
+    """Return the architecture that keeps the channels with the highest scores, of equal ones the lower index.
 
     A branch keeps channels of its stream only.
 
     Args:
-        context: For the axes.
-        widths: (axes,) how many to keep.
+        context: Axes and residual streams.
+        widths: (axes,) numbers of channels to keep.
         scores: Axis name to (axis size,).
     """
     width = dict(zip(context.costs.axes, context.streams.fitted(widths[None])[0], strict=True))
@@ -397,7 +391,7 @@ def cost_model(inputs: ScoringInputs, budget: Budget, latency: FieldModel | None
 
 
 def _silent(fraction: float, what: str) -> None:
-    """Report no progress."""
+    """Ignore the progress."""
 
 
 def _result(context: SearchContext, strategy: Strategy, proposal: Proposal) -> SearchResult:

@@ -1,4 +1,4 @@
-"""Fewer blocks, then fewer channels."""
+"""Remove residual blocks, then channels."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -21,7 +21,7 @@ DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
 """Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 _TRIED = 9
-"""Numbers of blocks tried at first, evenly spaced; then those beside the best."""
+"""Numbers of removed blocks that are tried first, evenly spaced; then those beside the best."""
 
 _FINALISTS = 3
 """Candidates that are repaired before one is taken."""
@@ -43,7 +43,7 @@ class Without(Strategy):
         """Notes: those of the inner strategy."""
         graph = context.inputs.graph
         proposal = self.strategy.find(self._rest(context))
-        # What widths are found for layers that are gone has no effect; whole says least.
+        # The widths of layers that are gone have no effect; they are kept whole.
         gone = {name for block in self.blocks for name in graph.blocks_by_name[block].tensors}
         idle = {a.name: range(a.size) for a in graph.prunable if all(s.tensor in gone for s in a.sites)}
         architecture = Architecture.of({**proposal.architecture.by_name, **idle}, self.blocks)
@@ -51,7 +51,7 @@ class Without(Strategy):
 
     @property
     def trains(self) -> bool:
-        """As the inner strategy."""
+        """Whether the inner strategy trains."""
         return self.strategy.trains
 
     def least(self, context: SearchContext) -> Cost:
@@ -86,16 +86,16 @@ class RemoveBlocks(Strategy):
         d(block) / p(block),   d = mean ||z' - z||^2 / mean ||z - mean(z)||^2,   p = spared share of the budget,
 
     with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
-    k of blocks, the first k go, and the inner strategy finds the widths with what they spare. Of the k from 0 to
-    ``most`` of all blocks, the three whose cut models have the least d are repaired, and the one with the least d
-    then is taken; of equal ones the smaller k. With more than nine numbers to try, nine evenly spaced ones are, then
-    those between the best and its neighbors.
+    k of blocks, the first k are removed, and the inner strategy finds the widths with what they spare. Of the k from 0
+    to ``max_fraction`` of all blocks, the three whose cut models have the least d are repaired, and the one with the
+    least d then is taken; of equal ones the smaller k. Of more than nine numbers, nine evenly spaced ones are tried,
+    then those between the best and its neighbors.
 
     A model without blocks gives what the inner strategy gives.
 
     Attributes:
         strategy: Finds the widths.
-        most: Largest fraction of the blocks that may be removed, 0 to 1.
+        max_fraction: Largest fraction of the blocks that may be removed, 0 to 1.
         images: Most calibration images to look at, a whole number.
         repairs: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
             candidate nearest to the original is taken as it is: quicker, but it says less of what repairs will leave.
@@ -106,13 +106,13 @@ class RemoveBlocks(Strategy):
     """
 
     strategy: Strategy = field(default_factory=Knapsack)
-    most: float = 0.5
+    max_fraction: float = 0.5
     images: int = 128
     repairs: tuple[Repair, ...] = DEFAULT_REPAIRS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.most <= 1:
-            raise BudgetError(f"`most` must be a fraction of the blocks, 0 to 1; got {self.most!r}.")
+        if not 0 <= self.max_fraction <= 1:
+            raise BudgetError(f"`max_fraction` must be a fraction of the blocks, 0 to 1; got {self.max_fraction!r}.")
         if type(self.images) is not int or self.images < 1:
             raise BudgetError(f"`images` must be a whole number of images, at least 1; got {self.images!r}.")
 
@@ -148,7 +148,7 @@ class RemoveBlocks(Strategy):
         return Proposal(best.architecture, {**best.notes, **mine})
 
     def _disturbances(self, context: SearchContext, trials: "_Trials") -> dict[str, float]:
-        """Of the whole model, like scores: several searches of it share them."""
+        """Effects of removing each block of the whole model; like scores, several searches share them."""
         context.progress(0.0, "blocks")
         found = context.score_cache.get(self)
         if found is None:
@@ -158,11 +158,11 @@ class RemoveBlocks(Strategy):
 
     @property
     def trains(self) -> bool:
-        """As the inner strategy."""
+        """Whether the inner strategy trains."""
         return self.strategy.trains
 
     def again(self, found: Architecture) -> Strategy:
-        """The same blocks go."""
+        """Return a strategy that removes the same blocks."""
         return Without(self.strategy, found.removed_blocks)
 
     def least(self, context: SearchContext) -> Cost:
@@ -170,8 +170,8 @@ class RemoveBlocks(Strategy):
         return Without(self.strategy, tuple(self._dearest(context))).least(context)
 
     def _most(self, context: SearchContext) -> int:
-        """How many blocks may go."""
-        return math.floor(self.most * len(context.costs.blocks) + 1e-9)
+        """The largest number of blocks that may be removed."""
+        return math.floor(self.max_fraction * len(context.costs.blocks) + 1e-9)
 
     def _dearest(self, context: SearchContext) -> list[str]:
         spared = _spared(context)
@@ -185,12 +185,12 @@ class RemoveBlocks(Strategy):
                 found.append(images[:left])
                 left -= len(found[-1])
         if not found:
-            raise DataError("`batches` must hold images for Shallower; got none. Pass calibration data.")
+            raise DataError("`batches` must hold images for RemoveBlocks; got none. Pass calibration data.")
         return found
 
 
 class _Trials:
-    """What is left of the model without some blocks, for several choices of them.
+    """Candidates without some blocks, for several numbers of blocks.
 
     Attributes:
         found: Candidates within the budget by the number of blocks removed.

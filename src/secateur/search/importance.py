@@ -1,10 +1,4 @@
-"""What every importance is: a number per channel, from the model and perhaps some data.
-
-The weights of a channel as rows of a matrix, one matrix per tensor that holds them.
-
-Importances that read nothing but weights.
-
-Importance by the scale of batch norms."""
+"""Importances: a score per channel, here from the weights alone; see `importance_data` for those that need images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +15,7 @@ from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
 
 @dataclass(frozen=True, eq=False)
 class ScoringInputs:
-    """What an importance may look at. Nothing here is changed by looking.
+    """The inputs of an importance; none of them is changed.
 
     Attributes:
         model: The traced model, in any mode.
@@ -118,7 +112,7 @@ def producers(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> tuple[Filters
 
 
 def _each_producer(axis: ChannelAxis, tensors: Mapping[str, Tensor]) -> Iterator[Filters]:
-    """The same one by one, as they are large."""
+    """Yield the rows of one tensor after the other, because they are large."""
     weights = [site for site in axis.sites if tensors[site.tensor].ndim > 1]
     sites = [site for site in weights if site.role is Role.OUTPUT] or weights or list(axis.sites)
     for site in sites:

@@ -1,8 +1,7 @@
-"""Where in a running model the channels of an axis can be seen.
+"""Importances from data: the first-order change of the loss, and the error that remains after the best repair.
 
-Importance by the change of the loss, to first order.
-
-Importance by what is lost even after the best repair."""
+Both read the channels of an axis from the activations of a running model.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

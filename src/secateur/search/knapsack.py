@@ -1,6 +1,4 @@
-"""From an order in which channels are wanted to the widths that fill the budget.
-
-One ranking of all channels, by worth per price."""
+"""The knapsack strategy, and the widths that fill a budget when channels are added in a given order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,6 +1,4 @@
-"""Which widths of which layers are timed alone, and the table of their times.
-
-The verb: a model of the latency of every architecture of a graph, measured on this machine."""
+"""Fit a model of the latency of every architecture of a graph to measurements on this machine."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +28,7 @@ Tell = Callable[[float, str], None]
 """Called with the finished fraction (0 to 1) and what is being done."""
 
 _NODES = 4
-"""Widths of each alignment; three where a space has widths of every alignment."""
+"""Timed widths of each alignment; three if a space has widths of every alignment."""
 
 
 def layer_times(
@@ -106,7 +104,7 @@ def resized(shape: LayerShape, out: int, read: int, reads: Extent) -> LayerShape
 
 
 def _fits(shape: LayerShape, out: int, reads: Extent) -> bool:
-    """Whether a grouped convolution can have so many outputs."""
+    """Whether a grouped convolution can have this number of outputs."""
     if not isinstance(shape, ConvolutionShape) or shape.groups == 1:
         return True
     each = shape.groups if reads.terms else shape.out // shape.groups
@@ -119,13 +117,13 @@ def _spread(values: IntArray, count: int) -> IntArray:
 
 
 _FRACTIONS = (1.0, 0.5, 0.25)
-"""Of the widths of the whole models that are measured, and two with other fractions for every axis."""
+"""Fractions of every axis in the whole models that are measured; two more have random fractions."""
 _ROUNDS = 15
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyFit:
-    """A latency model, and how well it says what was measured.
+    """A latency model, and how well it predicts what was measured.
 
     Attributes:
         model: Predicts any widths.
@@ -133,8 +131,8 @@ class LatencyFit:
         widths: (n, axes) of the whole models that were measured, the uncut one first.
         measured: (n,) seconds.
         predicted: (n,) what a model fitted to the others says: no measurement is predicted from itself.
-        seconds: Everything that it was fitted to, by what was measured, as a `LatencyCache` has it: the same give the same
-            again.
+        seconds: Everything that it was fitted to, with the keys of a `LatencyCache`; the same seconds give the same
+            fit.
     """
 
     model: LatencyModel
@@ -155,7 +153,7 @@ class LatencyFit:
 
     @property
     def scale(self) -> float:
-        """What the uncut model takes / what is predicted of it: the factor on predictions before anything is cut."""
+        """Measured / predicted latency of the uncut model: the factor on predictions before anything is cut."""
         return float(self.measured[0]) / float(self.model.of_widths(self.model.sizes[None])[0])
 
     def to_json(self) -> dict[str, object]:

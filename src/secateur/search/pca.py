@@ -1,10 +1,4 @@
-"""Covariances of channels, gathered while a model runs.
-
-How much of the variance of an axis its leading principal components explain.
-
-What the principal components of a layer are taken of: its weights or its activations.
-
-Widths from principal components: 3AS."""
+"""Choose widths by principal components: the variance of an axis that its leading components explain."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,4 @@
-"""One ranking of all channels of the network.
-
-The same fraction of every layer: the baseline."""
+"""Strategies that rank channels by importance: globally over the network, or within every layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

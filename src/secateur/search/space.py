@@ -1,6 +1,4 @@
-"""Which widths a search may choose.
-
-Which widths go together where the branches of residual streams have widths of their own."""
+"""The widths that a search may choose, and which widths belong together in untied residual streams."""
 
 import math
 from collections.abc import Iterable

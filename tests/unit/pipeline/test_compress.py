@@ -180,7 +180,7 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []
     result = run_compress(
-        _residual(), noise_data(), budget="macs=40%", strategy=RemoveBlocks(Uniform(), most=0.7), out=out, export=(),
+        _residual(), noise_data(), budget="macs=40%", strategy=RemoveBlocks(Uniform(), max_fraction=0.7), out=out, export=(),
         train=TrainConfig(epochs=2, batch_size=32), callbacks=Silent(), hear=said.append,
     )  # fmt: skip
     assert result.architecture.removed_blocks == ("early", "late.0")
@@ -208,7 +208,7 @@ def test_blocks_that_the_user_keeps_stay():
         _residual(),
         noise_data(),
         budget="macs=70%",
-        strategy=RemoveBlocks(Uniform(), most=1.0),
+        strategy=RemoveBlocks(Uniform(), max_fraction=1.0),
         selection=Selection(whole=("early.conv1",)),
         train=REPAIR_ONLY,
     )
@@ -221,13 +221,13 @@ def test_blocks_that_the_user_keeps_stay():
 def test_budget_out_of_reach_of_widths_names_the_blocks_as_a_way_out():
     with pytest.raises(BudgetError, match=r"--min-kept\. Or let residual blocks go too \(--remove-blocks"):
         run_compress(_residual(), noise_data(), budget="macs=2%")
-    few = RemoveBlocks(Uniform(), most=0.25)
+    few = RemoveBlocks(Uniform(), max_fraction=0.25)
     with pytest.raises(
         BudgetError, match=r"let more of the residual blocks go \(--remove-blocks, now 0\.25; in Python"
     ):
         run_compress(_residual(), noise_data(), budget="macs=2%", strategy=few)
     with pytest.raises(BudgetError) as refused:
-        run_compress(_residual(), noise_data(), budget="macs=0.1%", strategy=RemoveBlocks(Uniform(), most=1.0))
+        run_compress(_residual(), noise_data(), budget="macs=0.1%", strategy=RemoveBlocks(Uniform(), max_fraction=1.0))
     assert "--remove-blocks" not in str(refused.value)
 
 
@@ -236,7 +236,7 @@ def test_resumed_run_knows_its_removed_blocks(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     words = {
-        "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), most=0.7),
+        "budget": "macs=40%", "strategy": RemoveBlocks(Uniform(), max_fraction=0.7),
         "selection": Selection(exclude=("late.1",)), "out": tmp_path / "out", "export": (), "callbacks": Silent(),
     }  # fmt: skip
     whole = run_compress(_residual(), noise_data(), train=REPAIR_ONLY, **{**words, "out": None})

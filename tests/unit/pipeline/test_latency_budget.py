@@ -122,7 +122,7 @@ def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
 def test_blocks_may_go_where_time_is_limited() -> None:
     assert default_strategy(Budget.parse("macs=50%")) == DEFAULT_STRATEGY
     assert default_strategy(Budget.parse("macs=50%, latency=50%")) == RemoveBlocks(
-        DEFAULT_STRATEGY, most=default_blocks(TIMED)
+        DEFAULT_STRATEGY, max_fraction=default_blocks(TIMED)
     )
     assert default_blocks(TIMED) > 0
 

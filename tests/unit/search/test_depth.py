@@ -98,7 +98,7 @@ def test_never_further_from_the_original_than_the_inner_strategy(name, inner):
     images = [x for x, _ in batches]
     for budget in ("macs=80%", "macs=75%"):
         found = search_architecture(
-            model, graph, RemoveBlocks(inner, most=1.0, repairs=()), budget=budget, batches=batches
+            model, graph, RemoveBlocks(inner, max_fraction=1.0, repairs=()), budget=budget, batches=batches
         )
         alone = search_architecture(model, graph, inner, budget=budget, batches=batches)
         distances = found.notes["distance"]
@@ -157,10 +157,12 @@ def test_the_same_search_again_finds_the_same_without_looking_at_blocks(monkeypa
         search_architecture(model, graph, near, budget="macs=1%", batches=batches)
 
 
-def test_most_bounds_the_blocks():
+def test_max_fraction_bounds_the_blocks():
     model, graph, batches = chain(1e-4, 1e-4, 1e-4, 1e-4)
     for most, blocks in ((0.0, 0), (0.49, 1), (0.5, 2), (1.0, 4)):
-        found = search_architecture(model, graph, RemoveBlocks(Uniform(), most=most), budget="macs=9%", batches=batches)
+        found = search_architecture(
+            model, graph, RemoveBlocks(Uniform(), max_fraction=most), budget="macs=9%", batches=batches
+        )
         assert len(found.architecture.removed_blocks) == blocks
 
 
@@ -192,7 +194,9 @@ def test_a_block_that_cannot_be_removed_exactly_stays():
     graph = replace(
         graph, blocks=tuple(replace(b, replacements=wrong) if b.name == "blocks.1" else b for b in graph.blocks)
     )
-    found = search_architecture(model, graph, RemoveBlocks(Uniform(), most=1.0), budget="macs=50%", batches=batches)
+    found = search_architecture(
+        model, graph, RemoveBlocks(Uniform(), max_fraction=1.0), budget="macs=50%", batches=batches
+    )
     assert "blocks.1" not in found.architecture.removed_blocks
     assert set(found.notes["disturbance"]) == {"blocks.0", "blocks.2"}
 
@@ -211,7 +215,9 @@ class Counting(Importance):
 def test_scores_of_the_whole_model_are_asked_for_once():
     model, graph, batches = chain(1.0, 1.0, 1.0, 1.0)
     importance = Counting([])
-    search_architecture(model, graph, RemoveBlocks(Uniform(importance), most=1.0), budget="macs=60%", batches=batches)
+    search_architecture(
+        model, graph, RemoveBlocks(Uniform(importance), max_fraction=1.0), budget="macs=60%", batches=batches
+    )
     assert len(importance.asked) == 1
 
 
@@ -228,7 +234,7 @@ def test_the_repaired_model_decides_between_the_nearest_three():
     model, graph, batches = chain(1.0, 0.5, 0.2, 0.1, 1.0)
     images = [x for x, _ in batches]
     repairs = (Refit(),)
-    strategy = RemoveBlocks(Uniform(), most=1.0, repairs=repairs)
+    strategy = RemoveBlocks(Uniform(), max_fraction=1.0, repairs=repairs)
     found = search_architecture(model, graph, strategy, budget="macs=40%", batches=batches)
     assert "repairs=(Refit(" in found.strategy
     distance, repaired = found.notes["distance"], found.notes["repaired"]
@@ -243,7 +249,7 @@ def test_the_repaired_model_decides_between_the_nearest_three():
 def test_without_repairs_the_nearest_is_taken():
     model, graph, batches = zoo("residual")
     found = search_architecture(
-        model, graph, RemoveBlocks(Uniform(), most=1.0, repairs=()), budget="macs=50%", batches=batches
+        model, graph, RemoveBlocks(Uniform(), max_fraction=1.0, repairs=()), budget="macs=50%", batches=batches
     )
     distance = found.notes["distance"]
     assert found.notes["repaired"] == {}
@@ -252,14 +258,14 @@ def test_without_repairs_the_nearest_is_taken():
 
 def test_images_are_needed():
     model, graph, _ = zoo("residual")
-    with pytest.raises(DataError, match="`batches` must hold images for Shallower; got none"):
+    with pytest.raises(DataError, match="`batches` must hold images for RemoveBlocks; got none"):
         search_architecture(model, graph, RemoveBlocks(Uniform()), budget="macs=60%")
 
 
 @pytest.mark.parametrize("most", [-0.1, 1.5, float("nan")])
-def test_most_must_be_a_fraction(most):
-    with pytest.raises(BudgetError, match="`most` must be a fraction of the blocks, 0 to 1; got"):
-        RemoveBlocks(most=most)
+def test_max_fraction_must_be_a_fraction(most):
+    with pytest.raises(BudgetError, match="`max_fraction` must be a fraction of the blocks, 0 to 1; got"):
+        RemoveBlocks(max_fraction=most)
 
 
 @pytest.mark.parametrize("images", [0, 2.5, True])

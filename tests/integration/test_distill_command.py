@@ -18,9 +18,9 @@ def words(weights: Path, out: Path, *more: object) -> tuple[object, ...]:
 
 def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
-    found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint", "--remember", tmp_path / "none"))
+    found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint", "--teacher-cache", tmp_path / "none"))
     assert found.exit_code == 2
-    assert "`remember` must go with losses of logits alone; hint listens" in found.stderr
+    assert "`teacher_cache` must go with losses of logits alone; hint needs features" in found.stderr
     found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint"))
     assert found.exit_code == 0, found.output
     assert is_artifact(out)
@@ -33,7 +33,7 @@ def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_pat
     # The artifact is a teacher too.
     again = run(*words(digits_weights, tmp_path / "again")[:1], "--teacher", out, "--student", "digits_resnet",
                 "--data", "digits", "--out", tmp_path / "again", "--epochs", 1, "--export", "", "--threads", 1,
-                "--remember", tmp_path / "logits")  # fmt: skip
+                "--teacher-cache", tmp_path / "logits")  # fmt: skip
     assert again.exit_code == 0, again.output
     assert len(list((tmp_path / "logits").glob("seed-0-*"))) == 1
 
@@ -45,7 +45,7 @@ def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_pat
         (("--hints", "layer3"), "`--hints` must pair a module"),
         (("--hint-epochs", 1), "`--hint-epochs` must go with a loss of features"),
         (("--loss", "hint", "--hints", "layer3=layr3"), "must have the tapped module 'layr3'"),
-        (("--resume", "--restart"), "`--resume` goes on"),
+        (("--resume", "--restart"), "`--resume` continues"),
         (("--loss", "dkd", "--mixup", 0.2), "`--loss` must go without --mixup and --cutmix for dkd"),
         (("--mixup", -1), "`mixup` must be finite and not negative"),
         (("--rand-augment", "rad-m9"), "`auto_augment` must be a policy of timm"),

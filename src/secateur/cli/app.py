@@ -11,9 +11,9 @@ from cyclopts.help import DefaultFormatter
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.compress import compress
-from secateur.cli.distill import distill
-from secateur.cli.inspect import bench, evaluate, inspect, verify
+from secateur.cli.compress import compress_command
+from secateur.cli.distill import distill_command
+from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
 from secateur.cli.options import ImageFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out, threads
 from secateur.errors import ArtifactError, ModelError
@@ -22,10 +22,10 @@ _HELP_WIDTH = 100
 
 
 @handle_errors
-def export(
+def export_command(
     *,
     model: options.Model,
-    weights: options.Weights = None,
+    weights: options.WeightsFile = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     out_folder: Annotated[
@@ -59,14 +59,14 @@ def export(
 
 
 @handle_errors
-def demo(
+def demo_command(
     *,
     out_folder: options.Out = Path("secateur-demo"),
     export: options.Export = "onnx",
     seed: options.Seed = 0,
     thread_count: options.Threads = 1,  # the networks are so small that a second thread only waits
     quiet: options.Quiet = False,
-    tensorboard: options.TensorBoard = None,
+    tensorboard: options.TensorBoardFolder = None,
     debug: options.Debug = False,
 ) -> None:
     """Train a small network on handwritten digits, compress it to 30 % of its MACs, and show the proof.
@@ -102,17 +102,18 @@ app = App(
     help_formatter=DefaultFormatter(),
 )
 for _command, _words in (
-    (inspect, ""),
-    (compress, ""),
-    (distill, ""),
-    (evaluate, ""),
-    (verify, "FOLDER "),
-    (export, ""),
-    (bench, "MODELS... "),
-    (demo, ""),
+    (inspect_command, ""),
+    (compress_command, ""),
+    (distill_command, ""),
+    (evaluate_command, ""),
+    (verify_command, "FOLDER "),
+    (export_command, ""),
+    (bench_command, "MODELS... "),
+    (demo_command, ""),
 ):
     # Cyclopts would derive the usage, which takes a quarter of the time that --help does.
-    app.command(_command, usage=f"Usage: secateur {_command.__name__} {_words}[OPTIONS]")
+    _name = _command.__name__.removesuffix("_command")
+    app.command(_command, name=_name, usage=f"Usage: secateur {_name} {_words}[OPTIONS]")
 app.register_install_completion_command()
 
 

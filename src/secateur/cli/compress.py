@@ -25,10 +25,10 @@ BudgetText = Annotated[
 
 @handle_errors_together
 @resumable
-def compress(
+def compress_command(
     *,
     model: options.Model,
-    weights: options.Weights = None,
+    weights: options.WeightsFile = None,
     data: options.Data,
     budget: BudgetText,
     out_folder: options.Out,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from cyclopts import Group, Parameter
 
 from secateur.cli import options
-from secateur.cli.options import DistillTrainFlags, ImageFlags, RunFlags, count, flag
+from secateur.cli.options import DistillTrainFlags, ImageFlags, RunFlags, flag, whole_number
 from secateur.cli.output import command_line, handle_errors_together, logged, resumable
 from secateur.errors import TrainingError
 
@@ -40,7 +40,7 @@ class LossFlags:
             value="STUDENT=TEACHER",
         ),
     ] = ()
-    hint_epochs: Annotated[int, count("Epochs of feature losses alone, before the others.", LOSSES, least=0)] = 0
+    hint_epochs: Annotated[int, whole_number("Epochs of feature losses alone, before the others.", LOSSES, least=0)] = 0
     teacher_cache: Annotated[
         Path | None,
         flag("Store the teacher's logits; later runs with the same seed read them.", LOSSES, value="FOLDER"),
@@ -49,16 +49,18 @@ class LossFlags:
 
 @handle_errors_together
 @resumable
-def distill(
+def distill_command(
     *,
-    teacher: Annotated[str, flag("Trained model, named as for --model of the other commands.", options.INPUT)],
-    student: Annotated[str, flag("Model to train; new weights if none are given.", options.INPUT)],
+    teacher: Annotated[str, flag("Trained model, named as for --model of the other commands.", options.MODEL_AND_DATA)],
+    student: Annotated[str, flag("Model to train; new weights if none are given.", options.MODEL_AND_DATA)],
     data: options.Data,
     out_folder: options.Out,
     teacher_weights: Annotated[
-        Path | None, flag("A .safetensors file, or a torch file without code.", options.INPUT)
+        Path | None, flag("A .safetensors file, or a torch file without code.", options.MODEL_AND_DATA)
     ] = None,
-    student_weights: Annotated[Path | None, flag("Weights that the student begins with.", options.INPUT)] = None,
+    student_weights: Annotated[
+        Path | None, flag("Weights that the student begins with.", options.MODEL_AND_DATA)
+    ] = None,
     images: ImageFlags = ImageFlags(),
     losses: LossFlags = LossFlags(),
     train: DistillTrainFlags = DistillTrainFlags(),

@@ -12,10 +12,10 @@ from secateur.errors import ArtifactError
 
 
 @handle_errors
-def inspect(
+def inspect_command(
     *,
     model: options.Model,
-    weights: options.Weights = None,
+    weights: options.WeightsFile = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     space: SpaceFlags = SpaceFlags(),
@@ -60,10 +60,10 @@ def inspect(
 
 
 @handle_errors
-def evaluate(
+def evaluate_command(
     *,
     model: options.Model,
-    weights: options.Weights = None,
+    weights: options.WeightsFile = None,
     data: options.Data,
     trust_source: options.TrustSource = False,
     batch_size: options.BatchSize = 250,
@@ -98,11 +98,11 @@ def evaluate(
 
 
 @handle_errors
-def verify(
-    folder: Annotated[Path | None, flag("The artifact.", options.INPUT)] = None,
+def verify_command(
+    folder: Annotated[Path | None, flag("The artifact.", options.MODEL_AND_DATA)] = None,
     /,
     *,
-    model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.INPUT)] = None,
+    model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.MODEL_AND_DATA)] = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     device: options.Device = "auto",
@@ -136,8 +136,8 @@ def verify(
 
 
 @handle_errors
-def bench(
-    models: Annotated[list[str], flag("Models or artifacts; the first is compared with.", options.INPUT)],
+def bench_command(
+    models: Annotated[list[str], flag("Models or artifacts; the first is compared with.", options.MODEL_AND_DATA)],
     /,
     *,
     trust_source: options.TrustSource = False,

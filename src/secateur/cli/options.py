@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.train.config import TrainConfig
     from secateur.train.device import Execution
 
-INPUT = Group("Model and data", sort_key=1)
+MODEL_AND_DATA = Group("Model and data", sort_key=1)
 CUT = Group("Search and cut", sort_key=2)
 TRAIN = Group("Training", sort_key=3)
 RUN = Group("Output and run", sort_key=4)
@@ -57,7 +57,7 @@ def choice(text: str, panel: Group = ADVANCED) -> Parameter:
     return flag(text, panel, value="NAME")
 
 
-def count(
+def whole_number(
     text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), least: int = 1, most: int | None = None
 ) -> Parameter:
     """Describe a flag with a whole number from ``least`` to ``most``."""
@@ -97,23 +97,23 @@ Patterns = tuple[str, ...]
 # Flags of several commands.
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
-Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", INPUT)]
-Weights = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", INPUT)]
-Data = Annotated[str, choice(_DATA_HELP, INPUT)]
-MaybeData = Annotated[str | None, choice(_DATA_HELP, INPUT)]
-TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", INPUT)]
-ImageSize = Annotated[int | None, count("Resize images to squares of N pixels.", most=MAX_SIDE)]
+Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", MODEL_AND_DATA)]
+WeightsFile = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", MODEL_AND_DATA)]
+Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
+MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
+TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
+ImageSize = Annotated[int | None, whole_number("Resize images to squares of N pixels.", most=MAX_SIDE)]
 Mean = Annotated[str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", value="X,...")]
 Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", value="X,...")]
-BatchSize = Annotated[int, count("Images per step.", TRAIN, most=MAX_CHANNELS)]
+BatchSize = Annotated[int, whole_number("Images per step.", TRAIN, most=MAX_CHANNELS)]
 Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, name="--out")]
 Export = Annotated[str, flag("Other files: onnx, pt2, openvino, executorch, int8.", RUN, value="NAMES")]
-Seed = Annotated[int, count("Random seed.", RUN, least=0, most=MAX_SEED)]
+Seed = Annotated[int, whole_number("Random seed.", RUN, least=0, most=MAX_SEED)]
 Device = Annotated[str, choice("Device: auto, cpu, cuda, cuda:1 or mps.", RUN)]
 Threads = Annotated[
-    int | None, count("CPU threads of PyTorch; all by default.", RUN, name="--threads", most=MAX_THREADS)
+    int | None, whole_number("CPU threads of PyTorch; all by default.", RUN, name="--threads", most=MAX_THREADS)
 ]
-TensorBoard = Annotated[
+TensorBoardFolder = Annotated[
     Path | None, flag("Also log searches and trainings for TensorBoard.", name="--tensorboard", value="FOLDER")
 ]
 Quiet = Annotated[bool, flag("Print only the results.", RUN)]
@@ -127,7 +127,7 @@ class ImageFlags:
     """Which images a model is trained on, and how they are prepared."""
 
     trust_source: TrustSource = False
-    limit: Annotated[int | None, count("Use only the first N training images.", most=MAX_COUNT)] = None
+    limit: Annotated[int | None, whole_number("Use only the first N training images.", most=MAX_COUNT)] = None
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None
@@ -139,8 +139,10 @@ class ImageFlags:
 class SpaceFlags:
     """Which layers may be cut, and to which widths."""
 
-    divisor: Annotated[int, count("Keep a multiple of N channels; 8 or 16 for speed.", CUT, most=MAX_CHANNELS)] = 1
-    min_width: Annotated[int, count("Smallest number of channels of an axis.", CUT, most=MAX_CHANNELS)] = 1
+    divisor: Annotated[
+        int, whole_number("Keep a multiple of N channels; 8 or 16 for speed.", CUT, most=MAX_CHANNELS)
+    ] = 1
+    min_width: Annotated[int, whole_number("Smallest number of channels of an axis.", CUT, most=MAX_CHANNELS)] = 1
     min_kept: Annotated[float, number("Smallest fraction of an axis that is kept.", CUT, least=0, most=1)] = 0.25
     include: Annotated[Patterns, flag("Cut only matching axes, modules or stages, such as layer2.", CUT, value=_P)] = ()
     exclude: Annotated[Patterns, flag("Never cut what matches. All patterns are repeatable.", CUT, value=_P)] = ()
@@ -181,12 +183,14 @@ class SearchFlags:
     remove_blocks: Annotated[
         float | None, number("Largest fraction of blocks removed; 1 for latency budgets, else 0.", CUT, least=0, most=1)
     ] = None
-    search_epochs: Annotated[int | None, count("Epochs of the search by tas or swp.")] = None
+    search_epochs: Annotated[int | None, whole_number("Epochs of the search by tas or swp.")] = None
     search_over: Annotated[
         SearchedName | None, choice("What tas and swp search: widths (default), depths or both.")
     ] = None
     search_learning_rate: Annotated[float | None, number("Peak learning rate in tas and swp.")] = None
-    search_candidates: Annotated[int | None, count("Candidates for each stage in swp.", most=MAX_CHANNELS)] = None
+    search_candidates: Annotated[int | None, whole_number("Candidates for each stage in swp.", most=MAX_CHANNELS)] = (
+        None
+    )
     combine: Annotated[CombinationName | None, choice("How swp combines candidates: exact (default) or evolution.")] = (
         None
     )
@@ -248,7 +252,7 @@ class WeightFlags:
 class CutFlags:
     """How the cut model is made."""
 
-    calibration: Annotated[int, count("Training images for search and repairs.", CUT, most=MAX_COUNT)] = 1024
+    calibration: Annotated[int, whole_number("Training images for search and repairs.", CUT, most=MAX_COUNT)] = 1024
     from_scratch: Annotated[bool, flag("Draw new weights; needs --epochs and --lr like the original.", CUT)] = False
 
     def to_config(self, space: SpaceFlags, weights: WeightFlags) -> "CutConfig":
@@ -263,7 +267,7 @@ class CutFlags:
         )
 
 
-Epochs = Annotated[int, count("Distillation epochs; 0 repairs without training.", TRAIN, least=0)]
+Epochs = Annotated[int, whole_number("Distillation epochs; 0 repairs without training.", TRAIN, least=0)]
 LearningRate = Annotated[float, number("Peak learning rate; a high one undoes repairs.", TRAIN, name="--lr")]
 
 
@@ -280,7 +284,7 @@ class TrainFlags:
     warmup: Annotated[float, number("Fraction of steps with a rising rate.", least=0, most=1)] = 0.05
     weight_decay: Annotated[float | None, number("Weight decay; default of the optimizer.", least=0)] = None
     ema: Annotated[float | None, number("Decay of an average of the weights, such as 0.999.")] = None
-    accumulate: Annotated[int, count("Compute each batch in N parts, with less memory.")] = 1
+    accumulate: Annotated[int, whole_number("Compute each batch in N parts, with less memory.")] = 1
     clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.")] = None
     auto_augment: Annotated[
         str | None, flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=_AUGMENT, value="POLICY")
@@ -374,8 +378,8 @@ class RunFlags:
     thread_count: Threads = None
     quiet: Quiet = False
     checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.")] = 10.0
-    checkpoint_steps: Annotated[int | None, count("Also checkpoint every N steps.")] = None
-    tensorboard: TensorBoard = None
+    checkpoint_steps: Annotated[int | None, whole_number("Also checkpoint every N steps.")] = None
+    tensorboard: TensorBoardFolder = None
 
     @property
     def on_existing(self) -> "OnExisting":
@@ -443,8 +447,8 @@ class TargetFlags:
     """Where the latency of a budget is measured."""
 
     target: Annotated[TargetName, choice("For latency=: ort, torch or compiled, as in bench.")] = "ort"
-    target_threads: Annotated[int, count("CPU threads of the target.", most=MAX_THREADS)] = 1
-    target_batch: Annotated[int, count("Images per pass on the target.", most=MAX_BATCH)] = 1
+    target_threads: Annotated[int, whole_number("CPU threads of the target.", most=MAX_THREADS)] = 1
+    target_batch: Annotated[int, whole_number("Images per pass on the target.", most=MAX_BATCH)] = 1
     target_device: Annotated[str, choice("Device of torch and compiled: cpu, cuda, mps.")] = "cpu"
 
     def to_target(self) -> "Target":
@@ -460,10 +464,12 @@ class BenchFlags:
     target: Annotated[
         TargetName, flag("ort (ONNX Runtime on the CPU), torch (eager) or compiled.", RUN, value="NAME")
     ] = "ort"
-    thread_count: Annotated[int, count("CPU threads.", RUN, name="--threads", most=MAX_THREADS)] = 1
-    batch: Annotated[int, count("Images per pass.", RUN, most=MAX_BATCH)] = 1
+    thread_count: Annotated[int, whole_number("CPU threads.", RUN, name="--threads", most=MAX_THREADS)] = 1
+    batch: Annotated[int, whole_number("Images per pass.", RUN, most=MAX_BATCH)] = 1
     device: Annotated[str, choice("Device of torch and compiled: cpu, cuda or mps.", RUN)] = "cpu"
-    rounds: Annotated[int, count("Measured passes of each model after warm-up.", RUN, least=3, most=MAX_ROUNDS)] = 30
+    rounds: Annotated[
+        int, whole_number("Measured passes of each model after warm-up.", RUN, least=3, most=MAX_ROUNDS)
+    ] = 30
 
     def to_target(self) -> "Target":
         """Build the runtime that latency is measured on; see `to_target`."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.train.device import Precision
 
 Number = TypeVar("Number", int, float)
-Kind = TypeVar("Kind")
+_Kind = TypeVar("_Kind")
 
 _DEVICES = ("cpu", "cuda", "mps")
 
@@ -249,7 +249,7 @@ def importance(flags: SearchFlags, trust_source: bool = False) -> "Importance":
     return built_in[name]()
 
 
-def made_by(spec: str, kind: type[Kind], flag: str, trust_source: bool) -> Kind:
+def made_by(spec: str, kind: type[_Kind], flag: str, trust_source: bool) -> _Kind:
     """Call the function or class that ``python:PACKAGE.MODULE:NAME`` names, without arguments.
 
     Args:

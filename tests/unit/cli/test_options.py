@@ -8,7 +8,7 @@ import pytest
 from command_line import outcome, secateur
 from cyclopts import App, Parameter
 
-from secateur.cli.compress import compress
+from secateur.cli.compress import compress_command
 from secateur.cli.distill import DistillTrainFlags
 from secateur.cli.options import (
     RUN,
@@ -20,8 +20,8 @@ from secateur.cli.options import (
     TargetFlags,
     TrainFlags,
     WeightFlags,
-    count,
     flag,
+    whole_number,
 )
 from secateur.cli.output import handle_errors
 from secateur.cli.parsing import formats, strategy
@@ -38,7 +38,7 @@ from secateur.pipeline.workspace import OnExisting
 class Weather:
     """Two flags."""
 
-    rain: Annotated[int, count("Rain in mm.", RUN, least=0)] = 3
+    rain: Annotated[int, whole_number("Rain in mm.", RUN, least=0)] = 3
     wind: Annotated[bool, flag("Wind.", RUN)] = False
 
 
@@ -82,7 +82,7 @@ def test_the_defaults_of_the_flags_are_those_of_python():
 
 
 def test_the_groups_of_a_command_have_the_defaults_of_their_classes():
-    for parameter in inspect.signature(compress).parameters.values():
+    for parameter in inspect.signature(compress_command).parameters.values():
         if isinstance(parameter.annotation, type) and parameter.annotation.__name__.endswith("Flags"):
             assert parameter.default == parameter.annotation()
     assert replace(DistillTrainFlags(), epochs=1, learning_rate=0.01).to_train(0) == TrainFlags().to_train(0)

@@ -283,7 +283,7 @@ class NOfM(Allocation):
 class WeightPruning:
     """How single weights are pruned, except the density.
 
-        WeightPruning(ByTaylor(), ByERK(), schedule=partial(Cubic, end=0.5), exclude=("conv1", "linear"))
+        WeightPruning(TaylorScore(), ERKAllocation(), schedule=partial(Cubic, end=0.5), exclude=("conv1", "linear"))
 
     Attributes:
         score: The score of each weight.

@@ -135,6 +135,7 @@ class SupernetWeights:
 
     def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: SearchContext) -> Mapping[str, Tensor]:
         """Return the trained model's ``state_dict`` in the original order of channels, with measured batch norms."""
+        # The running statistics of the supernet belong to no single subnet, so those of the full net are measured.
         statistics = measure_batch_norms(supernet, supernet.full, calibration)
         write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})
         trained = copy_model(problem.inputs.model)
@@ -159,6 +160,7 @@ def split_in_half(images: Batches, seed: int) -> tuple[Batches, Batches]:
     """
     labels, subset = _labels_and_subset(images)
     by_class = _shuffled_by_class(labels, seed)
+    # Every second image in order of class: half of each class.
     parts = [np.sort(by_class[first::2]) for first in (0, 1)]
     for part in parts:
         _check_classes(labels, part)
@@ -202,6 +204,7 @@ def _labels_and_subset(images: Batches) -> tuple[IntArray, Callable[[Tensor], Ba
 
 
 def _shuffled_by_class(labels: IntArray, seed: int) -> IntArray:
+    # A stable sort by class keeps the random order within each class.
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     return shuffled[np.argsort(labels[shuffled], kind="stable")]
 

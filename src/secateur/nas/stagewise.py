@@ -99,6 +99,7 @@ def run_stages(
 
     with _at_cuts(supernet, stages, exchange):
         output = supernet(subnet, images, tensors=tensors)
+    # The hook of a cut module never runs if the module was removed together with its block.
     if len(found) != len(stages) - 1:
         raise SurgeryError(
             f"`subnet` must leave the modules that end stages; got removed blocks {', '.join(subnet.removed_blocks)}. "
@@ -260,6 +261,7 @@ def stage_effects(supernet: Supernet, subnets: Sequence[Subnet], stages: Sequenc
     last = len(stages) - 1
     if not last:
         return torch.ones(1, dtype=torch.float64)
+    # Sums over the subnets, so that the result is a ratio of means: single losses may be close to 0.
     own, arrived = torch.zeros(2, last + 1, dtype=torch.float64)
     full = fresh_statistics(supernet, supernet.full)
     with torch.no_grad(), measuring_batch_norms(supernet):

@@ -34,7 +34,9 @@ def _run_pymoo(
         """Sums of losses and costs, as fractions of their ranges, of one candidate per stage."""
 
         def _evaluate(self, x: IntArray, out: dict[str, object], *_: object, **__: object) -> None:
+            # pymoo reports its final population only; every choice that it evaluates may be the best.
             visited.append(x.astype(np.int64))
+            # Fractions of their ranges, because NSGA-II compares distances across objectives.
             loss, cost = rows.totals(x)
             out["F"] = np.column_stack([loss / loss_scale, *(cost[field] / cost_scale[field] for field in objectives)])
             if len(cost):
@@ -107,6 +109,7 @@ class Evolution(Combination):
         """
         table.check()
         rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
+        # The best of all choices visited, because the last generation may have lost it.
         found = self.explore(rows, (), seed)
         if not len(found):
             raise BudgetError(

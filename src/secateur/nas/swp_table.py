@@ -151,6 +151,7 @@ class IntegerTable:
             costs[field] = tuple(_scaled_up(row, shift) for row in rows)
             limit = table.limits.get(field, math.inf)
             if limit < math.inf:
+                # In fractions, because the difference of two floats may round to more than the capacity is.
                 exact = (Fraction(limit) - Fraction(table.base[field])) * Fraction(2) ** shift
                 capacity[field] = max(min(math.floor(exact), 2 ** (_BITS + 1)), -1)
         return cls(losses, costs, {field: capacity[field] for field in table.limits if field in capacity})
@@ -275,6 +276,8 @@ class ReducedTable:
     def prune(self, bound: "Bound") -> "ReducedTable":
         """Leave out the candidates that are part of no choice as good as the bound."""
         terms = [loss + bound.prices @ cost for loss, cost in zip(self.losses, self.costs, strict=True)]
+        # A choice with a candidate has at least its term and the smallest terms of the other stages. So a candidate may
+        # exceed the smallest term of its stage by what the bound leaves above the sum of all smallest terms.
         spare = bound.loss + bound.prices @ self.capacity - sum(float(term.min()) for term in terms)
         return self.select([np.flatnonzero(term - term.min() <= spare) for term in terms])
 
@@ -372,7 +375,9 @@ def enumerate_nondominated(
         np.zeros((1, 0), np.int64), np.zeros(1, np.int64), np.zeros((fields, 1), np.int64), complete=True
     )
     for stage in range(len(rows.losses)):
+        # What the cheapest candidates of the later stages take is not available to this one.
         rest = np.array(least[stage + 1 :], dtype=np.int64).reshape(-1, fields).sum(axis=0)
+        # Extending block by block, each without its dominated sums, bounds the memory.
         step = max(_SUMS_AT_ONCE // len(rows.losses[stage]), 1)
         blocks = [
             _extend(sums.at(np.arange(first, min(first + step, len(sums.loss)))), rows, stage, rest, bound)
@@ -393,6 +398,7 @@ def nondominated_indices(losses: IntArray, costs: IntArray) -> IntArray:
         losses: (n,).
         costs: (fields, n).
     """
+    # In order of loss, a point is dominated if and only if an earlier one has no larger costs.
     order = np.lexsort((*costs[::-1], losses))
     if not len(costs):
         return order[:1]

@@ -23,8 +23,8 @@ def test_no_public_name_is_also_a_package():
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'prune'"):
-        secateur.prune  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'shears'"):
+        secateur.shears  # noqa: B018
 
 
 def test_names_for_type_checkers_are_those_at_run_time():

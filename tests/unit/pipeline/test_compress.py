@@ -288,8 +288,8 @@ def test_choices_and_rules_bind_and_are_recorded(tmp_path: Path):
     choices, space = Selection(exclude=("0",)), SearchSpace(rules=(AxisRule("3", divisor=8),))
     said: list[str] = []
     result = run_compress(
-        _model(), noise_data(), budget="macs=80%", selection=choices, space=space, train=REPAIR_ONLY, out=out, export=(),
-        hear=said.append,
+        _model(), noise_data(), budget="macs=80%", selection=choices, space=space, train=REPAIR_ONLY,
+        out=out, export=(), hear=said.append,
     )  # fmt: skip
     assert result.model[0].out_channels == 16
     assert result.model[3].out_channels in (8, 16)

@@ -27,12 +27,12 @@ from secateur.data.dataset import (
     MemorySplit,
     Split,
     TrainAndTest,
+    count_training_images,
     default_augment,
     resolve_class_count,
     validate_labels,
 )
 from secateur.data.epoch import Epoch, ImageBatch
-from secateur.data.splits import count_training_images
 from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box
 from secateur.errors import DataError
 

@@ -9,10 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from secateur.data.dataset import ImageData, MemorySplit, TrainAndTest, default_augment
+from secateur.data.dataset import (
+    TEST_SEED,
+    ImageData,
+    MemorySplit,
+    TrainAndTest,
+    count_training_images,
+    default_augment,
+    hold_out,
+)
 from secateur.data.images import read_image_folder, resize_images
 from secateur.data.parquet import parquet_files, read_parquet
-from secateur.data.splits import TEST_SEED, count_training_images, hold_out
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 

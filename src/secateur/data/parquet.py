@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from secateur.data.dataset import MemorySplit, TrainAndTest, default_augment
+from secateur.data.dataset import MemorySplit, TrainAndTest, count_training_images, default_augment
 from secateur.data.images import MEMORY_LIMIT, check_fits_in_memory, decode_images, open_regular_file
-from secateur.data.splits import count_training_images
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 

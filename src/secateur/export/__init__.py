@@ -15,11 +15,10 @@ from secateur.export.artifact import (
     save,
     weights_bytes,
 )
-from secateur.export.edits import Edit, edits_between
 from secateur.export.executorch import export_executorch
 from secateur.export.formats import Exporter, Format, check_formats, compare_file
 from secateur.export.int8 import MIN_KEPT_ACCURACY, USUAL_KEPT_ACCURACY, Quantized, compare_int8_file, export_int8
-from secateur.export.manifest import SCHEMA, Manifest, Recipe, TensorRecord
+from secateur.export.manifest import SCHEMA, Edit, Manifest, Recipe, TensorRecord, edits_between
 from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session
 from secateur.export.openvino import export_openvino
 from secateur.export.torch_export import export_pt2

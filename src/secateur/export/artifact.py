@@ -13,9 +13,8 @@ from secateur._json import brief, parse
 from secateur._provenance import sha256_of
 from secateur._runtime import copy_model
 from secateur.errors import ArtifactError, SurgeryError
-from secateur.export.edits import held_value, set_edits
 from secateur.export.formats import Format
-from secateur.export.manifest import FORMAT, Manifest, Recipe
+from secateur.export.manifest import FORMAT, Manifest, Recipe, held_value, set_edits
 from secateur.export.tensors import check_capacity, deserialize, install, serialize, tensor_records
 from secateur.prune.masks import get_masks, make_permanent_, nonzero_params
 from secateur.prune.residual import expand_branches_, find_expansions

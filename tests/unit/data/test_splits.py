@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.data.splits import hold_out
+from secateur.data.dataset import hold_out
 from secateur.errors import DataError
 
 

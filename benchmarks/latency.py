@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from _record import CIFAR10, RESULTS, WEIGHTS, surroundings, table, write_record
-from secateur.pipeline.latency import LatencySearch, _roomiest, limit_of, spaces_of, used
 from torch import Tensor, nn
 
 from secateur.cost import Budget, OnnxRuntime, measure_pairs

@@ -1,7 +1,7 @@
 """What an artifact says about itself: secateur.json as frozen dataclasses. Every field is checked when it is read.
 
 Weights imply most of a cut model's sizes, but not all: ``groups``, the pad amounts of an option-A shortcut, the sizes
-of a ``split``. Each of those is recorded as an `Edit` (module, attribute, item, value) and set when the model is rebuilt.
+of a ``split``. Each is recorded as an `Edit` (module, attribute, item, value) and set when the model is rebuilt.
 """
 
 import json

@@ -115,6 +115,7 @@ class SupervisionTarget:
         cls, outputs: Sequence[Tensor], labels: Tensor, averaged: Callable[[Tensor], Tensor] | None = None
     ) -> "SupervisionTarget":
         """Return the target of outputs of any precision."""
+        # bfloat16 has too few digits for differences of features; float64 models stay as they are.
         kinds = [torch.promote_types(torch.float32, output.dtype) for output in outputs]
         outputs = tuple(output.detach().to(kind) for output, kind in zip(outputs, kinds, strict=True))
         return cls(outputs, labels, averaged)
@@ -261,6 +262,7 @@ class SupernetStep(TrainingStep):
         if config.sampler.full_learns:
             self.fabric.backward(full)
             self.counts.add(config.options.largest)
+        # The loss of a stage is relative to the variance of the whole batch, of which this process has a part.
         shared = None if self.fabric.world_size == 1 else partial(mean_over_processes, self.fabric)
         target = SupervisionTarget.of((*stage_inputs, logits), labels, shared)
         networks = config.sampler.of(config.options, self.draw)
@@ -274,6 +276,7 @@ class SupernetStep(TrainingStep):
             of_stage += losses.detach()
             self.counts.add(rows)
         self._weights.update()
+        # No total: it is the sum of these parts.
         names = [f"stage_{number}" for number in range(1, len(stages) + 1)]
         return Losses({"full": full.detach(), **dict(zip(names, of_stage, strict=True))})
 

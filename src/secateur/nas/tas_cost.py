@@ -46,6 +46,7 @@ class ExpectedCost:
             means = (choice.log_widths.double().exp() * table).sum(1)
             widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
         streams = self.context.streams
+        # A branch is never wider than its stream, which matters only where the stream may become narrower.
         for branch, stream in streams.branches.tolist():
             if stream not in self.candidates.axes:
                 continue
@@ -114,6 +115,7 @@ class ExpectedCost:
             Dong & Yang (TAS), arXiv:1905.09717, Eq. (8), with the lower bound R - t * F_full of the reference code
             (the paper writes (1 - t) R).
         """
+        # A limit may be zero: the smallest positive number avoids a division by zero without a special case.
         original, limits = self.context.costs.original, self.context.limits
         now = self.most_likely(choice)
         field = max(limits, key=lambda name: getattr(now, name) / max(limits[name], 1e-300))
@@ -123,7 +125,7 @@ class ExpectedCost:
             return expected
         if cost < limit - self.tolerance * getattr(original, field):
             return -expected
-        return 0 * expected
+        return 0 * expected  # Differentiable, like the other two.
 
     def fractions(self, cost: Mapping[str, float] | Cost) -> dict[str, float]:
         """Return limited fields as fractions of the whole model's."""
@@ -177,6 +179,7 @@ def derive(context: SearchContext, candidates: WidthCandidates, widths: FloatArr
     smallest = context.costs.sizes.copy()
     smallest[candidates.axes] = candidates.widths[:, 0]
     blocks = _Blocks(context, candidates, depths, smallest)
+    # Depths first: how many blocks there are decides what a channel costs.
     removed = blocks.removed()
     if not len(candidates.axes):
         return Derived(context.costs.sizes.copy(), removed)

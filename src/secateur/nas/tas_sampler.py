@@ -107,6 +107,7 @@ class WidthDistribution(nn.Module):
     def entropy(self) -> float:
         """Mean over all rows of H(p) / log(candidates): 1 is undecided, 0 is decided."""
         with torch.no_grad():
+            # A row of one candidate is decided: clamping the count keeps log(1) = 0 out of the denominator.
             parts: list[Tensor] = []
             for log_p in (self.log_widths, self.log_depths):
                 p = log_p.exp()
@@ -178,6 +179,7 @@ def draw(
     candidates, sizes = choice.candidates, list(supernet.graph.sizes.values())
     wide, narrow = list(sizes), list(sizes)
     device = choice.widths.device
+    # Axes without candidates are whole: all weight is on the wider of two equal widths.
     weights = torch.tensor([[0.0, 1.0]], device=device).repeat(len(sizes), 1)
     if len(candidates.axes):
         drawn, shares = draw_two(choice.log_widths, temperature, generator)
@@ -185,6 +187,7 @@ def draw(
         for number, (small, large) in zip(candidates.axes.tolist(), picked, strict=True):
             narrow[number], wide[number] = small, large
         weights = weights.index_copy(0, torch.from_numpy(candidates.axes).to(device), shares)
+    # What depends on a stream follows it, before the narrower widths are limited by the wider ones.
     wide = candidates.streams.fitted(np.array([wide]))[0].tolist()
     narrow = [min(few, many) for few, many in zip(narrow, wide, strict=True)]
     depths: tuple[Tensor, ...] = ()

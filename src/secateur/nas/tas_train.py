@@ -169,6 +169,7 @@ class TASStep(TrainingStep):
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """See `TrainingStep.batches`: images and labels for the weights, then images and labels for alpha."""
         config, device = self._config, self.fabric.device
+        # The halves may differ by one image, and so by one batch: the shorter one ends the epoch.
         halves = (
             epoch_batches(half, self.train, device=device, epoch=epoch, augment=config.augment, start=start)
             for half in (config.for_weights, config.for_alpha)
@@ -190,6 +191,7 @@ class TASStep(TrainingStep):
     def learn(self, shard: Shard) -> Losses:
         """See `TrainingStep.learn`: `update_weights`, then `update_alpha`."""
         temperature = self.temperature(shard.step)
+        # Both updates see the same tau, and other draws: the noise goes on from one to the next.
         images, labels, other_images, other_labels = shard.tensors
         processes = self.fabric.world_size
         # A mean over a shard counts by its images, so that the mean over the processes is that of the batch.
@@ -234,6 +236,7 @@ class TASStep(TrainingStep):
             weight.requires_grad = False
         drawn = self._draw(temperature)
         loss = self._cross_entropy(images, labels, drawn) * share
+        # The cost is the same in all processes, so that its gradient needs no share.
         cost = self._config.cost.loss(self.distribution).to(loss)
         self._alpha.zero_grad()
         self.fabric.backward(loss + COST_WEIGHT * cost)
@@ -271,6 +274,7 @@ class TASStep(TrainingStep):
         return self._numbers(loss, self.temperature(step))
 
     def _numbers(self, loss: float, temperature: float) -> dict[str, float]:
+        # The first limit stands for all of them: a line on a terminal has room for one.
         expected, likely = self._expected(), self._config.cost.fractions(self._most_likely())
         field = next(iter(expected))
         return {
@@ -349,6 +353,7 @@ class TASStep(TrainingStep):
         config = self._config
         if config.validation is None:
             return None
+        # Running statistics mean nothing in a supernet, where every step runs another subnet.
         subnet = self.subnet(self.derived())
         statistics = measure_batch_norms(self.supernet, subnet, config.calibration)
         result = measure_accuracy(

@@ -98,6 +98,7 @@ class TerminalProgress:
     @contextmanager
     def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:
         """See `Callbacks.start`."""
+        # Looked up when the loop starts, because tests and notebooks replace sys.stderr.
         stream = self.stream or sys.stderr
         if not stream.isatty():
             yield _LineLoop(stream, epochs, done)
@@ -123,6 +124,7 @@ class _LineLoop:
         pass
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
+        # Epochs of an earlier process say nothing about the speed of this one.
         run, left = epoch - self._done, self._epochs - epoch
         if run > 0 and left > 0:
             seconds = (perf_counter() - self._began) / run * left
@@ -212,6 +214,7 @@ class _CsvLoop:
         self._inner.step(epoch, step, numbers)
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
+        # repr, because it is read back to the same bits.
         named = {name: repr(float(value)) for name, value in numbers.items()}
         # A loop that begins again measures epoch 0 again.
         self._rows = [row for row in self._rows if row[_LOOP] != self._loop or int(row[_EPOCH]) < epoch]
@@ -348,6 +351,7 @@ class LossMeter:
         Raises:
             TrainingError: See `look`.
         """
+        # Names are known with the first step only: they are those of the step's losses.
         if not self._sums:
             self._sums = dict.fromkeys(losses, 0.0)
         self._unread.append(torch.stack(list(losses.values())))
@@ -364,6 +368,7 @@ class LossMeter:
         Raises:
             TrainingError: If one of them is not finite.
         """
+        # One transfer for all steps since the last look.
         rows = torch.stack(self._unread).tolist() if self._unread else []
         first = self.steps - len(rows) + 1
         self._unread.clear()

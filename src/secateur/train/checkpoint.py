@@ -33,6 +33,7 @@ Tensors = Mapping[str, Tensor]
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer once, also buffers that a state_dict leaves out; no copies."""
+    # Not state_dict: a run must resume with buffers that are not persistent too, and shared weights count once.
     return {
         **{name: parameter.detach() for name, parameter in model.named_parameters()},
         **dict(model.named_buffers()),
@@ -108,6 +109,7 @@ class MovingAverage:
         self.updates = 0
         tensors = tensors_of(self.model)
         self._floating = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+        # Counters such as num_batches_tracked cannot be averaged.
         self._others = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
 
     def update(self, model: nn.Module) -> None:
@@ -244,6 +246,7 @@ def _read(path: Path) -> Checkpoint:
         raise ValueError(
             f"schema {state['schema']} was written by another version (this one reads {CHECKPOINT_SCHEMA})"
         )
+    # Checked and parsed from the same bytes: the file may change between two reads.
     content = (path / "tensors.safetensors").read_bytes()
     if sha256_of(content) != state["sha256"]:
         raise ValueError("tensors.safetensors does not have the recorded SHA-256")
@@ -333,6 +336,7 @@ class Checkpointer:
         saved = state()  # In all processes, because it may gather something from each.
         if self._fabric.is_global_zero:
             save_checkpoint(self._folder, saved)
+        # No process continues, or ends, before the checkpoint is written.
         if self._fabric.world_size > 1:
             self._fabric.barrier()
 
@@ -348,7 +352,7 @@ class Checkpointer:
     def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
         """Whether any process wishes it: clocks and signals differ, and all processes must do the same."""
         if self._fabric.world_size == 1:
-            return wishes
+            return wishes  # Nothing travels, and no clock of the device is waited for.
         said = torch.tensor(wishes, dtype=torch.float32, device=self._fabric.device)
         return tuple(wish > 0 for wish in mean_over_processes(self._fabric, said).tolist())
 

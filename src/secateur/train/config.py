@@ -177,6 +177,7 @@ def _groups(
     parameters: Iterable[nn.Parameter], weight_decay: float, vector_weight_decay: float
 ) -> list[dict[str, object]]:
     trainable = [p for p in parameters if p.requires_grad]
+    # By dimensions, not by names: biases and the scales of norms have one, whatever they are called.
     groups: list[dict[str, object]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": vector_weight_decay},
@@ -223,6 +224,7 @@ class TrainConfig:
             ("accumulate", self.accumulate, 1),
             ("seed", self.seed, 0),
         ):
+            # Values come from command lines and JSON: a float that looks whole would fail much later.
             if not isinstance(value, int) or value < lowest:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TrainingError(f"`{name}` must be a whole number of at least {lowest}; got {value}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -257,6 +259,7 @@ class TrainConfig:
             Loshchilov & Hutter, arXiv:1608.03983, Eq. (5) without restarts; Goyal et al., arXiv:1706.02677,
             Section 2.2 (warm-up).
         """
+        # step + 1, so that the first step moves at all.
         warmup = round(self.warmup_fraction * steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup

@@ -93,6 +93,7 @@ def own_shard(fabric: "Fabric", batch: Tensor) -> Tensor:
         raise TrainingError(
             f"`batch_size` must give every process an image; got {len(batch)} for {fabric.world_size} processes."
         )
+    # Every n-th, not one block each: the parts differ by one item at most, and classes in order are spread.
     return batch[fabric.global_rank :: fabric.world_size]
 
 
@@ -104,6 +105,7 @@ def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> 
     """
     if fabric.world_size == 1:
         return
+    # Zeros for missing gradients, because all processes must send tensors of the same size.
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
@@ -191,6 +193,7 @@ def _batch_norm(  # noqa: PLR0917 - in torch's order
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
         if running_var is not None:
+            # The running variance is the unbiased one, as in torch.
             running_var.lerp_((variance * n / (n - 1)).to(running_var), momentum)
     found = centered * (variance + eps).rsqrt().reshape(broadcast)
     if weight is not None:

@@ -75,6 +75,7 @@ def measure_accuracy(
     rank, processes = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     if len(split) == 0:
         raise TrainingError("`split` must hold at least one image; got none. Check the data folder and its splits.")
+    # Sums stay on the device: reading one for every batch would wait for it every time.
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
     n = 0
@@ -88,13 +89,14 @@ def measure_accuracy(
                 if len(labels) == 0:
                     continue
             logits = model(channels_last(images))
-            if n == 0:
+            if n == 0:  # Once is enough, and looking at labels waits for the device.
                 check_logits(logits, len(labels))
                 check_labels(labels, logits.shape[1])
             correct += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits.float(), labels, reduction="sum")
             n += len(labels)
     if fabric is not None and processes > 1:
+        # In float64, where counts of images are exact.
         said = torch.stack([correct.double(), loss.double(), torch.tensor(float(n), device=device).double()])
         right, nats, images_of_all = (mean_over_processes(fabric, said) * processes).tolist()
         return Accuracy(top1=right / images_of_all, loss=nats / images_of_all, n=round(images_of_all))

@@ -103,8 +103,10 @@ def fit(
     else:
         execution = Eager()  # Nothing is compiled where nothing is trained.
     execution.check(fabric)
+    # A teacher that no loss asks for would only cost time.
     teacher = teacher if objective.needs_teacher else None
     task = SupervisedTask(source, validation, augment, objective, train, alignment, fabric, sparsify, execution)
+    # The caller may be in inference mode or without gradients, where modules cannot be trained.
     with torch.inference_mode(mode=False), torch.enable_grad():
         if sparsify is not None:
             student = sparsify.start(student, train.epochs * task.steps)
@@ -113,6 +115,7 @@ def fit(
         settings = {} if run.folder is None else _settings(task, student, teacher)
         trainer.resume(run.folder, settings)
         trainer.run(run, partial(trainer.saved, settings))
+        # The trained copy lies on the device in channels-last order; the caller gets its own kind of model back.
         model = copy.deepcopy(student).eval()
         write_tensors_(model, step.result(trainer.average))
     return Trained(
@@ -227,6 +230,7 @@ def _settings(task: SupervisedTask, student: nn.Module, teacher: nn.Module | Non
         for part, value in (("train", task.train), ("objective", task.objective))
         for field in dataclasses.fields(value)
     }
+    # None means another precision on another machine.
     settings["train.precision"] = fabric_precision(task.fabric).name
     settings["source"] = f"{len(task.source)} images"
     settings["validation"] = "none" if task.validation is None else f"{len(task.validation)} images"
@@ -236,6 +240,7 @@ def _settings(task: SupervisedTask, student: nn.Module, teacher: nn.Module | Non
     settings["teacher"] = "none" if teacher is None else model_sha256(teacher)
     if task.execution != Eager():
         settings["execution"] = repr(task.execution)
+    # Dropout differs between the parts of a batch, so the number of processes is part of the run.
     if task.fabric.world_size > 1:
         settings["processes"] = str(task.fabric.world_size)
     if task.sparsify is not None:

@@ -55,6 +55,7 @@ def distill_after_hints(
     References:
         Romero et al. (FitNets), arXiv:1412.6550, Section 2.2 and Algorithm 1.
     """
+    # Without weights for labels and logits, nothing behind the hints gets a gradient.
     guided = fit(
         student,
         data.train,
@@ -158,6 +159,7 @@ def born_again(
     check_resettable(teacher, "teacher", "distill a student that you have made yourself.")
     found: list[Trained] = []
     for generation in range(1, generations + 1):
+        # With the same seed the generations would differ by their teachers alone.
         seed = train.seed + generation
         newborn = reset_weights_(copy.deepcopy(teacher).requires_grad_(), seed)
         found.append(

@@ -161,6 +161,7 @@ class SupervisedStep(TrainingStep):
         self._learner = Learner.of(nn.ModuleList([self.student, losses]), task.train, task.fabric)
         self.learners = {"student": self._learner}
         self._task = task
+        # Only the forward is compiled: checkpoints, averages, masks and hooks see an ordinary module.
         self._forward = in_precision(task.fabric, task.execution.prepared(self.student))
         self._teacher: nn.Module | None = None
         self._runner: TeacherRunner | None = None
@@ -209,11 +210,13 @@ class SupervisedStep(TrainingStep):
     def learn(self, shard: Shard) -> Losses:
         """See `TrainingStep.learn`: the gradient is that of the mean loss over the whole batch."""
         task, fabric = self._task, self.fabric
+        # Masks change before the step, so that the gradients are those of the weights that are left.
         if task.sparsify is not None:
             task.sparsify.update_(self.student, shard.step, self.train.epochs * self.steps)
         self._learner.zero_grad()
         names: list[str] = []
         sums: Tensor | None = None
+        # The optimizer moves once for all parts: gradients of the parts add up in the parameters.
         own = channels_last(shard.tensors[0]), shard.tensors[1]
         for images, labels in zip(*(tensor.tensor_split(self.train.accumulate) for tensor in own), strict=True):
             total, parts = self._loss(images, labels)
@@ -265,6 +268,7 @@ class SupervisedStep(TrainingStep):
     def _measured(self, record: EpochRecord, model: nn.Module) -> EpochReport:
         task = self._task
         if task.validation is not None:
+            # In float32 whatever the training used: epochs must be comparable, also with a model measured later.
             result = measure_accuracy(
                 model.eval(),
                 task.validation,
@@ -273,6 +277,7 @@ class SupervisedStep(TrainingStep):
                 device=self.fabric.device,
                 fabric=self.fabric,
             )
+            # A NaN would only lose the comparison below, and the run would continue in vain.
             if not math.isfinite(result.loss):
                 where = f"epoch {record.epoch}"
                 raise divergence_error(f"validation loss ({result.loss:g})", where, self.train.learning_rate)
@@ -288,6 +293,7 @@ class SupervisedStep(TrainingStep):
         """See `TrainingStep.state`: the best epoch, and within an epoch what the teacher has said."""
         numbers: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
+        # The best epoch may be long gone when a run is resumed, so its weights travel in every checkpoint.
         if self.best is not None:
             numbers["best"] = {"epoch": self.best.epoch, "accuracy": self.best.accuracy, "loss": self.best.loss}
             tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}

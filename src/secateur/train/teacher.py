@@ -139,6 +139,7 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], list[byt
 
 
 def _digest(images: Tensor) -> bytes:
+    # Channels last, which is the memory order of the images: no copy is needed to read their bytes.
     flat = images.detach().cpu().permute(0, *range(2, images.ndim), 1).contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=_DIGEST_BYTES).digest()
 
@@ -207,7 +208,7 @@ class TeacherRunner:
         """Return the teacher's logits for the next batch of the epoch, without gradients."""
         found = None if self._cache is None else self._cache.find(self._step, images)
         if found is None:
-            with torch.no_grad():
+            with torch.no_grad():  # Not inference mode, whose tensors a loss could not save for backward.
                 found = self._teach(images)
             if self._cache is not None:
                 self._cache.keep(images, found)

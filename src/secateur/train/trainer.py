@@ -83,6 +83,7 @@ class Learner:
 
     def update(self) -> None:
         """Take one step of the optimizer, with gradients averaged over the processes, so that all move alike."""
+        # Averaged before clipping: the norm is that of the gradient of the whole batch.
         average_gradients_(self._fabric, self.parameters)
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self._clip_norm)
@@ -275,6 +276,7 @@ class EpochState:
         # Each process has numbers of its own: dropout must not drop the same units in all parts of a batch.
         rank = (self._fabric.global_rank,) if self._fabric.world_size > 1 else ()
         with seeded(self._fabric.device, seed, self._epoch, *rank):
+            # Seeded all the same, so that the caller's states are restored at the end.
             if self._interrupted is not None:
                 set_random_states(self._fabric.device, self._interrupted)
             self.losses.show_again(callbacks)
@@ -319,6 +321,7 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self._step = step
+        # Searches name no module to average: their supernet is only a means to an architecture.
         decay = step.train.ema_decay
         self._average = None if decay is None or step.averaged is None else MovingAverage(step.averaged, decay)
         self._partway: EpochState | None = None
@@ -339,6 +342,7 @@ class Trainer:
             TrainingError: If the checkpoint is of a run with other settings, or the processes find different ones.
         """
         saved = None if folder is None else load_checkpoint(folder, settings)
+        # Before restoring, because processes at different steps would wait for each other forever.
         if self._step.fabric.world_size > 1:
             _check_same_checkpoint(self._step.fabric, saved)
         if saved is not None:
@@ -357,11 +361,13 @@ class Trainer:
             Stopped: If that was requested.
         """
         step, epochs = self._step, self._step.train.epochs
+        # All processes compute the same numbers; one of them shows them.
         callbacks = run.callbacks if step.fabric.is_global_zero else Silent()
         with (
             checkpointing(run.folder, run.checkpoints, step.fabric) as checkpointer,
             callbacks.start(step.loop, epochs=epochs, steps=step.steps, done=self.epoch) as shown,
         ):
+            # A run resumed within its first epoch has measured the start already.
             if self.epoch == 0 and not self.history:
                 self._report(0, step.measure_start(), shown)
             while self.epoch < epochs:
@@ -389,6 +395,7 @@ class Trainer:
                 rate = train.learning_rate_at(number, steps=total)
                 looked = part.losses.add(self.train_step(batch, number, rate), rate)
                 part.images += len(batch[0])
+                # The last step is always shown, before the checkpoint that may follow, so that logs have no gap.
                 if looked or part.steps == step.steps:
                     part.losses.look()
                     part.losses.show(callbacks, step.numbers(part.losses.latest, rate, number))
@@ -397,6 +404,7 @@ class Trainer:
         last = first + part.steps - 1
         rate = train.learning_rate_at(last, steps=total) if part.steps else 0.0
         self._check_epoch(part.losses, rate)
+        # From here on a checkpoint is one of the end of the epoch, without random states: the next epoch seeds anew.
         self._partway = None
         self.epoch += 1
         summary = EpochSummary(self.epoch, part.losses.means, rate, last, part.seconds, part.images, self.average)
@@ -419,6 +427,7 @@ class Trainer:
         # Batch norms see the whole batch, so that the step is that of one process.
         with synchronized_batch_norms(fabric):
             losses = step.learn(Shard(own, tuple(map(len, batch)), number))
+        # After the step has updated the weights; the same in all processes.
         if self._average is not None and step.averaged is not None:
             self._average.update(step.averaged)
         # All losses in one message. A total that is the sum of its parts need not travel.
@@ -444,6 +453,7 @@ class Trainer:
             tensors |= {f"average/{name}": tensor for name, tensor in tensors_of(self._average.model).items()}
         if part is None:
             return Checkpoint(self.epoch, tensors, numbers, settings)
+        # Generators are seeded at the beginning of every epoch, so that only their states within one matter.
         numbers |= {"partway": part.numbers(), "generators": {}}
         tensors |= part.tensors()
         for name, generator in step.generators.items():
@@ -493,6 +503,7 @@ class Trainer:
 
 def _check_same_checkpoint(fabric: "Fabric", saved: Checkpoint | None) -> None:
     """Refuse processes that have found different checkpoints."""
+    # No checkpoint counts as one before the first epoch.
     own = torch.tensor([-1, 0] if saved is None else [saved.epoch, saved.step])
     if len(gather(fabric, own).unique(dim=0)) > 1:
         raise TrainingError(

@@ -262,7 +262,7 @@ def split_of(labels: torch.Tensor) -> MemorySplit:
 def test_data_that_is_not_enough_is_refused_before_anything_is_trained(settings, message):
     seen = Recorder()
     with pytest.raises(DataError, match=message):
-        run(staged(), **{"strategy": quick(), "watch": seen, **settings})
+        run(staged(), **{"strategy": quick(), "callbacks": seen, **settings})
     assert seen.opened == []
 
 
@@ -304,8 +304,8 @@ def test_it_is_told_in_the_same_words_by_every_process():
 def test_it_compresses_a_model_to_an_artifact(tmp_path):
     given = staged()
     done = run_compress(
-        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=ExactKnapsack()), train=TrainConfig(epochs=0),
-        out=tmp_path / "out", export=(), callbacks=Silent(), seed=3,
+        given.model, noise(), budget="macs=60%", strategy=quick(1, combination=ExactKnapsack()),
+        train=TrainConfig(epochs=0), out=tmp_path / "out", export=(), callbacks=Silent(), seed=3,
     )  # fmt: skip
     loaded = secateur.load(tmp_path / "out", factory=lambda: copy.deepcopy(given.model))
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -290,7 +290,7 @@ def test_full_disk_leaves_nothing(run: Run, digits_weights: Path, tmp_path: Path
     words = (*compress_words(digits_weights, tmp_path / "out"), "--epochs", 0, "--export", "")
     with monkeypatch.context() as patch, _nothing_left(tmp_path):
         patch.setattr(import_module("secateur._files"), "_flush", full)
-        _refused(run(*words), "No space left on device", "Make room")
+        _refused(run(*words), "No space left on device", "Free some space")
     with monkeypatch.context() as patch:
         patch.setattr(import_module("secateur.pipeline.finalize"), "write_report", full)
         _refused(run(*words), "No space left on device", "--resume")

@@ -154,7 +154,7 @@ def test_budget_out_of_reach_names_the_choices(small: Small, run: Run, tmp_path:
     assert found.exit_code == 2
     said = _words(found.stderr)
     assert "Reachable: macs" in said
-    assert "Or loosen what you chose: include layer1." in said
+    assert "Or loosen what you selected: include layer1." in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,7 +166,7 @@ def test_blocks_are_removed_where_channels_alone_do_not_suffice(small: Small, ru
     assert "Or let residual blocks go too (--remove-blocks" in _words(refused.stderr)
     kept = run(*words, "--remove-blocks", 1, "--keep-whole", "layer1.0.conv2")
     assert kept.exit_code == 2
-    assert "Or loosen what you chose: keep whole layer1.0.conv2." in _words(kept.stderr)
+    assert "Or loosen what you selected: keep whole layer1.0.conv2." in _words(kept.stderr)
     found = run(*words, "--remove-blocks", 1)
     assert found.exit_code == 0, found.output
     assert "1 of 1 residual blocks were removed whole" in (out / "report.html").read_text()

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from small_runs import Blobs, fit_small, launch_two, small_config, small_net
 from torch import nn
 
-from secateur._runtime import Stopped, stoppable
 from secateur.distill import Objective
 from secateur.errors import TrainingError
-from secateur.train import SGD, CheckpointPolicy, Silent, Trained, callbacks
+from secateur.train import SGD, CheckpointPolicy, Silent, Stopped, Trained, callbacks, stoppable
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

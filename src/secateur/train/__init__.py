@@ -1,5 +1,6 @@
 """Training: one loop on Lightning Fabric with exact resume, and what `fit`, TAS and SWP compute in its steps."""
 
+from secateur._runtime import Stopped, stoppable
 from secateur.train.callbacks import (
     Callbacks,
     CsvLog,
@@ -72,6 +73,7 @@ __all__ = [
     "RunSettings",
     "Shard",
     "Silent",
+    "Stopped",
     "TensorBoard",
     "TerminalProgress",
     "TrainConfig",
@@ -108,6 +110,7 @@ __all__ = [
     "resolve_fabric",
     "save_checkpoint",
     "seeded",
+    "stoppable",
     "tensors_of",
     "train_with_teacher",
     "write_optimizer_",

@@ -12,9 +12,8 @@ from swp_runs import staged
 from tas_runs import Recorder, net, run
 from tas_runs import quick as quick_tas
 
-from secateur._runtime import Stopped, stoppable
 from secateur.search import SearchResult
-from secateur.train import CheckpointPolicy
+from secateur.train import CheckpointPolicy, Stopped, stoppable
 
 EVERY_STEP = CheckpointPolicy(math.inf, 1)
 

@@ -294,7 +294,8 @@ def test_it_is_told_in_the_same_words_by_every_process():
     text = stable_repr(SWP(importance=L2()))
     assert text == stable_repr(SWP(importance=L2()))
     assert "0x" not in text
-    assert all(word in text for word in ("SWP(", "Widths(", "SandwichSampler(random=2)", "InPlace()", "ExactKnapsack()", "L2()"))
+    words = ("SWP(", "Widths(", "SandwichSampler(random=2)", "InPlace()", "ExactKnapsack()", "L2()")
+    assert all(word in text for word in words)
     assert SWP().trains
 
 

@@ -16,7 +16,6 @@ import torch
 from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, fit_small, same, small_config, small_net, state
 from torch import Tensor, nn
 
-from secateur._runtime import stoppable
 from secateur.distill import (
     AlignedFeatures,
     MeanOverTaps,
@@ -29,7 +28,7 @@ from secateur.distill import (
 )
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, Precision, Silent, Trained
+from secateur.train import CheckpointPolicy, Compiled, Eager, Execution, Precision, Silent, Trained, stoppable
 
 TRACED = Compiled(backend="eager")
 TEACHER = small_net(5)

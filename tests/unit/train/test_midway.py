@@ -14,11 +14,10 @@ from small_runs import LABELS_ONLY, Blobs, Fragile, Killed, fit_small, same, sma
 from tas_runs import Recorder
 from torch import nn
 
-from secateur._runtime import Stopped, stoppable
 from secateur.distill import AlignedFeatures, Objective, Tap
 from secateur.errors import TrainingError
 from secateur.prune import Sparsify, WeightPruning
-from secateur.train import SGD, AdamW, CheckpointPolicy, Silent, Trained
+from secateur.train import SGD, AdamW, CheckpointPolicy, Silent, Stopped, Trained, stoppable
 
 EVERY_STEP = CheckpointPolicy(math.inf, 1)
 STEPS = 3

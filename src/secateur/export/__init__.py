@@ -1,6 +1,15 @@
 """Artifacts and exported files: each is written, run, and compared with the model."""
 
-from secateur.export._common import PARITY_TOLERANCE, Parity, Samples, check_extra, eval_copy
+from secateur.export._common import (
+    PARITY_TOLERANCE,
+    Parity,
+    Runner,
+    Samples,
+    as_inputs,
+    check_extra,
+    check_parity,
+    eval_copy,
+)
 from secateur.export.artifact import (
     MANIFEST_NAME,
     OWN_FILES,
@@ -19,7 +28,7 @@ from secateur.export.executorch import export_executorch
 from secateur.export.formats import Exporter, Format, check_formats, compare_file
 from secateur.export.int8 import MIN_KEPT_ACCURACY, USUAL_KEPT_ACCURACY, Quantized, compare_int8_file, export_int8
 from secateur.export.manifest import SCHEMA, Edit, Manifest, Recipe, TensorRecord, edits_between
-from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session
+from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session, session_runner
 from secateur.export.openvino import export_openvino
 from secateur.export.torch_export import export_pt2
 
@@ -40,11 +49,14 @@ __all__ = [
     "Parity",
     "Quantized",
     "Recipe",
+    "Runner",
     "Samples",
     "TensorRecord",
     "amend",
+    "as_inputs",
     "check_extra",
     "check_formats",
+    "check_parity",
     "compare_file",
     "compare_int8_file",
     "edits_between",
@@ -62,5 +74,6 @@ __all__ = [
     "read_manifest",
     "refuse_foreign",
     "save",
+    "session_runner",
     "weights_bytes",
 ]

@@ -276,7 +276,7 @@ def test_stages_of_teacher_and_student_are_compared_channel_by_channel():
     assert [len(tap.kept) for tap in narrow.taps] == [15, 8]
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for features in (aligned, narrow):
-        with features.watch(student, model) as watch, torch.no_grad():
+        with features.record(student, model) as recorder, torch.no_grad():
             model(images)
             student(images)
-            assert torch.isfinite(watch.loss())
+            assert torch.isfinite(recorder.loss())

@@ -60,7 +60,9 @@ def test_channels_are_put_at_their_places():
     last = ExpandChannels(nn.Identity(), 2, 1, (2, 0, 1))(x)
     assert torch.equal(last, F.pad(x, (1, 0)))
     assert ExpandChannels(nn.Identity(), 1, 2).state_dict() == {}
-    assert repr(ExpandChannels(nn.Identity(), 1, 1, (1, 0))).startswith("ExpandChannels(\n  dim=1, missing=1, order=(1, 0)")
+    assert repr(ExpandChannels(nn.Identity(), 1, 1, (1, 0))).startswith(
+        "ExpandChannels(\n  dim=1, missing=1, order=(1, 0)"
+    )
 
 
 def test_a_prefix_of_the_stream_is_only_padded():

@@ -171,7 +171,7 @@ def test_collapsed_int8_file_is_a_failed_check(small: Small, run: Run, tmp_path:
                 held.CopyFrom(numpy_helper.from_array(0 * numpy_helper.to_array(held), held.name))
         return model.SerializeToString()
 
-    monkeypatch.setattr("secateur.export._int8.quantize", spoiled)
+    monkeypatch.setattr("secateur.export.int8.quantize", spoiled)
     found = run(*compress_words(small.weights, tmp_path / "out"), "--epochs", 0, "--export", "int8")
     assert found.exit_code == 2
     assert "must keep 95 % of the float model's accuracy" in " ".join(found.stderr.split())

@@ -325,7 +325,9 @@ def _timed(
     return found, None if before is None or after is None else (before, after)
 
 
-def _record(target: Target, seconds: Sequence[tuple[float, ...]], load: tuple[float, float] | None) -> LatencyRecord:
+def _record(
+    target: Target, seconds: Sequence[tuple[float, ...]], load: tuple[float, float] | None = None
+) -> LatencyRecord:
     return LatencyRecord(
         runtime=target.runtime,
         batch_size=target.batch,

@@ -57,6 +57,6 @@ class Pretend(Target):
 
         yield run
 
-    def seconds_alone(self, shape: LayerShape) -> float:
+    def layer_seconds(self, shape: LayerShape) -> float:
         self.timed.append(shape)
         return self.layer(shape)

@@ -21,9 +21,9 @@ from secateur.prune import (
     ERKAllocation,
     MagnitudeScore,
     WeightPruning,
-    make_permanent_,
     apply_masks,
     get_masks,
+    make_permanent_,
     nonzero_params,
     prunable_weights,
 )

@@ -16,6 +16,8 @@ from secateur.export import export_onnx, export_pt2
 from secateur.export import onnx as _onnx
 from secateur.export import torch_export as _pt2
 
+pytestmark = pytest.mark.window
+
 FORMATS = pytest.mark.parametrize(
     ("export", "name", "room"), [(export_onnx, "model.onnx", _onnx), (export_pt2, "model.pt2", _pt2)]
 )

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from secateur.data import load_data
 from secateur.distill import Objective
 from secateur.models import load_model
-from secateur.train import Silent, TrainConfig, fit
+from secateur.train import RunSettings, Silent, TrainConfig, fit
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     taught = fit(
         fresh,
         data.train,
-        schedule=TrainConfig(epochs=6, batch_size=64, learning_rate=0.05),
+        train=TrainConfig(epochs=6, batch_size=64, learning_rate=0.05),
         objective=Objective.of_labels(),
         augment=data.augment,
         validation=data.validation,
-        progress=Silent(),
+        run=RunSettings(callbacks=Silent()),
     )
     assert taught.best_accuracy is not None
     assert taught.best_accuracy > 0.9

@@ -49,9 +49,9 @@ from secateur.train import (
     Silent,
     TrainConfig,
     Trainer,
+    copy_to_device,
     evaluate,
     open_fabric,
-    copy_to_device,
     train_with_teacher,
 )
 

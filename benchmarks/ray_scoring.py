@@ -28,7 +28,7 @@ from secateur.nas.common import set_aside
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, open_fabric, copy_to_device
+from secateur.train import Precision, copy_to_device, open_fabric
 from secateur.workers import InProcess, OnRay, Pool, Workers
 
 CHUNK = 8

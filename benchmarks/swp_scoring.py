@@ -30,7 +30,7 @@ from secateur.nas import InPlace, Subnet, Supernet, Widths, order_by_score
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.nas.swp_candidates import CandidateSpace
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, channels_last, open_fabric, copy_to_device
+from secateur.train import Precision, channels_last, copy_to_device, open_fabric
 
 NETWORKS = 8
 Pair = tuple[Tensor, Tensor]

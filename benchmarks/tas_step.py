@@ -29,7 +29,15 @@ from secateur.nas import TAS, Interpolate, Supernet, WidthExpansion, ZeroPad, or
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.nas.tas_train import TASStep
 from secateur.search import L2, ScoringInputs, SearchContext, SearchSpace
-from secateur.train import Precision, RunSettings, TrainConfig, best_precision, channels_last, open_fabric, copy_to_device
+from secateur.train import (
+    Precision,
+    RunSettings,
+    TrainConfig,
+    best_precision,
+    channels_last,
+    copy_to_device,
+    open_fabric,
+)
 
 BATCH = 64
 TEMPERATURE = 5.0
@@ -53,7 +61,9 @@ class Steps:
         candidates = WidthCandidates.of(problem, strategy.widths, strategy.depths, supernet.mixable)
         context = replace(problem, run=RunSettings(fabric=self._fabric))
         config = strategy.search_config(context, candidates, (_Images(), _Images()))
-        self._step = TASStep(config, copy_to_device(supernet, self._fabric.device).train(), WidthDistribution(candidates))
+        self._step = TASStep(
+            config, copy_to_device(supernet, self._fabric.device).train(), WidthDistribution(candidates)
+        )
         self._step.noise.manual_seed(0)
         self._step.learners["supernet"].set_learning_rate(0.01)
 

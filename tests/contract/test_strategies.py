@@ -20,6 +20,7 @@ from secateur.search import (
     Activations,
     BatchNormScale,
     Correlation,
+    FilterWeights,
     GeometricMedian,
     GlobalImportance,
     Knapsack,
@@ -31,11 +32,10 @@ from secateur.search import (
     Strategy,
     Taylor,
     Uniform,
-    FilterWeights,
     as_scored,
     by_axis_rank,
-    stable_repr,
     search_architecture,
+    stable_repr,
 )
 
 STRATEGIES: list[Strategy] = [

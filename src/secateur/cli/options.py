@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
+from secateur.cli.parsing import MAX_CHANNELS
 from secateur.errors import ArtifactError, ExportError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ TRAIN = Group("Training", sort_key=3)
 RUN = Group("Output and run", sort_key=4)
 ADVANCED = Group("Advanced", sort_key=5)
 
-MAX_CHANNELS, MAX_SIDE, MAX_COUNT, MAX_SEED = 2**20, 2**13, 2**31, 2**63 - 1
+MAX_SIDE, MAX_COUNT, MAX_SEED = 2**13, 2**31, 2**63 - 1
 MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
 """The largest numbers that have a meaning; no tensor can hold what lies above them."""
 

@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.cli.options import MAX_CHANNELS, ImageFlags, OptimizerName, PrecisionName, SearchFlags
 from secateur.errors import DataError, ExportError, SelectionError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.cli.options import ImageFlags, OptimizerName, PrecisionName, SearchFlags
     from secateur.data.dataset import ImageData
     from secateur.export.formats import Format
     from secateur.graph.selection import Selection
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 _Kind = TypeVar("_Kind")
 
+MAX_CHANNELS = 2**20
+"""The largest width that has a meaning; no tensor can hold what lies above it."""
 _DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -48,9 +50,9 @@ class Inputs:
     """
 
     model: str
-    weights: Path | None = None
-    data: str | None = None
-    flags: ImageFlags = ImageFlags()  # noqa: RUF009 - frozen
+    weights: Path | None
+    data: str | None
+    flags: "ImageFlags"
     seed: int = 0
 
     @cached_property
@@ -128,7 +130,7 @@ _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {
 """The strategies that a flag has an effect on."""
 
 
-def strategy(flags: SearchFlags, *, default_blocks: float = 0.0, trust_source: bool = False) -> "Strategy":
+def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source: bool = False) -> "Strategy":
     """Build the strategy that the flags describe.
 
     Args:
@@ -170,7 +172,7 @@ def strategy(flags: SearchFlags, *, default_blocks: float = 0.0, trust_source: b
     return RemoveBlocks(widths, blocks) if blocks else widths
 
 
-def _widths(flags: SearchFlags, trust_source: bool) -> "Strategy":
+def _widths(flags: "SearchFlags", trust_source: bool) -> "Strategy":
     from secateur.search.knapsack import Knapsack
     from secateur.search.pca import Activations, PCASlimming
     from secateur.search.ranking import GlobalImportance, Uniform
@@ -191,7 +193,7 @@ def _widths(flags: SearchFlags, trust_source: bool) -> "Strategy":
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
 
 
-def _supernet(flags: SearchFlags) -> "TAS | SWP":
+def _supernet(flags: "SearchFlags") -> "TAS | SWP":
     """Build a strategy that trains a supernet."""
     from secateur.nas.common import Depths, Widths
     from secateur.nas.swp import SWP
@@ -219,7 +221,7 @@ def _supernet(flags: SearchFlags) -> "TAS | SWP":
     )
 
 
-def importance(flags: SearchFlags, trust_source: bool = False) -> "Importance":
+def importance(flags: "SearchFlags", trust_source: bool = False) -> "Importance":
     """Build the importance that ``--importance`` names.
 
     Raises:
@@ -334,7 +336,7 @@ def callbacks(quiet: bool, tensorboard: Path | None) -> "Callbacks":
     return shown if tensorboard is None else TensorBoard(tensorboard, shown)
 
 
-def optimizer(name: OptimizerName, weight_decay: float | None) -> "SGD | AdamW":
+def optimizer(name: "OptimizerName", weight_decay: float | None) -> "SGD | AdamW":
     """Build an optimizer's settings, with its default weight decay unless another is given."""
     from secateur.train.config import SGD, AdamW
 
@@ -342,7 +344,7 @@ def optimizer(name: OptimizerName, weight_decay: float | None) -> "SGD | AdamW":
     return kind() if weight_decay is None else kind(weight_decay=weight_decay)
 
 
-def precision(name: PrecisionName) -> "Precision | None":
+def precision(name: "PrecisionName") -> "Precision | None":
     """Return the number formats of a name; None for the best that the device has."""
     from secateur.train.device import Precision
 

@@ -275,14 +275,25 @@ def _finished(
         metrics={
             "nonzero": {"before": nonzero_params(cut_student.original), "after": nonzero_params(student)},
             "pruning": None if cut.weight_pruning is None else repr(cut.weight_pruning),
-            "repairs": [asdict(repair) for repair in cut_student.repairs],
-            "search": {"strategy": search.strategy, "budget": str(plan.budget), **search.notes},
+            # These keys keep the spelling of the first release: scripts read them.
+            "healing": [
+                {"healer": result.repair, "before": result.before, "after": result.after, "kept": result.kept}
+                for result in cut_student.repairs
+            ],
+            "search": {"strategy": search.strategy, "budget": str(plan.budget), **_stored_notes(search.notes)},
             "choices": asdict(cut.selection),
             "heads": cut.heads.value,
             "branches": cut.branches.value,
             "space": asdict(cut.space),
         },
     )
+
+
+def _stored_notes(notes: Mapping[str, object]) -> dict[str, object]:
+    """The notes of a search under the keys of secateur.json."""
+    return {
+        {"utilization": "utilisation", "repaired": "healed"}.get(name, name): value for name, value in notes.items()
+    }
 
 
 def _report(

@@ -22,8 +22,7 @@ from secateur.cost.targets import Target
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, save, weights_bytes
-from secateur.export.manifest import edits_between
-from secateur.export.manifest import Recipe
+from secateur.export.manifest import Recipe, edits_between
 from secateur.pipeline.config import Output, RunConfig
 from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
 from secateur.pipeline.load import load

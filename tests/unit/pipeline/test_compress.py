@@ -180,7 +180,8 @@ def test_removed_blocks_are_distilled_written_and_reported(tmp_path: Path):
     out = tmp_path / "out"
     said: list[str] = []
     result = run_compress(
-        _residual(), noise_data(), budget="macs=40%", strategy=RemoveBlocks(Uniform(), max_fraction=0.7), out=out, export=(),
+        _residual(), noise_data(), budget="macs=40%", out=out, export=(),
+        strategy=RemoveBlocks(Uniform(), max_fraction=0.7),
         train=TrainConfig(epochs=2, batch_size=32), callbacks=Silent(), hear=said.append,
     )  # fmt: skip
     assert result.architecture.removed_blocks == ("early", "late.0")

@@ -10,10 +10,7 @@ from secateur.cli.options import (
     RecoveryFlags,
     RunFlags,
     SearchFlags,
-    SpaceFlags,
     TargetFlags,
-    TrainFlags,
-    WeightFlags,
     flag,
 )
 from secateur.cli.output import command_line, handle_errors_together, logged, resumable
@@ -34,10 +31,7 @@ def compress_command(
     out_folder: options.Out,
     images: ImageFlags = ImageFlags(),
     search: SearchFlags = SearchFlags(),
-    space: SpaceFlags = SpaceFlags(),
     cut: CutFlags = CutFlags(),
-    weight_pruning: WeightFlags = WeightFlags(),
-    train: TrainFlags = TrainFlags(),
     recovery: RecoveryFlags = RecoveryFlags(),
     target: TargetFlags = TargetFlags(),
     run: RunFlags = RunFlags(),
@@ -60,15 +54,15 @@ def compress_command(
     limits, exported = Budget.parse(budget), formats(run.export)
     timed_on = target.to_target()
     searched_by = strategy(search, default_blocks=default_blocks(limits), trust_source=images.trust_source)
-    cut_config = cut.to_config(space, weight_pruning)
-    recovery_config = recovery.to_config(train, run.seed)
-    train.check_augment()
+    cut_config = cut.to_config()
+    recovery_config = recovery.to_config(run.seed)
+    recovery.train.check_augment()
     check_output(out_folder)
     inputs = Inputs(model, weights, data, images, run.seed)
     with run.fabric(recovery_config.train) as fabric, logged(quiet=run.quiet):
         result = run_compress(
             inputs.loaded.model,
-            train.augment(inputs.images),
+            recovery.train.augment(inputs.images),
             limits,
             strategy=searched_by,
             cut=cut_config,

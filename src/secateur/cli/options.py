@@ -251,19 +251,21 @@ class WeightFlags:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class CutFlags:
-    """How the cut model is made."""
+    """What may be cut, and how the cut model is made."""
 
+    space: SpaceFlags = SpaceFlags()
+    weights: WeightFlags = WeightFlags()
     calibration: Annotated[int, whole_number("Training images for search and repairs.", CUT, most=MAX_COUNT)] = 1024
     from_scratch: Annotated[bool, flag("Draw new weights; needs --epochs and --lr like the original.", CUT)] = False
 
-    def to_config(self, space: SpaceFlags, weights: WeightFlags) -> "CutConfig":
-        """Build the `CutConfig` of these and other flags."""
+    def to_config(self) -> "CutConfig":
+        """Build the `CutConfig` of these flags."""
         from secateur.pipeline.config import KeepWeights, Reinitialize
 
         return replace(
-            space.to_config(),
+            self.space.to_config(),
             init=Reinitialize() if self.from_scratch else KeepWeights(),
-            weight_pruning=weights.to_pruning(),
+            weight_pruning=self.weights.to_pruning(),
             calibration_images=self.calibration,
         )
 
@@ -350,16 +352,18 @@ class DistillTrainFlags(TrainFlags):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RecoveryFlags:
-    """The losses by which a cut model recovers."""
+    """How a cut model recovers: its training and its losses."""
 
+    train: TrainFlags = TrainFlags()
     kd_weight: Annotated[float, number("Weight of the teacher's probabilities.", least=0)] = 0.9
     feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", least=0)] = 10.0
 
-    def to_config(self, train: TrainFlags, seed: int) -> "RecoveryConfig":
-        """Build the `RecoveryConfig` of these and other flags."""
+    def to_config(self, seed: int) -> "RecoveryConfig":
+        """Build the `RecoveryConfig` of these flags."""
         from secateur.distill.objective import Objective
         from secateur.pipeline.config import RecoveryConfig
 
+        train = self.train
         objective = Objective(
             self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
         )

@@ -16,10 +16,8 @@ from secateur.cli.options import (
     RecoveryFlags,
     RunFlags,
     SearchFlags,
-    SpaceFlags,
     TargetFlags,
     TrainFlags,
-    WeightFlags,
     flag,
     whole_number,
 )
@@ -72,8 +70,8 @@ def test_an_interrupted_run_is_continued_or_removed():
 
 
 def test_the_defaults_of_the_flags_are_those_of_python():
-    assert CutFlags().to_config(SpaceFlags(), WeightFlags()) == CutConfig()
-    assert RecoveryFlags().to_config(TrainFlags(), seed=0) == RecoveryConfig()
+    assert CutFlags().to_config() == CutConfig()
+    assert RecoveryFlags().to_config(seed=0) == RecoveryConfig()
     assert RunFlags().to_config() == RunConfig()
     assert strategy(SearchFlags()) == DEFAULT_STRATEGY
     defaults = inspect.signature(compress_in_python).parameters

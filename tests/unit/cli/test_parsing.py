@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from secateur.cli.options import Attention, CutFlags, SpaceFlags, TrainFlags, WeightFlags
+from secateur.cli.options import Attention, CutFlags, SpaceFlags, TrainFlags
 from secateur.cli.parsing import axis_rules, callbacks, device, formats, numbers, optimizer, precision, selection
 from secateur.data import Augment, load_data
 from secateur.errors import DataError, ExportError, SelectionError, TrainingError
@@ -18,8 +18,8 @@ from secateur.train import SGD, AdamW, Precision, Silent, TensorBoard, TerminalP
 
 
 def test_initial_weights_branches_and_progress(tmp_path: Path):
-    assert CutFlags(from_scratch=True).to_config(SpaceFlags(), WeightFlags()).init == Reinitialize()
-    assert CutFlags().to_config(SpaceFlags(), WeightFlags()).init == KeepWeights()
+    assert CutFlags(from_scratch=True).to_config().init == Reinitialize()
+    assert CutFlags().to_config().init == KeepWeights()
     assert SpaceFlags(untied=True).to_config().branches is Branches.UNTIED
     assert SpaceFlags().to_config().branches is Branches.TIED
     assert callbacks(quiet=True, tensorboard=None) == Silent()

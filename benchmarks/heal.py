@@ -57,7 +57,7 @@ VARIANTS = ("cut", "cut + BN", "cut + refit", "cut + refit + BN", "default")
 
 def variants(model: nn.Module, done: Any, images: tuple[torch.Tensor, ...]) -> dict[str, nn.Module]:
     """Return the cut model under every repair, and under the default (harmful repairs are undone)."""
-    wound = RepairContext(model, done.graph, done.architecture, images)
+    context = RepairContext(model, done.graph, done.architecture, images)
     found = {"cut": done.model}
     for base, repair, name in (
         ("cut", RecalibrateBatchNorm(), "cut + BN"),
@@ -65,7 +65,7 @@ def variants(model: nn.Module, done: Any, images: tuple[torch.Tensor, ...]) -> d
         ("cut + refit", RecalibrateBatchNorm(), "cut + refit + BN"),
     ):
         found[name] = copy.deepcopy(found[base])
-        repair.apply_(found[name], wound)
+        repair.apply_(found[name], context)
     kept, distance = "cut", output_distance(model, found["cut"], images)
     for name in ("cut + refit", "cut + refit + BN"):
         after = output_distance(model, found[name], images)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    name = "heal" if arguments.depth == 56 else f"repair-resnet{arguments.depth}"
+    name = "heal" if arguments.depth == 56 else f"heal-resnet{arguments.depth}"
     path = RESULTS / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     model, _ = load_model(

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from secateur.cost.measure import measure as measure
     from secateur.cost.measure import measure_latency as measure_latency
     from secateur.cost.measure import measure_pairs as measure_pairs
-    from secateur.cost.targets import OnnxRuntime as OnnxRuntime
-    from secateur.cost.targets import TorchCompiled as TorchCompiled
-    from secateur.cost.targets import TorchEager as TorchEager
+    from secateur.cost.runtimes import OnnxRuntime as OnnxRuntime
+    from secateur.cost.runtimes import TorchCompiled as TorchCompiled
+    from secateur.cost.runtimes import TorchEager as TorchEager
     from secateur.data.dataset import ImageData as ImageData
     from secateur.data.load import load_data as load_data
     from secateur.distill.objective import Objective as Objective
@@ -79,7 +79,7 @@ _MODULES = {
         "measure_latency",
         "measure_pairs",
     ),
-    "cost.targets": (
+    "cost.runtimes": (
         "OnnxRuntime",
         "TorchCompiled",
         "TorchEager",

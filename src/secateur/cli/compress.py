@@ -1,7 +1,6 @@
 """The command that compresses a model to a budget."""
 
 from dataclasses import replace
-from typing import Annotated
 
 from secateur.cli import options
 from secateur.cli.options import (
@@ -11,13 +10,8 @@ from secateur.cli.options import (
     RunFlags,
     SearchFlags,
     TargetFlags,
-    flag,
 )
 from secateur.cli.output import command_line, handle_errors_together, logged, resumable
-
-BudgetText = Annotated[
-    str, flag("Upper bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", options.CUT, value="BOUNDS")
-]
 
 
 @handle_errors_together
@@ -27,7 +21,7 @@ def compress_command(
     model: options.Model,
     weights: options.WeightsFile = None,
     data: options.Data,
-    budget: BudgetText,
+    budget: options.BudgetText,
     out_folder: options.Out,
     images: ImageFlags = ImageFlags(),
     search: SearchFlags = SearchFlags(),

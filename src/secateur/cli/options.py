@@ -20,7 +20,7 @@ from secateur.errors import ArtifactError, ExportError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from secateur.cost.targets import Target
+    from secateur.cost.runtimes import Target
     from secateur.data.dataset import ImageData
     from secateur.pipeline.config import CutConfig, RecoveryConfig, RunConfig
     from secateur.pipeline.workspace import OnExisting
@@ -120,6 +120,9 @@ TensorBoardFolder = Annotated[
 Quiet = Annotated[bool, flag("Print only the results.", RUN)]
 Debug = Annotated[bool, flag("Show the traceback of an error.")]
 AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
+BudgetText = Annotated[
+    str, flag("Upper bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")
+]
 
 
 @Parameter(name="*")
@@ -434,7 +437,7 @@ def to_target(
 ) -> "Target":
     """Build the runtime that latency is measured on."""
     from secateur.cli.parsing import check_device
-    from secateur.cost.targets import OnnxRuntime, TorchCompiled, TorchEager
+    from secateur.cost.runtimes import OnnxRuntime, TorchCompiled, TorchEager
 
     if name == "ort":
         if device != "cpu":

@@ -23,8 +23,8 @@ from secateur.cost.measure import (
     measure_latency,
     measure_pairs,
 )
+from secateur.cost.runtimes import OnnxRuntime, Target, TorchCompiled, TorchEager
 from secateur.cost.size import FileSize
-from secateur.cost.targets import OnnxRuntime, Target, TorchCompiled, TorchEager
 from secateur.cost.timing import ConvolutionShape, LayerShape, LinearShape, Quartiles
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur._files import write_atomic
 from secateur._provenance import sha256_of_json, this_machine
 from secateur._runtime import load_average
-from secateur.cost.targets import OnnxRuntime, Target, TorchEager
+from secateur.cost.runtimes import OnnxRuntime, Target, TorchEager
 from secateur.cost.timing import Pass, Quartiles, time_in_turns
 from secateur.errors import ExportError
 from secateur.export._common import InputTensors

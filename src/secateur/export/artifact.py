@@ -17,7 +17,7 @@ from secateur.export.formats import Format
 from secateur.export.manifest import FORMAT, Manifest, Recipe, held_value, set_edits
 from secateur.export.tensors import check_capacity, deserialize, install, serialize, tensor_records
 from secateur.prune.masks import get_masks, make_permanent_, nonzero_params
-from secateur.prune.residual import expand_branches_, find_expansions
+from secateur.prune.narrow_branches import expand_branches_, find_expansions
 from secateur.prune.slice import find_replacements, replace_modules_, update_declared_sizes_
 
 MANIFEST_NAME = "secateur.json"

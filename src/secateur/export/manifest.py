@@ -18,7 +18,7 @@ from secateur._provenance import Provenance, sha256_of_json
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError, SurgeryError
 from secateur.graph.graph import Replacement, StandIn
-from secateur.prune.residual import ChannelExpansion, original_names
+from secateur.prune.narrow_branches import ChannelExpansion, original_names
 from secateur.prune.slice import find_replacements
 
 SCHEMA = 4

@@ -23,7 +23,7 @@ from secateur.architecture import Architecture
 from secateur.errors import DataError, SurgeryError
 from secateur.graph.graph import ChannelGraph, Site
 from secateur.nas.mixture import Mixture, MixtureHooks
-from secateur.prune.residual import ExpandChannels, branch_expansions
+from secateur.prune.narrow_branches import ExpandChannels, branch_expansions
 from secateur.prune.slice import apply_architecture, block_replacements, copy_with_tensors, make_stand_in
 
 

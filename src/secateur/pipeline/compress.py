@@ -12,7 +12,7 @@ from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget, is_timed
 from secateur.cost.macs import count_macs, count_params
-from secateur.cost.targets import OnnxRuntime, Target
+from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.taps import AlignedFeatures
 from secateur.export.formats import Format, check_formats

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, is_timed
 from secateur.cost.measure import LatencyCache
-from secateur.cost.targets import Target
+from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError

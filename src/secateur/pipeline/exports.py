@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secateur._provenance import sha256_of
 from secateur._runtime import copy_model
 from secateur.cost.measure import LatencyRecord, measure_files
-from secateur.cost.targets import OnnxRuntime
+from secateur.cost.runtimes import OnnxRuntime
 from secateur.cost.timing import Quartiles
 from secateur.data.dataset import ImageData
 from secateur.errors import ExportError

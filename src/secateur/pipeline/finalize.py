@@ -18,7 +18,7 @@ from secateur.architecture import Architecture
 from secateur.cost.budget import Budget
 from secateur.cost.macs import count_params
 from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
-from secateur.cost.targets import Target
+from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, save, weights_bytes

@@ -1,6 +1,7 @@
 """Cut a model for real, prove the cut, repair it without training, and prune single weights."""
 
 from secateur.prune.cut import Cut, OutputDistance, Repair, RepairContext, RepairResult, cut, output_distance
+from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.masks import (
     Mask,
     apply_masks,
@@ -13,8 +14,7 @@ from secateur.prune.masks import (
     prunable_weights,
     set_masks_,
 )
-from secateur.prune.repair import RecalibrateBatchNorm, Refit
-from secateur.prune.residual import (
+from secateur.prune.narrow_branches import (
     ChannelExpansion,
     ExpandChannels,
     branch_expansions,
@@ -23,6 +23,7 @@ from secateur.prune.residual import (
     original_names,
     restrict_branches,
 )
+from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.slice import (
     PassThrough,
     ZeroOutput,
@@ -70,7 +71,6 @@ from secateur.prune.weight_scores import (
     taylor_scores,
     uniform_counts,
 )
-from secateur.prune.zeroing import zero_branches_
 
 __all__ = [
     "Allocation",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.prune.cut import RepairContext
-from secateur.prune.residual import original_module, original_names
+from secateur.prune.narrow_branches import original_module, original_names
 from secateur.prune.slice import KeptByDim, kept_positions_by_tensor
 
 

@@ -18,8 +18,8 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph, Replacement, Role, StandIn
-from secateur.prune.residual import branch_expansions, check_branches, expand_branches_
-from secateur.prune.zeroing import zero_branches_
+from secateur.prune.masked_reference import zero_branches_
+from secateur.prune.narrow_branches import branch_expansions, check_branches, expand_branches_
 
 
 class PassThrough(nn.Module):

@@ -16,8 +16,8 @@ from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
 from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
+from secateur.prune.masked_reference import ExpectedCalls, zero_branches_, zero_weights_
 from secateur.prune.slice import copy_with_tensors, kept_positions_by_tensor, mask_readers, mask_removed
-from secateur.prune.zeroing import ExpectedCalls, zero_branches_, zero_weights_
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,

@@ -23,7 +23,7 @@ from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
 from secateur.cost.latency_model import TERMS, LatencyModel
 from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
-from secateur.cost.targets import OnnxRuntime, Target
+from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.cut import OutputDistance, Repair, cut

@@ -18,7 +18,7 @@ from secateur.cost.latency_model import (
     timeable_operations,
 )
 from secateur.cost.measure import LatencyCache, inputs_for, measure_all
-from secateur.cost.targets import InputTensors, Target
+from secateur.cost.runtimes import InputTensors, Target
 from secateur.cost.timing import ConvolutionShape, LayerShape, shape_of
 from secateur.graph.graph import ChannelGraph, Extent
 from secateur.prune.slice import apply_architecture

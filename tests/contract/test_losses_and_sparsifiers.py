@@ -65,10 +65,10 @@ def total(name: str, student: nn.Module, teacher: nn.Module, taps: dict[str, str
     objective = to_objective(
         {name: DEFAULT_WEIGHTS[name]}, pair, taps, temperature=4.0, label_weight=0.0, label_smoothing=0.0
     )
-    with objective.watch(student, teacher) as watch:
+    with objective.record(student, teacher) as recorded:
         with torch.no_grad():
             teacher_logits = teacher(images())
-        value, _ = objective(student(images()), teacher_logits=teacher_logits, labels=labels, watch=watch)
+        value, _ = objective(student(images()), teacher_logits=teacher_logits, labels=labels, recorder=recorded)
     return value
 
 

@@ -34,7 +34,7 @@ def test_what_is_bounded() -> None:
         "lines of src",
         "files in the largest package",
         "public functions and classes defined twice",
-        "parameters of a public function, most, outside of cli",
+        "parameters of a public function, most",
         "deepest nesting of control flow",
         "import cycles",
     }

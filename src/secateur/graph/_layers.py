@@ -1,7 +1,7 @@
 """Operations with weights: convolutions, matrix products, norms, attention."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -183,12 +183,32 @@ def batched_product(call: Call) -> Sequence[ChannelIds]:
     return [_product(call, call.args[0], call.args[1], 1)]
 
 
-def added_batched_product(call: Call) -> Sequence[ChannelIds]:
-    """``baddbmm``: counted, and frozen."""
-    left, right = call.args[1], call.args[2]
-    macs = float(left.size(0) * left.size(1) * left.size(2) * right.size(2))
+def whole_product(call: Call) -> Sequence[ChannelIds]:
+    """Products that no channel is followed through: counted, and frozen."""
+    macs = float(_WHOLE_PRODUCTS[call.name](*call.args))
     call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
     return unknown(call)
+
+
+def _inner(left: torch.Tensor, right: torch.Tensor) -> int:
+    """(n, k) @ (k, m), (n, k) @ (k) or (k) . (k), or a batch of them."""
+    return left.numel() * (right.size(-1) if right.dim() > 1 else 1)
+
+
+_WHOLE_PRODUCTS: Mapping[str, Callable[..., int]] = {
+    "dot": _inner,
+    "vdot": _inner,
+    "mv": _inner,
+    "addmv": lambda _added, left, right: _inner(left, right),
+    "addbmm": lambda _added, left, right: _inner(left, right),
+    "baddbmm": lambda _added, left, right: _inner(left, right),
+    # nn.Bilinear: (n, i), (o, i, j), (n, j).
+    "_trilinear": lambda left, weight, _right, *_: left.size(0) * weight.numel(),
+    # One direction of one layer: (steps, batch, features), a matrix for the input, another for the hidden state.
+    "mkldnn_rnn_layer": lambda x, w, u, *_: x.size(0) * x.size(1) * (w.numel() + u.numel()),
+    "_cudnn_rnn": lambda x, weights, *_: x.size(0) * x.size(1) * sum(w.numel() for w in weights if w.dim() == 2),
+}
+WHOLE_PRODUCT_KINDS = tuple(_WHOLE_PRODUCTS)
 
 
 def _product(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:

@@ -148,7 +148,7 @@ _ELEMENTWISE = [
     "dropout", "log_sigmoid", "hardshrink", "softshrink", "rrelu_with_noise",
 ]
 # fmt: on
-_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", *ATTENTION_KINDS})
+_ALWAYS_COUNTED = frozenset({"mm", "addmm", "bmm", "convolution", *layers.WHOLE_PRODUCT_KINDS, *ATTENTION_KINDS})
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVEMENT, moves.movement),
@@ -177,5 +177,5 @@ RULES: dict[str, Rule] = {
     "mm": layers.matrix_product,
     "addmm": layers.matrix_product,
     "bmm": layers.batched_product,
-    "baddbmm": layers.added_batched_product,
+    **dict.fromkeys(layers.WHOLE_PRODUCT_KINDS, layers.whole_product),
 }

@@ -12,12 +12,11 @@ import torchvision
 from cuts import zoo_net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO
 from zoo_convolutional import conv_bn
 
 from secateur.architecture import Architecture
-from secateur.cost import CostModel
+from secateur.cost import CostModel, flop_counter
 from secateur.errors import ChoiceError
 from secateur.graph import ChannelGraph, Stage, stages_of, trace, untie
 from secateur.models import cifar_resnet20
@@ -373,7 +372,7 @@ def test_macs_of_a_stage_are_what_runs_between_its_cuts(name):
     model, graph = published(name)
     stages, counted = stages_of(model, graph), []
     model = copy.deepcopy(model)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         for stage in stages[:-1]:
             module = model.get_submodule(stage.cut)
             module.register_forward_hook(lambda *_: counted.append(counter.get_total_flops() // 2))

@@ -4,26 +4,39 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PINNED := requirements/pinned.txt
+LOWEST := requirements/lowest.txt
 OUT ?= runs/demo
 
-.PHONY: help demo test test-slow lint format clean
+# The window of tested versions: environments with the lowest and with the newest, and the tests that run in both.
+# The lowest numpy and scipy have no wheels for Python 3.13.
+LOWEST_PYTHON ?= $(firstword $(foreach p,python3.11 python3.12,$(if $(shell command -v $(p)),$(p))))
+WINDOW_TESTS := pytest -n 2 --dist worksteal -m "window and not slow"
+WINDOW_PACKAGES := torch|torchvision|timm|lightning-fabric|safetensors|numpy|scipy|onnx|onnxscript|onnxruntime|pyarrow|pillow
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command 'make pins' pyproject.toml
+
+.PHONY: help demo test test-slow test-lowest test-latest pins lint format clean
 
 help:
 	@echo "make demo       train, compress, distil, verify and export a small network (about 3 minutes after the install)"
 	@echo "make test       the gate (format, lint, spelling, layers, types) and the test suite"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-lowest, make test-latest"
+	@echo "                what depends on versions, with the lowest and the newest (5 minutes each after the install)"
+	@echo "make pins       choose the pinned versions anew (requirements/)"
 	@echo "make lint       the gate alone"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove the virtual environment and caches"
 
-# Installed again whenever pyproject.toml changes.
-$(INSTALLED): pyproject.toml
+# Installed again whenever pyproject.toml or the pinned versions change.
+$(INSTALLED): pyproject.toml $(PINNED)
 	@test -n "$(PYTHON)" || { echo "No python3 found. Install Python 3.11 or newer, or say make PYTHON=/path/to/python." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Secateur needs Python 3.11 or newer; $(PYTHON) is older. Say make PYTHON=/path/to/python." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv." >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(PINNED) --editable '.[demo,dev]'
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)
@@ -34,6 +47,30 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-lowest: $(INSTALLED)
+	@test -n "$(LOWEST_PYTHON)" || { echo "The lowest versions need Python 3.11 or 3.12; found neither." >&2; exit 1; }
+	$(LOWEST_PYTHON) -m venv --clear .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --constraint $(LOWEST) --editable '.[demo,test]'
+	$(call test-window,lowest)
+
+# Without any constraint, so that it is the first to fail when something new comes out.
+test-latest: $(INSTALLED)
+	$(PYTHON) -m venv --clear .venv-latest
+	$(BIN)/uv pip install --quiet --python .venv-latest/bin/python --upgrade --editable '.[demo,test]'
+	$(call test-window,latest)
+
+define test-window
+	@.venv-$(1)/bin/python --version
+	@$(BIN)/uv pip list --quiet --python .venv-$(1)/bin/python --format freeze | grep -E '^($(WINDOW_PACKAGES))=='
+	.venv-$(1)/bin/python -m $(WINDOW_TESTS)
+	.venv-$(1)/bin/secateur demo --out runs/demo-$(1)
+endef
+
+# pyproject.toml says which versions may be used; these files say which ones are.
+pins: $(INSTALLED)
+	$(COMPILE) --extra demo --extra dev --extra tested --constraint requirements/pinned.in --output-file $(PINNED)
+	$(COMPILE) --extra demo --resolution lowest-direct --output-file $(LOWEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -47,4 +84,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) .venv-lowest .venv-latest .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -17,7 +17,13 @@ from secateur.artifact._artifact import (
 from secateur.artifact._edits import Edit, edits_between
 from secateur.artifact._files import atomic_file, atomic_folder, read_bytes
 from secateur.artifact._manifest import SCHEMA, Manifest, Recipe, TensorRecord
-from secateur.artifact._provenance import Provenance, installed_versions, this_machine
+from secateur.artifact._provenance import (
+    Provenance,
+    installed_versions,
+    tested_window,
+    this_machine,
+    warn_outside_window,
+)
 
 __all__ = [
     "MANIFEST_NAME",
@@ -42,6 +48,8 @@ __all__ = [
     "read_manifest",
     "refuse_foreign",
     "save",
+    "tested_window",
     "this_machine",
+    "warn_outside_window",
     "weights_bytes",
 ]

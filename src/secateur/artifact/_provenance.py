@@ -3,16 +3,20 @@
 import importlib.metadata
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from secateur.artifact._schema import Fields
 
-_PACKAGES = ("secateur", "torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "safetensors")
+_TESTED = {"extra": "tested"}
+"""The extra in pyproject.toml that says where the window of tested versions ends."""
 
 
 def _nothing() -> dict[str, str]:
@@ -68,12 +72,48 @@ class Provenance:
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result, as installed here."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in ("secateur", *tested_window()):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def tested_window() -> dict[str, SpecifierSet]:
+    """The versions that are tested, by name of the package: lowest and newest.
+
+    They are stated in pyproject.toml alone, and read from the metadata of the installed package. The result is empty
+    where Secateur is imported from a folder without having been installed.
+    """
+    try:
+        stated = importlib.metadata.requires("secateur") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    requirements = [Requirement(text) for text in stated]
+    applying = [r for r in requirements if r.marker is None or r.marker.evaluate(_TESTED)]
+    ending = {r.name for r in applying if r.marker is not None and not r.marker.evaluate({"extra": ""})}
+    window: dict[str, SpecifierSet] = {}
+    for requirement in applying:
+        if requirement.name in ending:
+            window[requirement.name] = window.get(requirement.name, SpecifierSet()) & requirement.specifier
+    return window
+
+
+def warn_outside_window() -> None:
+    """Warn of installed packages whose versions lie outside of the tested window; once, with all of them."""
+    window, here = tested_window(), installed_versions()
+    outside = [
+        f"{name} {here[name]} (tested: {','.join(sorted(map(str, versions), reverse=True))})"
+        for name, versions in window.items()
+        if name in here and not versions.contains(here[name], prereleases=True)
+    ]
+    if outside:
+        warnings.warn(
+            f"Secateur was not tested with {', '.join(outside)}. Its own checks tell whether the result is right; "
+            "`pip install 'secateur[tested]'` installs tested versions.",
+            stacklevel=3,
+        )
 
 
 def this_machine() -> dict[str, str]:

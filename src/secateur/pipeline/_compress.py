@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from secateur.artifact import warn_outside_window
 from secateur.cost import Budget
 from secateur.data import ImageData, calibration
 from secateur.distill import AlignedFeatures, Objective
@@ -156,6 +157,8 @@ def compress(
         check_formats(delivery.formats)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     fabric = fabric_for(fabric, schedule.precision, device, None if delivery is None else delivery.folder)
+    if fabric.is_global_zero:
+        warn_outside_window()
     if schedule.epochs:
         execution.check(fabric)  # Before a search of hours, whose end would be the first to say it.
     plan = Plan(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from secateur.artifact import Provenance, Recipe, amend, atomic_folder, edits_between, save, weights_bytes
+from secateur.artifact import (
+    Provenance,
+    Recipe,
+    amend,
+    atomic_folder,
+    edits_between,
+    save,
+    warn_outside_window,
+    weights_bytes,
+)
 from secateur.cost import counted_macs, counted_params
 from secateur.data import ImageData, calibration
 from secateur.distill import Objective
@@ -95,6 +104,8 @@ def distill_into(
         SecateurError: One of its subclasses, with the way out.
     """
     fabric = fabric_for(fabric, schedule.precision, device, out)
+    if fabric.is_global_zero:
+        warn_outside_window()
     execution.check(fabric)
     images = calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=seed)[0][0]
     for pupil in (teacher, student):

@@ -59,6 +59,12 @@ def test_callers_model_mode_and_random_state_stay():
     assert result.report.after.macs == counted_macs(result.model, example)
 
 
+def test_versions_outside_of_the_tested_window_are_warned_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.metadata.requires", lambda _name: ["torch>=0.3", 'torch<0.4; extra == "tested"'])
+    with pytest.warns(UserWarning, match=r"not tested with torch .* \(tested: >=0\.3,<0\.4\)"):
+        compress(_model(), noise_data(), budget="macs=50%", schedule=HEAL_ONLY, progress=Silent())
+
+
 def test_same_seed_same_weights():
     first, second = (
         compress(_model(), noise_data(), budget="macs=50%", schedule=Schedule(1, 32), progress=Silent(), seed=5)

@@ -177,3 +177,9 @@ def test_checkpoints_are_written_when_they_shall_be(tmp_path: Path, monkeypatch:
     run(out=tmp_path / "small", saving=Saving(math.inf, 2))
     assert "epoch-000000-step-000002" in written
     assert not any(name.endswith("1") and "step" in name for name in written)
+
+
+def test_versions_outside_of_the_tested_window_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda _name: ["torch>=0.3", 'torch<0.4; extra == "tested"'])
+    with pytest.warns(UserWarning, match="not tested with torch"):
+        run()

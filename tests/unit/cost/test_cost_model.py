@@ -9,6 +9,8 @@ from secateur.cost import Cost, CostModel, counted_macs, counted_params, format_
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph import ChannelAxis, ChannelGraph, Extent, Operation
 
+pytestmark = pytest.mark.window
+
 
 @pytest.mark.parametrize("make", HAND_GRAPHS.values(), ids=HAND_GRAPHS)
 def test_whole_model_costs_what_is_counted_by_running_it(make):

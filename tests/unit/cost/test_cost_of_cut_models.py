@@ -14,6 +14,8 @@ from secateur.models import cifar_resnet20
 from secateur.search import SearchSpace
 from secateur.surgery import apply_architecture
 
+pytestmark = pytest.mark.window
+
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
     generator = np.random.default_rng(seed)

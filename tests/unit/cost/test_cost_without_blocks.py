@@ -15,6 +15,8 @@ from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
 from secateur.surgery import cut
 
+pytestmark = pytest.mark.window
+
 
 def random_architecture(graph: ChannelGraph, seed: int) -> Architecture:
     """Any multiples of the divisors, and each block with even odds."""

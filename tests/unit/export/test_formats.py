@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from secateur.errors import ExportError
 from secateur.export import _onnx, _pt2, export_onnx, export_pt2
 
+pytestmark = pytest.mark.window
+
 FORMATS = pytest.mark.parametrize(
     ("export", "name", "room"), [(export_onnx, "model.onnx", _onnx), (export_pt2, "model.pt2", _pt2)]
 )

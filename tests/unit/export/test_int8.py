@@ -119,6 +119,7 @@ def test_weights_are_the_folded_ones_rounded_for_each_channel(model: nn.Module, 
     ).all()
 
 
+@pytest.mark.window
 def test_nothing_else_changes(model: nn.Module, tmp_path: Path, capfd) -> None:
     model.train()
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()

@@ -10,6 +10,8 @@ from torch import nn
 from secateur.errors import ExportError
 from secateur.export import compare_file, export_onnx, export_pt2
 
+pytestmark = pytest.mark.window
+
 IMAGES = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 FORMATS = pytest.mark.parametrize(
     ("export", "name"), [(export_onnx, "model.onnx"), (export_pt2, "model.pt2")], ids=["onnx", "pt2"]

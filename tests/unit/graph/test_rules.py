@@ -14,6 +14,8 @@ from secateur.cost import Cost, CostModel, counted_macs, counted_params
 from secateur.graph import ChannelGraph, Role, trace
 from secateur.surgery import cut, mask_removed
 
+pytestmark = pytest.mark.window
+
 
 class Between(nn.Module):
     """conv (12 channels) -> some operation -> conv -> mean -> linear."""

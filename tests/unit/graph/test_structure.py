@@ -1,6 +1,7 @@
 """The channel graph against structures written down by hand, not computed."""
 
 import numpy as np
+import pytest
 import torch
 from cuts import random_architecture
 from torch import nn
@@ -9,6 +10,8 @@ from zoo import ZOO
 from secateur.cost import CostModel
 from secateur.graph import ChannelGraph, Extent, HeadUnit, trace
 from secateur.surgery import cut
+
+pytestmark = pytest.mark.window
 
 Places = dict[tuple[str, int], list[list[int]]]
 

@@ -15,6 +15,8 @@ from secateur.graph._ledger import Ledger
 from secateur.graph._sizes import SizeInt
 from secateur.surgery import apply_architecture
 
+pytestmark = pytest.mark.window
+
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that tracing could disturb."""

@@ -16,6 +16,8 @@ from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Extent, Site, SizeEdit, trace
 from secateur.surgery import Cut, apply_architecture, cut, mask_removed, parameter_share
 
+pytestmark = pytest.mark.window
+
 
 def proven(made: Cut, model: nn.Module, example: Tensor, graph: ChannelGraph) -> None:
     """The returned model equals the original masked by the *true* graph."""

@@ -14,6 +14,8 @@ from secateur.graph import ChannelGraph, trace
 from secateur.models import cifar_resnet20
 from secateur.surgery import apply_architecture, cut, mask_removed, parameter_share
 
+pytestmark = pytest.mark.window
+
 
 def torchvision(name: str, **settings: object) -> nn.Module:
     from torchvision.models import get_model

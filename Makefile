@@ -51,13 +51,13 @@ test-slow: $(INSTALLED)
 test-lowest: $(INSTALLED)
 	@test -n "$(LOWEST_PYTHON)" || { echo "The lowest versions need Python 3.11 or 3.12; found neither." >&2; exit 1; }
 	$(LOWEST_PYTHON) -m venv --clear .venv-lowest
-	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --constraint $(LOWEST) --editable '.[demo,test]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-lowest/bin/python --constraint $(LOWEST) --editable '.[demo,test]'
 	$(call test-window,lowest)
 
 # Without any constraint, so that it is the first to fail when something new comes out.
 test-latest: $(INSTALLED)
 	$(PYTHON) -m venv --clear .venv-latest
-	$(BIN)/uv pip install --quiet --python .venv-latest/bin/python --upgrade --editable '.[demo,test]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-latest/bin/python --upgrade --editable '.[demo,test]'
 	$(call test-window,latest)
 
 define test-window

@@ -31,8 +31,6 @@ from secateur.artifact import (
 from secateur.artifact._manifest import digest
 from secateur.errors import ArtifactError
 
-pytestmark = pytest.mark.window
-
 
 class Net(nn.Module):
     """A small net with what makes reloading hard: groups, pads, tied weights, a hidden buffer, several dtypes."""

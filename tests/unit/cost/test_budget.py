@@ -5,8 +5,6 @@ from hypothesis import strategies as st
 from secateur.cost import Budget, Cost, Limit, format_cost
 from secateur.errors import BudgetError
 
-pytestmark = pytest.mark.window
-
 ORIGINAL = Cost(macs=1000, params=300, size_bytes=1300, latency_s=0.006)
 
 

@@ -15,8 +15,6 @@ from secateur.graph import trace, untie
 from secateur.models import load_model
 from secateur.surgery import apply_architecture, cut
 
-pytestmark = pytest.mark.window
-
 
 def written(folder, model: nn.Module) -> int:
     save(

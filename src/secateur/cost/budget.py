@@ -354,6 +354,6 @@ def _shortest(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def is_timed(budget: Budget) -> bool:
+def limits_latency(budget: Budget) -> bool:
     """Whether a budget limits the latency."""
     return "latency_s" in budget.fields

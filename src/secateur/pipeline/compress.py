@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
-from secateur.cost.budget import Budget, is_timed
+from secateur.cost.budget import Budget, limits_latency
 from secateur.cost.macs import count_macs, count_params
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
@@ -269,7 +269,7 @@ def _finished(
         run=plan.run,
         fabric=plan.fabric,
         log=plan.log,
-        latency_bound=(plan.budget, plan.target) if is_timed(plan.budget) else None,
+        latency_bound=(plan.budget, plan.target) if limits_latency(plan.budget) else None,
         search=search,
         doubts=doubts,
         metrics={

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost.budget import Budget, is_timed
+from secateur.cost.budget import Budget, limits_latency
 from secateur.cost.measure import LatencyCache
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData
@@ -418,7 +418,7 @@ class Plan:
         }
         if cut.weight_pruning is not None:
             found["weight_pruning"] = repr(cut.weight_pruning)
-        if is_timed(self.budget):
+        if limits_latency(self.budget):
             found["target"] = self.target.key
         return found
 
@@ -428,7 +428,7 @@ def default_blocks(budget: Budget) -> float:
 
     Narrow layers take little less time than wide ones, and removed layers take none; docs/log.md has the numbers.
     """
-    return 1.0 if is_timed(budget) else 0.0
+    return 1.0 if limits_latency(budget) else 0.0
 
 
 def default_strategy(budget: Budget) -> Strategy:

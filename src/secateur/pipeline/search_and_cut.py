@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
-from secateur.cost.budget import Budget, Cost, format_count, is_timed
+from secateur.cost.budget import Budget, Cost, format_count, limits_latency
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph.graph import ChannelGraph
 from secateur.pipeline.config import CutInput, CutStudent, Plan
@@ -86,7 +86,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
 
 def _strategy(plan: Plan, work: RunDirectory | None) -> Strategy:
     """The strategy of the plan, which measures candidates if the budget limits the latency."""
-    if not is_timed(plan.budget) or isinstance(plan.strategy, WithinLatency):
+    if not limits_latency(plan.budget) or isinstance(plan.strategy, WithinLatency):
         return plan.strategy
     measurements = Measurements.at(None if work is None else work.measurements)
     return WithinLatency(plan.strategy, plan.target, plan.run.latency_cache, measurements)

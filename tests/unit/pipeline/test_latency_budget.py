@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, LatencyCache, LatencyRecord, LayerShape, Quartiles
-from secateur.cost.budget import is_timed
+from secateur.cost.budget import limits_latency
 from secateur.errors import BudgetError
 from secateur.graph import trace
 from secateur.pipeline import (
@@ -174,8 +174,8 @@ def test_use_of_a_bound() -> None:
     assert _timed.used(seconds, record(0.8, 0.3)) == pytest.approx(1)
     assert _timed.lower_quartile_ratio(relative, record(0.8, 0.4, 0.1)) == pytest.approx(1 / 1.1)
     assert _timed.lower_quartile_ratio(seconds, record(0.8, 0.4, 0.1)) == pytest.approx(1.2)
-    assert is_timed(seconds)
-    assert not is_timed(Budget(macs="50%"))
+    assert limits_latency(seconds)
+    assert not limits_latency(Budget(macs="50%"))
 
 
 def test_spaces_are_those_that_differ() -> None:

@@ -15,7 +15,7 @@ from secateur.cli.compress import compress_command
 from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
 from secateur.cli.options import ImageFlags, flag
-from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out, threads
+from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
 from secateur.errors import ArtifactError, ModelError
 
 _HELP_WIDTH = 100
@@ -73,13 +73,14 @@ def demo_command(
 
     Example: secateur demo --out demo
     """
+    from secateur._runtime import torch_threads
     from secateur.cli import parsing
     from secateur.cli.tables import show
     from secateur.pipeline.config import RunConfig
     from secateur.pipeline.demo import demo as run
 
     formats, callbacks = parsing.formats(export), parsing.callbacks(quiet, tensorboard)
-    with logged(quiet=quiet), threads(thread_count):
+    with logged(quiet=quiet), torch_threads(thread_count):
         result = run(out_folder, export=formats, run=RunConfig(seed=seed, callbacks=callbacks, command=command_line()))
     show(result)
     out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.options import BenchFlags, ImageFlags, SpaceFlags, flag
-from secateur.cli.output import end_with_error, handle_errors, out, threads
+from secateur.cli.output import end_with_error, handle_errors, out
 from secateur.errors import ArtifactError
 
 
@@ -79,6 +79,7 @@ def evaluate_command(
 
     Example: secateur evaluate --model small --data cifar10
     """
+    from secateur._runtime import torch_threads
     from secateur.cli import parsing
     from secateur.pipeline.workspace import check_model_fits_data
     from secateur.report.run import MeasuredAccuracy
@@ -86,7 +87,7 @@ def evaluate_command(
 
     flags = ImageFlags(image_size=image_size, trust_source=trust_source, mean=mean, std=std)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
-    with threads(thread_count):
+    with torch_threads(thread_count):
         check_model_fits_data(inputs.loaded.model, inputs.images, inputs.example(2))
         found = measure(inputs.loaded.model, inputs.images.test, batch_size=batch_size, device=parsing.device(device))
     low, high = MeasuredAccuracy(found.top1, found.n).interval
@@ -114,6 +115,7 @@ def verify_command(
 
     Example: secateur verify small --data cifar10
     """
+    from secateur._runtime import torch_threads
     from secateur.cli import parsing
     from secateur.cli.tables import print_checks
     from secateur.pipeline.verify import verify as run
@@ -125,7 +127,7 @@ def verify_command(
     if data is not None:
         flags = ImageFlags(trust_source=trust_source)
         images = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed).images
-    with threads(thread_count):
+    with torch_threads(thread_count):
         found = run(artifact, data=images, trust_source=trust_source, device=parsing.device(device))
     print_checks(found.checks)
     for reason in found.passed_over:

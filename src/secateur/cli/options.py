@@ -414,14 +414,13 @@ class RunFlags:
     @contextmanager
     def fabric(self, train: "TrainConfig") -> "Generator[Fabric]":
         """Run a block with the device and threads of these flags, in all processes that torchrun has started."""
-        from secateur._runtime import process_count
-        from secateur.cli.output import threads
+        from secateur._runtime import process_count, torch_threads
         from secateur.cli.parsing import device
         from secateur.train.device import open_fabric
         from secateur.train.distributed import open_group
 
         found = device(self.device)
-        with threads(self.thread_count):
+        with torch_threads(self.thread_count):
             if process_count() == 1:
                 yield open_fabric(train.precision, device=found)
                 return

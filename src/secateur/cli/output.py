@@ -188,20 +188,6 @@ def command_line() -> str:
     return text.encode(errors="backslashreplace").decode()  # file names need not be text
 
 
-@contextmanager
-def threads(count: int | None) -> Generator[None]:
-    """Set PyTorch's number of threads on the CPU within a block."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass
 class Caught:
     """The signal that came.

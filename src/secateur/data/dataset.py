@@ -8,35 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.data.epoch import Epoch, ImageBatch
+from secateur.data.epoch import Epoch, ImageBatch, SplitInfo
 from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box, resized_crop
 from secateur.errors import DataError
 
 
-class Split(Protocol):
+class Split(SplitInfo, Protocol):
     """Labeled images of one split, in a fixed order."""
 
     @property
     def labels(self) -> Tensor:
         """(n,) int64 class of each image, on the CPU."""
         ...
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Channels, height, width of an image as it comes out."""
-        ...
-
-    @property
-    def normalization(self) -> Normalization:
-        """The normalization of its pixels."""
-        ...
-
-    @property
-    def classes(self) -> int:
-        """Number of classes, more than the highest label; it is the number of columns of mixed labels."""
-        ...
-
-    def __len__(self) -> int: ...
 
     def subset(self, index: Tensor) -> Self:
         """Return the images at some positions, in that order."""

@@ -42,7 +42,7 @@ class SplitInfo(Protocol):
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, more than the highest label; it is the number of columns of mixed labels."""
         ...
 
     def __len__(self) -> int: ...

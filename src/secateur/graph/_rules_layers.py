@@ -204,14 +204,14 @@ def batched_product(call: Call) -> Sequence[ChannelIds]:
 
 
 def whole_product(call: Call) -> Sequence[ChannelIds]:
-    """Products that no channel is followed through: counted, and frozen."""
+    """Count a product that no channel is followed through, and freeze the channels of its factors."""
     macs = float(_WHOLE_PRODUCTS[call.name](*call.args))
     call.ledger.operations.append(CountedOperation(call.module, call.name, macs, ()))
     return freeze_inputs(call)
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> int:
-    """(n, k) @ (k, m), (n, k) @ (k) or (k) . (k), or a batch of them."""
+    """Count the multiply-accumulates of (n, k) @ (k, m), (n, k) @ (k) or (k) . (k), or of a batch of them."""
     return left.numel() * (right.size(-1) if right.dim() > 1 else 1)
 
 

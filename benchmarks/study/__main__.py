@@ -26,9 +26,10 @@ if not __package__:  # started as `python benchmarks/study`
 from benchmarks.study.plan import FAMILIES, Study
 from benchmarks.study.results import write_tables
 from benchmarks.study.run import run_study, silent
+from secateur._runtime import torch_threads
 from secateur.cli import parsing
 from secateur.cli.options import PrecisionName
-from secateur.cli.output import err, handle_errors, out, resumable, threads
+from secateur.cli.output import err, handle_errors, out, resumable
 from secateur.cli.tables import plain_table, print_written
 from secateur.data import load_data
 from secateur.report import Page
@@ -116,7 +117,7 @@ def compare(*, given: argparse.Namespace, command: str, out_folder: Path, debug:
         mean=parsing.numbers(given.mean, "--mean"),
         std=parsing.numbers(given.std, "--std"),
     )
-    with threads(given.threads):
+    with torch_threads(given.threads):
         result = run_study(
             study,
             images,

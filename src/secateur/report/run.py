@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import truediv
 
+from secateur.search.base import html_table
 from secateur.search.history import JudgedStage, SearchEpoch
 
 _Z95 = 1.959964
@@ -236,6 +237,21 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=_nothing)
     machine: Mapping[str, str] = field(default_factory=_nothing)
     date: str = ""
+
+    def _repr_html_(self) -> str:
+        """The numbers before and after as a table, for notebooks. `write_report` writes the whole page."""
+        both = (self.before, self.after)
+        columns: dict[str, list[str]] = {
+            "": ["original", "compressed"],
+            "MACs": [f"{each.macs:,}" for each in both],
+            "parameters": [f"{each.params:,}" for each in both],
+        }
+        if self.latency:
+            first = self.latency[0]
+            columns[f"ms, {first.runtime}"] = [f"{1000 * times[1]:.3f}" for times in (first.before, first.after)]
+        if any(each.accuracy for each in both):
+            columns["accuracy"] = [f"{100 * each.accuracy.top1:.2f} %" if each.accuracy else "" for each in both]
+        return html_table(f"{self.model}, {self.budget}" if self.budget else self.model, columns)
 
     @property
     def efficiency(self) -> tuple[float, float] | None:

@@ -281,3 +281,13 @@ def test_exported_files_are_shown_with_what_was_found_of_each() -> None:
     for words in ("89.76 %", "90.43 %", "97.12 %", "1.30 ms", "2.10 ms"):
         assert words in text
     assert "Files for other runtimes" not in Page(render(RUN)).text
+
+
+def test_notebooks_show_the_numbers_before_and_after() -> None:
+    table = RUN._repr_html_()
+    for shown in ("resnet20, macs=50%", "41,000,000", "130,000", "2.100", "1.100", "91.73 %", "91.01 %", "onnxruntime"):
+        assert shown in table
+    assert "<b>" not in replace(RUN, model="<b>")._repr_html_()
+    bare = RunReport(model="m", before=Measured(2, 1), after=Measured(1, 1))._repr_html_()
+    assert "accuracy" not in bare
+    assert "ms, " not in bare

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from secateur.errors import ArtifactError
@@ -174,6 +174,29 @@ class Fields:
         if not all(isinstance(value, str) for value in found.values()):
             raise wrong(self.path(key), "an object of strings", found)
         return cast(dict[str, str], found)
+
+
+def finite(data: Mapping[str, object]) -> dict[str, object]:
+    """Return findings as JSON can hold them: numbers that are NaN or infinite become None (null).
+
+    NumPy scalars, arrays and tensors become Python numbers and lists; of any other object its text is kept. Mappings,
+    lists and tuples are copied with everything inside.
+    """
+    return {str(key): _finite_value(value) for key, value in data.items()}
+
+
+def _finite_value(value: object) -> object:
+    if isinstance(value, Mapping):
+        return finite(cast(Mapping[str, object], value))
+    if isinstance(value, (list, tuple)):
+        items = [_finite_value(item) for item in cast(Sequence[object], value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    listed = getattr(value, "tolist", None)  # NumPy's scalars and arrays have it, and so have tensors.
+    return _finite_value(listed()) if callable(listed) else str(value)
 
 
 def wrong(where: str, wanted: str, got: object) -> ArtifactError:

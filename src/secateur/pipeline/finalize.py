@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_folder, disk_errors
+from secateur._json import finite
 from secateur._provenance import Provenance
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
@@ -101,7 +102,8 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         report, notes = _with_latency(replace(run, report=checked), exports.notes)
         write_report(draft / "report.html", report)
         run_directory_path(folder).hand_on_history(draft)
-        amend(draft, metrics=_metrics(run, report), verification=_verification(run, report, exports))
+        # A number that is NaN or infinite must not end a run whose work is done.
+        amend(draft, metrics=finite(_metrics(run, report)), verification=finite(_verification(run, report, exports)))
         names = sorted(path.name for path in draft.iterdir())
     for note in (*notes, *run.doubts):
         run.log(f"Note: {note}")
@@ -215,11 +217,9 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
 
 
 def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[str, object]:
-    return {
-        **exports.to_json(),
-        "checks": [asdict(check) for check in report.checks],
-        "probe": probe_json(copy_model(run.student).eval().cpu(), run.data.size),
-    }
+    found = {**exports.to_json(), "checks": [asdict(check) for check in report.checks]}
+    probe = probe_json(copy_model(run.student).eval().cpu(), run.data.size)
+    return found if probe is None else {**found, "probe": probe}
 
 
 _PARITY_IMAGES = 8
@@ -342,10 +342,12 @@ def probe_images(size: Sequence[int]) -> Tensor:
     return torch.randn(_PROBE_IMAGES, *size, generator=torch.Generator().manual_seed(_PROBE_SEED))
 
 
-def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object]:
-    """Return the logits of a model in eval mode on the CPU for the probe images, as a JSON object."""
+def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object] | None:
+    """Return the logits of a model in eval mode on the CPU for the probe images; None if they are not finite."""
     with torch.no_grad():
-        return {"seed": _PROBE_SEED, "logits": model(probe_images(size)).double().tolist()}
+        logits = model(probe_images(size)).double()
+    # Noise is not what the model was trained on: it may overflow there, and compares with nothing then.
+    return {"seed": _PROBE_SEED, "logits": logits.tolist()} if bool(logits.isfinite().all()) else None
 
 
 def probe_difference(model: nn.Module, size: Sequence[int], recorded: Mapping[str, object]) -> tuple[float, float]:

@@ -255,7 +255,7 @@ class RunReport:
 
     @property
     def efficiency(self) -> tuple[float, float] | None:
-        """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies."""
+        """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies, or undefined."""
         before, after = self.before, self.after
         if before.accuracy is None or after.accuracy is None:
             return None
@@ -268,7 +268,7 @@ class RunReport:
             )
             for size, original in ((after.weights, before.weights), (after.macs, before.macs))
         ]
-        return found[0], found[1]
+        return (found[0], found[1]) if all(map(math.isfinite, found)) else None
 
 
 def performance_efficiency(

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._json import finite
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, Limit, format_cost
 from secateur.cost.macs import CostModel, FieldModel
@@ -141,7 +142,7 @@ class Proposal:
 
     Attributes:
         architecture: Within the budget and the space.
-        notes: Further findings as plain data (JSON), for secateur.json.
+        notes: Further findings as plain data (JSON), for secateur.json. What is NaN or infinite becomes None.
         weights: The whole model's tensors as it has trained them, by name; None if it trains nothing.
         history: How the search went, for the report; empty if it trains nothing.
     """
@@ -150,6 +151,9 @@ class Proposal:
     notes: Mapping[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", finite(self.notes))
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,7 +166,8 @@ class SearchResult:
         original: Cost of the whole model.
         budget: The bounds that the cost is within.
         strategy: The strategy and its configuration, as text.
-        notes: Further findings as plain data; always ``utilization``: cost / limit by limited field.
+        notes: Further findings as plain data; always ``utilization``: cost / limit by limited field. What is NaN or
+            infinite is None, because the notes become part of secateur.json.
         weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
             instead of its own. None if the search trains nothing. Not part of the JSON object.
         history: How the search went, for the report; empty if it trains nothing.
@@ -176,6 +181,9 @@ class SearchResult:
     notes: dict[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", finite(self.notes))
 
     def __repr__(self) -> str:
         shown = [f"  {axis}: keeps {len(channels)} channels" for axis, channels in self.architecture.kept]

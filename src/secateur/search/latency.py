@@ -247,11 +247,13 @@ class _Measuring:
         cache.seconds.update(self.measurements.seconds)
         fit = fit_latency(inputs.model, inputs.graph, target, self.sample, space=space, cache=cache)
         self.measurements.keep({**self.measurements.seconds, **fit.seconds})
-        worst = 100 * float(abs(fit.errors).max())
-        _LOGGER.info(
-            f"The original takes {format_cost('latency_s', fit.measured[0])} ({target.key}). Predicted from its "
-            f"layers, {len(fit.measured)} whole models are at most {worst:.1f} % off."
+        worst = fit.largest_error
+        off = (
+            ""
+            if worst is None
+            else f" Predicted from its layers, {len(fit.measured)} whole models are at most {100 * worst:.1f} % off."
         )
+        _LOGGER.info(f"The original takes {format_cost('latency_s', fit.measured[0])} ({target.key}).{off}")
         return fit
 
     def trials(self, context: SearchContext, fit: LatencyFit) -> Iterator[Trial]:
@@ -415,7 +417,7 @@ def _parts(trial: Trial, fit: LatencyFit) -> dict[str, float]:
     blocks = [int(name not in gone) for name in model.blocks]
     terms = model.terms(np.array([widths], dtype=np.int64), np.array([blocks], dtype=np.int64).reshape(1, -1))[0]
     parts = terms * np.array(model.coefficients)
-    return dict(zip(TERMS, (parts / parts.sum()).tolist(), strict=True))
+    return dict(zip(TERMS, (parts / max(parts.sum(), 1e-300)).tolist(), strict=True))
 
 
 def _roomiest(context: SearchContext, spaces: Sequence[SearchSpace], fit: LatencyFit) -> SearchSpace:

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._json import finite
 from secateur._provenance import sha256_of
 from secateur.architecture import Architecture
 from secateur.cost.latency_model import (
@@ -143,13 +144,19 @@ class LatencyFit:
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __repr__(self) -> str:
-        largest = 100 * float(np.abs(self.errors).max())
-        return f"LatencyFit({self.target}, {len(self.measured)} models measured, errors up to {largest:.1f} %)"
+        largest = "" if self.largest_error is None else f", errors up to {100 * self.largest_error:.1f} %"
+        return f"LatencyFit({self.target}, {len(self.measured)} models measured{largest})"
 
     @property
     def errors(self) -> FloatArray:
         """(n,) predicted / measured - 1."""
         return self.predicted / self.measured - 1
+
+    @property
+    def largest_error(self) -> float | None:
+        """The largest of the absolute errors; None if a single model was measured, which nothing else predicts."""
+        known = np.abs(self.errors[np.isfinite(self.errors)])
+        return float(known.max()) if len(known) else None
 
     @property
     def scale(self) -> float:
@@ -158,14 +165,16 @@ class LatencyFit:
 
     def to_json(self) -> dict[str, object]:
         """A JSON object: target, measured and predicted seconds, largest and mean absolute error."""
-        return {
-            "target": self.target,
-            "measured": self.measured.tolist(),
-            "predicted": self.predicted.tolist(),
-            "largest_error": float(np.abs(self.errors).max()),
-            "mean_error": float(np.abs(self.errors).mean()),
-            "coefficients": list(self.model.coefficients),
-        }
+        return finite(
+            {
+                "target": self.target,
+                "measured": self.measured,
+                "predicted": self.predicted,
+                "largest_error": self.largest_error,
+                "mean_error": np.abs(self.errors).mean(),
+                "coefficients": list(self.model.coefficients),
+            }
+        )
 
 
 def fit_latency(

@@ -1,0 +1,166 @@
+"""Detection of objects by models that compute their own losses, as torchvision's detectors do."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur._batches import call_model
+from secateur.errors import TrainingError
+from secateur.tasks.base import Meter, Metric, Score, Task, normalized_difference
+
+HEADS = ("head", "rpn.head")
+"""Modules whose outputs are compared where the task names none: the first one that the model has."""
+
+
+@dataclass(frozen=True)
+class DetectorOutputs:
+    """What one pass of a detector gives.
+
+    Attributes:
+        result: The model's own result: a mapping of losses in train mode with targets, otherwise one mapping with
+            ``boxes``, ``labels`` and ``scores`` for every image.
+        heads: What the compared modules returned.
+    """
+
+    result: Any
+    heads: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Detection(Task):
+    """Boxes with classes and scores: the model's own losses, and mean average precision.
+
+    A model takes a list of images and, in train mode, a list of targets, and returns a mapping of losses then;
+    in eval mode it returns for every image a mapping with ``boxes`` (n, 4) as x1, y1, x2, y2, ``labels`` and
+    ``scores``. A target is a mapping with ``boxes`` and ``labels``. A student is compared with a teacher by the outputs
+    of its heads, before boxes are chosen: the choice has no useful gradient.
+
+    Attributes:
+        iou: Overlap from which a box counts as found; None takes the mean over 0.50, 0.55, ..., 0.95 as COCO does.
+        heads: Modules whose outputs are compared, by name; empty takes the first of `HEADS` that the model has.
+    """
+
+    iou: float | None = 0.5
+    heads: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> Metric:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Mean average precision at the overlap."""
+        return Metric("mAP" if self.iou is None else f"mAP@{self.iou:g}")
+
+    def train_forward(self, model: nn.Module, inputs: Any, targets: Any) -> DetectorOutputs:
+        """See `Task.train_forward`: a model in train mode gets the targets too."""
+        with self._recorded(model) as heads:
+            result = model(inputs, targets) if model.training else call_model(model, inputs)
+        return DetectorOutputs(result, tuple(heads))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """See `Task.loss`: the sum of the losses that the model computed.
+
+        Raises:
+            TrainingError: If the model gave no losses.
+        """
+        del targets
+        result = outputs.result if isinstance(outputs, DetectorOutputs) else outputs
+        if not isinstance(result, Mapping) or not result:
+            raise TrainingError(
+                f"`model` must return a mapping of losses in train mode; got {type(result).__name__}. Detection is for "
+                "models that take (images, targets), as torchvision's detectors do."
+            )
+        return torch.stack([loss.float() for loss in cast(Mapping[str, Tensor], result).values()]).sum()
+
+    def imitation(self, student: Any, teacher: Any) -> Tensor:
+        """See `Task.imitation`: `normalized_difference` of the outputs of the heads."""
+        return normalized_difference(student.heads, teacher.heads)
+
+    def meter(self) -> Meter:
+        """See `Task.meter`."""
+        return _PrecisionMeter(self)
+
+    def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:
+        """See `Task.check`."""
+        result = outputs.result if isinstance(outputs, DetectorOutputs) else outputs
+        found = cast(list[Mapping[str, Any]], result) if isinstance(result, list) else []
+        if not isinstance(result, Mapping) and not all("boxes" in each for each in found):
+            raise TrainingError(
+                f"`{name}` must return a mapping with `boxes` for every image; got {type(result).__name__}."
+            )
+        for number, target in enumerate(targets):
+            _check_target(target, number)
+
+    def head_names(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the modules that are compared.
+
+        Raises:
+            TrainingError: If the model has none of them.
+        """
+        modules = dict(model.named_modules())
+        found = self.heads or next(((name,) for name in HEADS if name in modules), ())
+        missing = [name for name in found if name not in modules]
+        if missing or not found:
+            raise TrainingError(
+                f"`heads` must name modules of the model; got {', '.join(missing) or 'none, and no module is named '}"
+                f"{'' if missing else ' or '.join(HEADS)}. Name those that return class scores and boxes."
+            )
+        return found
+
+    @contextmanager
+    def _recorded(self, model: nn.Module) -> Generator[list[Any]]:
+        heads: list[Any] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            heads.append(output)
+
+        hooks = [model.get_submodule(name).register_forward_hook(keep) for name in self.head_names(model)]
+        try:
+            yield heads
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _check_target(target: Any, number: int) -> None:
+    if not isinstance(target, Mapping) or not {"boxes", "labels"} <= set(cast(Mapping[str, Any], target)):
+        raise TrainingError(
+            f"A target must be a mapping with `boxes` and `labels`; got {type(target).__name__} for image {number}."
+        )
+    boxes, labels = cast(Tensor, target["boxes"]), cast(Tensor, target["labels"])
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(labels) != len(boxes):
+        raise TrainingError(
+            f"`boxes` must have the shape (n, 4), with one label each; got {tuple(boxes.shape)} and "
+            f"{tuple(labels.shape)} for image {number}. An image without objects has boxes of the shape (0, 4)."
+        )
+    if len(boxes) and not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+        raise TrainingError(f"`boxes` must be x1, y1, x2, y2 with x1 < x2 and y1 < y2; image {number} has another one.")
+
+
+class _PrecisionMeter(Meter):
+    def __init__(self, task: Detection) -> None:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        self._task = task
+        thresholds = None if task.iou is None else [task.iou]
+        # Processes measure everything each, so nothing is to be gathered at the end.
+        settings: dict[str, Any] = {
+            "iou_thresholds": thresholds,
+            "backend": "faster_coco_eval",
+            "sync_on_compute": False,
+        }
+        self._precision: Any = MeanAveragePrecision(**settings)
+        self._n = 0
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """See `Meter.update`."""
+        result = outputs.result if isinstance(outputs, DetectorOutputs) else outputs
+        found = [{name: each[name].detach().cpu() for name in ("boxes", "scores", "labels")} for each in result]
+        wanted = [{name: each[name].cpu() for name in ("boxes", "labels")} for each in targets]
+        self._precision.update(found, wanted)
+        self._n += len(found)
+
+    def compute(self) -> Score:
+        """See `Meter.compute`; 0 if no image has an object."""
+        return Score(max(float(self._precision.compute()["map"]), 0.0), None, self._n, self._task.metric)

@@ -263,10 +263,12 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def check_logit_pair(student: Tensor, teacher: Tensor, *, classes: int = 1) -> None:
     """Refuse logits that do not both have one shape (batch, classes) with at least this many classes."""
-    if student.ndim != 2 or student.shape != teacher.shape:
+    # Networks of several outputs give tuples or dicts, which have no shape.
+    got = [tuple(getattr(each, "shape", ())) or type(each).__name__ for each in (student, teacher)]
+    if len(got[0]) != 2 or got[0] != got[1]:
         raise TrainingError(
             "`student_logits` and `teacher_logits` must both have the shape (batch, classes); got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}. "
+            f"{got[0]} and {got[1]}. "
             "Use a teacher with the student's classes, or set kd_weight=0."
         )
     if student.shape[1] < classes:

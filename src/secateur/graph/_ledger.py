@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from secateur._arrays import BoolArray, IntArray
-from secateur.graph._size_ints import Expression
+from secateur.graph._size_ints import Attribute, Expression, Literal
 from secateur.graph.blocks import is_mutable
-from secateur.graph.graph import Block, Role
+from secateur.graph.graph import Block, Role, UncountedOperation
 
 ChannelIds = dict[int, IntArray]
 """A mapping from dimension to the ids of its positions. A dimension that is missing carries no channels."""
@@ -43,6 +43,16 @@ class SizeBinding:
 
     expression: Expression
     ids: IntArray | None
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class SizeComparison:
+    """A comparison of two sizes, one of == != < <= > >=, whose outcome must not change."""
+
+    symbol: str
+    left: Expression
+    right: Expression
     where: str
 
 
@@ -85,7 +95,10 @@ class Ledger:
         ties: Pairs of equally long vectors; ids at the same position are kept or removed together.
         freezes: (ids, reason) pairs: these ids must be kept.
         bindings: Python ints that depend on numbers of channels.
+        comparisons: The comparisons of sizes, by Python or by the model's tensors of sizes.
+        fixed: The attributes that something reads that cannot follow, with where that is.
         operations: The operations with multiply-accumulates.
+        uncounted: The operations that read parameters, and of which no rule knows the multiply-accumulates.
         mixings: The calls that combine channels.
         roles: (ids of a dimension, role) pairs.
         touched: (module, ids) pairs: operations of the module saw these ids.
@@ -105,7 +118,10 @@ class Ledger:
     ties: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     freezes: list[tuple[IntArray, str]] = field(default_factory=list)
     bindings: list[SizeBinding] = field(default_factory=list)
+    comparisons: list[SizeComparison] = field(default_factory=list[SizeComparison])
+    fixed: dict[Attribute, str] = field(default_factory=dict[Attribute, str])
     operations: list[CountedOperation] = field(default_factory=list)
+    uncounted: list[UncountedOperation] = field(default_factory=list[UncountedOperation])
     mixings: list[RecordedMixingCall] = field(default_factory=list)
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
@@ -159,6 +175,12 @@ class Ledger:
         """Return whether a tensor is a parameter or buffer of the model, or computed from these only."""
         return id(tensor) in self.stored or bool(getattr(tensor, _OWN, False))
 
+    def is_learned(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is a floating-point parameter, or computed from parameters and buffers only."""
+        stored = self.stored.get(id(tensor))
+        learned = stored.is_parameter if stored is not None else self.is_own(tensor)
+        return learned and tensor.is_floating_point()
+
     def tie(self, first: IntArray, second: IntArray) -> IntArray:
         """Record that ids at the same position must be kept or removed together, and return one of the two vectors."""
         if first is not second:
@@ -192,8 +214,11 @@ class Ledger:
         return bool(self.by_head[known].any())
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
-        """Record that a Python int must equal the number of kept ids."""
-        self.bindings.append(SizeBinding(expression, ids, where))
+        """Record that a Python int must equal the number of kept ids, or without ids what it is now."""
+        if ids is None and isinstance(expression, Attribute):
+            self.fixed.setdefault(expression, where)
+        elif ids is not None or not isinstance(expression, Literal):
+            self.bindings.append(SizeBinding(expression, ids, where))
 
 
 # fmt: off
@@ -213,6 +238,12 @@ MIXING_KINDS = frozenset(
         "_safe_softmax",
         "cumsum",
         "cumprod",
+        "logcumsumexp",
+        "nansum",
+        "count_nonzero",
+        "_cdist_forward",
+        "_euclidean_dist",
+        "_pdist_forward",
         "mean",
         "sum",
         "amax",

@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
 from secateur._runtime import copy_model, run_isolated
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
+from secateur.graph._rules_recurrent import FAKE_RECURRENT, WholeCallMode
 from secateur.graph._rules_sizes import bind_sizes
 from secateur.graph._size_ints import Attribute, ShapeOf, SizeInt, SizeTuple
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
@@ -181,6 +181,7 @@ FAKE_RESULTS: Mapping[Any, Callable[..., Any]] = {
     _ATEN.add_.Tensor: _binary_in_place,
     _ATEN.native_batch_norm.default: _batch_norm,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    **FAKE_RECURRENT,
     **dict.fromkeys(
         (_ATEN.relu.default, _ATEN.silu.default, _ATEN.gelu.default, _ATEN.hardswish.default, _ATEN.sigmoid.default),
         _elementwise,
@@ -221,7 +222,7 @@ class RecordingContext:
         raise FakeValueReadError
 
 
-class OperationRecorder(TorchDispatchMode):
+class OperationRecorder(WholeCallMode):
     """Applies the channel rule of every ATen call."""
 
     def __init__(self, ledger: Ledger, context: RecordingContext) -> None:
@@ -230,8 +231,7 @@ class OperationRecorder(TorchDispatchMode):
         self.context = context
         self.mixed = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = tensors_in(args, *kwargs.values())
         read = [self.context.flow.origin_of(tensor) for tensor in inputs]
         name = base_name(func)
@@ -376,7 +376,7 @@ def record_once(
     attributes = wrap_int_attributes(modules)
     _add_recording_hooks(modules, ledger, context)
     context.flow.add_inputs(example)
-    with run_isolated(model), torch.no_grad(), SizeRecorder(ledger, context), OperationRecorder(ledger, context):
+    with run_isolated(model), torch.no_grad(), OperationRecorder(ledger, context), SizeRecorder(ledger, context):
         try:
             out = shadow(*example)
         except Exception as error:
@@ -415,7 +415,7 @@ def _record_training(
         dict(ledger.outputs),
         len(ledger.touched),
     )
-    recorders = SizeRecorder(ledger, context), OperationRecorder(ledger, context)
+    recorders = OperationRecorder(ledger, context), SizeRecorder(ledger, context)
     context.flow.add_inputs(doubled)
     with contextlib.suppress(Exception), run_isolated(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
@@ -469,14 +469,13 @@ class ForwardRun:
     stored: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
 
-class _ExecutionRecorder(TorchDispatchMode):
+class _ExecutionRecorder(WholeCallMode):
     def __init__(self, run: ForwardRun, names: dict[int, str], *, computed: bool):
         super().__init__()
         self._run, self._names, self._computed = run, names, computed
         self.value_was_read = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = tensors_in(args, *kwargs.values())
         read = [self._run.flow.origin_of(tensor) for tensor in inputs]
         name = base_name(func)
@@ -544,7 +543,7 @@ def record_execution_once(model: nn.Module, example: tuple[Any, ...], *, compute
             module.register_forward_hook(lambda _module, _args, out: run.flow.leave_module(out))
     names = {id(tensor): name for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers())}
     recorder = _ExecutionRecorder(run, names, computed=computed)
-    with run_isolated(model), torch.no_grad(), _ValueReadGuard(recorder, run.flow), recorder:
+    with run_isolated(model), torch.no_grad(), recorder, _ValueReadGuard(recorder, run.flow):
         out = shadow(*example)
     run.flow.add_outputs(out)
     if recorder.value_was_read:

@@ -100,17 +100,17 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     positions = math.prod(size for dim, size in placed.items() if dim not in along)
     factor = float(positions * math.prod(weight.shape[2:]))
     if groups == 1:
-        _connect_input(call, incoming, consumed)
+        connect_input(call, incoming, consumed)
     elif transposed and weight.size(0) == groups and weight.size(1) == 1:
         produced, consumed, out_dim = _pass_through(call, incoming, weight), None, 0
     elif transposed:
         reason = f"{call.where}: grouped transposed convolution"
         call.ledger.freeze_all([call.ids(source), call.ids(weight)], reason)
-        _count_convolution(call, factor, weight, (None, None), out_dim, ())
+        _count_convolution(call, factor, weight, (None, None), out_dim, groups)
         return [{}]
     else:
         produced = _connect_groups(call, incoming, weight, groups)
-    _count_convolution(call, factor, weight, (produced, consumed), out_dim, tuple(along.values()))
+    _count_convolution(call, factor, weight, (produced, consumed), out_dim, groups, tuple(along.values()))
     if bias is not None:
         merge_operands(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
         call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
@@ -118,7 +118,7 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     return call.mix(results) if any(along) else results
 
 
-def _connect_input(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
+def connect_input(call: Call, incoming: IntArray | None, consumed: IntArray | None) -> None:
     """Tie the incoming channels to the input dimension of the weight."""
     if consumed is not None:
         call.ledger.roles.append((consumed, Role.INPUT))
@@ -136,11 +136,12 @@ def _count_convolution(  # noqa: PLR0917
     weight: torch.Tensor,
     vectors: tuple[IntArray | None, IntArray | None],
     out_dim: int,
-    along: tuple[IntArray, ...],
+    groups: int,
+    along: tuple[IntArray, ...] = (),
 ) -> None:
     """Record the MACs of a convolution: factor x output channels x input channels of the weight."""
     produced, consumed = vectors
-    if produced is not None and call.args[8] != weight.size(0):
+    if produced is not None and groups != weight.size(0):
         # A depthwise convolution passes its channels through; every other one produces new ones.
         call.ledger.roles.append((call.ids(weight).get(out_dim, produced), Role.OUTPUT))
     extents = (
@@ -175,12 +176,84 @@ def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor,
             call.ledger.freeze(consumed, f"{call.where} removes whole groups only")
         return produced
     call.ledger.tie_rows(entering)
-    _connect_input(call, entering[0], consumed)
+    connect_input(call, entering[0], consumed)
     if leaving.shape[1] == 1:
         call.ledger.freeze(produced, f"{call.where} has one output channel per group")
     else:
         call.ledger.tie_rows(leaving)
     return produced
+
+
+def deformable_convolution(call: Call) -> Sequence[ChannelIds]:
+    """``torchvision.ops.deform_conv2d``: a convolution whose positions another layer computes.
+
+    The channels of the offsets and of the mask count positions of the kernel, so they stay. With several groups of
+    offsets, equal positions of all of them go together.
+    """
+    source, weight, offset, mask, bias = call.args[:5]
+    groups, offset_groups, out = call.named("groups"), call.named("offset_groups"), call.outputs[0]
+    call.ledger.freeze_all([call.ids(offset), call.ids(mask)], f"channels are used as places by {call.where}")
+    others = {dim: ids for dim, ids in call.ids(source).items() if dim != 1}
+    call.ledger.freeze_all([others], f"{call.where} slides over channels")
+    incoming, produced, consumed = call.ids(source).get(1), call.ids(weight).get(0), call.ids(weight).get(1)
+    if incoming is not None and offset_groups > 1:
+        call.ledger.tie_rows(incoming.reshape(offset_groups, -1))
+    if groups == 1:
+        connect_input(call, incoming, consumed)
+    else:
+        produced = _connect_groups(call, incoming, weight, groups)
+    factor = float(out.size(0) * math.prod(out.shape[2:]) * math.prod(weight.shape[2:]))
+    _count_convolution(call, factor, weight, (produced, consumed), 0, groups)
+    merge_operands(call, [(produced, out.size(1)), (call.ids(bias).get(0), bias.size(0))])
+    call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
+    return [{} if produced is None else {1: produced}]
+
+
+def convolution_over_time(call: Call) -> Sequence[ChannelIds]:
+    """``conv_tbc``: (time, batch, in) by (kernel, in, out)."""
+    source, weight, bias = call.args[:3]
+    others = {dim: ids for dim, ids in call.ids(source).items() if dim == 0}
+    call.ledger.freeze_all(
+        [others, {0: call.ids(weight).get(0, np.zeros(0, np.int64))}], f"{call.where} slides over channels"
+    )
+    produced, consumed = call.ids(weight).get(2), call.ids(weight).get(1)
+    connect_input(call, call.ids(source).get(2), consumed)
+    out = call.outputs[0]
+    merge_operands(call, [(produced, out.size(2)), (call.ids(bias).get(0), bias.size(0))])
+    call.ledger.roles.append((call.ids(bias).get(0, np.zeros(0, np.int64)), Role.OUTPUT))
+    if produced is not None:
+        call.ledger.roles.append((produced, Role.OUTPUT))
+    factor = float(out.size(0) * out.size(1) * weight.size(0))
+    dims = (weight.size(2) if produced is None else produced, weight.size(1) if consumed is None else consumed)
+    call.ledger.operations.append(CountedOperation(call.module, call.name, factor, dims))
+    return [{} if produced is None else {2: produced}]
+
+
+def weight_norm(call: Call) -> Sequence[ChannelIds]:
+    """``weight_norm``: v * g / |v|, each norm over all dimensions but one: in a cut model over the kept positions.
+
+    The removed positions of v are zero in the masked original, so its norms are the same.
+    """
+    direction, scale = call.args[:2]
+    dim = int(call.named("dim")) % direction.dim()
+    ids = dict(call.ids(direction))
+    merged = merge_operands(call, [(ids.get(dim), direction.size(dim)), (call.ids(scale).get(dim), scale.size(dim))])
+    if merged is not None:
+        ids[dim] = merged
+    return [ids, *({} for _ in call.outputs[1:])]
+
+
+def embedding(call: Call) -> Sequence[ChannelIds]:
+    """A table of vectors: its columns are channels, its rows are what the indices name."""
+    table = call.args[0]
+    ids, out = call.ids(table), call.outputs[0]
+    for other in call.inputs[1:]:
+        call.ledger.freeze_all([call.ids(other)], f"channels are used as indices by {call.where}")
+    call.ledger.freeze_all([{0: ids[0]}] if 0 in ids else [], f"{call.where} picks rows by an index")
+    if 1 not in ids:
+        return [{} for _ in call.outputs]
+    call.ledger.roles.append((ids[1], Role.OUTPUT))
+    return [{out.dim() - 1: ids[1]}, *({} for _ in call.outputs[1:])]
 
 
 def matrix_product(call: Call) -> Sequence[ChannelIds]:
@@ -199,8 +272,101 @@ def matrix_product(call: Call) -> Sequence[ChannelIds]:
 
 
 def batched_product(call: Call) -> Sequence[ChannelIds]:
-    """Connect the factors of ``bmm``, (batch, n, k) @ (batch, k, m)."""
-    return [_multiply(call, call.args[0], call.args[1], 1)]
+    """Connect the factors of ``bmm``, ``baddbmm`` and ``addbmm``, (batch, n, k) @ (batch, k, m).
+
+    The last one sums over the batch.
+    """
+    if call.name == "bmm":
+        return [_multiply(call, call.args[0], call.args[1], 1)]
+    added, left, right = call.args[:3]
+    product = _multiply(call, left, right, 1)
+    if call.name == "addbmm":
+        call.ledger.contracted.extend([product[0]] if 0 in product else [])
+        product = {dim - 1: ids for dim, ids in product.items() if dim}
+    return [_add_to_product(call, product, added)]
+
+
+def _add_to_product(call: Call, product: ChannelIds, added: torch.Tensor) -> ChannelIds:
+    """Tie the channels of a product to those of a tensor that is added to it."""
+    out = call.outputs[0]
+    result: ChannelIds = {}
+    for dim in range(out.dim()):
+        own = _ids_and_length(call, added, dim - out.dim() + added.dim())
+        merged = merge_operands(call, [(product.get(dim), out.size(dim)), own])
+        result.update({} if merged is None else {dim: merged})
+    return result
+
+
+def vector_product(call: Call) -> Sequence[ChannelIds]:
+    """Connect the factors of ``mv`` and ``addmv``, (n, k) @ (k), and of ``dot`` and ``vdot``, (k) . (k)."""
+    left, right = call.args[-2:] if call.name != "addmv" else call.args[1:3]
+    inner, ours = call.ids(left).get(left.dim() - 1), call.ids(right).get(0)
+    rows = call.ids(left).get(0) if left.dim() == 2 else None
+    leaving: ChannelIds = {} if rows is None else {0: rows}
+    weights = call.ledger.is_own(left), call.ledger.is_own(right)
+    if weights[0] == weights[1]:
+        # Two weights, as in spectral norm, or two activations: neither reads the channels of the other.
+        _tie_inner(call, [inner, ours])
+    elif weights[1]:
+        connect_input(call, inner, ours)
+    else:
+        connect_input(call, ours, inner)
+        call.ledger.roles.extend((ids, Role.OUTPUT) for ids in leaving.values())
+    outer: list[IntArray | int] = [size if rows is None else rows for size in left.shape[:-1]]
+    extents = (*outer, left.size(-1) if inner is None else inner)
+    call.ledger.operations.append(CountedOperation(call.module, call.name, 1.0, extents))
+    return [_add_to_product(call, leaving, call.args[0]) if call.name == "addmv" else leaving]
+
+
+def bilinear(call: Call) -> Sequence[ChannelIds]:
+    """``nn.Bilinear``: the sum over i and j of x[n, i] * weight[o, i, j] * y[n, j].
+
+    ATen calls it ``_trilinear``: three tensors, to each of which dimensions are added (arguments 3 to 5) until all have
+    the same ones, and the dimensions that the product is summed over (argument 6).
+    """
+    operands = [_with_dims(call, tensor, added) for tensor, added in zip(call.args[:3], call.args[3:6], strict=True)]
+    summed, weight = set(call.args[6]), next((t for t in call.args[:3] if call.ledger.is_own(t)), None)
+    result: ChannelIds = {}
+    extents: list[IntArray | int] = []
+    for dim in range(len(operands[0])):
+        merged = merge_operands(call, [operand[dim] for operand in operands])
+        extents.append(max(operand[dim][1] for operand in operands) if merged is None else merged)
+        if merged is not None and dim not in summed:
+            result[dim - sum(d < dim for d in summed)] = merged
+    if weight is not None:
+        own = operands[[t is weight for t in call.args[:3]].index(True)]
+        roles = (((ids, Role.INPUT if dim in summed else Role.OUTPUT)) for dim, (ids, _) in enumerate(own))
+        call.ledger.roles.extend((ids, role) for ids, role in roles if ids is not None)
+    call.ledger.operations.append(CountedOperation(call.module, call.name, 1.0, tuple(extents)))
+    return [result]
+
+
+def _with_dims(call: Call, tensor: torch.Tensor, added: Sequence[int]) -> list[tuple[IntArray | None, int]]:
+    """Return the ids and length of each dimension of a tensor after dimensions of size one are added to it."""
+    found = [(call.ids(tensor).get(dim), tensor.size(dim)) for dim in range(tensor.dim())]
+    for dim in sorted(added):
+        found.insert(dim, (None, 1))
+    return found
+
+
+def distance(call: Call) -> Sequence[ChannelIds]:
+    """``cdist`` and ``pdist``: distances between (..., n, k) and (..., m, k), in a cut model over the kept of the k."""
+    first, second = call.inputs[0], call.inputs[1 if len(call.inputs) > 1 else 0]
+    ours, theirs = call.ids(first), call.ids(second)
+    rank, out = first.dim(), call.outputs[0]
+    inner = ours.get(rank - 1), theirs.get(second.dim() - 1)
+    _tie_inner(call, inner)
+    result: ChannelIds = {}
+    if call.name == "_pdist_forward":
+        call.ledger.freeze_all([{0: ours[0]}] if 0 in ours else [], f"{call.where} lists pairs of channels")
+    else:
+        for dim in range(out.dim() - 2):
+            both = [_ids_and_length(call, t, dim - out.dim() + t.dim()) for t in (first, second)]
+            merged = merge_operands(call, both)
+            result.update({} if merged is None else {dim: merged})
+        result.update({out.dim() - 2: ours[rank - 2]} if rank - 2 in ours else {})
+        result.update({out.dim() - 1: theirs[second.dim() - 2]} if second.dim() - 2 in theirs else {})
+    return call.mix([result]) if inner[0] is not None and inner[1] is not None else [result]
 
 
 def whole_product(call: Call) -> Sequence[ChannelIds]:
@@ -210,25 +376,17 @@ def whole_product(call: Call) -> Sequence[ChannelIds]:
     return freeze_inputs(call)
 
 
-def _inner(left: torch.Tensor, right: torch.Tensor) -> int:
-    """Count the multiply-accumulates of (n, k) @ (k, m), (n, k) @ (k) or (k) . (k), or of a batch of them."""
-    return left.numel() * (right.size(-1) if right.dim() > 1 else 1)
-
-
 _WHOLE_PRODUCTS: Mapping[str, Callable[..., int]] = {
-    "dot": _inner,
-    "vdot": _inner,
-    "mv": _inner,
-    "addmv": lambda _added, left, right: _inner(left, right),
-    "addbmm": lambda _added, left, right: _inner(left, right),
-    "baddbmm": lambda _added, left, right: _inner(left, right),
-    # nn.Bilinear: (n, i), (o, i, j), (n, j).
-    "_trilinear": lambda left, weight, _right, *_: left.size(0) * weight.numel(),
     # One direction of one layer: (steps, batch, features), a matrix for the input, another for the hidden state.
     "mkldnn_rnn_layer": lambda x, w, u, *_: x.size(0) * x.size(1) * (w.numel() + u.numel()),
     "_cudnn_rnn": lambda x, weights, *_: x.size(0) * x.size(1) * sum(w.numel() for w in weights if w.dim() == 2),
 }
 WHOLE_PRODUCT_KINDS = tuple(_WHOLE_PRODUCTS)
+PRODUCT_KINDS = (
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution", "conv_tbc", "deform_conv2d",
+    "_trilinear",
+)  # fmt: skip
+"""Operations that are counted even if no channel reaches them."""
 
 
 def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
@@ -240,11 +398,11 @@ def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) ->
     leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
     inner = right_ids.get(rows, left_ids.get(rows + 1))
     if call.ledger.is_own(right) or not call.ledger.is_own(left):
-        _connect_input(call, left_ids.get(rows + 1), right_ids.get(rows))
+        connect_input(call, left_ids.get(rows + 1), right_ids.get(rows))
         produced = leaving.get(rows + 1)
     else:
         # The weight is the left factor: ``W @ x``.
-        _connect_input(call, right_ids.get(rows), left_ids.get(rows + 1))
+        connect_input(call, right_ids.get(rows), left_ids.get(rows + 1))
         produced = leaving.get(rows)
     if produced is not None:
         call.ledger.roles.append((produced, Role.OUTPUT))

@@ -9,10 +9,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur._arrays import IntArray, unique_rows
 from secateur.graph._ledger import Call, ChannelIds, freeze_inputs, merge_operands
+from secateur.graph.blocks import is_mutable
 
 _SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
 _RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias", "reshape"})
-_FLOAT_ONLY = frozenset({"reflection_pad1d", "reflection_pad2d", "replication_pad2d", "pixel_shuffle"})
+_FLOAT_ONLY = frozenset({
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
+    "replication_pad3d", "pixel_shuffle",
+})  # fmt: skip
 
 
 def like_tensor(call: Call) -> Sequence[ChannelIds]:
@@ -259,6 +263,76 @@ def im2col(call: Call) -> Sequence[ChannelIds]:
     channels = ids.pop(1, None)
     call.ledger.freeze_all([ids], f"{call.where} slides over channels")
     return [{} if channels is None else {1: np.repeat(channels, call.outputs[0].size(1) // len(channels))}]
+
+
+def col2im(call: Call) -> Sequence[ChannelIds]:
+    """``fold``: sum the positions of the kernel, (batch, channels x positions, windows) -> (batch, channels, ...)."""
+    source = call.inputs[0]
+    ids = dict(call.ids(source))
+    dim = source.dim() - 2
+    channels = ids.pop(dim, None)
+    call.ledger.freeze_all([ids], f"{call.where} slides over channels")
+    if channels is None:
+        return [{}]
+    rows = channels.reshape(call.outputs[0].size(dim), -1)
+    # All positions of one channel go together; the first stands for it.
+    return [{dim: call.ledger.tie_rows(np.ascontiguousarray(rows.T))}]
+
+
+def position_sensitive(call: Call) -> Sequence[ChannelIds]:
+    """``ps_roi_align``: every bin of an output channel reads an input channel of its own; they go together.
+
+    (batch, channels x rows x columns, ...) -> (regions, channels, rows, columns).
+    """
+    ids = call.ids(call.inputs[0])
+    of_places = [{dim: vector for dim, vector in ids.items() if dim != 1}, *map(call.ids, call.inputs[1:])]
+    call.ledger.freeze_all(of_places, f"channels are used as places by {call.where}")
+    if 1 not in ids:
+        return [{} for _ in call.outputs]
+    rows = ids[1].reshape(call.outputs[0].size(1), -1)
+    result: ChannelIds = {1: call.ledger.tie_rows(np.ascontiguousarray(rows.T))}
+    return [result, *({} for _ in call.outputs[1:])]
+
+
+def gated(call: Call) -> Sequence[ChannelIds]:
+    """``glu``: the second half of a dimension gates the first one; equal positions of both go together."""
+    source = call.inputs[0]
+    ids = dict(call.ids(source))
+    dim = int(call.named("dim")) % source.dim()
+    if dim in ids:
+        ids[dim] = call.ledger.tie_rows(ids[dim].reshape(2, -1))
+    return [ids]
+
+
+def gather(call: Call) -> Sequence[ChannelIds]:
+    """Pick along one dimension; along the others, position i of the indices picks from position i."""
+    return [_match_positions(call, call.inputs[:2], f"{call.where} picks channels by an index")]
+
+
+def scatter(call: Call) -> Sequence[ChannelIds]:
+    """Write along one dimension; along the others, position i of the source goes to position i."""
+    target = call.inputs[0]
+    # The indices of `index_add` and `index_copy` are one vector, those of the others have as many dimensions as x.
+    tensors = [t for t in call.inputs if t.dim() == target.dim()]
+    reason = f"{call.where} writes channels to places given by an index"
+    result = _match_positions(call, tensors, reason)
+    if is_mutable(call.operator) and target._base is not None and result.keys() - call.ids(target).keys():
+        call.ledger.freeze_all([result], f"{call.where} writes into a part of a tensor")
+        return [{} for _ in call.outputs]
+    return [result]
+
+
+def _match_positions(call: Call, tensors: Sequence[torch.Tensor], reason: str) -> ChannelIds:
+    """Tie equal positions along all dimensions but ``dim`` of the call, whose channels are frozen."""
+    along = call.dims() or {0}
+    result: ChannelIds = {}
+    for dim in range(tensors[0].dim()):
+        operands = [(call.ids(t).get(dim), t.size(dim)) for t in tensors]
+        if dim in along or len({length for _, length in operands}) > 1:
+            call.ledger.freeze_all([{dim: ids} for ids, _ in operands if ids is not None], reason)
+        elif (merged := merge_operands(call, operands)) is not None:
+            result[dim] = merged
+    return result
 
 
 def stack(call: Call) -> Sequence[ChannelIds]:

@@ -52,7 +52,9 @@ def _bind_expand(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict
 
 def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``torch.zeros``, ``x.new_ones``: a dimension as long as a number of channels gets their ids."""
-    sizes = _flatten_sizes(tuple(a for a in args if not isinstance(a, torch.Tensor)), kwargs)[: out.dim()]
+    # The tensor of `x.new_ones(2, 3)` is no size, but that of `torch.zeros(n, 3)` is one: a number in a tensor.
+    has_source = bool(args) and isinstance(args[0], torch.Tensor) and len(_flatten_sizes(args[1:], kwargs)) >= out.dim()
+    sizes = _flatten_sizes(args[1:] if has_source else args, kwargs)[: out.dim()]
     _assign_counted_ids(ledger, out, sizes)
     for dim, size in enumerate(sizes):
         if isinstance(size, SizeInt):

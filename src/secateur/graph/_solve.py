@@ -4,21 +4,31 @@ Tied ids form components, and components that occur at the same places form axes
 that counts channels, is expressed by the widths of the axes; axes that some int cannot follow are frozen.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from secateur._arrays import IntArray, connected_components, run_starts, unique_values
-from secateur.graph._ledger import CountedOperation, Ledger, ModuleOutput, RecordedMixingCall, SizeBinding, StoredTensor
+from secateur.graph._ledger import (
+    CountedOperation,
+    Ledger,
+    ModuleOutput,
+    RecordedMixingCall,
+    SizeBinding,
+    SizeComparison,
+    StoredTensor,
+)
 from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
     Expression,
     ShapeOf,
+    attributes_in,
     evaluate_expression,
     expression_text,
+    is_outcome_fixed,
     shape_ids,
     solve_for_attribute,
 )
@@ -144,6 +154,17 @@ def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attr
             for first, second in _equal_counts(ledger, binding):
                 if (solution.root[first] != solution.root[second]).any():
                     ledger.tie(first, second)
+    for comparison in ledger.comparisons:
+        match comparison:
+            # Two shapes that were found to be equal must stay so.
+            case SizeComparison("==" | "!=", ShapeOf(first), ShapeOf(second)) if (
+                len(first) == len(second)
+                and (solution.root[first] != solution.root[second]).any()
+                and not _is_outcome_kept(comparison, solution, edited, attributes)
+            ):
+                ledger.tie(first, second)
+            case _:
+                pass
     return len(ledger.ties) > before
 
 
@@ -177,6 +198,11 @@ def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attrib
         edited = _find_edits(ledger, solution, attributes)
         for binding in ledger.bindings:
             changed |= _freeze_unless_consistent(binding, solution, edited, attributes)
+        for comparison in ledger.comparisons:
+            changed |= _freeze_unless_kept(comparison, solution, edited, attributes)
+        for place in ledger.fixed.keys() & edited.keys():
+            names = (name for name, _ in edited[place].terms)
+            changed |= solution.freeze_named(names, f"{ledger.fixed[place]} needs {place} as it is")
         if not changed:
             return edited
 
@@ -195,7 +221,7 @@ def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribut
     edited = dict[Attribute, Extent]()
 
     def known(expression: Expression) -> Extent | None:
-        inside = _attributes_in(expression)
+        inside = attributes_in(expression)
         if not all(place in edited for place in inside) and not isinstance(expression, Attribute):
             return None
         return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.extent_of)
@@ -207,7 +233,61 @@ def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribut
         # At full width the new value must be the present one; otherwise the equation has another meaning.
         if found and found[1].at(solution.sizes) == attributes[found[0]]:
             edited.setdefault(*found)
+    for comparison in ledger.comparisons:
+        for place, extent in _find_equal_attribute(comparison, solution, edited, attributes, known):
+            edited.setdefault(place, extent)
     return edited
+
+
+def _find_equal_attribute(
+    comparison: SizeComparison,
+    solution: Solution,
+    edited: Mapping[Attribute, Extent],
+    attributes: Mapping[Attribute, int],
+    known: Callable[[Expression], Extent | None],
+) -> Iterator[tuple[Attribute, Extent]]:
+    """Yield the attribute that the model found to be equal to a size (``assert x.shape[1] == self.dim``), if any."""
+    if comparison.symbol not in {"==", "!="}:
+        return
+    for side, other in ((comparison.left, comparison.right), (comparison.right, comparison.left)):
+        if not attributes_in(side):
+            continue
+        wanted = evaluate_expression(other, attributes=edited, values=attributes, measure=solution.extent_of)
+        found = solve_for_attribute(side, wanted, known) if wanted is not None and wanted.terms else None
+        if found and found[1].at(solution.sizes) == attributes[found[0]]:
+            yield found
+
+
+def _is_outcome_kept(
+    comparison: SizeComparison,
+    solution: Solution,
+    edited: Mapping[Attribute, Extent],
+    attributes: Mapping[Attribute, int],
+) -> bool:
+    """Return whether a comparison of sizes has the same outcome for all widths."""
+    sides = (comparison.left, comparison.right)
+    if not any(shape_ids(side) or _mentions(side, edited) for side in sides):
+        return True
+    left, right = (
+        evaluate_expression(side, attributes=edited, values=attributes, measure=solution.extent_of) for side in sides
+    )
+    return left is not None and right is not None and is_outcome_fixed(comparison.symbol, left, right, solution.sizes)
+
+
+def _freeze_unless_kept(
+    comparison: SizeComparison,
+    solution: Solution,
+    edited: Mapping[Attribute, Extent],
+    attributes: Mapping[Attribute, int],
+) -> bool:
+    if _is_outcome_kept(comparison, solution, edited, attributes):
+        return False
+    sides = (comparison.left, comparison.right)
+    names = {name for side in sides for place in attributes_in(side) for name, _ in edited.get(place, Extent(0)).terms}
+    text = f" {comparison.symbol} ".join(map(expression_text, sides))
+    reason = f"{comparison.where} tests {text}, which fewer channels would change"
+    changed = solution.freeze([ids for side in sides for ids in shape_ids(side)], reason)
+    return solution.freeze_named(names, reason) or changed
 
 
 def _is_consistent(
@@ -239,7 +319,7 @@ def _freeze_unless_consistent(
     if _is_consistent(binding, solution, edited, attributes):
         return False
     # The attribute may be edited for another use, which would break this one: freeze the axis of that use as well.
-    names = {name for place in _attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
+    names = {name for place in attributes_in(binding.expression) for name, _ in edited.get(place, Extent(0)).terms}
     vectors = [*leaves, *([binding.ids] if binding.ids is not None else [])]
     if not vectors:
         return solution.freeze_named(names, f"{binding.where} needs {expression_text(binding.expression)} as it is")
@@ -249,14 +329,7 @@ def _freeze_unless_consistent(
 
 
 def _mentions(expression: Expression, edited: Mapping[Attribute, Extent]) -> bool:
-    return any(place in edited and edited[place].terms for place in _attributes_in(expression))
-
-
-def _attributes_in(expression: Expression) -> list[Attribute]:
-    if isinstance(expression, Attribute):
-        return [expression]
-    left, right = getattr(expression, "left", None), getattr(expression, "right", None)
-    return [a for side in (left, right) if side is not None for a in _attributes_in(side)]
+    return any(place in edited and edited[place].terms for place in attributes_in(expression))
 
 
 NOT_CONSUMED = "no layer of this model consumes these channels"
@@ -304,6 +377,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         unseen=ledger.unseen(),
         blocks=ledger.blocks,
         calls=ledger.calls,
+        uncounted=tuple(ledger.uncounted),
     )
 
 
@@ -319,6 +393,8 @@ def _find_occurrences(ledger: Ledger, root: IntArray) -> _Occurrences:
     for binding in ledger.bindings:
         vectors += [binding.ids] if binding.ids is not None else []
         vectors += shape_ids(binding.expression)
+    for comparison in ledger.comparisons:
+        vectors += [*shape_ids(comparison.left), *shape_ids(comparison.right)]
     lengths = np.array([len(v) for v in vectors], dtype=np.int64)
     ids = np.concatenate(vectors) if vectors else np.zeros(0, np.int64)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)

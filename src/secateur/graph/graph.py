@@ -186,6 +186,21 @@ class Operation:
     blocks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class UncountedOperation:
+    """One operation of the forward pass that reads parameters, and of which no rule knows the multiply-accumulates.
+
+    Attributes:
+        module: Qualified name of the module that ran it ("" is the model itself).
+        kind: Name of the operation with its namespace, such as ``my_lib::my_op``.
+        parameters: Numbers of the parameters that it reads.
+    """
+
+    module: str
+    kind: str
+    parameters: int
+
+
 @dataclass(frozen=True, eq=False)
 class Activation:
     """The channels of one module's (first) output tensor.
@@ -281,6 +296,8 @@ class ChannelGraph:
             that the example did not take. They stay as they are, and may not fit a cut model that runs them after all.
         blocks: Residual branches in order of execution, removable or not.
         calls: ATen names of all calls of the forward pass, in order.
+        uncounted: The operations that read parameters and are missing in ``operations``, because no rule knows their
+            multiply-accumulates. Budgets and costs in MACs leave them out.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -296,6 +313,7 @@ class ChannelGraph:
     unseen: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
+    uncounted: tuple[UncountedOperation, ...] = ()
 
     def __repr__(self) -> str:
         frozen = [axis for axis in self.axes if axis.frozen_because is not None]

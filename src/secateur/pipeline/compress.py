@@ -52,7 +52,7 @@ from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, Measur
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
-from secateur.train.evaluate import evaluate
+from secateur.train.evaluate import check_labels, evaluate
 from secateur.train.fit import Trained, train_with_teacher
 
 
@@ -134,6 +134,8 @@ def compress(
     batches = draw_calibration(data.train, cut.calibration_images, device=fabric.device, seed=run.seed)
     original = copy_model(model).to(fabric.device).eval()
     check_model_fits_data(original, data, batches[0][0])
+    for _, labels in batches:  # Importances and searches learn from them.
+        check_labels(labels, len(data.classes))
     cut.init.check(original, recovery.train)
     with shared_run_directory(
         fabric, None if output is None else output.folder, plan.settings(), run.on_existing

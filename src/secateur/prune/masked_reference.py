@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
 from secateur.graph._ledger import base_name, tensors_in
+from secateur.graph._rules_recurrent import WholeCallMode
 from secateur.graph.blocks import DataFlow
 from secateur.graph.graph import Block
 
 
-class ZeroBranchesMode(TorchDispatchMode):
+class ZeroBranchesMode(WholeCallMode):
     """A mode in which one run of a full model adds zeros instead of some residual branches.
 
     It identifies the branches by the number of the sum in the forward pass, independently of modules.
@@ -30,8 +30,8 @@ class ZeroBranchesMode(TorchDispatchMode):
         self._flow = DataFlow()
         self._flow.add_inputs(inputs)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call, with zeros in place of a branch if it is the sum that adds one."""
         name = base_name(func)
         inputs = tensors_in(args, *kwargs.values())
         # Before the call, because an operation in place overwrites its operand.
@@ -82,7 +82,7 @@ class ExpectedCalls:
         self._made += 1
 
 
-class ZeroWeightsMode(TorchDispatchMode):
+class ZeroWeightsMode(WholeCallMode):
     """A mode in which every call of a run gets some parameters multiplied by zeros and ones.
 
     The products exist only during the call, so that there is no second set of weights in memory. A weight that is not
@@ -98,10 +98,10 @@ class ZeroWeightsMode(TorchDispatchMode):
         self._factors = factors
         self._expected = expected
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call with the products of its parameters."""
         if self._expected is not None:
             self._expected.make(base_name(func))
-        kwargs = kwargs or {}
         if self._has_no_factors((*args, *kwargs.values())):
             return func(*args, **kwargs)
         return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in kwargs.items()})

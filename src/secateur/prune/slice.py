@@ -316,6 +316,24 @@ def update_declared_sizes_(model: nn.Module) -> None:
             module.num_channels = module.weight.numel()
         elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
             module.normalized_shape = tuple(module.weight.shape)
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            _update_recurrent_sizes_(module)
+
+
+def _update_recurrent_sizes_(module: nn.RNNBase | nn.RNNCellBase) -> None:
+    of_input, of_state, of_projection = (
+        getattr(module, f"weight_{part}_l0" if isinstance(module, nn.RNNBase) else f"weight_{part}", None)
+        for part in ("ih", "hh", "hr")
+    )
+    # Quantized layers hold their weights in another form.
+    if not isinstance(of_input, torch.Tensor) or not isinstance(of_state, torch.Tensor):
+        return
+    module.input_size = of_input.size(1)
+    # With a projection, the state that the layer reads is narrower than its cells.
+    if isinstance(of_projection, torch.Tensor):
+        module.proj_size, module.hidden_size = of_projection.shape  # type: ignore[assignment]
+    else:
+        module.hidden_size = of_state.size(1)
 
 
 def _has_no_weight(module: nn.Module) -> bool:

@@ -78,7 +78,8 @@ def measure_accuracy(
     # Sums stay on the device: reading one for every batch would wait for it every time.
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
-    n = 0
+    low = high = torch.zeros((), dtype=torch.int64, device=device)
+    n, classes = 0, 1
     with (
         torch.inference_mode(),
         autocast(precision, device),
@@ -89,12 +90,17 @@ def measure_accuracy(
                 if len(labels) == 0:
                     continue
             logits = model(channels_last(images))
-            if n == 0:  # Once is enough, and looking at labels waits for the device.
-                check_logits(logits, len(labels))
-                check_labels(labels, logits.shape[1])
+            check_logits(logits, len(images))
+            labels = class_indices(labels, len(images))  # noqa: PLW2901 - as int64
+            classes = logits.shape[1]
+            low, high = torch.minimum(low, labels.min()), torch.maximum(high, labels.max())
+            if n == 0:  # Looking at labels waits for the device: that is done for the first batch and at the end.
+                check_range(low, high, classes)
             correct += (logits.argmax(1) == labels).sum()
-            loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+            # A label out of range would stop a GPU for good, before it is refused.
+            loss += F.cross_entropy(logits.float(), labels.clamp(0, classes - 1), reduction="sum")
             n += len(labels)
+    check_range(low, high, classes)
     if fabric is not None and processes > 1:
         # In float64, where counts of images are exact.
         said = torch.stack([correct.double(), loss.double(), torch.tensor(float(n), device=device).double()])
@@ -103,8 +109,20 @@ def measure_accuracy(
     return Accuracy(top1=correct.item() / n, loss=loss.item() / n, n=n)
 
 
-def check_logits(logits: object, images: int) -> None:
+OWN_LOSS = (
+    "For other targets train with a loss of your own, Objective(kd_weight=0, label_weight=0, terms=(Term(...),)), and "
+    "without validation images, and measure with a metric of your own."
+)
+"""What to do with targets that are no classes, for messages."""
+
+
+def check_logits(logits: object, images: int, name: str = "model") -> None:
     """Refuse a model that does not give logits.
+
+    Args:
+        logits: What it returned.
+        images: Number of images it was given.
+        name: The argument that the model is, for the message.
 
     Raises:
         TrainingError: If the shape is not (images, classes).
@@ -112,40 +130,95 @@ def check_logits(logits: object, images: int) -> None:
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
     if shape is None or len(shape) != 2 or shape[0] != images:
         raise TrainingError(
-            f"`model` must return logits of the shape (batch, classes), here ({images}, classes); "
-            f"got {shape or type(logits).__name__}. Wrap the model so that its forward returns the logits alone."
+            f"`{name}` must return logits of the shape (batch, classes), here ({images}, classes); "
+            f"got {shape or type(logits).__name__}. Wrap the model so that its forward returns the logits alone. "
+            "A loss of your own can be given all outputs: Objective(kd_weight=0, label_weight=0, terms=(Term(...),)), "
+            "without validation images."
         )
+
+
+def class_indices(labels: Tensor, images: int) -> Tensor:
+    """Return labels that are class indices as int64, or refuse them; their values are not looked at.
+
+    Raises:
+        TrainingError: If they are not integers, one for each image.
+    """
+    if labels.shape != (images,) or labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+        raise TrainingError(
+            f"`labels` must be class indices, integers of the shape ({images},); got {_described(labels)}. {OWN_LOSS}"
+        )
+    return labels.long()
+
+
+def _described(labels: Tensor) -> str:
+    """Type and shape of labels, and what kind of target they seem to be."""
+    found = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
+    if labels.ndim != 2:
+        return found
+    if labels.shape[1] == 1:
+        return f"{found}: one column" + ("" if labels.is_floating_point() else " (call .squeeze(1))")
+    sums = labels.double().sum(1)
+    return f"{found}, whose rows sum to {float(sums.min()):.4g}...{float(sums.max()):.4g}"
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Refuse labels that are not classes of the model; waits for the device.
 
     Raises:
-        TrainingError: If a label is negative or too high.
+        TrainingError: If they are not one integer for each image, or one is negative or too high.
     """
-    low, high = (int(bound) for bound in torch.stack(torch.aminmax(labels)).tolist())
-    if low < 0 or high >= classes:
+    check_range(*torch.aminmax(class_indices(labels, len(labels))), classes)
+
+
+def check_range(low: Tensor, high: Tensor, classes: int) -> None:
+    """Refuse labels from ``low`` to ``high`` that are not classes of the model; waits for the device.
+
+    Raises:
+        TrainingError: If the lowest is negative or the highest too high.
+    """
+    lowest, highest = (int(bound) for bound in torch.stack((low, high)).tolist())
+    if lowest < 0 or highest >= classes:
         raise TrainingError(
-            f"`labels` must lie in 0...{classes - 1}, the model's classes; got {low}...{high}. "
+            f"`labels` must lie in 0...{classes - 1}, the model's classes; got {lowest}...{highest}. "
             "Use a model with as many classes as the data."
         )
 
 
+_SUM_TOLERANCE = 1e-3
+"""How far the probabilities of an image may be from 1 in sum: half precision has three digits."""
+
+
 def check_targets(labels: Tensor, classes: int) -> None:
-    """Refuse labels of training images that do not fit the model: class numbers, or probabilities of mixed images.
+    """Refuse labels of training images that are neither class indices nor probabilities; waits for the device.
 
     Raises:
-        TrainingError: See `check_labels`; or if there is not one probability for every class.
+        TrainingError: See `check_labels`; or if there is not one probability for every class, or the probabilities of
+            an image are negative or do not sum to 1.
     """
     if not labels.is_floating_point():
         check_labels(labels, classes)
-    elif labels.ndim != 2 or labels.shape[1] != classes:
+        return
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.shape[1] != classes:
         raise TrainingError(
             f"`labels` of mixed images must be probabilities of the model's {classes} classes; got the shape "
             f"{tuple(labels.shape)}. Use a model with as many classes as the data."
         )
+    off = (labels.double().sum(-1) - 1).abs().amax() if labels.ndim == 2 else torch.inf
+    # Written so that NaN is refused too.
+    if labels.ndim != 2 or not float(off) <= _SUM_TOLERANCE or not float(labels.amin()) >= -_SUM_TOLERANCE:
+        raise TrainingError(
+            "`labels` must be class indices, integers of the shape (batch,), or probabilities of the shape "
+            f"(batch, classes) whose rows sum to 1; got {_described(labels)}. {OWN_LOSS}"
+        )
 
 
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Count the images whose highest logit is the label's (of a mixed image, the likeliest label's), on the device."""
-    return (logits.argmax(1) == (labels.argmax(1) if labels.is_floating_point() else labels)).sum()
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor | None:
+    """Count the images whose highest logit is the label's (of a mixed image, the likeliest label's), on the device.
+
+    Returns:
+        None if the labels are neither one class nor one row of probabilities for each image.
+    """
+    best = labels.argmax(1) if labels.is_floating_point() and labels.shape == logits.shape else labels
+    if best.shape != logits.shape[:1] or best.is_floating_point():
+        return None
+    return (logits.argmax(1) == best).sum()

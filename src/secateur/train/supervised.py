@@ -233,23 +233,40 @@ class SupervisedStep(TrainingStep):
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         teacher_logits = None if self._runner is None else self._runner.logits(images, labels)
         logits = self._forward(images)
-        if not self._checked:
-            self._check_first(logits, labels)
+        # Looking at labels waits for an accelerator: there only those of the first batch are looked at.
+        if not self._checked or labels.device.type == "cpu":
+            self._check(logits, teacher_logits, labels)
         total, parts = self._objective(
             logits,
             teacher_logits=teacher_logits,
-            labels=labels,
+            labels=labels if labels.is_floating_point() or labels.is_complex() else labels.long(),
             feature=None if self._features is None else self._features.loss(),
             recorder=self._taps,
         )
         return total, dict(parts)
 
-    def _check_first(self, logits: Tensor, labels: Tensor) -> None:
-        # Only the first batch, because looking at labels waits for the device.
-        self._checked = True
+    def _check(self, logits: object, teacher_logits: object, labels: Tensor) -> None:
+        """Refuse outputs and labels that the losses are not for.
+
+        Terms of the user's own, without the other losses, may be given any outputs and labels.
+
+        Raises:
+            TrainingError: If so.
+        """
+        objective, self._checked = self._objective, True
+        built_in = bool(objective.label_weight or objective.kd_weight)
+        if not built_in and not (isinstance(logits, Tensor) and logits.ndim == 2):
+            return
         check_logits(logits, len(labels))
-        if self._objective.label_weight or self._objective.terms:
-            check_targets(labels, logits.shape[1])
+        assert isinstance(logits, Tensor)
+        if objective.kd_weight:
+            check_logits(teacher_logits, len(labels), "teacher")
+        classes = logits.shape[1]
+        indices = labels.ndim == 1 and not labels.is_floating_point()
+        # Where only the teacher is learned from, any number may stand for a label that is not known.
+        used = objective.label_weight or (objective.terms and classes > 1)
+        if used if indices else built_in:
+            check_targets(labels, classes)
 
     def measure_start(self) -> EpochReport | None:
         """See `TrainingStep.measure_start`: the student before training, if there is a validation split."""

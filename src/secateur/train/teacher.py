@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur._files import write_atomic
 from secateur._provenance import changed_settings
 from secateur.errors import TrainingError
-from secateur.train.evaluate import count_correct
+from secateur.train.evaluate import check_logits, count_correct
 
 _SETTINGS = "teacher.json"
 
@@ -200,9 +200,8 @@ class TeacherRunner:
     def tensors(self) -> dict[str, Tensor]:
         """Return what was found so far in the epoch, and its logits for the cache."""
         found = {} if self._cache is None else self._cache.noted()
-        if self._sound is not None and self._right is not None:
-            found |= {"sound": self._sound, "right": self._right}
-        return found
+        counted = {"sound": self._sound, "right": self._right}
+        return found | {name: tensor for name, tensor in counted.items() if tensor is not None}
 
     def logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the teacher's logits for the next batch of the epoch, without gradients."""
@@ -211,9 +210,11 @@ class TeacherRunner:
             with torch.no_grad():  # Not inference mode, whose tensors a loss could not save for backward.
                 found = self._teach(images)
             if self._cache is not None:
+                check_logits(found, len(images), "teacher")
                 self._cache.keep(images, found)
         self._step += 1
-        if found.ndim == 2:  # Anything else is refused by the losses, with a better message.
+        # Anything else is for losses of the user's own, and refused for all others.
+        if isinstance(found, Tensor) and found.ndim == 2:  # pyright: ignore[reportUnnecessaryIsInstance]
             self._note(found, labels)
         return found
 
@@ -221,7 +222,8 @@ class TeacherRunner:
         # On the device, without waiting for it.
         sound, right = found.isfinite().all(), count_correct(found, labels)
         self._sound = sound if self._sound is None else self._sound.to(sound.device) & sound
-        self._right = right if self._right is None else self._right.to(right.device) + right
+        if right is not None:  # Labels of another kind are for losses of the user's own.
+            self._right = right if self._right is None else self._right.to(right.device) + right
         self._images += len(labels)
         self._classes = found.shape[1]
 

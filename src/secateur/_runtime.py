@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import os
+import random
 import time
 import types
 import weakref
@@ -20,9 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import default_state
 from secateur.errors import ModelError, TrainingError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -158,13 +161,35 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def run_isolated(model: nn.Module) -> Generator[None]:
-    """Restore the random state of the CPU and of the model's devices afterward, and run without opaque operations."""
+def run_isolated(model: nn.Module, seed: int = 0) -> Generator[None]:
+    """Run a model without any effect on the random states, and without any effect of them and of the caller's settings.
+
+    The random generators of Python, NumPy, the CPU and the devices of the model are seeded, and restored afterward.
+    Opaque operations are disabled. What `default_state` leaves is left here too, except that the model may run on a
+    default device of its own.
+    """
     # Without an initialized CUDA context, no parameter can be on a GPU.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), without_fast_path():
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    with default_state(model), torch.random.fork_rng(devices=devices), without_fast_path(), _seeded_python(seed):
+        # Not `torch.manual_seed`, which would also seed devices that are not restored.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _seeded_python(seed: int) -> Generator[None]:
+    """Seed the global random generators of Python and NumPy, and restore them afterward."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractContextManager[Any]]) -> nn.Module:
@@ -314,6 +339,8 @@ class _Copier:
         if not tensor.is_leaf:
             self.memo[id(tensor)] = tensor.detach().clone()
             return self.memo[id(tensor)]
+        if tensor.is_inference():
+            return self._ordinary(tensor)
         if type(tensor) is not Tensor or tensor.requires_grad or not tensor.is_contiguous():
             return copy.deepcopy(tensor, self.memo)
         # Views of the same memory must share it in the copy too; `copy.deepcopy` finds copied storages in this table.
@@ -323,6 +350,15 @@ class _Copier:
             return copy.deepcopy(tensor, self.memo)
         twin = self.memo[id(tensor)] = tensor.clone()
         storages[key] = twin.untyped_storage()
+        return twin
+
+    def _ordinary(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor that was created in inference mode, which no recorder sees, to an ordinary one."""
+        with torch.inference_mode(mode=False):
+            twin = tensor.clone()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, tensor.requires_grad)
+        self.memo[id(tensor)] = twin
         return twin
 
     def _container(self, value: Any) -> Any:
@@ -357,7 +393,7 @@ class _Copier:
             return value
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.value(value.__self__))
-        if hasattr(value, "__deepcopy__"):
+        if isinstance(value, torch.Generator) or hasattr(value, "__deepcopy__"):
             return self._ask_for_copy(value)
         try:
             reduced = value.__reduce_ex__(4)
@@ -381,6 +417,10 @@ class _Copier:
         return twin
 
     def _ask_for_copy(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            # A shared one would be advanced by every run of the copy.
+            self.memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+            return self.memo[id(value)]
         known = len(self.memo)
         try:
             return copy.deepcopy(value, self.memo)

@@ -303,6 +303,19 @@ def _head(tensor: Tensor, n: int) -> Tensor:
     return tensor if len(tensor) <= n else tensor[:n]
 
 
+def guessing_accuracy(split: Split, classes: int) -> float:
+    """Return the accuracy of always naming the most frequent class of a split, the best that can be done blindly.
+
+    Args:
+        split: Its labels are counted; one that does not say its labels counts as balanced.
+        classes: Number of classes.
+    """
+    labels = getattr(split, "labels", None)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or not len(labels):
+        return 1 / classes
+    return float(labels.unique(return_counts=True)[1].max()) / len(labels)
+
+
 TEST_SEED = 0
 """Seed of the test split of sets that have none. It is fixed, so that everybody tests on the same images."""
 

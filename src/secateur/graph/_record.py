@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
-from secateur._runtime import copy_model, run_isolated
+from secateur._outputs import output_tensors
+from secateur._runtime import run_isolated
+from secateur._shadow import shadow_copy
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._rules_recurrent import FAKE_RECURRENT, WholeCallMode
@@ -298,17 +300,6 @@ class SizeRecorder(TorchFunctionMode):
 _SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
-def shadow_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode that shares only the parameters: running it leaves the model as it was."""
-    shadow = copy_model(model, {id(parameter): parameter for parameter in model.parameters()})
-    # `eval()` visits every module, which takes longer than the copy; it is needed only if it would change something.
-    in_eval = all(
-        not module.training and type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
-        for module in model.modules()
-    )
-    return shadow if in_eval else shadow.eval()
-
-
 _HOLDS_INTS = frozenset({int, tuple, list})
 
 
@@ -387,9 +378,12 @@ def record_once(
                 f"the model cannot run the example input of shape {shapes} (in module {context.module or 'itself'!r}): "
                 f"{error}. Give an input of the size and channels the model was fake for."
             ) from error
-    tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    try:
+        tensors = output_tensors(out)
+    except ModelError as error:
+        raise TraceError(str(error)) from error
     ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output")
-    context.flow.add_outputs(out)
+    context.flow.add_outputs(tensors)
     ledger.calls = tuple(name for name in context.flow.names if name != INPUT)
     ledger.blocks = find_blocks(context.flow, shadow, {operation.module for operation in ledger.operations})
     if ledger.unseen():
@@ -409,6 +403,7 @@ def _record_training(
     doubled = tuple(
         torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.dim() and t.size(0) == 1 else t for t in example
     )
+    uncounted = len(ledger.uncounted)
     counted, mixed, outputs, touched = (
         len(ledger.operations),
         len(ledger.mixings),
@@ -419,9 +414,8 @@ def _record_training(
     context.flow.add_inputs(doubled)
     with contextlib.suppress(Exception), run_isolated(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)
-        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        ledger.freeze_all([ledger.ids_of(t) for t in tensors], "reaches the model's output in training")
-    del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:]
+        ledger.freeze_all([ledger.ids_of(t) for t in output_tensors(out)], "reaches the model's output in training")
+    del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:], ledger.uncounted[uncounted:]
     ledger.outputs = outputs
     context.stack.clear()
 
@@ -545,7 +539,7 @@ def record_execution_once(model: nn.Module, example: tuple[Any, ...], *, compute
     recorder = _ExecutionRecorder(run, names, computed=computed)
     with run_isolated(model), torch.no_grad(), recorder, _ValueReadGuard(recorder, run.flow):
         out = shadow(*example)
-    run.flow.add_outputs(out)
+    run.flow.add_outputs(output_tensors(out))
     if recorder.value_was_read:
         raise FakeValueReadError
     return run

@@ -28,7 +28,7 @@ from secateur.pipeline.config import (
     RunConfig,
     default_strategy,
 )
-from secateur.pipeline.finalize import Finished, finalize, measured_model, report_of
+from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
     describe_repair,
@@ -383,12 +383,7 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
             "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
             "with any number. What is faster is so for its cut channels."
         )
-    first, chance = original.accuracy, 1 / len(plan.data.classes)
-    if first.top1 <= 2 * chance:
-        found.append(
-            f"The original is right on {100 * first.top1:.1f} % of the test images, about what guessing gives "
-            f"({100 * chance:.1f} %). Check its weights (--weights) and normalization (--mean, --std)."
-        )
+    found += guessing_doubt("original", original, plan.data)
     if trained is not None and trained.best_epoch == 0 and plan.cut.weight_pruning is None:
         found.append(
             "No epoch was better on the validation images than the student before training, which is kept. If the "

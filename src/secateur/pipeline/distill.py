@@ -17,7 +17,7 @@ from secateur.distill.objective import Objective, Term
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LOGGER, Output, RunConfig
-from secateur.pipeline.finalize import Finished, finalize, measured_model, report_of
+from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
 from secateur.pipeline.workspace import (
     check_model_fits_data,
     check_output,
@@ -256,8 +256,10 @@ def _finished(
     macs = [count_macs(copy_model(model).eval().cpu(), example) for model in (teacher, student)]
     measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
     name = f"{plan.student.called} from {plan.teacher.called}"
+    report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
+    doubts = guessing_doubt("teacher", steps[0], plan.data)
     return Finished(
-        report=report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run),
+        report=replace(report, notes=doubts),
         original=teacher,
         student=student,
         given=plan.student.model,
@@ -273,5 +275,6 @@ def _finished(
         run=plan.run,
         fabric=plan.fabric,
         log=plan.log,
+        doubts=doubts,
         metrics={"distillation": {"teacher": plan.teacher.called, "losses": plan.losses}},
     )

@@ -20,7 +20,7 @@ from secateur.cost.budget import Budget
 from secateur.cost.macs import count_params
 from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.runtimes import Target
-from secateur.data.dataset import ImageData
+from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, save, weights_bytes
 from secateur.export.manifest import Recipe, edits_between
@@ -158,6 +158,26 @@ def report_of(
 def measured_model(model: nn.Module, macs: int, step: Step) -> Measured:
     """Return the numbers of one model for the report."""
     return Measured(macs, count_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
+
+
+def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
+    """Return a sentence if a model is not better than naming the most frequent class; none otherwise.
+
+    It is better if that accuracy lies below the 95 % interval of its own.
+
+    Args:
+        name: The model, as a word.
+        step: Its accuracy on the test images.
+        data: For the labels of the test images.
+    """
+    chance, (low, high) = guessing_accuracy(data.test, len(data.classes)), step.accuracy.interval
+    if low > chance:
+        return ()
+    return (
+        f"The {name} is right on {100 * step.accuracy.top1:.1f} % of the {step.accuracy.n} test images (95 % interval "
+        f"{100 * low:.1f} to {100 * high:.1f} %), about what guessing gives ({100 * chance:.1f} %). Check its weights "
+        "(--weights) and normalization (--mean, --std).",
+    )
 
 
 def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport, tuple[str, ...]]:

@@ -1,6 +1,8 @@
 """Cut a model for real, prove the cut, repair it without training, and prune single weights."""
 
-from secateur.prune.cut import Cut, OutputDistance, Repair, RepairContext, RepairResult, cut, output_distance
+from secateur.prune.calibration import CalibrationSplit, split_calibration
+from secateur.prune.cut import Cut, Repair, RepairContext, RepairResult, cut
+from secateur.prune.distance import OutputDistance, output_distance
 from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.masks import (
     Mask,
@@ -74,6 +76,7 @@ from secateur.prune.weight_scores import (
 
 __all__ = [
     "Allocation",
+    "CalibrationSplit",
     "ChannelExpansion",
     "Cubic",
     "Cut",
@@ -137,6 +140,7 @@ __all__ = [
     "set_masks_",
     "set_size_attributes_",
     "snip_scores",
+    "split_calibration",
     "taylor_scores",
     "uniform_counts",
     "update_declared_sizes_",

@@ -1,18 +1,18 @@
 """`cut` slices a model to an architecture, verifies the result, and repairs its weights without training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelGraph
+from secateur.graph.trace import Example
+from secateur.prune.calibration import CalibrationSplit, check_batches, split_calibration
+from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture, check_architecture
 from secateur.prune.verify import Mismatch, Verification, compare_outputs
 
@@ -25,13 +25,14 @@ class RepairContext:
         original: The full model; never modified.
         graph: Its channel graph.
         architecture: The architecture of the cut model.
-        images: Calibration batches, normalized, on the model's device.
+        images: Calibration batches to fit to, normalized, on the model's device, in any form that `secateur.trace`
+            takes as an example. Those that judge the repair are not among them.
     """
 
     original: nn.Module
     graph: ChannelGraph
     architecture: Architecture
-    images: tuple[torch.Tensor, ...]
+    images: tuple[Example, ...]
 
     @property
     def was_cut(self) -> bool:
@@ -44,8 +45,13 @@ class RepairContext:
 class Repair(Protocol):
     """A repair of a cut model in closed form, without training."""
 
-    def apply_(self, small: nn.Module, context: RepairContext) -> None:
-        """Change the weights or statistics of ``small`` in place."""
+    def apply_(self, small: nn.Module, context: RepairContext) -> Mapping[str, str] | None:
+        """Change the weights or statistics of ``small`` in place.
+
+        Returns:
+            The layers that were to be repaired and could not be, with the reason; they are left as they were. None if
+            there are none.
+        """
         ...
 
 
@@ -55,15 +61,20 @@ class RepairResult:
 
     Attributes:
         repair: The name and configuration of the repair.
-        before: The distance to the original's outputs before, on the calibration images (see `output_distance`).
-        after: The distance after the repair.
+        before: The distance to the original's outputs before, on held-out calibration images (see `OutputDistance`).
+        after: The distance after the repair, on the same images.
         kept: False if the repair increased the distance and was undone.
+        held_out: False if there were too few calibration images to hold any out. Then the distances are on the images
+            that the repair was fitted to, which makes it look better than it is.
+        skipped: (layer, reason) pairs: layers that could not be repaired and were left as they were.
     """
 
     repair: str
     before: float
     after: float
     kept: bool
+    held_out: bool = True
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,29 +112,36 @@ def cut(
     graph: ChannelGraph,
     architecture: Architecture,
     *,
-    calibration: Sequence[torch.Tensor] = (),
+    calibration: Sequence[Example] = (),
     repairs: Sequence[Repair] = (),
+    held_out: Sequence[Example] = (),
 ) -> Cut:
     """Cut a model to an architecture, verify the result, and repair it.
 
     The cut model must compute the same as the original with the removed channels and branches zeroed. If it does not,
     a block whose removal alone is wrong is kept; otherwise the module in which the two first differ is found, and its
     channels are frozen with a reason. Then the model is cut again. So the result is never wrong, at worst larger than
-    intended. A repair that increases the distance to the original's outputs on the calibration images is undone,
-    because what helps one model (such as new batch norm statistics) harms another.
+    intended. A repair that increases the distance to the original's outputs on images that it was not fitted to is
+    undone, because what helps one model (such as new batch norm statistics) harms another.
 
     Args:
         model: The traced model; not modified.
         graph: Its channel graph.
         architecture: The channels to keep, and the blocks to remove.
-        calibration: Batches of normalized images for the repairs.
+        calibration: Batches of normalized images for the repairs, each in any form that `secateur.trace` takes as an
+            example: a tensor, a tuple of positional inputs, a mapping of inputs by name. A quarter of the images is
+            held out to judge the repairs by (see `secateur.prune.split_calibration`), unless ``held_out`` is given.
         repairs: The repairs to apply in order, such as ``Refit()`` and ``RecalibrateBatchNorm()``.
+        held_out: Batches to judge the repairs by. Then all of ``calibration`` is fitted to.
 
     Raises:
         SurgeryError: If the architecture does not fit, a repair has no images, or no correct cut is found.
     """
     if repairs and not calibration:
         raise SurgeryError("`repairs` needs `calibration` images; got none. Pass some training images, or repairs=().")
+    if repairs:
+        check_batches(model, calibration, "calibration")
+        check_batches(model, held_out, "held_out")
     check_architecture(graph, architecture)
     frozen: tuple[tuple[str, str], ...] = ()
     while True:
@@ -140,69 +158,32 @@ def cut(
             graph = graph.with_frozen(reasons)
         frozen += tuple(sorted(reasons.items()))
         architecture = _drop_frozen(architecture, graph)
-    context = RepairContext(model, graph, architecture, tuple(calibration))
-    results = _repair_(small, context, repairs)
+    split = CalibrationSplit(tuple(calibration), tuple(held_out)) if held_out else split_calibration(calibration)
+    context = RepairContext(model, graph, architecture, split.fit)
+    results = _repair_(small, context, repairs, split)
     return Cut(small, graph, architecture, replace(result, frozen=frozen), results)
 
 
-def _repair_(small: nn.Module, context: RepairContext, repairs: Sequence[Repair]) -> tuple[RepairResult, ...]:
+def _repair_(
+    small: nn.Module, context: RepairContext, repairs: Sequence[Repair], split: CalibrationSplit[Example]
+) -> tuple[RepairResult, ...]:
     if not repairs or not context.was_cut:
         return ()
-    distance = OutputDistance(context.original, context.images)
+    distance = OutputDistance(context.original, split.held_out)
     now = distance.of(small)
     done: list[RepairResult] = []
     for repair in repairs:
         # A repair may change any weight or statistic, so all are saved.
         saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-        repair.apply_(small, context)
+        skipped = repair.apply_(small, context) or {}
         after = distance.of(small)
-        kept = after <= now
-        done.append(RepairResult(repr(repair), now, after, kept))
+        kept = after <= now and math.isfinite(after)
+        done.append(RepairResult(repr(repair), now, after, kept, not split.is_shared, tuple(skipped.items())))
         if kept:
             now = after
         else:
             small.load_state_dict(saved)
     return tuple(done)
-
-
-class OutputDistance:
-    """The distance of cut models' outputs z' from the original's z: mean ||z' - z||^2 / mean ||z - mean(z)||^2.
-
-    Dimensionless: 0 for equal outputs, 1 for a model that always returns the mean output. It needs no labels.
-
-    Args:
-        original: The original model, which runs once.
-        images: Batches of normalized images, on the device of the model.
-    """
-
-    def __init__(self, original: nn.Module, images: Sequence[torch.Tensor]):
-        self._images = tuple(images)
-        self._wanted = _run_flat(original, self._images)
-
-    def of(self, small: nn.Module) -> float:
-        """Return the distance of one cut model."""
-        return _distance(self._wanted, _run_flat(small, self._images))
-
-
-def output_distance(original: nn.Module, small: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """Return the distance of one cut model's outputs from the original's; see `OutputDistance`."""
-    return OutputDistance(original, images).of(small)
-
-
-def _run_flat(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
-    model = shadow_copy(model)
-    with torch.no_grad():
-        outputs = [tree_leaves(model(batch)) for batch in images]
-    flat = [torch.cat([t.flatten(1) for t in out if t.is_floating_point()], 1) for out in outputs]
-    return torch.cat(flat).double()
-
-
-def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    # In float64, because the difference of close outputs loses digits.
-    error = (got - wanted).square().sum(1).mean()
-    spread = (wanted - wanted.mean(0)).square().sum(1).mean()
-    distance = float(error / spread.clamp_min(1e-30))
-    return float("inf") if math.isnan(distance) else distance
 
 
 def _drop_frozen(architecture: Architecture, graph: ChannelGraph) -> Architecture:

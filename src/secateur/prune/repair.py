@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
+from secateur.graph.trace import Example
+from secateur.prune.calibration import count_images, run_batch
 from secateur.prune.cut import RepairContext
 from secateur.prune.narrow_branches import original_module, original_names
 from secateur.prune.slice import KeptByDim, kept_positions_by_tensor
@@ -146,15 +148,16 @@ class RecalibrateBatchNorm:
             layer.running_var.mul_(ratio.to(layer.running_var.dtype))
 
 
-def _join_single_image(images: Sequence[Tensor]) -> list[Tensor]:
+def _join_single_image(images: Sequence[Example]) -> list[Example]:
     """Join a last batch of one image to the one before: a single value has no variance, and torch refuses it."""
     batches = list(images)
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
+    *_, before, last = [None, *batches][-2:]
+    if isinstance(before, Tensor) and isinstance(last, Tensor) and len(last) == 1:
+        batches[-2:] = [torch.cat((before, last))]
     return batches
 
 
-def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure the mean and biased variance of every batch-norm input while all batch norms use batch statistics.
 
     Returns:
@@ -179,7 +182,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Tensor]) -> dict[str, tu
         layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     with torch.no_grad():
         for batch in _join_single_image(images):
-            model(batch)
+            run_batch(model, batch)
     return {
         name: (total / count, (squares / count - (total / count).square()).clamp_min(0))
         for name, (total, squares, count) in sums.items()
@@ -232,7 +235,7 @@ class Refit:
 
     def _samplers(self, small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[LayerSampler]:
         order = find_layers_to_refit(small, context, kept)
-        images = sum(len(batch) for batch in context.images)
+        images = sum(map(count_images, context.images))
         samplers: list[LayerSampler] = []
         for number, name in enumerate(order):
             shape = context.graph.activations[name].shape
@@ -318,7 +321,7 @@ def _readers_after(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str
 
 
 def _collect_targets(
-    original: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor], kept: dict[str, KeptByDim]
+    original: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Example], kept: dict[str, KeptByDim]
 ) -> dict[str, Tensor]:
     """Return the outputs of each layer in the original, as (samples, kept output channels)."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
@@ -337,7 +340,7 @@ def _collect_targets(
     return {name: torch.cat(parts) for name, parts in rows.items() if name not in skipped}
 
 
-def _collect_inputs(small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Tensor]) -> dict[str, Tensor]:
+def _collect_inputs(small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Example]) -> dict[str, Tensor]:
     """Return the present inputs of each layer of a group, as (samples, patch)."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
 
@@ -355,7 +358,7 @@ class _AllSeen(Exception):  # noqa: N818
 def run_observed(
     model: nn.Module,
     samplers: Sequence[LayerSampler],
-    images: Sequence[Tensor],
+    images: Sequence[Example],
     observe: Callable[[LayerSampler, nn.Module, Tensor, Tensor], None],
 ) -> None:
     """Run the images and pass the input and output of some layers to ``observe``; stop after the last of them."""
@@ -378,7 +381,7 @@ def run_observed(
                 # Each batch runs until all layers were seen once.
                 seen.clear()
                 try:
-                    model(batch)
+                    run_batch(model, batch)
                 except _AllSeen:
                     continue
         finally:

@@ -5,13 +5,15 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import Tensor
 
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph._record import shadow_copy
-from secateur.prune.cut import OutputDistance, Repair, cut
+from secateur.graph.trace import Example
+from secateur.prune.calibration import first_images, split_calibration
+from secateur.prune.cut import Repair, cut
+from secateur.prune.distance import OutputDistance
 from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.slice import apply_architecture, replace_modules_
 from secateur.search.base import Proposal, SearchContext, Strategy
@@ -88,8 +90,9 @@ class RemoveBlocks(Strategy):
     with z the outputs of the model and z' those without the block, on the calibration images; no labels. For a number
     k of blocks, the first k are removed, and the inner strategy finds the widths with what they spare. Of the k from 0
     to ``max_fraction`` of all blocks, the three whose cut models have the least d are repaired, and the one with the
-    least d then is taken; of equal ones the smaller k. Of more than nine numbers, nine evenly spaced ones are tried,
-    then those between the best and its neighbors.
+    least d then, on a quarter of the images that is held out from the repairs, is taken; of equal ones the smaller k.
+    Of more than nine numbers, nine evenly spaced ones are tried, then those between the best and its neighbors. With
+    several output tensors, d is the mean of their distances (see `secateur.prune.OutputDistance`).
 
     A model without blocks gives what the inner strategy gives.
 
@@ -177,13 +180,10 @@ class RemoveBlocks(Strategy):
         spared = _spared(context)
         return sorted(spared, key=lambda name: -spared[name])[: self._most(context)]
 
-    def _images(self, context: SearchContext) -> list[Tensor]:
+    def _images(self, context: SearchContext) -> list[Example]:
         """The first images, in their batches."""
-        left, found = self.images, list[Tensor]()
-        for images, _ in context.inputs.batches:
-            if left > 0:
-                found.append(images[:left])
-                left -= len(found[-1])
+        batches: list[Example] = [images for images, _ in context.inputs.batches]
+        found = first_images(batches, self.images)
         if not found:
             raise DataError("`batches` must hold images for RemoveBlocks; got none. Pass calibration data.")
         return found
@@ -197,8 +197,8 @@ class _Trials:
         tried: Numbers of blocks that were tried.
     """
 
-    def __init__(self, strategy: Strategy, context: SearchContext, images: Sequence[Tensor]):
-        self._strategy, self._images = strategy, images
+    def __init__(self, strategy: Strategy, context: SearchContext, images: Sequence[Example]):
+        self._strategy, self._split = strategy, split_calibration(images)
         self._context = context
         self._model, self._graph = context.inputs.model, context.inputs.graph
         self._distance = OutputDistance(self._model, images)
@@ -235,13 +235,21 @@ class _Trials:
         self.found[len(blocks)] = _Candidate(self._distance.of(small), proposal.architecture, proposal.notes)
 
     def repaired(self, repairs: Sequence[Repair], numbers: Sequence[int]) -> dict[int, float]:
-        """Distances of some candidates after repairs."""
+        """Distances of some candidates after repairs, on images that the repairs have not seen."""
+        held_out = OutputDistance(self._model, self._split.held_out)
         distances: dict[int, float] = {}
         for number in numbers:
             self._context.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
             architecture = self.found[number].architecture
-            made = cut(self._model, self._graph, architecture, calibration=self._images, repairs=repairs)
-            distances[number] = self._distance.of(made.model)
+            made = cut(
+                self._model,
+                self._graph,
+                architecture,
+                calibration=self._split.fit,
+                repairs=repairs,
+                held_out=self._split.held_out,
+            )
+            distances[number] = held_out.of(made.model)
         return distances
 
 

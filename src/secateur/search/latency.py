@@ -26,7 +26,8 @@ from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
-from secateur.prune.cut import OutputDistance, Repair, cut
+from secateur.prune.cut import Repair, cut
+from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture
 from secateur.search.base import Proposal, SearchContext, SearchResult, Strategy, cost_model
 from secateur.search.depth import DEFAULT_REPAIRS

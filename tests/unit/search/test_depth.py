@@ -11,7 +11,7 @@ from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.errors import BudgetError, DataError
 from secateur.graph import ChannelGraph, Replacement, StandIn, trace
-from secateur.prune import Refit, apply_architecture, cut, mask_removed, output_distance
+from secateur.prune import Refit, apply_architecture, cut, mask_removed, output_distance, split_calibration
 from secateur.search import (
     L2,
     Importance,
@@ -143,7 +143,7 @@ def test_searches_that_share_what_they_remember_disturb_the_model_once(monkeypat
 
 def test_the_same_search_again_finds_the_same_without_looking_at_blocks(monkeypatch: pytest.MonkeyPatch):
     model, graph, batches = chain(1.0, 1e-4, 1.0, 1e-4, 1.0, 1.0)
-    strategy = RemoveBlocks(Uniform())
+    strategy = RemoveBlocks(Uniform(), repairs=())
     found = search_architecture(model, graph, strategy, budget="macs=60%", batches=batches)
     monkeypatch.setattr(_depth._Trials, "__init__", lambda *_: pytest.fail("blocks are known"))
     near = strategy.again(found.architecture)
@@ -161,7 +161,7 @@ def test_max_fraction_bounds_the_blocks():
     model, graph, batches = chain(1e-4, 1e-4, 1e-4, 1e-4)
     for most, blocks in ((0.0, 0), (0.49, 1), (0.5, 2), (1.0, 4)):
         found = search_architecture(
-            model, graph, RemoveBlocks(Uniform(), max_fraction=most), budget="macs=9%", batches=batches
+            model, graph, RemoveBlocks(Uniform(), max_fraction=most, repairs=()), budget="macs=9%", batches=batches
         )
         assert len(found.architecture.removed_blocks) == blocks
 
@@ -242,8 +242,10 @@ def test_the_repaired_model_decides_between_the_nearest_three():
     assert set(repaired) == set(sorted(distance, key=distance.get)[:3])
     chosen = str(len(found.architecture.removed_blocks))
     assert repaired[chosen] == min(repaired.values())
-    made = cut(model, graph, found.architecture, calibration=images, repairs=repairs).model
-    assert repaired[chosen] == pytest.approx(output_distance(model, made, images))
+    # By images that the repairs were not fitted to.
+    split = split_calibration(images)
+    made = cut(model, graph, found.architecture, calibration=split.fit, repairs=repairs, held_out=split.held_out).model
+    assert repaired[chosen] == pytest.approx(output_distance(model, made, split.held_out))
 
 
 def test_without_repairs_the_nearest_is_taken():

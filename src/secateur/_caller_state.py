@@ -1,0 +1,93 @@
+"""What a caller has set around a call: it neither changes a result nor hides anything from a recorder."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+@contextlib.contextmanager
+def default_state(*models: nn.Module) -> Generator[None]:
+    """Leave what the caller has set around a call, and return to it afterward.
+
+    These are inference mode, ``no_grad``, autocast, modes that intercept operations (``TorchFunctionMode``,
+    ``TorchDispatchMode``), and a default device on which no weight of the models is. Inference mode, for example,
+    would hide the operations from every recorder, and autocast would change the precision of a comparison.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_function_modes(models))
+        stack.enter_context(_disable_current_modes())
+        # In this order, because leaving inference mode also enables gradients.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _without_function_modes(models: tuple[nn.Module, ...]) -> Generator[None]:
+    core: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    removed: list[Any] = []
+    kept: list[Any] = []
+    while core._len_torch_function_stack():
+        mode = core._pop_torch_function_stack()
+        removed.append(mode)
+        # A default device is such a mode. A model on that device may need it for the tensors that it creates.
+        if isinstance(mode, DeviceContext) and _has_weight_on(models, mode.device.type):
+            kept.append(mode)
+    try:
+        for mode in reversed(kept):
+            core._push_on_torch_function_stack(mode)
+        yield
+    finally:
+        for _ in kept:
+            core._pop_torch_function_stack()
+        for mode in reversed(removed):
+            core._push_on_torch_function_stack(mode)
+
+
+def _has_weight_on(models: tuple[nn.Module, ...], device: str) -> bool:
+    # "meta" is no device that a model runs on.
+    return device != "meta" and any(p.device.type == device for model in models for p in model.parameters())
+
+
+def in_default_state(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Make a function independent of the settings that a caller has made around it; see `default_state`.
+
+    Tensors that were created in inference mode are replaced by ordinary copies, directly among the arguments and in
+    tuples, lists and dicts.
+    """
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        models = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
+        with default_state(*models):
+            run: Any = function
+            return run(*_without_inference_tensors(args), **_without_inference_tensors(kwargs))
+
+    return call
+
+
+def _without_inference_tensors(value: Any) -> Any:
+    """Return the value itself if no tensor in it was created in inference mode."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        return value.clone() if kind is Tensor and value.is_inference() else value
+    if kind is dict:
+        items: Any = {key: _without_inference_tensors(item) for key, item in value.items()}
+        return items if any(items[key] is not item for key, item in value.items()) else value
+    if kind is tuple or kind is list:
+        items = kind(map(_without_inference_tensors, value))
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value

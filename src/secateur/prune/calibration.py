@@ -1,0 +1,182 @@
+"""Calibration batches of any form: how a model runs on one, how many images it holds, and which are held out.
+
+A batch takes the forms that `secateur.trace` takes as an example: one input, a tuple of positional inputs, a mapping of
+inputs by name, or a list of images as the one input of a detector.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.errors import SurgeryError
+from secateur.graph.trace import Example
+
+FEWEST_TO_SPLIT = 8
+"""With fewer calibration images, none is held out: two could not tell a good repair from a bad one."""
+_EVERY = 4
+"""Every fourth batch or image is held out: three quarters fit, one quarter judges."""
+
+AnyBatch = TypeVar("AnyBatch")
+
+
+def run_batch(model: nn.Module, batch: Example) -> Any:
+    """Return the output of a model for a batch: a tuple by position, a mapping by name, anything else as one input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def check_batches(model: nn.Module, batches: Sequence[Example], argument: str) -> None:
+    """Refuse batches that are no arguments of the model, such as pairs of images and labels.
+
+    Args:
+        model: The model that is to run them.
+        batches: The batches.
+        argument: The name of the argument that holds them, for the message.
+
+    Raises:
+        SurgeryError: For the first batch with too many or too few inputs, or without any tensor.
+    """
+    signature = inspect.signature(model.forward)
+    for number, batch in enumerate(batches):
+        positional, by_name = (), cast(Mapping[str, Any], {})
+        if isinstance(batch, Mapping):
+            by_name = batch
+        else:
+            positional = batch if isinstance(batch, tuple) else (batch,)
+        try:
+            signature.bind(*positional, **by_name)
+        except TypeError as error:
+            raise SurgeryError(
+                f"`{argument}` must hold batches as the model's forward{signature} takes them; got {_form(batch)} "
+                f"(batch {number}): {error}. Pass a tensor, a tuple of positional inputs, or a mapping by name, "
+                "without labels."
+            ) from error
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((positional, dict(by_name)))):
+            raise SurgeryError(f"`{argument}` must hold tensors; got {_form(batch)} (batch {number}). Pass images.")
+
+
+def _form(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a mapping with {', '.join(map(str, cast(Mapping[Any, Any], batch))) or 'no names'}"
+    return f"a tuple of {len(cast(tuple[Any, ...], batch))}" if isinstance(batch, tuple) else type(batch).__name__
+
+
+def count_images(batch: Any) -> int:
+    """Return the number of images of a batch: the first dimension of its first tensor, or the length of its first list.
+
+    Tensors in a list are images of their own, as in `secateur.trace`. A batch without either counts as one.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    if isinstance(batch, list):
+        return len(cast(list[Any], batch))
+    parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
+    direct = [part for part in cast(tuple[Any, ...], parts) if isinstance(part, Tensor) and part.dim()]
+    if direct:
+        return len(direct[0])
+    inside = (part for part in cast(tuple[Any, ...], parts) if isinstance(part, Mapping | tuple | list))
+    return next((count_images(part) for part in inside), 1)
+
+
+def select_images(batch: AnyBatch, index: Sequence[int]) -> AnyBatch:
+    """Return some images of a batch, in the same form.
+
+    Every tensor whose first dimension is the number of images, and every list of that length, is reduced to them;
+    anything else is passed on.
+    """
+    return cast(AnyBatch, _select(batch, count_images(batch), index))
+
+
+def _select(part: Any, images: int, index: Sequence[int]) -> Any:
+    found = part
+    if isinstance(part, Tensor):
+        if part.dim() and len(part) == images:
+            found = _select_rows(part, index)
+    elif isinstance(part, Mapping):
+        items = cast(Mapping[Any, Any], part).items()
+        found = {name: _select(value, images, index) for name, value in items}
+    elif isinstance(part, tuple):
+        parts = [_select(each, images, index) for each in cast(tuple[Any, ...], part)]
+        found = type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    elif isinstance(part, list):
+        parts = cast(list[Any], part)
+        each = len(parts) == images and not _are_batches(parts, images)
+        found = [parts[i] for i in index] if each else [_select(item, images, index) for item in parts]
+    return found
+
+
+def _select_rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
+    begin = index[0] if len(index) else 0
+    if list(index) == list(range(begin, begin + len(index))):
+        return tensor[begin : begin + len(index)]  # A view, without a copy.
+    return tensor[torch.as_tensor(index).to(tensor.device)]
+
+
+def _are_batches(parts: Sequence[Any], images: int) -> bool:
+    """Whether a list as long as the batch holds batches of images, not images (channels, height, width)."""
+    return all(isinstance(part, Tensor) and part.dim() > 3 and len(part) == images for part in parts)
+
+
+def first_images(batches: Sequence[AnyBatch], most: int) -> list[AnyBatch]:
+    """Return the first images of some batches, in their batches."""
+    found: list[AnyBatch] = []
+    for batch in batches:
+        count = min(count_images(batch), most)
+        if count < 1:
+            break
+        found.append(batch if count == count_images(batch) else select_images(batch, range(count)))
+        most -= count
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSplit(Generic[AnyBatch]):
+    """Calibration batches in two parts: to score and to repair with, and to judge the result by.
+
+    Attributes:
+        fit: Batches for scores and repairs.
+        held_out: Batches that no score and no repair has seen.
+        is_shared: Whether there were too few images to hold any out: then both parts are all batches.
+    """
+
+    fit: tuple[AnyBatch, ...]
+    held_out: tuple[AnyBatch, ...]
+    is_shared: bool = False
+
+
+def split_calibration(batches: Sequence[AnyBatch]) -> CalibrationSplit[AnyBatch]:
+    """Hold out a quarter of the calibration images, always the same ones for the same batches.
+
+    Of four or more batches, every fourth one is held out; of fewer, every fourth image. Every fourth, not the last
+    quarter, because images are often sorted by class.
+
+    Args:
+        batches: Batches in any form, see this module; (images, labels) pairs are split alike.
+
+    Returns:
+        The two parts. With fewer than `FEWEST_TO_SPLIT` images both are all batches, and ``is_shared`` says so.
+    """
+    batches = tuple(batches)
+    counts = [count_images(batch) for batch in batches]
+    if sum(counts) < FEWEST_TO_SPLIT:
+        return CalibrationSplit(batches, batches, is_shared=True)
+    if len(batches) >= _EVERY:
+        fit = tuple(batch for number, batch in enumerate(batches) if number % _EVERY != _EVERY - 1)
+        return CalibrationSplit(fit, batches[_EVERY - 1 :: _EVERY])
+    parts: tuple[list[AnyBatch], list[AnyBatch]] = ([], [])
+    begin = 0
+    for batch, count in zip(batches, counts, strict=True):
+        # The count goes on through the batches, so that small ones contribute as well.
+        held = [i for i in range(count) if (begin + i) % _EVERY == _EVERY - 1]
+        rest = sorted(set(range(count)) - set(held))
+        for part, index in zip(parts, (rest, held), strict=True):
+            if index:
+                part.append(select_images(batch, index))
+        begin += count
+    return CalibrationSplit(tuple(parts[0]), tuple(parts[1]))

@@ -84,8 +84,8 @@ class Detection(Task):
     def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:
         """See `Task.check`."""
         result = outputs.result if isinstance(outputs, DetectorOutputs) else outputs
-        found = cast(list[Mapping[str, Any]], result) if isinstance(result, list) else []
-        if not isinstance(result, Mapping) and not all("boxes" in each for each in found):
+        listed = isinstance(result, list) and all("boxes" in each for each in cast(list[Any], result))
+        if not isinstance(result, Mapping) and not listed:
             raise TrainingError(
                 f"`{name}` must return a mapping with `boxes` for every image; got {type(result).__name__}."
             )

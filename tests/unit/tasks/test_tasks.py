@@ -204,7 +204,12 @@ def test_precision_of_boxes() -> None:
     [
         (MultiLabel(), noise(4, 3), torch.zeros(4), r"shape of the logits, \(4, 3\)"),
         (MultiLabel(), noise(4, 3), torch.full((4, 3), 2), "must be 0 or 1"),
-        (Segmentation(), noise(2, 3, 4, 4), torch.full((2, 4, 4), 255), r"0...2, the model's classes; got 255...255.*void"),
+        (
+            Segmentation(),
+            noise(2, 3, 4, 4),
+            torch.full((2, 4, 4), 255),
+            r"0...2, the model's classes; got 255...255.*void",
+        ),
         (Segmentation(), noise(2, 3), torch.zeros(2), r"logits \(batch, classes, height, width\)"),
         (Regression(), noise(4, 3), noise(4, 2), r"of the shape \(4, 2\); got \(4, 3\)"),
         (ImageToImage(), noise(4, 3), noise(4, 3), "must return images"),
@@ -257,4 +262,8 @@ def test_metrics_know_which_way_is_better() -> None:
     error = Metric("b", "", higher_is_better=False)
     assert error.key(0.1) > error.key(0.2)
     assert error.key(math.nan) == Metric("a").key(math.nan) == -math.inf
-    assert (Metric("a").text(0.5), Metric("c", "dB").text(31.204), error.text(0.03125)) == ("50.00 %", "31.20 dB", "0.03125")
+    assert (Metric("a").text(0.5), Metric("c", "dB").text(31.204), error.text(0.03125)) == (
+        "50.00 %",
+        "31.20 dB",
+        "0.03125",
+    )

@@ -208,12 +208,12 @@ def test_a_source_that_ends_early_is_named() -> None:
 
 def test_items_that_do_not_fit_into_one_tensor_are_explained() -> None:
     items = [(torch.zeros(3, 4, 4 + i), 0) for i in range(4)]
-    with pytest.raises(DataError, match="could not be read as batches.*collate_fn"):
+    with pytest.raises(DataError, match=r"could not be read as batches.*collate_fn"):
         own_data((items, items))
 
 
 def test_inputs_that_are_no_tensors_are_explained() -> None:
-    with pytest.raises(DataError, match="must give tensors as inputs; got (list|tuple)"):
+    with pytest.raises(DataError, match=r"must give tensors as inputs; got (list|tuple)"):
         own_data(DataLoader([("text", 1)] * 20, batch_size=2))
 
 

@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(task: Task, outputs: object, targets: obje
 def test_a_model_without_losses_or_heads_is_refused() -> None:
     with pytest.raises(TrainingError, match="a mapping of losses in train mode; got list"):
         Detection().loss(Detector().eval()(IMAGES), None)
-    with pytest.raises(TrainingError, match="no module is named head or rpn.head"):
+    with pytest.raises(TrainingError, match=r"no module is named head or rpn\.head"):
         Detection().head_names(nn.Linear(1, 1))
     with pytest.raises(TrainingError, match="must name modules of the model; got nothing_such"):
         Detection(heads=("nothing_such",)).head_names(Detector())

@@ -244,6 +244,8 @@ MIXING_KINDS = frozenset(
         "_cdist_forward",
         "_euclidean_dist",
         "_pdist_forward",
+        "avg_pool2d",
+        "avg_pool3d",
         "mean",
         "sum",
         "amax",

@@ -193,3 +193,172 @@ MODULES: dict[str, Case] = {
     "GRUCell": Case(lambda: nn.GRUCell(WIDTH, 10), None, 10),
     "RNNCell": Case(lambda: nn.RNNCell(WIDTH, 10), None, 10),
 }  # fmt: skip
+
+FUNCTIONS: dict[str, Case] = {
+    **{
+        name: Case(lambda name=name: getattr(F, name))
+        for name in (
+            "alpha_dropout", "celu", "elu", "feature_alpha_dropout", "gelu", "hardshrink",
+            "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "normalize", "relu", "relu6",
+            "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "tanh", "tanhshrink",
+        )
+    },
+    **{
+        name: Case(lambda name=name: lambda x: getattr(F, name)(x * 1.0))
+        for name in ("celu_", "elu_", "hardtanh_", "leaky_relu_", "relu_", "rrelu_", "selu_")
+    },
+    **{
+        name: Case(lambda name=name: lambda x: getattr(F, name)(x, dim=3))
+        for name in ("gumbel_softmax", "log_softmax", "softmax", "softmin")
+    },
+    **{
+        f"dropout{d}": Case(lambda call=getattr(F, f"dropout{d}"): lambda x: call(x, training=False), int(d[:1] or 2))
+        for d in ("", "1d", "2d", "3d")
+    },
+    "threshold": Case(lambda: lambda x: F.threshold(x, 0.1, 0.0)),
+    "threshold_": Case(lambda: lambda x: F.threshold_(x * 1.0, 0.1, 0.0)),
+    **{
+        f"{name}{d}d": Case(lambda call=getattr(F, f"{name}{d}d"), more=more: lambda x: call(x, *more), d)
+        for name, more in (
+            ("adaptive_avg_pool", (3,)), ("adaptive_max_pool", (3,)), ("avg_pool", (2,)), ("max_pool", (2,)),
+            ("lp_pool", (2, 2)),
+        )
+        for d in (1, 2, 3)
+    },
+    **{
+        f"{name}{d}d_with_indices": Case(
+            lambda call=getattr(F, f"{name}{d}d_with_indices"), size=size: lambda x: call(x, size)[0], d)
+        for name, size in (("adaptive_max_pool", 3), ("max_pool", 2))
+        for d in (1, 2, 3)
+    },
+    **{
+        f"fractional_max_pool{d}d": Case(
+            lambda call=getattr(F, f"fractional_max_pool{d}d"): lambda x: call(x, 2, output_size=3), d)
+        for d in (2, 3)
+    },
+    **{
+        f"fractional_max_pool{d}d_with_indices": Case(
+            lambda call=getattr(F, f"fractional_max_pool{d}d_with_indices"): lambda x: call(x, 2, output_size=3)[0], d)
+        for d in (2, 3)
+    },
+    **{
+        f"max_unpool{d}d": Case(
+            lambda pool=getattr(F, f"max_pool{d}d"), unpool=getattr(F, f"max_unpool{d}d"): lambda x: unpool(
+                *pool(x, 2, return_indices=True), 2), d)
+        for d in (1, 2, 3)
+    },
+    "affine_grid": Case(lambda: _warp),
+    "grid_sample": Case(lambda: _warp),
+    "batch_norm": Case(lambda: _With(lambda m, x: F.batch_norm(x, m.mean, m.var, m.scale), mean=_vector(),
+                                     var=_vector(1.0), scale=_vector())),
+    "instance_norm": Case(lambda: _With(lambda m, x: F.instance_norm(x, weight=m.scale), scale=_vector())),
+    "group_norm": Case(lambda: _With(lambda m, x: F.group_norm(x, 3, m.scale), scale=_vector())),
+    "layer_norm": Case(lambda: _With(lambda m, x: F.layer_norm(x, m.scale.shape, m.scale), scale=_vector()), 0),
+    "rms_norm": Case(lambda: _With(lambda m, x: F.rms_norm(x, m.scale.shape, m.scale), scale=_vector()), 0),
+    "local_response_norm": Case(lambda: lambda x: F.local_response_norm(x, 3)),
+    "bilinear": Case(lambda: _With(lambda m, x: F.bilinear(x, m.other(x), m.table), other=nn.Linear(WIDTH, 7),
+                                   table=_filled(WIDTH, WIDTH, 7)), None),
+    "linear": Case(lambda: _With(lambda m, x: F.linear(x, m.table), table=_filled(WIDTH, WIDTH)), 0),
+    **{
+        f"conv{d}d": Case(lambda d=d: _With(lambda m, x: getattr(F, f"conv{d}d")(x, m.table),
+                                            table=_filled(WIDTH, WIDTH, *(1,) * d)), d)
+        for d in (1, 2, 3)
+    },
+    **{
+        f"conv_transpose{d}d": Case(lambda d=d: _With(lambda m, x: getattr(F, f"conv_transpose{d}d")(x, m.table),
+                                                      table=_filled(WIDTH, WIDTH, *(2,) * d)), d)
+        for d in (1, 2, 3)
+    },
+    "conv_tbc": Case(lambda: _With(lambda m, x: F.conv_tbc(x.permute(2, 0, 1), m.table, m.bias).permute(1, 2, 0),
+                                   table=_filled(3, WIDTH, WIDTH), bias=_vector()), 1),
+    "channel_shuffle": Case(lambda: lambda x: F.channel_shuffle(x, 3)),
+    "native_channel_shuffle": Case(lambda: lambda x: F.native_channel_shuffle(x, 3)),
+    "cosine_similarity": Case(lambda: lambda x: x * F.cosine_similarity(x, x.flip(3)).unsqueeze(1)),
+    "pairwise_distance": Case(lambda: lambda x: x * F.pairwise_distance(x, x.flip(1)).unsqueeze(2), 0),
+    "pdist": Case(lambda: lambda x: x * F.pdist(x).sum(), None),
+    "embedding": Case(lambda: _With(lambda m, x: F.embedding(x, m.table), table=_filled(20, WIDTH)), 0, ids=True),
+    "embedding_bag": Case(lambda: _With(lambda m, x: F.embedding_bag(x, m.table), table=_filled(20, WIDTH)), None,
+                          ids=True),
+    "glu": Case(lambda: lambda x: F.glu(x, 1), 2, WIDTH // 2),
+    "fold": Case(lambda: lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[2:], 2, stride=2)),
+    "unfold": Case(lambda: lambda x: F.unfold(x, 3, padding=1).unflatten(2, x.shape[2:]), 2, 9 * WIDTH),
+    "interpolate": Case(lambda: lambda x: F.interpolate(x, scale_factor=2.0)),
+    "upsample": Case(lambda: lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear", antialias=True)),
+    "upsample_bilinear": Case(lambda: lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear")),
+    "upsample_nearest": Case(lambda: lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest-exact")),
+    "multi_head_attention_forward": MODULES["MultiheadAttention"],
+    "pad": Case(lambda: lambda x: F.pad(x, (1, 1, 1, 1))),
+    "pixel_shuffle": Case(lambda: lambda x: F.pixel_shuffle(x, 2), 2, WIDTH // 4),
+    "pixel_unshuffle": Case(lambda: lambda x: F.pixel_unshuffle(x, 2), 2, WIDTH * 4),
+    "prelu": Case(lambda: _With(lambda m, x: F.prelu(x, m.scale), scale=_vector())),
+    "scaled_dot_product_attention": Case(lambda: _With(
+        lambda m, x: F.scaled_dot_product_attention(*m.layer(x).chunk(3, 2), scale=0.5),
+        layer=nn.Linear(WIDTH, 3 * WIDTH)), 0),
+}  # fmt: skip
+
+
+def _warp(x: Tensor) -> Tensor:
+    grid = F.affine_grid(torch.eye(2, 3)[None].expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, 0.9 * grid, align_corners=False)
+
+
+def _vector(value: float = 0.5) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(value, 2.0, WIDTH))
+
+
+def _filled(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+def _regions() -> Tensor:
+    return torch.tensor([[0.0, 0.0, 0.0, 5.0, 5.0], [0.0, 2.0, 1.0, 7.0, 7.0]])
+
+
+def _pool_regions(name: str) -> Callable[[], Operation]:
+    return lambda: lambda x: getattr(torchvision.ops, name)(x[:1], _regions(), 2)
+
+
+class _Deformed(nn.Module):
+    def __init__(self, **more: int) -> None:
+        super().__init__()
+        self.conv = torchvision.ops.DeformConv2d(WIDTH, WIDTH, 3, padding=1, **more)
+        self.offset = nn.Conv2d(WIDTH, 18, 3, padding=1)
+        self.mask = nn.Conv2d(WIDTH, 9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.offset(x), self.mask(x).sigmoid())
+
+
+OPS: dict[str, Case] = {
+    "Conv2dNormActivation": Case(lambda: torchvision.ops.Conv2dNormActivation(WIDTH, WIDTH)),
+    "Conv3dNormActivation": Case(lambda: torchvision.ops.Conv3dNormActivation(WIDTH, WIDTH), 3),
+    "DeformConv2d": Case(_Deformed),
+    "deform_conv2d": Case(_Deformed),
+    "DropBlock2d": Case(lambda: torchvision.ops.DropBlock2d(0.1, 3)),
+    "DropBlock3d": Case(lambda: torchvision.ops.DropBlock3d(0.1, 3), 3),
+    "drop_block2d": Case(lambda: lambda x: torchvision.ops.drop_block2d(x, 0.1, 3, training=False)),
+    "drop_block3d": Case(lambda: lambda x: torchvision.ops.drop_block3d(x, 0.1, 3, training=False), 3),
+    "FeaturePyramidNetwork": Case(lambda: _With(lambda m, x: m.layer({"a": x, "b": m.down(x)})["a"],
+                                                layer=torchvision.ops.FeaturePyramidNetwork([WIDTH, 8], WIDTH),
+                                                down=nn.Conv2d(WIDTH, 8, 3, stride=2))),
+    "FrozenBatchNorm2d": Case(lambda: torchvision.ops.FrozenBatchNorm2d(WIDTH)),
+    "MLP": Case(lambda: torchvision.ops.MLP(WIDTH, [16, WIDTH]), 0),
+    "MultiScaleRoIAlign": Case(lambda: _With(lambda m, x: m.layer({"0": x[:1], "1": x[:1, :, ::2, ::2]},
+                                                                  [_regions()[:, 1:]], [(8, 8)]),
+                                             layer=torchvision.ops.MultiScaleRoIAlign(["0", "1"], 2, 2))),
+    "Permute": Case(lambda: _With(lambda m, x: m.layer(x).permute(0, 3, 1, 2),
+                                  layer=torchvision.ops.Permute([0, 2, 3, 1]))),
+    "PSRoIAlign": Case(lambda: _With(lambda m, x: m.layer(x[:1], _regions()),
+                                     layer=torchvision.ops.PSRoIAlign(2, 1.0, 2)), 2, WIDTH // 4),
+    "PSRoIPool": Case(lambda: _With(lambda m, x: m.layer(x[:1], _regions()), layer=torchvision.ops.PSRoIPool(2, 1.0)),
+                      2, WIDTH // 4),
+    "RoIAlign": Case(lambda: _With(lambda m, x: m.layer(x[:1], _regions()), layer=torchvision.ops.RoIAlign(2, 1.0, 2))),
+    "RoIPool": Case(lambda: _With(lambda m, x: m.layer(x[:1], _regions()), layer=torchvision.ops.RoIPool(2, 1.0))),
+    "ps_roi_align": Case(_pool_regions("ps_roi_align"), 2, WIDTH // 4),
+    "ps_roi_pool": Case(_pool_regions("ps_roi_pool"), 2, WIDTH // 4),
+    "roi_align": Case(_pool_regions("roi_align")),
+    "roi_pool": Case(_pool_regions("roi_pool")),
+    "SqueezeExcitation": Case(lambda: torchvision.ops.SqueezeExcitation(WIDTH, 4)),
+    "StochasticDepth": Case(lambda: torchvision.ops.StochasticDepth(0.1, "row")),
+    "stochastic_depth": Case(lambda: lambda x: torchvision.ops.stochastic_depth(x, 0.1, "row", training=False)),
+}  # fmt: skip

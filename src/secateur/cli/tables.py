@@ -226,6 +226,7 @@ def _summary(report: ModelReport) -> tuple[str, ...]:
         f"Every axis keeps at least {100 * space.min_kept_fraction:.0f} % (--min-kept){elsewhere}."
         + (f" With every removable block gone, down to {_both(report.shallowest, whole)}." if removable else ""),
         *_never_ran(report.graph),
+        *filter(None, (report.graph.uncounted_text,)),
     )
 
 

@@ -377,10 +377,15 @@ def flop_counter() -> "FlopCounterMode":
     from torch.utils.flop_counter import FlopCounterMode
 
     # Operators come and go between versions of torch: what this one lacks cannot run either.
-    known = {getattr(torch.ops.aten, name, None): formula for name, formula in _FORMULAS.items()}
+    known = {_find_operator(name): formula for name, formula in _FORMULAS.items()}
     return FlopCounterMode(
         display=False, custom_mapping={operator: formula for operator, formula in known.items() if operator is not None}
     )
+
+
+def _find_operator(name: str) -> Any:
+    namespace, _, base = name.rpartition("::")
+    return getattr(getattr(torch.ops, namespace or "aten"), base, None)
 
 
 _Shape = Sequence[int]
@@ -412,6 +417,16 @@ def _bilinear(left: _Shape, weight: _Shape, _right: _Shape, *_: Any, **__: Any) 
     return 2 * left[0] * math.prod(weight)
 
 
+def _deformable_convolution(_source: _Shape, weight: _Shape, *_: Any, out_shape: _Shape, **__: Any) -> int:
+    """A convolution by (o, i / groups, kernel); the interpolation between pixels is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def _convolution_over_time(_source: _Shape, weight: _Shape, *_: Any, out_shape: _Shape, **__: Any) -> int:
+    """(time, batch, i) by (kernel, i, o)."""
+    return 2 * math.prod(out_shape) * math.prod(weight[:2])
+
+
 def _recurrent_layer(inputs: _Shape, of_inputs: _Shape, of_hidden: _Shape, *_: Any, **__: Any) -> int:
     """One direction of one recurrent layer on the CPU: (steps, batch, features), a matrix each for input and hidden."""
     return 2 * math.prod(inputs[:2]) * (math.prod(of_inputs) + math.prod(of_hidden))
@@ -435,6 +450,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "addmv": _added_product_of_vectors,
     "addbmm": _summed_batched_product,
     "_trilinear": _bilinear,
+    "conv_tbc": _convolution_over_time,
+    "torchvision::deform_conv2d": _deformable_convolution,
     "mkldnn_rnn_layer": _recurrent_layer,
     "_cudnn_rnn": _recurrent_network,
 }

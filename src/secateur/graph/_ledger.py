@@ -244,6 +244,9 @@ MIXING_KINDS = frozenset(
         "_cdist_forward",
         "_euclidean_dist",
         "_pdist_forward",
+        "avg_pool2d",
+        "avg_pool3d",
+        "_weight_norm_interface",
         "mean",
         "sum",
         "amax",
@@ -379,15 +382,42 @@ def cuts_whole_groups(groups: int, each: int) -> bool:
 
 
 def freeze_inputs(call: Call) -> Sequence[ChannelIds]:
-    """Freeze all channels of the inputs: the rule of operations without a rule."""
-    call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule")
+    """Freeze all channels of the inputs: the rule of operations without a rule. The reason says how to give one."""
+    call.ledger.freeze_all([call.ids(t) for t in call.inputs], f"{call.where} has no channel rule{_remedy(call)}")
     return [{} for _ in call.outputs]
+
+
+def _remedy(call: Call) -> str:
+    """Name the built-in rule that fits the shapes of a call without a rule; an operation in place has none to fit."""
+    fitting = _fitting_rule(call)
+    if fitting is None:
+        return ""
+    rule, condition = fitting
+    return f" (if it {condition}, pass rules={{'{call.full_name}': {rule}}} to secateur.trace, see docs/rules.md)"
+
+
+def _fitting_rule(call: Call) -> tuple[str, str] | None:
+    if not call.outputs or not call.inputs or is_mutable(call.operator):
+        return None
+    source, out = call.inputs[0], call.outputs[0]
+    if out.shape == source.shape:
+        return "pointwise", "computes every element alone"
+    if out.dim() == source.dim() and out.shape[:2] == source.shape[:2]:
+        return "per_channel", "computes every channel alone"
+    if out.numel() == source.numel():
+        return "move_channels", "only moves elements"
+    return "a function of yours", "passes channels on"
 
 
 def merge_operands(call: Call, operands: Sequence[tuple[IntArray | None, int]]) -> IntArray | None:
     """Tie the operands (ids or None, length) of an elementwise operation along one dimension, and return its ids."""
     carried = [ids for ids, _ in operands if ids is not None]
     if not carried:
+        return None
+    # Only a user's rule for an operation that is not elementwise can get here with different lengths.
+    if len({len(ids) for ids in carried}) > 1:
+        for ids in carried:
+            call.ledger.freeze(ids, f"{call.where} combines tensors of different lengths")
         return None
     # Channels at the same position of all operands are one channel from here on.
     for ids in carried[1:]:

@@ -230,17 +230,15 @@ def convolution_over_time(call: Call) -> Sequence[ChannelIds]:
 
 
 def weight_norm(call: Call) -> Sequence[ChannelIds]:
-    """``weight_norm``: v * g / |v|, each norm over all dimensions but one: in a cut model over the kept positions.
-
-    The removed positions of v are zero in the masked original, so its norms are the same.
-    """
+    """``weight_norm``: v * g / |v|, each norm over all dimensions but one: in a cut model over the kept positions."""
     direction, scale = call.args[:2]
     dim = int(call.named("dim")) % direction.dim()
     ids = dict(call.ids(direction))
     merged = merge_operands(call, [(ids.get(dim), direction.size(dim)), (call.ids(scale).get(dim), scale.size(dim))])
     if merged is not None:
         ids[dim] = merged
-    return [ids, *({} for _ in call.outputs[1:])]
+    # Of a removed filter nothing is left to divide by, so the masked original must leave it out too.
+    return call.mix([ids, *({} for _ in call.outputs[1:])])
 
 
 def embedding(call: Call) -> Sequence[ChannelIds]:

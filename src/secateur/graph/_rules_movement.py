@@ -322,6 +322,39 @@ def scatter(call: Call) -> Sequence[ChannelIds]:
     return [result]
 
 
+def write_at(call: Call) -> Sequence[ChannelIds]:
+    """``x[indices] = values``: the indexed dimensions of x become those of the indices, and the others stay."""
+    target, indices, values = call.args[:3]
+    places = [dim for dim, one in enumerate(indices) if one is not None]
+    given = [one for one in indices if one is not None]
+    # A mask of several dimensions stands for all of them, and makes one.
+    lengths = [one.dim() if one.dtype in {torch.bool, torch.uint8} else 1 for one in given]
+    made = max((1 if one.dtype in {torch.bool, torch.uint8} else one.dim() for one in given), default=0)
+    reason = f"{call.where} writes channels to places given by an index"
+    simple = len(given) == 1 or (
+        not any(length > 1 for length in lengths) and places == [*range(places[0], places[-1] + 1)]
+    )
+    call.ledger.freeze_all([call.ids(one) for one in given], reason)
+    if not simple or (target._base is not None and is_mutable(call.operator)):
+        call.ledger.freeze_all([call.ids(target), call.ids(values)], reason)
+        return [{} for _ in call.outputs]
+    first, end = places[0], places[0] + sum(lengths)
+    rank = target.dim() - (end - first) + made
+    result: ChannelIds = {}
+    for dim in range(target.dim()):
+        own = call.ids(target).get(dim)
+        if first <= dim < end:
+            call.ledger.freeze_all([] if own is None else [{dim: own}], reason)
+            continue
+        # Values are aligned at the last dimension, and may be broadcast.
+        place = (dim if dim < first else dim - (end - first) + made) - rank + values.dim()
+        broadcast = place < 0 or values.size(place) == 1
+        theirs = (None, 1) if broadcast else (call.ids(values).get(place), values.size(place))
+        merged = merge_operands(call, [(own, target.size(dim)), theirs])
+        result.update({} if merged is None else {dim: merged})
+    return [result]
+
+
 def _match_positions(call: Call, tensors: Sequence[torch.Tensor], reason: str) -> ChannelIds:
     """Tie equal positions along all dimensions but ``dim`` of the call, whose channels are frozen."""
     along = call.dims() or {0}

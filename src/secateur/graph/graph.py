@@ -363,6 +363,24 @@ class ChannelGraph:
         }
 
     @property
+    def uncounted_text(self) -> str:
+        """A sentence about the operations in ``uncounted``; empty if there are none."""
+        if not self.uncounted:
+            return ""
+        kinds: dict[str, list[str]] = {}
+        for operation in self.uncounted:
+            kinds.setdefault(operation.kind, []).append(operation.module or "the model itself")
+        where = "; ".join(
+            f"{kind} in {', '.join(modules[:3])}{', ...' if len(modules) > 3 else ''}"
+            for kind, modules in kinds.items()
+        )
+        total = sum(operation.parameters for operation in self.uncounted)
+        return (
+            f"Not counted in the MACs: {where}, with {total:,} parameters, because no rule knows what they cost. "
+            "Budgets and shares of MACs are those of the counted operations."
+        )
+
+    @property
     def example_shape(self) -> tuple[int, ...]:
         """The shape of the first input tensor, at batch 1."""
         return next((tuple(item.shape) for item in self.example if hasattr(item, "shape")), ())

@@ -110,8 +110,31 @@ def per_channel(call: Call) -> Sequence[ChannelIds]:
     space = range(source.dim() - int(named[1]) if named else 2, source.dim())
     own = {dim: ids for dim, ids in call.ids(source).items() if dim not in space and out.size(dim) == source.size(dim)}
     others = {dim: ids for dim, ids in call.ids(source).items() if dim not in own}
+    slid = _slide_over_padding(call, others) if call.name in {"avg_pool2d", "avg_pool3d"} else None
+    if slid is not None:
+        return call.mix([{**own, **slid}])
     call.ledger.freeze_all([others], f"{call.where} slides over channels")
     return [own for _ in call.outputs]
+
+
+def _slide_over_padding(call: Call, others: ChannelIds) -> ChannelIds | None:
+    """Return the ids after a sum over neighboring channels (``local_response_norm``): in a cut model over kept ones.
+
+    Returns:
+        None unless the pooling slides along channels one by one, so that every channel has a sum of its own.
+    """
+    rank = int(_SPACE.findall(call.name)[0])
+    kernel, stride = (list(call.named(name)) for name in ("kernel_size", "stride"))
+    if not others or [*(stride or kernel)] != [1] * rank or any(call.named("padding")):
+        return None
+    first = call.inputs[0].dim() - rank
+    slid: ChannelIds = {}
+    for dim, ids in others.items():
+        size = kernel[dim - first] if len(kernel) == rank else kernel[0]
+        # The zeros beside the channels have ids that no layer produces, so freezing them freezes no channel.
+        call.ledger.freeze_all([{dim: ids[: size // 2]}, {dim: ids[len(ids) - (size - 1) // 2 :]}], call.where)
+        slid[dim] = ids[size // 2 : len(ids) - (size - 1) // 2]
+    return slid
 
 
 _SPACE = re.compile(r"([123])d")
@@ -128,6 +151,12 @@ def random_per_channel(call: Call) -> Sequence[ChannelIds]:
         return [{} for _ in call.outputs]
     merged = merge_operands(call, [(ids.get(channels), source.size(channels)), (drawn, samples.size(1))])
     return [{} if merged is None else {channels: merged} for _ in call.outputs]
+
+
+def draw_random(call: Call) -> Sequence[ChannelIds]:
+    """Random numbers in place of every element (``gumbel_softmax``): fewer channels would get other numbers."""
+    call.ledger.freeze_all([call.ids(call.inputs[0])], f"{call.where} draws random numbers for every channel")
+    return [call.ids(call.inputs[0]) for _ in call.outputs]
 
 
 def put_back(call: Call) -> Sequence[ChannelIds]:
@@ -276,6 +305,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "index_select"), moves.index),
     "gather": moves.gather,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"), moves.scatter),
+    "index_put": moves.write_at,
+    **dict.fromkeys(("exponential", "geometric", "cauchy", "log_normal"), draw_random),
     "glu": moves.gated,
     "im2col": moves.im2col,
     "col2im": moves.col2im,

@@ -157,7 +157,10 @@ class MixtureHooks:
         producers = {axis.name: _producers(graph, axis, names) for axis in graph.prunable}
         if graph.example:
             every = {name for each in producers.values() for name in each}
-            after = find_following_norms(shadow_copy(model), graph.example, every)
+            # The states that a recurrent layer returns besides its output would stay as they are.
+            plain = _find_plain_outputs(shadow_copy(model), graph.example, every)
+            producers = {axis: each if plain.issuperset(each) else [] for axis, each in producers.items()}
+            after = find_following_norms(shadow_copy(model), graph.example, plain)
         found: _Positions = {}
         norms: _Positions = {}
         first = {name for each in after.values() for name in each}
@@ -522,6 +525,20 @@ def _select(z: Tensor, positions: Tensor, dim: int) -> Tensor:
     if int(positions[-1]) - first == count - 1:
         return z.narrow(dim, first, count).clone()
     return z.index_select(dim, positions)
+
+
+def _find_plain_outputs(model: nn.Module, example: tuple[Any, ...], modules: Collection[str]) -> frozenset[str]:
+    """Run a model once, and return those of some modules that always return a tensor, and nothing else."""
+    tuples: set[str] = set()
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: None if isinstance(output, Tensor) else tuples.add(name)
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in sorted(modules):
+            stack.callback(model.get_submodule(name).register_forward_hook(look(name)).remove)
+        model(*example)
+    return frozenset(modules) - tuples
 
 
 def find_following_norms(

@@ -252,7 +252,7 @@ def _finished(
 ) -> Finished:
     """The run as `finalize` takes it."""
     search, cut = cut_student.search, plan.cut
-    doubts = _doubts(plan, steps[0], trained)
+    doubts = (*filter(None, (cut_student.graph.uncounted_text,)), *_doubts(plan, steps[0], trained))
     return Finished(
         report=replace(
             _report(plan, cut_student, trained, student, steps),
@@ -317,7 +317,7 @@ def _report(
     )
     return replace(
         common,
-        budget=str(plan.budget),
+        budget=f"{plan.budget}{' of the counted MACs' if graph.uncounted and limit is not None else ''}",
         choices=str(plan.cut),
         widths=tuple(
             LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()

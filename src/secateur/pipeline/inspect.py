@@ -53,6 +53,7 @@ class ModelReport:
             for field, value in self.original.to_json().items()
         ]
         more = ["  ..."] if len(axes) > _MOST_SHOWN else []
+        more += [f"  {self.graph.uncounted_text}"] if self.graph.uncounted else []
         return "\n".join((title.replace("ChannelGraph", "ModelReport"), *costs, *axes[:_MOST_SHOWN], *more))
 
     def to_pandas(self) -> Any:
@@ -89,6 +90,7 @@ class ModelReport:
             "stages": [asdict(stage) for stage in self.stages],
             "layers": [asdict(place) for place in list_layers(self.graph)],
             "never_ran": list(self.graph.unseen),
+            "uncounted": [asdict(operation) for operation in self.graph.uncounted],
         }
 
     def _axis_json(self, axis: ChannelAxis) -> dict[str, object]:

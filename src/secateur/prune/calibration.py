@@ -24,11 +24,17 @@ _EVERY = 4
 AnyBatch = TypeVar("AnyBatch")
 
 
-def run_batch(model: nn.Module, batch: Example) -> Any:
-    """Return the output of a model for a batch: a tuple by position, a mapping by name, anything else as one input."""
+def arguments_of(batch: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a forward pass: a tuple by position, a mapping by name, anything else as one input."""
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+        return (), dict(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def run_batch(model: nn.Module, batch: Example) -> Any:
+    """Return the output of a model for a batch, see `arguments_of`."""
+    positional, by_name = arguments_of(batch)
+    return model(*positional, **by_name)
 
 
 def check_batches(model: nn.Module, batches: Sequence[Example], argument: str) -> None:
@@ -44,11 +50,7 @@ def check_batches(model: nn.Module, batches: Sequence[Example], argument: str) -
     """
     signature = inspect.signature(model.forward)
     for number, batch in enumerate(batches):
-        positional, by_name = (), cast(Mapping[str, Any], {})
-        if isinstance(batch, Mapping):
-            by_name = batch
-        else:
-            positional = batch if isinstance(batch, tuple) else (batch,)
+        positional, by_name = arguments_of(batch)
         try:
             signature.bind(*positional, **by_name)
         except TypeError as error:
@@ -57,7 +59,7 @@ def check_batches(model: nn.Module, batches: Sequence[Example], argument: str) -
                 f"(batch {number}): {error}. Pass a tensor, a tuple of positional inputs, or a mapping by name, "
                 "without labels."
             ) from error
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((positional, dict(by_name)))):
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((positional, by_name))):
             raise SurgeryError(f"`{argument}` must hold tensors; got {_form(batch)} (batch {number}). Pass images.")
 
 

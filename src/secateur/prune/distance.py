@@ -37,7 +37,7 @@ def named_outputs(output: Any, images: int) -> dict[str, list[Tensor]]:
 def _places(value: Any, images: int, place: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
-            yield place, value.detach()
+            yield place, value
         return
     for name, part in _children(value, images):
         yield from _places(part, images, place + name)
@@ -64,18 +64,16 @@ def _has_images(part: Any, images: int) -> bool:
     return all(tensor.dim() > 0 and len(tensor) == images for tensor in tensors)
 
 
-def spread_of(parts: _Parts, *, class_logits: bool = False) -> float:
-    """Return the unit in which errors of an output are measured: its spread, mean ||z - mean(z)||^2 over the rows.
-
-    An output that does not vary beyond its rounding, such as constant anchors, is measured by its size instead,
-    mean ||z||^2, and one that is zero everywhere by 1. So the unit is always positive, in squared units of the output.
+def spread_per_image(parts: Sequence[list[Tensor]], images: int, *, class_logits: bool = False) -> float:
+    """Return the spread of an output, sum ||z - mean(z)||^2 / images, positive, in squared units of the output.
 
     Args:
-        parts: The output's tensors by batch. Rows are images, if all tensors have the same shape but for those;
-            otherwise (images of several sizes, lists of detections) what runs along the dimensions of no channels.
-        class_logits: Whether rows of shape (n, classes) are taken without their mean, which softmax does not see.
+        parts: The output's tensors by batch, see `named_outputs`.
+        images: The number of images in all batches.
+        class_logits: See `OutputDistance`.
     """
-    return _Wanted(parts, class_logits).unit
+    wanted = _Wanted(list(parts), class_logits)
+    return wanted.unit * max(wanted.rows, 1) / max(images, 1)
 
 
 def _view(parts: _Parts, class_logits: bool) -> "_View":
@@ -122,12 +120,18 @@ class _View:
 
 
 class _Wanted:
-    """One output of the original on all batches, and the unit of its errors."""
+    """One output of the original on all batches, and the unit of its errors.
+
+    Rows are images, if all tensors have the same shape but for those; otherwise (images of several sizes, lists of
+    detections) they are what runs along the dimensions that carry no channels. The unit is the spread, mean
+    ||z - mean(z)||^2 over the rows. An output that does not vary beyond its rounding, such as constant anchors, is
+    measured by its size instead, mean ||z||^2, and one that is zero everywhere by 1. So the unit is always positive.
+    """
 
     def __init__(self, parts: _Parts, class_logits: bool):
         self._parts = parts
         self._view = _view(parts, class_logits)
-        self.unit = self._unit()
+        self.rows, self.unit = self._unit()
 
     def _rows(self) -> Iterator[Tensor]:
         for batch in self._parts:
@@ -136,19 +140,19 @@ class _Wanted:
                 assert rows is not None, "the view was chosen by these tensors"
                 yield torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _unit(self) -> float:
+    def _unit(self) -> tuple[int, float]:
         count, total, squares = 0, cast(Any, 0.0), cast(Any, 0.0)
         for rows in self._rows():
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum()
         if not count:
-            return 1.0
+            return 0, 1.0
         mean = total / count
         spread = float(sum(float((rows - mean).square().sum()) for rows in self._rows()) / count)
         size = float(squares / count)
         rounding = 4 * max(torch.finfo(tensor.dtype).eps for batch in self._parts for tensor in batch)
         if spread > rounding**2 * size:
-            return spread
-        return size if size > 0 else 1.0
+            return count, spread
+        return count, (size if size > 0 else 1.0)
 
     def error(self, got: _Parts) -> float:
         """Return mean ||z' - z||^2 in units; a row that only one of the two has counts 1."""

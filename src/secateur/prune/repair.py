@@ -4,15 +4,19 @@
 `RecalibrateBatchNorm` measures the change of the batch-norm statistics and applies it.
 """
 
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur._runtime import run_isolated
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.graph.trace import Example
@@ -28,31 +32,40 @@ class LayerSampler:
 
     Attributes:
         module: The qualified name of a convolution (2-d, one group) or linear layer.
-        positions: (count,) flat indices into the output positions of one image; None for all.
+        wanted: The number of output positions of one image to sample; None for all. Which ones depends on how many
+            there are, so images of several sizes can be sampled.
+        seed: For the choice of positions.
     """
 
     module: str
-    positions: Tensor | None
+    wanted: int | None
+    seed: int = 0
+
+    def _positions(self, count: int) -> Tensor | None:
+        """Return flat indices into the output positions of one image; None for all."""
+        return None if self.wanted is None else sample_positions(count, self.wanted, self.seed)
 
     def rows_of_output(self, layer: nn.Module, out: Tensor) -> Tensor:
         """Return (samples, output channels). The channels of a linear layer are always the last dimension."""
         if isinstance(layer, nn.Conv2d):
             flat = out.flatten(2)
-            if self.positions is not None:
-                flat = flat[:, :, self.positions.to(out.device)]
+            positions = self._positions(flat.size(2))
+            if positions is not None:
+                flat = flat[:, :, positions.to(out.device)]
             return flat.transpose(1, 2).reshape(-1, out.size(1))
-        flat = out.reshape(out.size(0), -1, out.size(-1))
-        if self.positions is not None:
-            flat = flat[:, self.positions.to(out.device)]
-        return flat.reshape(-1, out.size(-1))
+        return self._rows_of_linear(out)
 
     def rows_of_input(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return (samples, input channels x kernel positions), ordered as ``weight.flatten(1)``."""
         if isinstance(layer, nn.Conv2d):
             return self._patches(layer, x)
+        return self._rows_of_linear(x)
+
+    def _rows_of_linear(self, x: Tensor) -> Tensor:
         flat = x.reshape(x.size(0), -1, x.size(-1))
-        if self.positions is not None:
-            flat = flat[:, self.positions.to(x.device)]
+        positions = self._positions(flat.size(1))
+        if positions is not None:
+            flat = flat[:, positions.to(x.device)]
         return flat.reshape(-1, x.size(-1))
 
     def _patches(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -61,7 +74,8 @@ class LayerSampler:
         x = F.pad(x, (int(pw), int(pw), int(ph), int(ph)))
         width = (x.size(3) - dw * (kw - 1) - 1) // sw + 1
         height = (x.size(2) - dh * (kh - 1) - 1) // sh + 1
-        where = torch.arange(height * width) if self.positions is None else self.positions
+        sampled = self._positions(height * width)
+        where = torch.arange(height * width) if sampled is None else sampled
         # Gather only the patches at the sampled positions; `unfold` would make all of them.
         top, left = (where // width) * sh, (where % width) * sw
         rows = top[:, None] + torch.arange(kh).repeat_interleave(kw) * dh
@@ -87,6 +101,7 @@ def computes_from_weight(layer: nn.Module, x: Tensor, out: Tensor) -> bool:
         return want.shape == out[:1].shape and torch.allclose(want, out[:1], rtol=1e-3, atol=1e-4)
 
 
+@lru_cache(64)
 def sample_positions(count: int, wanted: int, seed: int) -> Tensor | None:
     """Return ``wanted`` of ``count`` positions from a seeded permutation, sorted; None if that is all of them."""
     if wanted >= count:
@@ -99,6 +114,9 @@ def positions_per_image(unknowns: int, images: int, rows_per_unknown: int) -> in
     """Return the number of positions per image that gives about ``rows_per_unknown`` equations per unknown."""
     return max(1, math.ceil(unknowns * rows_per_unknown / max(images, 1)))
 
+
+_LARGEST_RATIO = 1e6
+"""A channel whose variance changes by more than this is constant in one of the models."""
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
@@ -113,7 +131,8 @@ class RecalibrateBatchNorm:
 
         mean' = mean + (mean_cut - mean_original),   var' = var * var_cut / var_original
 
-    A model that was not cut does not change at all.
+    A model that was not cut does not change at all. A channel that is constant in one of the two models, and not in the
+    other, keeps its variance: a quotient beyond 1e6 tells nothing.
 
     Attributes:
         eps: Added to both variances before dividing.
@@ -125,12 +144,13 @@ class RecalibrateBatchNorm:
 
     eps: float = 1e-8
 
-    def apply_(self, small: nn.Module, context: RepairContext) -> None:
-        """Update the running statistics of ``small`` in place."""
+    def apply_(self, small: nn.Module, context: RepairContext) -> dict[str, str]:
+        """Update the running statistics of ``small`` in place; see `Repair.apply_` for what is returned."""
         before = batch_statistics(context.original, context.images)
         after = batch_statistics(small, context.images)
         kept = kept_positions_by_tensor(context.graph, context.architecture)
         modules, names = dict(small.named_modules()), original_names(small)
+        skipped: dict[str, str] = {}
         for place, (mean, variance) in after.items():
             name = names[place]
             if name not in before:
@@ -143,16 +163,27 @@ class RecalibrateBatchNorm:
                 old_mean, old_variance = old_mean[chosen], old_variance[chosen]
             layer: Any = modules[place]
             # Only the change is applied, so that nothing happens where the cut had no effect.
-            layer.running_mean.add_((mean - old_mean).to(layer.running_mean.dtype))
+            shift = (mean - old_mean).to(layer.running_mean.dtype)
             ratio = (variance + self.eps) / (old_variance + self.eps)
-            layer.running_var.mul_(ratio.to(layer.running_var.dtype))
+            ratio = torch.where((ratio > _LARGEST_RATIO) | (ratio < 1 / _LARGEST_RATIO), 1.0, ratio)
+            new_mean, new_variance = layer.running_mean + shift, layer.running_var * ratio.to(layer.running_var.dtype)
+            if not _are_finite(new_mean, new_variance):
+                skipped[place] = "its statistics are not finite on the calibration images"
+                continue
+            layer.running_mean.copy_(new_mean)
+            layer.running_var.copy_(new_variance)
+        return skipped
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _join_single_image(images: Sequence[Example]) -> list[Example]:
-    """Join a last batch of one image to the one before: a single value has no variance, and torch refuses it."""
+    """Join a last batch of one image to the one before, whose statistics are better than those of one image."""
     batches = list(images)
     *_, before, last = [None, *batches][-2:]
-    if isinstance(before, Tensor) and isinstance(last, Tensor) and len(last) == 1:
+    if isinstance(before, Tensor) and isinstance(last, Tensor) and len(last) == 1 and before[0].shape == last[0].shape:
         batches[-2:] = [torch.cat((before, last))]
     return batches
 
@@ -165,11 +196,19 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
     """
     sums: dict[str, list[Any]] = {}
     model = shadow_copy(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    layers: dict[str, Any] = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None
+    }
 
-    def observe(name: str) -> Any:
-        def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().transpose(0, 1).flatten(1).double()
+    def observe(name: str, running: tuple[Tensor, Tensor]) -> Any:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args or tuple(kwargs.values()))[0].detach()
+            # A single value has no variance, and torch refuses to normalize by it.
+            alone = x.numel() == x.size(1) if x.dim() > 1 else True
+            layer.running_mean, layer.running_var = running if alone else (None, None)
+            x = x.transpose(0, 1).flatten(1).double()
             total = sums.setdefault(name, [0.0, 0.0, 0])
             total[0], total[1] = total[0] + x.sum(1), total[1] + x.square().sum(1)
             total[2] += x.size(1)
@@ -177,10 +216,11 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
         return hook
 
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(observe(name))
+        running = (layer.running_mean, layer.running_var)
+        layer.register_forward_pre_hook(observe(name, running), with_kwargs=True)
         # Without running statistics, a batch norm uses those of the batch in eval mode too.
-        layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
-    with torch.no_grad():
+        layer.track_running_stats = False
+    with run_isolated(model), torch.no_grad():
         for batch in _join_single_image(images):
             run_batch(model, batch)
     return {
@@ -221,53 +261,124 @@ class Refit:
     rows_per_unknown: int = 64
     max_passes: int = 32
 
-    def apply_(self, small: nn.Module, context: RepairContext) -> None:
-        """Refit the weights of ``small`` in place."""
+    def apply_(self, small: nn.Module, context: RepairContext) -> dict[str, str]:
+        """Refit the weights of ``small`` in place; see `Repair.apply_` for what is returned."""
         kept = kept_positions_by_tensor(context.graph, context.architecture)
         samplers = self._samplers(small, context, kept)
         if not samplers:
-            return
-        targets = _collect_targets(shadow_copy(context.original), samplers, context.images, kept)
+            return {}
+        targets, calls = _collect_targets(shadow_copy(context.original), samplers, context.images, kept)
+        skipped = {s.module: "it does not compute what its class does" for s in samplers if s.module not in targets}
         samplers = [sampler for sampler in samplers if sampler.module in targets]
         for group in _group_samplers(samplers, self.max_passes):
-            for module, rows in _collect_inputs(small, group, context.images).items():
-                self._solve_(original_module(small, module), rows, targets[module])
+            for module, rows in _collect_inputs(small, group, context.images, calls).items():
+                reason = self._solve_(original_module(small, module), rows, targets[module])
+                if reason:
+                    skipped[module] = reason
+        return skipped
 
     def _samplers(self, small: nn.Module, context: RepairContext, kept: dict[str, KeptByDim]) -> list[LayerSampler]:
-        order = find_layers_to_refit(small, context, kept)
         images = sum(map(count_images, context.images))
         samplers: list[LayerSampler] = []
-        for number, name in enumerate(order):
-            shape = context.graph.activations[name].shape
-            layer = original_module(small, name)
-            positions = shape[2] * shape[3] if isinstance(layer, nn.Conv2d) else _count_positions(shape)
-            unknowns = int(layer.get_parameter("weight").numel() // layer.get_parameter("weight").size(0))
+        for number, name in enumerate(find_layers_to_refit(small, context, kept)):
+            weight = original_module(small, name).get_parameter("weight")
+            unknowns = weight.numel() // max(weight.size(0), 1)
             wanted = positions_per_image(unknowns, images, self.rows_per_unknown)
-            samplers.append(LayerSampler(name, sample_positions(positions, wanted, seed=number)))
+            samplers.append(LayerSampler(name, wanted, seed=number))
         return samplers
 
-    def _solve_(self, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    def _solve_(self, layer: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
+        """Refit one layer, or return why it stays as it was."""
+        if [len(rows) for rows in inputs] != [len(rows) for rows in outputs]:
+            return "the cut model calls it for other positions than the original"
+        if not inputs:
+            return "no calibration image reaches it"
+        rows, wanted = torch.cat(list(inputs)), torch.cat(list(outputs))
         weight = layer.get_parameter("weight")
         sliced = weight.detach().flatten(1).double()
         bias = layer.bias
         if isinstance(bias, Tensor):
             # The bias is the weight of an input that is always one.
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             sliced = torch.cat([sliced, bias.detach().double()[:, None]], 1)
-        # The products are computed in the precision of the model, and only the small matrices in float64.
-        gram = (inputs.T @ inputs).double()
-        cross = (inputs.T @ outputs).double()
-        pull = self.ridge * gram.diagonal().mean()
-        gram.diagonal().add_(pull)
-        solved = torch.linalg.solve(gram, cross + pull * sliced.T).T
-        # A singular system leaves the sliced weight, which is the cut without repair.
-        if not bool(torch.isfinite(solved).all()):
-            return
+        gram, cross = _products(rows, wanted)
+        if not _are_finite(gram, cross):
+            return "its inputs or outputs are not finite on the calibration images"
+        if not bool(gram.any()):
+            return "all of its inputs are zero on the calibration images"
+        solved = solve_ridge(gram, cross, sliced.T, self.ridge)
+        solved = None if solved is None else solved.T.to(weight.dtype)
+        if solved is None or not _are_finite(solved):
+            return f"its least-squares problem has no solution in {str(weight.dtype).removeprefix('torch.')}"
         with torch.no_grad():
             if isinstance(bias, Tensor):
                 bias.copy_(solved[:, -1])
                 solved = solved[:, :-1]
             weight.copy_(solved.reshape(weight.shape))
+        return ""
+
+
+def _products(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return X^T X and X^T Y in float64, of the samples that are finite."""
+    if rows.dtype in {torch.float16, torch.bfloat16}:
+        rows, wanted = rows.float(), wanted.float()  # Sums of squares overflow in half precision.
+    # The products are computed in the precision of the model, and only the small matrices in float64.
+    gram, cross = (rows.T @ rows).double(), (rows.T @ wanted).double()
+    if _are_finite(gram, cross):
+        return gram, cross
+    # Some samples are not finite, or squares of float32 overflow.
+    usable = torch.isfinite(rows).all(1) & torch.isfinite(wanted).all(1)
+    rows, wanted = rows[usable].double(), wanted[usable].double()
+    return rows.T @ rows, rows.T @ wanted
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor | None:
+    """Return the weights W that minimize ||Y - X W||^2 + r ||W - start||^2, with r = ridge * mean(diag(X^T X)).
+
+    The normal equations (X^T X + r I) W = X^T Y + r start are solved directly. Where that fails, because r is 0 or lost
+    in the rounding of X^T X, the change W - start is taken from the eigenvectors of X^T X with inputs scaled to equal
+    energy: directions without energy do not change.
+
+    Args:
+        gram: X^T X, (inputs, inputs) float64.
+        cross: X^T Y, (inputs, outputs) float64.
+        start: (inputs, outputs) float64.
+        ridge: Dimensionless, >= 0.
+
+    Returns:
+        (inputs, outputs) float64, never with a larger squared error on the samples than ``start``; None if there is no
+        such solution in float64.
+    """
+    pull = ridge * gram.diagonal().mean()
+    regular = gram.clone()
+    regular.diagonal().add_(pull)
+    solved, failed = torch.linalg.solve_ex(regular, cross + pull * start)
+    missing = cross - gram @ start
+    if not bool(failed) and _improves(solved - start, gram, missing):
+        return solved
+    scale = torch.where(gram.diagonal() > 0, gram.diagonal().clamp_min(_TINY).rsqrt(), 0.0)
+    balanced = gram * scale * scale[:, None]
+    balanced.diagonal().add_(pull * scale.square())
+    if not _are_finite(balanced, missing):
+        return None
+    try:
+        energies, vectors = torch.linalg.eigh(balanced)
+    except RuntimeError:  # LinAlgError: it did not converge.
+        return None
+    has_energy = energies > len(gram) * torch.finfo(gram.dtype).eps * energies.max()
+    inverse = torch.where(has_energy, 1 / torch.where(has_energy, energies, 1.0), 0.0)
+    change = scale[:, None] * (vectors @ (inverse[:, None] * (vectors.T @ (scale[:, None] * missing))))
+    return start + change if _improves(change, gram, missing) else None
+
+
+_TINY = 1e-300
+"""Keeps the quotients of energies finite."""
+
+
+def _improves(change: Tensor, gram: Tensor, missing: Tensor) -> bool:
+    """Whether a change of the weights does not increase the squared error: tr(D^T G D) - 2 tr(D^T R) <= 0."""
+    grown, gained = (change * (gram @ change)).sum(), 2 * (change * missing).sum()
+    return bool(grown - gained <= 1e-6 * (grown.abs() + gained.abs()))
 
 
 def _group_samplers(samplers: Sequence[LayerSampler], most: int) -> list[Sequence[LayerSampler]]:
@@ -322,8 +433,11 @@ def _readers_after(graph: ChannelGraph, axis: ChannelAxis, modules: Iterable[str
 
 def _collect_targets(
     original: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Example], kept: dict[str, KeptByDim]
-) -> dict[str, Tensor]:
-    """Return the outputs of each layer in the original, as (samples, kept output channels)."""
+) -> tuple[dict[str, list[Tensor]], list[Counter[str]]]:
+    """Return the outputs of each layer in the original, (samples, kept output channels) for each call, and the calls.
+
+    A layer that does not compute what its class does is left out.
+    """
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
     skipped: set[str] = set()
 
@@ -336,19 +450,21 @@ def _collect_targets(
             found = found.index_select(1, torch.from_numpy(positions).to(found.device))
         rows[sampler.module].append(found)
 
-    run_observed(original, samplers, images, observe)
-    return {name: torch.cat(parts) for name, parts in rows.items() if name not in skipped}
+    calls = run_observed(original, samplers, images, observe)
+    return {name: parts for name, parts in rows.items() if name not in skipped}, calls
 
 
-def _collect_inputs(small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Example]) -> dict[str, Tensor]:
-    """Return the present inputs of each layer of a group, as (samples, patch)."""
+def _collect_inputs(
+    small: nn.Module, samplers: Sequence[LayerSampler], images: Sequence[Example], calls: Sequence[Counter[str]]
+) -> dict[str, list[Tensor]]:
+    """Return the present inputs of each layer of a group, (samples, patch) for each call."""
     rows: dict[str, list[Tensor]] = {sampler.module: [] for sampler in samplers}
 
     def observe(sampler: LayerSampler, layer: nn.Module, x: Tensor, out: Tensor) -> None:
         rows[sampler.module].append(sampler.rows_of_input(layer, x))
 
-    run_observed(small, samplers, images, observe)
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+    run_observed(small, samplers, images, observe, calls)
+    return rows
 
 
 class _AllSeen(Exception):  # noqa: N818
@@ -360,37 +476,44 @@ def run_observed(
     samplers: Sequence[LayerSampler],
     images: Sequence[Example],
     observe: Callable[[LayerSampler, nn.Module, Tensor, Tensor], None],
-) -> None:
-    """Run the images and pass the input and output of some layers to ``observe``; stop after the last of them."""
-    waiting = {sampler.module for sampler in samplers}
-    seen: set[str] = set()
+    calls: Sequence[Counter[str]] | None = None,
+) -> list[Counter[str]]:
+    """Run the images and pass the input and output of every call of some layers to ``observe``.
+
+    Args:
+        model: The model.
+        samplers: The layers.
+        images: Batches.
+        observe: Called with sampler, layer, input and output, both with a batch dimension.
+        calls: How often each layer is called for each batch: then the run of a batch ends with the last such call. None
+            runs every batch to its end.
+
+    Returns:
+        How often each layer was called for each batch.
+    """
+    made: list[Counter[str]] = []
 
     def hook(sampler: LayerSampler) -> Any:
-        def forward(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            observe(sampler, layer, args[0].detach(), out.detach())
-            seen.add(sampler.module)
-            if seen == waiting:
+        def forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            x = (args or tuple(kwargs.values()))[0]
+            if x.dim() == (3 if isinstance(layer, nn.Conv2d) else 1):
+                x, out = x[None], out[None]  # A single image without a batch dimension.
+            observe(sampler, layer, x.detach(), out.detach())
+            made[-1][sampler.module] += 1
+            if calls is not None and all(made[-1][s.module] >= calls[len(made) - 1][s.module] for s in samplers):
                 raise _AllSeen
 
         return forward
 
-    with torch.no_grad():
-        hooks = [original_module(model, s.module).register_forward_hook(hook(s)) for s in samplers]
-        try:
+    hooks = [original_module(model, s.module).register_forward_hook(hook(s), with_kwargs=True) for s in samplers]
+    try:
+        with run_isolated(model), torch.no_grad():
             for batch in images:
-                # Each batch runs until all layers were seen once.
-                seen.clear()
-                try:
+                made.append(Counter())
+                # A run that ends early raises out of the model's forward.
+                with contextlib.suppress(_AllSeen):
                     run_batch(model, batch)
-                except _AllSeen:
-                    continue
-        finally:
-            for handle in hooks:
-                handle.remove()
-
-
-def _count_positions(shape: tuple[int, ...]) -> int:
-    positions = 1
-    for size in shape[1:-1]:
-        positions *= size
-    return positions
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return made

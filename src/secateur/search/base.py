@@ -1,6 +1,7 @@
 """Search an architecture within a budget: the function, what a strategy is given, and what it returns."""
 
 import importlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -372,6 +373,8 @@ def search_architecture(
     """
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
+    if graph.uncounted and "macs" in limits.fields:
+        warnings.warn(f"`budget` limits the counted MACs only. {graph.uncounted_text}", stacklevel=2)
     inputs = ScoringInputs(model, graph, tuple(batches), seed)
     context = SearchContext(
         inputs,

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,40 @@ class ScoringInputs:
         model: The traced model, in any mode.
         graph: Its channel graph.
         batches: (images (n, ...), labels (n,) int64) pairs, normalized as the model expects them, on its device.
-            Importances that read only weights do not need them.
+            Instead of images, also a tuple of positional inputs or a mapping of inputs by name, as `secateur.trace`
+            takes them. Importances that read only weights do not need any.
         seed: For those that draw random numbers.
+        class_logits: Whether outputs of shape (n, classes) are class logits, of which softmax does not see a common
+            shift. None finds out from the labels, see `logit_columns`.
     """
 
     model: nn.Module
     graph: ChannelGraph
-    batches: tuple[tuple[Tensor, Tensor], ...] = ()
+    batches: tuple[tuple[Any, Tensor], ...] = ()
     seed: int = 0
+    class_logits: bool | None = None
+
+    def logit_columns(self) -> int:
+        """The least number of columns that an output (n, columns) must have to be class logits; 0 if none is.
+
+        Labels are taken for class indices if they are whole numbers from 0, one for each image, and not all equal:
+        unlabeled images come with labels that are all 0. Then logits have a column for the largest label at least, and
+        there are always two of them: one number alone, such as a regressor's, has no shift to remove.
+        """
+        if self.class_logits is not None:
+            return 2 if self.class_logits else 0
+        labels = [found for _, found in self.batches]
+        if not labels or not all(_may_be_classes(found) for found in labels):
+            return 0
+        known = torch.cat([found.detach().flatten().cpu() for found in labels])
+        largest, least = int(known.max()), int(known.min())
+        return largest + 1 if 0 <= least < largest else 0
+
+
+def _may_be_classes(labels: object) -> bool:
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or not len(labels):
+        return False
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 
 
 class Importance(ABC):

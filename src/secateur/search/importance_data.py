@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
 from secateur._arrays import FloatArray, IntArray
-from secateur._runtime import Batch
-from secateur.errors import DataError
+from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
+from secateur.graph.trace import Example
+from secateur.prune.calibration import arguments_of, count_images, first_images, run_batch
+from secateur.prune.distance import named_outputs, spread_per_image
 from secateur.search.importance import Importance, ScoringInputs, checked_scores
 
 
@@ -141,7 +143,9 @@ class Taylor(Importance):
         return checked_scores(scores, inputs.graph, self)
 
 
-def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, FloatArray]:
+def _weight_times_gradient(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: tuple[Example, Tensor]
+) -> dict[str, FloatArray]:
     """w * dL/dw of every parameter, as float64 on the CPU."""
     images, labels = batch
     with torch.enable_grad():
@@ -155,11 +159,15 @@ def _weight_times_gradient(model: nn.Module, parameters: Mapping[str, Tensor], b
     }
 
 
-def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    output = torch.func.functional_call(model, dict(parameters), (images,))
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(labels):
+def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Example, labels: Tensor) -> Tensor:
+    positional, by_name = arguments_of(images)
+    output = torch.func.functional_call(model, dict(parameters), positional, by_name)
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(labels) or output.shape[1] < 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise DataError(f"`model` must return logits ({len(labels)}, classes) for Taylor; got {got}. Wrap the model.")
+        raise DataError(
+            f"`model` must return logits ({len(labels)}, classes) for Taylor; got {got}. Wrap the model so that it "
+            "returns those of two classes or more, or use Reconstruction, which needs no labels."
+        )
     if int(labels.max()) >= output.shape[1] or int(labels.min()) < 0:
         raise DataError(
             f"`labels` must be 0 to {output.shape[1] - 1}, the classes of the model; "
@@ -187,12 +195,18 @@ class Reconstruction(Importance):
     A channel that its neighbors predict is worth little, however large it is. With x the channels of an axis as one
     of its readers (convolution or linear, weight W) receives them, G = E[x x^T] over images and positions, and a set S
     kept, the best linear prediction of channel j from the others leaves the energy r_j = 1 / (G^-1)_jj. The damage
-    to the logits z, to second order, is
+    to the outputs z, to second order, is
 
         d_j = 1/2 * sum over readers, sum_o E||dz/dy_o||^2 * sum_t W_ojt^2 * r_j
 
     where y_o is the reader's output channel o (squared Jacobian summed over its positions, estimated with random
-    signs), and t runs over the kernel (and over the positions of a flattened channel). The channel with the smallest
+    signs), and t runs over the kernel (and over the positions of a flattened channel). If the model has several output
+    tensors, each is measured in units of its own spread on the images, and all have equal weight:
+
+        ||dz/dy||^2 = mean over outputs k of ||dz_k/dy||^2 / E||z_k - mean(z_k)||^2
+
+    so that boxes in pixels do not hide class scores. A shift that all class logits have in common counts nothing,
+    because softmax does not see it; of other outputs it counts like any change. The channel with the smallest
     d_j goes, G^-1 is downdated (Schur complement), and so on; the score of a channel is the largest damage done up to
     its removal. So the scores of all axes have one unit and one network-wide threshold makes sense, and within an axis
     the last ones standing are the set that explains the others: a greedy selection. No labels are needed.
@@ -211,13 +225,13 @@ class Reconstruction(Importance):
     images: int = 512
 
     def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
-        """(axis size,) per axis, in squared logits.
+        """(axis size,) per axis: in squared units of the output, or dimensionless if there are several outputs.
 
         An axis none of whose readers is a module of its own gets the highest score of all: it goes last.
 
         Raises:
             DataError: If there are no batches.
-            ModelError: If a score is not finite.
+            ModelError: If a score is not finite, or no output is a floating-point tensor.
         """
         if not inputs.batches:
             raise DataError("`batches` must hold images for Reconstruction; got none. Pass calibration data.")
@@ -239,7 +253,9 @@ class Reconstruction(Importance):
             return np.full(len(pairs[0][1]), np.nan)
         inverses: list[Tensor] = []
         for gram, _ in pairs:
-            floor = self.ridge * gram.diagonal().mean().clamp_min(1e-12)
+            mean = gram.diagonal().mean()
+            # Inputs may be of any scale; only where all are zero there is none to go by.
+            floor = self.ridge * torch.where(mean > 0, mean, 1e-12)
             inverses.append(torch.linalg.inv(gram + floor * torch.eye(len(gram), dtype=gram.dtype)))
         size = len(pairs[0][1])
         alive = torch.ones(size, dtype=torch.bool)
@@ -318,44 +334,47 @@ class _Moments:
         if not self.by_module:
             return
         shadow = shadow_copy(inputs.model)
-        draw = torch.Generator().manual_seed(inputs.seed)
-        given: dict[str, Tensor] = {}
+        batches: list[Example] = first_images([batch for batch, _ in inputs.batches], images)
+        probe = _Probe(inputs, batches)
+        given: dict[str, list[Tensor]] = {}
         for name in self.by_module:
             layer: Any = shadow.get_submodule(name)
             self.weights[f"{name}.weight"] = layer.weight.detach().double().cpu()
-            layer.register_forward_hook(self._watch(name, given))
-        for batch, _ in inputs.batches:
-            part = batch[: images - self.seen]
-            if not len(part):
-                return
+            layer.register_forward_hook(self._watch(name, given), with_kwargs=True)
+        for batch in batches:
             given.clear()
             with torch.enable_grad():
-                # A clone, because a model may write into its input.
-                outputs = shadow(part.detach().requires_grad_().clone())
-                probe = _random_projection(outputs, draw)
-                names = list(given)
-                gradients = torch.autograd.grad(probe, [given[n] for n in names], allow_unused=True)
-            for name, gradient in zip(names, gradients, strict=True):
-                self._add_jacobian(name, given[name], gradient)
-            self.seen += len(part)
+                # Clones, because a model may write into its input.
+                outputs = run_batch(shadow, tree_map_only(Tensor, _fresh, batch))
+                projected = probe.of(outputs, count_images(batch))
+                calls = [(name, out) for name, outs in given.items() for out in outs]
+                gradients: Sequence[Tensor | None] = [None] * len(calls)
+                if projected.requires_grad and calls:
+                    gradients = torch.autograd.grad(projected, [out for _, out in calls], allow_unused=True)
+            for (name, out), gradient in zip(calls, gradients, strict=True):
+                self._add_jacobian(name, out, gradient)
+            self.seen += count_images(batch)
 
-    def _watch(self, name: str, given: dict[str, Tensor]) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            rows = _channels_last(layer, args[0].detach())
+    def _watch(self, name: str, given: dict[str, list[Tensor]]) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
+            rows = _channels_last(layer, _precise((args or tuple(kwargs.values()))[0].detach()))
             for site in self.by_module[name]:
                 index = _arriving(layer, site)
                 part = rows[:, index.to(rows.device)]
                 part = part.movedim(1, -1).reshape(-1, part.shape[1]) if index.shape[1] > 1 else part[:, :, 0]
                 self.grams[id(site)] = self.grams.get(id(site), 0) + (part.T @ part).double().cpu()
                 self.counts[id(site)] = self.counts.get(id(site), 0) + len(part)
-            given[name] = out
+            if not out.requires_grad:
+                # Of token ids and frozen weights, no gradient comes on its own.
+                out = out.detach().requires_grad_()
+            given.setdefault(name, []).append(out)
             # What follows may write in place; the gradient is wanted before that.
             return out.clone()
 
         return hook
 
     def _add_jacobian(self, name: str, out: Tensor, gradient: Tensor | None) -> None:
-        squares = torch.zeros_like(out) if gradient is None else gradient.detach().square()
+        squares = torch.zeros_like(out) if gradient is None else _precise(gradient.detach()).square()
         dim = 1 if out.dim() > 2 and self.weights[f"{name}.weight"].dim() > 2 else out.dim() - 1
         total = squares.movedim(dim, 0).flatten(1).double().sum(1).cpu()
         self.jacobians[name] = self.jacobians.get(name, 0) + total
@@ -378,11 +397,68 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _random_projection(outputs: Any, draw: torch.Generator) -> Tensor:
-    """Sum of outputs with random signs; logits centered, since softmax does not see a common shift."""
-    total: Any = 0.0
-    for out in tree_leaves(outputs):
-        if isinstance(out, Tensor) and out.is_floating_point():
-            signs = torch.randint(0, 2, out.shape, generator=draw).to(out) * 2 - 1
-            total = total + (out * (signs - signs.mean(-1, keepdim=True) if out.dim() == 2 else signs)).sum()
-    return total
+def _fresh(tensor: Tensor) -> Tensor:
+    """A copy that gradients are computed for, if it can have any."""
+    return tensor.detach().requires_grad_(tensor.is_floating_point()).clone()
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """In float32 at least: squares of half precision overflow."""
+    return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
+
+
+class _Probe:
+    """The sum of all outputs with random signs, whose gradients are those of the outputs in squared mean.
+
+    Several outputs are divided by sqrt(K * spread), K their number, so that each counts by its own spread. Class
+    logits are centered, since softmax does not see a common shift.
+    """
+
+    def __init__(self, inputs: ScoringInputs, batches: Sequence[Example]) -> None:
+        self._draw = torch.Generator().manual_seed(inputs.seed)
+        self._columns = inputs.logit_columns()
+        self._factors: dict[str, float] | None = None
+        self._model, self._batches = inputs.model, batches
+
+    def of(self, outputs: Any, images: int) -> Tensor:
+        """Return the projected output for a number of images."""
+        named = named_outputs(outputs, images)
+        if not named:
+            raise ModelError("the model's output must hold a floating-point tensor for Reconstruction; it holds none.")
+        logits = self._logits(named, images)
+        if self._factors is None:
+            # One output needs no unit: every factor leaves the ranking as it is.
+            self._factors = self._measured(logits) if len(named) > 1 else {}
+        total: Any = 0.0
+        for name, tensors in named.items():
+            factor = self._factors.get(name)
+            for tensor in tensors:
+                out = _precise(tensor)
+                signs = torch.randint(0, 2, out.shape, generator=self._draw).to(out) * 2 - 1
+                signs = signs - signs.mean(-1, keepdim=True) if name in logits else signs
+                total = total + (out * signs if factor is None else out * (factor * signs)).sum()
+        return total
+
+    def _logits(self, named: Mapping[str, list[Tensor]], images: int) -> set[str]:
+        """The places of class logits: of outputs of shape (images, columns), the narrowest with enough columns."""
+        widths = {
+            name: tensors[0].shape[1]
+            for name, tensors in named.items()
+            if len(tensors) == 1 and tensors[0].dim() == 2 and len(tensors[0]) == images
+        }
+        enough = {name: width for name, width in widths.items() if width >= max(self._columns, 2)}
+        return {name for name, width in enough.items() if self._columns and width == min(enough.values())}
+
+    def _measured(self, logits: set[str]) -> dict[str, float]:
+        """1 / sqrt(K * spread per image) of every output, from a pass without gradients."""
+        model, parts, images = shadow_copy(self._model), dict[str, list[list[Tensor]]](), 0
+        with torch.no_grad():
+            for batch in self._batches:
+                here = count_images(batch)
+                # A copy, because a model may write into its input.
+                outputs = run_batch(model, tree_map_only(Tensor, torch.clone, batch))
+                for name, tensors in named_outputs(outputs, here).items():
+                    parts.setdefault(name, []).append(tensors)
+                images += here
+        spreads = {n: spread_per_image(found, images, class_logits=n in logits) for n, found in parts.items()}
+        return {name: (len(spreads) * spread) ** -0.5 for name, spread in spreads.items()}

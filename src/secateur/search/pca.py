@@ -14,6 +14,8 @@ from secateur._runtime import torch_threads
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph
+from secateur.graph.trace import Example
+from secateur.prune.calibration import run_batch
 from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_by_name
 from secateur.search.importance_data import channel_positions, readers
@@ -52,7 +54,7 @@ class RunningCovariance:
 
 
 def observing_covariance(
-    model: nn.Module, graph: ChannelGraph, taps: Mapping[str, Mapping[str, int]], batches: Sequence[Tensor]
+    model: nn.Module, graph: ChannelGraph, taps: Mapping[str, Mapping[str, int]], batches: Sequence[Example]
 ) -> dict[str, dict[str, RunningCovariance]]:
     """Run the batches and gather the covariance of every axis at every module that shows all of its channels.
 
@@ -80,7 +82,7 @@ def observing_covariance(
     try:
         with torch.no_grad():
             for images in batches:
-                model(images)
+                run_batch(model, images)
     finally:
         for hook in hooks:
             hook.remove()

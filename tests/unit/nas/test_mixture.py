@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuts import apart, zoo_net
+from recurrent_nets import RECURRENT
 from torch import Tensor, nn
 
 from secateur.graph import ChannelGraph, trace, untie
@@ -293,6 +294,19 @@ def test_axes_that_no_output_shows_cannot_be_mixed():
     assert Supernet(model, graph).mixable == frozenset()
     model, _, graph = zoo_net("residual")
     assert Supernet(model, graph).mixable == frozenset(graph.sizes)
+
+
+@pytest.mark.parametrize("name", ["crnn_lstm", "crnn_gru", "residual"])
+def test_units_of_recurrent_layers_are_left_whole_because_their_states_cannot_be_mixed(name: str):
+    model, inputs = RECURRENT[name]()
+    graph = trace(model, inputs)
+    supernet = Supernet(model, graph)
+    assert supernet.mixable == frozenset({"stem.0", "body.0", "middle"} if name != "residual" else set())
+    # A subnet may cut them all the same, as SWP does.
+    subnet = supernet.subnet({axis: size // 2 for axis, size in graph.sizes.items()})
+    with torch.no_grad():
+        assert apart([supernet.extract(subnet)(*inputs)], [supernet.eval()(subnet, *inputs)]) <= 1e-6
+        assert apart([model(*inputs)], [supernet(supernet.full, *inputs)]) <= 1e-6
 
 
 def test_a_mixture_with_channels_last_in_three_dimensions():

@@ -19,7 +19,8 @@ def pictures(count: int = 64, seed: int = 0) -> Tensor:
 
 
 def batched(images: Tensor, size: int = 16) -> tuple[tuple[Tensor, Tensor], ...]:
-    return tuple((part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(size))
+    """With class labels: all readers below give four logits or more."""
+    return tuple((part, torch.arange(len(part)) % 4) for part in images.split(size))
 
 
 def scored(model: nn.Module, pixels: Tensor, **settings: Any) -> dict[str, np.ndarray]:

@@ -402,6 +402,9 @@ def _fitting_rule(call: Call) -> tuple[str, str] | None:
     if not call.outputs or not call.inputs or is_mutable(call.operator):
         return None
     source, out = call.inputs[0], call.outputs[0]
+    # Positions and masks are no channels, whatever their shape.
+    if not (out.is_floating_point() or out.is_complex()):
+        return None
     if out.shape == source.shape:
         return "pointwise", "computes every element alone"
     if out.dim() == source.dim() and out.shape[:2] == source.shape[:2]:

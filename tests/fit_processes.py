@@ -1,6 +1,7 @@
 """A student trained by one process or by two: what both must agree on."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from small_runs import Blobs, fit_small, launch_two, small_config, small_net
+from small_runs import Blobs, fit_small, launch_two, small_config, small_net, steep_net
 from torch import nn
 
 from secateur.distill import Objective
@@ -109,6 +110,14 @@ def _process(fabric: "Fabric", folder: Path) -> None:
         _refusal(fabric, teacher_cache=folder / "logits"),
         _refusal(fabric, source=Blobs(3), also={"accumulate": 2}),
     ]
+    # Their clocks let them read the losses in different steps, and all the same they must begin again together.
+    callbacks.SECONDS_PER_LOOK = -1.0 if rank == 0 else math.inf
+    config = small_config(2, learning_rate=300.0, warmup_fraction=0.0, restarts=2)
+    again = fit_small(
+        steep_net(), Blobs(16 * STEPS), train=config, objective=Objective.of_labels(), validation=Blobs(33, seed=1),
+        fabric=fabric, folder=folder / "again",
+    )  # fmt: skip
+    result["again"] = {"divergences": again.divergences, "losses": [record.train_loss for record in again.history]}
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 

@@ -41,12 +41,23 @@ _installed = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching or (event, arguments) == _ASKS_FOR_A_GPU:
+    if not _watching or (event, arguments) == _ASKS_FOR_A_GPU or _is_isolation(event, arguments):
         return
     if event in _FORBIDDEN:
         _seen.append(f"{event} {arguments!r}"[:200])
     elif event == "open" and isinstance(arguments[1], str) and _WRITES & set(arguments[1]):
         _seen.append(f"open {arguments!r}"[:200])
+
+
+def _is_isolation(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether it is the process that runs exported files, or its empty folder."""
+    if event == "open":
+        return isinstance(arguments[0], int)  # a pipe to it
+    if event == "subprocess.Popen":
+        return any(str(word).endswith("_runtime_child.py") for word in arguments[1])
+    if event in ("os.mkdir", "os.rmdir", "shutil.rmtree", "os.posix_spawn"):
+        return "secateur-run-" in str(arguments[0])
+    return False
 
 
 @contextlib.contextmanager

@@ -70,6 +70,16 @@ def small_net(seed: int = 0, *, dropout: float = 0.0, width: int = 8, classes: i
         )
 
 
+def steep_net() -> nn.Sequential:
+    """Without a norm, so that a high rate makes it explode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 3),
+        )  # fmt: skip
+
+
 def small_config(epochs: int = 2, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"batch_size": 16, "precision": Precision.FLOAT32, "optimizer": SGD()}
     return TrainConfig(epochs, **(settings | changes))

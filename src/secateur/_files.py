@@ -13,7 +13,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 
 from secateur.errors import ArtifactError
@@ -61,19 +62,33 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+Replaceable = Callable[[Path], Collection[str]]
+"""Names the files of an older folder that a new one replaces."""
+
+
 @contextlib.contextmanager
-def atomic_folder(folder: Path | str) -> Generator[Path]:
+def atomic_folder(
+    folder: Path | str, *, replaceable: Replaceable | None = None, must_be_new: bool = False
+) -> Generator[Path]:
     """Write a folder atomically: yield an empty temporary sibling, then put it in the place of ``folder``.
 
-    An older folder is replaced as a whole, so the caller must check first that it may be. The replacement is one step
-    where the file system can exchange two names (Linux). Elsewhere it takes two renames, and the first one is undone
-    if the second one fails. If the block raises, the temporary folder is removed and ``folder`` is unchanged.
+    The replacement of an older folder is one step where the file system can exchange two names (Linux). Elsewhere it
+    takes two renames, and the first one is undone if the second one fails. If the block raises, the temporary folder is
+    removed and ``folder`` is unchanged.
 
     Args:
         folder: The destination. Missing parents are created.
+        replaceable: Names the files of the older folder that may go, as they are at the end of the block. Everything
+            else in it is moved into the new folder, under another name if its name is taken. None replaces the older
+            folder as a whole, so the caller must check first that it may be.
+        must_be_new: Refuse to replace anything.
 
     Yields:
         The folder to write into.
+
+    Raises:
+        ArtifactError: If it must be new and another process or thread has made it meanwhile.
+        FileExistsError: If a file or a link is in its place by then.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +99,15 @@ def atomic_folder(folder: Path | str) -> Generator[Path]:
         for inside in sorted(part.rglob("*")):
             _flush(inside)
         _flush(part)
-        _put_in_place(part, folder)
-        _flush(folder.parent)
+        older = _put_in_place(part, folder, must_be_new=must_be_new)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    if older is not None and replaceable is None:
+        shutil.rmtree(older, ignore_errors=True)
+    elif older is not None and replaceable is not None:
+        _carry_over(older, folder, replaceable(older))
+    _flush(folder.parent)
 
 
 def _flush(path: Path) -> None:
@@ -102,13 +121,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(part: Path, folder: Path) -> None:
-    if not folder.exists():
-        part.rename(folder)
-        return
+def _put_in_place(part: Path, folder: Path, *, must_be_new: bool) -> Path | None:
+    """Rename a finished folder; return where the older one lies now, if there was one."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(errno.EEXIST, "there is a file or link by now", str(folder))
+    try:
+        part.rename(folder)  # over an empty folder too, where the system can do that
+        return None
+    except OSError as error:
+        if not folder.exists():
+            raise
+        if must_be_new:
+            raise _in_use(folder) from error
     if _exchange(part, folder):
-        shutil.rmtree(part, ignore_errors=True)
-        return
+        return part
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
     folder.rename(aside)
     try:
@@ -116,7 +142,26 @@ def _put_in_place(part: Path, folder: Path) -> None:
     except BaseException:
         aside.rename(folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    return aside
+
+
+def _carry_over(older: Path, folder: Path, replaceable: Collection[str]) -> None:
+    """Move what is not replaced out of an older folder, then remove that; nothing else is ever removed.
+
+    A program that has the older folder open may still add files to it, so it is removed only once it is empty.
+    """
+    for _ in range(_ATTEMPTS):
+        for entry in sorted(older.iterdir()):
+            if entry.name in replaceable and (entry.is_symlink() or not entry.is_dir()):
+                entry.unlink()
+                continue
+            target = folder / entry.name
+            if os.path.lexists(target):
+                target = folder / f"{entry.stem}.kept-{secrets.token_hex(4)}{entry.suffix}"
+            entry.rename(target)
+        with contextlib.suppress(OSError):
+            older.rmdir()
+            return
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -142,7 +187,7 @@ def remove_dir_atomic(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def clean_stale(out: Path, work: Path) -> None:
+def clean_stale(out: Path, work: Path, *, own: Collection[str] | None = None) -> None:
     """Remove the temporary folders that killed processes have left beside an output folder.
 
     A hidden ``.old`` folder of ``out`` stays: it may be the older artifact, which `atomic_folder` moves aside for a
@@ -151,13 +196,30 @@ def clean_stale(out: Path, work: Path) -> None:
     Args:
         out: The output folder.
         work: The folder of its unfinished run.
+        own: Names of the files of an artifact. Everything else in a draft came from the older folder and is moved into
+            ``out``; if there is no such folder, the draft stays. None removes drafts with all that they hold.
     """
     draft, tag = rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.part", r"\.[0-9a-f]{8}\.(part|old)"
     # The second pattern is an artifact that was being saved inside a draft.
     stale = re.compile(rf"{draft}|\.{draft}{tag}|\.{re.escape(work.name)}{tag}")
     for path in out.absolute().parent.glob(".*"):
-        if stale.fullmatch(path.name):
+        if not stale.fullmatch(path.name):
+            continue
+        if own is None or not re.fullmatch(draft, path.name) or path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):
+            ours = {entry.name for entry in path.iterdir() if entry.name in own or _TEMPORARY.fullmatch(entry.name)}
+            if all(entry.name in ours for entry in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)
+            elif out.is_dir():
+                _carry_over(path, out, ours)
+
+
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.(part|old)(\..*)?")
+"""Names that `atomic_file` and `atomic_folder` give."""
+_ATTEMPTS = 5
+"""How often a folder is emptied into which another program still writes."""
 
 
 @contextlib.contextmanager
@@ -179,32 +241,69 @@ def disk_errors(folder: Path) -> Generator[None]:
         ) from error
 
 
+_held: set[tuple[int, int]] = set()
+"""Device and number of the folders that this process has locked: locks of files do not keep its own threads apart."""
+_held_guard = threading.Lock()
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Lock a folder for this process. The system releases the lock when the process ends, however it ends.
+    """Lock a folder for this thread. The system releases the lock when the process ends, however it ends.
 
     Where files cannot be locked, other processes are not kept out.
 
     Raises:
-        ArtifactError: If another process holds the lock.
+        ArtifactError: If another thread or process holds the lock, or has replaced the folder.
+        FileNotFoundError: If there is no such folder.
     """
+    status = folder.stat()
+    key = (status.st_dev, status.st_ino)
+    with _held_guard:
+        if key in _held:
+            raise _in_use(folder, "thread of this process")
+        _held.add(key)
+    try:
+        with _locked_against_processes(folder):
+            yield
+    finally:
+        with _held_guard:
+            _held.discard(key)
+
+
+@contextlib.contextmanager
+def _locked_against_processes(folder: Path) -> Generator[None]:
     if importlib.util.find_spec("fcntl") is None:
         yield
         return
     import fcntl
 
-    # lockf belongs to the process, not to the open file: children that outlive this process do not hold the lock.
+    # lockf belongs to the process, not to the open file: children that outlive this process do not hold the lock. But
+    # closing any file of that name releases it, so no other thread may come this far.
     with (folder / LOCK).open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ArtifactError(
-                f"`out` must be used by one process at a time; another process is working in {folder} (this is "
-                f"process {os.getpid()}). Wait for it, stop it, or choose another --out."
-            ) from error
+            raise _in_use(folder) from error
         except OSError:
             pass
+        # The process that held the lock may have removed the folder, and another one made a new one.
+        if not _is_still_there(folder / LOCK, file.fileno()):
+            raise _in_use(folder)
         yield
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _in_use(folder: Path, who: str = "process") -> ArtifactError:
+    return ArtifactError(
+        f"`out` must be used by one process at a time; another {who} is working in {folder} (this is process "
+        f"{os.getpid()}). Wait for it, stop it, or choose another --out."
+    )
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:

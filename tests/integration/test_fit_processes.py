@@ -73,3 +73,10 @@ def test_what_several_processes_cannot_do_is_refused_in_all_of_them(folder):
         assert "`checkpoint` must be one folder that all processes see" in other_folder
         assert "`teacher_cache` must go with one process; got 2" in cache
         assert "got 3 images for 2 process(es) and `accumulate` 2" in few
+
+
+def test_two_processes_begin_a_training_that_diverges_again_together(folder):
+    first, second = (found["again"] for found in said(folder))
+    assert first == second
+    assert 1 <= len(first["divergences"]) <= 2
+    assert len(first["losses"]) == 3

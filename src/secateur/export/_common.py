@@ -77,6 +77,11 @@ def eval_copy(model: nn.Module) -> nn.Module:
     return copy_model(model).cpu().eval()
 
 
+def model_bytes(model: nn.Module) -> int:
+    """Return the size of all parameters and buffers of a model, in bytes."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
 def as_inputs(example: Tensor | tuple[Tensor, ...]) -> InputTensors:
     """Return the example as a tuple of CPU tensors that share their first (batch) dimension.
 

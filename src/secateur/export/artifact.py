@@ -26,7 +26,7 @@ OWN_FILES = (
     *(MANIFEST_NAME, WEIGHTS_NAME, "report.html", "history.csv", "model.onnx.data"),
     *(name for form in Format for name in form.exporter.files),
 )
-"""Every file that may be in an artifact; a folder with other files is not replaced."""
+"""Every file that may be in an artifact; other files in its folder are the user's, and never removed."""
 
 TRUSTED_KINDS = ("timm", "torchvision", "secateur")
 """Kinds of model source that run only the code of installed, known packages."""
@@ -91,7 +91,7 @@ def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     manifest = Manifest(recipe, records, digest, len(weights), *built, nonzero_params(model))
     text = _text_of(manifest)
     try:
-        with atomic_folder(folder) as part:
+        with atomic_folder(folder, replaceable=replaceable_files) as part:
             (part / WEIGHTS_NAME).write_bytes(weights)
             (part / MANIFEST_NAME).write_bytes(text)
     except OSError as error:
@@ -254,6 +254,23 @@ def is_artifact(folder: Path | str) -> bool:
         return False
 
 
+def replaceable_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files in a folder that a new artifact replaces: those of an older one."""
+    return OWN_FILES if is_artifact(folder) else ()
+
+
+def refuse_no_folder(folder: Path, name: str = "folder") -> None:
+    """Refuse a file or a link in the place of a folder.
+
+    Raises:
+        ArtifactError: If it is one.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtifactError(
+            f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."
+        )
+
+
 def refuse_foreign(folder: Path, name: str = "folder") -> None:
     """Refuse to replace anything but a missing folder, an empty one, or an artifact without other files.
 
@@ -264,10 +281,7 @@ def refuse_foreign(folder: Path, name: str = "folder") -> None:
     Raises:
         ArtifactError: If it is a file or a link, or holds anything else.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ArtifactError(
-            f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."
-        )
+    refuse_no_folder(folder, name)
     files = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if files and not is_artifact(folder):
         raise ArtifactError(

@@ -1,8 +1,6 @@
 """Export to ExecuTorch, the runtime for phones and small devices: .pte, computed by XNNPACK."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from secateur.export._common import (
     quiet,
     write_errors,
 )
+from secateur.export._runtime_child import open_executorch
 
 LARGEST_BATCH = 8
 """The runtime plans its memory when the file is made, so the batch size has a bound."""
@@ -66,29 +65,13 @@ def export_executorch(
     content = _lowered(reference, inputs, largest_batch)
     with write_errors(path), atomic_file(path) as part:
         part.write_bytes(content)
-        return check_parity("executorch", reference, executorch_runner(part), inputs, tolerance)
+        return check_parity("executorch", reference, _runner(content), inputs, tolerance)
 
 
-def executorch_runner(path: Path) -> Runner:
-    """Open a .pte file to run it. The runtime trusts its content."""
-    content = path.read_bytes()
-    program = extra("executorch.runtime").Runtime.get().load_program(content)
-    return _Method(content, program, program.load_method("forward"))
-
-
-@dataclass(frozen=True, eq=False)
-class _Method:
-    """A loaded method. The program reads from the bytes, and the method from the program, without owning them: if
-    either were freed while the method runs, the process would crash.
-    """
-
-    content: bytes
-    program: Any
-    method: Any
-
-    def __call__(self, batch: InputTensors) -> list[Tensor]:
-        # What comes back lies in the runtime's memory, which the next run overwrites.
-        return [tensor.clone() for tensor in self.method.execute([tensor.contiguous() for tensor in batch])]
+def _runner(content: bytes) -> Runner:
+    extra("executorch.runtime")
+    compute = open_executorch([content], torch.get_num_threads())
+    return lambda batch: [torch.from_numpy(found) for found in compute([t.contiguous().numpy() for t in batch])]
 
 
 def _lowered(model: nn.Module, inputs: InputTensors, largest_batch: int) -> bytes:

@@ -1,8 +1,11 @@
 """The table of export formats, and the comparison of an exported file with the model.
 
-To add a format, write a file that exports, runs and compares it (such as ``torch_export.py``) and add a row here.
+To add a format, write a file that exports, runs and compares it (such as ``torch_export.py``), add a row here, and a
+function that opens it for `verify` to ``_runtime_child.py``.
 """
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -11,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import ExportError
-from secateur.export._common import PARITY_TOLERANCE, Parity, Runner, Samples, cannot_run, check_extra, flat_tensors
-from secateur.export.executorch import executorch_runner, export_executorch
+from secateur.errors import ArtifactError, ExportError
+from secateur.export._common import PARITY_TOLERANCE, Parity, Samples, check_extra, flat_tensors, model_bytes
+from secateur.export.executorch import export_executorch
 from secateur.export.int8 import Quantized, export_int8_samples
-from secateur.export.onnx import export_onnx, plain_onnx_runner
-from secateur.export.openvino import export_openvino, openvino_runner
-from secateur.export.torch_export import export_pt2, pt2_runner
+from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
+from secateur.export.onnx import export_onnx
+from secateur.export.openvino import export_openvino
+from secateur.export.torch_export import export_pt2
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +32,8 @@ class Exporter:
         name: On the command line and in secateur.json.
         files: Names of its files in an artifact; the first is the one to open.
         write: Writes the files, the first at the given path, and compares them with the model.
-        open: Opens a file to run it; None if the format computes with other numbers than the model, so that only
-            answers can be compared (`Quantized`).
+        quantized: Whether the format computes with other numbers than the model, so that only answers can be compared
+            (`Quantized`).
         extra: The optional library that writes and runs it; None if none is needed.
         needs_trust: Whether reading a file from someone else can do harm.
     """
@@ -37,7 +41,7 @@ class Exporter:
     name: str
     files: tuple[str, ...]
     write: Callable[[nn.Module, Samples, Path], Parity | Quantized]
-    open: Callable[[Path], Runner] | None
+    quantized: bool = False
     extra: str | None = None
     needs_trust: bool = False
 
@@ -45,11 +49,6 @@ class Exporter:
     def file(self) -> str:
         """The name of the file to open."""
         return self.files[0]
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the file can only be compared by its answers."""
-        return self.open is None
 
 
 def _from_images(export: Callable[[nn.Module, Tensor, Path], Parity]) -> Callable[[nn.Module, Samples, Path], Parity]:
@@ -69,26 +68,23 @@ class Format(Enum):
         member.exporter = exporter
         return member
 
-    ONNX = Exporter("onnx", ("model.onnx",), _from_images(export_onnx), plain_onnx_runner)
+    ONNX = Exporter("onnx", ("model.onnx",), _from_images(export_onnx))
     """For ONNX Runtime and most other runtimes."""
     # torch may unpickle parts of a .pt2 file.
-    PT2 = Exporter("pt2", ("model.pt2",), _from_images(export_pt2), pt2_runner, needs_trust=True)
+    PT2 = Exporter("pt2", ("model.pt2",), _from_images(export_pt2), needs_trust=True)
     """For `torch.export.load` and ahead-of-time compilation."""
-    OPENVINO = Exporter(
-        "openvino", ("model.xml", "model.bin"), _from_images(export_openvino), openvino_runner, extra="openvino"
-    )
+    OPENVINO = Exporter("openvino", ("model.xml", "model.bin"), _from_images(export_openvino), extra="openvino")
     """For OpenVINO; needs the extra of that name."""
     # The runtime trusts the sizes and offsets of a .pte file.
     EXECUTORCH = Exporter(
         "executorch",
         ("model.pte",),
         _from_images(export_executorch),
-        executorch_runner,
         extra="executorch",
         needs_trust=True,
     )
     """For phones and small devices; needs the extra of that name."""
-    INT8 = Exporter("int8", ("model.int8.onnx",), export_int8_samples, None)
+    INT8 = Exporter("int8", ("model.int8.onnx",), export_int8_samples, quantized=True)
     """An ONNX file that computes with 8-bit integers."""
 
 
@@ -103,31 +99,46 @@ def check_formats(formats: Iterable[Format]) -> None:
             check_extra(form.exporter.extra)
 
 
-def compare_file(path: Path | str, model: nn.Module, images: Tensor, *, tolerance: float = PARITY_TOLERANCE) -> Parity:
-    """Run one exported file on images and compare its outputs with the model's.
+def compare_file(
+    path: Path | str,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    tolerance: float = PARITY_TOLERANCE,
+    runtimes: IsolatedRuntimes | None = None,
+) -> Parity:
+    """Run one exported file on images, in a process with limits, and compare its outputs with the model's.
 
     Args:
         path: An ``.onnx`` or ``.xml`` file; or a ``.pt2`` or ``.pte`` file, which must be trusted, see `Exporter`.
         model: In eval mode, on the CPU.
         images: A batch.
         tolerance: Recorded with the result.
+        runtimes: The process; None starts one for this file, see `secateur.export.isolation.isolated_runtimes`.
 
     Returns:
         How closely the file follows the model: ``max_rel`` may be above the tolerance.
 
     Raises:
-        ExportError: If the file does not run, or gives outputs of other shapes.
+        ExportError: If the file is refused, does not run within the limits, or gives outputs of other shapes.
     """
     path = Path(path)
-    openers = {Path(form.exporter.file).suffix: form.exporter.open for form in Format if form.exporter.open is not None}
-    if path.suffix not in openers:
-        raise ExportError(f"`path` must end in {' or '.join(openers)}; got {path}.")
+    rows = {Path(form.exporter.file).suffix: form.exporter for form in Format if not form.exporter.quantized}
+    if path.suffix not in rows:
+        raise ExportError(f"`path` must end in {' or '.join(rows)}; got {path}.")
+    row = rows[path.suffix]
+    files = [path, *(path.with_suffix(Path(name).suffix) for name in row.files[1:])]
+    started = time.perf_counter()
     with torch.no_grad():
         wanted = [tensor.double() for tensor in flat_tensors(model(images))]
-    try:
-        found = [tensor.double() for tensor in openers[path.suffix](path)((images,))]
-    except Exception as error:
-        raise cannot_run(error) from error
+    seconds = time.perf_counter() - started
+    with contextlib.ExitStack() as stack:
+        isolated = runtimes or stack.enter_context(isolated_runtimes([row.name]))
+        try:
+            run = isolated.open(row.name, files, model_bytes=model_bytes(model), model_seconds=seconds)
+            found = [tensor.double() for tensor in run((images,))]
+        except ArtifactError as error:
+            raise ExportError(f"it does not run ({error}): export it again") from error
     shapes = [tuple(tensor.shape) for tensor in wanted], [tuple(tensor.shape) for tensor in found]
     if shapes[0] != shapes[1]:
         raise ExportError(f"outputs have shape {_one(shapes[1])}, not {_one(shapes[0])}")

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file, read_bytes
+from secateur._files import atomic_file
 from secateur._runtime import Batch
 from secateur.data.dataset import draw_calibration
 from secateur.errors import ArtifactError, ExportError
-from secateur.export._common import Samples, cannot_run, checked_path, eval_copy, first_line, write_errors
-from secateur.export.onnx import MAX_ONNX_BYTES, check_plain, feed, onnx_bytes, open_session
+from secateur.export._common import Runner, Samples, cannot_run, checked_path, eval_copy, first_line, write_errors
+from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
+from secateur.export.onnx import feed, onnx_bytes, open_session, session_runner
 
 MIN_KEPT_ACCURACY = 0.95
 """Smallest accuracy of an int8 file, as a fraction of the float model's: below, quantization has failed."""
@@ -32,6 +33,8 @@ RANGE_IMAGES = 512
 """Training images that tell the range of every activation. More widen ranges by ever rarer values."""
 INT8_BATCH_SIZE = 128
 """Images per pass."""
+_SECONDS_PER_BATCH = 5.0
+"""How long the float model may take for one pass; the int8 file from a stranger may take a multiple."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,12 @@ class Quantized:
         return asdict(self)
 
 
-def compare_answers(in_float: Any, in_int8: Any, labeled: Iterable[Batch], least_kept: float) -> Quantized:
-    """Run two ONNX Runtime sessions on labeled images.
+def compare_answers(in_float: Runner, in_int8: Runner, labeled: Iterable[Batch], least_kept: float) -> Quantized:
+    """Run the float model and the quantized one on labeled images.
 
     Args:
-        in_float: Session of the float model.
-        in_int8: Session of the quantized one.
+        in_float: Runs the float model.
+        in_int8: Runs the quantized one.
         labeled: (images, labels) batches.
         least_kept: See `MIN_KEPT_ACCURACY`.
 
@@ -105,29 +108,38 @@ def compare_answers(in_float: Any, in_int8: Any, labeled: Iterable[Batch], least
     return found
 
 
-def compare_int8_file(path: Path | str, in_float: bytes, labeled: Iterable[Batch]) -> Quantized:
-    """Run an int8 file where it lies, beside the float model as ONNX content; see `compare_answers`.
+def compare_int8_file(
+    path: Path | str, in_float: bytes, labeled: Iterable[Batch], *, runtimes: IsolatedRuntimes | None = None
+) -> Quantized:
+    """Run an int8 file, in a process with limits, beside the float model as ONNX content; see `compare_answers`.
+
+    Args:
+        path: The int8 file.
+        in_float: The float model.
+        labeled: (images, labels) batches.
+        runtimes: The process; None starts one for this file, see `secateur.export.isolation.isolated_runtimes`.
 
     Raises:
         ArtifactError: If the file is a link, a pipe or a device.
         ExportError: If one of them does not run, could run without end, or gives no logits.
     """
     threads = torch.get_num_threads()
-    try:
-        content = read_bytes(Path(path), limit=MAX_ONNX_BYTES)
-        check_plain(content)
-        sessions = open_session(in_float, threads=threads), open_session(content, threads=threads)
-        return compare_answers(*sessions, labeled, 0.0)
-    except (ArtifactError, ExportError):
-        raise
-    except Exception as error:
-        raise cannot_run(error) from error
+    with contextlib.ExitStack() as stack:
+        isolated = runtimes or stack.enter_context(isolated_runtimes(["onnx"]))
+        theirs = isolated.open("onnx", [Path(path)], model_bytes=len(in_float), model_seconds=_SECONDS_PER_BATCH)
+        try:
+            ours = session_runner(open_session(in_float, threads=threads))
+            return compare_answers(ours, theirs, labeled, 0.0)
+        except (ArtifactError, ExportError):
+            raise
+        except Exception as error:
+            raise cannot_run(error) from error
 
 
-def _answers(session: Any, images: Tensor) -> Tensor:
+def _answers(run: Runner, images: Tensor) -> Tensor:
     """Return the class of every image."""
-    outputs = session.run(None, feed(session, (images.detach().cpu().contiguous(),)))
-    logits = torch.from_numpy(outputs[0])
+    outputs = run((images.detach().cpu().contiguous(),))
+    logits = outputs[0]
     if len(outputs) != 1 or logits.dim() != 2 or len(logits) != len(images):
         raise ExportError(
             f"`model` must give logits (batch, classes), for answers to be compared; got {len(outputs)} output(s), "
@@ -180,8 +192,9 @@ def export_int8(
         quantized = quantize(content, calibration)
         with atomic_file(path) as part:
             part.write_bytes(quantized)
-            sessions = open_session(content, threads=threads), open_session(part, threads=threads)
-            return compare_answers(*sessions, labeled, least_kept)
+            sessions = open_session(content, threads=threads), open_session(quantized, threads=threads)
+            in_float, in_int8 = map(session_runner, sessions)
+            return compare_answers(in_float, in_int8, labeled, least_kept)
 
 
 def export_int8_samples(model: nn.Module, samples: Samples, path: Path) -> Quantized:

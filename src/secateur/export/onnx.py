@@ -1,7 +1,4 @@
-"""Export to ONNX, which ONNX Runtime runs on any machine, and safe reading of ONNX files.
-
-An ONNX file from someone else is opened only if all that it does is compute, once, from the numbers that it holds.
-"""
+"""Export to ONNX, which ONNX Runtime runs on any machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file, read_bytes
+from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
     BATCH_DIM,
@@ -25,6 +22,7 @@ from secateur.export._common import (
     eval_copy,
     export_program,
     first_line,
+    model_bytes,
     quiet,
     write_errors,
 )
@@ -60,7 +58,7 @@ def export_onnx(
     content = onnx_bytes(reference, inputs)
     with write_errors(path), atomic_file(path) as part:
         part.write_bytes(content)
-        session = open_session(part, threads=1)
+        session = open_session(content, threads=1)
         return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
 
 
@@ -70,7 +68,7 @@ def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
     Raises:
         ExportError: If it cannot be captured or translated, or is too large for one file.
     """
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    size = model_bytes(model)
     if size > _MAX_WEIGHT_BYTES:
         raise ExportError(
             f"`model` must have at most {_MAX_WEIGHT_BYTES / 1e9:g} GB of weights for one ONNX file; got "
@@ -153,52 +151,3 @@ def _strip(graph: Any) -> None:
 
 def _names(stem: str, count: int) -> list[str]:
     return [stem] if count == 1 else [f"{stem}_{n}" for n in range(count)]
-
-
-MAX_ONNX_BYTES = 2**31
-"""Largest size of one protobuf message, and so of one ONNX file."""
-_REPEATING = frozenset({"Loop", "Scan", "If", "SequenceMap"})
-"""Operations that repeat others or choose between them. No file that Secateur exports has them."""
-_DOMAINS = frozenset({"", "ai.onnx"})
-
-
-def plain_onnx_runner(path: Path) -> Runner:
-    """Open an ONNX file to run it.
-
-    Raises:
-        ArtifactError: If it is a link, a pipe or a device.
-        ExportError: If it could run without end, or reads other files.
-    """
-    content = read_bytes(path, limit=MAX_ONNX_BYTES)
-    check_plain(content)
-    return session_runner(open_session(content, threads=torch.get_num_threads()))
-
-
-def check_plain(content: bytes) -> None:
-    """Refuse an ONNX file that could run without end, or that has its numbers in other files.
-
-    Raises:
-        ExportError: If the file is one of those.
-    """
-    import onnx
-
-    model: Any = onnx.ModelProto()
-    model.ParseFromString(content)
-    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    for node in nodes:
-        inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
-        if node.op_type in _REPEATING or inner:
-            raise ExportError(f"it has the operation {node.op_type!r}, which can repeat others without end")
-        held = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
-        if any(map(_is_elsewhere, held)):
-            raise ExportError("it has its numbers in other files")
-    own = {function.domain for function in model.functions}
-    strange = sorted({node.domain for node in nodes} - _DOMAINS - own)
-    if strange:
-        raise ExportError(f"it needs operations that are not ONNX's: {strange[:5]}")
-    if any(map(_is_elsewhere, model.graph.initializer)) or model.graph.sparse_initializer:
-        raise ExportError("it has its numbers in other files")
-
-
-def _is_elsewhere(tensor: Any) -> bool:
-    return bool(tensor.external_data) or tensor.data_location != 0

@@ -10,7 +10,6 @@ from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
     PARITY_TOLERANCE,
-    InputTensors,
     Parity,
     Runner,
     as_inputs,
@@ -21,11 +20,8 @@ from secateur.export._common import (
     first_line,
     write_errors,
 )
+from secateur.export._runtime_child import open_openvino
 from secateur.export.onnx import onnx_bytes
-
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
-"""On processors that compute in bfloat16 OpenVINO does so unless told otherwise: outputs of a ResNet-20 then differ by
-7e-3 of the largest instead of 4e-7."""
 
 
 def export_openvino(
@@ -58,14 +54,9 @@ def export_openvino(
     # The inner file is put in its place first.
     with write_errors(path), atomic_file(path) as description, atomic_file(path.with_suffix(".bin")) as weights:
         openvino.serialize(translated, description, weights)
-        found = check_parity("openvino", reference, _runner(openvino, description, weights), inputs, tolerance)
+        found = check_parity("openvino", reference, _runner(description, weights), inputs, tolerance)
         path.unlink(missing_ok=True)
     return found
-
-
-def openvino_runner(path: Path) -> Runner:
-    """Open an .xml file, with the .bin file beside it, to run it."""
-    return _runner(extra("openvino"), path, path.with_suffix(".bin"))
 
 
 def _translated(openvino: Any, content: bytes) -> Any:
@@ -78,13 +69,6 @@ def _translated(openvino: Any, content: bytes) -> Any:
         ) from error
 
 
-def _runner(openvino: Any, description: Path, weights: Path) -> Runner:
-    core = openvino.Core()
-    settings = {**FLOAT32, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = core.compile_model(core.read_model(description, weights), "CPU", settings)
-
-    def run(batch: InputTensors) -> list[Tensor]:
-        found = compiled([tensor.numpy() for tensor in batch])
-        return [torch.from_numpy(found[slot].copy()) for slot in compiled.outputs]
-
-    return run
+def _runner(description: Path, weights: Path) -> Runner:
+    compute = open_openvino([description.read_bytes(), weights.read_bytes()], torch.get_num_threads())
+    return lambda batch: [torch.from_numpy(found) for found in compute([tensor.numpy() for tensor in batch])]

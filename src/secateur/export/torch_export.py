@@ -60,11 +60,6 @@ def export_pt2(
         return check_parity("pt2", reference, _runner(reloaded), inputs, tolerance)
 
 
-def pt2_runner(path: Path) -> Runner:
-    """Open a file of `torch.export` to run it. torch may unpickle parts of it."""
-    return _runner(torch.export.load(path))
-
-
 def _runner(program: ExportedProgram) -> Runner:
     module = program.module()
 

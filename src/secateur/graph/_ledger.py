@@ -108,6 +108,7 @@ class Ledger:
         scaled: Ids whose number determines a scale (``head_dim ** -0.5``): fewer ids would change the scale.
         scaling: The modules that use such a scale.
         by_head: (ids,) of an earlier run of the model: whether these ids are kept or removed by whole heads.
+        packed_width: The width of an attention whose three projections are one matrix, while that runs; else 0.
         blocks: The residual blocks.
         calls: The ATen names of all calls.
         seen: The ids of all tensors that any operation read.
@@ -131,6 +132,7 @@ class Ledger:
     scaled: list[IntArray] = field(default_factory=list)
     scaling: set[str] = field(default_factory=set[str])
     by_head: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    packed_width: int = 0
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
     seen: set[int] = field(default_factory=set[int])
@@ -400,6 +402,9 @@ def _fitting_rule(call: Call) -> tuple[str, str] | None:
     if not call.outputs or not call.inputs or is_mutable(call.operator):
         return None
     source, out = call.inputs[0], call.outputs[0]
+    # Positions and masks are no channels, whatever their shape.
+    if not (out.is_floating_point() or out.is_complex()):
+        return None
     if out.shape == source.shape:
         return "pointwise", "computes every element alone"
     if out.dim() == source.dim() and out.shape[:2] == source.shape[:2]:

@@ -8,7 +8,6 @@ value is about to be read, the pass is abandoned and repeated with all values co
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -25,8 +24,8 @@ from secateur._shadow import shadow_copy
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._rules_recurrent import FAKE_RECURRENT, WholeCallMode
-from secateur.graph._rules_sizes import bind_sizes
-from secateur.graph._size_ints import Attribute, ShapeOf, SizeInt, SizeTuple
+from secateur.graph._size_ints import Attribute, plain_number
+from secateur.graph._size_records import SizeTracker, UnhashableSizeError, wrap_sizes
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
 from secateur.graph.rules import apply_rule
 
@@ -201,14 +200,16 @@ class RecordingContext:
     Attributes:
         rules: The rules of the user, by name of the operation.
         computed: Whether all values are computed, so that none is fake.
+        hashable: Whether sizes may be looked up in dicts and caches; see `SizeNotes`.
         value_was_read: Whether a fake value was about to be read.
         stack: The qualified names of the running modules, outermost first.
         flow: The data flow.
     """
 
-    def __init__(self, rules: Mapping[str, Rule], *, computed: bool) -> None:
+    def __init__(self, rules: Mapping[str, Rule], *, computed: bool, hashable: bool = False) -> None:
         self.rules = rules
         self.computed = computed
+        self.hashable = hashable
         self.value_was_read = False
         self.stack: list[str] = []
         self.flow = DataFlow()
@@ -261,72 +262,22 @@ class OperationRecorder(WholeCallMode):
 
 
 class SizeRecorder(TorchFunctionMode):
-    """Returns shapes whose ints remember the channels they count, and binds the ints that reach calls with sizes."""
+    """Passes every call of PyTorch to the `SizeTracker`."""
 
-    def __init__(self, ledger: Ledger, context: RecordingContext) -> None:
+    def __init__(self, ledger: Ledger, context: RecordingContext, tracker: SizeTracker) -> None:
         super().__init__()
         self.ledger = ledger
         self.context = context
+        self.tracker = tracker
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        # An overload of an operation (`torch.ops.aten.view.default`) is named ``view.default``.
+        name: str = getattr(func, "__name__", "").partition(".")[0]
         if name in VALUE_READERS and self.context.flow.is_fake(args[0]):
             self.context.reject_fake()
-        out = func(*args, **kwargs)
-        if func == _SHAPE:
-            return self._remember(args[0], out)
-        if name == "size":
-            return self._remember_size(args, kwargs, out)
-        if name in {"numel", "nelement"}:
-            return math.prod(self._remember(args[0], args[0].shape))
-        bind_sizes(self.ledger, name, self.context.module, args, kwargs, out)
-        return out
-
-    def _remember(self, tensor: torch.Tensor, shape: torch.Size) -> Any:
-        ids = self.ledger.ids_of(tensor)
-        if not ids:
-            return shape
-        return SizeTuple(SizeInt(size, ShapeOf(ids[d])) if d in ids else size for d, size in enumerate(shape))
-
-    def _remember_size(self, args: Any, kwargs: Any, out: Any) -> Any:
-        if isinstance(out, torch.Size):
-            return self._remember(args[0], out)
-        dim = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
-        ids = self.ledger.ids_of(args[0]).get(dim)
-        return out if ids is None else SizeInt(out, ShapeOf(ids))
-
-
-_SHAPE: Any = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-
-
-_HOLDS_INTS = frozenset({int, tuple, list})
-
-
-def wrap_int_attributes(modules: Mapping[str, nn.Module]) -> dict[Attribute, int]:
-    """Replace the int attributes of the modules of a shadow copy, by name, by ints that remember their attribute.
-
-    Returns:
-        Every int attribute with its value.
-    """
-    values: dict[Attribute, int] = {}
-
-    def remember(place: Attribute, value: int) -> SizeInt:
-        values[place] = value
-        return SizeInt(value, place)
-
-    for name, module in modules.items():
-        held = vars(module)
-        for key, value in held.items():
-            kind = type(value)
-            if kind not in _HOLDS_INTS or key.startswith("_"):
-                continue
-            if kind is int:
-                held[key] = remember(Attribute(name, key), value)
-            elif value and all(type(item) is int for item in value):
-                items = [remember(Attribute(name, key, i), item) for i, item in enumerate(value)]
-                held[key] = items if kind is list else tuple(items)
-    return values
+        # The packed projection (3 x width) of `nn.MultiheadAttention` is no set of heads.
+        self.ledger.packed_width = plain_number(args[3]) if name == "multi_head_attention_forward" else 0
+        return self.tracker.run(func, name, args, kwargs or {})
 
 
 def record(
@@ -346,9 +297,26 @@ def record(
     Raises:
         TraceError: If the model cannot run the example.
     """
-    with contextlib.suppress(TraceError, FakeValueReadError):
-        return record_once(model, example, RecordingContext(rules, computed=False), by_head)
-    return record_once(model, example, RecordingContext(rules, computed=True), by_head)
+    computed = hashable = False
+    while True:
+        try:
+            return record_once(model, example, RecordingContext(rules, computed=computed, hashable=hashable), by_head)
+        except (TraceError, FakeValueReadError) as error:
+            # Each can be the reason only once. A model that cannot run at all is told from computed values.
+            if not hashable and _was_caused_by(error, UnhashableSizeError):
+                hashable = True
+            elif not computed:
+                computed = True
+            else:
+                raise
+
+
+def _was_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def record_once(
@@ -364,10 +332,11 @@ def record_once(
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)
     modules = {n: m for n, m in shadow.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    attributes = wrap_int_attributes(modules)
+    tracker = SizeTracker(ledger, context)
+    attributes = wrap_sizes(modules, dict(model.named_modules()), ledger, tracker)
     _add_recording_hooks(modules, ledger, context)
     context.flow.add_inputs(example)
-    with run_isolated(model), torch.no_grad(), OperationRecorder(ledger, context), SizeRecorder(ledger, context):
+    with run_isolated(model), torch.no_grad(), OperationRecorder(ledger, context), SizeRecorder(ledger, context, tracker):
         try:
             out = shadow(*example)
         except Exception as error:
@@ -387,14 +356,20 @@ def record_once(
     ledger.calls = tuple(name for name in context.flow.names if name != INPUT)
     ledger.blocks = find_blocks(context.flow, shadow, {operation.module for operation in ledger.operations})
     if ledger.unseen():
-        _record_training(model, shadow, example, ledger, context)
+        _record_training(model, shadow, example, ledger, context, tracker)
+    tracker.notes.close()
     if context.value_was_read:
         raise FakeValueReadError
     return ledger, attributes
 
 
-def _record_training(
-    model: nn.Module, shadow: nn.Module, example: tuple[Any, ...], ledger: Ledger, context: RecordingContext
+def _record_training(  # noqa: PLR0917
+    model: nn.Module,
+    shadow: nn.Module,
+    example: tuple[Any, ...],
+    ledger: Ledger,
+    context: RecordingContext,
+    tracker: SizeTracker,
 ) -> None:
     """Run once more in training mode: auxiliary heads that evaluation does not use must be cut with what they read.
 
@@ -410,7 +385,8 @@ def _record_training(
         dict(ledger.outputs),
         len(ledger.touched),
     )
-    recorders = OperationRecorder(ledger, context), SizeRecorder(ledger, context)
+    context.hashable = True
+    recorders = OperationRecorder(ledger, context), SizeRecorder(ledger, context, tracker)
     context.flow.add_inputs(doubled)
     with contextlib.suppress(Exception), run_isolated(model), torch.no_grad(), recorders[0], recorders[1]:
         out = shadow.train()(*doubled)

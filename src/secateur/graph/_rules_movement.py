@@ -167,6 +167,9 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
         return
     if len(dims) == 1:
         free = dims[0]
+    # A matrix of several projections is taken apart before its rows are divided into heads.
+    elif call.ledger.packed_width == ids.size(dims[-1]):
+        free = dims[-1]
     # Heads come before their dimensions, so the second to last dimension that varies counts heads.
     elif call.ledger.is_by_head(vector):
         free = dims[-2]

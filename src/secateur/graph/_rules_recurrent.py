@@ -90,7 +90,11 @@ class _WholeCalls(TorchFunctionMode):
         if overload is None:
             return func(*args, **(kwargs or {}))
         # Modules pass the two states of an LSTM as a tuple; ATen operations get lists.
-        return self._mode.handle_whole(overload, tuple(list(a) if isinstance(a, tuple) else a for a in args))
+        out = self._mode.handle_whole(overload, tuple(list(a) if isinstance(a, tuple) else a for a in args))
+        if func is overload or isinstance(out, Tensor):
+            return out
+        # A step of its own for each state shows who uses it: residual branches may use the output only.
+        return (out[0], *map(_ATEN.alias.default, out[1:]))
 
 
 def _find_overload(func: Any, args: tuple[Any, ...]) -> Any:

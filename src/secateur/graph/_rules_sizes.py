@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from secateur._arrays import IntArray
-from secateur.graph._ledger import Ledger, cuts_whole_groups
-from secateur.graph._size_ints import ShapeOf, SizeFloat, SizeInt, expression_of, shape_ids
+from secateur.graph._ledger import Ledger, cuts_whole_groups, tensors_in
+from secateur.graph._size_ints import (
+    Expression,
+    Literal,
+    ShapeOf,
+    SizeFloat,
+    SizeInt,
+    expression_of,
+    plain_number,
+    shape_ids,
+)
 
 SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -21,21 +30,44 @@ SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
 def bind_sizes(  # noqa: PLR0917
     ledger: Ledger, name: str, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """Bind the Python ints of one call, if it takes sizes."""
+    """Bind the Python ints of one call: by its rule, or to what they are."""
     rule = SIZE_RULES.get(name)
-    if rule is not None:
-        # Modules whose attention scale depends on a size are cut by whole heads; see `trace`.
-        scales = len(ledger.scaled)
-        rule(ledger, f"`{name}` in {where or 'the model itself'}", args, kwargs, out)
-        if len(ledger.scaled) > scales:
-            ledger.scaling.add(where)
+    text = f"`{name}` in {where or 'the model itself'}"
+    if rule is None:
+        _keep_sizes(ledger, text, args, kwargs)
+        return
+    # Modules whose attention scale depends on a size are cut by whole heads; see `trace`.
+    scales = len(ledger.scaled)
+    rule(ledger, text, args, kwargs, out)
+    if len(ledger.scaled) > scales:
+        ledger.scaling.add(where)
+
+
+def _keep_sizes(ledger: Ledger, where: str, *values: Any) -> None:
+    """Bind every size among some arguments to what it is: nobody knows what the call does with it."""
+    for value in values:
+        if isinstance(value, SizeInt | SizeFloat):
+            ledger.bind(_origin(value), None, where)
+        elif isinstance(value, tuple | list):
+            _keep_sizes(ledger, where, *value)
+        elif isinstance(value, dict):
+            _keep_sizes(ledger, where, *value.values())
+        elif isinstance(value, slice):
+            _keep_sizes(ledger, where, value.start, value.stop, value.step)
+
+
+def _origin(value: SizeInt | SizeFloat) -> Expression:
+    if isinstance(value, SizeInt):
+        return expression_of(value)
+    value.watcher.end(value)
+    return value.expression if value.watcher.open else Literal(0)
 
 
 def _bind_view(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``view`` and ``reshape``: bind one size per output dimension."""
     sizes = _flatten_sizes(args[1:], kwargs)
     # `view(dtype)` has no sizes.
-    if len(sizes) != out.dim() or not all(isinstance(size, int) for size in sizes):
+    if len(sizes) != out.dim() or not all(isinstance(size, int | np.integer) for size in sizes):
         return
     ids = ledger.ids_of(out)
     for dim, size in enumerate(sizes):
@@ -53,22 +85,20 @@ def _bind_expand(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict
 def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``torch.zeros``, ``x.new_ones``: a dimension as long as a number of channels gets their ids."""
     # The tensor of `x.new_ones(2, 3)` is no size, but that of `torch.zeros(n, 3)` is one: a number in a tensor.
-    has_source = bool(args) and isinstance(args[0], torch.Tensor) and len(_flatten_sizes(args[1:], kwargs)) >= out.dim()
-    sizes = _flatten_sizes(args[1:] if has_source else args, kwargs)[: out.dim()]
-    _assign_counted_ids(ledger, out, sizes)
-    for dim, size in enumerate(sizes):
-        if isinstance(size, SizeInt):
-            ledger.bind(expression_of(size), ledger.ids_of(out).get(dim), where)
+    has_source = bool(args) and isinstance(args[0], Tensor) and len(_flatten_sizes(args[1:], kwargs)) >= out.dim()
+    given = _flatten_sizes(args[1:] if has_source else args, kwargs)
+    _keep_sizes(ledger, where, *given[out.dim() :], kwargs.get("fill_value"))
+    _bind_new_sizes(ledger, where, given[: out.dim()], out)
 
 
-def _assign_counted_ids(ledger: Ledger, out: torch.Tensor, sizes: Sequence[Any]) -> None:
+def _assign_counted_ids(ledger: Ledger, out: Tensor, sizes: Sequence[Any]) -> None:
     """Give dimensions of equal values the ids of the channels that determined their length."""
     if len(sizes) != out.dim():
         return
     ids = dict(ledger.ids_of(out))
     for dim, size in enumerate(sizes):
         if dim not in ids and isinstance(size, SizeInt) and size > 1:
-            counted = size.expression
+            counted = expression_of(size)
             ids[dim] = counted.ids if isinstance(counted, ShapeOf) else ledger.new(int(size))
     ledger.mark(out, ids, own=ledger.is_own(out))
 
@@ -77,6 +107,12 @@ def _flatten_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the sizes, which may be passed one by one or as one sequence, by position or by name."""
     given = args or tuple(v for k, v in kwargs.items() if k in {"shape", "size"})
     return [size for item in given for size in (item if isinstance(item, tuple | list) else (item,))]
+
+
+def _bind_grid(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``affine_grid``: of the sizes (batch, channels, ...), the channels do not matter."""
+    batch, _, *space = _argument(args, kwargs, 1, "size")
+    _keep_sizes(ledger, where, batch, space)
 
 
 def _bind_unflatten(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -105,7 +141,7 @@ def _bind_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
         _tie_pieces(ledger, where, out, dim)
         ledger.bind(expression_of(sizes), _ids_along(ledger, out[0], dim), where)
         return
-    pieces: list[tuple[Any, torch.Tensor]] = list(zip(sizes or (), out, strict=False))
+    pieces: list[tuple[Any, Tensor]] = list(zip(sizes or (), out, strict=False))
     for size, piece in pieces:
         ids = _ids_along(ledger, piece, dim)
         if ids is not None or isinstance(size, SizeInt):
@@ -156,17 +192,19 @@ def _bind_index(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
         ids = ledger.ids_of(source).get(dim)
         if isinstance(part, slice):
             _bind_slice(ledger, where, part, ids)
-        dim += 1
+        else:
+            _keep_sizes(ledger, where, part)
+        # A mask replaces as many dimensions as it has.
+        dim += part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
 
 
 def _bind_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, Any] | None) -> None:
     if ids is None:
-        for bound in (part.start, part.stop):
-            if isinstance(bound, SizeInt):
-                ledger.bind(expression_of(bound), None, where)
+        _keep_sizes(ledger, where, part)
         return
     if part.step not in (None, 1):
         ledger.freeze(ids, f"{where} skips channels by a step")
+    part = slice(*(_as_size(bound) for bound in (part.start, part.stop)))
     if part.start:
         before = ids[: part.start] if part.start > 0 else ids[part.start :]
         ledger.bind(expression_of(-part.start if part.start < 0 else part.start), before, where)
@@ -193,6 +231,13 @@ def _bind_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs:
     groups = _argument(args, kwargs, 6, "groups", 1)
     if groups != 1:
         _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
+
+
+def _bind_deformable(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``deform_conv2d``: of its sizes, the groups of weights (argument 11) and those of offsets (12) count channels."""
+    _keep_sizes(ledger, where, args[5:11], args[12:])
+    if args[11] != 1:
+        _bind_groups(ledger, where, args[11], ledger.ids_of(args[0]).get(1))
 
 
 def _bind_groups(ledger: Ledger, where: str, groups: int, ids: IntArray | None) -> None:
@@ -230,22 +275,81 @@ def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: d
                 ledger.scaled.append(ids)
 
 
-def _freeze_packed_attention(
+def _bind_packed_attention(
     ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """``multi_head_attention_forward``: freeze all, because one int is the width of the input, heads and output."""
-    reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
-    for tensor in tree_leaves((args, kwargs)):
-        if isinstance(tensor, torch.Tensor):
+    """``multi_head_attention_forward``: one int is the width of the query and of all heads together.
+
+    So the channels of the query are tied to those of the heads, position by position, and whole heads are removed: the
+    width of one head, and with it the scale of the attention, stays.
+    """
+    query, width, heads, out_weight = args[0], args[3], args[4], args[11]
+    read, inner = ledger.ids_of(query).get(query.dim() - 1), ledger.ids_of(out_weight).get(1)
+    if read is None or inner is None:
+        reason = f"{where} (torch.nn.MultiheadAttention) has one width for its input and for all its heads"
+        for tensor in tensors_in(*args, *kwargs.values()):
             ledger.freeze_all([ledger.ids_of(tensor)], reason)
+        return
+    rows = ledger.tie(inner, read).reshape(plain_number(heads), -1)
+    ledger.tie_rows(np.ascontiguousarray(rows.T))
+    ledger.bind(expression_of(heads), np.ascontiguousarray(rows[:, 0]), where)
+    ledger.bind(expression_of(width), inner, where)
+    ledger.scaled.append(inner)
 
 
 def _bind_scale(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A product with a number that was computed from sizes: the number must stay what it is."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, SizeInt | SizeFloat):
-            ledger.bind(value.expression, None, where)
-            ledger.scaled.extend(shape_ids(value.expression))
+            expression = _origin(value)
+            ledger.bind(expression, None, where)
+            ledger.scaled.extend(shape_ids(expression))
+
+
+def _bind_repeat(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``repeat`` and ``tile``: a dimension of length one becomes as long as it is repeated; others repeat as often."""
+    times = _flatten_sizes(args[1:], {"size": kwargs.get("repeats", kwargs.get("dims", ()))})
+    if len(times) != out.dim():
+        _keep_sizes(ledger, where, times)
+        return
+    source = args[0]
+    lengths = (*[1] * (out.dim() - source.dim()), *source.shape)
+    sizes = [time if length == 1 else 1 for time, length in zip(times, lengths, strict=True)]
+    _keep_sizes(ledger, where, [time for time, length in zip(times, lengths, strict=True) if length > 1])
+    _bind_new_sizes(ledger, where, sizes, out)
+
+
+def _bind_like(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``expand_as``, ``view_as``: the sizes are those of another tensor."""
+    other = _argument(args, kwargs, 1, "other")
+    known = ledger.ids_of(other)
+    sizes = [SizeInt(size, ShapeOf(known[d])) if d in known else size for d, size in enumerate(other.shape)]
+    _bind_new_sizes(ledger, where, sizes, out)
+
+
+def _bind_new_sizes(ledger: Ledger, where: str, sizes: Sequence[Any], out: Any) -> None:
+    _assign_counted_ids(ledger, out, sizes)
+    for dim, size in enumerate(sizes):
+        if isinstance(size, SizeInt):
+            ledger.bind(expression_of(size), ledger.ids_of(out).get(dim), where)
+
+
+def _bind_tensor_split(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``tensor_split``: tie pieces of a number of pieces, or bind the bounds of a list of them."""
+    pieces = _argument(args, kwargs, 1, "indices_or_sections", kwargs.get("sections", kwargs.get("indices")))
+    dim = _dim_argument(args, kwargs, 2)
+    if isinstance(pieces, tuple | list):
+        ids = _ids_along(ledger, args[0], dim)
+        for bound in pieces:
+            _bind_slice(ledger, where, slice(None, bound), ids)
+        return
+    _keep_sizes(ledger, where, pieces)
+    _tie_pieces(ledger, where, out, dim)
+
+
+def _as_size(value: Any) -> Any:
+    """Return an int, also for an integer of numpy or a tensor with one number; None for None."""
+    return value if value is None or isinstance(value, int) else int(value)
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
@@ -257,7 +361,7 @@ def _dim_argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) 
     return int(_argument(args, kwargs, position, "dim", 0))
 
 
-def _ids_along(ledger: Ledger, tensor: torch.Tensor, dim: int) -> Any:
+def _ids_along(ledger: Ledger, tensor: Tensor, dim: int) -> Any:
     return ledger.ids_of(tensor).get(dim % tensor.dim())
 
 
@@ -265,23 +369,29 @@ _PRODUCTS = (
     "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "div_", "__truediv__", "__rtruediv__", "__itruediv__",
     "true_divide", "__pow__", "pow",
 )  # fmt: skip
-_NEW_TENSOR = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+_NEW_TENSOR = (
+    "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "rand", "randn",
+)  # fmt: skip
 SIZE_RULES: dict[str, SizeRule] = {
     **dict.fromkeys(("view", "reshape"), _bind_view),
     **dict.fromkeys(("expand", "broadcast_to"), _bind_expand),
     **dict.fromkeys(_NEW_TENSOR, _bind_new_tensor),
+    **dict.fromkeys(("repeat", "tile"), _bind_repeat),
+    **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _bind_like),
+    **dict.fromkeys(("tensor_split", "unsafe_tensor_split"), _bind_tensor_split),
     "unflatten": _bind_unflatten,
-    "chunk": _bind_chunk,
-    "split": _bind_split,
-    "split_with_sizes": _bind_split,
+    "affine_grid": _bind_grid,
+    **dict.fromkeys(("chunk", "unsafe_chunk"), _bind_chunk),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _bind_split),
     "pad": _bind_pad,
-    "__getitem__": _bind_index,
+    **dict.fromkeys(("__getitem__", "__setitem__"), _bind_index),
     "narrow": _bind_narrow,
     **dict.fromkeys(("layer_norm", "rms_norm"), _bind_layer_norm),
     "group_norm": _bind_group_norm,
     **dict.fromkeys(_PRODUCTS, _bind_scale),
     "scaled_dot_product_attention": _bind_attention,
-    "multi_head_attention_forward": _freeze_packed_attention,
+    "multi_head_attention_forward": _bind_packed_attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _bind_convolution),
+    "deform_conv2d": _bind_deformable,
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _bind_convolution),
 }

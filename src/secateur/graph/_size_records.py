@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from secateur.graph._ledger import Ledger, SizeComparison, tensors_in
 from secateur.graph._rules_sizes import bind_sizes
@@ -24,7 +24,6 @@ from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
     Expression,
-    Item,
     NumpySize,
     ShapeOf,
     SizeFloat,
@@ -36,6 +35,7 @@ from secateur.graph._size_ints import (
     shape_ids,
     steps_of,
 )
+from secateur.graph.graph import SizeItem
 
 
 class UnhashableSizeError(TypeError):
@@ -182,7 +182,7 @@ class SizeTracker:
                 self._ledger.bind(ShapeOf(ids), None, self._text(name))
             return out
         ints = [t for t in tensors_in(args, *kwargs.values()) if not t.is_floating_point()]
-        if ints or name in _CREATING:
+        if (ints and name not in _HARMLESS) or name in _CREATING:
             with _disable_current_modes():
                 known = {id(t): numbers for t in ints if (numbers := self.numbers(t)) is not None}
                 if known or name in _CREATING:
@@ -226,21 +226,20 @@ class SizeTracker:
         if name == "__setitem__":
             return self._write_numbers(args, known), out
         if name in _MOVING:
-            moved = self._moved(func, args, kwargs, out, known)
-            return moved is not None, moved if moved is not None else out
-        act = _COMPUTING.get(name)
-        if act is None or kwargs or not isinstance(out, Tensor):
-            return False, out
+            return self._move(func, args, kwargs, out, known)
+        act = None if kwargs else _COMPUTING.get(name)
+        return act is not None and self._compute(act, args, out, known), out
+
+    def _compute(self, act: Callable[..., Any], args: tuple[Any, ...], out: Any, known: Mapping[int, Numbers]) -> bool:
+        """Do arithmetic on the elements, or compare them; return whether that is possible."""
         values = [_values_of(value, known) for value in args]
-        if any(value is None for value in values):
-            return False, out
+        if any(value is None for value in values) or not isinstance(out, Tensor) or out.is_floating_point():
+            return False
         if out.dtype == torch.bool:
             self._compare(act, values)
-        elif out.is_floating_point():
-            return False, out
         else:
             _mark(out, act(*values))
-        return True, out
+        return True
 
     def _compare(self, act: Callable[..., Any], values: Sequence[Any]) -> None:
         self.notes.paused = False
@@ -279,21 +278,21 @@ class SizeTracker:
         numbers.reshape(-1)[places] = np.broadcast_to(np.asarray(values, dtype=object).reshape(-1), len(places))
         return True
 
-    def _moved(
+    def _move(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, known: Mapping[int, Numbers]
-    ) -> Any:
-        """Execute a call that only moves elements on their positions; None if it does anything else."""
+    ) -> tuple[bool, Any]:
+        """Execute a call on the positions of elements; return whether it only moves elements, and its result."""
         results = tensors_in(out)
         given: list[Any] = []
         positions: dict[int, Tensor] = {}
         for tensor in tensors_in(args[:1]):
             found = known.get(id(tensor), _plain_numbers(tensor))
             if found is None:
-                return None
+                return False, out
             positions[id(tensor)] = torch.arange(len(given), len(given) + found.size).view(tensor.shape)
             given += found.reshape(-1).tolist()
         if not positions or any(t.is_floating_point() for t in results):
-            return None
+            return False, out
         first = args[0]
         probe = (
             type(first)(positions[id(t)] for t in first) if isinstance(first, list | tuple) else positions[id(first)]
@@ -302,7 +301,7 @@ class SizeTracker:
         values[:] = given
         for result, moved in zip(results, tensors_in(func(probe, *args[1:], **kwargs)), strict=True):
             _mark(result, values[moved.numpy()])
-        return out
+        return True, out
 
     def _recognize(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments with the sizes of ``torch.Size(tensor)``; the sizes read for anything else are bound."""
@@ -377,6 +376,10 @@ def _with_sizes(value: Any, known: Mapping[int, Numbers]) -> Any:
     return value
 
 
+_HARMLESS = frozenset({
+    "dim", "ndimension", "__get__", "__hash__", "__repr__", "__format__", "is_floating_point", "is_complex",
+    "get_device", "is_contiguous", "element_size", "stride",
+})  # fmt: skip
 _CREATING = frozenset({"tensor", "as_tensor", "new_tensor", "scalar_tensor"})
 _READING = frozenset(
     {"tolist", "item", "__iter__", "__int__", "__index__", "__float__", "__bool__", "numpy", "__array__"}
@@ -509,7 +512,7 @@ _MAY_HOLD = frozenset({int, list, tuple, dict, OrderedDict})
 
 def _inside(place: Attribute, step: int | str) -> Attribute:
     steps = steps_of(place.item)
-    item: Item = step if not steps else (*steps, step)
+    item: SizeItem = step if not steps else (*steps, step)
     return Attribute(place.module, place.attribute, item)
 
 
@@ -562,3 +565,45 @@ _DECLARING = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # pyright: ignore[reportPrivateUsage]
 )
+
+
+def set_number(holder: Any, attribute: str, item: SizeItem, value: int) -> None:
+    """Set one int that an object holds, wherever `Attribute` says it is. It keeps its type (an integer of numpy)."""
+    steps = (attribute, *steps_of(item))
+    holders = [holder]
+    for step in steps:
+        holders.append(_step_into(holders[-1], step))
+    new: Any = value if isinstance(holders[-1], int | Tensor) else type(holders[-1])(value)
+    # From the inside out: what cannot be changed is made anew, and set in what holds it.
+    for place, step in zip(reversed(holders[:-1]), reversed(steps), strict=True):
+        if not isinstance(place, tuple):
+            _set_step(place, step, new)
+            return
+        items = [*place[: int(step)], new, *place[int(step) + 1 :]]
+        make: Any = getattr(type(place), "_make", type(place))
+        new = make(items)
+
+
+def number_at(holder: Any, attribute: str, item: SizeItem) -> int:
+    """Return one int that an object holds; see `set_number`."""
+    for step in (attribute, *steps_of(item)):
+        holder = _step_into(holder, step)
+    return int(holder)
+
+
+def _step_into(holder: Any, step: int | str) -> Any:
+    if isinstance(holder, Tensor):
+        return holder.reshape(-1)[int(step)]
+    return holder[step] if isinstance(step, int) or isinstance(holder, dict) else getattr(holder, step)
+
+
+def _set_step(holder: Any, step: int | str, value: Any) -> None:
+    if isinstance(holder, Tensor):
+        with torch.no_grad():
+            holder.view(-1)[int(step)] = value
+    elif isinstance(step, int) or isinstance(holder, dict):
+        holder[step] = value
+    elif isinstance(holder, nn.Module):
+        setattr(holder, step, value)
+    else:
+        object.__setattr__(holder, step, value)  # Frozen dataclasses refuse `setattr`.

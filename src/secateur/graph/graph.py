@@ -260,6 +260,11 @@ class MixingCall:
     written: tuple[ChannelDim, ...]
 
 
+SizeItem = int | str | tuple[int | str, ...] | None
+"""Where an int is within an attribute: None for the attribute itself, a position in a sequence or in an int tensor, the
+name of a dict's key or of an object's attribute, or a path of several of these."""
+
+
 @dataclass(frozen=True)
 class SizeEdit:
     """A Python int of a module (``groups``, a pad amount, an item of a split list) that depends on the widths.
@@ -267,13 +272,13 @@ class SizeEdit:
     Attributes:
         module: Qualified module name.
         attribute: Attribute name.
-        item: The position inside a tuple or list attribute; None for a plain int.
+        item: Where the int is within the attribute; None if the attribute itself is the int.
         extent: The value that it must have.
     """
 
     module: str
     attribute: str
-    item: int | None
+    item: SizeItem
     extent: Extent
 
 

@@ -22,7 +22,7 @@ from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.errors import ArtifactError, ExportError
-from secateur.export.artifact import amend, save, weights_bytes
+from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
 from secateur.export.manifest import Recipe, edits_between
 from secateur.pipeline.config import Output, RunConfig
 from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
@@ -93,7 +93,7 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
     if run.output is None:
         return (run.report if run.latency_bound is None else _with_latency(run)[0]), None, ()
     folder = run.output.folder
-    with disk_errors(folder), atomic_folder(folder) as draft:
+    with disk_errors(folder), atomic_folder(folder, replaceable=replaceable_files) as draft:
         save(draft, run.student, _recipe(run, run.output))
         own = (lambda: copy_model(run.given).eval()) if run.output.source is None else None
         reloaded = reload_check(run.student, run.images, draft, own)

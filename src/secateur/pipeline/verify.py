@@ -1,7 +1,8 @@
 """Verify an artifact in place: its weights, costs, outputs, accuracy and exported files."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import check_extra, eval_copy
 from secateur.export.formats import Format, compare_file
 from secateur.export.int8 import INT8_BATCH_SIZE, MIN_KEPT_ACCURACY, compare_int8_file
+from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
 from secateur.export.manifest import Manifest
 from secateur.export.onnx import onnx_bytes
 from secateur.pipeline.exports import RECORD
@@ -31,7 +33,13 @@ _MOST_BYTES = 2**31
 
 
 def check_files(
-    folder: Path, model: nn.Module, manifest: Manifest, data: ImageData | None, *, trust_source: bool
+    folder: Path,
+    model: nn.Module,
+    manifest: Manifest,
+    data: ImageData | None,
+    *,
+    trust_source: bool,
+    runtimes: IsolatedRuntimes | None = None,
 ) -> tuple[list[Check], tuple[str, ...]]:
     """Compare every exported file with the model.
 
@@ -41,6 +49,7 @@ def check_files(
         manifest: What it says.
         data: For the accuracy of an int8 file; without it the file must be the one whose accuracy was recorded.
         trust_source: Whether to read files that could do harm.
+        runtimes: The process that runs the files; None starts one for each file.
 
     Returns:
         A check for each file that was run, and a sentence for each that was not.
@@ -55,9 +64,9 @@ def check_files(
         if reason:
             passed_over.append(f"{form.exporter.file} was not checked: {reason}")
         elif form is Format.INT8:
-            checks.append(_int8_check(path, model, manifest, data))
+            checks.append(_int8_check(path, model, manifest, data, runtimes))
         else:
-            checks.append(_file_check(path, model, images))
+            checks.append(_file_check(path, model, images, runtimes))
     return checks, tuple(passed_over)
 
 
@@ -73,18 +82,35 @@ def _not_now(form: Format, *, trust_source: bool) -> str:
     return ""
 
 
-def _file_check(path: Path, model: nn.Module, images: Tensor) -> Check:
+@contextlib.contextmanager
+def _runtimes_for(folder: Path, data: ImageData | None, *, trust_source: bool) -> Generator[IsolatedRuntimes | None]:
+    """Start the process for all files of an artifact that will be run; None if there are none."""
+    there = [form for form in Format if os.path.lexists(folder / form.exporter.file)]
+    wanted = {form for form in there if not _not_now(form, trust_source=trust_source)}
+    if data is None:
+        wanted.discard(Format.INT8)
+    names = {Format.ONNX.value if form is Format.INT8 else form.value for form in wanted}
+    if not names:
+        yield None
+        return
+    with isolated_runtimes(names) as runtimes:
+        yield runtimes
+
+
+def _file_check(path: Path, model: nn.Module, images: Tensor, runtimes: IsolatedRuntimes | None) -> Check:
     """Compare one file; whatever is wrong with it fails this check only."""
     name = f"{path.name} = model in PyTorch"
     try:
-        found = compare_file(path, model, images)
+        found = compare_file(path, model, images, runtimes=runtimes)
     except ExportError as error:
         return Check(name, False, detail=str(error))
     held = found.max_rel <= found.tolerance
     return Check(name, held, found.max_abs, found.max_rel, found.tolerance, f"batch size {len(images)}")
 
 
-def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageData | None) -> Check:
+def _int8_check(
+    path: Path, model: nn.Module, manifest: Manifest, data: ImageData | None, runtimes: IsolatedRuntimes | None
+) -> Check:
     """Compare answers on the test images; without any, check that it is the file that was measured."""
     try:
         if data is None:
@@ -92,7 +118,7 @@ def _int8_check(path: Path, model: nn.Module, manifest: Manifest, data: ImageDat
             said = "its accuracy is in secateur.json" if same else "another file: export it again, or say --data"
             return Check(f"{path.name} = the file that was measured", same, detail=said)
         in_float = onnx_bytes(eval_copy(model), (probe_images(manifest.recipe.input_shape),))
-        found = compare_int8_file(path, in_float, data.test.batches(INT8_BATCH_SIZE))
+        found = compare_int8_file(path, in_float, data.test.batches(INT8_BATCH_SIZE), runtimes=runtimes)
     except (ArtifactError, ExportError) as error:
         return Check(f"{path.name} answers as the float model", False, detail=str(error))
     return Check(f"{path.name} answers as the float model", found.kept >= MIN_KEPT_ACCURACY, detail=str(found))
@@ -154,19 +180,21 @@ def verify(
         ArtifactError: If it cannot be loaded or run at all.
     """
     folder = Path(folder)
-    loaded = load(folder, factory=factory, trust_source=trust_source)
-    model, manifest = loaded.model, loaded.manifest
-    check_runs(model, image_size_of(manifest))
-    checks = [
-        Check(
-            "Weights = SHA-256 in secateur.json",
-            True,
-            detail=f"{manifest.weights_bytes} bytes, {manifest.weights_sha256[:16]}",
-        ),
-        _cost_check(model, manifest),
-    ]
-    checks += _probe_checks(model, manifest)
-    files, passed_over = check_files(folder, model, manifest, data, trust_source=trust_source)
+    # The runtimes are imported while the model is loaded.
+    with _runtimes_for(folder, data, trust_source=trust_source) as runtimes:
+        loaded = load(folder, factory=factory, trust_source=trust_source)
+        model, manifest = loaded.model, loaded.manifest
+        check_runs(model, image_size_of(manifest))
+        checks = [
+            Check(
+                "Weights = SHA-256 in secateur.json",
+                True,
+                detail=f"{manifest.weights_bytes} bytes, {manifest.weights_sha256[:16]}",
+            ),
+            _cost_check(model, manifest),
+            *_probe_checks(model, manifest),
+        ]
+        files, passed_over = check_files(folder, model, manifest, data, trust_source=trust_source, runtimes=runtimes)
     checks += files
     if data is not None:
         checks.append(_accuracy_check(model, manifest, data, device))

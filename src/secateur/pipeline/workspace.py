@@ -27,7 +27,7 @@ from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
-from secateur.export.artifact import refuse_foreign
+from secateur.export.artifact import OWN_FILES, refuse_foreign, refuse_no_folder
 from secateur.train.callbacks import Callbacks, CsvLog
 from secateur.train.device import Precision, open_fabric, resolve_fabric
 
@@ -90,14 +90,14 @@ def open_run_directory(
     if place.folder.exists():
         _meet(place.folder, settings, on_existing)
     if not place.folder.exists():
-        with disk_errors(place.folder), atomic_folder(place.folder) as draft:
+        with disk_errors(place.folder), atomic_folder(place.folder, must_be_new=True) as draft:
             (draft / _SETTINGS).write_text(json.dumps(dict(settings), indent=1))
             (draft / _SURROUNDINGS).write_text(json.dumps(here, indent=1))
             (draft / LOCK).touch()  # Together with the rest, so that a full disk leaves nothing.
     with contextlib.ExitStack() as stack:
         with disk_errors(place.folder):
             stack.enter_context(locked(place.folder))
-        clean_stale(out, place.folder)
+        clean_stale(out, place.folder, own=OWN_FILES)
         _compare(place.folder, here)
         try:
             yield place
@@ -147,6 +147,8 @@ def _meet(folder: Path, settings: Mapping[str, str], on_existing: OnExisting) ->
             "Move it away, or choose another --out."
         )
     if on_existing is OnExisting.ERROR:
+        with disk_errors(folder), locked(folder):  # If a process is at work there, that is the reason to give.
+            pass
         raise ArtifactError(
             f"`out` must have no unfinished run beside it; got {folder}. Go on with it (--resume), or remove "
             "it and begin again (--restart)."
@@ -283,7 +285,10 @@ def check_output(folder: Path) -> None:
     Raises:
         ArtifactError: If it is a file, holds something else than an artifact, or cannot be made there.
     """
-    refuse_foreign(folder, "out")
+    if (run_directory_path(folder).folder / _SETTINGS).is_file():
+        refuse_no_folder(folder, "out")  # What else is in it has appeared during the unfinished run, and stays.
+    else:
+        refuse_foreign(folder, "out")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(

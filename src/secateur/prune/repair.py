@@ -131,8 +131,8 @@ class RecalibrateBatchNorm:
 
         mean' = mean + (mean_cut - mean_original),   var' = var * var_cut / var_original
 
-    A model that was not cut does not change at all. A channel that is constant in one of the two models, and not in the
-    other, keeps its variance: a quotient beyond 1e6 tells nothing.
+    A model that was not cut does not change at all. A channel that is constant in one of the two models and not in the
+    other keeps its variance: of a quotient beyond 1e6, nothing can be learned.
 
     Attributes:
         eps: Added to both variances before dividing.
@@ -165,7 +165,8 @@ class RecalibrateBatchNorm:
             # Only the change is applied, so that nothing happens where the cut had no effect.
             shift = (mean - old_mean).to(layer.running_mean.dtype)
             ratio = (variance + self.eps) / (old_variance + self.eps)
-            ratio = torch.where((ratio > _LARGEST_RATIO) | (ratio < 1 / _LARGEST_RATIO), 1.0, ratio)
+            varies = torch.minimum(variance, old_variance) * _LARGEST_RATIO >= torch.maximum(variance, old_variance)
+            ratio = torch.where(varies, ratio, 1.0)
             new_mean, new_variance = layer.running_mean + shift, layer.running_var * ratio.to(layer.running_var.dtype)
             if not _are_finite(new_mean, new_variance):
                 skipped[place] = "its statistics are not finite on the calibration images"

@@ -5,8 +5,8 @@ here; see `cut`.
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._rules_layers import compute_over_kept_channels_
-from secateur.graph.graph import ChannelGraph, Replacement, Role, StandIn
+from secateur.graph._size_records import set_number
+from secateur.graph.graph import ChannelGraph, Replacement, Role, SizeItem, StandIn
 from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.narrow_branches import branch_expansions, check_branches, expand_branches_
 
@@ -281,18 +282,11 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def set_size_attributes_(model: nn.Module, sizes: list[tuple[str, str, int | None, int]]) -> None:
-    """Set int attributes, given as (module, attribute, item or None, value), in place."""
+def set_size_attributes_(model: nn.Module, sizes: Sequence[tuple[str, str, SizeItem, int]]) -> None:
+    """Set ints that modules hold, given as (module, attribute, item or None, value), in place; see `SizeEdit`."""
     modules = dict(model.named_modules())
     for name, attribute, item, value in sizes:
-        holder = modules[name]
-        if item is None:
-            setattr(holder, attribute, value)
-            continue
-        old = getattr(holder, attribute)
-        new = [*old]
-        new[item] = value
-        setattr(holder, attribute, type(old)(new))
+        set_number(modules[name], attribute, item, value)
 
 
 def update_declared_sizes_(model: nn.Module) -> None:
@@ -316,8 +310,19 @@ def update_declared_sizes_(model: nn.Module) -> None:
             module.num_channels = module.weight.numel()
         elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
             module.normalized_shape = tuple(module.weight.shape)
+        elif isinstance(module, nn.Bilinear):
+            module.out_features, module.in1_features, module.in2_features = module.weight.shape
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif _is_deformable(module):
+            module.out_channels, module.in_channels = module.weight.size(0), module.weight.size(1) * module.groups
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             _update_recurrent_sizes_(module)
+
+
+def _is_deformable(module: nn.Module) -> TypeGuard[Any]:
+    """Return whether a module is torchvision's deformable convolution, without importing torchvision."""
+    return type(module).__name__ == "DeformConv2d" and type(module).__module__.startswith("torchvision.")
 
 
 def _update_recurrent_sizes_(module: nn.RNNBase | nn.RNNCellBase) -> None:

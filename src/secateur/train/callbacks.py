@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -322,23 +323,87 @@ SECONDS_PER_LOOK = 1.0
 """Where steps take long, losses are read sooner: one wait per second costs nothing."""
 
 
+class DivergenceError(TrainingError):
+    """A training whose numbers are no longer finite, or far from where they began: a lower learning rate may help."""
+
+
+_TIMES = 30.0
+"""A loss this many times that of the beginning is divergence: trainings that recover from a bad start stay far below,
+and those that do not recover go far beyond."""
+_LEAST_LOSS = 1.0
+"""Losses of the beginning count as at least this, in nats: a student that still equals its teacher begins near 0."""
+_BEGINNING = 10
+_IN_A_ROW = 3
+"""A single odd batch is no divergence."""
+
+
+class DivergenceWatch:
+    """Finds losses that stay far above those of the beginning of a training.
+
+    With m the median of the first ten losses, or of those so far: three losses in a row above 30 * max(m, 1).
+    """
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._above = 0
+
+    @property
+    def limit(self) -> float:
+        """The bound on the losses; infinite before the first one."""
+        return _TIMES * max(median(self._first), _LEAST_LOSS) if self._first else math.inf
+
+    def note(self, loss: float) -> bool:
+        """Note the loss of the next step, and return whether the training has diverged."""
+        if loss > self.limit:
+            self._above += 1
+            return self._above >= _IN_A_ROW
+        self._above = 0
+        if len(self._first) < _BEGINNING:
+            self._first.append(loss)
+        return False
+
+    @property
+    def ends_above(self) -> bool:
+        """Whether the last loss was above the bound: what a training must not end with."""
+        return self._above > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as a JSON object."""
+        return {"first": self._first, "above": self._above}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "DivergenceWatch":
+        """Inverse of `to_json`."""
+        watch = cls()
+        watch._first, watch._above = [float(loss) for loss in data["first"]], int(data["above"])
+        return watch
+
+
 class LossMeter:
     """Sums the losses of one epoch, finds the first step whose losses are not finite, and keeps what was shown.
 
-    Attributes:
+    Args:
         epoch: Number of the epoch, from 1.
+        watch: Finds losses that are finite and far too high; None takes any.
+        together: Whether other processes compute the same losses. All of them then raise an error in the same step,
+            however their clocks differ: when a multiple of `STEPS_PER_LOOK` steps is done, and in `look`.
+
+    Attributes:
+        epoch: As given.
         steps: Steps so far.
         latest: Total loss of the last step that was read from the device.
     """
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, watch: DivergenceWatch | None = None, *, together: bool = False) -> None:
         self.epoch = epoch
+        self._watch, self._together = watch, together
+        self._found: DivergenceError | None = None
         self.steps = 0
         self.latest = math.nan
         self._sums: dict[str, float] = {}
         self._unread: list[Tensor] = []
         self._shown: list[tuple[int, dict[str, float]]] = []
-        self._rate = 0.0
+        self._rates: list[float] = []
         self._looked = perf_counter()
 
     def add(self, losses: Mapping[str, Tensor], rate: float) -> bool:
@@ -349,16 +414,19 @@ class LossMeter:
             rate: Learning rate of the step.
 
         Raises:
-            TrainingError: See `look`.
+            DivergenceError: See `look`.
         """
         # Names are known with the first step only: they are those of the step's losses.
         if not self._sums:
             self._sums = dict.fromkeys(losses, 0.0)
         self._unread.append(torch.stack(list(losses.values())))
         self.steps += 1
-        self._rate = rate
-        looks = len(self._unread) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
+        self._rates.append(rate)
+        due = self._together and self.steps % STEPS_PER_LOOK == 0
+        looks = due or len(self._unread) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
         if looks:
+            self.read()
+        if due:
             self.look()
         return looks
 
@@ -366,20 +434,43 @@ class LossMeter:
         """Read the losses that were not read yet; this waits for the device.
 
         Raises:
-            TrainingError: If one of them is not finite.
+            DivergenceError: If one of them is not finite, or they are far too high.
+        """
+        self.read()
+        if self._found is not None:
+            raise self._found
+
+    def read(self) -> None:
+        """Do what `look` does; with other processes raise nothing yet.
+
+        Raises:
+            DivergenceError: See `look`.
         """
         # One transfer for all steps since the last look.
         rows = torch.stack(self._unread).tolist() if self._unread else []
-        first = self.steps - len(rows) + 1
+        first, rates = self.steps - len(rows) + 1, self._rates
         self._unread.clear()
+        self._rates = []
         self._looked = perf_counter()
-        for step, row in enumerate(rows, first):
-            if not all(map(math.isfinite, row)):
-                values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
-                raise divergence_error(f"loss ({values})", f"epoch {self.epoch}, step {step}", self._rate)
+        for step, (row, rate) in enumerate(zip(rows, rates, strict=True), first):
+            if self._found is None:
+                self._found = self._problem(step, row, rate)
+            if self._found is not None and not self._together:
+                raise self._found
             for name, value in zip(self._sums, row, strict=True):
                 self._sums[name] += value
             self.latest = row[0]
+
+    def _problem(self, step: int, row: list[float], rate: float) -> DivergenceError | None:
+        """What is wrong with the losses of a step, or with those of the steps before it."""
+        if all(map(math.isfinite, row)):
+            if self._watch is None or not self._watch.note(row[0]):
+                return None
+            bound = f"below {self._watch.limit:.3g}"
+        else:
+            bound = "finite"
+        values = ", ".join(f"{name} {value:g}" for name, value in zip(self._sums, row, strict=True))
+        return divergence_error(f"loss ({values})", f"epoch {self.epoch}, step {step}", rate, bound)
 
     def show(self, callbacks: LoopCallbacks, numbers: Mapping[str, float]) -> None:
         """Show numbers of the last step."""
@@ -411,18 +502,20 @@ class LossMeter:
         return {"steps": self.steps, "latest": self.latest, "sums": self._sums, "shown": self._shown}
 
     @classmethod
-    def from_json(cls, epoch: int, data: Mapping[str, Any]) -> "LossMeter":
+    def from_json(
+        cls, epoch: int, data: Mapping[str, Any], watch: DivergenceWatch | None = None, *, together: bool = False
+    ) -> "LossMeter":
         """Inverse of `to_json`."""
-        meter = cls(epoch)
+        meter = cls(epoch, watch, together=together)
         meter.steps, meter.latest = int(data["steps"]), float(data["latest"])
         meter._sums = {name: float(value) for name, value in data["sums"].items()}
         meter._shown = [(int(step), dict(numbers)) for step, numbers in data["shown"]]
         return meter
 
 
-def divergence_error(what: str, where: str, rate: float) -> TrainingError:
-    """The error for a run whose numbers are no longer finite."""
-    return TrainingError(
-        f"the {what} must stay finite; that failed at {where} (learning rate {rate:.3g}). "
+def divergence_error(what: str, where: str, rate: float, bound: str = "finite") -> DivergenceError:
+    """The error for a run whose numbers are no longer finite, or no longer within another bound."""
+    return DivergenceError(
+        f"the {what} must stay {bound}; that failed at {where} (learning rate {rate:.3g}). "
         "Lower the learning rate or warm up longer, and check that the images are normalized."
     )

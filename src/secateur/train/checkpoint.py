@@ -340,6 +340,17 @@ class Checkpointer:
         if self._fabric.world_size > 1:
             self._fabric.barrier()
 
+    def replace_all(self, state: Callable[[], Checkpoint]) -> None:
+        """Remove all checkpoints, and write one now: the loop goes back to an earlier epoch.
+
+        Raises:
+            TrainingError: If it cannot be written.
+        """
+        if self._folder is not None and self._fabric.is_global_zero:
+            for old in _complete(self._folder):
+                shutil.rmtree(old, ignore_errors=True)
+        self.save(state)
+
     def end(self) -> None:
         """Stop if that was requested since the last step; call this at the end of the loop.
 

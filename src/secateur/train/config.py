@@ -203,6 +203,10 @@ class TrainConfig:
         clip_norm: The gradient is scaled down to this L2 norm where it is longer, > 0; None leaves it alone. 1 is
             usual for transformers.
         precision: Number formats; None means the best of the device, see `best_precision`.
+        restarts: How often at most a training that diverges begins again from its beginning, each time with a tenth of
+            the learning rate, >= 0. Divergence is a loss or weight that is not finite, or three losses in a row above
+            30 times the median of the first ten (or above 30, if that is more). If it diverges again after the last
+            restart, the best epoch before that is returned, or the student as it was. 0 raises an error instead.
         seed: Random seed of the order of the images, of augmentation and of dropout, >= 0.
     """
 
@@ -215,6 +219,7 @@ class TrainConfig:
     accumulate: int = 1
     clip_norm: float | None = None
     precision: Precision | None = None
+    restarts: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -222,6 +227,7 @@ class TrainConfig:
             ("epochs", self.epochs, 0),
             ("batch_size", self.batch_size, 1),
             ("accumulate", self.accumulate, 1),
+            ("restarts", self.restarts, 0),
             ("seed", self.seed, 0),
         ):
             # Values come from command lines and JSON: a float that looks whole would fail much later.

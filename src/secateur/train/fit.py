@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
+from secateur.train.callbacks import DivergenceError
 from secateur.train.checkpoint import model_sha256, write_tensors_
 from secateur.train.config import Batches, RunSettings, TrainConfig, TrainingData
 from secateur.train.device import Eager, Precision, fabric_precision, resolve_fabric
@@ -23,6 +25,8 @@ from secateur.train.distributed import check_divisible
 from secateur.train.supervised import EpochRecord, SupervisedStep, SupervisedTask
 from secateur.train.teacher import TeacherCache
 from secateur.train.trainer import Trainer
+
+_LOGGER = logging.getLogger("secateur")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Trained:
             is from the last epoch.
         precision: The number formats used in training.
         device: The device used in training, such as "cpu".
+        divergences: A sentence for each time that the training diverged, see `TrainConfig.restarts`.
+        gave_up: Whether it diverged even after all restarts. The model is then the best epoch before that, or the
+            student as it was given.
     """
 
     model: nn.Module
@@ -45,6 +52,8 @@ class Trained:
     best_accuracy: float | None
     precision: Precision
     device: str
+    divergences: tuple[str, ...] = ()
+    gave_up: bool = False
 
 
 def fit(
@@ -89,8 +98,8 @@ def fit(
         The trained model, the history, and the best epoch.
 
     Raises:
-        TrainingError: If settings contradict each other or the data, a loss is not finite, or the checkpoint is of a
-            run with other settings.
+        TrainingError: If settings contradict each other or the data, a loss is not finite (and ``train.restarts`` is
+            0), or the checkpoint is of a run with other settings.
         Stopped: If that was requested.
     """
     _check_student(student)
@@ -108,23 +117,37 @@ def fit(
     task = SupervisedTask(source, validation, augment, objective, train, alignment, fabric, sparsify, execution)
     # The caller may be in inference mode or without gradients, where modules cannot be trained.
     with torch.inference_mode(mode=False), torch.enable_grad():
+        given = student
         if sparsify is not None:
             student = sparsify.start(student, train.epochs * task.steps)
         step = SupervisedStep(task, student, teacher, _cache(task, teacher, teacher_cache))
-        trainer = Trainer(step)
+        trainer = Trainer(step, train.restarts)
         settings = {} if run.folder is None else _settings(task, student, teacher)
         trainer.resume(run.folder, settings)
-        trainer.run(run, partial(trainer.saved, settings))
-        # The trained copy lies on the device in channels-last order; the caller gets its own kind of model back.
-        model = copy.deepcopy(student).eval()
-        write_tensors_(model, step.result(trainer.average))
+        gave_up = None
+        try:
+            trainer.run(run, partial(trainer.saved, settings))
+        except DivergenceError as problem:
+            if not train.restarts:
+                raise
+            gave_up = f"The training diverged again: {str(problem).partition('. ')[0]}. It was given up."
+            if fabric.is_global_zero:
+                _LOGGER.warning(gave_up)
+        if gave_up and step.best is None:
+            model = copy.deepcopy(given if sparsify is None else sparsify.start(given, 0)).eval()
+        else:
+            # The trained copy lies on the device in channels-last order; the caller gets its own kind of model back.
+            model = copy.deepcopy(student).eval()
+            write_tensors_(model, step.result(trainer.average))
     return Trained(
         model=model,
         history=tuple(EpochRecord.from_json(record) for record in trainer.history),
-        best_epoch=trainer.epoch if step.best is None else step.best.epoch,
+        best_epoch=(0 if gave_up else trainer.epoch) if step.best is None else step.best.epoch,
         best_accuracy=None if step.best is None else step.best.accuracy,
         precision=fabric_precision(fabric),
         device=str(fabric.device),
+        divergences=(*trainer.divergences, *([gave_up] if gave_up else [])),
+        gave_up=gave_up is not None,
     )
 
 

@@ -268,6 +268,11 @@ class SupervisedStep(TrainingStep):
         if used if indices else built_in:
             check_targets(labels, classes)
 
+    def begin_again(self, beginning: Mapping[str, Tensors]) -> None:
+        """See `TrainingStep.begin_again`."""
+        super().begin_again(beginning)
+        self.best = None
+
     def measure_start(self) -> EpochReport | None:
         """See `TrainingStep.measure_start`: the student before training, if there is a validation split."""
         record = EpochRecord(0, None, {}, None, None, None, 0.0, None)

@@ -5,6 +5,7 @@ weights, calls the callbacks, writes checkpoints, and resumes a run so that it e
 one: everything that changes lies in the step's learners, generators and own state, or in the epoch in progress.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,12 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import TrainingError
-from secateur.train.callbacks import LoopCallbacks, LossMeter, Silent, divergence_error
+from secateur.train.callbacks import (
+    Callbacks,
+    DivergenceError,
+    DivergenceWatch,
+    LoopCallbacks,
+    LossMeter,
+    Silent,
+    divergence_error,
+)
 from secateur.train.checkpoint import (
     Checkpoint,
+    Checkpointer,
     MovingAverage,
     Tensors,
     checkpointing,
+    clone_tensors,
     is_finite,
     load_checkpoint,
     optimizer_tensors,
@@ -44,6 +55,9 @@ from secateur.train.distributed import (
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+_LOGGER = logging.getLogger("secateur")
 
 
 class Learner:
@@ -99,6 +113,11 @@ class Learner:
         """Inverse of `tensors`, whose names have a prefix in a checkpoint."""
         write_tensors_(self.module, saved.under(f"{prefix}module/"))
         write_optimizer_(self._optimizer, self.module, saved.under(f"{prefix}optimizer/"))
+
+    def reset(self, module: Tensors) -> None:
+        """Give the module the tensors it began with, and the optimizer no memory."""
+        write_tensors_(self.module, module)
+        self._optimizer.state.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +236,15 @@ class TrainingStep(ABC):
         """Seed the generators for an epoch, from 0; not called where an epoch is resumed in its middle."""
         del epoch
 
+    def begin_again(self, beginning: Mapping[str, Tensors]) -> None:
+        """Forget a training that diverged.
+
+        Args:
+            beginning: The tensors of the learners' modules before training, by name of the learner.
+        """
+        for name, learner in self.learners.items():
+            learner.reset(beginning[name])
+
     def numbers(self, loss: float, rate: float, step: int) -> dict[str, float]:
         """The numbers of a step that are shown within an epoch."""
         del step
@@ -242,14 +270,15 @@ class EpochState:
     Args:
         epoch: From 0.
         fabric: Device and processes.
+        watch: Finds losses that are far too high; None takes any.
 
     Attributes:
         losses: Losses so far.
         images: Images so far.
     """
 
-    def __init__(self, epoch: int, fabric: "Fabric") -> None:
-        self.losses = LossMeter(epoch + 1)
+    def __init__(self, epoch: int, fabric: "Fabric", watch: DivergenceWatch | None = None) -> None:
+        self.losses = LossMeter(epoch + 1, watch, together=fabric.world_size > 1)
         self.images = 0
         self._epoch, self._fabric = epoch, fabric
         self._interrupted: tuple[Tensor, ...] | None = None
@@ -296,10 +325,12 @@ class EpochState:
         return {f"random/{number}": gather(self._fabric, state).cpu() for number, state in enumerate(states)}
 
     @classmethod
-    def restored(cls, epoch: int, saved: Checkpoint, fabric: "Fabric") -> "EpochState":
+    def restored(
+        cls, epoch: int, saved: Checkpoint, fabric: "Fabric", watch: DivergenceWatch | None = None
+    ) -> "EpochState":
         """Inverse of `numbers` and `tensors`."""
-        found, numbers = cls(epoch, fabric), saved.numbers["partway"]
-        found.losses = LossMeter.from_json(epoch + 1, numbers["losses"])
+        found, numbers = cls(epoch, fabric, watch), saved.numbers["partway"]
+        found.losses = LossMeter.from_json(epoch + 1, numbers["losses"], watch, together=fabric.world_size > 1)
         found.images, found._spent = int(numbers["images"]), float(numbers["seconds"])
         states = saved.under("random/")
         found._interrupted = tuple(states[str(number)][fabric.global_rank] for number in range(len(states)))
@@ -311,20 +342,30 @@ class Trainer:
 
     Args:
         step: What is trained. Its learners are changed in place.
+        restarts: How often a training that diverges begins again at most, each time with a tenth of the learning rate.
 
     Attributes:
         epoch: Epochs done.
         history: One JSON object per epoch, see `EpochReport.record`.
+        divergences: A sentence for each time that the training began again.
     """
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: TrainingStep, restarts: int = 0) -> None:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        self._step = step
-        # Searches name no module to average: their supernet is only a means to an architecture.
-        decay = step.train.ema_decay
-        self._average = None if decay is None or step.averaged is None else MovingAverage(step.averaged, decay)
+        self.divergences: list[str] = []
+        self._step, self._restarts = step, restarts
+        self._average = self._new_average()
         self._partway: EpochState | None = None
+        # The beginning is not part of checkpoints: whoever resumes has the same student.
+        learners = step.learners if restarts else {}
+        self._beginning = {name: clone_tensors(tensors_of(learner.module)) for name, learner in learners.items()}
+        self._watch = DivergenceWatch() if restarts else None
+
+    def _new_average(self) -> MovingAverage | None:
+        # Searches name no module to average: their supernet is only a means to an architecture.
+        step, decay = self._step, self._step.train.ema_decay
+        return None if decay is None or step.averaged is None else MovingAverage(step.averaged, decay)
 
     @property
     def average(self) -> nn.Module | None:
@@ -357,22 +398,50 @@ class Trainer:
             state: Returns what a checkpoint holds.
 
         Raises:
-            TrainingError: If a loss or a weight is no longer finite; the last checkpoints stay.
+            DivergenceError: If a loss or a weight is no longer finite; the last checkpoints stay.
             Stopped: If that was requested.
         """
-        step, epochs = self._step, self._step.train.epochs
         # All processes compute the same numbers; one of them shows them.
-        callbacks = run.callbacks if step.fabric.is_global_zero else Silent()
-        with (
-            checkpointing(run.folder, run.checkpoints, step.fabric) as checkpointer,
-            callbacks.start(step.loop, epochs=epochs, steps=step.steps, done=self.epoch) as shown,
-        ):
+        callbacks = run.callbacks if self._step.fabric.is_global_zero else Silent()
+        with checkpointing(run.folder, run.checkpoints, self._step.fabric) as checkpointer:
+            while (problem := self._train(checkpointer, callbacks, state)) is not None:
+                if len(self.divergences) == self._restarts:
+                    raise problem
+                self._begin_again(problem)
+                # Those of before are of later epochs, and would be taken for newer.
+                checkpointer.replace_all(state)
+
+    def _train(
+        self, checkpointer: Checkpointer, callbacks: Callbacks, state: Callable[[], Checkpoint]
+    ) -> DivergenceError | None:
+        """Train to the last epoch; return why the training diverged, if it did."""
+        step, epochs = self._step, self._step.train.epochs
+        with callbacks.start(step.loop, epochs=epochs, steps=step.steps, done=self.epoch) as shown:
             # A run resumed within its first epoch has measured the start already.
             if self.epoch == 0 and not self.history:
                 self._report(0, step.measure_start(), shown)
-            while self.epoch < epochs:
-                self.train_epoch(shown, lambda: checkpointer.between(state))
-                checkpointer.save(state)
+            try:
+                while self.epoch < epochs:
+                    self.train_epoch(shown, lambda: checkpointer.between(state))
+                    checkpointer.save(state)
+            except DivergenceError as problem:
+                return problem
+        return None
+
+    def _begin_again(self, problem: DivergenceError) -> None:
+        """Go back to the beginning, with a tenth of the learning rate."""
+        said = str(problem).partition(". ")[0]
+        self.divergences.append(f"The training diverged: {said}. It began again with a tenth of the learning rate.")
+        if self._step.fabric.is_global_zero:
+            _LOGGER.warning(self.divergences[-1])
+        self._step.begin_again(self._beginning)
+        self.epoch, self.history, self._partway = 0, [], None
+        self._average, self._watch = self._new_average(), DivergenceWatch()
+
+    def _rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step of the whole run."""
+        rate = self._step.train.learning_rate_at(step, steps=steps)
+        return rate / 10 ** len(self.divergences) if self.divergences else rate
 
     def train_epoch(self, callbacks: LoopCallbacks, between: Callable[[], None] = lambda: None) -> None:
         """Make one pass over the training images, or what is left of it, and measure what it led to.
@@ -386,23 +455,23 @@ class Trainer:
         """
         step, train = self._step, self._step.train
         first, total = self.epoch * step.steps, train.epochs * step.steps
-        part = self._partway = self._partway or EpochState(self.epoch, step.fabric)
+        part = self._partway = self._partway or EpochState(self.epoch, step.fabric, self._watch)
         if part.steps == 0:
             step.begin(self.epoch)
         with part.opened(train.seed, callbacks), step.running(self.epoch):
             for batch in step.batches(self.epoch, part.steps):
                 number = first + part.steps
-                rate = train.learning_rate_at(number, steps=total)
+                rate = self._rate(number, total)
                 looked = part.losses.add(self.train_step(batch, number, rate), rate)
                 part.images += len(batch[0])
                 # The last step is always shown, before the checkpoint that may follow, so that logs have no gap.
                 if looked or part.steps == step.steps:
-                    part.losses.look()
+                    part.losses.read()
                     part.losses.show(callbacks, step.numbers(part.losses.latest, rate, number))
                 between()
             part.losses.look()
         last = first + part.steps - 1
-        rate = train.learning_rate_at(last, steps=total) if part.steps else 0.0
+        rate = self._rate(last, total) if part.steps else 0.0
         self._check_epoch(part.losses, rate)
         # From here on a checkpoint is one of the end of the epoch, without random states: the next epoch seeds anew.
         self._partway = None
@@ -451,10 +520,14 @@ class Trainer:
         if self._average is not None:
             numbers["updates"] = self._average.updates
             tensors |= {f"average/{name}": tensor for name, tensor in tensors_of(self._average.model).items()}
+        if part is not None:
+            numbers["partway"] = part.numbers()  # Reads the losses, which the watch sees then.
+        if self._watch is not None:
+            numbers |= {"divergences": self.divergences, "watch": self._watch.to_json()}
         if part is None:
             return Checkpoint(self.epoch, tensors, numbers, settings)
         # Generators are seeded at the beginning of every epoch, so that only their states within one matter.
-        numbers |= {"partway": part.numbers(), "generators": {}}
+        numbers["generators"] = {}
         tensors |= part.tensors()
         for name, generator in step.generators.items():
             if isinstance(generator, torch.Generator):
@@ -474,9 +547,12 @@ class Trainer:
             write_tensors_(self._average.model, saved.under("average/"))
             self._average.updates = int(numbers["updates"])
         step.restore(numbers["own"], saved.under("own/"))
+        if self._watch is not None:
+            self.divergences = list(numbers["divergences"])
+            self._watch = DivergenceWatch.from_json(numbers["watch"])
         if "partway" not in numbers:
             return
-        self._partway = EpochState.restored(self.epoch, saved, step.fabric)
+        self._partway = EpochState.restored(self.epoch, saved, step.fabric, self._watch)
         for name, generator in step.generators.items():
             if isinstance(generator, torch.Generator):
                 # A copy, because torch wants the bytes aligned.
@@ -499,6 +575,9 @@ class Trainer:
         # No loss has shown what the last step of the epoch did to the weights, and a checkpoint follows.
         if not is_finite(next(iter(step.learners.values())).module):
             raise divergence_error("weights", f"the end of epoch {losses.epoch}", rate)
+        if self._watch is not None and self._watch.ends_above and losses.epoch == step.train.epochs:
+            bound = f"below {self._watch.limit:.3g}"
+            raise divergence_error(f"loss ({losses.latest:g})", f"the end of epoch {losses.epoch}", rate, bound)
 
 
 def _check_same_checkpoint(fabric: "Fabric", saved: Checkpoint | None) -> None:

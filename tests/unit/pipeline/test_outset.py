@@ -36,3 +36,13 @@ def test_folder_that_cannot_be_written(tmp_path: Path):
             check_output(tmp_path / "out")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_what_appeared_during_an_unfinished_run_does_not_stop_it(tmp_path: Path):
+    """As the logs of --tensorboard out/logs; without such a run it is somebody else's folder."""
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="new, empty, or an older artifact"):
+        check_output(tmp_path / "out")
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "settings.json").write_text("{}")
+    check_output(tmp_path / "out")

@@ -5,14 +5,24 @@ import copy
 import pytest
 import torch
 from cuts import apart, outputs, random_architecture
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, trace
-from secateur.prune import RecalibrateBatchNorm, Refit, RepairContext, apply_architecture, cut, output_distance
-from secateur.prune.repair import LayerSampler, _group_samplers, find_layers_to_refit
+from secateur.prune import (
+    RecalibrateBatchNorm,
+    Refit,
+    RepairContext,
+    apply_architecture,
+    cut,
+    output_distance,
+    split_calibration,
+)
+from secateur.prune.repair import LayerSampler, _group_samplers, find_layers_to_refit, solve_ridge
 
 REPAIRS = [Refit(), RecalibrateBatchNorm()]
 each_repair = pytest.mark.parametrize("repair", REPAIRS, ids=lambda h: type(h).__name__)
@@ -260,3 +270,323 @@ def test_layers_behind_a_removed_block_are_repaired():
     before = output_distance(model, small, context.images)
     Refit().apply_(small, context)
     assert output_distance(model, small, context.images) < 0.5 * before
+
+
+# What keeps a least-squares problem from having a good solution.
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def squared_error(weights: Tensor, rows: Tensor, wanted: Tensor) -> float:
+    return float((rows @ weights - wanted).square().sum())
+
+
+SPOILED = ("nothing", "copies", "dead", "all dead", "constant", "small copies", "one input")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    samples=st.integers(1, 40),
+    inputs=st.integers(1, 12),
+    outputs=st.integers(1, 4),
+    exponents=st.lists(st.sampled_from([-9, -4, 0, 4, 9]), min_size=12, max_size=12),
+    output_exponent=st.sampled_from([-9, 0, 9]),
+    spoiled=st.sampled_from(SPOILED),
+    ridge=st.sampled_from([0.0, 1e-12, 1e-3, 1.0]),
+    seed=st.integers(0, 5),
+)
+def test_the_solution_is_finite_repeatable_and_never_worse_than_the_start(
+    samples, inputs, outputs, exponents, output_exponent, spoiled, ridge, seed
+):
+    """Inputs of 1e-9 to 1e9 beside each other, copies, dead and constant ones, and fewer samples than inputs."""
+    rows = drawn(samples, inputs, seed=seed).double()
+    if spoiled == "copies":
+        rows[:, inputs // 2 :] = rows[:, :1]
+    elif spoiled == "dead":
+        rows[:, inputs // 2 :] = 0
+    elif spoiled == "all dead":
+        rows[:] = 0
+    elif spoiled == "constant":
+        rows[:, inputs // 2 :] = 3.0
+    elif spoiled == "small copies":
+        rows[:, inputs // 2 :] = rows[:, :1] + 1e-9 * rows[:, inputs // 2 :]
+    elif spoiled == "one input":
+        rows[:, 1:] = 0
+    rows = rows * 10.0 ** torch.tensor(exponents[:inputs], dtype=torch.float64)
+    wanted = drawn(samples, outputs, seed=seed + 1).double() * 10.0**output_exponent
+    start = drawn(inputs, outputs, seed=seed + 2).double()
+    gram, cross = rows.T @ rows, rows.T @ wanted
+    copies = gram.clone(), cross.clone(), start.clone()
+    found = solve_ridge(gram, cross, start, ridge)
+    if found is None:
+        return
+    assert found.isfinite().all()
+    before = squared_error(start, rows, wanted)
+    # Within the rounding of the products.
+    rounding = 1e-9 * float((rows.square().sum(0)[:, None] * (found.square() + start.square())).sum())
+    assert squared_error(found, rows, wanted) <= before * (1 + 1e-9) + rounding + 1e-12 * float(wanted.square().sum())
+    assert torch.equal(found, solve_ridge(gram, cross, start, ridge))
+    for kept, given_ in zip(copies, (gram, cross, start), strict=True):
+        assert torch.equal(kept, given_)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_the_solution_is_found_for_regular_problems_and_keeps_what_has_no_energy(ridge):
+    rows, wanted = drawn(60, 8).double(), drawn(60, 3, seed=1).double()
+    rows[:, 5] = 0
+    rows[:, 6] = rows[:, 7]
+    start = drawn(8, 3, seed=2).double()
+    found = solve_ridge(rows.T @ rows, rows.T @ wanted, start, ridge)
+    assert torch.equal(found[5], start[5]) if ridge == 0 else torch.allclose(found[5], start[5])
+    best = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
+    assert squared_error(found, rows, wanted) == pytest.approx(squared_error(best, rows, wanted), rel=1e-4)
+
+
+def test_inputs_of_very_different_scales_are_all_fitted_without_a_ridge():
+    scales = 10.0 ** torch.tensor([-9.0, -5, 0, 4, 9], dtype=torch.float64)
+    rows = drawn(50, 5).double() * scales
+    weights = drawn(5, 2, seed=1).double() / scales[:, None]
+    found = solve_ridge(rows.T @ rows, rows.T @ (rows @ weights), torch.zeros(5, 2, dtype=torch.float64), 0.0)
+    assert torch.allclose(found * scales[:, None], weights * scales[:, None], rtol=1e-5)
+
+
+def between(last: nn.Module, middle: nn.Module | None = None) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        last.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), middle or nn.BatchNorm2d(8), nn.ReLU(), last).eval()
+
+
+def dead_norm(channels: int = 8, dead: int = 8) -> nn.BatchNorm2d:
+    """As weight decay leaves them in trained networks: ReLU never opens."""
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        norm.weight[:dead] = 1e-9
+        norm.bias[:dead] = -1e-3
+    return norm
+
+
+LAST = {
+    "conv": lambda: nn.Conv2d(8, 4, 3, bias=False),
+    "conv with bias": lambda: nn.Conv2d(8, 4, 3),
+    "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4, bias=False)),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("dead", [1, 3, 7, 8])
+def test_dead_inputs_do_not_stop_a_repair(last, dead):
+    model = between(LAST[last](), dead_norm(dead=dead))
+    pictures = images(16)
+    graph = trace(model, pictures[0])
+    made = cut(model, graph, Architecture.of({"0": [0, 1, 2]}), calibration=pictures, repairs=REPAIRS)
+    (refit, _) = made.repairs
+    assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
+    if dead >= 3 and last != "conv with bias":
+        name = {"linear": "3.2"}.get(last, "3")
+        assert refit.skipped == ((name, "all of its inputs are zero on the calibration images"),)
+        assert torch.equal(
+            made.model.get_submodule(name).weight,
+            apply_architecture(model, graph, made.architecture).get_submodule(name).weight,
+        )
+    else:
+        assert refit.skipped == ()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("size", [3, 8])
+def test_few_images_and_maps_of_one_pixel_are_repaired_or_left(count, size):
+    """At size 3 the first convolution gives one pixel."""
+    model = between(nn.Conv2d(8, 4, 1))
+    pictures = (drawn(count, 3, size, size),)
+    graph = trace(model, pictures[0])
+    made = cut(model, graph, Architecture.of({"0": [0, 1, 2]}), calibration=pictures, repairs=REPAIRS)
+    assert [result.held_out for result in made.repairs] == [count >= 8] * 2
+    assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
+    assert made.repairs[-1].after <= made.repairs[0].before or not made.repairs[-1].kept
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batches_of_single_images_and_norms_over_one_value_are_measured(batch):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = (nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU())
+        model = nn.Sequential(*hidden, nn.Linear(8, 6), nn.BatchNorm1d(6)).eval()
+    pictures = drawn(61, 3, 2, 2).split(batch)
+    graph = trace(model, pictures[0])
+    made = cut(model, graph, Architecture.of({"1": range(4)}), calibration=pictures, repairs=REPAIRS)
+    assert all(tensor.isfinite().all() for tensor in made.model.state_dict().values())
+    assert made.repairs[0].after < made.repairs[0].before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_images_that_are_not_finite_do_not_spoil_the_others(value):
+    """One image in a batch of another camera: its samples are left out, and the rest is fitted."""
+    model = between(nn.Conv2d(8, 4, 1), nn.Identity())
+    good = images(48)
+    spoiled = [batch.clone() for batch in good]
+    spoiled[0][3] = value
+    graph = trace(model, good[0])
+    architecture = Architecture.of({"0": [0, 1, 2]})
+    found: list[Tensor] = []
+    for pictures in (good, tuple(spoiled)):
+        small = apply_architecture(model, graph, architecture).eval()
+        skipped = Refit().apply_(small, RepairContext(model, graph, architecture, pictures))
+        assert skipped == {}
+        found.append(small[3].weight.detach())
+    assert found[1].isfinite().all()
+    if value != 1e30:
+        assert torch.allclose(found[0], found[1], rtol=0.3, atol=0.1)
+    all_bad = (torch.full_like(good[0], float("nan")),)
+    small = apply_architecture(model, graph, architecture).eval()
+    skipped = Refit().apply_(small, RepairContext(model, graph, architecture, all_bad))
+    assert list(skipped) == ["3"]
+    norms = between(nn.Conv2d(8, 4, 1))
+    graph = trace(norms, good[0])
+    small = apply_architecture(norms, graph, architecture).eval()
+    skipped = RecalibrateBatchNorm().apply_(small, RepairContext(norms, graph, architecture, all_bad))
+    assert skipped == {"1": "its statistics are not finite on the calibration images"}
+    assert all(tensor.isfinite().all() for tensor in small.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_half_precision_is_repaired(dtype, scale):
+    model = between(nn.Conv2d(8, 4, 3)).to(dtype)
+    pictures = tuple((scale * batch).to(dtype) for batch in images(32))
+    graph = trace(model, pictures[0])
+    made = cut(model, graph, Architecture.of({"0": [0, 1, 2, 5]}), calibration=pictures, repairs=REPAIRS)
+    refit, _ = made.repairs
+    assert refit.kept
+    assert refit.after < refit.before
+    assert refit.skipped == ()
+    assert all(
+        (tensor.isfinite().all() and tensor.dtype is not torch.float32) or tensor.dtype == torch.int64
+        for tensor in made.model.state_dict().values()
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_scale_of_activations_does_not_matter(scale):
+    model = between(nn.Conv2d(8, 4, 3, bias=False), nn.Identity())
+    after: list[float] = []
+    for factor in (1.0, scale):
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+            model[0].bias.mul_(factor)
+            model[3].weight.div_(factor)
+        graph = trace(model, images()[0])
+        made = cut(model, graph, Architecture.of({"0": [0, 1, 2]}), calibration=images(), repairs=[Refit()])
+        after.append(made.repairs[0].after)
+        assert made.repairs[0].after < 0.9 * made.repairs[0].before
+    assert after[0] == pytest.approx(after[1], rel=1e-3)
+
+
+def test_a_channel_that_is_constant_in_one_model_keeps_its_variance():
+    model = between(nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)), nn.Identity())
+    with torch.no_grad():
+        model[3][0].weight[0, 1:] = 0  # The first output reads only the channel that is cut.
+    pictures = images()
+    graph = trace(model, pictures[0])
+    architecture = Architecture.of({"0": [1, 2, 3, 4]})
+    small = apply_architecture(model, graph, architecture).eval()
+    before = small[3][1].running_var.clone()
+    RecalibrateBatchNorm().apply_(small, RepairContext(model, graph, architecture, pictures))
+    assert small[3][1].running_var[0] == before[0]
+    assert (small[3][1].running_var[1:] != before[1:]).all()
+
+
+# Calibration batches of any form, and what they are judged by.
+
+
+class Siamese(nn.Module):
+    """Two images go through one encoder, which is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()).relu()
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return self.out(input=(self.encode(one) - self.encode(two)).abs())
+
+
+def siamese() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Siamese().eval()
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_batches_of_several_inputs_are_repaired(form):
+    model = siamese()
+    pairs = [(drawn(12, 3, 8, 8, seed=i), drawn(12, 3, 8, 8, seed=i + 9)) for i in range(4)]
+    batches = [{"two": two, "one": one} for one, two in pairs] if form == "mapping" else pairs
+    graph = trace(model, batches[0])
+    kept = Architecture.of({a.name: range(a.size // 2) for a in graph.prunable})
+    made = cut(model, graph, kept, calibration=batches, repairs=REPAIRS)
+    (result, _) = made.repairs
+    assert result.kept
+    assert result.skipped == ()
+    assert result.after < 0.8 * result.before
+    plain = cut(model, graph, kept, calibration=pairs, repairs=REPAIRS).repairs
+    assert [(r.before, r.after) for r in plain] == [(r.before, r.after) for r in made.repairs]
+
+
+def test_both_calls_of_a_shared_layer_are_fitted():
+    """The rows of both images: exchanging the two inputs changes nothing but the order."""
+    model = siamese()
+    one, two = drawn(12, 3, 8, 8), drawn(12, 3, 8, 8, seed=1)
+    graph = trace(model, (one, two))
+    kept = Architecture.of({"a": range(8)})
+    found: list[Tensor] = []
+    for batch in ((one, two), (two, one)):
+        small = apply_architecture(model, graph, kept).eval()
+        Refit(rows_per_unknown=10_000).apply_(small, RepairContext(model, graph, kept, (batch,)))
+        found.append(small.b.weight.detach())
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+def test_images_of_several_sizes_are_repaired():
+    model = between(nn.Conv2d(8, 4, 3))
+    batches = [drawn(8, 3, 8, 8), drawn(6, 3, 12, 9), drawn(7, 3, 5, 20), drawn(9, 3, 8, 8, seed=1)]
+    graph = trace(model, batches[0])
+    made = cut(model, graph, Architecture.of({"0": range(5)}), calibration=batches, repairs=REPAIRS)
+    assert made.repairs[0].kept
+    assert made.repairs[0].after < made.repairs[0].before
+
+
+def test_pairs_of_images_and_labels_are_refused():
+    model, graph = redundant()
+    batches = [(images()[0], torch.zeros(16).long())]
+    for argument in ("calibration", "held_out"):
+        given_ = {"calibration": images(), argument: batches}
+        with pytest.raises(SurgeryError, match=rf"`{argument}` must hold batches as .*without labels"):
+            cut(model, graph, Architecture.of({"0": [0]}), repairs=[Refit()], **given_)
+
+
+class Spoil:
+    """A repair that fits the calibration images and nothing else: a bias that only they need."""
+
+    def apply_(self, small: nn.Module, context: RepairContext) -> None:
+        seen = {float(batch.sum()) for batch in context.images}
+        small.register_forward_hook(lambda _m, args, out: out if float(args[0].sum()) in seen else 2 * out)
+
+
+def test_a_repair_is_judged_by_images_that_it_was_not_fitted_to():
+    model, graph = redundant()
+    architecture, pictures = Architecture.of({"0": [0, 1, 2]}), images(64)
+    held = split_calibration(pictures)
+    assert sum(map(len, held.held_out)) == 16
+    made = cut(model, graph, architecture, calibration=pictures, repairs=[Refit()])
+    explicit = cut(model, graph, architecture, calibration=held.fit, repairs=[Refit()], held_out=held.held_out)
+    assert made.repairs == explicit.repairs
+    small = apply_architecture(model, graph, architecture)
+    assert made.repairs[0].before == output_distance(model, small, held.held_out)
+    spoiled = cut(model, graph, architecture, calibration=pictures, repairs=[Spoil()])
+    assert not spoiled.repairs[0].kept
+    assert spoiled.repairs[0].after > spoiled.repairs[0].before

@@ -109,7 +109,7 @@ def main() -> None:
             accuracy: dict[int, float] = {}
             for small in models.values():
                 if id(small) not in accuracy:
-                    accuracy[id(small)] = evaluate(small, data.test).top1
+                    accuracy[id(small)] = evaluate(small, data.test).value
             row = {
                 "strategy": strategy_name,
                 "budget": budget,

@@ -109,7 +109,7 @@ def trained(recovery: Recovery, name: str, rate: float, seed: int) -> dict[str, 
     )
     spent, choosing = time.process_time() - began, seed == CHOOSING
     part = data.validation if choosing else data.test
-    accuracy = {"validation" if choosing else "test": evaluate(done.model, part).top1}
+    accuracy = {"validation" if choosing else "test": evaluate(done.model, part).value}
     return {"loss": name, "learning_rate": rate, "seed": seed, **accuracy, "cpu_s": round(spent, 1), **surroundings()}
 
 
@@ -147,8 +147,8 @@ def started(recovery: Recovery) -> None:
     if not (RESULTS / "losses" / "start.json").exists():
         example = torch.zeros(1, *recovery.data.size)
         facts = {
-            "start": evaluate(recovery.student, recovery.data.test).top1,
-            "teacher": evaluate(recovery.teacher, recovery.data.test).top1,
+            "start": evaluate(recovery.student, recovery.data.test).value,
+            "teacher": evaluate(recovery.teacher, recovery.data.test).value,
             "kept_macs": count_macs(recovery.student, example) / count_macs(recovery.teacher, example),
             "images": IMAGES,
         }

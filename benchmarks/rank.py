@@ -117,12 +117,12 @@ def retrained(bench: Bench, number: int) -> dict[str, Any]:
         alignment=AlignedFeatures.of(done.graph, done.architecture),
         run=RunSettings(callbacks=Silent()),
     )
-    last = trained.history[-1].validation_accuracy
+    last = trained.history[-1].validation_score
     return {
         "number": number,
         "widths": dict(architecture.widths),
         "macs": bench.problem.costs.cost(architecture).macs / bench.problem.costs.original.macs,
-        "repaired": evaluate(done.model, bench.data.validation).top1,
+        "repaired": evaluate(done.model, bench.data.validation).value,
         "retrained": last,
         "cpu_seconds": round(time.process_time() - began, 1),
         "surroundings": surroundings(),

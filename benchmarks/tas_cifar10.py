@@ -172,7 +172,7 @@ def random(case: Case) -> Found:
         architecture = keep_best(problem, widths, scores)
         accuracy = evaluate(
             repaired(case.model, case.graph, architecture, case.batches).model, case.data.validation
-        ).top1
+        ).value
         tried.append(accuracy)
         if best is None or accuracy > best[0]:
             best = accuracy, architecture
@@ -241,9 +241,9 @@ def run(method: str, seed: int, data: ImageData, setting: Setting) -> dict[str, 
         "epochs_of_recovery": epochs,
         "kept_macs": count_macs(done.model, example) / count_macs(teacher, example),
         "widths": dict(architecture.widths),
-        "validation_before_recovery": evaluate(done.model, data.validation).top1,
-        "validation": trained.best_accuracy,
-        "test": evaluate(trained.model, data.test).top1,
+        "validation_before_recovery": evaluate(done.model, data.validation).value,
+        "validation": trained.best_score,
+        "test": evaluate(trained.model, data.test).value,
         "cpu_seconds_of_search": round(searched, 1),
         "cpu_seconds_of_recovery": round(recovered, 1),
         "notes": notes,

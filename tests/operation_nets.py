@@ -6,7 +6,7 @@ the reason; together they are all public names, which ``tests/integration/test_r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch

@@ -129,7 +129,7 @@ class Bench:
     def accuracy(self, model: nn.Module) -> float:
         """On the test images of the study, a fraction."""
         precision, device = fabric_precision(self._fabric), self._fabric.device
-        return evaluate(model, self._test, batch_size=500, precision=precision, device=device).top1
+        return evaluate(model, self._test, batch_size=500, precision=precision, device=device).value
 
     @property
     def recovery_images(self) -> Split:

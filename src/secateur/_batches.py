@@ -1,11 +1,11 @@
 """Batches of any kind: trees of tensors, or lists of items, and how a model is called with them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.errors import DataError
@@ -30,7 +30,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Call a model: a tuple gives positional arguments, a mapping keyword arguments, anything else the one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)

@@ -27,7 +27,7 @@ def test_compress_says_what_it_wrote_and_shows_before_and_after(small: Small):
         rows = list(csv.DictReader(file))
     assert [(row["loop"], row["epoch"]) for row in rows] == [("train", str(n)) for n in range(3)]
     metrics = json.loads((small.folder / "secateur.json").read_text())["metrics"]
-    assert [float(row["validation_accuracy"]) for row in rows] == [e["validation_accuracy"] for e in metrics["history"]]
+    assert [float(row["validation_score"]) for row in rows] == [e["validation_score"] for e in metrics["history"]]
     for name in names:
         assert f"Wrote {small.folder / name}" in said.replace("\n", "")
     assert "FAILED" not in said
@@ -49,7 +49,7 @@ def test_result_is_really_half_and_nearly_as_good(small: Small):
     last = list(accuracy.values())[-1]
     assert last > accuracy["original"] - 0.05
     data = load_data("digits")
-    assert secateur.evaluate(loaded.model, data.test).top1 == pytest.approx(last, abs=1.5 / len(data.test))
+    assert secateur.evaluate(loaded.model, data.test).value == pytest.approx(last, abs=1.5 / len(data.test))
 
 
 def test_report_is_one_offline_page(small: Small):

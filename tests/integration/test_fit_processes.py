@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does(folder, name):
     assert seen.found[-1] < 0.8 * seen.found[0]
     # The 33 validation images are seen once each: one process has 17 of them, the other 16.
     for one, other, mine in zip(first["history"], second["history"], alone.history, strict=True):
-        assert one["validation_accuracy"] == other["validation_accuracy"] == mine.validation_accuracy
+        assert one["validation_score"] == other["validation_score"] == mine.validation_score
         assert one["validation_loss"] == pytest.approx(mine.validation_loss, abs=1e-5)
         assert one["train_loss"] == other["train_loss"]
     assert first["best"] == second["best"] == alone.best_epoch

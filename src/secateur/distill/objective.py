@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,18 @@ class Term:
         return " | ".join(" ".join(part.split()) for part in parts)
 
 
+class TaskLosses(Protocol):
+    """The losses of a task, see `secateur.tasks.Task`."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of outputs with their targets."""
+        ...
+
+    def imitation(self, student: Any, teacher: Any) -> Tensor:
+        """Return how far a student's outputs are from a teacher's."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """A weighted sum of losses; one with weight 0 is not computed and needs no input.
@@ -179,12 +191,13 @@ class Objective:
 
     def __call__(
         self,
-        student_logits: Tensor,
+        student_logits: Any,
         *,
-        teacher_logits: Tensor | None = None,
-        labels: Tensor | None = None,
+        teacher_logits: Any = None,
+        labels: Any = None,
         feature: Tensor | None = None,
         recorder: TapRecorder | None = None,
+        task: TaskLosses | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of one batch.
 
@@ -196,6 +209,8 @@ class Objective:
             feature: The loss of the aligned features, a scalar; needed if ``feature_weight`` > 0.
             recorder: Holds the features of both models at the taps of the terms; needed if there are terms. It is
                 cleared.
+            task: Gives the losses "label" and "kd" for outputs and targets of other kinds; None means those of a
+                classifier, as stated here.
 
         Returns:
             The total, and its parts before weighting, detached: "label", "kd" and "feature" if they have a weight, and
@@ -207,10 +222,18 @@ class Objective:
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.label_weight:
             target = _require(labels, "labels", "label_weight")
-            terms["label"] = (self.label_weight, label_loss(student_logits, target, smoothing=self.label_smoothing))
+            if task is None:
+                label = label_loss(student_logits, target, smoothing=self.label_smoothing)
+            else:
+                label = task.loss(student_logits, target)
+            terms["label"] = (self.label_weight, label)
         if self.kd_weight:
             target = _require(teacher_logits, "teacher_logits", "kd_weight")
-            terms["kd"] = (self.kd_weight, kd_loss(student_logits, target, temperature=self.temperature))
+            if task is None:
+                kd = kd_loss(student_logits, target, temperature=self.temperature)
+            else:
+                kd = task.imitation(student_logits, target)
+            terms["kd"] = (self.kd_weight, kd)
         if self.feature_weight:
             terms["feature"] = (self.feature_weight, _require(feature, "feature", "feature_weight"))
         if self.terms:
@@ -219,7 +242,7 @@ class Objective:
         return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def _terms(
-        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, recorder: TapRecorder | None
+        self, logits: Any, teacher_logits: Any, labels: Any, recorder: TapRecorder | None
     ) -> dict[str, tuple[float, Tensor]]:
         if labels is None or teacher_logits is None or recorder is None:
             raise TrainingError(
@@ -242,7 +265,7 @@ class Objective:
         }
 
 
-def _require(tensor: Tensor | None, name: str, weight: str) -> Tensor:
+def _require(tensor: Any, name: str, weight: str) -> Any:
     if tensor is None:
         raise TrainingError(f"`{name}` must be given because `{weight}` is positive; got None. Or set {weight}=0.")
     return tensor

@@ -275,9 +275,7 @@ def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: d
                 ledger.scaled.append(ids)
 
 
-def _bind_packed_attention(
-    ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> None:
+def _bind_packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``multi_head_attention_forward``: one int is the width of the query and of all heads together.
 
     So the channels of the query are tied to those of the heads, position by position, and whole heads are removed: the

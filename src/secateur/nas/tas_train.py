@@ -18,9 +18,10 @@ from secateur.nas.mixture import WidthExpansion
 from secateur.nas.supernet import Subnet, Supernet, measure_batch_norms
 from secateur.nas.tas_cost import Derived, ExpectedCost, derive
 from secateur.nas.tas_sampler import SampledWidths, WidthDistribution, draw
+from secateur.tasks.classification import Classification
 from secateur.train.config import Batches, TrainConfig, epoch_batches
 from secateur.train.device import Precision, channels_last
-from secateur.train.evaluate import measure_accuracy
+from secateur.train.evaluate import measure
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
 if TYPE_CHECKING:
@@ -356,16 +357,17 @@ class TASStep(TrainingStep):
         # Running statistics mean nothing in a supernet, where every step runs another subnet.
         subnet = self.subnet(self.derived())
         statistics = measure_batch_norms(self.supernet, subnet, config.calibration)
-        result = measure_accuracy(
+        result = measure(
             _FixedSubnet(self.supernet, subnet, statistics).eval(),
             config.validation,
+            task=Classification(),
             batch_size=250,
             precision=Precision.FLOAT32,
             device=self.fabric.device,
             fabric=self.fabric,
         )
         self.supernet.train()
-        return result.top1
+        return result.value
 
 
 class _FixedSubnet(nn.Module):

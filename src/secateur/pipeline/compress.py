@@ -50,9 +50,10 @@ from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.graph_drawing import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, MeasuredAccuracy, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
+from secateur.tasks.classification import check_labels
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
-from secateur.train.evaluate import check_labels, evaluate
+from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, train_with_teacher
 
 
@@ -344,7 +345,7 @@ def _validated(plan: Plan, cut_student: CutStudent, trained: Trained | None) -> 
     """Accuracy of the original on the validation images, which the report draws beside that of the epochs."""
     if trained is None or not len(plan.data.validation):
         return None
-    return evaluate(cut_student.original, plan.data.validation, device=plan.device).top1
+    return evaluate(cut_student.original, plan.data.validation, device=plan.device).value
 
 
 def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Tensor) -> tuple[Check, ...]:
@@ -394,5 +395,5 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     found = evaluate(model, plan.data.test, device=plan.device)
-    plan.log(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
-    return Step(name, MeasuredAccuracy(found.top1, found.n))
+    plan.log(f"Test accuracy, {name}: {100 * found.value:.2f} % of {found.n} images.")
+    return Step(name, MeasuredAccuracy(found.value, found.n))

@@ -244,8 +244,8 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
 
 def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
     found = evaluate(model, plan.data.test, device=plan.fabric.device)
-    plan.log(f"Test accuracy, {name}: {100 * found.top1:.2f} % of {found.n} images.")
-    return Step(name, MeasuredAccuracy(found.top1, found.n))
+    plan.log(f"Test accuracy, {name}: {100 * found.value:.2f} % of {found.n} images.")
+    return Step(name, MeasuredAccuracy(found.value, found.n))
 
 
 def _finished(

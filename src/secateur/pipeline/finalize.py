@@ -143,7 +143,7 @@ def report_of(
         after=measured[1],
         steps=steps,
         training=tuple(
-            TrainedEpoch(record.epoch, record.train_loss, record.validation_accuracy)
+            TrainedEpoch(record.epoch, record.train_loss, record.validation_score)
             for record in history
             if record.train_loss is not None
         ),

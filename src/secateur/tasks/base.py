@@ -5,6 +5,7 @@ Everything else of the package treats outputs and targets as opaque trees of ten
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,14 @@ class Score:
 
 
 class Meter(ABC):
-    """Collects the outputs of one pass over a split. A new one is made for every pass."""
+    """Collects the outputs of one pass over a split. A new one is made for every pass.
+
+    Attributes:
+        additive: Whether the results of parts of a split can be added, see `sums`. Then several processes measure a
+            part each; otherwise each measures everything.
+    """
+
+    additive: bool = False
 
     @abstractmethod
     def update(self, outputs: Any, targets: Any) -> None:
@@ -82,9 +90,9 @@ class Meter(ABC):
         """Return the score of everything that was added."""
 
     def sums(self) -> Tensor | None:
-        """Return numbers whose sums over several meters are those of one meter of all batches; None if there are none.
+        """Return numbers whose sums over several meters are those of one meter of all batches, as a float64 vector.
 
-        They are a float64 vector. With them, several processes can measure a part each.
+        None if there are none, or nothing was added yet.
         """
         return None
 
@@ -128,10 +136,17 @@ class Task(ABC):
         """Return how far a student's outputs are from a teacher's: a scalar; here `normalized_difference`."""
         return normalized_difference(student, teacher)
 
-    def train_forward(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
-        """Run a model for a step of training; targets are needed where a model computes its own losses."""
-        del targets
-        return call_model(model, inputs)
+    def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> Any:
+        """Run a model for a step of training.
+
+        Args:
+            model: The student in train mode, or its teacher in eval mode.
+            call: Runs the model in the number formats of the training; takes what its forward takes.
+            inputs: The inputs of a batch.
+            targets: Its targets, for models that compute their own losses.
+        """
+        del model, targets
+        return call_model(call, inputs)
 
     def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:  # noqa: B027 - most tasks check nothing
         """Refuse outputs and targets that the task is not for.
@@ -159,6 +174,8 @@ class MeanMeter(Meter):
         values: Returns (items,) numbers of outputs and targets.
         transform: Applied to the mean, such as a square root; None leaves it.
     """
+
+    additive = True
 
     def __init__(self, task: Task, values: Any, transform: Any = None) -> None:
         self._task, self._values, self._transform = task, values, transform

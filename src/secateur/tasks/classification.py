@@ -42,30 +42,57 @@ class Classification(Task):
         """See `Task.meter`."""
         return _Top1Meter()
 
+    def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:
+        """See `Task.check`."""
+        check_logits(outputs, len(targets), name)
+        check_targets(targets, outputs.shape[1])
+
     def with_settings(self, *, label_smoothing: float, temperature: float) -> "Classification":
         """See `Task.with_settings`."""
         return replace(self, label_smoothing=label_smoothing, temperature=temperature)
 
 
 class _Top1Meter(Meter):
+    additive = True
+
     def __init__(self) -> None:
         # Sums stay on the device: reading one for every batch would wait for it every time.
         self._correct: Tensor | None = None
         self._loss: Tensor | None = None
-        self._n = 0
+        self._range: tuple[Tensor, Tensor] | None = None
+        self._n = self._classes = 0
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """See `Meter.update`."""
-        correct = (outputs.argmax(1) == targets).sum()
-        loss = F.cross_entropy(outputs.float(), targets, reduction="sum")
+        """See `Meter.update`.
+
+        Raises:
+            TrainingError: If the outputs are no logits, or the targets no classes of theirs.
+        """
+        check_logits(outputs, len(targets))
+        labels = class_indices(targets, len(outputs))
+        self._classes = outputs.shape[1]
+        low, high = torch.aminmax(labels)
+        if self._range is None:  # Looking at labels waits for the device: that is done for the first batch, and last.
+            check_range(low, high, self._classes)
+            self._range = low, high
+        self._range = torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)
+        correct = (outputs.argmax(1) == labels).sum()
+        # A label out of range would stop a GPU for good, before it is refused.
+        loss = F.cross_entropy(outputs.float(), labels.clamp(0, self._classes - 1), reduction="sum")
         self._correct = correct if self._correct is None else self._correct + correct
         self._loss = loss if self._loss is None else self._loss + loss
-        self._n += len(targets)
+        self._n += len(labels)
 
     def compute(self) -> Score:
-        """See `Meter.compute`."""
+        """See `Meter.compute`.
+
+        Raises:
+            TrainingError: If a target was no class of the outputs.
+        """
         assert self._correct is not None
         assert self._loss is not None
+        if self._range is not None:
+            check_range(*self._range, self._classes)
         return Score(self._correct.item() / self._n, self._loss.item() / self._n, self._n, TOP1)
 
     def sums(self) -> Tensor | None:
@@ -78,6 +105,119 @@ class _Top1Meter(Meter):
     def set_sums(self, sums: Tensor) -> None:
         """See `Meter.set_sums`."""
         self._correct, self._loss, self._n = sums[0], sums[1], round(float(sums[2]))
+
+
+OTHER_TASK = (
+    "For other targets give the task that they are for, such as task=MultiLabel(), Regression() or one of your own."
+)
+"""What to do with targets that are no classes, for messages."""
+
+
+def check_logits(logits: object, images: int, name: str = "model") -> None:
+    """Refuse a model that does not give logits.
+
+    Args:
+        logits: What it returned.
+        images: Number of images it was given.
+        name: The argument that the model is, for the message.
+
+    Raises:
+        TrainingError: If the shape is not (images, classes).
+    """
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape is None or len(shape) != 2 or shape[0] != images:
+        raise TrainingError(
+            f"`{name}` must return logits of the shape (batch, classes), here ({images}, classes); "
+            f"got {shape or type(logits).__name__}. Wrap the model so that its forward returns the logits alone. "
+            "For other outputs give the task that they are for, such as task=Segmentation() or one of your own."
+        )
+
+
+def class_indices(labels: Tensor, images: int) -> Tensor:
+    """Return labels that are class indices as int64, or refuse them; their values are not looked at.
+
+    Raises:
+        TrainingError: If they are not integers, one for each image.
+    """
+    if labels.shape != (images,) or labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+        raise TrainingError(
+            f"`labels` must be class indices, integers of the shape ({images},); got {_described(labels)}. {OTHER_TASK}"
+        )
+    return labels.long()
+
+
+def _described(labels: Tensor) -> str:
+    """Type and shape of labels, and what kind of target they seem to be."""
+    found = f"{str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}"
+    if labels.ndim != 2:
+        return found
+    if labels.shape[1] == 1:
+        return f"{found}: one column" + ("" if labels.is_floating_point() else " (call .squeeze(1))")
+    sums = labels.double().sum(1)
+    return f"{found}, whose rows sum to {float(sums.min()):.4g}...{float(sums.max()):.4g}"
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are not classes of the model; waits for the device.
+
+    Raises:
+        TrainingError: If they are not one integer for each image, or one is negative or too high.
+    """
+    check_range(*torch.aminmax(class_indices(labels, len(labels))), classes)
+
+
+def check_range(low: Tensor, high: Tensor, classes: int) -> None:
+    """Refuse labels from ``low`` to ``high`` that are not classes of the model; waits for the device.
+
+    Raises:
+        TrainingError: If the lowest is negative or the highest too high.
+    """
+    lowest, highest = (int(bound) for bound in torch.stack((low, high)).tolist())
+    if lowest < 0 or highest >= classes:
+        raise TrainingError(
+            f"`labels` must lie in 0...{classes - 1}, the model's classes; got {lowest}...{highest}. "
+            "Use a model with as many classes as the data."
+        )
+
+
+_SUM_TOLERANCE = 1e-3
+"""How far the probabilities of an image may be from 1 in sum: half precision has three digits."""
+
+
+def check_targets(labels: Tensor, classes: int) -> None:
+    """Refuse labels of training images that are neither class indices nor probabilities; waits for the device.
+
+    Raises:
+        TrainingError: See `check_labels`; or if there is not one probability for every class, or the probabilities of
+            an image are negative or do not sum to 1.
+    """
+    if not labels.is_floating_point():
+        check_labels(labels, classes)
+        return
+    if labels.ndim == 2 and labels.shape[1] > 1 and labels.shape[1] != classes:
+        raise TrainingError(
+            f"`labels` of mixed images must be probabilities of the model's {classes} classes; got the shape "
+            f"{tuple(labels.shape)}. Use a model with as many classes as the data."
+        )
+    off = (labels.double().sum(-1) - 1).abs().amax() if labels.ndim == 2 else torch.inf
+    # Written so that NaN is refused too.
+    if labels.ndim != 2 or not float(off) <= _SUM_TOLERANCE or not float(labels.amin()) >= -_SUM_TOLERANCE:
+        raise TrainingError(
+            "`labels` must be class indices, integers of the shape (batch,), or probabilities of the shape "
+            f"(batch, classes) whose rows sum to 1; got {_described(labels)}. {OTHER_TASK}"
+        )
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor | None:
+    """Count the images whose highest logit is the label's (of a mixed image, the likeliest label's), on the device.
+
+    Returns:
+        None if the labels are neither one class nor one row of probabilities for each image.
+    """
+    best = labels.argmax(1) if labels.is_floating_point() and labels.shape == logits.shape else labels
+    if best.shape != logits.shape[:1] or best.is_floating_point():
+        return None
+    return (logits.argmax(1) == best).sum()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Detection of objects by models that compute their own losses, as torchvision's detectors do."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -52,10 +52,10 @@ class Detection(Task):
         """Mean average precision at the overlap."""
         return Metric("mAP" if self.iou is None else f"mAP@{self.iou:g}")
 
-    def train_forward(self, model: nn.Module, inputs: Any, targets: Any) -> DetectorOutputs:
+    def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> DetectorOutputs:
         """See `Task.train_forward`: a model in train mode gets the targets too."""
         with self._recorded(model) as heads:
-            result = model(inputs, targets) if model.training else call_model(model, inputs)
+            result = call(inputs, targets) if model.training else call_model(call, inputs)
         return DetectorOutputs(result, tuple(heads))
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

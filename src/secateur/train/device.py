@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from secateur._runtime import copy_model, stop_requested
 from secateur.errors import TrainingError
@@ -128,18 +129,22 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.BF16_MIXED)
 
 
-def in_precision(fabric: "Fabric", model: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """Return a model's forward in the precision of a Fabric, with a float32 output."""
+def in_precision(fabric: "Fabric", model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model's forward in the precision of a Fabric, with float32 outputs."""
 
     # Not Fabric.setup: with several processes every backward pass would then send its gradients. They travel once in
     # a step, see average_gradients_.
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(*inputs: Any, **by_name: Any) -> Any:
         with fabric.autocast():
-            output = model(images)
-        return output.float() if isinstance(output, Tensor) else output
+            output = model(*inputs, **by_name)
+        return output.float() if isinstance(output, Tensor) else tree_map_only(Tensor, _upcast, output)
 
     return forward
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def copy_to_device(model: ModelType, device: torch.device) -> ModelType:

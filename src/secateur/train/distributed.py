@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from secateur._batches import batch_length, take
 from secateur._runtime import process_count
 from secateur.errors import TrainingError
 from secateur.train.device import Precision, default_device, fabric_plugin, preserve_nvml_variable
@@ -78,8 +79,8 @@ def check_divisible(fabric: "Fabric", batch: int, parts: int) -> None:
         )
 
 
-def own_shard(fabric: "Fabric", batch: Tensor) -> Tensor:
-    """Return this process's part of a batch: every n-th item, for n processes.
+def own_shard(fabric: "Fabric", batch: Any) -> Any:
+    """Return this process's part of a batch, a tree of tensors: every n-th item, for n processes.
 
     The mean of the parts' mean losses is the mean loss of the batch, and so are the gradients, if the number of
     processes divides the batch, or the parts are weighted by their images, and nothing is normalized over the batch.
@@ -87,14 +88,15 @@ def own_shard(fabric: "Fabric", batch: Tensor) -> Tensor:
     Raises:
         TrainingError: If there are more processes than items.
     """
-    if fabric.world_size == 1:
+    if fabric.world_size == 1 or batch is None:
         return batch
-    if len(batch) < fabric.world_size:
+    if batch_length(batch) < fabric.world_size:
         raise TrainingError(
-            f"`batch_size` must give every process an image; got {len(batch)} for {fabric.world_size} processes."
+            f"`batch_size` must give every process an image; got {batch_length(batch)} for {fabric.world_size} "
+            "processes."
         )
     # Every n-th, not one block each: the parts differ by one item at most, and classes in order are spread.
-    return batch[fabric.global_rank :: fabric.world_size]
+    return take(batch, slice(fabric.global_rank, None, fabric.world_size))
 
 
 def average_gradients_(fabric: "Fabric", parameters: Iterable[nn.Parameter]) -> None:

@@ -17,12 +17,15 @@ from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
 from secateur.train.callbacks import DivergenceError
 from secateur.train.checkpoint import model_sha256, write_tensors_
 from secateur.train.config import Batches, RunSettings, TrainConfig, TrainingData
 from secateur.train.device import Eager, Precision, fabric_precision, resolve_fabric
 from secateur.train.distributed import check_divisible
-from secateur.train.supervised import EpochRecord, SupervisedStep, SupervisedTask
+from secateur.train.supervised import EpochRecord, SupervisedRun, SupervisedStep
 from secateur.train.teacher import TeacherCache
 from secateur.train.trainer import Trainer
 
@@ -37,7 +40,7 @@ class Trained:
         model: A new module in eval mode, on the device of the student that was given.
         history: One record per epoch; with a validation split it begins with epoch 0, before training.
         best_epoch: The epoch that the model is from.
-        best_accuracy: Its validation accuracy as a fraction; None if there was no validation split, so that the model
+        best_score: Its validation score, by the metric of the task; None if there was no validation split, so that the model
             is from the last epoch.
         precision: The number formats used in training.
         device: The device used in training, such as "cpu".
@@ -49,7 +52,7 @@ class Trained:
     model: nn.Module
     history: tuple[EpochRecord, ...]
     best_epoch: int
-    best_accuracy: float | None
+    best_score: float | None
     precision: Precision
     device: str
     divergences: tuple[str, ...] = ()
@@ -68,6 +71,7 @@ def fit(
     validation: Batches | None = None,
     sparsify: Sparsify | None = None,
     teacher_cache: Path | None = None,
+    task: Task = Classification(),  # noqa: B008 - frozen
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Train a copy of a student; nothing that is given is changed.
@@ -80,7 +84,7 @@ def fit(
     those of the whole batch, and the losses are those of one process.
 
     Args:
-        student: A classifier with float32 weights that gives logits (batch, classes).
+        student: A model with float32 weights.
         source: Training images.
         train: Epochs, batch size, learning rate, optimizer, precision and seed.
         objective: The loss. Losses of its terms that are modules are trained with the student, in a copy.
@@ -92,6 +96,7 @@ def fit(
             makes it an ordinary model), and the best epoch is chosen among those with the final density.
         teacher_cache: Folder where the teacher's logits are kept, epoch by epoch. Another run with the same seed,
             images and batches reads them instead of running the teacher, bit for bit. Only for losses of logits.
+        task: What outputs and targets mean, the loss with labels, and the metric that the best epoch is chosen by.
         run: Checkpoints, execution, callbacks and device. See `RunSettings` for resuming and several processes.
 
     Returns:
@@ -104,6 +109,11 @@ def fit(
     """
     _check_student(student)
     _check_objective(objective, teacher, alignment)
+    if isinstance(task, Imitation) and (teacher is None or objective.label_weight):
+        raise TrainingError(
+            "`objective` must learn from the teacher alone for Imitation, which has no labels; got "
+            f"label_weight={objective.label_weight:g}. Use Objective(kd_weight=1, label_weight=0)."
+        )
     if train.epochs and len(source) == 0:
         raise TrainingError("`source` must hold at least one image; got none. Check the data folder and its splits.")
     fabric, execution = resolve_fabric(run.fabric, train.precision), run.execution
@@ -114,15 +124,15 @@ def fit(
     execution.check(fabric)
     # A teacher that no loss asks for would only cost time.
     teacher = teacher if objective.needs_teacher else None
-    task = SupervisedTask(source, validation, augment, objective, train, alignment, fabric, sparsify, execution)
+    job = SupervisedRun(source, validation, augment, objective, train, alignment, fabric, sparsify, execution, task)
     # The caller may be in inference mode or without gradients, where modules cannot be trained.
     with torch.inference_mode(mode=False), torch.enable_grad():
         given = student
         if sparsify is not None:
-            student = sparsify.start(student, train.epochs * task.steps)
-        step = SupervisedStep(task, student, teacher, _cache(task, teacher, teacher_cache))
+            student = sparsify.start(student, train.epochs * job.steps)
+        step = SupervisedStep(job, student, teacher, _cache(job, teacher, teacher_cache))
         trainer = Trainer(step, train.restarts)
-        settings = {} if run.folder is None else _settings(task, student, teacher)
+        settings = {} if run.folder is None else _settings(job, student, teacher)
         trainer.resume(run.folder, settings)
         gave_up = None
         try:
@@ -143,7 +153,7 @@ def fit(
         model=model,
         history=tuple(EpochRecord.from_json(record) for record in trainer.history),
         best_epoch=(0 if gave_up else trainer.epoch) if step.best is None else step.best.epoch,
-        best_accuracy=None if step.best is None else step.best.accuracy,
+        best_score=None if step.best is None else step.best.score,
         precision=fabric_precision(fabric),
         device=str(fabric.device),
         divergences=(*trainer.divergences, *([gave_up] if gave_up else [])),
@@ -161,6 +171,7 @@ def train_with_teacher(
     alignment: AlignedFeatures | None = None,
     sparsify: Sparsify | None = None,
     teacher_cache: Path | None = None,
+    task: Task = Classification(),  # noqa: B008 - frozen
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Recover a student's accuracy from its teacher: `fit` on ``data.train``, validated on ``data.validation``.
@@ -175,6 +186,7 @@ def train_with_teacher(
             ``objective.feature_weight`` > 0.
         sparsify: See `fit`.
         teacher_cache: See `fit`.
+        task: See `fit`.
         run: See `fit`.
 
     Returns:
@@ -194,30 +206,31 @@ def train_with_teacher(
         validation=data.validation if len(data.validation) else None,
         sparsify=sparsify,
         teacher_cache=teacher_cache,
+        task=task,
         run=run,
     )
 
 
-def _cache(task: SupervisedTask, teacher: nn.Module | None, folder: Path | None) -> TeacherCache | None:
+def _cache(job: SupervisedRun, teacher: nn.Module | None, folder: Path | None) -> TeacherCache | None:
     if folder is None or teacher is None:
         if folder is not None:
             warnings.warn("`teacher_cache` has no effect: the objective asks for no teacher.", stacklevel=3)
         return None
-    if task.fabric.world_size > 1:
+    if job.fabric.world_size > 1:
         raise TrainingError(
-            f"`teacher_cache` must go with one process; got {task.fabric.world_size}. Leave it out, or take one device."
+            f"`teacher_cache` must go with one process; got {job.fabric.world_size}. Leave it out, or take one device."
         )
-    objective = task.objective
+    objective = job.objective
     inside = ["feature_weight"] if objective.feature_weight else [term.name for term in objective.terms if term.taps]
     if inside:
         raise TrainingError(
             f"`teacher_cache` must go with losses of logits alone; {', '.join(inside)} needs features of the teacher, "
             "which must run. Leave `teacher_cache` out."
         )
-    settings = {"teacher": model_sha256(teacher), "precision": fabric_precision(task.fabric).name}
-    if task.execution != Eager():
-        settings["execution"] = repr(task.execution)
-    return TeacherCache(folder, task.train.seed, settings)
+    settings = {"teacher": model_sha256(teacher), "precision": fabric_precision(job.fabric).name}
+    if job.execution != Eager():
+        settings["execution"] = repr(job.execution)
+    return TeacherCache(folder, job.train.seed, settings)
 
 
 def _check_student(student: nn.Module) -> None:
@@ -246,29 +259,30 @@ def _check_objective(objective: Objective, teacher: nn.Module | None, alignment:
         warnings.warn("`alignment` has no effect: feature_weight is 0.", stacklevel=3)
 
 
-def _settings(task: SupervisedTask, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
+def _settings(job: SupervisedRun, student: nn.Module, teacher: nn.Module | None) -> dict[str, str]:
     """Everything that must be equal for a run to be the same run."""
     settings = {
         f"{part}.{field.name}": repr(getattr(value, field.name))
-        for part, value in (("train", task.train), ("objective", task.objective))
+        for part, value in (("train", job.train), ("objective", job.objective))
         for field in dataclasses.fields(value)
     }
     # None means another precision on another machine.
-    settings["train.precision"] = fabric_precision(task.fabric).name
-    settings["source"] = f"{len(task.source)} images"
-    settings["validation"] = "none" if task.validation is None else f"{len(task.validation)} images"
-    settings["augment"] = repr(task.augment)
-    settings["alignment"] = "none" if task.alignment is None else sha256_of(repr(task.alignment))
+    settings["train.precision"] = fabric_precision(job.fabric).name
+    settings["source"] = f"{len(job.source)} images"
+    settings["validation"] = "none" if job.validation is None else f"{len(job.validation)} images"
+    settings["task"] = repr(job.task)
+    settings["augment"] = repr(job.augment)
+    settings["alignment"] = "none" if job.alignment is None else sha256_of(repr(job.alignment))
     settings["student"] = model_sha256(student)
     settings["teacher"] = "none" if teacher is None else model_sha256(teacher)
-    if task.execution != Eager():
-        settings["execution"] = repr(task.execution)
+    if job.execution != Eager():
+        settings["execution"] = repr(job.execution)
     # Dropout differs between the parts of a batch, so the number of processes is part of the run.
-    if task.fabric.world_size > 1:
-        settings["processes"] = str(task.fabric.world_size)
-    if task.sparsify is not None:
-        settings["sparsify"] = repr(task.sparsify)
-    if task.objective.terms:  # Not its repr, which would hold addresses of functions.
-        settings["objective.terms"] = "; ".join(term.description for term in task.objective.terms)
-        settings["losses"] = model_sha256(task.objective.learned)
+    if job.fabric.world_size > 1:
+        settings["processes"] = str(job.fabric.world_size)
+    if job.sparsify is not None:
+        settings["sparsify"] = repr(job.sparsify)
+    if job.objective.terms:  # Not its repr, which would hold addresses of functions.
+        settings["objective.terms"] = "; ".join(term.description for term in job.objective.terms)
+        settings["losses"] = model_sha256(job.objective.learned)
     return settings

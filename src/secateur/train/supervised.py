@@ -5,20 +5,25 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import batch_length, take
 from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatureRecorder, AlignedFeatures, TapRecorder
 from secateur.errors import TrainingError
 from secateur.prune.weight_pruning import Sparsify
+from secateur.tasks.base import Metric, Task
+from secateur.tasks.classification import TOP1, Classification, check_logits, check_targets
+from secateur.tasks.imitation import Imitation
 from secateur.train.callbacks import divergence_error
 from secateur.train.checkpoint import Tensors, clone_tensors, tensors_of
 from secateur.train.config import Batches, TrainConfig, epoch_batches
-from secateur.train.device import Eager, Execution, Precision, channels_last, copy_to_device, in_precision
-from secateur.train.evaluate import check_logits, check_targets, measure_accuracy
+from secateur.train.device import Eager, Execution, Precision, copy_to_device, in_precision
+from secateur.train.evaluate import in_channels_last, measure
 from secateur.train.teacher import TeacherCache, TeacherRunner
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
@@ -36,22 +41,25 @@ class EpochRecord:
         parts: Mean of each part of the loss before weighting: "label" and "kd" in nats, "feature" dimensionless, and
             each term of the objective by its name.
         learning_rate: Learning rate of the epoch's last step; None at 0.
-        validation_accuracy: Fraction of validation images whose highest logit is the label's; None if not validated.
-        validation_loss: Mean cross-entropy on the validation images, in nats; None if not validated.
+        validation_score: The metric of the task on the validation images, such as a fraction of right answers; None if
+            not validated.
+        validation_loss: Mean loss on the validation images; None if not validated, or if the task has none there.
         seconds: Wall-clock time of the epoch's training steps, without validation; 0.0 at 0.
         images_per_s: Training images per second; None at 0.
         density: Kept fraction of the weights that may be pruned, at the end of the epoch; None if none are.
+        metric: What the validation score is.
     """
 
     epoch: int
     train_loss: float | None
     parts: Mapping[str, float]
     learning_rate: float | None
-    validation_accuracy: float | None
+    validation_score: float | None
     validation_loss: float | None
     seconds: float
     images_per_s: float | None
     density: float | None = None
+    metric: Metric = TOP1
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object."""
@@ -60,7 +68,7 @@ class EpochRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "EpochRecord":
         """Inverse of `to_json`."""
-        return cls(**data)
+        return cls(**{**data, "metric": Metric(**data["metric"])})
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -70,7 +78,7 @@ class EpochRecord:
             "mean_loss": self.train_loss,
             **means,
             "last_learning_rate": self.learning_rate,
-            "validation_accuracy": self.validation_accuracy,
+            "validation_score": self.validation_score,
             "validation_loss": self.validation_loss,
             "seconds": self.seconds if self.epoch else None,
             "images_per_s": self.images_per_s,
@@ -86,8 +94,9 @@ class EpochRecord:
             words.append(f"loss {self.train_loss:.4f} ({parts})")
         if self.learning_rate is not None:
             words.append(f"lr {self.learning_rate:.2g}")
-        if self.validation_accuracy is not None:
-            words.append(f"validation {100 * self.validation_accuracy:.2f} % (loss {self.validation_loss:.4f})")
+        if self.validation_score is not None:
+            loss = "" if self.validation_loss is None else f" (loss {self.validation_loss:.4f})"
+            words.append(f"validation {self.metric.text(self.validation_score)}{loss}")
         if self.density is not None:
             words.append(f"weights {100 * self.density:.1f} %")
         if self.images_per_s is not None:
@@ -96,7 +105,7 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
-class SupervisedTask:
+class SupervisedRun:
     """What a student is trained on. Nothing of it changes during a run; see `fit` for the fields."""
 
     source: Batches
@@ -108,6 +117,7 @@ class SupervisedTask:
     fabric: "Fabric"
     sparsify: Sparsify | None = None
     execution: Execution = Eager()  # noqa: RUF009 - frozen
+    task: Task = Classification()  # noqa: RUF009 - frozen
 
     @property
     def steps(self) -> int:
@@ -126,10 +136,10 @@ class SupervisedTask:
 
 @dataclass(frozen=True, eq=False)
 class BestEpoch:
-    """The best epoch so far: highest validation accuracy, then lowest validation loss, then earliest."""
+    """The best epoch so far: best validation score, then lowest validation loss, then earliest."""
 
     epoch: int
-    accuracy: float
+    score: float
     loss: float
     tensors: Tensors
 
@@ -138,7 +148,7 @@ class SupervisedStep(TrainingStep):
     """A step of a student that learns from labels, from a teacher's logits and features, or from both.
 
     Args:
-        task: What to train on.
+        job: What to train on.
         student: Copied.
         teacher: Copied; None if there is none.
         cache: The teacher's logits on disk; None computes all.
@@ -149,45 +159,50 @@ class SupervisedStep(TrainingStep):
     """
 
     def __init__(
-        self, task: SupervisedTask, student: nn.Module, teacher: nn.Module | None, cache: TeacherCache | None = None
+        self, job: SupervisedRun, student: nn.Module, teacher: nn.Module | None, cache: TeacherCache | None = None
     ) -> None:
-        device = task.fabric.device
-        self.loop, self.train, self.fabric, self.steps = "train", task.train, task.fabric, task.steps
+        device = job.fabric.device
+        self.loop, self.train, self.fabric, self.steps = "train", job.train, job.fabric, job.steps
         self.student = self.averaged = copy_to_device(student, device).train()
         self.best: BestEpoch | None = None
         # A copy, because losses may learn too: adaptors, variances, embeddings.
-        self._objective = copy.deepcopy(task.objective)
+        self._objective = copy.deepcopy(job.objective)
         losses = self._objective.learned.to(device).train()
-        self._learner = Learner.of(nn.ModuleList([self.student, losses]), task.train, task.fabric)
+        self._learner = Learner.of(nn.ModuleList([self.student, losses]), job.train, job.fabric)
         self.learners = {"student": self._learner}
-        self._task = task
+        self._job = job
+        self._task = job.task.with_settings(
+            label_smoothing=job.objective.label_smoothing, temperature=job.objective.temperature
+        )
         # Only the forward is compiled: checkpoints, averages, masks and hooks see an ordinary module.
-        self._forward = in_precision(task.fabric, task.execution.prepared(self.student))
+        self._forward = in_precision(job.fabric, job.execution.prepared(self.student))
         self._teacher: nn.Module | None = None
         self._runner: TeacherRunner | None = None
         if teacher is not None:
-            self._teacher = copy_to_device(teacher, device).eval().requires_grad_(requires_grad=False)
-            self._runner = TeacherRunner(in_precision(task.fabric, task.execution.prepared(self._teacher)), cache)
+            frozen = copy_to_device(teacher, device).eval().requires_grad_(requires_grad=False)
+            call = in_precision(job.fabric, job.execution.prepared(frozen))
+            self._teacher = frozen
+            self._runner = TeacherRunner(lambda inputs: self._task.train_forward(frozen, call, inputs, None), cache)
         self._features: AlignedFeatureRecorder | None = None
         self._taps: TapRecorder | None = None
         self._checked = False
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """See `TrainingStep.batches`: images and labels."""
-        task, device = self._task, self.fabric.device
-        return epoch_batches(task.source, self.train, device=device, epoch=epoch, augment=task.augment, start=start)
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Any, ...]]:
+        """See `TrainingStep.batches`: inputs and targets."""
+        job, device = self._job, self.fabric.device
+        return epoch_batches(job.source, self.train, device=device, epoch=epoch, augment=job.augment, start=start)
 
     @contextmanager
     def running(self, epoch: int) -> Generator[None]:
         """See `TrainingStep.running`: records the features that the losses compare, and the teacher's logits."""
         self.student.train()
-        alignment, teacher, objective = self._task.alignment, self._teacher, self._objective
+        alignment, teacher, objective = self._job.alignment, self._teacher, self._objective
         with self._teacher_epoch(epoch), ExitStack() as stack:
             if alignment is not None and teacher is not None and objective.feature_weight:
                 self._features = stack.enter_context(alignment.record(self.student, teacher))
             if teacher is not None and objective.terms:
                 self._taps = stack.enter_context(objective.record(self.student, teacher))
-            stack.enter_context(self._task.execution.running())
+            stack.enter_context(self._job.execution.running())
             yield
         self._features = self._taps = None
 
@@ -209,19 +224,20 @@ class SupervisedStep(TrainingStep):
 
     def learn(self, shard: Shard) -> Losses:
         """See `TrainingStep.learn`: the gradient is that of the mean loss over the whole batch."""
-        task, fabric = self._task, self.fabric
+        job, fabric = self._job, self.fabric
         # Masks change before the step, so that the gradients are those of the weights that are left.
-        if task.sparsify is not None:
-            task.sparsify.update_(self.student, shard.step, self.train.epochs * self.steps)
+        if job.sparsify is not None:
+            job.sparsify.update_(self.student, shard.step, self.train.epochs * self.steps)
         self._learner.zero_grad()
         names: list[str] = []
         sums: Tensor | None = None
+        inputs, targets = in_channels_last(shard.tensors[0]), shard.tensors[1]
         # The optimizer moves once for all parts: gradients of the parts add up in the parameters.
-        own = channels_last(shard.tensors[0]), shard.tensors[1]
-        for images, labels in zip(*(tensor.tensor_split(self.train.accumulate) for tensor in own), strict=True):
-            total, parts = self._loss(images, labels)
+        for part in _parts(batch_length(inputs), self.train.accumulate):
+            own = take(inputs, part), take(targets, part)
+            total, parts = self._loss(*own)
             # Parts of different sizes count by their images. The weight of a single part is exactly 1.
-            weight = len(labels) * fabric.world_size / shard.sizes[1]
+            weight = batch_length(own[0]) * fabric.world_size / shard.sizes[0]
             fabric.backward(total * weight)
             names = list(parts)
             losses = torch.stack([total.detach(), *parts.values()]) * weight
@@ -230,43 +246,50 @@ class SupervisedStep(TrainingStep):
         assert sums is not None
         return Losses(dict(zip(names, sums[1:], strict=True)), sums[0])
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher_logits = None if self._runner is None else self._runner.logits(images, labels)
-        logits = self._forward(images)
+    def _loss(self, inputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        taught = None if self._runner is None else self._runner.logits(inputs, targets)
+        outputs = self._task.train_forward(self.student, self._forward, inputs, targets)
         # Looking at labels waits for an accelerator: there only those of the first batch are looked at.
-        if not self._checked or labels.device.type == "cpu":
-            self._check(logits, teacher_logits, labels)
+        if not self._checked or (isinstance(targets, Tensor) and targets.device.type == "cpu"):
+            self._check(outputs, taught, targets)
+        if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex()):
+            targets = targets.long()
         total, parts = self._objective(
-            logits,
-            teacher_logits=teacher_logits,
-            labels=labels if labels.is_floating_point() or labels.is_complex() else labels.long(),
+            outputs,
+            teacher_logits=taught,
+            labels=targets,
             feature=None if self._features is None else self._features.loss(),
             recorder=self._taps,
+            task=self._task,
         )
         return total, dict(parts)
 
-    def _check(self, logits: object, teacher_logits: object, labels: Tensor) -> None:
-        """Refuse outputs and labels that the losses are not for.
+    def _check(self, outputs: object, taught: object, targets: Any) -> None:
+        """Refuse outputs and targets that the losses are not for.
 
-        Terms of the user's own, without the other losses, may be given any outputs and labels.
+        Terms of the user's own, without the other losses, may be given any outputs and targets.
 
         Raises:
             TrainingError: If so.
         """
         objective, self._checked = self._objective, True
-        built_in = bool(objective.label_weight or objective.kd_weight)
-        if not built_in and not (isinstance(logits, Tensor) and logits.ndim == 2):
+        if not isinstance(self._task, Classification):
+            if objective.label_weight:
+                self._task.check(outputs, targets)
             return
-        check_logits(logits, len(labels))
-        assert isinstance(logits, Tensor)
+        built_in = bool(objective.label_weight or objective.kd_weight)
+        if not built_in and not (isinstance(outputs, Tensor) and outputs.ndim == 2):
+            return
+        check_logits(outputs, len(targets))
+        assert isinstance(outputs, Tensor)
         if objective.kd_weight:
-            check_logits(teacher_logits, len(labels), "teacher")
-        classes = logits.shape[1]
-        indices = labels.ndim == 1 and not labels.is_floating_point()
+            check_logits(taught, len(targets), "teacher")
+        classes = outputs.shape[1]
+        indices = targets.ndim == 1 and not targets.is_floating_point()
         # Where only the teacher is learned from, any number may stand for a label that is not known.
         used = objective.label_weight or (objective.terms and classes > 1)
         if used if indices else built_in:
-            check_targets(labels, classes)
+            check_targets(targets, classes)
 
     def begin_again(self, beginning: Mapping[str, Tensors]) -> None:
         """See `TrainingStep.begin_again`."""
@@ -277,7 +300,7 @@ class SupervisedStep(TrainingStep):
         """See `TrainingStep.measure_start`: the student before training, if there is a validation split."""
         record = EpochRecord(0, None, {}, None, None, None, 0.0, None)
         # The moving average still equals the student.
-        return None if self._task.validation is None else self._measured(record, self.student)
+        return None if self._job.validation is None else self._measured(record, self.student)
 
     def measure(self, summary: EpochSummary) -> EpochReport:
         """See `TrainingStep.measure`: the moving average, or the student, is validated; the best epoch is kept."""
@@ -288,27 +311,33 @@ class SupervisedStep(TrainingStep):
         return self._measured(record, self.student if summary.average is None else summary.average)
 
     def _measured(self, record: EpochRecord, model: nn.Module) -> EpochReport:
-        task = self._task
-        if task.validation is not None:
+        job = self._job
+        if job.validation is not None:
             # In float32 whatever the training used: epochs must be comparable, also with a model measured later.
-            result = measure_accuracy(
+            found = measure(
                 model.eval(),
-                task.validation,
+                job.validation,
+                task=job.task,
+                original=self._teacher if isinstance(job.task, Imitation) else None,
                 batch_size=self.train.batch_size,
                 precision=Precision.FLOAT32,
                 device=self.fabric.device,
                 fabric=self.fabric,
             )
+            loss = 0.0 if found.loss is None else found.loss
             # A NaN would only lose the comparison below, and the run would continue in vain.
-            if not math.isfinite(result.loss):
-                where = f"epoch {record.epoch}"
-                raise divergence_error(f"validation loss ({result.loss:g})", where, self.train.learning_rate)
-            record = replace(record, validation_accuracy=result.top1, validation_loss=result.loss)
-            better = self.best is None or (result.top1, -result.loss) > (self.best.accuracy, -self.best.loss)
+            for name, value in (("validation loss", loss), (found.metric.name, found.value)):
+                if not math.isfinite(value):
+                    where = f"epoch {record.epoch}"
+                    raise divergence_error(f"{name} ({value:g})", where, self.train.learning_rate)
+            record = replace(record, validation_score=found.value, validation_loss=found.loss, metric=found.metric)
+            key = found.metric.key
+            best = self.best
+            better = best is None or (key(found.value), -loss) > (key(best.score), -best.loss)
             # While weights are still being pruned, an epoch with more of them must not win.
-            if better and task.has_final_density(record.epoch):
-                self.best = BestEpoch(record.epoch, result.top1, result.loss, clone_tensors(tensors_of(model)))
-        record = replace(record, density=task.density_after(record.epoch))
+            if better and job.has_final_density(record.epoch):
+                self.best = BestEpoch(record.epoch, found.value, loss, clone_tensors(tensors_of(model)))
+        record = replace(record, density=job.density_after(record.epoch))
         return EpochReport(record.to_json(), record.numbers, record.line(self.train.epochs))
 
     def state(self, *, within_epoch: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -317,7 +346,7 @@ class SupervisedStep(TrainingStep):
         tensors: dict[str, Tensor] = {}
         # The best epoch may be long gone when a run is resumed, so its weights travel in every checkpoint.
         if self.best is not None:
-            numbers["best"] = {"epoch": self.best.epoch, "accuracy": self.best.accuracy, "loss": self.best.loss}
+            numbers["best"] = {"epoch": self.best.epoch, "score": self.best.score, "loss": self.best.loss}
             tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
         if within_epoch and self._runner is not None:
             numbers["teacher"] = self._runner.numbers()
@@ -340,3 +369,10 @@ class SupervisedStep(TrainingStep):
         if self.best is not None:
             return self.best.tensors
         return tensors_of(self.student if average is None else average)
+
+
+def _parts(items: int, count: int) -> list[slice]:
+    """Return slices of a batch in a number of parts, whose sizes differ by at most one, as `torch.tensor_split` does."""
+    base, more = divmod(items, count)
+    ends = [0, *accumulate(base + (part < more) for part in range(count))]
+    return [slice(begin, end) for begin, end in pairwise(ends)]

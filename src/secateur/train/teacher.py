@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from secateur._files import write_atomic
 from secateur._provenance import changed_settings
 from secateur.errors import TrainingError
-from secateur.train.evaluate import check_logits, count_correct
+from secateur.tasks.classification import check_logits, count_correct
 
 _SETTINGS = "teacher.json"
 
@@ -166,7 +167,7 @@ class TeacherRunner:
         cache: Logits on disk; None computes all.
     """
 
-    def __init__(self, teach: Callable[[Tensor], Tensor], cache: TeacherCache | None) -> None:
+    def __init__(self, teach: Callable[[Any], Any], cache: TeacherCache | None) -> None:
         self._teach, self._cache = teach, cache
         self._step = self._images = self._classes = 0
         self._sound: Tensor | None = None
@@ -203,8 +204,8 @@ class TeacherRunner:
         counted = {"sound": self._sound, "right": self._right}
         return found | {name: tensor for name, tensor in counted.items() if tensor is not None}
 
-    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the teacher's logits for the next batch of the epoch, without gradients."""
+    def logits(self, images: Any, labels: Any) -> Any:
+        """Return the teacher's outputs for the next batch of the epoch, without gradients."""
         found = None if self._cache is None else self._cache.find(self._step, images)
         if found is None:
             with torch.no_grad():  # Not inference mode, whose tensors a loss could not save for backward.
@@ -213,8 +214,8 @@ class TeacherRunner:
                 check_logits(found, len(images), "teacher")
                 self._cache.keep(images, found)
         self._step += 1
-        # Anything else is for losses of the user's own, and refused for all others.
-        if isinstance(found, Tensor) and found.ndim == 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        # Anything else is for other tasks and losses of the user's own, and refused for all others.
+        if isinstance(found, Tensor) and found.ndim == 2 and isinstance(labels, Tensor):
             self._note(found, labels)
         return found
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import batch_length
 from secateur.errors import TrainingError
 from secateur.train.callbacks import (
     Callbacks,
@@ -125,12 +126,12 @@ class Shard:
     """The part of a batch that one process computes.
 
     Attributes:
-        tensors: The whole batch, or with n processes every n-th item of each tensor.
-        sizes: The number of items of each tensor in the whole batch.
+        tensors: The whole batch, or with n processes every n-th item of each part: tensors, or trees of them.
+        sizes: The number of items of each part in the whole batch; 0 for a part that is None.
         step: Number of the step, from 0 over all epochs.
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
     sizes: tuple[int, ...]
     step: int
 
@@ -208,7 +209,7 @@ class TrainingStep(ABC):
     averaged: nn.Module | None = None
 
     @abstractmethod
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Any, ...]]:
         """The batches of an epoch, the same in all processes, without the first ones.
 
         Args:
@@ -463,7 +464,7 @@ class Trainer:
                 number = first + part.steps
                 rate = self._rate(number, total)
                 looked = part.losses.add(self.train_step(batch, number, rate), rate)
-                part.images += len(batch[0])
+                part.images += batch_length(batch[0])
                 # The last step is always shown, before the checkpoint that may follow, so that logs have no gap.
                 if looked or part.steps == step.steps:
                     part.losses.read()
@@ -479,7 +480,7 @@ class Trainer:
         summary = EpochSummary(self.epoch, part.losses.means, rate, last, part.seconds, part.images, self.average)
         self._report(self.epoch, step.measure(summary), callbacks)
 
-    def train_step(self, batch: tuple[Tensor, ...], number: int, rate: float) -> dict[str, Tensor]:
+    def train_step(self, batch: tuple[Any, ...], number: int, rate: float) -> dict[str, Tensor]:
         """Take one step; with several processes each takes its part of the batch, and all move alike.
 
         Args:
@@ -492,10 +493,10 @@ class Trainer:
         """
         step, fabric = self._step, self._step.fabric
         next(iter(step.learners.values())).set_learning_rate(rate)
-        own = tuple(own_shard(fabric, tensor) for tensor in batch)
+        own = tuple(own_shard(fabric, part) for part in batch)
         # Batch norms see the whole batch, so that the step is that of one process.
         with synchronized_batch_norms(fabric):
-            losses = step.learn(Shard(own, tuple(map(len, batch)), number))
+            losses = step.learn(Shard(own, tuple(0 if part is None else batch_length(part) for part in batch), number))
         # After the step has updated the weights; the same in all processes.
         if self._average is not None and step.averaged is not None:
             self._average.update(step.averaged)

@@ -181,10 +181,11 @@ MISSED = {"boxes": torch.tensor([[5.0, 5.0, 8.0, 8.0]]), "labels": torch.tensor(
 
 def test_a_detector_gives_its_own_losses_and_its_heads_are_compared() -> None:
     task, model = Detection(), Detector().train()
-    outputs = task.train_forward(model, IMAGES, [FOUND, MISSED])
+    outputs = task.train_forward(model, model, IMAGES, [FOUND, MISSED])
     assert isinstance(outputs, DetectorOutputs)
     assert task.loss(outputs, None) == sum(outputs.result.values())
-    teacher = task.train_forward(Detector().eval(), IMAGES, None)
+    other = Detector().eval()
+    teacher = task.train_forward(other, other, IMAGES, None)
     assert float(task.imitation(outputs, outputs).detach()) == 0
     assert float(task.imitation(outputs, teacher).detach()) > 0
     assert not model._forward_hooks

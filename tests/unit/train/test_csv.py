@@ -37,7 +37,7 @@ def test_every_epoch_is_a_row_with_all_its_numbers(tmp_path: Path) -> None:
     rows = table(tmp_path / "new" / "history.csv")
     assert [(row["loop"], row["epoch"]) for row in rows] == [("train", str(epoch)) for epoch in range(4)]
     for row, record in zip(rows, trained.history, strict=True):
-        assert float(row["validation_accuracy"]) == record.validation_accuracy
+        assert float(row["validation_score"]) == record.validation_score
         assert float(row["validation_loss"]) == record.validation_loss
     for row, record in zip(rows[1:], trained.history[1:], strict=True):
         assert float(row["mean_loss"]) == record.train_loss

@@ -5,7 +5,9 @@ from small_runs import Blobs, same, small_net, state
 from torch import nn
 
 from secateur.errors import TrainingError
-from secateur.train import Accuracy, Precision, evaluate
+from secateur.tasks import Score
+from secateur.tasks.classification import TOP1
+from secateur.train import Precision, evaluate
 
 
 def test_accuracy_and_loss_agree_with_numpy() -> None:
@@ -15,14 +17,14 @@ def test_accuracy_and_loss_agree_with_numpy() -> None:
     labels = split.labels.numpy()
     log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
     accuracy = evaluate(model, split, batch_size=10)
-    assert (accuracy.top1, accuracy.n) == ((z.argmax(axis=1) == labels).mean(), 37)
+    assert (accuracy.value, accuracy.n) == ((z.argmax(axis=1) == labels).mean(), 37)
     # float32 logits and sums.
     assert accuracy.loss == pytest.approx(-log_p[np.arange(37), labels].mean(), rel=1e-5)
 
 
 def test_batch_size_does_not_matter() -> None:
     results = [evaluate(small_net(), Blobs(37), batch_size=size) for size in (1, 10, 100)]
-    assert results[0].top1 == results[1].top1 == results[2].top1
+    assert results[0].value == results[1].value == results[2].value
     assert [r.loss for r in results] == pytest.approx([results[0].loss] * 3, rel=1e-5)
 
 
@@ -63,7 +65,7 @@ def test_a_perfect_model() -> None:
         def batches(self, batch_size, **settings):
             return ((labels, labels) for _, labels in super().batches(batch_size, **settings))
 
-    assert evaluate(Oracle(), Labels(9)) == Accuracy(top1=1.0, loss=0.0, n=9)
+    assert evaluate(Oracle(), Labels(9)) == Score(1.0, 0.0, 9, TOP1)
 
 
 def test_an_empty_split_is_refused() -> None:

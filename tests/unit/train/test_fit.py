@@ -109,8 +109,8 @@ def test_training_learns_the_problem() -> None:
     losses = [record.train_loss for record in trained.history[1:]]
     assert None not in losses
     assert losses[-1] < losses[0] / 2
-    assert trained.best_accuracy is not None
-    assert trained.best_accuracy > 0.9 > before.top1
+    assert trained.best_score is not None
+    assert trained.best_score > 0.9 > before.value
 
 
 def test_distillation_brings_the_student_to_the_teacher() -> None:
@@ -133,7 +133,7 @@ def test_distillation_brings_the_student_to_the_teacher() -> None:
         run=RunSettings(callbacks=Silent()),
     )
     assert result.history[-1].parts["kd"] < result.history[1].parts["kd"] / 2
-    assert evaluate(result.model, validation).top1 > 0.9
+    assert evaluate(result.model, validation).value > 0.9
     assert source.calls[-1]["augment"] == 0.25
 
 
@@ -217,12 +217,12 @@ def test_the_best_epoch_on_validation_is_returned() -> None:
     source, validation = Blobs(64), Blobs(64, seed=1)
     schedule = small_config(6, learning_rate=3.0, warmup_fraction=1.0)
     trained = run(small_net(), source, train=schedule, validation=validation)
-    results = [(r.validation_accuracy, -(r.validation_loss or 0.0)) for r in trained.history]
+    results = [(r.validation_score, -(r.validation_loss or 0.0)) for r in trained.history]
     assert [r.epoch for r in trained.history] == list(range(7))
     assert trained.best_epoch == max(range(7), key=lambda epoch: results[epoch])
     assert trained.best_epoch != 6
     measured = evaluate(trained.model, validation)
-    assert measured.top1 == trained.best_accuracy == results[trained.best_epoch][0]
+    assert measured.value == trained.best_score == results[trained.best_epoch][0]
     assert measured.loss == pytest.approx(trained.history[trained.best_epoch].validation_loss, rel=1e-6)
 
 
@@ -243,9 +243,9 @@ def test_a_student_that_training_only_harms_is_returned_as_it_came() -> None:
 
 def test_without_validation_the_last_epoch_is_returned_and_said() -> None:
     trained = run(small_net(), Blobs(40), train=small_config(3))
-    assert (trained.best_epoch, trained.best_accuracy) == (3, None)
+    assert (trained.best_epoch, trained.best_score) == (3, None)
     assert [record.epoch for record in trained.history] == [1, 2, 3]
-    assert all(r.validation_accuracy is None and r.validation_loss is None for r in trained.history)
+    assert all(r.validation_score is None and r.validation_loss is None for r in trained.history)
 
 
 def test_no_epochs_return_the_student_evaluated() -> None:
@@ -253,7 +253,7 @@ def test_no_epochs_return_the_student_evaluated() -> None:
     trained = run(student, Blobs(0), train=small_config(0), validation=validation)
     accuracy = evaluate(student, validation)
     assert same(state(trained.model), state(student))
-    assert trained.best_accuracy == accuracy.top1
+    assert trained.best_score == accuracy.value
     assert not trained.model.training
     [record] = trained.history
     assert record.validation_loss == pytest.approx(accuracy.loss, rel=1e-6)
@@ -263,7 +263,7 @@ def test_no_epochs_return_the_student_evaluated() -> None:
 def test_no_epochs_and_no_validation_return_the_student() -> None:
     trained = run(small_net(), Blobs(16), train=small_config(0))
     assert same(state(trained.model), state(small_net()))
-    assert (trained.history, trained.best_epoch, trained.best_accuracy) == ((), 0, None)
+    assert (trained.history, trained.best_epoch, trained.best_score) == ((), 0, None)
 
 
 def test_history_holds_rates_times_and_round_trips() -> None:
@@ -388,4 +388,4 @@ def test_the_splits_of_the_data_room_satisfy_the_protocol() -> None:
     images = (40 * blobs.images + 128).clamp(0, 255).to(torch.uint8)
     split = MemorySplit(images, blobs.labels, Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
     trained = run(small_net(), split, augment=Augment(padding=1), validation=split)
-    assert trained.best_accuracy == evaluate(trained.model, split).top1
+    assert trained.best_score == evaluate(trained.model, split).value

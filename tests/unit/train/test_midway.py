@@ -41,7 +41,7 @@ def without_times(trained: Trained) -> list[dict[str, Any]]:
 def assert_same(one: Trained, other: Trained) -> None:
     assert same(state(one.model), state(other.model))
     assert without_times(one) == without_times(other)
-    assert (one.best_epoch, one.best_accuracy) == (other.best_epoch, other.best_accuracy)
+    assert (one.best_epoch, one.best_score) == (other.best_epoch, other.best_score)
 
 
 TAUGHT: dict[str, Any] = {"teacher": small_net(5), "objective": Objective()}

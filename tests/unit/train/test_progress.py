@@ -106,7 +106,7 @@ def test_a_progress_of_ones_own_sees_the_run_and_is_closed_by_errors(monkeypatch
 
     with pytest.raises(RuntimeError, match="enough"):
         run(Mine())
-    validated = ("validation_accuracy", "validation_loss")
+    validated = ("validation_score", "validation_loss")
     assert events == [
         ("train", 2, 25, 0),
         (0, *validated),

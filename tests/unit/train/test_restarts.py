@@ -35,9 +35,9 @@ def without_times(trained: Trained) -> list[dict[str, Any]]:
 def assert_same(one: Trained, other: Trained) -> None:
     assert same(state(one.model), state(other.model))
     assert without_times(one) == without_times(other)
-    assert (one.best_epoch, one.best_accuracy, one.divergences) == (
+    assert (one.best_epoch, one.best_score, one.divergences) == (
         other.best_epoch,
-        other.best_accuracy,
+        other.best_score,
         other.divergences,
     )
 
@@ -71,8 +71,8 @@ def test_nothing_ends_worse_than_it_started(optimizer: Any) -> None:
     before = evaluate(student, VALIDATION)
     found = run(1e9, student=student, also={"optimizer": optimizer})
     after = evaluate(found.model, VALIDATION)
-    assert (after.top1, -after.loss) >= (before.top1, -before.loss)
-    assert found.best_accuracy == after.top1
+    assert (after.value, -after.loss) >= (before.value, -before.loss)
+    assert found.best_score == after.value
     assert len(found.divergences) == (3 if found.gave_up else len(found.divergences))
 
 

@@ -50,7 +50,7 @@ def test_a_killed_run_continued_is_bit_identical(tmp_path: Path, settings: dict[
     resumed = run(source, folder=tmp_path / "run", **settings)
     assert [call["epoch"] for call in source.calls] == list(range(killed_in, 3))
     assert same(state(resumed.model), state(whole.model))
-    assert (resumed.best_epoch, resumed.best_accuracy) == (whole.best_epoch, whole.best_accuracy)
+    assert (resumed.best_epoch, resumed.best_score) == (whole.best_epoch, whole.best_score)
     times = {"seconds": 0.0, "images_per_s": None}
     assert [r.to_json() | times for r in resumed.history] == [r.to_json() | times for r in whole.history]
 

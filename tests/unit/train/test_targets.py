@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from secateur.distill import BatchOutputs, Objective, Term, kd_loss, select_labeled_logits
 from secateur.errors import SecateurError, TrainingError
+from secateur.tasks.classification import check_targets, count_correct
 from secateur.train import evaluate
-from secateur.train.evaluate import check_targets, count_correct
 
 
 class Labeled(Blobs):
@@ -104,7 +104,7 @@ def test_the_message_names_the_loss_to_give() -> None:
         SecateurError, match=r"float32 \(16, 3\), whose rows sum to 2\.\.\.2\. For other targets"
     ) as caught:
         fit_small(small_net(), Labeled(ODD["multi-hot"]), train=small_config(1), objective=LABELS_ONLY)
-    assert "Objective(kd_weight=0, label_weight=0, terms=(Term(...),))" in str(caught.value)
+    assert "task=MultiLabel(), Regression() or one of your own" in str(caught.value)
     with pytest.raises(SecateurError, match=r"one column\. For other targets"):
         evaluate(small_net(classes=1), Labeled(torch.rand(16, 1)))
     with pytest.raises(SecateurError, match=r"call \.squeeze\(1\)"):
@@ -133,7 +133,7 @@ def test_a_loss_of_ones_own_trains_on_any_labels(labels: Tensor, loss: Callable[
     student = small_net(classes=labels.shape[1])
     history = fit_small(student, Labeled(labels), **settings).history
     assert history[-1].train_loss < history[0].train_loss
-    with pytest.raises(TrainingError, match="without validation images"):
+    with pytest.raises(TrainingError, match="give the task that they are for"):
         fit_small(student, Labeled(labels), validation=Labeled(labels), **settings)
 
 
@@ -165,7 +165,7 @@ KINDS: dict[str, Callable[..., object]] = {
 def test_a_model_of_several_outputs_is_refused_by_losses_of_logits(kind: str, objective: Objective) -> None:
     model = TwoHeads(KINDS[kind])
     got = r"\(16, 2, 6, 6\)" if kind == "Tensor" else kind
-    match = rf"`model` must return logits of the shape .* got {got}\. Wrap the model .* A loss of your own can be given"
+    match = rf"`model` must return logits of the shape .* got {got}\. Wrap the model .* give the task that they are for"
     with pytest.raises(TrainingError, match=match):
         fit_small(model, Blobs(16), train=small_config(1), objective=objective, teacher=model)
 

@@ -41,7 +41,7 @@ def test_every_number_is_logged_at_its_step_and_handed_on(tmp_path: Path, monkey
     trained = run(TensorBoard(tmp_path / "new" / "events", TerminalProgress(stream)))
     found = scalars(tmp_path / "new" / "events" / "train")
     assert set(found) == {
-        "train/loss", "train/learning_rate", "train/mean_loss", "train/mean_label", "train/validation_accuracy",
+        "train/loss", "train/learning_rate", "train/mean_loss", "train/mean_label", "train/validation_score",
         "train/validation_loss", "train/images_per_s", "train/last_learning_rate", "train/seconds",
     }  # fmt: skip
     assert [step for step, _ in found["train/loss"]] == list(range(1, 51))
@@ -51,8 +51,8 @@ def test_every_number_is_logged_at_its_step_and_handed_on(tmp_path: Path, monkey
     mean = [(25 * r.epoch, pytest.approx(r.train_loss)) for r in trained.history[1:]]
     assert found["train/mean_loss"] == mean
     assert sum(value for _, value in found["train/loss"][25:]) / 25 == pytest.approx(trained.history[2].train_loss)
-    accuracy = [(25 * r.epoch, pytest.approx(r.validation_accuracy)) for r in trained.history]
-    assert found["train/validation_accuracy"] == accuracy
+    accuracy = [(25 * r.epoch, pytest.approx(r.validation_score)) for r in trained.history]
+    assert found["train/validation_score"] == accuracy
     assert [line[:9] for line in stream.getvalue().splitlines()] == ["epoch 0/2", "epoch 1/2", "epoch 2/2"]
 
 

@@ -200,7 +200,7 @@ def test_hints_first_then_the_whole_student(tmp_path: Path) -> None:
         )
     )  # fmt: skip
     assert same(state(trained.model), state(stages[1].model))
-    assert trained.best_accuracy == evaluate(trained.model, Data.validation).top1
+    assert trained.best_score == evaluate(trained.model, Data.validation).value
     assert {path.name for path in tmp_path.iterdir()} == {"hints", "student"}
     again = distill_after_hints(student, **with_run(folder=tmp_path, **settings))
     assert same(state(again.model), state(trained.model))

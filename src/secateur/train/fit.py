@@ -40,8 +40,8 @@ class Trained:
         model: A new module in eval mode, on the device of the student that was given.
         history: One record per epoch; with a validation split it begins with epoch 0, before training.
         best_epoch: The epoch that the model is from.
-        best_score: Its validation score, by the metric of the task; None if there was no validation split, so that the model
-            is from the last epoch.
+        best_score: Its validation score, by the metric of the task; None if there was no validation split, so that the
+            model is from the last epoch.
         precision: The number formats used in training.
         device: The device used in training, such as "cpu".
         divergences: A sentence for each time that the training diverged, see `TrainConfig.restarts`.

@@ -68,7 +68,8 @@ class EpochRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "EpochRecord":
         """Inverse of `to_json`."""
-        return cls(**{**data, "metric": Metric(**data["metric"])})
+        fields: dict[str, Any] = {**data, "metric": Metric(**data["metric"])}
+        return cls(**fields)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -372,7 +373,7 @@ class SupervisedStep(TrainingStep):
 
 
 def _parts(items: int, count: int) -> list[slice]:
-    """Return slices of a batch in a number of parts, whose sizes differ by at most one, as `torch.tensor_split` does."""
+    """Return slices of a batch in parts whose sizes differ by at most one, as those of `torch.tensor_split`."""
     base, more = divmod(items, count)
     ends = [0, *accumulate(base + (part < more) for part in range(count))]
     return [slice(begin, end) for begin, end in pairwise(ends)]

@@ -26,7 +26,7 @@ from secateur.tasks import (
     Segmentation,
     Task,
 )
-from secateur.train import AdamW, CheckpointPolicy, Trained, evaluate
+from secateur.train import AdamW, CheckpointPolicy, Stopped, Trained, evaluate, stoppable
 
 BOTH = Objective(kd_weight=0.5, label_weight=0.5)
 TEACHER_ONLY = Objective(kd_weight=1, label_weight=0)
@@ -141,13 +141,10 @@ def test_every_task_learns_and_the_best_epoch_is_returned(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["segmentation", "detection", "imitation"])
 def test_a_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    from secateur.train import Stopped, stoppable
-
     whole = trained(name)
-    steps = 0
-    with pytest.raises(Stopped), stoppable() as request:
-        original = Detection.train_forward if name == "detection" else Task.train_forward
-        owner = Detection if name == "detection" else Task
+    owner = Detection if name == "detection" else Task
+    original, steps = owner.train_forward, 0
+    with stoppable() as request, pytest.MonkeyPatch.context() as patch:
 
         def counted(self, model, call, inputs, targets):
             nonlocal steps
@@ -156,8 +153,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
                 request.ask()
             return original(self, model, call, inputs, targets)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, "train_forward", counted)
+        patch.setattr(owner, "train_forward", counted)
+        with pytest.raises(Stopped):
             trained(name, folder=tmp_path, checkpoints=CheckpointPolicy())
     resumed = trained(name, folder=tmp_path)
     assert same(state(whole.model), state(resumed.model))

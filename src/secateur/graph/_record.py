@@ -336,12 +336,7 @@ def record_once(
     attributes = wrap_sizes(modules, dict(model.named_modules()), ledger, tracker)
     _add_recording_hooks(modules, ledger, context)
     context.flow.add_inputs(example)
-    with (
-        run_isolated(model),
-        torch.no_grad(),
-        OperationRecorder(ledger, context),
-        SizeRecorder(ledger, context, tracker),
-    ):
+    with run_isolated(model), torch.no_grad(), OperationRecorder(ledger, context), SizeRecorder(ledger, context, tracker):
         try:
             out = shadow(*example)
         except Exception as error:

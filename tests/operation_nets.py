@@ -5,8 +5,10 @@ cuts, verifies and counts each, and writes the table in docs/rules.md. Names tha
 the reason; together they are all public names, which ``tests/integration/test_rules_page.py`` checks.
 """
 
+# ruff: noqa: B008 - functions of PyTorch are looked up by name, as defaults of the lambdas that call them
+
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,10 +63,6 @@ def example_of(case: Case) -> Tensor:
     if case.ids:
         return torch.randint(0, 20, (2, 6), generator=draw)
     return torch.randn(2, *SHAPES[case.dims], generator=draw)
-
-
-def _modules(*modules: nn.Module, **named: nn.Module) -> nn.ModuleDict:
-    return nn.ModuleDict(named)
 
 
 class _With(nn.Module):
@@ -318,6 +316,11 @@ def _pool_regions(name: str) -> Callable[[], Operation]:
     return lambda: lambda x: getattr(torchvision.ops, name)(x[:1], _regions(), 2)
 
 
+def _pyramid(parts: Any, x: Tensor) -> Tensor:
+    found = parts.layer({"a": x, "b": parts.down(x)})
+    return found["a"] + F.interpolate(found["b"], x.shape[2:])
+
+
 class _Deformed(nn.Module):
     def __init__(self, **more: int) -> None:
         super().__init__()
@@ -338,7 +341,7 @@ OPS: dict[str, Case] = {
     "DropBlock3d": Case(lambda: torchvision.ops.DropBlock3d(0.1, 3), 3),
     "drop_block2d": Case(lambda: lambda x: torchvision.ops.drop_block2d(x, 0.1, 3, training=False)),
     "drop_block3d": Case(lambda: lambda x: torchvision.ops.drop_block3d(x, 0.1, 3, training=False), 3),
-    "FeaturePyramidNetwork": Case(lambda: _With(lambda m, x: m.layer({"a": x, "b": m.down(x)})["a"],
+    "FeaturePyramidNetwork": Case(lambda: _With(_pyramid,
                                                 layer=torchvision.ops.FeaturePyramidNetwork([WIDTH, 8], WIDTH),
                                                 down=nn.Conv2d(WIDTH, 8, 3, stride=2))),
     "FrozenBatchNorm2d": Case(lambda: torchvision.ops.FrozenBatchNorm2d(WIDTH)),
@@ -362,3 +365,138 @@ OPS: dict[str, Case] = {
     "StochasticDepth": Case(lambda: torchvision.ops.StochasticDepth(0.1, "row")),
     "stochastic_depth": Case(lambda: lambda x: torchvision.ops.stochastic_depth(x, 0.1, "row", training=False)),
 }  # fmt: skip
+
+
+LOSS = "a loss: computed from outputs, by the training and not by the model"
+CONTAINER = "holds other modules or parameters, and computes nothing itself"
+BASE = "a base class"
+WRAPPER = "a wrapper: trace the module inside"
+BOXES = "works on boxes or masks, which have no channels"
+TOOL = "a function for the authors of PyTorch, which computes nothing"
+OUTPUT = "an output layer: its result is the model's output or a loss"
+
+LEFT_OUT: Mapping[str, Mapping[str, str]] = {
+    "torch.nn": {
+        **dict.fromkeys(
+            (
+                "BCELoss",
+                "BCEWithLogitsLoss",
+                "CTCLoss",
+                "CosineEmbeddingLoss",
+                "CrossEntropyLoss",
+                "GaussianNLLLoss",
+                "HingeEmbeddingLoss",
+                "HuberLoss",
+                "KLDivLoss",
+                "L1Loss",
+                "LinearCrossEntropyLoss",
+                "MSELoss",
+                "MarginRankingLoss",
+                "MultiLabelMarginLoss",
+                "MultiLabelSoftMarginLoss",
+                "MultiMarginLoss",
+                "NLLLoss",
+                "NLLLoss2d",
+                "PoissonNLLLoss",
+                "SmoothL1Loss",
+                "SoftMarginLoss",
+                "TripletMarginLoss",
+                "TripletMarginWithDistanceLoss",
+            ),
+            LOSS,
+        ),
+        "AdaptiveLogSoftmaxWithLoss": OUTPUT,
+        **dict.fromkeys(
+            ("Container", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"), CONTAINER
+        ),
+        **dict.fromkeys(("Module", "RNNBase", "RNNCellBase"), BASE),
+        "DataParallel": WRAPPER,
+    },
+    "torch.nn.functional": {
+        **dict.fromkeys(
+            (
+                "binary_cross_entropy",
+                "binary_cross_entropy_with_logits",
+                "cosine_embedding_loss",
+                "cross_entropy",
+                "ctc_loss",
+                "gaussian_nll_loss",
+                "hinge_embedding_loss",
+                "huber_loss",
+                "kl_div",
+                "l1_loss",
+                "linear_cross_entropy",
+                "margin_ranking_loss",
+                "mse_loss",
+                "multi_margin_loss",
+                "multilabel_margin_loss",
+                "multilabel_soft_margin_loss",
+                "nll_loss",
+                "poisson_nll_loss",
+                "smooth_l1_loss",
+                "soft_margin_loss",
+                "triplet_margin_loss",
+                "triplet_margin_with_distance_loss",
+            ),
+            LOSS,
+        ),
+        **dict.fromkeys(
+            (
+                "assert_int_or_pair",
+                "boolean_dispatch",
+                "handle_torch_function",
+                "has_torch_function",
+                "has_torch_function_unary",
+                "has_torch_function_variadic",
+            ),
+            TOOL,
+        ),
+        **dict.fromkeys(("grouped_mm", "scaled_grouped_mm", "scaled_mm"), "runs on some GPUs only"),
+        "one_hot": "makes integers from integers",
+    },
+    "torchvision.ops": {
+        **dict.fromkeys(
+            (
+                "batched_nms",
+                "box_area",
+                "box_convert",
+                "box_iou",
+                "clip_boxes_to_image",
+                "complete_box_iou",
+                "distance_box_iou",
+                "generalized_box_iou",
+                "masks_to_boxes",
+                "nms",
+                "remove_small_boxes",
+            ),
+            BOXES,
+        ),
+        **dict.fromkeys(
+            ("complete_box_iou_loss", "distance_box_iou_loss", "generalized_box_iou_loss", "sigmoid_focal_loss"), LOSS
+        ),
+    },
+}
+"""Names without a net, with the reason, by library."""
+
+CASES: Mapping[str, Mapping[str, Case]] = {
+    "torch.nn": MODULES,
+    "torch.nn.functional": FUNCTIONS,
+    "torchvision.ops": OPS,
+}
+"""Nets by library and name."""
+
+
+def public_names(library: str) -> set[str]:
+    """Every module of torch.nn, and every function or module of the other libraries."""
+    if library == "torch.nn":
+        return {name for name, kind in vars(nn).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+    if library == "torchvision.ops":
+        return set(torchvision.ops.__all__)
+    return {
+        name
+        for name, function in vars(F).items()
+        if callable(function)
+        and not name.startswith("_")
+        and not isinstance(function, type)
+        and getattr(function, "__module__", "") != "typing"
+    }

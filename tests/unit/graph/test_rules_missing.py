@@ -1,4 +1,4 @@
-"""Operations beyond convolutions: gates, samplings, foldings, transforms, tables and norms of weights, each in a net."""
+"""Operations beyond convolutions, each in a net: gates, samplings, foldings, transforms, tables, norms of weights."""
 
 import re
 from collections.abc import Callable
@@ -54,7 +54,8 @@ def traced(model: nn.Module, x: Tensor = IMAGES) -> ChannelGraph:
 
 def warp(x: Tensor) -> Tensor:
     turn = torch.tensor([[0.9, 0.1, 0.0], [-0.1, 0.8, 0.1]])
-    return F.grid_sample(x, F.affine_grid(turn[None].expand(len(x), 2, 3), list(x.shape), align_corners=False), align_corners=False)
+    grid = F.affine_grid(turn[None].expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def unpool(x: Tensor) -> Tensor:
@@ -356,7 +357,7 @@ def test_an_operation_that_no_rule_counts_is_listed_and_budgets_say_so():
     ],
 )
 def test_a_reason_names_the_rule_that_may_lift_it(returned: Callable[[Tensor], Tensor], rule: str):
-    name = f"tests_missing::op_{rule.split()[0]}"
+    name = f"tests_missing::op_{rule.partition(' ')[0]}"
 
     @torch.library.custom_op(name, mutates_args=())
     def operation(x: Tensor) -> Tensor:

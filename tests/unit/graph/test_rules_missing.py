@@ -319,6 +319,71 @@ def test_norms_of_weights_are_followed(name: str, kind: str):
     made.train()(x).sum().backward()  # The vectors of spectral norm have the lengths of the cut weight.
 
 
+# --- torch.nn.MultiheadAttention --------------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Tokens of 12 channels, three heads; the second sequence is another function of the input."""
+
+    def __init__(self, *, causal: bool = False, weights: bool = False, other: int = 0, **options: bool) -> None:
+        super().__init__()
+        more = {"kdim": other, "vdim": other} if other else {}
+        self.first, self.second = nn.Linear(5, 12), nn.Linear(5, other or 12)
+        self.attend = nn.MultiheadAttention(12, 3, **more, **options)
+        self.head, self.causal, self.weights = nn.Linear(12, 2), causal, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, others = self.first(x), self.second(x).relu()
+        mask = torch.full((x.shape[1],) * 2, -1e9).triu(1) if self.causal else None
+        found = self.attend(query, others, others, attn_mask=mask, need_weights=self.weights)
+        return self.head(query + found[0])
+
+
+TOKENS = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": True},
+        {"causal": True},
+        {"bias": False},
+        {"add_bias_kv": True, "weights": True},
+        {"other": 7},
+    ],
+    ids=str,
+)
+def test_attention_of_torch_loses_whole_heads(options: dict[str, int]):
+    model = seeded(lambda: Attending(batch_first=True, **options))
+    graph = traced(model, TOKENS)
+    assert graph.by_name["first"].size == 3
+    site = next(s for s in graph.by_name["first"].sites if s.tensor == "attend.out_proj.weight" and s.dim == 1)
+    assert site.index.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    if options.get("other"):
+        assert graph.by_name["second"].size == 7
+    made = cut(model, graph, Architecture.of({"first": [0, 2]})).model
+    assert (made.attend.embed_dim, made.attend.num_heads, made.attend.head_dim) == (8, 2, 4)
+    # The fast path of torch, which the comparison does not take, reads the same ints.
+    torch.testing.assert_close(made.eval()(TOKENS), made(TOKENS.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformers_of_torch_lose_heads_and_hidden_units(norm_first: bool):
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, norm_first=norm_first)
+        return nn.Sequential(
+            nn.Linear(5, 12), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(12, 2)
+        )
+
+    graph = traced(seeded(build), TOKENS)
+    assert {axis.name: axis.size for axis in graph.prunable} == {
+        "0": 3,
+        "1.layers.0.linear1": 16,
+        "1.layers.1.linear1": 16,
+    }
+
+
 # --- what no rule counts, and reasons that say how to lift them -------------------------------------------------------
 
 

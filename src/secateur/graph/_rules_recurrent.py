@@ -248,9 +248,14 @@ def _tie_units(
         for tensor in projection:
             outputs.append((_with_role(call, tensor, 0, Role.OUTPUT), tensor.size(0)))
             cells.append((_with_role(call, tensor, 1, Role.INPUT), units))
-    last = states[0].dim() - 1
-    outputs.append((call.ids(states[0]).get(last), states[0].size(last)))
-    cells += [(call.ids(state).get(last), state.size(last)) for state in states[1:]]
+    for state, places in zip(states, (outputs, cells), strict=False):
+        ids, length = call.ids(state).get(state.dim() - 1), state.size(-1)
+        if ids is not None:
+            places.append((ids, length))
+        elif length > 1:
+            # Zeros cannot be told from other numbers here.
+            reason = f"{call.where} begins with a state that does not follow its units, such as zeros of a fixed size"
+            call.ledger.freeze_all([{0: ids} for ids, _ in places if ids is not None], reason)
     if _is_projected(groups[0]):
         return merge_operands(call, cells), merge_operands(call, outputs)
     both = merge_operands(call, cells + outputs)

@@ -91,6 +91,12 @@ def _bind_new_tensor(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: 
     _bind_new_sizes(ledger, where, given[: out.dim()], out)
 
 
+def _bind_legacy_new(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``x.new(2, 3)``: as ``x.new_empty(2, 3)``, unless it is given numbers to hold."""
+    if all(isinstance(size, int) for size in args[1:]):
+        _bind_new_tensor(ledger, where, args, kwargs, out)
+
+
 def _assign_counted_ids(ledger: Ledger, out: Tensor, sizes: Sequence[Any]) -> None:
     """Give dimensions of equal values the ids of the channels that determined their length."""
     if len(sizes) != out.dim():
@@ -275,9 +281,7 @@ def _bind_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: d
                 ledger.scaled.append(ids)
 
 
-def _bind_packed_attention(
-    ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> None:
+def _bind_packed_attention(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """``multi_head_attention_forward``: one int is the width of the query and of all heads together.
 
     So the channels of the query are tied to those of the heads, position by position, and whole heads are removed: the
@@ -376,6 +380,7 @@ SIZE_RULES: dict[str, SizeRule] = {
     **dict.fromkeys(("view", "reshape"), _bind_view),
     **dict.fromkeys(("expand", "broadcast_to"), _bind_expand),
     **dict.fromkeys(_NEW_TENSOR, _bind_new_tensor),
+    "new": _bind_legacy_new,
     **dict.fromkeys(("repeat", "tile"), _bind_repeat),
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), _bind_like),
     **dict.fromkeys(("tensor_split", "unsafe_tensor_split"), _bind_tensor_split),

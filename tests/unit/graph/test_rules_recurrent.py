@@ -105,6 +105,10 @@ FREE = {
     "attended": {"layer", "score.0"},
     "translator": {"embed", "encoder"},
     "dual_path": {"begin", "within", "across"},
+    "recognizer": {"conv.0", "layers.0", "layers.1"},
+    "speaker": {"memory", "begin.0", "attend", "query", "decode"},
+    "language_model": {"embed", "layer"},
+    "weight_norm old_weight_norm": {"inner", "layer"},
     "packed_lstm packed_gru packed_rnn unbatched own_zeros twice": {"inner", "layer"},
     "final_state last_states_joined learned_state both_ways_added": {"layer"},
     "residual per_channel": {"inner"},
@@ -198,11 +202,11 @@ def test_tracing_takes_no_longer_for_a_thousand_steps():
 FROZEN = {
     "state of the input": (
         lambda m, x: m.head(m.layer(m.inner(x), x[None, :, 0, :4].contiguous())[0]),
-        "layer", "meets a tensor that does not follow the channels",
+        "layer", "begins with a state that does not follow its units",
     ),
     "constant state": (
         lambda m, x: m.head(m.layer(m.inner(x), torch.full((1, x.size(0), 4), 0.1))[0]),
-        "layer", "meets a tensor that does not follow the channels",
+        "layer", "begins with a state that does not follow its units",
     ),
     "channels as steps": (
         lambda m, x: m.head(m.layer(m.inner(x)[..., None].expand(-1, -1, -1, 6)[:, 0])[0]),

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from secateur._arrays import IntArray
+from secateur._text import html_text
 
 _MOST_SHOWN, _MOST_FROZEN_SHOWN = 12, 5
 """Axes that `repr` lists: with the two lines that count the rest and the summary at most 20 lines."""
@@ -333,11 +333,11 @@ class ChannelGraph:
         head = "".join(f"<th>{name}</th>" for name in self._table())
         rows = zip(*(column[:_MOST_ROWS] for column in self._table().values()), strict=True)
         body = "".join(
-            "<tr>" + "".join(f"<td>{'' if cell is None else escape(str(cell))}</td>" for cell in row) + "</tr>"
+            "<tr>" + "".join(f"<td>{'' if cell is None else html_text(str(cell))}</td>" for cell in row) + "</tr>"
             for row in rows
         )
         more = f"<p>... and {len(self.axes) - _MOST_ROWS} more axes</p>" if len(self.axes) > _MOST_ROWS else ""
-        return f"<p>ChannelGraph: {escape(self._summary())}</p><table><tr>{head}</tr>{body}</table>{more}"
+        return f"<p>ChannelGraph: {html_text(self._summary())}</p><table><tr>{head}</tr>{body}</table>{more}"
 
     def to_pandas(self) -> Any:
         """Return a `pandas.DataFrame` with one row per axis: name, channels, divisor, sites and why it is frozen.

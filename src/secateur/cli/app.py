@@ -29,6 +29,7 @@ def export_command(
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
+    skip_bad_images: options.SkipBadImages = False,
     out_folder: Annotated[
         Path | None, flag("Folder for the files; the artifact by default.", options.RUN, name="--out")
     ] = None,
@@ -46,7 +47,7 @@ def export_command(
     from secateur.pipeline.exports import export_files
 
     wanted = parsing.formats(formats)
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source)
+    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     if out_folder is None and inputs.loaded.manifest is None:
         raise ModelError("`--out` must say where the files go, because --model is no artifact folder; got none.")

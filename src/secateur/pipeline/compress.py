@@ -29,7 +29,7 @@ from secateur.pipeline.config import (
     default_strategy,
     safe_config,
 )
-from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
+from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
     describe_repair,
@@ -385,7 +385,7 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
             "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
             "with any number. What is faster is so for its cut channels."
         )
-    found += guessing_doubt("original", original, plan.data)
+    found += data_doubts("original", original, plan.data)
     if trained is not None:
         found += trained.divergences
     if trained is not None and trained.gave_up:

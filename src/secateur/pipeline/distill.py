@@ -17,7 +17,7 @@ from secateur.distill.objective import Objective, Term
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
-from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
+from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     check_model_fits_data,
     check_output,
@@ -257,7 +257,7 @@ def _finished(
     measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
     name = f"{plan.student.called} from {plan.teacher.called}"
     report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
-    doubts = (*guessing_doubt("teacher", steps[0], plan.data), *trained.divergences)
+    doubts = (*data_doubts("teacher", steps[0], plan.data), *trained.divergences)
     return Finished(
         report=replace(report, notes=doubts),
         original=teacher,

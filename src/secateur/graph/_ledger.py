@@ -113,6 +113,7 @@ class Ledger:
         calls: The ATen names of all calls.
         seen: The ids of all tensors that any operation read.
         count: The number of ids.
+        caller: The name and the arguments of the call of the model that is running; an empty name if there is none.
     """
 
     stored: dict[int, StoredTensor] = field(default_factory=dict)
@@ -137,6 +138,7 @@ class Ledger:
     calls: tuple[str, ...] = ()
     seen: set[int] = field(default_factory=set[int])
     count: int = 0
+    caller: tuple[str, tuple[Any, ...]] = ("", ())
 
     def unseen(self) -> tuple[str, ...]:
         """Return the names of the parameters that no operation has read."""

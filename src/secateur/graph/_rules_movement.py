@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur._arrays import IntArray, unique_rows
-from secateur.graph._ledger import Call, ChannelIds, freeze_inputs, merge_operands
+from secateur.graph._ledger import Call, ChannelIds, freeze_inputs, merge_operands, tensors_in
 from secateur.graph.blocks import is_mutable
 
 _SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
@@ -174,7 +174,9 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
     elif call.ledger.is_by_head(vector):
         free = dims[-2]
     else:
-        free = max(dims, key=lambda d: (_count_distinct(ids, d), ids.size(d), d))
+        written = _written_sizes(call)
+        able = [d for d in dims if d not in written] or dims
+        free = max(able, key=lambda d: (_count_distinct(ids, d), ids.size(d), d))
     rest = [d for d in range(ids.dim()) if d != free]
     matrix = ids.permute(*rest, free).reshape(-1, ids.size(free))
     flat = matrix.numpy()
@@ -185,6 +187,20 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
     else:
         picked = np.ascontiguousarray(flat[0])
     _assign_ids(call, result, free, picked)
+
+
+def _written_sizes(call: Call) -> set[int]:
+    """Return the dimensions whose size is a number in the model's code, which cannot follow any channels."""
+    name, (args, *_) = call.ledger.caller if call.ledger.caller[0] else ("", ((),))
+    if name in {"view", "reshape"}:
+        first, sizes = 0, args[1] if len(args) == 2 else args[1:]
+    elif name == "unflatten" and len(args) == 3:
+        first, sizes = int(args[1]) % args[0].dim(), args[2]
+    else:
+        return set()
+    if not isinstance(sizes, tuple | list):
+        return set()
+    return {dim for dim, size in enumerate(sizes, first) if type(size) is int and size != -1}
 
 
 def _assign_ids(call: Call, result: ChannelIds, dim: int, ids: IntArray) -> None:
@@ -334,6 +350,9 @@ def write_at(call: Call) -> Sequence[ChannelIds]:
     lengths = [one.dim() if one.dtype in {torch.bool, torch.uint8} else 1 for one in given]
     made = max((1 if one.dtype in {torch.bool, torch.uint8} else one.dim() for one in given), default=0)
     reason = f"{call.where} writes channels to places given by an index"
+    if len(given) == 1 and given[0].dtype == torch.bool and given[0].shape == target.shape and values.numel() == 1:
+        # A number where a mask of the same shape says so is written element by element.
+        return [_write(call, target, given[0], {dim: dim for dim in range(target.dim())})]
     simple = len(given) == 1 or (
         not any(length > 1 for length in lengths) and places == [*range(places[0], places[-1] + 1)]
     )
@@ -356,6 +375,66 @@ def write_at(call: Call) -> Sequence[ChannelIds]:
         merged = merge_operands(call, [(own, target.size(dim)), theirs])
         result.update({} if merged is None else {dim: merged})
     return [result]
+
+
+def overwrite(call: Call) -> Sequence[ChannelIds]:
+    """``copy_``, also into a view (``z[:, :, 1:] = x``): what is written at a channel's position is that channel."""
+    target, source = call.inputs[0], call.inputs[-1]
+    return [_write(call, target, source, {dim: dim for dim in range(target.dim())})]
+
+
+def scatter_part(call: Call) -> Sequence[ChannelIds]:
+    """``slice_scatter``, ``select_scatter``: as a copy of a tensor into a part of which another one is written."""
+    target, source = call.inputs[:2]
+    dim = int(call.named("dim")) % target.dim()
+    own = call.ids(target).get(dim)
+    if own is not None:
+        call.ledger.freeze(own, f"{call.where} writes to a part of the channels")
+    kept = source.dim() == target.dim()
+    places = {d - (not kept and d > dim): d for d in range(target.dim()) if d != dim}
+    return [_write(call, target, source, places, skipped=dim)]
+
+
+def _write(
+    call: Call, target: torch.Tensor, source: torch.Tensor, places: Mapping[int, int], skipped: int | None = None
+) -> ChannelIds:
+    """Tie the channels of a tensor to those that are written into it.
+
+    Args:
+        call: The call.
+        target: What is written to.
+        source: What is written; it may be broadcast.
+        places: The dimension of the target by dimension of the part that the source is broadcast to.
+        skipped: A dimension of the target along which nothing is tied.
+    """
+    rank = len(places) + (skipped is not None and source.dim() == target.dim())
+    result = {dim: ids for dim, ids in call.ids(target).items() if dim == skipped}
+    for place, dim in places.items():
+        own, behind = call.ids(target).get(dim), place - rank + source.dim()
+        theirs = call.ids(source).get(behind) if behind >= 0 else None
+        if own is None and theirs is not None:
+            own = _adopt(call, target, dim, theirs)
+        broadcast = behind < 0 or source.size(behind) == 1 or source.stride(behind) == 0
+        merged = merge_operands(call, [(own, target.size(dim)), (theirs, 1 if broadcast else source.size(behind))])
+        if merged is not None:
+            result[dim] = merged
+    return result
+
+
+def _adopt(call: Call, target: torch.Tensor, dim: int, ids: IntArray) -> IntArray | None:
+    """Give a tensor that an operation of PyTorch made for its own result (as circular padding) the ids written into it.
+
+    The size of any other tensor without ids is written in the model, and does not follow the channels.
+    """
+    whole = target if target._base is None else target._base
+    name, arguments = call.ledger.caller
+    if name in {"", "copy_", "__setitem__"} or any(whole is t or whole is t._base for t in tensors_in(*arguments)):
+        return None
+    same = [d for d in range(whole.dim()) if (whole.size(d), whole.stride(d)) == (target.size(dim), target.stride(dim))]
+    if len(same) != 1:
+        return None
+    call.ledger.mark(whole, {**call.ids(whole), same[0]: ids})
+    return ids
 
 
 def _match_positions(call: Call, tensors: Sequence[torch.Tensor], reason: str) -> ChannelIds:

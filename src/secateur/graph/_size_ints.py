@@ -242,7 +242,6 @@ class SizeFloat(float):
 
     def as_plain(self, what: str) -> float:
         """Return the plain number, and report what makes one of it."""
-        self.watcher.end(self)
         self.watcher.use(self.expression, what, scale=True)
         return float.__float__(self)
 
@@ -482,7 +481,10 @@ def evaluate_expression(
 
 
 def solve_for_attribute(
-    expression: Expression, wanted: Extent, known: Callable[[Expression], Extent | None]
+    expression: Expression,
+    wanted: Extent,
+    known: Callable[[Expression], Extent | None],
+    settled: Callable[[Expression], bool] = lambda expression: not attributes_in(expression),
 ) -> tuple[Attribute, Extent] | None:
     """Return an attribute of an expression, and the value for it that makes the whole expression ``wanted``.
 
@@ -490,6 +492,7 @@ def solve_for_attribute(
         expression: Sums, products, quotients of attributes and numbers.
         wanted: The value that the expression must have.
         known: Returns the value of a part that will not be changed for this; None for a part that may be.
+        settled: Returns whether nothing in a part may be changed any more. Of two known parts, the other is solved for.
 
     Returns:
         None if there is no such attribute, or if its value would not be an integer.
@@ -498,28 +501,27 @@ def solve_for_attribute(
         case Attribute():
             return expression, wanted
         case Arithmetic("+" | "*" as operator, left, right):
-            value, inner = (known(right), left) if known(right) is not None else (known(left), right)
-            return None if value is None else _solve_commuting(operator, inner, value, wanted, known)
+            keep_right = settled(right) or not settled(left)
+            value, inner = (known(right), left) if known(right) is not None and keep_right else (known(left), right)
+            if value is None:
+                value, inner = known(right), left
+            inside = None if value is None else _wanted_inside(operator, value, wanted)
+            return None if inside is None else solve_for_attribute(inner, inside, known, settled)
         case Arithmetic("-", left, right) if (value := known(right)) is not None:
-            return solve_for_attribute(left, combine_extents(((1, wanted), (1, value))), known)
+            return solve_for_attribute(left, combine_extents(((1, wanted), (1, value))), known, settled)
         case Arithmetic("//", left, right) if (value := known(right)) is not None and not value.terms:
-            return solve_for_attribute(left, combine_extents(((value.base, wanted),)), known)
+            return solve_for_attribute(left, combine_extents(((value.base, wanted),)), known, settled)
         case _:
             return None
 
 
-def _solve_commuting(
-    operator: str, inner: Expression, value: Extent, wanted: Extent, known: Callable[[Expression], Extent | None]
-) -> tuple[Attribute, Extent] | None:
+def _wanted_inside(operator: str, value: Extent, wanted: Extent) -> Extent | None:
+    """Return what one operand must be if the other is ``value``."""
     if operator == "+":
-        return solve_for_attribute(inner, combine_extents(((1, wanted), (-1, value))), known)
-    if (
-        value.terms
-        or value.base <= 0
-        or any(number % value.base for number in (wanted.base, *dict(wanted.terms).values()))
-    ):
-        return None
-    return solve_for_attribute(inner, _quotient_of(wanted, value.base), known)
+        return combine_extents(((1, wanted), (-1, value)))
+    numbers = (wanted.base, *dict(wanted.terms).values())
+    exact = not value.terms and value.base > 0 and not any(number % value.base for number in numbers)
+    return _quotient_of(wanted, value.base) if exact else None
 
 
 def _quotient_of(extent: Extent, by: int) -> Extent:

@@ -137,12 +137,13 @@ class SizeTracker:
         self._running = running
         self.notes = SizeNotes(ledger, running)
         self._held: dict[int, tuple[Tensor, str, str]] = {}
-        # The sizes that were read from tensors since the last call, of which `torch.Size(tensor)` makes plain ints.
-        self._read: list[SizeInt] = []
+        # The numbers that were read from tensors since the last call, of which `torch.Size(tensor)` makes plain ints.
+        self._read: list[int] = []
 
     def run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call, and return its result with the expressions of the sizes that it holds."""
         before, self.notes.paused = self.notes.paused, True
+        caller, self._ledger.caller = self._ledger.caller, (name, (args, *kwargs.values()))
         try:
             out = func(*args, **kwargs)
             if func == _SHAPE:
@@ -153,7 +154,7 @@ class SizeTracker:
                 return math.prod(self._shape(args[0], args[0].shape))
             return self._follow(func, name, args, kwargs, out)
         finally:
-            self.notes.paused = before
+            self.notes.paused, self._ledger.caller = before, caller
 
     def hold(self, module: str, attribute: str, tensor: Tensor) -> None:
         """Follow the elements of an int tensor that a module holds."""
@@ -180,6 +181,10 @@ class SizeTracker:
             ids = self._ledger.ids_of(args[0]).get(0)
             if ids is not None:
                 self._ledger.bind(ShapeOf(ids), None, self._text(name))
+            return out
+        if name == "__index__":
+            numbers = self.numbers(args[0])
+            self._read.append(out if numbers is None else numbers.item())
             return out
         ints = [t for t in tensors_in(args, *kwargs.values()) if not t.is_floating_point()]
         if (ints and name not in _HARMLESS) or name in _CREATING:
@@ -261,9 +266,7 @@ class SizeTracker:
             return iter(parts)
         # Python makes plain ints of what these methods return.
         for size in numbers.reshape(-1):
-            if isinstance(size, SizeInt) and name == "__index__":
-                self._read.append(size)
-            elif isinstance(size, SizeInt):
+            if isinstance(size, SizeInt):
                 self._ledger.bind(size.expression, None, self._text(name))
         return out
 
@@ -320,7 +323,7 @@ class SizeTracker:
 
         args = tuple(map(recognized, args))
         for size in read:
-            self._ledger.bind(size.expression, None, self._text("__index__"))
+            self._ledger.bind(expression_of(size), None, self._text("__index__"))
         return args
 
     def _text(self, name: str) -> str:
@@ -381,9 +384,7 @@ _HARMLESS = frozenset({
     "get_device", "is_contiguous", "element_size", "stride",
 })  # fmt: skip
 _CREATING = frozenset({"tensor", "as_tensor", "new_tensor", "scalar_tensor"})
-_READING = frozenset(
-    {"tolist", "item", "__iter__", "__int__", "__index__", "__float__", "__bool__", "numpy", "__array__"}
-)
+_READING = frozenset({"tolist", "item", "__iter__", "__int__", "__float__", "__bool__", "numpy", "__array__"})
 _MOVING = frozenset({
     "__getitem__", "reshape", "view", "flatten", "squeeze", "unsqueeze", "select", "index_select", "narrow", "flip",
     "split", "chunk", "unbind", "clone", "detach", "contiguous", "to", "type", "long", "int", "cpu", "cat", "concat",

@@ -226,12 +226,14 @@ def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribut
             return None
         return evaluate_expression(expression, attributes=edited, values=attributes, measure=solution.extent_of)
 
+    def settled(expression: Expression) -> bool:
+        return edited.keys() >= set(attributes_in(expression))
+
     # Attributes that count channels directly come first, because expressions may contain them.
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.extent_of(binding.ids)
-        found = None if extent is None else solve_for_attribute(binding.expression, extent, known)
-        # At full width the new value must be the present one; otherwise the equation has another meaning.
-        if found and found[1].at(solution.sizes) == attributes[found[0]]:
+        found = None if extent is None else solve_for_attribute(binding.expression, extent, known, settled)
+        if found and _is_value_of(*found, solution, attributes):
             edited.setdefault(*found)
     for comparison in ledger.comparisons:
         for place, extent in _find_equal_attribute(comparison, solution, edited, attributes, known):
@@ -254,8 +256,18 @@ def _find_equal_attribute(
             continue
         wanted = evaluate_expression(other, attributes=edited, values=attributes, measure=solution.extent_of)
         found = solve_for_attribute(side, wanted, known) if wanted is not None and wanted.terms else None
-        if found and found[1].at(solution.sizes) == attributes[found[0]]:
+        if found and _is_value_of(*found, solution, attributes):
             yield found
+
+
+def _is_value_of(place: Attribute, extent: Extent, solution: Solution, attributes: Mapping[Attribute, int]) -> bool:
+    """Return whether an attribute can have this value for all widths.
+
+    At full width it must be the present one; otherwise the equation has another meaning. No size becomes negative.
+    """
+    sizes = solution.sizes
+    least = extent.base + sum(min(k, k * sizes[name]) for name, k in extent.terms)
+    return extent.at(sizes) == attributes[place] and (least >= 0 or attributes[place] < 0)
 
 
 def _is_outcome_kept(

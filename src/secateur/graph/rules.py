@@ -85,16 +85,6 @@ def pointwise(call: Call) -> Sequence[ChannelIds]:
     return [result if other.shape == out.shape else {} for other in call.outputs]
 
 
-def overwrite(call: Call) -> Sequence[ChannelIds]:
-    """``copy_``: the destination takes the ids of the source; into a view, nothing may move."""
-    target, source = call.inputs[0], call.inputs[-1]
-    shift = target.dim() - source.dim()
-    if target._base is not None:
-        call.ledger.freeze_all([call.ids(source), call.ids(target)], f"{call.where} writes into a part of a tensor")
-        return [{} for _ in call.outputs]
-    return [{dim + shift: ids for dim, ids in call.ids(source).items()}]
-
-
 def per_channel(call: Call) -> Sequence[ChannelIds]:
     """Pooling, resizing, sampling: each channel on its own, channel dimensions unchanged.
 
@@ -321,7 +311,8 @@ RULES: dict[str, Rule] = {
     "cat": moves.concatenate,
     "stack": moves.stack,
     "constant_pad_nd": moves.pad,
-    "copy": overwrite,
+    "copy": moves.overwrite,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), moves.scatter_part),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layers.layer_norm),
     "native_group_norm": layers.group_norm,
     "_weight_norm_interface": layers.weight_norm,

@@ -4,6 +4,7 @@
 this module does not import secateur.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,6 +181,84 @@ class Packed(nn.Module):
         return self.outer(pad_packed_sequence(outs, batch_first=True)[0])
 
 
+class Recognizer(nn.Module):
+    """Speech: batch norms between bidirectional layers whose directions are added, and flattened steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3, (2, 1), 1, bias=False), nn.BatchNorm2d(4), nn.Hardtanh(0, 20))
+        self.layers = nn.ModuleList([nn.LSTM(16, 10, bidirectional=True), nn.GRU(10, 10, bidirectional=True)])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(16), nn.BatchNorm1d(10)])
+        self.head = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 5, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x.view(x.size(0), x.size(1) * x.size(2), x.size(3)).permute(2, 0, 1).contiguous()
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            steps, batch = x.size(0), x.size(1)
+            x = norm(x.view(steps * batch, -1)).view(steps, batch, -1)
+            x, _ = layer(x)
+            x = x.view(steps, batch, 2, -1).sum(2).view(steps, batch, -1)
+        return self.head(x.view(x.size(0) * x.size(1), -1)).view(x.size(0), x.size(1), -1).transpose(0, 1)
+
+
+class Speaker(nn.Module):
+    """Speech synthesis: two cells whose states begin with zeros of a size that the module knows, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(5, 6, batch_first=True, bidirectional=True)
+        self.begin = nn.Sequential(nn.Linear(4, 7), nn.ReLU())
+        self.attend, self.decode = nn.LSTMCell(7 + 12, 9), nn.LSTMCell(9 + 12, 10)
+        self.query, self.keys, self.score = nn.Linear(9, 8, bias=False), nn.Linear(12, 8), nn.Linear(8, 1)
+        self.out = nn.Linear(10 + 12, 4)
+        self.widths = [9, 10]
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, _ = self.memory(x)
+        keys = self.keys(memory)
+        attending, cell = (memory.new_zeros(x.size(0), self.widths[0]) for _ in range(2))
+        decoding = tuple(memory.data.new(x.size(0), self.widths[1]).zero_() for _ in range(2))
+        context, out, outs = memory.new_zeros(x.size(0), memory.size(2)), memory.new_zeros(x.size(0), 4), []
+        for _ in range(3):
+            attending, cell = self.attend(torch.cat((self.begin(out), context), -1), (attending, cell))
+            scores = self.score(torch.tanh(self.query(attending[:, None]) + keys))
+            context = (torch.softmax(scores, 1) * memory).sum(1)
+            decoding = self.decode(torch.cat((attending, context), -1), decoding)
+            out = self.out(torch.cat((decoding[0], context), 1))
+            outs.append(out)
+        return torch.stack(outs, 1)
+
+
+class LanguageModel(nn.Module):
+    """States that the model makes from one of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(8, 11)
+        self.layer = nn.LSTM(6, 8, 2, dropout=0.2)
+        self.width = 8
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = next(self.parameters())
+        states = tuple(weight.new_zeros(2, tokens.size(0), self.width) for _ in range(2))
+        outs, _ = self.layer(self.embed(tokens.t()), states)
+        return self.head(outs.view(-1, self.width)).view(tokens.size(1), tokens.size(0), -1).transpose(0, 1)
+
+
+def _weight_normed(parametrized: bool) -> nn.Module:
+    layer = nn.LSTM(6, 7, batch_first=True)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        if parametrized:
+            nn.utils.parametrizations.weight_norm(layer, name)
+        else:
+            # The older form, which many published models have, says that it is deprecated.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                nn.utils.weight_norm(layer, name)
+    return With(lambda m, x: m.head(m.layer(m.inner(x))[0]), inner=nn.Linear(5, 6), layer=layer, head=nn.Linear(7, 3))
+
+
 def _learned(model: Any, x: Tensor) -> Tensor:
     states = [state.expand(-1, x.size(0), -1).contiguous() for state in (model.h, model.c)]
     return model.head(model.layer(x, tuple(states))[0])
@@ -241,6 +320,11 @@ _BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
     "attended": Attended,
     "translator": Translator,
     "dual_path": DualPath,
+    "recognizer": Recognizer,
+    "speaker": Speaker,
+    "language_model": LanguageModel,
+    "weight_norm": lambda: _weight_normed(parametrized=True),
+    "old_weight_norm": lambda: _weight_normed(parametrized=False),
     "packed_lstm": Packed,
     "packed_gru": lambda: Packed(nn.GRU, num_layers=2, bidirectional=True),
     "packed_rnn": lambda: Packed(nn.RNN),
@@ -289,9 +373,9 @@ _BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 def _inputs(name: str) -> tuple[Tensor, ...]:
-    if name.startswith("crnn"):
+    if name.startswith(("crnn", "recognizer")):
         return (torch.randn(BATCH, 3, 8, 12),)
-    if name == "translator":
+    if name in {"translator", "language_model"}:
         return (torch.randint(0, 11, (BATCH, STEPS)),)
     if name == "dual_path":
         return (torch.randn(BATCH, 3, 12),)

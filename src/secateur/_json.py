@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from secateur._text import visible
 from secateur.errors import ArtifactError
 
 MAX_TENSORS = 100_000
@@ -210,4 +211,4 @@ def brief(value: object, *, most: int = _SHOWN) -> str:
     """Shorten an untrusted value to printable characters."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return visible(text, keep="")

@@ -160,6 +160,17 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
+def with_recurrent_gradients_(model: ModuleType) -> ModuleType:
+    """Let gradients pass through the recurrent layers of a model in evaluation mode, in place, and return the model.
+
+    On GPUs, cuDNN computes them in training mode only. Without dropout, such a layer computes the same in both modes.
+    """
+    for module in model.modules():
+        if type(module) in {nn.LSTM, nn.GRU, nn.RNN}:
+            vars(module).update(training=True, dropout=0.0)
+    return model
+
+
 @contextlib.contextmanager
 def run_isolated(model: nn.Module, seed: int = 0) -> Generator[None]:
     """Run a model without any effect on the random states, and without any effect of them and of the caller's settings.

@@ -1,6 +1,7 @@
 """A copy of a model that shares the memory of its parameters until the copy writes to them."""
 
 import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,18 +17,26 @@ def shadow_copy(model: nn.Module) -> nn.Module:
 
     A forward pass that writes to a parameter, such as a codebook that follows its inputs, changes that of the copy.
     """
+    shadow, memory = share_memory(model)
+    return add_run_context_(shadow, lambda _: CopyOnWriteMode(memory))
+
+
+def share_memory(model: nn.Module) -> "tuple[nn.Module, SharedMemory]":
+    """Return the copy of `shadow_copy` without what protects the shared memory, which the caller must do."""
     shared = {id(parameter): _alias(parameter) for parameter in model.parameters()}
     shadow = copy_model(model, dict(shared))
-    storages = {twin.untyped_storage()._cdata for twin in shared.values() if _has_storage(twin)}  # pyright: ignore[reportPrivateUsage]
-    # A weak reference, because a cycle would keep the memory of every copy until garbage is collected.
-    own = weakref.ref(shadow)
-    add_run_context_(shadow, lambda _: CopyOnWriteMode(own(), storages))
     # `eval()` visits every module, which takes longer than the copy; it is needed only if it would change something.
     in_eval = all(
         not module.training and type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
         for module in model.modules()
     )
-    return shadow if in_eval else shadow.eval()
+    shadow = shadow if in_eval else shadow.eval()
+    return shadow, SharedMemory(shadow, map(storage_key, filter(_has_storage, shared.values())))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that all tensors on the same memory have in common."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -48,47 +57,69 @@ def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and type(tensor) is nn.Parameter
 
 
-class CopyOnWriteMode(TorchDispatchMode):
-    """A mode in which one run of a copy does not change the memory that it shares.
+class SharedMemory:
+    """The memory that a copy shares with its original.
 
-    Before the first write into shared memory its values are saved. After the run, the parameters of the copy get memory
-    of their own, with the new values, and the saved values return to the shared memory. So views of a parameter, which
-    the model may have made before it writes, see the new values during the run.
+    Before the first write into it during a run, its values are saved. After the run, the parameters of the copy get
+    memory of their own, with the new values, and the saved values return to the shared memory. So views of a parameter,
+    which the model may have made before it writes, see the new values during the run.
 
     Args:
         shadow: The copy.
-        storages: The addresses of the shared storages.
+        keys: The `storage_key` of everything shared.
     """
 
-    def __init__(self, shadow: nn.Module | None, storages: set[int]) -> None:
-        super().__init__()
-        self._shadow, self._storages = shadow, storages
+    def __init__(self, shadow: nn.Module, keys: Iterable[int]) -> None:
+        # A weak reference, because a cycle would keep the memory of every copy until garbage is collected.
+        self._shadow = weakref.ref(shadow)
+        self._keys = frozenset(keys)
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for position, name in written_arguments(func):
-            tensors = kwargs.get(name) if name in kwargs or position >= len(args) else args[position]
-            for tensor in tensors if isinstance(tensors, list | tuple) else (tensors,):
-                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    self._save(tensor.untyped_storage())
-        return func(*args, **kwargs)
+    def before_call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Save what a call is about to write to."""
+        for tensor in written_tensors(func, args, kwargs):
+            key = storage_key(tensor)
+            if key in self._keys and key not in self._saved:
+                storage = tensor.untyped_storage()
+                self._saved[key] = storage, storage.clone()
 
-    def _save(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
-        if key in self._storages and key not in self._saved:
-            self._saved[key] = storage, storage.clone()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self._shadow is None or not self._saved:
+    def after_run(self) -> None:
+        """Give the new values to the copy, and the saved ones back."""
+        shadow = self._shadow()
+        if not self._saved or shadow is None:
             return
-        for parameter in self._shadow.parameters():
-            if _has_storage(parameter) and parameter.untyped_storage()._cdata in self._saved:  # pyright: ignore[reportPrivateUsage]
+        for parameter in shadow.parameters():
+            if _has_storage(parameter) and storage_key(parameter) in self._saved:
                 parameter.data = parameter.data.clone()
         for storage, before in self._saved.values():
             storage.copy_(before)
         self._saved.clear()
+
+
+class CopyOnWriteMode(TorchDispatchMode):
+    """A mode in which one run of a copy does not change the memory that it shares."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._memory.before_call(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._memory.after_run()
+
+
+def written_tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that an ATen call writes to."""
+    found: list[Tensor] = []
+    for position, name in written_arguments(func):
+        given = args[position] if position < len(args) else kwargs.get(name)
+        found += [t for t in (given if isinstance(given, list | tuple) else (given,)) if isinstance(t, Tensor)]
+    return [tensor for tensor in found if tensor.layout == torch.strided]
 
 
 @lru_cache(4096)

@@ -16,6 +16,7 @@ from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
 from secateur.cli.options import ImageFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
+from secateur.cli.process import last_guard, open_streams
 from secateur.errors import ArtifactError, ModelError
 
 _HELP_WIDTH = 100
@@ -28,6 +29,7 @@ def export_command(
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
+    skip_bad_images: options.SkipBadImages = False,
     out_folder: Annotated[
         Path | None, flag("Folder for the files; the artifact by default.", options.RUN, name="--out")
     ] = None,
@@ -45,7 +47,7 @@ def export_command(
     from secateur.pipeline.exports import export_files
 
     wanted = parsing.formats(formats)
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source)
+    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     if out_folder is None and inputs.loaded.manifest is None:
         raise ModelError("`--out` must say where the files go, because --model is no artifact folder; got none.")
@@ -119,18 +121,29 @@ app.register_install_completion_command()
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line; ``words`` are those of the process by default."""
-    words = sys.argv[1:] if words is None else list(words)
+    """Run the command line; ``words`` are those of the process by default, whose streams are then checked too."""
+    if words is None:
+        with open_streams():
+            _run(sys.argv[1:])
+    else:
+        _run(list(words))
+
+
+def _run(words: list[str]) -> None:
     if not words:
         app.help_print([], console=_help_console(stderr=True))
         raise SystemExit(2)
-    try:
-        command, bound, _ = app.parse_args(
-            words, console=_help_console(), error_console=err(), exit_on_error=False, print_error=False
-        )
-    except CycloptsError as error:
-        raise end_with_error(_words_for(error, words)) from None
-    command(*bound.args, **bound.kwargs)
+    debug = "--debug" in words
+    with last_guard(debug=debug, out_folder=None):
+        try:
+            command, bound, _ = app.parse_args(
+                words, console=_help_console(), error_console=err(), exit_on_error=False, print_error=False
+            )
+        except CycloptsError as error:
+            raise end_with_error(_words_for(error, words)) from None
+    out_folder = bound.kwargs.get("out_folder")
+    with last_guard(debug=debug, out_folder=out_folder if isinstance(out_folder, Path) else None):
+        command(*bound.args, **bound.kwargs)
 
 
 def _help_console(*, stderr: bool = False) -> PlainConsole:

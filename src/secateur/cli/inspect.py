@@ -18,6 +18,7 @@ def inspect_command(
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
+    skip_bad_images: options.SkipBadImages = False,
     space: SpaceFlags = SpaceFlags(),
     tree: Annotated[bool, flag("Show the tree of modules: parameters, MACs, channels.", options.RUN)] = False,
     draw: Annotated[
@@ -42,7 +43,8 @@ def inspect_command(
     if draw is not None:
         check_drawing(draw)
     cut = space.to_config()
-    inputs = Inputs(model, weights, data, ImageFlags(image_size=image_size, trust_source=trust_source), seed)
+    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
+    inputs = Inputs(model, weights, data, flags, seed)
     report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
     name = inputs.loaded.name
     if as_json:
@@ -66,6 +68,7 @@ def evaluate_command(
     weights: options.WeightsFile = None,
     data: options.Data,
     trust_source: options.TrustSource = False,
+    skip_bad_images: options.SkipBadImages = False,
     batch_size: options.BatchSize = 250,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
@@ -85,7 +88,9 @@ def evaluate_command(
     from secateur.report.run import MeasuredAccuracy
     from secateur.train.evaluate import evaluate as measure
 
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, mean=mean, std=std)
+    flags = ImageFlags(
+        image_size=image_size, trust_source=trust_source, mean=mean, std=std, skip_bad_images=skip_bad_images
+    )
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     with torch_threads(thread_count):
         check_model_fits_data(inputs.loaded.model, inputs.images, inputs.example(2))
@@ -106,6 +111,7 @@ def verify_command(
     model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.MODEL_AND_DATA)] = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
+    skip_bad_images: options.SkipBadImages = False,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
     seed: options.Seed = 0,
@@ -125,7 +131,7 @@ def verify_command(
         raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
     images = None
     if data is not None:
-        flags = ImageFlags(trust_source=trust_source)
+        flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images)
         images = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed).images
     with torch_threads(thread_count):
         found = run(artifact, data=images, trust_source=trust_source, device=parsing.device(device))

@@ -106,6 +106,7 @@ TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.
 ImageSize = Annotated[int | None, whole_number("Resize images to squares of N pixels.", most=MAX_SIDE)]
 Mean = Annotated[str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", value="X,...")]
 Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", value="X,...")]
+SkipBadImages = Annotated[bool, flag("Leave out images that cannot be decoded, and name them.", MODEL_AND_DATA)]
 BatchSize = Annotated[int, whole_number("Images per step.", TRAIN, most=MAX_CHANNELS)]
 Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, name="--out")]
 Export = Annotated[str, flag("Other files: onnx, pt2, openvino, executorch, int8.", RUN, value="NAMES")]
@@ -131,6 +132,7 @@ class ImageFlags:
     """Which images a model is trained on, and how they are prepared."""
 
     trust_source: TrustSource = False
+    skip_bad_images: SkipBadImages = False
     limit: Annotated[int | None, whole_number("Use only the first N training images.", most=MAX_COUNT)] = None
     image_size: ImageSize = None
     mean: Mean = None

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.text import Text
 
+from secateur._text import visible
 from secateur.errors import SecateurError, TrainingError
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ INTERRUPTED = 130
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _STOPPING = b"\nStopping: a checkpoint is written after this step. The same signal once more ends everything at once.\n"
-_KEPT = frozenset("\n\t")
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WIDTH = 120
 """Characters of a line where nobody watches, so that no table is cut."""
 
@@ -42,24 +41,18 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 class PlainConsole(Console):
-    """A console that replaces the characters that cannot be printed, whatever is shown.
+    """A console that shows escapes for the characters that cannot be printed, whatever is shown (`secateur._text`).
 
-    Names of classes, modules and files can hold escape sequences, which change colors, titles or the clipboard of a
-    terminal; marks that reverse the order of letters; and halves of characters, which cannot be written at all. Only
-    what rich itself adds for styles goes through, after this.
+    Only what rich itself adds for styles goes through, after this.
     """
 
     def render(self, renderable: Any, options: "ConsoleOptions | None" = None) -> "Iterable[Segment]":
         """Return the segments of what is shown, see `rich.console.Console.render`."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
-
-def printable(text: str) -> str:
-    """Replace each character that cannot be printed; line ends and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in _KEPT else _REPLACEMENT for c in text)
+    def on_broken_pipe(self) -> None:
+        """Drop what nobody reads any more; the command goes on."""
 
 
 def out() -> Console:
@@ -262,7 +255,8 @@ def signal_handler() -> Generator[Caught]:
             if not stop.acknowledged:
                 raise KeyboardInterrupt
             stop.ask()
-            os.write(2, _STOPPING)  # Not by print, which may be what was interrupted.
+            with suppress(OSError):  # Nobody may read it.
+                os.write(2, _STOPPING)  # Not by print, which may be what was interrupted.
 
         before = {each: signal.signal(each, handle) for each in _SIGNALS}
         try:

@@ -77,6 +77,7 @@ class Inputs:
             image_size=size,
             mean=mean,
             std=std,
+            skip_bad_images=self.flags.skip_bad_images,
         )
 
     @cached_property

@@ -70,6 +70,7 @@ class TrainAndTest:
         classes: Class names, by label.
         name: Name of the data in reports.
         augment: The default augmentation for such images.
+        skipped: Names of the images that were left out because they cannot be used.
     """
 
     train: Split
@@ -77,6 +78,7 @@ class TrainAndTest:
     classes: tuple[str, ...]
     name: str
     augment: Augment
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,7 @@ class ImageData:
         size: Channels, height, width of an image.
         name: Name of the data in reports.
         augment: The default augmentation for these images, to be passed to ``train.batches``.
+        skipped: Names of the images that were left out because they cannot be used.
     """
 
     train: Split
@@ -104,6 +107,7 @@ class ImageData:
     size: tuple[int, int, int]
     name: str
     augment: Augment
+    skipped: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, sets: TrainAndTest, *, validation_fraction: float, seed: int) -> "ImageData":
@@ -129,6 +133,7 @@ class ImageData:
             size=sets.train.size,
             name=sets.name,
             augment=sets.augment,
+            skipped=sets.skipped,
         )
 
 

@@ -33,6 +33,7 @@ from secateur.data.dataset import (
     validate_labels,
 )
 from secateur.data.epoch import Epoch, ImageBatch
+from secateur.data.problems import ImageProblems
 from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box
 from secateur.errors import DataError
 
@@ -64,19 +65,28 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 _MAX_READ_AT_ONCE = 2**24
 """Files up to this size are read at once; of larger ones only what the decoder asks for is read."""
 _SAMPLED_HEADERS = 64
+_ENDS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND"), (b"GIF8", b"\x3b"))
+"""How files of JPEG, PNG and GIF begin, and what is among their last bytes if nothing is missing."""
+_END_BYTES = 64
 Encoded = bytes | Path
 """An image file, in memory or on disk."""
 
 
-def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+def read_image_folder(
+    folder: Path, *, limit: int | None, image_size: int | None, skip_bad_images: bool = False
+) -> TrainAndTest:
     """Read or open ``folder/train`` and ``folder/test`` (or ``val``), each with one subfolder per class.
 
     The order is the first image of every class, then the second of every class, and so on, so that the first N images
     represent all classes. If a sample of the images has one size, which is the one asked for, and all fit into memory,
     they are held there; otherwise they are streamed.
 
+    Every image is looked at before anything else is done: those held in memory are decoded, of others the header and
+    the end are checked, or all of them is decoded if ``skip_bad_images`` asks to leave out what is damaged.
+
     Raises:
-        DataError: If folders or images are missing, or train and test differ in their classes.
+        DataError: If folders or images are missing, train and test differ in their classes, or images cannot be used,
+            which are all named.
     """
     train_folder = folder / "train"
     test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
@@ -98,11 +108,67 @@ def read_image_folder(folder: Path, *, limit: int | None, image_size: int | None
     train_paths, train_labels = _interleave([train_files[name] for name in classes])
     test_paths, test_labels = _interleave([test_files[name] for name in classes])
     count = count_training_images(train_labels, limit, classes)
-    train_paths, train_labels = train_paths[:count], train_labels[:count]
-    chosen = _choose_format((train_paths, test_paths), image_size)
-    train, test = chosen.split(train_paths, train_labels), chosen.split(test_paths, test_labels)
+    sets, name = ((train_paths[:count], train_labels[:count]), (test_paths, test_labels)), folder.resolve().name
+    problems, images = ImageProblems(skip_bad_images), count + len(test_paths)
+    readable = [_usable(*each, _header_problem, problems) for each in sets]
+    problems.check_left(name, images, min(len(paths) for paths, _ in readable))
+    chosen = _choose_format(tuple(paths for paths, _ in readable), image_size)
+    splits = [chosen.split(*each, problems) for each in readable]
+    problems.check_left(name, images, 0 if None in splits else 1)
+    skipped = problems.settle(name, images)
+    train, test = (split for split in splits if split is not None)
     augment = default_augment(train.size) if chosen.in_memory else Augment(0, train.size[0] == 3, PHOTOGRAPH_MIN_AREA)
-    return TrainAndTest(train, test, classes, folder.resolve().name, augment)
+    return TrainAndTest(train, test, classes, name, augment, skipped)
+
+
+def _usable(
+    paths: tuple[Path, ...],
+    labels: Tensor,
+    problem_of: Callable[[Path], DataError | None],
+    problems: ImageProblems,
+) -> tuple[tuple[Path, ...], Tensor]:
+    """Return the images, and their labels, that a check finds nothing wrong with; note the others."""
+    chunks = [paths[start : start + _MEMORY_CHUNK] for start in range(0, len(paths), _MEMORY_CHUNK)]
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        found = list(chain.from_iterable(pool.map(lambda chunk: [problem_of(path) for path in chunk], chunks)))
+    for path, problem in zip(paths, found, strict=True):
+        if problem is not None:
+            problems.note(str(path), problem)
+    kept = [i for i, problem in enumerate(found) if problem is None]
+    return tuple(paths[i] for i in kept), labels[torch.tensor(kept, dtype=torch.int64)]
+
+
+def _header_problem(path: Path) -> DataError | None:
+    try:
+        mode, _ = read_image_header(path)
+        _check_mode(mode, str(path))
+    except DataError as error:
+        return error
+    return None
+
+
+def _decoding_problem(path: Path) -> DataError | None:
+    try:
+        open_image(path, lambda: str(path))
+    except DataError as error:
+        return error
+    return None
+
+
+def _end_problem(path: Path) -> DataError | None:
+    """What is wrong with a file that does not end as complete ones do; such a file is decoded to find out."""
+    try:
+        with open_regular_file(path) as file:
+            begin = file.read(12)
+            file.seek(max(os.fstat(file.fileno()).st_size - _END_BYTES, 0))
+            end, size = file.read(), os.fstat(file.fileno()).st_size
+    except OSError:
+        return _decoding_problem(path)
+    if begin.startswith(b"RIFF"):
+        complete = int.from_bytes(begin[4:8], "little") + 8 <= size
+    else:
+        complete = any(begin.startswith(start) and mark in end for start, mark in _ENDS)
+    return None if complete else _decoding_problem(path)
 
 
 @dataclass(frozen=True)
@@ -119,12 +185,14 @@ class _FolderFormat:
     side: int | None
     in_memory: bool
 
-    def split(self, paths: tuple[Path, ...], labels: Tensor) -> Split:
+    def split(self, paths: tuple[Path, ...], labels: Tensor, problems: ImageProblems) -> Split | None:
+        """Read or open a split without the images that cannot be used, which are noted; None if none is left."""
         if self.side is None or self.in_memory:
-            images = decode_images(paths, self.side, lambda i: str(paths[i]))
-            return MemorySplit(images, labels, Normalization.default(images.shape[1]))
+            images, kept = decode_images(paths, self.side, lambda i: str(paths[i]), problems)
+            return MemorySplit(images, labels[kept], Normalization.default(images.shape[1])) if len(kept) else None
+        paths, labels = _usable(paths, labels, _decoding_problem if problems.skip else _end_problem, problems)
         size = (self.channels, self.side, self.side)
-        return FolderSplit(paths, labels, size, Normalization.default(self.channels))
+        return FolderSplit(paths, labels, size, Normalization.default(self.channels)) if paths else None
 
 
 def _choose_format(sets: tuple[tuple[Path, ...], ...], image_size: int | None) -> _FolderFormat:
@@ -332,11 +400,13 @@ def open_image(
         ) from error
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode not in _CONVERTED_TO:
-        raise DataError(
-            f"{where()} must have 8 bits per channel; got PIL mode {image.mode!r}. Convert it to 8-bit PNG."
-        )
+    _check_mode(image.mode, where())
     return image.convert(_CONVERTED_TO[image.mode])
+
+
+def _check_mode(mode: str, where: str) -> None:
+    if mode not in ("L", "RGB", *_CONVERTED_TO):
+        raise DataError(f"{where} must have 8 bits per channel; got PIL mode {mode!r}. Convert it to 8-bit PNG.")
 
 
 def _read_small_file(encoded: Encoded) -> Encoded:
@@ -414,39 +484,54 @@ def resize_and_center_crop(image: "Image", size: int, crop_fraction: float) -> "
     return image.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
 
-def decode_images(encoded: Sequence[Encoded], image_size: int | None, name: Callable[[int], str]) -> Tensor:
+def decode_images(
+    encoded: Sequence[Encoded], image_size: int | None, name: Callable[[int], str], problems: ImageProblems
+) -> tuple[Tensor, Tensor]:
     """Decode a whole set into memory.
 
     Args:
         encoded: The files, at least one.
         image_size: Side of the squares to resize to, in pixels; None requires images of one size.
         name: Returns the name of image i, for errors.
+        problems: Receives the images that cannot be decoded.
 
     Returns:
-        (n, c, h, w) uint8, channels last in memory. c is 1 if every image is gray, else 3.
+        (n, c, h, w) uint8, channels last in memory, and (n,) the positions of these images among the files. c is 1 if
+        every image is gray, else 3.
 
     Raises:
-        DataError: If an image is damaged or differs in size, or the set is too large.
+        DataError: If an image differs in size, or the set is too large.
     """
 
-    def decode(i: int) -> np.ndarray:
-        image = open_image(encoded[i], lambda: name(i))
-        return np.asarray(image if image_size is None else resize_and_center_crop(image, image_size, crop_fraction=1.0))
+    def decode(i: int) -> np.ndarray | DataError:
+        try:
+            image = open_image(encoded[i], lambda: name(i))
+            return np.asarray(
+                image if image_size is None else resize_and_center_crop(image, image_size, crop_fraction=1.0)
+            )
+        except DataError as error:
+            return error
 
-    shape = decode(0).shape[:2]
-    check_fits_in_memory(len(encoded), 3 * math.prod(shape))
-    pixels = np.empty((len(encoded), *shape, 3), dtype=np.uint8)
-    gray = True
+    pixels, kept, gray = np.empty((0, 1, 1, 3), dtype=np.uint8), list[int](), True
     for i, array in enumerate(_decode_in_order(decode, encoded)):
+        if isinstance(array, DataError):
+            problems.note(name(i), array)
+            continue
+        if not kept:
+            check_fits_in_memory(len(encoded), 3 * math.prod(array.shape[:2]))
+            pixels = np.empty((len(encoded), *array.shape[:2], 3), dtype=np.uint8)
+        shape = pixels.shape[1:3]
         if array.shape[:2] != shape:
             raise DataError(
                 f"images must all have the same size unless `image_size` is given; got {_format_size(shape)} for "
-                f"{name(0)} and {_format_size(array.shape)} for {name(i)}. Pass image_size={min(shape)}, say."
+                f"{name(kept[0])} and {_format_size(array.shape)} for {name(i)}. Pass image_size={min(shape)}, say."
             )
         gray = gray and array.ndim == 2
-        pixels[i] = array[..., None] if array.ndim == 2 else array
-    kept = np.ascontiguousarray(pixels[..., :1]) if gray else pixels
-    return torch.from_numpy(kept).permute(0, 3, 1, 2)
+        pixels[len(kept)] = array[..., None] if array.ndim == 2 else array
+        kept.append(i)
+    pixels = pixels[: len(kept)]
+    whole = np.ascontiguousarray(pixels[..., :1]) if gray else pixels
+    return torch.from_numpy(whole).permute(0, 3, 1, 2), torch.tensor(kept, dtype=torch.int64)
 
 
 def check_fits_in_memory(n: int, bytes_per_image: int) -> None:
@@ -482,7 +567,9 @@ def resize_images(images: Tensor, image_size: int | None) -> Tensor:
     return torch.cat(resized)
 
 
-def _decode_in_order(decode: Callable[[int], np.ndarray], encoded: Sequence[Encoded]) -> Iterator[np.ndarray]:
+def _decode_in_order(
+    decode: Callable[[int], np.ndarray | DataError], encoded: Sequence[Encoded]
+) -> Iterator[np.ndarray | DataError]:
     sample = encoded[:64]
     mean_bytes = sum(len(e) if isinstance(e, bytes) else e.stat().st_size for e in sample) / len(sample)
     if mean_bytes < _THREADED_FROM:

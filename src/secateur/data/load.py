@@ -44,6 +44,7 @@ def load_data(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    skip_bad_images: bool = False,
 ) -> ImageData:
     """Load a labeled image set; nothing is downloaded.
 
@@ -62,6 +63,8 @@ def load_data(
         image_size: Side of the squares to resize to, in pixels; None keeps the size that all images share.
         mean: Mean of pixels / 255 per channel. By default ImageNet's for color images and 0.5 for gray ones.
         std: Standard deviation of pixels / 255 per channel, with the same defaults.
+        skip_bad_images: Leave out images that cannot be decoded, with a warning that names them; by default they are
+            an error that names them.
 
     Returns:
         Three splits with class names and the default augmentation.
@@ -75,14 +78,14 @@ def load_data(
         raise DataError(
             f"`validation_fraction` must lie in (0, 1), both excluded; got {validation_fraction}. 0.1 is usual."
         )
-    sets = _read(spec, limit=limit, image_size=image_size)
+    sets = _read(spec, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
     normalization = sets.train.normalization.override(mean, std)
     sets = replace(sets, train=sets.train.normalized(normalization), test=sets.test.normalized(normalization))
     _warn_of_absent_classes(sets)
     return ImageData.of(sets, validation_fraction=validation_fraction, seed=seed)
 
 
-def _read(spec: str | Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+def _read(spec: str | Path, *, limit: int | None, image_size: int | None, skip_bad_images: bool) -> TrainAndTest:
     if spec == "digits":
         return read_digits(limit=limit, image_size=image_size)
     if isinstance(spec, str) and spec.startswith(_TORCHVISION):
@@ -98,8 +101,8 @@ def _read(spec: str | Path, *, limit: int | None, image_size: int | None) -> Tra
         )
     files = parquet_files(folder)
     if files:
-        return read_parquet(folder, files, limit=limit, image_size=image_size)
-    return read_image_folder(folder, limit=limit, image_size=image_size)
+        return read_parquet(folder, files, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
+    return read_image_folder(folder, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
 
 
 def _warn_of_absent_classes(sets: TrainAndTest) -> None:

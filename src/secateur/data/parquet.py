@@ -14,6 +14,7 @@ import torch
 
 from secateur.data.dataset import MemorySplit, TrainAndTest, count_training_images, default_augment
 from secateur.data.images import MEMORY_LIMIT, check_fits_in_memory, decode_images, open_regular_file
+from secateur.data.problems import ImageProblems
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
@@ -36,7 +37,9 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted((*folder.glob("*.parquet"), *folder.glob("*/*.parquet")))
 
 
-def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, image_size: int | None) -> TrainAndTest:
+def read_parquet(
+    folder: Path, files: Sequence[Path], *, limit: int | None, image_size: int | None, skip_bad_images: bool = False
+) -> TrainAndTest:
     """Read a Hugging Face parquet folder into memory.
 
     Files belong to the split that their name, or else their folder's name, begins with: ``train``, ``test``, and
@@ -47,6 +50,7 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
         files: Its parquet files.
         limit: Number of training images to use, the first ones; None uses all.
         image_size: Side of the squares to resize to, in pixels; None requires images of one size.
+        skip_bad_images: Leave out rows whose image is missing or damaged.
 
     Raises:
         DataError: If files, columns, images or labels are missing, damaged or do not fit together.
@@ -62,8 +66,13 @@ def read_parquet(folder: Path, files: Sequence[Path], *, limit: int | None, imag
     train.check_labels(classes)
     test.check_labels(classes)
     count = count_training_images(torch.from_numpy(train.labels), limit, classes)
-    splits = [table.split(n, image_size, len(classes)) for table, n in ((train, count), (test, len(test.labels)))]
-    return TrainAndTest(splits[0], splits[1], classes, folder.resolve().name, default_augment(splits[0].size))
+    problems, name, images = ImageProblems(skip_bad_images), folder.resolve().name, count + len(test.labels)
+    sets = ((train, count), (test, len(test.labels)))
+    splits = [table.split(n, image_size, len(classes), problems) for table, n in sets]
+    problems.check_left(name, images, 0 if None in splits else 1)
+    skipped = problems.settle(name, images)
+    learned, tested = (split for split in splits if split is not None)
+    return TrainAndTest(learned, tested, classes, name, default_augment(learned.size), skipped)
 
 
 def _describe_class_difference(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:
@@ -123,7 +132,8 @@ class _Table:
                 "without labels: remove those files, and validation files are used instead."
             )
 
-    def split(self, count: int, image_size: int | None, classes: int) -> MemorySplit:
+    def split(self, count: int, image_size: int | None, classes: int, problems: ImageProblems) -> MemorySplit | None:
+        """Read the first images, without those that cannot be used, which are noted; None if none is left."""
         check_fits_in_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
         encoded: list[bytes | None] = []
         for file in self.files:
@@ -134,12 +144,19 @@ class _Table:
                 f"{self.files[-1].parent} must have an image for each of its {count} labels; got {len(encoded)}. "
                 "Download the files again."
             )
-        empty = next((i for i, item in enumerate(encoded) if item is None), None)
-        if empty is not None:
-            raise DataError(f"{self.row_name(empty)} must hold the bytes of an image; got null. Embed the images.")
-        images = decode_images([item for item in encoded if item is not None], image_size, self.row_name)
-        labels = torch.from_numpy(self.labels[:count])
-        return MemorySplit(images, labels, Normalization.default(images.shape[1]), classes)
+        for i, item in enumerate(encoded):
+            if item is None:
+                name = self.row_name(i)
+                problems.note(name, DataError(f"{name} must hold the bytes of an image; got null. Embed the images."))
+        present = [(i, item) for i, item in enumerate(encoded) if item is not None]
+        if not present:
+            return None
+        places = torch.tensor([i for i, _ in present])
+        images, kept = decode_images(
+            [item for _, item in present], image_size, lambda i: self.row_name(int(places[i])), problems
+        )
+        labels = torch.from_numpy(self.labels[:count])[places[kept]]
+        return MemorySplit(images, labels, Normalization.default(images.shape[1]), classes) if len(kept) else None
 
 
 def _files_of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:

@@ -27,8 +27,9 @@ from secateur.pipeline.config import (
     RecoveryConfig,
     RunConfig,
     default_strategy,
+    safe_config,
 )
-from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
+from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
     describe_repair,
@@ -126,7 +127,7 @@ def compress(
         budget=limits,
         strategy=default_strategy(limits) if strategy is None else strategy,
         cut=cut,
-        recovery=replace(recovery, train=replace(recovery.train, seed=run.seed)),
+        recovery=replace(recovery, train=safe_config(recovery.train, run.seed)),
         target=target,
         output=output,
         run=run if fabric.is_global_zero else replace(run, callbacks=Silent()),
@@ -187,7 +188,8 @@ def _recover(
     trained = _train(plan, cut_student, work, zeros)
     if trained is not None and (trained.best_epoch > 0 or zeros is not None):
         student = trained.model
-        steps.append(_measured(plan, "distilled" if zeros is None else "weights pruned and distilled", student))
+        done = ("weights pruned and " if zeros else "") + "distilled" if trained.best_epoch else "weights pruned"
+        steps.append(_measured(plan, done, student))
     elif zeros is not None:
         student = zeros.start(student, 0)
         steps.append(_measured(plan, "weights pruned", student))
@@ -384,8 +386,12 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
             "Weights at zero make the file smaller, not the network faster: ordinary runtimes compute with them as "
             "with any number. What is faster is so for its cut channels."
         )
-    found += guessing_doubt("original", original, plan.data)
-    if trained is not None and trained.best_epoch == 0 and plan.cut.weight_pruning is None:
+    found += data_doubts("original", original, plan.data)
+    if trained is not None:
+        found += trained.divergences
+    if trained is not None and trained.gave_up:
+        found.append("Nothing of a training that was given up is kept but an epoch better than its beginning.")
+    elif trained is not None and trained.best_epoch == 0 and plan.cut.weight_pruning is None:
         found.append(
             "No epoch was better on the validation images than the student before training, which is kept. If the "
             "original was trained on these images, they favor the student that has changed least."

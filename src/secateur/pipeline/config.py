@@ -266,6 +266,15 @@ DEFAULT_SPACE = SearchSpace(min_kept_fraction=0.25)
 DEFAULT_TRAIN_CONFIG = TrainConfig(epochs=1, learning_rate=0.01)
 """A short recovery. The learning rate is low on purpose: a high one wipes out what the repairs restored."""
 
+_RESTARTS = 2
+"""How often a recovery that diverges begins again, each time with a tenth of the learning rate."""
+
+
+def safe_config(train: TrainConfig, seed: int) -> TrainConfig:
+    """Return the config of a training within a run: with the run's seed, and never ended by divergence."""
+    return dataclasses.replace(train, seed=seed, restarts=train.restarts or _RESTARTS)
+
+
 DEFAULT_OBJECTIVE = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10.0)
 """The teacher's probabilities, the labels with a small weight, and the teacher's last features at each resolution."""
 

@@ -16,8 +16,8 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.objective import Objective, Term
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
-from secateur.pipeline.config import LOGGER, Output, RunConfig
-from secateur.pipeline.finalize import Finished, finalize, guessing_doubt, measured_model, report_of
+from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
+from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     check_model_fits_data,
     check_output,
@@ -192,7 +192,7 @@ def distill_model(
         student=student,
         teacher=teacher,
         data=data,
-        train=replace(train, seed=run.seed),
+        train=safe_config(train, run.seed),
         objective=objective,
         hint_stage=hint_stage,
         teacher_cache=teacher_cache,
@@ -233,7 +233,7 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
             teacher=plan.teacher.model,
             data=plan.data,
             hints=plan.hint_stage.hints,
-            hint_train=replace(plan.hint_stage.train, seed=plan.run.seed),
+            hint_train=safe_config(plan.hint_stage.train, plan.run.seed),
             train=plan.train,
             objective=plan.objective,
             run=run,
@@ -257,7 +257,7 @@ def _finished(
     measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
     name = f"{plan.student.called} from {plan.teacher.called}"
     report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
-    doubts = guessing_doubt("teacher", steps[0], plan.data)
+    doubts = (*data_doubts("teacher", steps[0], plan.data), *trained.divergences)
     return Finished(
         report=replace(report, notes=doubts),
         original=teacher,

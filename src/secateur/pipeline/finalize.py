@@ -21,6 +21,7 @@ from secateur.cost.macs import count_params
 from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData, guessing_accuracy
+from secateur.data.problems import describe_skipped
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
 from secateur.export.manifest import Recipe, edits_between
@@ -178,6 +179,12 @@ def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
         f"{100 * low:.1f} to {100 * high:.1f} %), about what guessing gives ({100 * chance:.1f} %). Check its weights "
         "(--weights) and normalization (--mean, --std).",
     )
+
+
+def data_doubts(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
+    """Return what a reader must know of the images: those that were left out, and a model that guesses on them."""
+    skipped = describe_skipped(data.name, data.skipped)
+    return (*([f"{skipped}."] if skipped else []), *guessing_doubt(name, step, data))
 
 
 def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport, tuple[str, ...]]:

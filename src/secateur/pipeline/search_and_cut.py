@@ -182,8 +182,14 @@ def _with_fewer_blocks(strategy: Strategy) -> list[str]:
 
 def describe_repair(repair: RepairResult) -> str:
     """One repair in words."""
-    words = f"{repair.repair}: distance from the uncut logits {repair.before:.3f} -> {repair.after:.3f}"
-    return words + ("." if repair.kept else "; undone, because it made things worse.")
+    where = "held-out images" if repair.held_out else "the images it was fitted to (too few to hold any out)"
+    words = f"{repair.repair}: distance from the uncut outputs on {where} {repair.before:.3f} -> {repair.after:.3f}"
+    words += "" if repair.kept else "; undone, because it made things worse"
+    if repair.skipped:
+        (layer, reason), count = repair.skipped[0], len(repair.skipped)
+        others = f" and {count - 1} more" if count > 1 else ""
+        words += f"; {layer}{others} left as cut, because {reason}"
+    return words + "."
 
 
 def _describe(result: SearchResult) -> str:
@@ -219,7 +225,7 @@ def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutSt
     _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
-    repairs = tuple(RepairResult(**cast(dict[str, Any], dict(repair))) for repair in left.repairs)
+    repairs = tuple(RepairResult.from_json(repair) for repair in left.repairs)
     return CutStudent(original, student, graph, SearchResult.from_json(left.search), verification, repairs)
 
 

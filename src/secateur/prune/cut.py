@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -75,6 +75,13 @@ class RepairResult:
     kept: bool
     held_out: bool = True
     skipped: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RepairResult":
+        """Read what ``dataclasses.asdict`` gives, after it was stored as JSON, which has no tuples."""
+        skipped = tuple((str(layer), str(reason)) for layer, reason in data.get("skipped", ()))
+        fields: dict[str, Any] = {**data, "skipped": skipped}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, eq=False)

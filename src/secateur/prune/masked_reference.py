@@ -1,6 +1,6 @@
 """The reference for a cut without a second set of weights: a full model that zeroes weights and branches as it runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
+from secateur._shadow import SharedMemory, storage_key, written_tensors
 from secateur.graph._ledger import base_name, tensors_in
 from secateur.graph._rules_recurrent import WholeCallMode
 from secateur.graph.blocks import DataFlow
@@ -59,6 +60,10 @@ class UnexpectedCallError(Exception):
     """A run makes another call than the expected one."""
 
 
+class WrittenParameterError(Exception):
+    """A run writes to a parameter whose product with zeros and ones takes its place."""
+
+
 class ExpectedCalls:
     """The calls that a run must make, in order.
 
@@ -82,6 +87,17 @@ class ExpectedCalls:
         self._made += 1
 
 
+class ObservedCalls:
+    """The names of the calls of a run, any of which it may make."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def make(self, name: str) -> None:
+        """Remember the name of the next call."""
+        self.names.append(name)
+
+
 class ZeroWeightsMode(WholeCallMode):
     """A mode in which every call of a run gets some parameters multiplied by zeros and ones.
 
@@ -91,20 +107,46 @@ class ZeroWeightsMode(WholeCallMode):
     Args:
         factors: The factors of a parameter, by its `id`.
         expected: The calls that the run must make; None if it may make any.
+        memory: What the model shares with another one, which must stay as it is.
     """
 
-    def __init__(self, factors: Mapping[int, tuple[torch.Tensor, ...]], expected: ExpectedCalls | None):
+    def __init__(
+        self,
+        factors: Mapping[int, tuple[torch.Tensor, ...]],
+        expected: ExpectedCalls | ObservedCalls | None,
+        memory: SharedMemory | None = None,
+    ):
         super().__init__()
         self._factors = factors
         self._expected = expected
+        self._memory = memory
+        # Storages of products that a view still refers to.
+        self._viewed: set[int] = set()
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call with the products of its parameters."""
         if self._expected is not None:
             self._expected.make(base_name(func))
+        self._refuse_writes(func, args, kwargs)
         if self._has_no_factors((*args, *kwargs.values())):
             return func(*args, **kwargs)
-        return func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in kwargs.items()})
+        out = func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in kwargs.items()})
+        if func.is_view:
+            self._viewed.update(map(storage_key, tensors_in(out)))
+        return out
+
+    def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse to write to a product, because the parameter itself would stay as it was."""
+        for tensor in written_tensors(func, args, kwargs):
+            if id(tensor) in self._factors or storage_key(tensor) in self._viewed:
+                raise WrittenParameterError(f"{base_name(func)} writes to a parameter that is cut")
+        if self._memory is not None:
+            self._memory.before_call(func, args, kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._memory is not None:
+            self._memory.after_run()
 
     def _has_no_factors(self, arguments: tuple[Any, ...]) -> bool:
         """Return whether none of the arguments has factors, and none is a list, which may contain some that have."""
@@ -124,14 +166,20 @@ class ZeroWeightsMode(WholeCallMode):
 
 
 def zero_weights_(
-    model: nn.Module, kept: Mapping[str, Mapping[int, IntArray]], expected: ExpectedCalls | None = None
+    model: nn.Module,
+    kept: Mapping[str, Mapping[int, IntArray]],
+    expected: Callable[[], ExpectedCalls | ObservedCalls | None] = lambda: None,
+    memory: SharedMemory | None = None,
 ) -> nn.Module:
     """Make a model compute with zeros in place of some weights whenever it runs, and return it.
 
     Args:
         model: Gets two hooks; its parameters are not changed.
         kept: The kept positions by dimension, by the name of a parameter. Other names are ignored.
-        expected: The calls that it must make when it runs, once; any other raises `UnexpectedCallError`.
+        expected: Returns the calls that it must make when it runs next; any other raises `UnexpectedCallError`.
+        memory: What the model shares with another one, which must stay as it is.
+
+    A run that writes to one of the parameters raises `WrittenParameterError`.
     """
     make = _FactorCache()
     factors = {
@@ -139,7 +187,7 @@ def zero_weights_(
         for name, parameter in model.named_parameters()
         if kept.get(name)
     }
-    return add_run_context_(model, lambda _: ZeroWeightsMode(factors, expected))
+    return add_run_context_(model, lambda _: ZeroWeightsMode(factors, expected(), memory))
 
 
 class _FactorCache:

@@ -292,32 +292,40 @@ def set_size_attributes_(model: nn.Module, sizes: Sequence[tuple[str, str, SizeI
 def update_declared_sizes_(model: nn.Module) -> None:
     """Set the sizes that torch's own layers declare (``out_channels``, ``num_features``) to those of their tensors."""
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
-            # The second dimension of a grouped weight counts the channels of one group.
-            first, second = module.weight.shape[:2]
-            if module.transposed:
-                module.in_channels, module.out_channels = first, second * module.groups
-            else:
-                module.out_channels, module.in_channels = first, second * module.groups
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
-            # Without affine parameters, only the statistics show the number of channels.
-            vector = module.running_mean if _has_no_weight(module) else module.weight
-            if vector is not None:
-                module.num_features = vector.numel()
-        elif isinstance(module, nn.GroupNorm) and not _has_no_weight(module):
-            module.num_channels = module.weight.numel()
-        elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
-            module.normalized_shape = tuple(module.weight.shape)
-        elif isinstance(module, nn.Bilinear):
-            module.out_features, module.in1_features, module.in2_features = module.weight.shape
-        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.num_embeddings, module.embedding_dim = module.weight.shape
-        elif _is_deformable(module):
-            module.out_channels, module.in_channels = module.weight.size(0), module.weight.size(1) * module.groups
-        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        _update_layer_sizes_(module)
+        _update_norm_sizes_(module)
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             _update_recurrent_sizes_(module)
+
+
+def _update_layer_sizes_(module: nn.Module) -> None:
+    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        # The second dimension of a grouped weight counts the channels of one group.
+        first, second = module.weight.shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = module.weight.shape
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif _is_deformable(module):
+        module.out_channels, module.in_channels = module.weight.size(0), module.weight.size(1) * module.groups
+
+
+def _update_norm_sizes_(module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
+        # Without affine parameters, only the statistics show the number of channels.
+        vector = module.running_mean if _has_no_weight(module) else module.weight
+        if vector is not None:
+            module.num_features = vector.numel()
+    elif isinstance(module, nn.GroupNorm) and not _has_no_weight(module):
+        module.num_channels = module.weight.numel()
+    elif isinstance(module, nn.LayerNorm) and not _has_no_weight(module):
+        module.normalized_shape = tuple(module.weight.shape)
 
 
 def _is_deformable(module: nn.Module) -> TypeGuard[Any]:
@@ -326,19 +334,25 @@ def _is_deformable(module: nn.Module) -> TypeGuard[Any]:
 
 
 def _update_recurrent_sizes_(module: nn.RNNBase | nn.RNNCellBase) -> None:
-    of_input, of_state, of_projection = (
-        getattr(module, f"weight_{part}_l0" if isinstance(module, nn.RNNBase) else f"weight_{part}", None)
-        for part in ("ih", "hh", "hr")
-    )
-    # Quantized layers hold their weights in another form.
-    if not isinstance(of_input, torch.Tensor) or not isinstance(of_state, torch.Tensor):
-        return
-    module.input_size = of_input.size(1)
+    layer = "_l0" if isinstance(module, nn.RNNBase) else ""
+    of_input, of_state, of_projection = (_current(module, f"weight_{part}{layer}") for part in ("ih", "hh", "hr"))
+    if of_input is not None:
+        module.input_size = of_input.size(1)
     # With a projection, the state that the layer reads is narrower than its cells.
-    if isinstance(of_projection, torch.Tensor):
+    if of_projection is not None:
         module.proj_size, module.hidden_size = of_projection.shape  # type: ignore[assignment]
-    else:
+    elif of_state is not None:
         module.hidden_size = of_state.size(1)
+    if isinstance(module, nn.RNNBase) and of_input is not None and of_state is not None:
+        # cuDNN wants the weights in one piece of memory.
+        module.flatten_parameters()
+
+
+def _current(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Return a weight of a module; None if it is quantized, or what a hook has computed from other parameters."""
+    is_stored = name in dict(module.named_parameters(recurse=False))
+    weight = getattr(module, name, None) if is_stored or nn.utils.parametrize.is_parametrized(module, name) else None
+    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def _has_no_weight(module: nn.Module) -> bool:

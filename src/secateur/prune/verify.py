@@ -1,23 +1,43 @@
-"""Verification of a cut: the sliced model must equal the original in which the removed channels are zeroed."""
+"""Verification of a cut: the sliced model must equal the original in which the removed channels are zeroed.
 
-import copy
+Two passes compare the two: one on the example or a crop of it, one on images of another size, in training mode if the
+mode can matter. Each also compares what all modules return. A pass in which rounding may be the reason of a difference
+is repeated in float64, which decides.
+"""
+
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from secateur._runtime import copy_model, run_isolated
+from secateur._outputs import Leaf
+from secateur._runtime import copy_model
+from secateur._shadow import share_memory
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph._record import shadow_copy
+from secateur.graph._ledger import MIXING_KINDS
 from secateur.graph._rules_layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
-from secateur.prune.masked_reference import ExpectedCalls, zero_branches_, zero_weights_
-from secateur.prune.slice import copy_with_tensors, kept_positions_by_tensor, mask_readers, mask_removed
+from secateur.prune.masked_reference import (
+    ExpectedCalls,
+    ObservedCalls,
+    WrittenParameterError,
+    zero_branches_,
+    zero_weights_,
+)
+from secateur.prune.model_runs import (
+    ComparisonRun,
+    FeatureSummaries,
+    KeptFeatures,
+    depends_on_training,
+    is_random,
+)
+from secateur.prune.slice import kept_positions_by_tensor, mask_readers, mask_removed
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -25,10 +45,19 @@ TOLERANCES: Mapping[torch.dtype, float] = {
     torch.bfloat16: 3e-2,
     torch.float16: 4e-3,
 }
-"""Largest |sliced - masked| / largest |masked|. Sums of the same terms in another order differ by a few ulps per
-layer; a wrong channel causes differences of percents (rolling one bias by one: 2e-2)."""
+"""Largest |sliced - masked| relative to the spread of an output, see `largest_difference`. Sums of the same terms in
+another order differ by a few ulps per layer; a wrong channel causes differences of percents (rolling one bias by one:
+2e-2)."""
 FLOAT64_TOLERANCE = 1e-9
-"""Tolerance of the second comparison in float64, which is made if float32 exceeds its tolerance."""
+"""Tolerance of the second comparison in float64, which is made if the first exceeds its tolerance."""
+_FLOAT64_FLOOR = 1e-3
+"""Part of the largest value of an output that float64 adds to the spread: rounding is relative to that value."""
+_FEATURE_TOLERANCE, _FLOAT64_FEATURE_TOLERANCE, _FLOAT64_FEATURE_FLOOR = 1e-4, 1e-7, 1e-12
+_SENSITIVITY = 10.0
+"""Without float64, a difference may be this many times that of an input that is changed by one rounding step..."""
+_MOST_WITHOUT_FLOAT64 = 0.02
+"""... but not more than this part of the spread."""
+_HEAVY_KINDS = frozenset({"convolution", "mm", "addmm", "bmm"})
 
 
 @dataclass(frozen=True)
@@ -37,11 +66,16 @@ class Verification:
 
     Attributes:
         max_abs: Largest absolute difference of the outputs.
-        max_rel: ``max_abs`` divided by the largest absolute output.
+        max_rel: Largest difference relative to the spread of its output, see `largest_difference`.
         tolerance: The bound on ``max_rel``.
         dtype: The precision of the comparison.
         frozen: (axis, reason) pairs that had to be frozen until the cut was correct.
         shape: The shape of the input: that of the example, or of a crop on which the models make the same calls.
+        second_shape: The shape of a second input on which they agree; empty if the model does not run on one.
+        in_training: Whether they agree in training mode, or no module depends on it. False if the model does not run in
+            training mode without labels.
+        not_run: Modules with parameters that no call of the example used, such as those of another branch. What they
+            compute in the cut model is not verified.
     """
 
     max_abs: float
@@ -50,11 +84,15 @@ class Verification:
     dtype: str
     frozen: tuple[tuple[str, str], ...] = ()
     shape: tuple[int, ...] = ()
+    second_shape: tuple[int, ...] = ()
+    in_training: bool = False
+    not_run: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         names = ", ".join(name for name, _ in self.frozen[:5]) + (", ..." if len(self.frozen) > 5 else "")
         frozen = f", frozen: {names}" if self.frozen else ""
-        return f"Verification(max_rel={self.max_rel:.1e} <= {self.tolerance:.0e}, {self.dtype}{frozen})"
+        not_run = f", not run: {', '.join(self.not_run[:5])}" if self.not_run else ""
+        return f"Verification(max_rel={self.max_rel:.1e} <= {self.tolerance:.0e}, {self.dtype}{frozen}{not_run})"
 
 
 @dataclass(frozen=True)
@@ -68,144 +106,451 @@ class Mismatch:
 def compare_outputs(
     model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture
 ) -> Verification | Mismatch:
-    """Compare the outputs of both models on the example, in float64 if rounding may be the reason of a difference.
+    """Compare all outputs of both models on the example, in float64 if rounding may be the reason of a difference.
 
     Whether the channels are right does not depend on the number of pixels. So a crop of the images is enough if the
-    models run on it, make the same calls as when traced, and agree. In any other case the whole example decides.
+    models run on it, make the same calls as when traced, and agree. In any other case the whole example decides. A
+    second, small image size is compared if the original runs on it with the same calls; in training mode, if that can
+    matter.
+
+    Raises:
+        SurgeryError: If the original returns no floating-point tensor, or values that are not finite.
+        ModelError: If it returns what cannot be compared.
     """
-    example = graph.example
-    sliced = copy.copy(small) if not small.training else copy_model(small).eval()
-    found = _verify_on_crop(model, sliced, graph, architecture)
-    if found is not None:
+    pair = _Pair(model, small, graph, architecture)
+    crop = _cropped(graph.example)
+    second = _second_example(graph.example, crop)
+    # The smallest first: a wrong cut is seen soonest there.
+    aside = None if second is None else pair.compare_aside(second)
+    if isinstance(aside, Mismatch):
+        return aside
+    found = None if crop is None else pair.compare_aside(crop)
+    if isinstance(found, Mismatch):
         return found
-    reference, masked, want = _make_reference(model, graph, architecture)
-    if not want:
-        raise SurgeryError("the model's output must hold a floating-point tensor to compare cuts by; it holds none.")
-    try:
-        got = _outputs(sliced, example)
-    except Exception as error:
-        return Mismatch(_find_failing_module(sliced, example), f"the cut model does not run: {error}")
-    dtype = want[0].dtype
-    found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
-    found = found and replace(found, shape=graph.example_shape)
-    if found is not None and found.max_rel <= found.tolerance:
-        # Fewer channels change the order of sums, so bit-equal outputs are suspicious, unless only blocks were removed.
-        doubtful = found.max_abs == 0 and (not architecture.removed_blocks or not any(t.any() for t in want))
-        return _verify_features(found, masked, sliced, graph, architecture) if doubtful else found
-    if found is not None and dtype == torch.float32:
-        masked = reference(copy_with_tensors(model, {}).double(), graph, architecture)
-        sliced = copy_model(sliced).double()
-        example = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
-        want, got = _outputs(masked, example), _outputs(sliced, example)
-        found = _difference(want, got, FLOAT64_TOLERANCE, torch.float64)
-        found = found and replace(found, shape=graph.example_shape)
-        if found is not None and found.max_rel <= found.tolerance:
-            return found
-    what = "output shapes differ" if found is None else f"outputs differ by {found.max_rel:.1e} (relative)"
-    return Mismatch(_first_difference(masked, sliced, graph, architecture, example), what)
+    depends, trained = depends_on_training(model), None
+    if depends:
+        cheapest = second if aside is not None else crop if found is not None else graph.example
+        trained = pair.compare_in_training(graph.example if cheapest is None else cheapest)
+        if isinstance(trained, Mismatch):
+            return trained
+    # Outputs that do not depend on the channels prove nothing; perhaps they do on the whole example.
+    if found is None or found.max_rel == 0:
+        found = pair.compare_whole()
+    if isinstance(found, Mismatch):
+        return found
+    return replace(
+        found,
+        second_shape=() if aside is None else aside.shape,
+        in_training=not depends or trained is not None,
+        not_run=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen)),
+    )
 
 
-def _verify_on_crop(
-    model: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
-) -> Verification | None:
-    """Compare both models on a crop of the images; return None if that is not conclusive."""
-    example = tuple(map(_center_crop, graph.example))
-    if all(part is whole for part, whole in zip(example, graph.example, strict=True)):
-        return None
-    calls = ExpectedCalls(graph.calls)
-    masked = _zero_while_running(model, graph, architecture, calls)
-    try:
-        want, got = _outputs(masked, example), _outputs(sliced, example)
-    except Exception:
-        return None
-    if not calls.complete or not want or not _all_finite(want):
-        return None
-    dtype = want[0].dtype
-    found = _difference(want, got, TOLERANCES.get(dtype, 1e-5), dtype)
-    shape = next(tuple(part.shape) for part in example if isinstance(part, torch.Tensor))
-    return replace(found, shape=shape) if found is not None and 0 < found.max_rel <= found.tolerance else None
+_Reference = Callable[[nn.Module], nn.Module]
+"""Makes the masked original of a model, in eval mode."""
 
 
-def _center_crop(part: Any) -> Any:
+class _Pair:
+    """The two models to compare. Copies of them run, so that both stay as they are.
+
+    The same two copies serve several passes, in which both make the same runs, so that what they remember of a run
+    (a running mean, a step count) stays the same in both.
+    """
+
+    def __init__(self, model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> None:
+        self._model, self._small, self._graph, self._architecture = model, small, graph, architecture
+        self._noise = is_random(graph)
+        self._features = KeptFeatures(graph, architecture, every=False)
+        self._running: tuple[nn.Module, nn.Module] | None = None
+        self._calls: ExpectedCalls | ObservedCalls | None = None
+
+    def compare_aside(self, example: tuple[Any, ...]) -> Verification | Mismatch | None:
+        """Compare on another example than the traced one; return None if the original makes other calls on it."""
+        calls = ExpectedCalls(self._graph.calls)
+        ran = self._run_masked(example, ComparisonRun(constant_noise=self._noise), calls)
+        if ran is None or not calls.complete:
+            self._running = None
+            return None
+        return self._judge(self._zeroed_while_running, ran, example, training=False)
+
+    def compare_in_training(self, example: tuple[Any, ...]) -> Verification | Mismatch | None:
+        """Compare in training mode; return None if the original does not run in it, or as another network."""
+        example = _batch_of_two(self._model, example)
+        calls = ObservedCalls()
+        ran = self._run_masked(example, ComparisonRun(constant_noise=True), calls, training=True)
+        if ran is None or not self._is_same_network(calls.names):
+            self._running = None
+            return None
+        return self._judge(self._zeroed_while_running, ran, example, training=True)
+
+    def _run_masked(
+        self,
+        example: tuple[Any, ...],
+        run: ComparisonRun,
+        calls: ExpectedCalls | ObservedCalls,
+        *,
+        training: bool = False,
+    ) -> "_Ran | None":
+        """Run the masked original; return None if it cannot run, or its outputs prove nothing."""
+        masked, _ = self._copies()
+        self._calls = calls
+        try:
+            want = self._run(masked.train(training), example, run)
+        except Exception:
+            return None
+        finally:
+            self._calls = None
+        return want if _floating(want.outputs) and _all_finite(want.outputs) else None
+
+    def _copies(self) -> tuple[nn.Module, nn.Module]:
+        if self._running is None:
+            self._running = self._zeroed_while_running(self._model), copy_model(self._small).eval()
+        return self._running
+
+    def _is_same_network(self, names: Sequence[str]) -> bool:
+        """Return whether the calls in training mode are those of the traced run, besides those of auxiliary heads."""
+
+        def only(kinds: frozenset[str], names: Sequence[str]) -> list[str]:
+            return [name for name in names if name in kinds]
+
+        traced, found = only(_HEAVY_KINDS, self._graph.calls), only(_HEAVY_KINDS, names)
+        if self._graph.mixings and only(MIXING_KINDS, self._graph.calls) != only(MIXING_KINDS, names):
+            return False  # Calls that mix channels are found by their number.
+        if self._architecture.removed_blocks:
+            return traced == found  # So are the sums that add the removed branches.
+        rest = iter(found)
+        return all(name in rest for name in traced)
+
+    def compare_whole(self) -> Verification | Mismatch:
+        """Compare on the traced example."""
+        example, run = self._graph.example, ComparisonRun(constant_noise=self._noise)
+        for reference in (self._zeroed_while_running, self._without_channels, self._without_readers):
+            # The copies of earlier passes, or new ones of both.
+            self._running = self._running or (reference(self._model), copy_model(self._small).eval())
+            try:
+                want = self._run(self._running[0].eval(), example, run)
+            except WrittenParameterError:
+                self._running = None
+                continue
+            if not _floating(want.outputs):
+                raise SurgeryError(
+                    "the model's output must hold a floating-point tensor to compare cuts by; it holds none."
+                )
+            if _all_finite(want.outputs):
+                return self._judge(reference, want, example, training=False)
+            self._running = None
+        raise SurgeryError(
+            "the model's output on the example is not finite (NaN or inf). Check its weights and the input."
+        )
+
+    def _run(
+        self,
+        model: nn.Module,
+        example: tuple[Any, ...],
+        run: ComparisonRun,
+        features: KeptFeatures | None = None,
+        *,
+        cut: bool = False,
+    ) -> "_Ran":
+        with (features or self._features).summarize(model, cut=cut) as summaries:
+            return _Ran(run.outputs(model, example), summaries)
+
+    def _judge(
+        self, reference: _Reference, want: "_Ran", example: tuple[Any, ...], *, training: bool
+    ) -> Verification | Mismatch:
+        run = ComparisonRun(constant_noise=self._noise or training)
+        sliced = self._copies()[1].train(training)
+        try:
+            got = self._run(sliced, example, run, cut=True)
+        except Exception as error:
+            mode = " in training mode" if training else ""
+            return Mismatch(_find_failing_module(sliced, example, run), f"the cut model does not run{mode}: {error}")
+        dtype = _floating(want.outputs)[0].dtype
+        tolerance = TOLERANCES.get(dtype, 1e-5)
+        found = largest_difference(want.outputs, got.outputs)
+        within = found is not None and found.relative <= tolerance
+        if within and want.features.first_difference(got.features, _FEATURE_TOLERANCE, 0.0) is None:
+            return _verification(found, tolerance, dtype, example)
+        try:
+            exact, module = self._compare_in_float64(reference, example, run, training=training)
+        except Exception as error:
+            return self._judge_without_float64(reference, want.outputs, found, example, training=training, error=error)
+        if exact is not None and exact.relative <= FLOAT64_TOLERANCE and module is None:
+            if within:
+                return _verification(found, tolerance, dtype, example)
+            return _verification(exact, FLOAT64_TOLERANCE, torch.float64, example)
+        return Mismatch(module or "", _describe(exact, FLOAT64_TOLERANCE, training=training))
+
+    def _compare_in_float64(
+        self, reference: _Reference, example: tuple[Any, ...], run: ComparisonRun, *, training: bool
+    ) -> "tuple[Difference | None, str | None]":
+        """Return the difference of the outputs in float64, and the first module that differs."""
+        run = replace(run, double=True)
+        features = KeptFeatures(self._graph, self._architecture, every=True)
+        example = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+
+        def masked() -> nn.Module:
+            return reference(copy_model(self._model).double()).train(training)
+
+        want = self._run(masked(), example, run, features)
+        got = self._run(copy_model(self._small).double().train(training), example, run, features, cut=True)
+        found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR)
+        if found is None or found.relative > FLOAT64_TOLERANCE:
+            # What the smallest change of the input changes, such as the index of the larger of two equal numbers, shows
+            # nothing. Three changes, because one alone may leave it as it is.
+            others = [run.outputs(masked(), perturbed(example, seed)) for seed in range(3)]
+            found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR, others)
+        module = want.features.first_difference(got.features, _FLOAT64_FEATURE_TOLERANCE, _FLOAT64_FEATURE_FLOOR)
+        return found, module
+
+    def _judge_without_float64(
+        self,
+        reference: _Reference,
+        want: dict[str, Leaf],
+        found: "Difference | None",
+        example: tuple[Any, ...],
+        *,
+        training: bool,
+        error: Exception,
+    ) -> Verification | Mismatch:
+        """Judge a difference by what the smallest change of the input does, where the model cannot run in float64."""
+        masked = reference(self._model).train(training)
+        run = ComparisonRun(constant_noise=self._noise or training)
+        change = largest_difference(want, run.outputs(masked, perturbed(example, 0)))
+        if found is not None and change is not None:
+            bound = min(_SENSITIVITY * change.relative, _MOST_WITHOUT_FLOAT64)
+            dtype = _floating(want)[0].dtype
+            bound = max(bound, TOLERANCES.get(dtype, 1e-5))
+            if found.relative <= bound:
+                return _verification(found, bound, dtype, example)
+        why = " ".join(str(error).split())[:200]
+        what = _describe(found, 0.0, training=training)
+        return Mismatch("", f"{what}, and the model does not run in float64, which would tell: {why}")
+
+    def _zeroed_while_running(self, model: nn.Module) -> nn.Module:
+        """Return the model of `mask_removed` without a second set of weights: it multiplies them as it runs."""
+        kept = kept_positions_by_tensor(self._graph, self._architecture)
+        shadow, memory = share_memory(model)
+        masked = zero_weights_(shadow, kept, lambda: self._calls, memory)
+        masked = compute_over_kept_channels_(masked, self._graph, self._architecture.by_name)
+        removed = [self._graph.blocks_by_name[name] for name in self._architecture.removed_blocks]
+        return zero_branches_(masked, removed) if removed else masked
+
+    def _without_channels(self, model: nn.Module) -> nn.Module:
+        """A weight that is not finite stays so when it is multiplied by zero."""
+        return mask_removed(model, self._graph, self._architecture).eval()
+
+    def _without_readers(self, model: nn.Module) -> nn.Module:
+        """A channel of zeros may be divided by its own norm. Then only what reads it is zeroed."""
+        return mask_readers(model, self._graph, self._architecture).eval()
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What one run has returned, and the features of its modules."""
+
+    outputs: dict[str, Leaf]
+    features: FeatureSummaries
+
+
+def _verification(
+    found: "Difference | None", tolerance: float, dtype: torch.dtype, example: tuple[Any, ...]
+) -> Verification:
+    assert found is not None, "a difference that cannot be measured is never within a tolerance"
+    shape = next((tuple(part.shape) for part in example if isinstance(part, Tensor)), ())
+    return Verification(found.absolute, found.relative, tolerance, str(dtype).removeprefix("torch."), shape=shape)
+
+
+def _describe(found: "Difference | None", tolerance: float, *, training: bool) -> str:
+    mode = " in training mode" if training else ""
+    if found is None:
+        return f"output shapes differ{mode}"
+    if found.relative <= tolerance:
+        return f"features differ although the outputs are equal{mode}"
+    where = f" at output{found.place}" if found.place else ""
+    return f"outputs differ by {found.relative:.1e} (relative){where}{mode}"
+
+
+def _floating(leaves: Mapping[str, Leaf]) -> list[Tensor]:
+    return [t for t in leaves.values() if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _all_finite(leaves: Mapping[str, Leaf]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in _floating(leaves))
+
+
+def _cropped(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Crop images (n, channels, height, width) to at most half of the rows and columns, in multiples of 32."""
-    if not isinstance(part, torch.Tensor) or part.dim() != 4 or not part.is_floating_point():
-        return part
-    height, width = (size // 64 * 32 for size in part.shape[2:])
+    crop = tuple(
+        _center(part, *(size // 64 * 32 for size in part.shape[2:])) if _is_image(part) else part for part in example
+    )
+    return None if all(part is whole for part, whole in zip(crop, example, strict=True)) else crop
+
+
+def _second_example(example: tuple[Any, ...], crop: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Return images of a size that no other pass compares: at most 64 pixels, or twice as large where all are small."""
+    if crop is None:
+        images = [part for part in example if _is_image(part)]
+        small = images and max(max(part.shape[2:]) for part in images) <= 64
+        return tuple(_doubled_size(part) if _is_image(part) else part for part in example) if small else None
+    longest, whole = (max(max(part.shape[2:]) for part in parts if _is_image(part)) for parts in (crop, example))
+    if longest <= 64 and whole <= 128:
+        return example
+    most = 64 if longest > 64 else 32
+    return tuple(
+        _center(part, *(min(size, most) for size in part.shape[2:])) if _is_image(part) else part for part in crop
+    )
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dim() == 4 and part.is_floating_point()
+
+
+def _center(part: Tensor, height: int, width: int) -> Tensor:
     top, left = (part.size(2) - height) // 2, (part.size(3) - width) // 2
     middle = part[:, :, top : top + height, left : left + width]
     return middle.contiguous() if middle.numel() else part
 
 
-def _zero_while_running(
-    model: nn.Module, graph: ChannelGraph, architecture: Architecture, expected: ExpectedCalls | None = None
-) -> nn.Module:
-    """Return the model of `mask_removed` without a second set of weights: it multiplies them by 0 and 1 as it runs."""
-    kept = kept_positions_by_tensor(graph, architecture)
-    masked = zero_weights_(shadow_copy(model), kept, expected)
-    masked = compute_over_kept_channels_(masked, graph, architecture.by_name)
-    removed = [graph.blocks_by_name[name] for name in architecture.removed_blocks]
-    return zero_branches_(masked, removed) if removed else masked
+def _doubled_size(part: Tensor) -> Tensor:
+    # Mirrored, so that the statistics are those of an image.
+    wide = torch.cat([part, part.flip(3)], 3)
+    return torch.cat([wide, wide.flip(2)], 2)
 
 
-_Reference = Callable[[nn.Module, ChannelGraph, Architecture], nn.Module]
-_REFERENCES: Sequence[_Reference] = (
-    _zero_while_running,
-    # A weight that is not finite stays so when multiplied by zero.
-    lambda *original: mask_removed(*original).eval(),
-    # A channel of zeros may be divided by its own norm. Then only what reads it is zeroed.
-    lambda *original: mask_readers(*original).eval(),
-)
-"""Ways to make the masked original, in eval mode; the first one whose outputs are finite is used."""
+def _batch_of_two(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return two different items, if the model has batch statistics: these need more than one."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):  # pyright: ignore[reportPrivateUsage]
+        return example
+    return tuple(
+        torch.cat([t, t.flip(t.dim() - 1)]) if isinstance(t, Tensor) and t.dim() and t.size(0) == 1 else t
+        for t in example
+    )
 
 
-def _make_reference(
-    model: nn.Module, graph: ChannelGraph, architecture: Architecture
-) -> tuple[_Reference, nn.Module, list[torch.Tensor]]:
-    """Return the first way with finite outputs, the model that it makes, and the outputs."""
-    for reference in _REFERENCES:
-        masked = reference(model, graph, architecture)
-        want = _outputs(masked, graph.example)
-        if _all_finite(want):
-            return reference, masked, want
-    raise SurgeryError("the model's output on the example is not finite (NaN or inf). Check its weights and the input.")
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of two outputs: absolute, relative, and the place of the output where it is."""
+
+    absolute: float
+    relative: float
+    place: str
 
 
-def _verify_features(
-    found: Verification, masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture
-) -> Verification | Mismatch:
-    """Compare the outputs of all modules as well, because bit-equal outputs of the models may prove nothing.
+def largest_difference(
+    want: Mapping[str, Leaf], got: Mapping[str, Leaf], floor: float = 0.0, others: Sequence[Mapping[str, Leaf]] = ()
+) -> Difference | None:
+    """Return the largest difference of two models' outputs, each relative to its own spread.
 
-    The output of an untrained head, for example, may be constant.
+    The spread of an element is the smallest range, largest minus smallest value, among the tensor and its slices
+    through the element: rows, columns, channels. So neither another output nor another column with larger values, nor a
+    large constant, can hide a difference. A tensor of equal values counts by its largest one. Integers, truth values,
+    numbers and texts must be equal: any difference is infinite.
+
+    Args:
+        want: Every value that the reference returns, by its place.
+        got: The same of the other model.
+        floor: This part of a tensor's largest value is added to its spreads.
+        others: What the reference returns for inputs that are changed by rounding only. What differs there (the index
+            of the larger of two equal numbers, and what is found by it) is not compared.
+
+    Returns:
+        None if the places, the shapes or the types differ, or nothing can be compared.
     """
-    module = _first_difference(masked, sliced, graph, architecture, graph.example)
-    return Mismatch(module, "features differ although the outputs are equal") if module else found
-
-
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def _outputs(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
-    with run_isolated(model), torch.no_grad():
-        torch.manual_seed(0)
-        out = model(*example)
-    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def _difference(
-    want: list[torch.Tensor], got: list[torch.Tensor], tolerance: float, dtype: torch.dtype
-) -> Verification | None:
-    if [t.shape for t in want] != [t.shape for t in got] or not want:
+    if list(want) != list(got):
         return None
-    absolute = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True) if a.numel())
-    scale = max(float(t.abs().max()) for t in want if t.numel())
-    relative = absolute / scale if scale > 0 else absolute
-    if math.isnan(absolute):
-        relative = float("inf")
-    return Verification(absolute, relative, tolerance, str(dtype).removeprefix("torch."))
+    largest, compared = Difference(0.0, 0.0, ""), False
+    for place, first in want.items():
+        unstable = _find_unstable(first, [other.get(place) for other in others])
+        if unstable is True:
+            continue
+        compared = True
+        found = _difference(first, got[place], floor, unstable)
+        if found is None:
+            return None
+        absolute, relative = found
+        if relative > largest.relative or (not largest.place and relative == largest.relative):
+            largest = Difference(max(absolute, largest.absolute), relative, place)
+        else:
+            largest = replace(largest, absolute=max(absolute, largest.absolute))
+    return largest if compared or not want else None
 
 
-def _find_failing_module(model: nn.Module, example: tuple[Any, ...]) -> str:
+_UNSTABLE = 1e-6
+"""Part of its spread by which an unstable element changes when its inputs change by rounding steps."""
+
+
+def _find_unstable(first: Leaf, others: Sequence[Leaf]) -> Tensor | bool:
+    """Return which elements of a value differ in other runs: a mask of its shape, True for all, False for none."""
+    if not isinstance(first, Tensor):
+        return any(first != other for other in others)
+    if any(not isinstance(other, Tensor) or other.shape != first.shape for other in others):
+        return True
+    unstable = torch.zeros(first.shape, dtype=torch.bool, device=first.device)
+    for other in others:
+        assert isinstance(other, Tensor)
+        if first.is_floating_point() and first.numel():
+            unstable |= (first - other).abs() > _UNSTABLE * _spread(first)
+        else:
+            unstable |= first != other
+    return bool(unstable.all() and unstable.numel()) or unstable
+
+
+def _difference(first: Leaf, second: Leaf, floor: float, unstable: Tensor | bool) -> tuple[float, float] | None:
+    """Return the absolute and the relative difference of two values; None if they are of another kind or shape."""
+    if isinstance(first, float) and isinstance(second, float):
+        first, second = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return (0.0, 0.0) if type(first) is type(second) and first == second else (math.inf, math.inf)
+    if first.shape != second.shape or first.is_floating_point() != second.is_floating_point():
+        return None
+    if not first.numel():
+        return 0.0, 0.0
+    if not first.is_floating_point():
+        return (0.0, 0.0) if bool(((first == second) | unstable).all()) else (math.inf, math.inf)
+    first, second = first.double(), second.double()
+    error = (first - second).abs()
+    if isinstance(unstable, Tensor):
+        error = error.masked_fill(unstable, 0.0)
+    most = float(first.abs().max())
+    relative = error / (_spread(first) + floor * most)
+    # 0 / 0: a value that is right, in a slice of zeros.
+    worst = float(torch.where(error == 0, 0.0, relative).max())
+    return float(error.max()), math.inf if math.isnan(worst) else worst
+
+
+_FEWEST = 8
+"""Slices with fewer elements have no spread of their own."""
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Return the smallest range of the values and their slices through each element, broadcastable to the values."""
+    whole = values.amax() - values.amin()
+    if float(whole) == 0:
+        return values.abs().amax()
+    spread = whole
+    for dim in range(values.dim()):
+        others = [d for d in range(values.dim()) if d != dim]
+        if values.size(dim) > 1 and values.numel() // values.size(dim) >= _FEWEST:
+            ranges = values.amax(others, keepdim=True) - values.amin(others, keepdim=True)
+            spread = torch.minimum(spread, ranges)
+    return spread
+
+
+def perturbed(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Return the example with all real numbers changed by a few rounding steps, at random."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.device)
+        return (tensor.double() * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)).to(tensor.dtype)
+
+    return tree_map_only(Tensor, change, example)
+
+
+def _find_failing_module(model: nn.Module, example: tuple[Any, ...], run: ComparisonRun) -> str:
     """Return the innermost module whose forward was running when the model raised."""
     stack: list[str] = []
     hooks: list[Any] = []
@@ -217,58 +562,10 @@ def _find_failing_module(model: nn.Module, example: tuple[Any, ...]) -> str:
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
     try:
-        _outputs(model, example)
-    except Exception:
-        return stack[-1] if stack else ""
+        with contextlib.suppress(Exception):
+            run.outputs(model, example)
+            stack.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    return ""
-
-
-def _first_difference(
-    masked: nn.Module, sliced: nn.Module, graph: ChannelGraph, architecture: Architecture, example: tuple[Any, ...]
-) -> str:
-    """Return the first module, in order of execution, whose kept output channels differ; empty if none."""
-    seen: dict[str, torch.Tensor] = _capture_outputs(masked, graph, example)
-    own = _capture_outputs(sliced, graph, example)
-    # Modules in a removed branch have no effect in either model, and may differ.
-    idle = {name for block in architecture.removed_blocks for name in graph.blocks_by_name[block].modules}
-    masks = graph.kept_masks(architecture.by_name)
-    for name, activation in graph.activations.items():
-        if name not in seen or name not in own or name in idle:
-            continue
-        positions = torch.from_numpy(graph.kept_positions(name, architecture.by_name))
-        want = seen[name].index_select(activation.dim, positions.to(seen[name].device))
-        for channels in activation.others:
-            want = want.index_select(channels.dim, torch.from_numpy(channels.kept(masks)).to(want.device))
-        if want.shape != own[name].shape:
-            return name
-        scale = float(want.abs().max()) or 1.0
-        if float((want - own[name]).abs().max()) / scale > 1e-4:
-            return name
-    return ""
-
-
-def _capture_outputs(model: nn.Module, graph: ChannelGraph, example: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    hooks: list[Any] = []
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            tensor = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)), None)
-            if tensor is not None:
-                # A clone, because in-place activations that follow would overwrite it.
-                found[name] = tensor.detach().clone()
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name in graph.activations:
-            hooks.append(module.register_forward_hook(keep(name)))
-    try:
-        _outputs(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return stack[-1] if stack else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from secateur._runtime import Batch, copy_model
+from secateur._runtime import Batch, copy_model, with_recurrent_gradients_
 from secateur.errors import SparsityError
 from secateur.prune.masks import Counts, Scores, Weights, check_density, check_same_names, make_permanent_
 
@@ -132,7 +132,7 @@ def _sum_over_batches(
 ) -> tuple[dict[str, Tensor], int]:
     """Sum a function of weights and gradients over batches, in a copy that takes a step of SGD after each of them."""
     # Without masks, gradients reach the weights themselves, of which pruned ones are zero.
-    copied = make_permanent_(copy_model(model)).eval()
+    copied = with_recurrent_gradients_(make_permanent_(copy_model(model)).eval())
     parameters = dict(copied.named_parameters(remove_duplicate=False))
     named = {name: parameters[name].requires_grad_() for name in weights}
     sums = {

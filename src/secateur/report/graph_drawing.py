@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from html import escape
 from pathlib import Path
 
 from secateur._files import write_atomic
+from secateur._text import PAGE, html_text, visible
 from secateur.errors import ExportError
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role
 from secateur.report import units
@@ -358,19 +358,18 @@ def _edges(lane: AxisLane) -> list[str]:
 
 def _quoted(text: str) -> str:
     """Return a DOT string: quotes and backslashes escaped, line ends as \\n."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    shown = visible(text, keep=PAGE)
+    return '"' + shown.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def _comment(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(visible(text, keep=PAGE).split())
 
 
 _ROW, _COLUMN, _LETTER = 22, 13, 6.75
 """Pixels: height of a row, distance of two lanes, advance of a letter of the 11 px monospace font."""
 _TOP, _PAD, _BAR, _BRACKET = 94, 14, 56, 9
 _MAX_LABEL, _MAX_NOTE = 64, 90
-_NO_XML = frozenset({*map(chr, range(0xD800, 0xE000)), "\ufffe", "\uffff"})
-"""Characters beyond the control codes that XML forbids."""
 _LEGEND = "● makes channels   ■ scales them   ○ reads them   ┆ stays whole   [ block"
 _STYLE = """
 text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#1d2330}
@@ -428,7 +427,7 @@ class _Picture:
         size = f'width="{self.width:.0f}" height="{self.height}" viewBox="0 0 {self.width:.0f} {self.height}"'
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-            f"<title>{_text(title)}</title>",
+            f"<title>{html_text(title)}</title>",
             f"<style>{_STYLE}</style>",
             f'<rect class="bg" width="{self.width:.0f}" height="{self.height}"/>',
             _words(_PAD, 28, title, "head"),
@@ -455,7 +454,7 @@ class _Picture:
         top, tall = middle - _ROW / 2 + 2, _ROW - 4
         color = lanes[0].color if lanes else FROZEN_COLOR
         parts = [
-            f"<g><title>{_text(self._row_words(row))}</title>",
+            f"<g><title>{html_text(self._row_words(row))}</title>",
             f'<rect x="{self.left}" y="{top}" width="{self.box:.1f}" height="{tall}" rx="3" fill="{color}" '
             'fill-opacity="0.14"/>',
         ]
@@ -493,7 +492,7 @@ class _Picture:
         line = f"M{x + 3} {self._middle(bracket.first) - end}h-4V{self._middle(bracket.last) + end}h4"
         dashed = ' stroke-dasharray="2 3"' if bracket.block.kept_because is not None else ""
         shape = f'<path class="block" d="{line}" stroke-width="1.5" fill="none"{dashed}/>'
-        return f"<g><title>{_text(bracket.words)}</title>{shape}</g>"
+        return f"<g><title>{html_text(bracket.words)}</title>{shape}</g>"
 
     def _lane(self, lane: AxisLane) -> str:
         x, color = self.lanes + lane.column * _COLUMN, lane.color
@@ -501,7 +500,7 @@ class _Picture:
         dashed = ' stroke-dasharray="3 3"' if lane.whole else ""
         line = f'<path d="M{x:.1f} {first}V{last}" stroke="{color}" stroke-width="2.5" fill="none"{dashed}/>'
         marks = "".join(_mark(x, self._middle(row), mark, color) for row, mark in lane.marks)
-        return f'<g class="axis"><title>{_text(lane.words)}</title>{line}{marks}</g>'
+        return f'<g class="axis"><title>{html_text(lane.words)}</title>{line}{marks}</g>'
 
 
 def _mark(x: float, y: float, mark: Mark, color: str) -> str:
@@ -515,16 +514,11 @@ def _mark(x: float, y: float, mark: Mark, color: str) -> str:
 def _words(x: float, y: float, text: str, kind: str = "", *, anchor: str = "start") -> str:
     kind = f' class="{kind}"' if kind else ""
     end = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{x:.1f}" y="{y}"{kind}{end} xml:space="preserve">{_text(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y}"{kind}{end} xml:space="preserve">{html_text(text)}</text>'
 
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _text(text: str) -> str:
-    """Escape text, without the characters that XML cannot hold."""
-    return escape("".join(c if c in "\t\n" or (c >= " " and c not in _NO_XML) else "\ufffd" for c in text))
 
 
 _WRITERS = {".svg": svg, ".dot": dot}

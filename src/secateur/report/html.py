@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from secateur._files import write_atomic
+from secateur._text import PAGE, visible
 from secateur.report import units
 from secateur.report.charts import accuracy_plot, loss_plot, search_plots, stage_plots, width_plot
 from secateur.report.run import RunReport
@@ -70,8 +71,13 @@ def _render(template: str, **values: object) -> str:
 
     here = files("secateur.report")
     style = markupsafe.Markup((here / "report.css").read_text(encoding="utf-8"))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown)
     return environment.from_string((here / template).read_text(encoding="utf-8")).render(style=style, **values)
+
+
+def _shown(value: object) -> object:
+    """Show what cannot be seen in a text; what is no text, and markup, stays as it is."""
+    return visible(value, keep=PAGE) if type(value) is str else value
 
 
 def _write(path: Path | str, page: str) -> Path:

@@ -254,6 +254,12 @@ class RunReport:
         return html_table(f"{self.model}, {self.budget}" if self.budget else self.model, columns)
 
     @property
+    def recovered(self) -> bool:
+        """Whether the last step has a higher accuracy than one between it and the original."""
+        between = [step.accuracy.top1 for step in self.steps[1:-1]]
+        return bool(between) and self.steps[-1].accuracy.top1 > min(between)
+
+    @property
     def efficiency(self) -> tuple[float, float] | None:
         """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies, or undefined."""
         before, after = self.before, self.after

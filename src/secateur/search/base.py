@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
-from html import escape
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
 from secateur._json import finite
+from secateur._text import html_text
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, Limit, format_cost
 from secateur.cost.macs import CostModel, FieldModel
@@ -296,11 +296,11 @@ def data_frame(columns: Mapping[str, Sequence[object]]) -> Any:
 
 def html_table(title: str, columns: Mapping[str, Sequence[object]]) -> str:
     """Return a table for notebooks, with its first fifty rows."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    rows = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in zip(*columns.values(), strict=True)]
+    head = "".join(f"<th>{html_text(name)}</th>" for name in columns)
+    rows = ["".join(f"<td>{html_text(str(cell))}</td>" for cell in row) for row in zip(*columns.values(), strict=True)]
     body = "".join(f"<tr>{row}</tr>" for row in rows[:_MOST_ROWS])
     more = f"<p>... and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
-    return f"<p>{escape(title)}</p><table><tr>{head}</tr>{body}</table>{more}"
+    return f"<p>{html_text(title)}</p><table><tr>{head}</tr>{body}</table>{more}"
 
 
 def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, FloatArray]) -> Architecture:

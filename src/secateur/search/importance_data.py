@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._runtime import with_recurrent_gradients_
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
@@ -127,7 +129,7 @@ class Taylor(Importance):
         """
         if not inputs.batches:
             raise DataError("`batches` must hold labeled images for Taylor; got none. Pass calibration data.")
-        model = shadow_copy(inputs.model)
+        model = with_recurrent_gradients_(shadow_copy(inputs.model))
         leaves = {
             id(weight): weight.detach().requires_grad_(weight.is_floating_point()) for weight in model.parameters()
         }
@@ -200,7 +202,8 @@ class Reconstruction(Importance):
         d_j = 1/2 * sum over readers, sum_o E||dz/dy_o||^2 * sum_t W_ojt^2 * r_j
 
     where y_o is the reader's output channel o (squared Jacobian summed over its positions, estimated with random
-    signs), and t runs over the kernel (and over the positions of a flattened channel). If the model has several output
+    signs), and t runs over the kernel (and over the positions of a flattened channel). If the reader is a recurrent
+    layer, E||dz/dx_j||^2 takes the place of the sum over o. If the model has several output
     tensors, each is measured in units of its own spread on the images, and all have equal weight:
 
         ||dz/dy||^2 = mean over outputs k of ||dz_k/dy||^2 / E||z_k - mean(z_k)||^2
@@ -295,14 +298,21 @@ def _readers(model: nn.Module, graph: ChannelGraph) -> Readers:
 
     def watched(site: Site) -> bool:
         module, _, parameter = site.tensor.rpartition(".")
-        plain = isinstance(modules.get(module), nn.Linear | nn.modules.conv._ConvNd)  # pyright: ignore[reportPrivateUsage]
-        return site.role is Role.INPUT and parameter == "weight" and plain
+        reader = modules.get(module)
+        plain = isinstance(reader, nn.Linear | nn.modules.conv._ConvNd)  # pyright: ignore[reportPrivateUsage]
+        # Both directions of a recurrent layer receive the same input.
+        recurrent = isinstance(reader, nn.RNNBase) and parameter == "weight_ih_l0"
+        return site.role is Role.INPUT and (recurrent or (parameter == "weight" and plain))
 
     return {axis.name: tuple(filter(watched, axis.sites)) for axis in graph.prunable}
 
 
 class _Moments:
-    """Gram matrices of what readers receive, and squared Jacobians of the logits at what they give."""
+    """Gram matrices of what readers receive, and squared Jacobians of the logits at what they give.
+
+    What the gates of a recurrent layer give is not seen; the Jacobian is taken at its input instead, where it needs no
+    weights.
+    """
 
     def __init__(self, readers: Readers) -> None:
         self.readers = readers
@@ -319,10 +329,12 @@ class _Moments:
     def of(self, axis: ChannelAxis, site: Site) -> tuple[Tensor, Tensor]:
         """(size, size) E[x x^T] and (size,) sum over outputs and taps of Jacobian * W^2."""
         gram = self.grams[id(site)] / max(self.counts[id(site)], 1)
+        jacobian = self.jacobians[_module_of(site)] / max(self.seen, 1)
+        if site.tensor not in self.weights:
+            return gram, jacobian[torch.from_numpy(site.index)].sum(1)
         weight = self.weights[site.tensor].movedim(site.dim, 0).flatten(2) if self._is_conv(site) else None
         if weight is None:
             weight = self.weights[site.tensor].movedim(site.dim, 0)[:, :, None]
-        jacobian = self.jacobians[_module_of(site)] / max(self.seen, 1)
         energy = torch.einsum("cot,o->c", weight.square(), jacobian.to(weight.dtype))
         return gram, energy[torch.from_numpy(site.index)].sum(1)
 
@@ -333,12 +345,15 @@ class _Moments:
         """One forward and one backward pass over up to ``images`` images."""
         if not self.by_module:
             return
-        shadow = shadow_copy(inputs.model)
+        shadow = with_recurrent_gradients_(shadow_copy(inputs.model))
         batches: list[Example] = first_images([batch for batch, _ in inputs.batches], images)
         probe = _Probe(inputs, batches)
         given: dict[str, list[Tensor]] = {}
         for name in self.by_module:
             layer: Any = shadow.get_submodule(name)
+            if isinstance(layer, nn.RNNBase):
+                layer.register_forward_pre_hook(self._watch_input(name, given), with_kwargs=True)
+                continue
             self.weights[f"{name}.weight"] = layer.weight.detach().double().cpu()
             layer.register_forward_hook(self._watch(name, given), with_kwargs=True)
         for batch in batches:
@@ -357,27 +372,48 @@ class _Moments:
 
     def _watch(self, name: str, given: dict[str, list[Tensor]]) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
-            rows = _channels_last(layer, _precise((args or tuple(kwargs.values()))[0].detach()))
-            for site in self.by_module[name]:
-                index = _arriving(layer, site)
-                part = rows[:, index.to(rows.device)]
-                part = part.movedim(1, -1).reshape(-1, part.shape[1]) if index.shape[1] > 1 else part[:, :, 0]
-                self.grams[id(site)] = self.grams.get(id(site), 0) + (part.T @ part).double().cpu()
-                self.counts[id(site)] = self.counts.get(id(site), 0) + len(part)
-            if not out.requires_grad:
-                # Of token ids and frozen weights, no gradient comes on its own.
-                out = out.detach().requires_grad_()
-            given.setdefault(name, []).append(out)
-            # What follows may write in place; the gradient is wanted before that.
-            return out.clone()
+            self._add_gram(name, layer, _channels_last(layer, _precise((args or tuple(kwargs.values()))[0].detach())))
+            return _given(out, given.setdefault(name, []))
 
         return hook
 
+    def _watch_input(self, name: str, given: dict[str, list[Tensor]]) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            whole = (*args, *kwargs.values())[0]
+            packed = isinstance(whole, PackedSequence)
+            x = whole.data if packed else whole
+            self._add_gram(name, layer, _precise(x.detach()).reshape(-1, x.shape[-1]))
+            x = _given(x, given.setdefault(name, []))
+            first = whole._replace(data=x) if packed else x
+            return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "input": first})
+
+        return hook
+
+    def _add_gram(self, name: str, layer: nn.Module, rows: Tensor) -> None:
+        """Add (positions, channels) of the input of a layer."""
+        for site in self.by_module[name]:
+            index = _arriving(layer, site)
+            part = rows[:, index.to(rows.device)]
+            part = part.movedim(1, -1).reshape(-1, part.shape[1]) if index.shape[1] > 1 else part[:, :, 0]
+            self.grams[id(site)] = self.grams.get(id(site), 0) + (part.T @ part).double().cpu()
+            self.counts[id(site)] = self.counts.get(id(site), 0) + len(part)
+
     def _add_jacobian(self, name: str, out: Tensor, gradient: Tensor | None) -> None:
         squares = torch.zeros_like(out) if gradient is None else _precise(gradient.detach()).square()
-        dim = 1 if out.dim() > 2 and self.weights[f"{name}.weight"].dim() > 2 else out.dim() - 1
+        weight = self.weights.get(f"{name}.weight")
+        dim = 1 if out.dim() > 2 and weight is not None and weight.dim() > 2 else out.dim() - 1
         total = squares.movedim(dim, 0).flatten(1).double().sum(1).cpu()
         self.jacobians[name] = self.jacobians.get(name, 0) + total
+
+
+def _given(tensor: Tensor, calls: list[Tensor]) -> Tensor:
+    """Append a tensor whose gradient is wanted, and return what takes its place in the run."""
+    if not tensor.requires_grad:
+        # Of token ids and frozen weights, no gradient comes on its own.
+        tensor = tensor.detach().requires_grad_()
+    calls.append(tensor)
+    # What follows may write in place; the gradient is wanted before that.
+    return tensor.clone()
 
 
 def _arriving(layer: nn.Module, site: Site) -> Tensor:

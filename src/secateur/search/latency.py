@@ -26,6 +26,8 @@ from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
+from secateur.graph.trace import Example
+from secateur.prune.calibration import first_images, split_calibration
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture
@@ -437,17 +439,16 @@ class _Comparison:
 
     def __init__(self, context: SearchContext, repairs: tuple[Repair, ...]):
         self._inputs, self._repairs = context.inputs, repairs
-        self._images, left = list[Tensor](), _COMPARED_IMAGES
-        for images, _ in context.inputs.batches:
-            if left > 0:
-                self._images.append(images[:left])
-                left -= len(self._images[-1])
-        self._measure = OutputDistance(self._inputs.model, self._images)
+        batches: list[Example] = [images for images, _ in context.inputs.batches]
+        # The repairs see three quarters of the images, and the rest compares the networks.
+        self._split = split_calibration(first_images(batches, _COMPARED_IMAGES))
+        self._measure = OutputDistance(self._inputs.model, self._split.held_out)
 
     def distance(self, trial: Trial) -> float:
         """Return the distance for the network of a trial, see `secateur.prune.OutputDistance`."""
         model, graph = self._inputs.model, self._inputs.graph
-        made = cut(model, graph, trial.result.architecture, calibration=self._images, repairs=self._repairs)
+        architecture, split = trial.result.architecture, self._split
+        made = cut(model, graph, architecture, calibration=split.fit, repairs=self._repairs, held_out=split.held_out)
         return self._measure.of(made.model)
 
 

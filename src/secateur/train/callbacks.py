@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur._files import write_atomic
+from secateur._text import csv_cell, csv_text
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _read(path: Path) -> list[CsvRow]:
             table = csv.DictReader(file, strict=True)
             if list(table.fieldnames or ())[:2] != [_LOOP, _EPOCH]:
                 raise ValueError(f"the first line is {','.join(table.fieldnames or ())!r:.80}")
-            rows = [{name: value for name, value in row.items() if value} for row in table]
+            rows = [{csv_text(name): csv_text(value) for name, value in row.items() if value} for row in table]
         for row in rows:
             int(row[_EPOCH])
     except FileNotFoundError:
@@ -247,8 +248,8 @@ def _write(path: Path, rows: list[CsvRow]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table.writerow({name: csv_cell(name) for name in columns})
+    table.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     try:
         write_atomic(path, text.getvalue())
     except OSError as error:

@@ -431,8 +431,11 @@ class Trainer:
 
     def _begin_again(self, problem: DivergenceError) -> None:
         """Go back to the beginning, with a tenth of the learning rate."""
-        said = str(problem).partition(". ")[0]
-        self.divergences.append(f"The training diverged: {said}. It began again with a tenth of the learning rate.")
+        said, before = str(problem).partition(". ")[0], self._step.train.learning_rate / 10 ** len(self.divergences)
+        self.divergences.append(
+            f"The training diverged: {said}. "
+            f"It began again with the learning rate {before / 10:g} instead of {before:g}."
+        )
         if self._step.fabric.is_global_zero:
             _LOGGER.warning(self.divergences[-1])
         self._step.begin_again(self._beginning)

@@ -1,17 +1,22 @@
 """What a report doubts: a model that guesses is named, one that has learned something is not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from noise_images import noise_data
+from run_pipeline import run_compress
+from torch import nn
 
 from secateur.data import MemorySplit
 from secateur.data.dataset import guessing_accuracy
 from secateur.pipeline.finalize import guessing_doubt
-from secateur.report import MeasuredAccuracy, Step
+from secateur.report import Measured, MeasuredAccuracy, RunReport, Step
+from secateur.report.html import render
+from secateur.train import Silent, TrainConfig
 
 
 def _data(*counts: int):
@@ -59,3 +64,47 @@ def test_nothing_is_doubted_that_is_three_deviations_above_chance(counts: list[i
 def test_a_split_that_does_not_say_its_labels_counts_as_balanced() -> None:
     assert guessing_accuracy(object(), 4) == 0.25
     assert guessing_accuracy(_data(3, 1).test, 2) == 0.75
+
+
+def _steep() -> nn.Module:
+    """Without a norm, so that a high rate makes it explode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(16, 4),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rate", "gave_up"), [(0.5, False), (1e30, True)])
+def test_a_recovery_that_diverges_is_said_and_leaves_nothing_worse(rate: float, gave_up: bool, tmp_path: Path) -> None:
+    # The one-epoch training has four steps, and the third in a row that is far too high ends it.
+    train, heard = TrainConfig(2, 16, learning_rate=rate, warmup_fraction=0.0), list[str]()
+    result = run_compress(
+        _steep(), noise_data(), budget="macs=50%", train=train, callbacks=Silent(), out=tmp_path / "out", export=(),
+        hear=heard.append,
+    )  # fmt: skip
+    assert result.trained is not None
+    assert result.trained.divergences
+    assert result.trained.gave_up is gave_up
+    assert set(result.trained.divergences) <= set(result.report.notes)
+    assert set(result.trained.divergences) <= set(heard)
+    cut, last = result.report.steps[1], result.report.steps[-1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("How accuracy came back" in page) is result.report.recovered
+    if gave_up:
+        assert last == cut
+        assert not result.report.recovered
+        assert torch.isfinite(next(result.model.parameters())).all()
+
+
+def test_accuracy_came_back_only_if_it_rose() -> None:
+    def report(*right: float) -> RunReport:
+        steps = tuple(Step(str(n), MeasuredAccuracy(top1, 100)) for n, top1 in enumerate(right))
+        return RunReport("net", Measured(2, 2), Measured(1, 1), steps=steps)
+
+    assert report(0.9, 0.5, 0.8).recovered
+    assert not report(0.9, 0.5).recovered
+    assert not report(0.9, 0.5, 0.5).recovered
+    assert not report(0.9).recovered
+    assert "Accuracy after each step" in render(report(0.9, 0.5))

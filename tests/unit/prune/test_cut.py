@@ -1,8 +1,9 @@
 """`cut` never returns a wrong model: graphs with deliberate errors, models that count their channels, and errors."""
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from zoo import ZOO
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph import ChannelGraph, Extent, Site, SizeEdit, trace
-from secateur.prune import Cut, apply_architecture, cut, mask_removed, prunable_parameter_fraction
+from secateur.prune import Cut, RepairResult, apply_architecture, cut, mask_removed, prunable_parameter_fraction
 
 pytestmark = pytest.mark.window
 
@@ -320,3 +321,10 @@ def test_cutting_uses_no_random_numbers_and_changes_no_modes():
     state = torch.get_rng_state()
     cut(model, graph, random_architecture(graph, 0))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_result_of_a_repair_survives_json():
+    result = RepairResult("Refit()", 0.5, 0.25, True, held_out=False, skipped=(("conv1", "its inputs are zero"),))
+    assert RepairResult.from_json(json.loads(json.dumps(asdict(result)))) == result
+    # As an earlier version stored it.
+    assert RepairResult.from_json({"repair": "Refit()", "before": 0.5, "after": 0.25, "kept": True}).skipped == ()

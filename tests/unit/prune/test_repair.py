@@ -590,3 +590,18 @@ def test_a_repair_is_judged_by_images_that_it_was_not_fitted_to():
     spoiled = cut(model, graph, architecture, calibration=pictures, repairs=[Spoil()])
     assert not spoiled.repairs[0].kept
     assert spoiled.repairs[0].after > spoiled.repairs[0].before
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_one_pass_gives_what_a_pass_for_each_layer_gives(name: str):
+    model, example = ZOO[name]()
+    graph = trace(model, example)
+    architecture = random_architecture(graph, seed=3)
+    batch = torch.randn(24, *example.shape[1:], generator=torch.Generator().manual_seed(1))
+    one, other = (
+        cut(model, graph, architecture, calibration=[batch], held_out=[batch], repairs=[repair])
+        for repair in (Refit(max_passes=10_000), Refit(in_one_pass=True))
+    )
+    assert [result.skipped for result in one.repairs] == [result.skipped for result in other.repairs]
+    for wanted, got in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)

@@ -55,7 +55,7 @@ def test_the_second_try_is_a_training_with_a_tenth_of_the_rate(
         rate /= 10
     assert_same(found, dataclass_with(run(rate, restarts=0, **more), found.divergences))
     assert caplog.messages == list(found.divergences)
-    assert "It began again with a tenth of the learning rate" in found.divergences[0]
+    assert "It began again with the learning rate 30 instead of 300." in found.divergences[0]
     assert found.history[-1].learning_rate < rate
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.cli import main
+from secateur.cli.process import BUG
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def secateur(*words: object) -> Result:
     found = outcome(main, *words)
     if found.exception is not None:
         raise found.exception
+    assert found.exit_code != BUG, found.output
     return found
 
 

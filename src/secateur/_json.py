@@ -147,6 +147,17 @@ class Fields:
         """Return a field that is an int or null."""
         return None if self._get(key) is None else self.integer(key, least=least)
 
+    def optional_place(self, key: str, *, longest: int) -> int | str | tuple[int | str, ...] | None:
+        """Return a field that is null, a position, a name, or a path of 2 to ``longest`` of these."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            return self.name(key) if isinstance(value, str) else self.optional_integer(key, least=0)
+        steps = cast(list[object], value)
+        known = all(isinstance(step, str) or (type(step) is int and step >= 0) for step in steps)
+        if not known or not 2 <= len(steps) <= longest:
+            raise wrong(self.path(key), f"a list of 2 to {longest} positions and names", steps)
+        return tuple(cast(list[int | str], steps))
+
     def integers(self, key: str, *, least: int, limit: int) -> tuple[int, ...]:
         """Return a field that is a list of ints."""
         found = self.items(key, limit)

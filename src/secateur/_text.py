@@ -14,7 +14,8 @@ PAGE = f"{LINES}\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"
 """What a page shows as such."""
 
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+_WIDE = "\N{FULLWIDTH EQUALS SIGN}\N{FULLWIDTH PLUS SIGN}\N{FULLWIDTH HYPHEN-MINUS}\N{FULLWIDTH COMMERCIAL AT}"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", *_WIDE, "'")
 """What a cell begins with that a spreadsheet computes, and the quote itself, so that quoting can be undone."""
 
 
@@ -43,12 +44,12 @@ def html_text(text: str) -> str:
 def csv_cell(text: str) -> str:
     """Return a cell that no spreadsheet computes: an apostrophe comes before what could be a formula; numbers stay."""
     shown = visible(text, keep="\t")
-    return f"'{shown}" if shown.startswith(_FORMULA) and not _is_number(shown) else shown
+    return f"'{shown}" if text.startswith(_FORMULA) and not _is_number(text) else shown
 
 
 def csv_text(cell: str) -> str:
     """Return the text of a cell that `csv_cell` made."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+    return cell[1:] if cell.startswith("'") else cell
 
 
 def _is_number(text: str) -> bool:

@@ -261,6 +261,7 @@ class CutFlags:
     space: SpaceFlags = SpaceFlags()
     weights: WeightFlags = WeightFlags()
     calibration: Annotated[int, whole_number("Training images for search and repairs.", CUT, most=MAX_COUNT)] = 1024
+    flush_denormals: Annotated[bool, flag("Set denormal weights, which are slow, to 0 first.", CUT)] = False
     from_scratch: Annotated[bool, flag("Draw new weights; needs --epochs and --lr like the original.", CUT)] = False
 
     def to_config(self) -> "CutConfig":
@@ -271,6 +272,7 @@ class CutFlags:
             self.space.to_config(),
             init=Reinitialize() if self.from_scratch else KeepWeights(),
             weight_pruning=self.weights.to_pruning(),
+            flush_denormals=self.flush_denormals,
             calibration_images=self.calibration,
         )
 

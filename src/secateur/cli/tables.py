@@ -127,6 +127,8 @@ def print_report(report: ModelReport, name: str) -> None:
         _print_stages(report)
     for line in _summary(report):
         out().print(Text(line), soft_wrap=True)
+    if report.denormals.counts:
+        out().print(Text(f"{report.denormals}. compress --flush-denormals makes them 0."), soft_wrap=True)
 
 
 def _print_blocks(report: ModelReport) -> None:

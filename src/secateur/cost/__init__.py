@@ -1,6 +1,7 @@
 """What an architecture costs, measured and predicted, and the budget it must keep to."""
 
 from secateur.cost.budget import Budget, Cost, Limit, amount_of, format_cost, format_count
+from secateur.cost.denormals import Denormals, count_denormals, flush_denormals_
 from secateur.cost.latency_model import (
     ALIGNMENTS,
     TERMS,
@@ -34,6 +35,7 @@ __all__ = [
     "ConvolutionShape",
     "Cost",
     "CostModel",
+    "Denormals",
     "FieldModel",
     "FileSize",
     "Latency",
@@ -52,9 +54,11 @@ __all__ = [
     "alignment",
     "amount_of",
     "cache_folder",
+    "count_denormals",
     "count_macs",
     "count_params",
     "flop_counter",
+    "flush_denormals_",
     "format_cost",
     "format_count",
     "layer_extents",

@@ -37,7 +37,7 @@ _FORBIDDEN = (
 """Beginnings of the names of events (`sys.audit`) that no file may cause."""
 
 
-def write(stream: BinaryIO, header: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
+def write_message(stream: BinaryIO, header: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
     """Write one message: its header as JSON, then raw bytes."""
     views = [memoryview(blob).cast("B") if len(blob) else memoryview(b"") for blob in blobs]
     text = json.dumps({**header, "blobs": [len(view) for view in views]}).encode()
@@ -346,14 +346,14 @@ def _answer(found: Any, out: BinaryIO) -> None:
     import numpy as np
 
     if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in found):
-        write(out, {"failed": "an output is no tensor of numbers"})
+        write_message(out, {"failed": "an output is no tensor of numbers"})
         return
     held = [np.ascontiguousarray(each) for each in found]
     described = [[each.dtype.str, list(each.shape)] for each in held]
-    write(out, {"arrays": described}, [each.reshape(-1).view(np.uint8) for each in held])
+    write_message(out, {"arrays": described}, [each.reshape(-1).view(np.uint8) for each in held])
 
 
-def serve(stream: BinaryIO, out: BinaryIO, limits: Limits) -> None:
+def answer_requests(stream: BinaryIO, out: BinaryIO, limits: Limits) -> None:
     """Open files and run them, one request after the other, until the other side closes."""
     runner: ArrayRunner | None = None
     form = ""
@@ -365,14 +365,14 @@ def serve(stream: BinaryIO, out: BinaryIO, limits: Limits) -> None:
             if "open" in header:
                 runner = None
                 runner = OPENERS[form](blobs, header["threads"])
-                write(out, {"opened": True})
+                write_message(out, {"opened": True})
             else:
                 assert runner is not None
                 _answer(runner(_arrays(header, blobs)), out)
         except _onnx_check().RefusedFileError as error:
-            write(out, {"refused": str(error)[:_SHOWN]})
+            write_message(out, {"refused": str(error)[:_SHOWN]})
         except Exception as error:
-            write(out, {"failed": _reason(error)})
+            write_message(out, {"failed": _reason(error)})
 
 
 def _reason(error: Exception) -> str:
@@ -382,7 +382,7 @@ def _reason(error: Exception) -> str:
     return (said[0] if said else type(error).__name__)[:_SHOWN]
 
 
-def main() -> None:
+def run_child() -> None:
     """Load the runtimes, set the limits, then serve."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # Runtimes print to standard output, where the other side reads messages.
@@ -399,15 +399,15 @@ def main() -> None:
         for name in wanted:
             _WARM[name]()
     except Exception as error:
-        write(out, {"failed": f"{type(error).__name__}: {error}"[:_SHOWN]})
+        write_message(out, {"failed": f"{type(error).__name__}: {error}"[:_SHOWN]})
         return
     with contextlib.suppress(OSError):
         _STATM.append(os.open("/proc/self/statm", os.O_RDONLY))
     limits = Limits(files=bool(_NEEDS_FILES & set(wanted)))
     limits.close_doors()
-    write(out, {"ready": True})
-    serve(sys.stdin.buffer, out, limits)
+    write_message(out, {"ready": True})
+    answer_requests(sys.stdin.buffer, out, limits)
 
 
 if __name__ == "__main__":
-    main()
+    run_child()

@@ -118,7 +118,7 @@ class IsolatedRuntimes:
         paths = [path for path in sys.path if path and Path(path).is_absolute() and Path(path) != here]
         self._ready = False
         with contextlib.suppress(OSError):  # It is gone; the first request will say so.
-            _runtime_child.write(_stream(process.stdin), {"formats": self._formats, "paths": paths})
+            _runtime_child.write_message(_stream(process.stdin), {"formats": self._formats, "paths": paths})
         return process
 
     def _prepare(self) -> None:
@@ -134,7 +134,7 @@ class IsolatedRuntimes:
     def _asked(self, header: dict[str, Any], blobs: Sequence[Any]) -> dict[str, Any]:
         """Send a request; return the header of the answer, and leave what follows it to be read."""
         try:
-            _runtime_child.write(_stream(self._process.stdin), header, blobs)
+            _runtime_child.write_message(_stream(self._process.stdin), header, blobs)
         except OSError:
             raise self._ended() from None
         return self._received()

@@ -17,7 +17,9 @@ from secateur._json import MAX_DIMENSIONS, MAX_TENSORS, Fields, brief, parse, wr
 from secateur._provenance import Provenance, sha256_of_json
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError, SurgeryError
-from secateur.graph.graph import Replacement, StandIn
+from secateur.graph._size_ints import steps_of
+from secateur.graph._size_records import held_numbers, set_number
+from secateur.graph.graph import Replacement, SizeItem, StandIn
 from secateur.prune.narrow_branches import ChannelExpansion, original_names
 from secateur.prune.slice import find_replacements
 
@@ -33,6 +35,7 @@ FORMAT = "secateur-artifact"
 _LONGEST_SOURCE = 64 * 2**10
 """Characters of the JSON that says how the original is built."""
 _LONGEST_TUPLE = 64
+_LONGEST_PATH = 8
 _MAX_CHANNELS = 2**20
 _LARGEST_DIMENSION = 2**40
 _LARGEST_INPUT = 2**26
@@ -50,18 +53,18 @@ class Edit:
     Attributes:
         module: Qualified module name ("" is the model itself).
         attribute: Attribute name.
-        item: Position inside a tuple or list attribute, or None for a plain int.
+        item: Position inside a tuple or list attribute, or None for a plain int; see `SizeEdit` for other places.
         value: The value it must have.
     """
 
     module: str
     attribute: str
-    item: int | None
+    item: SizeItem
     value: int
 
     def __str__(self) -> str:
         place = brief(f"{self.module}.{self.attribute}" if self.module else self.attribute)
-        return place if self.item is None else f"{place}[{self.item}]"
+        return place + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps_of(self.item))
 
 
 @dataclass(frozen=True)
@@ -378,7 +381,7 @@ def _edit(row: object, where: str) -> Edit:
     return Edit(
         fields.name("module"),
         fields.name("attribute"),
-        fields.optional_integer("item", least=0),
+        fields.optional_place("item", longest=_LONGEST_PATH),
         fields.integer("value"),
     )
 
@@ -413,19 +416,17 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
 
 
 def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[Edit]:
-    before = vars(original)
     for attribute, value in vars(module).items():
-        old = before.get(attribute)
-        if _is_int(value) and _is_int(old) and value != old:
-            yield Edit(name, attribute, None, value)
-        elif _is_ints(value) and _is_ints(old):
-            if len(value) != len(old):
-                raise ArtifactError(
-                    f"{Edit(name, attribute, None, 0)} must keep its length to be recorded; got {old} and {value}. "
-                    "Hold a fixed number of sizes in the module."
-                )
-            pairs = enumerate(zip(old, value, strict=True))
-            yield from (Edit(name, attribute, item, new) for item, (was, new) in pairs if was != new)
+        old = vars(original).get(attribute)
+        if _is_ints(value) and _is_ints(old) and len(value) != len(old):
+            raise ArtifactError(
+                f"{Edit(name, attribute, None, 0)} must keep its length to be recorded; got {old} and {value}. "
+                "Hold a fixed number of sizes in the module."
+            )
+    before = {(attribute, item): value for attribute, item, value in held_numbers(original)}
+    for attribute, item, value in held_numbers(module):
+        if before.get((attribute, item), value) != value:
+            yield Edit(name, attribute, item, value)
 
 
 def set_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
@@ -443,19 +444,13 @@ def set_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 
 def _set_edit(model: nn.Module, edit: Edit, largest: int) -> None:
-    module, current = _find(model, edit)
-    held = cast(int, current) if edit.item is None else cast(Sequence[int], current)[edit.item]
+    held = held_value(model, edit)
     if abs(edit.value) > max(abs(held), largest):
         raise ArtifactError(
             f"{edit} must be a size of the model, at most {max(abs(held), largest)}; got {edit.value} (secateur.json). "
             "The file is damaged: save the artifact again."
         )
-    if edit.item is None:
-        setattr(module, edit.attribute, edit.value)
-        return
-    values = list(cast(Sequence[int], current))
-    values[edit.item] = edit.value
-    setattr(module, edit.attribute, values if isinstance(current, list) else tuple(values))
+    set_number(model.get_submodule(edit.module), edit.attribute, edit.item, edit.value)
 
 
 def held_value(model: nn.Module, edit: Edit) -> int:
@@ -464,24 +459,18 @@ def held_value(model: nn.Module, edit: Edit) -> int:
     Raises:
         ArtifactError: If the model has no such int.
     """
-    _, current = _find(model, edit)
-    return cast(int, current) if edit.item is None else cast(Sequence[int], current)[edit.item]
-
-
-def _find(model: nn.Module, edit: Edit) -> tuple[nn.Module, object]:
     try:
         module = model.get_submodule(edit.module)
     except AttributeError as error:
         raise _no_such_int(edit, "no such module") from error
+    # Only what `held_numbers` finds may be set: a damaged file cannot reach anything else.
+    for attribute, item, value in held_numbers(module):
+        if (attribute, item) == (edit.attribute, edit.item):
+            return value
     if edit.attribute.startswith("__") or not hasattr(module, edit.attribute):
         raise _no_such_int(edit, "no such attribute")
-    current = getattr(module, edit.attribute)
-    if edit.item is None:
-        if not _is_int(current):
-            raise _no_such_int(edit, type(current).__name__)
-    elif not (_is_ints(current) and 0 <= edit.item < len(current)):
-        raise _no_such_int(edit, f"{type(current).__name__} without that int")
-    return module, current
+    kind = type(getattr(module, edit.attribute)).__name__
+    raise _no_such_int(edit, kind if edit.item is None else f"{kind} without that int")
 
 
 def _no_such_int(edit: Edit, got: str) -> ArtifactError:

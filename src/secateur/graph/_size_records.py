@@ -10,7 +10,7 @@ import dataclasses
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -446,6 +446,7 @@ def wrap_sizes(
 _NEVER_SIZES = frozenset({str, bool, float, type(None), torch.dtype, torch.device, set, frozenset, bytes})
 _OWN_ATTRIBUTES = frozenset({*vars(nn.Module()), "_reversed_padding_repeated_twice"})
 _MOST_ITEMS = 256
+_DEEPEST = 2
 
 
 class _Wrapper:
@@ -482,7 +483,7 @@ class _Wrapper:
         kind = type(value)
         if kind is list or isinstance(value, tuple):
             # Long lists of anything else are no sizes.
-            if depth > 2 or not any(
+            if depth > _DEEPEST or not any(
                 type(item) in _MAY_HOLD or isinstance(item, np.integer) for item in value[:_MOST_ITEMS]
             ):
                 return value
@@ -492,14 +493,14 @@ class _Wrapper:
             ]
             return items if kind is list else getattr(kind, "_make", kind)(items)
         if kind in {dict, OrderedDict}:
-            if depth > 2 or len(value) > _MOST_ITEMS:
+            if depth > _DEEPEST or len(value) > _MOST_ITEMS:
                 return value
             return kind(
                 (key, self.wrap(item, _inside(place, key), _part(original, key)) if type(key) is str else item)
                 for key, item in value.items()
             )
         # What is shared with the original, because it cannot be copied, could not be edited without changing that.
-        if depth > 2 or value is original or not _holds_only_values(value):
+        if depth > _DEEPEST or value is original or not _holds_only_values(value):
             return value
         twin = copy.copy(value)
         for key, item in vars(value).items():
@@ -608,3 +609,31 @@ def _set_step(holder: Any, step: int | str, value: Any) -> None:
         setattr(holder, step, value)
     else:
         object.__setattr__(holder, step, value)  # Frozen dataclasses refuse `setattr`.
+
+
+def held_numbers(holder: nn.Module) -> Iterator[tuple[str, SizeItem, int]]:
+    """Yield every int that a module holds and that is not in its state dict, as (attribute, item, value)."""
+    hidden = vars(holder).get("_non_persistent_buffers_set", ())
+    for key, value in (*vars(holder).items(), *((key, getattr(holder, key)) for key in hidden)):
+        if key not in _OWN_ATTRIBUTES and type(value) not in _NEVER_SIZES:
+            yield from ((key, item, number) for item, number in _numbers_in(value, ()))
+
+
+def _numbers_in(value: Any, steps: tuple[int | str, ...]) -> Iterator[tuple[SizeItem, int]]:
+    kind = type(value)
+    if kind is int or isinstance(value, np.integer):
+        yield (None if not steps else steps[0] if len(steps) == 1 else steps), int(value)
+        return
+    inside: Iterable[tuple[int | str, Any]] = ()
+    if isinstance(value, Tensor):
+        found = _plain_numbers(value)
+        inside = enumerate(() if found is None else found.reshape(-1).tolist())
+    elif len(steps) <= _DEEPEST and (kind is list or isinstance(value, tuple)):
+        inside = enumerate(value)
+    elif len(steps) <= _DEEPEST and kind in {dict, OrderedDict}:
+        inside = ((key, item) for key, item in value.items() if type(key) is str)
+    elif len(steps) <= _DEEPEST and _holds_only_values(value):
+        inside = vars(value).items()
+    for step, item in inside:
+        if type(item) not in _NEVER_SIZES:
+            yield from _numbers_in(item, (*steps, step))

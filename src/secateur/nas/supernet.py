@@ -21,7 +21,8 @@ from secateur._provenance import sha256_of
 from secateur._runtime import evaluating
 from secateur.architecture import Architecture
 from secateur.errors import DataError, SurgeryError
-from secateur.graph.graph import ChannelGraph, Site
+from secateur.graph._size_records import number_at, set_number
+from secateur.graph.graph import ChannelGraph, Site, SizeEdit
 from secateur.nas.mixture import Mixture, MixtureHooks
 from secateur.prune.narrow_branches import ExpandChannels, branch_expansions
 from secateur.prune.slice import apply_architecture, block_replacements, copy_with_tensors, make_stand_in
@@ -194,31 +195,22 @@ class Supernet(nn.Module):
     def _sized(self, subnet: Subnet) -> Generator[None]:
         widths = dict(zip(self.graph.sizes, subnet.widths, strict=True))
         gone = self.graph.removed_modules(subnet.removed_blocks)
-        before: list[tuple[nn.Module, str, Any]] = []
+        before: list[tuple[nn.Module, SizeEdit, int]] = []
         try:
             for edit in self.graph.edits:
                 if gone(edit.module):
                     continue
                 holder = self.model.get_submodule(edit.module)
-                old = getattr(holder, edit.attribute)
-                before.append((holder, edit.attribute, old))
-                setattr(holder, edit.attribute, _with_item(old, edit.item, edit.extent.at(widths)))
+                before.append((holder, edit, number_at(holder, edit.attribute, edit.item)))
+                set_number(holder, edit.attribute, edit.item, edit.extent.at(widths))
             yield
         finally:
-            for holder, attribute, old in reversed(before):
-                setattr(holder, attribute, old)
+            for holder, edit, old in reversed(before):
+                set_number(holder, edit.attribute, edit.item, old)
 
 
 def _on_output(widen: nn.Module) -> Callable[..., Any]:
     return lambda _module, _inputs, output: widen.to(output.device)(output)
-
-
-def _with_item(old: Any, item: int | None, value: int) -> Any:
-    """The value itself, or a copy of a sequence in which it is one item."""
-    if item is None:
-        return value
-    items: Sequence[Any] = [*old[:item], value, *old[item + 1 :]]
-    return type(old)(items)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget, limits_latency
+from secateur.cost.denormals import count_denormals, flush_denormals_
 from secateur.cost.macs import count_macs, count_params
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
@@ -144,6 +145,8 @@ def compress(
     ) as work:
         if work is not None:
             plan = replace(plan, run=replace(plan.run, callbacks=work.logged(plan.run.callbacks)))
+        if cut.flush_denormals:
+            _flush_denormals_(plan, original, batches[0][0])
         steps = [_measured(plan, "original", original)]
         with first_alone(fabric):
             cut_student = search_and_cut(plan, original, batches, work)
@@ -162,6 +165,19 @@ def compress(
         report=report,
         folder=folder,
         files=files,
+    )
+
+
+def _flush_denormals_(plan: Plan, original: nn.Module, images: Tensor) -> None:
+    """Set the denormal numbers of the original to 0, and say what that changes."""
+    found = count_denormals(original)
+    with torch.no_grad():
+        before = original(images).double()
+        after = flush_denormals_(original)(images).double()
+    largest = float((after - before).abs().max())
+    plan.log(
+        f"Set {sum(found.counts.values())} denormal numbers to 0 ({100 * found.fraction:.3g} % of all); outputs change "
+        f"by at most {largest:.2g} ({largest / max(float(before.abs().max()), 1e-30):.1g} of the largest)."
     )
 
 
@@ -387,6 +403,12 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
             "with any number. What is faster is so for its cut channels."
         )
     found += data_doubts("original", original, plan.data)
+    denormals = count_denormals(plan.model)
+    if denormals.notable and not plan.cut.flush_denormals:
+        found.append(
+            f"{denormals}. Its times above are those without them, so that the cut does not get the credit; "
+            "--flush-denormals sets them to 0."
+        )
     if trained is not None:
         found += trained.divergences
     if trained is not None and trained.gave_up:

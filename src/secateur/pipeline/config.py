@@ -292,6 +292,8 @@ class CutConfig:
         init: The weights that the cut model begins with: `KeepWeights` (those of its channels, repaired) or
             `Reinitialize`, which needs as many epochs and as high a learning rate as the original had.
         weight_pruning: How single weights are chosen if the budget bounds ``nonzero``; None means `WeightPruning()`.
+        flush_denormals: Whether denormal numbers among the weights become 0 before anything else, see
+            `secateur.cost.count_denormals`. Outputs change by next to nothing, which is measured.
         calibration_images: Number of training images for scores and repairs; fewer if the data has fewer. 1024 are
             enough for layers of a few hundred channels, as every image gives one sample per position.
     """
@@ -303,6 +305,7 @@ class CutConfig:
     space: SearchSpace = DEFAULT_SPACE
     init: StudentInit = KeepWeights()
     weight_pruning: WeightPruning | None = None
+    flush_denormals: bool = False
     calibration_images: int = 1024
 
     def trace(self, model: nn.Module, example: Tensor) -> ChannelGraph:
@@ -425,6 +428,8 @@ class Plan:
             "calibration_images": str(cut.calibration_images),
             "seed": str(self.run.seed),
         }
+        if cut.flush_denormals:
+            found["flush_denormals"] = "yes"
         if cut.weight_pruning is not None:
             found["weight_pruning"] = repr(cut.weight_pruning)
         if limits_latency(self.budget):

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.cost.budget import Cost, format_cost
+from secateur.cost.denormals import Denormals, count_denormals
 from secateur.cost.macs import CostModel
 from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.stages import Stage, find_stages
@@ -35,6 +36,7 @@ class ModelReport:
         prunable_macs_share: Fraction of the MACs of operations that have at least one prunable dimension.
         space: Which widths are allowed.
         stages: The parts of the model that hand on a single tensor, see `secateur.graph.find_stages`.
+        denormals: Numbers among its weights that are so small that they make it slow.
     """
 
     graph: ChannelGraph
@@ -45,6 +47,7 @@ class ModelReport:
     prunable_macs_share: float
     space: SearchSpace
     stages: tuple[Stage, ...]
+    denormals: Denormals = Denormals({}, 0)  # noqa: RUF009 - frozen
 
     def __repr__(self) -> str:
         title, *axes = repr(self.graph).splitlines()
@@ -90,6 +93,7 @@ class ModelReport:
             "stages": [asdict(stage) for stage in self.stages],
             "layers": [asdict(place) for place in list_layers(self.graph)],
             "never_ran": list(self.graph.unseen),
+            "denormals": self.denormals.to_json(),
             "uncounted": [asdict(operation) for operation in self.graph.uncounted],
         }
 
@@ -130,7 +134,8 @@ def inspect_model(
     share = prunable_parameter_fraction(graph)
     assert math.isfinite(share)
     stages = find_stages(model, graph)
-    return ModelReport(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages)
+    denormals = count_denormals(model)
+    return ModelReport(graph, costs.original, smallest, shallowest, share, _macs_share(graph), space, stages, denormals)
 
 
 def _macs_share(graph: ChannelGraph) -> float:

@@ -1,20 +1,23 @@
 """`cut` slices a model to an architecture, verifies the result, and repairs its weights without training."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
+from secateur._caller_state import in_default_state
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph.graph import ChannelGraph
 from secateur.graph.trace import Example
 from secateur.prune.calibration import CalibrationSplit, check_batches, split_calibration
+from secateur.prune.culprits import cut_exactly
 from secateur.prune.distance import OutputDistance
-from secateur.prune.slice import apply_architecture, check_architecture
-from secateur.prune.verify import Mismatch, Verification, compare_outputs
+from secateur.prune.slice import check_architecture
+from secateur.prune.verify import Verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,7 @@ class Cut:
         return "\n".join((f"Cut({type(self.model).__name__}, {before} -> {after} parameters)", *lines))
 
 
+@in_default_state
 def cut(
     model: nn.Module,
     graph: ChannelGraph,
@@ -126,10 +130,10 @@ def cut(
     """Cut a model to an architecture, verify the result, and repair it.
 
     The cut model must compute the same as the original with the removed channels and branches zeroed. If it does not,
-    a block whose removal alone is wrong is kept; otherwise the module in which the two first differ is found, and its
-    channels are frozen with a reason. Then the model is cut again. So the result is never wrong, at worst larger than
-    intended. A repair that increases the distance to the original's outputs on images that it was not fitted to is
-    undone, because what helps one model (such as new batch norm statistics) harms another.
+    the blocks and axes that make it wrong are found by halving, and stay whole (see `cut_exactly`). So the result is
+    never wrong, at worst larger than intended, and then a warning says so. A repair that increases the distance to the
+    original's outputs on images that it was not fitted to is undone, because what helps one model (such as new batch
+    norm statistics) harms another.
 
     Args:
         model: The traced model; not modified.
@@ -150,25 +154,24 @@ def cut(
         check_batches(model, calibration, "calibration")
         check_batches(model, held_out, "held_out")
     check_architecture(graph, architecture)
-    frozen: tuple[tuple[str, str], ...] = ()
-    while True:
-        small = apply_architecture(model, graph, architecture).eval()
-        result = compare_outputs(model, small, graph, architecture)
-        if isinstance(result, Verification):
-            break
-        # Blocks first: a wrong block makes every channel after it look wrong.
-        reasons = _find_inexact_blocks(model, graph, architecture)
-        if reasons:
-            graph = graph.with_kept_blocks(reasons)
-        else:
-            reasons = _find_axes_to_freeze(result, graph, architecture)
-            graph = graph.with_frozen(reasons)
-        frozen += tuple(sorted(reasons.items()))
-        architecture = _drop_frozen(architecture, graph)
+    exact = cut_exactly(model, graph, architecture)
+    if exact.verification.frozen:
+        warnings.warn(
+            _describe_frozen(exact.verification.frozen), stacklevel=3
+        )  # The caller of the decorated function.
     split = CalibrationSplit(tuple(calibration), tuple(held_out)) if held_out else split_calibration(calibration)
-    context = RepairContext(model, graph, architecture, split.fit)
-    results = _repair_(small, context, repairs, split)
-    return Cut(small, graph, architecture, replace(result, frozen=frozen), results)
+    context = RepairContext(model, exact.graph, exact.architecture, split.fit)
+    results = _repair_(exact.model, context, repairs, split)
+    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results)
+
+
+def _describe_frozen(frozen: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join(name for name, _ in frozen[:5]) + (", ..." if len(frozen) > 5 else "")
+    reasons = next(reason for _, reason in frozen)
+    return (
+        f"The cut model is larger than the architecture: {names} must stay whole ({reasons}). If the architecture was "
+        "searched for a budget, search again on the graph of the result."
+    )
 
 
 def _repair_(
@@ -191,48 +194,3 @@ def _repair_(
         else:
             small.load_state_dict(saved)
     return tuple(done)
-
-
-def _drop_frozen(architecture: Architecture, graph: ChannelGraph) -> Architecture:
-    """Return the architecture with all channels of frozen axes and all blocks that must be kept."""
-    kept = {n: c for n, c in architecture.kept if graph.by_name[n].frozen_because is None}
-    blocks = (n for n in architecture.removed_blocks if graph.blocks_by_name[n].kept_because is None)
-    return Architecture.of(kept, blocks)
-
-
-def _find_inexact_blocks(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
-    """Return the blocks whose removal is not exact, and why.
-
-    They are removed without any other cut: first all together, and if that is wrong, one by one. If each alone is
-    exact, the last one by name is returned.
-    """
-    blocks = architecture.removed_blocks
-    if not blocks or isinstance(_verify_without_blocks(model, graph, blocks), Verification):
-        return {}
-    alone = {name: _verify_without_blocks(model, graph, (name,)) for name in blocks} if len(blocks) > 1 else {}
-    wrong = {name: found for name, found in alone.items() if isinstance(found, Mismatch)}
-    if not wrong:
-        return {max(blocks): "removing it was not exact: the model without it is not the original with zeros added"}
-    return {name: f"removing it was not exact: {found.what}" for name, found in wrong.items()}
-
-
-def _verify_without_blocks(model: nn.Module, graph: ChannelGraph, blocks: tuple[str, ...]) -> Verification | Mismatch:
-    only = Architecture.of({}, blocks)
-    return compare_outputs(model, apply_architecture(model, graph, only).eval(), graph, only)
-
-
-def _find_axes_to_freeze(mismatch: Mismatch, graph: ChannelGraph, architecture: Architecture) -> dict[str, str]:
-    """Return the axes to freeze: the cut axes of the module that differs, else of the module around it, and so on."""
-    cut_axes = {n for n, channels in architecture.kept if len(channels) < graph.by_name[n].size}
-    module = mismatch.module
-    while True:
-        inside = {m for m in graph.module_axes if m == module or m.startswith(module + ".") or not module}
-        guilty = cut_axes & {name for m in inside for name in graph.module_axes[m]}
-        if guilty:
-            reason = f"cutting {module or 'the model'} was not exact: {mismatch.what}"
-            # A frozen branch needs all channels of the residual axis that it is added to.
-            streams = {graph.by_name[name].residual_axis for name in guilty} - {None}
-            return dict.fromkeys(sorted(guilty.union(map(str, streams))), reason)
-        if not module:
-            raise SurgeryError(f"the model could not be cut correctly: {mismatch.what}. Please report this model.")
-        module = module.rpartition(".")[0]

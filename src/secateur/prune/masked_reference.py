@@ -101,13 +101,14 @@ class ObservedCalls:
 class ZeroWeightsMode(WholeCallMode):
     """A mode in which every call of a run gets some parameters multiplied by zeros and ones.
 
-    The products exist only during the call, so that there is no second set of weights in memory. A weight that is not
-    finite stays so when it is multiplied by zero.
+    The products of large models exist only during the call, so that there is no second set of weights in memory. A
+    weight that is not finite stays so when it is multiplied by zero.
 
     Args:
         factors: The factors of a parameter, by its `id`.
         expected: The calls that the run must make; None if it may make any.
         memory: What the model shares with another one, which must stay as it is.
+        products: Where to keep the products for the next runs; None if they exist only during a call.
     """
 
     def __init__(
@@ -115,9 +116,11 @@ class ZeroWeightsMode(WholeCallMode):
         factors: Mapping[int, tuple[torch.Tensor, ...]],
         expected: ExpectedCalls | ObservedCalls | None,
         memory: SharedMemory | None = None,
+        products: dict[int, torch.Tensor] | None = None,
     ):
         super().__init__()
         self._factors = factors
+        self._products = products
         self._expected = expected
         self._memory = memory
         # Storages of products that a view still refers to.
@@ -158,11 +161,18 @@ class ZeroWeightsMode(WholeCallMode):
         factors = self._factors.get(id(argument))
         if factors is None:
             return argument
+        if self._products is not None and id(argument) in self._products:
+            return self._products[id(argument)]
         first, *others = factors
         product = argument * first
         for factor in others:
             product.mul_(factor)
+        if self._products is not None:
+            self._products[id(argument)] = product
         return product
+
+
+_MOST_KEPT_BYTES = 2**28
 
 
 def zero_weights_(
@@ -182,12 +192,12 @@ def zero_weights_(
     A run that writes to one of the parameters raises `WrittenParameterError`.
     """
     make = _FactorCache()
-    factors = {
-        id(parameter): make.of(parameter.detach(), kept[name])
-        for name, parameter in model.named_parameters()
-        if kept.get(name)
-    }
-    return add_run_context_(model, lambda _: ZeroWeightsMode(factors, expected(), memory))
+    cut = {name: parameter for name, parameter in model.named_parameters() if kept.get(name)}
+    factors = {id(parameter): make.of(parameter.detach(), kept[name]) for name, parameter in cut.items()}
+    # A second set of small weights does not matter, and saves making the products again in every run.
+    few = sum(parameter.nbytes for parameter in cut.values()) <= _MOST_KEPT_BYTES
+    products: dict[int, torch.Tensor] | None = {} if few else None
+    return add_run_context_(model, lambda _: ZeroWeightsMode(factors, expected(), memory, products))
 
 
 class _FactorCache:

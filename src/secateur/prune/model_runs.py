@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -194,9 +193,10 @@ class KeptFeatures:
             cut: Whether the model was cut.
         """
         summaries = FeatureSummaries()
+        outputs: dict[str, Tensor] = {}
         names = {name for name, _ in model.named_modules()}
         hooks = [
-            original_module(model, name).register_forward_hook(self._hook(name, summaries, cut=cut))
+            original_module(model, name).register_forward_hook(self._hook(name, outputs, cut=cut))
             for name in self.activations
             if name in names
         ]
@@ -205,8 +205,12 @@ class KeptFeatures:
         finally:
             for hook in hooks:
                 hook.remove()
+        # After the run, whose modes must neither see nor change these calls.
+        for name, tensor in outputs.items():
+            sums = _weighted_sums(tensor, self.activations[name].dim, () if cut else self._others.get(name, ()))
+            summaries.by_module[name] = sums if cut else sums[self._kept[name].to(sums.device)]
 
-    def _hook(self, name: str, summaries: FeatureSummaries, *, cut: bool) -> Callable[..., None]:
+    def _hook(self, name: str, outputs: dict[str, Tensor], *, cut: bool) -> Callable[..., None]:
         shape, dim = self.activations[name].shape, self.activations[name].dim
 
         def hook(_module: nn.Module, args: Any, out: Any) -> None:
@@ -215,12 +219,8 @@ class KeptFeatures:
             if tensor is None or not tensor.is_floating_point() or tensor.dim() != len(shape):
                 return
             # A module that returns its input, such as dropout in evaluation, may do so in a removed branch.
-            if any(tensor is given for given in args) or not (cut or tensor.size(dim) == shape[dim]):
-                return
-            # The modes of the run must neither see nor change these calls.
-            with _disable_current_modes():
-                sums = _weighted_sums(tensor, dim, () if cut else self._others.get(name, ()))
-                summaries.by_module[name] = sums if cut else sums[self._kept[name].to(sums.device)]
+            if not any(tensor is given for given in args) and (cut or tensor.size(dim) == shape[dim]):
+                outputs[name] = tensor
 
         return hook
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from secateur._outputs import Leaf
 from secateur._runtime import copy_model
-from secateur._shadow import share_memory
+from secateur._shadow import shadow_copy, share_memory
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._ledger import MIXING_KINDS
@@ -119,20 +119,20 @@ def compare_outputs(
     """
     pair = _Pair(model, small, graph, architecture)
     crop = _cropped(graph.example)
-    second = _second_example(graph.example, crop)
-    # The smallest first: a wrong cut is seen soonest there.
-    aside = None if second is None else pair.compare_aside(second)
-    if isinstance(aside, Mismatch):
-        return aside
+    depends = depends_on_training(model)
+    aside, trained = None, None
+    if depends:
+        trained = pair.compare_in_training(_second_example(graph.example, crop, 64) or graph.example)
+    # What is the same on two sizes, one of them in training mode, needs no third pass.
+    second = None if trained is not None else _second_example(graph.example, crop, 32)
+    if second is not None:
+        aside = pair.compare_aside(second)
+    for found in (trained, aside):
+        if isinstance(found, Mismatch):
+            return found
     found = None if crop is None else pair.compare_aside(crop)
     if isinstance(found, Mismatch):
         return found
-    depends, trained = depends_on_training(model), None
-    if depends:
-        cheapest = second if aside is not None else crop if found is not None else graph.example
-        trained = pair.compare_in_training(graph.example if cheapest is None else cheapest)
-        if isinstance(trained, Mismatch):
-            return trained
     # Outputs that do not depend on the channels prove nothing; perhaps they do on the whole example.
     if found is None or found.max_rel == 0:
         found = pair.compare_whole()
@@ -140,7 +140,7 @@ def compare_outputs(
         return found
     return replace(
         found,
-        second_shape=() if aside is None else aside.shape,
+        second_shape=next((other.shape for other in (trained, aside) if isinstance(other, Verification)), ()),
         in_training=not depends or trained is not None,
         not_run=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen)),
     )
@@ -160,7 +160,8 @@ class _Pair:
     def __init__(self, model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> None:
         self._model, self._small, self._graph, self._architecture = model, small, graph, architecture
         self._noise = is_random(graph)
-        self._features = KeptFeatures(graph, architecture, every=False)
+        # Compared in the first pass that proves anything; there is none then.
+        self._features: KeptFeatures | None = KeptFeatures(graph, architecture, every=False)
         self._running: tuple[nn.Module, nn.Module] | None = None
         self._calls: ExpectedCalls | ObservedCalls | None = None
 
@@ -203,8 +204,9 @@ class _Pair:
         return want if _floating(want.outputs) and _all_finite(want.outputs) else None
 
     def _copies(self) -> tuple[nn.Module, nn.Module]:
+        """Return the masked original and the cut model that run."""
         if self._running is None:
-            self._running = self._zeroed_while_running(self._model), copy_model(self._small).eval()
+            self._running = self._zeroed_while_running(self._model), shadow_copy(self._small)
         return self._running
 
     def _is_same_network(self, names: Sequence[str]) -> bool:
@@ -226,7 +228,7 @@ class _Pair:
         example, run = self._graph.example, ComparisonRun(constant_noise=self._noise)
         for reference in (self._zeroed_while_running, self._without_channels, self._without_readers):
             # The copies of earlier passes, or new ones of both.
-            self._running = self._running or (reference(self._model), copy_model(self._small).eval())
+            self._running = self._running or (reference(self._model), shadow_copy(self._small))
             try:
                 want = self._run(self._running[0].eval(), example, run)
             except WrittenParameterError:
@@ -252,7 +254,10 @@ class _Pair:
         *,
         cut: bool = False,
     ) -> "_Ran":
-        with (features or self._features).summarize(model, cut=cut) as summaries:
+        features = features or self._features
+        if features is None:
+            return _Ran(run.outputs(model, example), FeatureSummaries())
+        with features.summarize(model, cut=cut) as summaries:
             return _Ran(run.outputs(model, example), summaries)
 
     def _judge(
@@ -269,6 +274,7 @@ class _Pair:
         tolerance = TOLERANCES.get(dtype, 1e-5)
         found = largest_difference(want.outputs, got.outputs)
         within = found is not None and found.relative <= tolerance
+        self._features = None
         if within and want.features.first_difference(got.features, _FEATURE_TOLERANCE, 0.0) is None:
             return _verification(found, tolerance, dtype, example)
         try:
@@ -298,7 +304,9 @@ class _Pair:
         if found is None or found.relative > FLOAT64_TOLERANCE:
             # What the smallest change of the input changes, such as the index of the larger of two equal numbers, shows
             # nothing. Three changes, because one alone may leave it as it is.
-            others = [run.outputs(masked(), perturbed(example, seed)) for seed in range(3)]
+            others = [run.outputs(masked(), perturbed(example, 0))]
+            if any(_find_unstable(leaf, [others[0].get(place)]) is not False for place, leaf in want.outputs.items()):
+                others += [run.outputs(masked(), perturbed(example, seed)) for seed in (1, 2)]
             found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR, others)
         module = want.features.first_difference(got.features, _FLOAT64_FEATURE_TOLERANCE, _FLOAT64_FEATURE_FLOOR)
         return found, module
@@ -387,16 +395,16 @@ def _cropped(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return None if all(part is whole for part, whole in zip(crop, example, strict=True)) else crop
 
 
-def _second_example(example: tuple[Any, ...], crop: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Return images of a size that no other pass compares: at most 64 pixels, or twice as large where all are small."""
+def _second_example(example: tuple[Any, ...], crop: tuple[Any, ...] | None, most: int) -> tuple[Any, ...] | None:
+    """Return images of a size that no other pass compares: at most so many pixels, or twice as many if all are small."""
     if crop is None:
         images = [part for part in example if _is_image(part)]
         small = images and max(max(part.shape[2:]) for part in images) <= 64
         return tuple(_doubled_size(part) if _is_image(part) else part for part in example) if small else None
     longest, whole = (max(max(part.shape[2:]) for part in parts if _is_image(part)) for parts in (crop, example))
-    if longest <= 64 and whole <= 128:
+    if longest <= most and whole <= 128:
         return example
-    most = 64 if longest > 64 else 32
+    most = most if longest > most else 32
     return tuple(
         _center(part, *(min(size, most) for size in part.shape[2:])) if _is_image(part) else part for part in crop
     )
@@ -493,7 +501,9 @@ def _find_unstable(first: Leaf, others: Sequence[Leaf]) -> Tensor | bool:
             unstable |= (first - other).abs() > _UNSTABLE * _spread(first)
         else:
             unstable |= first != other
-    return bool(unstable.all() and unstable.numel()) or unstable
+    if not bool(unstable.any()):
+        return False
+    return bool(unstable.all()) or unstable
 
 
 def _difference(first: Leaf, second: Leaf, floor: float, unstable: Tensor | bool) -> tuple[float, float] | None:

@@ -329,7 +329,7 @@ def search_architecture(
     strategy: Strategy,
     *,
     budget: Budget | str,
-    batches: Sequence[tuple[Tensor, Tensor]] = (),
+    batches: Sequence[tuple[Any, Tensor]] = (),
     space: SearchSpace = SearchSpace(),  # noqa: B008 -- frozen
     seed: int = 0,
     data: TrainingData | None = None,
@@ -350,7 +350,8 @@ def search_architecture(
         graph: Its channel graph.
         strategy: The algorithm.
         budget: Upper bounds on the cost, or their text, such as "macs=50%".
-        batches: (images, labels) pairs for strategies that look at data.
+        batches: (images, labels) pairs for strategies that look at data. Instead of images, also a tuple of positional
+            inputs or a mapping of inputs by name. Labels of unlabeled data may be zeros, see `ScoringInputs`.
         space: The allowed widths.
         seed: For strategies that draw random numbers; the global random state is neither read nor changed.
         data: Training and validation images for strategies that train; never test images.
@@ -442,7 +443,7 @@ def _check_feasible(context: SearchContext, strategy: Strategy) -> None:
     reach = ", ".join(_range(limit, least, most) for limit, least, most in ranges)
     space = context.space
     way_out = (
-        f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor}) or "
+        f"Raise the budget or lower min_width (now {space.min_width}), divisor (now {space.divisor or 1}) or "
         f"min_kept_fraction (now {space.min_kept_fraction:g}); on the command line --min-width, --divisor, --min-kept."
         if context.levels
         else "No axis of this model may be slimmed; its graph gives the reasons."

@@ -21,6 +21,7 @@ from secateur._files import disk_errors, write_atomic
 from secateur._provenance import sha256_of_json
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
+from secateur.cost.denormals import flush_denormals_
 from secateur.cost.latency_model import TERMS, LatencyModel
 from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target
@@ -294,7 +295,8 @@ class _Measuring:
         inputs = self.context.inputs
 
         def measured() -> LatencyRecord:
-            small = apply_architecture(inputs.model, inputs.graph, architecture)
+            # Repairs will replace most of its weights, so that denormal numbers say nothing about it.
+            small = flush_denormals_(apply_architecture(inputs.model, inputs.graph, architecture))
             return measure_pairs(inputs.model, small, self.strategy.target, self.sample)
 
         return self.measurements.pair(architecture, measured)
@@ -354,7 +356,7 @@ def spaces_of(space: SearchSpace, graph: ChannelGraph) -> list[SearchSpace]:
     is left.
     """
     tried: dict[tuple[tuple[int, ...], ...], SearchSpace] = {}
-    for divisor in DIVISORS if space.divisor == 1 else ():
+    for divisor in DIVISORS if space.divisor is None else ():
         coarse = replace(space, divisor=divisor)
         levels = tuple(tuple(mine.tolist()) for mine in coarse.levels(graph))
         if any(len(mine) > 1 for mine in levels):

@@ -10,6 +10,7 @@ from secateur._arrays import FloatArray, IntArray
 from secateur._json import finite
 from secateur._provenance import sha256_of
 from secateur.architecture import Architecture
+from secateur.cost.denormals import flush_denormals_
 from secateur.cost.latency_model import (
     ALIGNMENTS,
     LatencyModel,
@@ -258,7 +259,8 @@ def _whole_models(
     """Seconds of each; measured together, in turns, unless all are known."""
     names = [_name(graph, inputs, row) for row in widths]
     if not all(name in cache.seconds for name in names):
-        cut = [apply_architecture(model, graph, architecture_of(graph, row)) for row in widths]
+        # Their times stand for those of all models of these widths, whatever the weights.
+        cut = [flush_denormals_(apply_architecture(model, graph, architecture_of(graph, row))) for row in widths]
         found = measure_all(cut, target, inputs, rounds=_ROUNDS, warmup=2)
         cache.seconds.update(zip(names, (latency.seconds.median for latency in found), strict=True))
         cache.write()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur._files import write_atomic
-from secateur._text import csv_cell, csv_text
+from secateur._text import csv_cell, csv_text, visible
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -203,9 +203,10 @@ class CsvLog:
             TrainingError: If the file is not such a table, or cannot be written.
         """
         # Epoch 0 is measured before the loop; a resumed loop has it already, also within its first epoch.
-        rows = [row for row in _read(self.path) if row[_LOOP] != loop or int(row[_EPOCH]) <= done]
+        named = visible(loop, keep="")
+        rows = [row for row in _read(self.path) if row[_LOOP] != named or int(row[_EPOCH]) <= done]
         with self.inner.start(loop, epochs=epochs, steps=steps, done=done) as inner:
-            yield _CsvLoop(self.path, rows, loop, inner)
+            yield _CsvLoop(self.path, rows, named, inner)
 
 
 class _CsvLoop:
@@ -217,7 +218,7 @@ class _CsvLoop:
 
     def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
         # repr, because it is read back to the same bits.
-        named = {name: repr(float(value)) for name, value in numbers.items()}
+        named = {visible(name, keep=""): repr(float(value)) for name, value in numbers.items()}
         # A loop that begins again measures epoch 0 again.
         self._rows = [row for row in self._rows if row[_LOOP] != self._loop or int(row[_EPOCH]) < epoch]
         self._rows.append({_LOOP: self._loop, _EPOCH: str(epoch), **named})

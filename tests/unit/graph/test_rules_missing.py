@@ -1,7 +1,7 @@
 """Operations beyond convolutions, each in a net: gates, samplings, foldings, transforms, tables, norms of weights."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, count_macs, count_params
 from secateur.graph import ChannelGraph, trace
-from secateur.graph.rules import pointwise
+from secateur.graph.rules import Call, ChannelIds, CountedOperation, pointwise
 from secateur.prune import cut, mask_removed
 from secateur.search import Uniform, search_architecture
 
@@ -396,7 +396,7 @@ class Fused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 2)
-        self.weight = nn.Parameter(torch.randn(2, 8))
+        self.weight = nn.Parameter(torch.randn(1, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(fused(self.first(x), self.weight))
@@ -406,8 +406,8 @@ def test_an_operation_that_no_rule_counts_is_listed_and_budgets_say_so():
     model, x = seeded(Fused), torch.randn(2, 3)
     graph = trace(model, x, rules={"tests_missing::fused": pointwise})
     (operation,) = graph.uncounted
-    assert (operation.kind, operation.parameters, operation.module) == ("tests_missing::fused", 16, "")
-    assert "tests_missing::fused in the model itself, with 16 parameters" in graph.uncounted_text
+    assert (operation.kind, operation.parameters, operation.module) == ("tests_missing::fused", 8, "")
+    assert "tests_missing::fused in the model itself, with 8 parameters" in graph.uncounted_text
     with pytest.warns(UserWarning, match="limits the counted MACs only"):
         search_architecture(model, graph, Uniform(), budget="macs=90%")
 
@@ -475,3 +475,17 @@ def test_the_operation_of_another_library_is_not_taken_for_one_of_aten():
 
     graph = trace(seeded(Net), torch.randn(2, 3))
     assert "has no channel rule" in str(graph.by_name["first"].frozen_because)
+
+
+def test_a_rule_of_ones_own_may_count():
+    def counting(call: Call) -> Sequence[ChannelIds]:
+        ids = pointwise(call)
+        width = ids[0].get(1, call.outputs[0].size(1))
+        call.ledger.operations.append(CountedOperation(call.module, call.name, 2.0, (width,)))
+        return ids
+
+    graph = trace(seeded(Fused), torch.randn(2, 3), rules={"tests_missing::fused": counting})
+    assert graph.uncounted == ()
+    costs = CostModel(graph)
+    assert costs.original.macs == 3 * 8 + 2 * 8 + 8 * 2
+    assert costs.cost(Architecture.of({"first": [0, 5]})).macs == 3 * 2 + 2 * 2 + 2 * 2

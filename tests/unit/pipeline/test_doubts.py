@@ -11,8 +11,10 @@ from noise_images import noise_data
 from run_pipeline import run_compress
 from torch import nn
 
+from secateur.cost import count_denormals
 from secateur.data import MemorySplit
 from secateur.data.dataset import guessing_accuracy
+from secateur.pipeline import inspect_model
 from secateur.pipeline.finalize import guessing_doubt
 from secateur.report import Measured, MeasuredAccuracy, RunReport, Step
 from secateur.report.html import render
@@ -108,3 +110,37 @@ def test_accuracy_came_back_only_if_it_rose() -> None:
     assert not report(0.9, 0.5, 0.5).recovered
     assert not report(0.9).recovered
     assert "Accuracy after each step" in render(report(0.9, 0.5))
+
+
+def _with_denormals() -> nn.Module:
+    """A net of which 60 % of the weights of two layers are denormal."""
+    model = _steep()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            flat = layer.weight.view(-1)
+            flat[: round(0.6 * len(flat))] = 1e-40
+    return model
+
+
+def test_denormal_weights_are_said_and_set_to_zero_if_asked() -> None:
+    model, still = _with_denormals(), TrainConfig(0)
+    settings = {"budget": "macs=60%", "train": still, "callbacks": Silent()}
+    heard: list[str] = []
+    told = run_compress(model, noise_data(), hear=heard.append, **settings)
+    (note,) = (note for note in told.report.notes if "denormal" in note)
+    assert "57.9 % of the weights and running statistics are denormal" in note
+    assert "--flush-denormals" in note
+    assert not any("denormal numbers to 0" in line for line in heard)
+    heard.clear()
+    flushed = run_compress(model, noise_data(), hear=heard.append, flush_denormals=True, **settings)
+    assert not any("denormal" in note for note in flushed.report.notes)
+    (said,) = (line for line in heard if "denormal" in line)
+    assert said.startswith("Set 1641 denormal numbers to 0 (57.9 % of all); outputs change by at most ")
+    assert count_denormals(flushed.model).counts == {}
+    assert count_denormals(model).counts  # the caller's model is not changed
+
+
+def test_inspect_counts_denormals() -> None:
+    report = inspect_model(_with_denormals().eval(), torch.zeros(1, 3, 8, 8))
+    assert report.denormals.counts == {"0.weight": 259, "2.weight": 1382}
+    assert report.to_json()["denormals"] == {"fraction": 1641 / 2836, "counts": {"0.weight": 259, "2.weight": 1382}}

@@ -104,10 +104,10 @@ def test_svg_is_well_formed_and_has_every_axis(which: str, request: pytest.Fixtu
     title = f'{which} <&> "title" \x00'
     root = ET.fromstring(svg(graph, title))
     assert root.tag == f"{_SVG}svg"
-    assert root.find(f"{_SVG}title").text == title.replace("\x00", "\ufffd")
+    assert root.find(f"{_SVG}title").text == title.replace("\x00", r"\u0000")
     hints = [node.text for node in root.iter(f"{_SVG}title")]
     for axis in graph.axes:
-        name = axis.name.replace("\x07", "\ufffd")
+        name = axis.name.replace("\x07", r"\u0007")
         mine = [hint for hint in hints if hint.startswith(f"{name}: {axis.size} channels")]
         assert len(mine) == 1
         assert ("Stays whole" in mine[0]) == (axis.frozen_because is not None)

@@ -181,7 +181,7 @@ def of_trained(model: nn.Module, budget: Budget) -> Outcome:
     recovery, run = RecoveryConfig(TrainConfig(epochs=0)), RunConfig(callbacks=Silent())
     result = compress(model, data, budget, recovery=recovery, run=run)
     noted: Any = result.search.notes["latency"]
-    repaired = result.report.steps[-1].accuracy.top1
+    repaired = result.report.steps[-1].score.value
     return Outcome(result.search, result.model, noted["divisor"], noted["trials"], repaired)
 
 

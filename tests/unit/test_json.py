@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from secateur._json import finite
 from secateur.architecture import Architecture
 from secateur.cost import Budget, Cost
-from secateur.report import Measured, MeasuredAccuracy, RunReport
+from secateur.report import Measured, RunReport
 from secateur.search import Proposal, SearchResult
+from secateur.tasks import Score
+from secateur.tasks.classification import TOP1
 
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
 DATA = st.dictionaries(
@@ -53,6 +55,6 @@ def test_notes_of_searches_are_checked_when_they_are_made(value: float) -> None:
 
 
 def test_efficiency_of_an_original_that_is_never_right_is_left_out() -> None:
-    never, once = MeasuredAccuracy(0.0, 10), MeasuredAccuracy(0.1, 10)
-    report = RunReport("net", Measured(10, 10, accuracy=never), Measured(5, 5, accuracy=once))
+    never, once = Score(0.0, None, 10, TOP1), Score(0.1, None, 10, TOP1)
+    report = RunReport("net", Measured(10, 10, score=never), Measured(5, 5, score=once))
     assert report.efficiency is None

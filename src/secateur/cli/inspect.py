@@ -85,7 +85,6 @@ def evaluate_command(
     from secateur._runtime import torch_threads
     from secateur.cli import parsing
     from secateur.pipeline.workspace import check_model_fits_data
-    from secateur.report.run import MeasuredAccuracy
     from secateur.train.evaluate import evaluate as measure
 
     flags = ImageFlags(
@@ -95,9 +94,11 @@ def evaluate_command(
     with torch_threads(thread_count):
         check_model_fits_data(inputs.loaded.model, inputs.images, inputs.example(2))
         found = measure(inputs.loaded.model, inputs.images.test, batch_size=batch_size, device=parsing.device(device))
-    low, high = MeasuredAccuracy(found.top1, found.n).interval
+    interval = found.interval
+    assert interval is not None
+    low, high = interval
     out().print(
-        f"{inputs.loaded.name} on {inputs.images.name}: test accuracy {100 * found.top1:.2f} % of {found.n} images "
+        f"{inputs.loaded.name} on {inputs.images.name}: test accuracy {100 * found.value:.2f} % of {found.n} images "
         f"(95 % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {found.loss:.4f} nats"
     )
     out().print(Text("Nothing written."))

@@ -17,7 +17,7 @@ from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
 from secateur.report.graph_drawing import GraphLayer, frozen_sentence, layers_of_block, list_layers
-from secateur.report.run import Check, Measured, RunReport
+from secateur.report.run import Check, RunReport
 
 _SHOWN_NAMES = 4
 _WIDE = 4096
@@ -41,9 +41,10 @@ def print_before_after(report: RunReport) -> None:
     title = ", ".join(filter(None, (report.model, report.budget)))
     table = plain_table(title, ("", "before", "after", "change"), numbers=3)
     before, after = report.before, report.after
-    if before.accuracy is not None and after.accuracy is not None:
-        change = f"{100 * (after.accuracy.top1 - before.accuracy.top1):+.2f} points"
-        table.add_row(f"test accuracy (n = {after.accuracy.n})", _accuracy(before), _accuracy(after), change)
+    if before.score is not None and after.score is not None:
+        change = after.score.metric.change(before.score.value, after.score.value)
+        name = f"test {after.score.metric.words} (n = {after.score.n})"
+        table.add_row(name, before.score.text, after.score.text, change)
     for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
         table.add_row(name, format_count(old), format_count(new), _relative(old, new))
     if after.weights != after.params:
@@ -64,9 +65,9 @@ def print_before_after(report: RunReport) -> None:
 
 
 def print_steps(report: RunReport) -> None:
-    """Print the accuracy after every step."""
-    way = " -> ".join(f"{step.name} {100 * step.accuracy.top1:.2f} %" for step in report.steps)
-    out().print(Text(f"Test accuracy: {way}"), soft_wrap=True)
+    """Print the score after every step."""
+    way = " -> ".join(f"{step.name} {step.score.text}" for step in report.steps)
+    out().print(Text(f"Test {report.metric.words}: {way}"), soft_wrap=True)
 
 
 def print_exports(report: RunReport) -> None:
@@ -77,7 +78,7 @@ def print_exports(report: RunReport) -> None:
     table = plain_table("Files for other runtimes", columns, numbers=len(columns) - 1)
     for file in report.exports:
         accuracies = (file.accuracy, file.float_accuracy)
-        shares = [None if each is None else each.top1 for each in accuracies] + [file.agreement]
+        shares = [None if each is None else each.value for each in accuracies] + [file.agreement]
         times = () if file.latency is None else (file.latency.after[1], file.latency.before[1])
         table.add_row(
             file.name,
@@ -314,11 +315,6 @@ def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:
         right = place >= len(columns) - numbers
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
-
-
-def _accuracy(measured: Measured) -> str:
-    assert measured.accuracy is not None
-    return f"{100 * measured.accuracy.top1:.2f} %"
 
 
 def _relative(before: float, after: float) -> str:

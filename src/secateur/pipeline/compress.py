@@ -50,7 +50,7 @@ from secateur.pipeline.workspace import (
 from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.graph_drawing import axis_sizes_in_order
-from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, MeasuredAccuracy, RunReport, SearchEpoch, Step
+from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.tasks.classification import check_labels
 from secateur.train.callbacks import Silent
@@ -349,7 +349,7 @@ def _report(
         stages=search.history.stages,
         fairness=search.history.fairness,
         macs_limit=None if limit is None or not search.original.macs else limit / search.original.macs,
-        original_validation_accuracy=_validated(plan, cut_student, trained),
+        original_validation_score=_validated(plan, cut_student, trained),
     )
 
 
@@ -423,5 +423,5 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     found = evaluate(model, plan.data.test, device=plan.device)
-    plan.log(f"Test accuracy, {name}: {100 * found.value:.2f} % of {found.n} images.")
-    return Step(name, MeasuredAccuracy(found.value, found.n))
+    plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
+    return Step(name, found)

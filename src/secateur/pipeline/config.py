@@ -212,7 +212,7 @@ class CompressResult:
     files: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
-        steps = " -> ".join(f"{step.name} {100 * step.accuracy.top1:.2f} %" for step in self.report.steps)
+        steps = " -> ".join(f"{step.name} {step.score.text}" for step in self.report.steps)
         checks = f"{sum(check.passed for check in self.report.checks)} of {len(self.report.checks)} checks passed"
         lines = [f"  test accuracy: {steps}", f"  {checks}", *(f"  FAILED: {failure}" for failure in self.failed)]
         lines += [] if self.folder is None else [f"  written to {self.folder}"]

@@ -24,7 +24,7 @@ from secateur.pipeline.workspace import (
     fabric_for,
     shared_run_directory,
 )
-from secateur.report.run import MeasuredAccuracy, RunReport, Step
+from secateur.report.run import RunReport, Step
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
@@ -244,8 +244,8 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
 
 def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
     found = evaluate(model, plan.data.test, device=plan.fabric.device)
-    plan.log(f"Test accuracy, {name}: {100 * found.value:.2f} % of {found.n} images.")
-    return Step(name, MeasuredAccuracy(found.value, found.n))
+    plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
+    return Step(name, found)
 
 
 def _finished(

@@ -18,7 +18,9 @@ from secateur.export.artifact import amend, is_artifact, read_manifest
 from secateur.export.formats import Format, check_formats
 from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
 from secateur.export.onnx import onnx_bytes
-from secateur.report.run import Check, ExportedFile, MeasuredAccuracy, MeasuredLatency
+from secateur.report.run import Check, ExportedFile, MeasuredLatency
+from secateur.tasks.base import Score
+from secateur.tasks.classification import TOP1
 
 RECORD = "exports"
 """Key of the exported files in the verification of secateur.json."""
@@ -206,8 +208,8 @@ def _shown(made: Exported) -> ExportedFile:
     return ExportedFile(
         made.form.exporter.file,
         size,
-        accuracy=MeasuredAccuracy(agreed.top1, agreed.n),
-        float_accuracy=MeasuredAccuracy(agreed.float_top1, agreed.n),
+        accuracy=Score(agreed.top1, None, agreed.n, TOP1),
+        float_accuracy=Score(agreed.float_top1, None, agreed.n, TOP1),
         agreement=agreed.agreement,
         latency=None if made.latency is None else shown_latency(made.latency),
     )

@@ -158,7 +158,7 @@ def report_of(
 
 def measured_model(model: nn.Module, macs: int, step: Step) -> Measured:
     """Return the numbers of one model for the report."""
-    return Measured(macs, count_params(model), weights_bytes(model), step.accuracy, nonzero_params(model))
+    return Measured(macs, count_params(model), weights_bytes(model), step.score, nonzero_params(model))
 
 
 def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
@@ -171,11 +171,13 @@ def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
         step: Its accuracy on the test images.
         data: For the labels of the test images.
     """
-    chance, (low, high) = guessing_accuracy(data.test, len(data.classes)), step.accuracy.interval
+    if (interval := step.score.interval) is None:
+        return ()
+    chance, (low, high) = guessing_accuracy(data.test, len(data.classes)), interval
     if low > chance:
         return ()
     return (
-        f"The {name} is right on {100 * step.accuracy.top1:.1f} % of the {step.accuracy.n} test images (95 % interval "
+        f"The {name} is right on {100 * step.score.value:.1f} % of the {step.score.n} test images (95 % interval "
         f"{100 * low:.1f} to {100 * high:.1f} %), about what guessing gives ({100 * chance:.1f} %). Check its weights "
         "(--weights) and normalization (--mean, --std).",
     )
@@ -233,7 +235,7 @@ def _recipe(run: Finished, output: Output) -> Recipe:
 def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
     trained = run.trained
     return {
-        "test_accuracy": [{"step": s.name, "top1": s.accuracy.top1, "n": s.accuracy.n} for s in report.steps],
+        **_stored_scores(report),
         "size_bytes": {"before": report.before.size_bytes, "after": report.after.size_bytes},
         "performance_efficiency": None if report.efficiency is None else list(report.efficiency),
         "history": [] if trained is None else [record.to_json() for record in trained.history],
@@ -241,6 +243,14 @@ def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
         **run.metrics,
         **({} if run.search is None else {"latency": [asdict(latency) for latency in report.latency]}),
     }
+
+
+def _stored_scores(report: RunReport) -> dict[str, object]:
+    """The scores after the steps; those of classifiers under the key that they have had from the first release on."""
+    if report.metric.is_share:
+        return {"test_accuracy": [{"step": s.name, "top1": s.score.value, "n": s.score.n} for s in report.steps]}
+    scores = [{"step": s.name, "value": s.score.value, "n": s.score.n} for s in report.steps]
+    return {"test_scores": {"metric": asdict(report.metric), "steps": scores}}
 
 
 def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[str, object]:

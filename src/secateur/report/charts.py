@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from secateur.report.run import LayerWidth, TrainedEpoch
 from secateur.search.history import JudgedStage, SearchEpoch
+from secateur.tasks.base import Metric
 
 _MAX_GROUPS = 12
 _MIN_SHARE = 0.07
@@ -90,10 +91,12 @@ def loss_plot(epochs: Sequence[TrainedEpoch]) -> LinePlot | None:
     return line_plot("Training loss", [(e.epoch, e.loss) for e in epochs if math.isfinite(e.loss)])
 
 
-def accuracy_plot(epochs: Sequence[TrainedEpoch], original: float | None) -> LinePlot | None:
-    """Plot validation accuracy by epoch, the original's as a horizontal line; None with fewer than two values."""
-    values = [(e.epoch, 100 * e.accuracy) for e in epochs if e.accuracy is not None and math.isfinite(e.accuracy)]
-    return line_plot("Validation accuracy (%)", values, None if original is None else ("original", 100 * original))
+def score_plot(epochs: Sequence[TrainedEpoch], original: float | None, metric: Metric) -> LinePlot | None:
+    """Plot the validation score by epoch, the original's as a horizontal line; None with fewer than two values."""
+    factor = 100 if metric.unit == "%" else 1
+    values = [(e.epoch, factor * e.score) for e in epochs if e.score is not None and math.isfinite(e.score)]
+    title = f"Validation {metric.words} ({metric.unit})" if metric.unit else f"Validation {metric.words}"
+    return line_plot(title, values, None if original is None else ("original", factor * original))
 
 
 def line_plot(

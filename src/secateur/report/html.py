@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur._files import write_atomic
 from secateur._text import PAGE, visible
 from secateur.report import units
-from secateur.report.charts import accuracy_plot, loss_plot, search_plots, stage_plots, width_plot
+from secateur.report.charts import loss_plot, score_plot, search_plots, stage_plots, width_plot
 from secateur.report.run import RunReport
 
 
@@ -120,7 +120,7 @@ def write_report(path: Path | str, run: RunReport) -> Path:
 
 def render(run: RunReport) -> str:
     """Return the report of a run as HTML."""
-    curves = (loss_plot(run.training), accuracy_plot(run.training, run.original_validation_accuracy))
+    curves = (loss_plot(run.training), score_plot(run.training, run.original_validation_score, run.metric))
     return _render(
         "report.html",
         run=run,
@@ -129,6 +129,8 @@ def render(run: RunReport) -> str:
         facts=[(name, value) for name in _FACTS if (value := getattr(run, name))],
         tiles=tiles(run),
         images=_images(run),
+        metric_words=run.metric.words,
+        metric_name=_capitalized(run.metric.words),
         widths=width_plot(run.widths) if run.widths else None,
         kept_sentence=_kept_sentence(run),
         curves=[curve for curve in curves if curve is not None],
@@ -145,9 +147,9 @@ def headline(run: RunReport) -> str:
     said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
     if run.latency:
         said.append(_speed(run.latency[0].speedup))
-    before, after = run.before.accuracy, run.after.accuracy
+    before, after = run.before.score, run.after.score
     if before and after:
-        said.append(f"{units.percent(after.top1, 2)} accuracy instead of {units.percent(before.top1, 2)}")
+        said.append(f"{after.text} {after.metric.words} instead of {before.text}")
     return f"{run.model}: {', '.join(said)}."
 
 
@@ -155,9 +157,10 @@ def tiles(run: RunReport) -> list[Tile]:
     """Return the numbers at the top of the page."""
     before, after = run.before, run.after
     found: list[Tile] = []
-    if before.accuracy and after.accuracy:
-        was = f"from {units.percent(before.accuracy.top1, 2)}"
-        found.append(Tile("Accuracy", units.percent(after.accuracy.top1, 2), was, 100 * after.accuracy.top1))
+    if before.score and after.score:
+        name = _capitalized(after.score.metric.words)
+        left = 100 * after.score.value if after.score.metric.unit == "%" else None
+        found.append(Tile(name, after.score.text, f"from {before.score.text}", left))
     costs = [
         ("MACs", before.macs, after.macs, units.count),
         ("Parameters", before.params, after.params, units.count),
@@ -176,6 +179,10 @@ def tiles(run: RunReport) -> list[Tile]:
     return found
 
 
+def _capitalized(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def _speed(speedup: tuple[float, float, float]) -> str:
     lower, median, upper = speedup
     if lower < 1 < upper or abs(median - 1) < _NOTABLE:
@@ -185,7 +192,7 @@ def _speed(speedup: tuple[float, float, float]) -> str:
 
 
 def _images(run: RunReport) -> str:
-    counts = sorted({accuracy.n for accuracy in (run.before.accuracy, run.after.accuracy) if accuracy})
+    counts = sorted({accuracy.n for accuracy in (run.before.score, run.after.score) if accuracy})
     return " and ".join(f"n = {n:,}" for n in counts)
 
 

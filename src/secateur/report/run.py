@@ -7,36 +7,12 @@ from operator import truediv
 
 from secateur.search.base import html_table
 from secateur.search.history import JudgedStage, SearchEpoch
-
-_Z95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
+from secateur.tasks.base import Metric, Score
+from secateur.tasks.classification import TOP1
 
 
 def _nothing() -> dict[str, str]:
     return {}
-
-
-@dataclass(frozen=True)
-class MeasuredAccuracy:
-    """The fraction of images that were classified correctly.
-
-    Attributes:
-        top1: Fraction, 0 to 1.
-        n: Number of images.
-    """
-
-    top1: float
-    n: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval for new images of the same kind, as fractions (Wilson, JASA 1927)."""
-        if self.n < 1:
-            return 0.0, 1.0
-        z2 = _Z95**2 / self.n
-        middle = (self.top1 + z2 / 2) / (1 + z2)
-        half = _Z95 / (1 + z2) * math.sqrt(self.top1 * (1 - self.top1) / self.n + z2 / (4 * self.n))
-        return middle - half, middle + half
 
 
 @dataclass(frozen=True)
@@ -47,14 +23,14 @@ class Measured:
         macs: Multiply-accumulates for one input.
         params: Parameters.
         size_bytes: Size of its weights file, or None.
-        accuracy: Accuracy on the test images, or None.
+        score: Score on the test images, or None.
         nonzero: Parameters that are not zero; None means all of them.
     """
 
     macs: int
     params: int
     size_bytes: int | None = None
-    accuracy: MeasuredAccuracy | None = None
+    score: Score | None = None
     nonzero: int | None = None
 
     @property
@@ -117,19 +93,19 @@ class BlockFate:
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """One epoch of the recovery: the mean training loss and the validation accuracy (a fraction), if measured."""
+    """One epoch of the recovery: the mean training loss and the validation score, if measured."""
 
     epoch: int
     loss: float
-    accuracy: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """The accuracy after one step: of the original, after the cut, after repairs, after distillation."""
+    """The score after one step: of the original, after the cut, after repairs, after distillation."""
 
     name: str
-    accuracy: MeasuredAccuracy
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -171,8 +147,8 @@ class ExportedFile:
     name: str
     size_bytes: int
     difference: float | None = None
-    accuracy: MeasuredAccuracy | None = None
-    float_accuracy: MeasuredAccuracy | None = None
+    accuracy: Score | None = None
+    float_accuracy: Score | None = None
     agreement: float | None = None
     latency: MeasuredLatency | None = None
 
@@ -190,7 +166,7 @@ class RunReport:
         before: The original.
         after: The compressed model.
         latency: Measured times; the first is the one in the headline.
-        steps: Accuracy on the way.
+        steps: Scores on the way.
         widths: Channels of every prunable axis, in order of execution.
         frozen: What was left whole, and why.
         blocks: The residual blocks of the model, in order of execution.
@@ -199,7 +175,7 @@ class RunReport:
         fairness: How often the channel trained least was trained by it, per time of the one trained most; or None.
         macs_limit: The budget's bound on the MACs / MACs of the original, or None.
         training: The recovery, epoch by epoch.
-        original_validation_accuracy: Of the original on the same validation images as ``training``, a fraction; drawn
+        original_validation_score: Of the original on the same validation images as ``training``; drawn
             as a line across the curve.
         exports: Files for other runtimes.
         checks: What was verified.
@@ -228,7 +204,7 @@ class RunReport:
     fairness: float | None = None
     macs_limit: float | None = None
     training: tuple[TrainedEpoch, ...] = ()
-    original_validation_accuracy: float | None = None
+    original_validation_score: float | None = None
     exports: tuple[ExportedFile, ...] = ()
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
@@ -249,26 +225,32 @@ class RunReport:
         if self.latency:
             first = self.latency[0]
             columns[f"ms, {first.runtime}"] = [f"{1000 * times[1]:.3f}" for times in (first.before, first.after)]
-        if any(each.accuracy for each in both):
-            columns["accuracy"] = [f"{100 * each.accuracy.top1:.2f} %" if each.accuracy else "" for each in both]
+        if scored := next((each.score for each in both if each.score), None):
+            columns[scored.metric.name] = [each.score.text if each.score else "" for each in both]
         return html_table(f"{self.model}, {self.budget}" if self.budget else self.model, columns)
 
     @property
     def recovered(self) -> bool:
-        """Whether the last step has a higher accuracy than one between it and the original."""
-        between = [step.accuracy.top1 for step in self.steps[1:-1]]
-        return bool(between) and self.steps[-1].accuracy.top1 > min(between)
+        """Whether the last step has a better score than one between it and the original."""
+        keys = [step.score.metric.key(step.score.value) for step in self.steps]
+        return len(keys) > 2 and keys[-1] > min(keys[1:-1])
+
+    @property
+    def metric(self) -> Metric:
+        """What the scores are."""
+        scores = (self.after.score, self.before.score, *(step.score for step in self.steps))
+        return next((score.metric for score in scores if score is not None), TOP1)
 
     @property
     def efficiency(self) -> tuple[float, float] | None:
-        """Performance Efficiency over non-zero parameters and over MACs; None without both accuracies, or undefined."""
+        """Performance Efficiency over non-zero parameters and over MACs; None if undefined."""
         before, after = self.before, self.after
-        if before.accuracy is None or after.accuracy is None:
+        if before.score is None or after.score is None or not before.score.metric.is_share:
             return None
         found = [
             performance_efficiency(
-                accuracy=after.accuracy.top1,
-                original_accuracy=before.accuracy.top1,
+                accuracy=after.score.value,
+                original_accuracy=before.score.value,
                 size=size,
                 original_size=original,
             )

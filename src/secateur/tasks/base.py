@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from secateur._batches import call_model, float_tensors
 from secateur.errors import TrainingError
 
+_Z95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
 SPREAD_FLOOR = 1e-6
 """The lowest spread of a teacher's output, relative to its mean square: a constant output gives a finite loss."""
 
@@ -27,17 +29,30 @@ class Metric:
         name: Such as ``top-1 accuracy``.
         unit: ``%`` for fractions, which are shown as percentages; otherwise the unit, such as ``dB``; empty for none.
         higher_is_better: False for errors and distances.
+        is_share: Whether it is the fraction of the items that are right, for which there is a confidence interval.
     """
 
     name: str
     unit: str = "%"
     higher_is_better: bool = True
+    is_share: bool = False
+
+    @property
+    def words(self) -> str:
+        """The name as readers know it: top-1 accuracy is accuracy."""
+        return "accuracy" if self.is_share else self.name
 
     def text(self, value: float) -> str:
         """Return a value with its unit: ``91.73 %``, ``31.20 dB``, ``0.0312``."""
         if self.unit == "%":
             return f"{100 * value:.2f} %"
         return f"{value:.2f} {self.unit}" if self.unit else f"{value:.4g}"
+
+    def change(self, before: float, after: float) -> str:
+        """Return a difference with its sign and unit: ``-0.31 points``, ``+0.20 dB``, ``+0.0021``."""
+        if self.unit == "%":
+            return f"{100 * (after - before):+.2f} points"
+        return f"{after - before:+.2f} {self.unit}" if self.unit else f"{after - before:+.2g}"
 
     def key(self, value: float) -> float:
         """Return a number that is higher for better values; the lowest one for NaN."""
@@ -63,7 +78,27 @@ class Score:
     metric: Metric
 
     def __str__(self) -> str:
-        return f"{self.metric.name} {self.metric.text(self.value)} (n = {self.n})"
+        return f"{self.metric.name} {self.text} (n = {self.n})"
+
+    @property
+    def text(self) -> str:
+        """The value with its unit."""
+        return self.metric.text(self.value)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval for new items of the same kind, as fractions (Wilson, JASA 1927).
+
+        None for metrics that are not the fraction of the items that are right.
+        """
+        if not self.metric.is_share:
+            return None
+        if self.n < 1:
+            return 0.0, 1.0
+        z2 = _Z95**2 / self.n
+        middle = (self.value + z2 / 2) / (1 + z2)
+        half = _Z95 / (1 + z2) * math.sqrt(self.value * (1 - self.value) / self.n + z2 / (4 * self.n))
+        return middle - half, middle + half
 
 
 class Meter(ABC):

@@ -11,7 +11,7 @@ from secateur.distill.logit_losses import kd_loss, label_loss
 from secateur.errors import TrainingError
 from secateur.tasks.base import Meter, Metric, Score, Task, main_output
 
-TOP1 = Metric("top-1 accuracy")
+TOP1 = Metric("top-1 accuracy", is_share=True)
 """The fraction of images whose highest logit is the label's."""
 
 

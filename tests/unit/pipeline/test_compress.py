@@ -129,9 +129,9 @@ def test_curve_has_the_originals_accuracy_as_its_line():
         _model(), noise_data(), budget="macs=50%", train=TrainConfig(epochs=1, batch_size=32), callbacks=Silent()
     )
     wanted = secateur.evaluate(_model(), noise_data().validation).value
-    assert result.report.original_validation_accuracy == wanted
+    assert result.report.original_validation_score == wanted
     repaired = run_compress(_model(), noise_data(), budget="macs=50%", train=REPAIR_ONLY)
-    assert repaired.report.original_validation_accuracy is None
+    assert repaired.report.original_validation_score is None
 
 
 class Residual(nn.Module):

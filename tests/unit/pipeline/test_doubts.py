@@ -16,8 +16,10 @@ from secateur.data import MemorySplit
 from secateur.data.dataset import guessing_accuracy
 from secateur.pipeline import inspect_model
 from secateur.pipeline.finalize import guessing_doubt
-from secateur.report import Measured, MeasuredAccuracy, RunReport, Step
+from secateur.report import Measured, RunReport, Step
 from secateur.report.html import render
+from secateur.tasks import Score
+from secateur.tasks.classification import TOP1
 from secateur.train import Silent, TrainConfig
 
 
@@ -30,7 +32,7 @@ def _data(*counts: int):
 
 
 def _step(right: int, of: int) -> Step:
-    return Step("original", MeasuredAccuracy(right / of, of))
+    return Step("original", Score(right / of, None, of, TOP1))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_recovery_that_diverges_is_said_and_leaves_nothing_worse(rate: float, 
 
 def test_accuracy_came_back_only_if_it_rose() -> None:
     def report(*right: float) -> RunReport:
-        steps = tuple(Step(str(n), MeasuredAccuracy(top1, 100)) for n, top1 in enumerate(right))
+        steps = tuple(Step(str(n), Score(top1, None, 100, TOP1)) for n, top1 in enumerate(right))
         return RunReport("net", Measured(2, 2), Measured(1, 1), steps=steps)
 
     assert report(0.9, 0.5, 0.8).recovered

@@ -104,7 +104,7 @@ def test_the_cut_is_made_from_the_weights_of_the_search_and_the_teacher_stays(mo
     assert all(torch.equal(t, original.state_dict()[n]) for n, t in teachers[0].state_dict().items())
     assert found.verification.max_rel <= found.verification.tolerance
     assert found.search.weights is None
-    assert found.report.steps[0].accuracy.top1 == secateur.evaluate(original, data().test).value
+    assert found.report.steps[0].score.value == secateur.evaluate(original, data().test).value
 
 
 def test_repairs_compare_with_the_weights_of_the_search(monkeypatch: pytest.MonkeyPatch):

@@ -168,8 +168,8 @@ def test_pruning_without_a_bound_says_that_it_has_no_effect() -> None:
 def test_performance_efficiency_is_kept_accuracy_by_kept_size() -> None:
     result = run("nonzero=40%")
     before, after = result.report.before, result.report.after
-    by_hand = (after.accuracy.top1 / before.accuracy.top1) / (nonzero(result.model) / params(_model()))
-    assert result.report.efficiency == (pytest.approx(by_hand), after.accuracy.top1 / before.accuracy.top1)
+    by_hand = (after.score.value / before.score.value) / (nonzero(result.model) / params(_model()))
+    assert result.report.efficiency == (pytest.approx(by_hand), after.score.value / before.score.value)
     numbers: Any = {"accuracy": 0.9, "original_accuracy": 0.9, "size": 5, "original_size": 10}
     assert performance_efficiency(**numbers) == 2.0
     assert performance_efficiency(**numbers, formula=lambda accuracy, size: accuracy - size) == 0.5

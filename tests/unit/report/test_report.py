@@ -13,7 +13,6 @@ from secateur.report import (
     FrozenAxis,
     LayerWidth,
     Measured,
-    MeasuredAccuracy,
     MeasuredLatency,
     RunReport,
     Step,
@@ -22,6 +21,8 @@ from secateur.report import (
 )
 from secateur.report.html import headline, render, tiles
 from secateur.search import SearchedDepth, SearchedWidth, SearchEpoch
+from secateur.tasks import Metric, Score
+from secateur.tasks.classification import TOP1
 
 CPU = "processor time"
 RUN = RunReport(
@@ -29,8 +30,8 @@ RUN = RunReport(
     data="CIFAR-10",
     strategy="PCASlimming()",
     budget="macs=50%",
-    before=Measured(41_000_000, 270_000, 1_100_000, MeasuredAccuracy(0.9173, 10_000)),
-    after=Measured(20_500_000, 130_000, 520_000, MeasuredAccuracy(0.9101, 10_000)),
+    before=Measured(41_000_000, 270_000, 1_100_000, Score(0.9173, None, 10_000, TOP1)),
+    after=Measured(20_500_000, 130_000, 520_000, Score(0.9101, None, 10_000, TOP1)),
     latency=(
         MeasuredLatency(
             "onnxruntime 1.31", 1, 1, 30, (0.002, 0.0021, 0.0022), (0.001, 0.0011, 0.0012), (1.8, 1.9, 2), CPU
@@ -38,8 +39,8 @@ RUN = RunReport(
         MeasuredLatency("torch 2.15", 2, 8, 31, (0.1, 0.2, 0.3), (0.1, 0.15, 0.2), (1.2, 1.33, 1.5), "elapsed time"),
     ),
     steps=(
-        Step("Original", MeasuredAccuracy(0.9173, 10_000)),
-        Step("Cut, not repaired", MeasuredAccuracy(0.3456, 9000)),
+        Step("Original", Score(0.9173, None, 10_000, TOP1)),
+        Step("Cut, not repaired", Score(0.3456, None, 9000, TOP1)),
     ),
     widths=(LayerWidth("conv1", 16, 16), LayerWidth("layer1.0.conv1", 16, 7), LayerWidth("layer2.0.conv1", 32, 11)),
     frozen=(FrozenAxis("linear", 10, "These are the outputs of the model."),),
@@ -69,7 +70,7 @@ RUN = RunReport(
     ),
     macs_limit=0.5,
     training=(TrainedEpoch(1, 1.5, 0.8), TrainedEpoch(2, 0.7512, 0.8812), TrainedEpoch(3, 0.61, 0.9)),
-    original_validation_accuracy=0.92,
+    original_validation_score=0.92,
     checks=(
         Check("Sliced = masked", True, 1.2e-6, 3.4e-7, 1e-5, "in float32"),
         Check("ONNX = PyTorch", False, 0.2, 0.35, 1e-4),
@@ -270,7 +271,7 @@ def test_an_older_report_survives_a_failure(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_exported_files_are_shown_with_what_was_found_of_each() -> None:
-    in_float, in_int8 = MeasuredAccuracy(0.9043, 10_000), MeasuredAccuracy(0.8976, 10_000)
+    in_float, in_int8 = Score(0.9043, None, 10_000, TOP1), Score(0.8976, None, 10_000, TOP1)
     files = (
         ExportedFile("model.xml", 798_069, difference=9.2e-7),
         ExportedFile("model.int8.onnx", 220_000, None, in_int8, in_float, 0.9712, INT8_TIME),
@@ -291,3 +292,24 @@ def test_notebooks_show_the_numbers_before_and_after() -> None:
     bare = RunReport(model="m", before=Measured(2, 1), after=Measured(1, 1))._repr_html_()
     assert "accuracy" not in bare
     assert "ms, " not in bare
+
+
+def test_scores_of_other_tasks_have_their_own_names_and_units() -> None:
+    psnr = Metric("PSNR", "dB")
+    before, after = (replace(m, score=Score(v, None, 9, psnr)) for m, v in ((RUN.before, 31.2), (RUN.after, 30.95)))
+    run = replace(
+        RUN,
+        before=before,
+        after=after,
+        steps=(Step("Original", before.score), Step("Distilled", after.score)),
+        training=(TrainedEpoch(1, 0.2, 30.5), TrainedEpoch(2, 0.1, 30.95)),
+        original_validation_score=31.0,
+        exports=(),
+    )
+    page = plain(render(run))
+    for shown in ("30.95 dB PSNR instead of 31.20 dB", "-0.25 dB", "Validation PSNR (dB)", "PSNR after each step"):
+        assert shown in page
+    assert "ccuracy" not in page
+    assert "confidence interval" not in page
+    assert run.efficiency is None
+    assert not run.recovered

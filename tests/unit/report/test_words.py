@@ -5,9 +5,11 @@ import math
 
 import pytest
 
-from secateur.report import LayerWidth, MeasuredAccuracy, TrainedEpoch
+from secateur.report import LayerWidth, TrainedEpoch
 from secateur.report import units as _format
-from secateur.report.charts import accuracy_plot, loss_plot, round_steps, width_plot
+from secateur.report.charts import loss_plot, round_steps, score_plot, width_plot
+from secateur.tasks import Score
+from secateur.tasks.classification import TOP1
 
 
 def plain(text: str) -> str:
@@ -58,12 +60,12 @@ def test_points() -> None:
 @pytest.mark.parametrize(("top1", "n"), [(0.9, 10_000), (0.0, 10), (1.0, 10), (0.33, 7)])
 def test_interval_solves_the_wilson_equation(top1: float, n: int) -> None:
     """Its ends are the p with (top1 - p)^2 = z^2 p (1 - p) / n."""
-    for p in MeasuredAccuracy(top1, n).interval:
+    for p in Score(top1, None, n, TOP1).interval:
         assert (top1 - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
 
 
 def test_interval_of_no_images_is_everything() -> None:
-    assert MeasuredAccuracy(0.0, 0).interval == (0.0, 1.0)
+    assert Score(0.0, None, 0, TOP1).interval == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_scales_enclose_the_values_evenly(low: float, high: float) -> None:
 
 def test_curves_need_two_values() -> None:
     assert loss_plot([TrainedEpoch(1, 1.0)]) is None
-    assert accuracy_plot([TrainedEpoch(1, 1.0), TrainedEpoch(2, 1.0, 0.5)], None) is None
+    assert score_plot([TrainedEpoch(1, 1.0), TrainedEpoch(2, 1.0, 0.5)], None, TOP1) is None
 
 
 def test_curve_positions_and_labels() -> None:
@@ -94,7 +96,7 @@ def test_curve_positions_and_labels() -> None:
 
 
 def test_the_original_is_inside_the_plot() -> None:
-    plot = accuracy_plot([TrainedEpoch(1, 1.0, 0.5), TrainedEpoch(2, 1.0, 0.6)], 0.9)
+    plot = score_plot([TrainedEpoch(1, 1.0, 0.5), TrainedEpoch(2, 1.0, 0.6)], 0.9, TOP1)
     assert plot is not None
     assert plot.reference is not None
     assert 0 <= plot.reference.y < plot.points[1].y

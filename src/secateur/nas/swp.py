@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur._arrays import FloatArray
+from secateur._runtime import torch_threads
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph.stages import Stage, find_stages
@@ -77,8 +78,8 @@ class SWP(Strategy):
         importance: The order of the channels: every width keeps the first ones.
         init: The weights that the training begins with.
         student_weights: The weights that the student is cut from.
-        workers: Where candidates are scored: `InProcess`, or `OnRay`. The result has the same bits if Ray's workers
-            compute with as many threads as this process.
+        workers: Where candidates are scored: `InProcess`, or `OnRay`. The result has the same bits; see
+            `held_out_losses`.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or a number is out of range.
@@ -308,7 +309,8 @@ _BATCH = 250
 def held_out_losses(scorer: CandidateScorer, subnets: Sequence[Subnet]) -> FloatArray:
     """Return the losses of the stages of some subnets on the held-out images, each fed with the full net's features.
 
-    The full net runs once for all subnets, so the more at a time the better. The batch norms of a subnet are first
+    One thread computes, whatever the process has: the last bits depend on the number of threads, which differs between
+    this process and the workers of Ray, and two candidates may differ by less. The full net runs once for all subnets, so the more at a time the better. The batch norms of a subnet are first
     measured on the calibration images, stage by stage too.
 
     Args:
@@ -319,7 +321,7 @@ def held_out_losses(scorer: CandidateScorer, subnets: Sequence[Subnet]) -> Float
         (subnets, stages) means over the batches, weighted by stages, float64.
     """
     total = np.zeros((len(subnets), len(scorer.stages)))
-    with torch.no_grad(), autocast(scorer.precision, scorer.device):
+    with torch.no_grad(), torch_threads(1), autocast(scorer.precision, scorer.device):
         statistics = measure_stage_batch_norms(scorer.supernet, subnets, scorer.stages, scorer.calibration, scorer.full)
         for images, labels in scorer.held_out:
             logits, stage_inputs = stage_features(scorer.supernet, scorer.stages, images, tensors=scorer.full)

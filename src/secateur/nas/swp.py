@@ -310,7 +310,9 @@ def held_out_losses(scorer: CandidateScorer, subnets: Sequence[Subnet]) -> Float
     """Return the losses of the stages of some subnets on the held-out images, each fed with the full net's features.
 
     One thread computes, whatever the process has: the last bits depend on the number of threads, which differs between
-    this process and the workers of Ray, and two candidates may differ by less. The full net runs once for all subnets, so the more at a time the better. The batch norms of a subnet are first
+    this process and the workers of Ray, and two candidates may differ by less.
+
+    The full net runs once for all subnets, so the more at a time the better. The batch norms of a subnet are first
     measured on the calibration images, stage by stage too.
 
     Args:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur._caller_state import in_default_state
 from secateur.errors import TrainingError
 from secateur.train.config import Batches
 from secateur.train.device import Precision, autocast, channels_last, copy_to_device, default_device
@@ -31,6 +32,7 @@ class Accuracy:
     n: int
 
 
+@in_default_state
 def evaluate(
     model: nn.Module,
     split: Batches,

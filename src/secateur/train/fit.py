@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur._caller_state import in_default_state
 from secateur._provenance import sha256_of
 from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatures
@@ -56,6 +57,7 @@ class Trained:
     gave_up: bool = False
 
 
+@in_default_state
 def fit(
     student: nn.Module,
     source: Batches,
@@ -151,6 +153,7 @@ def fit(
     )
 
 
+@in_default_state
 def train_with_teacher(
     student: nn.Module,
     *,

@@ -1,13 +1,17 @@
 """A copy of a model that shares the memory of its parameters until the copy writes to them."""
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
+)
 
 from secateur._runtime import add_run_context_, copy_model
 
@@ -36,7 +40,9 @@ def share_memory(model: nn.Module) -> "tuple[nn.Module, SharedMemory]":
 
 def storage_key(tensor: Tensor) -> int:
     """Return a number that all tensors on the same memory have in common."""
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    # Recorders take the access to a storage for the reading of values.
+    with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
@@ -80,20 +86,29 @@ class SharedMemory:
         for tensor in written_tensors(func, args, kwargs):
             key = storage_key(tensor)
             if key in self._keys and key not in self._saved:
-                storage = tensor.untyped_storage()
-                self._saved[key] = storage, storage.clone()
+                with _unseen():
+                    storage = tensor.untyped_storage()
+                    self._saved[key] = storage, storage.clone()
 
     def after_run(self) -> None:
         """Give the new values to the copy, and the saved ones back."""
         shadow = self._shadow()
         if not self._saved or shadow is None:
             return
-        for parameter in shadow.parameters():
-            if _has_storage(parameter) and storage_key(parameter) in self._saved:
-                parameter.data = parameter.data.clone()
-        for storage, before in self._saved.values():
-            storage.copy_(before)
+        with _unseen():
+            for parameter in shadow.parameters():
+                if _has_storage(parameter) and storage_key(parameter) in self._saved:
+                    parameter.data = parameter.data.clone()
+            for storage, before in self._saved.values():
+                storage.copy_(before)
         self._saved.clear()
+
+
+@contextlib.contextmanager
+def _unseen() -> Generator[None]:
+    """Hide calls from all recorders of a run."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        yield
 
 
 class CopyOnWriteMode(TorchDispatchMode):

@@ -101,10 +101,10 @@ class OnRay(Workers):
     """Compute on Ray workers, each with the function and the shared data in its memory; needs the extra ``ray``.
 
     Shared data goes once into Ray's object store. A worker that ends (killed, out of memory) is replaced, and its task
-    is computed again; an exception of a task is raised in the caller. With the same number of threads, results equal
-    those of `InProcess` bit for bit. A separate process talks to Ray, so that Ray changes nothing in the caller's
-    process (environment, signals, logging, threads). Ray sends no usage statistics, and nothing of it is left when the
-    context ends or the caller is killed.
+    is computed again; an exception of a task is raised in the caller. Results equal those of `InProcess` bit for bit
+    if the function computes with a fixed number of threads. A separate process talks to Ray, so that Ray changes
+    nothing in the caller's process (environment, signals, logging, threads). Ray sends no usage statistics, and nothing
+    of it is left when the context ends or the caller is killed.
 
     Attributes:
         address: "local" starts Ray on this machine; "auto" joins the cluster that this machine is part of; HOST:PORT

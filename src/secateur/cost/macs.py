@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._caller_state import in_default_state
 from secateur._runtime import without_fast_path
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost, amount_of
@@ -344,6 +345,7 @@ def join_tensor_columns(widths: torch.Tensor, blocks: torch.Tensor) -> torch.Ten
     return torch.cat([widths, blocks.expand(*widths.shape[:-1], blocks.shape[-1])], dim=-1)
 
 
+@in_default_state
 def count_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
     """Count the multiply-accumulates of one forward pass in eval mode at batch 1, operator by operator.
 

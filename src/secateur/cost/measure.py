@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur._files import write_atomic
 from secateur._provenance import sha256_of_json, this_machine
 from secateur._runtime import load_average
@@ -167,6 +168,7 @@ class LatencyRecord:
         return cls(**fields)
 
 
+@in_default_state
 def measure(
     model: nn.Module, target: Target, shape: Sequence[int] | Tensor | InputTensors, *, rounds: int = 30, warmup: int = 5
 ) -> Latency:
@@ -216,6 +218,7 @@ def measure_each(
     ]
 
 
+@in_default_state
 def measure_pairs(
     before: nn.Module,
     after: nn.Module,
@@ -261,6 +264,7 @@ def measure_files(
     return _record(target, *_timed(passes, target, rounds, warmup))
 
 
+@in_default_state
 def measure_latency(
     original: nn.Module,
     compressed: nn.Module,

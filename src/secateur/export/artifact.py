@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from secateur._caller_state import in_default_state
 from secateur._files import atomic_folder, read_bytes, write_atomic
 from secateur._json import brief, parse
 from secateur._provenance import sha256_of
@@ -53,6 +54,7 @@ class Artifact:
         return f"Artifact({type(self.model).__name__}, {self.manifest!r})"
 
 
+@in_default_state
 def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     """Write an artifact: ``secateur.json`` and ``model.safetensors``.
 

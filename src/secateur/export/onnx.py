@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur._files import atomic_file
 from secateur.errors import ExportError
 from secateur.export._common import (
@@ -31,6 +32,7 @@ _MAX_WEIGHT_BYTES = 1_900_000_000
 """One ONNX file is one protobuf message of at most 2 GiB; the rest is for the graph."""
 
 
+@in_default_state
 def export_onnx(
     model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from secateur._caller_state import in_default_state
 from secateur._files import atomic_file
 from secateur.export._common import (
     PARITY_TOLERANCE,
@@ -24,6 +25,7 @@ from secateur.export._common import (
 )
 
 
+@in_default_state
 def export_pt2(
     model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:

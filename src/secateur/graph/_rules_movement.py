@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from secateur.graph.blocks import is_mutable
 
 _SAME = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "lift_fresh_copy", "roll"})
 _RESHAPES = frozenset({"view", "_unsafe_view", "_reshape_alias", "reshape"})
+_TAKES_SIZES = _RESHAPES | {"expand"}
 _FLOAT_ONLY = frozenset({
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
     "replication_pad3d", "pixel_shuffle",
@@ -47,8 +49,11 @@ def move_channels(call: Call) -> Sequence[ChannelIds]:
 
 def _move_ids(call: Call, carried: ChannelIds) -> Sequence[ChannelIds]:
     results: list[ChannelIds] = [{} for _ in call.outputs]
+    hidden = call.ledger.caller is not None and not call.ledger.caller[0]
     for dim, vector in carried.items():
         place = _find_destination(call, dim, vector)
+        if hidden and (place is None or call.name in _TAKES_SIZES):
+            call.ledger.freeze(vector, f"{call.where} is called by code whose sizes cannot be followed (TorchScript)")
         if place is not None:
             for result in results:
                 _assign_ids(call, result, place, vector)
@@ -191,7 +196,8 @@ def _assign_moved_ids(call: Call, result: ChannelIds, ids: torch.Tensor, vector:
 
 def _written_sizes(call: Call) -> set[int]:
     """Return the dimensions whose size is a number in the model's code, which cannot follow any channels."""
-    name, (args, *_) = call.ledger.caller if call.ledger.caller[0] else ("", ((),))
+    name, given = call.ledger.caller or ("", ())
+    args: tuple[Any, ...] = given[0] if given else ()
     if name in {"view", "reshape"}:
         first, sizes = 0, args[1] if len(args) == 2 else args[1:]
     elif name == "unflatten" and len(args) == 3:
@@ -323,7 +329,7 @@ def gated(call: Call) -> Sequence[ChannelIds]:
     return [ids]
 
 
-def gather(call: Call) -> Sequence[ChannelIds]:
+def pick_along(call: Call) -> Sequence[ChannelIds]:
     """Pick along one dimension; along the others, position i of the indices picks from position i."""
     return [_match_positions(call, call.inputs[:2], f"{call.where} picks channels by an index")]
 
@@ -427,7 +433,7 @@ def _adopt(call: Call, target: torch.Tensor, dim: int, ids: IntArray) -> IntArra
     The size of any other tensor without ids is written in the model, and does not follow the channels.
     """
     whole = target if target._base is None else target._base
-    name, arguments = call.ledger.caller
+    name, arguments = call.ledger.caller or ("", ())
     if name in {"", "copy_", "__setitem__"} or any(whole is t or whole is t._base for t in tensors_in(*arguments)):
         return None
     same = [d for d in range(whole.dim()) if (whole.size(d), whole.stride(d)) == (target.size(dim), target.stride(dim))]

@@ -140,6 +140,7 @@ class DataFlow:
     _writers: dict[int, int] = field(default_factory=dict[int, int])
     _uncomputed: set[int] = field(default_factory=set[int])
     _added: int = 0
+    # The attribute that holds a tensor's step. Another one in each run, because a tensor may outlive the run.
     _mark: str = field(default_factory=lambda: f"_secateur_step_{next(_RUNS)}")
 
     def origin_of(self, tensor: torch.Tensor) -> ValueOrigin:
@@ -151,6 +152,7 @@ class DataFlow:
         uncomputed = False
         if (self._writers or self._uncomputed) and tensor.layout == torch.strided:
             memory = _storage_key(tensor)
+            # The later of the step that returned the tensor and of the last write into its memory, through any view.
             value = max(value, self._writers.get(memory, CONSTANT))
             uncomputed = memory in self._uncomputed
         if value < 0:
@@ -213,6 +215,7 @@ class DataFlow:
         self.fake.append(fake or any(reading.fake for reading in read))
         self._append(name, sources, any(reading.from_input for reading in read), is_pointwise(func))
         if not outputs:
+            # A call without a tensor as its result (`item`) gives a value to Python, which may use it for anything.
             self.returned.add(number)
         for tensor in outputs:
             setattr(tensor, self._mark, number)
@@ -237,6 +240,7 @@ class DataFlow:
         # Stand-ins return their first tensor argument, so the value of that one is enough.
         tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         if tensor is not None:
+            # Looking up the memory is no read of values, for which the guard of fake values would take it.
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                 call.input, call.input_shape = self.value_of(tensor), tensor.shape
         self._open.append(len(self.calls))
@@ -268,6 +272,7 @@ _RESHAPING = frozenset({
 _SHAPE_PRESERVING = frozenset({
     "permute", "transpose", "t", "clone", "contiguous", "alias", "detach", "_to_copy", "native_dropout", "dropout",
 })  # fmt: skip
+# Not sigmoid, softmax or exp, whose result is not zero where their operand is.
 ZERO_PRESERVING = _RESHAPING | _SHAPE_PRESERVING | frozenset({
     "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "neg", "div", "mean", "sum", "avg_pool2d",
     "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d",
@@ -382,6 +387,7 @@ class _BlockFinder:
             if shortcut < 0 or result <= 0 or not self.flow.from_input[shortcut] or self.users[result] != [step]:
                 continue
             trunk = self._find_trunk(step, shortcut)
+            # What was computed before x cannot have been computed from it.
             if result <= min(trunk):
                 continue
             origin = self._find_ancestors(result, min(trunk))
@@ -394,6 +400,7 @@ class _BlockFinder:
 
     def _find_trunk(self, step: int, shortcut: int) -> set[int]:
         """Return the shortcut, and the values it equals without the branches that the same module call adds to it."""
+        # In (x + f(x)) + g(x), the shortcut of the second sum is the first sum, but g reads x.
         trunk = {shortcut}
         while shortcut in self.shortcuts and self.flow.call[shortcut] == self.flow.call[step]:
             shortcut = self.shortcuts[shortcut]
@@ -412,6 +419,7 @@ class _BlockFinder:
 
     def _find_exclusive(self, step: int, result: int, after: int) -> frozenset[int]:
         steps: set[int] = set()
+        # Backward, so that all users of a step are decided before it. Steps that nobody uses are included.
         for number in range(step - 1, after, -1):
             if all(user in steps or (user == step and number == result) for user in self.users[number]):
                 steps.add(number)
@@ -487,6 +495,7 @@ class _BlockFinder:
                 if step != call.output:
                     return ()
         zero.update(call.output for call in last)
+        # In order of execution, so that what a step reads is decided before it.
         for step in loose:
             if self._is_zero(step, zero):
                 zero.add(step)
@@ -515,6 +524,8 @@ class _BlockFinder:
         """Return whether the steps between the stand-ins accept the shapes that these return."""
         if not all(map(self._gives_one_tensor, calls)):
             return False
+        # Stand-ins return the shape of their input. If that is another shape than the original's, what runs between
+        # them must accept any shape.
         if all(call.input_shape == call.output_shape for call in calls):
             return True
         fed = (step for step in loose if self.flow.from_input[step])
@@ -526,6 +537,7 @@ class _BlockFinder:
         taken: Counter[str] = Counter()
         leaving: dict[int, str] = {}
         for one in found:
+            # The removed module, or the one in which this is the only sum, or else the largest removed module.
             name = one.block.name or (self.flow.calls[one.call].module if one.call >= 0 and sums[one.call] == 1 else "")
             if not name:
                 name = max(one.block.replacements, key=lambda r: self.tensors.parameters.get(r.module, 0)).module
@@ -582,6 +594,7 @@ def _needed_by(flow: DataFlow) -> list[list[int]]:
         users[value].append(len(flow.names))
     for step in range(len(flow.names) - 1, -1, -1):
         if users[step]:
+            # Users come later than what they use, so going backward the empty list of a step is final.
             for source in set(flow.sources[step]) - {CONSTANT}:
                 users[source].append(step)
     return users

@@ -470,6 +470,13 @@ class ChannelGraph:
             edits=tuple(e for e in (replace(e, extent=fixed(e.extent)) for e in self.edits) if e.extent.terms),
         )
 
+    def with_inexact(self, reasons: Iterable[tuple[str, str]]) -> "ChannelGraph":
+        """Return the graph in which these axes and blocks stay whole, given as (name, reason) pairs."""
+        whole = dict(reasons)
+        blocks = {name: reason for name, reason in whole.items() if name in self.blocks_by_name}
+        axes = {name: reason for name, reason in whole.items() if name in self.by_name}
+        return self.with_kept_blocks(blocks).with_frozen(axes)
+
     def kept_positions(self, module: str, kept: Mapping[str, tuple[int, ...]]) -> IntArray:
         """Return the positions of a module's output channels that remain in a cut model, in order.
 

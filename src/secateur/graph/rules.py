@@ -294,7 +294,7 @@ RULES: dict[str, Rule] = {
     "as_strided": moves.as_strided,
     **dict.fromkeys(("select", "unbind"), moves.select),
     **dict.fromkeys(("index", "index_select"), moves.index),
-    "gather": moves.gather,
+    "gather": moves.pick_along,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"), moves.scatter),
     "index_put": moves.write_at,
     **dict.fromkeys(("exponential", "geometric", "cauchy", "log_normal"), draw_random),

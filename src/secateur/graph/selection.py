@@ -66,15 +66,19 @@ class Selection:
         seen_in = _names_with_readers(graph)
         check_patterns(self.include, graph, "include")
         check_patterns(self.exclude, graph, "exclude")
+        # Unlike the others, `whole` may name a layer that only reads channels.
         check_patterns(self.whole, graph, "whole", seen_in)
         chosen = graph.with_frozen({axis.name: why for axis in graph.prunable if (why := self._reason(axis, seen_in))})
         chosen = chosen.with_kept_blocks({b.name: why for b in graph.removable if (why := self._block_reason(b))})
+        # If nothing could be cut before, this is not the fault of the patterns.
         if (graph.prunable or graph.removable) and not (chosen.prunable or chosen.removable):
             raise SelectionError(self._nothing_left(graph))
         return chosen
 
     def _reason(self, axis: ChannelAxis, seen_in: Names) -> str | None:
         """Return why an axis may not be cut, or None."""
+        # Readers count for `whole` only: as `include` or `exclude`, `layer2` would also mean the stream of `layer1`,
+        # which it reads.
         excluded, kept = _first_match(self.exclude, _producer_names(axis)), _first_match(self.whole, seen_in(axis))
         if excluded is not None:
             return f"kept whole: matched exclude pattern {excluded!r}"
@@ -169,12 +173,15 @@ def _names_with_readers(graph: ChannelGraph) -> Names:
 
 def _first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:
     """Return the first pattern that matches any of the names, or None."""
+    # Iterators would be empty for the second pattern.
     names = tuple(names)
+    # `fnmatch` would ignore upper and lower case on Windows.
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
 def _suggest(pattern: str, known: Mapping[str, object]) -> str:
     """Return a sentence with the names that are similar to a pattern, or nothing."""
+    # With its stars and the dots beside them, a pattern is not similar to any name.
     plain = pattern.replace("*", "").strip(".")
     similar = partial(difflib.get_close_matches, n=_SUGGESTIONS, cutoff=0.6)
     found = similar(pattern, known) or similar(plain, known)

@@ -67,6 +67,7 @@ class StageExecution:
         # A module that runs several times would cut at several points.
         if not inside or self.times[call.module] != 1 or self._reach[value] == CONSTANT or value == self._last:
             return False
+        # Nor may the output need anything that the module computes after this value, such as a tensor that it stores.
         return self._jumped[value] <= value and not any(r > CONSTANT for r in self._reach[value + 1 : call.end])
 
     @cached_property
@@ -83,6 +84,7 @@ class StageExecution:
         """Return the output of a call as a cut point."""
         shape = tuple(call.output_shape)
         seen = self.graph.activations.get(call.module)
+        # Without known channels: images have them in dimension 1, tokens in the last one.
         channels = seen.dim if seen is not None else 1 if len(shape) == 4 else len(shape) - 1
         resolution = tuple(size for dim, size in enumerate(shape) if dim not in (0, channels))
         return CutPoint(call.module, call.output, math.prod(shape[1:]), resolution)
@@ -261,6 +263,7 @@ class _StageDivider:
     def find_cuts(self) -> list[CutPoint]:
         """Return the default cuts."""
         cuts = self._merge_small(self._last_by_resolution())
+        # Again, because a part of a divided stage may have nothing to cut.
         return self._merge_small(self._split_large(cuts))
 
     def stages(self, cuts: Sequence[CutPoint]) -> tuple[Stage, ...]:
@@ -302,6 +305,7 @@ class _StageDivider:
         self, ends: Sequence[int], axes: dict[str, int | None], blocks: dict[str, int | None]
     ) -> None:
         """Remove axes and blocks from their stages if an operation of another stage depends on them."""
+        # Otherwise the costs of the stages would not add up, and they could not be searched separately.
         for step, operation in zip(self._steps, self.graph.operations, strict=True):
             here = _stage_number(step, ends)
             for name in {name for extent in operation.extents for name, _ in extent.terms}:
@@ -315,6 +319,7 @@ class _StageDivider:
         """Return the last cut point at each resolution that does not follow a widening layer."""
         at: dict[tuple[int, ...], list[CutPoint]] = {}
         for output in self.passage.outputs:
+            # What global pooling leaves has no resolution; only the head follows it.
             if max(output.resolution, default=1) > 1:
                 at.setdefault(output.resolution, []).append(output)
         last = [list(drop_widened(tuple(outputs), self._steps))[-1] for outputs in at.values()]
@@ -332,6 +337,7 @@ class _StageDivider:
             number = min(poor, key=lambda n: stages[n].macs)
             neighbors = [n for n in (number - 1, number + 1) if 0 <= n < len(stages)]
             other = min(neighbors, key=lambda n: stages[n].macs)
+            # Cut n is between the stages n and n + 1.
             del cuts[min(number, other)]
         return cuts
 

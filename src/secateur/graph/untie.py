@@ -192,6 +192,7 @@ class _BranchFinder:
         ]
         counted = [extents for extents in counted if extents]
         # If both factors of a product are equal, it does not matter which one is the output.
+        # One extent of the axis, or two if the producer also reads the stream.
         clear = all(len(extents) == 1 + reads and len(set(extents)) == 1 for extents in counted)
         return clear and (not reads or len(counted) == 1)
 
@@ -290,6 +291,7 @@ def _rename_operation(operation: Operation, branch: _Branch, names: Mapping[str,
         return operation
     extents = list(operation.extents)
     held = [number for number, extent in enumerate(extents) if _has_any_axis(extent, names)]
+    # If a producer also reads the stream, its second extent is that of its input, which keeps the stream's width.
     for number in held[:1] if operation.module == branch.producer else held:
         extents[number] = _rename_extent(extents[number], names)
     return replace(operation, extents=tuple(extents))

@@ -40,8 +40,11 @@ class Widths:
 
     def of(self, levels: IntArray) -> tuple[int, ...]:
         """Return the candidates among the allowed widths of an axis, ascending, the full one last."""
+        # The reference code takes int(C * r). Here a width must be one that the search space allows, so the nearest one
+        # is taken; of two equally near ones, `argmin` takes the narrower.
         wanted = np.array([*self.kept_fractions, 1.0]) * levels[-1]
         nearest = np.abs(levels[None, :] - wanted[:, None]).argmin(axis=1)
+        # Several fractions can have the same nearest width, which is one candidate only.
         return tuple(int(width) for width in np.unique(levels[nearest]))
 
 
@@ -71,6 +74,7 @@ class Depths:
 
     def of(self, blocks: int) -> tuple[int, ...]:
         """Return the candidate depths of a chain of that many blocks, ascending, the full depth last."""
+        # Counted down from the full depth, which therefore is a candidate whatever the stride is.
         return tuple(range(blocks, -1, -(1 if blocks <= self.short else self.stride)))[::-1]
 
 
@@ -80,6 +84,7 @@ class Pretrained:
 
     def of(self, model: nn.Module, seed: int) -> nn.Module:
         """Return the model itself."""
+        # Not a copy: `Supernet` makes its own.
         del seed
         return model
 
@@ -161,6 +166,7 @@ def split_in_half(images: Batches, seed: int) -> tuple[Batches, Batches]:
     labels, subset = _labels_and_subset(images)
     by_class = _shuffled_by_class(labels, seed)
     # Every second image in order of class: half of each class.
+    # Sorted back into the order of the data set: the shuffle only decides which image belongs to which half.
     parts = [np.sort(by_class[first::2]) for first in (0, 1)]
     for part in parts:
         _check_classes(labels, part)

@@ -103,8 +103,10 @@ class Supernet(nn.Module):
             )
         full = {**sizes, **widths}
         for axis in self.graph.prunable:
+            # A frozen stream is not in `full`: it keeps all channels, so that its branches may have any width.
             if axis.residual_axis is None or axis.residual_axis not in full:
                 continue
+            # Only a branch that is named can be too wide; the others are narrowed to their streams.
             if widths.get(axis.name, 1) > full[axis.residual_axis]:
                 raise SurgeryError(
                     f"`widths` must not be wider for {axis.name!r} than for {axis.residual_axis!r}, its stream; "
@@ -165,13 +167,15 @@ class Supernet(nn.Module):
         """Return the parameters and buffers of a subnet that have prunable axes, by name: parts of the model's own."""
         tensors: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         gone = self.graph.removed_modules(subnet.removed_blocks)
+        # Modules that are replaced by stand-ins are not there during the call, and neither are their tensors.
         present = {name: tensors[name] for name in self._slices.names if not gone(name.rpartition(".")[0])}
         return self._slices.take(present, subnet.widths)
 
     def _widening_hooks(self, subnet: Subnet) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """For each branch narrower than its stream: the module that ends it, and a hook that widens what it returns."""
+        """Yield the module that ends each branch narrower than its stream, and a hook that widens its output."""
         if any(axis.residual_axis for axis in self.graph.prunable):
             for widening in branch_expansions(self.graph, self._prefix(subnet)):
+                # The cut model wraps the module. A hook does the same, and replaces no module of the supernet.
                 widen = ExpandChannels(nn.Identity(), widening.dim, widening.missing, widening.order)
                 yield widening.module, _on_output(widen)
 
@@ -195,6 +199,7 @@ class Supernet(nn.Module):
     def _sized(self, subnet: Subnet) -> Generator[None]:
         widths = dict(zip(self.graph.sizes, subnet.widths, strict=True))
         gone = self.graph.removed_modules(subnet.removed_blocks)
+        # Filled as the attributes are set, so that a failure halfway restores those that have been changed.
         before: list[tuple[nn.Module, SizeEdit, int]] = []
         try:
             for edit in self.graph.edits:
@@ -210,6 +215,7 @@ class Supernet(nn.Module):
 
 
 def _on_output(widen: nn.Module) -> Callable[..., Any]:
+    # The order of the channels is a buffer that was made on the CPU.
     return lambda _module, _inputs, output: widen.to(output.device)(output)
 
 
@@ -244,6 +250,7 @@ class CachedAttributes:
             (module, name)
             for module in model.modules()
             for name, value in vars(module).items()
+            # None as well: it may stand for a tensor that has not been computed yet.
             if name not in _MODULE_ATTRIBUTES and (value is None or isinstance(value, Tensor | dict))
         ]
 
@@ -255,6 +262,7 @@ class CachedAttributes:
             held = vars(module)
             before.append((held, name, held[name]))
             if isinstance(held[name], dict):
+                # A dictionary is filled in place, so the call gets a copy, and the original is put back.
                 held[name] = held[name].copy()
         try:
             yield
@@ -275,7 +283,7 @@ class _Dimension:
         dim: Number of the dimension.
         size: Its full length.
         parts: (number of the axis, its positions (axis size, multiplicity)) of every axis along it.
-        is_prefix: Whether the kept positions are always the first ones: one axis with one position per channel.
+        is_prefix: Whether the kept positions are always the first ones: one axis, whose channels own them in order.
     """
 
     dim: int
@@ -287,11 +295,12 @@ class _Dimension:
     def of(cls, dim: int, size: int, sites: Sequence[tuple[int, Site]]) -> "_Dimension":
         parts = tuple((number, site.index) for number, site in sites)
         first = parts[0][1]
+        # The first channels then own the first positions, also if each of them has several (after a flatten).
         is_prefix = len(parts) == 1 and np.array_equal(first.ravel(), np.arange(size))
         return cls(dim, size, parts, is_prefix)
 
     def take(self, tensor: Tensor, widths: Sequence[int]) -> Tensor:
-        """The part of the tensor that is used when each axis has its first ``widths[number]`` channels."""
+        """Return the part of the tensor that is used when each axis has its first ``widths[number]`` channels."""
         if self.is_prefix:
             number, index = self.parts[0]
             length = widths[number] * index.shape[1]
@@ -385,6 +394,7 @@ def reorder_channels(model: nn.Module, graph: ChannelGraph, order: Mapping[str, 
 
 def invert_order(order: Mapping[str, IntArray]) -> dict[str, IntArray]:
     """Return the order that undoes another one."""
+    # `argsort` gives the place of each channel in the permutation, which is the inverse permutation.
     return {name: np.argsort(permutation) for name, permutation in order.items()}
 
 
@@ -404,7 +414,7 @@ def add_branch_orders(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dic
 
 
 def _source_positions(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dict[str, dict[int, IntArray]]:
-    """For every tensor and dimension that changes: the old position of what comes to each position."""
+    """Return, for every dimension of a tensor that changes, the old position of what comes to each position."""
     sources: dict[str, dict[int, IntArray]] = {}
     for name, permutation in order.items():
         axis = graph.by_name.get(name)
@@ -417,6 +427,7 @@ def _source_positions(graph: ChannelGraph, order: Mapping[str, IntArray]) -> dic
             dims = sources.setdefault(site.tensor, {})
             if site.dim not in dims:
                 dims[site.dim] = np.arange(graph.tensors[site.tensor][site.dim].at(graph.sizes))
+            # All positions of a channel at once: the k-th position of channel i comes from the k-th of permutation[i].
             dims[site.dim][site.index] = site.index[permutation]
     return sources
 
@@ -461,6 +472,7 @@ def measuring_batch_norms(supernet: Supernet) -> Generator[None]:
     """Let batch norms use the statistics of the batch and average them plainly; all else is in evaluation mode."""
     norms = _tracking_norms(supernet)
     momenta = {norm: norm.momentum for norm in norms.values()}
+    # `evaluating` restores the mode of every module afterward, but not the momenta.
     with evaluating(supernet):
         try:
             for norm in norms.values():
@@ -483,9 +495,11 @@ def fresh_statistics(supernet: Supernet, subnet: Subnet) -> dict[str, Tensor]:
     fresh: dict[str, Tensor] = {}
     for norm in _tracking_norms(supernet):
         prefix = f"{norm}." if norm else ""
+        # The counter must begin at 0: with momentum None, torch weights batch n by 1 / n and takes n from the counter.
         for name, start in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             key = prefix + name
             if key in whole and not gone(norm):
+                # Norms over frozen axes have no part of their own, because every subnet uses all of them.
                 fresh[key] = torch.full_like(parts.get(key, whole[key]), start)
     return fresh
 

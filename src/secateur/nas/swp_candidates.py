@@ -42,6 +42,7 @@ class StageOptions:
     @property
     def size(self) -> int:
         """The number of candidates."""
+        # Python ints, because large stages have more candidates than int64 can count.
         return int(np.prod([int(top) + 1 for top in self.max_numbers], dtype=object))
 
     def write_(self, row: IntArray, widths: IntArray, blocks: IntArray) -> None:
@@ -114,6 +115,7 @@ class CandidateSpace:
         widths, blocks = costs.sizes.copy(), costs.present.copy()
         for stage, row in zip(self.of_stage, rows, strict=True):
             stage.write_(row, widths, blocks)
+        # A branch is at most as wide as its stream, and a stream that only sums branches is as wide as the widest one.
         fitted = self.context.streams.fitted(widths[None])[0]
         # A stream that crosses a cut stays whole, however narrow its branches are: in training the next stage has only
         # seen the full net's feature.
@@ -144,6 +146,7 @@ def _stage_options(context: SearchContext, stage: Stage, widths: Widths | None, 
     }
     by_axis = {number: found for number, found in by_axis.items() if len(found) > 1}
     column = {name: number for number, name in enumerate(costs.blocks)}
+    # Of a chain that crosses a cut, each stage chooses how many of its own blocks stay.
     inside = (tuple(column[b.name] for b in chain if b.name in stage.blocks) for chain in graph.chains)
     chains = tuple(chain for chain in inside if chain) if depths is not None else ()
     by_chain = tuple(depths.of(len(chain)) for chain in chains) if depths is not None else ()
@@ -180,9 +183,12 @@ class StageCandidates:
         dominated within their stage in loss and cost: each number comes from one of two parents, and some are moved by
         a step or two. A stage without a new candidate repeats its first one.
         """
+        # Seeded by the round, so that a resumed search proposes what the interrupted one did. Within the stages this is
+        # evolution, where a generation costs a pass; between them an exact method costs next to nothing.
         draw = np.random.default_rng((self._seed, self.rounds))
         new = [self._propose_for_stage(number, count, draw) for number in range(len(self._options.of_stage))]
         most = max(map(len, new))
+        # Networks are whole, so a stage without a new candidate takes part with a known one, which `record` ignores.
         firsts = [(self.rows[n] or new[n])[0] for n in range(len(new))]
         return [
             tuple(rows[at] if at < len(rows) else first for rows, first in zip(new, firsts, strict=True))
@@ -220,6 +226,7 @@ class StageCandidates:
             # A candidate costs what it adds to the smallest network, which is the base of the table.
             networks = [(*options.smallest[:stage], row, *options.smallest[stage + 1 :]) for row in rows]
             for field, values in self._costs(networks).items():
+                # A wider layer may take less time than a narrower one, but costs in a table are not negative.
                 costs[field].append(np.maximum(values - base[field], 0))
         losses = tuple(np.array(known, dtype=np.float64) for known in self.losses)
         return StageTable(losses, {field: tuple(found) for field, found in costs.items()}, base, context.limits)
@@ -229,12 +236,14 @@ class StageCandidates:
         both = [self._options.network_sizes(rows) for rows in networks]
         widths, blocks = np.stack([widths for widths, _ in both]), np.stack([blocks for _, blocks in both])
         context = self._options.context
+        # MACs are reported even if they are not limited.
         return context.costs.fields({"macs", *context.limits}, widths, blocks)
 
     def _propose_for_stage(self, stage: int, count: int, draw: np.random.Generator) -> list[IntArray]:
         options, seen = self._options.of_stage[stage], {tuple(row.tolist()) for row in self.rows[stage]}
         found: list[IntArray] = []
         parents = self._parents(stage)
+        # Without the smallest candidate of every stage, no combination might fit a budget that `SWP.least` allows.
         first = [options.max_numbers, np.zeros_like(options.max_numbers)] if self.rounds == 0 else []
         for number in range(count * _DRAWS_PER_CANDIDATE):
             if len(found) == min(count, options.size - len(self.rows[stage])):
@@ -276,6 +285,7 @@ def _sample_spread(options: StageOptions, draw: np.random.Generator) -> IntArray
 
     Independent uniform numbers alone would give nearly all candidates a middle size.
     """
+    # The middle may lie outside of [0, 1], so that some candidates have all numbers at their lowest or highest.
     middle, width = draw.uniform(-0.25, 1.25), 0.35
     noise = draw.uniform(-width, width, len(options.max_numbers))
     return np.rint(np.clip(middle + noise, 0, 1) * options.max_numbers).astype(np.int64)
@@ -283,6 +293,7 @@ def _sample_spread(options: StageOptions, draw: np.random.Generator) -> IntArray
 
 def _sample_child(options: StageOptions, parents: Sequence[IntArray], draw: np.random.Generator) -> IntArray:
     """Take each number from one of two neighboring parents, and move about 1.5 of them by one or two steps."""
+    # Parents are in order of loss, so neighbors are alike in loss and size, and their child is as well.
     at = int(draw.integers(len(parents)))
     other = min(max(at + int(draw.integers(-2, 3)), 0), len(parents) - 1)
     genes = np.where(draw.random(len(options.max_numbers)) < 0.5, parents[at], parents[other])

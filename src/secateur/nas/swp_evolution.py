@@ -39,6 +39,7 @@ def _run_pymoo(
             # Fractions of their ranges, because NSGA-II compares distances across objectives.
             loss, cost = rows.totals(x)
             out["F"] = np.column_stack([loss / loss_scale, *(cost[field] / cost_scale[field] for field in objectives)])
+            # pymoo takes a constraint for met where G <= 0.
             if len(cost):
                 out["G"] = ((cost - rows.capacity[:, None]) / cost_scale[:, None]).T
 
@@ -117,6 +118,7 @@ class Evolution(Combination):
                 f"{self.population}. `ExactKnapsack` says whether there is one. {table.infeasible()}"
             )
         loss, cost = rows.totals(found)
+        # The last key of `lexsort` counts first: loss, then costs, then candidates, as for `ExactKnapsack`.
         best = np.lexsort((*found.T[::-1], *cost[::-1], loss))[0]
         return table.choose(rows.candidate_numbers(found[best].tolist()))
 

@@ -84,6 +84,7 @@ _NEAREST = 10
 """Candidates of each stage of which the first choice is made."""
 _SCALE = 1e6
 """Losses and costs are scaled to numbers up to this for the solver, whose tolerances are absolute."""
+# Ten times what the solver may overlook: 1e-6 of the dearest candidate. See `_IntegerProgram.solve`.
 _SPARE_CAPACITY = 1e-5 * _SCALE
 
 
@@ -125,10 +126,14 @@ def solve_knapsack(table: StageTable) -> StageChoice:
     table.check()
     rows = ReducedTable.of(table, tuple(table.as_integers.capacity))
     prices = _IntegerProgram.of(rows).prices()
+    # Steps 1 and 2. Any choice within the capacity is a bound; a few candidates of every stage give a good one quickly.
+    # Here the bound is infinite, so that its prices only decide which sums are kept if there are too many.
     near = rows.select(rows.cheapest(prices, _NEAREST))
     first = _best(near, enumerate_nondominated(near, Bound(prices, np.inf), most=100 * _NEAREST))
     if first is not None:
         rows = rows.prune(Bound.around(rows, prices, near.loss(first)))
+    # Steps 3 and 4. The solver takes a candidate of weight 1e-6 for unused, so that its answer may exceed a limit.
+    # It only bounds the sums in whole numbers, which decide.
     answer = _IntegerProgram.of(rows).solve()
     bound = Bound.around(rows, prices, np.inf if answer is None else rows.loss(answer))
     best = _best(rows, enumerate_nondominated(rows, bound), answer)
@@ -184,11 +189,13 @@ class _IntegerProgram:
                 integrality=np.ones(len(self.objective)),
                 bounds=Bounds(0, 1),
                 constraints=[LinearConstraint(self._stages(), 1, 1), *limits],
+                # By default HiGHS stops 0.01 % above the best.
                 options={"mip_rel_gap": 0.0},
             )
             if found.x is None:
                 return None
             ends = np.cumsum([len(row) for row in self.rows.losses])[:-1]
+            # Whole numbers up to the tolerance: the largest of a stage is its 1.
             chosen = tuple(int(part.argmax()) for part in np.split(found.x, ends))
             if self.rows.fits(chosen):
                 return chosen
@@ -200,6 +207,7 @@ class _IntegerProgram:
             return np.zeros(0)
         ones = np.ones(len(self.rows.losses))
         found = linprog(self.objective, self.usage, self.capacity, self._stages(), ones, method="highs")
+        # A marginal is the change of the loss per unit of capacity: not positive, and the negative of the price.
         return np.zeros(len(self.capacity)) if found.x is None else np.maximum(-found.ineqlin.marginals, 0) * self.units
 
     def _stages(self) -> sparse.csr_array:
@@ -228,6 +236,7 @@ def fill_budget(options: CandidateSpace, rows: CandidateRows) -> CandidateRows:
         ups = now + np.eye(len(now), dtype=np.int64)[now < tops]
         if not len(ups) or _used_fraction(options, now[None], sizes)[0] >= FULL_ENOUGH:
             return _split_by_stage(now, sizes)
+        # No step is scored: wider never costs accuracy, and the differences between candidates are much larger.
         fits = _used_fraction(options, ups, sizes) <= 1
         if not fits.any():
             return _split_by_stage(now, sizes)
@@ -245,4 +254,5 @@ def _used_fraction(options: CandidateSpace, networks: IntArray, sizes: list[int]
     widths, blocks = np.stack([widths for widths, _ in both]), np.stack([blocks for _, blocks in both])
     limits = options.context.limits
     found = options.context.costs.fields(limits, widths, blocks)
+    # A limit may be zero.
     return np.max([found[name] / max(limit, 1e-300) for name, limit in limits.items()], axis=0)

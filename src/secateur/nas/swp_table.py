@@ -153,6 +153,7 @@ class IntegerTable:
             if limit < math.inf:
                 # In fractions, because the difference of two floats may round to more than the capacity is.
                 exact = (Fraction(limit) - Fraction(table.base[field])) * Fraction(2) ** shift
+                # Cut to int64: more than the sum of all costs is no limit, and -1 says as much as any negative number.
                 capacity[field] = max(min(math.floor(exact), 2 ** (_BITS + 1)), -1)
         return cls(losses, costs, {field: capacity[field] for field in table.limits if field in capacity})
 
@@ -206,6 +207,7 @@ def _are_counts(rows: Sequence[CostArray]) -> bool:
 
 def _exponent(rows: Sequence[CostArray]) -> int:
     """The power of two that brings the largest sum of magnitudes close to, but not over, 2^60."""
+    # A power of two, because scaling by it changes no digit of a float.
     total = math.fsum(float(np.abs(row).max()) for row in rows)
     return _BITS - math.frexp(total)[1] if total > 0 else 0
 
@@ -255,6 +257,7 @@ class ReducedTable:
         whole, stages = table.as_integers, range(table.stages)
         absolute = [_stack([whole.costs[field][stage] for field in fields], whole.losses[stage]) for stage in stages]
         least = [cost.min(axis=1, keepdims=True) for cost in absolute]
+        # Every choice has one candidate of each stage, so that these differences order the choices as the losses do.
         losses = [loss - loss.min() for loss in whole.losses]
         costs = [cost - low for cost, low in zip(absolute, least, strict=True)]
         # A capacity that the dearest candidates fit into is no limit. Cut to their sum, it cannot overflow.
@@ -284,6 +287,7 @@ class ReducedTable:
     def cheapest(self, prices: FloatArray, most: int) -> list[IntArray]:
         """Return, for each stage, the rows of the candidates with the smallest loss + price . cost."""
         terms = (loss + prices @ cost for loss, cost in zip(self.losses, self.costs, strict=True))
+        # Rows stay in the order of the candidates, by which equal choices are told apart.
         return [np.sort(np.argsort(term, kind="stable")[:most]) for term in terms]
 
     def loss(self, rows: Sequence[int]) -> int:
@@ -325,6 +329,7 @@ class Bound:
     @classmethod
     def around(cls, rows: ReducedTable, prices: FloatArray, loss: float) -> "Bound":
         """Return the bound given by a choice of this loss, with a margin for rounding, since terms are in float64."""
+        # float64 rounds each term to 1e-16 of its size, so 1e-12 of the largest possible sum is ample.
         losses = sum(float(row.max()) for row in rows.losses)
         costs = sum(cost.max(axis=1).astype(np.float64) for cost in rows.costs)
         return cls(prices, loss + 1e-12 * (losses + float(prices @ (costs + np.abs(rows.capacity)))))
@@ -381,11 +386,13 @@ def enumerate_nondominated(
         step = max(_SUMS_AT_ONCE // len(rows.losses[stage]), 1)
         blocks = [
             _extend(sums.at(np.arange(first, min(first + step, len(sums.loss)))), rows, stage, rest, bound)
+            # At least one block, so that there is something to concatenate if no choice is left.
             for first in range(0, max(len(sums.loss), 1), step)
         ]
         sums = _drop_dominated(_concatenate(blocks, complete=sums.complete))
         if len(sums.loss) > most:
             by = sums.loss.astype(np.float64) if bound is None else _lower_bounds(sums, rows, stage, bound)
+            # Sorted back into lexicographic order, in which the first of equal choices counts.
             kept = np.sort(np.argsort(by, kind="stable")[:most])
             sums = PartialChoices(sums.rows[kept], sums.loss[kept], sums.cost[:, kept], complete=False)
     return sums
@@ -402,6 +409,8 @@ def nondominated_indices(losses: IntArray, costs: IntArray) -> IntArray:
     order = np.lexsort((*costs[::-1], losses))
     if not len(costs):
         return order[:1]
+    # With one cost, a point stays if it is cheaper than every point of smaller loss; with several it is compared with
+    # all that stay, in quadratic time.
     if len(costs) == 1:
         cost = costs[0, order]
         before = np.concatenate(([np.iinfo(np.int64).max], np.minimum.accumulate(cost)[:-1]))
@@ -422,6 +431,7 @@ def _extend(
     candidates = len(rows.losses[stage])
     cost = (sums.cost[:, :, None] + rows.costs[stage][:, None, :]).reshape(len(rows.capacity), -1)
     fits = np.flatnonzero((cost <= (rows.capacity - rest)[:, None]).all(axis=0))
+    # Sums lie as (choice, candidate), so the flat number says both, and their order remains lexicographic.
     before, added = np.divmod(fits, candidates)
     longer = np.concatenate((sums.rows[before], added[:, None]), axis=1)
     found = PartialChoices(longer, sums.loss[before] + rows.losses[stage][added], cost[:, fits], sums.complete)
@@ -444,6 +454,7 @@ def _drop_dominated(sums: PartialChoices) -> PartialChoices:
     # With several costs, finding dominated points takes quadratic time, so of many points only duplicates are dropped.
     order = sums.order_by_loss()
     points = np.vstack((sums.loss, sums.cost))[:, order]
+    # `lexsort` is stable, so that of equal points the first choice is the first here too.
     first = np.concatenate(([True], (points[:, 1:] != points[:, :-1]).any(axis=0)))
     return sums.at(np.sort(order[first]))
 

@@ -127,6 +127,8 @@ class SupervisionTarget:
         if self.averaged is None:
             return own
         # Var(x) = E[Var_i + mean_i^2] - E[mean_i]^2 over equal parts i.
+        # With a variance of its own, a process would weight stages differently from a single one (1e-3 of the first
+        # loss). In float64, because two nearly equal numbers are subtracted.
         means = torch.stack([output.mean() for output in self.outputs]).double()
         squares, means = self.averaged(torch.cat([own.double() + means**2, means])).chunk(2)
         return (squares - means**2).to(own)
@@ -137,6 +139,7 @@ class Supervision(ABC):
 
     def check(self, stages: Sequence[Stage]) -> None:
         """Refuse stages that the loss cannot be computed for."""
+        # Only the last stage returns logits; a feature between stages can be compared with neither labels nor logits.
         if len(stages) > 1:
             raise BudgetError(
                 f"`supervision` must be InPlace() for a model in stages; got {self} for {len(stages)} of them. "
@@ -226,6 +229,7 @@ class SupernetStep(TrainingStep):
     def __init__(self, config: SWPSearchConfig, supernet: Supernet) -> None:
         self.loop, self.train, self.fabric = "search", config.train, config.fabric
         self.steps = config.train.steps_per_epoch(len(config.images))
+        # `begin` seeds the numbers of every epoch.
         self.config, self.counts, self.draw = config, TrainingCounts(config.options), np.random.default_rng()
         self._supernet = supernet
         self._weights = Learner.of(supernet, config.train, config.fabric)
@@ -238,6 +242,8 @@ class SupernetStep(TrainingStep):
 
     def begin(self, epoch: int) -> None:
         """See `TrainingStep.begin`."""
+        # In place, because `generators` refers to the same object. Seeded by the epoch: a resumed training draws what
+        # an uninterrupted one draws.
         self.draw.bit_generator.state = np.random.default_rng((self.train.seed, epoch)).bit_generator.state
 
     @contextmanager
@@ -260,6 +266,7 @@ class SupernetStep(TrainingStep):
             logits, stage_inputs = stage_features(supernet, stages, images)
         full = F.cross_entropy(logits.float(), labels)
         if config.sampler.full_learns:
+            # At once, so that the activations of the full net are free before the other networks run.
             self.fabric.backward(full)
             self.counts.add(config.options.largest)
         # The loss of a stage is relative to the variance of the whole batch, of which this process has a part.
@@ -270,11 +277,14 @@ class SupernetStep(TrainingStep):
         for rows in networks:
             with self.fabric.autocast():
                 outputs = run_stages(supernet, config.options.subnet(rows), stages, images, stage_inputs)
+            # The paper gives neither the loss nor its weight: a mean over the networks, beside the cross-entropy with
+            # weight 1.
             losses = config.supervision.losses(outputs, target) / len(networks)
             # One network at a time, so that only its activations are in memory.
             self.fabric.backward(losses.sum())
             of_stage += losses.detach()
             self.counts.add(rows)
+        # Once for all networks, with one message to the other processes after the last backward pass.
         self._weights.update()
         # No total: it is the sum of these parts.
         names = [f"stage_{number}" for number in range(1, len(stages) + 1)]
@@ -325,6 +335,7 @@ class TrainingCounts:
         removed = frozenset(subnet.removed_blocks)
         widths = dict(zip(axes, subnet.widths, strict=True))
         for name, times in self._times.items():
+            # Channels learn unless every tensor that has them was removed with a block.
             if not all(holders & removed for holders in self._holders[name]):
                 times[widths[name]] += 1
 
@@ -338,6 +349,7 @@ class TrainingCounts:
         if not any(self._seen):
             return 1.0
         sizes = self._options.context.inputs.graph.sizes
+        # Subnets are prefixes: the first channel learns in every network, the last one only in those of full width.
         return min((times[sizes[name]] / max(times.total(), 1) for name, times in self._times.items()), default=1.0)
 
     @property

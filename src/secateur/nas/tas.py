@@ -73,6 +73,7 @@ class TAS(Strategy):
 
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
     depths: Depths | None = None
+    # Both rates were measured on ResNet-20 (docs/log.md): 0.005 for the weights, or 0.05 for alpha, cost about a point.
     train: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
     alpha_optimizer: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
     temperature: LinearTemperature | CosineTemperature = LinearTemperature()  # noqa: RUF009 -- frozen
@@ -96,7 +97,7 @@ class TAS(Strategy):
         return True
 
     def least(self, context: SearchContext) -> Cost:
-        """Cost of the smallest candidates."""
+        """Return the cost of the smallest candidates."""
         graph = context.inputs.graph
         widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in context.levels]
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
@@ -105,14 +106,16 @@ class TAS(Strategy):
         return context.costs.without(gone).cost_of(context.streams.fitted(smallest[None])[0])
 
     def find(self, context: SearchContext) -> Proposal:
-        """Notes: ``search``, what every epoch looked like (see the report), and ``unsearched``: axes left whole.
+        """Search, see `Strategy.find`.
+
+        The notes are ``search``, a record of every epoch, and ``unsearched``, the axes that were left whole.
 
         Raises:
             DataError: If there are no training images, they cannot be split in two, or batches are missing that
                 `SupernetWeights` needs.
             BudgetError: If nothing has two candidates.
             TrainingError: If a loss is no longer finite; the last checkpoints stay.
-            Stopped: If that was asked for.
+            Stopped: If that was requested.
         """
         if context.training is None:
             raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
@@ -127,6 +130,7 @@ class TAS(Strategy):
         supernet = Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order)
         candidates = WidthCandidates.of(context, self.widths, self.depths, supernet.mixable)
         assert context.training is not None
+        # First-order bi-level optimization: alpha is judged by images that the weights have not learned from.
         halves = split_in_half(context.training.train, inputs.seed)
         config = self.search_config(context, candidates, halves)
         device = config.fabric.device
@@ -166,6 +170,8 @@ class TAS(Strategy):
             cost=ExpectedCost(context, candidates, self.tolerance),
             for_weights=images[0],
             for_alpha=images[1],
+            # Without calibration images the derived network has no batch-norm statistics with which it could be
+            # validated.
             validation=data.validation if data and len(data.validation) and calibration else None,
             augment=data.augment if data else None,
             calibration=calibration,
@@ -185,6 +191,8 @@ class TAS(Strategy):
             "seed": str(context.inputs.seed),
             "precision": fabric_precision(config.fabric).name,
             "model": model_sha256(context.inputs.model),
+            # Scores of other batches give another order, in which the weights of a checkpoint would belong to other
+            # channels.
             "axes": f"{len(supernet.order)}, {order_digest(supernet.order)}",
             "images": f"{len(config.for_weights)} and {len(config.for_alpha)}",
             "validation": "none" if config.validation is None else f"{len(config.validation)} images",

@@ -43,6 +43,7 @@ class ExpectedCost:
         widths = torch.as_tensor(costs.sizes, dtype=torch.float64, device=device)
         if len(self.candidates.axes):
             table = torch.as_tensor(self.candidates.widths, dtype=torch.float64, device=device)
+            # In float64, because the MACs of a large network have more digits than float32.
             means = (choice.log_widths.double().exp() * table).sum(1)
             widths = widths.index_copy(0, torch.as_tensor(self.candidates.axes, device=device), means)
         streams = self.context.streams
@@ -50,6 +51,7 @@ class ExpectedCost:
         for branch, stream in streams.branches.tolist():
             if stream not in self.candidates.axes:
                 continue
+            # E[min(a, b)] = -E[max(-a, -b)].
             narrower = -_expected_maximum([(-w, p) for w, p in self._drawn(choice, (branch, stream))])
             widths = widths.index_put((torch.tensor([branch], device=device),), narrower)
         for stream, branches in streams.sums:
@@ -75,6 +77,7 @@ class ExpectedCost:
         for row, number in enumerate(self.candidates.chains.tolist()):
             depths = torch.as_tensor(self.candidates.depths[row], device=p.device)
             for place, block in enumerate(self.context.inputs.graph.chains[number], 1):
+                # A chain keeps its first blocks, so block number `place` is kept at every depth from `place` on.
                 kept = (p[row] * (depths >= place)).sum()
                 present = present.index_put((torch.tensor([column[block.name]], device=p.device),), kept)
         return present
@@ -118,6 +121,7 @@ class ExpectedCost:
         # A limit may be zero: the smallest positive number avoids a division by zero without a special case.
         original, limits = self.context.costs.original, self.context.limits
         now = self.most_likely(choice)
+        # The most likely architecture says whether and in which direction to push; it has no gradient, so E is pushed.
         field = max(limits, key=lambda name: getattr(now, name) / max(limits[name], 1e-300))
         expected = torch.log(self.expected(choice)[field] / (getattr(original, field) or 1))
         cost, limit = getattr(now, field), limits[field]
@@ -199,6 +203,8 @@ def _keys(all_levels: Sequence[IntArray], candidates: WidthCandidates, p: FloatA
             keys.append(np.zeros(0))
             continue
         mine, likely = candidates.widths[row[axis]], p[row[axis]]
+        # P(width <= w) is small where a wider width is likely: such a step is taken early. It lies in [0, 1], so that
+        # -1 comes before all of these steps, and 1 more comes after them.
         at_most = (likely[None, :] * (mine[None, :] <= levels[:-1, None])).sum(axis=1)
         beyond = levels[1:] > mine[likely.argmax()]
         keys.append(np.where(levels[1:] <= mine[0], -1.0, at_most + beyond))
@@ -214,6 +220,7 @@ class _Blocks:
 
     def removed(self) -> tuple[str, ...]:
         """Return the names of the blocks to remove."""
+        # The argmax alone may exceed the budget or leave half of it unused, so it is only where the choice begins.
         now = [int(row.argmax()) for row in self._p]
         while self._cost(now) > 1:
             options = [self._moved(now, chain, -1) for chain, number in enumerate(now) if number > 0]

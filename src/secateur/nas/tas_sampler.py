@@ -110,6 +110,7 @@ class WidthDistribution(nn.Module):
             # A row of one candidate is decided: clamping the count keeps log(1) = 0 out of the denominator.
             parts: list[Tensor] = []
             for log_p in (self.log_widths, self.log_depths):
+                # p log p is 0 where p is 0, but 0 * -inf would be NaN.
                 p = log_p.exp()
                 count = (p > 0).sum(1).clamp_min(2)
                 parts.append(-(p * log_p.clamp_min(-1e3)).sum(1) / count.log())
@@ -147,6 +148,8 @@ def draw_two(log_p: Tensor, temperature: float, generator: torch.Generator) -> t
     """
     noise, order = gumbel(log_p.shape, generator), gumbel(log_p.shape, generator)
     z = (log_p + noise.to(log_p)) / temperature
+    # Which two are drawn has no gradient; their weights have. Candidates are ascending, so that after sorting the first
+    # one is the narrower.
     drawn = (z.detach() + order.to(log_p)).topk(2, dim=1).indices.sort(dim=1).values
     return drawn, z.gather(1, drawn).softmax(1)
 
@@ -201,6 +204,7 @@ def _spread(supernet: Supernet, choice: WidthDistribution, shares: Tensor) -> tu
     found = [_all_of(len(chain), shares) for chain in supernet.graph.chains]
     for row, number in enumerate(choice.candidates.chains.tolist()):
         depths = torch.from_numpy(choice.candidates.depths[row]).to(shares.device)
+        # Added, because padding repeats the last depth, with share 0.
         found[number] = torch.zeros_like(found[number]).index_add(0, depths, shares[row])
     return tuple(found)
 

@@ -179,6 +179,7 @@ class TASStep(TrainingStep):
 
     def begin(self, epoch: int) -> None:
         """See `TrainingStep.begin`."""
+        # Seeded by the epoch, so that a resumed search draws what an uninterrupted one draws.
         seed = np.random.SeedSequence((self.train.seed, epoch)).generate_state(1, np.uint64)[0]
         self.noise.manual_seed(int(seed >> np.uint64(1)))
 
@@ -203,6 +204,7 @@ class TASStep(TrainingStep):
 
     def temperature(self, step: int) -> float:
         """Return tau of a step, from 0 over all epochs."""
+        # The last step is at fraction 1; a search of a single step has only the first temperature.
         return self._config.temperature.at(step / max(self.train.epochs * self.steps - 1, 1))
 
     def update_weights(self, images: Tensor, labels: Tensor, temperature: float, share: float = 1.0) -> Tensor:
@@ -242,6 +244,7 @@ class TASStep(TrainingStep):
         self._alpha.zero_grad()
         self.fabric.backward(loss + COST_WEIGHT * cost)
         self._alpha.update()
+        # `parameters` holds the trained weights only, so that those that the user has frozen are not trained afterward.
         for weight in self._weights.parameters:
             weight.requires_grad = True
         return {"architecture": loss.detach(), "cost": cost.detach()}
@@ -264,7 +267,7 @@ class TASStep(TrainingStep):
         return Subnet(tuple(int(width) for width in derived.widths), derived.removed_blocks)
 
     def _probabilities(self) -> tuple[FloatArray, FloatArray]:
-        """Of the widths, (axes, candidates), and of the depths, (chains, candidates)."""
+        """Return the probabilities of the widths, (axes, candidates), and of the depths, (chains, candidates)."""
         log_p = self.distribution.log_widths, self.distribution.log_depths
         widths, depths = (each.detach().exp().double().cpu().numpy() for each in log_p)
         return widths, depths
@@ -287,7 +290,7 @@ class TASStep(TrainingStep):
         }
 
     def _expected(self) -> dict[str, float]:
-        """Expected cost as fractions of the whole model's."""
+        """Return the expected cost as fractions of the whole model's."""
         cost = self._config.cost
         with torch.no_grad():
             expected = cost.expected(self.distribution)
@@ -308,7 +311,7 @@ class TASStep(TrainingStep):
         return EpochReport(record, numbers, self._line(record))
 
     def _record(self, summary: EpochSummary, temperature: float, accuracy: float | None) -> dict[str, Any]:
-        """What the report draws of an epoch."""
+        """Return what the report draws of an epoch."""
         cost = self._config.cost
         candidates, names, chains = cost.candidates, cost.context.costs.axes, cost.context.inputs.graph.chains
         p, q = self._probabilities()
@@ -350,7 +353,7 @@ class TASStep(TrainingStep):
         return "  ".join([*words, f"{record['seconds']:.1f} s"])
 
     def _validate(self) -> float | None:
-        """Accuracy of the derived network as it stands, with batch norms measured on the calibration images."""
+        """Return the accuracy of the derived network as it is, with batch norms measured on the calibration images."""
         config = self._config
         if config.validation is None:
             return None
@@ -366,6 +369,7 @@ class TASStep(TrainingStep):
             device=self.fabric.device,
             fabric=self.fabric,
         )
+        # `_FixedSubnet.eval()` has put the supernet itself into evaluation mode.
         self.supernet.train()
         return result.value
 

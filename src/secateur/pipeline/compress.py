@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget, limits_latency
@@ -59,6 +60,7 @@ from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, train_with_teacher
 
 
+@in_default_state
 def compress(
     model: nn.Module,
     data: ImageData,

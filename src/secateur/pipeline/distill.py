@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
@@ -142,6 +143,7 @@ class DistillPlan:
 _IMAGES = 8
 
 
+@in_default_state
 def distill_model(
     student: ModelSpec,
     *,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur.cost.budget import Cost, format_cost
 from secateur.cost.denormals import Denormals, count_denormals
 from secateur.cost.macs import CostModel
@@ -109,6 +110,7 @@ class ModelReport:
         }
 
 
+@in_default_state
 def inspect_model(
     model: nn.Module,
     example: Tensor,

@@ -63,6 +63,9 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
         folder = None if work is None else work.search_checkpoint(number)
         result = _search(plan, original, graph, batches, strategy=strategy, folder=folder)
         plan.log(f"Found an architecture in {time.perf_counter() - began:.1f} s: {_describe(result)}.")
+        if result.frozen:
+            plan.log(f"Could not be cut exactly and stays whole: {', '.join(name for name, _ in result.frozen)}.")
+            graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
         uncut = CutInput(original, _trained(original, result), graph, [images for images, _ in batches], plan.run.seed)
         pruned = plan.cut.init.cut(uncut, result.architecture)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from secateur._caller_state import in_default_state
 from secateur._files import read_bytes
 from secateur._provenance import sha256_of
 from secateur.cost.macs import count_macs, count_params
@@ -159,6 +160,7 @@ class Verified:
         return all(check.passed for check in self.checks)
 
 
+@in_default_state
 def verify(
     folder: Path | str,
     *,

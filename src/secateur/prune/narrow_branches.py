@@ -51,6 +51,7 @@ class ExpandChannels(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of ``inner`` with the channels of the stream."""
         out: Tensor = self.inner(*args, **kwargs)
+        # `pad` takes pairs from the last dimension on, up to the one with the channels.
         out = F.pad(out, (0, 0) * (out.dim() - 1 - self.dim) + (0, self.missing))
         return out if self.index is None else out.index_select(self.dim, self.index)  # type: ignore[arg-type]
 
@@ -161,6 +162,7 @@ def expand_branches_(model: nn.Module, widenings: Iterable[ChannelExpansion]) ->
         if inner is model:
             raise SurgeryError("`widenings` must name modules within the model; got the model itself.")
         wide = ExpandChannels(inner, widening.dim, widening.missing, widening.order)
+        # The order of the channels must lie where the module computes.
         device = next((t.device for t in (*inner.parameters(), *inner.buffers())), None)
         setattr(model.get_submodule(path), leaf, wide.to(device).train(inner.training))
 

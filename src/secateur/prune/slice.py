@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from secateur._arrays import IntArray
+from secateur._caller_state import in_default_state
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
@@ -181,6 +182,7 @@ def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
     return graph.tensors[tensor][dim].at(graph.sizes)
 
 
+@in_default_state
 def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """Return a new, smaller model: blocks removed, every tensor sliced, every size set. Kept weights are unchanged.
 
@@ -217,6 +219,7 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
     return small
 
 
+@in_default_state
 def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """Return a copy of the full model in which the parameters of removed channels, and removed branches, are zero.
 
@@ -226,6 +229,7 @@ def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architectu
     return _zero_parameters(model, graph, architecture, frozenset(Role))
 
 
+@in_default_state
 def mask_readers(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> nn.Module:
     """Return a copy of the full model in which only the weights that read removed channels, or add them, are zero.
 

@@ -396,7 +396,7 @@ def _cropped(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _second_example(example: tuple[Any, ...], crop: tuple[Any, ...] | None, most: int) -> tuple[Any, ...] | None:
-    """Return images of a size that no other pass compares: at most so many pixels, or twice as many if all are small."""
+    """Return images of a size that no other pass compares: at most so many pixels, or twice as many if few."""
     if crop is None:
         images = [part for part in example if _is_image(part)]
         small = images and max(max(part.shape[2:]) for part in images) <= 64

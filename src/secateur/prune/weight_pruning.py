@@ -87,6 +87,7 @@ class Iterative(SparsitySchedule):
     def density_at(self, progress: float) -> float:
         """Return the density of the current round."""
         _check_progress(progress)
+        # At progress 1 the last round is complete, and there is no further one.
         done = min(int(progress * self.rounds) + 1, self.rounds)
         return self.density ** (done / self.rounds)
 
@@ -130,6 +131,7 @@ class Cubic(SparsitySchedule):
         """Return the density on the curve."""
         _check_progress(progress)
         done = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        # Eq. (1) in densities: with s = 1 - density it keeps its form.
         return self.density + (self.initial_density - self.density) * (1 - done) ** 3
 
 
@@ -236,6 +238,7 @@ class UniformAllocation(Allocation):
 
     def __call__(self, scores: Scores, density: float) -> dict[str, Tensor]:
         """See `Allocation`."""
+        # Not `uniform_counts`, which rounds to the nearest count: here the density is an upper bound.
         return keep_largest(scores, {name: math.floor(density * score.numel()) for name, score in scores.items()})
 
 
@@ -276,6 +279,7 @@ class NOfM(Allocation):
                 f"`density` must be at least {self.n / self.m:g} for {self.n} of {self.m}; got {density}. "
                 "Ask for that much, or use another allocation."
             )
+        # A schedule passes through higher densities, which the pattern does not have: everything is kept until it ends.
         return masks if density == self.n / self.m else {name: mask.logical_or(~mask) for name, mask in masks.items()}
 
 
@@ -316,6 +320,7 @@ class WeightPruning:
             SparsityError: If the density is out of range, a pattern matches nothing, or batches are missing.
         """
         check_density("density", density, dense=True)
+        # Read through the masks: what was pruned before is 0 here, so it scores lowest and stays pruned.
         weights = prunable_weights(model, exclude=self.exclude)
         device = next(iter(weights.values())).device
         here = [(images.to(device), labels.to(device)) for images, labels in batches]
@@ -336,6 +341,7 @@ class WeightPruning:
         Raises:
             BudgetError: If more parameters than that may not be pruned.
         """
+        # Both numbers count a tensor that modules share once.
         size = sum(weight.numel() for weight in prunable_weights(model, exclude=self.exclude).values())
         rest = sum(parameter.numel() for parameter in model.parameters()) - size
         # The bound is on all parameters, the density only on those that may be pruned.
@@ -347,6 +353,7 @@ class WeightPruning:
                 f"`nonzero` must leave room for the {rest} parameters that are not pruned one by one (biases, norms, "
                 f"what is excluded); got {math.floor(nonzero)}. Allow more than {rest}, or exclude less."
             )
+        # For a fixed pattern, such as 2 of 4, there may be no density that uses the whole bound.
         return self.allocation.attainable_density(room / size)
 
 
@@ -365,6 +372,7 @@ class Sparsify:
 
     density: float
     pruning: WeightPruning = WeightPruning()
+    # Not in the `repr`, by which a checkpoint recognizes its run.
     batches: Sequence[Batch] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -377,8 +385,11 @@ class Sparsify:
             step: The number of the step, from 0; ``steps`` stands for the end of the run.
             steps: The number of steps of the whole run; with 0, all pruning happens at once.
         """
+        # A function of the step alone, so that a resumed run needs nothing but the masks, which are in the student's
+        # state.
         schedule, last = self.pruning.schedule(self.density), steps - 1
         if step >= last:
+            # The last step trains at the final density, also if it is no multiple of `every`, or the only step.
             return schedule.density_at(1.0)
         # The density of the last step at which masks may have changed.
         return schedule.density_at((step - step % self.pruning.every) / last)
@@ -398,5 +409,7 @@ class Sparsify:
     def update_(self, model: nn.Module, step: int, steps: int) -> None:
         """Set the masks of a step in place in a model that `start` returned, if the density changes at this step."""
         density = self.density_before(step, steps)
+        # The masks of step 0 are those of `start`.
         if step and density != self.density_before(step - 1, steps):
+            # `set_masks_` wants every mask of the model; weights that are excluded here may have one from before.
             set_masks_(model, get_masks(model) | self.pruning.masks(model, density, self.batches))

@@ -33,6 +33,7 @@ def random_scores(weights: Weights, *, seed: int = 0) -> dict[str, Tensor]:
         weights: The result of `prunable_weights`.
         seed: The random seed; the global random state of torch is not used.
     """
+    # On the CPU, because a GPU draws other numbers from the same seed.
     generator = torch.Generator().manual_seed(seed)
     return {
         name: _pruned_last(torch.rand(weight.shape, generator=generator).to(weight.device), weight)
@@ -88,6 +89,7 @@ def snip_scores(model: nn.Module, weights: Weights, batches: Iterable[Batch], lo
         Lee et al. (SNIP), arXiv:1810.02340, connection sensitivity.
     """
     sums, _ = _sum_over_batches(model, weights, batches, loss, torch.mul)
+    # The sum over the batches of w * g is their number times w * mean(g), and the division below cancels the number.
     scores = {name: total.abs() for name, total in sums.items()}
     whole = sum(score.sum().item() for score in scores.values())
     return {name: score / (whole or 1.0) for name, score in scores.items()}
@@ -134,18 +136,23 @@ def _sum_over_batches(
     # Without masks, gradients reach the weights themselves, of which pruned ones are zero.
     copied = with_recurrent_gradients_(make_permanent_(copy_model(model)).eval())
     parameters = dict(copied.named_parameters(remove_duplicate=False))
+    # Frozen weights have scores too: they can be pruned without being trained.
     named = {name: parameters[name].requires_grad_() for name in weights}
     sums = {
+        # Half-precision sums would lose the terms of later batches.
         name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for name, weight in weights.items()
     }
     count = 0
     for inputs, labels in batches:
+        # The caller may have switched gradients off.
         with torch.enable_grad():
             value = loss(copied(inputs), labels)
+        # A weight that the loss does not reach has gradient 0, and so score 0.
         gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             for (name, weight), gradient in zip(named.items(), gradients, strict=True):
+                # Before the step, because the gradient is that of the weight before it.
                 sums[name] += term(weight, gradient)
                 weight.sub_(gradient, alpha=learning_rate)
         count += 1
@@ -203,6 +210,7 @@ def erk_counts(weights: Weights, density: float) -> dict[str, int]:
     sums = {name: sum(weight.shape) for name, weight in weights.items()}
     total = round(density * sum(sizes.values()))
     dense: set[str] = set()
+    # Ends, because every round but the last makes at least one more tensor dense.
     while True:
         free = [name for name in sizes if name not in dense]
         rest = total - sum(sizes[name] for name in dense)
@@ -307,6 +315,7 @@ def _largest(flat: Tensor, count: int, name: str) -> Tensor:
     if count == 0:
         return torch.zeros_like(flat, dtype=torch.bool)
     # `topk` does not define which of equal values it returns; this keeps the first ones.
+    # The count-th highest of n values is the (n - count + 1)-th lowest.
     threshold = flat.kthvalue(len(flat) - count + 1).values
     kept = flat > threshold
     ties = (flat == threshold).nonzero().squeeze(1)

@@ -4,7 +4,7 @@ import importlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._caller_state import in_default_state
 from secateur._json import finite
 from secateur._text import html_text
 from secateur.architecture import Architecture
@@ -21,6 +22,8 @@ from secateur.cost.macs import CostModel, FieldModel
 from secateur.cost.size import FileSize
 from secateur.errors import BudgetError, SurgeryError
 from secateur.graph.graph import ChannelGraph
+from secateur.prune.culprits import cut_exactly
+from secateur.prune.narrow_branches import restrict_branches
 from secateur.search.history import SearchHistory
 from secateur.search.importance import Importance, ScoringInputs, checked_scores
 from secateur.search.space import SearchSpace, Streams
@@ -172,6 +175,8 @@ class SearchResult:
         weights: What the search made of the whole model's tensors, by their names in its ``state_dict``: cut these
             instead of its own. None if the search trains nothing. Not part of the JSON object.
         history: How the search went, for the report; empty if it trains nothing.
+        frozen: (axis or block, reason) pairs: what the search found not to be cut exactly, and kept whole. Not part of
+            the JSON object.
     """
 
     architecture: Architecture
@@ -182,6 +187,7 @@ class SearchResult:
     notes: dict[str, object] = field(default_factory=dict[str, object])
     weights: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     history: SearchHistory = SearchHistory()  # noqa: RUF009 -- frozen
+    frozen: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", finite(self.notes))
@@ -215,7 +221,7 @@ class SearchResult:
         return "; ".join((str(self.budget), ", ".join(costs), *([f"{removed} blocks removed"] if removed else [])))
 
     def to_json(self) -> dict[str, object]:
-        """A JSON object with every field but the weights."""
+        """A JSON object with every field but the weights and what was frozen."""
         return {
             "architecture": self.architecture.to_json(),
             "cost": self.cost.to_json(),
@@ -323,6 +329,7 @@ def keep_best(context: SearchContext, widths: IntArray, scores: Mapping[str, Flo
     return Architecture.of(kept)
 
 
+@in_default_state
 def search_architecture(
     model: nn.Module,
     graph: ChannelGraph,
@@ -344,6 +351,10 @@ def search_architecture(
     coarse for that: then no single step up, and no step down of one axis against a step up of another, comes closer.
     Where blocks were removed, all that is left may be whole and the budget emptier.
     A model that is within the budget already is returned whole.
+
+    The architecture is also cut, and verified as `secateur.cut` does: if an axis cannot be cut exactly, it is frozen
+    and the search begins again. So the cut model is within the budget too. For strategies that train, half of every
+    axis is cut before the training; with a ``latency`` model, which knows one graph only, nothing is cut.
 
     Args:
         model: The traced model; it is not changed.
@@ -375,19 +386,40 @@ def search_architecture(
     _check_traced(model, graph)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     if graph.uncounted and "macs" in limits.fields:
-        warnings.warn(f"`budget` limits the counted MACs only. {graph.uncounted_text}", stacklevel=2)
-    inputs = ScoringInputs(model, graph, tuple(batches), seed)
-    context = SearchContext(
-        inputs,
-        cost_model(inputs, limits, latency),
-        limits,
-        space,
-        progress or _silent,
-        data,
-        run,
-        ScoreCache() if score_cache is None else score_cache,
-    )
-    return strategy.search(context)
+        warnings.warn(f"`budget` limits the counted MACs only. {graph.uncounted_text}", stacklevel=3)
+    cache = ScoreCache() if score_cache is None else score_cache
+    frozen: tuple[tuple[str, str], ...] = ()
+    if strategy.trains:
+        # What cannot be cut exactly is found before the training, not after it.
+        graph, frozen = _without_inexact(model, graph, _halved(graph))
+    while True:
+        inputs = ScoringInputs(model, graph, tuple(batches), seed)
+        costs = cost_model(inputs, limits, latency)
+        context = SearchContext(inputs, costs, limits, space, progress or _silent, data, run, cache)
+        found = replace(strategy.search(context), frozen=frozen)
+        # A latency is predicted for all widths of one graph, and a training is resumed on one graph.
+        if latency is not None or strategy.trains:
+            return found
+        graph, more = _without_inexact(model, graph, found.architecture)
+        if not more:
+            return found
+        frozen += more
+
+
+def _halved(graph: ChannelGraph) -> Architecture:
+    """Return an architecture that cuts every axis, if its divisor allows."""
+    widths = {axis.name: axis.size // 2 // axis.divisor * axis.divisor or axis.size for axis in graph.prunable}
+    return restrict_branches(graph, Architecture.of({name: range(width) for name, width in widths.items()}))
+
+
+def _without_inexact(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> tuple[ChannelGraph, tuple[tuple[str, str], ...]]:
+    """Return the graph in which what cannot be cut exactly stays whole, and its (axis or block, reason) pairs."""
+    if not architecture.removed_blocks and not any(len(c) < graph.by_name[name].size for name, c in architecture.kept):
+        return graph, ()
+    cut = cut_exactly(model, graph, architecture)
+    return cut.graph, cut.verification.frozen
 
 
 def cost_model(inputs: ScoringInputs, budget: Budget, latency: FieldModel | None = None) -> CostModel:

@@ -12,6 +12,7 @@ from secateur.errors import BudgetError, DataError
 from secateur.graph._record import shadow_copy
 from secateur.graph.trace import Example
 from secateur.prune.calibration import first_images, split_calibration
+from secateur.prune.culprits import cut_exactly
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
 from secateur.prune.repair import RecalibrateBatchNorm, Refit
@@ -213,7 +214,7 @@ class _Trials:
     def disturbances(self) -> dict[str, float]:
         """How far the outputs are from the original's without each single block that can be removed exactly."""
         everything = Architecture.of({}, (block.name for block in self._graph.removable))
-        sound = cut(self._model, self._graph, everything).graph.removable
+        sound = cut_exactly(self._model, self._graph, everything).graph.removable
         found: dict[str, float] = {}
         for done, block in enumerate(sound):
             self._context.progress(0.3 * done / len(sound), f"without {block.name}")

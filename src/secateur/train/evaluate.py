@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur._batches import batch_length, call_model, take
+from secateur._caller_state import in_default_state
 from secateur.errors import TrainingError
 from secateur.tasks.base import Score, Task
 from secateur.tasks.classification import Classification
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+@in_default_state
 def evaluate(
     model: nn.Module,
     split: Batches,

@@ -1,6 +1,5 @@
 """Train a student: `fit` on any images, `train_with_teacher` on a data set and from a teacher."""
 
-import copy
 import dataclasses
 import logging
 import warnings
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur._caller_state import in_default_state
 from secateur._provenance import sha256_of
+from secateur._runtime import copy_model
 from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
@@ -59,6 +60,7 @@ class Trained:
     gave_up: bool = False
 
 
+@in_default_state
 def fit(
     student: nn.Module,
     source: Batches,
@@ -144,10 +146,10 @@ def fit(
             if fabric.is_global_zero:
                 _LOGGER.warning(gave_up)
         if gave_up and step.best is None:
-            model = copy.deepcopy(given if sparsify is None else sparsify.start(given, 0)).eval()
+            model = copy_model(given if sparsify is None else sparsify.start(given, 0)).eval()
         else:
             # The trained copy lies on the device in channels-last order; the caller gets its own kind of model back.
-            model = copy.deepcopy(student).eval()
+            model = copy_model(student).eval()
             write_tensors_(model, step.result(trainer.average))
     return Trained(
         model=model,
@@ -161,6 +163,7 @@ def fit(
     )
 
 
+@in_default_state
 def train_with_teacher(
     student: nn.Module,
     *,

@@ -1,6 +1,5 @@
 """Longer trainings made of several calls of `fit`: hints first, chains of students, and born-again networks."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
@@ -8,6 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from secateur._runtime import copy_model
 from secateur.distill.objective import Objective, Term
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import ModelError, TrainingError
@@ -161,7 +161,7 @@ def born_again(
     for generation in range(1, generations + 1):
         # With the same seed the generations would differ by their teachers alone.
         seed = train.seed + generation
-        newborn = reset_weights_(copy.deepcopy(teacher).requires_grad_(), seed)
+        newborn = reset_weights_(copy_model(teacher).requires_grad_(), seed)
         found.append(
             train_with_teacher(
                 newborn,

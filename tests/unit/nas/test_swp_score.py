@@ -4,6 +4,8 @@ import copy
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from swp_runs import (
 from tas_runs import run
 from torch import Tensor
 
+from secateur._runtime import torch_threads
 from secateur.nas import InPlace, Labels, SoftLabels, Subnet, Supervision
 from secateur.nas.swp import CandidateScorer, held_out_losses
 from secateur.train import Precision, open_fabric
@@ -34,6 +37,7 @@ from secateur.workers import InProcess, OnRay
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 each_graph = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 CPU = torch.device("cpu")
+module = import_module("secateur.nas.swp")
 
 
 def loss_by_hand(supervision: Supervision, y: Tensor, x: Tensor, labels: Tensor) -> float:
@@ -154,10 +158,32 @@ def test_judging_in_bfloat16_is_judging_up_to_its_digits():
     np.testing.assert_allclose(half, single, rtol=0.1, atol=0.01)
 
 
+def test_judging_takes_one_thread_whatever_the_process_has(monkeypatch: pytest.MonkeyPatch):
+    """As a worker of Ray does; the threads of the process are as before afterward."""
+    options = options_of(staged())
+    judge, subnets, seen = judge_of(options, InPlace(), torch.float32), subnets_of(options, 3), list[int]()
+    real = module.run_stages
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, "run_stages", watched)
+    found = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            found.append(held_out_losses(judge, subnets))
+            assert torch.get_num_threads() == threads
+    assert set(seen) == {1}
+    assert all(np.array_equal(found[0], each) for each in found)
+
+
 @needs_ray
 @pytest.mark.slow
-def test_ray_finds_what_one_process_finds():
-    """To the last bit, with a worker of one thread as here; starting Ray takes most of the time."""
-    found = [run(staged(), quick(1, workers=workers), seed=3) for workers in (InProcess(), OnRay(workers=1))]
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_ray_finds_what_one_process_finds(threads: int):
+    """To the last bit, with workers of one thread as is usual; starting Ray takes most of the time."""
+    with torch_threads(threads):
+        found = [run(staged(), quick(1, workers=workers), seed=3) for workers in (InProcess(), OnRay(workers=1))]
     assert found[0].architecture == found[1].architecture
     assert as_text(found[0].notes) == as_text(found[1].notes)

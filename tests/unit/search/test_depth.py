@@ -161,7 +161,12 @@ def test_max_fraction_bounds_the_blocks():
     model, graph, batches = chain(1e-4, 1e-4, 1e-4, 1e-4)
     for most, blocks in ((0.0, 0), (0.49, 1), (0.5, 2), (1.0, 4)):
         found = search_architecture(
-            model, graph, RemoveBlocks(Uniform(), max_fraction=most, repairs=()), budget="macs=9%", batches=batches
+            model,
+            graph,
+            RemoveBlocks(Uniform(), max_fraction=most, repairs=()),
+            budget="macs=9%",
+            batches=batches,
+            space=SearchSpace(min_kept_fraction=0.0),
         )
         assert len(found.architecture.removed_blocks) == blocks
 

@@ -28,6 +28,7 @@ from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.export.artifact import OWN_FILES, refuse_foreign, refuse_no_folder
+from secateur.models.weights import diverged_tensors
 from secateur.train.callbacks import Callbacks, CsvLog
 from secateur.train.device import Precision, open_fabric, resolve_fabric
 
@@ -106,6 +107,17 @@ def open_run_directory(
                 place.remove()
             raise
         place.remove()
+
+
+def check_unfinished(out: Path, on_existing: OnExisting) -> None:
+    """Refuse an output folder beside which an unfinished run lies that must not be touched.
+
+    Raises:
+        ArtifactError: If so.
+    """
+    folder = run_directory_path(out).folder
+    if on_existing is OnExisting.ERROR and folder.exists():
+        _meet(folder, {}, on_existing)
 
 
 def run_directory_path(out: Path) -> "RunDirectory":
@@ -309,7 +321,7 @@ def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> 
         ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
     """
     size = "x".join(map(str, data.size))
-    broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    broken = diverged_tensors(model, model.state_dict())
     if broken:
         raise ModelError(
             f"`model` must have finite weights; got NaN or infinity in {len(broken)} tensor(s): {broken[:5]}. "
@@ -321,6 +333,13 @@ def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> 
             logits = runner(images[:2])
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        others = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {str(images.dtype)})
+        if others:
+            raise ModelError(
+                f"`model` must have weights of the type of the images, {images.dtype}; got {', '.join(others)}, and "
+                f"{type(model).__name__} stopped with: {reason}. Convert it with model.float(); training can still "
+                "compute in half precision (--precision bf16-mixed)."
+            ) from error
         raise ModelError(
             f"`model` must run the images of {data.name} ({size}); {type(model).__name__} stopped with: {reason}. "
             "Choose the image size (--image-size) and channels that the model was made for."

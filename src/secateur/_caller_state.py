@@ -1,10 +1,12 @@
 """What a caller has set around a call: it neither changes a result nor hides anything from a recorder."""
 
 import contextlib
+import random
 from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
@@ -65,6 +67,8 @@ def _has_weight_on(models: tuple[nn.Module, ...], device: str) -> bool:
 def in_default_state(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
     """Make a function independent of the settings that a caller has made around it; see `default_state`.
 
+    The global random states of Python, NumPy and PyTorch are as before when it returns.
+
     Tensors that were created in inference mode are replaced by ordinary copies, directly among the arguments and in
     tuples, lists and dicts.
     """
@@ -72,11 +76,28 @@ def in_default_state(function: Callable[Parameters, Returned]) -> Callable[Param
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
         models = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
-        with default_state(*models):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(default_state(*models))
+            stack.enter_context(preserved_random_state())
             run: Any = function
             return run(*_without_inference_tensors(args), **_without_inference_tensors(kwargs))
 
     return call
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Generator[None]:
+    """Restore the global random states of Python, NumPy and PyTorch, on all devices in use, afterward."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
 
 
 def _without_inference_tensors(value: Any) -> Any:

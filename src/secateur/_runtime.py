@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._caller_state import default_state
+from secateur._caller_state import default_state, preserved_random_state
 from secateur.errors import ModelError, TrainingError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -182,25 +182,14 @@ def run_isolated(model: nn.Module, seed: int = 0) -> Generator[None]:
     # Without an initialized CUDA context, no parameter can be on a GPU.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with default_state(model), torch.random.fork_rng(devices=devices), without_fast_path(), _seeded_python(seed):
+    with default_state(model), without_fast_path(), preserved_random_state():
+        random.seed(seed)
+        np.random.seed(seed)
         # Not `torch.manual_seed`, which would also seed devices that are not restored.
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def _seeded_python(seed: int) -> Generator[None]:
-    """Seed the global random generators of Python and NumPy, and restore them afterward."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractContextManager[Any]]) -> nn.Module:

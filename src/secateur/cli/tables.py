@@ -16,7 +16,7 @@ from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
 from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
-from secateur.report.graph_drawing import GraphLayer, frozen_sentence, layers_of_block, list_layers
+from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
 from secateur.report.run import Check, RunReport
 
 _SHOWN_NAMES = 4

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Never, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._batches import call_model, take
 from secateur._caller_state import in_default_state
 from secateur._runtime import without_fast_path
 from secateur.architecture import Architecture
@@ -346,7 +348,7 @@ def join_tensor_columns(widths: torch.Tensor, blocks: torch.Tensor) -> torch.Ten
 
 
 @in_default_state
-def count_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
+def count_macs(model: nn.Module, example: Any) -> int:
     """Count the multiply-accumulates of one forward pass in eval mode at batch 1, operator by operator.
 
     Convolutions, products of matrices and vectors, attention and recurrent layers are counted, whichever kernel this
@@ -355,15 +357,15 @@ def count_macs(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> int:
 
     Args:
         model: Any module.
-        example: Its input, or several; only the first sample of each (dimension 0) is used.
+        example: Its input, a tuple of several, a mapping by name, or a list of images; only the first sample is used.
     """
-    inputs = example if isinstance(example, tuple) else (example,)
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     running = _without_gradients(shadow_copy(model))
-    devices = sorted({tensor.device.index or 0 for tensor in inputs if tensor.is_cuda})
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
     # The fast path runs a whole attention layer as one operator that the counter does not know.
     forked = torch.random.fork_rng(devices=devices)
     with forked, torch.no_grad(), without_fast_path(), flop_counter() as counter:
-        running(*(tensor[:1] for tensor in inputs))
+        call_model(running, take(example, slice(1)))
     return counter.get_total_flops() // 2
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from secateur._batches import batch_length, take
 from secateur.data.epoch import Epoch, ImageBatch, SplitInfo
 from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box, resized_crop
 from secateur.errors import DataError
@@ -275,12 +276,12 @@ def default_augment(size: tuple[int, int, int]) -> Augment:
 
 
 def draw_calibration(
-    split: Split, n: int, *, device: torch.device | str = "cpu", batch_size: int = 128, seed: int = 0
-) -> tuple[ImageBatch, ...]:
+    split: Any, n: int, *, device: torch.device | str = "cpu", batch_size: int = 128, seed: int = 0
+) -> tuple[tuple[Any, Any], ...]:
     """Draw random images of a split, without augmentation, as a tuple of batches.
 
     Args:
-        split: The split to draw from, usually the training split.
+        split: The split to draw from, usually the training split; any with `Split.batches`.
         n: Number of images, drawn without replacement.
         device: The device of the batches.
         batch_size: Images per batch; the last batch holds the rest.
@@ -297,15 +298,11 @@ def draw_calibration(
     chosen: list[ImageBatch] = []
     missing = n
     for images, labels in split.batches(min(batch_size, n), device=device, seed=seed, epoch=_CALIBRATION_EPOCH):
-        chosen.append((_head(images, missing), _head(labels, missing)))
-        missing -= len(labels)
+        chosen.append((take(images, slice(missing)), take(labels, slice(missing))))
+        missing -= batch_length(images)
         if missing <= 0:
             break
     return tuple(chosen)
-
-
-def _head(tensor: Tensor, n: int) -> Tensor:
-    return tensor if len(tensor) <= n else tensor[:n]
 
 
 def guessing_accuracy(split: Split, classes: int) -> float:

@@ -225,6 +225,7 @@ class OwnData:
         mean: Empty: inputs come normalized.
         std: Empty: inputs come normalized.
         augment: None: a user's dataset does its own.
+        skipped: Empty: nothing is left out.
     """
 
     train: ItemSplit | BatchSplit
@@ -237,6 +238,7 @@ class OwnData:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: None = None
+    skipped: tuple[()] = ()
 
 
 HELD_OUT = 0.1

@@ -113,7 +113,8 @@ class Ledger:
         calls: The ATen names of all calls.
         seen: The ids of all tensors that any operation read.
         count: The number of ids.
-        caller: The name and the arguments of the call of the model that is running; an empty name if there is none.
+        caller: The name and the arguments of the call of the model that is running. Without a name, the operation is run
+            by code whose sizes nobody sees, such as a TorchScript function. None where calls are not watched.
     """
 
     stored: dict[int, StoredTensor] = field(default_factory=dict)
@@ -138,7 +139,7 @@ class Ledger:
     calls: tuple[str, ...] = ()
     seen: set[int] = field(default_factory=set[int])
     count: int = 0
-    caller: tuple[str, tuple[Any, ...]] = ("", ())
+    caller: tuple[str, tuple[Any, ...]] | None = None
 
     def unseen(self) -> tuple[str, ...]:
         """Return the names of the parameters that no operation has read."""

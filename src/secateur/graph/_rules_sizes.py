@@ -232,9 +232,25 @@ def _bind_narrow(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict
         ledger.bind(expression_of(length), ids[start : start + length], where)
 
 
+def _bind_aten_slice(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``aten::slice``, as exported and scripted code calls it: bind the bounds to the channels before them."""
+    source, dim, start, end, step = (
+        _argument(args, kwargs, position, name, default)
+        for position, (name, default) in enumerate(
+            {"input": None, "dim": 0, "start": None, "end": None, "step": 1}.items()
+        )
+    )
+    _bind_slice(ledger, where, slice(start, end, step), ledger.ids_of(source).get(dim % source.dim()))
+
+
+def _bind_aten_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """``aten::convolution``: as a grouped convolution."""
+    _bind_convolution(ledger, where, args, {**kwargs, "groups": _argument(args, kwargs, 8, "groups", 1)}, out)
+
+
 def _bind_convolution(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Grouped convolution: bind the number of groups, if whole groups are removed."""
-    groups = _argument(args, kwargs, 6, "groups", 1)
+    groups = kwargs["groups"] if "groups" in kwargs else _argument(args, kwargs, 6, "groups", 1)
     if groups != 1:
         _bind_groups(ledger, where, groups, ledger.ids_of(args[0]).get(1))
 
@@ -377,7 +393,7 @@ _NEW_TENSOR = (
     "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "rand", "randn",
 )  # fmt: skip
 SIZE_RULES: dict[str, SizeRule] = {
-    **dict.fromkeys(("view", "reshape"), _bind_view),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _bind_view),
     **dict.fromkeys(("expand", "broadcast_to"), _bind_expand),
     **dict.fromkeys(_NEW_TENSOR, _bind_new_tensor),
     "new": _bind_legacy_new,
@@ -388,10 +404,12 @@ SIZE_RULES: dict[str, SizeRule] = {
     "affine_grid": _bind_grid,
     **dict.fromkeys(("chunk", "unsafe_chunk"), _bind_chunk),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _bind_split),
-    "pad": _bind_pad,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _bind_pad),
     **dict.fromkeys(("__getitem__", "__setitem__"), _bind_index),
     "narrow": _bind_narrow,
-    **dict.fromkeys(("layer_norm", "rms_norm"), _bind_layer_norm),
+    "slice": _bind_aten_slice,
+    "convolution": _bind_aten_convolution,
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _bind_layer_norm),
     "group_norm": _bind_group_norm,
     **dict.fromkeys(_PRODUCTS, _bind_scale),
     "scaled_dot_product_attention": _bind_attention,

@@ -77,8 +77,13 @@ class SizeWatcher:
     def compare(self, symbol: str, left: Expression, right: Expression) -> None:
         """Take note that two sizes were compared, and that the outcome may have decided what the model does."""
 
-    def use(self, expression: Expression, what: str, *, scale: bool = False) -> None:
-        """Take note that a size became a plain number: ``what`` says how, ``scale`` whether it may scale values."""
+    def use(self, expression: Expression, what: str, *, scale: bool = False) -> bool:
+        """Take note that a size became a plain number: ``what`` says how, ``scale`` whether it may scale values.
+
+        Returns:
+            Whether it was noted: what PyTorch does with the arguments of its own calls is not.
+        """
+        return False
 
     def hash(self, expression: Expression) -> None:
         """Take note that a size is about to be looked up."""
@@ -242,7 +247,8 @@ class SizeFloat(float):
 
     def as_plain(self, what: str) -> float:
         """Return the plain number, and report what makes one of it."""
-        self.watcher.use(self.expression, what, scale=True)
+        if self.watcher.use(self.expression, what, scale=what == "`float`"):
+            self.watcher.end(self)
         return float.__float__(self)
 
     def __reduce__(self) -> tuple[type, tuple[float]]:

@@ -77,15 +77,14 @@ class SizeNotes(SizeWatcher):
         if not self.paused and self.open:
             self._ledger.comparisons.append(SizeComparison(symbol, left, right, f"`{symbol}` {self._where}"))
 
-    def use(self, expression: Expression, what: str, *, scale: bool = False) -> None:
+    def use(self, expression: Expression, what: str, *, scale: bool = False) -> bool:
         """Take note that a size became a plain number."""
         if self.paused or not self.open:
-            return
+            return False
         self._ledger.bind(expression, None, f"{what} {self._where}")
-        counted = shape_ids(expression) if scale else []
-        if counted:
-            self._ledger.scaled.extend(counted)
-            self._ledger.scaling.add(self._running.module)
+        if scale:
+            self._ledger.scaled.extend(shape_ids(expression))
+        return True
 
     def hash(self, expression: Expression) -> None:
         """Take note that a size is about to be looked up."""
@@ -108,9 +107,7 @@ class SizeNotes(SizeWatcher):
         """End the recording: floats of which no use was seen, as by `math.sqrt`, must stay what they are."""
         for number, module in self._floats.values():
             self._ledger.bind(number.expression, None, f"a float in {module or 'the model itself'}")
-            counted = shape_ids(number.expression)
-            self._ledger.scaled.extend(counted)
-            self._ledger.scaling.update([module] if counted else ())
+            self._ledger.scaled.extend(shape_ids(number.expression))
         self._floats.clear()
         self.open = False
 
@@ -136,6 +133,7 @@ class SizeTracker:
         self._ledger = ledger
         self._running = running
         self.notes = SizeNotes(ledger, running)
+        ledger.caller = "", ()
         self._held: dict[int, tuple[Tensor, str, str]] = {}
         # The numbers that were read from tensors since the last call, of which `torch.Size(tensor)` makes plain ints.
         self._read: list[int] = []

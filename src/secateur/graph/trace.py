@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray, connected_components
+from secateur._caller_state import in_default_state
 from secateur.errors import TraceError
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
@@ -78,14 +79,20 @@ def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be traced as it is, and say what to do.
 
     Raises:
-        TraceError: For wrapped, compiled, quantized or lazy modules, weights on the meta device, or no parameters.
+        TraceError: For anything but a module, for wrapped, compiled, scripted, quantized or lazy modules, for weights
+            on the meta device, or without parameters.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        exported = " Pass its module: `exported.module()`." if hasattr(model, "module") else ""
+        raise TraceError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.{exported}")
     absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for name, module in model.named_modules():
         reason = _find_obstacle(module) or (_absent_weights(module) if absent else None)
         if reason:
             where = f"the module {name!r} of `model`" if name else "`model`"
             raise TraceError(f"{where} ({type(module).__name__}) {reason}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"`model` ({type(model).__name__}) {_SCRIPTED}")
     if next(model.parameters(), None) is None:
         raise TraceError(f"`model` ({type(model).__name__}) has no parameters; there is nothing to prune.")
 
@@ -93,7 +100,31 @@ def check_model(model: nn.Module) -> None:
 def _find_obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     origin = f"{kind.__module__}.{kind.__qualname__}"
-    return next((reason for pattern, reason in _OBSTACLES.items() if origin.startswith(pattern)), None)
+    named = next((reason for pattern, reason in _OBSTACLES.items() if origin.startswith(pattern)), None)
+    if named is not None:
+        return named
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if isinstance(module, torch.jit.ScriptModule):
+        # A scripted activation has no channels of its own; any other may hold sizes in code that nobody can read.
+        return _SCRIPTED if any(True for _ in module.parameters()) or any(True for _ in module.buffers()) else None
+    if vars(module).get("_compiled_call_impl") is not None or hasattr(
+        vars(module).get("forward"), "_torchdynamo_orig_callable"
+    ):
+        return "is compiled in place. Prune the module before it is compiled, and compile the result."
+    packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+    if packed or any(tensor.is_quantized for tensor in own):
+        return _QUANTIZED
+    strange = next((t for t in own if _dispatch_of(type(t)) is not _dispatch_of(torch.Tensor)), None)
+    if strange is not None:
+        return (
+            f"holds weights as {type(strange).__name__}, a type of tensor of its own (sharded, quantized). "
+            "Prune the model with plain weights and convert the result."
+        )
+    return None
+
+
+def _dispatch_of(kind: type[torch.Tensor]) -> Any:
+    return getattr(kind, "__torch_dispatch__", None)
 
 
 def _absent_weights(module: nn.Module) -> str | None:
@@ -105,14 +136,20 @@ def _absent_weights(module: nn.Module) -> str | None:
     return None
 
 
+_QUANTIZED = "is quantized. Prune the floating-point model and quantize the result."
+_SCRIPTED = (
+    "is TorchScript, whose code cannot be changed. Pass the eager module that was scripted or traced, and script the "
+    "result."
+)
 _OBSTACLES = {
     "torch._dynamo.eval_frame.OptimizedModule": (
         "is compiled. Pass the module that was compiled (`model._orig_mod`) and compile the result."
     ),
     "torch.nn.parallel.": "is a parallel wrapper. Pass the module inside (`model.module`) and wrap the result.",
     "torch.distributed.fsdp.": "is sharded. Prune the plain module before it is wrapped.",
-    "torch.ao.nn.quantized": "is quantized. Prune the floating-point model and quantize the result.",
-    "torch.ao.nn.intrinsic.quantized": "is quantized. Prune the floating-point model and quantize the result.",
+    "torch.ao.nn.quantized": _QUANTIZED,
+    "torch.ao.nn.intrinsic.quantized": _QUANTIZED,
+    "torch.export.unflatten.": "was exported. Pass the flat module (`exported.module()`) or the one that was exported.",
 }
 
 
@@ -125,6 +162,7 @@ class HeadUnit(Enum):
     """Whole heads."""
 
 
+@in_default_state
 def trace(
     model: nn.Module,
     example: Example,

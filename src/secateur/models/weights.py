@@ -5,6 +5,7 @@ nested tuples, each containing the previous one twice, have 2^60 parts, all of w
 of a mapping. So `check_torch_file` computes what loading would cost, without building anything, before torch loads it.
 """
 
+import os
 import pickle
 import pickletools
 import zipfile
@@ -22,6 +23,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """Prefixes of names that DataParallel and torch.compile add."""
 _NUMPY_SUFFIXES = (".npy", ".npz")
 _BATCH_COUNTER = "num_batches_tracked"
+_STATISTICS = ("running_mean", "running_var")
 _MAX_NAMES_SHOWN, _MAX_NAME_LENGTH = 5, 200
 _HEADER_SIZE_BYTES = 8
 MAX_HEADER_BYTES = 16 * 2**20
@@ -38,17 +40,30 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         ModelError: If the file is missing, truncated, contains pickled code, or is not a mapping of names to tensors.
     """
     path = Path(path)
+    check_weights_file(path)
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if not tensors:
+        raise ModelError(f"{path} must hold tensors by name; it is empty.")
+    return tensors
+
+
+def check_weights_file(path: Path) -> None:
+    """Refuse what cannot be a file of weights, without reading it.
+
+    Raises:
+        ModelError: If there is no such file, it cannot be read or is empty, or it is of another kind.
+    """
     if not path.is_file():
         raise ModelError(f"`weights` must be a file; there is none at {path}. Check the path.")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"`weights` must be a file that can be read; {path} cannot be. Check its permissions.")
+    if path.stat().st_size == 0:
+        raise ModelError(f"`weights` must be a file with tensors; {path} is empty. Copy it again.")
     if path.suffix in _NUMPY_SUFFIXES:
         raise ModelError(
             f"`weights` must be a .safetensors file or a torch file; got numpy's {path}. Read it with "
             "numpy.load(allow_pickle=False) and write it with safetensors.numpy.save_file."
         )
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not tensors:
-        raise ModelError(f"{path} must hold tensors by name; it is empty.")
-    return tensors
 
 
 def load_weights_(model: nn.Module, path: Path | str) -> None:
@@ -69,7 +84,7 @@ def load_weights_(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     tensors = _strip_prefixes(read_weights(path), state)
     _check_names(state, tensors, path)
-    _check_values(tensors, path)
+    _check_values(model, tensors, path)
     model.load_state_dict(tensors, strict=False)
 
 
@@ -136,9 +151,17 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+_PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN_DTYPES = frozenset({
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.uint16, torch.uint32,
+    torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+})  # fmt: skip
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    return dense and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex()
+    # A nested tensor says that it is strided, and has no shape.
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    return dense and type(tensor) in _PLAIN_TYPES and tensor.dtype in _PLAIN_DTYPES
 
 
 def _explain_unpickling_error(path: Path, reason: str) -> str:
@@ -176,8 +199,26 @@ def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         )
 
 
-def _check_values(tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    wrong = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+def diverged_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that a model cannot have learned: NaN anywhere, or infinity in a weight.
+
+    Infinity in a buffer is a mask, such as the -inf that keeps attention from looking ahead, unless the buffer is a
+    running statistic.
+
+    Args:
+        model: For what each tensor is.
+        tensors: Values by the names of the model's state.
+    """
+    masks = {name for name, _ in model.named_buffers(remove_duplicate=False) if not name.endswith(_STATISTICS)}
+    return [
+        name
+        for name, tensor in tensors.items()
+        if not bool((~torch.isnan(tensor) if name in masks else torch.isfinite(tensor)).all())
+    ]
+
+
+def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    wrong = diverged_tensors(model, tensors)
     if wrong:
         raise ModelError(
             f"{path} must hold finite weights; NaN or infinite values in {len(wrong)} tensor(s): {_list_names(wrong)}. "

@@ -50,7 +50,7 @@ from secateur.pipeline.workspace import (
 )
 from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
-from secateur.report.graph_drawing import axis_sizes_in_order
+from secateur.report.graph_layers import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.tasks.classification import check_labels

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from secateur._files import atomic_folder, disk_errors
 from secateur._json import finite
+from secateur._outputs import output_leaves
 from secateur._provenance import Provenance
-from secateur._runtime import copy_model
+from secateur._runtime import copy_model, run_isolated
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget
 from secateur.cost.macs import count_params
@@ -381,7 +382,8 @@ def probe_images(size: Sequence[int]) -> Tensor:
 
 def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object] | None:
     """Return the logits of a model in eval mode on the CPU for the probe images; None if they are not finite."""
-    with torch.no_grad():
+    # A forward that is random draws the same numbers every time.
+    with run_isolated(model), torch.no_grad():
         logits = model(probe_images(size)).double()
     # Noise is not what the model was trained on: it may overflow there, and compares with nothing then.
     return {"seed": _PROBE_SEED, "logits": logits.tolist()} if bool(logits.isfinite().all()) else None
@@ -389,7 +391,7 @@ def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object] | Non
 
 def probe_difference(model: nn.Module, size: Sequence[int], recorded: Mapping[str, object]) -> tuple[float, float]:
     """Return the largest absolute and relative difference of logits from recorded ones; infinite if shapes differ."""
-    with torch.no_grad():
+    with run_isolated(model), torch.no_grad():
         found = model(probe_images(size)).double()
     wanted = torch.tensor(cast(Any, recorded["logits"]), dtype=torch.float64)
     if found.shape != wanted.shape:
@@ -400,5 +402,12 @@ def probe_difference(model: nn.Module, size: Sequence[int], recorded: Mapping[st
 
 def same_bits(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
     """Return whether two models in eval mode on the CPU give the same bits."""
-    with torch.no_grad():
-        return torch.equal(one(images), other(images))
+    found: list[dict[str, Any]] = []
+    for model in (one, other):
+        with run_isolated(model), torch.no_grad():
+            found.append(output_leaves(model(images)))
+    first, second = found
+    return list(first) == list(second) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )

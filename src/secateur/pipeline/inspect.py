@@ -16,7 +16,7 @@ from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.stages import Stage, find_stages
 from secateur.pipeline.config import CutConfig
 from secateur.prune.slice import prunable_parameter_fraction
-from secateur.report.graph_drawing import list_layers
+from secateur.report.graph_layers import list_layers
 from secateur.search.base import data_frame
 from secateur.search.space import SearchSpace
 

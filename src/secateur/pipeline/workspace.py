@@ -23,11 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
+from secateur._batches import call_model, float_tensors, take
 from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
+from secateur.data.loaders import OwnData
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.export.artifact import OWN_FILES, refuse_foreign, refuse_no_folder
+from secateur.models.weights import diverged_tensors
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
 from secateur.train.callbacks import Callbacks, CsvLog
 from secateur.train.device import Precision, open_fabric, resolve_fabric
 
@@ -106,6 +112,17 @@ def open_run_directory(
                 place.remove()
             raise
         place.remove()
+
+
+def check_unfinished(out: Path, on_existing: OnExisting) -> None:
+    """Refuse an output folder beside which an unfinished run lies that must not be touched.
+
+    Raises:
+        ArtifactError: If so.
+    """
+    folder = run_directory_path(out).folder
+    if on_existing is OnExisting.ERROR and folder.exists():
+        _meet(folder, {}, on_existing)
 
 
 def run_directory_path(out: Path) -> "RunDirectory":
@@ -297,19 +314,23 @@ def check_output(folder: Path) -> None:
         )
 
 
-def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> None:
-    """Refuse a model that does not classify the data's images.
+def check_model_fits_data(
+    model: nn.Module, data: ImageData | OwnData, images: Any, task: Task = Classification(), targets: Any = None
+) -> None:
+    """Refuse a model that does not do its task on the data's images.
 
     Args:
         model: In any mode; a copy runs.
         data: For its name, sizes and classes.
-        images: A few of its normalized images, on the model's device.
+        images: A few of its normalized images, or other inputs, on the model's device.
+        task: What the model is for.
+        targets: The targets of the images; not needed for classification.
 
     Raises:
         ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
     """
     size = "x".join(map(str, data.size))
-    broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    broken = diverged_tensors(model, model.state_dict())
     if broken:
         raise ModelError(
             f"`model` must have finite weights; got NaN or infinity in {len(broken)} tensor(s): {broken[:5]}. "
@@ -318,13 +339,28 @@ def check_model_fits_data(model: nn.Module, data: ImageData, images: Tensor) -> 
     runner = copy_model(model).eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            logits = runner(images[:2])
+            logits = call_model(runner, take(images, slice(2)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        others = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {str(images.dtype)})
+        if others:
+            raise ModelError(
+                f"`model` must have weights of the type of the images, {images.dtype}; got {', '.join(others)}, and "
+                f"{type(model).__name__} stopped with: {reason}. Convert it with model.float(); training can still "
+                "compute in half precision (--precision bf16-mixed)."
+            ) from error
         raise ModelError(
             f"`model` must run the images of {data.name} ({size}); {type(model).__name__} stopped with: {reason}. "
             "Choose the image size (--image-size) and channels that the model was made for."
         ) from error
+    if not isinstance(task, Classification):
+        task.check(logits, logits if isinstance(task, Imitation) else take(targets, slice(2)))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(logits)):
+            raise ModelError(
+                f"`model` must give finite outputs for the inputs of {data.name}; got NaN or infinity. Check its weights "
+                "and how the inputs are normalized."
+            )
+        return
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
     if shape != (len(images[:2]), len(data.classes)):
         got = type(logits).__name__ if shape is None else f"shape {shape}"

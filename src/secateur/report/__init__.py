@@ -1,13 +1,12 @@
 """Reports: one run as one page that needs nothing else, and drawings of a channel graph."""
 
-from secateur.report.graph_drawing import (
+from secateur.report.graph_drawing import check_drawing, write_drawing
+from secateur.report.graph_layers import (
     GraphLayer,
     axis_sizes_in_order,
-    check_drawing,
     frozen_sentence,
     layers_of_block,
     list_layers,
-    write_drawing,
 )
 from secateur.report.html import Page, PageTable, write_page, write_report
 from secateur.report.run import (

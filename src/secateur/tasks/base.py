@@ -183,6 +183,12 @@ class Task(ABC):
         del model, targets
         return call_model(call, inputs)
 
+    def observe_(self, model: nn.Module) -> None:  # noqa: B027 - most models return what is compared
+        """Make a model return what is compared in searches and repairs, where it returns something else."""
+
+    def unobserve_(self, model: nn.Module) -> None:  # noqa: B027
+        """Undo `observe_`, also on a copy or a cut of the model."""
+
     def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:  # noqa: B027 - most tasks check nothing
         """Refuse outputs and targets that the task is not for.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,15 @@ class Detection(Task):
         with self._recorded(model) as heads:
             result = call(inputs, targets) if model.training else call_model(call, inputs)
         return DetectorOutputs(result, tuple(heads))
+
+    def observe_(self, model: nn.Module) -> None:
+        """See `Task.observe_`: the model returns the outputs of its heads, before boxes are chosen."""
+        # An attribute of the instance, so that copies and cuts of the model have it too.
+        model.forward = MethodType(_HeadsAlone(self.head_names(model)), model)
+
+    def unobserve_(self, model: nn.Module) -> None:
+        """See `Task.unobserve_`."""
+        model.__dict__.pop("forward", None)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task.loss`: the sum of the losses that the model computed.
@@ -121,6 +131,27 @@ class Detection(Task):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@dataclass(frozen=True)
+class _HeadsAlone:
+    """A forward that returns what some modules return in it."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, model: nn.Module, *inputs: Any, **by_name: Any) -> tuple[Any, ...]:
+        heads: list[Any] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            heads.append(output)
+
+        hooks = [model.get_submodule(name).register_forward_hook(keep) for name in self.names]
+        try:
+            type(model).forward(model, *inputs, **by_name)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(heads)
 
 
 def _check_target(target: Any, number: int) -> None:

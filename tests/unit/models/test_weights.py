@@ -1,7 +1,9 @@
 """Weight files: what fits is loaded, and what does not fit is named in the error."""
 
 import copy
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,64 @@ def test_a_refused_file_leaves_the_model_unchanged(tmp_path: Path, state: dict[s
     with pytest.raises(ModelError, match=r"linear\.bias"):
         load_weights_(model, path)
     assert same(model, before)
+
+
+class Masked(nn.Module):
+    """A weight, a mask, and a running statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 3))
+        self.register_buffer("mask", torch.zeros(2, 2))
+        self.register_buffer("running_var", torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "held"),
+    [
+        ("mask", -math.inf, True),
+        ("mask", math.inf, True),
+        ("mask", math.nan, False),
+        ("running_var", math.inf, False),
+        ("weight", -math.inf, False),
+        ("weight", math.nan, False),
+    ],
+)
+def test_infinity_in_a_mask_is_no_divergence(tmp_path: Path, name: str, value: float, held: bool) -> None:
+    state = Masked().state_dict()
+    state[name] = torch.full_like(state[name], value)
+    torch.save(state, tmp_path / "w.pt")
+    model = Masked()
+    if held:
+        load_weights_(model, tmp_path / "w.pt")
+        assert torch.equal(model.state_dict()[name], state[name])
+    else:
+        with pytest.raises(
+            ModelError, match=rf"must hold finite weights; NaN or infinite values in 1 tensor\(s\): {name}"
+        ):
+            load_weights_(model, tmp_path / "w.pt")
+
+
+def _nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: _nested(torch.strided),
+        lambda: _nested(torch.jagged),
+        lambda: torch.ones(2, 3).to(torch.float8_e4m3fn),
+        lambda: torch.ones(2, 3).to(torch.float8_e5m2),
+        lambda: torch.ones(2, 3, dtype=torch.complex64),
+        lambda: torch.ones(2, 3).to_sparse(),
+        lambda: torch.ones(2, 3).to_sparse_csr(),
+        lambda: torch.ones(2, 3, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(2, 3), 1.0, 0, torch.qint8),
+    ],
+)
+def test_tensors_that_no_layer_can_take_are_refused(tmp_path: Path, made: Callable[[], torch.Tensor]) -> None:
+    torch.save({**Masked().state_dict(), "weight": made()}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"dense tensors of floats or whole numbers; got others: weight"):
+        load_weights_(Masked(), tmp_path / "w.pt")

@@ -1,12 +1,16 @@
 """What is refused before any work begins."""
 
+import math
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from noise_images import noise_data
+from torch import nn
 
-from secateur.errors import ArtifactError
-from secateur.pipeline import check_output
+from secateur.errors import ArtifactError, ModelError
+from secateur.pipeline import check_model_fits_data, check_output
 
 
 def test_new_and_empty_folders_are_fine(tmp_path: Path):
@@ -46,3 +50,21 @@ def test_what_appeared_during_an_unfinished_run_does_not_stop_it(tmp_path: Path)
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "settings.json").write_text("{}")
     check_output(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_type_is_refused_with_the_way_out(dtype: torch.dtype):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).to(dtype)
+    data = noise_data()
+    with pytest.raises(ModelError, match=rf"of the type of the images, torch.float32; got {dtype}.*model.float\(\)"):
+        check_model_fits_data(model, data, torch.zeros(2, 3, 8, 8))
+    check_model_fits_data(model.float(), data, torch.zeros(2, 3, 8, 8))
+
+
+def test_a_mask_of_infinities_is_no_divergence_and_nan_is():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8))
+    model.mask[0] = math.nan
+    with pytest.raises(ModelError, match=r"must have finite weights.*mask"):
+        check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8))

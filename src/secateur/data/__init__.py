@@ -3,6 +3,7 @@
 from secateur.data.dataset import ImageData, MemorySplit, Split, draw_calibration
 from secateur.data.images import FolderSplit
 from secateur.data.load import load_data
+from secateur.data.loaders import OwnData, own_data
 from secateur.data.transforms import Augment, Normalization
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "ImageData",
     "MemorySplit",
     "Normalization",
+    "OwnData",
     "Split",
     "draw_calibration",
     "load_data",
+    "own_data",
 ]

@@ -305,7 +305,7 @@ def draw_calibration(
     return tuple(chosen)
 
 
-def guessing_accuracy(split: Split, classes: int) -> float:
+def guessing_accuracy(split: object, classes: int) -> float:
     """Return the accuracy of always naming the most frequent class of a split, the best that can be done blindly.
 
     Args:

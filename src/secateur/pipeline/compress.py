@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import batch_length, call_model, float_tensors, move, take
 from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
@@ -16,6 +18,7 @@ from secateur.cost.denormals import count_denormals, flush_denormals_
 from secateur.cost.macs import count_macs, count_params
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
+from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, own_data
 from secateur.distill.taps import AlignedFeatures
 from secateur.export.formats import Format, check_formats
 from secateur.graph.graph import StandIn
@@ -53,7 +56,9 @@ from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.graph_layers import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
-from secateur.tasks.classification import check_labels
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification, check_labels
+from secateur.tasks.imitation import Imitation
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
 from secateur.train.evaluate import evaluate
@@ -63,9 +68,10 @@ from secateur.train.fit import Trained, train_with_teacher
 @in_default_state
 def compress(
     model: nn.Module,
-    data: ImageData,
+    data: Any,
     budget: Budget | str,
     *,
+    task: Task = Classification(),  # noqa: B008 - frozen
     strategy: Strategy | None = None,
     cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
     recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen
@@ -82,10 +88,13 @@ def compress(
     agree with the model. Every step is logged to the logger ``secateur`` at level INFO.
 
     Args:
-        model: A trained classifier of the data's classes; not changed.
-        data: Training, validation and test images, see `secateur.load_data`.
+        model: A trained model; not changed.
+        data: Training, validation and test images, see `secateur.load_data`; or a Dataset, a DataLoader or a list of
+            batches of your own, or (train, validation) or (train, validation, test) of these, see
+            `secateur.data.own_data`.
         budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
             zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
+        task: What outputs and targets mean, see `secateur.tasks`. `Imitation` needs no labels.
         strategy: How the architecture is found; None means `Knapsack`, and where the budget limits the latency
             `RemoveBlocks` around it, as blocks take time that narrower layers hardly save.
         cut: What may be cut, and how the cut model is made.
@@ -119,28 +128,29 @@ def compress(
         warn_outside_window()
     if recovery.train.epochs:
         recovery.execution.check(fabric)  # A search of hours would otherwise end with this error.
+    images = run_data(data, run.seed)
     cut = replace(
         cut,
-        calibration_images=min(cut.calibration_images, len(data.train)),
+        calibration_images=min(cut.calibration_images, len(images.train)),
         weight_pruning=_weight_pruning(limits, cut.weight_pruning),
     )
     plan = Plan(
         model=model,
-        data=data,
+        data=images,
+        task=task,
         budget=limits,
         strategy=default_strategy(limits) if strategy is None else strategy,
         cut=cut,
-        recovery=replace(recovery, train=safe_config(recovery.train, run.seed)),
+        recovery=_recovery_for(task, images, recovery, run.seed),
         target=target,
         output=output,
         run=run if fabric.is_global_zero else replace(run, callbacks=Silent()),
         fabric=fabric,
     )
-    batches = draw_calibration(data.train, cut.calibration_images, device=fabric.device, seed=run.seed)
+    batches = draw_calibration(images.train, cut.calibration_images, device=fabric.device, seed=run.seed)
     original = copy_model(model).to(fabric.device).eval()
-    check_model_fits_data(original, data, batches[0][0])
-    for _, labels in batches:  # Importances and searches learn from them.
-        check_labels(labels, len(data.classes))
+    check_model_fits_data(original, images, batches[0][0], task, batches[0][1])
+    batches = _labeled(task, images, batches)
     cut.init.check(original, recovery.train)
     with shared_run_directory(
         fabric, None if output is None else output.folder, plan.settings(), run.on_existing
@@ -150,11 +160,19 @@ def compress(
         if cut.flush_denormals:
             _flush_denormals_(plan, original, batches[0][0])
         steps = [_measured(plan, "original", original)]
+        task.observe_(original)
         with first_alone(fabric):
             cut_student = search_and_cut(plan, original, batches, work)
+        for each in (cut_student.original, cut_student.student):
+            task.unobserve_(each)
         trained, student = _recover(plan, cut_student, batches, work, steps)
         finished = _finished(
-            plan, cut_student, trained, student=student, steps=tuple(steps), images=batches[0][0].detach().cpu()
+            plan,
+            cut_student,
+            trained,
+            student=student,
+            steps=tuple(steps),
+            images=move(batches[0][0], torch.device("cpu")),
         )
         report, folder, files = finalize(finished)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -170,13 +188,43 @@ def compress(
     )
 
 
-def _flush_denormals_(plan: Plan, original: nn.Module, images: Tensor) -> None:
+def run_data(data: Any, seed: int) -> ImageData | OwnData:
+    """Return data that a run can use: those of `secateur.load_data` as they are, anything else by `own_data`."""
+    if isinstance(data, ImageData | OwnData) or hasattr(data, "train"):
+        return data
+    return own_data(data, seed=seed)
+
+
+def _recovery_for(task: Task, data: ImageData | OwnData, recovery: RecoveryConfig, seed: int) -> RecoveryConfig:
+    """The recovery with the batches of the user's loader, and without labels where the task has none."""
+    train, objective = safe_config(recovery.train, seed), recovery.objective
+    if isinstance(data.train, ItemSplit | BatchSplit) and data.train.batch_size is not None:
+        train = replace(train, batch_size=data.train.batch_size)
+    if isinstance(task, Imitation):
+        objective = replace(objective, label_weight=0.0, kd_weight=objective.kd_weight or 1.0)
+    return replace(recovery, train=train, objective=objective)
+
+
+def _labeled(
+    task: Task, data: ImageData | OwnData, batches: Sequence[tuple[Any, Any]]
+) -> tuple[tuple[Any, Tensor], ...]:
+    """The batches with labels that importances and searches can learn from: -1, which is no class, for other tasks."""
+    if isinstance(task, Classification):
+        classes = len(data.classes) or 2**31
+        for _, labels in batches:
+            check_labels(labels, classes)
+        return tuple(batches)
+    return tuple((inputs, torch.full((batch_length(inputs),), -1)) for inputs, _ in batches)
+
+
+def _flush_denormals_(plan: Plan, original: nn.Module, images: Any) -> None:
     """Set the denormal numbers of the original to 0, and say what that changes."""
     found = count_denormals(original)
     with torch.no_grad():
-        before = original(images).double()
-        after = flush_denormals_(original)(images).double()
-    largest = float((after - before).abs().max())
+        before = torch.cat([t.double().flatten() for t in float_tensors(call_model(original, images))])
+        flush_denormals_(original)
+        after = torch.cat([t.double().flatten() for t in float_tensors(call_model(original, images))])
+    largest = float((after - before).abs().max()) if after.shape == before.shape else float("inf")
     plan.log(
         f"Set {sum(found.counts.values())} denormal numbers to 0 ({100 * found.fraction:.3g} % of all); outputs change "
         f"by at most {largest:.2g} ({largest / max(float(before.abs().max()), 1e-30):.1g} of the largest)."
@@ -202,7 +250,7 @@ def _recover(
     """
     student = cut_student.student
     steps.append(_measured(plan, plan.cut.init.done, student))
-    zeros = zeros_for(plan, cut_student, batches)
+    zeros = zeros_for(plan, cut_student, batches if isinstance(plan.task, Classification) else ())
     trained = _train(plan, cut_student, work, zeros)
     if trained is not None and (trained.best_epoch > 0 or zeros is not None):
         student = trained.model
@@ -235,6 +283,7 @@ def _train(plan: Plan, cut_student: CutStudent, work: RunDirectory | None, zeros
         objective=objective,
         alignment=alignment,
         sparsify=zeros,
+        task=plan.task,
         run=RunSettings(
             folder=None if work is None else work.checkpoint,
             checkpoints=plan.run.checkpoints,
@@ -269,11 +318,13 @@ def _finished(
     *,
     student: nn.Module,
     steps: tuple[Step, ...],
-    images: Tensor,
+    images: Any,
 ) -> Finished:
     """The run as `finalize` takes it."""
     search, cut = cut_student.search, plan.cut
-    doubts = (*filter(None, (cut_student.graph.uncounted_text,)), *_doubts(plan, steps[0], trained))
+    uncounted = filter(None, (cut_student.graph.uncounted_text,))
+    own = plan.data.notes if isinstance(plan.data, OwnData) else ()
+    doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained))
     return Finished(
         report=replace(
             _report(plan, cut_student, trained, student, steps),
@@ -362,16 +413,16 @@ def _in_order(epoch: SearchEpoch, sizes: Mapping[str, int]) -> SearchEpoch:
 
 
 def _validated(plan: Plan, cut_student: CutStudent, trained: Trained | None) -> float | None:
-    """Accuracy of the original on the validation images, which the report draws beside that of the epochs."""
-    if trained is None or not len(plan.data.validation):
+    """Score of the original on the validation images, which the report draws beside that of the epochs."""
+    if trained is None or not len(plan.data.validation) or isinstance(plan.task, Imitation):
         return None
-    return evaluate(cut_student.original, plan.data.validation, device=plan.device).value
+    return evaluate(cut_student.original, plan.data.validation, task=plan.task, device=plan.device).value
 
 
-def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Tensor) -> tuple[Check, ...]:
+def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Any) -> tuple[Check, ...]:
     """Sliced equals masked, costs equal counted ones, and the budget holds."""
     proof, search, params = cut_student.verification, cut_student.search, count_params(student)
-    macs = count_macs(student, images[:1].to(plan.device))
+    macs = count_macs(student, move(take(images, slice(1)), plan.device))
     few, zeros = within(plan.budget, student, search.original)
     return (
         Check(
@@ -424,6 +475,7 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
-    found = evaluate(model, plan.data.test, device=plan.device)
+    original = plan.model if isinstance(plan.task, Imitation) else None
+    found = evaluate(model, plan.data.test, task=plan.task, original=original, device=plan.device)
     plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
     return Step(name, found)

@@ -23,6 +23,7 @@ from secateur.cost.budget import Budget, limits_latency
 from secateur.cost.measure import LatencyCache
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData
+from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
 from secateur.export.formats import Format
@@ -41,6 +42,7 @@ from secateur.search.base import SearchResult, Strategy, data_frame, html_table,
 from secateur.search.depth import DEFAULT_REPAIRS, RemoveBlocks
 from secateur.search.knapsack import Knapsack
 from secateur.search.space import SearchSpace
+from secateur.tasks.base import Task
 from secateur.train.callbacks import Callbacks, TerminalProgress
 from secateur.train.checkpoint import CheckpointPolicy, model_sha256
 from secateur.train.config import TrainConfig
@@ -308,7 +310,7 @@ class CutConfig:
     flush_denormals: bool = False
     calibration_images: int = 1024
 
-    def trace(self, model: nn.Module, example: Tensor) -> ChannelGraph:
+    def trace(self, model: nn.Module, example: Any) -> ChannelGraph:
         """Return the channel graph of a model, in which only the selected layers may be cut."""
         graph = trace(model, example, heads=self.heads, rules=self.rules)
         return self.selection.apply(untie(model, graph) if self.branches is Branches.UNTIED else graph)
@@ -385,7 +387,8 @@ class Plan:
     """One run of `compress`, checked and complete; see there for the fields."""
 
     model: nn.Module
-    data: ImageData
+    data: ImageData | OwnData
+    task: Task
     budget: Budget
     strategy: Strategy
     cut: CutConfig
@@ -417,6 +420,7 @@ class Plan:
             "model": f"{type(self.model).__name__} {model_sha256(self.model)[:16]}",
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "augment": repr(data.augment),
+            "task": repr(self.task),
             "budget": str(self.budget),
             "strategy": stable_repr(self.strategy),
             "selection": repr(cut.selection),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import batch_length, call_model, float_tensors, take
 from secateur._files import atomic_folder, disk_errors
 from secateur._json import finite
 from secateur._outputs import output_leaves
@@ -22,9 +23,11 @@ from secateur.cost.macs import count_params
 from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData, guessing_accuracy
+from secateur.data.loaders import OwnData
 from secateur.data.problems import describe_skipped
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
+from secateur.export.formats import Format
 from secateur.export.manifest import Recipe, edits_between
 from secateur.pipeline.config import Output, RunConfig
 from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
@@ -70,8 +73,8 @@ class Finished:
     student: nn.Module
     given: nn.Module
     trained: Trained | None
-    images: Tensor
-    data: ImageData
+    images: Any
+    data: ImageData | OwnData
     architecture: Architecture
     costs: tuple[Mapping[str, int | float], Mapping[str, int | float]]
     output: Output | None
@@ -99,7 +102,7 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         save(draft, run.student, _recipe(run, run.output))
         own = (lambda: copy_model(run.given).eval()) if run.output.source is None else None
         reloaded = reload_check(run.student, run.images, draft, own)
-        exports = deliver_exports(run.student, Samples(run.images, run.data), draft, run.output.formats)
+        exports = _exports(run, draft, run.output.formats)
         checked = replace(run.report, checks=(*run.report.checks, reloaded, *exports.checks), exports=exports.shown)
         report, notes = _with_latency(replace(run, report=checked), exports.notes)
         write_report(draft / "report.html", report)
@@ -116,7 +119,7 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
 
 def report_of(
     model: str,
-    data: ImageData,
+    data: ImageData | OwnData,
     measured: tuple[Measured, Measured],
     *,
     strategy: str,
@@ -162,7 +165,7 @@ def measured_model(model: nn.Module, macs: int, step: Step) -> Measured:
     return Measured(macs, count_params(model), weights_bytes(model), step.score, nonzero_params(model))
 
 
-def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
+def guessing_doubt(name: str, step: Step, data: ImageData | OwnData) -> tuple[str, ...]:
     """Return a sentence if a model is not better than naming the most frequent class; none otherwise.
 
     It is better if that accuracy lies below the 95 % interval of its own.
@@ -172,7 +175,7 @@ def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
         step: Its accuracy on the test images.
         data: For the labels of the test images.
     """
-    if (interval := step.score.interval) is None:
+    if (interval := step.score.interval) is None or not data.classes:
         return ()
     chance, (low, high) = guessing_accuracy(data.test, len(data.classes)), interval
     if low > chance:
@@ -184,7 +187,7 @@ def guessing_doubt(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
     )
 
 
-def data_doubts(name: str, step: Step, data: ImageData) -> tuple[str, ...]:
+def data_doubts(name: str, step: Step, data: ImageData | OwnData) -> tuple[str, ...]:
     """Return what a reader must know of the images: those that were left out, and a model that guesses on them."""
     skipped = describe_skipped(data.name, data.skipped)
     return (*([f"{skipped}."] if skipped else []), *guessing_doubt(name, step, data))
@@ -195,7 +198,7 @@ def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport
 
     If the budget limits the latency, the times on its target come first and are checked.
     """
-    records, said = latency_between(run.original, run.student, run.images)
+    records, said = latency_between(run.original, run.student, run.images) if _is_plain(run) else ((), ())
     checks: tuple[Check, ...] = ()
     if run.latency_bound is not None:
         budget, target = run.latency_bound
@@ -233,6 +236,27 @@ def _recipe(run: Finished, output: Output) -> Recipe:
     )
 
 
+def _is_plain(run: Finished) -> bool:
+    """Whether the model takes one tensor and gives tensors of the whole batch, as files for other runtimes do."""
+    if not isinstance(run.images, Tensor):
+        return False
+    with torch.no_grad():
+        outputs = copy_model(run.student).eval().cpu()(run.images[:2])
+    return all(len(tensor) == 2 for tensor in float_tensors(outputs) if tensor.ndim)
+
+
+def _exports(run: Finished, draft: Path, formats: tuple[Format, ...]) -> Exports:
+    if _is_plain(run):
+        data = run.data if isinstance(run.data, ImageData) else None
+        return deliver_exports(run.student, Samples(run.images, data), draft, formats)
+    names = ", ".join(form.value for form in formats)
+    note = (
+        f"No file was written for {names}: the model takes several inputs or lists of images, or returns lists. Export "
+        "a wrapper that takes and returns tensors."
+    )
+    return Exports((), (), (note,) if formats else ())
+
+
 def _metrics(run: Finished, report: RunReport) -> dict[str, object]:
     trained = run.trained
     return {
@@ -256,7 +280,7 @@ def _stored_scores(report: RunReport) -> dict[str, object]:
 
 def _verification(run: Finished, report: RunReport, exports: Exports) -> dict[str, object]:
     found = {**exports.to_json(), "checks": [asdict(check) for check in report.checks]}
-    probe = probe_json(copy_model(run.student).eval().cpu(), run.data.size)
+    probe = probe_json(copy_model(run.student).eval().cpu(), run.data.size) if _is_plain(run) else None
     return found if probe is None else {**found, "probe": probe}
 
 
@@ -311,7 +335,7 @@ def _cause(result: SearchResult) -> str:
     )
 
 
-def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[[], nn.Module] | None) -> Check:
+def reload_check(student: nn.Module, images: Any, draft: Path, own: Callable[[], nn.Module] | None) -> Check:
     """Check that the artifact gives the bits of the model in memory.
 
     Args:
@@ -324,8 +348,8 @@ def reload_check(student: nn.Module, images: Tensor, draft: Path, own: Callable[
         ArtifactError: If not.
     """
     reloaded = load(draft, factory=own, trust_source=True).model
-    equal = same_bits(copy_model(student).eval().cpu(), reloaded, images[:_PARITY_IMAGES])
-    detail = f"{min(_PARITY_IMAGES, len(images))} images, bit for bit" if equal else "outputs differ"
+    equal = same_bits(copy_model(student).eval().cpu(), reloaded, take(images, slice(_PARITY_IMAGES)))
+    detail = f"{min(_PARITY_IMAGES, batch_length(images))} images, bit for bit" if equal else "outputs differ"
     if not equal:
         raise ArtifactError(
             "The saved artifact must give the same bits as the model in memory; it does not. This is a bug in "
@@ -381,10 +405,13 @@ def probe_images(size: Sequence[int]) -> Tensor:
 
 
 def probe_json(model: nn.Module, size: Sequence[int]) -> dict[str, object] | None:
-    """Return the logits of a model in eval mode on the CPU for the probe images; None if they are not finite."""
+    """Return the output of a model in eval mode on the CPU for the probe images; None if it is no finite tensor."""
     # A forward that is random draws the same numbers every time.
     with run_isolated(model), torch.no_grad():
-        logits = model(probe_images(size)).double()
+        output = model(probe_images(size))
+    if not isinstance(output, Tensor):
+        return None
+    logits = output.double()
     # Noise is not what the model was trained on: it may overflow there, and compares with nothing then.
     return {"seed": _PROBE_SEED, "logits": logits.tolist()} if bool(logits.isfinite().all()) else None
 
@@ -400,12 +427,12 @@ def probe_difference(model: nn.Module, size: Sequence[int], recorded: Mapping[st
     return absolute, absolute / max(float(wanted.abs().max()), 1e-30)
 
 
-def same_bits(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
+def same_bits(one: nn.Module, other: nn.Module, images: Any) -> bool:
     """Return whether two models in eval mode on the CPU give the same bits."""
     found: list[dict[str, Any]] = []
     for model in (one, other):
         with run_isolated(model), torch.no_grad():
-            found.append(output_leaves(model(images)))
+            found.append(output_leaves(call_model(model, images)))
     first, second = found
     return list(first) == list(second) and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from secateur._batches import take
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, format_count, limits_latency
@@ -48,7 +49,9 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
         work: Where to keep checkpoints of the search and the result for a resumed run.
     """
     began = time.perf_counter()
-    graph = plan.cut.trace(original, batches[0][0][:2])
+    inputs = batches[0][0]
+    # A list of images has no batch dimension: costs are those of all its images, and must be those of one.
+    graph = plan.cut.trace(original, take(inputs, slice(1 if isinstance(inputs, list) else 2)))
     plan.log(
         f"Traced {plan.name} in {time.perf_counter() - began:.1f} s: {len(graph.axes)} channel axes, "
         f"{len(graph.prunable)} prunable{f' ({plan.cut})' if str(plan.cut) else ''}."

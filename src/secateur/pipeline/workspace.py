@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
 from secateur._batches import call_model, float_tensors, take
+from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
 from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
@@ -314,8 +314,11 @@ def check_output(folder: Path) -> None:
         )
 
 
+CLASSIFICATION = Classification()
+
+
 def check_model_fits_data(
-    model: nn.Module, data: ImageData | OwnData, images: Any, task: Task = Classification(), targets: Any = None
+    model: nn.Module, data: ImageData | OwnData, images: Any, task: Task = CLASSIFICATION, targets: Any = None
 ) -> None:
     """Refuse a model that does not do its task on the data's images.
 
@@ -353,12 +356,12 @@ def check_model_fits_data(
             f"`model` must run the images of {data.name} ({size}); {type(model).__name__} stopped with: {reason}. "
             "Choose the image size (--image-size) and channels that the model was made for."
         ) from error
-    if not isinstance(task, Classification):
+    if not isinstance(task, Classification) or not data.classes:
         task.check(logits, logits if isinstance(task, Imitation) else take(targets, slice(2)))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(logits)):
             raise ModelError(
-                f"`model` must give finite outputs for the inputs of {data.name}; got NaN or infinity. Check its weights "
-                "and how the inputs are normalized."
+                f"`model` must give finite outputs for the inputs of {data.name}; got NaN or infinity. Check its "
+                "weights and how the inputs are normalized."
             )
         return
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else None

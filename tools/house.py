@@ -110,7 +110,7 @@ class Module:
 
     @property
     def package(self) -> str:
-        """The package directly under the root that contains it."""
+        """The package that contains it: ``graph``, or ``graph.channel_rules``."""
         return _package(self.path)
 
 
@@ -124,14 +124,14 @@ def static_rows() -> list[Row]:
 def size_rows(modules: list[Module]) -> Iterator[Row]:
     """Count files and lines."""
     lines = sorted(module.lines for module in modules)
-    yield Row("files in src", len(modules), "<= 150")
+    yield Row("files in src", len(modules), "<= 165")
     yield Row("lines per file, median", median(lines), ">= 200")
     yield Row("files under 60 lines, %", round(100 * sum(each < 60 for each in lines) / len(lines), 1), "<= 8")
     largest = sorted(modules, key=lambda module: -module.lines)[:5]
     yield Row("lines of the largest file", lines[-1], "<= 650", tuple(f"{m.lines} {m.name}" for m in largest))
     # The reorganization aimed at 34,000 and 140 files. It ended at 38,300: comments doubled, and no further duplication
     # was found. What came after it (rules, tasks, checks) is new, so both bounds grow with it, knowingly.
-    yield Row("lines of src", sum(lines), "<= 44000")
+    yield Row("lines of src", sum(lines), "<= 48000")
     files = Counter(module.package for module in modules if module.path.name != "__init__.py")
     yield Row("files in the largest package", max(files.values()), "<= 14", (_listed(files),))
 
@@ -233,8 +233,7 @@ def main() -> int:
 
 
 def _package(path: Path | str) -> str:
-    parts = Path(path).relative_to(SRC / PACKAGE).parts
-    return parts[0] if len(parts) > 1 else PACKAGE
+    return ".".join(Path(path).relative_to(SRC / PACKAGE).parts[:-1]) or PACKAGE
 
 
 def _bound(tree: ast.Module) -> dict[str, bool]:

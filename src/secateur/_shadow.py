@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
 )
+from torch.utils._pytree import tree_map_only
 
-from secateur._runtime import add_run_context_, copy_model
+from secateur._outputs import Leaf, output_leaves
+from secateur._runtime import add_run_context_, copy_model, run_isolated
 
 
 def shadow_copy(model: nn.Module) -> nn.Module:
@@ -36,6 +38,21 @@ def share_memory(model: nn.Module) -> "tuple[nn.Module, SharedMemory]":
     )
     shadow = shadow if in_eval else shadow.eval()
     return shadow, SharedMemory(shadow, map(storage_key, filter(_has_storage, shared.values())))
+
+
+def is_repeatable(model: nn.Module, example: tuple[Any, ...]) -> bool:
+    """Return whether two runs of equal copies, under equal seeds, return the same."""
+    found: list[dict[str, Leaf]] = []
+    for _ in range(2):
+        with run_isolated(model), torch.no_grad():
+            found.append(output_leaves(shadow_copy(model)(*tree_map_only(Tensor, Tensor.clone, example))))
+    first, second = found
+    return list(first) == list(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a == b
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -36,6 +36,15 @@ def _escape(character: str) -> str:
     return _NAMED.get(character) or (f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
 
 
+def is_text(path: object) -> bool:
+    """Whether a path is text: names of files are bytes, and libraries written in other languages take only UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def html_text(text: str) -> str:
     """Return text for a page or an SVG: visible, and without meaning for the browser."""
     return html.escape(visible(text, keep=PAGE))

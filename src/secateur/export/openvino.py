@@ -1,5 +1,7 @@
 """Export to OpenVINO's own format: a description (.xml) and its weights (.bin)."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_file
+from secateur._text import is_text
 from secateur.errors import ExportError
 from secateur.export._common import (
     PARITY_TOLERANCE,
@@ -53,10 +56,21 @@ def export_openvino(
     translated = _translated(openvino, onnx_bytes(reference, inputs))
     # The inner file is put in its place first.
     with write_errors(path), atomic_file(path) as description, atomic_file(path.with_suffix(".bin")) as weights:
-        openvino.serialize(translated, description, weights)
+        _serialize(openvino, translated, description, weights)
         found = check_parity("openvino", reference, _runner(description, weights), inputs, tolerance)
         path.unlink(missing_ok=True)
     return found
+
+
+def _serialize(openvino: Any, translated: Any, description: Path, weights: Path) -> None:
+    if is_text(description):
+        openvino.serialize(translated, description, weights)
+        return
+    with tempfile.TemporaryDirectory(prefix="secateur-openvino-") as folder:  # OpenVINO takes no other paths.
+        found = Path(folder) / "model.xml", Path(folder) / "model.bin"
+        openvino.serialize(translated, found[0], found[1])
+        for written, wanted in zip(found, (description, weights), strict=True):
+            shutil.copyfile(written, wanted)
 
 
 def _translated(openvino: Any, content: bytes) -> Any:

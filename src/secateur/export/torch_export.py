@@ -58,7 +58,8 @@ def export_pt2(
         with quiet():
             torch.export.save(program, content)
             part.write_bytes(content.getvalue())
-            reloaded = torch.export.load(part)
+            content.seek(0)
+            reloaded = torch.export.load(content)
         return check_parity("pt2", reference, _runner(reloaded), inputs, tolerance)
 
 

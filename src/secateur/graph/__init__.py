@@ -1,7 +1,7 @@
 """The channel graph: trace a model once and know which channels belong together."""
 
 from secateur.graph._record import shadow_copy
-from secateur.graph._rules_layers import compute_over_kept_channels_
+from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import (
     Activation,
     Block,

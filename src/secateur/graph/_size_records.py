@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from secateur.graph._ledger import Ledger, SizeComparison, tensors_in
-from secateur.graph._rules_sizes import bind_sizes
+from secateur.graph.channel_rules.sizes import bind_sizes
 from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,

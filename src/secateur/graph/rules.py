@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from secateur._arrays import IntArray
-from secateur.graph import _rules_layers as layers
-from secateur.graph import _rules_movement as moves
+from secateur.graph.channel_rules import layers
+from secateur.graph.channel_rules import movement as moves
 from secateur.graph._ledger import (
     ATTENTION_KINDS,
     Call,
@@ -22,9 +22,9 @@ from secateur.graph._ledger import (
     freeze_inputs,
     merge_operands,
 )
-from secateur.graph._rules_layers import convolution, group_norm, layer_norm, matrix_product
-from secateur.graph._rules_movement import concatenate, move_channels
-from secateur.graph._rules_recurrent import RECURRENT_RULES
+from secateur.graph.channel_rules.layers import convolution, group_norm, layer_norm, matrix_product
+from secateur.graph.channel_rules.movement import concatenate, move_channels
+from secateur.graph.channel_rules.recurrent import RECURRENT_RULES
 from secateur.graph.blocks import is_pointwise
 
 

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray, connected_components
 from secateur._caller_state import in_default_state
+from secateur._forward_code import KEEPS_STATE, mentioned_names
+from secateur._shadow import is_repeatable
 from secateur.errors import TraceError
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
@@ -153,6 +155,31 @@ _OBSTACLES = {
 }
 
 
+_UNREPEATABLE = frozenset({
+    KEEPS_STATE, "__class__", "time", "time_ns", "perf_counter", "monotonic", "urandom", "default_rng", "uuid1",
+    "uuid4", "secrets", "SystemRandom", "now", "today", "Random", "RandomState", "Generator", "seed",
+})  # fmt: skip
+"""Names in the code of a model whose runs may differ although inputs, parameters and random seeds are equal."""
+
+
+def check_repeatable(model: nn.Module, example: tuple[Any, ...]) -> None:
+    """Refuse a model that returns something else on every run, even under one random seed.
+
+    Raises:
+        TraceError: If it does so.
+    """
+    try:
+        repeatable = is_repeatable(model, example)
+    except Exception:
+        return  # The recording runs it again, and says where it fails.
+    if not repeatable:
+        raise TraceError(
+            f"`model` ({type(model).__name__}) must return the same for the same input and the same random seed; it "
+            "does not. Its forward may use the time, a counter outside of the module, or random numbers that no seed "
+            "determines. Make it repeatable in evaluation mode, because a cut of it could not be verified."
+        )
+
+
 class HeadUnit(Enum):
     """The unit in which attention is cut."""
 
@@ -169,6 +196,7 @@ def trace(
     *,
     heads: HeadUnit = HeadUnit.DIMENSION,
     rules: Mapping[str, Rule] = MappingProxyType({}),
+    allow_not_run: bool = False,
 ) -> ChannelGraph:
     """Find which channels of which tensors must be kept or removed together.
 
@@ -186,6 +214,10 @@ def trace(
         rules: Channel rules of further ATen or custom operations, by their name (``relu``, ``my_lib::my_op``); see
             docs/rules.md. They take precedence over the built-in rules.
 
+        allow_not_run: Whether channels may be removed that a module may read which the example does not run, such as
+            one of two branches. If not, all axes with as many channels as one of its weights are frozen. A module that
+            no code mentions never matters.
+
     Returns:
         The channel graph. It also contains the channels that cannot be removed safely, with the reason.
 
@@ -194,17 +226,50 @@ def trace(
     """
     check_model(model)
     single = positional_arguments(model, example)
+    if not _UNREPEATABLE.isdisjoint(mentioned_names(model)):
+        check_repeatable(model, single)
     ledger, attributes = record(model, single, rules)
     by_head = _find_head_ids(ledger, heads)
     # Which ids belong to attention is known only after a first run; the second one treats them by whole heads.
     if by_head.any():
         ledger, attributes = record(model, single, rules, by_head=by_head)
     graph = solve(ledger, attributes, single)
-    if not ledger.attended or not _may_gain_from_heads(graph):
-        return graph
-    # Try whole heads everywhere, and keep the graph in which more parameters can be removed.
-    ledger, attributes = record(model, single, rules, by_head=_find_head_ids(ledger, HeadUnit.HEAD))
-    return max(graph, solve(ledger, attributes, single), key=_count_prunable)
+    if ledger.attended and _may_gain_from_heads(graph):
+        # Try whole heads everywhere, and keep the graph in which more parameters can be removed.
+        ledger, attributes = record(model, single, rules, by_head=_find_head_ids(ledger, HeadUnit.HEAD))
+        graph = max(graph, solve(ledger, attributes, single), key=_count_prunable)
+    return graph if allow_not_run or not graph.unseen else _without_cuts_beside(model, graph)
+
+
+def _without_cuts_beside(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
+    """Return the graph without cuts that a module which did not run could not take, should it run after all."""
+    names, unseen = mentioned_names(model), frozenset(graph.unseen)
+    lengths: dict[int, str] = {}
+    for parameter in graph.unseen:
+        owner = _largest_unseen(model, parameter, unseen)
+        # Items of containers are found by the name of the container.
+        spoken = [part for part in owner.split(".") if not part.isdecimal()]
+        if spoken and spoken[-1] in names:
+            # The first two dimensions carry channels; further ones are those of kernels.
+            lengths.update(dict.fromkeys((extent.at(graph.sizes) for extent in graph.tensors[parameter][:2]), owner))
+    met = [axis.size for axis in graph.axes]
+    beside = {name: lengths[size] for name, size in zip(graph.by_name, met, strict=True) if size in lengths}
+    for activation in graph.activations.values():
+        owner = lengths.get(activation.shape[activation.dim])
+        if owner is not None:
+            beside.update((graph.axes[n].name, owner) for n in set(activation.axis.tolist()) if n >= 0)
+    reason = (
+        "which the example does not run, may read or add them. Trace an example that runs it, or allow_not_run=True"
+    )
+    return graph.with_frozen({name: f"{owner}, {reason}" for name, owner in beside.items()})
+
+
+def _largest_unseen(model: nn.Module, parameter: str, unseen: frozenset[str]) -> str:
+    """Return the largest module none of whose parameters was used, or the parameter itself."""
+    largest, path = parameter, parameter.rpartition(".")[0]
+    while path and all(f"{path}.{name}" in unseen for name, _ in model.get_submodule(path).named_parameters()):
+        largest, path = path, path.rpartition(".")[0]
+    return largest
 
 
 def _find_head_ids(ledger: Ledger, heads: HeadUnit) -> BoolArray:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from secateur._text import is_text
 from secateur.errors import ModelError
 
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
@@ -58,7 +59,7 @@ def check_weights_file(path: Path) -> None:
     if not os.access(path, os.R_OK):
         raise ModelError(f"`weights` must be a file that can be read; {path} cannot be. Check its permissions.")
     if path.stat().st_size == 0:
-        raise ModelError(f"`weights` must be a file with tensors; {path} is empty. Copy it again.")
+        raise ModelError(f"`weights` must be a complete file of tensors; {path} is empty. Copy it again.")
     if path.suffix in _NUMPY_SUFFIXES:
         raise ModelError(
             f"`weights` must be a .safetensors file or a torch file; got numpy's {path}. Read it with "
@@ -97,14 +98,14 @@ def _strip_prefixes(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     with path.open("rb") as file:
         start = file.read(_HEADER_SIZE_BYTES)
     if not can_start_safetensors(start, path.stat().st_size):
         raise ModelError(_damaged(path))
     try:
-        return load_file(path)
+        return load_file(path) if is_text(path) else load(path.read_bytes())  # its paths are text
     except Exception as error:  # its own errors, and those of torch for shapes and dtypes that it does not know
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} must be a complete safetensors file; got: {reason}. Copy it again.") from error

@@ -8,6 +8,7 @@ from torch import nn
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph.graph import ChannelGraph
+from secateur.graph.trace import check_repeatable
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Mismatch, Verification, compare_outputs
 
@@ -39,6 +40,7 @@ def cut_exactly(model: nn.Module, graph: ChannelGraph, architecture: Architectur
 
     Raises:
         SurgeryError: If the architecture does not fit, or no correct cut is found.
+        TraceError: If the model returns something else on every run, so that nothing can be compared.
     """
     frozen: tuple[tuple[str, str], ...] = ()
     while True:
@@ -46,6 +48,7 @@ def cut_exactly(model: nn.Module, graph: ChannelGraph, architecture: Architectur
         result = compare_outputs(model, small, graph, architecture)
         if isinstance(result, Verification):
             return ExactCut(small, graph, architecture, replace(result, frozen=frozen))
+        check_repeatable(model, graph.example)
         culprits = find_culprits(model, graph, architecture, result)
         graph = graph.with_kept_blocks(culprits.blocks).with_frozen(culprits.axes)
         frozen += (*sorted(culprits.blocks.items()), *sorted(culprits.axes.items()))

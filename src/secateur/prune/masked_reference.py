@@ -10,7 +10,7 @@ from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
 from secateur._shadow import SharedMemory, storage_key, written_tensors
 from secateur.graph._ledger import base_name, tensors_in
-from secateur.graph._rules_recurrent import WholeCallMode
+from secateur.graph.channel_rules.recurrent import WholeCallMode
 from secateur.graph.blocks import DataFlow
 from secateur.graph.graph import Block
 

@@ -5,7 +5,6 @@ can change more than torch's own layers.
 """
 
 import contextlib
-import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from secateur._forward_code import mentioned_names
 from secateur._outputs import Leaf, output_leaves
 from secateur._runtime import run_isolated
 from secateur._shadow import written_arguments
 from secateur.architecture import Architecture
 from secateur.graph._ledger import base_name
 from secateur.graph.graph import ChannelDim, ChannelGraph
-from secateur.prune.narrow_branches import original_module
+from secateur.prune.narrow_branches import original_names
 
 _LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -137,6 +137,7 @@ class FeatureSummaries:
 
     def __init__(self) -> None:
         self.by_module: dict[str, Tensor] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def first_difference(self, other: "FeatureSummaries", tolerance: float, floor: float) -> str | None:
         """Return the first module, in order of execution, that differs from another model's; None if none does.
@@ -194,11 +195,13 @@ class KeptFeatures:
         """
         summaries = FeatureSummaries()
         outputs: dict[str, Tensor] = {}
-        names = {name for name, _ in model.named_modules()}
+        modules = dict(model.named_modules())
+        # The channels of a branch that was expanded are, in the graph, those that it has after that.
+        places = {original: name for name, original in original_names(model).items() if name not in self.activations}
         hooks = [
-            original_module(model, name).register_forward_hook(self._hook(name, outputs, cut=cut))
-            for name in self.activations
-            if name in names
+            modules[place].register_forward_hook(self._hook(name, outputs, cut=cut))
+            for name, place in ((name, name if name in modules else places.get(name)) for name in self.activations)
+            if place is not None
         ]
         try:
             yield summaries
@@ -207,11 +210,32 @@ class KeptFeatures:
                 hook.remove()
         # After the run, whose modes must neither see nor change these calls.
         for name, tensor in outputs.items():
-            sums = _weighted_sums(tensor, self.activations[name].dim, () if cut else self._others.get(name, ()))
+            summaries.shapes[name] = tuple(tensor.shape)
+            dim = self.activations[name].dim
+            if not cut and tensor.size(dim) != self.activations[name].shape[dim]:
+                continue
+            sums = _weighted_sums(tensor, dim, () if cut else self._others.get(name, ()))
             summaries.by_module[name] = sums if cut else sums[self._kept[name].to(sums.device)]
 
+    def fit(self, summaries: FeatureSummaries, batch: int) -> bool:
+        """Return whether the full model has the channels and items of the traced run on an input of another size.
+
+        Some models run on any number of pixels, but take a part of them for items or channels (``x.view(-1, 12, 64)``).
+
+        Args:
+            summaries: What the full model returned.
+            batch: The number of items of the input.
+        """
+        for name, shape in summaries.shapes.items():
+            traced, dim = self.activations[name].shape, self.activations[name].dim
+            if len(shape) != len(traced) or shape[dim] != traced[dim]:
+                return False
+            if dim and traced[0] == 1 and shape[0] not in {1, batch}:
+                return False
+        return True
+
     def _hook(self, name: str, outputs: dict[str, Tensor], *, cut: bool) -> Callable[..., None]:
-        shape, dim = self.activations[name].shape, self.activations[name].dim
+        shape = self.activations[name].shape
 
         def hook(_module: nn.Module, args: Any, out: Any) -> None:
             leaves = (out,) if isinstance(out, Tensor) else tree_leaves(out)
@@ -219,7 +243,7 @@ class KeptFeatures:
             if tensor is None or not tensor.is_floating_point() or tensor.dim() != len(shape):
                 return
             # A module that returns its input, such as dropout in evaluation, may do so in a removed branch.
-            if not any(tensor is given for given in args) and (cut or tensor.size(dim) == shape[dim]):
+            if not any(tensor is given for given in args):
                 outputs[name] = tensor
 
         return hook
@@ -242,40 +266,6 @@ def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def depends_on_training(model: nn.Module) -> bool:
     """Return whether the training mode may change more than what torch's own layers do in it.
 
-    Those treat every channel alike in both modes (normalization, dropout). A model depends on the mode if a class of
-    its modules that is not torch's, or a hook, or a function that these call, mentions ``training``.
+    Those treat every channel alike in both modes (normalization, dropout).
     """
-    for module in model.modules():
-        held = vars(module)
-        functions = [value for value in held.values() if isinstance(value, types.FunctionType | types.MethodType)]
-        functions += [hook for kind in ("_forward_hooks", "_forward_pre_hooks") for hook in held.get(kind, {}).values()]
-        if isinstance(module, torch.jit.ScriptModule | torch.jit.ScriptFunction) or any(map(_reads_mode, functions)):
-            return True
-        if _class_reads_mode(type(module)):
-            return True
-    return False
-
-
-@lru_cache(1024)
-def _class_reads_mode(kind: type) -> bool:
-    own = (c for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch."))
-    return any(_reads_mode(value) for c in own for value in vars(c).values())
-
-
-def _reads_mode(value: Any, seen: set[int] | None = None) -> bool:
-    """Return whether the code of a function, or of what it calls, mentions the training mode."""
-    seen = set() if seen is None else seen
-    value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "__wrapped__", value)
-    if not isinstance(value, types.FunctionType) or id(value) in seen or value.__module__.startswith("torch."):
-        return False
-    seen.add(id(value))
-    names: set[str] = set()
-    codes = [value.__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names, (c for c in code.co_consts if isinstance(c, str)))
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    if "training" in names:
-        return True
-    called = (value.__globals__.get(name) for name in names)
-    return any(_reads_mode(function, seen) for function in called if isinstance(function, types.FunctionType))
+    return "training" in mentioned_names(model)

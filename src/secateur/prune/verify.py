@@ -21,7 +21,7 @@ from secateur._shadow import shadow_copy, share_memory
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._ledger import MIXING_KINDS
-from secateur.graph._rules_layers import compute_over_kept_channels_
+from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.masked_reference import (
     ExpectedCalls,
@@ -172,7 +172,7 @@ class _Pair:
         if ran is None or not calls.complete:
             self._running = None
             return None
-        return self._judge(self._zeroed_while_running, ran, example, training=False)
+        return self._judged_aside(ran, example, training=False)
 
     def compare_in_training(self, example: tuple[Any, ...]) -> Verification | Mismatch | None:
         """Compare in training mode; return None if the original does not run in it, or as another network."""
@@ -182,7 +182,20 @@ class _Pair:
         if ran is None or not self._is_same_network(calls.names):
             self._running = None
             return None
-        return self._judge(self._zeroed_while_running, ran, example, training=True)
+        return self._judged_aside(ran, example, training=True)
+
+    def _judged_aside(self, ran: "_Ran", example: tuple[Any, ...], *, training: bool) -> Verification | Mismatch | None:
+        found = self._judge(self._zeroed_while_running, ran, example, training=training)
+        if isinstance(found, Mismatch):
+            # On inputs of another size, the original itself may take other numbers for channels.
+            features = KeptFeatures(self._graph, self._architecture, every=True)
+            original = shadow_copy(self._model).train(training)
+            again = self._run(original, example, ComparisonRun(constant_noise=True), features)
+            batch = next((part.size(0) for part in example if isinstance(part, Tensor) and part.dim()), 1)
+            if not features.fit(again.features, batch):
+                self._running = None
+                return None
+        return found
 
     def _run_masked(
         self,

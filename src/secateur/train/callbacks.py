@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur._files import write_atomic
-from secateur._text import csv_cell, csv_text, visible
+from secateur._text import csv_cell, csv_text, is_text, visible
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class TensorBoard:
         inner: The callbacks that everything is passed on to.
 
     Raises:
-        TrainingError: If the package tensorboard is not installed, or the folder is a file.
+        TrainingError: If the package tensorboard is not installed, or the folder is a file or no text.
     """
 
     folder: Path
@@ -285,6 +285,11 @@ class TensorBoard:
             )
         if self.folder.exists() and not self.folder.is_dir():
             raise TrainingError(f"`folder` must be a folder for event files; got the file {self.folder}. Name another.")
+        if not is_text(self.folder):
+            raise TrainingError(
+                f"`folder` must be a path that is text, which TensorBoard needs; got {str(self.folder)!a}. Name "
+                "another (--tensorboard), or set PYTHONUTF8=1 if your locale does not know its characters."
+            )
 
     @contextmanager
     def start(self, loop: str, *, epochs: int, steps: int, done: int) -> Generator[LoopCallbacks]:

@@ -17,7 +17,7 @@ from secateur.architecture import Architecture
 from secateur.cost import CostModel, count_macs, count_params
 from secateur.graph import trace
 from secateur.graph._record import FAKE_RESULTS, FakeValueReadError, RecordingContext, make_fake_result, record_once
-from secateur.graph._rules_recurrent import WholeCallMode
+from secateur.graph.channel_rules.recurrent import WholeCallMode
 from secateur.graph.trace import positional_arguments
 from secateur.prune import apply_architecture, cut, mask_removed
 

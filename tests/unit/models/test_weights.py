@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -235,3 +236,14 @@ def test_tensors_that_no_layer_can_take_are_refused(tmp_path: Path, made: Callab
     torch.save({**Masked().state_dict(), "weight": made()}, tmp_path / "w.pt")
     with pytest.raises(ModelError, match=r"dense tensors of floats or whole numbers; got others: weight"):
         load_weights_(Masked(), tmp_path / "w.pt")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are text there")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_name_that_is_no_text(tmp_path: Path, state: dict[str, Tensor], suffix: str) -> None:
+    written = tmp_path / f"w{suffix}"
+    save_file(state, written) if suffix == ".safetensors" else torch.save(state, written)
+    path = written.rename(tmp_path / f"w\udcff{suffix}")
+    found = read_weights(path)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())

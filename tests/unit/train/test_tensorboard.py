@@ -138,3 +138,9 @@ def test_what_cannot_be_logged_to_is_refused_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(import_module("secateur.train.callbacks"), "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"must have the package tensorboard; got none\. Run: pip install"):
         TensorBoard(tmp_path)
+
+
+def test_a_folder_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """TensorBoard writes paths as UTF-8, and would end in the midst of a run."""
+    with pytest.raises(TrainingError, match=r"`folder` must be a path that is text.*PYTHONUTF8=1"):
+        TensorBoard(tmp_path / "logs\udcff")

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur._arrays import IntArray
 from secateur.graph._ledger import Call, ChannelIds, CountedOperation, merge_operands
-from secateur.graph._rules_layers import connect_input
+from secateur.graph.channel_rules.layers import connect_input
 from secateur.graph.graph import Role
 
 _ATEN = torch.ops.aten

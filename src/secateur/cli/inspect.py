@@ -67,15 +67,11 @@ def evaluate_command(
     model: options.Model,
     weights: options.WeightsFile = None,
     data: options.Data,
-    trust_source: options.TrustSource = False,
-    skip_bad_images: options.SkipBadImages = False,
+    images: ReadingFlags = ReadingFlags(),
     batch_size: options.BatchSize = 250,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
     seed: options.Seed = 0,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
     debug: options.Debug = False,
 ) -> None:
     """Measure the accuracy of a model or artifact on the test images.
@@ -85,15 +81,14 @@ def evaluate_command(
     from secateur._runtime import torch_threads
     from secateur.cli import parsing
     from secateur.pipeline.workspace import check_model_fits_data
-    from secateur.train.evaluate import evaluate as measure
+    from secateur.train.evaluate import evaluate as run_evaluate
 
-    flags = ImageFlags(
-        image_size=image_size, trust_source=trust_source, mean=mean, std=std, skip_bad_images=skip_bad_images
-    )
-    inputs = parsing.Inputs(model, weights, data, flags, seed)
+    inputs = parsing.Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
     with torch_threads(thread_count):
         check_model_fits_data(inputs.loaded.model, inputs.images, inputs.example(2))
-        found = measure(inputs.loaded.model, inputs.images.test, batch_size=batch_size, device=parsing.device(device))
+        found = run_evaluate(
+            inputs.loaded.model, inputs.images.test, batch_size=batch_size, device=parsing.device(device)
+        )
     interval = found.interval
     assert interval is not None
     low, high = interval

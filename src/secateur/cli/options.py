@@ -128,15 +128,22 @@ BudgetText = Annotated[
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ImageFlags:
-    """Which images a model is trained on, and how they are prepared."""
+class ReadingFlags:
+    """How images are read and prepared."""
 
     trust_source: TrustSource = False
     skip_bad_images: SkipBadImages = False
-    limit: Annotated[int | None, whole_number("Use only the first N training images.", most=MAX_COUNT)] = None
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags(ReadingFlags):
+    """Which images a model is trained on, and how they are prepared."""
+
+    limit: Annotated[int | None, whole_number("Use only the first N training images.", most=MAX_COUNT)] = None
     validation_fraction: Annotated[float, number("Fraction of training images that choose the epoch.")] = 0.1
 
 

@@ -465,7 +465,7 @@ def _reason(error: Exception) -> str:
 
 
 def resize_and_center_crop(image: "Image", size: int, crop_fraction: float) -> "Image":
-    """Resize the shorter side to size / crop_fraction and keep the central square, as published models evaluate.
+    """ResizeMode the shorter side to size / crop_fraction and keep the central square, as published models evaluate.
 
     An image that already has the size is returned unchanged.
     """
@@ -548,7 +548,7 @@ def check_fits_in_memory(n: int, bytes_per_image: int) -> None:
 
 
 def resize_images(images: Tensor, image_size: int | None) -> Tensor:
-    """Resize a decoded set to squares (bilinear, antialiased).
+    """ResizeMode a decoded set to squares (bilinear, antialiased).
 
     Args:
         images: (n, c, s, s) uint8.

@@ -19,7 +19,7 @@ LETTERBOX_FILL = 114
 """Gray value of the borders of letterboxed images, as detectors of the YOLO family are trained with."""
 
 
-class Resize(Enum):
+class ResizeMode(Enum):
     """How an image gets the size of the model's input."""
 
     SQUASH = "squash"
@@ -48,7 +48,7 @@ class Preprocessing:
     Attributes:
         size: Height and width; None keeps every image's own.
         resize: How the size is reached.
-        crop_fraction: Height of what `Resize.CROP` takes / height that the image is scaled to, in (0, 1].
+        crop_fraction: Height of what `ResizeMode.CROP` takes / height that the image is scaled to, in (0, 1].
         interpolation: How pixels are computed; targets of classes always take the nearest one.
         mean: Mean of pixels / 255 per channel; empty subtracts nothing.
         std: Standard deviation of pixels / 255 per channel; empty divides by nothing.
@@ -57,7 +57,7 @@ class Preprocessing:
     """
 
     size: tuple[int, int] | None = None
-    resize: Resize = Resize.CROP
+    resize: ResizeMode = ResizeMode.CROP
     crop_fraction: float = 0.875
     interpolation: Interpolation = Interpolation.BILINEAR
     mean: tuple[float, ...] = ()
@@ -98,7 +98,7 @@ class Preprocessing:
         size = data["size"]
         return cls(
             size=None if size is None else (int(size[0]), int(size[1])),
-            resize=Resize(data["resize"]),
+            resize=ResizeMode(data["resize"]),
             crop_fraction=float(data["crop_fraction"]),
             interpolation=Interpolation(data["interpolation"]),
             mean=tuple(map(float, data["mean"])),
@@ -115,7 +115,7 @@ class Preprocessing:
         return functional.pil_to_tensor(converted)
 
     def geometry(self, *items: Any) -> tuple[Any, ...]:
-        """Resize an image, and with it boxes and masks, which are tv_tensors of torchvision.
+        """ResizeMode an image, and with it boxes and masks, which are tv_tensors of torchvision.
 
         Args:
             items: The image, a `tv_tensors.Image`, then others of the same image.
@@ -126,9 +126,9 @@ class Preprocessing:
 
         height, width = items[0].shape[-2:]
         steps: list[Any] = []
-        if self.resize is Resize.SQUASH:
+        if self.resize is ResizeMode.SQUASH:
             steps = [self._scaled(*self.size)]
-        elif self.resize is Resize.CROP:
+        elif self.resize is ResizeMode.CROP:
             factor = max(self.size[0] / height, self.size[1] / width) / self.crop_fraction
             scaled = [max(least, round(side * factor)) for side, least in zip((height, width), self.size, strict=True)]
             steps = [self._scaled(*scaled), v2.CenterCrop(list(self.size))]

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 from secateur._arrays import BoolArray
 from secateur._outputs import output_tensors
 from secateur._runtime import run_isolated
-from secateur._shadow import shadow_copy
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
-from secateur.graph.channel_rules.recurrent import FAKE_RECURRENT, WholeCallMode
+from secateur.graph._shadow import shadow_copy
 from secateur.graph._size_ints import Attribute, plain_number
 from secateur.graph._size_records import SizeTracker, UnhashableSizeError, wrap_sizes
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
+from secateur.graph.channel_rules.recurrent import FAKE_RECURRENT, WholeCallMode
 from secateur.graph.rules import apply_rule
 
 VALUE_READERS = frozenset({

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from secateur.graph._ledger import Ledger, SizeComparison, tensors_in
-from secateur.graph.channel_rules.sizes import bind_sizes
 from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
@@ -35,6 +34,7 @@ from secateur.graph._size_ints import (
     shape_ids,
     steps_of,
 )
+from secateur.graph.channel_rules.sizes import bind_sizes
 from secateur.graph.graph import SizeItem
 
 

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from secateur._arrays import IntArray
-from secateur.graph.channel_rules import layers
-from secateur.graph.channel_rules import movement as moves
 from secateur.graph._ledger import (
     ATTENTION_KINDS,
     Call,
@@ -22,10 +20,12 @@ from secateur.graph._ledger import (
     freeze_inputs,
     merge_operands,
 )
+from secateur.graph.blocks import is_pointwise
+from secateur.graph.channel_rules import layers
+from secateur.graph.channel_rules import movement as moves
 from secateur.graph.channel_rules.layers import convolution, group_norm, layer_norm, matrix_product
 from secateur.graph.channel_rules.movement import concatenate, move_channels
 from secateur.graph.channel_rules.recurrent import RECURRENT_RULES
-from secateur.graph.blocks import is_pointwise
 
 
 def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:

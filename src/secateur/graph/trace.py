@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray, connected_components
 from secateur._caller_state import in_default_state
-from secateur._forward_code import KEEPS_STATE, mentioned_names
-from secateur._shadow import is_repeatable
 from secateur.errors import TraceError
+from secateur.graph._forward_code import KEEPS_STATE, mentioned_names
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
+from secateur.graph._shadow import is_repeatable
 from secateur.graph._solve import NOT_CONSUMED, solve
 from secateur.graph.graph import ChannelGraph
 

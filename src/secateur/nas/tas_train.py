@@ -21,7 +21,7 @@ from secateur.nas.tas_sampler import SampledWidths, WidthDistribution, draw
 from secateur.tasks.classification import Classification
 from secateur.train.config import Batches, TrainConfig, epoch_batches
 from secateur.train.device import Precision, channels_last
-from secateur.train.evaluate import measure
+from secateur.train.evaluate import measure_score
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
 if TYPE_CHECKING:
@@ -360,7 +360,7 @@ class TASStep(TrainingStep):
         # Running statistics mean nothing in a supernet, where every step runs another subnet.
         subnet = self.subnet(self.derived())
         statistics = measure_batch_norms(self.supernet, subnet, config.calibration)
-        result = measure(
+        result = measure_score(
             _FixedSubnet(self.supernet, subnet, statistics).eval(),
             config.validation,
             task=Classification(),

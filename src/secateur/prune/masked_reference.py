@@ -8,10 +8,10 @@ from torch import nn
 
 from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
-from secateur._shadow import SharedMemory, storage_key, written_tensors
 from secateur.graph._ledger import base_name, tensors_in
-from secateur.graph.channel_rules.recurrent import WholeCallMode
+from secateur.graph._shadow import SharedMemory, storage_key, written_tensors
 from secateur.graph.blocks import DataFlow
+from secateur.graph.channel_rules.recurrent import WholeCallMode
 from secateur.graph.graph import Block
 
 

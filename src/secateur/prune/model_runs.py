@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from secateur._forward_code import mentioned_names
 from secateur._outputs import Leaf, output_leaves
 from secateur._runtime import run_isolated
-from secateur._shadow import written_arguments
 from secateur.architecture import Architecture
+from secateur.graph._forward_code import mentioned_names
 from secateur.graph._ledger import base_name
+from secateur.graph._shadow import written_arguments
 from secateur.graph.graph import ChannelDim, ChannelGraph
 from secateur.prune.narrow_branches import original_names
 

@@ -17,8 +17,8 @@ from secateur._caller_state import in_default_state
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
-from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph._size_records import set_number
+from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph, Replacement, Role, SizeItem, StandIn
 from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.narrow_branches import branch_expansions, check_branches, expand_branches_

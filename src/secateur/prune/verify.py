@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map_only
 
 from secateur._outputs import Leaf
 from secateur._runtime import copy_model
-from secateur._shadow import shadow_copy, share_memory
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._ledger import MIXING_KINDS
+from secateur.graph._shadow import shadow_copy, share_memory
 from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.masked_reference import (

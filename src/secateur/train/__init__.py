@@ -42,7 +42,7 @@ from secateur.train.device import (
     seeded,
 )
 from secateur.train.distributed import average_gradients_, mean_over_processes, open_group, own_shard
-from secateur.train.evaluate import evaluate, measure
+from secateur.train.evaluate import evaluate, measure_score
 from secateur.train.fit import Trained, fit, train_with_teacher
 from secateur.train.recipes import born_again, check_resettable, distill_after_hints, distill_chain, reset_weights_
 from secateur.train.supervised import EpochRecord
@@ -99,7 +99,7 @@ __all__ = [
     "is_finite",
     "load_checkpoint",
     "mean_over_processes",
-    "measure",
+    "measure_score",
     "model_sha256",
     "open_fabric",
     "open_group",

@@ -51,10 +51,12 @@ def evaluate(
     with torch.inference_mode(mode=False):
         copy = copy_to_device(model, device).eval()
         other = None if original is None else copy_to_device(original, device).eval()
-    return measure(copy, split, task=task, original=other, batch_size=batch_size, precision=precision, device=device)
+    return measure_score(
+        copy, split, task=task, original=other, batch_size=batch_size, precision=precision, device=device
+    )
 
 
-def measure(
+def measure_score(
     model: nn.Module,
     split: Batches,
     *,

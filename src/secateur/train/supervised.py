@@ -23,7 +23,7 @@ from secateur.train.callbacks import divergence_error
 from secateur.train.checkpoint import Tensors, clone_tensors, tensors_of
 from secateur.train.config import Batches, TrainConfig, epoch_batches
 from secateur.train.device import Eager, Execution, Precision, copy_to_device, in_precision
-from secateur.train.evaluate import in_channels_last, measure
+from secateur.train.evaluate import in_channels_last, measure_score
 from secateur.train.teacher import TeacherCache, TeacherRunner
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
@@ -315,7 +315,7 @@ class SupervisedStep(TrainingStep):
         job = self._job
         if job.validation is not None:
             # In float32 whatever the training used: epochs must be comparable, also with a model measured later.
-            found = measure(
+            found = measure_score(
                 model.eval(),
                 job.validation,
                 task=job.task,

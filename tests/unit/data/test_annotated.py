@@ -19,7 +19,7 @@ from secateur.data.annotated import (
     read_voc,
     read_yolo,
 )
-from secateur.data.preprocessing import Interpolation, Preprocessing, Resize
+from secateur.data.preprocessing import Interpolation, Preprocessing, ResizeMode
 from secateur.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -89,9 +89,9 @@ def test_boxes_are_where_the_pixels_are(tmp_path: Path, write, read, names) -> N
     assert float(image.sum()) == 3 * (x2 - x1) * (y2 - y1)
 
 
-@pytest.mark.parametrize("resize", list(Resize))
+@pytest.mark.parametrize("resize", list(ResizeMode))
 @pytest.mark.parametrize("size", [(32, 32), (24, 60), (20, 40)])
-def test_boxes_move_with_their_image(tmp_path: Path, resize: Resize, size: tuple[int, int]) -> None:
+def test_boxes_move_with_their_image(tmp_path: Path, resize: ResizeMode, size: tuple[int, int]) -> None:
     rule = Preprocessing(size, resize, crop_fraction=1.0, interpolation=Interpolation.NEAREST)
     image, target = read_coco(coco(tmp_path), rule)["train"][0]
     assert tuple(image.shape) == (3, *size)
@@ -124,8 +124,8 @@ def test_an_image_without_objects_has_an_empty_target(tmp_path: Path) -> None:
     assert len(images) == 2
 
 
-@pytest.mark.parametrize("resize", list(Resize))
-def test_masks_move_with_their_image_and_borders_count_for_nothing(tmp_path: Path, resize: Resize) -> None:
+@pytest.mark.parametrize("resize", list(ResizeMode))
+def test_masks_move_with_their_image_and_borders_count_for_nothing(tmp_path: Path, resize: ResizeMode) -> None:
     save_image(tmp_path / "train" / "images" / "a.png")
     mask = np.zeros((20, 40), dtype=np.uint8)
     mask[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 3
@@ -135,7 +135,7 @@ def test_masks_move_with_their_image_and_borders_count_for_nothing(tmp_path: Pat
     image, target = read_masks(tmp_path, rule)["train"][0]
     assert target.dtype == torch.int64
     assert torch.equal(target == 3, image[0] == 1)
-    assert set(target.unique().tolist()) == ({0, 3, 255} if resize is Resize.LETTERBOX else {0, 3})
+    assert set(target.unique().tolist()) == ({0, 3, 255} if resize is ResizeMode.LETTERBOX else {0, 3})
 
 
 def test_tables_give_numbers_and_column_names(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_augmentation_moves_boxes_too(tmp_path: Path) -> None:
     assert float(image[:, y1:y2, x1:x2].min()) == 1
 
 
-@pytest.mark.parametrize("rule", [RAW, Preprocessing((2, 3), Resize.SQUASH, 0.5, mean=(0.1, 0.2, 0.3), bgr=True)])
+@pytest.mark.parametrize("rule", [RAW, Preprocessing((2, 3), ResizeMode.SQUASH, 0.5, mean=(0.1, 0.2, 0.3), bgr=True)])
 def test_the_rule_survives_json(rule: Preprocessing) -> None:
     assert Preprocessing.from_json(json.loads(json.dumps(rule.to_json()))) == rule
 
@@ -291,7 +291,7 @@ def test_real_boxes() -> None:
 
 @pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="needs ../shared/data/camvid")
 def test_real_masks() -> None:
-    found = read_masks(SHARED / "camvid", Preprocessing((240, 320), Resize.SQUASH))
+    found = read_masks(SHARED / "camvid", Preprocessing((240, 320), ResizeMode.SQUASH))
     assert {split: len(items) for split, items in found.items()} == {"train": 367, "val": 101, "test": 233}
     image, target = found["test"][0]
     assert (image.shape, target.shape) == ((3, 240, 320), (240, 320))

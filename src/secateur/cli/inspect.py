@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.options import BenchFlags, ImageFlags, SpaceFlags, flag
+from secateur.cli.options import BenchFlags, ImageFlags, ReadingFlags, SpaceFlags, flag
 from secateur.cli.output import end_with_error, handle_errors, out
 from secateur.errors import ArtifactError
 

@@ -12,7 +12,7 @@ OUT ?= runs/demo
 # The lowest numpy and scipy have no wheels for Python 3.13.
 LOWEST_PYTHON ?= $(firstword $(foreach p,python3.11 python3.12,$(if $(shell command -v $(p)),$(p))))
 WINDOW_TESTS := pytest -n 2 --dist worksteal -m "window and not slow"
-WINDOW_PACKAGES := torch|torchvision|timm|lightning-fabric|safetensors|numpy|scipy|onnx|onnxscript|onnxruntime|pyarrow|pillow
+WINDOW_PACKAGES := torch|torchvision|timm|lightning-fabric|torchmetrics|safetensors|numpy|scipy|onnx|onnxscript|onnxruntime|pyarrow|pillow
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command 'make pins' pyproject.toml
 

@@ -124,7 +124,7 @@ def static_rows() -> list[Row]:
 def size_rows(modules: list[Module]) -> Iterator[Row]:
     """Count files and lines."""
     lines = sorted(module.lines for module in modules)
-    yield Row("files in src", len(modules), "<= 165")
+    yield Row("files in src", len(modules), "<= 175")
     yield Row("lines per file, median", median(lines), ">= 200")
     yield Row("files under 60 lines, %", round(100 * sum(each < 60 for each in lines) / len(lines), 1), "<= 8")
     largest = sorted(modules, key=lambda module: -module.lines)[:5]

@@ -10,7 +10,10 @@ The tests of disks (tests/full_disk.py) are files that may not grow beyond a siz
 and folders that become read-only at some moment. The command must end with one clear error and code 2, leave no
 partial file, and continue to the same result once there is space.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1]
+The strangers' files (tests/hostile_onnx.py) are ONNX files that are spoiled in eight ways. Each is run as `verify` runs
+it, with an audit hook and an eye on private files beside it (inotify): none may be read, and no file may take 20 s.
+
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--kills 104] [--seed 1] [--mutants 5000]
 
 Writes results/faults.json and .md after every run.
 """
@@ -58,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=sum(SHARES.values()))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mutants", type=int, default=5000, help="Spoiled ONNX files; 0 leaves their record as it is.")
     parser.add_argument(
         "--job", action="append", choices=[*SHARES], help="Run only these jobs; the records of the others are kept."
     )
@@ -67,7 +71,9 @@ def main() -> None:
     record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}}
     if asked.job and path.is_file():
         then = json.loads(path.read_text())
-        record |= {"jobs": then["jobs"], "disks": then["disks"]}
+        record |= {"jobs": then["jobs"], "disks": then["disks"], "strangers": then.get("strangers")}
+    if asked.mutants:
+        record["strangers"] = strangers(asked.mutants, asked.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
         for job in jobs:
@@ -90,6 +96,13 @@ def main() -> None:
         for found in rows("full_disk.py", asked.seed, faults):
             record["disks"][found["job"]].setdefault(found["disk"], []).append(found)
             written(record)
+
+
+def strangers(count: int, seed: int) -> dict[str, Any]:
+    """Return what happened to spoiled ONNX files."""
+    command = [sys.executable, str(TESTS / "hostile_onnx.py"), str(count), str(seed)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=TESTS)
+    return {**json.loads(found.stdout), "commit": surroundings()["commit"]}
 
 
 def faults_of(job: str, folder: Path, seed: int) -> list[tuple[object, ...]]:
@@ -150,6 +163,18 @@ def as_text(record: dict[str, Any]) -> str:
         + table(["run", "processor s", "kills", "runs", "same result", "verified", "SIGINT, SIGTERM"], kills)
         + _NOTES
         + table(["run", "disk", "faults", "exit code 2", "good"], disks)
+        + _strangers(record.get("strangers"))
+    )
+
+
+def _strangers(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"\n## Files of strangers\n\n{found['mutants']} spoiled ONNX files ({', '.join(found['kinds'])}), commit "
+        f"{found['commit']}, seed {found['seed']}: {found['reads']} foreign reads, {found['stalls']} of more than "
+        f"20 s, longest {found['longest_s']:g} s. {found['ran']} ran, {found['stopped']} were stopped, "
+        f"{found['ended_runtimes']} ended their runtime, all others were refused.\n"
     )
 
 

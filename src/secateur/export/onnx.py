@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur._caller_state import in_default_state
 from secateur._files import atomic_file
+from secateur._text import is_text
 from secateur.errors import ExportError
 from secateur.export._common import (
     BATCH_DIM,
@@ -122,7 +123,8 @@ def open_session(
     if optimized is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(optimized)
-    content = model if isinstance(model, bytes) else str(model)
+    by_path = isinstance(model, Path) and is_text(model)
+    content = str(model) if by_path else model.read_bytes() if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

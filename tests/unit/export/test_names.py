@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hostile_onnx import IMAGES, network
 
-from secateur.export import compare_file, export_onnx, export_openvino, export_pt2
+from secateur.export import compare_file, export_onnx, export_openvino, export_pt2, open_session, session_runner
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="names of files are text there")
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -27,3 +27,5 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path, export: Callable[..., ob
     folder.mkdir()
     export(network(), IMAGES, folder / name)
     assert compare_file(folder / name, network(), IMAGES).max_rel < 1e-4
+    if name == "model.onnx":
+        assert session_runner(open_session(folder / name, threads=1))((IMAGES,))[0].shape == (2, 3)

@@ -51,7 +51,7 @@ def test_budget_that_cannot_be_read(run: Run, digits_weights: Path, tmp_path: Pa
 def test_budget_out_of_reach_says_the_range(run: Run, digits_weights: Path, tmp_path: Path):
     with _nothing_left(tmp_path):
         found = run(*compress_words(digits_weights, tmp_path / "out", "macs=1%"), "--min-width", 8)
-    _refused(found, "Reachable: macs", "Raise the budget or lower min_width (now 8)")
+    _refused(found, "Reachable: macs", "Raise the budget or lower --min-width (now 8)")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_unknown_data(run: Run, tmp_path: Path, data: str, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     with _nothing_left(tmp_path):
         found = run("compress", "--model", "digits_resnet", "--data", data, "--budget", "macs=50%", "--out", "out")
-    _refused(found, "`data`" if data == "no-such-folder" else "torchvision")
+    _refused(found, "`--data`" if data == "no-such-folder" else "torchvision")
 
 
 def test_empty_class_folder(run: Run, tmp_path: Path):

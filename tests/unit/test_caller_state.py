@@ -148,13 +148,13 @@ class Codebook(nn.Module):
 
     def __init__(self, write: Callable[[nn.Module, Tensor], None]) -> None:
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 32, 3), nn.Linear(32, 10)
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 32, 3), nn.Linear(32, 10)
         self.codebook = nn.Parameter(torch.ones(32), requires_grad=False)
         self.register_buffer("seen", torch.zeros(()))
         self.write, self.cache, self.steps = write, {}, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv(x).relu().mean((2, 3))
+        h = self.conv(self.stem(x).relu()).relu().mean((2, 3))
         with torch.no_grad():
             self.write(self, h.mean(0))
             self.seen.add_(1)
@@ -194,7 +194,7 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_a_forward_that_writes_changes_copies_only(write, mode):
     torch.manual_seed(0)
-    model, images = Codebook(write).train(mode), torch.randn(8, 3, 32, 32)
+    model, images = Codebook(write).train(mode), torch.randn(8, 3, 12, 12)
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     before = world(model)
     graph = trace(model, images)

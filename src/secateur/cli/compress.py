@@ -36,36 +36,42 @@ def compress_command(
     Example: secateur compress --model cifar_resnet20 --weights resnet20.safetensors --data cifar10
     --budget macs=50% --out small
     """
+    from secateur._runtime import is_main_process
+    from secateur.cli.messages import Checks
     from secateur.cli.parsing import Inputs, formats, strategy
     from secateur.cli.tables import show
     from secateur.cost.budget import Budget
     from secateur.pipeline.compress import compress as run_compress
     from secateur.pipeline.config import default_blocks
-    from secateur.pipeline.workspace import check_output
+    from secateur.pipeline.workspace import check_output, check_unfinished
 
-    # Whatever can be refused at once is, before anything is loaded.
-    run_config = run.to_config()
-    limits, exported = Budget.parse(budget), formats(run.export)
-    timed_on = target.to_target()
-    searched_by = strategy(search, default_blocks=default_blocks(limits), trust_source=images.trust_source)
-    cut_config = cut.to_config()
-    recovery_config = recovery.to_config(run.seed)
-    recovery.train.check_augment()
-    check_output(out_folder)
-    inputs = Inputs(model, weights, data, images, run.seed)
-    with run.fabric(recovery_config.train) as fabric, logged(quiet=run.quiet):
+    # Whatever can be refused without loading anything is, and all of it at once.
+    checks, inputs = Checks(), Inputs(model, weights, data, images, run.seed)
+    inputs.check(checks)
+    limits = checks.add(lambda: Budget.parse(budget))
+    run_config, exported = checks.add(run.to_config), checks.add(lambda: formats(run.export))
+    checks.add(lambda: check_output(out_folder))
+    if is_main_process():  # The others of several begin when the first one may have made its folder already.
+        checks.add(lambda: check_unfinished(out_folder, run_config().on_existing))
+    timed_on, cut_config = checks.add(target.to_target), checks.add(cut.to_config)
+    blocks = checks.value_or(lambda: default_blocks(limits()), 0.0)
+    searched_by = checks.add(lambda: strategy(search, default_blocks=blocks, trust_source=images.trust_source))
+    recovery_config = checks.add(lambda: recovery.to_config(run.seed))
+    checks.add(recovery.train.check_augment)
+    checks.settle()
+    with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet):
         result = run_compress(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),
-            limits,
-            strategy=searched_by,
-            cut=cut_config,
-            recovery=recovery_config,
-            target=timed_on,
+            limits(),
+            strategy=searched_by(),
+            cut=cut_config(),
+            recovery=recovery_config(),
+            target=timed_on(),
             out=out_folder,
-            export=exported,
+            export=exported(),
             source=inputs.loaded.source,
-            run=replace(run_config, fabric=fabric, name=inputs.loaded.name, command=command_line()),
+            run=replace(run_config(), fabric=fabric, name=inputs.loaded.name, command=command_line()),
         )
     if fabric.is_global_zero:
         show(result)

@@ -72,22 +72,34 @@ def distill_command(
     Example: secateur distill --teacher cifar_resnet56 --teacher-weights resnet56.safetensors
     --student cifar_resnet20 --data cifar10 --out student
     """
+    from secateur._runtime import is_main_process
+    from secateur.cli.messages import Checks
     from secateur.cli.parsing import Inputs, formats
     from secateur.cli.tables import show
     from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
-    from secateur.pipeline.workspace import check_output
+    from secateur.pipeline.workspace import check_output, check_unfinished
 
-    # Whatever can be refused at once is, before anything is loaded.
-    run_config = run.to_config()
-    weights, taps, exported = parse_losses(losses.loss), parse_taps(losses.hints), formats(run.export)
-    own = {spec: own_loss(spec, images.trust_source) for spec in weights if spec.startswith("python:")}
-    train.check_augment()
+    # Whatever can be refused without loading anything is, and all of it at once.
+    checks = Checks()
+    known = Inputs(teacher, teacher_weights, data, images, run.seed, ("--teacher", "--teacher-weights"))
+    known.check(checks)
+    other = Inputs(student, student_weights, None, images, run.seed, ("--student", "--student-weights"))
+    other.check(checks)
+    run_config, exported = checks.add(run.to_config), checks.add(lambda: formats(run.export))
+    checks.add(lambda: check_output(out_folder))
+    if is_main_process():  # The others of several begin when the first one may have made its folder already.
+        checks.add(lambda: check_unfinished(out_folder, run_config().on_existing))
+    named, hinted = checks.add(lambda: parse_losses(losses.loss)), checks.add(lambda: parse_taps(losses.hints))
+    own_losses = checks.add(
+        lambda: {spec: own_loss(spec, images.trust_source) for spec in named() if spec.startswith("python:")}
+    )
+    checks.add(train.check_augment)
     if train.mixup or train.cutmix:
-        check_mixable(weights)
-    train_config = train.to_train(run.seed)
-    check_output(out_folder)
-    known = Inputs(teacher, teacher_weights, data, images, run.seed)
-    learner = replace(known, model=student, weights=student_weights).load_for(known.images)
+        checks.add(lambda: check_mixable(named()))
+    configured = checks.add(lambda: train.to_train(run.seed))
+    checks.settle()
+    weights, taps, own, train_config = named(), hinted(), own_losses(), configured()
+    learner = other.load_for(known.images)
     pair = Pair(learner.model, known.loaded.model, known.example(2), len(known.images.train), own)
     if any(pair.needs_taps(name) for name in weights):
         taps = taps or inferred_taps(pair)
@@ -113,8 +125,8 @@ def distill_command(
             teacher_cache=losses.teacher_cache,
             execution=train.execution,
             out=out_folder,
-            export=exported,
-            run=replace(run_config, fabric=fabric, command=command_line()),
+            export=exported(),
+            run=replace(run_config(), fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:
         show(result)

@@ -153,8 +153,9 @@ class SpaceFlags:
     """Which layers may be cut, and to which widths."""
 
     divisor: Annotated[
-        int, whole_number("Keep a multiple of N channels; 8 or 16 for speed.", CUT, most=MAX_CHANNELS)
-    ] = 1
+        int | None,
+        whole_number("Keep a multiple of N channels; 1, 4, 8, 16 are timed by default.", CUT, most=MAX_CHANNELS),
+    ] = None
     min_width: Annotated[int, whole_number("Smallest number of channels of an axis.", CUT, most=MAX_CHANNELS)] = 1
     min_kept: Annotated[float, number("Smallest fraction of an axis that is kept.", CUT, least=0, most=1)] = 0.25
     include: Annotated[Patterns, flag("Cut only matching axes, modules or stages, such as layer2.", CUT, value=_P)] = ()

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from secateur._text import visible
+from secateur.cli.messages import flags_of, in_flags
 from secateur.errors import SecateurError, TrainingError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def handle_errors_together(command: _Command) -> _Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with _shown_warnings():
+            with _shown_warnings(command):
                 return command(*args, **kwargs)
         except KeyboardInterrupt:
             err().print("Interrupted. Nothing was written.")
@@ -123,7 +124,7 @@ def handle_errors_together(command: _Command) -> _Command:
         except (SecateurError, OSError) as error:
             if kwargs.get("debug"):
                 raise
-            raise end_with_error(_message(error)) from error
+            raise end_with_error(in_flags(_message(error), flags_of(command))) from error
 
     return run  # type: ignore[return-value]
 
@@ -158,13 +159,14 @@ def _message(error: Exception) -> str:
 
 
 @contextmanager
-def _shown_warnings() -> Generator[None]:
-    """Show warnings as one line each on standard error, within a block."""
+def _shown_warnings(command: Callable[..., Any]) -> Generator[None]:
+    """Show warnings as one line each on standard error, in the flags of a command, within a block."""
     from secateur._runtime import is_main_process
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning) and is_main_process():
-            err().print(Text(f"Warning: {message}", style="yellow"), soft_wrap=True)
+            said = in_flags(str(message), flags_of(command))
+            err().print(Text(f"Warning: {said}", style="yellow"), soft_wrap=True)
 
     with warnings.catch_warnings():
         if "PYTHONWARNINGS" not in os.environ:

@@ -6,12 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.errors import DataError, ExportError, SelectionError, TrainingError
+from secateur.errors import BudgetError, DataError, ExportError, SelectionError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from secateur.cli.messages import Checks
     from secateur.cli.options import ImageFlags, OptimizerName, PrecisionName, SearchFlags
     from secateur.data.dataset import ImageData
     from secateur.export.formats import Format
@@ -47,6 +48,7 @@ class Inputs:
         data: As ``--data`` has it, or None.
         flags: How the images are prepared, and whether code may run.
         seed: Seed of new weights, of splits and of example images.
+        named: The flags of ``model`` and ``weights``, for messages.
     """
 
     model: str
@@ -54,6 +56,23 @@ class Inputs:
     data: str | None
     flags: "ImageFlags"
     seed: int = 0
+    named: tuple[str, str] = ("--model", "--weights")
+
+    def check(self, checks: "Checks") -> None:
+        """Check what can be checked without loading anything: the name, the file of weights, the place of the data."""
+        from secateur.data.load import check_data
+        from secateur.models.weights import check_weights_file
+        from secateur.pipeline.load import check_model
+
+        weights, data = self.weights, self.data
+        flags: dict[str, str] = {"model": self.named[0], "weights": self.named[1]}
+        trust = self.flags.trust_source
+        checks.add(lambda: check_model(self.model, weights=weights, trust_source=trust), flags)
+        if weights is not None:
+            checks.add(lambda: check_weights_file(weights), flags)
+        checks.add(lambda: (numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")))
+        if data is not None:
+            checks.add(lambda: check_data(data))
 
     @cached_property
     def images(self) -> "ImageData":
@@ -131,12 +150,13 @@ _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {
 """The strategies that a flag has an effect on."""
 
 
-def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source: bool = False) -> "Strategy":
-    """Build the strategy that the flags describe.
+def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source: bool = False) -> "Strategy | None":
+    """Build the strategy that the flags describe; None if they describe none, for the default.
 
     Args:
         flags: See `SearchFlags`.
-        default_blocks: Largest fraction of blocks that built-in strategies for widths may remove if no flag says it.
+        default_blocks: Largest fraction of blocks that built-in strategies for widths may remove if no flag says it;
+            above 0 if the budget limits the latency.
         trust_source: Whether code that ``python:`` names may run.
 
     Raises:
@@ -150,9 +170,13 @@ def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source:
     for flag, strategies in _SEARCH_FLAGS.items():
         if getattr(flags, flag) not in (None, ()) and name not in strategies:
             raise SelectionError(
-                f"`--{flag.replace('_', '-')}` must go with --strategy {' or '.join(strategies)}; got {name}. "
-                "Leave it out, or say another strategy."
+                f"`--{flag.replace('_', '-')}` must go with --strategy {' or '.join(strategies)}; got "
+                f"{name or 'no strategy'}. Leave it out, or say another strategy."
             )
+    if name is None:
+        if flags.importance is None:
+            return None if flags.remove_blocks is None else _default_without_blocks(flags.remove_blocks, default_blocks)
+        name = "knapsack"
     if name in ("tas", "swp"):
         if flags.remove_blocks:
             raise SelectionError(
@@ -168,12 +192,23 @@ def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source:
             )
         widths, default_blocks = made_by(name, Strategy, "--strategy", trust_source), 0.0
     else:
-        widths = _widths(flags, trust_source)
+        widths = _widths(name, flags, trust_source)
     blocks = default_blocks if flags.remove_blocks is None else flags.remove_blocks
     return RemoveBlocks(widths, blocks) if blocks else widths
 
 
-def _widths(flags: "SearchFlags", trust_source: bool) -> "Strategy":
+def _default_without_blocks(fraction: float, default_blocks: float) -> "Strategy":
+    """Build the default strategy with another largest fraction of removed blocks."""
+    from secateur.search.candidates import FEWER_BLOCKS, Fastest
+    from secateur.search.depth import RemoveBlocks
+    from secateur.search.knapsack import Knapsack
+
+    if default_blocks:
+        return RemoveBlocks(Knapsack(), fraction) if fraction else Knapsack()
+    return Fastest(fewer_blocks=tuple(each for each in FEWER_BLOCKS if each <= fraction))
+
+
+def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
     from secateur.search.knapsack import Knapsack
     from secateur.search.pca import Activations, PCASlimming
     from secateur.search.ranking import GlobalImportance, Uniform
@@ -185,12 +220,11 @@ def _widths(flags: "SearchFlags", trust_source: bool) -> "Strategy":
         "global": GlobalImportance(),
         "uniform": Uniform(),
     }
-    if flags.strategy not in built_in:
+    if name not in built_in:
         raise SelectionError(
-            f"`--strategy` must be one of {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; got "
-            f"{flags.strategy!r}."
+            f"`--strategy` must be one of {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; got {name!r}."
         )
-    found = built_in[flags.strategy]
+    found = built_in[name]
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
 
 
@@ -301,17 +335,23 @@ def axis_rules(divisors: Sequence[str], min_widths: Sequence[str], min_kept: Seq
         SelectionError: If a word is not of this form.
         BudgetError: If a number is out of range.
     """
+    each = (
+        ("--axis-divisor", "divisor", int, divisors),
+        ("--axis-min-width", "min_width", int, min_widths),
+        ("--axis-min-kept", "min_kept_fraction", float, min_kept),
+    )
+    return tuple(_axis_rule(word, flag, field, kind) for flag, field, kind, words in each for word in words)
+
+
+def _axis_rule(word: str, flag: str, field: str, kind: Callable[[str], int | float]) -> "AxisRule":
+    from secateur.cli.messages import in_flags
     from secateur.search.space import AxisRule
 
-    read = _named_number
-    return (
-        *(AxisRule(name, divisor=n) for name, n in (read(word, "--axis-divisor", int) for word in divisors)),
-        *(AxisRule(name, min_width=n) for name, n in (read(word, "--axis-min-width", int) for word in min_widths)),
-        *(
-            AxisRule(name, min_kept_fraction=x)
-            for name, x in (read(word, "--axis-min-kept", float) for word in min_kept)
-        ),
-    )
+    pattern, number = _named_number(word, flag, kind)
+    try:
+        return AxisRule(pattern, **{field: number})  # pyright: ignore[reportArgumentType]
+    except BudgetError as error:
+        raise BudgetError(in_flags(str(error), {field: flag})) from error
 
 
 def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[str, Number]:

@@ -232,8 +232,36 @@ def measure_pairs(
 
     The first model is measured without its denormal numbers: what a cut gains by removing them is not its merit.
     """
+    return measure_against(before, [after], target, shape, rounds=rounds, warmup=warmup)[0]
+
+
+@in_default_state
+def measure_against(
+    before: nn.Module,
+    after: Sequence[nn.Module],
+    target: Target,
+    shape: Sequence[int] | Tensor | InputTensors,
+    *,
+    rounds: int = 30,
+    warmup: int = 5,
+) -> list[LatencyRecord]:
+    """Measure several models that take turns with one other; the record of each is that of a pair, see `measure_pairs`.
+
+    Args:
+        before: The model that all others are compared with; measured without its denormal numbers.
+        after: The others, at least one.
+        target: See `measure`.
+        shape: See `measure`.
+        rounds: See `measure`.
+        warmup: See `measure`.
+
+    Raises:
+        ExportError: If an argument cannot be used or a model cannot be brought to the target.
+    """
     inputs = inputs_for(target, shape)
-    return _record(target, *_rounds(((without_denormals(before), inputs), (after, inputs)), target, rounds, warmup))
+    models = [(without_denormals(before), inputs), *((model, inputs) for model in after)]
+    found, load = _rounds(models, target, rounds, warmup)
+    return [_record(target, [(turn[0], turn[place]) for turn in found], load) for place in range(1, len(models))]
 
 
 def measure_files(

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 """Names after ``torchvision:``, and torchvision's classes."""
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_LEVELS = 16
+_NO_SKLEARN = "`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'"
 _TORCHVISION = "torchvision:"
 _TORCHVISION_ROOT = "data"
 _MAX_NAME_SHOWN = 80
@@ -85,13 +87,19 @@ def load_data(
     return ImageData.of(sets, validation_fraction=validation_fraction, seed=seed)
 
 
-def _read(spec: str | Path, *, limit: int | None, image_size: int | None, skip_bad_images: bool) -> TrainAndTest:
+def check_data(spec: str | Path) -> None:
+    """Refuse a description of data that names none, without reading any image.
+
+    Raises:
+        DataError: If it is none of those of `load_data`, or the folder or library is missing.
+    """
     if spec == "digits":
-        return read_digits(limit=limit, image_size=image_size)
+        if find_spec("sklearn") is None:
+            raise DataError(_NO_SKLEARN)
+        return
     if isinstance(spec, str) and spec.startswith(_TORCHVISION):
-        name, _, root = spec.removeprefix(_TORCHVISION).partition(":")
-        return read_torchvision(name, Path(root or _TORCHVISION_ROOT), limit=limit, image_size=image_size)
-    folder = Path(spec)
+        _check_torchvision_name(spec.removeprefix(_TORCHVISION).partition(":")[0])
+        return
     if not os.path.isdir(spec):  # noqa: PTH112 - unlike Path's, it takes any text
         problem = "is a file" if os.path.exists(spec) else "is none of these and there is no such folder"  # noqa: PTH110
         raise DataError(
@@ -99,6 +107,24 @@ def _read(spec: str | Path, *, limit: int | None, image_size: int | None, skip_b
             f"'torchvision:cifar10[:ROOT]', 'torchvision:cifar100[:ROOT]' or 'digits'; got "
             f"{repr(str(spec))[:_MAX_SPEC_SHOWN]}, which {problem}. Check the path."
         )
+
+
+def _check_torchvision_name(name: str) -> None:
+    if name not in TORCHVISION_SETS:
+        raise DataError(
+            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got "
+            f"{repr(name)[:_MAX_NAME_SHOWN]}. Other data can be given as an image folder or as Hugging Face parquet."
+        )
+
+
+def _read(spec: str | Path, *, limit: int | None, image_size: int | None, skip_bad_images: bool) -> TrainAndTest:
+    if spec == "digits":
+        return read_digits(limit=limit, image_size=image_size)
+    if isinstance(spec, str) and spec.startswith(_TORCHVISION):
+        name, _, root = spec.removeprefix(_TORCHVISION).partition(":")
+        return read_torchvision(name, Path(root or _TORCHVISION_ROOT), limit=limit, image_size=image_size)
+    check_data(spec)
+    folder = Path(spec)
     files = parquet_files(folder)
     if files:
         return read_parquet(folder, files, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
@@ -131,7 +157,7 @@ def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'") from error
+        raise DataError(_NO_SKLEARN) from error
     bunch = load_digits()  # pyright: ignore[reportUnknownVariableType]
     levels = np.asarray(bunch.images)  # type: ignore[union-attr]
     images = torch.from_numpy(np.rint(levels * (255 / _DIGITS_LEVELS)).astype(np.uint8))[:, None]
@@ -160,11 +186,7 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
     """
     from torchvision import datasets
 
-    if name not in TORCHVISION_SETS:
-        raise DataError(
-            f"`torchvision:` must be followed by one of {sorted(TORCHVISION_SETS)}; got "
-            f"{repr(name)[:_MAX_NAME_SHOWN]}. Other data can be given as an image folder or as Hugging Face parquet."
-        )
+    _check_torchvision_name(name)
     kind = getattr(datasets, TORCHVISION_SETS[name])
     try:
         train_set, test_set = kind(root=str(root), train=True), kind(root=str(root), train=False)

@@ -48,8 +48,10 @@ def _class_names(kind: type) -> frozenset[str]:
 
 
 def _function_names(value: Any, seen: set[int]) -> set[str]:
-    """Return the names and texts in the code of a function and of what it calls; none if it is not a function."""
+    """Return the names and texts in the code of a function and of what it calls, or its own name if it is built in."""
     value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "__wrapped__", value)
+    if isinstance(value, types.BuiltinFunctionType):
+        return {value.__name__}
     if not isinstance(value, types.FunctionType) or id(value) in seen or value.__module__.startswith("torch."):
         return set()
     seen.add(id(value))

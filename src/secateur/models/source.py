@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
+from secateur._caller_state import in_default_state
 from secateur._runtime import seeded_initialization
 from secateur.errors import ModelError
 from secateur.models import zoo
@@ -130,6 +131,7 @@ class ModelSource:
             return make(self).eval()
 
 
+@in_default_state
 def load_model(
     spec: str,
     *,
@@ -167,9 +169,25 @@ def load_model(
     return model, source
 
 
+def check_source(source: ModelSource, *, trust_source: bool = False) -> None:
+    """Refuse a source that names no model, without building one.
+
+    Raises:
+        ModelError: If its name is unknown, or its code is not trusted or cannot be imported.
+    """
+    if source.kind == "python":
+        load_factory(f"python:{source.name}", trust_source=trust_source)
+    else:
+        {"timm": _check_timm, "torchvision": _check_torchvision, "secateur": _check_builtin}[source.kind](source.name)
+
+
+def _check_builtin(name: str) -> None:
+    if name not in BUILTIN_MODELS:
+        raise ModelError(f"`model` must be a known name; got {name!r}. {_suggest(name)}")
+
+
 def _build_builtin(source: ModelSource) -> nn.Module:
-    if source.name not in BUILTIN_MODELS:
-        raise ModelError(f"`model` must be a known name; got {source.name!r}. {_suggest(source.name)}")
+    _check_builtin(source.name)
     return BUILTIN_MODELS[source.name](**source.arguments)
 
 
@@ -184,13 +202,19 @@ def _suggest(name: str) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILTIN_MODELS)}."
 
 
-def _build_timm(source: ModelSource) -> nn.Module:
+def _check_timm(name: str) -> None:
     import timm
 
     # A name with a scheme or a path ("hf-hub:", "local-dir:") would download or read a configuration.
-    if not timm.is_model(source.name) or not set(source.name).isdisjoint(":/\\"):
-        close = get_close_matches(source.name, timm.list_models(), _SUGGESTED)
-        raise ModelError(f"`model` must be a name that timm knows; got {source.name!r}. {_did_you_mean(close, 'timm')}")
+    if not timm.is_model(name) or not set(name).isdisjoint(":/\\"):
+        close = get_close_matches(name, timm.list_models(), _SUGGESTED)
+        raise ModelError(f"`model` must be a name that timm knows; got {name!r}. {_did_you_mean(close, 'timm')}")
+
+
+def _build_timm(source: ModelSource) -> nn.Module:
+    import timm
+
+    _check_timm(source.name)
     arguments: dict[str, Any] = {_TIMM_ARGUMENTS[key]: value for key, value in source.arguments.items()}
     try:
         return timm.create_model(source.name, pretrained=False, **arguments)
@@ -198,13 +222,19 @@ def _build_timm(source: ModelSource) -> nn.Module:
         raise ModelError(f"timm could not build {source.name} with {arguments}; got: {error}.") from error
 
 
-def _build_torchvision(source: ModelSource) -> nn.Module:
+def _check_torchvision(name: str) -> None:
     from torchvision import models
 
     names: list[str] = models.list_models(module=models)
-    if source.name not in names:
-        close = _did_you_mean(get_close_matches(source.name, names, _SUGGESTED), "torchvision")
-        raise ModelError(f"`model` must be a classification model of torchvision; got {source.name!r}. {close}")
+    if name not in names:
+        close = _did_you_mean(get_close_matches(name, names, _SUGGESTED), "torchvision")
+        raise ModelError(f"`model` must be a classification model of torchvision; got {name!r}. {close}")
+
+
+def _build_torchvision(source: ModelSource) -> nn.Module:
+    from torchvision import models
+
+    _check_torchvision(source.name)
     if source.arguments.get("in_channels", 3) != 3:
         raise ModelError(
             f"`in_channels` must be 3 for torchvision models; got {source.arguments['in_channels']} "

@@ -262,8 +262,8 @@ class CompressResult:
 DEFAULT_STRATEGY: Strategy = Knapsack()
 """The strategy that lost least accuracy in benchmarks/heal.py."""
 
-DEFAULT_SPACE = SearchSpace(min_kept_fraction=0.25)
-"""Every axis keeps at least a quarter: no importance can tell how much a layer that all but vanishes will be missed."""
+DEFAULT_SPACE = SearchSpace()
+"""Every axis keeps at least a quarter, and the divisor is found by measuring."""
 
 DEFAULT_TRAIN_CONFIG = TrainConfig(epochs=1, learning_rate=0.01)
 """A short recovery. The learning rate is low on purpose: a high one wipes out what the repairs restored."""

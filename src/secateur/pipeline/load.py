@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from secateur._caller_state import in_default_state
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError, ModelError
 from secateur.export import artifact
 from secateur.export.artifact import MANIFEST_NAME, Artifact
 from secateur.export.manifest import Manifest
-from secateur.models.source import ModelSource, load_model
+from secateur.models.source import ModelSource, check_source, load_model
 
 MAX_TRIAL_BYTES = 4 * 2**30
 """Upper bound on one tensor that a layer makes, in bytes."""
@@ -102,6 +103,7 @@ class LoadedModel:
         return Architecture() if self.manifest is None else self.manifest.recipe.architecture
 
 
+@in_default_state
 def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, trust_source: bool = False) -> Artifact:
     """Read an artifact: the outputs of the model equal those of the saved one bit for bit.
 
@@ -122,6 +124,29 @@ def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, 
         return ModelSource.from_json(source).build(trust_source=trust_source)
 
     return artifact.load_artifact(folder, build=build, factory=factory, trust_source=trust_source)
+
+
+def check_model(spec: str, *, weights: Path | None = None, trust_source: bool = False) -> None:
+    """Refuse what `load_any` cannot load, as far as that can be told without building a model.
+
+    Raises:
+        ModelError: If the name is unknown, its code is not trusted or cannot be imported, or weights must not be given.
+        ArtifactError: If a folder is not an artifact.
+    """
+    if _names_artifact(spec):
+        artifact.read_manifest(Path(spec))
+        if weights is not None:
+            raise _own_weights(weights)
+        return
+    check_source(ModelSource.parse(spec), trust_source=trust_source)
+
+
+def _names_artifact(spec: str) -> bool:
+    return (Path(spec) / MANIFEST_NAME).exists() or (os.sep in spec and ":" not in spec)
+
+
+def _own_weights(weights: Path) -> ModelError:
+    return ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
 
 
 def load_any(
@@ -148,9 +173,9 @@ def load_any(
         ArtifactError: If the folder is not a good artifact.
     """
     folder = Path(spec)
-    if (folder / MANIFEST_NAME).exists() or (os.sep in spec and ":" not in spec):
+    if _names_artifact(spec):
         if weights is not None:
-            raise ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
+            raise _own_weights(weights)
         loaded = load(folder, trust_source=trust_source)
         check_runs(loaded.model, image_size_of(loaded.manifest))
         source = ModelSource.from_json(loaded.manifest.recipe.source)

@@ -205,6 +205,11 @@ class RunDirectory:
         """File for everything measured, see `secateur.search.latency.Measurements`."""
         return self.folder / _MEASURED
 
+    @property
+    def choice(self) -> Path:
+        """File for what was found out about candidates, see `secateur.search.candidates.CandidateRecords`."""
+        return self.folder / _CHOICE
+
     def logged(self, progress: Callbacks) -> Callbacks:
         """Return callbacks that also keep a table of all epochs in the work."""
         return CsvLog(self.folder / _HISTORY, progress)
@@ -288,6 +293,7 @@ def _damaged(folder: Path, error: Exception) -> ArtifactError:
 _SETTINGS = "settings.json"
 _SURROUNDINGS = "surroundings.json"
 _MEASURED = "measured.json"
+_CHOICE = "choice.json"
 _STATE = "run.json"
 _HISTORY = "history.csv"
 _STUDENT = "student.safetensors"

@@ -22,7 +22,6 @@ from secateur._outputs import Leaf, output_leaves
 from secateur._runtime import run_isolated
 from secateur.architecture import Architecture
 from secateur.graph._forward_code import mentioned_names
-from secateur.graph._ledger import base_name
 from secateur.graph._shadow import written_arguments
 from secateur.graph.graph import ChannelDim, ChannelGraph
 from secateur.prune.narrow_branches import original_names
@@ -96,9 +95,10 @@ _IN_PLACE_NOISE: Mapping[str, Callable[..., float]] = {
 """By the name of an operation that fills a tensor with random numbers: the constant that takes their place."""
 _NEW_NOISE: Mapping[str, float] = {"rand": 0.5, "rand_like": 0.5, "randn": 0.5, "randn_like": 0.5, "bernoulli": 1.0}
 _RANDOM = frozenset({
-    *_IN_PLACE_NOISE, *_NEW_NOISE, "native_dropout", "multinomial", "poisson", "normal", "randint", "randint_like",
-    "random_", "randperm", "rrelu_with_noise", "binomial",
+    *(name.rstrip("_") for name in _IN_PLACE_NOISE), *_NEW_NOISE, "native_dropout", "multinomial", "poisson", "randint",
+    "randint_like", "random", "randperm", "rrelu_with_noise", "binomial",
 })  # fmt: skip
+"""Names as in `ChannelGraph.calls`, where those of operations in place have no underscore."""
 
 
 def is_random(graph: ChannelGraph) -> bool:
@@ -115,8 +115,8 @@ class ConstantNoiseMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = base_name(func)
-        if name in _IN_PLACE_NOISE and func.overloadpacket is getattr(torch.ops.aten, name, None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in _IN_PLACE_NOISE:
             numbers = [number for number in args[1:] if isinstance(number, int | float)]
             return args[0].fill_(_IN_PLACE_NOISE[name](*numbers))
         if name == "native_dropout":

@@ -6,7 +6,6 @@ is repeated in float64, which decides.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from secateur.graph._ledger import MIXING_KINDS
 from secateur.graph._shadow import shadow_copy, share_memory
 from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
+from secateur.prune.differences import Difference, changes_between, largest_difference, perturbed
 from secateur.prune.masked_reference import (
     ExpectedCalls,
     ObservedCalls,
@@ -302,7 +302,7 @@ class _Pair:
 
     def _compare_in_float64(
         self, reference: _Reference, example: tuple[Any, ...], run: ComparisonRun, *, training: bool
-    ) -> "tuple[Difference | None, str | None]":
+    ) -> tuple[Difference | None, str | None]:
         """Return the difference of the outputs in float64, and the first module that differs."""
         run = replace(run, double=True)
         features = KeptFeatures(self._graph, self._architecture, every=True)
@@ -311,16 +311,24 @@ class _Pair:
         def masked() -> nn.Module:
             return reference(copy_model(self._model).double()).train(training)
 
+        def sliced() -> nn.Module:
+            return copy_model(self._small).double().train(training)
+
         want = self._run(masked(), example, run, features)
-        got = self._run(copy_model(self._small).double().train(training), example, run, features, cut=True)
+        got = self._run(sliced(), example, run, features, cut=True)
         found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR)
         if found is None or found.relative > FLOAT64_TOLERANCE:
             # What the smallest change of the input changes, such as the index of the larger of two equal numbers, shows
-            # nothing. Three changes, because one alone may leave it as it is.
-            others = [run.outputs(masked(), perturbed(example, 0))]
-            if any(_find_unstable(leaf, [others[0].get(place)]) is not False for place, leaf in want.outputs.items()):
-                others += [run.outputs(masked(), perturbed(example, seed)) for seed in (1, 2)]
-            found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR, others)
+            # nothing. Several changes of both models, because one alone may leave it as it is.
+            again: list[Mapping[str, Tensor | bool]] = []
+            for seeds in (range(2), range(2, 8)):
+                for seed in seeds:
+                    changed = perturbed(example, seed)
+                    again.append(changes_between(want.outputs, run.outputs(masked(), changed)))
+                    again.append(changes_between(got.outputs, run.outputs(sliced(), changed)))
+                if not any(change is not False for changes in again for change in changes.values()):
+                    break
+            found = largest_difference(want.outputs, got.outputs, _FLOAT64_FLOOR, again)
         module = want.features.first_difference(got.features, _FLOAT64_FEATURE_TOLERANCE, _FLOAT64_FEATURE_FLOOR)
         return found, module
 
@@ -328,7 +336,7 @@ class _Pair:
         self,
         reference: _Reference,
         want: dict[str, Leaf],
-        found: "Difference | None",
+        found: Difference | None,
         example: tuple[Any, ...],
         *,
         training: bool,
@@ -375,14 +383,14 @@ class _Ran:
 
 
 def _verification(
-    found: "Difference | None", tolerance: float, dtype: torch.dtype, example: tuple[Any, ...]
+    found: Difference | None, tolerance: float, dtype: torch.dtype, example: tuple[Any, ...]
 ) -> Verification:
     assert found is not None, "a difference that cannot be measured is never within a tolerance"
     shape = next((tuple(part.shape) for part in example if isinstance(part, Tensor)), ())
     return Verification(found.absolute, found.relative, tolerance, str(dtype).removeprefix("torch."), shape=shape)
 
 
-def _describe(found: "Difference | None", tolerance: float, *, training: bool) -> str:
+def _describe(found: Difference | None, tolerance: float, *, training: bool) -> str:
     mode = " in training mode" if training else ""
     if found is None:
         return f"output shapes differ{mode}"
@@ -447,130 +455,6 @@ def _batch_of_two(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]
         torch.cat([t, t.flip(t.dim() - 1)]) if isinstance(t, Tensor) and t.dim() and t.size(0) == 1 else t
         for t in example
     )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of two outputs: absolute, relative, and the place of the output where it is."""
-
-    absolute: float
-    relative: float
-    place: str
-
-
-def largest_difference(
-    want: Mapping[str, Leaf], got: Mapping[str, Leaf], floor: float = 0.0, others: Sequence[Mapping[str, Leaf]] = ()
-) -> Difference | None:
-    """Return the largest difference of two models' outputs, each relative to its own spread.
-
-    The spread of an element is the smallest range, largest minus smallest value, among the tensor and its slices
-    through the element: rows, columns, channels. So neither another output nor another column with larger values, nor a
-    large constant, can hide a difference. A tensor of equal values counts by its largest one. Integers, truth values,
-    numbers and texts must be equal: any difference is infinite.
-
-    Args:
-        want: Every value that the reference returns, by its place.
-        got: The same of the other model.
-        floor: This part of a tensor's largest value is added to its spreads.
-        others: What the reference returns for inputs that are changed by rounding only. What differs there (the index
-            of the larger of two equal numbers, and what is found by it) is not compared.
-
-    Returns:
-        None if the places, the shapes or the types differ, or nothing can be compared.
-    """
-    if list(want) != list(got):
-        return None
-    largest, compared = Difference(0.0, 0.0, ""), False
-    for place, first in want.items():
-        unstable = _find_unstable(first, [other.get(place) for other in others])
-        if unstable is True:
-            continue
-        compared = True
-        found = _difference(first, got[place], floor, unstable)
-        if found is None:
-            return None
-        absolute, relative = found
-        if relative > largest.relative or (not largest.place and relative == largest.relative):
-            largest = Difference(max(absolute, largest.absolute), relative, place)
-        else:
-            largest = replace(largest, absolute=max(absolute, largest.absolute))
-    return largest if compared or not want else None
-
-
-_UNSTABLE = 1e-6
-"""Part of its spread by which an unstable element changes when its inputs change by rounding steps."""
-
-
-def _find_unstable(first: Leaf, others: Sequence[Leaf]) -> Tensor | bool:
-    """Return which elements of a value differ in other runs: a mask of its shape, True for all, False for none."""
-    if not isinstance(first, Tensor):
-        return any(first != other for other in others)
-    if any(not isinstance(other, Tensor) or other.shape != first.shape for other in others):
-        return True
-    unstable = torch.zeros(first.shape, dtype=torch.bool, device=first.device)
-    for other in others:
-        assert isinstance(other, Tensor)
-        if first.is_floating_point() and first.numel():
-            unstable |= (first - other).abs() > _UNSTABLE * _spread(first)
-        else:
-            unstable |= first != other
-    if not bool(unstable.any()):
-        return False
-    return bool(unstable.all()) or unstable
-
-
-def _difference(first: Leaf, second: Leaf, floor: float, unstable: Tensor | bool) -> tuple[float, float] | None:
-    """Return the absolute and the relative difference of two values; None if they are of another kind or shape."""
-    if isinstance(first, float) and isinstance(second, float):
-        first, second = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return (0.0, 0.0) if type(first) is type(second) and first == second else (math.inf, math.inf)
-    if first.shape != second.shape or first.is_floating_point() != second.is_floating_point():
-        return None
-    if not first.numel():
-        return 0.0, 0.0
-    if not first.is_floating_point():
-        return (0.0, 0.0) if bool(((first == second) | unstable).all()) else (math.inf, math.inf)
-    first, second = first.double(), second.double()
-    error = (first - second).abs()
-    if isinstance(unstable, Tensor):
-        error = error.masked_fill(unstable, 0.0)
-    most = float(first.abs().max())
-    relative = error / (_spread(first) + floor * most)
-    # 0 / 0: a value that is right, in a slice of zeros.
-    worst = float(torch.where(error == 0, 0.0, relative).max())
-    return float(error.max()), math.inf if math.isnan(worst) else worst
-
-
-_FEWEST = 8
-"""Slices with fewer elements have no spread of their own."""
-
-
-def _spread(values: Tensor) -> Tensor:
-    """Return the smallest range of the values and their slices through each element, broadcastable to the values."""
-    whole = values.amax() - values.amin()
-    if float(whole) == 0:
-        return values.abs().amax()
-    spread = whole
-    for dim in range(values.dim()):
-        others = [d for d in range(values.dim()) if d != dim]
-        if values.size(dim) > 1 and values.numel() // values.size(dim) >= _FEWEST:
-            ranges = values.amax(others, keepdim=True) - values.amin(others, keepdim=True)
-            spread = torch.minimum(spread, ranges)
-    return spread
-
-
-def perturbed(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Return the example with all real numbers changed by a few rounding steps, at random."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def change(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.device)
-        return (tensor.double() * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)).to(tensor.dtype)
-
-    return tree_map_only(Tensor, change, example)
 
 
 def _find_failing_module(model: nn.Module, example: tuple[Any, ...], run: ComparisonRun) -> str:

@@ -61,8 +61,10 @@ class SearchSpace:
         min_width: Fewest channels an axis may keep.
         divisor: The positions that an axis keeps in any tensor are a multiple of it. 8 or 16 make a smaller model also
             a faster one on most hardware. Where every channel owns several positions they count: with 64 positions a
-            head, any number of attention heads is a multiple of 8.
-        min_kept_fraction: Smallest part of its channels an axis may keep, 0 to 1; guards a layer against collapse.
+            head, any number of attention heads is a multiple of 8. None leaves it open: strategies that measure
+            (`Fastest`, `WithinLatency`) try several, all others take 1.
+        min_kept_fraction: Smallest part of its channels an axis may keep, 0 to 1; guards a layer against collapse: no
+            importance can tell how much a layer that all but vanishes will be missed.
         rules: Other bounds for some axes. What a rule sets replaces the field above; where several rules mean an axis,
             the last one that sets a field holds.
 
@@ -71,18 +73,19 @@ class SearchSpace:
     """
 
     min_width: int = 1
-    divisor: int = 1
-    min_kept_fraction: float = 0.0
+    divisor: int | None = None
+    min_kept_fraction: float = 0.25
     rules: tuple[AxisRule, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self.min_width, self.divisor, self.min_kept_fraction)
+        _check(self.min_width, _last(1, [self.divisor]), self.min_kept_fraction)
 
     def widths(self, axis: ChannelAxis) -> IntArray:
         """The allowed widths of one axis, ascending; the last is its full size."""
         mine = [rule for rule in self.rules if matches_axis(rule.pattern, axis)]
         min_width = _last(self.min_width, [rule.min_width for rule in mine])
-        divisor = _last(self.divisor // math.gcd(self.divisor, _positions(axis)), [rule.divisor for rule in mine])
+        usual = _last(1, [self.divisor])
+        divisor = _last(usual // math.gcd(usual, _positions(axis)), [rule.divisor for rule in mine])
         fraction = _last(self.min_kept_fraction, [rule.min_kept_fraction for rule in mine])
         step = math.lcm(divisor, axis.divisor)
         least = max(min_width, math.ceil(fraction * axis.size - 1e-9))

@@ -36,7 +36,7 @@ def test_bad_clipping_is_refused_before_anything_is_loaded(tmp_path):
     words = ("--model", "none", "--data", "none", "--budget", "macs=50%", "--out", tmp_path / "out")
     found = secateur("compress", *words, "--clip-norm", -1)
     assert found.exit_code == 2
-    assert "`clip_norm` must be positive" in found.stderr
+    assert "`--clip-norm` must be positive" in found.stderr
 
 
 def test_commands_that_do_not_train_refuse_to_be_one_of_several_processes(monkeypatch, tmp_path):

@@ -84,7 +84,8 @@ def test_an_unreachable_budget_is_refused_before_the_strategy_is_asked():
         r"Raise the budget or lower min_width \(now 1\), divisor \(now 8\) or min_kept_fraction \(now 0\)"
     )
     with pytest.raises(BudgetError, match=message):
-        search_architecture(model, graph, Fixed(Architecture()), budget="macs=1%", space=SearchSpace(divisor=8))
+        space = SearchSpace(divisor=8, min_kept_fraction=0)
+        search_architecture(model, graph, Fixed(Architecture()), budget="macs=1%", space=space)
 
 
 def test_every_limited_field_shows_its_reach():
@@ -154,7 +155,7 @@ def test_progress_is_reported():
             PCASlimming(FilterWeights(Correlation())),
             "PCASlimming(source=FilterWeights(matrix=Correlation()), importance=L2())",
         ),
-        (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.0, rules=())"),
+        (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.25, rules=())"),
         (L2, "<class 'secateur.search.importance.L2'>"),
     ],
 )

@@ -12,11 +12,16 @@ from secateur.graph import ChannelAxis, Role, Site
 from secateur.search import AxisRule, ScoringInputs, SearchContext, SearchSpace, widen_to_budget
 
 
+def free(**fields) -> SearchSpace:
+    """A space in which an axis may keep any part of its channels."""
+    return SearchSpace(**{"min_kept_fraction": 0.0, **fields})
+
+
 def axis(size: int, divisor: int = 1) -> ChannelAxis:
     return ChannelAxis("a", size, (), divisor)
 
 
-def problem(graph, budget: str, space: SearchSpace = SearchSpace()) -> SearchContext:  # noqa: B008
+def problem(graph, budget: str, space: SearchSpace = free()) -> SearchContext:  # noqa: B008
     return SearchContext(
         ScoringInputs(None, graph), CostModel(graph), Budget.parse(budget), space, lambda _done, _what: None
     )
@@ -25,20 +30,26 @@ def problem(graph, budget: str, space: SearchSpace = SearchSpace()) -> SearchCon
 @pytest.mark.parametrize(
     ("space", "size", "divisor", "widths"),
     [
-        (SearchSpace(), 4, 1, [1, 2, 3, 4]),
-        (SearchSpace(min_width=3), 4, 1, [3, 4]),
-        (SearchSpace(min_width=9), 4, 1, [4]),
-        (SearchSpace(divisor=4), 14, 1, [4, 8, 12, 14]),
-        (SearchSpace(divisor=4), 12, 6, [12]),
-        (SearchSpace(divisor=4), 36, 6, [12, 24, 36]),
-        (SearchSpace(divisor=8, min_width=9), 32, 1, [16, 24, 32]),
-        (SearchSpace(divisor=8), 5, 1, [5]),
-        (SearchSpace(min_kept_fraction=0.7), 10, 1, [7, 8, 9, 10]),
-        (SearchSpace(min_kept_fraction=1.0), 10, 1, [10]),
+        (free(), 4, 1, [1, 2, 3, 4]),
+        (free(min_width=3), 4, 1, [3, 4]),
+        (free(min_width=9), 4, 1, [4]),
+        (free(divisor=4), 14, 1, [4, 8, 12, 14]),
+        (free(divisor=4), 12, 6, [12]),
+        (free(divisor=4), 36, 6, [12, 24, 36]),
+        (free(divisor=8, min_width=9), 32, 1, [16, 24, 32]),
+        (free(divisor=8), 5, 1, [5]),
+        (free(min_kept_fraction=0.7), 10, 1, [7, 8, 9, 10]),
+        (free(min_kept_fraction=1.0), 10, 1, [10]),
     ],
 )
 def test_allowed_widths(space, size, divisor, widths):
     assert space.widths(axis(size, divisor)).tolist() == widths
+
+
+def test_a_quarter_stays_by_default_and_the_divisor_is_open():
+    assert SearchSpace() == SearchSpace(min_width=1, divisor=None, min_kept_fraction=0.25)
+    assert SearchSpace().widths(axis(8)).tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert SearchSpace(divisor=1).widths(axis(8)).tolist() == SearchSpace().widths(axis(8)).tolist()
 
 
 def test_divisor_counts_the_positions_that_every_channel_owns():
@@ -47,10 +58,10 @@ def test_divisor_counts_the_positions_that_every_channel_owns():
         return ChannelAxis("heads", 6, sites)
 
     # 64 positions a head: any number of heads is a multiple of 8; 4 positions: an even number; 3 or 1: eight.
-    assert SearchSpace(divisor=8).widths(heads(192, 64)).tolist() == [1, 2, 3, 4, 5, 6]
-    assert SearchSpace(divisor=8).widths(heads(12, 4)).tolist() == [2, 4, 6]
-    assert SearchSpace(divisor=8).widths(heads(9, 3)).tolist() == [6]
-    assert SearchSpace(divisor=4).widths(heads(49, 1)).tolist() == [4, 6]
+    assert free(divisor=8).widths(heads(192, 64)).tolist() == [1, 2, 3, 4, 5, 6]
+    assert free(divisor=8).widths(heads(12, 4)).tolist() == [2, 4, 6]
+    assert free(divisor=8).widths(heads(9, 3)).tolist() == [6]
+    assert free(divisor=4).widths(heads(49, 1)).tolist() == [4, 6]
     # The divisor of a rule is of the axis itself.
     assert ruled(AxisRule("heads", divisor=2), divisor=8).widths(heads(192, 64)).tolist() == [2, 4, 6]
 
@@ -72,7 +83,7 @@ def test_impossible_spaces_are_refused(fields, message):
 
 
 def ruled(*rules: AxisRule, **fields) -> SearchSpace:
-    return SearchSpace(rules=rules, **fields)
+    return free(rules=rules, **fields)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +182,7 @@ def test_keys_that_fall_are_raised():
 def test_room_left_by_a_coarse_step_is_filled_in_order():
     _, graph = plain(64, 64)
     # All of axis conv1 is wanted first, but the last step of it that fits leaves room for others.
-    posed = problem(graph, "macs=30%", SearchSpace(divisor=16))
+    posed = problem(graph, "macs=30%", free(divisor=16))
     keys = [np.zeros(3), np.ones(3)]
     found = widen_to_budget(posed, keys)
     widths = np.array(list(itertools.product((16, 32, 48, 64), repeat=2)))
@@ -203,7 +214,7 @@ budgets = st.tuples(st.floats(0.5, 100), st.floats(0.5, 100), st.sampled_from(["
 )  # fmt: skip
 def test_fit_is_never_over_and_as_full_as_the_widths_allow(name, bounds, divisor, min_width, seed):
     _, graph = HAND_GRAPHS[name]()
-    space = SearchSpace(divisor=divisor, min_width=min_width)
+    space = free(divisor=divisor, min_width=min_width)
     macs, params, which = bounds
     text = {"macs": f"macs={macs}%", "params": f"params={params}%", "both": f"macs={macs}%, params={params}%"}[which]
     posed = problem(graph, text, space)
@@ -249,14 +260,14 @@ def chain(widths: list[int]):
 @pytest.mark.parametrize("percent", [20, 35, 50, 65, 80])
 def test_many_coarse_axes_land_within_one_percent_by_exchange(percent):
     graph = chain([64] * 20)
-    posed = problem(graph, f"macs={percent}%", SearchSpace(divisor=16))
+    posed = problem(graph, f"macs={percent}%", free(divisor=16))
     found = widen_to_budget(posed, [levels[1:] / levels[-1] for levels in posed.levels])
     assert 0.99 <= found.utilization <= 1
     assert np.abs(found.widths - 64 * np.sqrt(percent / 100)).max() < 48
 
 
 def test_exchange_stops_where_nothing_is_better():
-    posed = problem(chain([4] * 14), "macs=30%", SearchSpace(divisor=2))
+    posed = problem(chain([4] * 14), "macs=30%", free(divisor=2))
     found = widen_to_budget(posed, [np.zeros(1)] * 14)
     assert found.utilization <= 1
     if found.utilization < 0.99:
@@ -267,7 +278,5 @@ def test_exchange_stops_where_nothing_is_better():
 
 def test_an_axis_with_one_width_is_never_moved():
     _, graph = concat()
-    found = widen_to_budget(
-        problem(graph, "macs=60%", SearchSpace(min_width=5)), [np.zeros(0), np.zeros(0), np.zeros(1)]
-    )
+    found = widen_to_budget(problem(graph, "macs=60%", free(min_width=5)), [np.zeros(0), np.zeros(0), np.zeros(1)])
     assert found.widths.tolist()[:2] == [4, 5]

@@ -1,0 +1,131 @@
+"""Messages of the Python interface in the words of the command line, and several of them at once."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from secateur.errors import SecateurError
+
+Made = TypeVar("Made")
+
+_RENAMED: Mapping[str, str] = {
+    "calibration_images": "--calibration",
+    "min_kept_fraction": "--min-kept",
+    "max_fraction": "--remove-blocks",
+    "ema_decay": "--ema",
+    "warmup_fraction": "--warmup",
+    "out": "--out",
+    "export": "--export",
+}
+"""Flags of arguments that have another name in Python; all others are called alike."""
+_INSIDE = r"(?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*"
+_CODE = re.compile(rf"\b[A-Z]\w*\({_INSIDE}\)")
+"""A call, such as SearchSpace(divisor=8): how something is written in Python stays as it is."""
+_IN_PYTHON = re.compile(rf"; in Python: {_INSIDE}(?=\))| \(in Python: {_INSIDE}\)| \(\w+=(?:True|False|None)\)")
+_TWICE = re.compile(r"; on the command line (?:--[\w-]+(?:, | and )?)+")
+_REPEATED = re.compile(r"(--[\w-]+) \(\1\)")
+_NOW = re.compile(r"(?<![\w./`'\"-])([a-z_]+)(?= \(now )")
+_QUOTED = re.compile(r"`(\w+)`")
+_SET = re.compile(r"(?<![\w./`'\"-])([a-z]+(?:_[a-z]+)*)=([\w.]+)")
+_BARE = re.compile(r"(?<![\w./`'\"-])([a-z]+(?:_[a-z]+)+)(?![\w./=('\"-])")
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message of the Python interface with the flags of a command.
+
+    Args:
+        message: Such as "`image_size` must be positive; got 0. Pass image_size=224."
+        flags: The flags by the name of what they set, see `flags_of`.
+
+    Returns:
+        Such as "`--image-size` must be positive; got 0. Pass --image-size 224." Names without a flag stay.
+    """
+    message = _TWICE.sub("", _IN_PYTHON.sub("", message))
+    found, end = list[str](), 0
+    for code in _CODE.finditer(message):
+        found += [_plain_in_flags(message[end : code.start()], flags), code[0]]
+        end = code.end()
+    return _REPEATED.sub(r"\1", "".join((*found, _plain_in_flags(message[end:], flags))))
+
+
+def _plain_in_flags(text: str, flags: Mapping[str, str]) -> str:
+    text = _QUOTED.sub(lambda found: f"`{flags[found[1]]}`" if found[1] in flags else found[0], text)
+    text = _SET.sub(lambda found: _with_value(flags[found[1]], found[2]) if found[1] in flags else found[0], text)
+    return _BARE.sub(_flag_of(flags), _NOW.sub(_flag_of(flags), text))
+
+
+def _flag_of(flags: Mapping[str, str]) -> Callable[[re.Match[str]], str]:
+    return lambda found: flags.get(found[1], found[0])
+
+
+def _with_value(flag: str, value: str) -> str:
+    dots = len(value) - len(value.rstrip("."))  # The end of a sentence.
+    number = value[: len(value) - dots]
+    return f"{flag}{'' if number == 'True' else f' {number}'}{value[len(value) - dots :]}"
+
+
+def flags_of(command: Callable[..., Any]) -> dict[str, str]:
+    """Return the flags of a command, with their dashes, by the names of what they set."""
+    from cyclopts import App
+
+    app = App()
+    app.default(command)
+    found: dict[str, str] = {}
+    for argument in app.assemble_argument_collection():
+        name = next((name for name in argument.names if name.startswith("--")), None)
+        if name is not None:
+            found[argument.field_info.name] = name
+    known = set(found.values())
+    return {**found, **{name: flag for name, flag in _RENAMED.items() if flag in known}}
+
+
+class Checks:
+    """Checks words that were given, one after the other, and says all that is wrong with them at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    def add(self, make: Callable[[], Made], flags: Mapping[str, str] | None = None) -> Callable[[], Made]:
+        """Make something now, and return how to get it; an error that the user can cause is kept for `settle`.
+
+        Args:
+            make: Makes it.
+            flags: Flags of its own by what they set, where a command has several of the kind: --teacher, --student.
+        """
+        try:
+            made = make()
+        except (SecateurError, OSError) as caught:
+            error = (
+                type(caught)(in_flags(str(caught), flags)) if flags and isinstance(caught, SecateurError) else caught
+            )
+            problem = error
+            # What depends on something that is wrong itself is not said twice.
+            if not any(error is known for known in self._errors):
+                self._errors.append(error)
+
+            def fail() -> Made:
+                raise problem
+
+            return fail
+        return lambda: made
+
+    @staticmethod
+    def value_or(get: Callable[[], Made], default: Made) -> Made:
+        """Return what was made, or a default if it was wrong: to check what depends on it all the same."""
+        try:
+            return get()
+        except (SecateurError, OSError):
+            return default
+
+    def settle(self) -> None:
+        """Refuse words that are wrong.
+
+        Raises:
+            SecateurError: If some are; with all that is wrong.
+        """
+        if not self._errors:
+            return
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        listed = "\n".join(f"- {error}" for error in self._errors)
+        raise SecateurError(f"{len(self._errors)} things cannot be used:\n{listed}") from self._errors[0]

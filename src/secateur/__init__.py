@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from secateur.prune.repair import Refit as Refit
     from secateur.prune.weight_pruning import WeightPruning as WeightPruning
     from secateur.search.base import search_architecture as search_architecture
+    from secateur.search.candidates import Fastest as Fastest
     from secateur.search.depth import RemoveBlocks as RemoveBlocks
     from secateur.search.knapsack import Knapsack as Knapsack
     from secateur.search.latency import WithinLatency as WithinLatency
@@ -125,6 +126,7 @@ _MODULES = {
     ),
     "prune.weight_pruning": ("WeightPruning",),
     "search.base": ("search_architecture",),
+    "search.candidates": ("Fastest",),
     "search.depth": ("RemoveBlocks",),
     "search.knapsack": ("Knapsack",),
     "search.latency": ("WithinLatency",),

@@ -188,14 +188,16 @@ class SpaceFlags:
 class SearchFlags:
     """How an architecture is found; None and () mean the default of the strategy."""
 
-    strategy: Annotated[str, choice("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT)] = (
-        "knapsack"
-    )
+    strategy: Annotated[
+        str | None,
+        choice("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...; several compared.", CUT),
+    ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)
     ] = None
     remove_blocks: Annotated[
-        float | None, number("Largest fraction of blocks removed; 1 for latency budgets, else 0.", CUT, least=0, most=1)
+        float | None,
+        number("Largest fraction of blocks removed; 1 for latency budgets, else 3/8.", CUT, least=0, most=1),
     ] = None
     search_epochs: Annotated[int | None, whole_number("Epochs of the search by tas or swp.")] = None
     search_over: Annotated[

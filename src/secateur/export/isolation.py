@@ -104,16 +104,22 @@ class IsolatedRuntimes:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        process = subprocess.Popen(
-            # -I: neither the environment nor the folder decide what is imported.
-            [sys.executable, "-I", str(Path(_runtime_child.__file__).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=self._folder,
-            env=kept | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_ARENA_MAX": "2"},
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                # -I: neither the environment nor the folder decide what is imported.
+                [sys.executable, "-I", str(Path(_runtime_child.__file__).resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=self._folder,
+                env=kept | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_ARENA_MAX": "2"},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ExportError(
+                f"Exported files are run in a process of their own, which must start; got {error.strerror} "
+                f"({sys.executable}). Check the permissions of that file, and how many processes may run."
+            ) from error
         here = Path.cwd() if _has_folder() else None
         paths = [path for path in sys.path if path and Path(path).is_absolute() and Path(path) != here]
         self._ready = False

@@ -113,8 +113,8 @@ class Ledger:
         calls: The ATen names of all calls.
         seen: The ids of all tensors that any operation read.
         count: The number of ids.
-        caller: The name and the arguments of the call of the model that is running. Without a name, the operation is run
-            by code whose sizes nobody sees, such as a TorchScript function. None where calls are not watched.
+        caller: The name and the arguments of the call of the model that is running. Without a name, the operation is
+            run by code whose sizes nobody sees, such as a TorchScript function. None where calls are not watched.
     """
 
     stored: dict[int, StoredTensor] = field(default_factory=dict)

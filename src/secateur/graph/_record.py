@@ -24,9 +24,10 @@ from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
 from secateur.graph._shadow import shadow_copy
 from secateur.graph._size_ints import Attribute, plain_number
-from secateur.graph._size_records import SizeTracker, UnhashableSizeError, wrap_sizes
+from secateur.graph._size_records import SizeTracker, wrap_sizes
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
 from secateur.graph.channel_rules.recurrent import FAKE_RECURRENT, WholeCallMode
+from secateur.graph.channel_rules.sizes import UnhashableSizeError
 from secateur.graph.rules import apply_rule
 
 VALUE_READERS = frozenset({
@@ -336,7 +337,12 @@ def record_once(
     attributes = wrap_sizes(modules, dict(model.named_modules()), ledger, tracker)
     _add_recording_hooks(modules, ledger, context)
     context.flow.add_inputs(example)
-    with run_isolated(model), torch.no_grad(), OperationRecorder(ledger, context), SizeRecorder(ledger, context, tracker):
+    with (
+        run_isolated(model),
+        torch.no_grad(),
+        OperationRecorder(ledger, context),
+        SizeRecorder(ledger, context, tracker),
+    ):
         try:
             out = shadow(*example)
         except Exception as error:

@@ -558,10 +558,8 @@ def _product(left: Extent, right: Extent) -> Extent | None:
 def _quotient(extent: Extent, by: int) -> Extent | None:
     if not extent.terms:
         return Extent(extent.base // by)
-    # Floor division is linear only if it is exact for all widths.
-    if any(number % by for number in (extent.base, *(k for _, k in extent.terms))):
-        return None
-    return _quotient_of(extent, by)
+    # Floor division is linear if only the constant part leaves a rest.
+    return None if any(k % by for _, k in extent.terms) else _quotient_of(extent, by)
 
 
 def _ratio(left: Extent, right: Extent) -> Extent | None:

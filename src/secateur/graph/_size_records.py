@@ -11,106 +11,29 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
-from secateur.graph._ledger import Ledger, SizeComparison, tensors_in
+from secateur.graph._ledger import Ledger, tensors_in
 from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
     Expression,
     NumpySize,
     ShapeOf,
-    SizeFloat,
     SizeInt,
     SizeTuple,
-    SizeWatcher,
     expression_of,
     plain_number,
     shape_ids,
     steps_of,
 )
-from secateur.graph.channel_rules.sizes import bind_sizes
+from secateur.graph.channel_rules.sizes import RunningModel, SizeNotes, bind_sizes
 from secateur.graph.graph import SizeItem
-
-
-class UnhashableSizeError(TypeError):
-    """A size was about to be looked up in a dict, a set or a cache."""
-
-
-class RunningModel(Protocol):
-    """What is known of the run that is recorded."""
-
-    hashable: bool
-
-    @property
-    def module(self) -> str:
-        """The qualified name of the innermost running module."""
-        ...
-
-
-class SizeNotes(SizeWatcher):
-    """Writes into the ledger what happens to the sizes of one recording.
-
-    Args:
-        ledger: The record.
-        running: The run. Where its sizes are not ``hashable``, a lookup raises, as those of PyTorch's own symbolic
-            sizes do, so that libraries (einops) compute what they would otherwise take from a cache of earlier calls.
-    """
-
-    def __init__(self, ledger: Ledger, running: RunningModel) -> None:
-        self._ledger = ledger
-        self._running = running
-        self._floats: dict[int, tuple[SizeFloat, str]] = {}
-        self.paused = False
-
-    @property
-    def _where(self) -> str:
-        return f"in {self._running.module or 'the model itself'}"
-
-    def compare(self, symbol: str, left: Expression, right: Expression) -> None:
-        """Take note that two sizes were compared."""
-        if not self.paused and self.open:
-            self._ledger.comparisons.append(SizeComparison(symbol, left, right, f"`{symbol}` {self._where}"))
-
-    def use(self, expression: Expression, what: str, *, scale: bool = False) -> bool:
-        """Take note that a size became a plain number."""
-        if self.paused or not self.open:
-            return False
-        self._ledger.bind(expression, None, f"{what} {self._where}")
-        if scale:
-            self._ledger.scaled.extend(shape_ids(expression))
-        return True
-
-    def hash(self, expression: Expression) -> None:
-        """Take note that a size is about to be looked up."""
-        if self.paused or not self.open:
-            return
-        if not self._running.hashable and shape_ids(expression):
-            raise UnhashableSizeError("sizes of traced tensors cannot be looked up")
-        self.use(expression, "a lookup")
-
-    def begin(self, number: SizeFloat) -> None:
-        """Take note of a float that was computed from sizes."""
-        if not self.paused and self.open:
-            self._floats[id(number)] = number, self._running.module
-
-    def end(self, number: SizeFloat) -> None:
-        """Take note that a float was used."""
-        self._floats.pop(id(number), None)
-
-    def close(self) -> None:
-        """End the recording: floats of which no use was seen, as by `math.sqrt`, must stay what they are."""
-        for number, module in self._floats.values():
-            self._ledger.bind(number.expression, None, f"a float in {module or 'the model itself'}")
-            self._ledger.scaled.extend(shape_ids(number.expression))
-        self._floats.clear()
-        self.open = False
-
 
 Numbers = np.ndarray[Any, np.dtype[np.object_]]
 """The elements of an int tensor: plain ints, and sizes with their expressions."""
@@ -184,7 +107,7 @@ class SizeTracker:
             numbers = self.numbers(args[0])
             self._read.append(out if numbers is None else numbers.item())
             return out
-        ints = [t for t in tensors_in(args, *kwargs.values()) if not t.is_floating_point()]
+        ints = [t for t in _tensors_in_call(args, kwargs) if not t.is_floating_point()]
         if (ints and name not in _HARMLESS) or name in _CREATING:
             with _disable_current_modes():
                 known = {id(t): numbers for t in ints if (numbers := self.numbers(t)) is not None}
@@ -193,10 +116,18 @@ class SizeTracker:
                     if followed:
                         return out
                     args, kwargs = (_with_sizes(given, known) for given in (args, kwargs))
+                    if isinstance(out, Tensor) and out.is_floating_point():
+                        self._note_scale(known)
         if self._read:
             args = self._recognize(args)
         bind_sizes(self._ledger, name, self._running.module, args, kwargs, out)
         return out
+
+    def _note_scale(self, known: Mapping[int, Numbers]) -> None:
+        """Take note of sizes that become floats, as for a scale of attention."""
+        for numbers in known.values():
+            for size in numbers.reshape(-1):
+                self._ledger.scaled.extend(shape_ids(expression_of(size)))
 
     def numbers(self, tensor: Tensor) -> Numbers | None:
         """Return the elements of an int tensor that may hold sizes; None for any other tensor."""
@@ -230,7 +161,9 @@ class SizeTracker:
             return self._write_numbers(args, known), out
         if name in _MOVING:
             return self._move(func, args, kwargs, out, known)
-        act = None if kwargs else _COMPUTING.get(name)
+        # The quotient of two sizes is not negative, so that rounding down and toward zero are the same.
+        whole = name in _DIVIDING and kwargs in ({"rounding_mode": "floor"}, {"rounding_mode": "trunc"})
+        act = operator.floordiv if whole else None if kwargs else _COMPUTING.get(name)
         return act is not None and self._compute(act, args, out, known), out
 
     def _compute(self, act: Callable[..., Any], args: tuple[Any, ...], out: Any, known: Mapping[int, Numbers]) -> bool:
@@ -328,6 +261,15 @@ class SizeTracker:
         return f"`{name}` in {self._running.module or 'the model itself'}"
 
 
+def _tensors_in_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return the tensors among the arguments of a call, also those that are bounds of slices."""
+    found = tensors_in(args, *kwargs.values())
+    if len(args) > 1 and isinstance(args[1], slice | tuple | list):
+        parts = (args[1],) if isinstance(args[1], slice) else args[1]
+        found += tensors_in(*((part.start, part.stop) for part in parts if isinstance(part, slice)))
+    return found
+
+
 def _mark(tensor: Any, numbers: Any) -> None:
     """Attach its elements to a tensor, if any is a size."""
     flat = list(_leaves(numbers))
@@ -388,6 +330,7 @@ _MOVING = frozenset({
     "split", "chunk", "unbind", "clone", "detach", "contiguous", "to", "type", "long", "int", "cpu", "cat", "concat",
     "concatenate", "stack", "hstack", "expand", "repeat", "take", "t", "transpose", "permute",
 })  # fmt: skip
+_DIVIDING = frozenset({"div", "divide"})
 _COMPUTING: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "__add__", "__radd__"), operator.add),
     **dict.fromkeys(("sub", "__sub__"), operator.sub),

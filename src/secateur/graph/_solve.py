@@ -24,6 +24,7 @@ from secateur.graph._size_ints import (
     Arithmetic,
     Attribute,
     Expression,
+    Literal,
     ShapeOf,
     attributes_in,
     evaluate_expression,
@@ -151,7 +152,7 @@ def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attr
     for binding in ledger.bindings:
         if not _is_consistent(binding, solution, edited, attributes):
             # A tie helps only if it connects something; otherwise the loop in `solve` would not end.
-            for first, second in _equal_counts(ledger, binding):
+            for first, second in _equal_counts(ledger, binding, attributes):
                 if (solution.root[first] != solution.root[second]).any():
                     ledger.tie(first, second)
     for comparison in ledger.comparisons:
@@ -168,7 +169,9 @@ def tie_equal_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attr
     return len(ledger.ties) > before
 
 
-def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, IntArray]]:
+def _equal_counts(  # noqa: PLR0911
+    ledger: Ledger, binding: SizeBinding, attributes: Mapping[Attribute, int]
+) -> list[tuple[IntArray, IntArray]]:
     """Return pairs of id vectors that must be equally long for the binding to hold."""
     match binding.expression:
         case Attribute() if binding.ids is not None:
@@ -186,8 +189,32 @@ def _equal_counts(ledger: Ledger, binding: SizeBinding) -> list[tuple[IntArray, 
             if by_head is None or len(counted) % len(by_head):
                 return []
             return [(np.repeat(by_head, len(counted) // len(by_head)), counted)]
+        case Arithmetic():
+            # As `chunk` is written in ONNX: equal positions of the pieces stay or go together.
+            found = _divided_shape(binding.expression, attributes)
+            if binding.ids is None or found is None or found[1] * len(binding.ids) != len(found[0]):
+                return []
+            return [(np.tile(binding.ids, found[1]), found[0])]
         case _:
             return []
+
+
+def _divided_shape(expression: Expression, values: Mapping[Attribute, int]) -> tuple[IntArray, int] | None:
+    """Return the ids and the divisor of ``c // k``, which may be written ``(c + k - 1) // k * 1``; else None."""
+
+    def value(part: Expression) -> int | None:
+        return part.value if isinstance(part, Literal) else values.get(part) if isinstance(part, Attribute) else None
+
+    match expression:
+        case Arithmetic("*", quotient, factor) if value(factor) == 1:
+            return _divided_shape(quotient, values)
+        case Arithmetic("//", ShapeOf(ids), divisor) if (by := value(divisor)) is not None:
+            return ids, by
+        case Arithmetic("//", Arithmetic("+", ShapeOf(ids), added), divisor):
+            by, more = value(divisor), value(added)
+            return (ids, by) if by is not None and more is not None and 0 <= more < by else None
+        case _:
+            return None
 
 
 def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attribute, int]) -> dict[Attribute, Extent]:

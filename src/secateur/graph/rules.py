@@ -9,6 +9,8 @@ operation without a rule freezes every channel it meets and records the reason, 
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from secateur._arrays import IntArray
 from secateur.graph._ledger import (
     ATTENTION_KINDS,
@@ -39,9 +41,17 @@ def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:
         _note_uncounted(call)
     own = all(map(call.ledger.is_own, call.inputs))
     for tensor, ids in zip(call.outputs, results, strict=False):
+        if tensor is call.kwargs.get("out"):
+            _tie_given_result(call, tensor, ids)
         call.ledger.mark(tensor, ids, own=own)
         for vector in ids.values():
             call.ledger.touched.append((call.module, vector))
+
+
+def _tie_given_result(call: Call, given: torch.Tensor, ids: ChannelIds) -> None:
+    """Tie the channels of a tensor that was made for the result (``out=``) to those that are written into it."""
+    for dim in range(given.dim()):
+        merge_operands(call, [(call.ids(given).get(dim), given.size(dim)), (ids.get(dim), given.size(dim))])
 
 
 def _note_uncounted(call: Call) -> None:

@@ -31,8 +31,8 @@ from secateur.pipeline.config import (
     Plan,
     RecoveryConfig,
     RunConfig,
-    default_strategy,
     safe_config,
+    strategy_of_run,
 )
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
@@ -56,6 +56,7 @@ from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.graph_layers import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
+from secateur.search.candidates import describe_choice
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification, check_labels
 from secateur.tasks.imitation import Imitation
@@ -95,13 +96,16 @@ def compress(
         budget: Upper bounds on the cost, such as ``"macs=50%"``; ``"nonzero=20%"`` bounds the parameters that are not
             zero, by pruning single weights while the student recovers, after the channels were cut to the other bounds.
         task: What outputs and targets mean, see `secateur.tasks`. `Imitation` needs no labels.
-        strategy: How the architecture is found; None means `Knapsack`, and where the budget limits the latency
-            `RemoveBlocks` around it, as blocks take time that narrower layers hardly save.
+        strategy: How the architecture is found; None means `Fastest`: the networks of several strategies are compared.
+            Where the budget limits the latency it means `RemoveBlocks` around `Knapsack`, as blocks take time that
+            narrower layers hardly save. If ``cut.space`` has no divisor, the networks of several are compared too,
+            unless the strategy trains. With both given, nothing is compared.
         cut: What may be cut, and how the cut model is made.
         recovery: How the cut model regains accuracy.
-        target: The runtime, threads and batch size that a bound on latency is for, see `secateur.cost`. Latency is
-            predicted from a table of layers, then measured and corrected until the network is within the bound, and
-            measured again at the end. With a divisor of 1 in ``cut.space``, 8, 16 and 32 are tried.
+        target: The runtime, threads and batch size that candidates are compared on and that the latency in the report
+            is for, see `secateur.cost`. A bound on latency is met by predicting from a table of layers, then measuring
+            and correcting until the network is within the bound, and measuring again at the end; if ``cut.space`` has
+            no divisor, 8, 16 and 32 are tried.
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
             end. Until then the work lies in ``<out>.work``, from which an interrupted run is resumed, also in the
             middle of a search or training of hours.
@@ -139,7 +143,7 @@ def compress(
         data=images,
         task=task,
         budget=limits,
-        strategy=default_strategy(limits) if strategy is None else strategy,
+        strategy=strategy_of_run(strategy, limits, cut.space, target),
         cut=cut,
         recovery=_recovery_for(task, images, recovery, run.seed),
         target=target,
@@ -329,7 +333,7 @@ def _finished(
         report=replace(
             _report(plan, cut_student, trained, student, steps),
             checks=_checks(plan, cut_student, student, images),
-            notes=(*doubts, *map(describe_repair, cut_student.repairs)),
+            notes=(*doubts, *describe_choice(search.notes), *map(describe_repair, cut_student.repairs)),
         ),
         original=cut_student.original,
         student=student,
@@ -343,7 +347,8 @@ def _finished(
         run=plan.run,
         fabric=plan.fabric,
         log=plan.log,
-        latency_bound=(plan.budget, plan.target) if limits_latency(plan.budget) else None,
+        target=plan.target,
+        latency_bound=plan.budget if limits_latency(plan.budget) else None,
         search=search,
         doubts=doubts,
         metrics={

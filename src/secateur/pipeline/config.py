@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
-from secateur.cost.budget import Budget, limits_latency
+from secateur.cost.budget import Budget, format_cost, limits_latency
 from secateur.cost.measure import LatencyCache
 from secateur.cost.runtimes import Target
 from secateur.data.dataset import ImageData
@@ -37,10 +37,12 @@ from secateur.pipeline.workspace import OnExisting
 from secateur.prune.cut import Cut, Repair, RepairResult, cut
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
-from secateur.report.run import RunReport
+from secateur.report.run import MeasuredLatency, RunReport
 from secateur.search.base import SearchResult, Strategy, data_frame, html_table, stable_repr
+from secateur.search.candidates import Fastest
 from secateur.search.depth import DEFAULT_REPAIRS, RemoveBlocks
 from secateur.search.knapsack import Knapsack
+from secateur.search.latency import WithinLatency
 from secateur.search.space import SearchSpace
 from secateur.tasks.base import Task
 from secateur.train.callbacks import Callbacks, TerminalProgress
@@ -215,8 +217,18 @@ class CompressResult:
 
     def __repr__(self) -> str:
         steps = " -> ".join(f"{step.name} {step.score.text}" for step in self.report.steps)
+        times = [
+            f"  latency: {format_cost('latency_s', each.before[1])} -> {format_cost('latency_s', each.after[1])} in "
+            f"{each.runtime} ({each.speedup[1]:.2f} times the speed)"
+            for each in self.latency[:1]
+        ]
         checks = f"{sum(check.passed for check in self.report.checks)} of {len(self.report.checks)} checks passed"
-        lines = [f"  test accuracy: {steps}", f"  {checks}", *(f"  FAILED: {failure}" for failure in self.failed)]
+        lines = [
+            f"  test {self.report.metric.words}: {steps}",
+            *times,
+            f"  {checks}",
+            *(f"  FAILED: {failure}" for failure in self.failed),
+        ]
         lines += [] if self.folder is None else [f"  written to {self.folder}"]
         search, *axes = repr(self.search).splitlines()
         return "\n".join(
@@ -249,6 +261,11 @@ class CompressResult:
         return self.search.architecture
 
     @property
+    def latency(self) -> tuple[MeasuredLatency, ...]:
+        """Times of original and compressed model, measured in turns; those on the target of the run come first."""
+        return self.report.latency
+
+    @property
     def nonzero(self) -> int:
         """Parameters of the model that are not zero."""
         return self.report.after.weights
@@ -259,8 +276,8 @@ class CompressResult:
         return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
 
 
-DEFAULT_STRATEGY: Strategy = Knapsack()
-"""The strategy that lost least accuracy in benchmarks/heal.py."""
+DEFAULT_STRATEGY: Strategy = Fastest()
+"""Of the networks of several strategies and divisors the fastest that is near the best; docs/decisions.md says why."""
 
 DEFAULT_SPACE = SearchSpace()
 """Every axis keeps at least a quarter, and the divisor is found by measuring."""
@@ -452,4 +469,21 @@ def default_blocks(budget: Budget) -> float:
 def default_strategy(budget: Budget) -> Strategy:
     """Return the default strategy for a budget."""
     blocks = default_blocks(budget)
-    return RemoveBlocks(DEFAULT_STRATEGY, max_fraction=blocks) if blocks else DEFAULT_STRATEGY
+    return RemoveBlocks(Knapsack(), max_fraction=blocks) if blocks else DEFAULT_STRATEGY
+
+
+def strategy_of_run(named: Strategy | None, budget: Budget, space: SearchSpace, target: Target) -> Strategy:
+    """Return the strategy of a run: whatever the user left open is found by measuring.
+
+    Args:
+        named: The user's strategy. With an open divisor, the divisors are compared; None means the default.
+        budget: A bound on latency is met by measuring anyway, see `WithinLatency`.
+        space: The user's space.
+        target: What is measured on.
+    """
+    strategy = default_strategy(budget) if named is None else named
+    if isinstance(strategy, Fastest):
+        return dataclasses.replace(strategy, target=target)
+    # Training a supernet for every divisor would take days.
+    fixed = space.divisor is not None or strategy.trains or isinstance(strategy, WithinLatency)
+    return strategy if fixed or limits_latency(budget) else Fastest((strategy,), target, fewer_blocks=())

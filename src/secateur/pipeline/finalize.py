@@ -20,8 +20,8 @@ from secateur._runtime import copy_model, run_isolated
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget
 from secateur.cost.macs import count_params
-from secateur.cost.measure import LatencyRecord, measure_latency, measure_pairs
-from secateur.cost.runtimes import Target
+from secateur.cost.measure import LatencyRecord, measure_pairs
+from secateur.cost.runtimes import OnnxRuntime, Target, TorchEager
 from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.data.loaders import OwnData
 from secateur.data.problems import describe_skipped
@@ -62,7 +62,8 @@ class Finished:
         run: Command and seed.
         fabric: The processes of the run; only the first one measures and writes.
         log: Called with one sentence per note and check.
-        latency_bound: Budget and target of a bound on latency, or None.
+        target: The runtime whose times come first, also without ``output``; None leaves it out.
+        latency_bound: The budget, if it bounds the latency on the target; else None.
         search: The result of the search that the student comes from, or None.
         doubts: What a reader must know before believing the rest; also in the notes of the report.
         metrics: What secateur.json says of this kind of run beside what all have.
@@ -81,7 +82,8 @@ class Finished:
     run: RunConfig
     fabric: "Fabric"
     log: Callable[[str], None]
-    latency_bound: tuple[Budget, Target] | None = None
+    target: Target | None = None
+    latency_bound: Budget | None = None
     search: SearchResult | None = None
     doubts: tuple[str, ...] = ()
     metrics: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -96,7 +98,10 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
     if not run.fabric.is_global_zero:
         return run.report, None, ()
     if run.output is None:
-        return (run.report if run.latency_bound is None else _with_latency(run)[0]), None, ()
+        report, notes = _with_latency(run)
+        for note in notes:
+            run.log(f"Note: {note}")
+        return report, None, ()
     folder = run.output.folder
     with disk_errors(folder), atomic_folder(folder, replaceable=replaceable_files) as draft:
         save(draft, run.student, _recipe(run, run.output))
@@ -196,17 +201,23 @@ def data_doubts(name: str, step: Step, data: ImageData | OwnData) -> tuple[str, 
 def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport, tuple[str, ...]]:
     """The report with the times of both models, and all notes about files and times.
 
-    If the budget limits the latency, the times on its target come first and are checked.
+    Those on the target come first, and are checked if the budget limits them. Other runtimes follow if there is a
+    report to be written.
     """
-    records, said = latency_between(run.original, run.student, run.images) if _is_plain(run) else ((), ())
+    records: tuple[LatencyRecord, ...] = ()
+    said: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-    if run.latency_bound is not None:
-        budget, target = run.latency_bound
-        record, check = check_latency(budget, target, run.original, run.student, run.images)
+    if not _is_plain(run):
+        said = ("Latency was not measured: the model takes several inputs or lists of images, or returns lists.",)
+    elif run.target is not None and run.latency_bound is not None:
+        record, check = check_latency(run.latency_bound, run.target, run.original, run.student, run.images)
+        records, checks = (record,), (check,)
+    elif run.target is not None:
+        records, said = latency_on(run.target, run.original, run.student, run.images)
+    if run.output is not None and _is_plain(run):
         # What was measured on the target is not measured twice.
-        same = (record.runtime, record.threads, record.batch_size)
-        records = (record, *(r for r in records if (r.runtime, r.threads, r.batch_size) != same))
-        checks = (check,)
+        others, more = latency_between(run.original, run.student, run.images, run.target)
+        records, said = (*records, *others), tuple(dict.fromkeys((*said, *more)))
     slow = slow_because(run.search, records[0]) if records and run.search is not None else ()
     notes = (*said, *slow, *notes)
     report = replace(
@@ -291,6 +302,8 @@ _NOTABLE = 0.1
 """The fraction of the MACs that must be gone before anybody expects a faster network."""
 _PAID = 0.5
 """The time must have fallen by this part of the fraction of the MACs, or a note says why it did not."""
+_NOISE = 0.03
+"""A model that takes longer by this fraction is slower; less may be chance."""
 _ALIGNED = 8
 """Kernels are made for multiples of this width."""
 
@@ -304,11 +317,19 @@ def slow_because(result: SearchResult, record: LatencyRecord) -> tuple[str, ...]
     """
     macs = result.cost.macs / max(result.original.macs, 1)
     time = 1 / record.speedup.median
-    if 1 - macs < _NOTABLE or 1 - time >= _PAID * (1 - macs):
+    slower = time > 1 + _NOISE
+    if not slower and (1 - macs < _NOTABLE or 1 - time >= _PAID * (1 - macs)):
         return ()
+    where = f"{record.threads} thread{'s' if record.threads > 1 else ''}, batch {record.batch_size}"
+    if slower:
+        fell = f", although its MACs fell by {100 * (1 - macs):.0f} %" if macs < 1 else ""
+        said = (
+            f"The compressed model is {100 * (time - 1):.0f} % slower than the original on {record.runtime} ({where})"
+        )
+        return (f"{said}{fell}. {_cause(result)}",)
     said = (
-        f"The MACs fell by {100 * (1 - macs):.0f} %, the time on {record.runtime} by {100 * (1 - time):.0f} % only "
-        f"({record.threads} thread{'s' if record.threads > 1 else ''}, batch {record.batch_size})."
+        f"The MACs fell by {100 * (1 - macs):.0f} %, the time on {record.runtime} by {100 * max(1 - time, 0):.0f} % "
+        f"only ({where})."
     )
     return (f"{said} {_cause(result)}",)
 
@@ -319,7 +340,7 @@ def _cause(result: SearchResult) -> str:
     if 4 * len(odd) > len(widths):
         return (
             f"{len(odd)} of {len(widths)} widths are no multiple of {_ALIGNED}, for which kernels are made: set a "
-            "divisor (--divisor 8), or bound the latency, and the divisor is found by measuring (--budget latency=50%)."
+            "divisor (--divisor 8 or 16), or bound the latency, which is then met by measuring (--budget latency=50%)."
         )
     noted = result.notes.get("latency")
     parts = cast(Mapping[str, Mapping[str, float]], noted).get("parts", {}) if isinstance(noted, Mapping) else {}
@@ -358,14 +379,34 @@ def reload_check(student: nn.Module, images: Any, draft: Path, own: Callable[[],
     return Check("Reloaded artifact = model in memory", True, 0.0, 0.0, 0.0, detail)
 
 
-def latency_between(
-    original: nn.Module, student: nn.Module, images: Tensor
+def latency_on(
+    target: Target, original: nn.Module, student: nn.Module, images: Tensor
 ) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
-    """Return the times of both models for one image, or a note why there are none."""
+    """Return the times of both models on one target, measured in turns, or a note why there are none."""
     try:
-        return measure_latency(original, student, images[:1]), ()
-    except ExportError as error:
+        return (measure_pairs(original, student, target, images[: target.batch]),), ()
+    except (ExportError, ImportError) as error:
         return (), (f"Latency was not measured: {error}",)
+
+
+def latency_between(
+    original: nn.Module, student: nn.Module, images: Tensor, but: Target | None = None
+) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
+    """Return the times of both models for one image in the usual runtimes, and notes why there are none.
+
+    Args:
+        original: Any device; not changed.
+        student: The same.
+        images: At least one.
+        but: A target that is left out, because it was measured.
+    """
+    records: tuple[LatencyRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    for target in (OnnxRuntime(), TorchEager()):
+        if target != but:
+            found, said = latency_on(target, original, student, images)
+            records, notes = (*records, *found), (*notes, *said)
+    return records, notes
 
 
 def check_latency(

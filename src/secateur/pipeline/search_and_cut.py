@@ -1,17 +1,21 @@
 """The first half of a run without any training: trace, search, cut and repair; and the masks of single weights."""
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from secateur._batches import take
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, format_count, limits_latency
+from secateur.data.dataset import draw_calibration
 from secateur.errors import ArtifactError, BudgetError, ModelError
 from secateur.graph.graph import ChannelGraph
 from secateur.pipeline.config import CutInput, CutStudent, Plan
@@ -22,6 +26,7 @@ from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import Sparsify
 from secateur.search.base import SearchResult, Strategy, search_architecture
+from secateur.search.candidates import CandidateRecords, Fastest
 from secateur.search.depth import RemoveBlocks
 from secateur.search.latency import Measurements, WithinLatency
 from secateur.train.checkpoint import tensors_of, write_tensors_
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 ImageBatches = tuple[tuple[Tensor, Tensor], ...]
 
 _EVERY_S = 20.0
+_ESTIMATED_EVERY_S = 10.0
+_HELD_OUT, _FEWEST_HELD_OUT, _HELD_OUT_BATCH = 256, 32, 64
+"""Training images that candidates are judged by: at most, at least, and in a batch."""
 
 
 def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work: RunDirectory | None) -> CutStudent:
@@ -91,11 +99,25 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
 
 
 def _strategy(plan: Plan, work: RunDirectory | None) -> Strategy:
-    """The strategy of the plan, which measures candidates if the budget limits the latency."""
+    """The strategy of the plan, with a place to keep what it measures; it measures if the budget limits the latency."""
+    if isinstance(plan.strategy, Fastest):
+        records = CandidateRecords.at(None if work is None else work.choice)
+        return replace(plan.strategy, records=records, held_out=_held_out(plan))
     if not limits_latency(plan.budget) or isinstance(plan.strategy, WithinLatency):
         return plan.strategy
     measurements = Measurements.at(None if work is None else work.measurements)
     return WithinLatency(plan.strategy, plan.target, plan.run.latency_cache, measurements)
+
+
+def _held_out(plan: Plan) -> tuple[Tensor, ...]:
+    """Training images beside those that score and repair; none if there are too few, and some of those are held out."""
+    calibration = plan.cut.calibration_images
+    more = min(_HELD_OUT, len(plan.data.train) - calibration)
+    if more < _FEWEST_HELD_OUT:
+        return ()
+    drawn = draw_calibration(plan.data.train, calibration + more, device=plan.device, seed=plan.run.seed)
+    images = torch.cat([images for images, _ in drawn])
+    return images[calibration:].split(_HELD_OUT_BATCH)
 
 
 def _search(
@@ -112,19 +134,21 @@ def _search(
     Raises:
         BudgetError: If no architecture that the selection and the space leave is within the budget.
     """
+    progress = ProgressLog(plan.log, estimating=isinstance(strategy, WithinLatency | Fastest))
     try:
-        return search_architecture(
-            original,
-            graph,
-            strategy,
-            budget=plan.budget,
-            batches=batches,
-            space=plan.cut.space,
-            seed=plan.run.seed,
-            data=plan.data,
-            run=RunSettings(folder, plan.run.checkpoints, callbacks=plan.run.callbacks, fabric=_alone(plan.fabric)),
-            progress=ProgressLog(plan.log),
-        )
+        with progress.beating():
+            return search_architecture(
+                original,
+                graph,
+                strategy,
+                budget=plan.budget,
+                batches=batches,
+                space=plan.cut.space,
+                seed=plan.run.seed,
+                data=plan.data,
+                run=RunSettings(folder, plan.run.checkpoints, callbacks=plan.run.callbacks, fabric=_alone(plan.fabric)),
+                progress=progress,
+            )
     except BudgetError as error:
         ways = [f"Or loosen what you selected: {plan.cut}."] if str(plan.cut) else []
         if graph.removable:
@@ -135,18 +159,64 @@ def _search(
 
 
 class ProgressLog:
-    """Logs how far a search is, at most every twenty seconds, so that a short one logs nothing."""
+    """Logs how far a search is, at most every twenty seconds, so that a short one logs nothing.
 
-    def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        log: Called with a sentence.
+        clock: Returns seconds.
+        estimating: Whether to say every ten seconds how long it will take, also while a single step takes longer; see
+            `beating`.
+    """
+
+    def __init__(
+        self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic, *, estimating: bool = False
+    ) -> None:
         self._log, self._clock = log, clock
-        self._last = clock()
+        self._every = _ESTIMATED_EVERY_S if estimating else _EVERY_S
+        self._estimating = estimating
+        self._last = self._began = clock()
+        self._state: tuple[float, str] | None = None
 
     def __call__(self, fraction: float, what: str) -> None:
         """Called by the search with the finished fraction and what is being done."""
+        # Parts that take no time were estimated too high: what was done once stays done.
+        self._state = (max(fraction, self._state[0]) if self._state and self._estimating else fraction, what)
+        self._tell()
+
+    def _tell(self) -> None:
         now = self._clock()
-        if now - self._last >= _EVERY_S:
-            self._last = now
-            self._log(f"Searching, {100 * fraction:.0f} % done: {what}.")
+        if self._state is None or now - self._last < self._every:
+            return
+        self._last = now
+        fraction, what = self._state
+        left = self._left(fraction, now - self._began) if self._estimating else ""
+        self._log(f"Searching, {100 * fraction:.0f} % done{left}: {what}.")
+
+    def _left(self, fraction: float, spent: float) -> str:
+        if fraction <= 0:
+            return ""
+        left = spent / fraction * (1 - fraction)
+        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {max(left, 1):.0f} s left"
+
+    @contextmanager
+    def beating(self) -> Generator[None]:
+        """Log within the block also while nothing is finished, by a thread that sleeps in between."""
+        if not self._estimating:
+            yield
+            return
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self._every / 10):
+                self._tell()
+
+        thread = threading.Thread(target=beat, name="progress of the search", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _trained(original: nn.Module, result: SearchResult) -> nn.Module:

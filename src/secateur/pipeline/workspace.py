@@ -107,8 +107,9 @@ def open_run_directory(
         _compare(place.folder, here)
         try:
             yield place
-        except BaseException:
-            if place.empty:
+        except BaseException as error:
+            # What was measured until an interrupt need not be measured again; after an error it is of no use.
+            if place.empty and not (isinstance(error, KeyboardInterrupt) and place.measurements.is_file()):
                 place.remove()
             raise
         place.remove()
@@ -224,7 +225,8 @@ class RunDirectory:
         """Whether there is nothing to resume from: no file beside those that every run begins with.
 
         Measurements without a result count as nothing: a bound that turns out to be out of reach must not leave an
-        unfinished run, and the cache of the machine has most of them. So does a table of epochs without checkpoints.
+        unfinished run, and the cache of the machine has most of them. Only an interrupted run keeps them. A table of
+        epochs without checkpoints counts as nothing too.
         """
         files = (path for path in self.folder.rglob("*") if not path.is_dir())
         nothing = (_SETTINGS, _SURROUNDINGS, _MEASURED, _HISTORY, LOCK)

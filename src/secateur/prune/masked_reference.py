@@ -185,14 +185,15 @@ def zero_weights_(
 
     Args:
         model: Gets two hooks; its parameters are not changed.
-        kept: The kept positions by dimension, by the name of a parameter. Other names are ignored.
+        kept: The kept positions by dimension, by the name of a weight; see `kept_weights`. Other names are ignored.
         expected: Returns the calls that it must make when it runs next; any other raises `UnexpectedCallError`.
         memory: What the model shares with another one, which must stay as it is.
 
     A run that writes to one of the parameters raises `WrittenParameterError`.
     """
     make = _FactorCache()
-    cut = {name: parameter for name, parameter in model.named_parameters() if kept.get(name)}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    cut = {name: tensor for name, tensor in tensors if kept.get(name)}
     factors = {id(parameter): make.of(parameter.detach(), kept[name]) for name, parameter in cut.items()}
     # A second set of small weights does not matter, and saves making the products again in every run.
     few = sum(parameter.nbytes for parameter in cut.values()) <= _MOST_KEPT_BYTES

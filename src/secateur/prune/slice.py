@@ -177,6 +177,24 @@ def kept_positions_by_tensor(
     return kept
 
 
+def kept_weights(
+    graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role] = frozenset(Role)
+) -> dict[str, KeptByDim]:
+    """Return `kept_positions_by_tensor` of the weights: of all parameters, and of buffers that layers multiply by.
+
+    Networks that were converted from ONNX keep weights in buffers. Running statistics are no weights: a variance of
+    zero would be meaningless.
+    """
+    kept = kept_positions_by_tensor(graph, architecture, roles)
+    multiplied = kept_positions_by_tensor(graph, architecture, roles - {Role.VECTOR})
+    parameters = set(graph.parameters)
+    return {
+        name: dims if name in parameters else multiplied[name]
+        for name, dims in kept.items()
+        if name in parameters or name in multiplied
+    }
+
+
 def full_size(graph: ChannelGraph, tensor: str, dim: int) -> int:
     """Return the length of a dimension in the traced model."""
     return graph.tensors[tensor][dim].at(graph.sizes)
@@ -224,7 +242,7 @@ def mask_removed(model: nn.Module, graph: ChannelGraph, architecture: Architectu
     """Return a copy of the full model in which the parameters of removed channels, and removed branches, are zero.
 
     It is the independent reference for `apply_architecture`: the value of a removed channel does not matter, because
-    every weight that reads it is zero. Buffers are not changed (a variance of zero would be meaningless).
+    every weight that reads it is zero. Running statistics are not changed.
     """
     return _zero_parameters(model, graph, architecture, frozenset(Role))
 
@@ -243,8 +261,7 @@ def _zero_parameters(
     model: nn.Module, graph: ChannelGraph, architecture: Architecture, roles: frozenset[Role]
 ) -> nn.Module:
     check_architecture(graph, architecture)
-    kept = kept_positions_by_tensor(graph, architecture, roles)
-    parameters = set(graph.parameters)
+    kept = kept_weights(graph, architecture, roles)
 
     def masked(name: str, tensor: torch.Tensor) -> torch.Tensor:
         zeroed = tensor.clone()
@@ -253,7 +270,7 @@ def _zero_parameters(
             zeroed.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
         return zeroed
 
-    full = copy_with_tensors(model, {name: masked for name in kept if name in parameters})
+    full = copy_with_tensors(model, dict.fromkeys(kept, masked))
     # Norms of the cut model see only the kept channels, so those of the reference must as well.
     full = compute_over_kept_channels_(full, graph, architecture.by_name)
     if architecture.removed_blocks:

@@ -37,7 +37,7 @@ from secateur.prune.model_runs import (
     depends_on_training,
     is_random,
 )
-from secateur.prune.slice import kept_positions_by_tensor, mask_readers, mask_removed
+from secateur.prune.slice import kept_weights, mask_readers, mask_removed
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -358,7 +358,7 @@ class _Pair:
 
     def _zeroed_while_running(self, model: nn.Module) -> nn.Module:
         """Return the model of `mask_removed` without a second set of weights: it multiplies them as it runs."""
-        kept = kept_positions_by_tensor(self._graph, self._architecture)
+        kept = kept_weights(self._graph, self._architecture)
         shadow, memory = share_memory(model)
         masked = zero_weights_(shadow, kept, lambda: self._calls, memory)
         masked = compute_over_kept_channels_(masked, self._graph, self._architecture.by_name)
@@ -417,18 +417,32 @@ def _cropped(example: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _second_example(example: tuple[Any, ...], crop: tuple[Any, ...] | None, most: int) -> tuple[Any, ...] | None:
-    """Return images of a size that no other pass compares: at most so many pixels, or twice as many if few."""
+    """Return other images, of a size that no other pass compares: at most so many pixels, or twice as many if few.
+
+    Their pixels are those of the example in another order, in every channel another one. So the values are in the range
+    that the model expects, but what is right for one image only, such as the order of sorted channels, differs.
+    """
+    images = [part for part in example if _is_image(part)]
+    whole = max((max(part.shape[2:]) for part in images), default=0)
+    if not images or (crop is None and whole > 64):
+        return None
     if crop is None:
-        images = [part for part in example if _is_image(part)]
-        small = images and max(max(part.shape[2:]) for part in images) <= 64
-        return tuple(_doubled_size(part) if _is_image(part) else part for part in example) if small else None
-    longest, whole = (max(max(part.shape[2:]) for part in parts if _is_image(part)) for parts in (crop, example))
-    if longest <= most and whole <= 128:
-        return example
-    most = most if longest > most else 32
-    return tuple(
-        _center(part, *(min(size, most) for size in part.shape[2:])) if _is_image(part) else part for part in crop
-    )
+        second = tuple(_doubled_size(part) if _is_image(part) else part for part in example)
+    elif whole <= 128 and max(max(part.shape[2:]) for part in crop if _is_image(part)) <= most:
+        second = example
+    else:
+        sides = 32 if max(max(part.shape[2:]) for part in crop if _is_image(part)) <= most else most
+        second = tuple(
+            _center(part, *(min(size, sides) for size in part.shape[2:])) if _is_image(part) else part for part in crop
+        )
+    return tuple(_shuffled(part) if _is_image(part) else part for part in second)
+
+
+def _shuffled(part: Tensor) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    planes = part.flatten(2)
+    order = torch.rand(planes.shape[1:], generator=draw).argsort(1).expand(planes.shape).to(part.device)
+    return planes.gather(2, order).view_as(part).contiguous(memory_format=torch.contiguous_format)
 
 
 def _is_image(part: Any) -> bool:

@@ -10,6 +10,7 @@ from secateur.search.base import (
     search_architecture,
     stable_repr,
 )
+from secateur.search.candidates import Candidate, CandidateRecords, Fastest
 from secateur.search.depth import RemoveBlocks
 from secateur.search.history import JudgedStage, SearchedDepth, SearchedWidth, SearchEpoch, SearchHistory
 from secateur.search.importance import (
@@ -60,8 +61,11 @@ __all__ = [
     "Activations",
     "AxisRule",
     "BatchNormScale",
+    "Candidate",
+    "CandidateRecords",
     "Correlation",
     "Covariance",
+    "Fastest",
     "FilterWeights",
     "Filters",
     "Fit",

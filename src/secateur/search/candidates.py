@@ -7,7 +7,7 @@ nor fitted, and timed on the target in turns with the original.
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -241,9 +241,14 @@ class Fastest(Strategy):
         except _NotExactError as stopped:
             # Whoever cuts it freezes what is not exact, and searches again.
             return stopped.result
-        for candidate in comparison.found:
-            _LOGGER.info(f"{'Taken' if candidate is taken else 'Compared'}: {candidate}.")
-        notes = {"divisor": taken.space.divisor or 1, "candidates": [each.to_json() for each in comparison.found]}
+        compared = [f"{'Taken' if one is taken else 'Compared'}: {one}" for one in comparison.found]
+        for line in compared:
+            _LOGGER.info(f"{line}.")
+        notes = {
+            "divisor": taken.space.divisor or 1,
+            "candidates": [each.to_json() for each in comparison.found],
+            "compared": compared,
+        }
         return replace(taken.result, notes={**taken.result.notes, **notes})
 
     def least(self, context: SearchContext) -> Cost:
@@ -354,7 +359,8 @@ class _Comparison:
             split = split_calibration(inputs.batches)
             inputs = replace(inputs, batches=split.fit)
             held_out = tuple(images for images, _ in split.held_out)
-        self._strategy, self._records = strategy, strategy.records or CandidateRecords()
+        self._strategy, self._target = strategy, strategy.target.for_cuts()
+        self._records = CandidateRecords() if strategy.records is None else strategy.records
         # Scores from other images than those of the caller's searches.
         self.context = replace(context, inputs=inputs, score_cache=ScoreCache())
         self.found: list[Candidate] = []
@@ -424,7 +430,7 @@ class _Comparison:
 
     def _measure(self, candidates: Sequence[Candidate]) -> None:
         """Measure on the target; where that fails, in PyTorch; where that fails too, not at all."""
-        inputs, target = self.context.inputs, self._strategy.target
+        inputs, target = self.context.inputs, self._target
         # Repairs will replace most of the weights, so that denormal numbers say nothing about a candidate.
         cuts = [
             flush_denormals_(apply_architecture(inputs.model, inputs.graph, one.result.architecture))
@@ -451,6 +457,17 @@ class _Comparison:
         if not self.context.inputs.graph.removable:
             return []
         return blocks_by_worth(self.context, first_images(self._held_out, _BLOCK_IMAGES))
+
+
+def describe_choice(notes: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what was compared and taken, in words, from the notes of a result; none if nothing was compared."""
+    compared = cast(Sequence[str], notes.get("compared", ()))
+    if len(compared) < 2:
+        return ()
+    return (
+        f"{len(compared)} networks were compared, by their outputs on images that neither scored nor fitted (error, 0 "
+        f"to about 1) and by time. {'. '.join(compared)}.",
+    )
 
 
 def _digest(result: SearchResult) -> str:

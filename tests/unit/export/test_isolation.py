@@ -165,3 +165,9 @@ def test_external_data_is_refused_before_any_runtime_sees_it(tmp_path: Path):
     model.graph.initializer.append(external("private.bin"))
     with pytest.raises(ExportError, match="numbers in other files"):
         asked(tmp_path / "model.onnx", model.SerializeToString())
+
+
+def test_a_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ExportError, match="in a process of their own, which must start; got No such file"):
+        asked(tmp_path / "model.onnx", honest().SerializeToString())

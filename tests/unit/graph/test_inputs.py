@@ -1,5 +1,8 @@
 """The inputs of `trace`: examples of every form, and models that must be prepared first."""
 
+import io
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +102,118 @@ def test_models_that_must_be_prepared_first(wrap, reason):
     model, example = ZOO["plain"]()
     with pytest.raises(TraceError, match=reason):
         trace(wrap(model), example)
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 4)
+    ).eval()
+
+
+def with_part(change: Callable[[nn.Module], nn.Module], position: int = 3) -> nn.Module:
+    model = small_net()
+    model[position] = change(model[position])  # type: ignore[index, operator]
+    return model
+
+
+def saved_and_loaded(model: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    file = io.BytesIO()
+    torch.jit.save(model, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def with_compiled_forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward)
+    return model
+
+
+SMALL_IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+SCRIPTED = r"is TorchScript, whose code cannot be changed. Pass the eager module"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.jit.script(small_net()), rf"`model` \(RecursiveScriptModule\) {SCRIPTED}"),
+        (lambda: torch.jit.trace(small_net(), SMALL_IMAGE), rf"`model` \(TopLevelTracedModule\) {SCRIPTED}"),
+        (lambda: saved_and_loaded(torch.jit.script(small_net())), rf"`model` .* {SCRIPTED}"),
+        (lambda: torch.jit.freeze(torch.jit.script(small_net())), rf"`model` .* {SCRIPTED}"),
+        (lambda: with_part(torch.jit.script), rf"the module '3' of `model` \(RecursiveScriptModule\) {SCRIPTED}"),
+        (lambda: with_part(lambda m: torch.jit.trace(m, torch.randn(1, 8, 6, 6))), rf"the module '3' .* {SCRIPTED}"),
+        (lambda: compiled_in_place(small_net()), "`model` .* is compiled in place"),
+        (lambda: with_part(compiled_in_place), "the module '3' .* is compiled in place"),
+        (lambda: with_compiled_forward(small_net()), "`model` .* is compiled in place"),
+        (lambda: torch.export.export(small_net(), (SMALL_IMAGE,)), r"got ExportedProgram. Pass its module"),
+        (
+            lambda: torch.export.unflatten(torch.export.export(small_net(), (SMALL_IMAGE,))),
+            r"was exported. Pass the flat module",
+        ),
+        (lambda: F.relu, "must be a torch.nn.Module; got builtin_function_or_method|got function"),
+    ],
+    ids=[
+        "scripted", "traced", "loaded", "frozen", "scripted_part", "traced_part", "compiled", "compiled_part",
+        "compiled_forward", "exported_program", "unflattened", "function",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_code_that_nobody_can_read_is_refused_at_the_door(make, reason):
+    with pytest.raises(TraceError, match=reason):
+        trace(make(), SMALL_IMAGE)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.fx.symbolic_trace(small_net()),
+        lambda: torch.export.export(small_net(), (SMALL_IMAGE,)).module(),
+        lambda: with_part(lambda m: torch.jit.script(nn.ReLU()), 2),
+    ],
+    ids=["fx", "export", "scripted_activation"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_graphs_of_modules_and_scripted_activations_are_cut(make):
+    model = make()
+    graph = trace(model, SMALL_IMAGE)
+    assert graph.sizes["0"] == 8
+    made = cut(model, graph, random_architecture(graph, 1))
+    assert made.verification.frozen == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_numbers_in_a_scripted_function_freeze_what_they_count():
+    @torch.jit.script
+    def halves(x):
+        return x[:, :8] + x[:, 8:]
+
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(halves(self.first(x)))).mean((2, 3))
+
+    graph = trace(Scripted().eval(), SMALL_IMAGE)
+    assert graph.sizes == {"second": 6}
+    assert "takes the size 8" in str(graph.by_name["first"].frozen_because)
+
+
+def test_weights_of_a_type_of_their_own_are_refused():
+    class Packed(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    model = small_net()
+    model[0].register_buffer("packed", Tensor._make_subclass(Packed, torch.ones(8)))
+    with pytest.raises(TraceError, match=r"the module '0' .* holds weights as Packed"):
+        trace(model, SMALL_IMAGE)
 
 
 @torch.library.custom_op("secateur_tests::double", mutates_args=())

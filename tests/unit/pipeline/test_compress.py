@@ -420,14 +420,16 @@ def test_channels_last_models_are_cut_as_others():
 
 def test_survey_names_range_share_and_reasons():
     model = _model()
-    found = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace()))
+    found = inspect_model(model, torch.zeros(1, 3, 8, 8), cut=CutConfig(space=SearchSpace(min_kept_fraction=0)))
     assert found.original.macs == count_macs(model, torch.zeros(1, 3, 8, 8))
     assert found.smallest.macs == 64 * 27 + 9 * 9 + 4
     assert [name for names in found.frozen.values() for name in names] == ["0/input", "7"]
     assert 0.99 < found.prunable_share <= 1
     assert found.prunable_macs_share == 1
     chosen = inspect_model(
-        model, torch.zeros(1, 3, 8, 8), cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace())
+        model,
+        torch.zeros(1, 3, 8, 8),
+        cut=CutConfig(selection=Selection(include=("3",)), space=SearchSpace(min_kept_fraction=0)),
     )
     # The first convolution is not cut any more: 16 x 3 x 9 weights at 64 positions.
     whole = count_macs(model, torch.zeros(1, 3, 8, 8))

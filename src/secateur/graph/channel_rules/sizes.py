@@ -5,26 +5,101 @@ are `SizeInt`. The rules in `graph.rules` work on the ATen calls below.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateur._arrays import IntArray
-from secateur.graph._ledger import Ledger, cuts_whole_groups, tensors_in
+from secateur.graph._ledger import Ledger, SizeComparison, cuts_whole_groups, tensors_in
 from secateur.graph._size_ints import (
     Expression,
     Literal,
     ShapeOf,
     SizeFloat,
     SizeInt,
+    SizeWatcher,
     expression_of,
     plain_number,
     shape_ids,
 )
 
 SizeRule = Callable[[Ledger, str, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class UnhashableSizeError(TypeError):
+    """A size was about to be looked up in a dict, a set or a cache."""
+
+
+class RunningModel(Protocol):
+    """What is known of the run that is recorded."""
+
+    hashable: bool
+
+    @property
+    def module(self) -> str:
+        """The qualified name of the innermost running module."""
+        ...
+
+
+class SizeNotes(SizeWatcher):
+    """Writes into the ledger what happens to the sizes of one recording.
+
+    Args:
+        ledger: The record.
+        running: The run. Where its sizes are not ``hashable``, a lookup raises, as those of PyTorch's own symbolic
+            sizes do, so that libraries (einops) compute what they would otherwise take from a cache of earlier calls.
+    """
+
+    def __init__(self, ledger: Ledger, running: RunningModel) -> None:
+        self._ledger = ledger
+        self._running = running
+        self._floats: dict[int, tuple[SizeFloat, str]] = {}
+        self.paused = False
+
+    @property
+    def _where(self) -> str:
+        return f"in {self._running.module or 'the model itself'}"
+
+    def compare(self, symbol: str, left: Expression, right: Expression) -> None:
+        """Take note that two sizes were compared."""
+        if not self.paused and self.open:
+            self._ledger.comparisons.append(SizeComparison(symbol, left, right, f"`{symbol}` {self._where}"))
+
+    def use(self, expression: Expression, what: str, *, scale: bool = False) -> bool:
+        """Take note that a size became a plain number."""
+        if self.paused or not self.open:
+            return False
+        self._ledger.bind(expression, None, f"{what} {self._where}")
+        if scale:
+            self._ledger.scaled.extend(shape_ids(expression))
+        return True
+
+    def hash(self, expression: Expression) -> None:
+        """Take note that a size is about to be looked up."""
+        if self.paused or not self.open:
+            return
+        if not self._running.hashable and shape_ids(expression):
+            raise UnhashableSizeError("sizes of traced tensors cannot be looked up")
+        self.use(expression, "a lookup")
+
+    def begin(self, number: SizeFloat) -> None:
+        """Take note of a float that was computed from sizes."""
+        if not self.paused and self.open:
+            self._floats[id(number)] = number, self._running.module
+
+    def end(self, number: SizeFloat) -> None:
+        """Take note that a float was used."""
+        self._floats.pop(id(number), None)
+
+    def close(self) -> None:
+        """End the recording: floats of which no use was seen, as by `math.sqrt`, must stay what they are."""
+        for number, module in self._floats.values():
+            self._ledger.bind(number.expression, None, f"a float in {module or 'the model itself'}")
+            self._ledger.scaled.extend(shape_ids(number.expression))
+        self._floats.clear()
+        self.open = False
 
 
 def bind_sizes(  # noqa: PLR0917
@@ -186,6 +261,9 @@ def _bind_index(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
     """``x[:, a:b]``: bind the bounds to the channels before them."""
     source, item = args[0], args[1]
     items = item if isinstance(item, tuple) else (item,)
+    # PyTorch takes a list for a tuple unless all of its items are numbers.
+    if isinstance(item, list) and not all(isinstance(one, int | np.integer) for one in item):
+        items = tuple(item)
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
     dim = 0
     for part in items:

@@ -359,7 +359,7 @@ class _Comparison:
             split = split_calibration(inputs.batches)
             inputs = replace(inputs, batches=split.fit)
             held_out = tuple(images for images, _ in split.held_out)
-        self._strategy, self._target = strategy, strategy.target.for_cuts()
+        self._strategy, self._target = strategy, strategy.target
         self._records = CandidateRecords() if strategy.records is None else strategy.records
         # Scores from other images than those of the caller's searches.
         self.context = replace(context, inputs=inputs, score_cache=ScoreCache())

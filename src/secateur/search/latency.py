@@ -364,7 +364,7 @@ def spaces_of(space: SearchSpace, graph: ChannelGraph) -> list[SearchSpace]:
     return [*tried.values()] or [space]
 
 
-def best_of(trials: Iterable[Trial], distance: Callable[[Trial], float]) -> tuple[Trial, Mapping[int, float]]:
+def best_of(trials: Iterable[Trial], distance: Callable[[Trial], float]) -> tuple[Trial, Mapping[int | None, float]]:
     """The trial that is taken: of each space the one that fills the bound best, of these the nearest to the original.
 
     Args:

@@ -171,6 +171,7 @@ def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 KEEPS_STATE = "<state that all instances share>"
 """Stands among the names for code that writes to global variables, or uses containers, iterators or classes there."""
 _SHARED_KINDS = (list, dict, set, Iterator)
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 def mentioned_names(model: nn.Module) -> frozenset[str]:
@@ -184,7 +185,7 @@ def mentioned_names(model: nn.Module) -> frozenset[str]:
     for module in model.modules():
         names |= _class_names(type(module))
         held = vars(module)
-        functions = [value for value in held.values() if isinstance(value, types.FunctionType | types.MethodType)]
+        functions = [value for value in held.values() if isinstance(value, _CODE)]
         functions += [hook for kind in ("_forward_hooks", "_forward_pre_hooks") for hook in held.get(kind, {}).values()]
         for function in functions:
             names |= _function_names(function, set())

@@ -107,7 +107,7 @@ class SizeTracker:
             numbers = self.numbers(args[0])
             self._read.append(out if numbers is None else numbers.item())
             return out
-        ints = [t for t in _tensors_in_call(args, kwargs) if not t.is_floating_point()]
+        ints = _ints_in_call(args, kwargs)
         if (ints and name not in _HARMLESS) or name in _CREATING:
             with _disable_current_modes():
                 known = {id(t): numbers for t in ints if (numbers := self.numbers(t)) is not None}
@@ -261,12 +261,18 @@ class SizeTracker:
         return f"`{name}` in {self._running.module or 'the model itself'}"
 
 
-def _tensors_in_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Return the tensors among the arguments of a call, also those that are bounds of slices."""
-    found = tensors_in(args, *kwargs.values())
-    if len(args) > 1 and isinstance(args[1], slice | tuple | list):
-        parts = (args[1],) if isinstance(args[1], slice) else args[1]
-        found += tensors_in(*((part.start, part.stop) for part in parts if isinstance(part, slice)))
+def _ints_in_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors without floats among the arguments of a call, also those in sequences and bounds of slices."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                found.append(value)
+        elif isinstance(value, tuple | list):
+            if value and type(value[0]) is not int:
+                found += _ints_in_call(value, {})
+        elif isinstance(value, slice):
+            found += _ints_in_call((value.start, value.stop), {})
     return found
 
 
@@ -370,8 +376,7 @@ def wrap_sizes(
         original = vars(originals[name]) if name in originals else {}
         declared = _declared_sizes(module, ledger)
         for key, value in held.items():
-            kind = type(value)
-            if kind in _NEVER_SIZES or key in _OWN_ATTRIBUTES:
+            if key in _OWN_ATTRIBUTES or type(value) in _NEVER_SIZES:
                 continue
             if key in declared:
                 held[key] = SizeInt(value, declared[key], tracker.notes)
@@ -379,8 +384,9 @@ def wrap_sizes(
                 wrapper.hold(name, key, value)
             else:
                 held[key] = wrapper.wrap(value, Attribute(name, key), original.get(key))
-        for key, value in held.get("_buffers", {}).items():
-            wrapper.hold(name, key, value)
+        for key, value in held["_buffers"].items():
+            if value is not None and not value.is_floating_point():
+                wrapper.hold(name, key, value)
     return wrapper.values
 
 
@@ -398,15 +404,14 @@ class _Wrapper:
         self._tracker = tracker
         self._done: dict[int, tuple[Any, Any]] = {}
 
-    def hold(self, module: str, attribute: str, tensor: Tensor | None) -> None:
+    def hold(self, module: str, attribute: str, tensor: Tensor) -> None:
         """Follow the elements of an int tensor."""
-        # The number of batches that a batch norm has seen is an int tensor without dimensions, too.
-        if tensor is None or tensor.is_floating_point() or tensor.numel() > _MOST_NUMBERS or tensor.dtype == torch.bool:
-            return
-        self._tracker.hold(module, attribute, tensor)
-        self.values.update(
-            (Attribute(module, attribute, item), int(value)) for item, value in enumerate(tensor.reshape(-1).tolist())
-        )
+        numbers = _plain_numbers(tensor)
+        if numbers is not None:
+            self._tracker.hold(module, attribute, tensor)
+            self.values.update(
+                (Attribute(module, attribute, item), value) for item, value in enumerate(numbers.reshape(-1).tolist())
+            )
 
     def wrap(self, value: Any, place: Attribute, original: Any) -> Any:
         """Return a value in which all ints remember their place."""
@@ -414,11 +419,17 @@ class _Wrapper:
         if kind is int or isinstance(value, np.integer):
             self.values[place] = int(value)
             return (SizeInt if kind is int else NumpySize)(int(value), place, self._tracker.notes)
-        if id(value) in self._done:
-            return self._done[id(value)][1]
-        found = self._wrap_items(value, place, original, len(steps_of(place.item)))
-        self._done[id(value)] = value, found
-        return found
+        if (kind is tuple or kind is list) and place.item is None and all(type(item) is int for item in value):
+            # The sizes of PyTorch's own layers: nearly all that there is.
+            places = [Attribute(place.module, place.attribute, step) for step in range(len(value))]
+            self.values.update(zip(places, value, strict=True))
+            items = [SizeInt(item, one, self._tracker.notes) for item, one in zip(value, places, strict=True)]
+            return items if kind is list else tuple(items)
+        if isinstance(value, tuple):  # Equal tuples may be one object without meaning the same.
+            return self._wrap_items(value, place, original, len(steps_of(place.item)))
+        if id(value) not in self._done:
+            self._done[id(value)] = value, self._wrap_items(value, place, original, len(steps_of(place.item)))
+        return self._done[id(value)][1]
 
     def _wrap_items(self, value: Any, place: Attribute, original: Any, depth: int) -> Any:
         kind = type(value)

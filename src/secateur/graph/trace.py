@@ -20,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 from secateur._arrays import BoolArray, connected_components
 from secateur._caller_state import in_default_state
 from secateur.errors import TraceError
-from secateur.graph._forward_code import KEEPS_STATE, mentioned_names
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
-from secateur.graph._shadow import is_repeatable
+from secateur.graph._shadow import KEEPS_STATE, is_repeatable, mentioned_names
 from secateur.graph._solve import NOT_CONSUMED, solve
 from secateur.graph.graph import ChannelGraph
 
@@ -265,8 +264,8 @@ def _without_cuts_beside(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
 
 
 def _largest_unseen(model: nn.Module, parameter: str, unseen: frozenset[str]) -> str:
-    """Return the largest module none of whose parameters was used, or the parameter itself."""
-    largest, path = parameter, parameter.rpartition(".")[0]
+    """Return the largest module none of whose parameters was used; empty if there is none."""
+    largest, path = "", parameter.rpartition(".")[0]
     while path and all(f"{path}.{name}" in unseen for name, _ in model.get_submodule(path).named_parameters()):
         largest, path = path, path.rpartition(".")[0]
     return largest

@@ -436,7 +436,7 @@ def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Any
             proof.max_abs,
             proof.max_rel,
             proof.tolerance,
-            f"in {proof.dtype}",
+            proof.summary,
         ),
         Check(
             "Costs from the graph = costs counted on the cut model",

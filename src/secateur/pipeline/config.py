@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, format_cost, limits_latency
 from secateur.cost.measure import LatencyCache
-from secateur.cost.runtimes import Target
+from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
@@ -439,7 +439,7 @@ class Plan:
             "augment": repr(data.augment),
             "task": repr(self.task),
             "budget": str(self.budget),
-            "strategy": stable_repr(self.strategy),
+            "strategy": stable_repr(self._strategy_anywhere),
             "selection": repr(cut.selection),
             "heads": cut.heads.value,
             "branches": cut.branches.value,
@@ -455,7 +455,16 @@ class Plan:
             found["weight_pruning"] = repr(cut.weight_pruning)
         if limits_latency(self.budget):
             found["target"] = self.target.key
+        elif isinstance(self.strategy, Fastest):
+            # Without its version, which is not known where it is missing.
+            found["target"] = f"{type(self.target).__name__}, threads {self.target.threads}, batch {self.target.batch}"
         return found
+
+    @property
+    def _strategy_anywhere(self) -> Strategy:
+        """The strategy without the target, which is a setting of its own."""
+        strategy = self.strategy
+        return dataclasses.replace(strategy, target=OnnxRuntime()) if isinstance(strategy, Fastest) else strategy
 
 
 def default_blocks(budget: Budget) -> float:

@@ -300,7 +300,16 @@ def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutSt
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
     _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
-    verification = Verification(fields["max_abs"], fields["max_rel"], fields["tolerance"], fields["dtype"])
+    verification = Verification(
+        fields["max_abs"],
+        fields["max_rel"],
+        fields["tolerance"],
+        fields["dtype"],
+        shape=tuple(fields.get("shape", ())),
+        second_shape=tuple(fields.get("second_shape", ())),
+        in_training=bool(fields.get("in_training", False)),
+        not_run=tuple(fields.get("not_run", ())),
+    )
     repairs = tuple(RepairResult.from_json(repair) for repair in left.repairs)
     return CutStudent(original, student, graph, SearchResult.from_json(left.search), verification, repairs)
 

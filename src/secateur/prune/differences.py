@@ -141,13 +141,14 @@ def _spread(values: Tensor) -> Tensor:
 
 
 def perturbed(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """Return the example with all real numbers changed by a few rounding steps, at random."""
+    """Return the example with all real numbers changed at random: by rounding steps, or in float64 by about 1e-10."""
     draw = torch.Generator().manual_seed(seed)
 
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.device)
-        return (tensor.double() * (1 + 4 * torch.finfo(tensor.dtype).eps * noise)).to(tensor.dtype)
+        size = max(4 * torch.finfo(tensor.dtype).eps, 1e-10)
+        return (tensor.double() * (1 + size * noise)).to(tensor.dtype)
 
     return tree_map_only(Tensor, change, example)

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from secateur._outputs import Leaf, output_leaves
 from secateur._runtime import run_isolated
 from secateur.architecture import Architecture
-from secateur.graph._forward_code import mentioned_names
-from secateur.graph._shadow import written_arguments
+from secateur.graph._shadow import mentioned_names, written_arguments
 from secateur.graph.graph import ChannelDim, ChannelGraph
 from secateur.prune.narrow_branches import original_names
 

@@ -88,6 +88,15 @@ class Verification:
     in_training: bool = False
     not_run: tuple[str, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """What was compared, for reports."""
+        sizes = [" x ".join(map(str, shape)) for shape in (self.shape, self.second_shape) if shape]
+        parts = [f"in {self.dtype}", *([f"inputs {' and '.join(sizes)}"] if sizes else [])]
+        parts += [] if self.in_training else ["evaluation mode only"]
+        parts += [f"not run by the example: {', '.join(self.not_run)}"] if self.not_run else []
+        return ", ".join(parts)
+
     def __repr__(self) -> str:
         names = ", ".join(name for name, _ in self.frozen[:5]) + (", ..." if len(self.frozen) > 5 else "")
         frozen = f", frozen: {names}" if self.frozen else ""

@@ -40,7 +40,7 @@ _LOGGER = logging.getLogger("secateur")
 
 DIVISORS = (1, 4, 8, 16)
 """Divisors of the widths that are compared; which of them pays depends on network and machine."""
-MARGIN = 1.25
+MARGIN = 1.15
 """The error of the network that is taken / the least error among those that pay; docs/decisions.md has the numbers."""
 FEWER_BLOCKS = (1 / 8, 1 / 4, 3 / 8)
 """Fractions of the residual blocks that are removed in further candidates, as long as these stay within the margin."""
@@ -437,7 +437,8 @@ class _Comparison:
             for one in candidates
         ]
         reasons: list[str] = []
-        for place in dict.fromkeys((target, TorchEager(target.threads, target.batch))):
+        eager = TorchEager(target.threads, target.batch)
+        for place in (target,) if target == eager else (target, eager):
             try:
                 sample = _sample(inputs.batches[0][0], place)
                 found = measure_against(inputs.model, cuts, place, sample, rounds=_ROUNDS, warmup=_WARMUP)

@@ -1,6 +1,7 @@
 """Groups of flags: the user sees each flag, the command sees one object, and the defaults are those of Python."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -12,10 +13,13 @@ from secateur.cli.compress import compress_command
 from secateur.cli.distill import DistillTrainFlags
 from secateur.cli.options import (
     RUN,
+    BenchFlags,
     CutFlags,
+    ImageFlags,
     RecoveryFlags,
     RunFlags,
     SearchFlags,
+    SpaceFlags,
     TargetFlags,
     TrainFlags,
     flag,
@@ -23,12 +27,16 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import handle_errors
 from secateur.cli.parsing import formats, strategy
-from secateur.cost import OnnxRuntime
+from secateur.cost import OnnxRuntime, measure, measure_all, measure_pairs
+from secateur.data import load_data
+from secateur.distill.objective import Objective
 from secateur.errors import ArtifactError
-from secateur.pipeline import CutConfig, RecoveryConfig, RunConfig
+from secateur.graph import trace
+from secateur.pipeline import DEFAULT_SPACE, CutConfig, RecoveryConfig, RunConfig, distill_model, inspect_model
 from secateur.pipeline.compress import compress as compress_in_python
 from secateur.pipeline.config import DEFAULT_STRATEGY
 from secateur.pipeline.workspace import OnExisting
+from secateur.search import Fastest, SearchSpace, search_architecture
 
 
 @Parameter(name="*")
@@ -73,10 +81,29 @@ def test_the_defaults_of_the_flags_are_those_of_python():
     assert CutFlags().to_config() == CutConfig()
     assert RecoveryFlags().to_config(seed=0) == RecoveryConfig()
     assert RunFlags().to_config() == RunConfig()
-    assert strategy(SearchFlags()) == DEFAULT_STRATEGY
     defaults = inspect.signature(compress_in_python).parameters
+    assert strategy(SearchFlags()) is defaults["strategy"].default
     assert TargetFlags().to_target() == defaults["target"].default == OnnxRuntime()
     assert formats(RunFlags().export) == defaults["export"].default
+
+
+def test_the_defaults_of_single_flags_are_those_of_the_functions():
+    def default_of(function: Callable[..., object], name: str) -> object:
+        return inspect.signature(function).parameters[name].default
+
+    assert SpaceFlags().to_config() == default_of(inspect_model, "cut") == CutConfig()
+    assert SpaceFlags().to_config().space == default_of(search_architecture, "space") == SearchSpace() == DEFAULT_SPACE
+    assert SpaceFlags().to_config().heads is default_of(trace, "heads")
+    for name in ("limit", "validation_fraction", "image_size", "mean", "std", "skip_bad_images"):
+        assert getattr(ImageFlags(), name) == default_of(load_data, name), name
+    for function in (measure, measure_all, measure_pairs):
+        assert default_of(function, "rounds") == BenchFlags().rounds
+    assert BenchFlags().to_target() == TargetFlags().to_target() == default_of(compress_in_python, "target")
+    assert default_of(distill_model, "export") == formats(RunFlags().export)
+    assert default_of(distill_model, "run") == RunFlags().to_config()
+    assert default_of(distill_model, "execution") == DistillTrainFlags().execution
+    assert DistillTrainFlags().temperature == Objective().temperature
+    assert Fastest() == DEFAULT_STRATEGY
 
 
 def test_the_groups_of_a_command_have_the_defaults_of_their_classes():

@@ -11,6 +11,7 @@ from secateur.nas import SWP, TAS, Depths, Evolution, Widths
 from secateur.search import (
     L1,
     Activations,
+    Fastest,
     Importance,
     Knapsack,
     PCASlimming,
@@ -53,8 +54,19 @@ def test_importance_replaces_the_default_one():
 def test_blocks_are_removed_only_if_they_are_asked_for():
     flags = SearchFlags(strategy="uniform", importance="l1", remove_blocks=0.25)
     assert strategy(flags) == RemoveBlocks(Uniform(L1()), 0.25)
-    assert strategy(SearchFlags(remove_blocks=0.0)) == Knapsack()
-    assert strategy(SearchFlags()) == Knapsack()
+    assert strategy(SearchFlags(strategy="knapsack", remove_blocks=0.0)) == Knapsack()
+    assert strategy(SearchFlags(strategy="knapsack")) == Knapsack()
+
+
+def test_without_a_strategy_several_are_compared():
+    assert strategy(SearchFlags()) is None
+    assert strategy(SearchFlags(), default_blocks=1.0) is None
+    assert strategy(SearchFlags(importance="l1")) == Knapsack(L1())
+    assert strategy(SearchFlags(remove_blocks=0.0)) == Fastest(fewer_blocks=())
+    assert strategy(SearchFlags(remove_blocks=0.25)) == Fastest(fewer_blocks=(0.125, 0.25))
+    assert strategy(SearchFlags(remove_blocks=1.0)) == Fastest()
+    assert strategy(SearchFlags(remove_blocks=0.25), default_blocks=1.0) == RemoveBlocks(Knapsack(), 0.25)
+    assert strategy(SearchFlags(remove_blocks=0.0), default_blocks=1.0) == Knapsack()
 
 
 def test_the_default_fraction_of_blocks_holds_if_no_flag_says_it():
@@ -84,7 +96,7 @@ def test_a_search_that_learns_has_flags_of_its_own():
     "flags", [SearchFlags(search_epochs=1), SearchFlags(search_over="widths"), SearchFlags(search_learning_rate=0.1)]
 )
 def test_flags_of_a_search_that_learns_are_refused_elsewhere(flags: SearchFlags):
-    with pytest.raises(SelectionError, match=r"must go with --strategy swp or tas; got knapsack\. Leave it out"):
+    with pytest.raises(SelectionError, match=r"must go with --strategy swp or tas; got no strategy\. Leave it out"):
         strategy(flags)
 
 

@@ -218,6 +218,7 @@ FOLLOWED: dict[str, Callable[[], Resized]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_sizes_that_are_followed(name):
     graph = kept_promises(FOLLOWED[name]())
@@ -322,6 +323,25 @@ def test_a_shared_configuration_is_edited_for_all_that_read_it():
     both = nn.ModuleList([Reader(config), Reader(config)])
     graph = kept_promises(Resized(lambda m, x: m.both[1](m.both[0](x)), both=both))
     assert [(edit.attribute, edit.item) for edit in graph.edits] == [("config", "dim")]
+    assert reasons(graph) == []
+
+
+def test_equal_tuples_of_two_modules_are_two():
+    """Python may keep one object for both."""
+    sizes = (5, 7)
+
+    class Swap(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = sizes
+            self.mix = nn.Conv2d(12, 12, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(torch.cat(x.split(self.sizes, 1)[::-1], 1))
+
+    both = nn.Sequential(Swap(), Swap())
+    graph = kept_promises(Resized(lambda m, x: m.both(x), both=both))
+    assert {edit.module for edit in graph.edits} == {"both.0", "both.1"}
     assert reasons(graph) == []
 
 

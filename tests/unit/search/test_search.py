@@ -83,8 +83,8 @@ def test_an_unreachable_budget_is_refused_before_the_strategy_is_asked():
         rf"must be within reach; got macs<=1%\. Reachable: macs {least / 1e3:.1f} k \(3\.3 %\) to 701 k\. "
         r"Raise the budget or lower min_width \(now 1\), divisor \(now 8\) or min_kept_fraction \(now 0\)"
     )
+    space = SearchSpace(divisor=8, min_kept_fraction=0)
     with pytest.raises(BudgetError, match=message):
-        space = SearchSpace(divisor=8, min_kept_fraction=0)
         search_architecture(model, graph, Fixed(Architecture()), budget="macs=1%", space=space)
 
 

@@ -45,7 +45,7 @@ def nearest(levels: list[int], fractions: tuple[float, ...]) -> set[int]:
 @pytest.mark.parametrize("depths", [None, Depths()], ids=["widths", "both"])
 def test_candidates_are_all_combinations_of_widths_and_first_blocks(depths, divisor):
     """The second stage of the net in two: axes 5, 8.conv1 and 9.conv1, the chain 8, 9; the first has block 4 as end."""
-    options = options_of(staged(), depths=depths, cuts=["4"], space=SearchSpace(divisor=divisor))
+    options = options_of(staged(), depths=depths, cuts=["4"], space=SearchSpace(divisor=divisor, min_kept_fraction=0))
     sizes = options.context.inputs.graph.sizes
     axes = [("3.conv1", "4.conv1"), ("5", "8.conv1", "9.conv1")]
     blocks = [[()], [(), ("9",), ("8", "9")]]  # What goes; chains lose their last blocks first.

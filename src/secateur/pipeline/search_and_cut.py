@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from secateur._batches import take
+from secateur._batches import batch_length, take
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Cost, format_count, limits_latency
@@ -109,15 +109,22 @@ def _strategy(plan: Plan, work: RunDirectory | None) -> Strategy:
     return WithinLatency(plan.strategy, plan.target, plan.run.latency_cache, measurements)
 
 
-def _held_out(plan: Plan) -> tuple[Tensor, ...]:
+def _held_out(plan: Plan) -> tuple[Any, ...]:
     """Training images beside those that score and repair; none if there are too few, and some of those are held out."""
     calibration = plan.cut.calibration_images
     more = min(_HELD_OUT, len(plan.data.train) - calibration)
     if more < _FEWEST_HELD_OUT:
         return ()
     drawn = draw_calibration(plan.data.train, calibration + more, device=plan.device, seed=plan.run.seed)
-    images = torch.cat([images for images, _ in drawn])
-    return images[calibration:].split(_HELD_OUT_BATCH)
+    if all(isinstance(inputs, Tensor) for inputs, _ in drawn):
+        return torch.cat([images for images, _ in drawn])[calibration:].split(_HELD_OUT_BATCH)
+    found: list[Any] = []
+    for inputs, _ in drawn:
+        count = batch_length(inputs)
+        if calibration < count:
+            found.append(take(inputs, slice(calibration, None)))
+        calibration = max(0, calibration - count)
+    return tuple(found)
 
 
 def _search(

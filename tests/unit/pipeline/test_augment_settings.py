@@ -13,6 +13,7 @@ from secateur.pipeline import CutConfig, ModelSpec, RecoveryConfig, RunConfig
 from secateur.pipeline.config import Plan
 from secateur.pipeline.distill import DistillPlan
 from secateur.search import Uniform
+from secateur.tasks import Classification
 from secateur.train import Eager, TrainConfig, open_fabric
 
 MODEL = nn.Linear(2, 2)
@@ -28,7 +29,7 @@ def of_distillation(data: ImageData) -> dict[str, str]:
 
 def of_compression(data: ImageData) -> dict[str, str]:
     return Plan(
-        model=MODEL, data=data, budget=Budget.parse("macs=50%"), strategy=Uniform(), cut=CutConfig(),
+        model=MODEL, data=data, task=Classification(), budget=Budget.parse("macs=50%"), strategy=Uniform(), cut=CutConfig(),
         recovery=RecoveryConfig(), target=OnnxRuntime(), output=None, run=RunConfig(), fabric=open_fabric(),
     ).settings()  # fmt: skip
 

@@ -30,7 +30,8 @@ def of_distillation(data: ImageData) -> dict[str, str]:
 def of_compression(data: ImageData) -> dict[str, str]:
     return Plan(
         model=MODEL, data=data, task=Classification(), budget=Budget.parse("macs=50%"), strategy=Uniform(),
-        cut=CutConfig(), recovery=RecoveryConfig(), target=OnnxRuntime(), output=None, run=RunConfig(), fabric=open_fabric(),
+        cut=CutConfig(), recovery=RecoveryConfig(), target=OnnxRuntime(), output=None,
+        run=RunConfig(), fabric=open_fabric(),
     ).settings()  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from secateur.pipeline import (
 from secateur.pipeline.config import default_strategy
 from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchResult, SearchSpace, Uniform, stable_repr
 from secateur.search import latency as _timed
+from secateur.search.knapsack import Knapsack
 from secateur.train import Silent, TrainConfig
 
 TIMED = Budget(latency="50%")
@@ -121,9 +122,8 @@ def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
 
 def test_blocks_may_go_where_time_is_limited() -> None:
     assert default_strategy(Budget.parse("macs=50%")) == DEFAULT_STRATEGY
-    assert default_strategy(Budget.parse("macs=50%, latency=50%")) == RemoveBlocks(
-        DEFAULT_STRATEGY, max_fraction=default_blocks(TIMED)
-    )
+    timed = RemoveBlocks(Knapsack(), max_fraction=default_blocks(TIMED))
+    assert default_strategy(Budget.parse("macs=50%, latency=50%")) == timed
     assert default_blocks(TIMED) > 0
 
 

@@ -187,4 +187,4 @@ def test_a_closed_pipe_is_no_error(form: str):
     words = [sys.executable, "-c", code, "inspect", "--model", "cifar_resnet20", form]
     ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False, text=True)
     os.close(write)
-    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (ended.returncode, ended.stderr) == (0, "")

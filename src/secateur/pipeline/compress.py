@@ -312,7 +312,9 @@ def _comparable(cut_student: CutStudent) -> tuple[str, ...]:
         for block in removed
         if len(block.replacements) == 1 and block.replacements[0].stand_in is StandIn.PASS_THROUGH
     }
-    return tuple(stage for stage in graph.stages if stage not in inside or stage in passing)
+    # A removed block takes modules without weights along, which are not listed among its modules.
+    left = {name for name, _ in cut_student.student.named_modules()}
+    return tuple(stage for stage in graph.stages if stage in left and (stage not in inside or stage in passing))
 
 
 def _finished(

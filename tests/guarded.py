@@ -92,7 +92,10 @@ def refusal(action: Any, *arguments: Any, **named: Any) -> tuple[str | None, Any
         except SecateurError as error:
             said = str(error)
     assert said.strip()
-    assert len(said) < LONGEST_MESSAGE, len(said)
+    # A list, as of the bad images of a folder, may have 22 lines.
+    assert max(map(len, said.splitlines())) < LONGEST_MESSAGE
+    assert len(said) < 3 * LONGEST_MESSAGE, len(said)
+    assert len(said.splitlines()) <= 23
     return said, None
 
 

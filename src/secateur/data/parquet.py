@@ -237,8 +237,10 @@ def _read_encoded(file: Path, column: str, count: int) -> list[bytes | None]:
     _find_column(table, file, (column,))
     kind = table.schema_arrow.field(column).type
     is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    if not is_struct and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
-        raise DataError(f"column {column!r} of {file} must hold encoded images (struct with `bytes`); got {kind}.")
+    held = kind.field("bytes").type if is_struct else kind
+    # Nulls alone are refused image by image, with the number of the row.
+    if not any(test(held) for test in (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_null)):
+        raise DataError(f"column {column!r} of {file} must hold encoded images (bytes); got {kind}.")
     if is_struct:
         column = f"{column}.bytes"
     encoded: list[bytes | None] = []

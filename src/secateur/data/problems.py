@@ -8,6 +8,8 @@ from secateur.errors import DataError
 
 _MOST_NAMED = 20
 """Images named in one message; more are counted."""
+_LONGEST_LIST = 5_000
+"""Characters of such a list, so that long paths do not fill the terminal."""
 
 
 @dataclass
@@ -58,8 +60,10 @@ class ImageProblems:
         if len(problems) == 1:
             return problems[0] + way_out
         shown = [f"- {problem}" for problem in problems[:_MOST_NAMED]]
-        if len(problems) > _MOST_NAMED:
-            shown.append(f"- and {len(problems) - _MOST_NAMED} more")
+        while len(shown) > 1 and sum(map(len, shown)) > _LONGEST_LIST:
+            shown.pop()
+        if len(problems) > len(shown):
+            shown.append(f"- and {len(problems) - len(shown)} more")
         return "\n".join((f"{len(problems)} of {images} images of {data} cannot be used:", *shown)) + (
             f"\n{way_out.strip()}" if way_out else ""
         )

@@ -20,7 +20,7 @@ def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_pat
     out = tmp_path / "student"
     found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint", "--teacher-cache", tmp_path / "none"))
     assert found.exit_code == 2
-    assert "`teacher_cache` must go with losses of logits alone; hint needs features" in found.stderr
+    assert "`--teacher-cache` must go with losses of logits alone; hint needs features" in found.stderr
     found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint"))
     assert found.exit_code == 0, found.output
     assert is_artifact(out)
@@ -47,8 +47,8 @@ def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_pat
         (("--loss", "hint", "--hints", "layer3=layr3"), "must have the tapped module 'layr3'"),
         (("--resume", "--restart"), "`--resume` continues"),
         (("--loss", "dkd", "--mixup", 0.2), "`--loss` must go without --mixup and --cutmix for dkd"),
-        (("--mixup", -1), "`mixup` must be finite and not negative"),
-        (("--rand-augment", "rad-m9"), "`auto_augment` must be a policy of timm"),
+        (("--mixup", -1), "`--mixup` must be finite and not negative"),
+        (("--rand-augment", "rad-m9"), "`--auto-augment` must be a policy of timm"),
     ],
 )
 def test_bad_words_end_with_a_sentence(

@@ -96,7 +96,7 @@ def test_drawings(run: Run, tmp_path: Path):
     [
         (
             ("--include", "lair1"),
-            "`include` must match an axis, module or parameter with channels; 'lair1' matches none.",
+            "`--include` must match an axis, module or parameter with channels; 'lair1' matches none.",
         ),
         (("--exclude", "layer9*"), "Did you mean layer"),
         (("--keep-whole", "nothing"), "`secateur inspect` lists the axes"),
@@ -104,13 +104,13 @@ def test_drawings(run: Run, tmp_path: Path):
         (("--exclude", "*"), "`choices` must leave something to cut; got exclude *"),
         (("--axis-divisor", "layer1"), "`--axis-divisor` must be a name pattern, = and a whole number"),
         (("--axis-divisor", "layer1=1.5"), "such as 'layer1.*=8'; got 'layer1=1.5'"),
-        (("--axis-divisor", "layer1=0"), "`divisor` must be a whole number of channels, at least 1; got 0"),
+        (("--axis-divisor", "layer1=0"), "`--axis-divisor` must be a whole number of channels, at least 1; got 0"),
         (("--axis-divisor", "=8"), "`--axis-divisor` must be a name pattern"),
         (("--axis-min-width", "layer7=8"), "`rules` must match an axis, module or parameter"),
         (("--axis-min-width", "layer1=x"), "`--axis-min-width` must be a name pattern, = and a whole number"),
         (("--axis-min-kept", "layer1=half"), "`--axis-min-kept` must be a name pattern, = and a number"),
-        (("--axis-min-kept", "layer1=1.5"), "`min_kept_fraction` must be from 0 to 1; got 1.5"),
-        (("--draw", "net.png"), "`draw` must be a file name that ends in .svg"),
+        (("--axis-min-kept", "layer1=1.5"), "`--axis-min-kept` must be from 0 to 1; got 1.5"),
+        (("--draw", "net.png"), "`--draw` must be a file name that ends in .svg"),
     ],
 )
 def test_bad_choices_are_refused_in_words(run: Run, words: tuple[str, ...], message: str):

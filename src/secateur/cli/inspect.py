@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.options import BenchFlags, ImageFlags, SpaceFlags, flag
+from secateur.cli.options import BenchFlags, ImageFlags, NormalizationFlags, SpaceFlags, flag
 from secateur.cli.output import end_with_error, handle_errors, out
 from secateur.errors import ArtifactError
 
@@ -74,8 +74,7 @@ def evaluate_command(
     thread_count: options.Threads = None,
     seed: options.Seed = 0,
     image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
+    normalization: NormalizationFlags = NormalizationFlags(),
     debug: options.Debug = False,
 ) -> None:
     """Measure the accuracy of a model or artifact on the test images.
@@ -89,7 +88,11 @@ def evaluate_command(
     from secateur.train.evaluate import evaluate as measure
 
     flags = ImageFlags(
-        image_size=image_size, trust_source=trust_source, mean=mean, std=std, skip_bad_images=skip_bad_images
+        image_size=image_size,
+        trust_source=trust_source,
+        skip_bad_images=skip_bad_images,
+        mean=normalization.mean,
+        std=normalization.std,
     )
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     with torch_threads(thread_count):

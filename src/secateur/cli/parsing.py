@@ -62,12 +62,12 @@ class Inputs:
         """Check what can be checked without loading anything: the name, the file of weights, the place of the data."""
         from secateur.data.load import check_data
         from secateur.models.weights import check_weights_file
-        from secateur.pipeline.load import check_model
+        from secateur.pipeline.load import check_loadable
 
         weights, data = self.weights, self.data
         flags: dict[str, str] = {"model": self.named[0], "weights": self.named[1]}
         trust = self.flags.trust_source
-        checks.add(lambda: check_model(self.model, weights=weights, trust_source=trust), flags)
+        checks.add(lambda: check_loadable(self.model, weights=weights, trust_source=trust), flags)
         if weights is not None:
             checks.add(lambda: check_weights_file(weights), flags)
         checks.add(lambda: (numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")))

@@ -126,7 +126,7 @@ def load(folder: Path | str, *, factory: Callable[[], nn.Module] | None = None, 
     return artifact.load_artifact(folder, build=build, factory=factory, trust_source=trust_source)
 
 
-def check_model(spec: str, *, weights: Path | None = None, trust_source: bool = False) -> None:
+def check_loadable(spec: str, *, weights: Path | None = None, trust_source: bool = False) -> None:
     """Refuse what `load_any` cannot load, as far as that can be told without building a model.
 
     Raises:

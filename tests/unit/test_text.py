@@ -43,7 +43,9 @@ def test_any_text_can_be_written_and_no_printable_character_changes(text: str):
     ]
 
 
-@pytest.mark.parametrize("cell", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "=cmd|' /C calc'!A0", "＝1"])
+@pytest.mark.parametrize(
+    "cell", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "=cmd|' /C calc'!A0", "＝1"]
+)
 def test_a_spreadsheet_computes_nothing(cell: str):
     assert csv_cell(cell).startswith("'")
     assert csv_text(csv_cell(cell)) == visible(cell, keep="\t")

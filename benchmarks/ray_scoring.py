@@ -48,7 +48,8 @@ def prepared(images: int, chunks: int) -> tuple[CandidateScorer, list[list[Subne
     batches = draw_calibration(learned, images // 4, device=cpu, seed=0, batch_size=250)
     graph = trace(model.eval(), batches[0][0][:1])
     inputs = ScoringInputs(model, graph, batches)
-    problem = SearchContext(inputs, CostModel(graph), Budget(macs="50%"), SearchSpace(), lambda *_: None)
+    space = SearchSpace(min_kept_fraction=0)
+    problem = SearchContext(inputs, CostModel(graph), Budget(macs="50%"), space, lambda *_: None)
     options = CandidateSpace.of(problem, find_stages(model, graph), Widths(), None)
     supernet = copy_to_device(Supernet(model, graph, order_by_score(L2().scores(inputs))), cpu)
     judge = CandidateScorer.of(

@@ -22,7 +22,7 @@ from secateur.graph import ChannelGraph, trace, untie
 from secateur.models import load_model
 from secateur.nas import TAS, Depths, Widths
 from secateur.prune import cut
-from secateur.search import L2, search_architecture
+from secateur.search import L2, SearchSpace, search_architecture
 from secateur.train import TrainConfig
 
 MODELS = ("cifar_resnet20", "cifar_resnet56", "mobilenetv2_050", "densenet121", "efficientnet_b0", "convnext_atto")
@@ -56,7 +56,10 @@ def run(name: str, space: str, percent: int, epochs: int, data: ImageData) -> di
     train = TrainConfig(epochs=epochs, batch_size=32, learning_rate=0.01)
     strategy = TAS(widths=widths, depths=depths, train=train, importance=L2())
     began = time.process_time()
-    found = search_architecture(model, graph, strategy, budget=f"macs={percent}%", batches=batches, data=data)
+    bounds = SearchSpace(min_kept_fraction=0)
+    found = search_architecture(
+        model, graph, strategy, budget=f"macs={percent}%", batches=batches, space=bounds, data=data
+    )
     seconds = time.process_time() - began
     small = cut(model, graph, found.architecture)
     example = torch.zeros(1, *data.size)

@@ -25,7 +25,7 @@ from secateur.graph import trace
 from secateur.pipeline.search_and_cut import with_zeros
 from secateur.prune import Cubic, Sparsify, WeightPruning, cut, nonzero_params
 from secateur.report import Page, performance_efficiency, write_page
-from secateur.search import L1, Uniform, search_architecture
+from secateur.search import L1, SearchSpace, Uniform, search_architecture
 from secateur.train import fabric_precision, open_fabric
 
 _SETTINGS, _CELLS = "study.json", "cells"
@@ -190,5 +190,6 @@ def _cut(student: nn.Module, bench: Bench, kept: float) -> nn.Module:
     """The same part of every layer, the channels of least magnitude gone; not repaired, as masks are not."""
     graph = trace(student, bench.example)
     budget = Budget(macs=f"{100 * kept:g}%")
-    found = search_architecture(student, graph, Uniform(importance=L1()), budget=budget)
+    space = SearchSpace(min_kept_fraction=0)
+    found = search_architecture(student, graph, Uniform(importance=L1()), budget=budget, space=space)
     return cut(student, graph, found.architecture).model

@@ -20,7 +20,10 @@ RUN = (
     "--checkpoint-steps 4 --export onnx"
 )
 # Aligned features are measured in units of their spread in the batch, of which a process sees a part.
-COMPRESS = f"compress --model digits_resnet --budget macs=50%,nonzero=40% --calibration 64 --feature-weight 0 {RUN}"
+COMPRESS = (
+    "compress --model digits_resnet --budget macs=50%,nonzero=40% --calibration 64 --feature-weight 0 "
+    f"--strategy knapsack --divisor 1 {RUN}"
+)
 DISTILL = f"distill --teacher digits_resnet --student digits_resnet --loss kd --loss hint {RUN}"
 
 

@@ -182,9 +182,9 @@ _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 def mentioned_names(model: nn.Module) -> frozenset[str]:
     """Return all names and texts in the code of a model's modules that is not PyTorch's own.
 
-    These are the methods of the classes of its modules that `forward` reaches, hooks, functions that are attributes, and
-    the functions that these call. PyTorch's own layers are left out: they treat every channel alike in both modes and depend on nothing
-    but their inputs, parameters and the seeded random generators.
+    These are the methods of the classes of its modules that `forward` reaches, hooks, functions that are attributes,
+    and the functions that these call. PyTorch's own layers are left out: they treat every channel alike in both modes,
+    and depend on nothing but their inputs, parameters and the seeded random generators.
     """
     names: set[str] = set()
     for module in model.modules():

@@ -119,8 +119,8 @@ def compare_outputs(
 
     Whether the channels are right does not depend on the number of pixels. So a crop of the images is enough if the
     models run on it, make the same calls as when traced, and agree. In any other case the whole example decides. A
-    second, small image with other pixels is compared if the original runs on it with the same calls; in training mode, if
-    the model's own code mentions that mode.
+    second, small image with other pixels is compared if the original runs on it with the same calls; in training mode,
+    if the model's own code mentions that mode.
 
     Raises:
         SurgeryError: If the original returns no floating-point tensor, or values that are not finite.
@@ -236,7 +236,7 @@ class _Pair:
         """Return the cut model that runs."""
         masked, sliced = self._masked(), None if self._running is None else self._running[1]
         if sliced is None:
-            # The guard of shared memory takes time in every call; a model that the original shows not to write needs none.
+            # The guard of shared memory takes time in every call. Without writes of the original there are none here.
             sliced = shadow_copy(self._small) if self._may_write() else share_memory(self._small)[0]
             self._running = masked, sliced
         return sliced

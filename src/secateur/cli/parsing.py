@@ -199,13 +199,13 @@ def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source:
 
 def _default_without_blocks(fraction: float, default_blocks: float) -> "Strategy":
     """Build the default strategy with another largest fraction of removed blocks."""
-    from secateur.search.candidates import FEWER_BLOCKS, Fastest
+    from secateur.search.candidates import Fastest
     from secateur.search.depth import RemoveBlocks
     from secateur.search.knapsack import Knapsack
 
-    if default_blocks:
-        return RemoveBlocks(Knapsack(), fraction) if fraction else Knapsack()
-    return Fastest(fewer_blocks=tuple(each for each in FEWER_BLOCKS if each <= fraction))
+    if fraction:
+        return RemoveBlocks(Knapsack(), fraction)
+    return Knapsack() if default_blocks else Fastest(fewer_blocks=())
 
 
 def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":

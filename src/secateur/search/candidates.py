@@ -253,11 +253,11 @@ class Fastest(Strategy):
 
     def least(self, context: SearchContext) -> Cost:
         """Return the cost of the smallest architecture of the first strategy with the finest widths."""
-        return self.strategies[0].least(replace(context, space=spaces_of(context)[0]))
+        return self.strategies[0].least(replace(context, space=spaces_to_compare(context)[0]))
 
     def _chosen(self, comparison: "_Comparison") -> Candidate:
         """The three steps."""
-        spaces = spaces_of(comparison.context)
+        spaces = spaces_to_compare(comparison.context)
         first, *others = self.strategies
         mine = comparison.divisors(first, spaces)
         while not mine and others:
@@ -315,7 +315,7 @@ def _by_rule(candidate: Candidate) -> tuple[int, float]:
     return abs((candidate.space.divisor or 1) - _RULED_DIVISOR), candidate.error
 
 
-def spaces_of(context: SearchContext) -> list[SearchSpace]:
+def spaces_to_compare(context: SearchContext) -> list[SearchSpace]:
     """The spaces to search in: one for every divisor that allows other widths than those before, or the given one.
 
     Finer ones come first.

@@ -63,8 +63,7 @@ def test_without_a_strategy_several_are_compared():
     assert strategy(SearchFlags(), default_blocks=1.0) is None
     assert strategy(SearchFlags(importance="l1")) == Knapsack(L1())
     assert strategy(SearchFlags(remove_blocks=0.0)) == Fastest(fewer_blocks=())
-    assert strategy(SearchFlags(remove_blocks=0.25)) == Fastest(fewer_blocks=(0.125, 0.25))
-    assert strategy(SearchFlags(remove_blocks=1.0)) == Fastest()
+    assert strategy(SearchFlags(remove_blocks=0.25)) == RemoveBlocks(Knapsack(), 0.25)
     assert strategy(SearchFlags(remove_blocks=0.25), default_blocks=1.0) == RemoveBlocks(Knapsack(), 0.25)
     assert strategy(SearchFlags(remove_blocks=0.0), default_blocks=1.0) == Knapsack()
 

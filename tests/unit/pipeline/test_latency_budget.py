@@ -36,6 +36,7 @@ from secateur.pipeline import (
 from secateur.pipeline.config import default_strategy
 from secateur.search import (
     L2,
+    Knapsack,
     Proposal,
     RemoveBlocks,
     SearchContext,
@@ -135,7 +136,7 @@ def test_predictions_are_corrected_by_what_was_measured(tmp_path: Path) -> None:
 def test_blocks_may_go_where_time_is_limited() -> None:
     assert default_strategy(Budget.parse("macs=50%")) == DEFAULT_STRATEGY
     assert default_strategy(Budget.parse("macs=50%, latency=50%")) == RemoveBlocks(
-        DEFAULT_STRATEGY, max_fraction=default_blocks(TIMED)
+        Knapsack(), max_fraction=default_blocks(TIMED)
     )
     assert default_blocks(TIMED) > 0
 

@@ -117,6 +117,7 @@ def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
     with pytest.raises(KeyboardInterrupt):
         run(Machine(0.0), tmp_path / "out", tmp_path / "cache", stop)
     assert not (tmp_path / "killed" / "run.json").exists()
+    shutil.rmtree(tmp_path / "out.work")  # An interrupt leaves what was measured too.
     (tmp_path / "killed").rename(tmp_path / "out.work")
     busy = Machine(1e-5)
     resumed = run(busy, tmp_path / "out", tmp_path / "empty")

@@ -36,21 +36,22 @@ from typing import Any
 _DATA = "--data digits --threads 1 --limit 320 --batch-size 32 --quiet --checkpoint-steps 3"
 _MODEL = "--model digits_resnet --weights {teacher}/model.safetensors --calibration 64"
 _PRUNE = f"compress {_MODEL} {_DATA}"
-_COMPRESS = f"{_PRUNE} --lr 0.02 --export none"
+_FINE = f"{_PRUNE} --divisor 1"
+_COMPRESS = f"{_FINE} --lr 0.02 --export none"
 _DISTILL = f"distill --teacher digits_resnet --student digits_resnet {_DATA} --export none"
 _INSPECT = "inspect --json --model timm:"
 
 RUNS = {
     "teacher": f"{_DISTILL} --epochs 3 --loss kd --label-weight 1 --lr 0.05",
-    "knapsack": f"{_COMPRESS} --budget macs=50% --epochs 4",
-    "pca": f"{_PRUNE} --strategy pca --budget params=40% --epochs 1 --ema 0.9 --lr 0.02 --export onnx,pt2,int8",
+    "knapsack": f"{_COMPRESS} --strategy knapsack --budget macs=50% --epochs 4",
+    "pca": f"{_FINE} --strategy pca --budget params=40% --epochs 1 --ema 0.9 --lr 0.02 --export onnx,pt2,int8",
     "uniform": f"{_PRUNE} --strategy uniform --budget macs=50% --remove-blocks 1 --divisor 2 --epochs 1 --lr 0.002 "
     "--optimizer adamw --clip-norm 1 --accumulate 2 --label-smoothing 0.1 --seed 3 --export none",
     "global": f"{_COMPRESS} --strategy global --importance taylor --budget macs=70%,size=75% --exclude layer1.* "
     "--from-scratch --epochs 2",
     "tas": f"{_COMPRESS} --strategy tas --search-over both --search-epochs 2 --budget macs=50% --epochs 1",
     "swp": f"{_COMPRESS} --strategy swp --untied --search-epochs 1 --search-candidates 12 --budget macs=50% --epochs 1",
-    "sparse": f"{_COMPRESS} --budget macs=60%,nonzero=20% --weight-allocation erk --epochs 2",
+    "sparse": f"{_COMPRESS} --strategy knapsack --budget macs=60%,nonzero=20% --weight-allocation erk --epochs 2",
     "distill": f"{_DISTILL} --teacher-weights {{teacher}}/model.safetensors --epochs 2 --loss kd --loss attention=100 "
     "--hint-epochs 1 --rand-augment rand-m5-mstd0.5 --erase 0.2 --lr 0.02",
     "mixed": f"{_DISTILL} --teacher-weights {{teacher}}/model.safetensors --epochs 2 --mixup 0.2 --cutmix 1 --lr 0.02",

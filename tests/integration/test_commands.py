@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in log.iterdir()) == ["teach", "train"]
     assert found.exit_code == 0, found.output
     assert "report.html in a browser" in found.stdout
+    assert re.search(r"With \d+ % of the MACs, it takes .* ms in onnxruntime .*: .* x the speed\.", found.stdout)
     manifest = json.loads((tmp_path / "demo" / "secateur.json").read_text())
     assert manifest["cost"]["after"]["macs"] <= 0.3 * manifest["cost"]["before"]["macs"]
 
@@ -296,3 +298,5 @@ def test_demo_keeps_its_promise(run: Run, tmp_path: Path):
     accuracy = [step["top1"] for step in manifest["metrics"]["test_accuracy"]]
     assert accuracy[-1] >= accuracy[0] - 0.01
     assert manifest["cost"]["after"]["macs"] <= 0.3 * manifest["cost"]["before"]["macs"]
+    assert manifest["metrics"]["latency"][0]["runtime"].startswith("onnxruntime")
+    assert manifest["metrics"]["latency"][0]["speedup"][1] >= 1.5

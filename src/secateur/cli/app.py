@@ -77,7 +77,7 @@ def demo_command(
     """
     from secateur._runtime import torch_threads
     from secateur.cli import parsing
-    from secateur.cli.tables import show
+    from secateur.cli.tables import print_speed, show
     from secateur.pipeline.config import RunConfig
     from secateur.pipeline.demo import demo as run
 
@@ -85,6 +85,7 @@ def demo_command(
     with logged(quiet=quiet), torch_threads(thread_count):
         result = run(out_folder, export=formats, run=RunConfig(seed=seed, callbacks=callbacks, command=command_line()))
     show(result)
+    print_speed(result.report)
     out().print(Text(f"Open {out_folder / 'report.html'} in a browser. Check it again: secateur verify {out_folder}"))
 
 

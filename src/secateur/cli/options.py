@@ -149,6 +149,15 @@ class ImageFlags(ReadingFlags):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class NormalizationFlags:
+    """What pixels are normalized with."""
+
+    mean: Mean = None
+    std: Std = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class SpaceFlags:
     """Which layers may be cut, and to which widths."""
 

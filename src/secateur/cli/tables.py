@@ -56,12 +56,25 @@ def print_before_after(report: RunReport) -> None:
     for record in report.latency:
         name = f"latency, {record.runtime}, {record.threads} thread, batch {record.batch_size}"
         times = f"{1e3 * record.before[1]:.3g} ms", f"{1e3 * record.after[1]:.3g} ms"
-        table.add_row(name, *times, f"{record.speedup[1]:.2f} x the speed")
+        table.add_row(name, *times, _speed(record.speedup[1]))
     if report.efficiency is not None:
         efficiency = [f"{value:.2f}" for value in report.efficiency]
         table.add_row("Performance Efficiency over non-zero parameters (ours)", "1.00", efficiency[0], "")
         table.add_row("Performance Efficiency over MACs (ours)", "1.00", efficiency[1], "")
     out().print(table)
+
+
+def _speed(speedup: float) -> str:
+    return f"{speedup:.2f} x the speed" if speedup >= 1 else f"{100 * (1 / speedup - 1):.0f} % slower"
+
+
+def print_speed(report: RunReport) -> None:
+    """Print what became of the MACs and of the time, in one sentence."""
+    if report.latency:
+        first, left = report.latency[0], 100 * report.after.macs / max(report.before.macs, 1)
+        said = f"With {left:.0f} % of the MACs, it takes {1e3 * first.after[1]:.3g} ms instead of "
+        said += f"{1e3 * first.before[1]:.3g} ms in {first.runtime}: {_speed(first.speedup[1])}."
+        out().print(Text(said), soft_wrap=True)
 
 
 def print_steps(report: RunReport) -> None:

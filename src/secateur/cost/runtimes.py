@@ -5,13 +5,14 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from secateur._runtime import ELAPSED_TIME, PROCESSOR_TIME, Clock, preserve_environment, torch_threads
+from secateur.cost.onnx_templates import OnnxTemplates
 from secateur.cost.timing import LayerShape, Pass, call_seconds, kernel_seconds, onnx_of
 from secateur.errors import ExportError
 from secateur.export._common import InputTensors, eval_copy
@@ -50,6 +51,10 @@ class Target(ABC):
         Raises:
             ExportError: If the model cannot be brought to this target.
         """
+
+    def for_cuts(self) -> "Target":
+        """Return this target for a search, which opens many cuts of one model; by default the target itself."""
+        return self
 
     @abstractmethod
     def layer_seconds(self, shape: LayerShape) -> float:
@@ -95,6 +100,10 @@ class OnnxRuntime(Target):
         """See `Target.opened`."""
         yield self.opened_file(onnx_bytes(eval_copy(model), inputs), inputs)
 
+    def for_cuts(self) -> Target:
+        """See `Target.for_cuts`: cuts with the same operations are exported once, see `OnnxTemplates`."""
+        return _OnnxRuntimeOfCuts(self.threads, self.batch)
+
     def opened_file(self, model: Path | bytes, inputs: InputTensors) -> Pass:
         """Open an ONNX file, or its content: return a pass over a batch."""
         session = open_session(model, threads=self.threads)
@@ -107,6 +116,18 @@ class OnnxRuntime(Target):
             profile = Path(folder) / "profile"
             session = open_session(onnx_of(shape, self.batch), threads=self.threads, profile=profile)
             return kernel_seconds(session, shape, self.batch)
+
+
+@dataclass(frozen=True)
+class _OnnxRuntimeOfCuts(OnnxRuntime):
+    """ONNX Runtime for cuts of one model."""
+
+    templates: OnnxTemplates = field(default_factory=OnnxTemplates, compare=False, repr=False)
+
+    @contextmanager
+    def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
+        """See `Target.opened`."""
+        yield self.opened_file(self.templates.content(eval_copy(model), inputs), inputs)
 
 
 @dataclass(frozen=True)

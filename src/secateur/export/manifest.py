@@ -412,10 +412,15 @@ def edits_between(original: nn.Module, model: nn.Module) -> tuple[Edit, ...]:
             "Only channels and removed blocks may differ: build both from the same source."
         )
     pairs = ((name, theirs[origin], ours[name]) for name, origin in names.items())
-    return tuple(edit for name, old, module in pairs for edit in _differences(name, old, module))
+    largest = _largest_size(original)
+    return tuple(edit for name, old, module in pairs for edit in _differences(name, old, module, largest))
 
 
-def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[Edit]:
+def _largest_size(model: nn.Module) -> int:
+    return max((size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape), default=0)
+
+
+def _differences(name: str, original: nn.Module, module: nn.Module, largest: int) -> Iterator[Edit]:
     for attribute, value in vars(module).items():
         old = vars(original).get(attribute)
         if _is_ints(value) and _is_ints(old) and len(value) != len(old):
@@ -425,7 +430,9 @@ def _differences(name: str, original: nn.Module, module: nn.Module) -> Iterator[
             )
     before = {(attribute, item): value for attribute, item, value in held_numbers(original)}
     for attribute, item, value in held_numbers(module):
-        if before.get((attribute, item), value) != value:
+        old = before.get((attribute, item), value)
+        # Larger numbers, such as counters of steps in a dict, are no sizes, and loading would refuse them.
+        if old != value and (item is None or abs(value) <= max(abs(old), largest)):
             yield Edit(name, attribute, item, value)
 
 
@@ -438,7 +445,7 @@ def set_edits(model: nn.Module, edits: Sequence[Edit]) -> None:
     Raises:
         ArtifactError: If the model has no such int, or the new value is too large.
     """
-    largest = max((size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape), default=0)
+    largest = _largest_size(model)
     for edit in edits:
         _set_edit(model, edit, largest)
 

@@ -92,6 +92,9 @@ class SharedMemory:
     memory of their own, with the new values, and the saved values return to the shared memory. So views of a parameter,
     which the model may have made before it writes, see the new values during the run.
 
+    Attributes:
+        was_written: Whether any run has written to it.
+
     Args:
         shadow: The copy.
         keys: The `storage_key` of everything shared.
@@ -101,6 +104,7 @@ class SharedMemory:
         # A weak reference, because a cycle would keep the memory of every copy until garbage is collected.
         self._shadow = weakref.ref(shadow)
         self._keys = frozenset(keys)
+        self.was_written = False
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def before_call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -111,6 +115,7 @@ class SharedMemory:
                 with _unseen():
                     storage = tensor.untyped_storage()
                     self._saved[key] = storage, storage.clone()
+                self.was_written = True
 
     def after_run(self) -> None:
         """Give the new values to the copy, and the saved ones back."""
@@ -177,9 +182,9 @@ _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 def mentioned_names(model: nn.Module) -> frozenset[str]:
     """Return all names and texts in the code of a model's modules that is not PyTorch's own.
 
-    These are the methods of the classes of its modules, hooks, functions that are attributes, and the functions that
-    these call. PyTorch's own layers are left out: they treat every channel alike in both modes and depend on nothing
-    but their inputs, parameters and the seeded random generators.
+    These are the methods of the classes of its modules that `forward` reaches, hooks, functions that are attributes,
+    and the functions that these call. PyTorch's own layers are left out: they treat every channel alike in both modes,
+    and depend on nothing but their inputs, parameters and the seeded random generators.
     """
     names: set[str] = set()
     for module in model.modules():
@@ -196,14 +201,19 @@ def mentioned_names(model: nn.Module) -> frozenset[str]:
 
 @lru_cache(1024)
 def _class_names(kind: type) -> frozenset[str]:
+    """Return the names in the methods that a forward pass of a class can reach, by their names."""
     names: set[str] = set()
-    for owner in kind.__mro__:
-        if owner is object or owner.__module__.startswith("torch."):
-            continue
-        for name, value in vars(owner).items():
-            if name not in {"__init__", "__repr__", "extra_repr"}:
-                names |= _function_names(value, set())
-        names |= {KEEPS_STATE} if owner.__name__ in names else set()
+    pending, done = {"forward", "__call__", "__getattr__", "__getattribute__"}, set[str]()
+    while pending:
+        name = pending.pop()
+        done.add(name)
+        for owner in kind.__mro__:
+            if owner is object or owner.__module__.startswith("torch.") or name not in vars(owner):
+                continue
+            found = _function_names(vars(owner)[name], set())
+            found |= {KEEPS_STATE} if owner.__name__ in found else set()
+            pending |= found - done
+            names |= found
     return frozenset(names)
 
 

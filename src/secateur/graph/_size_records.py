@@ -47,6 +47,10 @@ _SHAPE: Any = Tensor.shape.__get__  # type: ignore[attr-defined]
 class SizeTracker:
     """Follows the sizes of one recording through the calls that the model makes.
 
+    Attributes:
+        notes: What the sizes report to.
+        values: Every int that the modules hold, with its value; those in tensors once they are read.
+
     Args:
         ledger: The record.
         running: The run.
@@ -57,6 +61,7 @@ class SizeTracker:
         self._running = running
         self.notes = SizeNotes(ledger, running)
         ledger.caller = "", ()
+        self.values: dict[Attribute, int] = {}
         self._held: dict[int, tuple[Tensor, str, str]] = {}
         # The numbers that were read from tensors since the last call, of which `torch.Size(tensor)` makes plain ints.
         self._read: list[int] = []
@@ -138,7 +143,9 @@ class SizeTracker:
         found = _plain_numbers(tensor)
         if found is not None:
             for item, value in enumerate(found.reshape(-1).tolist()):
-                found.reshape(-1)[item] = SizeInt(value, Attribute(module, attribute, item), self.notes)
+                place = Attribute(module, attribute, item)
+                self.values[place] = value
+                found.reshape(-1)[item] = SizeInt(value, place, self.notes)
         return found
 
     def _follow_numbers(  # noqa: PLR0917
@@ -265,15 +272,20 @@ def _ints_in_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor
     """Return the tensors without floats among the arguments of a call, also those in sequences and bounds of slices."""
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
+        if type(value) in _NO_INT_TENSORS:  # Nearly all arguments.
+            continue
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 found.append(value)
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, (tuple, list)):
             if value and type(value[0]) is not int:
                 found += _ints_in_call(value, {})
         elif isinstance(value, slice):
             found += _ints_in_call((value.start, value.stop), {})
     return found
+
+
+_NO_INT_TENSORS = frozenset({nn.Parameter, int, SizeInt, float, bool, str, type(None), torch.Size, SizeTuple})
 
 
 def _mark(tensor: Any, numbers: Any) -> None:
@@ -368,7 +380,7 @@ def wrap_sizes(
         tracker: The tracker of the recording.
 
     Returns:
-        Every int with its value.
+        Every int with its value; see `SizeTracker.values`.
     """
     wrapper = _Wrapper(tracker)
     for name, module in modules.items():
@@ -381,13 +393,13 @@ def wrap_sizes(
             if key in declared:
                 held[key] = SizeInt(value, declared[key], tracker.notes)
             elif isinstance(value, Tensor):
-                wrapper.hold(name, key, value)
+                tracker.hold(name, key, value)
             else:
                 held[key] = wrapper.wrap(value, Attribute(name, key), original.get(key))
         for key, value in held["_buffers"].items():
-            if value is not None and not value.is_floating_point():
-                wrapper.hold(name, key, value)
-    return wrapper.values
+            if value is not None:
+                tracker.hold(name, key, value)
+    return tracker.values
 
 
 _NEVER_SIZES = frozenset({str, bool, float, type(None), torch.dtype, torch.device, set, frozenset, bytes})
@@ -400,18 +412,9 @@ class _Wrapper:
     """Wraps the ints of one model; what several modules share stays shared."""
 
     def __init__(self, tracker: SizeTracker) -> None:
-        self.values: dict[Attribute, int] = {}
+        self.values = tracker.values
         self._tracker = tracker
         self._done: dict[int, tuple[Any, Any]] = {}
-
-    def hold(self, module: str, attribute: str, tensor: Tensor) -> None:
-        """Follow the elements of an int tensor."""
-        numbers = _plain_numbers(tensor)
-        if numbers is not None:
-            self._tracker.hold(module, attribute, tensor)
-            self.values.update(
-                (Attribute(module, attribute, item), value) for item, value in enumerate(numbers.reshape(-1).tolist())
-            )
 
     def wrap(self, value: Any, place: Attribute, original: Any) -> Any:
         """Return a value in which all ints remember their place."""

@@ -18,6 +18,7 @@ from secateur.models.zoo import (
     cifar_resnet56,
     cifar_resnet110,
     digits_resnet,
+    digits_resnet_wide,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "cifar_resnet56",
     "cifar_resnet110",
     "digits_resnet",
+    "digits_resnet_wide",
     "load_model",
     "load_weights_",
     "read_weights",

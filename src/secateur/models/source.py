@@ -28,6 +28,7 @@ BUILTIN_MODELS: Mapping[str, Callable[..., nn.Module]] = {
         zoo.cifar_resnet56,
         zoo.cifar_resnet110,
         zoo.digits_resnet,
+        zoo.digits_resnet_wide,
         zoo.cifar_densenet40,
         zoo.cifar_densenet52,
         zoo.cifar_efficientnet,

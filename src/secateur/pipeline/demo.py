@@ -13,7 +13,7 @@ from secateur.distill.objective import Objective
 from secateur.export.formats import Format
 from secateur.models.source import ModelSource, load_model
 from secateur.pipeline.compress import compress
-from secateur.pipeline.config import DEFAULT_STRATEGY, LOGGER, CompressResult, RecoveryConfig, RunConfig
+from secateur.pipeline.config import LOGGER, CompressResult, RecoveryConfig, RunConfig
 from secateur.pipeline.workspace import OnExisting, check_output
 from secateur.search.base import Strategy
 from secateur.train.callbacks import Callbacks, LoopCallbacks
@@ -27,14 +27,14 @@ class Demo:
 
     Attributes:
         budget: Of the compressed network.
-        strategy: How its architecture is found.
+        strategy: How its architecture is found; None compares several, see `secateur.Fastest`.
         teaching: Training of the original, from nothing, on the labels.
         recovery: Distillation of the cut network.
         label_smoothing: Of the original's training.
     """
 
     budget: str = "macs=30%"
-    strategy: Strategy = DEFAULT_STRATEGY
+    strategy: Strategy | None = None
     teaching: TrainConfig = TrainConfig(epochs=30, batch_size=64, learning_rate=0.05)  # noqa: RUF009
     recovery: TrainConfig = TrainConfig(epochs=20, batch_size=64, learning_rate=0.02)  # noqa: RUF009
     label_smoothing: float = 0.05
@@ -61,7 +61,7 @@ def demo(
     """
     check_output(Path(out))
     data = load_data("digits", seed=run.seed)
-    fresh, source = load_model("digits_resnet", seed=run.seed)
+    fresh, source = load_model("digits_resnet_wide", seed=run.seed)
     epochs = settings.teaching.epochs
     LOGGER.info(f"Training {source.name} on {len(data.train)} digits of {data.name}, {epochs} epochs.")
     taught = _teach(fresh, data, settings, run.seed, _Renamed("teach", run.callbacks))

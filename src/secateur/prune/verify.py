@@ -19,7 +19,7 @@ from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph._ledger import MIXING_KINDS
-from secateur.graph._shadow import shadow_copy, share_memory
+from secateur.graph._shadow import SharedMemory, shadow_copy, share_memory
 from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph
 from secateur.prune.differences import Difference, changes_between, largest_difference, perturbed
@@ -119,8 +119,8 @@ def compare_outputs(
 
     Whether the channels are right does not depend on the number of pixels. So a crop of the images is enough if the
     models run on it, make the same calls as when traced, and agree. In any other case the whole example decides. A
-    second, small image size is compared if the original runs on it with the same calls; in training mode, if that can
-    matter.
+    second, small image with other pixels is compared if the original runs on it with the same calls; in training mode,
+    if the model's own code mentions that mode.
 
     Raises:
         SurgeryError: If the original returns no floating-point tensor, or values that are not finite.
@@ -171,7 +171,8 @@ class _Pair:
         self._noise = is_random(graph)
         # Compared in the first pass that proves anything; there is none then.
         self._features: KeptFeatures | None = KeptFeatures(graph, architecture, every=False)
-        self._running: tuple[nn.Module, nn.Module] | None = None
+        self._running: tuple[nn.Module, nn.Module | None] | None = None
+        self._memory: SharedMemory | None = None
         self._calls: ExpectedCalls | ObservedCalls | None = None
 
     def compare_aside(self, example: tuple[Any, ...]) -> Verification | Mismatch | None:
@@ -215,7 +216,7 @@ class _Pair:
         training: bool = False,
     ) -> "_Ran | None":
         """Run the masked original; return None if it cannot run, or its outputs prove nothing."""
-        masked, _ = self._copies()
+        masked = self._masked()
         self._calls = calls
         try:
             want = self._run(masked.train(training), example, run)
@@ -225,11 +226,23 @@ class _Pair:
             self._calls = None
         return want if _floating(want.outputs) and _all_finite(want.outputs) else None
 
-    def _copies(self) -> tuple[nn.Module, nn.Module]:
-        """Return the masked original and the cut model that run."""
+    def _masked(self) -> nn.Module:
+        """Return the masked original that runs."""
         if self._running is None:
-            self._running = self._zeroed_while_running(self._model), shadow_copy(self._small)
-        return self._running
+            self._running = self._zeroed_while_running(self._model), None
+        return self._running[0]
+
+    def _sliced(self) -> nn.Module:
+        """Return the cut model that runs."""
+        masked, sliced = self._masked(), None if self._running is None else self._running[1]
+        if sliced is None:
+            # The guard of shared memory takes time in every call. Without writes of the original there are none here.
+            sliced = shadow_copy(self._small) if self._may_write() else share_memory(self._small)[0]
+            self._running = masked, sliced
+        return sliced
+
+    def _may_write(self) -> bool:
+        return self._memory is None or self._memory.was_written
 
     def _is_same_network(self, names: Sequence[str]) -> bool:
         """Return whether the calls in training mode are those of the traced run, besides those of auxiliary heads."""
@@ -250,11 +263,11 @@ class _Pair:
         example, run = self._graph.example, ComparisonRun(constant_noise=self._noise)
         for reference in (self._zeroed_while_running, self._without_channels, self._without_readers):
             # The copies of earlier passes, or new ones of both.
-            self._running = self._running or (reference(self._model), shadow_copy(self._small))
+            self._running = self._running or (reference(self._model), None)
             try:
                 want = self._run(self._running[0].eval(), example, run)
             except WrittenParameterError:
-                self._running = None
+                self._running = self._memory = None
                 continue
             if not _floating(want.outputs):
                 raise SurgeryError(
@@ -286,7 +299,7 @@ class _Pair:
         self, reference: _Reference, want: "_Ran", example: tuple[Any, ...], *, training: bool
     ) -> Verification | Mismatch:
         run = ComparisonRun(constant_noise=self._noise or training)
-        sliced = self._copies()[1].train(training)
+        sliced = self._sliced().train(training)
         try:
             got = self._run(sliced, example, run, cut=True)
         except Exception as error:
@@ -368,8 +381,8 @@ class _Pair:
     def _zeroed_while_running(self, model: nn.Module) -> nn.Module:
         """Return the model of `mask_removed` without a second set of weights: it multiplies them as it runs."""
         kept = kept_weights(self._graph, self._architecture)
-        shadow, memory = share_memory(model)
-        masked = zero_weights_(shadow, kept, lambda: self._calls, memory)
+        shadow, self._memory = share_memory(model)
+        masked = zero_weights_(shadow, kept, lambda: self._calls, self._memory)
         masked = compute_over_kept_channels_(masked, self._graph, self._architecture.by_name)
         removed = [self._graph.blocks_by_name[name] for name in self._architecture.removed_blocks]
         return zero_branches_(masked, removed) if removed else masked

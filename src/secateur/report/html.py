@@ -187,8 +187,7 @@ def _speed(speedup: tuple[float, float, float]) -> str:
     lower, median, upper = speedup
     if lower < 1 < upper or abs(median - 1) < _NOTABLE:
         return "about as fast as before"
-    words = units.factor(median)
-    return f"{words}\u00a0as\u00a0fast" if median > 1 else f"slower ({words} the speed)"
+    return f"{units.factor(median)}\u00a0as\u00a0fast" if median > 1 else f"{units.percent(1 / median - 1, 0)} slower"
 
 
 def _images(run: RunReport) -> str:

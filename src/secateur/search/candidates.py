@@ -184,15 +184,15 @@ class Fastest(Strategy):
     output's, see `secateur.prune.OutputDistance`), after repair, on images that neither scored nor fitted.
 
     1. The first strategy searches with every divisor (1, 4, 8, 16, or only that of the space if it has one).
-    2. The other strategies search with the divisor that is ahead. Where one of them has a smaller error, it takes the
-       place of the first, and tries the other divisors too.
-    3. The residual blocks that matter least are removed, an eighth, a quarter, three eighths of them, and the widths
-       found anew, as long as the error stays within the margin.
+    2. The other strategies search with the divisor that is ahead. If one of them is ahead then, it searches with the
+       other divisors too.
+    3. With the strategy and the divisor that are ahead, the residual blocks that matter least are removed: an eighth, a
+       quarter, three eighths of them, as long as the error stays within the margin. The widths are found anew.
 
     Of the candidates whose time has fallen by at least half of what their MACs have fallen by (if there are none: that
     are faster than the original; if there are none: of all), e is the least error. The fastest with an error up to
-    ``margin`` * e is taken, if it is no worse than what the other strategies have with the divisor of step 2: so the
-    result is never worse than `Uniform` there.
+    ``margin`` * e is taken. Candidates with a larger error than one of the other strategies in step 2 are left out
+    before: so the result is never worse than `Uniform` there.
 
     Errors are the same in every run with the same seed. Times are not; they decide between networks that are about as
     good. Where no time can be measured, the divisor is 8, and no block is removed.
@@ -246,7 +246,7 @@ class Fastest(Strategy):
             _LOGGER.info(f"{line}.")
         notes = {
             "divisor": taken.space.divisor or 1,
-            "candidates": [each.to_json() for each in comparison.found],
+            "candidates": [{**one.to_json(), "taken": one is taken} for one in comparison.found],
             "compared": compared,
         }
         return replace(taken.result, notes={**taken.result.notes, **notes})
@@ -268,17 +268,18 @@ class Fastest(Strategy):
             raise BudgetError("`budget` must be within reach; no strategy found a network within it. Raise it.")
         ahead = self._taken(comparison.timed(mine))
         rivals = [one for one in (comparison.judge(other, ahead.space) for other in others) if one is not None]
-        best = min((ahead, *rivals), key=lambda one: one.error)
-        limit = min((one.error for one in (ahead, *rivals) if one is not best), default=math.inf)
-        if best is not ahead:
-            mine = comparison.timed(comparison.divisors(best.strategy, spaces))
-            best = self._taken(mine, limit)
+        start = self._taken([ahead, *comparison.timed(rivals)])
+        if start is not ahead:
+            mine += comparison.timed(comparison.divisors(start.strategy, spaces))
+        limit = min((one.error for one in rivals), default=math.inf)
         if comparison.is_timed:
-            mine += comparison.timed(self._without_blocks(comparison, best, mine, limit))
-        return self._taken(mine, limit)
+            mine += comparison.timed(self._without_blocks(comparison, start, mine))
+        # One of the rivals is within the limit.
+        within = [one for one in dict.fromkeys((*mine, *rivals)) if one.error <= limit]
+        return self._taken(within or mine)
 
     def _without_blocks(
-        self, comparison: "_Comparison", start: Candidate, others: Sequence[Candidate], limit: float
+        self, comparison: "_Comparison", start: Candidate, others: Sequence[Candidate]
     ) -> list[Candidate]:
         """Step 3."""
         order = comparison.blocks() if self.fewer_blocks else []
@@ -288,20 +289,20 @@ class Fastest(Strategy):
             if not 0 < count <= len(order):
                 continue
             tried = comparison.judge(Without(start.strategy, tuple(order[:count])), start.space)
-            if tried is None or tried.error > min(self.margin * least, limit):
+            if tried is None or tried.error > self.margin * least:
                 break
             least = min(least, tried.error)
             found.append(tried)
         return found
 
-    def _taken(self, candidates: Sequence[Candidate], limit: float = math.inf) -> Candidate:
-        """The fastest within the margin of the least error and within a limit; the least error if there is none."""
+    def _taken(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The fastest within the margin of the least error, both of those that pay."""
         if all(one.record is None for one in candidates):
             return min(candidates, key=_by_rule)
         paying = _paying(candidates)
-        best = min(paying, key=lambda one: one.error)
-        bound = min(self.margin * best.error, limit)
-        return max((one for one in paying if one is best or one.error <= bound), key=lambda one: one.speedup)
+        least = min(paying, key=lambda one: one.error)
+        near = (one for one in paying if one is least or one.error <= self.margin * least.error)
+        return max(near, key=lambda one: one.speedup)
 
 
 def _paying(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -380,15 +381,15 @@ class _Comparison:
         return found
 
     def judge(self, strategy: Strategy, space: SearchSpace) -> Candidate | None:
-        """Judge what a strategy finds; None if the budget is out of its reach, or the network was judged already."""
+        """Judge what a strategy finds, once for each network; None if the budget is out of its reach."""
         self.context.progress(min(0.05 * (len(self.found) + 1), 0.95), f"divisor {space.divisor or 1}")
         try:
             result = strategy.search(replace(self.context, space=space, progress=_silent))
         except BudgetError:
             return None
-        same = [one for one in self.found if one.result.architecture == result.architecture]
-        if same:
-            return same[0] if same[0].strategy is strategy else None
+        for same in self.found:
+            if same.result.architecture == result.architecture:
+                return same
         candidate = Candidate(strategy, space, result, self._error(result))
         self.found.append(candidate)
         return candidate

@@ -217,7 +217,7 @@ class Knapsack(Strategy):
     importance: Importance = field(default_factory=Reconstruction)
 
     def find(self, context: SearchContext) -> Proposal:
-        """Notes: ``threshold``, the worth per budget under which channels go."""
+        """Notes: ``threshold``, the worth per budget under which channels go; None if all of them stay."""
         scores = context.scores(self.importance)
         axes = zip(context.costs.axes, context.levels, _prices(context), strict=True)
         keys = [-step_values(scores[name], levels) / price for name, levels, price in axes]

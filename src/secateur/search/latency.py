@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from secateur.prune.calibration import first_images, split_calibration
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture
-from secateur.search.base import Proposal, SearchContext, SearchResult, Strategy, cost_model
+from secateur.search.base import ProgressCallback, Proposal, SearchContext, SearchResult, Strategy, cost_model
 from secateur.search.depth import DEFAULT_REPAIRS
 from secateur.search.importance import L2
 from secateur.search.knapsack import Knapsack
@@ -50,6 +51,12 @@ _AIM = 0.98
 """The part of the bound that is aimed at, because a measurement has a spread."""
 _NEAR = 0.955
 """The part of the bound from which on a network needs no further search."""
+_FITTED, _COMPARED = 0.25, 0.9
+"""The fractions of a search after which predictions are fitted, and candidates of all divisors are measured."""
+_SEARCHED, _TIMED = 0.5, 0.6
+"""The fractions of the trials with one divisor after the first search, and after the first measurement."""
+_KEEP_S = 1.0
+"""Seconds after which new times of layers are kept for a resumed run."""
 _COMPARED_IMAGES = 256
 """Calibration images that candidates of several divisors are repaired and compared on."""
 
@@ -97,8 +104,8 @@ class WithinLatency(Strategy):
         """
         graph = context.inputs.graph
         spaces = spaces_of(context.space, graph)
-        measuring = _Measuring(self, context, self.measurements or Measurements())
-        fit = measuring.fit(spaces[0])
+        measuring = _Measuring(self, context, self.measurements or Measurements(), self.target.for_cuts())
+        fit = measuring.fit(spaces[0], _part(context.progress, 0.0, _FITTED))
         bound = limit_of(context.budget, float(fit.measured[0]))
         # Six digits: more would be shown in errors, and are far below what can be measured.
         budget = replace(context.budget, latency=float(f"{bound:.6g}"))
@@ -107,15 +114,18 @@ class WithinLatency(Strategy):
         trials: list[Trial] = []
         refused: BudgetError | None = None
         with _resumable(replace(context, budget=budget), self.inner.trains) as context_within:
-            for space in spaces:
+            for number, space in enumerate(spaces):
+                share = (_COMPARED - _FITTED) / len(spaces)
+                told = _part(context.progress, _FITTED + number * share, _FITTED + (number + 1) * share)
                 try:
-                    trials += measuring.trials(replace(context_within, space=space), fit)
+                    trials += measuring.trials(replace(context_within, space=space, progress=told), fit)
                 except BudgetError as error:
                     refused = refused or error
                     _LOGGER.info(f"Divisor {space.divisor}: {error}")
         if not trials:
             assert refused is not None
             raise refused
+        context.progress(_COMPARED, "comparing divisors")
         best, distances = best_of(trials, _Comparison(context, self.repairs).distance)
         notes = {"trials": [trial.to_json() for trial in trials], "distance": {str(d): v for d, v in distances.items()}}
         return _with_measured_latency(best, fit, context.budget, notes)
@@ -227,14 +237,16 @@ class _Measuring:
     """Predicts and measures the latency of candidates.
 
     Attributes:
-        strategy: Target and inner strategy.
+        strategy: The inner strategy.
         context: The search, with the budget as the user gave it.
         measurements: What was measured before and is measured now.
+        target: What is measured on.
     """
 
     strategy: WithinLatency
     context: SearchContext
     measurements: Measurements
+    target: Target
 
     @property
     def sample(self) -> Tensor:
@@ -242,15 +254,30 @@ class _Measuring:
         if not self.context.inputs.batches:
             raise DataError("`batches` must hold images to measure latency on; got none. Pass calibration data.")
         images, _ = self.context.inputs.batches[0]
-        return images[: self.strategy.target.batch].detach().cpu()
+        return images[: self.target.batch].detach().cpu()
 
-    def fit(self, space: SearchSpace) -> LatencyFit:
+    def fit(self, space: SearchSpace, progress: ProgressCallback) -> LatencyFit:
         """Return what predicts the latency of the widths of a space."""
-        target, inputs = self.strategy.target, self.context.inputs
+        target, inputs = self.target, self.context.inputs
         cache = LatencyCache.of(target) if self.strategy.cache is None else self.strategy.cache
         cache.seconds.update(self.measurements.seconds)
-        fit = fit_latency(inputs.model, inputs.graph, target, self.sample, space=space, cache=cache)
-        self.measurements.keep({**self.measurements.seconds, **fit.seconds})
+        kept_at = time.monotonic()
+
+        def keep() -> None:
+            nonlocal kept_at
+            known = {what: cache.seconds[what] for what in cache.asked}
+            self.measurements.keep({**self.measurements.seconds, **known})
+            kept_at = time.monotonic()
+
+        def tell(fraction: float, what: str) -> None:
+            progress(fraction, what)
+            if time.monotonic() - kept_at > _KEEP_S:
+                keep()
+
+        try:
+            fit = fit_latency(inputs.model, inputs.graph, target, self.sample, space=space, cache=cache, tell=tell)
+        finally:
+            keep()  # Also when the run is interrupted, which may have taken minutes by now.
         worst = fit.largest_error
         off = (
             ""
@@ -270,13 +297,17 @@ class _Measuring:
         limit = limit_of(self.context.budget, original)
         aim = 1.0 if original <= limit else _AIM
         allowed = aim * limit / fit.scale
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             factor = limit / allowed
+            done = _TIMED + (1 - _TIMED) * (number - 1) / _ROUNDS if number else 0.0
+            told = _part(context.progress, done, max(done, _SEARCHED))
             costs = cost_model(context.inputs, context.budget, fit.model.scaled(factor))
-            result = _next([trial.result for trial in trials], self.strategy.inner, replace(context, costs=costs))
+            within = replace(context, costs=costs, progress=told)
+            result = _next([trial.result for trial in trials], self.strategy.inner, within)
             if any(result.architecture == trial.result.architecture for trial in trials):
                 return
             assert result.cost.latency_s is not None
+            context.progress(max(done, _SEARCHED), f"timing a network with divisor {context.space.divisor}")
             record = self._record(result.architecture)
             used_part = used(self.context.budget, record)
             trial = Trial(context.space, result, result.cost.latency_s / factor, record, used_part)
@@ -297,9 +328,14 @@ class _Measuring:
         def measured() -> LatencyRecord:
             # Repairs will replace most of its weights, so that denormal numbers say nothing about it.
             small = flush_denormals_(apply_architecture(inputs.model, inputs.graph, architecture))
-            return measure_pairs(inputs.model, small, self.strategy.target, self.sample)
+            return measure_pairs(inputs.model, small, self.target, self.sample)
 
         return self.measurements.pair(architecture, measured)
+
+
+def _part(progress: ProgressCallback, begin: float, end: float) -> ProgressCallback:
+    """Return a callback for a part of the work, whose fractions are those between two of the whole."""
+    return lambda fraction, what: progress(begin + (end - begin) * min(max(fraction, 0.0), 1.0), what)
 
 
 def limit_of(budget: Budget, original_s: float) -> float:
@@ -391,8 +427,8 @@ def best_of(trials: Iterable[Trial], distance: Callable[[Trial], float]) -> tupl
         )
     if len(fitting) == 1:
         return next(iter(fitting.values())), {}
-    distances = {space.divisor: distance(trial) for space, trial in fitting.items()}
-    return min(fitting.values(), key=lambda trial: distances[trial.space.divisor]), distances
+    distances: dict[int | None, float] = {space.divisor or 1: distance(trial) for space, trial in fitting.items()}
+    return min(fitting.values(), key=lambda trial: distances[trial.space.divisor or 1]), distances
 
 
 def _with_measured_latency(trial: Trial, fit: LatencyFit, budget: Budget, notes: Mapping[str, object]) -> SearchResult:

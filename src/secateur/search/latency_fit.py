@@ -44,13 +44,16 @@ def layer_times(
     wanted = dict(_grids(model, graph, space))
     missing = [s for _, _, rows in wanted.values() for row in rows for s in row if repr(s) not in cache.seconds]
     shapes = sorted({repr(shape): shape for shape in missing}.items())
-    for done, (what, shape) in enumerate(shapes):
-        if done % 64 == 0:
-            tell(done / len(shapes), "timing layers")
+    try:
+        for done, (what, shape) in enumerate(shapes):
+            # Most of the time goes into the whole models, which follow.
+            tell(_LAYERS * done / len(shapes), f"timing layer {done + 1} of {len(shapes)}")
+            if done % 64 == 0:
+                cache.write()
+            cache.get(what, lambda shape=shape: target.layer_seconds(shape))
+    finally:
+        if shapes:
             cache.write()
-        cache.get(what, lambda shape=shape: target.layer_seconds(shape))
-    if shapes:
-        cache.write()
     return {
         module: TimeGrid(outs, reads, np.array([[cache.known(repr(shape)) for shape in row] for row in rows]))
         for module, (outs, reads, rows) in wanted.items()
@@ -121,6 +124,8 @@ def _spread(values: IntArray, count: int) -> IntArray:
 _FRACTIONS = (1.0, 0.5, 0.25)
 """Fractions of every axis in the whole models that are measured; two more have random fractions."""
 _ROUNDS = 15
+_LAYERS = 0.3
+"""The part of the time of a fit that the layers take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +217,7 @@ def fit_latency(
     times = layer_times(model, graph, target, space, cache=cache, tell=tell)
     plain = LatencyModel.of(graph, times)
     widths = probes(graph, space)
-    tell(0.9, "timing whole models")
+    tell(_LAYERS, f"timing {len(widths)} whole models")
     measured = _whole_models(model, graph, target, inputs_for(target, shape), widths, cache=cache)
     others = [np.arange(len(widths)) != left_out for left_out in range(len(widths))]
     predicted = [

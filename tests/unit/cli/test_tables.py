@@ -1,11 +1,17 @@
-"""What ``inspect`` says about layers that the example never reached."""
+"""What the tables of the commands say."""
 
+from dataclasses import replace
+
+import pytest
 import torch
+from noise_images import noise_data
+from run_pipeline import run_compress
 from torch import Tensor, nn
 
-from secateur.cli.tables import print_report
+from secateur.cli.tables import print_before_after, print_report, print_speed
 from secateur.models import cifar_resnet20
 from secateur.pipeline import inspect_model
+from secateur.train import TrainConfig
 
 
 class Branching(nn.Module):
@@ -46,3 +52,21 @@ def test_stages_are_shown_with_where_they_end(capsys):
 def test_a_model_that_is_one_stage_has_no_table_of_them(capsys):
     print_report(inspect_model(Branching().eval(), torch.zeros(1, 3, 8, 8)), "branching")
     assert "Stages" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"), [(2.0, "2.00 x the speed"), (1.0, "1.00 x the speed"), (0.71, "41 % slower")]
+)
+def test_slower_is_called_slower(capsys: pytest.CaptureFixture[str], speed: float, words: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    report = run_compress(model, noise_data(), budget="macs=50%", train=TrainConfig(epochs=0)).report
+    (first,) = report.latency
+    changed = replace(report, latency=(replace(first, speedup=(speed, speed, speed)),))
+    print_before_after(changed)
+    assert words in " ".join(capsys.readouterr().out.split())
+    print_speed(changed)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("With ")
+    assert said.endswith(f"in pretend 1: {words}.")
+    print_speed(replace(report, latency=()))
+    assert capsys.readouterr().out == ""

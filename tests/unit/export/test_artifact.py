@@ -8,7 +8,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -408,6 +410,44 @@ def test_edits_that_the_model_contradicts_are_refused(tmp_path: Path) -> None:
     model = cut_net()
     with pytest.raises(ArtifactError, match=r"got pad = 9, the model has 3\. Record them with edits_between"):
         save(tmp_path / "a", model, recipe_of(model, edits=(Edit("", "pad", None, 9),)))
+
+
+class Configured(nn.Module):
+    """A net whose sizes lie in a configuration, in a dict, in an integer of numpy and in a tensor."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, width)
+        self.config = SimpleNamespace(width=width, name="net", parts=[2, width])
+        self.table = {"inner": (width, 3), "steps": 0}
+        self.number = np.int64(width)
+        self.register_buffer("shape", torch.tensor([-1, width]), persistent=False)
+
+
+def test_sizes_in_configurations_and_tensors_are_recorded_and_set(tmp_path: Path) -> None:
+    model = Configured(5).eval()
+    model.table["steps"] = 10_000
+    edits = edits_between(Configured(), model)
+    assert [(e.attribute, e.item, e.value) for e in edits if not e.module] == [
+        ("config", "width", 5),
+        ("config", ("parts", 1), 5),
+        ("table", ("inner", 0), 5),
+        ("number", None, 5),
+        ("shape", 1, 5),
+    ]
+    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits))
+    loaded = load_artifact(tmp_path / "a", build=build, factory=Configured).model
+    assert (loaded.config.width, loaded.config.parts, loaded.table["inner"]) == (5, [2, 5], (5, 3))
+    assert (type(loaded.number), int(loaded.number), loaded.shape.tolist()) == (np.int64, 5, [-1, 5])
+
+
+@pytest.mark.parametrize("item", [["parts"], ["parts", -1], ["parts", 1.5], [*"abcdefghi"], -1])
+def test_an_impossible_place_of_a_size_is_refused(tmp_path: Path, item: object) -> None:
+    model = Configured(5).eval()
+    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits_between(Configured(), model)))
+    change_manifest(tmp_path / "a", lambda data: data["edits"].append(["", "config", item, 3]))
+    with pytest.raises(ArtifactError, match=r"edits\[\d\]"):
+        load_artifact(tmp_path / "a", build=build, factory=Configured)
 
 
 @pytest.mark.parametrize("value", [float("nan"), torch.zeros(1)])

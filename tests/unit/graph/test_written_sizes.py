@@ -380,3 +380,46 @@ def test_what_is_compared_without_channels_freezes_nothing():
         return x[..., : max(x.shape[2], 3)] if m.kernel == 3 and m.kernel in {3, 5} else x
 
     assert reasons(kept_promises(Resized(code, kernel=3))) == []
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle and a chunk, as converters of ONNX write them: all sizes are computed in tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in {"batch": 0, "axis": 1, "two": 2, "zero": 0}.items():
+            self.register_buffer(name, torch.tensor([value]))
+        self.register_buffer("split", torch.tensor([1, 2, 12, 8, 8]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(torch.Size(self.split)).transpose(1, 2)
+        width = torch.tensor(x.shape)[self.axis] * torch.tensor(x.shape)[self.two]
+        x = x.reshape(torch.Size(torch.cat([torch.tensor(x.shape)[self.batch], width, torch.tensor([8, 8])])))
+        half = torch.div(torch.tensor(x.shape)[self.axis] + 1, self.two, rounding_mode="trunc") * torch.tensor([1])
+        slices = [slice(None), slice(self.zero[0], half[0], 1)]
+        return x[slices] + x[[slice(None), slice(half[0], (half * 2)[0], 1)]]
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_networks_that_were_converted_from_onnx_keep_their_axes():
+    both = nn.Conv2d(12, 12, 1)
+    graph = kept_promises(Resized(lambda m, x: m.shuffle(torch.cat([x, m.both(x)], 1)), both=both, shuffle=Shuffle()))
+    assert reasons(graph) == []
+    assert {"stem", "both"} & set(graph.sizes)
+
+
+def test_weights_in_buffers_are_cut_and_checked_like_parameters():
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 10), nn.Linear(6, 3)
+            self.last = nn.Linear(3, 2)
+            for name, shape in {"one": (10, 8), "shift": (8,), "two": (8, 6)}.items():
+                self.register_buffer(name, torch.randn(shape, generator=torch.Generator().manual_seed(len(name))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.first(x).relu() @ self.one + self.shift)
+            return self.last(self.head((x @ self.two).relu()).relu())
+
+    graph = kept_promises(Buffered(), torch.randn(1, 4, generator=torch.Generator().manual_seed(0)))
+    assert graph.sizes == {"one": 8, "first": 10, "two": 6, "head": 3}

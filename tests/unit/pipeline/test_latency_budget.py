@@ -1,6 +1,7 @@
 """A bound on latency is met by measuring, on a machine whose times are known exactly."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from noise_images import noise_data
 from pretend import Pretend
 from run_pipeline import run_compress
 from torch import Tensor, nn
+from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.cost import Budget, LatencyCache, LatencyRecord, LayerShape, Quartiles
@@ -22,6 +24,7 @@ from secateur.graph import trace
 from secateur.pipeline import (
     DEFAULT_STRATEGY,
     CompressResult,
+    OnExisting,
     default_blocks,
 )
 from secateur.pipeline import (
@@ -31,9 +34,19 @@ from secateur.pipeline import (
     finalize as _slow,
 )
 from secateur.pipeline.config import default_strategy
-from secateur.search import L2, Proposal, RemoveBlocks, SearchContext, SearchResult, SearchSpace, Uniform, stable_repr
+from secateur.search import (
+    L2,
+    Knapsack,
+    Proposal,
+    RemoveBlocks,
+    SearchContext,
+    SearchResult,
+    SearchSpace,
+    Uniform,
+    search_architecture,
+    stable_repr,
+)
 from secateur.search import latency as _timed
-from secateur.search.knapsack import Knapsack
 from secateur.train import Silent, TrainConfig
 
 TIMED = Budget(latency="50%")
@@ -308,3 +321,90 @@ def test_a_strategy_that_trains_searches_with_one_divisor_and_keeps_its_checkpoi
     assert len(set(places)) == 1
     assert places[0][0] is not None
     assert result.search.cost.latency_s <= 0.5 * result.search.original.latency_s
+
+
+class Interrupted:
+    """Times layers and passes until there were so many, then ends like Ctrl-C does."""
+
+    def __init__(self, layers: int, passes: int) -> None:
+        self.layers, self.passes = layers, passes
+
+    def layer(self, shape: LayerShape) -> float:
+        self.layers -= 1
+        if self.layers < 0:
+            raise KeyboardInterrupt
+        return layer(shape)
+
+    def whole(self, model: nn.Module, inputs: Sequence[Tensor]) -> float:
+        self.passes -= 1
+        if self.passes < 0:
+            raise KeyboardInterrupt
+        return whole(model, inputs)
+
+
+@pytest.mark.parametrize(("layers", "passes"), [(30, 99), (10**6, 3), (10**6, 8)])
+def test_what_was_measured_until_an_interrupt_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, passes: int
+) -> None:
+    monkeypatch.setattr(_timed, "_KEEP_S", -1.0)
+    settings = {"space": SearchSpace(), "out": tmp_path / "out", "export": ()}
+    uncut, _ = run(tmp_path / "a", "latency=60%", **{**settings, "out": None})
+    dying = Interrupted(layers, passes)
+    first = Pretend(dying.whole, dying.layer)
+    # No cache of the machine: it is the run's own folder that remembers.
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", "latency=60%", target=first, latency_cache=LatencyCache(tmp_path / "b.json"), **settings)
+    kept = _timed.Measurements.at(tmp_path / "out.work" / "measured.json")
+    assert len(kept.seconds) >= min(layers - 1, 30)
+    again = Pretend(whole, layer)
+    resumed, _ = run(
+        tmp_path / "c", "latency=60%", target=again, latency_cache=LatencyCache(tmp_path / "c.json"),
+        on_existing=OnExisting.RESUME, **settings,
+    )  # fmt: skip
+    assert resumed.architecture == uncut.architecture
+    assert not (set(map(repr, again.timed)) & kept.seconds.keys())
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_bound_out_of_reach_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError):
+        run(tmp_path, "latency=3us", out=tmp_path / "out", export=())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_search_says_how_far_it_is(tmp_path: Path) -> None:
+    said: list[tuple[float, str]] = []
+    model, target = _model().eval(), Pretend(whole, layer)
+    images = torch.rand(32, 3, 8, 8)
+    search_architecture(
+        model,
+        trace(model, images[:2]),
+        _timed.WithinLatency(Uniform(L2()), target, LatencyCache.of(target, tmp_path)),
+        budget="latency=60%",
+        batches=[(images, torch.arange(32) % 4)],
+        progress=lambda fraction, what: said.append((fraction, what)),
+    )
+    fractions = [fraction for fraction, _ in said]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < fractions[-1] <= 1
+    words = " ".join(what for _, what in said)
+    for step in ("timing layer 1 of", "whole models", "with divisor 8", "with divisor 32", "comparing divisors"):
+        assert step in words
+
+
+def test_fresh_weights_under_a_loose_bound_are_written(tmp_path: Path) -> None:
+    """Without one block all channels fit: the knapsack's threshold is then minus infinity."""
+    model = nn.Sequential(ZOO["residual"]()[0], nn.Linear(5, 4))
+
+    def by_layers(net: nn.Module, inputs: Sequence[Tensor]) -> float:
+        del inputs
+        return 1e-5 + 1e-4 * sum(isinstance(module, nn.Conv2d) for module in net.modules())
+
+    result = run_compress(
+        model, noise_data(), budget="latency=95%", strategy=RemoveBlocks(max_fraction=1.0, images=16),
+        train=TrainConfig(epochs=0), target=Pretend(by_layers, lambda _: 1e-4), calibration_images=16,
+        latency_cache=LatencyCache(tmp_path / "c.json"), callbacks=Silent(), out=tmp_path / "out", export=(),
+    )  # fmt: skip
+    assert result.architecture.removed_blocks
+    text = (tmp_path / "out" / "secateur.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

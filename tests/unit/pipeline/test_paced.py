@@ -1,5 +1,6 @@
 """A long search says where it is; a short one does not."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,3 +40,31 @@ def test_compress_passes_it_on(monkeypatch: pytest.MonkeyPatch, every: float, sp
         hear=told.append,
     )
     assert any(line.startswith("Searching, ") and "blocks fewer" in line for line in told) is spoken
+
+
+def test_an_estimate_follows_from_what_is_done() -> None:
+    seconds = iter([0.0, 5.0, 10.0, 21.0, 32.0, 43.0])
+    told: list[str] = []
+    paced = ProgressLog(told.append, lambda: next(seconds), estimating=True)
+    for fraction in (0.0, 0.1, 0.1, 0.5, 0.4):
+        paced(fraction, "timing")
+    assert told == [
+        "Searching, 10 % done, about 2 min left: timing.",
+        "Searching, 10 % done, about 3 min left: timing.",
+        "Searching, 50 % done, about 32 s left: timing.",
+        "Searching, 50 % done, about 43 s left: timing.",
+    ]
+
+
+def test_a_long_step_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paced, "_ESTIMATED_EVERY_S", 0.05)
+    told: list[str] = []
+    paced = ProgressLog(told.append, estimating=True)
+    with paced.beating():
+        paced(0.5, "exporting")
+        time.sleep(0.4)
+    assert len(told) >= 3
+    assert all(line.endswith("left: exporting.") for line in told)
+    count = len(told)
+    time.sleep(0.2)
+    assert len(told) == count  # it ends with the search

@@ -165,8 +165,27 @@ def test_what_was_compared_is_told():
     large = torch.randn(1, 3, 224, 224)
     plain = halved(seeded(lambda: Body(lambda m, h: m.cls(h))), large).verification
     assert (plain.shape, plain.second_shape, plain.in_training) == ((1, 3, 96, 96), (1, 3, 32, 32), True)
+    assert plain.summary == "in float32, inputs 1 x 3 x 96 x 96 and 1 x 3 x 32 x 32, not run by the example: box"
     labeled = halved(seeded(lambda: Labeled(lambda m, h: m.cls(h)))).verification
     assert (labeled.shape, labeled.second_shape, labeled.in_training) == ((1, 3, 32, 32), (1, 3, 64, 64), False)
+    assert "evaluation mode only" in labeled.summary
+
+
+@torch.library.custom_op("wrong::by_size", mutates_args=())
+def by_size(x: Tensor, size: int) -> Tensor:
+    return x.roll(size // 32 - 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:The cut model is larger")
+def test_a_mistake_on_another_size_is_seen():
+    class Sized(Body):
+        def forward(self, x):
+            return self.cls(by_size(self.features(x), x.shape[2]))
+
+    model = seeded(lambda: Sized(lambda m, h: h))
+    graph = trace(model, IMAGE, rules={"wrong::by_size": pointwise})
+    made = cut(model, graph, Architecture.of({a.name: range(0, a.size, 2) for a in graph.prunable}))
+    assert [name for name, _ in made.verification.frozen] == ["b"]
 
 
 def test_ties_and_what_is_found_by_them_are_no_mistakes():

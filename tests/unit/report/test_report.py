@@ -225,7 +225,7 @@ def test_an_empty_run_is_a_page() -> None:
         ((1.8, 1.9, 2.0), "1.90x as fast"),
         ((1.009, 1.01, 1.011), "about as fast as before"),
         ((0.7, 1.4, 2.2), "about as fast as before"),
-        ((0.7, 0.8, 0.9), r"slower \(0.80x the speed\)"),
+        ((0.7, 0.8, 0.9), r"25\s% slower"),
     ],
 )
 def test_the_headline_is_honest_about_speed(speedup: tuple[float, float, float], words: str) -> None:

@@ -109,7 +109,7 @@ def bind_sizes(  # noqa: PLR0917
     rule = SIZE_RULES.get(name)
     text = f"`{name}` in {where or 'the model itself'}"
     if rule is None:
-        _keep_sizes(ledger, text, args, kwargs)
+        _keep_sizes(ledger, text, *args, *kwargs.values())
         return
     # Modules whose attention scale depends on a size are cut by whole heads; see `trace`.
     scales = len(ledger.scaled)
@@ -121,14 +121,19 @@ def bind_sizes(  # noqa: PLR0917
 def _keep_sizes(ledger: Ledger, where: str, *values: Any) -> None:
     """Bind every size among some arguments to what it is: nobody knows what the call does with it."""
     for value in values:
-        if isinstance(value, SizeInt | SizeFloat):
+        if type(value) in _NO_SIZES:  # Nearly all arguments.
+            continue
+        if isinstance(value, (SizeInt, SizeFloat)):
             ledger.bind(_origin(value), None, where)
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, (tuple, list)):
             _keep_sizes(ledger, where, *value)
         elif isinstance(value, dict):
             _keep_sizes(ledger, where, *value.values())
         elif isinstance(value, slice):
             _keep_sizes(ledger, where, value.start, value.stop, value.step)
+
+
+_NO_SIZES = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype})
 
 
 def _origin(value: SizeInt | SizeFloat) -> Expression:

@@ -101,6 +101,10 @@ class Fields:
         """Return the dotted name of a field."""
         return f"{self._where}.{key}" if self._where else key
 
+    def has(self, key: str) -> bool:
+        """Return whether a field that may be left out is there."""
+        return key in self._data
+
     def mapping(self, key: str) -> dict[str, object]:
         """Return a field that is an object."""
         value = self._get(key)

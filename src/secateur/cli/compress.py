@@ -31,7 +31,7 @@ def compress_command(
     run: RunFlags = RunFlags(),
     debug: options.Debug = False,
 ) -> None:
-    """Compress a trained classifier to a budget: search, cut, repair, distill, verify, export, report.
+    """Compress a trained model to a budget: search, cut, repair, distill, verify, export, report.
 
     Example: secateur compress --model cifar_resnet20 --weights resnet20.safetensors --data cifar10
     --budget macs=50% --out small
@@ -56,14 +56,18 @@ def compress_command(
     timed_on, cut_config = checks.add(target.to_target), checks.add(cut.to_config)
     blocks = checks.value_or(lambda: default_blocks(limits()), 0.0)
     searched_by = checks.add(lambda: strategy(search, default_blocks=blocks, trust_source=images.trust_source))
-    recovery_config = checks.add(lambda: recovery.to_config(run.seed))
+    recovery_config = checks.add(
+        lambda: recovery.to_config(run.seed, checks.value_or(lambda: inputs.named.batch_size, 1))
+    )
     checks.add(recovery.train.check_augment)
+    checks.add(lambda: recovery.train.check_task(inputs.named))
     checks.settle()
     with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet):
         result = run_compress(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),
             limits(),
+            task=inputs.named.task,
             strategy=searched_by(),
             cut=cut_config(),
             recovery=recovery_config(),

@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from secateur.cli import options
 from secateur.cli.options import DistillTrainFlags, ImageFlags, RunFlags, flag, whole_number
 from secateur.cli.output import command_line, handle_errors_together, logged, resumable
+from secateur.cli.tasks import NamedTask
 from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ def distill_command(
     checks.add(train.check_augment)
     if train.mixup or train.cutmix:
         checks.add(lambda: check_mixable(named()))
-    configured = checks.add(lambda: train.to_train(run.seed))
+    checks.add(lambda: train.check_task(known.named))
+    checks.add(lambda: check_losses_for(known.named, named(), losses.teacher_cache))
+    configured = checks.add(lambda: train.to_train(run.seed, checks.value_or(lambda: known.named.batch_size, 1)))
     checks.settle()
     weights, taps, own, train_config = named(), hinted(), own_losses(), configured()
     learner = other.load_for(known.images)
@@ -119,6 +122,7 @@ def distill_command(
             ModelSpec(learner.model, learner.name, learner.source, learner.architecture),
             teacher=ModelSpec(known.loaded.model, known.loaded.name, known.loaded.source),
             data=train.augment(known.images),
+            task=known.named.task,
             train=train_config,
             objective=objective,
             hint_stage=hint_stage,
@@ -224,6 +228,24 @@ def check_mixable(losses: Mapping[str, float]) -> None:
                 f"`--loss` must go without --mixup and --cutmix for {loss}, which needs one class for each image; got "
                 "both. Leave one of them out."
             )
+
+
+def check_losses_for(task: NamedTask, losses: Mapping[str, float], cache: Path | None) -> None:
+    """Refuse losses that are for the logits of classifiers alone, for another task.
+
+    Raises:
+        TrainingError: If one is named.
+    """
+    if task.classifies:
+        return
+    wrong = [name for name in losses if name in ("standardized", "dist", *CLASS_LOSSES)]
+    if wrong:
+        raise TrainingError(
+            f"`--loss` must be for any outputs with --task {task.name}; got {wrong[0]}, which compares classes. Say "
+            "--loss kd, which compares outputs as the task does."
+        )
+    if cache is not None:
+        raise TrainingError(f"`--teacher-cache` must go with --task classification; got {task.name}. Leave it out.")
 
 
 def parse_taps(words: Sequence[str]) -> dict[str, str]:

@@ -1,14 +1,18 @@
 """The commands that look at a model and write nothing: inspect, evaluate, verify and bench."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.options import BenchFlags, ImageFlags, ReadingFlags, SpaceFlags, flag
 from secateur.cli.output import end_with_error, handle_errors, out
-from secateur.errors import ArtifactError
+from secateur.cli.tasks import IMITATION
+from secateur.errors import ArtifactError, TrainingError
+
+if TYPE_CHECKING:
+    from secateur.tasks.base import Score
 
 
 @handle_errors
@@ -17,15 +21,13 @@ def inspect_command(
     model: options.Model,
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
-    trust_source: options.TrustSource = False,
-    skip_bad_images: options.SkipBadImages = False,
+    images: ReadingFlags = ReadingFlags(),
     space: SpaceFlags = SpaceFlags(),
     tree: Annotated[bool, flag("Show the tree of modules: parameters, MACs, channels.", options.RUN)] = False,
     draw: Annotated[
         Path | None, flag("Also draw the graph: FILE.svg or FILE.dot (graphviz).", options.RUN, value="FILE")
     ] = None,
     as_json: options.AsJson = False,
-    image_size: options.ImageSize = None,
     seed: options.Seed = 0,
     debug: options.Debug = False,
 ) -> None:
@@ -43,8 +45,8 @@ def inspect_command(
     if draw is not None:
         check_drawing(draw)
     cut = space.to_config()
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
-    inputs = Inputs(model, weights, data, flags, seed)
+    inputs = Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
+    inputs.named.task.observe_(inputs.loaded.model)
     report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
     name = inputs.loaded.name
     if as_json:
@@ -68,35 +70,52 @@ def evaluate_command(
     weights: options.WeightsFile = None,
     data: options.Data,
     images: ReadingFlags = ReadingFlags(),
-    batch_size: options.BatchSize = 250,
+    batch_size: options.BatchSize = None,
     device: options.Device = "auto",
     thread_count: options.Threads = None,
     seed: options.Seed = 0,
     debug: options.Debug = False,
 ) -> None:
-    """Measure the accuracy of a model or artifact on the test images.
+    """Measure a model or artifact on the test images, by the metric of its task.
 
     Example: secateur evaluate --model small --data cifar10
     """
     from secateur._runtime import torch_threads
     from secateur.cli import parsing
+    from secateur.data.dataset import draw_calibration
     from secateur.pipeline.workspace import check_model_fits_data
     from secateur.train.evaluate import evaluate as run_evaluate
 
     inputs = parsing.Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
-    with torch_threads(thread_count):
-        check_model_fits_data(inputs.loaded.model, inputs.images, inputs.example(2))
-        found = run_evaluate(
-            inputs.loaded.model, inputs.images.test, batch_size=batch_size, device=parsing.device(device)
+    named = inputs.named
+    if named.name.startswith(IMITATION):
+        raise TrainingError(
+            f"`--task` must have a metric of one model alone; got {named.name}, which compares a model with its "
+            "original. The report of compress has that distance; name the task of the labels to measure with them."
         )
-    interval = found.interval
-    assert interval is not None
-    low, high = interval
-    out().print(
-        f"{inputs.loaded.name} on {inputs.images.name}: test accuracy {100 * found.value:.2f} % of {found.n} images "
-        f"(95 % interval {100 * low:.2f} to {100 * high:.2f} %), cross-entropy {found.loss:.4f} nats"
-    )
+    with torch_threads(thread_count):
+        some, targets = draw_calibration(inputs.images.test, min(2, len(inputs.images.test)), seed=seed)[0]
+        check_model_fits_data(inputs.loaded.model, inputs.images, some, named.task, targets)
+        found = run_evaluate(
+            inputs.loaded.model,
+            inputs.images.test,
+            task=named.task,
+            batch_size=batch_size or (250 if named.classifies else named.batch_size),
+            device=parsing.device(device),
+        )
+    out().print(Text(f"{inputs.loaded.name} on {inputs.images.name}: {_in_words(found)}"), soft_wrap=True)
     out().print(Text("Nothing written."))
+
+
+def _in_words(found: "Score") -> str:
+    interval = found.interval
+    if interval is None:
+        loss = "" if found.loss is None else f", loss {found.loss:.4g}"
+        return f"test {found.metric.words} {found.text} of {found.n} images{loss}"
+    return (
+        f"test accuracy {100 * found.value:.2f} % of {found.n} images (95 % interval {100 * interval[0]:.2f} to "
+        f"{100 * interval[1]:.2f} %), cross-entropy {found.loss:.4f} nats"
+    )
 
 
 @handle_errors

@@ -15,13 +15,15 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from secateur.cli.parsing import MAX_CHANNELS
-from secateur.errors import ArtifactError, ExportError
+from secateur.errors import ArtifactError, ExportError, TrainingError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from secateur.cli.tasks import NamedTask
     from secateur.cost.runtimes import Target
     from secateur.data.dataset import ImageData
+    from secateur.data.loaders import OwnData
     from secateur.pipeline.config import CutConfig, RecoveryConfig, RunConfig
     from secateur.pipeline.workspace import OnExisting
     from secateur.prune.weight_pruning import WeightPruning
@@ -97,17 +99,29 @@ Patterns = tuple[str, ...]
 
 # Flags of several commands.
 
-_DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
-Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", MODEL_AND_DATA)]
+_DATA_HELP = "Folder of images or parquet files, coco:FOLDER, digits, ..."
+Model = Annotated[str, choice("timm:NAME, torchvision:NAME, python:..., an artifact, ...", MODEL_AND_DATA)]
 WeightsFile = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", MODEL_AND_DATA)]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
-ImageSize = Annotated[int | None, whole_number("Resize images to squares of N pixels.", most=MAX_SIDE)]
+TaskText = Annotated[
+    str | None,
+    choice("segmentation, detection, ..., imitation, python:...; else classes.", MODEL_AND_DATA),
+]
+Void = Annotated[int | None, whole_number("Value of pixels of masks that do not count; 255.", least=0, most=MAX_COUNT)]
+NumClasses = Annotated[
+    int | None, whole_number("Classes of the model; those of the data by default.", most=MAX_CHANNELS)
+]
+ImageSize = Annotated[str | None, flag("Resize images: 240x320 (height x width), 224.", MODEL_AND_DATA, value="SIZE")]
+Channels = Annotated[str | None, flag("Channels, 1 to 16: 4 keeps transparency; or bgr for blue first.", value="N")]
+Resize = Annotated[str | None, flag("How images get their size: squash, letterbox, crop:0.9,bicubic.", value="HOW")]
 Mean = Annotated[str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", value="X,...")]
 Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", value="X,...")]
 SkipBadImages = Annotated[bool, flag("Leave out images that cannot be decoded, and name them.", MODEL_AND_DATA)]
-BatchSize = Annotated[int, whole_number("Images per step.", TRAIN, most=MAX_CHANNELS)]
+BatchSize = Annotated[
+    int | None, whole_number("Images per step; 128 by default, or 16 for other tasks.", TRAIN, most=MAX_CHANNELS)
+]
 Out = Annotated[Path, flag("Folder for the artifact, exports and report.", RUN, name="--out")]
 Export = Annotated[str, flag("Other files: onnx, pt2, openvino, executorch, int8.", RUN, value="NAMES")]
 Seed = Annotated[int, whole_number("Random seed.", RUN, least=0, most=MAX_SEED)]
@@ -121,9 +135,7 @@ TensorBoardFolder = Annotated[
 Quiet = Annotated[bool, flag("Print only the results.", RUN)]
 Debug = Annotated[bool, flag("Show the traceback of an error.")]
 AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
-BudgetText = Annotated[
-    str, flag("Upper bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")
-]
+BudgetText = Annotated[str, flag("Bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")]
 
 
 @Parameter(name="*")
@@ -132,10 +144,15 @@ class ReadingFlags:
     """How images are read and prepared."""
 
     trust_source: TrustSource = False
+    task: TaskText = None
     skip_bad_images: SkipBadImages = False
     image_size: ImageSize = None
+    resize: Resize = None
+    channels: Channels = None
     mean: Mean = None
     std: Std = None
+    void: Void = None
+    num_classes: NumClasses = None
 
 
 @Parameter(name="*")
@@ -173,7 +190,7 @@ class SpaceFlags:
     axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", value=f"{_P}=N")] = ()
     axis_min_width: Annotated[Patterns, flag("Use another --min-width for matching axes.", value=f"{_P}=N")] = ()
     axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
-    attention: Annotated[Attention, choice("Cut whole heads or dimensions of every head.")] = "dimensions"
+    attention: Annotated[Attention, choice("Cut heads, or dimensions of each.")] = "dimensions"
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
 
     def to_config(self) -> "CutConfig":
@@ -306,7 +323,7 @@ class TrainFlags:
     """How a student is trained, except for most losses."""
 
     epochs: Epochs = 1
-    batch_size: BatchSize = 128
+    batch_size: BatchSize = None
     learning_rate: LearningRate = 0.01
     optimizer: Annotated[OptimizerName, choice("Optimizer: sgd or adamw.", TRAIN)] = "sgd"
     precision: Annotated[PrecisionName, choice("Number formats: auto, 32 or bf16.", TRAIN)] = "auto"
@@ -326,14 +343,14 @@ class TrainFlags:
     label_weight: Annotated[float, number("Weight of the labels.", least=0)] = 0.1
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
-    def to_train(self, seed: int) -> "TrainConfig":
-        """Build the `TrainConfig` of a run."""
+    def to_train(self, seed: int, usual_batch: int = 128) -> "TrainConfig":
+        """Build the `TrainConfig` of a run; ``usual_batch`` is the batch size where no flag says one."""
         from secateur.cli.parsing import optimizer, precision
         from secateur.train.config import TrainConfig
 
         return TrainConfig(
             epochs=self.epochs,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size or usual_batch,
             learning_rate=self.learning_rate,
             warmup_fraction=self.warmup,
             optimizer=optimizer(self.optimizer, self.weight_decay),
@@ -357,9 +374,27 @@ class TrainFlags:
 
         Augment(**self._augment)
 
-    def augment(self, images: "ImageData") -> "ImageData":
-        """Return the same images with these augmentations added to the default ones."""
+    def augment(self, images: "ImageData | OwnData") -> "ImageData | OwnData":
+        """Return the same images with these augmentations added to the default ones, if they have any."""
+        if images.augment is None:
+            return images
         return replace(images, augment=replace(images.augment, **self._augment))
+
+    def check_task(self, named: "NamedTask") -> None:
+        """Refuse flags that have no effect on a task.
+
+        Raises:
+            TrainingError: If one is given.
+        """
+        if named.classifies:
+            return
+        only = (*((name, getattr(self, name)) for name in self._augment), ("label_smoothing", self.label_smoothing))
+        for name, value in only:
+            if value:
+                flag_name = name.replace("_", "-")
+                raise TrainingError(
+                    f"`--{flag_name}` must go with --task classification; got {named.name}. Leave it out."
+                )
 
     @property
     def _augment(self) -> dict[str, Any]:
@@ -384,8 +419,8 @@ class RecoveryFlags:
     kd_weight: Annotated[float, number("Weight of the teacher's probabilities.", least=0)] = 0.9
     feature_weight: Annotated[float, number("Weight of the teacher's aligned features.", least=0)] = 10.0
 
-    def to_config(self, seed: int) -> "RecoveryConfig":
-        """Build the `RecoveryConfig` of these flags."""
+    def to_config(self, seed: int, usual_batch: int = 128) -> "RecoveryConfig":
+        """Build the `RecoveryConfig` of these flags; see `TrainFlags.to_train`."""
         from secateur.distill.objective import Objective
         from secateur.pipeline.config import RecoveryConfig
 
@@ -393,7 +428,7 @@ class RecoveryFlags:
         objective = Objective(
             self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
         )
-        return RecoveryConfig(train.to_train(seed), objective, train.execution)
+        return RecoveryConfig(train.to_train(seed, usual_batch), objective, train.execution)
 
 
 @Parameter(name="*")

@@ -6,15 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.errors import BudgetError, DataError, ExportError, SelectionError, TrainingError
+from secateur.cli.tasks import CLASSIFICATION, TASKS, channels_of, image_size, named_task, resizing_of, rule_of_run
+from secateur.errors import BudgetError, DataError, ExportError, SecateurError, SelectionError, TrainingError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from secateur.cli.messages import Checks
     from secateur.cli.options import ImageFlags, OptimizerName, PrecisionName, SearchFlags
+    from secateur.cli.tasks import NamedTask
     from secateur.data.dataset import ImageData
+    from secateur.data.loaders import OwnData
+    from secateur.data.preprocessing import Preprocessing
     from secateur.export.formats import Format
     from secateur.graph.selection import Selection
     from secateur.nas.swp import SWP
@@ -48,7 +51,7 @@ class Inputs:
         data: As ``--data`` has it, or None.
         flags: How the images are prepared, and whether code may run.
         seed: Seed of new weights, of splits and of example images.
-        named: The flags of ``model`` and ``weights``, for messages.
+        flag_names: The flags of ``model`` and ``weights``, for messages.
     """
 
     model: str
@@ -56,47 +59,131 @@ class Inputs:
     data: str | None
     flags: "ImageFlags"
     seed: int = 0
-    named: tuple[str, str] = ("--model", "--weights")
+    flag_names: tuple[str, str] = ("--model", "--weights")
+
+    @cached_property
+    def named(self) -> "NamedTask":
+        """The task."""
+        return named_task(self.flags.task or CLASSIFICATION, void=self.flags.void, trust_source=self.flags.trust_source)
 
     def check(self, checks: "Checks") -> None:
         """Check what can be checked without loading anything: the name, the file of weights, the place of the data."""
-        from secateur.data.load import check_data
         from secateur.models.weights import check_weights_file
         from secateur.pipeline.load import check_model_spec
 
-        weights, data = self.weights, self.data
-        flags: dict[str, str] = {"model": self.named[0], "weights": self.named[1]}
+        weights = self.weights
+        flags: dict[str, str] = {"model": self.flag_names[0], "weights": self.flag_names[1]}
         trust = self.flags.trust_source
         checks.add(lambda: check_model_spec(self.model, weights=weights, trust_source=trust), flags)
         if weights is not None:
             checks.add(lambda: check_weights_file(weights), flags)
         checks.add(lambda: (numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")))
-        if data is not None:
-            checks.add(lambda: check_data(data))
+        checks.add(lambda: image_size(self.flags.image_size))
+        checks.add(lambda: resizing_of(self.flags.resize, None))
+        checks.add(lambda: channels_of(self.flags.channels))
+        checks.add(lambda: self.named)
+        if self.data is not None:
+            checks.add(self._check_data)
+
+    def _check_data(self) -> None:
+        from secateur.data.layouts import describe_annotations, find_layout
+        from secateur.data.load import check_data
+
+        assert self.data is not None
+        try:
+            named = self.named
+        except SecateurError:
+            return  # It is said already.
+        if not named.classifies:
+            find_layout(self.data, named.layouts, named.name)
+            return
+        check_data(self.data)
+        if channels_of(self.flags.channels)[1]:
+            raise DataError("`--channels` must be a number for classification; got bgr. Exchange the model's channels.")
+        annotated = describe_annotations(Path(self.data))
+        if annotated:
+            raise DataError(
+                f"`--task` must be given for {self.data}, which looks like {annotated}; got none, which means "
+                f"classification. Name one of {TASKS}."
+            )
 
     @cached_property
-    def images(self) -> "ImageData":
+    def images(self) -> "ImageData | OwnData":
         """The image set."""
+        assert self.data is not None
+        self._check_data()
+        return self._classified() if self.named.classifies else self._annotated()
+
+    @property
+    def _stored(self) -> "Preprocessing | None":
+        """The rule of the artifact that is used."""
+        from secateur.export.artifact import is_artifact
+
+        if not is_artifact(self.model) or self.loaded.manifest is None:
+            return None
+        return self.loaded.manifest.recipe.preprocessing
+
+    @cached_property
+    def _own_rule(self) -> "Preprocessing | None":
+        """The rule that a named model was made with."""
+        from secateur.export.artifact import is_artifact
+        from secateur.pipeline.load import model_preprocessing
+
+        if is_artifact(self.model):
+            return None
+        own = self.model.startswith("python:")
+        return model_preprocessing(self.model, self.loaded.model if own else None)
+
+    def _classified(self) -> "ImageData":
+        from secateur.data.dataset import with_normalization
         from secateur.data.load import load_data
         from secateur.export.artifact import is_artifact
 
         assert self.data is not None
-        size = self.flags.image_size
-        mean, std = numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")
+        flags, stored, own = self.flags, self._stored, self._own_rule
+        mean, std = numbers(flags.mean, "--mean"), numbers(flags.std, "--std")
+        rule = own if stored is None else stored
+        size = image_size(flags.image_size) or (None if stored is None else stored.size)
         if is_artifact(self.model) and self.loaded.manifest is not None:
             recipe = self.loaded.manifest.recipe
             mean, std = mean or recipe.mean or None, std or recipe.std or None
             _, height, width = recipe.input_shape
-            size = size or (height if height == width else None)
-        return load_data(
+            size = size or ((height, width) if height == width else None)  # Of an artifact of 0.1, without a rule.
+        found = load_data(
             self.data,
-            limit=self.flags.limit,
-            validation_fraction=self.flags.validation_fraction,
+            limit=flags.limit,
+            validation_fraction=flags.validation_fraction,
             seed=self.seed,
             image_size=size,
+            usual_size=None if own is None else own.size,
+            resizing=resizing_of(flags.resize, None if rule is None else rule.resizing),
+            channels=channels_of(flags.channels)[0]
+            or (None if stored is None or stored.channels < 4 else stored.channels),
             mean=mean,
             std=std,
-            skip_bad_images=self.flags.skip_bad_images,
+            skip_bad_images=flags.skip_bad_images,
+        )
+        if own is None or len(own.mean) != found.size[0] or (mean is not None and std is not None):
+            return found
+        return with_normalization(found, mean or own.mean, std or own.std)
+
+    def _annotated(self) -> "OwnData":
+        from secateur.data import layouts
+        from secateur.data.layouts import find_layout, look_at
+
+        assert self.data is not None
+        named, flags, stored = self.named, self.flags, self._stored
+        layout, folder = find_layout(self.data, named.layouts, named.name)
+        channels = channels_of(flags.channels)[0] or (None if stored is None else stored.channels)
+        found = look_at(layout, folder, channels=channels, void=flags.void, skip_bad_images=flags.skip_bad_images)
+        rule = rule_of_run(named, flags, self._own_rule, stored, found.seen)
+        return found.to_data(
+            rule,
+            labeled=named.labeled and layout.name != "images",
+            lists=named.lists or (named.name.startswith("python:") and layout in layouts.BOXES),
+            limit=flags.limit,
+            held_out=flags.validation_fraction,
+            seed=self.seed,
         )
 
     @cached_property
@@ -104,24 +191,30 @@ class Inputs:
         """The model."""
         from secateur.export.artifact import is_artifact
 
-        return self.load_for(self.images if self.data is not None and not is_artifact(self.model) else None)
+        named_by_itself = is_artifact(self.model) or self.model.startswith("python:")
+        return self.load_for(self.images if self.data is not None and not named_by_itself else None)
 
-    def load_for(self, images: "ImageData | None") -> "LoadedModel":
+    def load_for(self, images: "ImageData | OwnData | None") -> "LoadedModel":
         """Load the model with the classes and channels of an image set, unless it is an artifact."""
+        from secateur.data.loaders import OwnData
         from secateur.export.artifact import is_artifact
         from secateur.pipeline.load import load_any
 
         sized = None if is_artifact(self.model) else images
+        classes = None
+        if sized is not None:
+            classes = sized.outputs if isinstance(sized, OwnData) else len(sized.classes)
+        channels = channels_of(self.flags.channels)[0] if sized is None else sized.size[0]
         return load_any(
             self.model,
             weights=self.weights,
-            num_classes=None if sized is None else len(sized.classes),
-            in_channels=None if sized is None else sized.size[0],
+            num_classes=self.flags.num_classes or classes,
+            in_channels=channels,
             trust_source=self.flags.trust_source,
             seed=self.seed,
         )
 
-    def example(self, n: int) -> "Tensor":
+    def example(self, n: int) -> Any:
         """Return a few images: real ones if there is data, else noise of the size that the model was made for."""
         import torch
 
@@ -131,11 +224,11 @@ class Inputs:
         if self.data is not None:
             return draw_calibration(self.images.train, n, seed=self.seed)[0][0]
         channels, height, width = default_size(self.loaded)
-        if self.flags.image_size is not None:
-            height = width = self.flags.image_size
+        height, width = image_size(self.flags.image_size) or (height, width)
         if min(channels, height, width) < 1:
             raise DataError(f"`--image-size` must be positive; got {height} x {width}. Say --image-size 224.")
-        return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(self.seed))
+        noise = torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(self.seed))
+        return list(noise) if self.named.lists else noise
 
 
 _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from secateur.data.images import IMAGE_SUFFIXES, open_image
+from secateur.data.image_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, open_pixels
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 
 SPLITS = ("train", "val", "test")
 """Names of the splits; ``val`` may also be called ``valid`` or ``validation``."""
 _OTHER_NAMES = {"val": ("val", "valid", "validation")}
+MASK_FOLDERS = ("labels", "masks")
+"""Names of folders of masks."""
 _SHOWN = 5
+_SUFFIXES = IMAGE_SUFFIXES | {ARRAY_SUFFIX}
 
 
 class Targets(Protocol):
@@ -71,12 +74,16 @@ class FileItems(Dataset[Any]):
         from torchvision import tv_tensors
 
         path = self.files[place]
-        image: Any = tv_tensors.Image(self.preprocessing.pixels(open_image(path, lambda: str(path))))
+        pixels = open_pixels(path, lambda: str(path), self.preprocessing.channels)
+        image: Any = tv_tensors.Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
         target = None if self.targets is None else self.targets.read(place, tuple(image.shape[-2:]))
         placed = _is_placed(target)
         if self.augment is not None:
             image, target = self.augment(image, target) if placed else (self.augment(image), target)
-        if isinstance(target, dict):
+        if isinstance(target, tv_tensors.Image):
+            target = self._placed_image(target, (int(image.shape[-2]), int(image.shape[-1])))
+            (image,) = self.preprocessing.geometry(image)
+        elif isinstance(target, dict):
             image, boxes, labels = *self.preprocessing.geometry(image, target["boxes"]), target["labels"]
             target = {"boxes": boxes.as_subclass(Tensor).float(), "labels": labels}
             target = _with_area(target)
@@ -88,6 +95,17 @@ class FileItems(Dataset[Any]):
         finished = self.preprocessing.finish(image.as_subclass(Tensor))
         return finished if self.targets is None else (finished, target)
 
+    def _placed_image(self, target: Any, source: tuple[int, int]) -> Tensor:
+        """The wanted image in 0...1: resized as the input is, and larger by the same factors as the files are."""
+        rule = self.preprocessing
+        if rule.size is not None:
+            height, width = (
+                round(wanted * target.shape[dim - 2] / side)
+                for dim, (wanted, side) in enumerate(zip(rule.size, source, strict=True))
+            )
+            (target,) = replace(rule, size=(height, width)).geometry(target)
+        return target.as_subclass(Tensor).float() / 255
+
     def varied_by(self, augment: Callable[..., Any] | None) -> "FileItems":
         """Return the same items with another augmentation."""
         return replace(self, augment=augment)
@@ -97,7 +115,7 @@ def _is_placed(target: Any) -> bool:
     """Whether a target lies in the image, and moves with it."""
     from torchvision import tv_tensors
 
-    return isinstance(target, dict | tv_tensors.Mask)
+    return isinstance(target, dict | tv_tensors.Mask | tv_tensors.Image)
 
 
 def _with_area(target: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,6 +195,31 @@ class MaskTargets:
 
 
 @dataclass(frozen=True, eq=False)
+class ImageTargets:
+    """Images that a model shall make of others, such as those without noise, or of twice the size.
+
+    Attributes:
+        files: One for each image.
+        channels: Of each of them.
+    """
+
+    files: tuple[Path, ...]
+    channels: int = 3
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, place: int, size: tuple[int, int]) -> Any:
+        """See `Targets.read`."""
+        from torchvision import tv_tensors
+
+        del size
+        path = self.files[place]
+        pixels = open_pixels(path, lambda: str(path), self.channels)
+        return tv_tensors.Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+
+
+@dataclass(frozen=True, eq=False)
 class NumberTargets:
     """Rows of numbers.
 
@@ -217,7 +260,7 @@ def read_coco(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
     """
     found: dict[str, FileItems] = {}
     names: tuple[str, ...] | None = None
-    for split, path in _files_of_splits(folder / "annotations", "*.json").items():
+    for split, path in files_of_splits(folder / "annotations", "*.json").items():
         data = _json(path)
         try:
             categories = sorted(data["categories"], key=lambda each: each["id"])
@@ -254,21 +297,11 @@ def read_yolo(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
     names = tuple(name.strip() for name in names if name.strip())
     highest = 0
     for split in SPLITS:
-        pairs = [
-            (
-                images,
-                images.parent.parent / "labels" / images.name
-                if images.parent.name == "images"
-                else images.parent / "labels",
-            )
-            for other in _OTHER_NAMES.get(split, (split,))
-            for images in (folder / "images" / other, folder / other / "images")
-            if images.is_dir()
-        ]
-        if not pairs:
+        pair = paired_folders(folder, split, ("labels",))
+        if pair is None:
             continue
-        images, labels = pairs[0]
-        files = _images_in(images)
+        images, labels = pair
+        files = images_in(images)
         boxes = [_yolo_lines(labels / f"{file.stem}.txt") for file in files]
         highest = max([highest, *(label for each in boxes for _, label in each)])
         found[split] = _boxes_of(files, boxes, preprocessing, (), are_fractions=True)
@@ -314,7 +347,7 @@ def read_voc(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems]
         DataError: If a file is missing or damaged.
     """
     notes: dict[str, list[tuple[str, list[tuple[list[float], str]]]]] = {}
-    for split, path in _files_of_splits(folder / "ImageSets" / "Main", "*.txt").items():
+    for split, path in files_of_splits(folder / "ImageSets" / "Main", "*.txt").items():
         stems = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
         notes[split] = [_voc_objects(folder / "Annotations" / f"{stem}.xml") for stem in stems]
     names = tuple(sorted({name for each in notes.values() for _, boxes in each for _, name in boxes}))
@@ -364,22 +397,52 @@ def read_masks(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItem
     """
     found: dict[str, FileItems] = {}
     for split in SPLITS:
-        for other in _OTHER_NAMES.get(split, (split,)):
-            images = folder / other / "images"
-            if not images.is_dir() or split in found:
-                continue
-            files = _images_in(images)
-            folders = [folder / other / name for name in ("labels", "masks") if (folder / other / name).is_dir()]
-            masks = {path.stem: path for inside in folders[:1] for path in _images_in(inside)}
-            missing = [file for file in files if file.stem not in masks]
-            if missing:
-                raise DataError(
-                    f"every image must have a mask of its name in {folder / other}/labels; got none for {missing[0]} "
-                    f"({len(missing)} images in all)."
-                )
-            targets = MaskTargets(tuple(masks[file.stem] for file in files))
-            found[split] = FileItems(files, targets, preprocessing)
+        if (pair := paired_folders(folder, split, MASK_FOLDERS)) is not None:
+            files, masks = _images_with_partners(*pair, "mask")
+            found[split] = FileItems(files, MaskTargets(masks), preprocessing)
     return _checked(found, folder, "train/images and train/labels")
+
+
+def read_pairs(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems]:
+    """Read ``{train,val,test}/images/*`` with the wanted images in ``{train,val,test}/targets/*``, matched by name.
+
+    Raises:
+        DataError: If an image has no partner.
+    """
+    found: dict[str, FileItems] = {}
+    for split in SPLITS:
+        if (pair := paired_folders(folder, split, ("targets",))) is not None:
+            files, wanted = _images_with_partners(*pair, "wanted image")
+            found[split] = FileItems(files, ImageTargets(wanted, preprocessing.channels), preprocessing)
+    return _checked(found, folder, "train/images and train/targets")
+
+
+def paired_folders(folder: Path, split: str, partners: Sequence[str]) -> tuple[Path, Path] | None:
+    """Find the folder of a split's images, and the one of their partners; None if they are not there.
+
+    Either ``train/images`` and ``train/labels``, or ``images/train`` and ``labels/train``. The first partner is taken
+    if no other is there.
+    """
+    for other in _OTHER_NAMES.get(split, (split,)):
+        for images, places in (
+            (folder / other / "images", [folder / other / name for name in partners]),
+            (folder / "images" / other, [folder / name / other for name in partners]),
+        ):
+            if images.is_dir():
+                return images, next((place for place in places if place.is_dir()), places[0])
+    return None
+
+
+def _images_with_partners(images: Path, partners: Path, what: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    files = images_in(images)
+    found = {path.stem: path for path in (images_in(partners) if partners.is_dir() else ())}
+    missing = [file for file in files if file.stem not in found]
+    if missing:
+        raise DataError(
+            f"every image must have a {what} of its name in {partners}; got none for {missing[0]} "
+            f"({len(missing)} images in all)."
+        )
+    return files, tuple(found[file.stem] for file in files)
 
 
 def read_table(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems]:
@@ -391,7 +454,7 @@ def read_table(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItem
         DataError: If a file is not of this form, or an image is missing.
     """
     found: dict[str, FileItems] = {}
-    for split, path in _files_of_splits(folder, "*.csv").items():
+    for split, path in files_of_splits(folder, "*.csv").items():
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         if not rows or "image" not in rows[0] or len(rows[0]) < 2:
@@ -421,10 +484,10 @@ def read_unlabeled(folder: Path, preprocessing: Preprocessing) -> dict[str, File
     found: dict[str, FileItems] = {}
     for split in SPLITS:
         for other in _OTHER_NAMES.get(split, (split,)):
-            if (folder / other).is_dir() and split not in found and (files := _images_in(folder / other, deep=True)):
+            if (folder / other).is_dir() and split not in found and (files := images_in(folder / other, deep=True)):
                 found[split] = FileItems(files, None, preprocessing)
     if "train" not in found:
-        found = {"train": FileItems(_images_in(folder, deep=True), None, preprocessing)}
+        found = {"train": FileItems(images_in(folder, deep=True), None, preprocessing)}
     return _checked(found, folder, "images")
 
 
@@ -441,7 +504,7 @@ def _boxes_of(
     return FileItems(tuple(files), BoxTargets(placed, labels, are_fractions), preprocessing, None, names)
 
 
-def _files_of_splits(folder: Path, pattern: str) -> dict[str, Path]:
+def files_of_splits(folder: Path, pattern: str) -> dict[str, Path]:
     """Find one file per split: the one whose name is the split's, or else ends with it or begins with it."""
     files = sorted(folder.glob(pattern)) if folder.is_dir() else []
     found: dict[str, Path] = {}
@@ -459,9 +522,10 @@ def _words(stem: str) -> list[str]:
     return ["".join(letter for letter in part if not letter.isdigit()) for part in stem.lower().split("_")]
 
 
-def _images_in(folder: Path, *, deep: bool = False) -> tuple[Path, ...]:
+def images_in(folder: Path, *, deep: bool = False) -> tuple[Path, ...]:
+    """Return the image files of a folder by name; with ``deep``, of those inside of it too."""
     paths = folder.rglob("*") if deep else folder.glob("*")
-    shown = (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+    shown = (path for path in paths if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."))
     return tuple(sorted(path for path in shown if path.is_file()))
 
 

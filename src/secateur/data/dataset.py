@@ -1,7 +1,7 @@
 """Image data: `ImageData` with its three splits, the interface `Split`, and `MemorySplit` for images held in memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur._batches import batch_length, take
 from secateur.data.epoch import Epoch, ImageBatch, SplitInfo
+from secateur.data.preprocessing import Preprocessing, Resizing
 from secateur.data.transforms import Augment, EpochDraws, Normalization, crop_box, resized_crop
 from secateur.errors import DataError
 
@@ -72,6 +73,7 @@ class TrainAndTest:
         name: Name of the data in reports.
         augment: The default augmentation for such images.
         skipped: Names of the images that were left out because they cannot be used.
+        resizing: How the images got their size.
     """
 
     train: Split
@@ -80,6 +82,7 @@ class TrainAndTest:
     name: str
     augment: Augment
     skipped: tuple[str, ...] = ()
+    resizing: Resizing = Resizing()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,7 @@ class ImageData:
         name: Name of the data in reports.
         augment: The default augmentation for these images, to be passed to ``train.batches``.
         skipped: Names of the images that were left out because they cannot be used.
+        preprocessing: How an image file becomes an input; None if nobody has said.
     """
 
     train: Split
@@ -109,6 +113,7 @@ class ImageData:
     name: str
     augment: Augment
     skipped: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     @classmethod
     def of(cls, sets: TrainAndTest, *, validation_fraction: float, seed: int) -> "ImageData":
@@ -135,6 +140,15 @@ class ImageData:
             name=sets.name,
             augment=sets.augment,
             skipped=sets.skipped,
+            preprocessing=Preprocessing(
+                sets.train.size[1:],
+                sets.resizing.mode,
+                sets.resizing.crop_fraction,
+                sets.resizing.interpolation,
+                normalization.mean,
+                normalization.std,
+                sets.train.size[0],
+            ),
         )
 
 
@@ -259,6 +273,16 @@ def _crop_boxes(draws: EpochDraws, device: torch.device) -> Tensor | None:
     if draws.augment.min_area == 1.0:
         return None
     return torch.tensor([crop_box(crop, draws.augment.min_area) for crop in draws.crops.tolist()]).to(device)
+
+
+def with_normalization(data: ImageData, mean: Sequence[float], std: Sequence[float]) -> ImageData:
+    """Return the same images with another mean and standard deviation of pixels / 255, one number per channel."""
+    found = Normalization(tuple(mean), tuple(std))
+    train, validation, test = (split.normalized(found) for split in (data.train, data.validation, data.test))
+    rule = None if data.preprocessing is None else replace(data.preprocessing, mean=found.mean, std=found.std)
+    return replace(
+        data, train=train, validation=validation, test=test, mean=found.mean, std=found.std, preprocessing=rule
+    )
 
 
 _CALIBRATION_EPOCH = 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from secateur.data.dataset import (
 )
 from secateur.data.images import read_image_folder, resize_images
 from secateur.data.parquet import parquet_files, read_parquet
+from secateur.data.preprocessing import ResizeMode, Resizing, check_channels
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
@@ -30,6 +32,8 @@ TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 """Names after ``torchvision:``, and torchvision's classes."""
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_LEVELS = 16
+_SQUASHED = Resizing(ResizeMode.SQUASH)
+"""How sets that are no files get their size."""
 _NO_SKLEARN = "`digits` needs scikit-learn, which is missing. Run: pip install 'secateur[demo]'"
 _TORCHVISION = "torchvision:"
 _TORCHVISION_ROOT = "data"
@@ -43,7 +47,10 @@ def load_data(
     limit: int | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    usual_size: tuple[int, int] | None = None,
+    resizing: Resizing | None = None,
+    channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     skip_bad_images: bool = False,
@@ -62,7 +69,13 @@ def load_data(
         limit: Number of training images to use, the first ones, including those held out; None uses all.
         validation_fraction: Fraction of the training images that is held out for validation, class by class.
         seed: Seed of the choice of validation images.
-        image_size: Side of the squares to resize to, in pixels; None keeps the size that all images share.
+        image_size: Height and width to resize to, in pixels, or the side of squares; None keeps the size that all
+            images share.
+        usual_size: Height and width for folders of images of different sizes without ``image_size``; None refuses them.
+        resizing: How files get the size. None crops the center: of streamed photographs 0.875 of the shorter side, of
+            images in memory all of it.
+        channels: 1 to 16 channels: 1 for gray, 2 for gray with transparency, 3 for color, 4 for color with
+            transparency, more for TIFFs with a page for each. None takes 1 or 3, and refuses transparent images.
         mean: Mean of pixels / 255 per channel. By default ImageNet's for color images and 0.5 for gray ones.
         std: Standard deviation of pixels / 255 per channel, with the same defaults.
         skip_bad_images: Leave out images that cannot be decoded, with a warning that names them; by default they are
@@ -74,13 +87,24 @@ def load_data(
     Raises:
         DataError: If something is missing, damaged or contradictory; the message says what to do.
     """
-    if image_size is not None and image_size < 1:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
         raise DataError(f"`image_size` must be positive, in pixels; got {image_size}.")
+    if channels is not None:
+        check_channels(channels)
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(
             f"`validation_fraction` must lie in (0, 1), both excluded; got {validation_fraction}. 0.1 is usual."
         )
-    sets = _read(spec, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
+    sets = _read(
+        spec,
+        limit=limit,
+        image_size=size,
+        usual_size=usual_size,
+        resizing=resizing,
+        channels=channels,
+        skip_bad_images=skip_bad_images,
+    )
     normalization = sets.train.normalization.override(mean, std)
     sets = replace(sets, train=sets.train.normalized(normalization), test=sets.test.normalized(normalization))
     _warn_of_absent_classes(sets)
@@ -117,18 +141,38 @@ def _check_torchvision_name(name: str) -> None:
         )
 
 
-def _read(spec: str | Path, *, limit: int | None, image_size: int | None, skip_bad_images: bool) -> TrainAndTest:
+def _read(
+    spec: str | Path,
+    *,
+    limit: int | None,
+    image_size: tuple[int, int] | None,
+    usual_size: tuple[int, int] | None,
+    resizing: Resizing | None,
+    channels: int | None,
+    skip_bad_images: bool,
+) -> TrainAndTest:
+    named = isinstance(spec, str) and spec.startswith(_TORCHVISION)
+    if spec == "digits" or named:
+        has = 3 if named else 1
+        if channels not in (None, has):
+            raise DataError(f"`channels` must be {has} for {spec}; got {channels}. Leave it out.")
     if spec == "digits":
         return read_digits(limit=limit, image_size=image_size)
-    if isinstance(spec, str) and spec.startswith(_TORCHVISION):
-        name, _, root = spec.removeprefix(_TORCHVISION).partition(":")
+    if named:
+        name, _, root = str(spec).removeprefix(_TORCHVISION).partition(":")
         return read_torchvision(name, Path(root or _TORCHVISION_ROOT), limit=limit, image_size=image_size)
     check_data(spec)
-    folder = Path(spec)
-    files = parquet_files(folder)
+    folder, files = Path(spec), parquet_files(Path(spec))
+    settings: dict[str, Any] = {
+        "limit": limit,
+        "image_size": image_size,
+        "resizing": resizing,
+        "channels": channels,
+        "skip_bad_images": skip_bad_images,
+    }
     if files:
-        return read_parquet(folder, files, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
-    return read_image_folder(folder, limit=limit, image_size=image_size, skip_bad_images=skip_bad_images)
+        return read_parquet(folder, files, **settings)
+    return read_image_folder(folder, usual_size=usual_size, **settings)
 
 
 def _warn_of_absent_classes(sets: TrainAndTest) -> None:
@@ -141,12 +185,12 @@ def _warn_of_absent_classes(sets: TrainAndTest) -> None:
         )
 
 
-def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
+def read_digits(*, limit: int | None, image_size: tuple[int, int] | None) -> TrainAndTest:
     """Read the 1,797 handwritten digits of scikit-learn: 1 x 8 x 8, ten classes. A fixed fifth of each is for testing.
 
     Args:
         limit: Number of training images to use, the first ones; None uses all.
-        image_size: Side of the squares to resize to, in pixels; None keeps 8.
+        image_size: Height and width to resize to, in pixels; None keeps 8.
 
     Raises:
         DataError: If scikit-learn is not installed.
@@ -167,10 +211,10 @@ def read_digits(*, limit: int | None, image_size: int | None) -> TrainAndTest:
     kept = kept[: count_training_images(labels[kept], limit, classes)]
     images = resize_images(images, image_size)
     train, test = (MemorySplit(images[index], labels[index], DIGITS_NORMALIZATION) for index in (kept, held))
-    return TrainAndTest(train, test, classes, "digits", default_augment(train.size))
+    return TrainAndTest(train, test, classes, "digits", default_augment(train.size), resizing=_SQUASHED)
 
 
-def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: int | None) -> TrainAndTest:
+def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: tuple[int, int] | None) -> TrainAndTest:
     """Read CIFAR-10 or CIFAR-100 as torchvision stores them; nothing is downloaded.
 
     The files are pickles; torchvision reads them only after comparing their MD5 with the published one.
@@ -179,7 +223,7 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
         name: A key of ``TORCHVISION_SETS``.
         root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
         limit: Number of training images to use, the first ones; None uses all.
-        image_size: Side of the squares to resize to, in pixels; None keeps 32.
+        image_size: Height and width to resize to, in pixels; None keeps 32.
 
     Raises:
         DataError: If the name is unknown or the files are missing or damaged.
@@ -206,4 +250,4 @@ def read_torchvision(name: str, root: Path, *, limit: int | None, image_size: in
         )
         for dataset, n in ((train_set, count), (test_set, None))
     ]
-    return TrainAndTest(splits[0], splits[1], classes, name, default_augment(splits[0].size))
+    return TrainAndTest(splits[0], splits[1], classes, name, default_augment(splits[0].size), resizing=_SQUASHED)

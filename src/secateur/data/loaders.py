@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from secateur._batches import batch_length, move, split_batch
+from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 
 USUAL_BATCH = 32
@@ -221,11 +222,13 @@ class OwnData:
         size: The shape of the first input without the batch dimension.
         name: Name of the data in reports.
         notes: Sentences that the reader of a report must know.
-        classes: Class names; empty, because nothing here knows them.
-        mean: Empty: inputs come normalized.
-        std: Empty: inputs come normalized.
+        classes: Class names; empty where nothing knows them.
+        mean: Of pixels / 255, per channel; empty where inputs come normalized.
+        std: The same.
         augment: None: a user's dataset does its own.
-        skipped: Empty: nothing is left out.
+        skipped: Names of images that were left out.
+        preprocessing: How an image file becomes an input; None for data that are no files.
+        outputs: Numbers that a model gives, as ``num_classes`` counts them; None where the data do not say.
     """
 
     train: ItemSplit | BatchSplit
@@ -238,7 +241,23 @@ class OwnData:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: None = None
-    skipped: tuple[()] = ()
+    skipped: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    outputs: int | None = None
+
+
+EVALUATION_BATCH = 250
+"""Images of a batch where a classifier is measured."""
+
+
+def evaluation_batch(data: Any, trained_with: int) -> int:
+    """Return how many items are measured at once: of one's own data as many as are trained with."""
+    return trained_with if isinstance(data, OwnData) else EVALUATION_BATCH
+
+
+def run_data(data: Any, seed: int) -> Any:
+    """Return data that a run can use: those of `secateur.load_data` as they are, anything else by `own_data`."""
+    return data if isinstance(data, OwnData) or hasattr(data, "train") else own_data(data, seed=seed)
 
 
 HELD_OUT = 0.1

@@ -4,17 +4,20 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from secateur.data.dataset import MemorySplit, TrainAndTest, count_training_images, default_augment
-from secateur.data.images import MEMORY_LIMIT, check_fits_in_memory, decode_images, open_regular_file
-from secateur.data.problems import ImageProblems
+from secateur.data.image_files import ImageProblems, open_regular_file
+from secateur.data.images import MEMORY_LIMIT, WHOLE, check_fits_in_memory, decode_images
+from secateur.data.preprocessing import Resizing
 from secateur.data.transforms import Normalization
 from secateur.errors import DataError
 
@@ -38,7 +41,14 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def read_parquet(
-    folder: Path, files: Sequence[Path], *, limit: int | None, image_size: int | None, skip_bad_images: bool = False
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    limit: int | None,
+    image_size: tuple[int, int] | None,
+    resizing: Resizing | None = None,
+    channels: int | None = None,
+    skip_bad_images: bool = False,
 ) -> TrainAndTest:
     """Read a Hugging Face parquet folder into memory.
 
@@ -49,7 +59,9 @@ def read_parquet(
         folder: The folder, whose name becomes that of the data.
         files: Its parquet files.
         limit: Number of training images to use, the first ones; None uses all.
-        image_size: Side of the squares to resize to, in pixels; None requires images of one size.
+        image_size: Height and width to resize to, in pixels; None requires images of one size.
+        resizing: How the size is reached; None keeps all of the shorter side.
+        channels: See `decode_images`.
         skip_bad_images: Leave out rows whose image is missing or damaged.
 
     Raises:
@@ -68,11 +80,12 @@ def read_parquet(
     count = count_training_images(torch.from_numpy(train.labels), limit, classes)
     problems, name, images = ImageProblems(skip_bad_images), folder.resolve().name, count + len(test.labels)
     sets = ((train, count), (test, len(test.labels)))
-    splits = [table.split(n, image_size, len(classes), problems) for table, n in sets]
+    decode = partial(decode_images, image_size=image_size, resizing=resizing or WHOLE, channels=channels)
+    splits = [table.split(n, decode, len(classes), problems) for table, n in sets]
     problems.check_left(name, images, 0 if None in splits else 1)
     skipped = problems.settle(name, images)
     learned, tested = (split for split in splits if split is not None)
-    return TrainAndTest(learned, tested, classes, name, default_augment(learned.size), skipped)
+    return TrainAndTest(learned, tested, classes, name, default_augment(learned.size), skipped, resizing or WHOLE)
 
 
 def _describe_class_difference(folder: Path, train: tuple[str, ...], test: tuple[str, ...]) -> str:
@@ -132,7 +145,9 @@ class _Table:
                 "without labels: remove those files, and validation files are used instead."
             )
 
-    def split(self, count: int, image_size: int | None, classes: int, problems: ImageProblems) -> MemorySplit | None:
+    def split(
+        self, count: int, decode: Callable[..., tuple[Tensor, Tensor]], classes: int, problems: ImageProblems
+    ) -> MemorySplit | None:
         """Read the first images, without those that cannot be used, which are noted; None if none is left."""
         check_fits_in_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
         encoded: list[bytes | None] = []
@@ -152,9 +167,8 @@ class _Table:
         if not present:
             return None
         places = torch.tensor([i for i, _ in present])
-        images, kept = decode_images(
-            [item for _, item in present], image_size, lambda i: self.row_name(int(places[i])), problems
-        )
+        encoded_images, names = [item for _, item in present], lambda i: self.row_name(int(places[i]))
+        images, kept = decode(encoded_images, name=names, problems=problems)
         labels = torch.from_numpy(self.labels[:count])[places[kept]]
         return MemorySplit(images, labels, Normalization.default(images.shape[1]), classes) if len(kept) else None
 

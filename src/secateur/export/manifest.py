@@ -16,7 +16,8 @@ from torch import nn
 from secateur._json import MAX_DIMENSIONS, MAX_TENSORS, Fields, brief, parse, wrong
 from secateur._provenance import Provenance, sha256_of_json
 from secateur.architecture import Architecture
-from secateur.errors import ArtifactError, SurgeryError
+from secateur.data.preprocessing import Preprocessing
+from secateur.errors import ArtifactError, DataError, SurgeryError
 from secateur.graph._size_ints import steps_of
 from secateur.graph._size_records import held_numbers, set_number
 from secateur.graph.graph import Replacement, SizeItem, StandIn
@@ -78,6 +79,7 @@ class Recipe:
         input_shape: One input without the batch, (channels, height, width).
         mean: Mean that is subtracted from each input channel (images scaled to 0..1) before the model.
         std: Standard deviation that each input channel is divided by, after the mean is subtracted.
+        preprocessing: How an image file becomes an input; None if nobody said it, as in artifacts of 0.1.
         classes: Class names in the order of the logits; empty if unknown.
         cost_before: Costs of the original, such as ``{"macs": ..., "params": ...}``.
         cost_after: Costs of the saved model.
@@ -92,6 +94,7 @@ class Recipe:
     edits: tuple[Edit, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    preprocessing: Preprocessing | None = None
     classes: tuple[str, ...] = ()
     cost_before: Mapping[str, object] = field(default_factory=_nothing)
     cost_after: Mapping[str, object] = field(default_factory=_nothing)
@@ -105,7 +108,12 @@ class Recipe:
             "source": dict(self.source),
             "architecture": self.architecture.to_json(),
             "edits": [[edit.module, edit.attribute, edit.item, edit.value] for edit in self.edits],
-            "input": {"shape": list(self.input_shape), "mean": list(self.mean), "std": list(self.std)},
+            "input": {
+                "shape": list(self.input_shape),
+                "mean": list(self.mean),
+                "std": list(self.std),
+                **({} if self.preprocessing is None else {"preprocessing": self.preprocessing.to_json()}),
+            },
             "classes": list(self.classes),
             "cost": {"before": dict(self.cost_before), "after": dict(self.cost_after)},
             "metrics": dict(self.metrics),
@@ -298,6 +306,7 @@ def _recipe(fields: Fields) -> Recipe:
         input_shape=shape,
         mean=pixels.numbers("mean"),
         std=pixels.numbers("std"),
+        preprocessing=_read_preprocessing(pixels),
         classes=fields.texts("classes"),
         cost_before=cost.mapping("before"),
         cost_after=cost.mapping("after"),
@@ -305,6 +314,19 @@ def _recipe(fields: Fields) -> Recipe:
         verification=fields.mapping("verification"),
         provenance=Provenance.from_fields(fields.fields("provenance")),
     )
+
+
+def _read_preprocessing(pixels: Fields) -> Preprocessing | None:
+    """Read how an image file becomes an input; artifacts of older versions do not say it."""
+    if not pixels.has("preprocessing"):
+        return None
+    data = pixels.mapping("preprocessing")
+    try:
+        return Preprocessing.from_json(data)
+    except (DataError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise ArtifactError(
+            f"`{pixels.path('preprocessing')}` is damaged (secateur.json): {brief(error)} Save the artifact again."
+        ) from error
 
 
 def read_source(fields: Fields) -> dict[str, object]:

@@ -148,7 +148,7 @@ def load_model(
         spec: One of
 
             - a model of Secateur, such as ``cifar_resnet20`` (32, 44, 56, 110) or ``digits_resnet``,
-            - ``timm:NAME`` or ``torchvision:NAME`` (image classification),
+            - ``timm:NAME`` or ``torchvision:NAME``,
             - ``python:package.module:factory``: a function of yours that returns a model.
 
         weights: A ``.safetensors`` file, or a torch file without code; None keeps random weights.
@@ -195,11 +195,10 @@ def _build_builtin(source: ModelSource) -> nn.Module:
 def _suggest(name: str) -> str:
     """Suggest built-in names like this one, and the same name in the libraries."""
     import timm
-    from torchvision import models
 
     close = get_close_matches(name, BUILTIN_MODELS, _SUGGESTED)
     close += [f"timm:{name}"] if timm.is_model(name) else []
-    close += [f"torchvision:{name}"] if name in models.list_models(module=models) else []
+    close += [f"torchvision:{name}"] if name in _torchvision_names() else []
     return f"Did you mean {' or '.join(close)}?" if close else f"Built in are {', '.join(BUILTIN_MODELS)}."
 
 
@@ -223,13 +222,22 @@ def _build_timm(source: ModelSource) -> nn.Module:
         raise ModelError(f"timm could not build {source.name} with {arguments}; got: {error}.") from error
 
 
-def _check_torchvision(name: str) -> None:
+def _torchvision_names() -> dict[str, bool]:
+    """Models of torchvision for images, and whether each has a backbone with weights of its own."""
     from torchvision import models
 
-    names: list[str] = models.list_models(module=models)
+    places = ((models, False), (models.segmentation, True), (models.detection, True))
+    return {name: has for module, has in places for name in models.list_models(module=module)}
+
+
+def _check_torchvision(name: str) -> None:
+    names = _torchvision_names()
     if name not in names:
         close = _did_you_mean(get_close_matches(name, names, _SUGGESTED), "torchvision")
-        raise ModelError(f"`model` must be a classification model of torchvision; got {name!r}. {close}")
+        raise ModelError(
+            f"`model` must be a model of torchvision for classification, segmentation or detection; got "
+            f"{name!r}. {close}"
+        )
 
 
 def _build_torchvision(source: ModelSource) -> nn.Module:
@@ -241,7 +249,9 @@ def _build_torchvision(source: ModelSource) -> nn.Module:
             f"`in_channels` must be 3 for torchvision models; got {source.arguments['in_channels']} "
             f"({source.name}). Models of timm take any number: timm:NAME."
         )
-    arguments = {key: value for key, value in source.arguments.items() if key != "in_channels"}
+    arguments: dict[str, Any] = {key: value for key, value in source.arguments.items() if key != "in_channels"}
+    if _torchvision_names()[source.name]:
+        arguments["weights_backbone"] = None  # They would be downloaded.
     try:
         return models.get_model(source.name, weights=None, **arguments)
     except Exception as error:

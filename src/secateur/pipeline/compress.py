@@ -18,7 +18,7 @@ from secateur.cost.denormals import count_denormals, flush_denormals_
 from secateur.cost.macs import count_macs, count_params
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
-from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, own_data
+from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, evaluation_batch, run_data
 from secateur.distill.taps import AlignedFeatures
 from secateur.export.formats import Format, check_formats
 from secateur.graph.graph import StandIn
@@ -190,13 +190,6 @@ def compress(
         folder=folder,
         files=files,
     )
-
-
-def run_data(data: Any, seed: int) -> ImageData | OwnData:
-    """Return data that a run can use: those of `secateur.load_data` as they are, anything else by `own_data`."""
-    if isinstance(data, ImageData | OwnData) or hasattr(data, "train"):
-        return data
-    return own_data(data, seed=seed)
 
 
 def _recovery_for(task: Task, data: ImageData | OwnData, recovery: RecoveryConfig, seed: int) -> RecoveryConfig:
@@ -423,7 +416,10 @@ def _validated(plan: Plan, cut_student: CutStudent, trained: Trained | None) -> 
     """Score of the original on the validation images, which the report draws beside that of the epochs."""
     if trained is None or not len(plan.data.validation) or isinstance(plan.task, Imitation):
         return None
-    return evaluate(cut_student.original, plan.data.validation, task=plan.task, device=plan.device).value
+    batch = evaluation_batch(plan.data, plan.recovery.train.batch_size)
+    return evaluate(
+        cut_student.original, plan.data.validation, task=plan.task, batch_size=batch, device=plan.device
+    ).value
 
 
 def _checks(plan: Plan, cut_student: CutStudent, student: nn.Module, images: Any) -> tuple[Check, ...]:
@@ -483,6 +479,7 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     original = plan.model if isinstance(plan.task, Imitation) else None
-    found = evaluate(model, plan.data.test, task=plan.task, original=original, device=plan.device)
+    batch = evaluation_batch(plan.data, plan.recovery.train.batch_size)
+    found = evaluate(model, plan.data.test, task=plan.task, original=original, batch_size=batch, device=plan.device)
     plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
     return Step(name, found)

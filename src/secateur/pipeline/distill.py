@@ -3,29 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from secateur._batches import move, take
 from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData, draw_calibration
+from secateur.data.loaders import OwnData, evaluation_batch, run_data
 from secateur.distill.objective import Objective, Term
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
+    CLASSIFICATION,
     check_model_fits_data,
     check_output,
     fabric_for,
     shared_run_directory,
 )
 from secateur.report.run import RunReport, Step
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
@@ -102,7 +108,8 @@ class DistillPlan:
 
     student: ModelSpec
     teacher: ModelSpec
-    data: ImageData
+    data: ImageData | OwnData
+    task: Task
     train: TrainConfig
     objective: Objective
     hint_stage: HintStage | None
@@ -124,6 +131,7 @@ class DistillPlan:
             "teacher": model_sha256(self.teacher.model),
             "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
             "augment": repr(data.augment),
+            **({} if isinstance(self.task, Classification) else {"task": repr(self.task)}),
             "hints": "none" if self.hint_stage is None else repr(self.hint_stage.train),
             "seed": str(self.run.seed),
         }
@@ -148,8 +156,9 @@ def distill_model(
     student: ModelSpec,
     *,
     teacher: ModelSpec,
-    data: ImageData,
+    data: Any,
     train: TrainConfig,
+    task: Task = CLASSIFICATION,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     hint_stage: HintStage | None = None,
     teacher_cache: Path | None = None,
@@ -163,8 +172,9 @@ def distill_model(
     Args:
         student: A copy of it is trained.
         teacher: A trained classifier of the same classes.
-        data: The best epoch is chosen on the validation images; the test images are for the report alone.
+        data: See `compress`. The best epoch is chosen on the validation images; those of the test are for the report.
         train: Epochs, batch size, learning rate, optimizer. ``run.seed`` replaces its seed.
+        task: What outputs and targets mean, see `secateur.tasks`.
         objective: The losses; aligned features are not among them, which only a cut student has.
         hint_stage: Trained first; None goes without.
         teacher_cache: Folder for the teacher's logits, see `secateur.train.fit`.
@@ -184,9 +194,14 @@ def distill_model(
     if fabric.is_global_zero:
         warn_outside_window()
     execution.check(fabric)
-    images = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0][0]
+    data = run_data(data, run.seed)
+    if isinstance(task, Imitation):
+        objective = replace(objective, label_weight=0.0, kd_weight=objective.kd_weight or 1.0)
+    images, targets = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[
+        0
+    ]
     for spec in (teacher, student):
-        check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images)
+        check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images, task, targets)
     if out is not None:
         check_output(out)
         check_formats(export)
@@ -194,6 +209,7 @@ def distill_model(
         student=student,
         teacher=teacher,
         data=data,
+        task=task,
         train=safe_config(train, run.seed),
         objective=objective,
         hint_stage=hint_stage,
@@ -209,7 +225,7 @@ def distill_model(
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
         trained, steps = _learn(plan, None if work is None else work.checkpoint)
-        report, folder, files = finalize(_finished(plan, trained, steps, images.detach().cpu(), output))
+        report, folder, files = finalize(_finished(plan, trained, steps, move(images, torch.device("cpu")), output))
     return DistillResult(trained.model, trained, report, folder, files)
 
 
@@ -227,6 +243,7 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
             train=plan.train,
             objective=plan.objective,
             teacher_cache=plan.teacher_cache,
+            task=plan.task,
             run=run,
         )
     else:
@@ -245,16 +262,24 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
 
 
 def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
-    found = evaluate(model, plan.data.test, device=plan.fabric.device)
+    original = plan.teacher.model if isinstance(plan.task, Imitation) else None
+    found = evaluate(
+        model,
+        plan.data.test,
+        task=plan.task,
+        original=original,
+        batch_size=evaluation_batch(plan.data, plan.train.batch_size),
+        device=plan.fabric.device,
+    )
     plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
     return Step(name, found)
 
 
 def _finished(
-    plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], images: Tensor, output: Output | None
+    plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], images: Any, output: Output | None
 ) -> Finished:
     """The run as `finalize` takes it."""
-    teacher, student, example = plan.teacher.model, trained.model, torch.zeros(1, *plan.data.size)
+    teacher, student, example = plan.teacher.model, trained.model, take(images, slice(1))
     macs = [count_macs(copy_model(model).eval().cpu(), example) for model in (teacher, student)]
     measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
     name = f"{plan.student.called} from {plan.teacher.called}"

@@ -23,8 +23,8 @@ from secateur.cost.macs import count_params
 from secateur.cost.measure import LatencyRecord, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target, TorchEager
 from secateur.data.dataset import ImageData, guessing_accuracy
+from secateur.data.image_files import describe_skipped
 from secateur.data.loaders import OwnData
-from secateur.data.problems import describe_skipped
 from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
 from secateur.export.formats import Format
@@ -240,6 +240,7 @@ def _recipe(run: Finished, output: Output) -> Recipe:
         input_shape=data.size,
         mean=data.mean,
         std=data.std,
+        preprocessing=data.preprocessing,
         classes=data.classes,
         cost_before=run.costs[0],
         cost_after=run.costs[1],

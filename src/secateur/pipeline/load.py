@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from secateur._caller_state import in_default_state
 from secateur.architecture import Architecture
+from secateur.data.preprocessing import Interpolation, Preprocessing, ResizeMode
 from secateur.errors import ArtifactError, ModelError
 from secateur.export import artifact
 from secateur.export.artifact import MANIFEST_NAME, Artifact
@@ -227,3 +228,69 @@ def default_size(opened: LoadedModel) -> tuple[int, int, int]:
             timm_channels, height, width = (int(side) for side in cast(Sequence[int], size))
             return channels or timm_channels, height, width
     return channels or 3, 224, 224
+
+
+def model_preprocessing(spec: str, model: nn.Module | None = None) -> Preprocessing | None:
+    """Return the rule by which images became inputs when a named model was trained; None if nothing says it.
+
+    Models of timm have it in ``pretrained_cfg``, and those of torchvision in the transforms of their newest weights. A
+    model of one's own can say it by an attribute ``pretrained_cfg`` with timm's keys.
+
+    Args:
+        spec: See `load_any`.
+        model: The model, where it is built already.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "timm":
+        import timm
+
+        try:
+            found = timm.get_pretrained_cfg(name)
+        except (RuntimeError, KeyError, ValueError):  # An unknown name is refused where the model is built.
+            found = None
+        return None if found is None else _configured(found.to_dict())
+    if kind == "torchvision":
+        return _of_torchvision(name)
+    configured = getattr(model, "pretrained_cfg", None)
+    return _configured(cast(Mapping[str, Any], configured)) if isinstance(configured, Mapping) else None
+
+
+def _configured(settings: Mapping[str, Any]) -> Preprocessing | None:
+    """Read the keys of timm."""
+    if not {"mean", "std", "input_size"} <= set(settings):
+        return None
+    modes = {"squash": ResizeMode.SQUASH, "border": ResizeMode.LETTERBOX}
+    channels, height, width = (int(side) for side in settings["input_size"])
+    mean, std = (tuple(map(float, settings[name])) for name in ("mean", "std"))
+    return Preprocessing(
+        (height, width),
+        modes.get(str(settings.get("crop_mode")), ResizeMode.CROP),
+        float(settings.get("crop_pct") or 0.875),
+        _interpolation(str(settings.get("interpolation", "bilinear"))),
+        mean if len(mean) == channels else (),
+        std if len(std) == channels else (),
+        channels,
+    )
+
+
+def _of_torchvision(name: str) -> Preprocessing | None:
+    from torchvision import models
+
+    try:
+        weights: Any = next(iter(models.get_model_weights(name)))
+        made = weights.DEFAULT.transforms() if hasattr(weights, "DEFAULT") else weights.transforms()
+    except (ValueError, StopIteration):
+        return None
+    mean, std = (tuple(getattr(made, key, ()) or ()) for key in ("mean", "std"))
+    crop, scaled = (tuple(getattr(made, key, ()) or ()) for key in ("crop_size", "resize_size"))
+    if len(mean) != 3 or len(std) != 3:
+        return None
+    size = (int(crop[0]), int(crop[-1])) if crop else None
+    fraction = min(1.0, crop[0] / scaled[0]) if crop and scaled else 1.0
+    how = getattr(getattr(made, "interpolation", None), "value", "bilinear")
+    return Preprocessing(size, ResizeMode.CROP, fraction, _interpolation(how), mean, std)
+
+
+def _interpolation(name: str) -> Interpolation:
+    known = {each.value: each for each in Interpolation}
+    return known.get(name, Interpolation.BICUBIC if name in ("lanczos", "random") else Interpolation.BILINEAR)

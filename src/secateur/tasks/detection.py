@@ -179,6 +179,7 @@ class _PrecisionMeter(Meter):
         settings: dict[str, Any] = {
             "iou_thresholds": thresholds,
             "backend": "faster_coco_eval",
+            "warn_on_many_detections": False,  # COCO counts the 100 best, and so do we.
             "sync_on_compute": False,
         }
         self._precision: Any = MeanAveragePrecision(**settings)

@@ -220,7 +220,7 @@ class SupervisedStep(TrainingStep):
             self._runner.check()
             raise
         self._runner.end()
-        if epoch == 0 and self.fabric.is_global_zero:
+        if epoch == 0 and self.fabric.is_global_zero and isinstance(self._task, Classification):
             self._runner.warn_of_guessing()
 
     def learn(self, shard: Shard) -> Losses:

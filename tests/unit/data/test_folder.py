@@ -236,7 +236,7 @@ def test_limit_is_checked(image_folder: Make):
         load_data(image_folder(), limit=99)
 
 
-@pytest.mark.parametrize("size", [(2, 8, 8), (3, 8, 9)])
-def test_streams_make_squares_of_one_or_three_channels(size: tuple[int, int, int]):
-    with pytest.raises(DataError, match="`size` must be 1 or 3 channels and a square"):
+@pytest.mark.parametrize("size", [(5, 8, 8), (3, 0, 9)])
+def test_streams_make_images_of_one_to_four_channels(size: tuple[int, int, int]):
+    with pytest.raises(DataError, match="`size` must be 1 to 4 channels, a height and a width"):
         FolderSplit((Path("a.png"),), torch.zeros(1, dtype=torch.int64), size, Normalization((0.5,), (0.5,)))

@@ -35,7 +35,7 @@ def saved(path: Path, kind: str, seed: int = 0) -> Path:
 def _read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the tests with files that are read at once, and with files above that size."""
     if request.param != "whole":
-        monkeypatch.setattr(import_module("secateur.data.images"), "_MAX_READ_AT_ONCE", 10)
+        monkeypatch.setattr(import_module("secateur.data.image_files"), "_MAX_READ_AT_ONCE", 10)
 
 
 @pytest.mark.usefixtures("_read")

@@ -176,7 +176,7 @@ def test_what_is_no_file_is_named(folder: Path) -> None:
 
 def test_files_without_permission_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for the system, which lets the administrator read everything."""
-    images = import_module("secateur.data.images")
+    images = import_module("secateur.data.image_files")
     opened = images.open_regular_file
 
     def refuse(path: Path) -> object:

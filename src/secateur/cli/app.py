@@ -54,7 +54,7 @@ def export_command(
     where = out_folder or Path(model)
     if where.exists() and not where.is_dir():
         raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
-    images = None if data is None else inputs.images
+    images = None if data is None else inputs.classified
     for path, agreed in export_files(inputs.loaded.model, inputs.example(4), where, wanted, data=images).items():
         print_written([path])
         out().print(Text(str(agreed)), soft_wrap=True)

@@ -12,6 +12,7 @@ from secateur.cli.tasks import IMITATION
 from secateur.errors import ArtifactError, TrainingError
 
 if TYPE_CHECKING:
+    from secateur.cli.tasks import NamedTask
     from secateur.tasks.base import Score
 
 
@@ -88,11 +89,7 @@ def evaluate_command(
 
     inputs = parsing.Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
     named = inputs.named
-    if named.name.startswith(IMITATION):
-        raise TrainingError(
-            f"`--task` must have a metric of one model alone; got {named.name}, which compares a model with its "
-            "original. The report of compress has that distance; name the task of the labels to measure with them."
-        )
+    _refuse_imitation(named)
     with torch_threads(thread_count):
         some, targets = draw_calibration(inputs.images.test, min(2, len(inputs.images.test)), seed=seed)[0]
         check_model_fits_data(inputs.loaded.model, inputs.images, some, named.task, targets)
@@ -105,6 +102,14 @@ def evaluate_command(
         )
     out().print(Text(f"{inputs.loaded.name} on {inputs.images.name}: {_in_words(found)}"), soft_wrap=True)
     out().print(Text("Nothing written."))
+
+
+def _refuse_imitation(named: "NamedTask") -> None:
+    if named.name.startswith(IMITATION):
+        raise TrainingError(
+            f"`--task` must have a metric of one model alone; got {named.name}, which compares a model with its "
+            "original. The report of compress has that distance; name the task of the labels to measure with them."
+        )
 
 
 def _in_words(found: "Score") -> str:
@@ -125,6 +130,8 @@ def verify_command(
     *,
     model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.MODEL_AND_DATA)] = None,
     data: options.MaybeData = None,
+    task: options.TaskText = None,
+    void: options.Void = None,
     trust_source: options.TrustSource = False,
     skip_bad_images: options.SkipBadImages = False,
     device: options.Device = "auto",
@@ -144,12 +151,14 @@ def verify_command(
     artifact = folder or model
     if artifact is None or (folder is not None and model is not None):
         raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
-    images = None
-    if data is not None:
-        flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images)
-        images = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed).images
+    flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images, task=task, void=void)
+    inputs = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed)
+    _refuse_imitation(inputs.named)
+    images = None if data is None else inputs.images
     with torch_threads(thread_count):
-        found = run(artifact, data=images, trust_source=trust_source, device=parsing.device(device))
+        found = run(
+            artifact, data=images, task=inputs.named.task, trust_source=trust_source, device=parsing.device(device)
+        )
     print_checks(found.checks)
     for reason in found.passed_over:
         out().print(Text(reason), soft_wrap=True)

@@ -112,7 +112,7 @@ class Inputs:
         """The image set."""
         assert self.data is not None
         self._check_data()
-        return self._classified() if self.named.classifies else self._annotated()
+        return self.classified if self.named.classifies else self._annotated()
 
     @property
     def _stored(self) -> "Preprocessing | None":
@@ -134,7 +134,9 @@ class Inputs:
         own = self.model.startswith("python:")
         return model_preprocessing(self.model, self.loaded.model if own else None)
 
-    def _classified(self) -> "ImageData":
+    @cached_property
+    def classified(self) -> "ImageData":
+        """The image set of a classifier."""
         from secateur.data.dataset import with_normalization
         from secateur.data.load import load_data
         from secateur.export.artifact import is_artifact

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+from secateur._batches import split_batch
 from secateur.data.annotated import (
     MASK_FOLDERS,
     BoxTargets,
@@ -225,8 +226,8 @@ class OwnImages:
         count = len(cast(Any, parts["train"]))
         if limit is not None and not 1 <= limit <= count:
             raise DataError(f"`limit` must lie between 1 and the {count} training images there are; got {limit}.")
-        collate = None if not lists else as_lists if labeled else list
-        splits = {split: ItemSplit(items, collate=collate) for split, items in parts.items()}
+        collate, split = None if not lists else as_lists if labeled else list, split_batch if labeled else _inputs_alone
+        splits = {name: ItemSplit(items, collate=collate, split=split) for name, items in parts.items()}
         train = splits["train"] if limit is None else splits["train"].subset(range(limit))
         notes = list(self.notes)
         if "val" not in splits:
@@ -255,6 +256,11 @@ class OwnImages:
         if not kept:
             raise DataError(f"the split `{split}` of {self.folder} must have an image that can be used; got none.")
         return Subset(items, kept)
+
+
+def _inputs_alone(batch: Any) -> tuple[Any, None]:
+    """A list of two images is no pair of inputs and targets."""
+    return batch, None
 
 
 def _held_out(train: ItemSplit, fraction: float, seed: int) -> tuple[ItemSplit, ItemSplit]:

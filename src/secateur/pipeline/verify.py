@@ -15,6 +15,7 @@ from secateur._files import read_bytes
 from secateur._provenance import sha256_of
 from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData
+from secateur.data.loaders import USUAL_BATCH, OwnData, evaluation_batch
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import check_extra, eval_copy
 from secateur.export.formats import Format, compare_file
@@ -27,6 +28,8 @@ from secateur.pipeline.finalize import PROBE_TOLERANCE, probe_difference, probe_
 from secateur.pipeline.load import check_runs, image_size_of, load
 from secateur.prune.masks import nonzero_params
 from secateur.report.run import Check
+from secateur.tasks.base import Metric, Task
+from secateur.tasks.classification import Classification
 from secateur.train.evaluate import evaluate
 
 _MOST_BYTES = 2**31
@@ -164,7 +167,8 @@ class Verified:
 def verify(
     folder: Path | str,
     *,
-    data: ImageData | None = None,
+    data: ImageData | OwnData | None = None,
+    task: Task = Classification(),  # noqa: B008 - frozen
     factory: Callable[[], nn.Module] | None = None,
     trust_source: bool = False,
     device: torch.device | None = None,
@@ -173,7 +177,8 @@ def verify(
 
     Args:
         folder: The artifact.
-        data: Also measure its accuracy on the test images.
+        data: Also measure it on the test images.
+        task: What outputs and targets mean.
         factory: See `secateur.load`.
         trust_source: See `secateur.load`; ``.pt2`` and ``.pte`` files are read only then, see `secateur.Format`.
         device: Where to measure the accuracy.
@@ -181,9 +186,9 @@ def verify(
     Raises:
         ArtifactError: If it cannot be loaded or run at all.
     """
-    folder = Path(folder)
+    folder, labeled = Path(folder), data if isinstance(data, ImageData) else None
     # The runtimes are imported while the model is loaded.
-    with _runtimes_for(folder, data, trust_source=trust_source) as runtimes:
+    with _runtimes_for(folder, labeled, trust_source=trust_source) as runtimes:
         loaded = load(folder, factory=factory, trust_source=trust_source)
         model, manifest = loaded.model, loaded.manifest
         check_runs(model, image_size_of(manifest))
@@ -196,10 +201,10 @@ def verify(
             _cost_check(model, manifest),
             *_probe_checks(model, manifest),
         ]
-        files, passed_over = check_files(folder, model, manifest, data, trust_source=trust_source, runtimes=runtimes)
+        files, passed_over = check_files(folder, model, manifest, labeled, trust_source=trust_source, runtimes=runtimes)
     checks += files
     if data is not None:
-        checks.append(_accuracy_check(model, manifest, data, device))
+        checks.append(_score_check(model, manifest, data, task, device))
     return Verified(model, manifest, tuple(checks), passed_over)
 
 
@@ -227,21 +232,27 @@ def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
     ]
 
 
-def _accuracy_check(model: nn.Module, manifest: Manifest, data: ImageData, device: torch.device | None) -> Check:
-    found = evaluate(model, data.test, device=device)
-    name = f"Test accuracy on {data.name} = recorded accuracy"
-    n, said = _recorded_accuracy(manifest)
+def _score_check(
+    model: nn.Module, manifest: Manifest, data: ImageData | OwnData, task: Task, device: torch.device | None
+) -> Check:
+    batch = evaluation_batch(data, USUAL_BATCH)
+    found = evaluate(model, data.test, task=task, batch_size=batch, device=device)
+    words = found.metric.words
+    name = f"Test {words} on {data.name} = recorded {words}"
+    n, said = _recorded_score(manifest, found.metric)
     if n != found.n or said is None:
-        return Check(name, True, detail=f"{100 * found.value:.2f} % of {found.n} images; recorded on other images")
+        return Check(name, True, detail=f"{found.text} of {found.n} images; recorded on other images")
     # Other kernels may turn a prediction that was a tie: one image in a thousand is allowed.
-    held = abs(found.value - said) <= max(1e-3, 1.5 / found.n)
-    return Check(name, held, detail=f"{100 * found.value:.2f} % of {found.n} images; recorded {100 * said:.2f} %")
+    held = abs(found.value - said) <= max(1e-3 * max(abs(said), 1.0), 1.5 / found.n * found.metric.is_share)
+    return Check(name, held, detail=f"{found.text} of {found.n} images; recorded {found.metric.text(said)}")
 
 
-def _recorded_accuracy(manifest: Manifest) -> tuple[int | None, float | None]:
-    """Return images and accuracy of the last step, as far as secateur.json records them."""
-    steps = manifest.recipe.metrics.get("test_accuracy")
+def _recorded_score(manifest: Manifest, metric: Metric) -> tuple[int | None, float | None]:
+    """Return images and score of the last step, as far as secateur.json records them by this metric."""
+    steps: object = manifest.recipe.metrics.get("test_accuracy")
+    if not metric.is_share:
+        scores = manifest.recipe.metrics.get("test_scores")
+        steps = _at(scores, "steps") if _at(_at(scores, "metric"), "name") == metric.name else None
     last = cast(list[object], steps)[-1] if isinstance(steps, list) and steps else None
-    recorded = cast(Mapping[str, object], last) if isinstance(last, Mapping) else {}
-    n, top1 = recorded.get("n"), recorded.get("top1")
-    return n if type(n) is int else None, float(top1) if isinstance(top1, (int, float)) else None
+    n, value = _at(last, "n"), _at(last, "top1" if metric.is_share else "value")
+    return n if type(n) is int else None, float(value) if isinstance(value, (int, float)) else None

@@ -183,6 +183,14 @@ class Task(ABC):
         del model, targets
         return call_model(call, inputs)
 
+    def blank_targets(self, inputs: Any) -> Any:
+        """Return targets for models that need some in train mode, where there are none; here None.
+
+        Args:
+            inputs: The inputs of a batch.
+        """
+        del inputs
+
     def observe_(self, model: nn.Module) -> None:  # noqa: B027 - most models return what is compared
         """Make a model return what is compared in searches and repairs, where it returns something else."""
 

@@ -66,7 +66,7 @@ class Segmentation(Task):
             if low < 0 or high >= logits.shape[1]:
                 raise TrainingError(
                     f"`labels` must lie in 0...{logits.shape[1] - 1}, the model's classes; got {low}...{high}. If one "
-                    "value marks pixels that do not count, name it: Segmentation(void=...)."
+                    "value marks pixels that do not count, name it as `void`."
                 )
 
     @staticmethod

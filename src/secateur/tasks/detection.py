@@ -59,6 +59,16 @@ class Detection(Task):
             result = call(inputs, targets) if model.training else call_model(call, inputs)
         return DetectorOutputs(result, tuple(heads))
 
+    def blank_targets(self, inputs: Any) -> Any:
+        """See `Task.blank_targets`: no object in any image."""
+        return [
+            {
+                "boxes": torch.zeros(0, 4, device=image.device),
+                "labels": torch.zeros(0, dtype=torch.int64, device=image.device),
+            }
+            for image in inputs
+        ]
+
     def observe_(self, model: nn.Module) -> None:
         """See `Task.observe_`: the model returns the outputs of its heads, before boxes are chosen."""
         # An attribute of the instance, so that copies and cuts of the model have it too.
@@ -179,10 +189,11 @@ class _PrecisionMeter(Meter):
         settings: dict[str, Any] = {
             "iou_thresholds": thresholds,
             "backend": "faster_coco_eval",
-            "warn_on_many_detections": False,  # COCO counts the 100 best, and so do we.
             "sync_on_compute": False,
         }
         self._precision: Any = MeanAveragePrecision(**settings)
+        # COCO counts the hundred best boxes of an image, and so does this: no reason to warn.
+        self._precision.warn_on_many_detections = False
         self._n = 0
 
     def update(self, outputs: Any, targets: Any) -> None:

@@ -1,10 +1,11 @@
 """Imitation: no labels at all; a student learns the original's outputs, and is measured by its distance from them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._batches import float_tensors
 from secateur.errors import TrainingError
@@ -18,7 +19,8 @@ class Imitation(Task):
     The targets of a batch are the original's outputs for it.
 
     Attributes:
-        like: A task whose way of comparing outputs is the loss; None compares each tensor in units of its spread.
+        like: A task whose way of running models and of comparing their outputs is used: Detection() compares the heads
+            of detectors; None compares each tensor in units of its spread.
     """
 
     like: Task | None = None
@@ -32,6 +34,22 @@ class Imitation(Task):
         """See `Task.imitation`."""
         return super().imitation(student, teacher) if self.like is None else self.like.imitation(student, teacher)
 
+    def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> Any:
+        """See `Task.train_forward`: as the other task does, with blank targets."""
+        if self.like is None:
+            return super().train_forward(model, call, inputs, targets)
+        return self.like.train_forward(model, call, inputs, self.like.blank_targets(inputs))
+
+    def observe_(self, model: nn.Module) -> None:
+        """See `Task.observe_`: as the other task does."""
+        if self.like is not None:
+            self.like.observe_(model)
+
+    def unobserve_(self, model: nn.Module) -> None:
+        """See `Task.unobserve_`."""
+        if self.like is not None:
+            self.like.unobserve_(model)
+
     def meter(self) -> Meter:
         """See `Task.meter`."""
         return DistanceMeter(self.metric)
@@ -42,7 +60,7 @@ class Imitation(Task):
         if not shapes[0] or shapes[0] != shapes[1]:
             raise TrainingError(
                 f"`{name}` must return tensors of the original's shapes, {shapes[1]}; got {shapes[0]}. For a model "
-                "that returns lists of detections, use Detection."
+                "that returns lists of detections, use Imitation(like=Detection())."
             )
 
 

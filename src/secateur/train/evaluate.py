@@ -1,5 +1,7 @@
 """How good a model is on a split, by the metric of its task."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,7 +81,7 @@ def measure_score(
     meter = task.meter()
     rank, processes = (0, 1) if fabric is None or not meter.additive else (fabric.global_rank, fabric.world_size)
     is_first = True
-    with torch.inference_mode(), autocast(precision, device):
+    with _compared(task, model, original), torch.inference_mode(), autocast(precision, device):
         for inputs, targets in split.batches(batch_size, device=device, seed=None):
             if processes > 1:
                 own = slice(rank, None, processes)
@@ -100,6 +102,19 @@ def measure_score(
         assert sums is not None
         meter.set_sums(mean_over_processes(fabric, sums) * processes)
     return meter.compute()
+
+
+@contextmanager
+def _compared(task: Task, model: nn.Module, original: nn.Module | None) -> Generator[None]:
+    """Make a model and its original return what `Imitation` compares; other tasks measure what models return."""
+    watched = [model, original] if isinstance(task, Imitation) and original is not None else []
+    for each in watched:
+        task.observe_(each)
+    try:
+        yield
+    finally:
+        for each in watched:
+            task.unobserve_(each)
 
 
 def in_channels_last(inputs: Any) -> Any:

@@ -1,21 +1,15 @@
-"""Print the class of an image with model.onnx or model.int8.onnx: python consume_onnx.py FOLDER/model.onnx IMAGE"""
+"""Print the class of images with model.onnx or model.int8.onnx: python consume_onnx.py FOLDER/model.onnx IMAGE..."""
 
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-from PIL import Image
+from preprocess import model_input  # the file beside this one
 
-path, image = Path(sys.argv[1]), Image.open(sys.argv[2])
+path = Path(sys.argv[1])
 about = json.loads((path.parent / "secateur.json").read_text())
-channels, height, width = about["input"]["shape"]
-image = image.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.BILINEAR)
-pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255
-pixels = (pixels - about["input"]["mean"]) / about["input"]["std"]
-batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32)
-
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-(logits,) = session.run(None, {session.get_inputs()[0].name: batch})
-print(about["classes"][logits[0].argmax()])
+for image in sys.argv[2:]:
+    (logits,) = session.run(None, {session.get_inputs()[0].name: model_input(image, about)})
+    print(about["classes"][logits[0].argmax()])

@@ -145,6 +145,11 @@ def transparent_numbers() -> nn.Module:
     return _seeded(*_body(8, 4), lambda: nn.AdaptiveAvgPool2d(2), nn.Flatten, lambda: nn.Linear(32, 2))
 
 
+def classifier() -> nn.Module:
+    """Two classes; which one depends on where things are."""
+    return _seeded(*_body(8), lambda: nn.AdaptiveAvgPool2d(4), nn.Flatten, lambda: nn.Linear(128, 2))
+
+
 def numbers() -> nn.Module:
     """Two numbers per picture, for regression, several classes and imitation."""
     return _seeded(*_body(8), lambda: nn.AdaptiveAvgPool2d(2), nn.Flatten, lambda: nn.Linear(32, 2))

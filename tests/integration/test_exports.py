@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import Run, Small, compress_words
@@ -15,6 +16,8 @@ from PIL import Image
 
 import secateur
 from secateur.data import load_data
+from secateur.data.annotated import read_unlabeled
+from secateur.data.preprocessing import Interpolation, Preprocessing, ResizeMode
 from secateur.export import Format
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -26,7 +29,8 @@ SCRIPTS: Mapping[Format, str] = {
     Format.EXECUTORCH: "consume_executorch.py",
 }
 WITHOUT_SECATEUR = (
-    "import runpy, sys; sys.modules['secateur'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    "import os, runpy, sys; sys.modules['secateur'] = None; sys.argv = sys.argv[1:]; "
+    "sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0])"
 )
 
 
@@ -69,6 +73,65 @@ def test_script_without_secateur_says_what_the_model_says(exported: Path, tmp_pa
         )
         wanted = data.classes[int(model(batch[0]).argmax())]
         assert found.stdout.strip().splitlines()[-1] == wanted
+
+
+@pytest.fixture(scope="module")
+def photographs(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact made with photographs of many sizes, which are scaled and cropped; they lie beside it."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 20)):
+        for place in range(count):
+            size = random.integers(20, 60, 2)
+            colors = random.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            image = Image.fromarray(colors).resize(tuple(map(int, size)), Image.Resampling.BICUBIC)
+            path = folder / "data" / split / ("cat" if place % 2 else "dog") / f"{place:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    names = ",".join(form.value for form in (Format.ONNX, Format.PT2, Format.OPENVINO) if _present(form))
+    words = ("--budget", "macs=70%", "--strategy", "uniform", "--importance", "l1", "--divisor", 2, "--quiet")
+    found = run(
+        *("compress", "--model", "python:picture_sets:classifier", "--trust-source", "--data", folder / "data"),
+        *("--image-size", "16x24", "--resize", "crop:0.7,bicubic", "--out", folder / "out", "--export", names),
+        *("--epochs", 0, "--calibration", 8, "--threads", 1, *words),
+    )
+    assert found.exit_code == 0, found.output
+    return folder
+
+
+@pytest.mark.parametrize("form", [Format.ONNX, Format.PT2, Format.OPENVINO], ids=lambda form: form.value)
+def test_scripts_give_the_accuracy_of_the_report_to_the_image(photographs: Path, form: Format) -> None:
+    if not _present(form):
+        pytest.skip(f"{form.exporter.extra} is not installed: pip install 'secateur[{form.exporter.extra}]'")
+    images = sorted((photographs / "data" / "test").glob("*/*.png"))
+    words = [EXAMPLES / SCRIPTS[form], photographs / "out" / form.exporter.file, *images]
+    found = subprocess.run([sys.executable, "-c", WITHOUT_SECATEUR, *words], capture_output=True, text=True, check=True)
+    said = found.stdout.strip().splitlines()[-len(images) :]
+    assert set(said) == {"cat", "dog"}
+    right = sum(name == path.parent.name for name, path in zip(said, images, strict=True))
+    last = json.loads((photographs / "out" / "secateur.json").read_text())["metrics"]["test_accuracy"][-1]
+    assert (right, len(images)) == (round(last["top1"] * last["n"]), last["n"])
+
+
+@pytest.mark.parametrize("mode", list(ResizeMode))
+@pytest.mark.parametrize("interpolation", list(Interpolation))
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_example_makes_the_input_that_the_rule_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: ResizeMode, interpolation: Interpolation, channels: int
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("preprocess")
+    random = np.random.default_rng(1)
+    mean, std = ((0.4, 0.3, 0.2, 0.1)[:channels], (0.5, 0.6, 0.7, 0.8)[:channels])
+    rule = Preprocessing((18, 23), mode, 0.8, interpolation, mean, std, channels, bgr=channels == 3)
+    for place, size in enumerate(((18, 23), (40, 30), (9, 50), (23, 18))):
+        path = tmp_path / f"{place}.png"
+        pixels = random.integers(0, 256, (*size, channels), dtype=np.uint8)
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(path)
+        wanted = read_unlabeled(tmp_path, rule)["train"][place]
+        found = example.model_input(path, {"input": {"preprocessing": rule.to_json()}})
+        assert found.shape == (1, channels, 18, 23)
+        assert np.abs(found[0] - wanted.numpy()).max() < 1e-6
 
 
 def test_scripts_are_short_and_know_nothing_of_us() -> None:

@@ -155,7 +155,6 @@ def report_of(
         training=tuple(
             TrainedEpoch(record.epoch, record.train_loss, record.validation_score)
             for record in history
-            if record.train_loss is not None
         ),
         command=provenance.command,
         seed=provenance.seed,

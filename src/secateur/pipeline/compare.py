@@ -8,11 +8,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch import nn
 from secateur._batches import take
 from secateur._caller_state import in_default_state
 from secateur._files import atomic_folder, disk_errors, write_atomic
-from secateur._provenance import Provenance
+from secateur._provenance import Provenance, sha256_of_json
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget
 from secateur.cost.macs import count_macs, count_params
@@ -32,6 +32,7 @@ from secateur.export.artifact import refuse_no_folder, weights_bytes
 from secateur.models.source import ModelSource
 from secateur.pipeline.compress import compress, run_data
 from secateur.pipeline.config import LOGGER, CompressResult, CutConfig, RecoveryConfig, RunConfig
+from secateur.pipeline.finalize import latency_on
 from secateur.pipeline.rounds import Cell, Rounds
 from secateur.pipeline.workspace import OnExisting, check_model_fits_data, environment_of, open_run_directory
 from secateur.report.comparison import ComparedRun, Comparison, find_winner
@@ -49,7 +50,7 @@ from secateur.train.evaluate import evaluate
 from secateur.workers import InProcess, Workers
 
 _DIVISOR = 4
-"""Of the widths, where the space leaves it open: measuring several divisors in every run would take most of the time."""
+"""Of the widths, where the space leaves it open: measuring several divisors in each run takes too long."""
 _RECORDS, _PAGE, _WINNERS = "records.parquet", "compare.html", "winners"
 _MOST_RUNS = 10_000
 
@@ -119,7 +120,7 @@ def compare(
     strategies: Mapping[str, Strategy | None],
     *,
     out: Path | str | None = None,
-    race: Race = Race(),  # noqa: B008 - frozen
+    race: Race = Race(),
     task: Task = Classification(),  # noqa: B008 - frozen
     cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
     recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen
@@ -160,7 +161,9 @@ def compare(
     if where is not None:
         _check_out(where)
     if run.fabric is not None:
-        raise TrainingError("`fabric` must be left out of a comparison, whose runs use one process each. Give a device.")
+        raise TrainingError(
+            "`fabric` must be left out of a comparison, whose runs use one process each. Give a device."
+        )
     images = run_data(data, run.seed)
     if not len(images.validation):
         raise TrainingError("`data` must have validation images, which the winner is chosen on; got none.")
@@ -181,7 +184,7 @@ def compare(
 
 
 def search_epochs(strategy: Strategy | None) -> int:
-    """Return the epochs that the search of a strategy trains, its own or those of the strategy inside of it; 0 for none.
+    """Return the epochs that the search of a strategy trains, its own or of the strategy inside of it; 0 for none.
 
     A strategy that trains says so by ``train.epochs``, as `TAS` and `SWP` do.
     """
@@ -206,7 +209,7 @@ def _budgets(budgets: Sequence[Budget | str]) -> tuple[Budget, ...]:
 def _names(strategies: Mapping[str, Strategy | None]) -> tuple[str, ...]:
     if not strategies:
         raise SelectionError(
-            "`strategies` must hold at least one strategy by name; got none. Write {'knapsack': Knapsack()}, for example."
+            "`strategies` must hold at least one strategy by name; got none. Write {'pca': PCASlimming()}, for example."
         )
     return tuple(strategies)
 
@@ -400,19 +403,19 @@ def _measured(job: _Job, cell: Cell, record: ComparedRun) -> ComparedRun:
         out=job.folder / "runs" / cell.key,
         export=(),
         source=job.source,
-        run=replace(job.run, seed=cell.seed, callbacks=Silent(), on_existing=OnExisting.RESUME),
+        run=replace(job.run, seed=cell.seed, callbacks=Silent(), on_existing=OnExisting.RESUME, times=False),
     )
     report, trained = result.report, result.trained
     score, right = _validated(job, result.model)
-    times = report.latency[:1]
+    latency_s, speedup = _latency(job, result)
     return replace(
         record,
         train_seconds=0.0 if trained is None else sum(each.seconds for each in trained.history),
         macs=report.after.macs,
         params=report.after.params,
         size_bytes=report.after.size_bytes,
-        latency_s=times[0].after[1] if times else None,
-        speedup=times[0].speedup[1] if times else None,
+        latency_s=latency_s,
+        speedup=speedup,
         score=score.value,
         n=score.n,
         test_score=report.after.score.value if report.after.score else math.nan,
@@ -422,6 +425,28 @@ def _measured(job: _Job, cell: Cell, record: ComparedRun) -> ComparedRun:
         removed_blocks=_removed(result),
         right=right,
     )
+
+
+def _latency(job: _Job, result: CompressResult) -> tuple[float | None, float | None]:
+    """Median seconds and speedup on the target, of all networks of the same shape those that were measured first."""
+    if result.report.latency:  # The budget bounds it.
+        first = result.report.latency[0]
+        return first.after[1], first.speedup[1]
+    shapes = {name: tuple(tensor.shape) for name, tensor in result.model.state_dict().items()}
+    path = job.folder / "times" / f"{sha256_of_json({name: list(shape) for name, shape in shapes.items()})[:32]}.json"
+    with suppress(OSError, ValueError):
+        latency, speedup = json.loads(path.read_text(encoding="utf-8"))
+        return latency, speedup
+    images, _ = draw_calibration(job.data.train, job.target.batch, device=torch.device("cpu"), seed=job.run.seed)[0]
+    if not isinstance(images, torch.Tensor):
+        return None, None
+    original = copy_model(job.model).eval().cpu()
+    records, _ = latency_on(job.target, original, copy_model(result.model).eval().cpu(), images)
+    if not records:
+        return None, None
+    found = records[0].after.median, records[0].speedup.median
+    write_atomic(path, json.dumps(found))
+    return found
 
 
 def _removed(result: CompressResult) -> tuple[str, ...]:
@@ -508,7 +533,7 @@ def _notes(job: _Job, rounds: Rounds, runs: Sequence[ComparedRun]) -> tuple[str,
     found: list[str] = []
     if job.cut.space.divisor is None:
         found.append(
-            f"Widths are multiples of {_DIVISOR}, except those of the default strategy, which measures several divisors. "
+            f"Widths are multiples of {_DIVISOR}, except those of the default strategy, which measures several. "
             "--divisor sets another."
         )
     if any(run.search_epochs for run in runs):

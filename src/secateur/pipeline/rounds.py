@@ -89,7 +89,7 @@ class Rounds:
     def first(self) -> tuple[Cell, ...]:
         """The runs of the first round, seed by seed, so that a comparison that is cut short is still a fair one."""
         epochs = self.epochs if self.seconds is None else self.least_epochs
-        return self._cells({budget: self.strategies for budget in self.budgets}, 0, epochs)
+        return self._cells(dict.fromkeys(self.budgets, self.strategies), 0, epochs)
 
     def following(self, runs: Sequence[ComparedRun], spent: float) -> tuple[Cell, ...]:
         """Return the runs of the next round; none if there is no further one, or no time for more epochs.

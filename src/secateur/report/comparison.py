@@ -137,6 +137,10 @@ class Winner:
         """Whether the whole interval is above 0."""
         return self.low > 0
 
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; numbers that are not finite are null."""
+        return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in asdict(self).items()}
+
     def sentence(self, metric: Metric) -> str:
         """The winner in words."""
         if not self.strategy:
@@ -148,7 +152,8 @@ class Winner:
             said += f", {metric.text(self.test_score)} on the test images"
         if not self.runner_up:
             return f"{said}."
-        said += f". Ahead of {self.runner_up} by {metric.change(0.0, self.ahead).lstrip('+')}"
+        lead = metric.change(0.0, self.ahead).lstrip("+")
+        said += f". Ahead of {self.runner_up} by {lead}" if self.ahead > 0 else f". Level with {self.runner_up}"
         if not math.isfinite(self.low):
             return f"{said}; one seed and no images in common, so nothing is known of the uncertainty."
         said += f" (95 %: {metric.change(0.0, self.low)} to {metric.change(0.0, self.high)})"
@@ -189,7 +194,9 @@ class Comparison:
 
     def __repr__(self) -> str:
         failed = sum(bool(run.error) for run in self.runs)
-        title = f"Comparison of {len(self.runs)} runs of {self.model}" + (f", {failed} of which failed" if failed else "")
+        title = f"Comparison of {len(self.runs)} runs of {self.model}" + (
+            f", {failed} of which failed" if failed else ""
+        )
         lines = [f"  {winner.sentence(self.metric)}" for winner in self.winners]
         return "\n".join((f"{title}:", *lines, *(f"  wrote {path}" for path in self.files[:2])))
 
@@ -275,8 +282,7 @@ def _last_round(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
         full = {run.strategy for run in mine if len([r for r in mine if r.ok and r.strategy == run.strategy]) == seeds}
         if full:
             return [run for run in mine if run.strategy in full]
-    finished = [run for run in runs if run.ok]
-    return finished
+    return [run for run in runs if run.ok]
 
 
 def _variance_of_images(pairs: Sequence[tuple[ComparedRun, ComparedRun]]) -> float | None:
@@ -297,7 +303,7 @@ def _variance_of_seeds(pairs: Sequence[tuple[ComparedRun, ComparedRun]], metric:
     return stdev(metric.key(a.score) - metric.key(b.score) for a, b in pairs) ** 2 / len(pairs)
 
 
-def pareto_front(runs: Sequence[ComparedRun], cost: str, metric: Metric) -> tuple[int, ...]:
+def unbeaten_runs(runs: Sequence[ComparedRun], cost: str, metric: Metric) -> tuple[int, ...]:
     """Return the positions of the runs that no other one beats in both cost and score, the cheapest first.
 
     Args:

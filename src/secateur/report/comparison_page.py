@@ -1,4 +1,4 @@
-"""The page of a comparison: the winners first, then an interactive picture of all runs, their layers and their numbers."""
+"""The page of a comparison: the winners, an interactive picture of all runs, their layers and their numbers."""
 
 import math
 from collections.abc import Mapping

@@ -143,7 +143,7 @@
     }
     await drawAll();
     comparison();
-    document.documentElement.dataset.drawn = "yes";
+    document.documentElement.dataset.drawn = String(Math.round(performance.now()));
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
     window.matchMedia("print").addEventListener("change", drawAll);
     window.addEventListener("beforeprint", drawAll);

@@ -21,7 +21,7 @@ from typing import Any
 from secateur._provenance import sha256_of
 from secateur._text import PAGE, html_text, visible
 from secateur.report import units
-from secateur.report.comparison import ComparedRun, Comparison, pareto_front
+from secateur.report.comparison import ComparedRun, Comparison, unbeaten_runs
 from secateur.report.run import LayerWidth, TrainedEpoch
 from secateur.tasks.base import Metric
 from secateur.tasks.outcomes import ClassChange
@@ -68,8 +68,15 @@ class Figure:
 
 
 _LIGHT = {
-    **{"@ink": "#1b211c", "@soft": "#58625a", "@line": "#dfe4dd", "@card": "#ffffff", "@page": "#f6f7f4"},
-    **{"@after": "#1d7f4e", "@before": "#c3cbc2", "@bad": "#b3261e", "@warn": "#9a5b00"},
+    "@ink": "#1b211c",
+    "@soft": "#58625a",
+    "@line": "#dfe4dd",
+    "@card": "#ffffff",
+    "@page": "#f6f7f4",
+    "@after": "#1d7f4e",
+    "@before": "#c3cbc2",
+    "@bad": "#b3261e",
+    "@warn": "#9a5b00",
     **dict(
         zip(
             (f"@c{number}" for number in range(_COLORS)),
@@ -143,13 +150,13 @@ def pareto_figure(comparison: Comparison) -> Figure:
     ``layout.meta`` holds, for each cost, the values of each trace and the title of its axis.
     """
     metric, runs = comparison.metric, comparison.runs
-    strategies = list(dict.fromkeys(run.strategy for run in runs))
+    strategies = list(dict.fromkeys(run.strategy for run in runs if run.ok))
     budgets = list(dict.fromkeys(run.budget for run in runs))
     groups = [[at for at, run in enumerate(runs) if run.ok and run.strategy == name] for name in strategies]
     costs = [cost for cost in COSTS if any(run.ok and getattr(run, cost[0]) is not None for run in runs)]
     switch: list[dict[str, Any]] = []
     for field, title, words in costs:
-        front = pareto_front(runs, field, metric)
+        front = unbeaten_runs(runs, field, metric)
         values = [[getattr(runs[at], field) for at in group] for group in groups]
         values += [[getattr(runs[at], field) for at in front], [getattr(comparison.original, field)]]
         heights = [[_shown(metric, runs[at].score) for at in front]]
@@ -207,8 +214,8 @@ def pareto_figure(comparison: Comparison) -> Figure:
         "meta": {"switch": switch, "original": len(groups) + 1, "front": len(groups)},
     }
     label = (
-        f"Validation {metric.words} of {sum(map(len, groups))} runs against their cost, one color for each strategy and "
-        "one shape for each budget; the table of runs has the numbers."
+        f"Validation {metric.words} of {sum(map(len, groups))} runs against their cost, one color for each strategy "
+        "and one shape for each budget; the table of runs has the numbers."
     )
     return Figure("pareto", label, tuple(traces), layout, 480)
 

@@ -102,7 +102,8 @@ class ClassChange:
 def class_changes(before: Answers, after: Answers, names: Sequence[str]) -> tuple[ClassChange, ...]:
     """Return the classes that have images, in the order of their labels."""
     rows: list[ClassChange] = []
-    for label in before.labels.unique().tolist():
+    labels: list[int] = before.labels.unique().tolist()
+    for label in labels:
         mine = before.labels == label
         name = names[label] if label < len(names) else str(label)
         rights = int(before.right[mine].sum()), int(after.right[mine].sum())

@@ -38,6 +38,8 @@ MAX_SIDE, MAX_COUNT, MAX_SEED = 2**13, 2**31, 2**63 - 1
 MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
 """The largest numbers that have a meaning; no tensor can hold what lies above them."""
 
+DEFAULT_LABEL_WEIGHT = 0.1
+"""Weight of the labels beside a teacher's probabilities: Hinton's usual weights, 0.9 and 0.1."""
 _P, _AUGMENT = "PATTERN", ("--auto-augment", "--rand-augment")
 
 
@@ -323,7 +325,9 @@ class TrainFlags:
     cutmix: Annotated[float, number("Paste parts of images with this alpha; 0 is off.")] = 0.0
     label_smoothing: Annotated[float, number("Share of each label spread over all classes.")] = 0.0
     temperature: Annotated[float, number("Temperature that softens probabilities.")] = 4.0
-    label_weight: Annotated[float, number("Weight of the labels.", least=0)] = 0.1
+    label_weight: Annotated[
+        float | None, number("Weight of the labels; 0.1, in distill the one published with --loss.", least=0)
+    ] = None
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
     def to_train(self, seed: int) -> "TrainConfig":
@@ -391,7 +395,11 @@ class RecoveryFlags:
 
         train = self.train
         objective = Objective(
-            self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
+            self.kd_weight,
+            DEFAULT_LABEL_WEIGHT if train.label_weight is None else train.label_weight,
+            self.feature_weight,
+            train.temperature,
+            train.label_smoothing,
         )
         return RecoveryConfig(train.to_train(seed), objective, train.execution)
 

@@ -40,7 +40,9 @@ MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
 
 DEFAULT_LABEL_WEIGHT = 0.1
 """Weight of the labels beside a teacher's probabilities: Hinton's usual weights, 0.9 and 0.1."""
-_P, _AUGMENT = "PATTERN", ("--auto-augment", "--rand-augment")
+_P = "PATTERN"
+AUGMENT_NAMES = ("--auto-augment", "--rand-augment")
+"""Both names of one flag."""
 
 
 def flag(text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), value: str | None = None) -> Parameter:
@@ -318,7 +320,8 @@ class TrainFlags:
     accumulate: Annotated[int, whole_number("Compute each batch in N parts, with less memory.")] = 1
     clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.")] = None
     auto_augment: Annotated[
-        str | None, flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=_AUGMENT, value="POLICY")
+        str | None,
+        flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=AUGMENT_NAMES, value="POLICY"),
     ] = None
     erase: Annotated[float, number("Probability of erasing a part of an image.")] = 0.0
     mixup: Annotated[float, number("Mix pairs of images with this alpha; 0 is off.")] = 0.0

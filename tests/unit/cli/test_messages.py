@@ -18,7 +18,8 @@ from secateur.cli.train import train_command
 from secateur.errors import BudgetError, DataError, SecateurError
 
 COMMANDS = (
-    compress_command, distill_command, train_command, inspect_command, evaluate_command, verify_command, bench_command, export_command,
+    compress_command, distill_command, train_command, inspect_command, evaluate_command, verify_command, bench_command,
+    export_command,
 )  # fmt: skip
 FLAGS = flags_of(compress_command)
 

@@ -103,7 +103,9 @@ Patterns = tuple[str, ...]
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
 Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", MODEL_AND_DATA)]
-WeightsFile = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", MODEL_AND_DATA)]
+WeightsFile = Annotated[
+    Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
+]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]

@@ -17,11 +17,8 @@ from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
 from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
-<<<<<<< HEAD
-from secateur.report.comparison import Comparison
-=======
 from secateur.pipeline.train import TrainResult
->>>>>>> main
+from secateur.report.comparison import Comparison
 from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
 from secateur.report.run import Check, RunReport
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from secateur.distill.objective import Objective as Objective
     from secateur.distill.taps import AlignedFeatures as AlignedFeatures
     from secateur.errors import SecateurError as SecateurError
-    from secateur.export.artifact import save as save
     from secateur.export.formats import Format as Format
     from secateur.export.onnx import export_onnx as export_onnx
     from secateur.export.torch_export import export_pt2 as export_pt2
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from secateur.models.source import load_model as load_model
     from secateur.nas.swp import SWP as SWP
     from secateur.nas.tas import TAS as TAS
+    from secateur.pipeline.compare import Race as Race
+    from secateur.pipeline.compare import compare as compare
     from secateur.pipeline.compress import compress as compress
     from secateur.pipeline.config import Branches as Branches
     from secateur.pipeline.config import CompressResult as CompressResult
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from secateur.pipeline.config import RunConfig as RunConfig
     from secateur.pipeline.inspect import inspect_model as inspect_model
     from secateur.pipeline.load import load as load
+    from secateur.pipeline.save import save as save
     from secateur.pipeline.verify import verify as verify
     from secateur.prune.cut import cut as cut
     from secateur.prune.repair import RecalibrateBatchNorm as RecalibrateBatchNorm
@@ -90,7 +92,6 @@ _MODULES = {
     "distill.objective": ("Objective",),
     "distill.taps": ("AlignedFeatures",),
     "errors": ("SecateurError",),
-    "export.artifact": ("save",),
     "export.formats": ("Format",),
     "export.onnx": ("export_onnx",),
     "export.torch_export": ("export_pt2",),
@@ -106,6 +107,10 @@ _MODULES = {
     ),
     "nas.swp": ("SWP",),
     "nas.tas": ("TAS",),
+    "pipeline.compare": (
+        "Race",
+        "compare",
+    ),
     "pipeline.compress": ("compress",),
     "pipeline.config": (
         "Branches",
@@ -118,6 +123,7 @@ _MODULES = {
     ),
     "pipeline.inspect": ("inspect_model",),
     "pipeline.load": ("load",),
+    "pipeline.save": ("save",),
     "pipeline.verify": ("verify",),
     "prune.cut": ("cut",),
     "prune.repair": (

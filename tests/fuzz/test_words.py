@@ -8,7 +8,7 @@ from guarded import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.cli import parsing
+from secateur.cli import parsing, words
 from secateur.cost import Budget
 from secateur.data import load_data
 from secateur.errors import SecateurError
@@ -145,7 +145,7 @@ def test_chosen_data(text: str):
 @settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_any_list_of_numbers_formats_and_rules(text: str):
-    understood_or_refused(lambda t: parsing.numbers(t, "--mean"), text)
+    understood_or_refused(lambda t: words.numbers(t, "--mean"), text)
     understood_or_refused(parsing.formats, text)
     understood_or_refused(lambda t: parsing.axis_rules([t], [t], [t]), text)
     understood_or_refused(parsing.device, text)

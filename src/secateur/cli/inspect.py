@@ -128,7 +128,9 @@ def verify_command(
     folder: Annotated[Path | None, flag("The artifact.", options.MODEL_AND_DATA)] = None,
     /,
     *,
-    model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.MODEL_AND_DATA)] = None,
+    model: Annotated[
+        str | None, flag("The artifact; beside FOLDER, what builds its original.", options.MODEL_AND_DATA)
+    ] = None,
     data: options.MaybeData = None,
     task: options.TaskText = None,
     void: options.Void = None,
@@ -148,16 +150,23 @@ def verify_command(
     from secateur.cli.tables import print_checks
     from secateur.pipeline.verify import verify as run
 
-    artifact = folder or model
-    if artifact is None or (folder is not None and model is not None):
-        raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
+    if folder is None and model is None:
+        raise ArtifactError("`verify` must be given an artifact folder; say: secateur verify FOLDER.")
+    artifact = Path(str(model)) if folder is None else folder
+    factory = None if folder is None or model is None else parsing.factory_of(model, artifact, trust_source)
     flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images, task=task, void=void)
-    inputs = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed)
+    given = (str(artifact.absolute()), None) if factory is None else (str(model), artifact.absolute())
+    inputs = parsing.Inputs(*given, data, flags, seed)
     _refuse_imitation(inputs.named)
     images = None if data is None else inputs.images
     with torch_threads(thread_count):
         found = run(
-            artifact, data=images, task=inputs.named.task, trust_source=trust_source, device=parsing.device(device)
+            artifact,
+            data=images,
+            task=inputs.named.task,
+            factory=factory,
+            trust_source=trust_source,
+            device=parsing.device(device),
         )
     print_checks(found.checks)
     for reason in found.passed_over:

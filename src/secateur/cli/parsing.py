@@ -6,8 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.cli.tasks import CLASSIFICATION, TASKS, channels_of, image_size, named_task, resizing_of, rule_of_run
-from secateur.errors import BudgetError, DataError, ExportError, SecateurError, SelectionError, TrainingError
+from secateur.cli.tasks import CLASSIFICATION, TASKS, named_task, rule_of_run
+from secateur.cli.words import MAX_CHANNELS, channels_of, image_size, made_by, numbers, resizing_of
+from secateur.errors import (
+    ArtifactError,
+    BudgetError,
+    DataError,
+    ExportError,
+    SecateurError,
+    SelectionError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +40,6 @@ if TYPE_CHECKING:
     from secateur.train.device import Precision
 
 Number = TypeVar("Number", int, float)
-_Kind = TypeVar("_Kind")
-
-MAX_CHANNELS = 2**20
-"""The largest width that has a meaning; no tensor can hold what lies above it."""
 _DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -47,7 +52,7 @@ class Inputs:
 
     Attributes:
         model: As ``--model`` has it.
-        weights: A file of weights, or None.
+        weights: A file of weights, the folder of an artifact whose original ``model`` names, or None.
         data: As ``--data`` has it, or None.
         flags: How the images are prepared, and whether code may run.
         seed: Seed of new weights, of splits and of example images.
@@ -75,7 +80,7 @@ class Inputs:
         flags: dict[str, str] = {"model": self.flag_names[0], "weights": self.flag_names[1]}
         trust = self.flags.trust_source
         checks.add(lambda: check_model_spec(self.model, weights=weights, trust_source=trust), flags)
-        if weights is not None:
+        if weights is not None and not weights.is_dir():
             checks.add(lambda: check_weights_file(weights), flags)
         checks.add(lambda: (numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")))
         checks.add(lambda: image_size(self.flags.image_size))
@@ -117,19 +122,16 @@ class Inputs:
     @property
     def _stored(self) -> "Preprocessing | None":
         """The rule of the artifact that is used."""
-        from secateur.export.artifact import is_artifact
-
-        if not is_artifact(self.model) or self.loaded.manifest is None:
+        if self.artifact is None or self.loaded.manifest is None:
             return None
         return self.loaded.manifest.recipe.preprocessing
 
     @cached_property
     def _own_rule(self) -> "Preprocessing | None":
         """The rule that a named model was made with."""
-        from secateur.export.artifact import is_artifact
         from secateur.pipeline.load import model_preprocessing
 
-        if is_artifact(self.model):
+        if self.artifact is not None:
             return None
         own = self.model.startswith("python:")
         return model_preprocessing(self.model, self.loaded.model if own else None)
@@ -139,14 +141,13 @@ class Inputs:
         """The image set of a classifier."""
         from secateur.data.dataset import with_normalization
         from secateur.data.load import load_data
-        from secateur.export.artifact import is_artifact
 
         assert self.data is not None
         flags, stored, own = self.flags, self._stored, self._own_rule
         mean, std = numbers(flags.mean, "--mean"), numbers(flags.std, "--std")
         rule = own if stored is None else stored
         size = image_size(flags.image_size) or (None if stored is None else stored.size)
-        if is_artifact(self.model) and self.loaded.manifest is not None:
+        if self.artifact is not None and self.loaded.manifest is not None:
             recipe = self.loaded.manifest.recipe
             mean, std = mean or recipe.mean or None, std or recipe.std or None
             _, height, width = recipe.input_shape
@@ -191,18 +192,23 @@ class Inputs:
     @cached_property
     def loaded(self) -> "LoadedModel":
         """The model."""
+        by_itself = self.artifact is not None or self.model.startswith("python:")
+        return self.load_for(self.images if self.data is not None and not by_itself else None)
+
+    @property
+    def artifact(self) -> Path | None:
+        """The folder of the artifact that the model comes from, or None."""
         from secateur.export.artifact import is_artifact
 
-        named_by_itself = is_artifact(self.model) or self.model.startswith("python:")
-        return self.load_for(self.images if self.data is not None and not named_by_itself else None)
+        given = (Path(self.model), *([] if self.weights is None else [self.weights]))
+        return next((folder for folder in given if is_artifact(folder)), None)
 
     def load_for(self, images: "ImageData | OwnData | None") -> "LoadedModel":
         """Load the model with the classes and channels of an image set, unless it is an artifact."""
         from secateur.data.loaders import OwnData
-        from secateur.export.artifact import is_artifact
         from secateur.pipeline.load import load_any
 
-        sized = None if is_artifact(self.model) else images
+        sized = None if self.artifact is not None else images
         classes = None
         if sized is not None:
             classes = sized.outputs if isinstance(sized, OwnData) else len(sized.classes)
@@ -233,6 +239,31 @@ class Inputs:
         return list(noise) if self.named.lists else noise
 
 
+def factory_of(model: str, folder: Path, trust_source: bool) -> "Callable[[], torch.nn.Module]":
+    """Return what builds the original of an artifact.
+
+    Args:
+        model: As ``--model`` names it.
+        folder: The artifact.
+        trust_source: Whether code that ``python:`` names may run.
+
+    Raises:
+        ModelError: If it is the name of no model.
+        ArtifactError: If it is a second artifact.
+    """
+    from secateur.export.artifact import is_artifact
+    from secateur.models.source import ModelSource
+    from secateur.pipeline.load import check_model_spec, named_source
+
+    if is_artifact(model):
+        raise ArtifactError(
+            f"`verify` must be given one artifact folder; got {folder} and {model}. Say: secateur verify FOLDER."
+        )
+    check_model_spec(model, trust_source=trust_source)
+    source: ModelSource = named_source(model, folder)
+    return lambda: source.build(trust_source=trust_source)
+
+
 _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {
     "search_epochs": ("swp", "tas"),
     "search_over": ("swp", "tas"),
@@ -261,7 +292,7 @@ def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source:
     from secateur.search.base import Strategy
     from secateur.search.depth import RemoveBlocks
 
-    name = flags.strategy
+    name = None if flags.strategy == "auto" else flags.strategy
     for flag, strategies in _SEARCH_FLAGS.items():
         if getattr(flags, flag) not in (None, ()) and name not in strategies:
             raise SelectionError(
@@ -318,7 +349,8 @@ def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
     }
     if name not in built_in:
         raise SelectionError(
-            f"`--strategy` must be one of {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; got {name!r}."
+            f"`--strategy` must be one of auto, {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; "
+            f"got {name!r}."
         )
     found = built_in[name]
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
@@ -380,34 +412,6 @@ def importance(flags: "SearchFlags", trust_source: bool = False) -> "Importance"
             f"`--importance` must be one of {', '.join(built_in)} or python:PACKAGE.MODULE:NAME; got {name!r}."
         )
     return built_in[name]()
-
-
-def made_by(spec: str, kind: type[_Kind], flag: str, trust_source: bool) -> _Kind:
-    """Call the function or class that ``python:PACKAGE.MODULE:NAME`` names, without arguments.
-
-    Args:
-        spec: The words of the user.
-        kind: What it must make.
-        flag: That the words were given with, for messages.
-        trust_source: Whether the code may run.
-
-    Raises:
-        ModelError: If the code is not trusted, cannot be imported, fails, or makes something else.
-    """
-    from secateur.errors import ModelError
-    from secateur.models.source import load_factory
-
-    factory = load_factory(spec, makes=flag.strip("-"), trust_source=trust_source)
-    try:
-        made = factory()
-    except Exception as error:
-        raise ModelError(f"`{flag}` must name a factory that needs no arguments; {spec} failed: {error!r}.") from error
-    if not isinstance(made, kind):
-        raise ModelError(
-            f"`{flag}` must name a factory that returns a {kind.__module__}.{kind.__name__}; {spec} returned a "
-            f"{type(made).__name__}."
-        )
-    return made
 
 
 def selection(include: Sequence[str], exclude: Sequence[str], keep_whole: Sequence[str]) -> "Selection":
@@ -504,20 +508,6 @@ def formats(text: str) -> "tuple[Format, ...]":
     found = tuple(dict.fromkeys(known[word] for word in words))
     check_formats(found)
     return found
-
-
-def numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
-    """Read numbers such as "0.485,0.456,0.406".
-
-    Raises:
-        DataError: If they are not numbers.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError as error:
-        raise DataError(f"`{flag}` must be numbers separated by commas, such as 0.5,0.5,0.5; got {text!r}.") from error
 
 
 def device(text: str) -> "torch.device | None":

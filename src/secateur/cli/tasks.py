@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from secateur.cli.words import channels_of, image_size, made_by, numbers, resizing_of
 from secateur.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
     from secateur.cli.options import ReadingFlags
-    from secateur.data.layouts import Layout, Seen
-    from secateur.data.preprocessing import Preprocessing, Resizing
+    from secateur.data.layouts import FolderLayout, Seen
+    from secateur.data.preprocessing import Preprocessing
     from secateur.tasks.base import Task
 
 TASKS = "classification, multilabel, segmentation, detection, regression, image-to-image, imitation"
@@ -35,7 +36,7 @@ class NamedTask:
 
     name: str
     task: "Task"
-    layouts: "tuple[Layout, ...]" = ()
+    layouts: "tuple[FolderLayout, ...]" = ()
     lists: bool = False
     labeled: bool = True
     normalized: bool = True
@@ -82,8 +83,6 @@ def named_task(text: str, *, void: int | None = None, trust_source: bool = False
     if void is not None and text not in ("segmentation", f"{_LIKE}segmentation"):
         raise TrainingError(f"`--void` must go with --task segmentation; got {text}. Leave it out.")
     if text.startswith("python:"):
-        from secateur.cli.parsing import made_by
-
         own = made_by(text, tasks.Task, "--task", trust_source)
         return NamedTask(text, own, layouts.LAYOUTS)
     if text.startswith(_LIKE) and text.removeprefix(_LIKE) in set(makers) - {IMITATION}:
@@ -94,80 +93,6 @@ def named_task(text: str, *, void: int | None = None, trust_source: bool = False
             f"`--task` must be one of {TASKS}, imitation:TASK or python:PACKAGE.MODULE:NAME; got {text[:200]!r}."
         )
     return makers[text]()
-
-
-def image_size(text: "str | int | None") -> tuple[int, int] | None:
-    """Read a size such as "240x320" (height x width) or "224".
-
-    Raises:
-        DataError: If it is none.
-    """
-    from secateur.cli.options import MAX_SIDE
-
-    if text is None:
-        return None
-    words = str(text).lower().replace("*", "x").split("x")
-    try:
-        sides = [int(word) for word in words]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or not all(1 <= side <= MAX_SIDE for side in sides):
-        raise DataError(
-            f"`--image-size` must be a height and a width in pixels from 1 to {MAX_SIDE}, such as 240x320, or one "
-            f"number for squares; got {str(text)[:80]!r}."
-        )
-    return sides[0], sides[-1]
-
-
-def channels_of(text: str | None) -> tuple[int | None, bool]:
-    """Read the number of channels, and whether blue comes first.
-
-    Raises:
-        DataError: If it is neither a number from 1 to 16 nor ``bgr``.
-    """
-    from secateur.data.preprocessing import MAX_CHANNELS_OF_IMAGES
-
-    if text is None or text == "bgr":
-        return (None, False) if text is None else (3, True)
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_CHANNELS_OF_IMAGES:
-        raise DataError(
-            f"`--channels` must be from 1 to {MAX_CHANNELS_OF_IMAGES}, or bgr for blue first; got {text[:80]!r}."
-        )
-    return int(text), False
-
-
-def resizing_of(text: str | None, own: "Resizing | None") -> "Resizing | None":
-    """Read how images get their size, such as "squash" or "crop:0.95,bicubic".
-
-    Args:
-        text: A way of resizing, an interpolation, or both; None takes ``own``.
-        own: What the model was made with, for what the text does not say.
-
-    Raises:
-        DataError: If it is not of this form.
-    """
-    from secateur.data.preprocessing import Interpolation, ResizeMode, Resizing
-
-    if text is None:
-        return own
-    found = own or Resizing()
-    modes, hows = {each.value: each for each in ResizeMode}, {each.value: each for each in Interpolation}
-    for word in text.split(","):
-        name, colon, fraction = word.strip().partition(":")
-        try:
-            if name in modes and (not colon or name == ResizeMode.CROP.value):
-                part = float(fraction) if colon else found.crop_fraction
-                found = Resizing(modes[name], part, found.interpolation)
-                continue
-        except ValueError:
-            name = ""
-        if name not in hows or colon:
-            raise DataError(
-                f"`--resize` must be {', '.join(modes)} or crop:FRACTION, and {' or '.join(hows)} after a comma if "
-                f"wanted, such as crop:0.95,bicubic; got {text[:80]!r}."
-            )
-        found = Resizing(found.mode, found.crop_fraction, hows[name])
-    return found
 
 
 def rule_of_run(
@@ -185,7 +110,6 @@ def rule_of_run(
     Raises:
         DataError: If nothing says the size and the images differ.
     """
-    from secateur.cli.parsing import numbers
     from secateur.data.preprocessing import Preprocessing, ResizeMode, Resizing
     from secateur.data.transforms import Normalization
 

@@ -55,7 +55,7 @@ _OUTSIDE = 2.0
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """How the images and annotations of a folder are arranged.
 
     Attributes:
@@ -109,17 +109,17 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-COCO = Layout("coco", "annotations/train.json (or instances_*.json) and images/", _has_coco, read_coco)
-YOLO = Layout(
+COCO = FolderLayout("coco", "annotations/train.json (or instances_*.json) and images/", _has_coco, read_coco)
+YOLO = FolderLayout(
     "yolo", "images/train/*.jpg and labels/train/*.txt, or train/images and train/labels", _has_yolo, read_yolo
 )
-VOC = Layout("voc", "Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt", _has_voc, read_voc)
-MASKS = Layout(
+VOC = FolderLayout("voc", "Annotations/*.xml, JPEGImages/ and ImageSets/Main/train.txt", _has_voc, read_voc)
+MASKS = FolderLayout(
     "masks", "train/images/*.jpg and train/labels/*.png with a class index per pixel", _has_masks, read_masks
 )
-PAIRS = Layout("pairs", "train/images/*.png and the wanted train/targets/*.png", _has_pairs, read_pairs)
-TABLE = Layout("table", "train.csv with a column `image` and columns of numbers", _has_table, read_table)
-UNLABELED = Layout("images", "image files, in train/ and val/ or anywhere", _has_images, read_unlabeled)
+PAIRS = FolderLayout("pairs", "train/images/*.png and the wanted train/targets/*.png", _has_pairs, read_pairs)
+TABLE = FolderLayout("table", "train.csv with a column `image` and columns of numbers", _has_table, read_table)
+UNLABELED = FolderLayout("images", "image files, in train/ and val/ or anywhere", _has_images, read_unlabeled)
 BOXES = (COCO, YOLO, VOC)
 """Layouts of boxes."""
 ANNOTATED = (*BOXES, MASKS, PAIRS, TABLE)
@@ -127,7 +127,7 @@ LAYOUTS = (*ANNOTATED, UNLABELED)
 """All layouts; that of classes, a folder for each, is read by `load_data`."""
 
 
-def find_layout(spec: str | Path, wanted: Sequence[Layout], task: str) -> tuple[Layout, Path]:
+def find_layout(spec: str | Path, wanted: Sequence[FolderLayout], task: str) -> tuple[FolderLayout, Path]:
     """Return the layout of a folder, without reading any image.
 
     Args:
@@ -198,7 +198,7 @@ class OwnImages:
         notes: What the reader of a report must know.
     """
 
-    layout: Layout
+    layout: FolderLayout
     folder: Path
     splits: Mapping[str, FileItems]
     seen: Seen
@@ -237,7 +237,7 @@ class OwnImages:
         found = own_data(given, seed=seed, name=self.folder.resolve().name)
         return replace(
             found,
-            classes=next(iter(self.splits.values())).class_names if labeled else (),
+            classes=self._names if labeled else (),
             mean=rule.mean,
             std=rule.std,
             skipped=self.skipped,
@@ -245,6 +245,12 @@ class OwnImages:
             preprocessing=rule,
             outputs=self.outputs,
         )
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Class names in the order of a model's outputs: those of detectors begin with the background."""
+        first = next(iter(self.splits.values()))
+        return (("background",) if isinstance(first.targets, BoxTargets) else ()) + first.class_names
 
     def _items(self, split: str, rule: Preprocessing, *, labeled: bool) -> Dataset[Any]:
         items = replace(self.splits[split], preprocessing=rule)
@@ -272,7 +278,7 @@ def _held_out(train: ItemSplit, fraction: float, seed: int) -> tuple[ItemSplit, 
 
 
 def look_at(
-    layout: Layout, folder: Path, *, channels: int | None, void: int | None = None, skip_bad_images: bool = False
+    layout: FolderLayout, folder: Path, *, channels: int | None, void: int | None = None, skip_bad_images: bool = False
 ) -> OwnImages:
     """Read the annotations of a folder and look at all of its images.
 

@@ -1,5 +1,6 @@
 """The whole way from a trained network and a budget to a verified artifact with a report."""
 
+from secateur.pipeline.compare import Race, compare
 from secateur.pipeline.compress import compress
 from secateur.pipeline.config import (
     DEFAULT_OBJECTIVE,
@@ -22,6 +23,8 @@ from secateur.pipeline.distill import DistillResult, HintStage, ModelSpec, disti
 from secateur.pipeline.exports import export_files
 from secateur.pipeline.inspect import ModelReport, inspect_model
 from secateur.pipeline.load import LoadedModel, default_size, load, load_any
+from secateur.pipeline.save import save
+from secateur.pipeline.train import TrainResult, train_model
 from secateur.pipeline.verify import Verified, verify
 from secateur.pipeline.workspace import OnExisting, check_model_fits_data, check_output
 
@@ -42,13 +45,16 @@ __all__ = [
     "ModelReport",
     "ModelSpec",
     "OnExisting",
+    "Race",
     "RecoveryConfig",
     "Reinitialize",
     "RunConfig",
     "StudentInit",
+    "TrainResult",
     "Verified",
     "check_model_fits_data",
     "check_output",
+    "compare",
     "compress",
     "default_blocks",
     "default_size",
@@ -58,5 +64,7 @@ __all__ = [
     "inspect_model",
     "load",
     "load_any",
+    "save",
+    "train_model",
     "verify",
 ]

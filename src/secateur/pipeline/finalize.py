@@ -26,7 +26,7 @@ from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.data.image_files import describe_skipped
 from secateur.data.loaders import OwnData
 from secateur.errors import ArtifactError, ExportError
-from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
+from secateur.export.artifact import FACTORY_KIND, amend, replaceable_files, save_artifact, weights_bytes
 from secateur.export.formats import Format
 from secateur.export.manifest import Recipe, edits_between
 from secateur.pipeline.config import Output, RunConfig
@@ -104,7 +104,7 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         return report, None, ()
     folder = run.output.folder
     with disk_errors(folder), atomic_folder(folder, replaceable=replaceable_files) as draft:
-        save(draft, run.student, _recipe(run, run.output))
+        save_artifact(draft, run.student, _recipe(run, run.output))
         own = (lambda: copy_model(run.given).eval()) if run.output.source is None else None
         reloaded = reload_check(run.student, run.images, draft, own)
         exports = _exports(run, draft, run.output.formats)
@@ -152,11 +152,7 @@ def report_of(
         before=measured[0],
         after=measured[1],
         steps=steps,
-        training=tuple(
-            TrainedEpoch(record.epoch, record.train_loss, record.validation_score)
-            for record in history
-            if record.train_loss is not None
-        ),
+        training=tuple(TrainedEpoch(record.epoch, record.train_loss, record.validation_score) for record in history),
         command=provenance.command,
         seed=provenance.seed,
         versions=provenance.versions,
@@ -212,9 +208,9 @@ def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport
     elif run.target is not None and run.latency_bound is not None:
         record, check = check_latency(run.latency_bound, run.target, run.original, run.student, run.images)
         records, checks = (record,), (check,)
-    elif run.target is not None:
+    elif run.target is not None and run.run.times:
         records, said = latency_on(run.target, run.original, run.student, run.images)
-    if run.output is not None and _is_plain(run):
+    if run.output is not None and run.run.times and _is_plain(run):
         # What was measured on the target is not measured twice.
         others, more = latency_between(run.original, run.student, run.images, run.target)
         records, said = (*records, *others), tuple(dict.fromkeys((*said, *more)))
@@ -234,7 +230,7 @@ def _recipe(run: Finished, output: Output) -> Recipe:
     # Against the model as its source builds it: the caller's model may be a cut one already.
     pristine = run.given if source is None else source.build(trust_source=True)
     return Recipe(
-        source={"kind": "factory", "name": output.factory} if source is None else source.to_json(),
+        source={"kind": FACTORY_KIND, "name": output.factory} if source is None else source.to_json(),
         architecture=run.architecture,
         edits=edits_between(pristine, run.student),
         input_shape=data.size,

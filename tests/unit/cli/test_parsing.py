@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from secateur.cli.options import Attention, CutFlags, SpaceFlags, TrainFlags
-from secateur.cli.parsing import axis_rules, callbacks, device, formats, numbers, optimizer, precision, selection
+from secateur.cli.parsing import axis_rules, callbacks, device, formats, optimizer, precision, selection
+from secateur.cli.words import numbers
 from secateur.data import Augment, load_data
 from secateur.errors import DataError, ExportError, SelectionError, TrainingError
 from secateur.export import Format

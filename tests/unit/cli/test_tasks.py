@@ -11,7 +11,8 @@ import pytest
 from command_line import secateur
 from PIL import Image
 
-from secateur.cli.tasks import channels_of, image_size, named_task, resizing_of
+from secateur.cli.tasks import named_task
+from secateur.cli.words import channels_of, image_size, resizing_of
 from secateur.data.preprocessing import Interpolation, ResizeMode, Resizing
 from secateur.errors import DataError, SecateurError, TrainingError
 from secateur.tasks import Imitation, Segmentation

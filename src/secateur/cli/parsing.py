@@ -71,6 +71,15 @@ class Inputs:
         """The task."""
         return named_task(self.flags.task or CLASSIFICATION, void=self.flags.void, trust_source=self.flags.trust_source)
 
+    def check_classifies(self) -> None:
+        """Refuse another task than classification, for a command that knows no other.
+
+        Raises:
+            TrainingError: If another one is named.
+        """
+        if not self.named.classifies:
+            raise TrainingError(f"`--task` must be classification here; got {self.named.name}. Leave it out.")
+
     def check(self, checks: "Checks") -> None:
         """Check what can be checked without loading anything: the name, the file of weights, the place of the data."""
         from secateur.models.weights import check_weights_file

@@ -148,12 +148,13 @@ def train_command(
         checks.add(lambda: check_unfinished(out_folder, run_config().on_existing))
     configured = checks.add(recipe.to_recipe)
     checks.add(recipe.check_augment)
+    checks.add(inputs.check_classifies)
     checks.settle()
     taken, loaded = configured(), inputs.loaded
     with run.fabric(taken.train) as fabric, logged(quiet=run.quiet):
         result = train_model(
             ModelSpec(loaded.model, loaded.name, loaded.source, loaded.architecture),
-            data=recipe.augment(inputs.images),
+            data=recipe.augment(inputs.classified),
             train=taken.train,
             recipe=recipe.recipe,
             label_smoothing=taken.label_smoothing,

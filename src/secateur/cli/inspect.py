@@ -151,7 +151,7 @@ def verify_command(
     from secateur.pipeline.verify import verify as run
 
     if folder is None and model is None:
-        raise ArtifactError("`verify` must be given an artifact folder; say: secateur verify FOLDER.")
+        raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
     artifact = Path(str(model)) if folder is None else folder
     factory = None if folder is None or model is None else parsing.factory_of(model, artifact, trust_source)
     flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images, task=task, void=void)

@@ -54,6 +54,7 @@ from secateur.pipeline.workspace import (
 from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning
 from secateur.report.graph_layers import axis_sizes_in_order
+from secateur.report.pictures import example_pictures
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.search.candidates import describe_choice
@@ -333,6 +334,7 @@ def _finished(
         report=replace(
             _report(plan, cut_student, trained, student, steps),
             checks=_checks(plan, cut_student, student, images),
+            pictures=example_pictures(plan.task, plan.data, plan.model, student) if plan.output is not None else (),
             notes=(*doubts, *describe_choice(search.notes), *map(describe_repair, cut_student.repairs)),
         ),
         original=cut_student.original,

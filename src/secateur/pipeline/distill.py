@@ -28,6 +28,7 @@ from secateur.pipeline.workspace import (
     fabric_for,
     shared_run_directory,
 )
+from secateur.report.pictures import example_pictures
 from secateur.report.run import RunReport, Step
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification
@@ -285,8 +286,12 @@ def _finished(
     name = f"{plan.student.called} from {plan.teacher.called}"
     report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
     doubts = (*data_doubts("teacher", steps[0], plan.data), *trained.divergences)
+    pictures = ()
+    if output is not None and plan.fabric.is_global_zero:
+        names = ("teacher", "student")
+        pictures = example_pictures(plan.task, plan.data, teacher, student, names=names)
     return Finished(
-        report=replace(report, notes=doubts),
+        report=replace(report, notes=doubts, pictures=pictures),
         original=teacher,
         student=student,
         given=plan.student.model,

@@ -157,6 +157,21 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A small picture: what it shows, and its content as a ``data:`` address."""
+
+    name: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One test image as the labels, the original and the compressed model see it."""
+
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything on the page.
 
@@ -180,6 +195,7 @@ class RunReport:
         training: The recovery, epoch by epoch.
         original_validation_score: Of the original on the same validation images as ``training``; drawn
             as a line across the curve.
+        pictures: A few test images with boxes, masks or images of both models.
         exports: Files for other runtimes.
         checks: What was verified.
         notes: Further sentences the reader must know.
@@ -209,6 +225,7 @@ class RunReport:
     macs_limit: float | None = None
     training: tuple[TrainedEpoch, ...] = ()
     original_validation_score: float | None = None
+    pictures: tuple[PictureRow, ...] = ()
     exports: tuple[ExportedFile, ...] = ()
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()

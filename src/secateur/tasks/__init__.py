@@ -1,6 +1,7 @@
 """Tasks: what a model is trained for, the loss, the metric, and how two models' outputs are compared."""
 
 from secateur.tasks.base import (
+    Drawing,
     MeanMeter,
     Meter,
     Metric,
@@ -19,6 +20,7 @@ __all__ = [
     "Detection",
     "DetectorOutputs",
     "DistanceMeter",
+    "Drawing",
     "ImageToImage",
     "Imitation",
     "MeanMeter",

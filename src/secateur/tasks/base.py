@@ -101,6 +101,27 @@ class Score:
         return middle - half, middle + half
 
 
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What is drawn of one item's outputs or targets; one of boxes, mask and image is given.
+
+    Attributes:
+        boxes: (n, 4) as x1, y1, x2, y2 in pixels of the input.
+        labels: (n,) classes of the boxes.
+        scores: (n,) of the boxes, or None.
+        mask: (height, width) class of every pixel.
+        void: Value of pixels of the mask that do not count.
+        image: (channels, height, width) in 0...1.
+    """
+
+    boxes: Tensor | None = None
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    mask: Tensor | None = None
+    void: int | None = None
+    image: Tensor | None = None
+
+
 class Meter(ABC):
     """Collects the outputs of one pass over a split. A new one is made for every pass.
 
@@ -182,6 +203,14 @@ class Task(ABC):
         """
         del model, targets
         return call_model(call, inputs)
+
+    def drawing(self, outputs: Any, item: int) -> Drawing | None:
+        """Return what a report draws of one item of the outputs in eval mode; None draws nothing."""
+        del outputs, item
+
+    def target_drawing(self, targets: Any, item: int) -> Drawing | None:
+        """Return what a report draws of one item of the targets; None draws nothing."""
+        del targets, item
 
     def blank_targets(self, inputs: Any) -> Any:
         """Return targets for models that need some in train mode, where there are none; here None.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import TrainingError
-from secateur.tasks.base import MeanMeter, Meter, Metric, Score, Task, main_output
+from secateur.tasks.base import Drawing, MeanMeter, Meter, Metric, Score, Task, main_output
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ class Segmentation(Task):
                     f"`labels` must lie in 0...{logits.shape[1] - 1}, the model's classes; got {low}...{high}. If one "
                     "value marks pixels that do not count, name it as `void`."
                 )
+
+    def drawing(self, outputs: Any, item: int) -> Drawing:
+        """See `Task.drawing`: the likeliest class of every pixel."""
+        return Drawing(mask=main_output(outputs)[item].argmax(0))
+
+    def target_drawing(self, targets: Any, item: int) -> Drawing:
+        """See `Task.target_drawing`."""
+        return Drawing(mask=targets[item], void=self.void)
 
     @staticmethod
     def _logits(outputs: Any, targets: Tensor) -> Tensor:
@@ -176,6 +184,14 @@ class ImageToImage(Task):
             raise TrainingError(
                 f"`{name}` must return images (batch, channels, height, width); got {tuple(found.shape)}."
             )
+
+    def drawing(self, outputs: Any, item: int) -> Drawing:
+        """See `Task.drawing`."""
+        return Drawing(image=main_output(outputs)[item] / self.data_range)
+
+    def target_drawing(self, targets: Any, item: int) -> Drawing:
+        """See `Task.target_drawing`."""
+        return Drawing(image=targets[item] / self.data_range)
 
     def _quality(self, outputs: Any, targets: Any) -> Tensor:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure

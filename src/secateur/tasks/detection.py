@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from secateur._batches import call_model
 from secateur.errors import TrainingError
-from secateur.tasks.base import Meter, Metric, Score, Task, normalized_difference
+from secateur.tasks.base import Drawing, Meter, Metric, Score, Task, normalized_difference
 
 HEADS = ("head", "rpn.head")
 """Modules whose outputs are compared where the task names none: the first one that the model has."""
+_SHOWN_SCORE = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class Detection(Task):
         with self._recorded(model) as heads:
             result = call(inputs, targets) if model.training else call_model(call, inputs)
         return DetectorOutputs(result, tuple(heads))
+
+    def drawing(self, outputs: Any, item: int) -> Drawing:
+        """See `Task.drawing`: boxes with a score of at least a half."""
+        found = outputs[item]
+        shown = found["scores"] >= _SHOWN_SCORE
+        return Drawing(boxes=found["boxes"][shown], labels=found["labels"][shown], scores=found["scores"][shown])
+
+    def target_drawing(self, targets: Any, item: int) -> Drawing:
+        """See `Task.target_drawing`."""
+        return Drawing(boxes=targets[item]["boxes"], labels=targets[item]["labels"])
 
     def blank_targets(self, inputs: Any) -> Any:
         """See `Task.blank_targets`: no object in any image."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur._batches import float_tensors
 from secateur.errors import TrainingError
-from secateur.tasks.base import Meter, Metric, Score, Task
+from secateur.tasks.base import Drawing, Meter, Metric, Score, Task
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class Imitation(Task):
         """See `Task.unobserve_`."""
         if self.like is not None:
             self.like.unobserve_(model)
+
+    def drawing(self, outputs: Any, item: int) -> Drawing | None:
+        """See `Task.drawing`: as the other task does; without one, outputs that are images."""
+        if self.like is not None:
+            return self.like.drawing(outputs, item)
+        tensors = float_tensors(outputs)
+        if len(tensors) != 1 or tensors[0].ndim != 4 or tensors[0].shape[1] not in (1, 3):
+            return None
+        return Drawing(image=tensors[0][item])
 
     def meter(self) -> Meter:
         """See `Task.meter`."""

@@ -1,0 +1,124 @@
+"""Boxes, masks and images of both models on the page, at their places and small."""
+
+import base64
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from secateur.data.annotated import as_lists
+from secateur.data.loaders import own_data
+from secateur.data.preprocessing import Preprocessing
+from secateur.report.html import render
+from secateur.report.pictures import EXAMPLES, example_pictures
+from secateur.report.run import Measured, Picture, RunReport
+from secateur.tasks import Classification, Detection, ImageToImage, Imitation, Segmentation
+
+
+class Fixed(nn.Module):
+    """Returns one answer for every image."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, images):
+        return self.answer(images)
+
+
+def pixels_of(picture: Picture) -> np.ndarray:
+    kind, _, content = picture.uri.partition(";base64,")
+    assert kind == "data:image/jpeg"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).astype(int)
+
+
+def gray(count: int = 6, size: tuple[int, int] = (96, 120)) -> torch.Tensor:
+    return torch.full((count, 3, *size), 0.5)
+
+
+def rows_of(task, targets, original, student, images=None):
+    images = gray() if images is None else images
+    items = list(zip(images, targets, strict=True)) if targets is not None else [(image,) for image in images]
+    return example_pictures(task, own_data((items, items, items)), Fixed(original), Fixed(student))
+
+
+def test_masks_lie_where_the_classes_are() -> None:
+    wanted = torch.zeros(96, 120, dtype=torch.long)
+    wanted[:48] = 1
+    wanted[-8:] = 255
+    logits = torch.stack([(wanted != 1).float(), (wanted == 1).float()])
+    rows = rows_of(
+        Segmentation(void=255),
+        [wanted] * 6,
+        lambda x: logits.expand(len(x), -1, -1, -1),
+        lambda x: -logits[None].expand(len(x), -1, -1, -1),
+    )
+    assert len(rows) == EXAMPLES
+    labels, original, compressed = (pixels_of(picture) for picture in rows[0].pictures)
+    assert [picture.name for picture in rows[0].pictures] == ["labels", "original", "compressed"]
+    assert labels.shape == (96, 120, 3)
+    assert np.abs(labels[10:40] - original[10:40]).max() <= 4
+    assert np.abs(original[10:40].mean((0, 1)) - compressed[60:80].mean((0, 1))).max() <= 4
+    assert np.abs(original[10:40].mean((0, 1)) - compressed[10:40].mean((0, 1))).max() > 40
+    assert np.ptp(labels[-3:].reshape(-1, 3).mean(0)) <= 3  # What does not count stays gray.
+
+
+def test_boxes_lie_where_they_are_and_unlikely_ones_are_left_out() -> None:
+    box, low = [20.0, 10.0, 60.0, 50.0], [70.0, 60.0, 100.0, 90.0]
+
+    def answer(images):
+        found = {"boxes": torch.tensor([box, low]), "labels": torch.tensor([1, 1]), "scores": torch.tensor([0.9, 0.1])}
+        return [found for _ in images]
+
+    target = {"boxes": torch.tensor([low]), "labels": torch.tensor([1])}
+    loader: DataLoader = DataLoader([(image, target) for image in gray(4)], batch_size=2, collate_fn=as_lists)  # pyright: ignore
+    rows = example_pictures(Detection(), own_data((loader, loader, loader)), Fixed(answer), Fixed(answer))
+    labels, original, _ = (pixels_of(picture) for picture in rows[0].pictures)
+    changed = [np.argwhere(np.abs(picture - 128).max(2) > 30) for picture in (labels, original)]
+    assert (changed[1].max(0) <= [54, 64]).all()
+    assert (changed[1].min(0) >= [6, 16]).all()
+    assert (changed[0].min(0) >= [56, 66]).all()
+
+
+def test_images_are_shown_beside_their_input() -> None:
+    bright = torch.ones(6, 3, 96, 120)
+    rows = rows_of(ImageToImage(), list(bright), lambda x: x, lambda x: x * 0)
+    assert [picture.name for picture in rows[0].pictures] == ["input", "labels", "original", "compressed"]
+    means = [pixels_of(picture).mean() for picture in rows[0].pictures]
+    assert means == pytest.approx([128, 255, 128, 0], abs=2)
+
+
+def test_what_draws_nothing_has_no_pictures() -> None:
+    def classes(images):
+        return torch.zeros(len(images), 2)
+
+    assert rows_of(Classification(), [0] * 6, classes, classes) == ()
+    assert rows_of(Imitation(), None, classes, classes) == ()
+    assert len(rows_of(Imitation(), None, lambda x: x, lambda x: x)) == EXAMPLES
+
+
+def test_normalization_is_undone_and_large_images_become_small() -> None:
+    rule = Preprocessing(mean=(0.5, 0.25, 0.5), std=(0.5, 0.25, 0.5), bgr=True)
+    image = rule.finish(torch.full((3, 900, 1200), 64, dtype=torch.uint8))
+    items = [(image, image)] * 2
+    data = replace(own_data((items, items, items)), preprocessing=rule)
+    rows = example_pictures(ImageToImage(), data, nn.Identity(), nn.Identity())
+    shown = pixels_of(rows[0].pictures[0])
+    assert shown.shape == (240, 320, 3)
+    assert np.abs(shown - 64).max() <= 2
+
+
+def test_the_page_holds_the_pictures_and_stays_small() -> None:
+    noise = torch.rand(4, 3, 480, 640, generator=torch.Generator().manual_seed(0))
+    rows = rows_of(ImageToImage(), list(noise), lambda x: x, lambda x: x, images=noise)
+    report = RunReport("net", Measured(2, 2), Measured(1, 1), pictures=rows)
+    page = render(report)
+    assert page.count('<img src="data:image/jpeg;base64,') == 4 * len(rows)
+    assert 'alt="Test image 1: compressed"' in page
+    assert len(page) < 4e6
+    assert "<img" not in render(RunReport("net", Measured(2, 2), Measured(1, 1)))

@@ -17,6 +17,7 @@ from secateur.cli.inspect import bench_command, evaluate_command, inspect_comman
 from secateur.cli.options import ImageFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
 from secateur.cli.process import last_guard, open_streams
+from secateur.cli.train import train_command
 from secateur.errors import ArtifactError, ModelError
 
 _HELP_WIDTH = 100
@@ -111,6 +112,7 @@ for _command, _words in (
     (inspect_command, ""),
     (compress_command, ""),
     (distill_command, ""),
+    (train_command, ""),
     (evaluate_command, ""),
     (verify_command, "FOLDER "),
     (export_command, ""),

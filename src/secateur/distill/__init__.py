@@ -37,7 +37,9 @@ from secateur.distill.objective import (
     select_labeled_feature,
     select_labeled_logits,
     select_logits,
+    select_pooled_features,
 )
+from secateur.distill.published import PUBLISHED, PublishedSetting, published_label_weight
 from secateur.distill.taps import (
     AlignedFeatureRecorder,
     AlignedFeatures,
@@ -53,6 +55,7 @@ from secateur.distill.taps import (
 )
 
 __all__ = [
+    "PUBLISHED",
     "AlignedFeatureRecorder",
     "AlignedFeatures",
     "AttentionFusion",
@@ -63,6 +66,7 @@ __all__ = [
     "KnowledgeReview",
     "MeanOverTaps",
     "Objective",
+    "PublishedSetting",
     "Resize",
     "Tap",
     "TapRecorder",
@@ -83,6 +87,7 @@ __all__ = [
     "make_adaptors",
     "paired_stages",
     "pkt_loss",
+    "published_label_weight",
     "record_taps",
     "rkd_angle_loss",
     "rkd_distance_loss",
@@ -90,6 +95,7 @@ __all__ = [
     "select_labeled_feature",
     "select_labeled_logits",
     "select_logits",
+    "select_pooled_features",
     "similarity_loss",
     "standardize_logits",
     "standardized_kd_loss",

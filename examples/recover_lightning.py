@@ -13,11 +13,14 @@ EPOCHS = 1
 
 
 class Distillation(pl.LightningModule):
+    """A student that learns from its teacher."""
+
     def __init__(self, student, teacher, task):
         super().__init__()
         self.student, self.others = student, (teacher, task)  # a tuple: the teacher is not trained
 
     def training_step(self, batch, _):
+        """Return the loss of a batch."""
         (inputs, targets), (teacher, task) = batch, self.others
         with torch.no_grad():
             wanted = teacher(inputs)
@@ -25,6 +28,7 @@ class Distillation(pl.LightningModule):
         return task.imitation(outputs, wanted) + 0.1 * task.loss(outputs, targets)
 
     def configure_optimizers(self):
+        """Return the optimizer."""
         return torch.optim.AdamW(self.student.parameters(), lr=1e-3)
 
 
@@ -40,6 +44,7 @@ class Batches:
 
 
 def recover(student, teacher, data, context):
+    """Train the student on the teacher's outputs, and a little on the targets."""
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
         accelerator=context.device.type,

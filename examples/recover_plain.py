@@ -8,6 +8,7 @@ EPOCHS = 1
 
 
 def recover(student, teacher, data, context):
+    """Train the student on the teacher's outputs, and a little on the targets."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     metric = context.task.metric
     best, weights = metric.key(context.score(student).value), None

@@ -11,13 +11,15 @@ EPOCHS = 1
 
 
 def recover(student, teacher, data, context):
+    """Train the student on the teacher's outputs, and a little on the targets."""
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
     schedule = CosineLRScheduler(optimizer, t_initial=max(EPOCHS, 2), warmup_t=1, warmup_lr_init=1e-4)
     average = ModelEmaV3(student, decay=0.99, use_warmup=True)
     for epoch in range(EPOCHS):
         student.train()
-        losses, step = AverageMeter(), 0
-        for inputs, targets in data.train.batches(64, seed=context.seed, epoch=epoch, device=context.device):
+        losses = AverageMeter()
+        batches = data.train.batches(64, seed=context.seed, epoch=epoch, device=context.device)
+        for step, (inputs, targets) in enumerate(batches):
             with torch.no_grad():
                 wanted = teacher(inputs)
             outputs = student(inputs)
@@ -27,7 +29,6 @@ def recover(student, teacher, data, context):
             optimizer.step()
             average.update(student, step=step)
             losses.update(loss.item(), len(inputs))
-            step += 1
         schedule.step(epoch + 1)
         print(f"epoch {epoch}: loss {losses.avg:.4f}, validation {context.score(average.module).text}")
     return average.module

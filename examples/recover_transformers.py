@@ -1,4 +1,4 @@
-"""Recover a cut model with the Trainer of Hugging Face: python recover_transformers.py (pip install transformers[torch])"""
+"""Recover a cut model with Hugging Face's Trainer: python recover_transformers.py (pip install transformers[torch])"""
 
 import tempfile
 
@@ -11,11 +11,14 @@ EPOCHS = 1
 
 
 class Distillation(Trainer):
+    """A Trainer whose loss looks at the teacher."""
+
     def __init__(self, *, teacher, task, **settings):
         super().__init__(**settings)
         self.teacher, self.task = teacher, task
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
+        """Return the loss of a batch."""
         with torch.no_grad():
             wanted = self.teacher(inputs["pixel_values"])
         outputs = model(inputs["pixel_values"])
@@ -24,6 +27,7 @@ class Distillation(Trainer):
 
 
 def recover(student, teacher, data, context):
+    """Train the student on the teacher's outputs, and a little on the targets."""
     batches = data.train.batches(64)
     items = [
         {"pixel_values": x, "labels": y} for images, labels in batches for x, y in zip(images, labels, strict=True)

@@ -1,6 +1,6 @@
 """Recover a cut YOLO with its own trainer: python recover_ultralytics.py DATA.yaml IMAGES (pip install ultralytics)
 
-DATA.yaml is the data set as Ultralytics reads it, and IMAGES a folder of images: the search and the repairs need no labels.
+DATA.yaml is a data set of Ultralytics, and IMAGES a folder of images: the search and the repairs need no labels.
 """
 
 import sys
@@ -35,6 +35,7 @@ def recover_on(dataset):
 
 
 def images(folder):
+    """Return the images of a folder as the model takes them."""
     paths = sorted(path for path in folder.iterdir() if path.suffix in {".jpg", ".png"})
     return [resize(decode_image(str(path), "RGB"), [SIZE, SIZE]).float() / 255 for path in paths]
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,16 @@ SETTINGS: dict[str, Any] = {
     "run": RunConfig(callbacks=Silent(), device=torch.device("cpu")),
     "export": (),
 }
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is timed, and what trainers set in the environment goes with the test."""
+    before = dict(os.environ)
+    monkeypatch.setattr("secateur.pipeline.finalize.latency_on", lambda *_: ((), ()))
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def example(name: str, *packages: str) -> ModuleType:

@@ -373,6 +373,7 @@ class RunConfig:
         latency_cache: Stored measurements of latency; None means those of this machine in the user's cache folder.
         name: Name of the model in the report; empty means the name of its class.
         command: The exact command or call, for the report and secateur.json.
+        times: Whether times are measured for the report; a bound on the latency is checked in any case.
     """
 
     seed: int = 0
@@ -384,6 +385,7 @@ class RunConfig:
     latency_cache: LatencyCache | None = None
     name: str = ""
     command: str = ""
+    times: bool = True
 
 
 @dataclass(frozen=True, eq=False)

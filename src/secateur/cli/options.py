@@ -91,6 +91,10 @@ def _shown(default: object) -> str | None:
 Attention = Literal["heads", "dimensions"]
 SearchedName = Literal["widths", "depths", "both"]
 CombinationName = Literal["exact", "evolution"]
+AblationName = Literal["no-stages", "no-sandwich", "no-in-place", "autoslim"]
+TASPresetName = Literal["short", "paper-cifar", "paper-imagenet"]
+PCAName = Literal["raw", "folded", "correlation"]
+RankCapName = Literal["stretched", "literal"]
 WeightScoreName = Literal["magnitude", "taylor", "snip", "movement", "random"]
 AllocationName = Literal["global", "erk", "even", "2:4", "4:8"]
 WeightScheduleName = Literal["cubic", "iterative", "one-shot"]
@@ -226,6 +230,14 @@ class SearchFlags:
         None
     )
     stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", value="MODULE")] = ()
+    tas_preset: Annotated[
+        TASPresetName | None, choice("tas: short (default), or as published: paper-cifar, paper-imagenet.")
+    ] = None
+    swp_ablation: Annotated[
+        AblationName | None, choice("Ablation of swp: no-stages, no-sandwich, no-in-place or autoslim.")
+    ] = None
+    pca: Annotated[PCAName | None, choice("pca: folded (default), raw (as published) or correlation.")] = None
+    rank_cap: Annotated[RankCapName | None, choice("pca: stretched (default), or literal as published.")] = None
     ray: Annotated[str | None, flag("Judge candidates of swp on Ray: local, auto or HOST:PORT.", value="ADDRESS")] = (
         None
     )

@@ -274,7 +274,7 @@ def check_published(flags: "SearchFlags", space: "SpaceFlags") -> None:
     """
     if flags.tas_preset in ("paper-cifar", "paper-imagenet") and not space.untied:
         raise SelectionError(
-            f"`--tas-preset` must go with --untied for {flags.tas_preset}, which searches a width for every convolution. "
+            f"`--tas-preset` must go with --untied for {flags.tas_preset}, which searches every convolution's width. "
             "Add it, and --from-scratch with --epochs and --lr as published (recipes/tas)."
         )
 

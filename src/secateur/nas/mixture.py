@@ -146,8 +146,7 @@ class MixtureHooks:
         chains: Sequence[tuple[Block, ...]],
         names: Sequence[str],
     ):
-        self._points, self._norms = tuple(points), tuple(norms)
-        self._chains = tuple(chains)
+        self._points, self._norms, self._chains = tuple(points), tuple(norms), tuple(chains)
         self.axes = frozenset(names[number] for point in points for number, _ in point.axes)
         self.single = {
             point.module: names[point.axes[0][0]]
@@ -333,9 +332,9 @@ class _Mixers:
         return lambda z: _shaped(own, z, dim) * z + _shaped(other, z, dim) * average(z)
 
     def with_norms(self, point: _Point, affine_of: AffineOf) -> "Callable[[Tensor], Tensor] | None":
-        """Return the function for the normalized channels of a batch norm, if each width has a scale and shift there.
+        """Return the function for the normalized channels x of a batch norm, if each width has a scale and shift there.
 
-        With x the normalized channels, out = own * (g_w x + b_w) + other * A (g_n x + b_n), A the expansion.
+        out = own * (g_w x + b_w) + other * A (g_n x + b_n), A the expansion.
         """
         (number, _), *others = point.axes
         wide, narrow = self._widths[number], min(self._mixture.narrow[number], self._widths[number])
@@ -343,7 +342,7 @@ class _Mixers:
         if others or at_wide is None or at_narrow is None:
             return None
         other, own = self._weights[number]
-        first, second, share = (torch.from_numpy(part) for part in self._mixture.expansion.sources(narrow, wide))
+        first, second, share = map(torch.from_numpy, self._mixture.expansion.sources(narrow, wide))
         expansion = (share[:, None] * _averaging_matrix(first, second)).to(self._weights)[:, :narrow]
         from_narrow = F.pad(expansion * at_narrow[0], (0, wide - narrow))
         matrix = own * torch.diag(at_wide[0]) + other * from_narrow

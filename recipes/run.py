@@ -18,6 +18,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _FIELDS = {"title", "paper", "published", "gpu_hours", "notes", "commands", "variants"}
@@ -84,7 +85,7 @@ def _filled(word: str, places: dict[str, str]) -> str:
 
 def _made_small(words: list[str]) -> list[str]:
     small = list(words)
-    for at, (flag, value) in enumerate(zip(words, words[1:], strict=False), 1):
+    for at, (flag, value) in enumerate(pairwise(words), 1):
         if flag in _TINY and "{out}" not in value:
             small[at] = _TINY[flag]
         if flag == "--image-size":

@@ -183,7 +183,7 @@ class SpaceFlags:
     axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", value=f"{_P}=N")] = ()
     axis_min_width: Annotated[Patterns, flag("Use another --min-width for matching axes.", value=f"{_P}=N")] = ()
     axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
-    attention: Annotated[Attention, choice("Cut whole heads or dimensions of every head.")] = "dimensions"
+    attention: Annotated[Attention, choice("Cut heads, or dimensions of each head.")] = "dimensions"
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
 
     def to_config(self) -> "CutConfig":
@@ -231,7 +231,7 @@ class SearchFlags:
     )
     stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", value="MODULE")] = ()
     tas_preset: Annotated[
-        TASPresetName | None, choice("tas: short (default), or as published: paper-cifar, paper-imagenet.")
+        TASPresetName | None, choice("tas: short (default); as published paper-cifar, paper-imagenet.")
     ] = None
     swp_ablation: Annotated[
         AblationName | None, choice("Ablation of swp: no-stages, no-sandwich, no-in-place or autoslim.")
@@ -343,7 +343,7 @@ class TrainFlags:
     label_smoothing: Annotated[float, number("Share of each label spread over all classes.")] = 0.0
     temperature: Annotated[float, number("Temperature that softens probabilities.")] = 4.0
     label_weight: Annotated[
-        float | None, number("Weight of the labels; 0.1, in distill the one published with --loss.", least=0)
+        float | None, number("Weight of the labels; 0.1, in distill that of the loss.", least=0)
     ] = None
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 

@@ -199,6 +199,7 @@ class MixtureHooks:
         mixture: Mixture,
         gone: Callable[[str], bool],
         tensors: Mapping[str, Tensor],
+        *,
         affine_of: "AffineOf | None" = None,
     ) -> Generator[Mapping[str, Tensor]]:
         """Mix for as long as the context lasts.
@@ -307,8 +308,7 @@ class _Mixers:
         self._weights = torch.cat([mixture.weights, torch.tensor([[0.0, 1.0]]).to(mixture.weights)])
 
     def at(self, point: _Point) -> "_Scaling | Callable[[Tensor], Tensor] | None":
-        """Return the function for the output of a point, or None if it is left alone.
-
+        """Return the function for the output of a point, or None if it is left alone:
         out = own * z + other * (z[first] + z[second]) / 2 for each position.
         """
         if all(self._mixture.narrow[number] == self._widths[number] for number, _ in point.axes):

@@ -187,7 +187,9 @@ class Supernet(nn.Module):
         with self._shaped_as(subnet), self._cached.restored(), ExitStack() as stack:
             if mixture is not None:
                 affine_of = None if norms is None else norms.at
-                hooked = self._mixture_hooks.active(self.model, subnet.widths, mixture, gone, given, affine_of)
+                hooked = self._mixture_hooks.active(
+                    self.model, subnet.widths, mixture, gone, given, affine_of=affine_of
+                )
                 given = stack.enter_context(hooked)
             # Hooks run in the order of registration. Widening comes after mixing, because a narrow branch is mixed at
             # its own width before its channels are put where the stream has them.

@@ -119,6 +119,7 @@ def _difference(first: Leaf, second: Leaf, floor: float, unstable: Tensor | bool
     relative = error / (_spread(first) + floor * most)
     # 0 / 0: a value that is right, in a slice of zeros.
     worst = float(torch.where(error == 0, 0.0, relative).max())
+    # NaN is not above any tolerance, so it must become a number that is.
     return float(error.max()), math.inf if math.isnan(worst) else worst
 
 

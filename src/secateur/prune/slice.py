@@ -232,6 +232,7 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
     # Modules inside of replaced ones no longer exist.
     edits = [e for e in graph.edits if not gone(e.module)]
     set_size_attributes_(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
+    # After the edits, because `in_channels` of a convolution is computed from its number of groups.
     update_declared_sizes_(small)
     names = {id(module): name for name, module in small.named_modules()}
     changed = [(e.module, e.attribute, e.item) for e in edits if e.extent.at(widths) != e.extent.at(graph.sizes)]
@@ -301,6 +302,7 @@ def copy_with_tensors(
                 continue
             new = change(name, tensor.detach()).contiguous(memory_format=_memory_format(tensor))
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    # The copy takes what the memo holds wherever it meets a tensor, so that shared tensors stay shared.
     return copy_model(model, memo)
 
 

@@ -357,6 +357,7 @@ class DivergenceWatch:
     @property
     def limit(self) -> float:
         """The bound on the losses; infinite before the first one."""
+        # The median, because one odd loss at the beginning must not raise the bound.
         return _TIMES * max(median(self._first), _LEAST_LOSS) if self._first else math.inf
 
     def note(self, loss: float) -> bool:
@@ -364,6 +365,7 @@ class DivergenceWatch:
         if loss > self.limit:
             self._above += 1
             return self._above >= _IN_A_ROW
+        # Losses above the bound never get here, so they cannot raise it.
         self._above = 0
         if len(self._first) < _BEGINNING:
             self._first.append(loss)

@@ -160,7 +160,7 @@ class EpochSummary:
         step: Number of the last step, from 0 over all epochs.
         seconds: Wall-clock time of the steps.
         images: Images of the first tensor of the batches.
-        average: The moving average of `TrainingStep.mean_over_processes`; None if none is kept.
+        average: The moving average of `TrainingStep.averaged`; None if none is kept.
     """
 
     epoch: int
@@ -370,7 +370,7 @@ class Trainer:
 
     @property
     def average(self) -> nn.Module | None:
-        """The moving average of `TrainingStep.mean_over_processes`; None if none is kept."""
+        """The moving average of `TrainingStep.averaged`; None if none is kept."""
         return None if self._average is None else self._average.model
 
     def resume(self, folder: Path | None, settings: Mapping[str, str]) -> Checkpoint | None:

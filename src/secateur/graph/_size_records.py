@@ -397,6 +397,7 @@ def wrap_sizes(
         for key, value in held.items():
             if key in _OWN_ATTRIBUTES or type(value) in _NEVER_SIZES:
                 continue
+            # Such a size follows the weight, so that no edit of the attribute is needed.
             if key in declared:
                 held[key] = SizeInt(value, declared[key], tracker.notes)
             elif isinstance(value, Tensor):
@@ -411,6 +412,7 @@ def wrap_sizes(
 
 _NEVER_SIZES = frozenset({str, bool, float, type(None), torch.dtype, torch.device, set, frozenset, bytes})
 _OWN_ATTRIBUTES = frozenset({*vars(nn.Module()), "_reversed_padding_repeated_twice"})
+# What is longer or nested more deeply holds data, not the sizes of layers.
 _MOST_ITEMS = 256
 _DEEPEST = 2
 

@@ -83,6 +83,7 @@ def _view(parts: _Parts, class_logits: bool) -> "_View":
         shapes = {None if view is None else view.shape[1] for view in map(rows, tensors)}
         return len(shapes) == 1 and None not in shapes
 
+    # The first way in which all tensors have rows of one length, so that they can be compared.
     rows = next(filter(fits, (_by_image, _by_channel, _by_last)), _by_number)
     return _View(rows, class_logits and all(t.dim() == 2 and t.shape[1] > 1 for t in tensors))
 

@@ -165,6 +165,7 @@ class RecalibrateBatchNorm:
             # Only the change is applied, so that nothing happens where the cut had no effect.
             shift = (mean - old_mean).to(layer.running_mean.dtype)
             ratio = (variance + self.eps) / (old_variance + self.eps)
+            # As a product, because either variance may be zero.
             varies = torch.minimum(variance, old_variance) * _LARGEST_RATIO >= torch.maximum(variance, old_variance)
             ratio = torch.where(varies, ratio, 1.0)
             new_mean, new_variance = layer.running_mean + shift, layer.running_var * ratio.to(layer.running_var.dtype)
@@ -311,6 +312,8 @@ class Refit:
                 if x.dim() == (3 if isinstance(layer, nn.Conv2d) else 1):
                     x = x[None]
                 rows = sampler.rows_of_input(layer, x)
+                # Before the layer runs, so that the layers behind it get the outputs of the new weights. Popped,
+                # because the targets of all layers are in memory at once.
                 reason = self._solve_(layer, [rows], targets.pop(sampler.module)[:1])
                 if reason:
                     skipped[sampler.module] = reason

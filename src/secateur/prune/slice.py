@@ -136,6 +136,7 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
             raise SurgeryError(f"`architecture` names the axis {name!r}, which this model lacks. It has: {known}, ...")
         if len(channels) < axis.size and axis.frozen_because is not None:
             raise SurgeryError(f"`architecture` cuts the axis {name!r}, which must stay whole: {axis.frozen_because}.")
+        # Kept channels are increasing, so the last one is the highest.
         if channels[-1] >= axis.size:
             raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
     check_branches(graph, architecture)
@@ -171,6 +172,7 @@ def kept_positions_by_tensor(
                     known[id(site.index)] = np.sort(site.index[stays], axis=None)
                 kept.setdefault(site.tensor, {})[site.dim] = known[id(site.index)]
                 continue
+            # Several axes share this dimension, and each removes its own positions.
             mask = masks.setdefault(site.tensor, {}).setdefault(site.dim, np.ones(length, dtype=bool))
             mask[site.index[~stays].reshape(-1)] = False
     for tensor, dims in masks.items():

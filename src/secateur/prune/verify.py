@@ -169,7 +169,7 @@ class _Pair:
     def __init__(self, model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> None:
         self._model, self._small, self._graph, self._architecture = model, small, graph, architecture
         self._noise = is_random(graph)
-        # Compared in the first pass that proves anything; there is none then.
+        # Features are compared only in the first pass that proves anything. After it there is nothing here.
         self._features: KeptFeatures | None = KeptFeatures(graph, architecture, every=False)
         self._running: tuple[nn.Module, nn.Module | None] | None = None
         self._memory: SharedMemory | None = None
@@ -270,6 +270,7 @@ class _Pair:
             try:
                 want = self._run(self._running[0].eval(), example, run)
             except WrittenParameterError:
+                # The next references hold copies of the weights, which a run may write to.
                 self._running = self._memory = None
                 continue
             if not _floating(want.outputs):
@@ -333,6 +334,7 @@ class _Pair:
         features = KeptFeatures(self._graph, self._architecture, every=True)
         example = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
 
+        # New copies for every run, because a run may change what a model remembers.
         def masked() -> nn.Module:
             return reference(copy_model(self._model).double()).train(training)
 

@@ -350,6 +350,7 @@ class Checkpointer:
         Raises:
             TrainingError: If it cannot be written.
         """
+        # Removed before the new one is written: a later epoch of the training that failed must never be resumed.
         if self._folder is not None and self._fabric.is_global_zero:
             for old in _complete(self._folder):
                 shutil.rmtree(old, ignore_errors=True)

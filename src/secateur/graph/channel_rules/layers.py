@@ -176,6 +176,7 @@ def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor,
         call.ledger.tie_rows(np.ascontiguousarray(entering.T))
         call.ledger.tie_rows(np.ascontiguousarray(leaving.T))
         call.ledger.tie(entering[:, 0], leaving[:, 0])
+        # This dimension of the weight counts the channels of one group, which stay.
         if consumed is not None:
             call.ledger.freeze(consumed, f"{call.where} removes whole groups only")
         return produced

@@ -33,6 +33,7 @@ class Role(Enum):
     """One number per channel, elementwise: norm scales and shifts, running statistics, LayerScale."""
 
 
+# Compared by identity: arrays have no single truth value, and `untie` moves exactly these sites.
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place where an axis appears.

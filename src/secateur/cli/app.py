@@ -29,6 +29,7 @@ def export_command(
     *,
     model: options.Model,
     weights: options.WeightsFile = None,
+    weights_key: options.WeightsKey = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     skip_bad_images: options.SkipBadImages = False,
@@ -49,7 +50,9 @@ def export_command(
     from secateur.pipeline.exports import export_files
 
     wanted = parsing.formats(formats)
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
+    flags = ImageFlags(
+        weights_key=weights_key, image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images
+    )
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     if out_folder is None and inputs.loaded.manifest is None:
         raise ModelError(

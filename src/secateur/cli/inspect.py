@@ -16,6 +16,7 @@ def inspect_command(
     *,
     model: options.Model,
     weights: options.WeightsFile = None,
+    weights_key: options.WeightsKey = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     skip_bad_images: options.SkipBadImages = False,
@@ -43,7 +44,9 @@ def inspect_command(
     if draw is not None:
         check_drawing(draw)
     cut = space.to_config()
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
+    flags = ImageFlags(
+        weights_key=weights_key, image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images
+    )
     inputs = Inputs(model, weights, data, flags, seed)
     report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
     name = inputs.loaded.name

@@ -106,6 +106,7 @@ Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, arti
 WeightsFile = Annotated[
     Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
 ]
+WeightsKey = Annotated[str | None, flag("Which weights of a file with several: model, ema, ...", value="NAME")]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
@@ -137,6 +138,7 @@ BudgetText = Annotated[
 class ReadingFlags:
     """How images are read and prepared."""
 
+    weights_key: WeightsKey = None
     trust_source: TrustSource = False
     skip_bad_images: SkipBadImages = False
     image_size: ImageSize = None

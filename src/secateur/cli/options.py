@@ -135,12 +135,19 @@ BudgetText = Annotated[
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ReadingFlags:
-    """How images are read and prepared."""
+class LoadingFlags:
+    """How models and images of strangers are read."""
 
     weights_key: WeightsKey = None
     trust_source: TrustSource = False
     skip_bad_images: SkipBadImages = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags(LoadingFlags):
+    """How images are read and prepared."""
+
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None

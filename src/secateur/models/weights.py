@@ -67,13 +67,13 @@ def _read_sets(path: Path) -> dict[str, dict[str, Tensor]]:
 
 def _only(fitting: Mapping[str, dict[str, Tensor]], sets: Mapping[str, object], path: Path | str) -> dict[str, Tensor]:
     """Return the one set of tensors, also if there are several that are equal; ask which one if there are others."""
-    first, *others = (*fitting.values(), None)
-    if first is None:
+    if not fitting:
         raise ModelError(
             f"`weights_key` must name one of the entries of {path} that hold weights: {_list_names(list(sets))}. "
             "Correct it, or leave it out."
         )
-    if any(other is not None and not _equal(first, other) for other in others):
+    first, *others = fitting.values()
+    if any(not _equal(first, other) for other in others):
         names = list(fitting)
         raise ModelError(
             f"{path} must hold one set of weights that fits the model; got {len(names)} that differ: "

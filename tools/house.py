@@ -133,7 +133,7 @@ def size_rows(modules: list[Module]) -> Iterator[Row]:
     # was found. What came after it (rules, tasks, checks) is new, so both bounds grow with it, knowingly.
     yield Row("lines of src", sum(lines), "<= 54000")
     files = Counter(module.package for module in modules if module.path.name != "__init__.py")
-    yield Row("files in the largest package", max(files.values()), "<= 15", (_listed(files),))
+    yield Row("files in the largest package", max(files.values()), "<= 16", (_listed(files),))
 
 
 def name_rows(modules: list[Module]) -> Iterator[Row]:

@@ -50,6 +50,7 @@ from secateur.train.checkpoint import CheckpointPolicy, model_sha256
 from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.fit import Trained
+from secateur.train.own_loop import Recover
 from secateur.train.recipes import check_resettable, reset_weights_
 
 if TYPE_CHECKING:
@@ -346,11 +347,14 @@ class RecoveryConfig:
             replaces its seed.
         objective: The losses.
         execution: How both models are run, see `secateur.train.fit`; searches always run eagerly.
+        recover: A training loop of your own that takes the place of all this, see `secateur.train.Recover`; None
+            distills as the other fields say.
     """
 
     train: TrainConfig = DEFAULT_TRAIN_CONFIG
     objective: Objective = DEFAULT_OBJECTIVE
     execution: Execution = Eager()  # noqa: RUF009 - frozen
+    recover: Recover | None = None
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def compress_command(
 ) -> None:
     """Compress a trained model to a budget: search, cut, repair, distill, verify, export, report.
 
-    Example: secateur compress --model cifar_resnet20 --weights resnet20.safetensors --data cifar10
-    --budget macs=50% --out small
+    Example: secateur compress --model base --data cifar10 --budget macs=50% --out small
     """
     from secateur._runtime import is_main_process
     from secateur.cli.messages import Checks

@@ -120,10 +120,9 @@ TaskText = Annotated[
     str | None,
     choice("segmentation, detection, ..., imitation, python:...; else classes.", MODEL_AND_DATA),
 ]
-Void = Annotated[int | None, whole_number("Value of pixels of masks that do not count; 255.", least=0, most=MAX_COUNT)]
-NumClasses = Annotated[
-    int | None, whole_number("Classes of the model; those of the data by default.", most=MAX_CHANNELS)
-]
+# Two that few need, and that messages name; docs/tasks.md describes them.
+Void = Annotated[int | None, Parameter(show=False, validator=Number(gte=0, lte=MAX_COUNT))]
+NumClasses = Annotated[int | None, Parameter(show=False, validator=Number(gte=1, lte=MAX_CHANNELS))]
 ImageSize = Annotated[str | None, flag("Resize images: 240x320 (height x width), 224.", MODEL_AND_DATA, value="SIZE")]
 Channels = Annotated[str | None, flag("Channels, 1 to 16: 4 keeps transparency; or bgr for blue first.", value="N")]
 Resize = Annotated[str | None, flag("How images get their size: squash, letterbox, crop:0.9,bicubic.", value="HOW")]
@@ -235,7 +234,7 @@ class SearchFlags:
 
     strategy: Annotated[
         str | None,
-        choice("auto (compares), knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
+        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
     ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)

@@ -27,6 +27,7 @@ from secateur.distill.logit_losses import (
     standardize_logits,
     standardized_kd_loss,
 )
+from secateur.distill.match_features import MatchFeatures
 from secateur.distill.objective import (
     BatchOutputs,
     Ensemble,
@@ -61,6 +62,7 @@ __all__ = [
     "Ensemble",
     "Features",
     "KnowledgeReview",
+    "MatchFeatures",
     "MeanOverTaps",
     "Objective",
     "Resize",

@@ -24,6 +24,7 @@ from secateur.cost.measure import LatencyCache
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData
+from secateur.distill.match_features import MatchFeatures
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
 from secateur.export.formats import Format
@@ -79,6 +80,7 @@ class CutInput:
         graph: The channel graph of both.
         images: Calibration batches, normalized, on the models' device.
         seed: Random seed of new weights.
+        is_trained: Whether the cut model is trained afterward.
     """
 
     original: nn.Module
@@ -86,6 +88,7 @@ class CutInput:
     graph: ChannelGraph
     images: Sequence[Tensor]
     seed: int
+    is_trained: bool = True
 
 
 class StudentInit(ABC):
@@ -116,10 +119,11 @@ class KeepWeights(StudentInit):
     If the search trained weights, it keeps those, and the repairs compare with the whole model that has them.
 
     Attributes:
-        repairs: Repairs right after the cut, in order.
+        repairs: Repairs right after the cut, in order. None means `DEFAULT_REPAIRS`, and `MatchFeatures` after them if
+            no training follows, which would do the same with more images.
     """
 
-    repairs: Sequence[Repair] = DEFAULT_REPAIRS
+    repairs: Sequence[Repair] | None = None
 
     @property
     def done(self) -> str:
@@ -131,7 +135,9 @@ class KeepWeights(StudentInit):
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `StudentInit.cut`."""
-        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=tuple(self.repairs))
+        default = DEFAULT_REPAIRS if uncut.is_trained else (*DEFAULT_REPAIRS, MatchFeatures())
+        repairs = default if self.repairs is None else tuple(self.repairs)
+        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=repairs)
 
 
 @dataclass(frozen=True)
@@ -449,6 +455,8 @@ class Plan:
             "calibration_images": str(cut.calibration_images),
             "seed": str(self.run.seed),
         }
+        if self.recovery.train.epochs == 0:
+            found["training"] = "none"  # Then the repairs are others.
         if cut.flush_denormals:
             found["flush_denormals"] = "yes"
         if cut.weight_pruning is not None:

@@ -78,7 +78,8 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
             plan.log(f"Could not be cut exactly and stays whole: {', '.join(name for name, _ in result.frozen)}.")
             graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
-        uncut = CutInput(original, _trained(original, result), graph, [images for images, _ in batches], plan.run.seed)
+        images, is_trained = [images for images, _ in batches], plan.recovery.train.epochs > 0
+        uncut = CutInput(original, _trained(original, result), graph, images, plan.run.seed, is_trained)
         pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
             break

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cost import Budget, count_macs, count_params
-from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, save
+from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, save_artifact
 from secateur.export.manifest import manifest_sha256
 from secateur.graph import trace
 from secateur.models import load_model
@@ -71,7 +71,7 @@ def good_artifact(folder: Path) -> Good:
         metrics={"test_accuracy": [{"step": "original", "top1": 0.9, "n": 360}]},
         verification={"probe": probe_json(half, (1, 8, 8))},
     )
-    save(folder, half, recipe)
+    save_artifact(folder, half, recipe)
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     assert manifest["edits"]
     assert any(record.get("sparse") for record in manifest["weights"]["tensors"])

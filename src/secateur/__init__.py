@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from secateur.distill.objective import Objective as Objective
     from secateur.distill.taps import AlignedFeatures as AlignedFeatures
     from secateur.errors import SecateurError as SecateurError
-    from secateur.export.artifact import save as save
     from secateur.export.formats import Format as Format
     from secateur.export.onnx import export_onnx as export_onnx
     from secateur.export.torch_export import export_pt2 as export_pt2
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from secateur.pipeline.config import RunConfig as RunConfig
     from secateur.pipeline.inspect import inspect_model as inspect_model
     from secateur.pipeline.load import load as load
+    from secateur.pipeline.save import save as save
     from secateur.pipeline.verify import verify as verify
     from secateur.prune.cut import cut as cut
     from secateur.prune.repair import RecalibrateBatchNorm as RecalibrateBatchNorm
@@ -90,7 +90,6 @@ _MODULES = {
     "distill.objective": ("Objective",),
     "distill.taps": ("AlignedFeatures",),
     "errors": ("SecateurError",),
-    "export.artifact": ("save",),
     "export.formats": ("Format",),
     "export.onnx": ("export_onnx",),
     "export.torch_export": ("export_pt2",),
@@ -118,6 +117,7 @@ _MODULES = {
     ),
     "pipeline.inspect": ("inspect_model",),
     "pipeline.load": ("load",),
+    "pipeline.save": ("save",),
     "pipeline.verify": ("verify",),
     "prune.cut": ("cut",),
     "prune.repair": (

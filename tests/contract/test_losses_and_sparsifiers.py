@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.cli.distill import DEFAULT_WEIGHTS, LOGIT_LOSSES, LossName, Pair, to_objective
-from secateur.distill import paired_stages
+from secateur.cli.distill import LOGIT_LOSSES, LossName, Pair, to_objective
+from secateur.distill import PUBLISHED, paired_stages
 from secateur.errors import SparsityError, TraceError, TrainingError
 from secateur.graph import trace
 from secateur.prune import (
@@ -63,7 +63,7 @@ def other(model: nn.Module) -> nn.Module:
 def total(name: str, student: nn.Module, teacher: nn.Module, taps: dict[str, str], labels: Tensor) -> Tensor:
     pair = Pair(student, teacher, images(2), 12)
     objective = to_objective(
-        {name: DEFAULT_WEIGHTS[name]}, pair, taps, temperature=4.0, label_weight=0.0, label_smoothing=0.0
+        {name: PUBLISHED[name].weight}, pair, taps, temperature=4.0, label_weight=0.0, label_smoothing=0.0
     )
     with objective.record(student, teacher) as recorded:
         with torch.no_grad():

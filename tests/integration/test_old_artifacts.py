@@ -52,7 +52,7 @@ def test_verify_passes(name: str, run: Run):
 def test_written_again_it_is_the_same(name: str, tmp_path: Path):
     """Every field of secateur.json keeps its name, place and value, and the file of the weights its bytes."""
     loaded = secateur.load(GOLDEN / name)
-    secateur.save(tmp_path / name, loaded.model, loaded.manifest.recipe)
+    secateur.export.save_artifact(tmp_path / name, loaded.model, loaded.manifest.recipe)
     before, after = manifest(GOLDEN / name), manifest(tmp_path / name)
     for data in (before, after):
         # While it is pruned, a layer lists its masked weight after its bias; a loaded one has no masks. So the order

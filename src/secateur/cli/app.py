@@ -17,6 +17,7 @@ from secateur.cli.inspect import bench_command, evaluate_command, inspect_comman
 from secateur.cli.options import ImageFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
 from secateur.cli.process import last_guard, open_streams
+from secateur.cli.train import train_command
 from secateur.errors import ArtifactError, ModelError
 
 _HELP_WIDTH = 100
@@ -50,8 +51,10 @@ def export_command(
     flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     if out_folder is None and inputs.loaded.manifest is None:
-        raise ModelError("`--out` must say where the files go, because --model is no artifact folder; got none.")
-    where = out_folder or Path(model)
+        raise ModelError(
+            "`--out` must say where the files go, as neither --model nor --weights is an artifact folder; got none."
+        )
+    where = out_folder or inputs.artifact or Path(model)
     if where.exists() and not where.is_dir():
         raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
     images = None if data is None else inputs.images
@@ -109,6 +112,7 @@ for _command, _words in (
     (inspect_command, ""),
     (compress_command, ""),
     (distill_command, ""),
+    (train_command, ""),
     (evaluate_command, ""),
     (verify_command, "FOLDER "),
     (export_command, ""),

@@ -76,6 +76,7 @@ def distill_command(
     from secateur.cli.messages import Checks
     from secateur.cli.parsing import Inputs, formats
     from secateur.cli.tables import show
+    from secateur.distill.published import published_label_weight
     from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
     from secateur.pipeline.workspace import check_output, check_unfinished
 
@@ -108,7 +109,7 @@ def distill_command(
         pair,
         taps,
         temperature=train.temperature,
-        label_weight=train.label_weight,
+        label_weight=published_label_weight(weights) if train.label_weight is None else train.label_weight,
         label_smoothing=train.label_smoothing,
     )
     hint_stage = None
@@ -131,22 +132,6 @@ def distill_command(
     if fabric.is_global_zero:
         show(result)
 
-
-DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "kd": 0.9,
-    "dkd": 1.0,
-    "dist": 1.0,
-    "standardized": 0.9,
-    "hint": 1.0,
-    "attention": 500.0,
-    "vid": 1.0,
-    "rkd": 25.0,
-    "sp": 100.0,
-    "pkt": 100.0,
-    "crd": 0.8,
-    "review": 1.0,
-}
-"""Weights where none is given: those of the papers as far as their scaling is ours (docs/distillation.md)."""
 
 LOGIT_LOSSES = ("kd", "dkd", "dist", "standardized")
 """Losses that need no features."""
@@ -175,29 +160,31 @@ class Pair:
 
     def needs_taps(self, name: str) -> bool:
         """Return whether a loss compares features at modules that it does not name itself."""
-        from secateur.distill.objective import select_features, select_labeled_feature
+        from secateur.distill.objective import select_features, select_labeled_feature, select_pooled_features
 
         term = self.own.get(name)
         if term is None:
             return name not in LOGIT_LOSSES
-        return term.inputs in (select_features, select_labeled_feature) and not term.taps
+        return term.inputs in (select_features, select_labeled_feature, select_pooled_features) and not term.taps
 
 
 def parse_losses(words: Sequence[str]) -> dict[str, float]:
-    """Read weights by loss from words such as "kd" and "hint=10"; kd alone if there are none.
+    """Read weights by loss from words such as "kd" and "hint=10"; kd alone if there are none, published weights else.
 
     Raises:
         TrainingError: If a loss is unknown, given twice, or its weight is no positive number.
     """
+    from secateur.distill.published import PUBLISHED
+
     found: dict[str, float] = {}
     for word in words or ("kd",):
         name, equals, number = word.partition("=")
-        if name not in DEFAULT_WEIGHTS and not name.startswith("python:"):
+        if name not in PUBLISHED and not name.startswith("python:"):
             raise TrainingError(
-                f"`--loss` must be one of {', '.join(DEFAULT_WEIGHTS)} or python:PACKAGE.MODULE:NAME; got {name!r}."
+                f"`--loss` must be one of {', '.join(PUBLISHED)} or python:PACKAGE.MODULE:NAME; got {name!r}."
             )
         try:
-            weight = float(number) if equals else DEFAULT_WEIGHTS.get(name, 1.0)
+            weight = float(number) if equals else PUBLISHED[name].weight if name in PUBLISHED else 1.0
         except ValueError:
             weight = math.nan
         if not (math.isfinite(weight) and weight > 0):
@@ -290,10 +277,17 @@ def _terms(name: str, weight: float, pair: Pair, taps: "Taps") -> "list[Term]":
         select_labeled_feature,
         select_labeled_logits,
         select_logits,
+        select_pooled_features,
     )
+    from secateur.distill.published import PUBLISHED
 
-    def of_features(loss: "Callable[..., Tensor]") -> Term:
-        return Term(name, loss, select_features, weight, taps)
+    warmup = PUBLISHED[name].warmup_fraction if name in PUBLISHED else 0.0
+
+    def of_features(loss: "Callable[..., Tensor]", *, times: int = 1) -> Term:
+        return Term(name, loss, select_features, times * weight, taps, warmup)
+
+    def of_last(loss: "Callable[..., Tensor]", *, named: str = name, times: int = 1) -> Term:
+        return Term(named, MeanOverTaps(loss), select_pooled_features, times * weight, last)
 
     def own() -> Term:
         term = pair.own[name]
@@ -306,19 +300,20 @@ def _terms(name: str, weight: float, pair: Pair, taps: "Taps") -> "list[Term]":
         return Term(name, loss, select_labeled_feature, weight, last)
 
     last = dict(list(taps.items())[-1:])
+    # The reference code sums attention and VID over the taps, and compares the last feature, pooled, in RKD and PKT.
     made: dict[str, Callable[[], list[Term]]] = {
-        "dkd": lambda: [Term(name, logits.dkd_loss, select_labeled_logits, weight)],
+        "dkd": lambda: [Term(name, logits.dkd_loss, select_labeled_logits, weight, warmup_fraction=warmup)],
         "dist": lambda: [Term(name, logits.dist_loss, select_logits, weight)],
         "standardized": lambda: [Term(name, logits.standardized_kd_loss, select_logits, weight)],
         "hint": lambda: [of_features(MeanOverTaps(features.hint_loss, _adaptors(pair, taps)))],
-        "attention": lambda: [of_features(MeanOverTaps(features.attention_loss))],
-        "vid": lambda: [of_features(MeanOverTaps(_vid(pair, taps)))],
-        "sp": lambda: [of_features(MeanOverTaps(features.similarity_loss))],
+        "attention": lambda: [of_features(MeanOverTaps(features.attention_loss), times=len(taps))],
+        "vid": lambda: [of_features(MeanOverTaps(_vid(pair, taps)), times=len(taps))],
+        "sp": lambda: [Term(name, MeanOverTaps(features.similarity_loss), select_features, weight, last)],
         "rkd": lambda: [
-            Term("rkd_distance", MeanOverTaps(features.rkd_distance_loss), select_features, weight, last),
-            Term("rkd_angle", MeanOverTaps(features.rkd_angle_loss), select_features, 2 * weight, last),
+            of_last(features.rkd_distance_loss, named="rkd_distance"),
+            of_last(features.rkd_angle_loss, named="rkd_angle", times=2),
         ],
-        "pkt": lambda: [Term(name, MeanOverTaps(features.pkt_loss), select_features, weight, last)],
+        "pkt": lambda: [of_last(features.pkt_loss)],
         "crd": lambda: [crd()],
         "review": lambda: [of_features(KnowledgeReview(*_channels(pair, taps)))],
     }

@@ -104,7 +104,9 @@ def verify_command(
     folder: Annotated[Path | None, flag("The artifact.", options.MODEL_AND_DATA)] = None,
     /,
     *,
-    model: Annotated[Path | None, flag("The artifact, as for the other commands.", options.MODEL_AND_DATA)] = None,
+    model: Annotated[
+        str | None, flag("The artifact; beside FOLDER, what builds its original.", options.MODEL_AND_DATA)
+    ] = None,
     data: options.MaybeData = None,
     trust_source: options.TrustSource = False,
     skip_bad_images: options.SkipBadImages = False,
@@ -122,15 +124,17 @@ def verify_command(
     from secateur.cli.tables import print_checks
     from secateur.pipeline.verify import verify as run
 
-    artifact = folder or model
-    if artifact is None or (folder is not None and model is not None):
-        raise ArtifactError("`verify` must be given one artifact folder; say: secateur verify FOLDER.")
+    if folder is None and model is None:
+        raise ArtifactError("`verify` must be given an artifact folder; say: secateur verify FOLDER.")
+    artifact = Path(str(model)) if folder is None else folder
+    factory = None if folder is None or model is None else parsing.factory_of(model, artifact, trust_source)
     images = None
     if data is not None:
         flags = ImageFlags(trust_source=trust_source, skip_bad_images=skip_bad_images)
-        images = parsing.Inputs(str(artifact.absolute()), None, data, flags, seed).images
+        given = (str(artifact.absolute()), None) if factory is None else (str(model), artifact.absolute())
+        images = parsing.Inputs(*given, data, flags, seed).images
     with torch_threads(thread_count):
-        found = run(artifact, data=images, trust_source=trust_source, device=parsing.device(device))
+        found = run(artifact, data=images, factory=factory, trust_source=trust_source, device=parsing.device(device))
     print_checks(found.checks)
     for reason in found.passed_over:
         out().print(Text(reason), soft_wrap=True)

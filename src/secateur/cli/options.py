@@ -38,7 +38,11 @@ MAX_SIDE, MAX_COUNT, MAX_SEED = 2**13, 2**31, 2**63 - 1
 MAX_THREADS, MAX_BATCH, MAX_ROUNDS = 2**10, 2**16, 10**6
 """The largest numbers that have a meaning; no tensor can hold what lies above them."""
 
-_P, _AUGMENT = "PATTERN", ("--auto-augment", "--rand-augment")
+DEFAULT_LABEL_WEIGHT = 0.1
+"""Weight of the labels beside a teacher's probabilities: Hinton's usual weights, 0.9 and 0.1."""
+_P = "PATTERN"
+AUGMENT_NAMES = ("--auto-augment", "--rand-augment")
+"""Both names of one flag."""
 
 
 def flag(text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), value: str | None = None) -> Parameter:
@@ -99,7 +103,9 @@ Patterns = tuple[str, ...]
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
 Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", MODEL_AND_DATA)]
-WeightsFile = Annotated[Path | None, flag("A .safetensors file, or a torch file without code.", MODEL_AND_DATA)]
+WeightsFile = Annotated[
+    Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
+]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
@@ -316,14 +322,17 @@ class TrainFlags:
     accumulate: Annotated[int, whole_number("Compute each batch in N parts, with less memory.")] = 1
     clip_norm: Annotated[float | None, number("Clip the L2 norm of gradients, such as 1.")] = None
     auto_augment: Annotated[
-        str | None, flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=_AUGMENT, value="POLICY")
+        str | None,
+        flag("Augment as timm does: rand-m9-mstd0.5-inc1, original, ...", name=AUGMENT_NAMES, value="POLICY"),
     ] = None
     erase: Annotated[float, number("Probability of erasing a part of an image.")] = 0.0
     mixup: Annotated[float, number("Mix pairs of images with this alpha; 0 is off.")] = 0.0
     cutmix: Annotated[float, number("Paste parts of images with this alpha; 0 is off.")] = 0.0
     label_smoothing: Annotated[float, number("Share of each label spread over all classes.")] = 0.0
     temperature: Annotated[float, number("Temperature that softens probabilities.")] = 4.0
-    label_weight: Annotated[float, number("Weight of the labels.", least=0)] = 0.1
+    label_weight: Annotated[
+        float | None, number("Weight of the labels; 0.1, in distill the one published with --loss.", least=0)
+    ] = None
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
     def to_train(self, seed: int) -> "TrainConfig":
@@ -391,7 +400,11 @@ class RecoveryFlags:
 
         train = self.train
         objective = Objective(
-            self.kd_weight, train.label_weight, self.feature_weight, train.temperature, train.label_smoothing
+            self.kd_weight,
+            DEFAULT_LABEL_WEIGHT if train.label_weight is None else train.label_weight,
+            self.feature_weight,
+            train.temperature,
+            train.label_smoothing,
         )
         return RecoveryConfig(train.to_train(seed), objective, train.execution)
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.errors import BudgetError, DataError, ExportError, SelectionError, TrainingError
+from secateur.errors import ArtifactError, BudgetError, DataError, ExportError, SelectionError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Inputs:
 
     Attributes:
         model: As ``--model`` has it.
-        weights: A file of weights, or None.
+        weights: A file of weights, the folder of an artifact whose original ``model`` names, or None.
         data: As ``--data`` has it, or None.
         flags: How the images are prepared, and whether code may run.
         seed: Seed of new weights, of splits and of example images.
@@ -68,7 +68,7 @@ class Inputs:
         flags: dict[str, str] = {"model": self.named[0], "weights": self.named[1]}
         trust = self.flags.trust_source
         checks.add(lambda: check_model_spec(self.model, weights=weights, trust_source=trust), flags)
-        if weights is not None:
+        if weights is not None and not weights.is_dir():
             checks.add(lambda: check_weights_file(weights), flags)
         checks.add(lambda: (numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")))
         if data is not None:
@@ -78,12 +78,11 @@ class Inputs:
     def images(self) -> "ImageData":
         """The image set."""
         from secateur.data.load import load_data
-        from secateur.export.artifact import is_artifact
 
         assert self.data is not None
         size = self.flags.image_size
         mean, std = numbers(self.flags.mean, "--mean"), numbers(self.flags.std, "--std")
-        if is_artifact(self.model) and self.loaded.manifest is not None:
+        if self.artifact is not None and self.loaded.manifest is not None:
             recipe = self.loaded.manifest.recipe
             mean, std = mean or recipe.mean or None, std or recipe.std or None
             _, height, width = recipe.input_shape
@@ -102,16 +101,21 @@ class Inputs:
     @cached_property
     def loaded(self) -> "LoadedModel":
         """The model."""
+        return self.load_for(self.images if self.data is not None and self.artifact is None else None)
+
+    @property
+    def artifact(self) -> Path | None:
+        """The folder of the artifact that the model comes from, or None."""
         from secateur.export.artifact import is_artifact
 
-        return self.load_for(self.images if self.data is not None and not is_artifact(self.model) else None)
+        given = (Path(self.model), *([] if self.weights is None else [self.weights]))
+        return next((folder for folder in given if is_artifact(folder)), None)
 
     def load_for(self, images: "ImageData | None") -> "LoadedModel":
         """Load the model with the classes and channels of an image set, unless it is an artifact."""
-        from secateur.export.artifact import is_artifact
         from secateur.pipeline.load import load_any
 
-        sized = None if is_artifact(self.model) else images
+        sized = None if self.artifact is not None else images
         return load_any(
             self.model,
             weights=self.weights,
@@ -136,6 +140,31 @@ class Inputs:
         if min(channels, height, width) < 1:
             raise DataError(f"`--image-size` must be positive; got {height} x {width}. Say --image-size 224.")
         return torch.randn(n, channels, height, width, generator=torch.Generator().manual_seed(self.seed))
+
+
+def factory_of(model: str, folder: Path, trust_source: bool) -> "Callable[[], torch.nn.Module]":
+    """Return what builds the original of an artifact.
+
+    Args:
+        model: As ``--model`` names it.
+        folder: The artifact.
+        trust_source: Whether code that ``python:`` names may run.
+
+    Raises:
+        ModelError: If it is the name of no model.
+        ArtifactError: If it is a second artifact.
+    """
+    from secateur.export.artifact import is_artifact
+    from secateur.models.source import ModelSource
+    from secateur.pipeline.load import check_model_spec, named_source
+
+    if is_artifact(model):
+        raise ArtifactError(
+            f"`verify` must be given one artifact folder; got {folder} and {model}. Say: secateur verify FOLDER."
+        )
+    check_model_spec(model, trust_source=trust_source)
+    source: ModelSource = named_source(model, folder)
+    return lambda: source.build(trust_source=trust_source)
 
 
 _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {

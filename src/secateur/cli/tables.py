@@ -16,6 +16,7 @@ from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
 from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
+from secateur.pipeline.train import TrainResult
 from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
 from secateur.report.run import Check, RunReport
 
@@ -25,7 +26,7 @@ _WIDE = 4096
 _ELLIPSIS = "…"
 
 
-def show(result: CompressResult | DistillResult) -> None:
+def show(result: CompressResult | DistillResult | TrainResult) -> None:
     """Print the tables of a finished run; end with an error if a check failed."""
     print_before_after(result.report)
     print_steps(result.report)

@@ -38,7 +38,9 @@ from secateur.distill.objective import (
     select_labeled_feature,
     select_labeled_logits,
     select_logits,
+    select_pooled_features,
 )
+from secateur.distill.published import PUBLISHED, PublishedSetting, published_label_weight
 from secateur.distill.taps import (
     AlignedFeatureRecorder,
     AlignedFeatures,
@@ -54,6 +56,7 @@ from secateur.distill.taps import (
 )
 
 __all__ = [
+    "PUBLISHED",
     "AlignedFeatureRecorder",
     "AlignedFeatures",
     "AttentionFusion",
@@ -65,6 +68,7 @@ __all__ = [
     "MatchFeatures",
     "MeanOverTaps",
     "Objective",
+    "PublishedSetting",
     "Resize",
     "Tap",
     "TapRecorder",
@@ -85,6 +89,7 @@ __all__ = [
     "make_adaptors",
     "paired_stages",
     "pkt_loss",
+    "published_label_weight",
     "record_taps",
     "rkd_angle_loss",
     "rkd_distance_loss",
@@ -92,6 +97,7 @@ __all__ = [
     "select_labeled_feature",
     "select_labeled_logits",
     "select_logits",
+    "select_pooled_features",
     "similarity_loss",
     "standardize_logits",
     "standardized_kd_loss",

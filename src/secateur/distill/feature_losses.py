@@ -38,13 +38,14 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: The same shape; no gradient flows into it.
 
     Returns:
-        A scalar, in squared units of the feature, float32 or better.
+        A scalar, in squared units of the feature, float32 or better. RepDistiller has 100 * mean((s - t)^2) of one
+        layer beside the labels, which is the weight 200 here.
 
     Raises:
         TrainingError: If the shapes differ.
 
     References:
-        Romero et al. (FitNets), arXiv:1412.6550, Eq. (3).
+        Romero et al. (FitNets), arXiv:1412.6550, Eq. (3). The weight: github.com/HobbitLong/RepDistiller.
     """
     check_same_shape(student, teacher)
     return F.mse_loss(upcast(student), upcast(teacher.detach())) / 2
@@ -79,8 +80,9 @@ def attention_map(feature: Tensor) -> Tensor:
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the mean squared distance of two attention maps.
 
-    With Q of `attention_map`:  mean over images and positions of (Q_student - Q_teacher)^2, as in the reference code,
-    whose factor beta / 2 is left to the weight (the paper: beta = 1000). The paper's equation has the norm itself.
+    With Q of `attention_map`:  mean over images and positions of (Q_student - Q_teacher)^2, as in the reference code.
+    There the total is  labels + 1000 * sum over the groups of this loss : with `MeanOverTaps` the weight is 1000 times
+    the number of taps. The paper's equation has the norm itself and a factor of 1/2.
 
     Args:
         student: A map or tokens, see `attention_map`. Channels may differ from the teacher's: no adaptor is needed.
@@ -152,7 +154,8 @@ def vid_loss(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         variance: (channels,), > 0, in squared units of the feature. See `VariationalInformation` for a learned one.
 
     Returns:
-        A scalar, in nats up to a constant, float32 or better. It may be negative.
+        A scalar, in nats up to a constant, float32 or better. It may be negative. The reference code adds the sum over
+        the taps to the labels with the weight 1.
 
     Raises:
         TrainingError: If the shapes do not fit together.
@@ -178,7 +181,8 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     With d_ij = ||f_i - f_j||_2 of flattened features and mu its mean over i != j, the mean over all ordered pairs
     (also i = j, as in the reference code) of  huber(d_student / mu_student - d_teacher / mu_teacher)  with
-    huber(x) = x^2 / 2 where |x| <= 1, else |x| - 1/2. The paper has the sum and a weight of 25.
+    huber(x) = x^2 / 2 where |x| <= 1, else |x| - 1/2. The paper's equation has the sum. The reference code has 25 times
+    this mean beside the labels, on the pooled last feature (`select_pooled_features`).
 
     Args:
         student: (batch, ...), two images or more.
@@ -213,8 +217,9 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compare the angles in the triangles that three images form.
 
     With e_ij = (f_i - f_j) / ||f_i - f_j||_2 (0 if i = j), the mean over all ordered triples (i, j, k), degenerate
-    ones included as in the reference code, of  huber(<e_ij, e_kj>_student - <e_ij, e_kj>_teacher). The paper has the
-    sum and a weight of 50. Memory grows with the cube of the batch: 8 MiB at 128 images.
+    ones included as in the reference code, of  huber(<e_ij, e_kj>_student - <e_ij, e_kj>_teacher). The paper's equation
+    has the sum. The reference code has 50 times this mean beside the labels, on the pooled last feature. Memory grows
+    with the cube of the batch: 8 MiB at 128 images.
 
     Args:
         student: (batch, ...), three images or more.
@@ -256,7 +261,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (batch, ...) of the same images; no gradient flows into it.
 
     Returns:
-        A scalar, dimensionless, float32 or better. The paper's weight is 3000.
+        A scalar, dimensionless, float32 or better. The weight of the paper is 3000, on the last feature map.
 
     Raises:
         TrainingError: If the batches differ.
@@ -276,9 +281,9 @@ def _similarities(feature: Tensor) -> Tensor:
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compare the probability that one image has another as its neighbor.
 
-    With K_ij = max((cos(f_i, f_j) + 1) / 2, 1e-7) and p_ij = K_ij / sum_k K_ik, the mean over the images i of
-    sum_j p_ij(teacher) log(p_ij(teacher) / p_ij(student)). Like the reference code, and unlike the paper's equation,
-    the sums include j = i. The reference code takes the mean over pairs, which is smaller by a factor of the batch.
+    With K_ij = max((cos(f_i, f_j) + 1) / 2, 1e-7) and p_ij = K_ij / sum_k K_ik, the mean over all pairs (i, j) of
+    p_ij(teacher) log(p_ij(teacher) / p_ij(student)). Like the reference code, and unlike the paper's equation, the
+    pairs include j = i. The reference code has 30000 times this mean beside the labels, on the pooled last feature.
 
     Args:
         student: (batch, ...), two images or more.
@@ -294,7 +299,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Passalis & Tefas (PKT), arXiv:1803.10837, the conditional probabilities with the cosine kernel.
     """
     check_same_images(student, teacher, images=2)
-    return F.kl_div(_neighbors(student), _neighbors(teacher.detach()), reduction="batchmean", log_target=True)
+    summed = F.kl_div(_neighbors(student), _neighbors(teacher.detach()), reduction="sum", log_target=True)
+    return summed / len(student) ** 2
 
 
 def _neighbors(feature: Tensor) -> Tensor:

@@ -56,6 +56,17 @@ def select_features(batch: BatchOutputs) -> Features:
     return batch.student, batch.teacher
 
 
+def select_pooled_features(batch: BatchOutputs) -> Features:
+    """Return all tapped features averaged over positions, for losses of one vector per image, such as `pkt_loss`."""
+    student, teacher = (tuple(map(_pooled, features)) for features in (batch.student, batch.teacher))
+    return student, teacher
+
+
+def _pooled(feature: Tensor) -> Tensor:
+    positions = {3: 1, 4: (2, 3)}.get(feature.ndim)
+    return feature if positions is None else upcast(feature).mean(positions)
+
+
 def select_labeled_feature(batch: BatchOutputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return the features of the first tap and the labels, for losses such as `ContrastiveRepresentation`."""
     return batch.student[0], batch.teacher[0], batch.labels
@@ -74,9 +85,12 @@ class Term:
             student (in a copy), and its tensors are part of checkpoints. Parameters that a plain function refers to
             are not learned.
         inputs: Selects what the loss receives of a batch: `select_logits`, `select_labeled_logits`, `select_features`,
-            `select_labeled_feature`, or a function of your own.
+            `select_labeled_feature`, `select_pooled_features`, or a function of your own.
         weight: Factor of the loss in the objective, > 0.
         taps: Module names of the student, each with the teacher's; needed by losses on features.
+        warmup_fraction: Fraction of the training's steps in which the weight rises linearly from 0, in [0, 1]. The
+            reference code of DKD and ReviewKD has 20 of 240 epochs, in steps of an epoch; at the end of every epoch
+            the weights are equal.
     """
 
     name: str
@@ -84,8 +98,11 @@ class Term:
     inputs: Callable[[BatchOutputs], tuple[Any, ...]] = select_logits
     weight: float = 1.0
     taps: Taps = field(default_factory=dict[str, str])
+    warmup_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.warmup_fraction <= 1:
+            raise TrainingError(f"`warmup_fraction` must be in [0, 1]; got {self.warmup_fraction}. Use 0 for none.")
         if not self.name or "." in self.name or self.name in {"total", "label", "kd", "feature"}:
             raise TrainingError(
                 "`name` must be a word without dots, other than total, label, kd and feature; "
@@ -119,7 +136,13 @@ class Term:
             describe_callable(self.inputs),
             repr(dict(self.taps)),
         )
-        return " | ".join(" ".join(part.split()) for part in parts)
+        # Named only where there is one, so that unfinished runs of earlier versions can be resumed.
+        warmup = (f"warmup_fraction={self.warmup_fraction!r}",) if self.warmup_fraction else ()
+        return " | ".join(" ".join(part.split()) for part in (*parts, *warmup))
+
+    def weight_at(self, progress: float) -> float:
+        """Return the weight after a fraction of the training's steps, the present one included."""
+        return self.weight if progress >= self.warmup_fraction else self.weight * progress / self.warmup_fraction
 
 
 class TaskLosses(Protocol):
@@ -198,6 +221,7 @@ class Objective:
         feature: Tensor | None = None,
         recorder: TapRecorder | None = None,
         task: TaskLosses | None = None,
+        progress: float = 1.0,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of one batch.
 
@@ -211,6 +235,7 @@ class Objective:
                 cleared.
             task: Gives the losses "label" and "kd" for outputs and targets of other kinds; None means those of a
                 classifier, as stated here.
+            progress: Fraction of the training's steps with the present one, in (0, 1]; for terms with a warm-up.
 
         Returns:
             The total, and its parts before weighting, detached: "label", "kd" and "feature" if they have a weight, and
@@ -237,12 +262,12 @@ class Objective:
         if self.feature_weight:
             terms["feature"] = (self.feature_weight, _require(feature, "feature", "feature_weight"))
         if self.terms:
-            terms |= self._terms(student_logits, teacher_logits, labels, recorder)
+            terms |= self._terms(student_logits, teacher_logits, labels, recorder, progress)
         total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
         return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def _terms(
-        self, logits: Any, teacher_logits: Any, labels: Any, recorder: TapRecorder | None
+        self, logits: Any, teacher_logits: Any, labels: Any, recorder: TapRecorder | None, progress: float
     ) -> dict[str, tuple[float, Tensor]]:
         if labels is None or teacher_logits is None or recorder is None:
             raise TrainingError(
@@ -250,7 +275,10 @@ class Objective:
                 "one. Run both models inside of Objective.record(student, teacher)."
             )
         terms = {
-            term.name: (term.weight, term(BatchOutputs(labels, logits, teacher_logits, *recorder.features(term.taps))))
+            term.name: (
+                term.weight_at(progress),
+                term(BatchOutputs(labels, logits, teacher_logits, *recorder.features(term.taps))),
+            )
             for term in self.terms
         }
         recorder.clear()

@@ -21,7 +21,7 @@ from secateur.export.artifact import (
     load_artifact,
     read_manifest,
     refuse_foreign,
-    save,
+    save_artifact,
     weights_bytes,
 )
 from secateur.export.executorch import export_executorch
@@ -73,7 +73,7 @@ __all__ = [
     "open_session",
     "read_manifest",
     "refuse_foreign",
-    "save",
+    "save_artifact",
     "session_runner",
     "weights_bytes",
 ]

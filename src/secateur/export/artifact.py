@@ -32,6 +32,9 @@ OWN_FILES = (
 TRUSTED_KINDS = ("timm", "torchvision", "secateur")
 """Kinds of model source that run only the code of installed, known packages."""
 
+FACTORY_KIND = "factory"
+"""The kind of source of a model that only a function of the user's can build."""
+
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 Build = Callable[[Mapping[str, object]], nn.Module]
@@ -55,14 +58,14 @@ class Artifact:
 
 
 @in_default_state
-def save(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
+def save_artifact(folder: Path | str, model: nn.Module, recipe: Recipe) -> Manifest:
     """Write an artifact: ``secateur.json`` and ``model.safetensors``.
 
     The folder appears completely or not at all: after a full disk or a kill, nothing half-written is at ``folder``, and
     an older artifact there survives. To add exports before the folder appears, save into a draft:
 
         with atomic_folder("runs/small") as draft:
-            save(draft, model, recipe)
+            save_artifact(draft, model, recipe)
             export_onnx(model, images, draft / "model.onnx")
 
     Args:
@@ -117,7 +120,7 @@ def _text_of(manifest: Manifest) -> bytes:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the size in bytes of the weights file that `save` writes for a model.
+    """Return the size in bytes of the weights file that `save_artifact` writes for a model.
 
     Raises:
         ArtifactError: If the model holds something that is not numbers.
@@ -145,7 +148,7 @@ def load_artifact(
     with more numbers than the original model is refused unread.
 
     Args:
-        folder: What `save` wrote.
+        folder: What `save_artifact` wrote.
         build: Builds the original model from ``recipe.source``; called for sources of installed packages
             (``timm``, ``torchvision``, ``secateur``), and for others only with ``trust_source``.
         factory: Builds the original model, instead of ``build``; for a source that is your own code.
@@ -160,6 +163,13 @@ def load_artifact(
     folder = Path(folder)
     manifest = read_manifest(folder)
     kind = cast(str, manifest.recipe.source["kind"])
+    if factory is None and kind == FACTORY_KIND:
+        name = brief(manifest.recipe.source.get("name"))
+        raise ArtifactError(
+            f"`factory` must build the original of this artifact, which was made in a Python process from a model "
+            f"({name}) that has no name to build it by; got none ({folder}). Pass factory=, a function that builds it "
+            "(on the command line: --model python:package.module:function with --weights and this folder)."
+        )
     if factory is None and kind not in TRUSTED_KINDS and not trust_source:
         raise ArtifactError(
             f"`trust_source` must be True to run the code that this artifact names; got a source of kind "
@@ -226,7 +236,7 @@ def amend(
     """Add results that can only be known once the artifact exists (reload and export checks) to secateur.json.
 
     Args:
-        folder: What `save` wrote.
+        folder: What `save_artifact` wrote.
         metrics: Entries to add or replace in ``recipe.metrics``.
         verification: Entries to add or replace in ``recipe.verification``.
 

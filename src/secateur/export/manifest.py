@@ -177,7 +177,7 @@ class Manifest:
     """The content of secateur.json.
 
     Attributes:
-        recipe: What the caller of `save` said.
+        recipe: What the caller of `save_artifact` said.
         tensors: The tensors in model.safetensors.
         weights_sha256: SHA-256 of model.safetensors, hexadecimal.
         weights_bytes: Size of model.safetensors.

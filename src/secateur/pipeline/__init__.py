@@ -22,6 +22,8 @@ from secateur.pipeline.distill import DistillResult, HintStage, ModelSpec, disti
 from secateur.pipeline.exports import export_files
 from secateur.pipeline.inspect import ModelReport, inspect_model
 from secateur.pipeline.load import LoadedModel, default_size, load, load_any
+from secateur.pipeline.save import save
+from secateur.pipeline.train import TrainResult, train_model
 from secateur.pipeline.verify import Verified, verify
 from secateur.pipeline.workspace import OnExisting, check_model_fits_data, check_output
 
@@ -46,6 +48,7 @@ __all__ = [
     "Reinitialize",
     "RunConfig",
     "StudentInit",
+    "TrainResult",
     "Verified",
     "check_model_fits_data",
     "check_output",
@@ -58,5 +61,7 @@ __all__ = [
     "inspect_model",
     "load",
     "load_any",
+    "save",
+    "train_model",
     "verify",
 ]

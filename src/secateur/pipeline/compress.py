@@ -163,6 +163,11 @@ def compress(
             plan = replace(plan, run=replace(plan.run, callbacks=work.logged(plan.run.callbacks)))
         if cut.flush_denormals:
             _flush_denormals_(plan, original, batches[0][0])
+        if output is not None and source is None:
+            plan.log(
+                "The artifact will need factory=, a function that builds the original, to be loaded: no `source` was "
+                "given that says how."
+            )
         steps = [_measured(plan, "original", original)]
         task.observe_(original)
         with first_alone(fabric):

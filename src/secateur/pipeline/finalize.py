@@ -26,7 +26,7 @@ from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.data.loaders import OwnData
 from secateur.data.problems import describe_skipped
 from secateur.errors import ArtifactError, ExportError
-from secateur.export.artifact import amend, replaceable_files, save, weights_bytes
+from secateur.export.artifact import FACTORY_KIND, amend, replaceable_files, save_artifact, weights_bytes
 from secateur.export.formats import Format
 from secateur.export.manifest import Recipe, edits_between
 from secateur.pipeline.config import Output, RunConfig
@@ -104,7 +104,7 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         return report, None, ()
     folder = run.output.folder
     with disk_errors(folder), atomic_folder(folder, replaceable=replaceable_files) as draft:
-        save(draft, run.student, _recipe(run, run.output))
+        save_artifact(draft, run.student, _recipe(run, run.output))
         own = (lambda: copy_model(run.given).eval()) if run.output.source is None else None
         reloaded = reload_check(run.student, run.images, draft, own)
         exports = _exports(run, draft, run.output.formats)
@@ -234,7 +234,7 @@ def _recipe(run: Finished, output: Output) -> Recipe:
     # Against the model as its source builds it: the caller's model may be a cut one already.
     pristine = run.given if source is None else source.build(trust_source=True)
     return Recipe(
-        source={"kind": "factory", "name": output.factory} if source is None else source.to_json(),
+        source={"kind": FACTORY_KIND, "name": output.factory} if source is None else source.to_json(),
         architecture=run.architecture,
         edits=edits_between(pristine, run.student),
         input_shape=data.size,

@@ -138,6 +138,8 @@ def check_model_spec(spec: str, *, weights: Path | None = None, trust_source: bo
         if weights is not None:
             raise _own_weights(weights)
         return
+    if weights is not None and weights.is_dir():
+        artifact.read_manifest(weights)
     check_source(ModelSource.parse(spec), trust_source=trust_source)
 
 
@@ -162,7 +164,8 @@ def load_any(
 
     Args:
         spec: An artifact folder, or a name that `secateur.models.load_model` knows.
-        weights: A safetensors or ``weights_only`` torch file for a named model.
+        weights: For a named model: a safetensors or ``weights_only`` torch file, or the folder of an artifact whose
+            original the named model is.
         num_classes: Classes the model shall have; None means its own.
         in_channels: Image channels the model shall take; None means its own.
         trust_source: Allow ``python:`` models and artifacts of such.
@@ -180,6 +183,8 @@ def load_any(
         check_runs(loaded.model, image_size_of(loaded.manifest))
         source = ModelSource.from_json(loaded.manifest.recipe.source)
         return LoadedModel(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
+    if weights is not None and weights.is_dir():
+        return _artifact_of(spec, weights, trust_source=trust_source)
     own = spec.startswith("python:")  # a factory of the user's own knows its sizes itself
     model, source = load_model(
         spec,
@@ -190,6 +195,27 @@ def load_any(
         seed=seed,
     )
     return LoadedModel(model, source, source.name)
+
+
+def _artifact_of(spec: str, folder: Path, *, trust_source: bool) -> LoadedModel:
+    """Load an artifact whose original is built by name, whatever the artifact says of its source."""
+    source = named_source(spec, folder)
+    loaded = load(folder, factory=lambda: source.build(trust_source=trust_source))
+    check_runs(loaded.model, image_size_of(loaded.manifest))
+    return LoadedModel(loaded.model, source, f"{source.name} ({folder})", loaded.manifest)
+
+
+def named_source(spec: str, folder: Path) -> ModelSource:
+    """Return how the original of an artifact is built, by a name that `load_model` knows.
+
+    Args:
+        spec: The name. A model of a library gets as many classes as the artifact names.
+        folder: The artifact.
+    """
+    source, classes = ModelSource.parse(spec), artifact.read_manifest(folder).recipe.classes
+    if source.kind == "python" or not classes:
+        return source
+    return ModelSource(source.kind, source.name, {"num_classes": len(classes)})
 
 
 def image_size_of(manifest: Manifest) -> tuple[int, int, int]:

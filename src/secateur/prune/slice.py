@@ -20,6 +20,7 @@ from secateur.errors import SurgeryError
 from secateur.graph._size_records import set_number
 from secateur.graph.channel_rules.layers import compute_over_kept_channels_
 from secateur.graph.graph import ChannelGraph, Replacement, Role, SizeItem, StandIn
+from secateur.prune.cut_record import CutRecord, record_cut_
 from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.narrow_branches import branch_expansions, check_branches, expand_branches_
 
@@ -229,11 +230,16 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
     gone = graph.removed_modules(architecture.removed_blocks)
     widths = {**graph.sizes, **architecture.widths}
     # Modules inside of replaced ones no longer exist.
-    edits = (e for e in graph.edits if not gone(e.module))
+    edits = [e for e in graph.edits if not gone(e.module)]
     set_size_attributes_(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
     update_declared_sizes_(small)
+    names = {id(module): name for name, module in small.named_modules()}
+    changed = [(e.module, e.attribute, e.item) for e in edits if e.extent.at(widths) != e.extent.at(graph.sizes)]
+    earlier = CutRecord.of(model)
+    record = CutRecord(architecture, ()) if earlier is None else earlier.then(graph, architecture)
     # Last, because it changes the names of the modules that it wraps.
     expand_branches_(small, branch_expansions(graph, architecture))
+    record_cut_(small, names, changed, record)
     return small
 
 

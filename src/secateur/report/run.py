@@ -180,6 +180,7 @@ class RunReport:
         exports: Files for other runtimes.
         checks: What was verified.
         notes: Further sentences the reader must know.
+        compresses: Whether the run is to make the model smaller; if not, there is no Performance Efficiency.
         command: The exact command or call.
         seed: Its seed.
         versions: Package name to version.
@@ -208,6 +209,7 @@ class RunReport:
     exports: tuple[ExportedFile, ...] = ()
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
+    compresses: bool = True
     command: str = ""
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=_nothing)
@@ -245,7 +247,7 @@ class RunReport:
     def efficiency(self) -> tuple[float, float] | None:
         """Performance Efficiency over non-zero parameters and over MACs; None if undefined."""
         before, after = self.before, self.after
-        if before.score is None or after.score is None or not before.score.metric.is_share:
+        if not self.compresses or before.score is None or after.score is None or not before.score.metric.is_share:
             return None
         found = [
             performance_efficiency(

@@ -1,6 +1,7 @@
 """Training: one loop on Lightning Fabric with exact resume, and what `fit`, TAS and SWP compute in its steps."""
 
 from secateur._runtime import Stopped, stoppable
+from secateur.train.base_recipes import RECIPES, TrainRecipe
 from secateur.train.callbacks import (
     Callbacks,
     CsvLog,
@@ -49,6 +50,7 @@ from secateur.train.supervised import EpochRecord
 from secateur.train.trainer import EpochReport, EpochState, EpochSummary, Learner, Losses, Shard, Trainer, TrainingStep
 
 __all__ = [
+    "RECIPES",
     "SGD",
     "AdamW",
     "Batches",
@@ -76,6 +78,7 @@ __all__ = [
     "TensorBoard",
     "TerminalProgress",
     "TrainConfig",
+    "TrainRecipe",
     "Trained",
     "Trainer",
     "TrainingData",

@@ -236,7 +236,7 @@ class SupervisedStep(TrainingStep):
         # The optimizer moves once for all parts: gradients of the parts add up in the parameters.
         for part in _parts(batch_length(inputs), self.train.accumulate):
             own = take(inputs, part), take(targets, part)
-            total, parts = self._loss(*own)
+            total, parts = self._loss(*own, progress=(shard.step + 1) / (self.train.epochs * self.steps))
             # Parts of different sizes count by their images. The weight of a single part is exactly 1.
             weight = batch_length(own[0]) * fabric.world_size / shard.sizes[0]
             fabric.backward(total * weight)
@@ -247,7 +247,7 @@ class SupervisedStep(TrainingStep):
         assert sums is not None
         return Losses(dict(zip(names, sums[1:], strict=True)), sums[0])
 
-    def _loss(self, inputs: Any, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, inputs: Any, targets: Any, *, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         taught = None if self._runner is None else self._runner.logits(inputs, targets)
         outputs = self._task.train_forward(self.student, self._forward, inputs, targets)
         # Looking at labels waits for an accelerator: there only those of the first batch are looked at.
@@ -262,6 +262,7 @@ class SupervisedStep(TrainingStep):
             feature=None if self._features is None else self._features.loss(),
             recorder=self._taps,
             task=self._task,
+            progress=progress,
         )
         return total, dict(parts)
 

@@ -7,7 +7,6 @@ import torch
 from small_runs import Blobs, small_config
 
 from secateur.cli.distill import (
-    DEFAULT_WEIGHTS,
     LOGIT_LOSSES,
     LossName,
     Pair,
@@ -17,6 +16,7 @@ from secateur.cli.distill import (
     parse_taps,
     to_objective,
 )
+from secateur.distill import PUBLISHED
 from secateur.errors import TrainingError
 from secateur.models import CifarResNet
 from secateur.train import RunSettings, Silent, fit
@@ -28,9 +28,9 @@ PAIR = Pair(
 
 
 def test_words_name_losses_and_weights() -> None:
-    assert parse_losses([]) == {"kd": DEFAULT_WEIGHTS["kd"]}
+    assert parse_losses([]) == {"kd": PUBLISHED["kd"].weight}
     assert parse_losses(["dkd", "hint=3"]) == {"dkd": 1.0, "hint": 3.0}
-    assert set(DEFAULT_WEIGHTS) == set(get_args(LossName))
+    assert set(PUBLISHED) == set(get_args(LossName))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_every_loss_trains(name: str) -> None:
     taps = inferred_taps(PAIR)
     assert taps == {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3"}
     objective = to_objective(
-        {name: DEFAULT_WEIGHTS[name]}, PAIR, taps, temperature=4.0, label_weight=0.1, label_smoothing=0.0
+        {name: PUBLISHED[name].weight}, PAIR, taps, temperature=4.0, label_weight=0.1, label_smoothing=0.0
     )
     trained = fit(
         PAIR.student, Blobs(32), train=small_config(1, learning_rate=0.001), objective=objective,

@@ -14,10 +14,12 @@ from secateur.cli.compress import compress_command
 from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
 from secateur.cli.messages import Checks, flags_of, in_flags
+from secateur.cli.train import train_command
 from secateur.errors import BudgetError, DataError, SecateurError
 
 COMMANDS = (
-    compress_command, distill_command, inspect_command, evaluate_command, verify_command, bench_command, export_command,
+    compress_command, distill_command, train_command, inspect_command, evaluate_command, verify_command, bench_command,
+    export_command,
 )  # fmt: skip
 FLAGS = flags_of(compress_command)
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from secateur.architecture import Architecture
 from secateur.cost import CostModel, FileSize
-from secateur.export import Recipe, save
+from secateur.export import Recipe, save_artifact
 from secateur.graph import trace, untie
 from secateur.models import load_model
 from secateur.prune import apply_architecture, cut
 
 
 def written(folder, model: nn.Module) -> int:
-    save(
+    save_artifact(
         folder,
         model,
         Recipe(source={"kind": "factory", "name": "x"}, architecture=Architecture(), edits=(), input_shape=(3, 8, 8)),

@@ -69,7 +69,7 @@ def test_dist_is_its_formula_by_numpys_correlation(temperature: float, inter: fl
 
 def test_dist_of_one_image_counts_its_classes_as_uncorrelated() -> None:
     student = random(1, 5, seed=7).requires_grad_()
-    loss = dist_loss(student, student.detach() + 3.0)
+    loss = dist_loss(student, student.detach() + 3.0, temperature=1.0, inter=1.0, intra=1.0)
     loss.backward()
     assert loss.item() == pytest.approx(1.0, abs=1e-12)
     assert student.grad is not None

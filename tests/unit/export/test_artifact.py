@@ -29,7 +29,7 @@ from secateur.export import (
     is_artifact,
     load_artifact,
     read_manifest,
-    save,
+    save_artifact,
 )
 from secateur.export.manifest import manifest_sha256
 
@@ -102,7 +102,7 @@ def images() -> Tensor:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     model = cut_net()
-    save(tmp_path / "small", model, recipe_of(model))
+    save_artifact(tmp_path / "small", model, recipe_of(model))
     return tmp_path / "small"
 
 
@@ -134,21 +134,21 @@ def test_reloaded_sizes_are_those_of_the_saved_model(saved: Path) -> None:
 def test_declared_sizes_follow_the_weights_without_their_edits(tmp_path: Path) -> None:
     model = cut_net()
     needed = tuple(e for e in edits_between(Net(), model) if e.attribute in ("groups", "pad", "sizes"))
-    save(tmp_path / "a", model, recipe_of(model, edits=needed))
+    save_artifact(tmp_path / "a", model, recipe_of(model, edits=needed))
     assert str(load_artifact(tmp_path / "a", build=build).model) == str(model)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_memory_layout_is_kept(tmp_path: Path, kernel: int) -> None:
     model = nn.Conv2d(8, 8, kernel).to(memory_format=torch.channels_last)
-    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (8, 4, 4)))
+    save_artifact(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (8, 4, 4)))
     loaded = load_artifact(tmp_path / "a", build=lambda _: nn.Conv2d(8, 8, kernel)).model
     assert loaded.weight.stride() == model.weight.stride() != torch.empty(8, 8, kernel, kernel).stride()
 
 
 def test_bfloat16_is_kept(tmp_path: Path) -> None:
     model = nn.Linear(3, 2).bfloat16()
-    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,)))
+    save_artifact(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,)))
     loaded = load_artifact(tmp_path / "a", build=lambda _: nn.Linear(3, 2)).model
     assert torch.equal(loaded.weight, model.weight)
     assert loaded.weight.dtype is torch.bfloat16
@@ -169,7 +169,7 @@ def test_loading_and_saving_leave_the_random_state_and_the_model_alone(tmp_path:
     model = cut_net().train()
     recipe = recipe_of(model)
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
-    save(tmp_path / "a", model, recipe)
+    save_artifact(tmp_path / "a", model, recipe)
     load_artifact(tmp_path / "a", build=build)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
@@ -252,7 +252,7 @@ def test_a_file_instead_of_the_folder_is_refused(saved: Path) -> None:
 
 def test_user_code_needs_trust_or_a_factory(tmp_path: Path, images: Tensor) -> None:
     model = cut_net()
-    save(tmp_path / "a", model, recipe_of(model, source={"kind": "python", "name": "net"}))
+    save_artifact(tmp_path / "a", model, recipe_of(model, source={"kind": "python", "name": "net"}))
 
     def never(source: Mapping[str, object]) -> nn.Module:
         raise AssertionError("ran untrusted code")
@@ -383,7 +383,7 @@ def test_a_model_with_nan_is_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model.conv.bias[0] = float("nan")
     with pytest.raises(ArtifactError, match=r"conv.bias must not hold NaN; got 1 of 5 values"):
-        save(tmp_path / "a", model, recipe_of(model))
+        save_artifact(tmp_path / "a", model, recipe_of(model))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -393,23 +393,23 @@ def test_extra_state_is_not_saved(tmp_path: Path) -> None:
             return {"steps": 1}
 
     with pytest.raises(ArtifactError, match="got Stateful with extra state"):
-        save(tmp_path / "a", Stateful(1, 1), Recipe(SOURCE, Architecture(), (1,)))
+        save_artifact(tmp_path / "a", Stateful(1, 1), Recipe(SOURCE, Architecture(), (1,)))
 
 
 def test_lazy_and_unusual_tensors_are_not_saved(tmp_path: Path) -> None:
     recipe = Recipe(SOURCE, Architecture(), (1,))
     with pytest.raises(ArtifactError, match="must be initialized; got lazy weight"):
-        save(tmp_path / "a", nn.LazyLinear(3), recipe)
+        save_artifact(tmp_path / "a", nn.LazyLinear(3), recipe)
     odd = nn.Module()
     odd.register_buffer("odd", torch.zeros(1, dtype=torch.complex64))
     with pytest.raises(ArtifactError, match="odd must be a dense tensor of a plain dtype"):
-        save(tmp_path / "a", odd, recipe)
+        save_artifact(tmp_path / "a", odd, recipe)
 
 
 def test_edits_that_the_model_contradicts_are_refused(tmp_path: Path) -> None:
     model = cut_net()
     with pytest.raises(ArtifactError, match=r"got pad = 9, the model has 3\. Record them with edits_between"):
-        save(tmp_path / "a", model, recipe_of(model, edits=(Edit("", "pad", None, 9),)))
+        save_artifact(tmp_path / "a", model, recipe_of(model, edits=(Edit("", "pad", None, 9),)))
 
 
 class Configured(nn.Module):
@@ -435,7 +435,7 @@ def test_sizes_in_configurations_and_tensors_are_recorded_and_set(tmp_path: Path
         ("number", None, 5),
         ("shape", 1, 5),
     ]
-    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits))
+    save_artifact(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits))
     loaded = load_artifact(tmp_path / "a", build=build, factory=Configured).model
     assert (loaded.config.width, loaded.config.parts, loaded.table["inner"]) == (5, [2, 5], (5, 3))
     assert (type(loaded.number), int(loaded.number), loaded.shape.tolist()) == (np.int64, 5, [-1, 5])
@@ -444,7 +444,7 @@ def test_sizes_in_configurations_and_tensors_are_recorded_and_set(tmp_path: Path
 @pytest.mark.parametrize("item", [["parts"], ["parts", -1], ["parts", 1.5], [*"abcdefghi"], -1])
 def test_an_impossible_place_of_a_size_is_refused(tmp_path: Path, item: object) -> None:
     model = Configured(5).eval()
-    save(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits_between(Configured(), model)))
+    save_artifact(tmp_path / "a", model, Recipe(SOURCE, Architecture(), (3,), edits=edits_between(Configured(), model)))
     change_manifest(tmp_path / "a", lambda data: data["edits"].append(["", "config", item, 3]))
     with pytest.raises(ArtifactError, match=r"edits\[\d\]"):
         load_artifact(tmp_path / "a", build=build, factory=Configured)
@@ -454,7 +454,7 @@ def test_an_impossible_place_of_a_size_is_refused(tmp_path: Path, item: object) 
 def test_metrics_that_are_not_json_are_refused(tmp_path: Path, value: object) -> None:
     model = cut_net()
     with pytest.raises(ArtifactError, match="must hold plain JSON values"):
-        save(tmp_path / "a", model, recipe_of(model, metrics={"x": value}))
+        save_artifact(tmp_path / "a", model, recipe_of(model, metrics={"x": value}))
 
 
 @pytest.fixture
@@ -474,7 +474,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     model = cut_net()
     with pytest.raises(ArtifactError, match=r"No space left on device. Nothing there was changed"):
-        save(tmp_path / "a", model, recipe_of(model))
+        save_artifact(tmp_path / "a", model, recipe_of(model))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -485,7 +485,7 @@ def test_an_older_artifact_survives_a_full_disk(saved: Path, images: Tensor, req
     with torch.no_grad():
         model.conv.weight.zero_()
     with pytest.raises(ArtifactError, match="No space left"):
-        save(saved, model, recipe_of(model))
+        save_artifact(saved, model, recipe_of(model))
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["small"]
 
@@ -504,7 +504,7 @@ def test_a_failed_second_rename_puts_the_older_artifact_back(saved: Path, monkey
     monkeypatch.setattr(Path, "rename", rename)
     model = cut_net()
     with pytest.raises(ArtifactError, match="Input/output error"):
-        save(saved, model, recipe_of(model))
+        save_artifact(saved, model, recipe_of(model))
     assert [p.name for p in saved.parent.iterdir()] == ["small"]
     assert is_artifact(saved)
 
@@ -517,7 +517,7 @@ def test_an_older_artifact_is_replaced_whole(saved: Path, exchange: bool, monkey
         monkeypatch.setattr(files, "_exchange", lambda *_: False)
     (saved / "model.onnx").write_bytes(b"of the older model")
     model = cut_net()
-    save(saved, model, recipe_of(model, metrics={"top1": 0.5}))
+    save_artifact(saved, model, recipe_of(model, metrics={"top1": 0.5}))
     assert read_manifest(saved).recipe.metrics == {"top1": 0.5}
     assert {p.name for p in saved.iterdir()} == {MANIFEST_NAME, WEIGHTS_NAME}
     assert [p.name for p in saved.parent.iterdir()] == ["small"]
@@ -528,20 +528,20 @@ def test_other_folders_are_not_overwritten(tmp_path: Path, saved: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match=r"must be new, empty, or an older artifact; got .* \['thesis.tex'\]"):
-        save(tmp_path / "mine", model, recipe_of(model))
+        save_artifact(tmp_path / "mine", model, recipe_of(model))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     (saved / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"nothing but the older artifact .* \['notes.txt'\]"):
-        save(saved, model, recipe_of(model))
+        save_artifact(saved, model, recipe_of(model))
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     with pytest.raises(ArtifactError, match="must be a folder or a new path"):
-        save(tmp_path / "link", model, recipe_of(model))
+        save_artifact(tmp_path / "link", model, recipe_of(model))
 
 
 def test_a_draft_folder_holds_everything_before_it_appears(tmp_path: Path, images: Tensor) -> None:
     model = cut_net()
     with atomic_folder(tmp_path / "runs" / "a") as draft:
-        save(draft, model, recipe_of(model))
+        save_artifact(draft, model, recipe_of(model))
         (draft / "report.html").write_text("report")
         assert not (tmp_path / "runs" / "a").exists()
     assert torch.equal(load_artifact(tmp_path / "runs" / "a", build=build).model(images), model(images))

@@ -11,7 +11,7 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save_artifact
 from secateur.export.manifest import manifest_sha256
 from secateur.graph import Replacement, StandIn, trace
 from secateur.prune import apply_architecture
@@ -35,7 +35,7 @@ def cut(name: str) -> tuple[nn.Module, nn.Module, Tensor, Architecture]:
 def written(folder: Path, name: str) -> tuple[nn.Module, Tensor, Architecture]:
     model, small, example, architecture = cut(name)
     source = {"kind": "secateur", "name": name}
-    save(folder, small, Recipe(source, architecture, (3, 8, 8), edits_between(model, small)))
+    save_artifact(folder, small, Recipe(source, architecture, (3, 8, 8), edits_between(model, small)))
     return small, example, architecture
 
 
@@ -73,7 +73,7 @@ def changed(folder: Path, change) -> None:
 def test_artifacts_from_before_there_were_blocks_are_read(tmp_path: Path) -> None:
     model, example = ZOO["plain"]()
     source = {"kind": "secateur", "name": "plain"}
-    save(tmp_path / "small", model, Recipe(source, Architecture.of({"0.0": [0, 2]}), (3, 8, 8)))
+    save_artifact(tmp_path / "small", model, Recipe(source, Architecture.of({"0.0": [0, 2]}), (3, 8, 8)))
 
     def older(data: dict) -> None:
         assert data.pop("replacements") == []

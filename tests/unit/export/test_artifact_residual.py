@@ -10,7 +10,7 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save
+from secateur.export import MANIFEST_NAME, Recipe, edits_between, load_artifact, read_manifest, save_artifact
 from secateur.export.manifest import manifest_sha256
 from secateur.graph import trace, untie
 from secateur.prune import ChannelExpansion, apply_architecture
@@ -28,7 +28,7 @@ def written(folder: Path, name: str) -> tuple[nn.Module, Tensor]:
     architecture = Architecture.of(kept)
     small = apply_architecture(model, graph, architecture).eval()
     source = {"kind": "secateur", "name": name}
-    save(folder, small, Recipe(source, architecture, (3, 8, 8), edits_between(model, small)))
+    save_artifact(folder, small, Recipe(source, architecture, (3, 8, 8), edits_between(model, small)))
     return small, example
 
 
@@ -65,7 +65,7 @@ def changed(folder: Path, change) -> None:
 
 def test_artifacts_from_before_there_were_narrow_branches_are_read(tmp_path: Path) -> None:
     model, example = ZOO["plain"]()
-    save(tmp_path / "small", model, Recipe({"kind": "secateur", "name": "plain"}, Architecture(), (3, 8, 8)))
+    save_artifact(tmp_path / "small", model, Recipe({"kind": "secateur", "name": "plain"}, Architecture(), (3, 8, 8)))
 
     def older(data: dict) -> None:
         assert data.pop("widenings") == []

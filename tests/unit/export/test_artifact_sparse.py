@@ -13,7 +13,15 @@ from zoo import ZOO
 
 from secateur.architecture import Architecture
 from secateur.errors import ArtifactError
-from secateur.export import MANIFEST_NAME, WEIGHTS_NAME, Recipe, edits_between, load_artifact, read_manifest, save
+from secateur.export import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Recipe,
+    edits_between,
+    load_artifact,
+    read_manifest,
+    save_artifact,
+)
 from secateur.export import weights_bytes as size_of_weights
 from secateur.export.manifest import manifest_sha256
 from secateur.models import cifar_resnet20, load_model
@@ -35,7 +43,7 @@ def pruned(model: nn.Module, density: float) -> nn.Module:
 
 
 def written(folder: Path, model: nn.Module, name: str = "cifar_resnet20", size: tuple[int, ...] = (3, 32, 32)) -> Path:
-    save(folder, model, Recipe({"kind": "secateur", "name": name}, Architecture(), size))
+    save_artifact(folder, model, Recipe({"kind": "secateur", "name": name}, Architecture(), size))
     return folder
 
 
@@ -68,8 +76,8 @@ def test_at_90_percent_zeros_the_file_is_at_most_a_quarter(tmp_path: Path, resne
 def test_a_trained_network_too(tmp_path: Path, weights_folder: Path) -> None:
     model, source = load_model("cifar_resnet56", weights=weights_folder / "cifar10_resnet56.safetensors")
     small = pruned(model, 0.1)
-    save(tmp_path / "dense", model, Recipe(source.to_json(), Architecture(), (3, 32, 32)))
-    save(tmp_path / "small", small, Recipe(source.to_json(), Architecture(), (3, 32, 32)))
+    save_artifact(tmp_path / "dense", model, Recipe(source.to_json(), Architecture(), (3, 32, 32)))
+    save_artifact(tmp_path / "small", small, Recipe(source.to_json(), Architecture(), (3, 32, 32)))
     dense, sparse = ((tmp_path / name / WEIGHTS_NAME).stat().st_size for name in ("dense", "small"))
     assert sparse <= 0.25 * dense
     loaded = load_artifact(tmp_path / "small", build=lambda _: load_model("cifar_resnet56")[0]).model
@@ -97,7 +105,7 @@ def test_what_is_loaded_is_what_was_computed_with(tmp_path: Path, resnet: nn.Mod
 def test_every_net_comes_back(tmp_path: Path, name: str) -> None:
     model, example = ZOO[name]()
     small = pruned(model, 0.3)
-    save(tmp_path / "small", small, Recipe({"kind": "secateur", "name": name}, Architecture(), (3, 8, 8)))
+    save_artifact(tmp_path / "small", small, Recipe({"kind": "secateur", "name": name}, Architecture(), (3, 8, 8)))
     loaded = load_artifact(tmp_path / "small", build=lambda _: ZOO[name]().model)
     with torch.no_grad():
         assert torch.equal(loaded.model(example), small(example))

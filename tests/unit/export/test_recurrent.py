@@ -8,7 +8,7 @@ import torch
 from cuts import apart, outputs, random_architecture
 from recurrent_nets import RECURRENT
 
-from secateur.export import Recipe, edits_between, export_onnx, load_artifact, save
+from secateur.export import Recipe, edits_between, export_onnx, load_artifact, save_artifact
 from secateur.graph import trace
 from secateur.prune import cut
 
@@ -21,7 +21,7 @@ def test_a_reloaded_artifact_computes_the_same(tmp_path: Path, name: str) -> Non
     graph = trace(model, inputs)
     made = cut(model, graph, random_architecture(graph, 1))
     recipe = Recipe({"kind": "secateur", "name": name}, made.architecture, (3, 8, 8), edits_between(model, made.model))
-    save(tmp_path / "small", made.model, recipe)
+    save_artifact(tmp_path / "small", made.model, recipe)
     loaded = load_artifact(tmp_path / "small", build=lambda _: RECURRENT[name]()[0])
     assert apart(outputs(made.model, *inputs), outputs(loaded.model, *inputs)) == 0
     assert str(loaded.model) == str(made.model)

@@ -313,6 +313,7 @@ class CutConfig:
         heads: Whether attention loses whole heads or dimensions of every head, see `secateur.trace`.
         branches: Whether the branches of a residual stream may be narrower than the stream.
         rules: What operations unknown to Secateur do to channels, see `secateur.trace`.
+        allow_not_run: Whether channels may go that a part of the model may read which one image does not run.
         space: The allowed widths, in general and for single axes.
         init: The weights that the cut model begins with: `KeepWeights` (those of its channels, repaired) or
             `Reinitialize`, which needs as many epochs and as high a learning rate as the original had.
@@ -327,6 +328,7 @@ class CutConfig:
     heads: HeadUnit = HeadUnit.DIMENSION
     branches: Branches = Branches.TIED
     rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    allow_not_run: bool = False
     space: SearchSpace = DEFAULT_SPACE
     init: StudentInit = KeepWeights()
     weight_pruning: WeightPruning | None = None
@@ -335,7 +337,7 @@ class CutConfig:
 
     def trace(self, model: nn.Module, example: Any) -> ChannelGraph:
         """Return the channel graph of a model, in which only the selected layers may be cut."""
-        graph = trace(model, example, heads=self.heads, rules=self.rules)
+        graph = trace(model, example, heads=self.heads, rules=self.rules, allow_not_run=self.allow_not_run)
         return self.selection.apply(untie(model, graph) if self.branches is Branches.UNTIED else graph)
 
     def __str__(self) -> str:
@@ -455,6 +457,8 @@ class Plan:
             "calibration_images": str(cut.calibration_images),
             "seed": str(self.run.seed),
         }
+        if cut.allow_not_run:
+            found["allow_not_run"] = "True"
         if self.recovery.train.epochs == 0:
             found["training"] = "none"  # Then the repairs are others.
         if cut.flush_denormals:

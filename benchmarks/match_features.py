@@ -1,7 +1,7 @@
 """Measure what `MatchFeatures` adds to the closed-form repairs, without labels and without a training loop.
 
 For pretrained ResNets on CIFAR-10, budgets of MACs and two draws of calibration images: the accuracy on the 10,000 test
-images after Knapsack, `Refit` and `RecalibrateBatchNorm`, and after `MatchFeatures` too, with the processor time. Steps,
+images after Knapsack, `Refit` and `RecalibrateBatchNorm`, and after `MatchFeatures` too, with the processor time. The
 learning rate and the features that are compared were chosen by the distance from the original's outputs on training
 images that no repair had seen (see docs/log.md), not by the accuracies of this table.
 

@@ -87,7 +87,7 @@ class Small:
 
 
 def compress_words(weights: Path, out: Path, budget: str = "macs=50%", *, quick: bool = False) -> tuple[object, ...]:
-    """The words of a small run; a quick one has one strategy and one divisor: comparing them takes ten times as long."""
+    """The words of a small run; a quick one has one strategy and divisor: comparing several takes ten times as long."""
     return (
         *("compress", "--model", "digits_resnet", "--weights", weights, "--data", "digits", "--budget", budget),
         *("--out", out, "--threads", 1, "--calibration", 256, "--batch-size", 64),

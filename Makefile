@@ -70,7 +70,7 @@ endef
 
 # pyproject.toml says which versions may be used; these files say which ones are.
 pins: $(INSTALLED)
-	$(COMPILE) --extra demo --extra dev --extra tested --constraint requirements/pinned.in --output-file $(PINNED)
+	$(COMPILE) --extra demo --extra dev --extra docs --extra tested --constraint requirements/pinned.in --output-file $(PINNED)
 	$(COMPILE) --extra demo --resolution lowest-direct --output-file $(LOWEST)
 
 lint: $(INSTALLED)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from secateur.models.source import load_model as load_model
     from secateur.nas.swp import SWP as SWP
     from secateur.nas.tas import TAS as TAS
+    from secateur.pipeline.compare import Race as Race
+    from secateur.pipeline.compare import compare as compare
     from secateur.pipeline.compress import compress as compress
     from secateur.pipeline.config import Branches as Branches
     from secateur.pipeline.config import CompressResult as CompressResult
@@ -105,6 +107,10 @@ _MODULES = {
     ),
     "nas.swp": ("SWP",),
     "nas.tas": ("TAS",),
+    "pipeline.compare": (
+        "Race",
+        "compare",
+    ),
     "pipeline.compress": ("compress",),
     "pipeline.config": (
         "Branches",

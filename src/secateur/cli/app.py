@@ -11,6 +11,7 @@ from cyclopts.help import DefaultFormatter
 from rich.text import Text
 
 from secateur.cli import options
+from secateur.cli.compare import compare_command
 from secateur.cli.compress import compress_command
 from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
@@ -111,6 +112,7 @@ app = App(
 for _command, _words in (
     (inspect_command, ""),
     (compress_command, ""),
+    (compare_command, ""),
     (distill_command, ""),
     (train_command, ""),
     (evaluate_command, ""),

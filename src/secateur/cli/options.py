@@ -207,7 +207,7 @@ class SearchFlags:
 
     strategy: Annotated[
         str | None,
-        choice("knapsack, pca, pca-activations, global, uniform, tas, swp, python:...; several compared.", CUT),
+        choice("auto (compares), knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
     ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)

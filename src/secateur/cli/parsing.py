@@ -195,7 +195,7 @@ def strategy(flags: "SearchFlags", *, default_blocks: float = 0.0, trust_source:
     from secateur.search.base import Strategy
     from secateur.search.depth import RemoveBlocks
 
-    name = flags.strategy
+    name = None if flags.strategy == "auto" else flags.strategy
     for flag, strategies in _SEARCH_FLAGS.items():
         if getattr(flags, flag) not in (None, ()) and name not in strategies:
             raise SelectionError(
@@ -252,7 +252,8 @@ def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
     }
     if name not in built_in:
         raise SelectionError(
-            f"`--strategy` must be one of {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; got {name!r}."
+            f"`--strategy` must be one of auto, {', '.join(built_in)}, tas, swp or python:PACKAGE.MODULE:NAME; "
+            f"got {name!r}."
         )
     found = built_in[name]
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))

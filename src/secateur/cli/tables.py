@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 from rich import box
 from rich.table import Table
@@ -17,6 +18,7 @@ from secateur.pipeline.config import CompressResult
 from secateur.pipeline.distill import DistillResult
 from secateur.pipeline.inspect import ModelReport
 from secateur.pipeline.train import TrainResult
+from secateur.report.comparison import Comparison
 from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
 from secateur.report.run import Check, RunReport
 
@@ -320,6 +322,39 @@ def print_latencies(names: Sequence[str], shapes: Sequence[Sequence[int]], found
     how = f"Batch {first.batch_size}, {threads}, {first.rounds} rounds in turns, {first.clock}."
     where = f"Load average {load}; {first.machine['cores']} cores, {first.machine['cpu']}."
     out().print(Text(f"{how} {where}"), soft_wrap=True)
+
+
+def print_comparison(found: Comparison) -> None:
+    """Print the winners of a comparison, the mean of each strategy at each budget, and what was written."""
+    metric = found.metric
+    columns = ("budget", "strategy", "seeds", f"validation {metric.words}", "test", "MACs", "latency", "s")
+    table = plain_table(f"Strategies on {found.model}, means over the seeds", columns, numbers=6)
+    best = {(winner.budget, winner.strategy) for winner in found.winners}
+    for budget, strategy in dict.fromkeys((run.budget, run.strategy) for run in found.runs):
+        mine = [run for run in found.runs if (run.budget, run.strategy) == (budget, strategy)]
+        mine = [run for run in mine if run.round == max(each.round for each in mine)]
+        good = [run for run in mine if run.ok]
+        if not good:
+            table.add_row(budget, strategy, f"0 of {len(mine)}", Text("failed", style="bold red"), "", "", "", "")
+            continue
+        times = [run.latency_s for run in good if run.latency_s is not None]
+        table.add_row(
+            budget,
+            Text(strategy, style="bold green" if (budget, strategy) in best else ""),
+            f"{len(good)} of {len(mine)}" if len(good) < len(mine) else str(len(good)),
+            metric.text(mean(run.score for run in good)),
+            metric.text(mean(run.test_score for run in good)),
+            format_count(mean(run.macs for run in good)),
+            format_cost("latency_s", mean(times)) if times else "",
+            f"{mean(run.seconds for run in good):.0f}",
+        )
+    out().print(table)
+    for winner in found.winners:
+        out().print(Text(winner.sentence(metric)), soft_wrap=True)
+    for note in found.notes:
+        out().print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+    for path in found.files:
+        out().print(Text(f"Wrote {path}"), soft_wrap=True)
 
 
 def plain_table(title: str, columns: tuple[str, ...], *, numbers: int) -> Table:

@@ -1,5 +1,6 @@
 """The whole way from a trained network and a budget to a verified artifact with a report."""
 
+from secateur.pipeline.compare import Race, compare
 from secateur.pipeline.compress import compress
 from secateur.pipeline.config import (
     DEFAULT_OBJECTIVE,
@@ -44,6 +45,7 @@ __all__ = [
     "ModelReport",
     "ModelSpec",
     "OnExisting",
+    "Race",
     "RecoveryConfig",
     "Reinitialize",
     "RunConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "Verified",
     "check_model_fits_data",
     "check_output",
+    "compare",
     "compress",
     "default_blocks",
     "default_size",

@@ -47,6 +47,7 @@ from secateur.pipeline.workspace import (
     RunDirectory,
     check_model_fits_data,
     check_output,
+    check_own_loop,
     fabric_for,
     first_alone,
     shared_run_directory,
@@ -64,6 +65,7 @@ from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
 from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, train_with_teacher
+from secateur.train.own_loop import Recover, recover_with
 
 
 @in_default_state
@@ -75,7 +77,7 @@ def compress(
     task: Task = Classification(),  # noqa: B008 - frozen
     strategy: Strategy | None = None,
     cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
-    recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen
+    recovery: RecoveryConfig | Recover = RecoveryConfig(),  # noqa: B008 - frozen
     target: Target = OnnxRuntime(),  # noqa: B008 - frozen
     out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
@@ -101,7 +103,8 @@ def compress(
             narrower layers hardly save. If ``cut.space`` has no divisor, the networks of several are compared too,
             unless the strategy trains. With both given, nothing is compared.
         cut: What may be cut, and how the cut model is made.
-        recovery: How the cut model regains accuracy.
+        recovery: How the cut model regains accuracy; or a training loop of your own, a function that takes (student,
+            teacher, data, context) and returns the student, see `secateur.train.Recover`.
         target: The runtime, threads and batch size that candidates are compared on and that the latency in the report
             is for, see `secateur.cost`. A bound on latency is met by predicting from a table of layers, then measuring
             and correcting until the network is within the bound, and measuring again at the end; if ``cut.space`` has
@@ -122,6 +125,7 @@ def compress(
         SecateurError: One of its subclasses, with the way out, if anything cannot be used; nothing half-written is
             left then.
     """
+    recovery = recovery if isinstance(recovery, RecoveryConfig) else RecoveryConfig(recover=recovery)
     output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source, type(model).__qualname__)
     if output is not None:
         check_output(output.folder)
@@ -130,7 +134,8 @@ def compress(
     fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)
     if fabric.is_global_zero:
         warn_outside_window()
-    if recovery.train.epochs:
+    check_own_loop(recovery.recover, fabric, limits)
+    if recovery.train.epochs and recovery.recover is None:
         recovery.execution.check(fabric)  # A search of hours would otherwise end with this error.
     images = run_data(data, run.seed)
     cut = replace(
@@ -252,13 +257,27 @@ def _weight_pruning(budget: Budget, pruning: WeightPruning | None) -> WeightPrun
 def _recover(
     plan: Plan, cut_student: CutStudent, batches: ImageBatches, work: RunDirectory | None, steps: list[Step]
 ) -> tuple[Trained | None, nn.Module]:
-    """Train the cut student, with single weights at zero if the budget bounds them.
+    """Train the cut student, by the user's own loop if there is one, with single weights at zero if the budget says so.
 
     Returns:
         The training or None, and the final student.
     """
     student = cut_student.student
     steps.append(_measured(plan, plan.cut.init.done, student))
+    if plan.recovery.recover is not None:
+        student = recover_with(
+            plan.recovery.recover,
+            student,
+            teacher=cut_student.original,
+            data=plan.data,
+            task=plan.task,
+            device=plan.device,
+            seed=plan.run.seed,
+            folder=None if work is None else work.own_loop,
+            example=batches[0][0],
+        )
+        steps.append(_measured(plan, "recovered", student))
+        return None, student
     zeros = zeros_for(plan, cut_student, batches if isinstance(plan.task, Classification) else ())
     trained = _train(plan, cut_student, work, zeros)
     if trained is not None and (trained.best_epoch > 0 or zeros is not None):

@@ -51,6 +51,7 @@ from secateur.train.checkpoint import CheckpointPolicy, model_sha256
 from secateur.train.config import TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.fit import Trained
+from secateur.train.own_loop import Recover
 from secateur.train.recipes import check_resettable, reset_weights_
 
 if TYPE_CHECKING:
@@ -354,11 +355,14 @@ class RecoveryConfig:
             replaces its seed.
         objective: The losses.
         execution: How both models are run, see `secateur.train.fit`; searches always run eagerly.
+        recover: A training loop of your own that takes the place of all this, see `secateur.train.Recover`; None
+            distills as the other fields say.
     """
 
     train: TrainConfig = DEFAULT_TRAIN_CONFIG
     objective: Objective = DEFAULT_OBJECTIVE
     execution: Execution = Eager()  # noqa: RUF009 - frozen
+    recover: Recover | None = None
 
 
 @dataclass(frozen=True)
@@ -377,6 +381,7 @@ class RunConfig:
         latency_cache: Stored measurements of latency; None means those of this machine in the user's cache folder.
         name: Name of the model in the report; empty means the name of its class.
         command: The exact command or call, for the report and secateur.json.
+        times: Whether times are measured for the report; a bound on the latency is checked in any case.
     """
 
     seed: int = 0
@@ -388,6 +393,7 @@ class RunConfig:
     latency_cache: LatencyCache | None = None
     name: str = ""
     command: str = ""
+    times: bool = True
 
 
 @dataclass(frozen=True, eq=False)

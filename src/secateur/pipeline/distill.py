@@ -15,22 +15,27 @@ from secateur.architecture import Architecture
 from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.distill.objective import Objective, Term
+from secateur.errors import TrainingError
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
+    RunDirectory,
     check_model_fits_data,
     check_output,
+    check_own_loop,
     fabric_for,
     shared_run_directory,
 )
 from secateur.report.run import RunReport, Step
+from secateur.tasks.classification import Classification
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
 from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, train_with_teacher
+from secateur.train.own_loop import Recover, recover_with
 from secateur.train.recipes import distill_after_hints
 
 if TYPE_CHECKING:
@@ -78,14 +83,14 @@ class DistillResult:
 
     Attributes:
         model: In eval mode, on the device of the student that was given.
-        trained: The training.
+        trained: The training; None if it was a loop of the user's own.
         report: Teacher and student side by side.
         folder: The artifact, or None.
         files: All files that were written.
     """
 
     model: nn.Module
-    trained: Trained
+    trained: Trained | None
     report: RunReport
     folder: Path | None = None
     files: tuple[Path, ...] = ()
@@ -104,6 +109,7 @@ class DistillPlan:
     teacher: ModelSpec
     data: ImageData
     train: TrainConfig
+    recover: Recover | None
     objective: Objective
     hint_stage: HintStage | None
     teacher_cache: Path | None
@@ -131,6 +137,8 @@ class DistillPlan:
     @property
     def losses(self) -> str:
         """The objective in words."""
+        if self.recover is not None:
+            return f"trained beside {self.teacher.called} by a loop of the user's own"
         found = [f"{self.objective.kd_weight:g} kd (T = {self.objective.temperature:g})"] * bool(
             self.objective.kd_weight
         )
@@ -149,7 +157,7 @@ def distill_model(
     *,
     teacher: ModelSpec,
     data: ImageData,
-    train: TrainConfig,
+    train: TrainConfig | Recover,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     hint_stage: HintStage | None = None,
     teacher_cache: Path | None = None,
@@ -164,7 +172,9 @@ def distill_model(
         student: A copy of it is trained.
         teacher: A trained classifier of the same classes.
         data: The best epoch is chosen on the validation images; the test images are for the report alone.
-        train: Epochs, batch size, learning rate, optimizer. ``run.seed`` replaces its seed.
+        train: Epochs, batch size, learning rate, optimizer. ``run.seed`` replaces its seed. Or a training loop of your
+            own, a function that takes (student, teacher, data, context) and returns the student, see
+            `secateur.train.Recover`; then ``objective``, ``teacher_cache`` and ``execution`` have no effect.
         objective: The losses; aligned features are not among them, which only a cut student has.
         hint_stage: Trained first; None goes without.
         teacher_cache: Folder for the teacher's logits, see `secateur.train.fit`.
@@ -180,7 +190,11 @@ def distill_model(
     Raises:
         SecateurError: One of its subclasses, with the way out.
     """
+    recover, train = (None, train) if isinstance(train, TrainConfig) else (train, TrainConfig(epochs=0))
     fabric = fabric_for(run.fabric, train.precision, run.device, out)
+    check_own_loop(recover, fabric)
+    if recover is not None and hint_stage is not None:
+        raise TrainingError("`hint_stage` must be left out with a training loop of your own; got both.")
     if fabric.is_global_zero:
         warn_outside_window()
     execution.check(fabric)
@@ -195,6 +209,7 @@ def distill_model(
         teacher=teacher,
         data=data,
         train=safe_config(train, run.seed),
+        recover=recover,
         objective=objective,
         hint_stage=hint_stage,
         teacher_cache=teacher_cache,
@@ -208,16 +223,33 @@ def distill_model(
     with shared_run_directory(fabric, out, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
-        trained, steps = _learn(plan, None if work is None else work.checkpoint)
-        report, folder, files = finalize(_finished(plan, trained, steps, images.detach().cpu(), output))
-    return DistillResult(trained.model, trained, report, folder, files)
+        student_after, trained, steps = _learn(plan, work, images)
+        finished = _finished(plan, student_after, trained, steps=steps, images=images.detach().cpu(), output=output)
+        report, folder, files = finalize(finished)
+    return DistillResult(student_after, trained, report, folder, files)
 
 
-def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[Step, ...]]:
+def _learn(
+    plan: DistillPlan, work: RunDirectory | None, images: Tensor
+) -> tuple[nn.Module, Trained | None, tuple[Step, ...]]:
     steps = [
         _step(plan, "teacher", plan.teacher.model),
         _step(plan, "student before", plan.student.model),
     ]
+    if plan.recover is not None:
+        model = recover_with(
+            plan.recover,
+            plan.student.model,
+            teacher=plan.teacher.model,
+            data=plan.data,
+            task=Classification(),
+            device=plan.fabric.device,
+            seed=plan.run.seed,
+            folder=None if work is None else work.own_loop,
+            example=images,
+        )
+        return model, None, (*steps, _step(plan, "trained", model))
+    checkpoint = None if work is None else work.checkpoint
     run = RunSettings(checkpoint, plan.run.checkpoints, plan.execution, plan.run.callbacks, plan.fabric)
     if plan.hint_stage is None:
         trained = train_with_teacher(
@@ -241,7 +273,7 @@ def _learn(plan: DistillPlan, checkpoint: Path | None) -> tuple[Trained, tuple[S
             run=run,
         )
     steps.append(_step(plan, "distilled", trained.model))
-    return trained, tuple(steps)
+    return trained.model, trained, tuple(steps)
 
 
 def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
@@ -251,15 +283,21 @@ def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
 
 
 def _finished(
-    plan: DistillPlan, trained: Trained, steps: tuple[Step, ...], images: Tensor, output: Output | None
+    plan: DistillPlan,
+    student: nn.Module,
+    trained: Trained | None,
+    *,
+    steps: tuple[Step, ...],
+    images: Tensor,
+    output: Output | None,
 ) -> Finished:
     """The run as `finalize` takes it."""
-    teacher, student, example = plan.teacher.model, trained.model, torch.zeros(1, *plan.data.size)
+    teacher, example = plan.teacher.model, torch.zeros(1, *plan.data.size)
     macs = [count_macs(copy_model(model).eval().cpu(), example) for model in (teacher, student)]
     measured = (measured_model(teacher, macs[0], steps[0]), measured_model(student, macs[1], steps[-1]))
     name = f"{plan.student.called} from {plan.teacher.called}"
     report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
-    doubts = (*data_doubts("teacher", steps[0], plan.data), *trained.divergences)
+    doubts = (*data_doubts("teacher", steps[0], plan.data), *(() if trained is None else trained.divergences))
     return Finished(
         report=replace(report, notes=doubts),
         original=teacher,

@@ -152,11 +152,7 @@ def report_of(
         before=measured[0],
         after=measured[1],
         steps=steps,
-        training=tuple(
-            TrainedEpoch(record.epoch, record.train_loss, record.validation_score)
-            for record in history
-            if record.train_loss is not None
-        ),
+        training=tuple(TrainedEpoch(record.epoch, record.train_loss, record.validation_score) for record in history),
         command=provenance.command,
         seed=provenance.seed,
         versions=provenance.versions,
@@ -212,9 +208,9 @@ def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport
     elif run.target is not None and run.latency_bound is not None:
         record, check = check_latency(run.latency_bound, run.target, run.original, run.student, run.images)
         records, checks = (record,), (check,)
-    elif run.target is not None:
+    elif run.target is not None and run.run.times:
         records, said = latency_on(run.target, run.original, run.student, run.images)
-    if run.output is not None and _is_plain(run):
+    if run.output is not None and run.run.times and _is_plain(run):
         # What was measured on the target is not measured twice.
         others, more = latency_between(run.original, run.student, run.images, run.target)
         records, said = (*records, *others), tuple(dict.fromkeys((*said, *more)))

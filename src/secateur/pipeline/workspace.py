@@ -26,6 +26,7 @@ from secateur._batches import call_model, float_tensors, take
 from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
 from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import copy_model
+from secateur.cost.budget import Budget
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData
 from secateur.errors import ArtifactError, ModelError, TrainingError
@@ -36,6 +37,7 @@ from secateur.tasks.classification import Classification
 from secateur.tasks.imitation import Imitation
 from secateur.train.callbacks import Callbacks, CsvLog
 from secateur.train.device import Precision, open_fabric, resolve_fabric
+from secateur.train.own_loop import Recover
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -196,6 +198,11 @@ class RunDirectory:
     def checkpoint(self) -> Path:
         """Folder for checkpoints of the training."""
         return self.folder / "checkpoint"
+
+    @property
+    def own_loop(self) -> Path:
+        """Folder for checkpoints of a training loop of the user's own, and for its result."""
+        return self.folder / "recover"
 
     def search_checkpoint(self, search: int) -> Path:
         """Return the folder for checkpoints of a search; the searches of one run are numbered from 0."""
@@ -407,6 +414,32 @@ def fabric_for(
             "results to the others there: name a folder that all machines share."
         )
     return resolve_fabric(fabric, precision)
+
+
+def check_own_loop(loop: Recover | None, fabric: "Fabric", budget: Budget | None = None) -> None:
+    """Refuse a training loop of the user's own where it cannot take the place of the distillation.
+
+    Raises:
+        TrainingError: If it is no function, if there are several processes, or if single weights are pruned, which
+            needs masks at every step.
+    """
+    if loop is None:
+        return
+    if not callable(loop):  # pyright: ignore[reportUnnecessaryComparison]
+        raise TrainingError(
+            f"`recovery` must be a RecoveryConfig or a function (student, teacher, data, context) -> student; got "
+            f"{type(loop).__name__}."
+        )
+    if fabric.world_size > 1:
+        raise TrainingError(
+            f"`recover` must run in one process; got {fabric.world_size}. Start the run in one, and several within "
+            "your loop."
+        )
+    if budget is not None and budget.nonzero is not None:
+        raise TrainingError(
+            "`recover` must be left out where the budget bounds `nonzero`, because single weights are pruned step by "
+            "step; got both. Bound macs, params, size or latency, or let Secateur train."
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from secateur.graph.trace import Example
 from secateur.prune.calibration import CalibrationSplit, check_batches, split_calibration
 from secateur.prune.culprits import cut_exactly
 from secateur.prune.distance import OutputDistance
+from secateur.prune.optimizer_state import AnyOptimizer, slice_optimizer_state
 from secateur.prune.slice import check_architecture
 from secateur.prune.verify import Verification
 
@@ -98,6 +99,7 @@ class Cut:
         architecture: The architecture of the cut model, with all channels of the axes that had to be frozen.
         verification: The comparison of the sliced with the masked model, before repairs.
         repairs: The effect of each repair.
+        original: The model that was cut: the caller's own, not a copy.
     """
 
     model: nn.Module
@@ -105,6 +107,23 @@ class Cut:
     architecture: Architecture
     verification: Verification
     repairs: tuple[RepairResult, ...] = ()
+    original: nn.Module | None = None
+
+    def slice_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
+        """Return an optimizer of the cut model that goes on where an optimizer of the original was.
+
+        Momentum and other state is a bit-equal slice, so that training can be continued right after the cut. A
+        scheduler goes on with ``scheduler.optimizer = sliced``.
+
+        Args:
+            optimizer: Any optimizer of the original's parameters, such as SGD, Adam or AdamW; not changed.
+
+        Raises:
+            SurgeryError: If it holds none of the original's parameters, or state that cannot be sliced.
+        """
+        if self.original is None:
+            raise SurgeryError("`original` must be the model that was cut; got None. Use what `secateur.cut` returned.")
+        return slice_optimizer_state(optimizer, self.original, self.model, self.graph, self.architecture)
 
     def __repr__(self) -> str:
         before = sum(
@@ -162,7 +181,7 @@ def cut(
     split = CalibrationSplit(tuple(calibration), tuple(held_out)) if held_out else split_calibration(calibration)
     context = RepairContext(model, exact.graph, exact.architecture, split.fit)
     results = _repair_(exact.model, context, repairs, split)
-    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results)
+    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results, model)
 
 
 def _describe_frozen(frozen: Sequence[tuple[str, str]]) -> str:

@@ -88,7 +88,7 @@ def width_plot(widths: Sequence[LayerWidth]) -> BarPlot:
 
 def loss_plot(epochs: Sequence[TrainedEpoch]) -> LinePlot | None:
     """Plot the training loss by epoch; None with fewer than two finite values."""
-    return line_plot("Training loss", [(e.epoch, e.loss) for e in epochs if math.isfinite(e.loss)])
+    return line_plot("Training loss", _finite((e.epoch, e.loss) for e in epochs if e.loss is not None))
 
 
 def score_plot(epochs: Sequence[TrainedEpoch], original: float | None, metric: Metric) -> LinePlot | None:

@@ -61,10 +61,10 @@ def write_page(path: Path | str, page: Page) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
-    return _write(path, _render("page.html", page=page))
+    return write_html(path, render_template("page.html", page=page))
 
 
-def _render(template: str, **values: object) -> str:
+def render_template(template: str, **values: object) -> str:
     """Fill in a template with the style sheet and values, all of which are escaped."""
     import jinja2
     import markupsafe
@@ -80,7 +80,8 @@ def _shown(value: object) -> object:
     return visible(value, keep=PAGE) if type(value) is str else value
 
 
-def _write(path: Path | str, page: str) -> Path:
+def write_html(path: Path | str, page: str) -> Path:
+    """Write a page atomically; return the absolute path of its file."""
     path = Path(path).absolute()
     write_atomic(path, page.encode("utf-8", "backslashreplace"))
     return path
@@ -115,13 +116,13 @@ def write_report(path: Path | str, run: RunReport) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
-    return _write(path, render(run))
+    return write_html(path, render(run))
 
 
 def render(run: RunReport) -> str:
     """Return the report of a run as HTML."""
     curves = (loss_plot(run.training), score_plot(run.training, run.original_validation_score, run.metric))
-    return _render(
+    return render_template(
         "report.html",
         run=run,
         nbsp="\u00a0",

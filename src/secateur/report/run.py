@@ -93,10 +93,13 @@ class BlockFate:
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """One epoch of the recovery: the mean training loss and the validation score, if measured."""
+    """One epoch of the recovery: the mean training loss and the validation score, if measured.
+
+    Epoch 0 is the student before training, which has no loss.
+    """
 
     epoch: int
-    loss: float
+    loss: float | None
     score: float | None = None
 
 

@@ -45,6 +45,7 @@ from secateur.train.device import (
 from secateur.train.distributed import average_gradients_, mean_over_processes, open_group, own_shard
 from secateur.train.evaluate import evaluate, measure_score
 from secateur.train.fit import Trained, fit, train_with_teacher
+from secateur.train.own_loop import Recover, RecoverContext, recover_with
 from secateur.train.recipes import born_again, check_resettable, distill_after_hints, distill_chain, reset_weights_
 from secateur.train.supervised import EpochRecord
 from secateur.train.trainer import EpochReport, EpochState, EpochSummary, Learner, Losses, Shard, Trainer, TrainingStep
@@ -71,6 +72,8 @@ __all__ = [
     "LossMeter",
     "Losses",
     "Precision",
+    "Recover",
+    "RecoverContext",
     "RunSettings",
     "Shard",
     "Silent",
@@ -108,6 +111,7 @@ __all__ = [
     "open_group",
     "optimizer_tensors",
     "own_shard",
+    "recover_with",
     "reset_weights_",
     "resolve_fabric",
     "save_checkpoint",

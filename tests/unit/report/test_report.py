@@ -191,7 +191,7 @@ def test_pictures_have_words_and_tables_have_headers() -> None:
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
     assert ("html", {"lang": "en"}) in page.tags
     assert any(a.get("name") == "viewport" for _, a in page.tags)
-    labeled = {a["aria-labeledby"] for tag, a in page.tags if tag == "section"}
+    labeled = {a["aria-labelledby"] for tag, a in page.tags if tag == "section"}
     assert labeled == {a["id"] for tag, a in page.tags if tag == "h2"}
 
 

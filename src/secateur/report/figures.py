@@ -1,0 +1,431 @@
+"""Interactive figures for pages: plain data that plotly draws, and the script that draws it, packed once into a page.
+
+A figure is a mapping with ``data`` and ``layout``, as `plotly.graph_objects.Figure` takes it, so that it can also be
+written as PNG or SVG in Python; on a page the camera button does that. Colors are words such as ``@after``: the page
+replaces them with those of its style sheet, for light, dark and print alike. Without the package plotly pages have
+their tables, and no script.
+"""
+
+import base64
+import gzip
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from secateur._provenance import sha256_of
+from secateur._text import PAGE, html_text, visible
+from secateur.report import units
+from secateur.report.comparison import ComparedRun, Comparison, unbeaten_runs
+from secateur.report.run import LayerWidth, TrainedEpoch
+from secateur.tasks.base import Metric
+from secateur.tasks.outcomes import ClassChange
+
+COSTS = (
+    ("macs", "MACs", units.count),
+    ("params", "Parameters", units.count),
+    ("latency_s", "Latency", units.duration),
+    ("size_bytes", "File size", units.size),
+)
+"""Field of `ComparedRun`, name, and how it is shown."""
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star-triangle-up")
+_COLORS = 8
+_MOST_LAYERS = 14
+"""Layers in a hover text; more do not fit on a screen."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page.
+
+    Attributes:
+        name: Its identifier on the page.
+        label: What it shows, in a sentence, for those who do not see it.
+        data: The traces.
+        layout: Axes, legend, shapes.
+        height: Pixels.
+    """
+
+    name: str
+    label: str
+    data: tuple[Mapping[str, Any], ...]
+    layout: Mapping[str, Any]
+    height: int = 340
+
+    def to_plotly(self) -> dict[str, Any]:
+        """Return what ``plotly.graph_objects.Figure`` takes, with the colors of the light style."""
+        return _colored({"data": list(self.data), "layout": dict(self.layout)})
+
+    @property
+    def json(self) -> str:
+        """The figure as JSON that is safe inside of a page."""
+        return script_json({"data": list(self.data), "layout": dict(self.layout)})
+
+
+_LIGHT = {
+    "@ink": "#1b211c",
+    "@soft": "#58625a",
+    "@line": "#dfe4dd",
+    "@card": "#ffffff",
+    "@page": "#f6f7f4",
+    "@after": "#1d7f4e",
+    "@before": "#c3cbc2",
+    "@bad": "#b3261e",
+    "@warn": "#9a5b00",
+    **dict(
+        zip(
+            (f"@c{number}" for number in range(_COLORS)),
+            ("#1d7f4e", "#2563b8", "#b45309", "#8b3fa8", "#0e7490", "#be185d", "#4d5b00", "#5b5bd6"),
+            strict=True,
+        )
+    ),
+}
+
+
+def _colored(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return {name: _colored(value) for name, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [_colored(value) for value in thing]
+    return _LIGHT.get(thing, thing) if isinstance(thing, str) else thing
+
+
+def script_json(data: Any) -> str:
+    """Return JSON without characters that could end a script or a comment of a page."""
+    text = json.dumps(_finite(data), separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return {name: _finite(value) for name, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [_finite(value) for value in thing]
+    return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+
+
+@cache
+def packed_plotly() -> str:
+    """Return plotly's script, compressed, as text for a page; empty if the package plotly is not installed.
+
+    The page unpacks it. As it is, it would be larger than everything else together.
+    """
+    found = importlib.util.find_spec("plotly")
+    places = list(found.submodule_search_locations or ()) if found else []
+    for place in places:
+        script = Path(place) / "package_data" / "plotly.min.js"
+        if script.is_file():
+            return base64.b64encode(gzip.compress(script.read_bytes(), 9, mtime=0)).decode()
+    return ""
+
+
+@dataclass(frozen=True)
+class PageScript:
+    """The scripts of a page: plotly, packed, and ours; and the word that allows them to run and nothing else."""
+
+    plotly: str
+    ours: str
+    nonce: str
+
+
+def page_script() -> PageScript | None:
+    """Return the scripts of a page with figures; None if the package plotly is not installed."""
+    packed = packed_plotly()
+    if not packed:
+        return None
+    ours = (files("secateur.report") / "figures.js").read_text(encoding="utf-8")
+    return PageScript(packed, ours, sha256_of(packed + ours)[:24])
+
+
+def pareto_figure(comparison: Comparison) -> Figure:
+    """Draw accuracy against a cost, all four costs in one figure: the page switches between them.
+
+    ``layout.meta`` holds, for each cost, the values of each trace and the title of its axis.
+    """
+    metric, runs = comparison.metric, comparison.runs
+    strategies = list(dict.fromkeys(run.strategy for run in runs if run.ok))
+    budgets = list(dict.fromkeys(run.budget for run in runs))
+    groups = [[at for at, run in enumerate(runs) if run.ok and run.strategy == name] for name in strategies]
+    costs = [cost for cost in COSTS if any(run.ok and getattr(run, cost[0]) is not None for run in runs)]
+    switch: list[dict[str, Any]] = []
+    for field, title, words in costs:
+        front = unbeaten_runs(runs, field, metric)
+        values = [[getattr(runs[at], field) for at in group] for group in groups]
+        values += [[getattr(runs[at], field) for at in front], [getattr(comparison.original, field)]]
+        heights = [[_shown(metric, runs[at].score) for at in front]]
+        switch.append({"title": _axis_title(title, words), "x": values, "front": heights[0]})
+    first = switch[0] if switch else {"x": [[] for _ in range(len(groups) + 2)], "title": "", "front": []}
+    traces: list[dict[str, Any]] = []
+    for number, (name, group) in enumerate(zip(strategies, groups, strict=True)):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": html_text(name),
+                "x": first["x"][number],
+                "y": [_shown(metric, runs[at].score) for at in group],
+                "text": [hover_text(runs[at], metric) for at in group],
+                "customdata": group,
+                "hovertemplate": "%{text}<extra></extra>",
+                "marker": {
+                    "size": 11,
+                    "color": f"@c{number % _COLORS}",
+                    "symbol": [_SYMBOLS[budgets.index(runs[at].budget) % len(_SYMBOLS)] for at in group],
+                    "line": {"width": 1, "color": "@card"},
+                },
+            }
+        )
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "not beaten",
+            "x": first["x"][len(groups)],
+            "y": first["front"],
+            "line": {"shape": "hv", "color": "@soft", "width": 1.5, "dash": "dot"},
+            "hoverinfo": "skip",
+        }
+    )
+    original = comparison.original
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "original",
+            "x": first["x"][len(groups) + 1],
+            "y": [_shown(metric, original.score)],
+            "text": [hover_text(original, metric)],
+            "hovertemplate": "%{text}<extra></extra>",
+            "marker": {"size": 14, "symbol": "star", "color": "@ink"},
+        }
+    )
+    layout = {
+        "xaxis": {"title": {"text": first["title"]}, "rangemode": "tozero", "tickformat": "~s"},
+        "yaxis": {"title": {"text": _score_title("Validation", metric)}},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+        "meta": {"switch": switch, "original": len(groups) + 1, "front": len(groups)},
+    }
+    label = (
+        f"Validation {metric.words} of {sum(map(len, groups))} runs against their cost, one color for each strategy "
+        "and one shape for each budget; the table of runs has the numbers."
+    )
+    return Figure("pareto", label, tuple(traces), layout, 480)
+
+
+def hover_text(run: ComparedRun, metric: Metric) -> str:
+    """Describe a run and its architecture, in plotly's lines."""
+    lines = [f"<b>{html_text(run.name if run.budget else run.strategy)}</b>", metric.text(run.score) + " validation"]
+    if math.isfinite(run.test_score):
+        lines[-1] += f", {metric.text(run.test_score)} test"
+    shown = [f"{words(getattr(run, field))} {name}" for field, name, words in COSTS if getattr(run, field) is not None]
+    lines.append(", ".join(shown))
+    layers = [(name, old, new) for name, (old, new) in run.widths.items() if new != old]
+    lines += [f"{html_text(name)}: {new} of {old}" for name, old, new in layers[:_MOST_LAYERS]]
+    if len(layers) > _MOST_LAYERS:
+        lines.append(f"and {len(layers) - _MOST_LAYERS} more; a click pins them all")
+    if run.removed_blocks:
+        lines.append(f"without {html_text(', '.join(run.removed_blocks))}")
+    return "<br>".join(lines)
+
+
+def compared_widths(comparison: Comparison, runs: Sequence[ComparedRun]) -> Figure | None:
+    """Draw the kept part of every layer of some runs, each layer on a scale of its own."""
+    names = list(dict.fromkeys(name for run in runs for name in run.widths))
+    if not names or not runs:
+        return None
+    rows = [html_text(f"{run.strategy}, {run.budget}") for run in runs]
+    kept: list[list[float | None]] = []
+    words: list[list[str]] = []
+    for run in runs:
+        widths = [run.widths.get(name) for name in names]
+        kept.append([None if pair is None else 100 * pair[1] / max(pair[0], 1) for pair in widths])
+        texts = ["not there" if pair is None else f"{pair[1]} of {pair[0]} channels" for pair in widths]
+        words.append([f"{html_text(name)}<br>{text}" for name, text in zip(names, texts, strict=True)])
+    heat = {
+        "type": "heatmap",
+        "x": list(range(1, len(names) + 1)),
+        "y": list(range(len(rows))),
+        "z": kept,
+        "text": words,
+        "hovertemplate": "%{text}, %{z:.0f} %<extra></extra>",
+        "zmin": 0,
+        "zmax": 100,
+        "xgap": 1,
+        "ygap": 2,
+        "colorscale": [[0, "@card"], [1, "@after"]],
+        "colorbar": {"title": {"text": "kept, %"}, "thickness": 12, "outlinewidth": 0},
+    }
+    layout = {
+        "xaxis": {"title": {"text": "Layers in order of execution"}, "showgrid": False},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(rows))),
+            "ticktext": rows,
+            "autorange": "reversed",
+            "automargin": True,
+            "showgrid": False,
+        },
+    }
+    label = f"Kept part of the channels of {len(names)} layers in {len(rows)} networks; pinned runs have the numbers."
+    return Figure("widths", label, (heat,), layout, 130 + 34 * len(rows))
+
+
+def width_figure(widths: Sequence[LayerWidth]) -> Figure:
+    """Draw what every layer of one network keeps, in percent of its own channels."""
+    names = [html_text(width.name) for width in widths]
+    kept = [100 * width.after / max(width.before, 1) for width in widths]
+    texts = [f"{name}<br>{w.after} of {w.before} channels" for name, w in zip(names, widths, strict=True)]
+    places = list(range(1, len(names) + 1))
+    bars = {
+        "type": "bar",
+        "x": places,
+        "y": kept,
+        "hovertext": texts,
+        "hovertemplate": "%{hovertext}, %{y:.0f} %<extra></extra>",
+        "marker": {"color": "@after"},
+        "name": "kept",
+    }
+    gone = {
+        "type": "bar",
+        "x": places,
+        "y": [100 - each for each in kept],
+        "hoverinfo": "skip",
+        "marker": {"color": "@before"},
+        "name": "removed",
+    }
+    layout = {
+        "barmode": "stack",
+        "bargap": 0.25,
+        "xaxis": {"title": {"text": "Layers in order of execution"}, "showgrid": False},
+        "yaxis": {"title": {"text": "Channels kept, %"}, "range": [0, 100]},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    return Figure("kept", "Kept channels of each layer in percent; the table has the numbers.", (bars, gone), layout)
+
+
+def training_figure(epochs: Sequence[TrainedEpoch], original: float | None, metric: Metric) -> Figure | None:
+    """Draw the validation score from epoch 0 on, and the training loss; None with fewer than two epochs."""
+    scored = [e for e in epochs if e.score is not None and math.isfinite(e.score)]
+    losses = [e for e in epochs if e.loss is not None and math.isfinite(e.loss)]
+    if len(epochs) < 2 or not (scored or losses):
+        return None
+    traces: list[dict[str, Any]] = []
+    if scored:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": f"validation {metric.words}",
+                "x": [e.epoch for e in scored],
+                "y": [_shown(metric, e.score) for e in scored],
+                "text": [metric.text(e.score) for e in scored if e.score is not None],
+                "hovertemplate": "epoch %{x}: %{text}<extra></extra>",
+                "line": {"color": "@after"},
+            }
+        )
+    if losses:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "training loss",
+                "x": [e.epoch for e in losses],
+                "y": [e.loss for e in losses],
+                "yaxis": "y2",
+                "hovertemplate": "epoch %{x}: loss %{y:.4g}<extra></extra>",
+                "line": {"color": "@soft", "dash": "dot"},
+            }
+        )
+    layout: dict[str, Any] = {
+        "xaxis": {"title": {"text": "Epoch; 0 is before the training"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": _score_title("Validation", metric)}},
+        "yaxis2": {"title": {"text": "Loss"}, "overlaying": "y", "side": "right", "showgrid": False},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    if original is not None and math.isfinite(original):
+        at = _shown(metric, original)
+        line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": at, "y1": at}
+        layout["shapes"] = [{**line, "line": {"color": "@ink", "width": 1, "dash": "dash"}}]
+        note = {"xref": "paper", "x": 1, "y": at, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
+        layout["annotations"] = [{**note, "text": f"original {metric.text(original)}"}]
+    return Figure("training", "Validation score and training loss by epoch; the table has the numbers.", tuple(traces),
+                  layout)  # fmt: skip
+
+
+def class_figure(changes: Sequence[ClassChange], most: int = 40) -> Figure | None:
+    """Draw the change of the accuracy of each class, those that lost most first; None without classes."""
+    if len(changes) < 2:
+        return None
+    ranked = sorted(changes, key=lambda c: (c.after - c.before) / c.n)
+    if len(ranked) > most:
+        ranked = [*ranked[: most // 2], *ranked[-most // 2 :]]
+    points = [100 * (each.after - each.before) / each.n for each in ranked]
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "x": points,
+        "y": list(range(len(ranked))),
+        "hovertext": [
+            f"{html_text(each.name)}: {each.before} → {each.after} of {each.n} images right" for each in ranked
+        ],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "marker": {"color": ["@bad" if p < -2 else "@warn" if p < 0 else "@after" for p in points]},
+    }
+    layout = {
+        "xaxis": {"title": {"text": "Change, points"}, "zeroline": True},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(ranked))),
+            "ticktext": [html_text(visible(each.name, keep=PAGE)[:40]) for each in ranked],
+            "autorange": "reversed",
+            "automargin": True,
+            "showgrid": False,
+        },
+    }
+    label = "Change of the accuracy of each class in points; the table has the numbers."
+    return Figure("classes", label, (bars,), layout, 110 + 24 * len(ranked))
+
+
+def sensitivity_figure(points: Sequence[tuple[str, float, float]]) -> Figure | None:
+    """Draw (layer, kept fraction, distance of the outputs when only this layer is cut); None without points."""
+    if not points:
+        return None
+    names = [html_text(name) for name, _, _ in points]
+    bars = {
+        "type": "bar",
+        "x": list(range(1, len(points) + 1)),
+        "y": [distance for _, _, distance in points],
+        "hovertext": [f"{name}, {100 * kept:.0f} % kept" for name, (_, kept, _) in zip(names, points, strict=True)],
+        "hovertemplate": "%{hovertext}: distance %{y:.3g}<extra></extra>",
+        "marker": {"color": "@after"},
+    }
+    layout = {
+        "xaxis": {"title": {"text": "Layers in order of execution"}, "showgrid": False},
+        "yaxis": {"title": {"text": "Distance of the outputs"}, "rangemode": "tozero"},
+    }
+    label = "Distance of the outputs when one layer alone is cut as it was; the table has the numbers."
+    return Figure("sensitivity", label, (bars,), layout)
+
+
+def _shown(metric: Metric, score: float | None) -> float | None:
+    if score is None:
+        return None
+    return 100 * score if metric.unit == "%" else score
+
+
+def _score_title(split: str, metric: Metric) -> str:
+    return f"{split} {metric.words}, {metric.unit}" if metric.unit else f"{split} {metric.words}"
+
+
+def _axis_title(name: str, words: object) -> str:
+    if words is units.duration:
+        return f"{name}, s"
+    return f"{name}, bytes" if words is units.size else name

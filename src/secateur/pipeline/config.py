@@ -364,6 +364,11 @@ class RecoveryConfig:
     execution: Execution = Eager()  # noqa: RUF009 - frozen
     recover: Recover | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether the cut model is trained, by this or by a loop of your own."""
+        return self.train.epochs > 0 or self.recover is not None
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -465,7 +470,7 @@ class Plan:
         }
         if cut.allow_not_run:
             found["allow_not_run"] = "True"
-        if self.recovery.train.epochs == 0:
+        if not self.recovery.trains:
             found["training"] = "none"  # Then the repairs are others.
         if cut.flush_denormals:
             found["flush_denormals"] = "yes"

@@ -38,7 +38,7 @@ def compress_command(
     """
     from secateur._runtime import is_main_process
     from secateur.cli.messages import Checks
-    from secateur.cli.parsing import Inputs, formats, strategy
+    from secateur.cli.parsing import Inputs, check_published, formats, strategy
     from secateur.cli.tables import show
     from secateur.cost.budget import Budget
     from secateur.pipeline.compress import compress as run_compress
@@ -56,6 +56,7 @@ def compress_command(
     timed_on, cut_config = checks.add(target.to_target), checks.add(cut.to_config)
     blocks = checks.value_or(lambda: default_blocks(limits()), 0.0)
     searched_by = checks.add(lambda: strategy(search, default_blocks=blocks, trust_source=images.trust_source))
+    checks.add(lambda: check_published(search, cut.space))
     recovery_config = checks.add(lambda: recovery.to_config(run.seed))
     checks.add(recovery.train.check_augment)
     checks.settle()

@@ -91,6 +91,10 @@ def _shown(default: object) -> str | None:
 Attention = Literal["heads", "dimensions"]
 SearchedName = Literal["widths", "depths", "both"]
 CombinationName = Literal["exact", "evolution"]
+AblationName = Literal["no-stages", "no-sandwich", "no-in-place", "autoslim"]
+TASPresetName = Literal["short", "paper-cifar", "paper-imagenet"]
+PCAName = Literal["raw", "folded", "correlation"]
+RankCapName = Literal["stretched", "literal"]
 WeightScoreName = Literal["magnitude", "taylor", "snip", "movement", "random"]
 AllocationName = Literal["global", "erk", "even", "2:4", "4:8"]
 WeightScheduleName = Literal["cubic", "iterative", "one-shot"]
@@ -106,6 +110,7 @@ Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, arti
 WeightsFile = Annotated[
     Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
 ]
+WeightsKey = Annotated[str | None, flag("Which weights of a file with several: model, ema, ...", value="NAME")]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
@@ -134,11 +139,19 @@ BudgetText = Annotated[
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ReadingFlags:
-    """How images are read and prepared."""
+class LoadingFlags:
+    """How models and images of strangers are read."""
 
+    weights_key: WeightsKey = None
     trust_source: TrustSource = False
     skip_bad_images: SkipBadImages = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags(LoadingFlags):
+    """How images are read and prepared."""
+
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None
@@ -179,7 +192,7 @@ class SpaceFlags:
     axis_divisor: Annotated[Patterns, flag("Use another --divisor for matching axes.", value=f"{_P}=N")] = ()
     axis_min_width: Annotated[Patterns, flag("Use another --min-width for matching axes.", value=f"{_P}=N")] = ()
     axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
-    attention: Annotated[Attention, choice("Cut whole heads or dimensions of every head.")] = "dimensions"
+    attention: Annotated[Attention, choice("Cut heads, or dimensions of each head.")] = "dimensions"
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
     allow_not_run: Annotated[bool, flag("Cut also what parts that the example does not run may read.")] = False
 
@@ -228,6 +241,14 @@ class SearchFlags:
         None
     )
     stage_end: Annotated[Patterns, flag("Module that ends a stage in swp; repeatable.", value="MODULE")] = ()
+    tas_preset: Annotated[
+        TASPresetName | None, choice("tas: short (default); as published paper-cifar, paper-imagenet.")
+    ] = None
+    swp_ablation: Annotated[
+        AblationName | None, choice("Ablation of swp: no-stages, no-sandwich, no-in-place or autoslim.")
+    ] = None
+    pca: Annotated[PCAName | None, choice("pca: folded (default), raw (as published) or correlation.")] = None
+    rank_cap: Annotated[RankCapName | None, choice("pca: stretched (default), or literal as published.")] = None
     ray: Annotated[str | None, flag("Judge candidates of swp on Ray: local, auto or HOST:PORT.", value="ADDRESS")] = (
         None
     )
@@ -333,7 +354,7 @@ class TrainFlags:
     label_smoothing: Annotated[float, number("Share of each label spread over all classes.")] = 0.0
     temperature: Annotated[float, number("Temperature that softens probabilities.")] = 4.0
     label_weight: Annotated[
-        float | None, number("Weight of the labels; 0.1, in distill the one published with --loss.", least=0)
+        float | None, number("Weight of the labels; 0.1, in distill that of the loss.", least=0)
     ] = None
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from secateur.cli.messages import Checks
-    from secateur.cli.options import ImageFlags, OptimizerName, PrecisionName, SearchFlags
+    from secateur.cli.options import ImageFlags, OptimizerName, PrecisionName, SearchFlags, SpaceFlags
     from secateur.data.dataset import ImageData
     from secateur.export.formats import Format
     from secateur.graph.selection import Selection
@@ -119,6 +119,7 @@ class Inputs:
         return load_any(
             self.model,
             weights=self.weights,
+            weights_key=self.flags.weights_key if self.weights is not None else None,
             num_classes=None if sized is None else len(sized.classes),
             in_channels=None if sized is None else sized.size[0],
             trust_source=self.flags.trust_source,
@@ -175,6 +176,10 @@ _SEARCH_FLAGS: Mapping[str, tuple[str, ...]] = {
     "combine": ("swp",),
     "stage_end": ("swp",),
     "ray": ("swp",),
+    "tas_preset": ("tas",),
+    "swp_ablation": ("swp",),
+    "pca": ("pca",),
+    "rank_cap": ("pca",),
 }
 """The strategies that a flag has an effect on."""
 
@@ -240,12 +245,16 @@ def _default_without_blocks(fraction: float, default_blocks: float) -> "Strategy
 
 def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
     from secateur.search.knapsack import Knapsack
-    from secateur.search.pca import Activations, PCASlimming
+    from secateur.search.pca import Activations, Correlation, FilterWeights, PCASlimming, RawWeights
     from secateur.search.ranking import GlobalImportance, Uniform
 
+    stretched = flags.rank_cap != "literal"
+    source = RawWeights(stretched=stretched) if flags.pca == "raw" else FilterWeights(stretched=stretched)
+    if flags.pca == "correlation":
+        source = FilterWeights(Correlation(), stretched)
     built_in: dict[str, Knapsack | PCASlimming | GlobalImportance | Uniform] = {
         "knapsack": Knapsack(),
-        "pca": PCASlimming(),
+        "pca": PCASlimming(source=source),
         "pca-activations": PCASlimming(source=Activations()),
         "global": GlobalImportance(),
         "uniform": Uniform(),
@@ -259,32 +268,68 @@ def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
     return found if flags.importance is None else replace(found, importance=importance(flags, trust_source))
 
 
+def check_published(flags: "SearchFlags", space: "SpaceFlags") -> None:
+    """Refuse the published search of TAS in a tied graph, in which residual branches have no widths of their own.
+
+    Raises:
+        SelectionError: If so.
+    """
+    if flags.tas_preset in ("paper-cifar", "paper-imagenet") and not space.untied:
+        raise SelectionError(
+            f"`--tas-preset` must go with --untied for {flags.tas_preset}, which searches every convolution's width. "
+            "Add it, and --from-scratch with --epochs and --lr as published (recipes/tas)."
+        )
+
+
 def _supernet(flags: "SearchFlags") -> "TAS | SWP":
     """Build a strategy that trains a supernet."""
-    from secateur.nas.common import Depths, Widths
+    from secateur.nas.common import Depths
     from secateur.nas.swp import SWP
     from secateur.nas.swp_evolution import Evolution
     from secateur.nas.swp_knapsack import ExactKnapsack
     from secateur.nas.tas import TAS
     from secateur.workers import InProcess, OnRay
 
-    default = TAS() if flags.strategy == "tas" else SWP()
+    if flags.strategy == "tas":
+        published = flags.tas_preset in ("paper-cifar", "paper-imagenet")
+        default = TAS.paper(imagenet=flags.tas_preset == "paper-imagenet") if published else TAS()
+    else:
+        default, published = SWP(), False
     given: dict[str, Any] = {"epochs": flags.search_epochs, "learning_rate": flags.search_learning_rate}
+    over = flags.search_over or ("both" if published else "widths")
     found = replace(
         default,
-        widths=None if flags.search_over == "depths" else Widths(),
-        depths=Depths() if flags.search_over in ("depths", "both") else None,
+        widths=None if over == "depths" else default.widths,
+        depths=None if over == "widths" else default.depths or Depths(),
         train=replace(default.train, **{name: value for name, value in given.items() if value is not None}),
     )
     if isinstance(found, TAS):
         return found
-    return replace(
+    found = replace(
         found,
         cuts=flags.stage_end or None,
         candidates=found.candidates if flags.search_candidates is None else flags.search_candidates,
         combination=Evolution() if flags.combine == "evolution" else ExactKnapsack(),
         workers=InProcess() if flags.ray is None else OnRay(flags.ray),
     )
+    return replace(found, **_ablation(flags))
+
+
+def _ablation(flags: "SearchFlags") -> dict[str, Any]:
+    """Return what an ablation of SWP changes."""
+    from secateur.nas.swp_train import Labels, RandomSampler, SoftLabels
+
+    if flags.swp_ablation not in (None, "no-sandwich") and flags.stage_end:
+        raise SelectionError(
+            f"`--stage-end` must go without --swp-ablation {flags.swp_ablation}, which has one stage; got both."
+        )
+    return {
+        None: {},
+        "no-stages": {"cuts": ()},
+        "no-sandwich": {"sampler": RandomSampler(3)},
+        "no-in-place": {"cuts": (), "supervision": Labels()},
+        "autoslim": {"cuts": (), "supervision": SoftLabels()},
+    }[flags.swp_ablation]
 
 
 def importance(flags: "SearchFlags", trust_source: bool = False) -> "Importance":

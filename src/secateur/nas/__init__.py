@@ -1,6 +1,14 @@
 """Architecture search with a supernet: TAS and SWP on any traced model."""
 
-from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths
+from secateur.nas.common import (
+    Depths,
+    OriginalWeights,
+    Pretrained,
+    RandomInit,
+    ReferenceDepths,
+    SupernetWeights,
+    Widths,
+)
 from secateur.nas.mixture import (
     Interpolate,
     Mixture,
@@ -62,6 +70,7 @@ __all__ = [
     "Pretrained",
     "RandomInit",
     "RandomSampler",
+    "ReferenceDepths",
     "SandwichSampler",
     "SoftLabels",
     "StageChoice",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur._arrays import IntArray
 from secateur._runtime import copy_model
 from secateur.errors import BudgetError, DataError
+from secateur.graph.graph import Block, ChannelGraph
 from secateur.nas.supernet import Supernet, measure_batch_norms
 from secateur.search.base import SearchContext
 from secateur.train.checkpoint import tensors_of, write_tensors_
@@ -24,6 +25,8 @@ class Widths:
     Attributes:
         kept_fractions: Candidate widths as fractions of the full one, which is always among them. Each becomes the
             nearest width that the search space allows.
+        truncated: Whether each becomes the widest allowed width of at most int(C * fraction) channels instead, as in
+            the reference code: 4, 6, 8, 9, 11, 12, 14, 16 of 16 channels. The nearest are 5, 6, 8, 10, 11, 13, 14, 16.
 
     Raises:
         BudgetError: If a fraction is not above 0 and at most 1.
@@ -33,6 +36,7 @@ class Widths:
     """
 
     kept_fractions: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         if not self.kept_fractions or not all(0 < f <= 1 for f in self.kept_fractions):
@@ -40,8 +44,12 @@ class Widths:
 
     def of(self, levels: IntArray) -> tuple[int, ...]:
         """Return the candidates among the allowed widths of an axis, ascending, the full one last."""
-        # The reference code takes int(C * r). Here a width must be one that the search space allows, so the nearest one
-        # is taken; of two equally near ones, `argmin` takes the narrower.
+        if self.truncated:
+            whole = np.array([int(levels[-1] * fraction) for fraction in (*self.kept_fractions, 1.0)])
+            below = np.maximum(np.searchsorted(levels, whole, side="right") - 1, 0)
+            return tuple(int(width) for width in np.unique(levels[below]))
+        # A width must be one that the search space allows, so the nearest one is taken; of two equally near ones,
+        # `argmin` takes the narrower.
         wanted = np.array([*self.kept_fractions, 1.0]) * levels[-1]
         nearest = np.abs(levels[None, :] - wanted[:, None]).argmin(axis=1)
         # Several fractions can have the same nearest width, which is one candidate only.
@@ -76,6 +84,54 @@ class Depths:
         """Return the candidate depths of a chain of that many blocks, ascending, the full depth last."""
         # Counted down from the full depth, which therefore is a candidate whatever the stride is.
         return tuple(range(blocks, -1, -(1 if blocks <= self.short else self.stride)))[::-1]
+
+    def of_chains(self, graph: ChannelGraph) -> list[tuple[int, ...]]:
+        """Return the candidates of every chain of a graph."""
+        return [self.of(len(chain)) for chain in graph.chains]
+
+
+@dataclass(frozen=True)
+class ReferenceDepths:
+    """The candidate depths of the reference code of TAS, which counts all blocks of a stage.
+
+    A stage of n blocks has the candidates 1, 3, 5, ... and n (1, 2, 3 if n = 3; 1, 2 if n = 2), or in proportion to the
+    shallowest stage of m blocks: int(n * j / m) for j = 1 ... m. A block that cannot be removed, since it changes the
+    resolution, counts as one that is always kept.
+
+    Attributes:
+        proportional: Whether depths are those of the reference code for ImageNet.
+
+    References:
+        Dong & Yang (TAS), arXiv:1905.09717, reference code, get_depth_choices for CIFAR and for ImageNet.
+    """
+
+    proportional: bool = False
+
+    def of_chains(self, graph: ChannelGraph) -> list[tuple[int, ...]]:
+        """Return the numbers of blocks of each chain that may stay, ascending, the full depth last."""
+        always = [_blocks_beside(graph, chain) for chain in graph.chains]
+        stages = [len(chain) + kept for chain, kept in zip(graph.chains, always, strict=True)]
+        shallowest = min(stages, default=1)
+        found: list[tuple[int, ...]] = []
+        for blocks, kept in zip(stages, always, strict=True):
+            if self.proportional:
+                depths = [int(blocks * j / shallowest) for j in range(1, shallowest + 1)]
+            else:
+                depths = [*range(1, blocks + 1, 1 if blocks <= 3 else 2), blocks]
+            found.append(tuple(sorted({depth - kept for depth in depths if depth >= kept})))
+        return found
+
+
+def _blocks_beside(graph: ChannelGraph, chain: Sequence[Block]) -> int:
+    """Count the modules that lie beside the blocks of a chain in one container, but are none of them."""
+    modules = [block.replacements[0].module for block in chain]
+    parents = {module.rpartition(".")[0] for module in modules}
+    parent = next(iter(parents))
+    if len(parents) > 1 or not parent or any(len(block.replacements) > 1 for block in chain):
+        return 0
+    depth = parent.count(".") + 1
+    beside = {".".join(name.split(".")[: depth + 1]) for name in graph.tensors if name.startswith(f"{parent}.")}
+    return len(beside - set(modules))
 
 
 @dataclass(frozen=True)
@@ -140,6 +196,7 @@ class SupernetWeights:
 
     def of(self, supernet: Supernet, calibration: Sequence[Tensor], problem: SearchContext) -> Mapping[str, Tensor]:
         """Return the trained model's ``state_dict`` in the original order of channels, with measured batch norms."""
+        supernet.merge_norms_()
         # The running statistics of the supernet belong to no single subnet, so those of the full net are measured.
         statistics = measure_batch_norms(supernet, supernet.full, calibration)
         write_tensors_(supernet.model, {**tensors_of(supernet.model), **statistics})

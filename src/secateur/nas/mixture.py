@@ -136,6 +136,7 @@ class MixtureHooks:
 
     Attributes:
         axes: Names of the axes that can be mixed.
+        single: The modules at which all channels of one axis are mixed, and the axis.
     """
 
     def __init__(
@@ -145,9 +146,13 @@ class MixtureHooks:
         chains: Sequence[tuple[Block, ...]],
         names: Sequence[str],
     ):
-        self._points, self._norms = tuple(points), tuple(norms)
-        self._chains = tuple(chains)
+        self._points, self._norms, self._chains = tuple(points), tuple(norms), tuple(chains)
         self.axes = frozenset(names[number] for point in points for number, _ in point.axes)
+        self.single = {
+            point.module: names[point.axes[0][0]]
+            for point in points
+            if len(point.axes) == 1 and np.array_equal(point.axes[0][1].ravel(), np.arange(point.size))
+        }
 
     @classmethod
     def of(cls, model: nn.Module, graph: ChannelGraph) -> "MixtureHooks":
@@ -194,6 +199,8 @@ class MixtureHooks:
         mixture: Mixture,
         gone: Callable[[str], bool],
         tensors: Mapping[str, Tensor],
+        *,
+        affine_of: "AffineOf | None" = None,
     ) -> Generator[Mapping[str, Tensor]]:
         """Mix for as long as the context lasts.
 
@@ -203,6 +210,7 @@ class MixtureHooks:
             mixture: What to mix.
             gone: Says of a module that it is removed.
             tensors: Those of the subnet, by name.
+            affine_of: Scale and shift of a batch norm at a width, where every width has its own.
 
         Yields:
             The tensors to run with. Where a batch norm only has to scale its channels, its own scale and shift do it,
@@ -211,10 +219,16 @@ class MixtureHooks:
         mixers, given = _Mixers(widths, mixture), dict(tensors)
         with ExitStack() as stack:
             for point in (*self._points, *(self._norms if mixture.expansion.behind_norms else ())):
-                mix = None if gone(point.module) else mixers.at(point)
+                own = None if affine_of is None or gone(point.module) else mixers.with_norms(point, affine_of)
+                mix = None if gone(point.module) else own or mixers.at(point)
                 if mix is None:
                     continue
                 module, affine = model.get_submodule(point.module), [f"{point.module}.{n}" for n in ("weight", "bias")]
+                if own is not None:  # The module only normalizes; scales and shifts are mixed.
+                    given |= {
+                        affine[0]: torch.ones_like(given[affine[0]]),
+                        affine[1]: torch.zeros_like(given[affine[1]]),
+                    }
                 # f * (gamma * x + beta) = (f * gamma) * x + f * beta, which took a step of ResNet-56 in bfloat16 from
                 # 1.40 to 1.18 ordinary steps (docs/log.md). A norm without gamma and beta is mixed like other modules.
                 if isinstance(mix, _Scaling) and is_batch_norm(module) and all(name in given for name in affine):
@@ -279,6 +293,8 @@ def _on_output(mix: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return hook
 
 
+AffineOf = Callable[[str, int], "tuple[Tensor, Tensor] | None"]
+"""Scale and shift, (width,) each, that a batch norm has at a width of its axis; None where it has only its own."""
 _MATRIX_UP_TO = 256
 """Up to so many channels, mixing is a product with a matrix: quicker than gathering, and a fraction of the layer."""
 
@@ -292,8 +308,7 @@ class _Mixers:
         self._weights = torch.cat([mixture.weights, torch.tensor([[0.0, 1.0]]).to(mixture.weights)])
 
     def at(self, point: _Point) -> "_Scaling | Callable[[Tensor], Tensor] | None":
-        """Return the function for the output of a point, or None if it is left alone.
-
+        """Return the function for the output of a point, or None if it is left alone:
         out = own * z + other * (z[first] + z[second]) / 2 for each position.
         """
         if all(self._mixture.narrow[number] == self._widths[number] for number, _ in point.axes):
@@ -315,6 +330,24 @@ class _Mixers:
         lower, upper = first.to(rows.device), second.to(rows.device)
         average = lambda z: 0.5 * (z.index_select(dim, lower) + z.index_select(dim, upper))  # noqa: E731
         return lambda z: _shaped(own, z, dim) * z + _shaped(other, z, dim) * average(z)
+
+    def with_norms(self, point: _Point, affine_of: AffineOf) -> "Callable[[Tensor], Tensor] | None":
+        """Return the function for the normalized channels x of a batch norm, if each width has a scale and shift there.
+
+        out = own * (g_w x + b_w) + other * A (g_n x + b_n), A the expansion.
+        """
+        (number, _), *others = point.axes
+        wide, narrow = self._widths[number], min(self._mixture.narrow[number], self._widths[number])
+        at_wide, at_narrow = affine_of(point.module, wide), affine_of(point.module, narrow)
+        if others or at_wide is None or at_narrow is None:
+            return None
+        other, own = self._weights[number]
+        first, second, share = map(torch.from_numpy, self._mixture.expansion.sources(narrow, wide))
+        expansion = (share[:, None] * _averaging_matrix(first, second)).to(self._weights)[:, :narrow]
+        from_narrow = F.pad(expansion * at_narrow[0], (0, wide - narrow))
+        matrix = own * torch.diag(at_wide[0]) + other * from_narrow
+        shift, dim = own * at_wide[1] + other * (expansion @ at_narrow[1]), point.dim
+        return lambda z: _multiply(matrix, z, dim) + _shaped(shift, z, dim)
 
     def _sources(self, point: _Point) -> tuple[IntArray, IntArray, FloatArray, IntArray]:
         """For each position that the subnet has: what is mixed into it (first, second, share), and its row of weights.
@@ -482,16 +515,7 @@ def interpolation_matrix(channels: int, onto: int) -> FloatArray:
 
 
 def interpolate_channels(x: Tensor, onto: int, *, dim: int = 1) -> Tensor:
-    """Interpolate features along the dimension of the channels; see `interpolation_matrix`.
-
-    Args:
-        x: Features of any shape.
-        onto: Number of channels of the result.
-        dim: The dimension with the channels.
-
-    Returns:
-        The shape of ``x`` with ``onto`` channels.
-    """
+    """Interpolate features of any shape to ``onto`` channels, which lie along ``dim``; see `interpolation_matrix`."""
     matrix = torch.as_tensor(interpolation_matrix(x.shape[dim], onto), dtype=x.dtype, device=x.device)
     return (x.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
 

@@ -72,6 +72,34 @@ class Supernet(nn.Module):
         self._slices = TensorSlices(graph)
         self._mixture_hooks = MixtureHooks.of(self.model, graph)
         self._cached = CachedAttributes(self.model)
+        self.width_norms: WidthNorms | None = None
+
+    def separate_norms_(self, candidates: Mapping[str, Sequence[int]]) -> None:
+        """Give every candidate width a scale and a shift of its own at each batch norm where its channels are mixed.
+
+        All begin as the model's. A width that is no candidate uses those of the next wider one.
+
+        Args:
+            candidates: Candidate widths by axis, ascending.
+
+        References:
+            Dong & Yang (TAS), arXiv:1905.09717, reference code (ConvBNReLU.BNs).
+        """
+        norms = {
+            module: axis
+            for module, axis in self._mixture_hooks.single.items()
+            if axis in candidates and _has_affine(self.model.get_submodule(module))
+        }
+        self.width_norms = WidthNorms(self.model, norms, candidates)
+
+    def merge_norms_(self) -> None:
+        """Give the model the scales and shifts of the full width, if every width has its own."""
+        if self.width_norms is not None:
+            own = self.width_norms.tensors_at(self.graph.sizes)
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if name in own:
+                        parameter.copy_(own[name])
 
     @property
     def full(self) -> Subnet:
@@ -151,11 +179,17 @@ class Supernet(nn.Module):
         Returns:
             What the model returns.
         """
-        given: Mapping[str, Tensor] = {**self.tensors_of(subnet), **(tensors or {})}
+        norms = self.width_norms
+        own = {} if norms is None else norms.tensors_at(dict(zip(self.graph.sizes, subnet.widths, strict=True)))
+        gone = self.graph.removed_modules(subnet.removed_blocks)
+        own = {name: tensor for name, tensor in own.items() if not gone(name.rpartition(".")[0])}
+        given: Mapping[str, Tensor] = {**self.tensors_of(subnet), **own, **(tensors or {})}
         with self._shaped_as(subnet), self._cached.restored(), ExitStack() as stack:
             if mixture is not None:
-                gone = self.graph.removed_modules(subnet.removed_blocks)
-                hooked = self._mixture_hooks.active(self.model, subnet.widths, mixture, gone, given)
+                affine_of = None if norms is None else norms.at
+                hooked = self._mixture_hooks.active(
+                    self.model, subnet.widths, mixture, gone, given, affine_of=affine_of
+                )
                 given = stack.enter_context(hooked)
             # Hooks run in the order of registration. Widening comes after mixing, because a narrow branch is mixed at
             # its own width before its channels are put where the stream has them.
@@ -212,6 +246,56 @@ class Supernet(nn.Module):
         finally:
             for holder, edit, old in reversed(before):
                 set_number(holder, edit.attribute, edit.item, old)
+
+
+class WidthNorms(nn.Module):
+    """Scales and shifts of batch norms, one row of each for every candidate width of the axis that they read.
+
+    Args:
+        model: Its batch norms give the first values.
+        norms: Names of batch norms, each with its axis.
+        candidates: Candidate widths by axis, ascending.
+    """
+
+    def __init__(self, model: nn.Module, norms: Mapping[str, str], candidates: Mapping[str, Sequence[int]]):
+        super().__init__()
+        self._axes = dict(norms)
+        self._widths = {name: tuple(map(int, candidates[axis])) for name, axis in norms.items()}
+        # Names in a ParameterDict have no dots.
+        self.scales, self.shifts = (
+            nn.ParameterDict(
+                {
+                    name.replace(".", "/"): getattr(model.get_submodule(name), kind)
+                    .detach()
+                    .clone()
+                    .repeat(len(self._widths[name]), 1)
+                    for name in norms
+                }
+            )
+            for kind in ("weight", "bias")
+        )
+
+    def at(self, name: str, width: int) -> tuple[Tensor, Tensor] | None:
+        """Return scale and shift, (width,) each, of a batch norm; None if it has only its own."""
+        if name not in self._widths:
+            return None
+        row = next((n for n, candidate in enumerate(self._widths[name]) if candidate >= width), -1)
+        key = name.replace(".", "/")
+        return self.scales[key][row, :width], self.shifts[key][row, :width]
+
+    def tensors_at(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the scales and shifts at the widths of all axes, by the names that they have in the model."""
+        found: dict[str, Tensor] = {}
+        for name, axis in self._axes.items():
+            pair = self.at(name, widths[axis])
+            assert pair is not None
+            found |= {f"{name}.weight": pair[0], f"{name}.bias": pair[1]}
+        return found
+
+
+def _has_affine(module: nn.Module) -> bool:
+    both = getattr(module, "weight", None), getattr(module, "bias", None)
+    return isinstance(module, BatchNorm) and all(isinstance(each, Tensor) for each in both)
 
 
 def _on_output(widen: nn.Module) -> Callable[..., Any]:

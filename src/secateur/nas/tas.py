@@ -10,18 +10,27 @@ import torch
 
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
-from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, split_in_half
-from secateur.nas.mixture import WidthExpansion, ZeroPad
+from secateur.nas.common import (
+    Depths,
+    OriginalWeights,
+    Pretrained,
+    RandomInit,
+    ReferenceDepths,
+    SupernetWeights,
+    Widths,
+    split_in_half,
+)
+from secateur.nas.mixture import Interpolate, WidthExpansion, ZeroPad
 from secateur.nas.supernet import Supernet, order_by_score, order_digest
 from secateur.nas.tas_cost import ExpectedCost
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.nas.tas_train import AlphaOptimizer, CosineTemperature, LinearTemperature, TASSearchConfig, TASStep
 from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
 from secateur.search.history import SearchHistory
-from secateur.search.importance import Importance
+from secateur.search.importance import L1, Importance
 from secateur.search.importance_data import Reconstruction
 from secateur.train.checkpoint import model_sha256
-from secateur.train.config import Batches, TrainConfig
+from secateur.train.config import SGD, Batches, TrainConfig
 from secateur.train.device import copy_to_device, fabric_precision, resolve_fabric
 from secateur.train.trainer import Trainer
 
@@ -48,7 +57,7 @@ class TAS(Strategy):
     (`secateur.graph.untie`). The search is short and starts from trained weights. So the learning rate of alpha is
     higher (0.001 in the paper, for 600 epochs), and by default the channels that the narrower width lacks are zero
     instead of all of them being interpolated: interpolated channels meet the weights of others, and the trained network
-    is lost. With ``RandomInit``, ``Interpolate``, its learning rate and an untied graph it is the paper's search.
+    is lost. `paper` makes the search of the paper's reference code.
 
     Attributes:
         widths: Candidate widths; None leaves them alone.
@@ -63,6 +72,7 @@ class TAS(Strategy):
         importance: The order of the channels: every width keeps the first ones.
         init: The weights that the search begins with.
         student_weights: The weights that the student is cut from.
+        separate_norms: Whether every candidate width has a scale and a shift of its own at each batch norm.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or the tolerance is out of range.
@@ -72,7 +82,7 @@ class TAS(Strategy):
     """
 
     widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
-    depths: Depths | None = None
+    depths: Depths | ReferenceDepths | None = None
     # Both rates were measured on ResNet-20 (docs/log.md): 0.005 for the weights, or 0.05 for alpha, cost about a point.
     train: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
     alpha_optimizer: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
@@ -82,6 +92,49 @@ class TAS(Strategy):
     importance: Importance = field(default_factory=Reconstruction)
     init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
     student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
+    separate_norms: bool = False
+
+    @classmethod
+    def paper(cls, *, imagenet: bool = False) -> "TAS":
+        """Make the search of the paper's reference code.
+
+        Candidate widths are int(C * r), depths those of `ReferenceDepths`; every width has its batch norms, applied
+        before channel-wise interpolation; the search begins with random weights. SGD at 0.1 with a cosine and
+        Nesterov's momentum, Adam at 0.001 for alpha, batches of 256, temperatures from 5 to 0.1 by a cosine, 600 epochs
+        (115 after 5 of warm-up on ImageNet, where the decay is 1e-4 instead of 5e-4). The graph must be untied, because
+        there every convolution has widths of its own, and the network found is trained from scratch (``Reinitialize``,
+        305 epochs).
+
+        What still differs: weights are sliced before the convolution instead of its output behind it, which is the same
+        number; temperatures follow the steps, not the epochs; the expected cost is that of the network that is made,
+        whose stream is as wide as its widest branch, where the reference counts the last branch only.
+
+        Args:
+            imagenet: Whether to take the numbers for ImageNet instead of those for CIFAR.
+
+        References:
+            Dong & Yang, arXiv:1905.09717; github.com/D-X-Y/AutoDL-Projects, scripts-search/search-shape-cifar.sh with
+            configs/search-opts/CIFARX.config, and configs/search-opts/ImageNet-ResNet.config.
+        """
+        decay = 1e-4 if imagenet else 5e-4
+        return cls(
+            widths=Widths(truncated=True),
+            depths=ReferenceDepths(proportional=imagenet),
+            train=TrainConfig(
+                epochs=120 if imagenet else 600,
+                batch_size=256,
+                learning_rate=0.1,
+                warmup_fraction=5 / 120 if imagenet else 0.0,
+                optimizer=SGD(weight_decay=decay, vector_weight_decay=decay),
+            ),
+            alpha_optimizer=AlphaOptimizer(learning_rate=0.001, initial_deviation=0.01),
+            temperature=CosineTemperature(),
+            expansion=Interpolate(),
+            # Random weights have no order; the cheapest importance gives one.
+            importance=L1(),
+            init=RandomInit(),
+            separate_norms=True,
+        )
 
     def __post_init__(self) -> None:
         if self.widths is None and self.depths is None:
@@ -102,7 +155,8 @@ class TAS(Strategy):
         widths = [w if self.widths is None else np.array(self.widths.of(w)) for w in context.levels]
         smallest = np.array([w[-1] if self.widths is None else w[0] for w in widths], dtype=np.int64)
         chains = graph.chains if self.depths is not None else ()
-        gone = [b.name for chain in chains for b in chain[self.depths.of(len(chain))[0] :]] if self.depths else []
+        least = self.depths.of_chains(graph) if self.depths is not None else []
+        gone = [b.name for chain, depths in zip(chains, least, strict=True) for b in chain[depths[0] :]]
         return context.costs.without(gone).cost_of(context.streams.fitted(smallest[None])[0])
 
     def find(self, context: SearchContext) -> Proposal:
@@ -129,12 +183,17 @@ class TAS(Strategy):
         order = order_by_score(context.scores(self.importance))
         supernet = Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order)
         candidates = WidthCandidates.of(context, self.widths, self.depths, supernet.mixable)
+        if self.separate_norms:
+            names = context.costs.axes
+            supernet.separate_norms_({names[axis]: candidates.widths[n] for n, axis in enumerate(candidates.axes)})
         assert context.training is not None
         # First-order bi-level optimization: alpha is judged by images that the weights have not learned from.
         halves = split_in_half(context.training.train, inputs.seed)
         config = self.search_config(context, candidates, halves)
         device = config.fabric.device
-        step = TASStep(config, copy_to_device(supernet, device), WidthDistribution(candidates).to(device))
+        deviation = self.alpha_optimizer.initial_deviation
+        distribution = WidthDistribution(candidates, deviation, inputs.seed).to(device)
+        step = TASStep(config, copy_to_device(supernet, device), distribution)
         notes: dict[str, object] = {"search": self._search(context, config, step)}
         # Streams that are nothing but sums follow their branches.
         chosen = supernet.mixable.union(context.costs.axes[stream] for stream, _ in context.streams.sums)

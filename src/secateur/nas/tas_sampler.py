@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur._arrays import BoolArray, IntArray
 from secateur.errors import BudgetError
-from secateur.nas.common import Depths, Widths
+from secateur.nas.common import Depths, ReferenceDepths, Widths
 from secateur.nas.mixture import Mixture, WidthExpansion
 from secateur.nas.supernet import Subnet, Supernet
 from secateur.search.base import SearchContext
@@ -40,7 +40,11 @@ class WidthCandidates:
 
     @classmethod
     def of(
-        cls, context: SearchContext, widths: Widths | None, depths: Depths | None, seen: frozenset[str]
+        cls,
+        context: SearchContext,
+        widths: Widths | None,
+        depths: Depths | ReferenceDepths | None,
+        seen: frozenset[str],
     ) -> "WidthCandidates":
         """Return the candidates of a search.
 
@@ -59,8 +63,7 @@ class WidthCandidates:
             for number, levels in enumerate(context.levels)
             if widths is not None and names[number] in seen
         }
-        chains = context.inputs.graph.chains
-        by_chain = {number: depths.of(len(chain)) for number, chain in enumerate(chains) if depths is not None}
+        by_chain = {} if depths is None else dict(enumerate(depths.of_chains(context.inputs.graph)))
         by_axis, by_chain = (
             {number: found for number, found in rows.items() if len(found) > 1} for rows in (by_axis, by_chain)
         )
@@ -85,13 +88,21 @@ class WidthDistribution(nn.Module):
     Attributes:
         widths: (axes with a choice, candidates).
         depths: (chains with a choice, candidates).
+
+    Args:
+        candidates: The candidates.
+        deviation: Standard deviation of the first logits; 0.01 in the reference code of TAS.
+        seed: Seed of the first logits.
     """
 
-    def __init__(self, candidates: WidthCandidates):
+    def __init__(self, candidates: WidthCandidates, deviation: float = 0.0, seed: int = 0):
         super().__init__()
         self.candidates = candidates
-        self.widths = nn.Parameter(torch.zeros(candidates.widths.shape))
-        self.depths = nn.Parameter(torch.zeros(candidates.depths.shape))
+        random = torch.Generator().manual_seed(seed)
+        self.widths, self.depths = (
+            nn.Parameter(deviation * torch.randn(table.shape, generator=random))
+            for table in (candidates.widths, candidates.depths)
+        )
 
     @property
     def log_widths(self) -> Tensor:

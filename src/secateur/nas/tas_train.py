@@ -87,6 +87,7 @@ class AlphaOptimizer:
         learning_rate: > 0.
         betas: Decay of the running mean and of the running square.
         weight_decay: L2 factor of the logits, which pulls them toward equal probabilities.
+        initial_deviation: Standard deviation of the first logits; 0 begins with equal probabilities.
 
     References:
         Dong & Yang (TAS), arXiv:1905.09717, reference code, but for the learning rate; see `TAS`.
@@ -95,6 +96,7 @@ class AlphaOptimizer:
     learning_rate: float
     betas: tuple[float, float] = (0.5, 0.999)
     weight_decay: float = 1e-3
+    initial_deviation: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -151,7 +151,7 @@ def eigenvalues_of_covariance(covariance: FloatArray, matrix: Matrix) -> FloatAr
         return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(covariance * scales * scales[:, None])), np.float64)
 
 
-def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> FloatArray:
+def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int, *, stretched: bool = True) -> FloatArray:
     """1 - CCR(i): the share of the variance that i of ``size`` components leave unexplained.
 
     The cumulative contribution rate is CCR(i) = sum_{j <= i} l_j / sum_j l_j over eigenvalues l_1 >= l_2 >= ...
@@ -166,6 +166,8 @@ def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> Float
         eigenvalues: In any order; small negative ones are rounding errors and count as zero.
         size: Channels of the axis.
         rank: Most eigenvalues that can be non-zero.
+        stretched: Whether the spectrum is stretched. If not, CCR(i) is read at the component i, as published, and is 1
+            from the rank on.
 
     Returns:
         (size + 1,) from 1 (no component) down to 0 (all), float64. Kept as what is unexplained, because near CCR = 1
@@ -176,6 +178,8 @@ def unexplained_variance(eigenvalues: FloatArray, size: int, rank: int) -> Float
     if not total > 0:
         return 1 - np.arange(size + 1) / size
     rest = np.append(np.cumsum(largest[::-1])[::-1], 0) / total
+    if not stretched:
+        return np.pad(rest, (0, size + 1 - len(rest)))
     unexplained = np.interp(np.arange(size + 1) * (len(largest) / size), np.arange(len(rest)), rest)
     unexplained[0], unexplained[-1] = 1, 0
     return unexplained
@@ -212,16 +216,19 @@ class FilterWeights(Source):
 
     Attributes:
         matrix: Covariance or correlation. Correlation removes every scale, folded or not.
+        stretched: See `unexplained_variance`.
 
     References:
         Wang et al. (3AS), arXiv:2202.10461, PCA on weights as described in notes about it; folding is ours.
     """
 
     matrix: Matrix = field(default_factory=Covariance)
+    stretched: bool = True
 
     def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
-        return _of_weights(inputs, self.matrix, _fold_scales(inputs.model, _followers(inputs)))
+        folds = _fold_scales(inputs.model, _followers(inputs))
+        return _of_weights(inputs, self.matrix, folds, stretched=self.stretched)
 
 
 @dataclass(frozen=True)
@@ -230,16 +237,18 @@ class RawWeights(Source):
 
     Attributes:
         matrix: Covariance or correlation.
+        stretched: See `unexplained_variance`; False is the published method.
 
     References:
         Wang et al. (3AS), arXiv:2202.10461, PCA on weights as described in notes about it.
     """
 
     matrix: Matrix = field(default_factory=Covariance)
+    stretched: bool = True
 
     def unexplained(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
         """1 - CCR(i) by axis. Raises ModelError for weights that are not finite."""
-        return _of_weights(inputs, self.matrix, {})
+        return _of_weights(inputs, self.matrix, {}, stretched=self.stretched)
 
 
 @dataclass(frozen=True)
@@ -294,14 +303,17 @@ class Activations(Source):
         return unexplained_variance(eigenvalues, axis.size, min(run.samples - 1, inputs))
 
 
-def _of_weights(inputs: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+def _of_weights(
+    inputs: ScoringInputs, matrix: Matrix, folds: Mapping[str, FloatArray], *, stretched: bool = True
+) -> dict[str, FloatArray]:
     tensors = tensors_by_name(inputs.model)
     found: dict[str, FloatArray] = {}
     for axis in inputs.graph.prunable:
         spectra: list[FloatArray] = []
         for filters in producers(axis, tensors):
             rows = _folded(filters, tensors[filters.site.tensor], folds.get(filters.site.tensor))
-            spectra.append(unexplained_variance(eigenvalues_of_rows(rows, matrix), axis.size, rows.shape[1] - 1))
+            eigenvalues, rank = eigenvalues_of_rows(rows, matrix), rows.shape[1] - 1
+            spectra.append(unexplained_variance(eigenvalues, axis.size, rank, stretched=stretched))
         found[axis.name] = pooled(spectra)
     return found
 
@@ -383,8 +395,9 @@ class PCASlimming(Strategy):
 
     How many channels stay comes from the components; which ones, from the importance.
 
-    An axis of N channels whose spectrum is shorter than N (the rank cap) can still keep them all, see
-    `unexplained_variance`; an axis with several producers (a residual stream) averages their normalized spectra.
+    An axis of N channels whose spectrum is shorter than N (the rank cap) can still keep them all, unless the cap is
+    taken literally, see `unexplained_variance`; an axis with several producers (a residual stream) averages their
+    normalized spectra.
 
     Attributes:
         source: What the components are taken of.

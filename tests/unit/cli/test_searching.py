@@ -1,20 +1,25 @@
 """From flags to the strategy that finds an architecture."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
-from secateur.cli.options import SearchFlags
-from secateur.cli.parsing import importance, strategy
+from secateur.cli.options import AblationName, SearchFlags, SpaceFlags
+from secateur.cli.parsing import check_published, importance, strategy
 from secateur.errors import SelectionError
-from secateur.nas import SWP, TAS, Depths, Evolution, Widths
+from secateur.nas import SWP, TAS, Depths, Evolution, Labels, RandomSampler, SoftLabels, Widths
 from secateur.search import (
     L1,
     Activations,
+    Correlation,
     Fastest,
+    FilterWeights,
+    GeometricMedian,
     Importance,
     Knapsack,
     PCASlimming,
+    RawWeights,
     Reconstruction,
     RemoveBlocks,
     Strategy,
@@ -141,3 +146,51 @@ def test_stage_wise_search_has_further_flags():
 def test_flags_of_the_stage_wise_search_are_refused_elsewhere(flags: SearchFlags, name: str):
     with pytest.raises(SelectionError, match=f"`{name}` must go with --strategy swp; got tas"):
         strategy(flags)
+
+
+def test_published_settings_are_reachable():
+    assert strategy(SearchFlags(strategy="tas", tas_preset="paper-cifar")) == TAS.paper()
+    assert strategy(SearchFlags(strategy="tas", tas_preset="paper-imagenet")) == TAS.paper(imagenet=True)
+    assert strategy(SearchFlags(strategy="tas", tas_preset="short")) == strategy(SearchFlags(strategy="tas"))
+    widths = strategy(SearchFlags(strategy="tas", tas_preset="paper-cifar", search_over="widths", search_epochs=2))
+    assert isinstance(widths, TAS)
+    assert (widths.widths, widths.depths, widths.train.epochs) == (TAS.paper().widths, None, 2)
+    assert strategy(SearchFlags(strategy="pca", pca="raw", rank_cap="literal")) == PCASlimming(
+        RawWeights(stretched=False)
+    )
+    assert strategy(SearchFlags(strategy="pca", pca="folded", rank_cap="stretched")) == PCASlimming()
+    found = strategy(SearchFlags(strategy="pca", pca="correlation", importance="fpgm"))
+    assert found == PCASlimming(FilterWeights(Correlation()), GeometricMedian())
+
+
+def test_ablations_of_swp_are_reachable():
+    made = {name: strategy(SearchFlags(strategy="swp", swp_ablation=name)) for name in get_args(AblationName)}
+    assert made["no-stages"] == replace(strategy(SearchFlags(strategy="swp")), cuts=())
+    assert made["no-sandwich"].sampler == RandomSampler(3)
+    assert (made["no-in-place"].cuts, made["no-in-place"].supervision) == ((), Labels())
+    assert made["autoslim"].supervision == SoftLabels()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (SearchFlags(strategy="swp", tas_preset="short"), "`--tas-preset` must go with --strategy tas"),
+        (SearchFlags(strategy="tas", swp_ablation="autoslim"), "`--swp-ablation` must go with --strategy swp"),
+        (SearchFlags(strategy="knapsack", pca="raw"), "`--pca` must go with --strategy pca"),
+        (SearchFlags(rank_cap="literal"), "`--rank-cap` must go with --strategy pca; got no strategy"),
+        (
+            SearchFlags(strategy="swp", swp_ablation="no-stages", stage_end=("layer1",)),
+            "`--stage-end` must go without --swp-ablation no-stages",
+        ),
+    ],
+)
+def test_published_settings_of_other_strategies_are_refused(flags: SearchFlags, message: str):
+    with pytest.raises(SelectionError, match=message):
+        strategy(flags)
+
+
+def test_the_published_search_of_tas_needs_an_untied_graph():
+    check_published(SearchFlags(strategy="tas", tas_preset="paper-cifar"), SpaceFlags(untied=True))
+    check_published(SearchFlags(strategy="tas"), SpaceFlags())
+    with pytest.raises(SelectionError, match="`--tas-preset` must go with --untied for paper-imagenet"):
+        check_published(SearchFlags(strategy="tas", tas_preset="paper-imagenet"), SpaceFlags())

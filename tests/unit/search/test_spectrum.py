@@ -278,3 +278,14 @@ def test_hooks_are_removed_when_the_model_fails():
     with pytest.raises(RuntimeError):
         readers(model, (torch.zeros(1, 5, 4, 4),), {"stem", "conv"})
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_literal_rank_cap_explains_everything_from_the_rank_on():
+    rest = unexplained_variance(np.array([3.0, 1, 0, 0, 0, 0, 0, 0]), 8, 2, stretched=False)
+    np.testing.assert_allclose(rest, [1, 0.25, 0, 0, 0, 0, 0, 0, 0])
+    # Where the rank is no cap, both are the same.
+    values = np.array([1.0, 4, 3, 2])
+    np.testing.assert_allclose(unexplained_variance(values, 4, 9, stretched=False), unexplained_variance(values, 4, 9))
+    # The worked minimum: width = min { i : CCR(i) >= tau }.
+    rest = unexplained_variance(np.array([5.0, 3, 1.5, 0.5]), 6, 4, stretched=False)
+    assert [int(np.argmax(1 - rest >= tau - 1e-12)) for tau in (0.5, 0.8, 0.95, 1.0)] == [1, 2, 3, 4]

@@ -62,7 +62,7 @@ def compress_command(
     checks.add(recovery.train.check_augment)
     checks.add(lambda: recovery.train.check_task(inputs.named))
     checks.settle()
-    with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet):
+    with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = run_compress(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),
@@ -78,4 +78,4 @@ def compress_command(
             run=replace(run_config(), fabric=fabric, name=inputs.loaded.name, command=command_line()),
         )
     if fabric.is_global_zero:
-        show(result)
+        show(result, quiet=run.quiet, as_json=run.as_json)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
@@ -87,6 +87,8 @@ def _shown(default: object) -> str | None:
     """Return how a default is shown; without a word where it means that nothing is done."""
     if default in (None, False, 0, (), ""):
         return None
+    if isinstance(default, tuple):
+        return ", ".join(map(str, cast(tuple[object, ...], default)))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -142,10 +144,10 @@ Threads = Annotated[
 TensorBoardFolder = Annotated[
     Path | None, flag("Also log searches and trainings for TensorBoard.", name="--tensorboard", value="FOLDER")
 ]
-Quiet = Annotated[bool, flag("Print only the results.", RUN)]
+Quiet = Annotated[bool, flag("Print only the result, in one line.", RUN)]
 Debug = Annotated[bool, flag("Show the traceback of an error.")]
 AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
-BudgetText = Annotated[str, flag("Bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")]
+BudgetText = Annotated[str, flag("Bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%'.", CUT, value="BOUNDS")]
 
 
 @Parameter(name="*")
@@ -210,6 +212,7 @@ class SpaceFlags:
     axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
     attention: Annotated[Attention, choice("Cut heads, or dimensions of each head.")] = "dimensions"
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
+    allow_not_run: Annotated[bool, flag("Cut also what parts that the example does not run may read.")] = False
 
     def to_config(self) -> "CutConfig":
         """Build the part of `CutConfig` that says what may be cut."""
@@ -224,6 +227,7 @@ class SpaceFlags:
             heads={"heads": HeadUnit.HEAD, "dimensions": HeadUnit.DIMENSION}[self.attention],
             branches=Branches.UNTIED if self.untied else Branches.TIED,
             space=SearchSpace(self.min_width, self.divisor, self.min_kept, rules),
+            allow_not_run=self.allow_not_run,
         )
 
 
@@ -476,6 +480,7 @@ class RunFlags:
     device: Device = "auto"
     thread_count: Threads = None
     quiet: Quiet = False
+    as_json: Annotated[bool, flag("Print lines of JSON: steps, epochs, the result.", RUN, name="--json")] = False
     checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.")] = 10.0
     checkpoint_steps: Annotated[int | None, whole_number("Also checkpoint every N steps.")] = None
     tensorboard: TensorBoardFolder = None
@@ -498,7 +503,7 @@ class RunFlags:
         return RunConfig(
             seed=self.seed,
             checkpoints=CheckpointPolicy(60 * self.checkpoint_minutes, self.checkpoint_steps),
-            callbacks=callbacks(self.quiet, self.tensorboard),
+            callbacks=callbacks(self.quiet, self.tensorboard, as_json=self.as_json),
             on_existing=self.on_existing,
         )
 

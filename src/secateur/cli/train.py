@@ -151,7 +151,7 @@ def train_command(
     checks.add(inputs.check_classifies)
     checks.settle()
     taken, loaded = configured(), inputs.loaded
-    with run.fabric(taken.train) as fabric, logged(quiet=run.quiet):
+    with run.fabric(taken.train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = train_model(
             ModelSpec(loaded.model, loaded.name, loaded.source, loaded.architecture),
             data=recipe.augment(inputs.classified),
@@ -164,4 +164,4 @@ def train_command(
             run=replace(run_config(), fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:
-        show(result)
+        show(result, quiet=run.quiet, as_json=run.as_json)

@@ -120,14 +120,14 @@ MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
 TaskText = Annotated[
     str | None,
-    choice("segmentation, detection, ..., imitation, python:...; else classes.", MODEL_AND_DATA),
+    choice("segmentation, detection, imitation, ...: see docs/tasks.md.", MODEL_AND_DATA),
 ]
-# Two that few need, and that messages name; docs/tasks.md describes them.
+# Some that few need, and that messages name; docs/tasks.md describes them, and --help has no room.
 Void = Annotated[int | None, Parameter(show=False, validator=Number(gte=0, lte=MAX_COUNT))]
 NumClasses = Annotated[int | None, Parameter(show=False, validator=Number(gte=1, lte=MAX_CHANNELS))]
 ImageSize = Annotated[str | None, flag("Resize images: 240x320 (height x width), 224.", MODEL_AND_DATA, value="SIZE")]
-Channels = Annotated[str | None, flag("Channels, 1 to 16: 4 keeps transparency; or bgr for blue first.", value="N")]
-Resize = Annotated[str | None, flag("How images get their size: squash, letterbox, crop:0.9,bicubic.", value="HOW")]
+Channels = Annotated[str | None, Parameter(show=False)]
+Resize = Annotated[str | None, Parameter(show=False)]
 Mean = Annotated[str | None, flag("Mean of each channel of pixels / 255, such as 0.5,0.5,0.5.", value="X,...")]
 Std = Annotated[str | None, flag("Standard deviation of each channel of pixels / 255.", value="X,...")]
 SkipBadImages = Annotated[bool, flag("Leave out images that cannot be decoded, and name them.", MODEL_AND_DATA)]
@@ -238,7 +238,7 @@ class SearchFlags:
 
     strategy: Annotated[
         str | None,
-        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
+        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, ...", CUT),
     ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)

@@ -16,7 +16,7 @@ WINDOW_PACKAGES := torch|torchvision|timm|lightning-fabric|torchmetrics|safetens
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command 'make pins' pyproject.toml
 
-.PHONY: help demo test test-slow test-lowest test-latest pins lint format house clean
+.PHONY: help docs demo test test-slow test-lowest test-latest pins lint format house clean
 
 help:
 	@echo "make demo       train, compress, distill, verify and export a small network (about 3 minutes after the install)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-lowest, make test-latest"
 	@echo "                what depends on versions, with the lowest and the newest (5 minutes each after the install)"
+	@echo "make docs       build the site of the documentation in build/site"
 	@echo "make pins       choose the pinned versions anew (requirements/)"
 	@echo "make lint       the checks alone"
 	@echo "make format     let ruff rewrite what it can"
@@ -68,6 +69,14 @@ define test-window
 	.venv-$(1)/bin/secateur demo --out runs/demo-$(1)
 endef
 
+# In an environment of its own: a page needs neither torch nor the package.
+docs:
+	@test -n "$(PYTHON)" || { echo "No python3 found. Install Python 3.11 or newer, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint $(PINNED) mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
+
 # pyproject.toml says which versions may be used; these files say which ones are.
 pins: $(INSTALLED)
 	$(COMPILE) --extra demo --extra dev --extra docs --extra tested --constraint requirements/pinned.in --output-file $(PINNED)
@@ -88,4 +97,4 @@ house: $(INSTALLED)
 	PYTHONPATH=src $(BIN)/python tools/house.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-latest .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-docs build/site .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -15,7 +15,7 @@ from secateur.cli.compare import compare_command
 from secateur.cli.compress import compress_command
 from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
-from secateur.cli.options import ImageFlags, flag
+from secateur.cli.options import ImageFlags, LoadingFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
 from secateur.cli.process import last_guard, open_streams
 from secateur.cli.train import train_command
@@ -30,8 +30,7 @@ def export_command(
     model: options.Model,
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
-    trust_source: options.TrustSource = False,
-    skip_bad_images: options.SkipBadImages = False,
+    loading: LoadingFlags = LoadingFlags(),
     out_folder: Annotated[
         Path | None, flag("Folder for the files; the artifact by default.", options.RUN, name="--out")
     ] = None,
@@ -49,7 +48,7 @@ def export_command(
     from secateur.pipeline.exports import export_files
 
     wanted = parsing.formats(formats)
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
+    flags = ImageFlags(**vars(loading), image_size=image_size)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     if out_folder is None and inputs.loaded.manifest is None:
         raise ModelError(

@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.text import Text
 
 from secateur.cli import options
-from secateur.cli.options import BenchFlags, ImageFlags, ReadingFlags, SpaceFlags, flag
+from secateur.cli.options import BenchFlags, ImageFlags, LoadingFlags, ReadingFlags, SpaceFlags, flag
 from secateur.cli.output import end_with_error, handle_errors, out
 from secateur.errors import ArtifactError
 
@@ -17,8 +17,7 @@ def inspect_command(
     model: options.Model,
     weights: options.WeightsFile = None,
     data: options.MaybeData = None,
-    trust_source: options.TrustSource = False,
-    skip_bad_images: options.SkipBadImages = False,
+    loading: LoadingFlags = LoadingFlags(),
     space: SpaceFlags = SpaceFlags(),
     tree: Annotated[bool, flag("Show the tree of modules: parameters, MACs, channels.", options.RUN)] = False,
     draw: Annotated[
@@ -43,7 +42,7 @@ def inspect_command(
     if draw is not None:
         check_drawing(draw)
     cut = space.to_config()
-    flags = ImageFlags(image_size=image_size, trust_source=trust_source, skip_bad_images=skip_bad_images)
+    flags = ImageFlags(**vars(loading), image_size=image_size)
     inputs = Inputs(model, weights, data, flags, seed)
     report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
     name = inputs.loaded.name

@@ -110,6 +110,7 @@ Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, arti
 WeightsFile = Annotated[
     Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
 ]
+WeightsKey = Annotated[str | None, flag("Which weights of a file with several: model, ema, ...", value="NAME")]
 Data = Annotated[str, choice(_DATA_HELP, MODEL_AND_DATA)]
 MaybeData = Annotated[str | None, choice(_DATA_HELP, MODEL_AND_DATA)]
 TrustSource = Annotated[bool, flag("Import and run the code that python:PACKAGE.MODULE:NAME names.", MODEL_AND_DATA)]
@@ -138,11 +139,19 @@ BudgetText = Annotated[
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ReadingFlags:
-    """How images are read and prepared."""
+class LoadingFlags:
+    """How models and images of strangers are read."""
 
+    weights_key: WeightsKey = None
     trust_source: TrustSource = False
     skip_bad_images: SkipBadImages = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags(LoadingFlags):
+    """How images are read and prepared."""
+
     image_size: ImageSize = None
     mean: Mean = None
     std: Std = None

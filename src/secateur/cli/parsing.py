@@ -119,6 +119,7 @@ class Inputs:
         return load_any(
             self.model,
             weights=self.weights,
+            weights_key=self.flags.weights_key if self.weights is not None else None,
             num_classes=None if sized is None else len(sized.classes),
             in_channels=None if sized is None else sized.size[0],
             trust_source=self.flags.trust_source,

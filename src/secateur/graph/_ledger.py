@@ -215,11 +215,14 @@ class Ledger:
 
     def is_by_head(self, ids: IntArray) -> bool:
         """Return whether these ids are kept or removed by whole heads, as an earlier run of the same model found."""
+        # `by_head` is empty during the first run, and covers no ids that only a later run has.
         known = ids[ids < len(self.by_head)]
         return bool(self.by_head[known].any())
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
         """Record that a Python int must equal the number of kept ids, or without ids what it is now."""
+        # Reading an attribute asks for no edit of it, it only rules one out: `resolve_sizes` checks that once the edits
+        # are known.
         if ids is None and isinstance(expression, Attribute):
             self.fixed.setdefault(expression, where)
         elif ids is not None or not isinstance(expression, Literal):
@@ -233,6 +236,7 @@ ATTENTION_KINDS = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 # fmt: on
+# The masked original runs without ids. It finds a recorded call again by counting the calls of these kinds.
 MIXING_KINDS = frozenset(
     {
         "native_layer_norm",
@@ -284,6 +288,7 @@ MIXING_KINDS = frozenset(
 def base_name(operator: Any) -> str:
     """Return the name of an ATen overload without its namespace and without the underscore of an in-place form."""
     name: str = operator._schema.name.split("::")[1]
+    # Operators of Python, such as `__lshift__`, end with underscores that belong to their names.
     return name[:-1] if name.endswith("_") and not name.startswith("__") else name
 
 
@@ -359,8 +364,10 @@ class Call:
     def dims(self, name: str = "dim") -> set[int] | None:
         """Return the dimensions of the first input that an argument names, from the front; None if it names none."""
         value = self.named(name)
+        # To ATen, an empty list of dimensions means all of them.
         if value is None or value == []:
             return None
+        # ATen accepts dimension 0 of a scalar, as if it had one.
         rank = max(self.inputs[0].dim(), 1)
         return {int(d) % rank for d in ([value] if isinstance(value, int) else value)}
 

@@ -49,6 +49,7 @@ def reads_values(func: Any, name: str, fake: Sequence[Tensor]) -> bool:
         name: Its base name.
         fake: The fake tensors among its inputs, at least one.
     """
+    # The code of a custom operation may read any value, which nobody would see.
     if func.namespace != "aten" or any(not (t.is_floating_point() or t.is_complex()) for t in fake):
         return True  # Integers and booleans computed from fake values are indices or masks.
     # `index` is tagged as data-dependent because of masks, but here only the indexed tensor is fake.
@@ -168,6 +169,7 @@ def _attention(
     fits = key.shape == value.shape and key.shape == (batch, heads, key.size(2), size) and query.dtype == torch.float32
     if dropout or causal or not fits:
         return None
+    # The CPU kernel stores them in this order of dimensions.
     sums = query.new_empty(batch, tokens, heads).transpose(1, 2)
     return torch.empty_like(query), sums
 
@@ -237,11 +239,14 @@ class OperationRecorder(WholeCallMode):
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = tensors_in(args, *kwargs.values())
+        # Before the call, because an operation in place becomes the origin of what it writes to.
         read = [self.context.flow.origin_of(tensor) for tensor in inputs]
         name = base_name(func)
         fake = None if self.context.computed else self._fake_result(func, name, args, kwargs, inputs, read)
         out = func(*args, **kwargs) if fake is None else fake
         outputs = tensors_in(out)
+        # Activations are entered too, which is harmless: their `id` cannot be that of a stored tensor, as these stay
+        # alive.
         self.ledger.seen.update(map(id, inputs))
         call = Call(self.ledger, func, name, self.context.module, args, kwargs, inputs, outputs, self.mixed)
         apply_rule(call, self.context.rules)
@@ -332,6 +337,7 @@ def record_once(
         ledger.by_head = by_head
     for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
         ledger.store(name, tensor)
+    # TorchScript modules refuse hooks.
     modules = {n: m for n, m in shadow.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     tracker = SizeTracker(ledger, context)
     attributes = wrap_sizes(modules, dict(model.named_modules()), ledger, tracker)
@@ -364,6 +370,7 @@ def record_once(
     if ledger.unseen():
         _record_training(model, shadow, example, ledger, context, tracker)
     tracker.notes.close()
+    # The model may have caught the exception, and have returned something else.
     if context.value_was_read:
         raise FakeValueReadError
     return ledger, attributes
@@ -381,6 +388,8 @@ def _record_training(  # noqa: PLR0917
 
     Only the ties and freezes of this run are kept. If the model cannot run in this mode, nothing more is recorded.
     """
+    # Two items, because batch norms in training mode refuse a single value per channel (after global pooling at batch
+    # 1).
     doubled = tuple(
         torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.dim() and t.size(0) == 1 else t for t in example
     )
@@ -391,6 +400,7 @@ def _record_training(  # noqa: PLR0917
         dict(ledger.outputs),
         len(ledger.touched),
     )
+    # A lookup that raises would end this run unnoticed, because its errors are suppressed.
     context.hashable = True
     recorders = OperationRecorder(ledger, context), SizeRecorder(ledger, context, tracker)
     context.flow.add_inputs(doubled)
@@ -399,6 +409,7 @@ def _record_training(  # noqa: PLR0917
         ledger.freeze_all([ledger.ids_of(t) for t in output_tensors(out)], "reaches the model's output in training")
     del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:], ledger.uncounted[uncounted:]
     ledger.outputs = outputs
+    # A run that failed leaves the names of its modules on the stack.
     context.stack.clear()
 
 
@@ -417,8 +428,10 @@ def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, conte
             leaves = (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
             tensor = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
             if tensor is not None:
+                # Taken out and put in again, so that the order is that of the last calls.
                 known = ledger.outputs.pop(name, None)
                 calls = known.calls + 1 if known else 1
+                # Otherwise the shape would hold sizes that are followed.
                 with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                     shape = tuple(tensor.shape)
                 ledger.outputs[name] = ModuleOutput(name, shape, ledger.ids_of(tensor), calls)
@@ -507,6 +520,7 @@ def record_execution(model: nn.Module, example: tuple[Any, ...]) -> ForwardRun:
 def record_execution_once(model: nn.Module, example: tuple[Any, ...], *, computed: bool) -> ForwardRun:
     run = ForwardRun()
     run.flow.add_inputs(example)
+    # Aligned with the steps, of which the inputs are the first.
     run.stored.extend(() for _ in run.flow.names)
     shadow = shadow_copy(model)
 

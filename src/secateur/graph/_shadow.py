@@ -123,6 +123,8 @@ class SharedMemory:
         if not self._saved or shadow is None:
             return
         with _unseen():
+            # First the new values are copied out, then the old ones return. The other way around the new ones would be
+            # lost.
             for parameter in shadow.parameters():
                 if _has_storage(parameter) and storage_key(parameter) in self._saved:
                     parameter.data = parameter.data.clone()
@@ -211,6 +213,8 @@ def _class_names(kind: type) -> frozenset[str]:
             if owner is object or owner.__module__.startswith("torch.") or name not in vars(owner):
                 continue
             found = _function_names(vars(owner)[name], set())
+            # A method that names its own class may keep a count in an attribute of the class, which all instances
+            # share.
             found |= {KEEPS_STATE} if owner.__name__ in found else set()
             pending |= found - done
             names |= found
@@ -219,6 +223,7 @@ def _class_names(kind: type) -> frozenset[str]:
 
 def _function_names(value: Any, seen: set[int]) -> set[str]:
     """Return the names and texts in the code of a function and of what it calls, or its own name if it is built in."""
+    # Look behind properties, methods and decorators.
     value = getattr(value, "fget", None) or getattr(value, "__func__", None) or getattr(value, "__wrapped__", value)
     if isinstance(value, types.BuiltinFunctionType):
         return {value.__name__}

@@ -306,6 +306,7 @@ def _as_ratio(value: Any) -> tuple[Expression, Expression] | None:
         return value.ratio
     if isinstance(value, int | np.integer):
         return expression_of(value), Literal(1)
+    # A factor such as 0.5 or 1 / 3 stands for a fraction, if this gives exactly the same float.
     fraction = Fraction(float(value)).limit_denominator(1024)
     return (Literal(fraction.numerator), Literal(fraction.denominator)) if float(fraction) == value else None
 
@@ -319,6 +320,7 @@ def _times(left: Expression, right: Expression) -> Expression:
 def _power(base: Any, exponent: Any) -> Any:
     if not isinstance(base, int) or not isinstance(exponent, int):
         return _float_operator("**", operator.pow)(base, exponent)
+    # A power is no linear function of the widths, so the result is a plain number.
     for side in (base, exponent):
         if isinstance(side, SizeInt):
             side.watcher.use(side.expression, "`**`", scale=True)
@@ -507,6 +509,7 @@ def solve_for_attribute(
         case Attribute():
             return expression, wanted
         case Arithmetic("+" | "*" as operator, left, right):
+            # The left operand changes, unless it is settled and the right one is not, or the right one is unknown.
             keep_right = settled(right) or not settled(left)
             value, inner = (known(right), left) if known(right) is not None and keep_right else (known(left), right)
             if value is None:
@@ -515,6 +518,7 @@ def solve_for_attribute(
             return None if inside is None else solve_for_attribute(inner, inside, known, settled)
         case Arithmetic("-", left, right) if (value := known(right)) is not None:
             return solve_for_attribute(left, combine_extents(((1, wanted), (1, value))), known, settled)
+        # Of all numbers with this quotient, the multiple is taken, which leaves no rest.
         case Arithmetic("//", left, right) if (value := known(right)) is not None and not value.terms:
             return solve_for_attribute(left, combine_extents(((value.base, wanted),)), known, settled)
         case _:

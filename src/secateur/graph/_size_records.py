@@ -68,6 +68,7 @@ class SizeTracker:
 
     def run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call, and return its result with the expressions of the sizes that it holds."""
+        # What PyTorch does with the sizes inside of its call is no use of them by the model.
         before, self.notes.paused = self.notes.paused, True
         caller, self._ledger.caller = self._ledger.caller, (name, (args, *kwargs.values()))
         try:
@@ -104,6 +105,7 @@ class SizeTracker:
 
     def _follow(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if name == "__len__":
+            # Python makes a plain int of whatever `__len__` returns, so that nobody can follow this size.
             ids = self._ledger.ids_of(args[0]).get(0)
             if ids is not None:
                 self._ledger.bind(ShapeOf(ids), None, self._text(name))
@@ -114,6 +116,7 @@ class SizeTracker:
             return out
         ints = _ints_in_call(args, kwargs)
         if (ints and name not in _HARMLESS) or name in _CREATING:
+            # The calls made here to follow the numbers are not the model's, and must not be recorded.
             with _disable_current_modes():
                 known = {id(t): numbers for t in ints if (numbers := self.numbers(t)) is not None}
                 if known or name in _CREATING:
@@ -181,6 +184,7 @@ class SizeTracker:
         if out.dtype == torch.bool:
             self._compare(act, values)
         else:
+            # Arrays of objects apply the operators of their elements, which extends the expressions.
             _mark(out, act(*values))
         return True
 
@@ -210,6 +214,7 @@ class SizeTracker:
 
     def _write_numbers(self, args: tuple[Any, ...], known: Mapping[int, Numbers]) -> bool:
         numbers = known.get(id(args[0]))
+        # The numbers of a held tensor are made anew at every read, so what is written into them would be lost.
         if numbers is None or not hasattr(args[0], _NUMBERS):
             return False
         places = torch.arange(numbers.size).view(args[0].shape)[args[1]].reshape(-1).tolist()
@@ -249,6 +254,8 @@ class SizeTracker:
         read, self._read = self._read, []
 
         def recognized(value: Any) -> Any:
+            # The numbers read since the last call are matched in order. If any differs, they were read for something
+            # else.
             if type(value) is not torch.Size:
                 return value
             queue = iter(read)
@@ -390,6 +397,7 @@ def wrap_sizes(
         for key, value in held.items():
             if key in _OWN_ATTRIBUTES or type(value) in _NEVER_SIZES:
                 continue
+            # Such a size follows the weight, so that no edit of the attribute is needed.
             if key in declared:
                 held[key] = SizeInt(value, declared[key], tracker.notes)
             elif isinstance(value, Tensor):
@@ -404,6 +412,7 @@ def wrap_sizes(
 
 _NEVER_SIZES = frozenset({str, bool, float, type(None), torch.dtype, torch.device, set, frozenset, bytes})
 _OWN_ATTRIBUTES = frozenset({*vars(nn.Module()), "_reversed_padding_repeated_twice"})
+# What is longer or nested more deeply holds data, not the sizes of layers.
 _MOST_ITEMS = 256
 _DEEPEST = 2
 

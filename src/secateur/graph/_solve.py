@@ -66,6 +66,7 @@ class Solution:
 
     def locate(self, ids: IntArray) -> tuple[IntArray, IntArray]:
         """Return the index of the axis (-1 for none) and the channel of the axis that each id belongs to."""
+        # The entry holds the vector, so that no other one can get the same `id` as long as the entry exists.
         known = self._lanes.get(id(ids))
         if known is None:
             roots = self.root[ids]
@@ -236,6 +237,7 @@ def resolve_sizes(ledger: Ledger, solution: Solution, attributes: Mapping[Attrib
 
 def _freeze_partial(ledger: Ledger, solution: Solution) -> bool:
     changed = False
+    # MACs are products of extents, and a part of an axis has no linear extent.
     for operation in ledger.operations:
         for ids in operation.dims:
             if not isinstance(ids, int) and solution.extent_of(ids) is None:
@@ -260,6 +262,7 @@ def _find_edits(ledger: Ledger, solution: Solution, attributes: Mapping[Attribut
     for binding in sorted(ledger.bindings, key=lambda b: not isinstance(b.expression, Attribute)):
         extent = None if binding.ids is None else solution.extent_of(binding.ids)
         found = None if extent is None else solve_for_attribute(binding.expression, extent, known, settled)
+        # The first value stands. A use that needs another one is found to be inconsistent later, and freezes its axes.
         if found and _is_value_of(*found, solution, attributes):
             edited.setdefault(*found)
     for comparison in ledger.comparisons:
@@ -342,6 +345,7 @@ def _is_consistent(
     if binding.ids is not None:
         needed = solution.extent_of(binding.ids)
     else:
+        # Without ids, the int must keep the value that it has at full width.
         needed = evaluate_expression(
             binding.expression, attributes={}, values=attributes, measure=lambda ids: Extent(len(ids))
         )
@@ -528,6 +532,7 @@ def _roles(ledger: Ledger, places: _Occurrences) -> dict[tuple[str, int], Role]:
     roles: dict[tuple[str, int], Role] = {}
     for ids, role in ledger.roles:
         if len(ids) and int(ids[0]) in owner:
+            # A weight that is used twice, as embedding and head, keeps the role of its first use.
             roles.setdefault(owner[int(ids[0])], role)
     return roles
 
@@ -580,6 +585,7 @@ def _activations(ledger: Ledger, solution: Solution) -> dict[str, Activation]:
     return {
         name: _activation(solution, output)
         for name, output in ledger.outputs.items()
+        # A module that runs several times has several outputs, which may carry different channels.
         if output.ids and output.calls == 1
     }
 

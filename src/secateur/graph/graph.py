@@ -33,6 +33,7 @@ class Role(Enum):
     """One number per channel, elementwise: norm scales and shifts, running statistics, LayerScale."""
 
 
+# Compared by identity: arrays have no single truth value, and `untie` moves exactly these sites.
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place where an axis appears.
@@ -454,6 +455,7 @@ class ChannelGraph:
                 frozen, so is the residual axis that it is added to, for the same reason.
         """
         # Removing channels of a stream removes them from its branches, which is not possible if these are frozen.
+        # A reason that is given for the stream itself takes precedence.
         streams = {a.residual_axis: reasons[a.name] for a in self.axes if a.residual_axis and a.name in reasons}
         reasons = {**streams, **reasons}
         new = {name: reason for name, reason in reasons.items() if self.by_name[name].frozen_because is None}
@@ -467,6 +469,7 @@ class ChannelGraph:
             axes=tuple(replace(a, frozen_because=new.get(a.name, a.frozen_because)) for a in self.axes),
             operations=tuple(replace(o, extents=tuple(map(fixed, o.extents))) for o in self.operations),
             tensors={name: tuple(map(fixed, extents)) for name, extents in self.tensors.items()},
+            # An edit without terms would set the int to what it is.
             edits=tuple(e for e in (replace(e, extent=fixed(e.extent)) for e in self.edits) if e.extent.terms),
         )
 

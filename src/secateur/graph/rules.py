@@ -32,10 +32,12 @@ from secateur.graph.channel_rules.recurrent import RECURRENT_RULES
 
 def apply_rule(call: Call, further: Mapping[str, Rule]) -> None:
     """Give the outputs of a call their channel ids, by the user's ``further`` rules or else the built-in ones."""
+    # Where no channels enter, a rule has nothing to do but to count the products.
     if not any(call.ids(tensor) for tensor in call.inputs) and call.name not in _ALWAYS_COUNTED:
         return
     rule = further.get(call.full_name) or further.get(call.name) or _rule_for(call)
     counted = len(call.ledger.operations)
+    # A rule of a user may return None for an output without channels.
     results = [ids if ids else {} for ids in rule(call)]
     if len(call.ledger.operations) == counted:
         _note_uncounted(call)

@@ -225,6 +225,7 @@ def trace(
     """
     check_model(model)
     single = positional_arguments(model, example)
+    # Two more runs take time, so only a model whose code mentions a reason is run twice.
     if not _UNREPEATABLE.isdisjoint(mentioned_names(model)):
         check_repeatable(model, single)
     ledger, attributes = record(model, single, rules)
@@ -236,6 +237,7 @@ def trace(
     if ledger.attended and _may_gain_from_heads(graph):
         # Try whole heads everywhere, and keep the graph in which more parameters can be removed.
         ledger, attributes = record(model, single, rules, by_head=_find_head_ids(ledger, HeadUnit.HEAD))
+        # If they are equal, `max` returns its first argument, in which heads are cut by their dimensions.
         graph = max(graph, solve(ledger, attributes, single), key=_count_prunable)
     return graph if allow_not_run or not graph.unseen else _without_cuts_beside(model, graph)
 
@@ -243,6 +245,7 @@ def trace(
 def _without_cuts_beside(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     """Return the graph without cuts that a module which did not run could not take, should it run after all."""
     names, unseen = mentioned_names(model), frozenset(graph.unseen)
+    # What did not run has no ids. Only the number of its channels tells which axes it might read.
     lengths: dict[int, str] = {}
     for parameter in graph.unseen:
         owner = _largest_unseen(model, parameter, unseen)

@@ -137,6 +137,7 @@ def load_model(
     spec: str,
     *,
     weights: Path | str | None = None,
+    weights_key: str | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
     trust_source: bool = False,
@@ -152,6 +153,8 @@ def load_model(
             - ``python:package.module:factory``: a function of yours that returns a model.
 
         weights: A ``.safetensors`` file, or a torch file without code; None keeps random weights.
+        weights_key: Which of several sets of weights in the file to load, such as ``"ema"``, see `load_weights_`; None
+            takes the one that fits.
         num_classes: Number of classes; None takes the model's default.
         in_channels: Channels of the images; None takes the model's default.
         trust_source: Allow ``python:`` to import and run the code that it names.
@@ -166,7 +169,7 @@ def load_model(
     source = ModelSource.parse(spec, num_classes=num_classes, in_channels=in_channels)
     model = source.build(trust_source=trust_source, seed=seed)
     if weights is not None:
-        load_weights_(model, weights)
+        load_weights_(model, weights, weights_key)
     return model, source
 
 

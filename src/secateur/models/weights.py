@@ -9,9 +9,9 @@ import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from secateur._text import is_text
 from secateur.errors import ModelError
 
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+_STATE_DICT_KEYS = (
+    "state_dict", "model_state_dict", "model", "net", "params", "weights",
+    "ema", "model_ema", "params_ema", "ema_state_dict", "state_dict_ema", "ema_model",
+)  # fmt: skip
+"""Entries under which training scripts store weights."""
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """Prefixes of names that DataParallel and torch.compile add."""
+_DEEPEST = 2
+"""Weights may lie in an entry of an entry."""
 _NUMPY_SUFFIXES = (".npy", ".npz")
 _BATCH_COUNTER = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var")
@@ -31,21 +37,53 @@ MAX_HEADER_BYTES = 16 * 2**20
 """The longest header of a safetensors file that is read."""
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, key: str | None = None) -> dict[str, Tensor]:
     """Read a file of tensors by name, on the CPU.
 
     A ``.safetensors`` file is read as such, any other as a torch file, whose tensors may lie under ``state_dict``,
-    ``model_state_dict`` or ``model``.
+    ``model``, ``net``, ``ema`` and other usual names.
+
+    Args:
+        path: The file.
+        key: The entry to read, where there are several.
 
     Raises:
-        ModelError: If the file is missing, truncated, contains pickled code, or is not a mapping of names to tensors.
+        ModelError: If the file is missing, truncated, contains pickled code, or is not a mapping of names to tensors;
+            or if several entries hold tensors and ``key`` names none of them.
     """
-    path = Path(path)
+    sets = _read_sets(Path(path))
+    known = {name: tensors for name, tensors in sets.items() if name in _STATE_DICT_KEYS} or sets
+    return _only({name: t for name, t in sets.items() if name == key} if key is not None else known, sets, path)
+
+
+def _read_sets(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Read every set of tensors by name that a file holds, by its entry; "" if the file is one itself."""
     check_weights_file(path)
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not tensors:
+    sets = {"": _read_safetensors(path)} if path.suffix == ".safetensors" else _read_torch(path)
+    if not any(sets.values()):
         raise ModelError(f"{path} must hold tensors by name; it is empty.")
-    return tensors
+    return sets
+
+
+def _only(fitting: Mapping[str, dict[str, Tensor]], sets: Mapping[str, object], path: Path | str) -> dict[str, Tensor]:
+    """Return the one set of tensors, also if there are several that are equal; ask which one if there are others."""
+    if not fitting:
+        raise ModelError(
+            f"`weights_key` must name one of the entries of {path} that hold weights: {_list_names(list(sets))}. "
+            "Correct it, or leave it out."
+        )
+    first, *others = fitting.values()
+    if any(not _equal(first, other) for other in others):
+        names = list(fitting)
+        raise ModelError(
+            f"{path} must hold one set of weights that fits the model; got {len(names)} that differ: "
+            f"{' and '.join(names)}. Say which one: weights_key={names[-1]}"
+        )
+    return first
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def check_weights_file(path: Path) -> None:
@@ -67,26 +105,66 @@ def check_weights_file(path: Path) -> None:
         )
 
 
-def load_weights_(model: nn.Module, path: Path | str) -> None:
+def load_weights_(model: nn.Module, path: Path | str, key: str | None = None) -> None:
     """Copy the weights of a file into a model in place; all must fit.
 
-    A prefix ``module.`` or ``_orig_mod.`` that all names of the file and none of the model's have is removed. Two kinds
-    of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and names of
-    tensors that the file has under another name.
+    Files hold weights in many ways: under ``state_dict``, ``net``, ``ema`` and the like, with a prefix ``module.`` or
+    ``_orig_mod.`` before all names, or with the parts of a larger module beside each other (``model.``, ``teacher.``),
+    of which one has all names of the model. Whatever fits is found. If several fit and differ, ``key`` must choose.
+
+    Two kinds of names may be missing: ``num_batches_tracked``, which older files lack and evaluation does not use, and
+    names of tensors that the file has under another name.
 
     Args:
         model: Unchanged if an error is raised.
         path: See `read_weights`.
+        key: The entry, the prefix, or both ("state_dict.model"), where several fit.
 
     Raises:
         ModelError: As `read_weights`; or names are missing, unexpected or of another shape, or a tensor has NaN or
             infinite values.
     """
-    state = model.state_dict()
-    tensors = _strip_prefixes(read_weights(path), state)
-    _check_names(state, tensors, path)
+    path = Path(path)
+    state, sets = model.state_dict(), _read_sets(path)
+    fitting = _fitting(state, sets)
+    if key is None and not fitting:
+        usual = next((sets[name] for name in _STATE_DICT_KEYS if name in sets), next(iter(sets.values())))
+        _check_names(state, _strip_prefixes(usual, state), path)
+    if key is not None:
+        named = {name: tensors for name, tensors in sets.items() if name == key}
+        chosen = {name: tensors for name, tensors in fitting.items() if f".{key}." in f".{name}."}
+        if named and not chosen:
+            _check_names(state, _strip_prefixes(named[key], state), path)
+        fitting = chosen
+    tensors = _only(fitting, {**sets, **fitting}, path)
     _check_values(model, tensors, path)
     model.load_state_dict(tensors, strict=False)
+
+
+def _fitting(state: Mapping[str, Tensor], sets: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return every set of tensors with the model's names and shapes, by entry and prefix."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for entry, tensors in sets.items():
+        whole = _strip_prefixes(tensors, state)
+        if not _misfits(state, whole):
+            found[entry] = whole
+            continue
+        for prefix in _prefixes(state, tensors):
+            inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if not _misfits(state, inside):
+                found[".".join(filter(None, (entry, prefix.rstrip("."))))] = inside
+    return found
+
+
+def _prefixes(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return what stands before a name of the model in the names of a file."""
+    wanted = [name for name in state if not name.endswith(_BATCH_COUNTER)]
+    # The longest name is the least likely to be found by chance.
+    last = max(wanted, key=len, default="")
+    if last in tensors:  # The model's own names are there, and others too: nobody asked for those.
+        return []
+    ends = [name.removesuffix(last) for name in tensors if last and name.endswith(f".{last}")]
+    return list(dict.fromkeys(ends))
 
 
 def _strip_prefixes(tensors: dict[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,10 +195,34 @@ def can_start_safetensors(start: bytes, file_size: int) -> bool:
     return len(start) >= _HEADER_SIZE_BYTES and size <= min(MAX_HEADER_BYTES, file_size - _HEADER_SIZE_BYTES)
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+class _Ignored:
+    """Stands for an object beside the weights, such as the arguments of the script that trained them.
+
+    It takes the place of the object's own class, so that nothing of it is built or run.
+    """
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __new__(cls, *_: object, **__: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+_IGNORED_GLOBALS = (
+    "argparse.Namespace",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+)
+"""What training scripts store beside the weights, and nobody needs."""
+
+
+def _read_torch(path: Path) -> dict[str, dict[str, Tensor]]:
+    allowed: list[Any] = [(_Ignored, name) for name in _IGNORED_GLOBALS]
     try:
         check_torch_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(_explain_unpickling_error(path, str(error))) from error
     except OversizedFileError as error:
@@ -130,26 +232,47 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged file can end in any of them
         raise ModelError(_damaged(path)) from error
+    sets = dict(_sets_in(content, ()))
+    if not sets:
+        raise _no_sets(content, path)
+    for tensors in sets.values():
+        unusual = [name for name, value in tensors.items() if not _is_plain(value)]
+        if unusual:
+            raise ModelError(
+                f"{path} must hold dense tensors of floats or whole numbers; got others: {_list_names(unusual)}. "
+                "Convert them."
+            )
+    return sets
+
+
+def _sets_in(content: object, entry: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the mappings of names to tensors among the content of a file, by entry."""
+    if not isinstance(content, Mapping):
+        return
+    items = cast(Mapping[object, object], content)
+    if items and all(isinstance(value, Tensor) for value in items.values()):
+        yield ".".join(entry), {str(name): cast(Tensor, value) for name, value in items.items()}
+    elif len(entry) < _DEEPEST:
+        for name, value in items.items():
+            if isinstance(name, str):
+                yield from _sets_in(value, (*entry, name))
+
+
+def _no_sets(content: Any, path: Path) -> ModelError:
+    """Say what a file holds instead of tensors by name."""
     for key in _STATE_DICT_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping):
-        raise ModelError(f"{path} must hold tensors by name (a state_dict); got {type(content).__name__}.")
+        return ModelError(f"{path} must hold tensors by name (a state_dict); got {type(content).__name__}.")
     odd = next(((name, value) for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise ModelError(
-            f"{path} must hold tensors by name (a state_dict); {_list_names([repr(odd[0])])} is "
-            f"{type(odd[1]).__name__}. Save only model.state_dict()."
-        )
-    tensors = {str(name): value for name, value in content.items()}
-    unusual = [name for name, value in tensors.items() if not _is_plain(value)]
-    if unusual:
-        raise ModelError(
-            f"{path} must hold dense tensors of floats or whole numbers; got others: {_list_names(unusual)}. "
-            "Convert them."
-        )
-    return tensors
+    if odd is None:
+        return ModelError(f"{path} must hold tensors by name; it is empty.")
+    return ModelError(
+        f"{path} must hold tensors by name (a state_dict); {_list_names([repr(odd[0])])} is "
+        f"{type(odd[1]).__name__}. Save only model.state_dict()."
+    )
 
 
 _PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
@@ -180,6 +303,15 @@ def _damaged(path: Path) -> str:
 
 
 def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    text = _misfits(state, tensors)
+    if text:
+        raise ModelError(
+            f"{path} must fit the model; {text}. Check the model's name, num_classes and in_channels against the file."
+        )
+
+
+def _misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Describe what keeps tensors from fitting a model; empty if they fit."""
     there = {tensor.data_ptr() for name, tensor in state.items() if name in tensors and tensor.numel()}
     missing = [
         name
@@ -193,11 +325,7 @@ def _check_names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pat
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-    text = "; ".join(f"{len(names)} {kind}: {_list_names(names)}" for kind, names in problems if names)
-    if text:
-        raise ModelError(
-            f"{path} must fit the model; {text}. Check the model's name, num_classes and in_channels against the file."
-        )
+    return "; ".join(f"{len(names)} {kind}: {_list_names(names)}" for kind, names in problems if names)
 
 
 def diverged_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:

@@ -34,6 +34,7 @@ from secateur.pipeline.config import (
     safe_config,
     strategy_of_run,
 )
+from secateur.pipeline.evidence import layer_sensitivity, with_pairs
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
@@ -61,6 +62,7 @@ from secateur.search.candidates import describe_choice
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification, check_labels
 from secateur.tasks.imitation import Imitation
+from secateur.tasks.outcomes import NotedAnswers
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
 from secateur.train.evaluate import evaluate
@@ -355,9 +357,15 @@ def _finished(
     uncounted = filter(None, (cut_student.graph.uncounted_text,))
     own = plan.data.notes if isinstance(plan.data, OwnData) else ()
     doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained))
+    report = _report(plan, cut_student, trained, student, steps)
+    if plan.output is not None and plan.fabric.is_global_zero:
+        few = move(take(images, slice(32)), plan.device)
+        sensitive = layer_sensitivity(cut_student.original, cut_student.graph, search.architecture, few)
+        report = replace(with_pairs(report, plan.data), sensitivity=sensitive)
     return Finished(
         report=replace(
-            _report(plan, cut_student, trained, student, steps),
+            report,
+            warnings=doubts,
             checks=_checks(plan, cut_student, student, images),
             notes=(*doubts, *describe_choice(search.notes), *map(describe_repair, cut_student.repairs)),
         ),
@@ -507,6 +515,7 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     original = plan.model if isinstance(plan.task, Imitation) else None
-    found = evaluate(model, plan.data.test, task=plan.task, original=original, device=plan.device)
+    noted = NotedAnswers(plan.task) if isinstance(plan.task, Classification) else None
+    found = evaluate(model, plan.data.test, task=noted or plan.task, original=original, device=plan.device)
     plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
-    return Step(name, found)
+    return Step(name, found, None if noted is None else noted.answers)

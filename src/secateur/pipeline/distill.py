@@ -299,7 +299,7 @@ def _finished(
     report = report_of(name, plan.data, measured, strategy=plan.losses, steps=steps, trained=trained, run=plan.run)
     doubts = (*data_doubts("teacher", steps[0], plan.data), *(() if trained is None else trained.divergences))
     return Finished(
-        report=replace(report, notes=doubts),
+        report=replace(report, notes=doubts, warnings=doubts),
         original=teacher,
         student=student,
         given=plan.student.model,

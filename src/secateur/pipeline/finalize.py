@@ -221,6 +221,8 @@ def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport
         latency=tuple(map(shown_latency, records)),
         checks=(*run.report.checks, *checks),
         notes=(*notes, *run.report.notes),
+        warnings=(*notes, *run.report.warnings),
+        input_size=tuple(run.data.size) if _is_plain(run) and len(run.data.size) == 3 else (),
     )
     return report, notes
 

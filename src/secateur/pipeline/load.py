@@ -155,6 +155,7 @@ def load_any(
     spec: str,
     *,
     weights: Path | None = None,
+    weights_key: str | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
     trust_source: bool = False,
@@ -166,6 +167,7 @@ def load_any(
         spec: An artifact folder, or a name that `secateur.models.load_model` knows.
         weights: For a named model: a safetensors or ``weights_only`` torch file, or the folder of an artifact whose
             original the named model is.
+        weights_key: See `secateur.models.load_model`.
         num_classes: Classes the model shall have; None means its own.
         in_channels: Image channels the model shall take; None means its own.
         trust_source: Allow ``python:`` models and artifacts of such.
@@ -189,6 +191,7 @@ def load_any(
     model, source = load_model(
         spec,
         weights=weights,
+        weights_key=weights_key,
         num_classes=None if own else num_classes,
         in_channels=None if own else in_channels,
         trust_source=trust_source,

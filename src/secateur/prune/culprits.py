@@ -43,11 +43,13 @@ def cut_exactly(model: nn.Module, graph: ChannelGraph, architecture: Architectur
         TraceError: If the model returns something else on every run, so that nothing can be compared.
     """
     frozen: tuple[tuple[str, str], ...] = ()
+    # Ends, because every round freezes something that was cut, or raises.
     while True:
         small = apply_architecture(model, graph, architecture).eval()
         result = compare_outputs(model, small, graph, architecture)
         if isinstance(result, Verification):
             return ExactCut(small, graph, architecture, replace(result, frozen=frozen))
+        # A model that never returns the same twice would lose all of its cuts, one after the other.
         check_repeatable(model, graph.example)
         culprits = find_culprits(model, graph, architecture, result)
         graph = graph.with_kept_blocks(culprits.blocks).with_frozen(culprits.axes)
@@ -141,6 +143,7 @@ class _Search:
         while what is not None:
             number, why = _first_wrong(order, first, compare, what, None)
             found[order[number]] = f"removing it was not exact: {why}"
+            # What comes before the culprit was right, so the next search need not look there.
             first = number
             del order[number]
             what = compare(order)
@@ -199,6 +202,7 @@ def _first_wrong(
         guess: How many to try first.
     """
     wrong = len(order)
+    # At any moment the first `right` items are right together, and the first `wrong` ones are not.
     while wrong - right > 1:
         middle = guess if guess is not None and right < guess < wrong else (right + wrong) // 2
         found = compare(order[:middle])

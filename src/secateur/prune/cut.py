@@ -173,6 +173,7 @@ def cut(
         check_batches(model, calibration, "calibration")
         check_batches(model, held_out, "held_out")
     check_architecture(graph, architecture)
+    # Before the repairs, which change weights: after them, the outputs need not be those of the masked original.
     exact = cut_exactly(model, graph, architecture)
     if exact.verification.frozen:
         warnings.warn(

@@ -59,6 +59,7 @@ class CutRecord:
         kept = dict(self.architecture.kept)
         for name, channels in architecture.kept:
             before = kept.get(name)
+            # The channels of a later cut are numbered among those that the earlier ones have kept.
             same_axis = before is not None and len(before) == graph.by_name[name].size
             kept[name] = tuple(before[channel] for channel in channels) if same_axis and before else channels
         removed = (*self.architecture.removed_blocks, *architecture.removed_blocks)
@@ -76,6 +77,7 @@ def record_cut_(small: nn.Module, names: dict[int, str], changed: Iterable[Place
     """
     now = {names[id(module)]: name for name, module in small.named_modules() if id(module) in names}
     places = {(now[module], name, item) for module, name, item in (*record.places, *changed) if module in now}
+    # By their text, because items are ints, names or paths, which do not compare with each other.
     CutRecord(record.architecture, tuple(sorted(places, key=repr)), record.cuts).write_(small)
 
 

@@ -56,6 +56,7 @@ def largest_difference(
         if found is None:
             return None
         absolute, relative = found
+        # Without any difference, the first place stands for all.
         if relative > largest.relative or (not largest.place and relative == largest.relative):
             largest = Difference(max(absolute, largest.absolute), relative, place)
         else:
@@ -119,6 +120,7 @@ def _difference(first: Leaf, second: Leaf, floor: float, unstable: Tensor | bool
     relative = error / (_spread(first) + floor * most)
     # 0 / 0: a value that is right, in a slice of zeros.
     worst = float(torch.where(error == 0, 0.0, relative).max())
+    # NaN is not above any tolerance, so it must become a number that is.
     return float(error.max()), math.inf if math.isnan(worst) else worst
 
 
@@ -147,6 +149,7 @@ def perturbed(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     def change(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
+        # Drawn on the CPU, so that the noise is the same on every device.
         noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.device)
         size = max(4 * torch.finfo(tensor.dtype).eps, 1e-10)
         return (tensor.double() * (1 + size * noise)).to(tensor.dtype)

@@ -83,6 +83,7 @@ def _view(parts: _Parts, class_logits: bool) -> "_View":
         shapes = {None if view is None else view.shape[1] for view in map(rows, tensors)}
         return len(shapes) == 1 and None not in shapes
 
+    # The first way in which all tensors have rows of one length, so that they can be compared.
     rows = next(filter(fits, (_by_image, _by_channel, _by_last)), _by_number)
     return _View(rows, class_logits and all(t.dim() == 2 and t.shape[1] > 1 for t in tensors))
 
@@ -138,6 +139,7 @@ class _Wanted:
             for tensor in batch:
                 rows = self._view.of(tensor)
                 assert rows is not None, "the view was chosen by these tensors"
+                # A few values that are not finite must not spoil the unit. In `error` they make the distance infinite.
                 yield torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _unit(self) -> tuple[int, float]:
@@ -147,6 +149,7 @@ class _Wanted:
         if not count:
             return 0, 1.0
         mean = total / count
+        # A second pass, because the mean of squares less the square of the mean loses digits.
         spread = float(sum(float((rows - mean).square().sum()) for rows in self._rows()) / count)
         size = float(squares / count)
         rounding = 4 * max(torch.finfo(tensor.dtype).eps for batch in self._parts for tensor in batch)
@@ -163,6 +166,7 @@ class _Wanted:
                 want = cast(Tensor, self._view.of(tensor))
                 have = None if other is None else self._view.of(other)
                 if have is None or have.shape[1] != want.shape[1]:
+                    # Nothing to compare with, so that all rows count as being alone.
                     have = want[:0]
                 both, most = min(len(want), len(have)), max(len(want), len(have))
                 total = total + _squares(want[:both], have[:both])

@@ -27,6 +27,7 @@ class ZeroBranchesMode(WholeCallMode):
 
     def __init__(self, blocks: Iterable[Block], inputs: Any):
         super().__init__()
+        # The numbers are those of the trace, which sees a recurrent layer as one call: hence a `WholeCallMode`.
         self._operands = {block.addition: block.operand for block in blocks}
         self._flow = DataFlow()
         self._flow.add_inputs(inputs)

@@ -60,6 +60,7 @@ class DoublePrecisionMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # What a call writes to must stay the model's own tensor: a converted copy would be written to in vain.
         written = written_arguments(func)
         positions, names = {n for n, _ in written}, {name for _, name in written}
         args = tuple(a if n in positions else _doubled(a) for n, a in enumerate(args))
@@ -85,6 +86,7 @@ def _returns_views(func: Any) -> bool:
 _IN_PLACE_NOISE: Mapping[str, Callable[..., float]] = {
     "bernoulli_": lambda *_, **__: 1.0,
     "uniform_": lambda low=0.0, high=1.0, **__: (low + high) / 2,
+    # Not the mean, which is usually zero: a product with zero would hide that a channel is wrong.
     "normal_": lambda mean=0.0, std=1.0, **__: mean + std / 2,
     "exponential_": lambda rate=1.0, **__: 1 / rate,
     "log_normal_": lambda *_, **__: 1.0,

@@ -38,6 +38,7 @@ def slice_optimizer_state(
     Raises:
         SurgeryError: If no parameter is one of the original's, or a state has a shape that cannot be sliced.
     """
+    # Any name of a shared parameter leads to it in the cut model, but what is kept is listed by its first name.
     names = {id(parameter): name for name, parameter in original.named_parameters(remove_duplicate=False)}
     first_names = {id(parameter): name for name, parameter in original.named_parameters()}
     modules = original_names(small)
@@ -90,6 +91,7 @@ def _sliced_state(state: Mapping[str, Any], old: Tensor, new: Tensor, dims: Kept
             if value.size(dim) == old.size(dim):
                 part = part.index_select(dim, torch.from_numpy(positions).to(part.device))
         assert all(size in (1, width) for size, width in zip(part.shape, new.shape, strict=True))
+        # What was not sliced must not be shared with the old optimizer, which may go on.
         found[key] = part.clone(memory_format=torch.preserve_format) if part is value else part
     return found
 

@@ -165,6 +165,7 @@ class RecalibrateBatchNorm:
             # Only the change is applied, so that nothing happens where the cut had no effect.
             shift = (mean - old_mean).to(layer.running_mean.dtype)
             ratio = (variance + self.eps) / (old_variance + self.eps)
+            # As a product, because either variance may be zero.
             varies = torch.minimum(variance, old_variance) * _LARGEST_RATIO >= torch.maximum(variance, old_variance)
             ratio = torch.where(varies, ratio, 1.0)
             new_mean, new_variance = layer.running_mean + shift, layer.running_var * ratio.to(layer.running_var.dtype)
@@ -209,6 +210,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
             # A single value has no variance, and torch refuses to normalize by it.
             alone = x.numel() == x.size(1) if x.dim() > 1 else True
             layer.running_mean, layer.running_var = running if alone else (None, None)
+            # In float64, because the variance is the small difference of two large sums.
             x = x.transpose(0, 1).flatten(1).double()
             total = sums.setdefault(name, [0.0, 0.0, 0])
             total[0], total[1] = total[0] + x.sum(1), total[1] + x.square().sum(1)
@@ -310,6 +312,8 @@ class Refit:
                 if x.dim() == (3 if isinstance(layer, nn.Conv2d) else 1):
                     x = x[None]
                 rows = sampler.rows_of_input(layer, x)
+                # Before the layer runs, so that the layers behind it get the outputs of the new weights. Popped,
+                # because the targets of all layers are in memory at once.
                 reason = self._solve_(layer, [rows], targets.pop(sampler.module)[:1])
                 if reason:
                     skipped[sampler.module] = reason
@@ -391,6 +395,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Ten
     pull = ridge * gram.diagonal().mean()
     regular = gram.clone()
     regular.diagonal().add_(pull)
+    # Unlike `solve`, this says that a matrix is singular, and does not raise.
     solved, failed = torch.linalg.solve_ex(regular, cross + pull * start)
     missing = cross - gram @ start
     if not bool(failed) and _improves(solved - start, gram, missing):
@@ -404,6 +409,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Ten
         energies, vectors = torch.linalg.eigh(balanced)
     except RuntimeError:  # LinAlgError: it did not converge.
         return None
+    # The threshold below which `torch.linalg.matrix_rank` takes an eigenvalue for zero.
     has_energy = energies > len(gram) * torch.finfo(gram.dtype).eps * energies.max()
     inverse = torch.where(has_energy, 1 / torch.where(has_energy, energies, 1.0), 0.0)
     change = scale[:, None] * (vectors @ (inverse[:, None] * (vectors.T @ (scale[:, None] * missing))))
@@ -417,6 +423,7 @@ _TINY = 1e-300
 def _improves(change: Tensor, gram: Tensor, missing: Tensor) -> bool:
     """Whether a change of the weights does not increase the squared error: tr(D^T G D) - 2 tr(D^T R) <= 0."""
     grown, gained = (change * (gram @ change)).sum(), 2 * (change * missing).sum()
+    # Both sums have rounding errors, which must not refuse a change that neither gains nor loses.
     return bool(grown - gained <= 1e-6 * (grown.abs() + gained.abs()))
 
 
@@ -539,6 +546,7 @@ def run_observed(
                 x, out = x[None], out[None]  # A single image without a batch dimension.
             observe(sampler, layer, x.detach(), out.detach())
             made[-1][sampler.module] += 1
+            # What comes after the last layer of interest would be computed in vain.
             if calls is not None and all(made[-1][s.module] >= calls[len(made) - 1][s.module] for s in samplers):
                 raise _AllSeen
 

@@ -136,6 +136,7 @@ def check_architecture(graph: ChannelGraph, architecture: Architecture) -> None:
             raise SurgeryError(f"`architecture` names the axis {name!r}, which this model lacks. It has: {known}, ...")
         if len(channels) < axis.size and axis.frozen_because is not None:
             raise SurgeryError(f"`architecture` cuts the axis {name!r}, which must stay whole: {axis.frozen_because}.")
+        # Kept channels are increasing, so the last one is the highest.
         if channels[-1] >= axis.size:
             raise SurgeryError(f"`architecture` keeps channel {channels[-1]} of {name!r}, which has {axis.size}.")
     check_branches(graph, architecture)
@@ -171,6 +172,7 @@ def kept_positions_by_tensor(
                     known[id(site.index)] = np.sort(site.index[stays], axis=None)
                 kept.setdefault(site.tensor, {})[site.dim] = known[id(site.index)]
                 continue
+            # Several axes share this dimension, and each removes its own positions.
             mask = masks.setdefault(site.tensor, {}).setdefault(site.dim, np.ones(length, dtype=bool))
             mask[site.index[~stays].reshape(-1)] = False
     for tensor, dims in masks.items():
@@ -232,6 +234,7 @@ def apply_architecture(model: nn.Module, graph: ChannelGraph, architecture: Arch
     # Modules inside of replaced ones no longer exist.
     edits = [e for e in graph.edits if not gone(e.module)]
     set_size_attributes_(small, [(e.module, e.attribute, e.item, e.extent.at(widths)) for e in edits])
+    # After the edits, because `in_channels` of a convolution is computed from its number of groups.
     update_declared_sizes_(small)
     names = {id(module): name for name, module in small.named_modules()}
     changed = [(e.module, e.attribute, e.item) for e in edits if e.extent.at(widths) != e.extent.at(graph.sizes)]
@@ -301,6 +304,7 @@ def copy_with_tensors(
                 continue
             new = change(name, tensor.detach()).contiguous(memory_format=_memory_format(tensor))
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    # The copy takes what the memo holds wherever it meets a tensor, so that shared tensors stay shared.
     return copy_model(model, memo)
 
 

@@ -169,7 +169,7 @@ class _Pair:
     def __init__(self, model: nn.Module, small: nn.Module, graph: ChannelGraph, architecture: Architecture) -> None:
         self._model, self._small, self._graph, self._architecture = model, small, graph, architecture
         self._noise = is_random(graph)
-        # Compared in the first pass that proves anything; there is none then.
+        # Features are compared only in the first pass that proves anything. After it there is nothing here.
         self._features: KeptFeatures | None = KeptFeatures(graph, architecture, every=False)
         self._running: tuple[nn.Module, nn.Module | None] | None = None
         self._memory: SharedMemory | None = None
@@ -180,6 +180,7 @@ class _Pair:
         calls = ExpectedCalls(self._graph.calls)
         ran = self._run_masked(example, ComparisonRun(constant_noise=self._noise), calls)
         if ran is None or not calls.complete:
+            # The masked copy has made a run that the cut one will not make, so neither is used again.
             self._running = None
             return None
         return self._judged_aside(ran, example, training=False)
@@ -219,6 +220,7 @@ class _Pair:
         masked = self._masked()
         self._calls = calls
         try:
+            # The model may not run on this input, or make other calls than expected, which raises too.
             want = self._run(masked.train(training), example, run)
         except Exception:
             return None
@@ -255,6 +257,7 @@ class _Pair:
             return False  # Calls that mix channels are found by their number.
         if self._architecture.removed_blocks:
             return traced == found  # So are the sums that add the removed branches.
+        # `in` uses up the iterator: the traced calls must occur in their order, perhaps with others between.
         rest = iter(found)
         return all(name in rest for name in traced)
 
@@ -267,6 +270,7 @@ class _Pair:
             try:
                 want = self._run(self._running[0].eval(), example, run)
             except WrittenParameterError:
+                # The next references hold copies of the weights, which a run may write to.
                 self._running = self._memory = None
                 continue
             if not _floating(want.outputs):
@@ -330,6 +334,7 @@ class _Pair:
         features = KeptFeatures(self._graph, self._architecture, every=True)
         example = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
 
+        # New copies for every run, because a run may change what a model remembers.
         def masked() -> nn.Module:
             return reference(copy_model(self._model).double()).train(training)
 
@@ -503,6 +508,7 @@ def _find_failing_module(model: nn.Module, example: tuple[Any, ...], run: Compar
 
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
+        # `and None`, because what a hook returns replaces the output.
         hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
     try:
         with contextlib.suppress(Exception):

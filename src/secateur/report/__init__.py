@@ -1,5 +1,7 @@
 """Reports: one run as one page that needs nothing else, and drawings of a channel graph."""
 
+from secateur.report.comparison import ComparedRun, Comparison, Winner
+from secateur.report.comparison_page import write_comparison
 from secateur.report.graph_drawing import check_drawing, write_drawing
 from secateur.report.graph_layers import (
     GraphLayer,
@@ -13,6 +15,7 @@ from secateur.report.run import (
     BlockFate,
     Check,
     ExportedFile,
+    FlippedImage,
     FrozenAxis,
     LayerWidth,
     Measured,
@@ -26,7 +29,10 @@ from secateur.report.run import (
 __all__ = [
     "BlockFate",
     "Check",
+    "ComparedRun",
+    "Comparison",
     "ExportedFile",
+    "FlippedImage",
     "FrozenAxis",
     "GraphLayer",
     "LayerWidth",
@@ -37,12 +43,14 @@ __all__ = [
     "RunReport",
     "Step",
     "TrainedEpoch",
+    "Winner",
     "axis_sizes_in_order",
     "check_drawing",
     "frozen_sentence",
     "layers_of_block",
     "list_layers",
     "performance_efficiency",
+    "write_comparison",
     "write_drawing",
     "write_page",
     "write_report",

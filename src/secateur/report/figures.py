@@ -347,7 +347,13 @@ def training_figure(epochs: Sequence[TrainedEpoch], original: float | None, metr
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": "Epoch; 0 is before the training"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": _score_title("Validation", metric)}},
-        "yaxis2": {"title": {"text": "Loss"}, "overlaying": "y", "side": "right", "showgrid": False},
+        "yaxis2": {
+            "title": {"text": "Loss"},
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "tickformat": ".3~g",
+        },
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }
     if original is not None and math.isfinite(original):

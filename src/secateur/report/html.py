@@ -1,4 +1,8 @@
-"""Self-contained HTML pages: the report of one run, and tables of many. No network, no scripts, light and dark."""
+"""Self-contained HTML pages: the report of one run, and tables of many. No network, light and dark.
+
+Where the package plotly is installed, a report has figures that answer to the pointer; the pictures that are drawn
+without a script stand in their places until then, and everywhere else.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +13,17 @@ from secateur._files import write_atomic
 from secateur._text import PAGE, visible
 from secateur.report import units
 from secateur.report.charts import loss_plot, score_plot, search_plots, stage_plots, width_plot
+from secateur.report.figures import (
+    Figure,
+    PageScript,
+    class_figure,
+    page_script,
+    sensitivity_figure,
+    training_figure,
+    width_figure,
+)
 from secateur.report.run import RunReport
+from secateur.report.verdict import change_tone, claims, cost_tone, deploy_snippets, without_settings
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,7 @@ class Tile:
     value: str
     origin: str
     percent_left: float | None = None
+    tone: str = ""
 
 
 def write_report(path: Path | str, run: RunReport) -> Path:
@@ -116,18 +131,24 @@ def write_report(path: Path | str, run: RunReport) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
-    return write_html(path, render(run))
+    return write_html(path, render(run, page_script()))
 
 
-def render(run: RunReport) -> str:
-    """Return the report of a run as HTML."""
+def render(run: RunReport, script: PageScript | None = None) -> str:
+    """Return the report of a run as HTML, with figures if there is a script that draws them."""
     curves = (loss_plot(run.training), score_plot(run.training, run.original_validation_score, run.metric))
     return render_template(
         "report.html",
         run=run,
+        script=script,
+        figures=_figures(run) if script is not None else {},
+        claims=claims(run),
+        details=[note for note in run.notes if note not in run.warnings],
+        deploy=deploy_snippets([file.name for file in run.exports], run.input_size) if run.exports else (),
+        tones={"score": change_tone(run), "cost": cost_tone},
         nbsp="\u00a0",
         headline=headline(run),
-        facts=[(name, value) for name in _FACTS if (value := getattr(run, name))],
+        facts=[(name, without_settings(value)) for name in _FACTS if (value := getattr(run, name))],
         tiles=tiles(run),
         images=_images(run),
         metric_words=run.metric.words,
@@ -140,6 +161,17 @@ def render(run: RunReport) -> str:
         origin=_origin(run),
         **_words(),
     )
+
+
+def _figures(run: RunReport) -> dict[str, Figure]:
+    """The figures of a page by the section that shows them."""
+    found = (
+        width_figure(run.widths) if run.widths else None,
+        training_figure(run.training, run.original_validation_score, run.metric),
+        class_figure(run.classes),
+        sensitivity_figure(run.sensitivity),
+    )
+    return {figure.name: figure for figure in found if figure is not None}
 
 
 def headline(run: RunReport) -> str:
@@ -161,7 +193,7 @@ def tiles(run: RunReport) -> list[Tile]:
     if before.score and after.score:
         name = _capitalized(after.score.metric.words)
         left = 100 * after.score.value if after.score.metric.unit == "%" else None
-        found.append(Tile(name, after.score.text, f"from {before.score.text}", left))
+        found.append(Tile(name, after.score.text, f"from {before.score.text}", left, _bad(change_tone(run))))
     costs = [
         ("MACs", before.macs, after.macs, units.count),
         ("Parameters", before.params, after.params, units.count),
@@ -172,12 +204,20 @@ def tiles(run: RunReport) -> list[Tile]:
         costs.append(("File size", before.size_bytes, after.size_bytes, units.size))
     for what, old, new, words in costs:
         left = min(100.0, 100 * new / old) if old else 100.0
-        found.append(Tile(what, units.change(old, new), f"{words(old)} → {words(new)}", left))
+        tone = _bad(cost_tone(old, new))
+        found.append(Tile(what, units.change(old, new), f"{words(old)} → {words(new)}", left, tone))
     if run.latency:
         first = run.latency[0]
         times = f"{units.duration(first.before[1])} → {units.duration(first.after[1])}"
-        found.append(Tile("CPU speed", units.factor(first.speedup[1]), times, min(100.0, 100 / first.speedup[1])))
+        tone = _bad(cost_tone(1 + _NOTABLE, 1 / first.speedup[1]))
+        speed = units.factor(first.speedup[1])
+        found.append(Tile("CPU speed", speed, times, min(100.0, 100 / first.speedup[1]), tone))
     return found
+
+
+def _bad(tone: str) -> str:
+    """The tone of a tile, which has a color of its own only where a number got worse."""
+    return "" if tone == "better" else tone
 
 
 def _capitalized(words: str) -> str:
@@ -218,4 +258,4 @@ def _joined(entries: Mapping[str, str]) -> str:
 
 def _words() -> dict[str, object]:
     names = ("count", "size", "duration", "percent", "change", "points", "error", "factor", "moment")
-    return {name: getattr(units, name) for name in names}
+    return {"plain": without_settings, **{name: getattr(units, name) for name in names}}

@@ -9,6 +9,7 @@ from secateur.search.base import html_table
 from secateur.search.history import JudgedStage, SearchEpoch
 from secateur.tasks.base import Metric, Score
 from secateur.tasks.classification import TOP1
+from secateur.tasks.outcomes import Answers, ClassChange, PairedTest
 
 
 def _nothing() -> dict[str, str]:
@@ -105,10 +106,17 @@ class TrainedEpoch:
 
 @dataclass(frozen=True)
 class Step:
-    """The score after one step: of the original, after the cut, after repairs, after distillation."""
+    """The score after one step: of the original, after the cut, after repairs, after distillation.
+
+    Attributes:
+        name: The step.
+        score: The score on the test images.
+        answers: Of a classifier its answers on them, to compare the steps image by image; else None.
+    """
 
     name: str
     score: Score
+    answers: Answers | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,23 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class FlippedImage:
+    """A test image that just one of the two models gets right.
+
+    Attributes:
+        label: Its class.
+        before: What the original says.
+        after: What the compressed model says.
+        png: The image as a PNG in base64.
+    """
+
+    label: str
+    before: str
+    after: str
+    png: str
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything on the page.
 
@@ -183,6 +208,13 @@ class RunReport:
         exports: Files for other runtimes.
         checks: What was verified.
         notes: Further sentences the reader must know.
+        warnings: Those of the notes that cast doubt on the result; they come first on the page.
+        paired: Original and compressed model on the same test images; None for other tasks.
+        classes: What each class lost or gained.
+        confusions: (class, taken for, images before, images after) of the confusions that changed most.
+        flips: Some images that just one of both gets right.
+        sensitivity: (layer, kept fraction, distance of the outputs) where that layer alone is cut as it was.
+        input_size: Channels, height, width of an input; empty if it is no single image.
         compresses: Whether the run is to make the model smaller; if not, there is no Performance Efficiency.
         command: The exact command or call.
         seed: Its seed.
@@ -213,6 +245,13 @@ class RunReport:
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
     compresses: bool = True
+    warnings: tuple[str, ...] = ()
+    paired: PairedTest | None = None
+    classes: tuple[ClassChange, ...] = ()
+    confusions: tuple[tuple[str, str, int, int], ...] = ()
+    flips: tuple[FlippedImage, ...] = ()
+    sensitivity: tuple[tuple[str, float, float], ...] = ()
+    input_size: tuple[int, ...] = ()
     command: str = ""
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=_nothing)

@@ -279,6 +279,7 @@ class TensorBoard:
     inner: Callbacks = TerminalProgress()
 
     def __post_init__(self) -> None:
+        # Found, not imported: importing takes time, and a loop may never start.
         if find_spec("tensorboard") is None:
             raise TrainingError(
                 "`TensorBoard` must have the package tensorboard; got none. Run: pip install tensorboard"
@@ -357,6 +358,7 @@ class DivergenceWatch:
     @property
     def limit(self) -> float:
         """The bound on the losses; infinite before the first one."""
+        # The median, because one odd loss at the beginning must not raise the bound.
         return _TIMES * max(median(self._first), _LEAST_LOSS) if self._first else math.inf
 
     def note(self, loss: float) -> bool:
@@ -364,6 +366,7 @@ class DivergenceWatch:
         if loss > self.limit:
             self._above += 1
             return self._above >= _IN_A_ROW
+        # Losses above the bound never get here, so they cannot raise it.
         self._above = 0
         if len(self._first) < _BEGINNING:
             self._first.append(loss)
@@ -429,6 +432,7 @@ class LossMeter:
         self._unread.append(torch.stack(list(losses.values())))
         self.steps += 1
         self._rates.append(rate)
+        # A number of steps is the same in all processes, while their clocks differ.
         due = self._together and self.steps % STEPS_PER_LOOK == 0
         looks = due or len(self._unread) == STEPS_PER_LOOK or perf_counter() - self._looked > SECONDS_PER_LOOK
         if looks:
@@ -462,6 +466,7 @@ class LossMeter:
         for step, (row, rate) in enumerate(zip(rows, rates, strict=True), first):
             if self._found is None:
                 self._found = self._problem(step, row, rate)
+            # A process that raised alone would leave the others waiting for its gradients.
             if self._found is not None and not self._together:
                 raise self._found
             for name, value in zip(self._sums, row, strict=True):

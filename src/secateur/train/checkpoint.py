@@ -80,6 +80,7 @@ def model_sha256(model: nn.Module) -> str:
 
 def is_finite(model: nn.Module) -> bool:
     """Whether every parameter is finite; waits for the device."""
+    # The norm of all parameters is finite only if each of them is, and is read from the device once.
     return bool(get_total_norm([p.detach() for p in model.parameters()]).isfinite())
 
 
@@ -117,6 +118,7 @@ class MovingAverage:
         mine, theirs = tensors_of(self.model), tensors_of(model)
         average_ = get_ema_multi_avg_fn(average_decay(self.decay, self.updates))
         with torch.no_grad():
+            # This rule of torch does not use its third argument, the number of averaged models.
             average_([mine[n] for n in self._floating], [theirs[n] for n in self._floating], None)
             for name in self._others:
                 mine[name].copy_(theirs[name])
@@ -177,6 +179,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint) -> None:
         # What is replaced is a damaged checkpoint, passed over when this run was resumed.
         with atomic_folder(folder / saved.name) as draft:
             _write(draft, saved)
+        # Last, so that a full disk or a crash in between leaves the older ones.
         for old in _complete(folder)[KEPT:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -269,6 +272,7 @@ def _check_settings(path: Path, then: Mapping[str, str], now: Mapping[str, str])
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints, newest first."""
     found = {path: match for path in folder.glob("epoch-*") if (match := _NAME.fullmatch(path.name))}
+    # As numbers: names with seven digits would come before those with six.
     return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
 
 
@@ -346,6 +350,7 @@ class Checkpointer:
         Raises:
             TrainingError: If it cannot be written.
         """
+        # Removed before the new one is written: a later epoch of the training that failed must never be resumed.
         if self._folder is not None and self._fabric.is_global_zero:
             for old in _complete(self._folder):
                 shutil.rmtree(old, ignore_errors=True)
@@ -380,4 +385,5 @@ def checkpointing(folder: Path | None, policy: CheckpointPolicy, fabric: "Fabric
     with accept_stop_requests() as request:
         checkpointer = Checkpointer(folder, policy, request, fabric)
         yield checkpointer
+        # Not in a `finally`: a loop that fails must end with its own error.
         checkpointer.end()

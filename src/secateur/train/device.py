@@ -165,6 +165,7 @@ def channels_last(images: Tensor) -> Tensor:
 @contextmanager
 def seeded(device: torch.device, *seed: int) -> Generator[None]:
     """Seed the random numbers of the CPU and the device; the caller's state is restored at the end."""
+    # Mixed, so that neighboring seeds and epochs have unrelated random numbers.
     number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
     before = random_states(device)
     try:

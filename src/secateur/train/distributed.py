@@ -219,6 +219,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _summed(fabric: "Fabric", values: Tensor) -> Tensor:
+    # A copy, because the sum may be written into the tensor that is given.
     found = fabric.all_reduce(values.clone(), reduce_op="sum")
     assert isinstance(found, Tensor)
     return found

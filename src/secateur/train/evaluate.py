@@ -84,6 +84,7 @@ def measure_score(
             if processes > 1:
                 own = slice(rank, None, processes)
                 inputs, targets = take(inputs, own), take(targets, own)  # noqa: PLW2901 - its part
+                # The last batch may have fewer images than there are processes.
                 if batch_length(inputs) == 0:
                     continue
             inputs = in_channels_last(inputs)  # noqa: PLW2901
@@ -91,6 +92,7 @@ def measure_score(
             if isinstance(task, Imitation):
                 assert original is not None
                 targets = call_model(original, inputs)  # noqa: PLW2901
+            # One batch shows what the model returns, and looking at it waits for the device.
             if is_first:
                 task.check(outputs, targets)
                 is_first = False
@@ -98,6 +100,7 @@ def measure_score(
     if fabric is not None and processes > 1:
         sums = meter.sums()
         assert sums is not None
+        # A sum over the processes is their mean times their number.
         meter.set_sums(mean_over_processes(fabric, sums) * processes)
     return meter.compute()
 

@@ -121,6 +121,7 @@ def recover_with(
     # The caller may be in inference mode or without gradients, where modules cannot be trained.
     with torch.inference_mode(mode=False), torch.enable_grad(), seeded(device, seed):
         try:
+            # A copy of its own, because `score` may compare with the original, whatever the loop does to its teacher.
             returned: object = loop(given, copy_model(original).requires_grad_(requires_grad=False), data, context)
         except SecateurError:
             raise
@@ -142,6 +143,7 @@ def _result_of(folder: Path | None, student: nn.Module) -> nn.Module | None:
     if folder is None or not (folder / _RESULT).is_file():
         return None
     tensors = safetensors.torch.load((folder / _RESULT).read_bytes())
+    # What was left by a run that cut differently does not fit, and the loop trains again.
     if {key: t.shape for key, t in tensors.items()} != {key: t.shape for key, t in tensors_of(student).items()}:
         return None
     trained = copy_model(student).eval()
@@ -191,6 +193,7 @@ def _same_outputs(one: nn.Module, other: nn.Module, example: Any) -> bool:
     inputs = move(take(example, slice(_COMPARED)), torch.device("cpu"))
     found: list[list[Tensor]] = []
     for model in (one, other):
+        # On the CPU in float32, wherever and in whatever precision the loop has left the model.
         runner = copy_model(model).cpu().float().eval()
         with run_isolated(runner), torch.no_grad():
             found.append(float_tensors(call_model(runner, inputs)))

@@ -91,6 +91,7 @@ class TeacherCache:
         return {
             "logits": torch.cat(self._made),
             "sizes": torch.tensor([len(logits) for logits in self._made]),
+            # A bytearray, because torch warns of memory that it cannot write to.
             "digests": torch.frombuffer(bytearray(b"".join(self._digests)), dtype=torch.uint8),
         }
 
@@ -222,6 +223,7 @@ class TeacherRunner:
     def _note(self, found: Tensor, labels: Tensor) -> None:
         # On the device, without waiting for it.
         sound, right = found.isfinite().all(), count_correct(found, labels)
+        # After a resume, the earlier values lie on the CPU.
         self._sound = sound if self._sound is None else self._sound.to(sound.device) & sound
         if right is not None:  # Labels of another kind are for losses of the user's own.
             self._right = right if self._right is None else self._right.to(right.device) + right
@@ -254,6 +256,7 @@ class TeacherRunner:
         """Warn if the teacher was no better than chance in this epoch."""
         if self._right is None:
             return
+        # Guesses are right in a binomial number of cases, with variance chance * (1 - chance) / images of their share.
         share, chance = int(self._right) / self._images, 1 / self._classes
         if share <= chance + _DEVIATIONS * math.sqrt(chance * (1 - chance) / self._images):
             warnings.warn(

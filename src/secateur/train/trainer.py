@@ -160,7 +160,7 @@ class EpochSummary:
         step: Number of the last step, from 0 over all epochs.
         seconds: Wall-clock time of the steps.
         images: Images of the first tensor of the batches.
-        average: The moving average of `TrainingStep.mean_over_processes`; None if none is kept.
+        average: The moving average of `TrainingStep.averaged`; None if none is kept.
     """
 
     epoch: int
@@ -334,6 +334,7 @@ class EpochState:
         found.losses = LossMeter.from_json(epoch + 1, numbers["losses"], watch, together=fabric.world_size > 1)
         found.images, found._spent = int(numbers["images"]), float(numbers["seconds"])
         states = saved.under("random/")
+        # Each process continues with the random numbers of its own.
         found._interrupted = tuple(states[str(number)][fabric.global_rank] for number in range(len(states)))
         return found
 
@@ -370,7 +371,7 @@ class Trainer:
 
     @property
     def average(self) -> nn.Module | None:
-        """The moving average of `TrainingStep.mean_over_processes`; None if none is kept."""
+        """The moving average of `TrainingStep.averaged`; None if none is kept."""
         return None if self._average is None else self._average.model
 
     def resume(self, folder: Path | None, settings: Mapping[str, str]) -> Checkpoint | None:
@@ -431,6 +432,7 @@ class Trainer:
 
     def _begin_again(self, problem: DivergenceError) -> None:
         """Go back to the beginning, with a tenth of the learning rate."""
+        # Counted before the list grows: the learning rate of the attempt that has just failed.
         said, before = str(problem).partition(". ")[0], self._step.train.learning_rate / 10 ** len(self.divergences)
         self.divergences.append(
             f"The training diverged: {said}. "
@@ -459,7 +461,9 @@ class Trainer:
         """
         step, train = self._step, self._step.train
         first, total = self.epoch * step.steps, train.epochs * step.steps
+        # Set as long as the epoch is in progress, because a checkpoint within it must hold its state.
         part = self._partway = self._partway or EpochState(self.epoch, step.fabric, self._watch)
+        # A resumed epoch has restored its generators. Seeding them again would repeat their numbers.
         if part.steps == 0:
             step.begin(self.epoch)
         with part.opened(train.seed, callbacks), step.running(self.epoch):
@@ -473,6 +477,7 @@ class Trainer:
                     part.losses.read()
                     part.losses.show(callbacks, step.numbers(part.losses.latest, rate, number))
                 between()
+            # With several processes, a divergence since the last look is raised here, in all of them at once.
             part.losses.look()
         last = first + part.steps - 1
         rate = self._rate(last, total) if part.steps else 0.0
@@ -551,6 +556,7 @@ class Trainer:
             write_tensors_(self._average.model, saved.under("average/"))
             self._average.updates = int(numbers["updates"])
         step.restore(numbers["own"], saved.under("own/"))
+        # Before the state of the epoch, which notes its losses in the watch.
         if self._watch is not None:
             self.divergences = list(numbers["divergences"])
             self._watch = DivergenceWatch.from_json(numbers["watch"])

@@ -9,6 +9,7 @@ import pytest
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "compare.md"
 
 
+@pytest.mark.slow
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(import_module("secateur.pipeline.compare"), "latency_on", lambda *_: ((), ()))

@@ -130,7 +130,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     path = write_report(tmp_path / "new" / "report.html", RUN)
     text = Page(path.read_text(encoding="utf-8")).text
     expected = [
-        *("resnet20", "CIFAR-10", "PCASlimming()", "macs=50%", "Read this first."),
+        *("resnet20", "CIFAR-10", "PCASlimming", "macs=50%", "Read this first."),
         *("91.73 %", "91.01 %", "-0.72 points", "n = 10,000", "91.2 % to 92.3 %"),
         *("41.0 M", "20.5 M", "41,000,000", "20,500,000", "-50.0 %", "270.0 k", "130,000", "1.10 MB", "520.0 kB"),
         *("2.10 ms", "1.10 ms", "2.00 ms to 2.20 ms", "1.90x", "1.80x to 2.00x"),

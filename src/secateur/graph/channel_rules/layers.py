@@ -89,6 +89,8 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     transposed, groups = call.args[6], call.args[8]
     out = call.outputs[0]
     along = {dim: ids for dim, ids in call.ids(source).items() if dim != 1}
+    # Only where the size stays does every channel along such a dimension have an output of its own. Dimension 0 is the
+    # batch.
     if any(dim and (groups > 1 or out.size(dim) != source.size(dim)) for dim in along):
         call.ledger.freeze_all([along], f"{call.where} slides over channels")
         along = {}
@@ -96,7 +98,9 @@ def convolution(call: Call) -> Sequence[ChannelIds]:
     produced, consumed = call.ids(weight).get(out_dim), call.ids(weight).get(in_dim)
     incoming = call.ids(source).get(1)
     # Windows may be folded into the batch dimension, so its size is not always one.
+    # A transposed convolution multiplies the kernel at every position of its input.
     placed = {0: source.size(0), **dict(enumerate((source if transposed else out).shape[2:], 2))}
+    # Dimensions that carry channels are counted by their ids, as factors that follow a cut.
     positions = math.prod(size for dim, size in placed.items() if dim not in along)
     factor = float(positions * math.prod(weight.shape[2:]))
     if groups == 1:
@@ -172,6 +176,7 @@ def _connect_groups(call: Call, incoming: IntArray | None, weight: torch.Tensor,
         call.ledger.tie_rows(np.ascontiguousarray(entering.T))
         call.ledger.tie_rows(np.ascontiguousarray(leaving.T))
         call.ledger.tie(entering[:, 0], leaving[:, 0])
+        # This dimension of the weight counts the channels of one group, which stay.
         if consumed is not None:
             call.ledger.freeze(consumed, f"{call.where} removes whole groups only")
         return produced
@@ -390,11 +395,14 @@ PRODUCT_KINDS = (
 def _multiply(call: Call, left: torch.Tensor, right: torch.Tensor, rows: int) -> ChannelIds:
     """Connect (..., n, k) @ (..., k, m), where n is dimension ``rows`` of the left factor, and count the product."""
     left_ids, right_ids = call.ids(left), call.ids(right)
+    # A batched product of two activations is taken for attention. The channels that it sums over count as read,
+    # although no layer reads them.
     if rows and not call.ledger.is_own(left) and not call.ledger.is_own(right):
         call.ledger.note_attention(call.module, (*left_ids.values(), *right_ids.values()))
         call.ledger.contracted.extend(right_ids[dim] for dim in (rows,) if dim in right_ids)
     leaving = {dim: ids[dim] for dim, ids in ((rows, left_ids), (rows + 1, right_ids)) if dim in ids}
     inner = right_ids.get(rows, left_ids.get(rows + 1))
+    # Of two activations, the right one is treated as the weight.
     if call.ledger.is_own(right) or not call.ledger.is_own(left):
         connect_input(call, left_ids.get(rows + 1), right_ids.get(rows))
         produced = leaving.get(rows + 1)
@@ -543,6 +551,8 @@ def _gather_kept(
         )
     args, kwargs = tree_unflatten(leaves, spec)
     args = list(args)
+    # Further arguments count channels: the normalized shape; C (argument 4) and the groups (argument 6) of a group
+    # norm.
     if name in {"native_layer_norm", "_fused_rms_norm"}:
         args[1] = list(args[0].shape[-len(args[1]) :])
     elif name == "native_group_norm":

@@ -51,6 +51,7 @@ class WholeCallMode(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # A function mode sees the call before PyTorch takes it apart; a dispatch mode only sees the parts.
         self._route = _WholeCalls(self)
         self._inside = False
 
@@ -219,6 +220,7 @@ def _connect(  # noqa: PLR0917
     sequences = batch if batch_dim is not None else None
     incoming = carried.get(last)
     for number, group in enumerate(groups):
+        # From the second layer on, the input is what all directions of the layer before return.
         if number == directions:
             incoming = _repeat(outputs, directions)
         connect_input(call, incoming, call.ids(group[0]).get(1))
@@ -248,6 +250,7 @@ def _tie_units(
         for tensor in projection:
             outputs.append((_with_role(call, tensor, 0, Role.OUTPUT), tensor.size(0)))
             cells.append((_with_role(call, tensor, 1, Role.INPUT), units))
+    # The state h holds the outputs; c, which only an LSTM has, holds the cells.
     for state, places in zip(states, (outputs, cells), strict=False):
         ids, length = call.ids(state).get(state.dim() - 1), state.size(-1)
         if ids is not None:
@@ -277,6 +280,7 @@ def _with_role(call: Call, tensor: Tensor, dim: int, role: Role) -> IntArray | N
 
 def _count(call: Call, source: Tensor, sequences: IntArray | None, group: tuple[Tensor, ...]) -> None:
     """Count one layer and direction: every weight of every matrix once for each step of each sequence."""
+    # If channels were folded into the batch, the number of sequences follows them: a factor of its own.
     positions = source.numel() // max(1, source.size(-1))
     if sequences is not None:
         positions //= len(sequences)

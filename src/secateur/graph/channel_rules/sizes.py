@@ -87,6 +87,7 @@ class SizeNotes(SizeWatcher):
     def begin(self, number: SizeFloat) -> None:
         """Take note of a float that was computed from sizes."""
         if not self.paused and self.open:
+            # The entry holds the float, so that no other one can get its `id`.
             self._floats[id(number)] = number, self._running.module
 
     def end(self, number: SizeFloat) -> None:
@@ -140,6 +141,7 @@ def _origin(value: SizeInt | SizeFloat) -> Expression:
     if isinstance(value, SizeInt):
         return expression_of(value)
     value.watcher.end(value)
+    # A float of an earlier recording can no longer be followed. A literal stands for nothing to bind.
     return value.expression if value.watcher.open else Literal(0)
 
 
@@ -295,6 +297,7 @@ def _bind_slice(ledger: Ledger, where: str, part: slice, ids: np.ndarray[Any, An
         ledger.freeze(ids, f"{where} skips channels by a step")
     part = slice(*(_as_size(bound) for bound in (part.start, part.stop)))
     if part.start:
+        # A negative bound counts channels from the end.
         before = ids[: part.start] if part.start > 0 else ids[part.start :]
         ledger.bind(expression_of(-part.start if part.start < 0 else part.start), before, where)
     if part.stop is not None:

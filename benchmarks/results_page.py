@@ -71,8 +71,9 @@ def recover() -> str:
     for (model, epochs, method, rate), runs in grouped(found, "model", "epochs", "method", "learning_rate").items():
         before = [run["test_before_training"] for run in runs]
         seconds = statistics.fmean(sum(run["seconds_per_epoch"]) for run in runs)
+        length = f"{epochs} epoch{'s' if epochs > 1 else ''}"
         rows.append([
-            f"{model}, {epochs} epochs", method, f"{rate:g}", f"{100 * runs[0]['kept_macs']:.1f} %",
+            f"{model}, {length}", method, f"{rate:g}", f"{100 * runs[0]['kept_macs']:.1f} %",
             f"{100 * statistics.fmean(before):.2f}", percents(run["test"] for run in runs),
             mean([run["test"] for run in runs]), f"{seconds:.0f}",
         ])  # fmt: skip
@@ -210,15 +211,15 @@ def text() -> str:
         searches(
             "tas_cifar10",
             "Searches at 55 % of the MACs, ResNet-20",
-            "**Time is not equal**: an earlier version of this table said so. The knapsack is missing. "
+            "**Time is not equal**, though an earlier version of this table said that it was. The knapsack is missing. "
             "`benchmarks/tas_cifar10.py` now gives every method the same processor seconds, and has not been run "
             "since.",
         ),
         searches(
             "swp_cifar10",
             "Searches at 50 % of the MACs, ResNet-20",
-            "**Time is not equal**: an earlier version of this table said so. The knapsack and random search are "
-            "missing.",
+            "**Time is not equal**, though an earlier version of this table said that it was. The knapsack and "
+            "random search are missing.",
         ),
         losses(
             "losses_searched",

@@ -106,7 +106,7 @@ Patterns = tuple[str, ...]
 # Flags of several commands.
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
-Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder, ...", MODEL_AND_DATA)]
+Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, an artifact, ...", MODEL_AND_DATA)]
 WeightsFile = Annotated[
     Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
 ]

@@ -9,12 +9,16 @@ number that no record has.
 import argparse
 import json
 import statistics
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+if not __package__:  # started as `python benchmarks/results_page.py`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._record import RESULTS, table
 from benchmarks.study.results import equal_size_table

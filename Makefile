@@ -16,7 +16,7 @@ WINDOW_PACKAGES := torch|torchvision|timm|lightning-fabric|torchmetrics|safetens
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command 'make pins' pyproject.toml
 
-.PHONY: help docs demo test test-slow test-lowest test-latest pins lint format house clean
+.PHONY: help docs smoke demo test test-slow test-lowest test-latest pins lint format house clean
 
 help:
 	@echo "make demo       train, compress, distill, verify and export a small network (about 3 minutes after the install)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-lowest, make test-latest"
 	@echo "                what depends on versions, with the lowest and the newest (5 minutes each after the install)"
 	@echo "make docs       build the site of the documentation in build/site"
+	@echo "make smoke      build the wheel and use it in an empty environment"
 	@echo "make pins       choose the pinned versions anew (requirements/)"
 	@echo "make lint       the checks alone"
 	@echo "make format     let ruff rewrite what it can"
@@ -68,6 +69,9 @@ define test-window
 	.venv-$(1)/bin/python -m $(WINDOW_TESTS)
 	.venv-$(1)/bin/secateur demo --out runs/demo-$(1)
 endef
+
+smoke: $(INSTALLED)
+	$(BIN)/python tools/smoke.py
 
 # In an environment of its own: a page needs neither torch nor the package.
 docs:

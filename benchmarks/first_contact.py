@@ -8,11 +8,11 @@ in the same way. Classifiers go through `secateur.pipeline.compress`, the detect
     OMP_NUM_THREADS=1 python benchmarks/first_contact.py [NAME...]
 """
 
+import argparse
 import json
 import logging
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from secateur.cost import OnnxRuntime, count_macs, measure_pairs
-from secateur.data import ImageData, MemorySplit, Normalization, load_data
+from secateur.data import Augment, ImageData, MemorySplit, Normalization, load_data
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.pipeline import CutConfig, RecoveryConfig, RunConfig, compress
@@ -128,9 +128,12 @@ class Outcome:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="networks to measure; without any, all")
+    wanted: list[str] = parser.parse_args().names
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    begun, wanted = surroundings(), sys.argv[1:]
+    begun = surroundings()
     for network in NETWORKS:
         if not wanted or network.name in wanted:
             row = of_network(network)
@@ -244,6 +247,7 @@ def images_for(network: Network) -> ImageData:
         std=normalization.std,
         size=(3, network.side, network.side),
         name="CamVid",
+        augment=Augment(),
     )
 
 

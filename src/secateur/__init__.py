@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from secateur.train.evaluate import evaluate as evaluate
     from secateur.train.fit import train_with_teacher as train_with_teacher
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "architecture": ("Architecture",),

@@ -194,6 +194,7 @@ class SpaceFlags:
     axis_min_kept: Annotated[Patterns, flag("Use another --min-kept for matching axes.", value=f"{_P}=X")] = ()
     attention: Annotated[Attention, choice("Cut heads, or dimensions of each head.")] = "dimensions"
     untied: Annotated[bool, flag("Let residual branches keep fewer channels than their stream.")] = False
+    allow_not_run: Annotated[bool, flag("Cut also what parts that the example does not run may read.")] = False
 
     def to_config(self) -> "CutConfig":
         """Build the part of `CutConfig` that says what may be cut."""
@@ -208,6 +209,7 @@ class SpaceFlags:
             heads={"heads": HeadUnit.HEAD, "dimensions": HeadUnit.DIMENSION}[self.attention],
             branches=Branches.UNTIED if self.untied else Branches.TIED,
             space=SearchSpace(self.min_width, self.divisor, self.min_kept, rules),
+            allow_not_run=self.allow_not_run,
         )
 
 

@@ -27,6 +27,7 @@ from secateur.distill.logit_losses import (
     standardize_logits,
     standardized_kd_loss,
 )
+from secateur.distill.match_features import MatchFeatures
 from secateur.distill.objective import (
     BatchOutputs,
     Ensemble,
@@ -64,6 +65,7 @@ __all__ = [
     "Ensemble",
     "Features",
     "KnowledgeReview",
+    "MatchFeatures",
     "MeanOverTaps",
     "Objective",
     "PublishedSetting",

@@ -357,7 +357,7 @@ def record_once(
             shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in example]
             raise TraceError(
                 f"the model cannot run the example input of shape {shapes} (in module {context.module or 'itself'!r}): "
-                f"{error}. Give an input of the size and channels the model was fake for."
+                f"{error}. Give an input of the size and channels the model was made for."
             ) from error
     try:
         tensors = output_tensors(out)

@@ -24,6 +24,7 @@ from secateur.cost.measure import LatencyCache
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData
+from secateur.distill.match_features import MatchFeatures
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
 from secateur.export.formats import Format
@@ -80,6 +81,7 @@ class CutInput:
         graph: The channel graph of both.
         images: Calibration batches, normalized, on the models' device.
         seed: Random seed of new weights.
+        is_trained: Whether the cut model is trained afterward.
     """
 
     original: nn.Module
@@ -87,6 +89,7 @@ class CutInput:
     graph: ChannelGraph
     images: Sequence[Tensor]
     seed: int
+    is_trained: bool = True
 
 
 class StudentInit(ABC):
@@ -117,10 +120,11 @@ class KeepWeights(StudentInit):
     If the search trained weights, it keeps those, and the repairs compare with the whole model that has them.
 
     Attributes:
-        repairs: Repairs right after the cut, in order.
+        repairs: Repairs right after the cut, in order. None means `DEFAULT_REPAIRS`, and `MatchFeatures` after them if
+            no training follows, which would do the same with more images.
     """
 
-    repairs: Sequence[Repair] = DEFAULT_REPAIRS
+    repairs: Sequence[Repair] | None = None
 
     @property
     def done(self) -> str:
@@ -132,7 +136,9 @@ class KeepWeights(StudentInit):
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `StudentInit.cut`."""
-        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=tuple(self.repairs))
+        default = DEFAULT_REPAIRS if uncut.is_trained else (*DEFAULT_REPAIRS, MatchFeatures())
+        repairs = default if self.repairs is None else tuple(self.repairs)
+        return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=repairs)
 
 
 @dataclass(frozen=True)
@@ -308,6 +314,7 @@ class CutConfig:
         heads: Whether attention loses whole heads or dimensions of every head, see `secateur.trace`.
         branches: Whether the branches of a residual stream may be narrower than the stream.
         rules: What operations unknown to Secateur do to channels, see `secateur.trace`.
+        allow_not_run: Whether channels may go that a part of the model may read which one image does not run.
         space: The allowed widths, in general and for single axes.
         init: The weights that the cut model begins with: `KeepWeights` (those of its channels, repaired) or
             `Reinitialize`, which needs as many epochs and as high a learning rate as the original had.
@@ -322,6 +329,7 @@ class CutConfig:
     heads: HeadUnit = HeadUnit.DIMENSION
     branches: Branches = Branches.TIED
     rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
+    allow_not_run: bool = False
     space: SearchSpace = DEFAULT_SPACE
     init: StudentInit = KeepWeights()
     weight_pruning: WeightPruning | None = None
@@ -330,7 +338,7 @@ class CutConfig:
 
     def trace(self, model: nn.Module, example: Any) -> ChannelGraph:
         """Return the channel graph of a model, in which only the selected layers may be cut."""
-        graph = trace(model, example, heads=self.heads, rules=self.rules)
+        graph = trace(model, example, heads=self.heads, rules=self.rules, allow_not_run=self.allow_not_run)
         return self.selection.apply(untie(model, graph) if self.branches is Branches.UNTIED else graph)
 
     def __str__(self) -> str:
@@ -355,6 +363,11 @@ class RecoveryConfig:
     objective: Objective = DEFAULT_OBJECTIVE
     execution: Execution = Eager()  # noqa: RUF009 - frozen
     recover: Recover | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the cut model is trained, by this or by a loop of your own."""
+        return self.train.epochs > 0 or self.recover is not None
 
 
 @dataclass(frozen=True)
@@ -455,6 +468,10 @@ class Plan:
             "calibration_images": str(cut.calibration_images),
             "seed": str(self.run.seed),
         }
+        if cut.allow_not_run:
+            found["allow_not_run"] = "True"
+        if not self.recovery.trains:
+            found["training"] = "none"  # Then the repairs are others.
         if cut.flush_denormals:
             found["flush_denormals"] = "yes"
         if cut.weight_pruning is not None:

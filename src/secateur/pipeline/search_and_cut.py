@@ -78,7 +78,10 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
             plan.log(f"Could not be cut exactly and stays whole: {', '.join(name for name, _ in result.frozen)}.")
             graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
-        uncut = CutInput(original, _trained(original, result), graph, [images for images, _ in batches], plan.run.seed)
+        images = [images for images, _ in batches]
+        uncut = CutInput(
+            original, _trained(original, result), graph, images, plan.run.seed, is_trained=plan.recovery.trains
+        )
         pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
             break

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur._caller_state import in_default_state
 from secateur.architecture import Architecture
@@ -203,8 +204,8 @@ def _repair_(
     now = distance.of(small)
     done: list[RepairResult] = []
     for repair in repairs:
-        # A repair may change any weight or statistic, so all are saved.
-        saved = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+        # A repair may change any weight or statistic, so all are saved, also those that a state_dict leaves out.
+        saved = {name: tensor.detach().clone() for name, tensor in _tensors(small).items()}
         skipped = repair.apply_(small, context) or {}
         after = distance.of(small)
         kept = after <= now and math.isfinite(after)
@@ -212,5 +213,11 @@ def _repair_(
         if kept:
             now = after
         else:
-            small.load_state_dict(saved)
+            with torch.no_grad():
+                for name, tensor in _tensors(small).items():
+                    tensor.copy_(saved[name])
     return tuple(done)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -158,7 +158,10 @@ class _Wanted:
         return count, (size if size > 0 else 1.0)
 
     def error(self, got: _Parts) -> float:
-        """Return mean ||z' - z||^2 in units; a row that only one of the two has counts 1."""
+        """Return mean ||z' - z||^2 in units; a row that only one of the two has counts 1.
+
+        Tensors that only the cut model has are left out: there is nothing to compare them with.
+        """
         total, count, alone = cast(Any, 0.0), 0, 0
         for wanted, given in zip(self._parts, got, strict=True):
             pairs = zip(wanted, [*given, *([None] * (len(wanted) - len(given)))], strict=False)

@@ -84,3 +84,8 @@ def test_devices():
     for name in ("abacus", "cuda:99", "meta"):
         with pytest.raises(TrainingError, match=f"`--device`.*{name}"):
             device(name)
+
+
+def test_parts_that_are_not_run_may_be_ignored():
+    assert not SpaceFlags().to_config().allow_not_run
+    assert SpaceFlags(allow_not_run=True).to_config().allow_not_run

@@ -148,3 +148,10 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
     resumed = run_compress(model(), data(), **words, on_existing=OnExisting.RESUME)
     assert all(torch.equal(t, whole.model.state_dict()[n]) for n, t in resumed.model.state_dict().items())
     assert secateur.verify(tmp_path / "out", factory=model).passed
+
+
+@pytest.mark.parametrize(("epochs", "times"), [(0, 1), (1, 0)])
+def test_features_are_matched_only_where_no_training_follows(epochs: int, times: int):
+    train = TrainConfig(epochs=epochs, batch_size=32)
+    found = run_compress(model(), data(), budget="macs=50%", strategy=Uniform(), train=train, callbacks=Silent())
+    assert sum(note.startswith("MatchFeatures") for note in found.report.notes) == times

@@ -605,3 +605,27 @@ def test_one_pass_gives_what_a_pass_for_each_layer_gives(name: str):
     assert [result.skipped for result in one.repairs] == [result.skipped for result in other.repairs]
     for wanted, got in zip(one.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+class Double:
+    """A repair that does harm to a buffer that a `state_dict` leaves out."""
+
+    def apply_(self, small: nn.Module, context: RepairContext) -> None:
+        small.get_buffer("scale").mul_(2)
+
+
+def test_undoing_also_restores_what_a_state_dict_leaves_out():
+    class Scaled(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+            self.register_buffer("scale", torch.ones(4, 1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    pictures = images(64)
+    model = Scaled().eval()
+    graph = trace(model, pictures[0][:1] if isinstance(pictures, list | tuple) else pictures[:1])
+    made = cut(model, graph, Architecture.of({"0": [0, 1, 2, 3]}), calibration=pictures, repairs=[Double()])
+    assert not made.repairs[0].kept
+    assert torch.equal(made.model.get_buffer("scale"), torch.ones(4, 1, 1))

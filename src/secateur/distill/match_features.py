@@ -1,0 +1,138 @@
+"""`MatchFeatures`: a repair that trains a cut model for a few hundred steps to give the original's features again."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur._batches import float_tensors
+from secateur._runtime import run_isolated, with_recurrent_gradients_
+from secateur.distill.logit_losses import feature_loss
+from secateur.distill.taps import AlignedFeatures
+from secateur.errors import TrainingError
+from secateur.graph._record import shadow_copy
+from secateur.graph.trace import Example
+from secateur.prune.calibration import count_images, run_batch, select_images
+from secateur.prune.cut import RepairContext
+
+_VALUES_IN_A_STEP, _FEWEST, _MOST = 2**20, 8, 64
+
+
+@dataclass(frozen=True)
+class MatchFeatures:
+    """Train the cut model to give the outputs and the features of the original again, without labels.
+
+    For s steps of Adam on batches of calibration images x, with the rate falling from ``learning_rate`` to 0 along a
+    half cosine, it minimizes
+
+        mean over stages l of  d(f_l(x), F_l(x)[kept])  +  mean over output tensors k of  d(z_k(x), Z_k(x)),
+
+    where d(s, t) = mean((s - t)^2) / Var(t) (see `feature_loss`), small letters are the cut model's features and
+    outputs, capital ones the original's, and stages are the last outputs at each spatial resolution. Both models run in
+    evaluation mode, so batch norms use the statistics that they have, and what is minimized is what will be computed.
+
+    The closed-form repairs mend one layer at a time, each with inputs that are wrong already. Here all layers share
+    what is left. Use it after them; it takes about as long as training on ``steps`` batches does.
+
+    Attributes:
+        steps: Steps of the optimizer.
+        learning_rate: At the beginning.
+        batch_size: Images in a step. None takes as many as have a million values together, between 8 and 64.
+        seed: Of the order of the images.
+
+    References:
+        Li et al., BRECQ, arXiv:2102.05426 (reconstruction of blocks from calibration images without labels); Romero et
+        al., FitNets, arXiv:1412.6550 (features of stages as targets).
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-3
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size or 1)):
+            if value < 1:
+                raise TrainingError(f"`{name}` must be at least 1; got {value}. 200 steps of 64 images are usual.")
+        if not 0 < self.learning_rate < math.inf:
+            raise TrainingError(f"`learning_rate` must be positive; got {self.learning_rate}. 1e-3 is usual.")
+
+    def apply_(self, small: nn.Module, context: RepairContext) -> dict[str, str]:
+        """Train ``small`` in place; see `Repair.apply_`. Numbers of less than 32 bits are not trained."""
+        parameters = [p for p in small.parameters() if p.is_floating_point()]
+        if any(p.element_size() < 4 for p in parameters):
+            return {"the model": "its numbers have less than 32 bits, in which small steps are lost"}
+        flags = [p.requires_grad for p in parameters]
+        modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else 0.0) for m in small.modules()]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            self._train_(with_recurrent_gradients_(small.eval()), parameters, context)
+        finally:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            for module, training, dropout in modes:
+                module.training = training
+                if isinstance(module, nn.RNNBase):
+                    module.dropout = dropout
+        return {}
+
+    def _train_(self, small: nn.Module, parameters: Sequence[nn.Parameter], context: RepairContext) -> None:
+        original = shadow_copy(context.original).eval()
+        optimizer = torch.optim.Adam(parameters, self.learning_rate)
+        alignment = _stages_of(small, context)
+        recording = nullcontext() if alignment is None else alignment.record(small, original)
+        with run_isolated(small), recording as recorder:
+            for step, images in enumerate(self._batches(context.images)):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+                # Both models draw the same numbers, if they draw any.
+                torch.manual_seed(step)
+                with torch.no_grad():
+                    outputs = float_tensors(run_batch(original, images))
+                torch.manual_seed(step)
+                loss = _output_loss(float_tensors(run_batch(small, images)), outputs)
+                if recorder is not None:
+                    loss = loss + recorder.loss()
+                if not loss.requires_grad:
+                    return
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+    def _batches(self, images: Sequence[Example]) -> Iterator[Example]:
+        """Yield a batch for every step: random images of one calibration batch, each once in a pass over all."""
+        generator = torch.Generator().manual_seed(self.seed)
+        done = 0
+        while done < self.steps:
+            for number in torch.randperm(len(images), generator=generator).tolist():
+                batch = images[number]
+                order = torch.randperm(count_images(batch), generator=generator).tolist()
+                size = self.batch_size or _images_in_a_step(batch)
+                parts = [order[start : start + size] for start in range(0, len(order), size)][: self.steps - done]
+                done += len(parts)
+                yield from (select_images(batch, part) for part in parts)
+
+
+def _images_in_a_step(batch: Example) -> int:
+    """How many images have a million values together: convolutions of larger ones take longer."""
+    values = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return min(max(_VALUES_IN_A_STEP * count_images(batch) // max(values, 1), _FEWEST), _MOST)
+
+
+def _stages_of(small: nn.Module, context: RepairContext) -> AlignedFeatures | None:
+    """The ends of stages that the cut model still has; None if there are none."""
+    left = {name for name, _ in small.named_modules()}
+    stages = [name for name in context.graph.stages if name in left]
+    return AlignedFeatures.of(context.graph, context.architecture, modules=stages) if stages else None
+
+
+def _output_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The mean over output tensors; those whose number of rows depends on the images are left out."""
+    pairs = [(mine, theirs) for mine, theirs in zip(found, wanted, strict=False) if mine.shape == theirs.shape]
+    return torch.stack([feature_loss(*pair) for pair in pairs]).mean() if pairs else torch.zeros(())

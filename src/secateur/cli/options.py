@@ -132,9 +132,7 @@ TensorBoardFolder = Annotated[
 Quiet = Annotated[bool, flag("Print only the results.", RUN)]
 Debug = Annotated[bool, flag("Show the traceback of an error.")]
 AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
-BudgetText = Annotated[
-    str, flag("Upper bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")
-]
+BudgetText = Annotated[str, flag("Bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")]
 
 
 @Parameter(name="*")

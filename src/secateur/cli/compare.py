@@ -33,7 +33,8 @@ class CompareFlags:
     ] = ("knapsack", "pca", "uniform")
     seeds: Annotated[int, whole_number("Runs of each strategy at each budget.", options.RUN, most=_MAX_SEEDS)] = 2
     time: Annotated[
-        str | None, flag("Wall-clock limit, such as 30m or 2h; better strategies get more epochs.", options.RUN)
+        str | None,
+        flag("Wall-clock limit, such as 30m or 2h; better strategies get more epochs.", options.RUN, value="TIME"),
     ] = None
     ray: Annotated[str | None, flag("Make several runs at once on Ray: local, auto or HOST:PORT.", value="ADDRESS")] = (
         None

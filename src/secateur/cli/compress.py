@@ -60,7 +60,7 @@ def compress_command(
     recovery_config = checks.add(lambda: recovery.to_config(run.seed))
     checks.add(recovery.train.check_augment)
     checks.settle()
-    with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet):
+    with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = run_compress(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),
@@ -75,4 +75,4 @@ def compress_command(
             run=replace(run_config(), fabric=fabric, name=inputs.loaded.name, command=command_line()),
         )
     if fabric.is_global_zero:
-        show(result)
+        show(result, quiet=run.quiet, as_json=run.as_json)

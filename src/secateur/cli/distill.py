@@ -115,7 +115,7 @@ def distill_command(
     hint_stage = None
     if losses.hint_epochs:
         hint_stage = HintStage(hint_terms(weights, pair, taps), replace(train_config, epochs=losses.hint_epochs))
-    with run.fabric(train_config) as fabric, logged(quiet=run.quiet):
+    with run.fabric(train_config) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = distill_model(
             ModelSpec(learner.model, learner.name, learner.source, learner.architecture),
             teacher=ModelSpec(known.loaded.model, known.loaded.name, known.loaded.source),
@@ -130,7 +130,7 @@ def distill_command(
             run=replace(run_config(), fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:
-        show(result)
+        show(result, quiet=run.quiet, as_json=run.as_json)
 
 
 LOGIT_LOSSES = ("kd", "dkd", "dist", "standardized")

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
@@ -85,6 +85,8 @@ def _shown(default: object) -> str | None:
     """Return how a default is shown; without a word where it means that nothing is done."""
     if default in (None, False, 0, (), ""):
         return None
+    if isinstance(default, tuple):
+        return ", ".join(map(str, cast(tuple[object, ...], default)))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
@@ -106,7 +108,7 @@ Patterns = tuple[str, ...]
 # Flags of several commands.
 
 _DATA_HELP = "Folder of parquet files or images, torchvision:cifar10, digits."
-Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, an artifact, ...", MODEL_AND_DATA)]
+Model = Annotated[str, choice("timm:NAME, torchvision:NAME, cifar_resnet20, artifact folder.", MODEL_AND_DATA)]
 WeightsFile = Annotated[
     Path | None, flag("A .safetensors file, a torch file, or an artifact of --model.", MODEL_AND_DATA)
 ]
@@ -129,10 +131,10 @@ Threads = Annotated[
 TensorBoardFolder = Annotated[
     Path | None, flag("Also log searches and trainings for TensorBoard.", name="--tensorboard", value="FOLDER")
 ]
-Quiet = Annotated[bool, flag("Print only the results.", RUN)]
+Quiet = Annotated[bool, flag("Print only the result, in one line.", RUN)]
 Debug = Annotated[bool, flag("Show the traceback of an error.")]
 AsJson = Annotated[bool, flag("Print one JSON object instead of tables.", RUN, name="--json")]
-BudgetText = Annotated[str, flag("Bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%', ...", CUT, value="BOUNDS")]
+BudgetText = Annotated[str, flag("Upper bounds: macs=50%, latency=4ms, 'size<=2MB, nonzero=20%'.", CUT, value="BOUNDS")]
 
 
 @Parameter(name="*")
@@ -218,7 +220,7 @@ class SearchFlags:
 
     strategy: Annotated[
         str | None,
-        choice("auto (compares), knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
+        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
     ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)
@@ -442,6 +444,7 @@ class RunFlags:
     device: Device = "auto"
     thread_count: Threads = None
     quiet: Quiet = False
+    as_json: Annotated[bool, flag("Print lines of JSON: steps, epochs, the result.", RUN, name="--json")] = False
     checkpoint_minutes: Annotated[float, number("Minutes between checkpoints within an epoch.")] = 10.0
     checkpoint_steps: Annotated[int | None, whole_number("Also checkpoint every N steps.")] = None
     tensorboard: TensorBoardFolder = None
@@ -464,7 +467,7 @@ class RunFlags:
         return RunConfig(
             seed=self.seed,
             checkpoints=CheckpointPolicy(60 * self.checkpoint_minutes, self.checkpoint_steps),
-            callbacks=callbacks(self.quiet, self.tensorboard),
+            callbacks=callbacks(self.quiet, self.tensorboard, as_json=self.as_json),
             on_existing=self.on_existing,
         )
 

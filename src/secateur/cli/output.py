@@ -4,6 +4,7 @@ Whatever goes wrong becomes one clear message and exit code 2; SIGINT and SIGTER
 """
 
 import functools
+import json
 import logging
 import os
 import shlex
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,54 @@ def _console(*, stderr: bool) -> Console:
 
 
 class _Steps(logging.Handler):
-    """Prints every logged step on standard error."""
+    """Prints every logged step on standard error, or as a line of JSON on standard output."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._as_json:
+            print_json("step", {"message": record.getMessage()})
+            return
         err().print(Text(record.getMessage(), style="dim"), soft_wrap=True)
 
 
+def print_json(kind: str, fields: Mapping[str, object]) -> None:
+    """Print one line of JSON on standard output, for machines; numbers that are not finite are null."""
+    from secateur._json import finite
+
+    out().print(Text(json.dumps({"kind": kind, **finite(fields)})), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Callbacks that print each epoch of a loop as a line of JSON."""
+
+    @contextmanager
+    def start(self, loop: str, *, epochs: int, steps: int, done: int) -> "Generator[_JsonLoop]":
+        """See `secateur.train.Callbacks.start`."""
+        del steps, done
+        yield _JsonLoop(loop, epochs)
+
+
+@dataclass(frozen=True)
+class _JsonLoop:
+    loop: str
+    epochs: int
+
+    def step(self, epoch: int, step: int, numbers: Mapping[str, float]) -> None:
+        pass
+
+    def epoch(self, epoch: int, numbers: Mapping[str, float], line: str) -> None:
+        del line
+        print_json("epoch", {"loop": self.loop, "epoch": epoch, "epochs": self.epochs, **numbers})
+
+
 @contextmanager
-def logged(*, quiet: bool) -> Generator[None]:
+def logged(*, quiet: bool, as_json: bool = False) -> Generator[None]:
     """Show the steps of a run, which are logged to the logger ``secateur``, within a block."""
-    logger, handler = logging.getLogger("secateur"), _Steps()
+    logger, handler = logging.getLogger("secateur"), _Steps(as_json=as_json)
     before = logger.level, logger.propagate
     if not quiet:
         logger.addHandler(handler)

@@ -441,15 +441,16 @@ def _named_number(word: str, flag: str, kind: Callable[[str], Number]) -> tuple[
     raise SelectionError(f"`{flag}` must be a name pattern, = and {what}, such as 'layer1.*=8'; got {word!r}.")
 
 
-def callbacks(quiet: bool, tensorboard: Path | None) -> "Callbacks":
+def callbacks(quiet: bool, tensorboard: Path | None, *, as_json: bool = False) -> "Callbacks":
     """Choose how searches and trainings are shown.
 
     Raises:
         TrainingError: If the folder or the package for TensorBoard is missing.
     """
+    from secateur.cli.output import JsonLines
     from secateur.train.callbacks import Silent, TensorBoard, TerminalProgress
 
-    shown = Silent() if quiet else TerminalProgress()
+    shown = Silent() if quiet else JsonLines() if as_json else TerminalProgress()
     return shown if tensorboard is None else TensorBoard(tensorboard, shown)
 
 

@@ -1,7 +1,7 @@
 """The tables that commands print: plain numbers with their units."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from secateur.cli.output import end_with_error, out
+from secateur.cli.output import end_with_error, out, print_json
 from secateur.cost.budget import Cost, format_cost, format_count
 from secateur.cost.measure import Latency
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
@@ -20,6 +20,7 @@ from secateur.pipeline.inspect import ModelReport
 from secateur.pipeline.train import TrainResult
 from secateur.report.comparison import Comparison
 from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
+from secateur.report.html import headline
 from secateur.report.run import Check, RunReport
 
 _SHOWN_NAMES = 4
@@ -28,15 +29,41 @@ _WIDE = 4096
 _ELLIPSIS = "…"
 
 
-def show(result: CompressResult | DistillResult | TrainResult) -> None:
-    """Print the tables of a finished run; end with an error if a check failed."""
+def show(result: CompressResult | DistillResult | TrainResult, *, quiet: bool = False, as_json: bool = False) -> None:
+    """Print the tables of a finished run, one line of it, or JSON; end with an error if a check failed."""
+    if as_json:
+        print_json("result", _fields(result))
+    elif quiet:
+        where = f" {page}" if (page := next((p for p in result.files if p.name == "report.html"), None)) else ""
+        out().print(Text(headline(result.report).replace("\N{NO-BREAK SPACE}", " ") + where), soft_wrap=True)
+    else:
+        _show_tables(result)
+    if result.failed:
+        raise end_with_error("; ".join(result.failed))
+
+
+def _fields(result: CompressResult | DistillResult | TrainResult) -> dict[str, object]:
+    """The numbers of a finished run by name."""
+    report = result.report
+    return {
+        "model": report.model,
+        "budget": report.budget,
+        "before": asdict(report.before),
+        "after": asdict(report.after),
+        "latency": [asdict(each) for each in report.latency],
+        "steps": [{"name": step.name, "score": step.score.value, "n": step.score.n} for step in report.steps],
+        "checks": [asdict(check) for check in report.checks],
+        "warnings": list(report.warnings),
+        "files": [str(path) for path in result.files],
+    }
+
+
+def _show_tables(result: CompressResult | DistillResult | TrainResult) -> None:
     print_before_after(result.report)
     print_steps(result.report)
     print_exports(result.report)
     print_checks(result.report.checks)
     print_written(result.files)
-    if result.failed:
-        raise end_with_error("; ".join(result.failed))
 
 
 def print_before_after(report: RunReport) -> None:

@@ -150,7 +150,7 @@ def train_command(
     checks.add(recipe.check_augment)
     checks.settle()
     taken, loaded = configured(), inputs.loaded
-    with run.fabric(taken.train) as fabric, logged(quiet=run.quiet):
+    with run.fabric(taken.train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = train_model(
             ModelSpec(loaded.model, loaded.name, loaded.source, loaded.architecture),
             data=recipe.augment(inputs.images),
@@ -163,4 +163,4 @@ def train_command(
             run=replace(run_config(), fabric=fabric, command=command_line()),
         )
     if fabric.is_global_zero:
-        show(result)
+        show(result, quiet=run.quiet, as_json=run.as_json)

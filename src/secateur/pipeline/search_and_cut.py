@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 ImageBatches = tuple[tuple[Tensor, Tensor], ...]
 
 _EVERY_S = 20.0
+_FIRST_S = 3.0
+"""Seconds after which a search that can estimate says for the first time how long it will take."""
 _ESTIMATED_EVERY_S = 10.0
 _HELD_OUT, _FEWEST_HELD_OUT, _HELD_OUT_BATCH = 256, 32, 64
 """Training images that candidates are judged by: at most, at least, and in a batch."""
@@ -186,6 +188,7 @@ class ProgressLog:
         self._estimating = estimating
         self._last = self._began = clock()
         self._state: tuple[float, str] | None = None
+        self._told = False
 
     def __call__(self, fraction: float, what: str) -> None:
         """Called by the search with the finished fraction and what is being done."""
@@ -195,9 +198,12 @@ class ProgressLog:
 
     def _tell(self) -> None:
         now = self._clock()
-        if self._state is None or now - self._last < self._every:
+        if self._state is None:
             return
-        self._last = now
+        soon = self._estimating and not self._told and self._state[0] > 0
+        if now - self._last < (min(_FIRST_S, self._every) if soon else self._every):
+            return
+        self._last, self._told = now, True
         fraction, what = self._state
         left = self._left(fraction, now - self._began) if self._estimating else ""
         self._log(f"Searching, {100 * fraction:.0f} % done{left}: {what}.")

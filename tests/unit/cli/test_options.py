@@ -113,7 +113,7 @@ def test_the_groups_of_a_command_have_the_defaults_of_their_classes():
     assert replace(DistillTrainFlags(), epochs=1, learning_rate=0.01).to_train(0) == TrainFlags().to_train(0)
 
 
-COMMANDS = ("inspect", "compress", "distill", "train", "evaluate", "verify", "export", "bench", "demo")
+COMMANDS = ("inspect", "compress", "compare", "distill", "train", "evaluate", "verify", "export", "bench", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -68,3 +68,12 @@ def test_a_long_step_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     count = len(told)
     time.sleep(0.2)
     assert len(told) == count  # it ends with the search
+
+
+def test_an_estimate_comes_after_three_seconds() -> None:
+    seconds = iter([0.0, 2.0, 4.0, 8.0, 15.0])
+    told: list[str] = []
+    paced = ProgressLog(told.append, lambda: next(seconds), estimating=True)
+    for fraction in (0.1, 0.2, 0.4, 0.6):
+        paced(fraction, "timing")
+    assert told == ["Searching, 20 % done, about 16 s left: timing.", "Searching, 60 % done, about 10 s left: timing."]

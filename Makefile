@@ -45,8 +45,10 @@ $(INSTALLED): pyproject.toml $(PINNED)
 demo: $(INSTALLED)
 	$(BIN)/secateur demo --out $(OUT)
 
+# Measuring coverage takes a third longer, so only continuous integration does: make test COVERAGE=yes.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov=secateur --cov-branch --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" \
+		$(if $(COVERAGE),--cov=secateur --cov-branch --cov-report=term:skip-covered)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

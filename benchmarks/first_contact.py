@@ -34,6 +34,7 @@ from secateur.search import Fastest, SearchSpace, Strategy, Uniform, search_arch
 from secateur.train import Silent, TrainConfig
 
 BUDGET = "macs=50%"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "candidates.svg"
 REPAIRS = (Refit(), RecalibrateBatchNorm())
 CALIBRATION, JUDGING = 128, 64
 """Images of 224 pixels and more that score and repair, and that compare the finished networks."""
@@ -142,6 +143,8 @@ def main() -> None:
             rows = sorted([*kept, row], key=lambda each: order.index(each["model"]))
             path = write_record("first_contact", {**begun, "rows": rows})
             (RESULTS / "first_contact.md").write_text(as_text({**begun, "rows": rows}))
+            if row["model"] == NETWORKS[0].name:
+                PICTURE.write_text(drawn(row))
             print(path, flush=True)
 
 
@@ -275,6 +278,43 @@ def calibrated(network: Network, data: ImageData) -> nn.Module:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+def drawn(row: dict[str, Any]) -> str:
+    """Draw what the default compared for a network: error against speed-up, as SVG for light and dark backgrounds."""
+    width, height, margin = 640, 360, 56
+    shown = [each for each in row["candidates"] if each["speedup"] is not None]
+    most = 1.15 * max(each["error"] for each in shown)
+    low, high = 1.0, 1.05 * max(each["speedup"] for each in shown)
+
+    def at(speedup: float, error: float) -> tuple[float, float]:
+        across = margin + (speedup - low) / (high - low) * (width - 2 * margin)
+        return across, height - margin - error / most * (height - 2 * margin)
+
+    x0, y0 = at(low, 0)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12" role="img" aria-label="Error against speed-up of the candidates for {row["model"]}">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M{x0},{margin} V{y0} H{width - margin}" fill="none" stroke="#555"/>',
+        f'<text x="{width / 2}" y="{height - 16}" text-anchor="middle">speed-up in ONNX Runtime</text>',
+        f'<text x="{margin}" y="{margin - 16}">error of the outputs on held-out images (lower is better)</text>',
+    ]
+    for tick in (1.0, 1.2, 1.4, 1.6):
+        if low <= tick <= high:
+            parts.append(f'<text x="{at(tick, 0)[0]:.1f}" y="{y0 + 16}" text-anchor="middle">{tick}</text>')
+    for each in shown:
+        x, y = at(each["speedup"], each["error"])
+        inner = each["strategy"].removeprefix("Without(strategy=").partition("(")[0]
+        blocks = f", {each['removed_blocks']} blocks fewer" if each["removed_blocks"] else ""
+        # Names go to the left of dots in the right half, so that none leaves the picture.
+        left = x > width / 2
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{"#2c7a4b" if each["taken"] else "#999"}"/>')
+        parts.append(
+            f'<text x="{x + (-9 if left else 9):.1f}" y="{y + 4:.1f}" text-anchor="{"end" if left else "start"}">'
+            f"{inner}, divisor {each['divisor']}{blocks}{' (taken)' if each['taken'] else ''}</text>"
+        )
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def as_text(record: dict[str, Any]) -> str:

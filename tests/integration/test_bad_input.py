@@ -287,7 +287,7 @@ def test_full_disk_leaves_nothing(run: Run, digits_weights: Path, tmp_path: Path
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    words = (*compress_words(digits_weights, tmp_path / "out", quick=True), "--epochs", 0, "--export", "")
+    words = (*compress_words(digits_weights, tmp_path / "out", quick=True), "--epochs", 1, "--export", "")
     with monkeypatch.context() as patch, _nothing_left(tmp_path):
         patch.setattr(import_module("secateur._files"), "_flush", full)
         _refused(run(*words), "No space left on device", "Free some space")
@@ -308,7 +308,7 @@ def test_failed_export_keeps_the_artifact_and_says_so(
         raise ExportError("this operation is not in ONNX.")
 
     monkeypatch.setattr(import_module("secateur.pipeline.exports"), "export_file", fails)
-    found = run(*compress_words(digits_weights, tmp_path / "out", quick=True), "--epochs", 0, "--quiet")
+    found = run(*compress_words(digits_weights, tmp_path / "out", quick=True), "--epochs", 1, "--quiet")
     _refused(found, "model.onnx", "this operation is not in ONNX")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "model.safetensors",

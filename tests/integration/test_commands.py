@@ -186,7 +186,7 @@ def test_artifact_can_be_compressed_again(small: Small, run: Run, tmp_path: Path
     out = tmp_path / "smaller"
     found = run(
         *("compress", "--model", small.folder, "--data", "digits", "--budget", "macs=60%", "--out", out),
-        *("--epochs", 0, "--export", "", "--threads", 1, "--quiet", "--strategy", "knapsack", "--divisor", 1),
+        *("--epochs", 1, "--export", "", "--threads", 1, "--quiet", "--strategy", "knapsack", "--divisor", 1),
     )
     assert found.exit_code == 0, found.output
     assert is_artifact(out)
@@ -229,7 +229,7 @@ def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_pat
 
 
 def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = ("--epochs", 0, "--export", "", "--limit", 600, "--strategy", "tas", "--search-epochs", 3)
+    words = ("--epochs", 1, "--export", "", "--limit", 600, "--strategy", "tas", "--search-epochs", 3)
     whole = run(*compress_words(small.weights, tmp_path / "whole"), *words)
     assert whole.exit_code == 0, whole.output
     parts = (*compress_words(small.weights, tmp_path / "parts"), *words)
@@ -263,7 +263,8 @@ def test_inspect_shows_untied_branches(run: Run):
 
 
 @pytest.mark.shared
-def test_cifar_resnet20_healed_only(run: Run, tmp_path: Path, cifar10_folder: Path, weights_folder: Path):
+@pytest.mark.slow
+def test_cifar_resnet20_repaired_without_training(run: Run, tmp_path: Path, cifar10_folder: Path, weights_folder: Path):
     out = tmp_path / "out"
     found = run(
         *("compress", "--model", "cifar_resnet20", "--weights", weights_folder / "cifar10_resnet20.safetensors"),
@@ -282,7 +283,9 @@ def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.M
     from secateur import pipeline
     from secateur.train import TrainConfig
 
-    short = pipeline.Demo(teaching=TrainConfig(4, 64, 0.05), recovery=TrainConfig(1, 64, 0.02))
+    short = pipeline.Demo(
+        strategy=secateur.Knapsack(), teaching=TrainConfig(4, 64, 0.05), recovery=TrainConfig(1, 64, 0.02)
+    )
 
     def quick(*args: object, **kwargs: object) -> object:
         return demo(*args, **kwargs, settings=short)

@@ -125,7 +125,7 @@ def test_another_int8_file_is_noticed(exported: Path, tmp_path: Path) -> None:
 
 def test_missing_library_and_missing_images_are_refused(small: Small, run: Run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    words = (*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 0)
+    words = (*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 1)
     found = run(*words, "--export", "onnx,openvino")
     assert found.exit_code == 2
     assert "pip install 'secateur[openvino]'" in " ".join(found.stderr.split())
@@ -145,7 +145,7 @@ def test_library_missing_where_the_artifact_is_verified(exported: Path, monkeypa
 
 
 def test_int8_is_a_step_of_compress(small: Small, run: Run, tmp_path: Path, monkeypatch) -> None:
-    words = (*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 0, "--export", "int8")
+    words = (*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 1, "--export", "int8")
     found = run(*words)
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()).count("model.int8.onnx") == 1
@@ -172,7 +172,7 @@ def test_collapsed_int8_file_is_a_failed_check(small: Small, run: Run, tmp_path:
         return model.SerializeToString()
 
     monkeypatch.setattr("secateur.export.int8.quantize", spoiled)
-    found = run(*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 0, "--export", "int8")
+    found = run(*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 1, "--export", "int8")
     assert found.exit_code == 2
     assert "must keep 95 % of the float model's accuracy" in " ".join(found.stderr.split())
     assert not (tmp_path / "out" / "model.int8.onnx").exists()

@@ -131,7 +131,7 @@ def test_drawing_into_a_folder_that_cannot_be_written(run: Run, tmp_path: Path):
 def test_compress_keeps_to_the_choices_and_reports_them(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "chosen"
     chosen = ("--exclude", "layer1", "--axis-divisor", "layer2.*=4", "--axis-min-width", "*.conv1=10")
-    words = (*compress_words(small.weights, out, "macs=70%", quick=True), "--epochs", 0, "--export", "", *chosen)
+    words = (*compress_words(small.weights, out, "macs=70%", quick=True), "--epochs", 1, "--export", "", *chosen)
     found = run(*words)
     assert found.exit_code == 0, found.output
     manifest = json.loads((out / "secateur.json").read_text())
@@ -160,7 +160,7 @@ def test_budget_out_of_reach_names_the_choices(small: Small, run: Run, tmp_path:
 
 def test_blocks_are_removed_where_channels_alone_do_not_suffice(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "shallow"
-    words = (*compress_words(small.weights, out, "macs=5%", quick=True), "--epochs", 0, "--export", "")
+    words = (*compress_words(small.weights, out, "macs=5%", quick=True), "--epochs", 1, "--export", "")
     refused = run(*words)
     assert refused.exit_code == 2
     assert "Or let residual blocks go too (--remove-blocks" in _words(refused.stderr)

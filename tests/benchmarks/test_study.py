@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from noise_images import noise_data, noise_split
 
+from benchmarks._record import RESULTS
 from benchmarks.study import FAMILIES, Family, Order, Pruned, Study, Taught, gains, run_study
-from benchmarks.study.results import size_table
+from benchmarks.study.results import equal_size_gains, page_of, size_table, write_tables
 from secateur.data import ImageData
 from secateur.errors import ArtifactError, TrainingError
 from secateur.train import Precision, TrainConfig
@@ -173,3 +174,43 @@ def test_numbers_of_networks_are_kept(whole: tuple[Path, tuple[Any, ...]]) -> No
     assert names == {"tiny-teacher", "tiny-none-seed0", "tiny-kd-seed0", "tiny-kd-hints-seed0"}
     said = json.loads((out / "models" / "tiny-teacher.json").read_text())
     assert {row["teacher_accuracy"] for row in rows} == {said["accuracy"]}
+
+
+def cell(**values: Any) -> dict[str, Any]:
+    return {"family": "a", "seed": 0, "taught": Taught.LABELS.value, "order": Order.BOTH.value, "kept": 0.5,
+            "teacher_accuracy": 0.7, "efficiency_params": 2.0, "cpu_s": 1.0, **values}  # fmt: skip
+
+
+def test_kinds_are_compared_at_equal_size_only() -> None:
+    weights = [cell(pruned=Pruned.WEIGHTS, kept=k, nonzero=100 * k, accuracy=a) for k, a in ((0.5, 0.6), (0.3, 0.4))]
+    cuts = [cell(pruned=Pruned.CHANNELS, kept=0.7, nonzero=n, accuracy=0.45) for n in (40, 51, 60, 20)]
+    found = equal_size_gains([*weights, *cuts])
+    # Halfway between the sizes; just outside; the others are of no size that was pruned.
+    assert found == [(0.7, pytest.approx(0.05)), (0.7, pytest.approx(0.15))]
+    assert equal_size_gains([*cuts, *[{**row, "seed": 1} for row in weights]]) == []
+
+
+def test_one_value_has_no_spread_and_teachers_at_chance_are_left_out() -> None:
+    from secateur._provenance import Provenance
+
+    rows = [
+        cell(pruned=Pruned.WEIGHTS, nonzero=50, accuracy=0.6),
+        cell(pruned=Pruned.CHANNELS, nonzero=50, accuracy=0.1),
+    ]
+    guessing = [{**row, "family": "b", "teacher_accuracy": 0.11} for row in rows]
+    page = page_of([*rows, *guessing], (), Provenance.here("", 0))
+    shown = [" ".join(map(str, row)) for each in page.tables for row in each.rows]
+    assert not any("±" in text for text in shown)
+    assert "60.00 % (PE 2.00)" in " ".join(shown)
+    assert "10.00 % (at chance)" in " ".join(shown)
+    assert [each.title for each in page.tables].count("b") == 0
+    assert "Left out, since their teachers are at chance: b." in page.notes
+
+
+def test_the_tables_of_the_records_are_those_of_the_generator(tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("results.parquet", "study.json", "study.html"):
+        shutil.copy(RESULTS / "study" / name, tmp_path / name)
+    assert write_tables(tmp_path).read_text() == (RESULTS / "study" / "study.md").read_text()
+    assert "none | none" not in (RESULTS / "study" / "study.md").read_text()

@@ -220,7 +220,7 @@ class SearchFlags:
 
     strategy: Annotated[
         str | None,
-        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, python:...", CUT),
+        choice("auto, knapsack, pca, pca-activations, global, uniform, tas, swp, ...", CUT),
     ] = None
     importance: Annotated[
         str | None, choice("reconstruction, l1, l2, fpgm, bn-scale, taylor, lamp, random, python:...", CUT)

@@ -1,15 +1,16 @@
 """Batches of any kind: trees of tensors, or lists of items, and how a model is called with them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from secateur.errors import DataError
 
+AnyBatch = TypeVar("AnyBatch")
 TARGET_KEYS = ("labels", "label", "targets", "target")
 """Keys under which a batch that is a mapping may hold its targets. The first one that is there is taken."""
 
@@ -30,25 +31,115 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a forward pass: a tuple by position, a mapping by name, anything else as one input."""
+    if isinstance(batch, Mapping):
+        return (), dict(cast("Mapping[str, Any]", batch))
+    return (cast("tuple[Any, ...]", batch) if isinstance(batch, tuple) else (batch,)), {}
+
+
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model: a tuple gives positional arguments, a mapping keyword arguments, anything else the one argument."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    """Return what a model gives for a batch, see `arguments_of`."""
+    positional, by_name = arguments_of(inputs)
+    return model(*positional, **by_name)
+
+
+_TARGETS = "targets"
+
+
+def with_targets(inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Return a pair in which the targets are in a mapping, so that no score and no search takes them for labels."""
+    return inputs, {_TARGETS: targets}
+
+
+def targets_of(labels: Any) -> Any:
+    """Return the targets in what `with_targets` made; labels as they are."""
+    return cast("Mapping[str, Any]", labels)[_TARGETS] if has_targets(labels) else labels
+
+
+def has_targets(labels: object) -> bool:
+    """Whether the second part of a pair is what `with_targets` made."""
+    return isinstance(labels, Mapping) and set(cast("Mapping[str, Any]", labels)) == {_TARGETS}
 
 
 def batch_length(tree: Any) -> int:
-    """Return the number of items of a batch: the length of a list of items, or of the first tensor.
+    """Return the number of items of a batch, see `count_images`.
 
     Raises:
         DataError: If there is no tensor.
     """
-    if isinstance(tree, list) and tree:
-        return len(tree)
-    tensor = next((leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    if tensor is None:
+    listed = isinstance(tree, list) and bool(tree)
+    if not listed and not any(isinstance(leaf, Tensor) and leaf.ndim for leaf in tree_leaves(tree)):
         raise DataError(f"A batch must hold tensors with a batch dimension; got {type(tree).__name__}.")
-    return len(tensor)
+    return count_images(tree)
+
+
+def count_images(batch: Any) -> int:
+    """Return the number of images of a batch: the first dimension of its first tensor, or the length of its first list.
+
+    Tensors in a list are images of their own, as in `secateur.trace`. A batch without either counts as one.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    if isinstance(batch, list):
+        return len(cast(list[Any], batch))
+    parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
+    direct = [part for part in cast(tuple[Any, ...], parts) if isinstance(part, Tensor) and part.dim()]
+    if direct:
+        return len(direct[0])
+    inside = (part for part in cast(tuple[Any, ...], parts) if isinstance(part, Mapping | tuple | list))
+    return next((count_images(part) for part in inside), 1)
+
+
+def select_images(batch: AnyBatch, index: Sequence[int]) -> AnyBatch:
+    """Return some images of a batch, in the same form.
+
+    Every tensor whose first dimension is the number of images, and every list of that length, is reduced to them;
+    anything else is passed on.
+    """
+    return cast(AnyBatch, _select(batch, count_images(batch), index))
+
+
+def _select(part: Any, images: int, index: Sequence[int]) -> Any:
+    found = part
+    if isinstance(part, Tensor):
+        if part.dim() and len(part) == images:
+            found = _select_rows(part, index)
+    elif isinstance(part, Mapping):
+        items = cast(Mapping[Any, Any], part).items()
+        found = {name: _select(value, images, index) for name, value in items}
+    elif isinstance(part, tuple):
+        parts = [_select(each, images, index) for each in cast(tuple[Any, ...], part)]
+        found = type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    elif isinstance(part, list):
+        parts = cast(list[Any], part)
+        each = len(parts) == images and not _are_batches(parts, images)
+        found = [parts[i] for i in index] if each else [_select(item, images, index) for item in parts]
+    return found
+
+
+def _select_rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
+    begin = index[0] if len(index) else 0
+    if list(index) == list(range(begin, begin + len(index))):
+        return tensor[begin : begin + len(index)]  # A view, without a copy.
+    return tensor[torch.as_tensor(index).to(tensor.device)]
+
+
+def _are_batches(parts: Sequence[Any], images: int) -> bool:
+    """Whether a list as long as the batch holds batches of images, not images (channels, height, width)."""
+    return all(isinstance(part, Tensor) and part.dim() > 3 and len(part) == images for part in parts)
+
+
+def first_images(batches: Sequence[AnyBatch], most: int) -> list[AnyBatch]:
+    """Return the first images of some batches, in their batches."""
+    found: list[AnyBatch] = []
+    for batch in batches:
+        count = min(count_images(batch), most)
+        if count < 1:
+            break
+        found.append(batch if count == count_images(batch) else select_images(batch, range(count)))
+        most -= count
+    return found
 
 
 def float_tensors(outputs: Any) -> list[Tensor]:
@@ -56,22 +147,19 @@ def float_tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def take(tree: Any, part: slice) -> Any:
-    """Return some items of a batch: of a list its entries, of a tensor its rows; scalars stay as they are.
+def in_float32(outputs: Any) -> Any:
+    """Return outputs with their floating-point tensors in float32, in which losses are computed."""
+    return tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
+
+
+def take(tree: AnyBatch, part: slice) -> AnyBatch:
+    """Return some items of a batch, see `select_images`.
 
     Args:
         tree: Inputs or targets of a batch: tensors and lists of items, also inside of tuples and mappings.
         part: Which items.
     """
-    if isinstance(tree, Tensor):
-        return tree[part] if tree.ndim else tree
-    if isinstance(tree, list):
-        return cast("list[Any]", tree)[part]
-    if isinstance(tree, tuple):
-        return tuple(take(each, part) for each in cast("tuple[Any, ...]", tree))
-    if isinstance(tree, Mapping):
-        return {name: take(each, part) for name, each in cast("Mapping[str, Any]", tree).items()}
-    return tree
+    return select_images(tree, range(*part.indices(count_images(tree))))
 
 
 def move(tree: Any, device: torch.device) -> Any:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur._batches import float_tensors
+from secateur._batches import call_model, count_images, float_tensors, select_images
 from secateur._runtime import run_isolated, with_recurrent_gradients_
 from secateur.distill.logit_losses import feature_loss
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
 from secateur.graph._record import shadow_copy
 from secateur.graph.trace import Example
-from secateur.prune.calibration import count_images, run_batch, select_images
 from secateur.prune.cut import RepairContext
 
 _VALUES_IN_A_STEP, _FEWEST, _MOST = 2**20, 8, 64
@@ -94,9 +93,9 @@ class MatchFeatures:
                 # Both models draw the same numbers, if they draw any.
                 torch.manual_seed(step)
                 with torch.no_grad():
-                    outputs = float_tensors(run_batch(original, images))
+                    outputs = float_tensors(call_model(original, images))
                 torch.manual_seed(step)
-                loss = _output_loss(float_tensors(run_batch(small, images)), outputs)
+                loss = _output_loss(float_tensors(call_model(small, images)), outputs)
                 if recorder is not None:
                     loss = loss + recorder.loss()
                 if not loss.requires_grad:

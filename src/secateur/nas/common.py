@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, nn
 
 from secateur._arrays import IntArray
 from secateur._runtime import copy_model
+from secateur.data.loaders import ItemSplit
 from secateur.errors import BudgetError, DataError
 from secateur.graph.graph import Block, ChannelGraph
 from secateur.nas.supernet import Supernet, measure_batch_norms
 from secateur.search.base import SearchContext
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
 from secateur.train.checkpoint import tensors_of, write_tensors_
 from secateur.train.config import Batches
 from secateur.train.recipes import check_resettable, reset_weights_
@@ -256,8 +261,47 @@ def set_aside(images: Batches, count: int, seed: int) -> tuple[Batches, Batches]
     return rest, part
 
 
+def check_searched_task(task: Task, context: SearchContext, name: str) -> None:
+    """Refuse a task or a model that a search with a supernet is not for.
+
+    Args:
+        task: What the supernet is trained for.
+        context: For the model and its calibration images.
+        name: Of the strategy, for the message.
+
+    Raises:
+        DataError: If there are no targets, or the model does not take one tensor and return one.
+    """
+    if isinstance(task, Imitation):
+        raise DataError(
+            f"`task` must have targets for {name}, which trains a supernet; got Imitation. Use Knapsack or Fastest, "
+            "which need no labels."
+        )
+    if isinstance(task, Classification) or not context.inputs.batches:
+        return
+    inputs: Any = context.inputs.batches[0][0]
+    outputs: Any = None
+    if isinstance(inputs, Tensor):
+        with torch.no_grad():
+            outputs = copy_model(context.inputs.model).eval()(inputs[:2])
+    if not isinstance(outputs, Tensor):
+        got = type(inputs if outputs is None else outputs).__name__
+        raise DataError(
+            f"`model` must take one tensor and return one for {name}; got {got}. Use Knapsack or Fastest, which take "
+            "any model."
+        )
+
+
+def settings_of_task(task: Task) -> dict[str, str]:
+    """Return what a resumed search must have in common; nothing for classifiers, as in the first release."""
+    return {} if task == Classification() else {"task": repr(task)}
+
+
 def _labels_and_subset(images: Batches) -> tuple[IntArray, Callable[[Tensor], Batches]]:
     labels, subset = getattr(images, "labels", None), getattr(images, "subset", None)
+    if labels is None and isinstance(images, ItemSplit):
+        # Targets of other tasks have no classes to take turns by.
+        return np.full(len(images), -1), lambda index: images.subset(index.tolist())
     if not isinstance(labels, Tensor) or subset is None:
         raise DataError(
             f"`data.train` must have `labels` and `subset(index)` to be split in two; got {type(images).__name__}. "
@@ -274,6 +318,8 @@ def _shuffled_by_class(labels: IntArray, seed: int) -> IntArray:
 
 def _check_classes(labels: IntArray, part: IntArray) -> None:
     found = np.unique(labels[part])
+    if found.tolist() == [-1]:
+        return
     if len(found) < 2:
         raise DataError(
             f"`data.train` must give both parts images of two classes or more; got {len(found)} in one of them "

@@ -14,7 +14,17 @@ from secateur._runtime import torch_threads
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph.stages import Stage, find_stages
-from secateur.nas.common import Depths, OriginalWeights, Pretrained, RandomInit, SupernetWeights, Widths, set_aside
+from secateur.nas.common import (
+    Depths,
+    OriginalWeights,
+    Pretrained,
+    RandomInit,
+    SupernetWeights,
+    Widths,
+    check_searched_task,
+    set_aside,
+    settings_of_task,
+)
 from secateur.nas.stagewise import measure_stage_batch_norms, run_stages, stage_effects, stage_features
 from secateur.nas.supernet import Subnet, Supernet, measure_batch_norms, order_by_score, order_digest
 from secateur.nas.swp_candidates import CandidateSpace, StageCandidates
@@ -33,6 +43,8 @@ from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
 from secateur.search.history import SearchHistory
 from secateur.search.importance import Importance
 from secateur.search.importance_data import Reconstruction
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
 from secateur.train.callbacks import Silent
 from secateur.train.checkpoint import Checkpoint, checkpointing, model_sha256
 from secateur.train.config import Batches, RunSettings, TrainConfig
@@ -80,6 +92,7 @@ class SWP(Strategy):
         student_weights: The weights that the student is cut from.
         workers: Where candidates are scored: `InProcess`, or `OnRay`. The result has the same bits; see
             `held_out_losses`.
+        task: The loss of the full net. `secateur.compress` puts its own task here.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or a number is out of range.
@@ -104,6 +117,7 @@ class SWP(Strategy):
     init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
     student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
     workers: Workers = InProcess()  # noqa: RUF009 -- frozen
+    task: Task = field(default=Classification(), repr=False)
 
     def __post_init__(self) -> None:
         if self.widths is None and self.depths is None:
@@ -141,6 +155,7 @@ class SWP(Strategy):
         """
         if context.training is None:
             raise DataError("`data` must hold training images for SWP; got none. Pass data=secateur.load_data(...).")
+        check_searched_task(self.task, context, "SWP")
         self.student_weights.check(context)
         # Modules made in inference mode could not be trained.
         with torch.inference_mode(mode=False), torch.enable_grad():
@@ -161,7 +176,9 @@ class SWP(Strategy):
         supernet = copy_to_device(Supernet(self.init.of(inputs.model, inputs.seed), inputs.graph, order), fabric.device)
         learned, scored = set_aside(data.train, self.held_out, inputs.seed)
         train = replace(self.train, seed=inputs.seed)
-        config = SWPSearchConfig(options, self.sampler, self.supervision, learned, data.augment, train, fabric)
+        config = SWPSearchConfig(
+            options, self.sampler, self.supervision, learned, data.augment, train, fabric, self.task
+        )
         calibration = tuple(images.to(fabric.device) for images, _ in inputs.batches[:_CALIBRATION])
         if not calibration:
             raise DataError("`batches` must hold training images for SWP, to measure batch norms on; got none.")
@@ -233,6 +250,7 @@ class SWP(Strategy):
             "space": repr(context.space),
             "seed": str(context.inputs.seed),
             "model": model_sha256(context.inputs.model),
+            **settings_of_task(self.task),
         }
 
 

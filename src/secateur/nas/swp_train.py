@@ -5,13 +5,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from secateur._arrays import IntArray
@@ -21,6 +20,8 @@ from secateur.graph.stages import Stage
 from secateur.nas.stagewise import run_stages, stage_features, stage_losses, stage_variances
 from secateur.nas.supernet import Supernet
 from secateur.nas.swp_candidates import CandidateRows, CandidateSpace, StageOptions
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
 from secateur.train.checkpoint import Tensors
 from secateur.train.config import Batches, TrainConfig, epoch_batches
 from secateur.train.device import channels_last
@@ -101,18 +102,18 @@ class SupervisionTarget:
 
     Attributes:
         outputs: Outputs of every stage, float32 or better, detached.
-        labels: (batch,) class numbers.
+        labels: (batch,) class numbers, or the targets of another task.
         averaged: Returns the mean of a tensor over the processes, each of which has a part of the batch; None if there
             is one process.
     """
 
     outputs: tuple[Tensor, ...]
-    labels: Tensor
+    labels: Any
     averaged: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(
-        cls, outputs: Sequence[Tensor], labels: Tensor, averaged: Callable[[Tensor], Tensor] | None = None
+        cls, outputs: Sequence[Tensor], labels: Any, averaged: Callable[[Tensor], Tensor] | None = None
     ) -> "SupervisionTarget":
         """Return the target of outputs of any precision."""
         # bfloat16 has too few digits for differences of features; float64 models stay as they are.
@@ -183,11 +184,17 @@ class SoftLabels(Supervision):
 
 @dataclass(frozen=True)
 class Labels(Supervision):
-    """Cross-entropy with the labels, without distillation, for models without stages."""
+    """The loss of the task with the labels, without distillation, for models without stages.
+
+    Attributes:
+        task: See `SWP`.
+    """
+
+    task: Task = field(default=Classification(), repr=False)
 
     def losses(self, outputs: Sequence[Tensor], target: SupervisionTarget) -> Tensor:
-        """Return the cross-entropy."""
-        return F.cross_entropy(outputs[-1].float(), target.labels).reshape(1)
+        """Return the loss of the task: the cross-entropy of classifiers."""
+        return self.task.loss(outputs[-1].float(), target.labels).reshape(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +209,7 @@ class SWPSearchConfig:
         augment: Augmentation of the images.
         train: Epochs, batch size of all processes together, learning rate, optimizer and seed.
         fabric: Devices and precision.
+        task: The loss of the full net.
     """
 
     options: CandidateSpace
@@ -211,6 +219,7 @@ class SWPSearchConfig:
     augment: Any
     train: TrainConfig
     fabric: "Fabric"
+    task: Task = Classification()  # noqa: RUF009 - frozen
 
 
 class SupernetStep(TrainingStep):
@@ -256,7 +265,7 @@ class SupernetStep(TrainingStep):
     def learn(self, shard: Shard) -> Losses:
         """See `TrainingStep.learn`: gradients of all networks are added up, then all weights move once.
 
-        The loss is  CE(full net, labels) + mean over the other networks of the sum over the stages of the supervision's
+        The loss is  L(full net, labels) + mean over the other networks of the sum over the stages of the supervision's
         loss. No gradient crosses a cut, nor reaches the full net through what it teaches.
         """
         config, supernet, stages = self.config, self._supernet, self.config.options.stages
@@ -264,7 +273,7 @@ class SupernetStep(TrainingStep):
         self._weights.zero_grad()
         with self.fabric.autocast(), nullcontext() if config.sampler.full_learns else torch.no_grad():
             logits, stage_inputs = stage_features(supernet, stages, images)
-        full = F.cross_entropy(logits.float(), labels)
+        full = config.task.loss(logits.float(), labels)
         if config.sampler.full_learns:
             # At once, so that the activations of the full net are free before the other networks run.
             self.fabric.backward(full)

@@ -18,6 +18,8 @@ from secateur.nas.common import (
     ReferenceDepths,
     SupernetWeights,
     Widths,
+    check_searched_task,
+    settings_of_task,
     split_in_half,
 )
 from secateur.nas.mixture import Interpolate, WidthExpansion, ZeroPad
@@ -29,6 +31,8 @@ from secateur.search.base import Proposal, SearchContext, Strategy, stable_repr
 from secateur.search.history import SearchHistory
 from secateur.search.importance import L1, Importance
 from secateur.search.importance_data import Reconstruction
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import SGD, Batches, TrainConfig
 from secateur.train.device import copy_to_device, fabric_precision, resolve_fabric
@@ -73,6 +77,7 @@ class TAS(Strategy):
         init: The weights that the search begins with.
         student_weights: The weights that the student is cut from.
         separate_norms: Whether every candidate width has a scale and a shift of its own at each batch norm.
+        task: The loss of weights and architecture. `secateur.compress` puts its own task here.
 
     Raises:
         BudgetError: If neither widths nor depths are searched, or the tolerance is out of range.
@@ -93,6 +98,7 @@ class TAS(Strategy):
     init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
     student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
     separate_norms: bool = False
+    task: Task = field(default=Classification(), repr=False)
 
     @classmethod
     def paper(cls, *, imagenet: bool = False) -> "TAS":
@@ -173,6 +179,7 @@ class TAS(Strategy):
         """
         if context.training is None:
             raise DataError("`data` must hold training images for TAS; got none. Pass data=secateur.load_data(...).")
+        check_searched_task(self.task, context, "TAS")
         self.student_weights.check(context)
         # Modules made in inference mode could not be trained.
         with torch.inference_mode(mode=False), torch.enable_grad():
@@ -239,6 +246,7 @@ class TAS(Strategy):
             temperature=self.temperature,
             expansion=self.expansion,
             fabric=fabric,
+            task=self.task,
         )
 
     def _settings(self, context: SearchContext, config: TASSearchConfig, supernet: Supernet) -> Mapping[str, str]:
@@ -257,4 +265,5 @@ class TAS(Strategy):
             "validation": "none" if config.validation is None else f"{len(config.validation)} images",
             "augment": repr(config.augment),
             "calibration": f"{sum(map(len, config.calibration))} images",
+            **settings_of_task(self.task),
         }

@@ -4,24 +4,26 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray
+from secateur._batches import batch_length, call_model, in_float32
 from secateur.cost.budget import Cost
 from secateur.errors import TrainingError
 from secateur.nas.mixture import WidthExpansion
 from secateur.nas.supernet import Subnet, Supernet, measure_batch_norms
 from secateur.nas.tas_cost import Derived, ExpectedCost, derive
 from secateur.nas.tas_sampler import SampledWidths, WidthDistribution, draw
+from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification
 from secateur.train.config import Batches, TrainConfig, epoch_batches
-from secateur.train.device import Precision, channels_last
-from secateur.train.evaluate import measure_score
+from secateur.train.device import Precision
+from secateur.train.evaluate import in_channels_last, measure_score
 from secateur.train.trainer import EpochReport, EpochSummary, Learner, Losses, Shard, TrainingStep
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ class TASSearchConfig:
         temperature: Temperature of the draws.
         expansion: How the narrower width of a draw is seen at the wider one.
         fabric: Device, processes and precision.
+        task: The loss of both halves, and the metric of the derived network.
     """
 
     cost: ExpectedCost
@@ -138,6 +141,7 @@ class TASSearchConfig:
     temperature: LinearTemperature | CosineTemperature
     expansion: WidthExpansion
     fabric: "Fabric"
+    task: Task = Classification()  # noqa: RUF009 - frozen
 
 
 COST_WEIGHT = 2.0
@@ -169,7 +173,7 @@ class TASStep(TrainingStep):
         self.learners = {"supernet": self._weights, "distribution": self._alpha}
         self.generators = {"noise": self.noise}
 
-    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Any, ...]]:
         """See `TrainingStep.batches`: images and labels for the weights, then images and labels for alpha."""
         config, device = self._config, self.fabric.device
         # The halves may differ by one image, and so by one batch: the shorter one ends the epoch.
@@ -199,9 +203,9 @@ class TASStep(TrainingStep):
         images, labels, other_images, other_labels = shard.tensors
         processes = self.fabric.world_size
         # A mean over a shard counts by its images, so that the mean over the processes is that of the batch.
-        share = len(labels) * processes / shard.sizes[1]
+        share = batch_length(images) * processes / shard.sizes[1]
         total = self.update_weights(images, labels, temperature, share)
-        share = len(other_labels) * processes / shard.sizes[3]
+        share = batch_length(other_images) * processes / shard.sizes[3]
         return Losses(self.update_alpha(other_images, other_labels, temperature, share), total)
 
     def temperature(self, step: int) -> float:
@@ -209,38 +213,38 @@ class TASStep(TrainingStep):
         # The last step is at fraction 1; a search of a single step has only the first temperature.
         return self._config.temperature.at(step / max(self.train.epochs * self.steps - 1, 1))
 
-    def update_weights(self, images: Tensor, labels: Tensor, temperature: float, share: float = 1.0) -> Tensor:
+    def update_weights(self, images: Any, labels: Any, temperature: float, share: float = 1.0) -> Tensor:
         """Update the weights once, with alpha fixed.
 
         Args:
             images: A batch, or this process's part of one.
-            labels: Class numbers of the images.
+            labels: Class numbers of the images, or the targets of another task.
             temperature: tau of the draw.
             share: Weight of the part, see `learn`; 1 for a whole batch.
 
         Returns:
-            The weighted cross-entropy.
+            The weighted loss of the task.
         """
         # Gradients of alpha are neither needed nor computed.
         with torch.no_grad():
             drawn = self._draw(temperature)
         self._weights.zero_grad()
-        loss = self._cross_entropy(images, labels, drawn) * share
+        loss = self._loss(images, labels, drawn) * share
         self.fabric.backward(loss)
         self._weights.update()
         return loss.detach()
 
-    def update_alpha(self, images: Tensor, labels: Tensor, temperature: float, share: float = 1.0) -> dict[str, Tensor]:
+    def update_alpha(self, images: Any, labels: Any, temperature: float, share: float = 1.0) -> dict[str, Tensor]:
         """Update alpha once, with the weights fixed; see `update_weights`.
 
         Returns:
-            The weighted cross-entropy "architecture" and the "cost".
+            The weighted loss "architecture" and the "cost".
         """
         # Gradients of the weights are neither needed nor computed.
         for weight in self._weights.parameters:
             weight.requires_grad = False
         drawn = self._draw(temperature)
-        loss = self._cross_entropy(images, labels, drawn) * share
+        loss = self._loss(images, labels, drawn) * share
         # The cost is the same in all processes, so that its gradient needs no share.
         cost = self._config.cost.loss(self.distribution).to(loss)
         self._alpha.zero_grad()
@@ -254,10 +258,11 @@ class TASStep(TrainingStep):
     def _draw(self, temperature: float) -> SampledWidths:
         return draw(self.supernet, self.distribution, temperature, self._config.expansion, self.noise)
 
-    def _cross_entropy(self, images: Tensor, labels: Tensor, drawn: SampledWidths) -> Tensor:
+    def _loss(self, images: Any, labels: Any, drawn: SampledWidths) -> Tensor:
+        run = partial(self.supernet, drawn.subnet, mixture=drawn.mixture)
         with self.fabric.autocast():
-            logits = self.supernet(drawn.subnet, channels_last(images), mixture=drawn.mixture)
-        return F.cross_entropy(logits.float(), labels)
+            outputs = call_model(run, in_channels_last(images))
+        return self._config.task.loss(in_float32(outputs), labels)
 
     def derived(self) -> Derived:
         """Return the architecture that alpha leads to now."""
@@ -365,7 +370,7 @@ class TASStep(TrainingStep):
         result = measure_score(
             _FixedSubnet(self.supernet, subnet, statistics).eval(),
             config.validation,
-            task=Classification(),
+            task=config.task,
             batch_size=250,
             precision=Precision.FLOAT32,
             device=self.fabric.device,
@@ -383,5 +388,5 @@ class _FixedSubnet(nn.Module):
         super().__init__()
         self.supernet, self._subnet, self._tensors = supernet, subnet, tensors
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.supernet(self._subnet, images, tensors=self._tensors)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.supernet(self._subnet, *inputs, tensors=self._tensors, **named)

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from secateur._batches import batch_length, call_model, float_tensors, move, take
+from secateur._batches import batch_length, call_model, float_tensors, move, take, targets_of, with_targets
 from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
@@ -54,7 +54,7 @@ from secateur.pipeline.workspace import (
     shared_run_directory,
 )
 from secateur.prune.masks import nonzero_params
-from secateur.prune.weight_pruning import Sparsify, WeightPruning
+from secateur.prune.weight_pruning import Sparsify, WeightPruning, WeightScore
 from secateur.report.graph_layers import axis_sizes_in_order
 from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
@@ -143,14 +143,14 @@ def compress(
     cut = replace(
         cut,
         calibration_images=min(cut.calibration_images, len(images.train)),
-        weight_pruning=_weight_pruning(limits, cut.weight_pruning),
+        weight_pruning=with_task(_weight_pruning(limits, cut.weight_pruning), task),
     )
     plan = Plan(
         model=model,
         data=images,
         task=task,
         budget=limits,
-        strategy=strategy_of_run(strategy, limits, cut.space, target),
+        strategy=with_task(strategy_of_run(strategy, limits, cut.space, target), task),
         cut=cut,
         recovery=_recovery_for(task, images, recovery, run.seed),
         target=target,
@@ -224,13 +224,46 @@ def _recovery_for(task: Task, data: ImageData | OwnData, recovery: RecoveryConfi
 def _labeled(
     task: Task, data: ImageData | OwnData, batches: Sequence[tuple[Any, Any]]
 ) -> tuple[tuple[Any, Tensor], ...]:
-    """The batches with labels that importances and searches can learn from: -1, which is no class, for other tasks."""
+    """The batches with labels or targets that importances and searches can learn from; -1, no class, without any."""
     if isinstance(task, Classification):
         classes = len(data.classes) or 2**31
         for _, labels in batches:
             check_labels(labels, classes)
         return tuple(batches)
-    return tuple((inputs, torch.full((batch_length(inputs),), -1)) for inputs, _ in batches)
+    return tuple(
+        (inputs, torch.full((batch_length(inputs),), -1)) if targets is None else with_targets(inputs, targets)
+        for inputs, targets in batches
+    )
+
+
+Configured = TypeVar("Configured")
+
+
+def with_task(config: Configured, task: Task) -> Configured:
+    """Return a strategy or a pruning whose parts, however deep, have the task of the run.
+
+    Args:
+        config: A frozen dataclass. Its fields named ``task`` get the task, and scores of weights its loss, unless they
+            have a loss already; fields that are configurations too are searched. The same object if nothing changes.
+        task: The task of the run.
+    """
+    if isinstance(task, Classification) or not is_dataclass(config) or isinstance(config, type | Task):
+        return config
+    changes: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name == "task" and isinstance(value, Task):
+            changes[each.name] = task
+        elif each.name == "loss" and value is None and isinstance(config, WeightScore):
+            changes[each.name] = task.loss
+        elif isinstance(value, tuple):
+            items = cast("tuple[Any, ...]", value)
+            made = [with_task(item, task) for item in items]
+            if any(new is not old for new, old in zip(made, items, strict=True)):
+                changes[each.name] = tuple(made)
+        elif each.init and (new := with_task(value, task)) is not value:
+            changes[each.name] = new
+    return replace(config, **changes) if changes else config
 
 
 def _flush_denormals_(plan: Plan, original: nn.Module, images: Any) -> None:
@@ -280,7 +313,7 @@ def _recover(
         )
         steps.append(_measured(plan, "recovered", student))
         return None, student
-    zeros = zeros_for(plan, cut_student, batches if isinstance(plan.task, Classification) else ())
+    zeros = zeros_for(plan, cut_student, [(inputs, targets_of(labels)) for inputs, labels in batches])
     trained = _train(plan, cut_student, work, zeros)
     if trained is not None and (trained.best_epoch > 0 or zeros is not None):
         student = trained.model

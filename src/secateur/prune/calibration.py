@@ -1,4 +1,4 @@
-"""Calibration batches of any form: how a model runs on one, how many images it holds, and which are held out.
+"""Calibration batches: whether a model can run on them, and which images are held out.
 
 A batch takes the forms that `secateur.trace` takes as an example: one input, a tuple of positional inputs, a mapping of
 inputs by name, or a list of images as the one input of a detector.
@@ -7,12 +7,12 @@ inputs by name, or a list of images as the one input of a detector.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from secateur._batches import AnyBatch, arguments_of, count_images, select_images
 from secateur.errors import SurgeryError
 from secateur.graph.trace import Example
 
@@ -20,21 +20,6 @@ FEWEST_TO_SPLIT = 8
 """With fewer calibration images, none is held out: two could not tell a good repair from a bad one."""
 _EVERY = 4
 """Every fourth batch or image is held out: three quarters fit, one quarter judges."""
-
-AnyBatch = TypeVar("AnyBatch")
-
-
-def arguments_of(batch: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a forward pass: a tuple by position, a mapping by name, anything else as one input."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}
-
-
-def run_batch(model: nn.Module, batch: Example) -> Any:
-    """Return the output of a model for a batch, see `arguments_of`."""
-    positional, by_name = arguments_of(batch)
-    return model(*positional, **by_name)
 
 
 def check_batches(model: nn.Module, batches: Sequence[Example], argument: str) -> None:
@@ -67,74 +52,6 @@ def _form(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a mapping with {', '.join(map(str, cast(Mapping[Any, Any], batch))) or 'no names'}"
     return f"a tuple of {len(cast(tuple[Any, ...], batch))}" if isinstance(batch, tuple) else type(batch).__name__
-
-
-def count_images(batch: Any) -> int:
-    """Return the number of images of a batch: the first dimension of its first tensor, or the length of its first list.
-
-    Tensors in a list are images of their own, as in `secateur.trace`. A batch without either counts as one.
-    """
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    if isinstance(batch, list):
-        return len(cast(list[Any], batch))
-    parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
-    direct = [part for part in cast(tuple[Any, ...], parts) if isinstance(part, Tensor) and part.dim()]
-    if direct:
-        return len(direct[0])
-    inside = (part for part in cast(tuple[Any, ...], parts) if isinstance(part, Mapping | tuple | list))
-    return next((count_images(part) for part in inside), 1)
-
-
-def select_images(batch: AnyBatch, index: Sequence[int]) -> AnyBatch:
-    """Return some images of a batch, in the same form.
-
-    Every tensor whose first dimension is the number of images, and every list of that length, is reduced to them;
-    anything else is passed on.
-    """
-    return cast(AnyBatch, _select(batch, count_images(batch), index))
-
-
-def _select(part: Any, images: int, index: Sequence[int]) -> Any:
-    found = part
-    if isinstance(part, Tensor):
-        if part.dim() and len(part) == images:
-            found = _select_rows(part, index)
-    elif isinstance(part, Mapping):
-        items = cast(Mapping[Any, Any], part).items()
-        found = {name: _select(value, images, index) for name, value in items}
-    elif isinstance(part, tuple):
-        parts = [_select(each, images, index) for each in cast(tuple[Any, ...], part)]
-        found = type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-    elif isinstance(part, list):
-        parts = cast(list[Any], part)
-        each = len(parts) == images and not _are_batches(parts, images)
-        found = [parts[i] for i in index] if each else [_select(item, images, index) for item in parts]
-    return found
-
-
-def _select_rows(tensor: Tensor, index: Sequence[int]) -> Tensor:
-    begin = index[0] if len(index) else 0
-    if list(index) == list(range(begin, begin + len(index))):
-        return tensor[begin : begin + len(index)]  # A view, without a copy.
-    return tensor[torch.as_tensor(index).to(tensor.device)]
-
-
-def _are_batches(parts: Sequence[Any], images: int) -> bool:
-    """Whether a list as long as the batch holds batches of images, not images (channels, height, width)."""
-    return all(isinstance(part, Tensor) and part.dim() > 3 and len(part) == images for part in parts)
-
-
-def first_images(batches: Sequence[AnyBatch], most: int) -> list[AnyBatch]:
-    """Return the first images of some batches, in their batches."""
-    found: list[AnyBatch] = []
-    for batch in batches:
-        count = min(count_images(batch), most)
-        if count < 1:
-            break
-        found.append(batch if count == count_images(batch) else select_images(batch, range(count)))
-        most -= count
-    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import call_model, count_images
 from secateur._runtime import run_isolated
 from secateur.errors import SurgeryError
 from secateur.graph._record import shadow_copy
 from secateur.graph.trace import Example
-from secateur.prune.calibration import count_images, run_batch
 
 _Parts = list[list[Tensor]]
 """What one output is: for every batch its tensors, one or, where every image has a tensor of its own, several."""
@@ -249,5 +249,5 @@ def _run(model: nn.Module, images: Sequence[Example]) -> list[dict[str, list[Ten
         # Both models draw the same numbers, if they draw any.
         torch.manual_seed(0)
         for batch in images:
-            outputs.append(named_outputs(run_batch(model, batch), count_images(batch)))
+            outputs.append(named_outputs(call_model(model, batch), count_images(batch)))
     return outputs

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur._batches import call_model, count_images
 from secateur._runtime import run_isolated
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.graph.trace import Example
-from secateur.prune.calibration import count_images, run_batch
 from secateur.prune.cut import RepairContext
 from secateur.prune.narrow_branches import original_module, original_names
 from secateur.prune.slice import KeptByDim, kept_positions_by_tensor
@@ -225,7 +225,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
         layer.track_running_stats = False
     with run_isolated(model), torch.no_grad():
         for batch in _join_single_image(images):
-            run_batch(model, batch)
+            call_model(model, batch)
     return {
         name: (total / count, (squares / count - (total / count).square()).clamp_min(0))
         for name, (total, squares, count) in sums.items()
@@ -324,7 +324,7 @@ class Refit:
         hooks = [layer.register_forward_pre_hook(hook(sampler), with_kwargs=True) for layer, sampler in layers]
         try:
             with run_isolated(small), torch.no_grad():
-                run_batch(small, batch)
+                call_model(small, batch)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -559,7 +559,7 @@ def run_observed(
                 made.append(Counter())
                 # A run that ends early raises out of the model's forward.
                 with contextlib.suppress(_AllSeen):
-                    run_batch(model, batch)
+                    call_model(model, batch)
     finally:
         for handle in hooks:
             handle.remove()

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur._batches import move
 from secateur.errors import BudgetError, SparsityError
 from secateur.prune.masks import Scores, Weights, apply_masks, check_density, get_masks, prunable_weights, set_masks_
 from secateur.prune.weight_scores import (
     Batch,
+    Loss,
     erk_counts,
     keep_globally,
     keep_largest,
@@ -180,35 +182,51 @@ class RandomScore(WeightScore):
 
 @dataclass(frozen=True)
 class TaylorScore(WeightScore):
-    """Scores of `taylor_scores` with the cross-entropy."""
+    """Scores of `taylor_scores`.
+
+    Attributes:
+        loss: The mean loss of a batch of outputs and targets; None is the cross-entropy. `secateur.compress` puts that
+            of its task here.
+    """
+
+    loss: Loss | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return taylor_scores(model, weights, batches, F.cross_entropy)
+        return taylor_scores(model, weights, batches, self.loss or F.cross_entropy)
 
 
 @dataclass(frozen=True)
 class SnipScore(WeightScore):
-    """Scores of `snip_scores` with the cross-entropy."""
+    """Scores of `snip_scores`.
+
+    Attributes:
+        loss: The mean loss of a batch of outputs and targets; None is the cross-entropy. `secateur.compress` puts that
+            of its task here.
+    """
+
+    loss: Loss | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return snip_scores(model, weights, batches, F.cross_entropy)
+        return snip_scores(model, weights, batches, self.loss or F.cross_entropy)
 
 
 @dataclass(frozen=True)
 class MovementScore(WeightScore):
-    """Scores of `movement_scores` with the cross-entropy.
+    """Scores of `movement_scores`.
 
     Attributes:
         learning_rate: The learning rate of its steps, >= 0.
+        loss: See `TaylorScore`.
     """
 
     learning_rate: float = 0.01
+    loss: Loss | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, model: nn.Module, weights: Weights, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """See `WeightScore`."""
-        return movement_scores(model, weights, batches, F.cross_entropy, learning_rate=self.learning_rate)
+        return movement_scores(model, weights, batches, self.loss or F.cross_entropy, learning_rate=self.learning_rate)
 
 
 class Allocation(ABC):
@@ -323,7 +341,7 @@ class WeightPruning:
         # Read through the masks: what was pruned before is 0 here, so it scores lowest and stays pruned.
         weights = prunable_weights(model, exclude=self.exclude)
         device = next(iter(weights.values())).device
-        here = [(images.to(device), labels.to(device)) for images, labels in batches]
+        here = [move(batch, device) for batch in batches]
         return self.allocation(self.score(model, weights, here), density)
 
     def density_within(self, model: nn.Module, nonzero: float) -> float:

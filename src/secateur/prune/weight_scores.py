@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import call_model
 from secateur._runtime import Batch, copy_model, with_recurrent_gradients_
 from secateur.errors import SparsityError
 from secateur.prune.masks import Counts, Scores, Weights, check_density, check_same_names, make_permanent_
@@ -147,7 +148,7 @@ def _sum_over_batches(
     for inputs, labels in batches:
         # The caller may have switched gradients off.
         with torch.enable_grad():
-            value = loss(copied(inputs), labels)
+            value = loss(call_model(copied, inputs), labels)
         # A weight that the loss does not reach has gradient 0, and so score 0.
         gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         with torch.no_grad():

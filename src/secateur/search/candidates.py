@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from secateur._batches import count_images, first_images
 from secateur._files import disk_errors, write_atomic
 from secateur._provenance import sha256_of_json
 from secateur.cost.budget import Cost, format_cost
@@ -24,7 +25,7 @@ from secateur.cost.runtimes import OnnxRuntime, Target, TorchEager
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.export._common import InputTensors
 from secateur.graph.trace import Example
-from secateur.prune.calibration import count_images, first_images, split_calibration
+from secateur.prune.calibration import split_calibration
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
 from secateur.prune.repair import RecalibrateBatchNorm, Refit

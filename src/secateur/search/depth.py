@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from secateur._batches import first_images
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.graph._record import shadow_copy
 from secateur.graph.trace import Example
-from secateur.prune.calibration import first_images, split_calibration
+from secateur.prune.calibration import split_calibration
 from secateur.prune.culprits import cut_exactly
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance

@@ -22,7 +22,8 @@ class ScoringInputs:
         model: The traced model, in any mode.
         graph: Its channel graph.
         batches: (images (n, ...), labels (n,) int64) pairs, normalized as the model expects them, on its device.
-            Instead of images, also a tuple of positional inputs or a mapping of inputs by name, as `secateur.trace`
+            Targets of tasks without classes are in a mapping, ``{"targets": ...}``. Instead of images, also a tuple of
+            positional inputs or a mapping of inputs by name, as `secateur.trace`
             takes them. Importances that read only weights do not need any.
         seed: For those that draw random numbers.
         class_logits: Whether outputs of shape (n, classes) are class logits, of which softmax does not see a common

@@ -4,25 +4,27 @@ Both read the channels of an axis from the activations of a running model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._batches import arguments_of, call_model, count_images, first_images, has_targets, targets_of
 from secateur._runtime import with_recurrent_gradients_
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
 from secateur.graph.trace import Example
-from secateur.prune.calibration import arguments_of, count_images, first_images, run_batch
 from secateur.prune.distance import named_outputs, spread_per_image
 from secateur.search.importance import Importance, ScoringInputs, checked_scores
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
 
 
 def readers(model: nn.Module, example: tuple[Any, ...], names: set[str]) -> dict[str, str]:
@@ -103,8 +105,9 @@ def is_batch_norm(module: nn.Module) -> bool:
 class Taylor(Importance):
     """Change of the loss when a channel becomes zero wherever it is read, to first order.
 
-    For one batch with mean cross-entropy L:  |sum over w reading the channel of w * dL/dw|. The weights that read a
-    channel x are those of the convolutions and linears with the axis at their input; for them the sum is
+    For one batch with the mean loss L of the task, such as the cross-entropy:
+    |sum over w reading the channel of w * dL/dw|. The weights that read a channel x are those of the convolutions and
+    linears with the axis at their input; for them the sum is
     sum over images and positions of x * dL/dx, the derivative by a gate on the channel. The score is the mean over
     the batches; since the absolute value is taken first, many small batches tell more than few large ones. The model
     runs in evaluation mode. An axis that no weight reads (the queries of an attention) sums over all its sites.
@@ -114,17 +117,22 @@ class Taylor(Importance):
     ResNet-20 for CIFAR-10 cut to 70 % of its MACs by one ranking, no repairs: accuracy 0.28 with all sites, 0.51 with
     the reading weights (first 1,000 test images, 256 images to score).
 
+    Attributes:
+        task: Its loss is L. `secateur.compress` puts its own task here.
+
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv:1906.10771, Section 3: the first-order
         criterion with gates. The paper squares the sum; the absolute value ranks one
         batch alike and keeps the unit.
     """
 
+    task: Task = field(default=Classification(), repr=False)
+
     def scores(self, inputs: ScoringInputs) -> dict[str, FloatArray]:
-        """(axis size,) per axis, in nats.
+        """(axis size,) per axis, in units of the loss.
 
         Raises:
-            DataError: If there are no batches or the model's output is not logits for the labels.
+            DataError: If there are no batches, or no loss can be computed of them.
             ModelError: If a score is not finite.
         """
         if not inputs.batches:
@@ -138,7 +146,7 @@ class Taylor(Importance):
         axes = inputs.graph.prunable
         sums = {axis.name: np.zeros(axis.size) for axis in axes}
         for batch in inputs.batches:
-            products = _weight_times_gradient(model, parameters, batch)
+            products = _weight_times_gradient(model, parameters, batch, self.task)
             for axis in axes:
                 sums[axis.name] += np.abs(_channel_sums(axis, products))
         scores = {name: total / len(inputs.batches) for name, total in sums.items()}
@@ -146,12 +154,15 @@ class Taylor(Importance):
 
 
 def _weight_times_gradient(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: tuple[Example, Tensor]
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: tuple[Example, Any], task: Task
 ) -> dict[str, FloatArray]:
     """w * dL/dw of every parameter, as float64 on the CPU."""
-    images, labels = batch
+    inputs, targets = batch
     with torch.enable_grad():
-        loss = functional.cross_entropy(_logits(model, parameters, images, labels), labels)
+        if isinstance(task, Classification):
+            loss = task.loss(_logits(model, parameters, inputs, targets), targets)
+        else:
+            loss = _loss_of_task(task, model, parameters, inputs, targets)
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     gradients = cast("tuple[Tensor | None, ...]", found)  # the stubs forget allow_unused
     return {
@@ -159,6 +170,29 @@ def _weight_times_gradient(
         for (name, weight), gradient in zip(parameters.items(), gradients, strict=True)
         if gradient is not None
     }
+
+
+def _loss_of_task(
+    task: Task, model: nn.Module, parameters: Mapping[str, Tensor], inputs: Example, targets: Any
+) -> Tensor:
+    named = f"the loss of {type(task).__name__} with gradients"
+    if isinstance(task, Imitation) or not has_targets(targets):
+        raise DataError(
+            f"`batches` must hold targets for Taylor, whose scores are derivatives of a loss; got none ({named}). Use "
+            "Reconstruction, which needs no labels."
+        )
+    positional, by_name = arguments_of(inputs)
+    try:
+        loss = task.loss(torch.func.functional_call(model, dict(parameters), positional, by_name), targets_of(targets))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"`task` must give a loss of outputs in evaluation mode for Taylor; {type(task).__name__} stopped with: "
+            f"{reason}. Use Reconstruction, which needs no labels."
+        ) from error
+    if not loss.requires_grad:
+        raise DataError(f"`task` must give {named} for Taylor; got one without. Use Reconstruction.")
+    return loss
 
 
 def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Example, labels: Tensor) -> Tensor:
@@ -360,7 +394,7 @@ class _Moments:
             given.clear()
             with torch.enable_grad():
                 # Clones, because a model may write into its input.
-                outputs = run_batch(shadow, tree_map_only(Tensor, _fresh, batch))
+                outputs = call_model(shadow, tree_map_only(Tensor, _fresh, batch))
                 projected = probe.of(outputs, count_images(batch))
                 calls = [(name, out) for name, outs in given.items() for out in outs]
                 gradients: Sequence[Tensor | None] = [None] * len(calls)
@@ -492,7 +526,7 @@ class _Probe:
             for batch in self._batches:
                 here = count_images(batch)
                 # A copy, because a model may write into its input.
-                outputs = run_batch(model, tree_map_only(Tensor, torch.clone, batch))
+                outputs = call_model(model, tree_map_only(Tensor, torch.clone, batch))
                 for name, tensors in named_outputs(outputs, here).items():
                     parts.setdefault(name, []).append(tensors)
                 images += here

@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
+from secateur._batches import first_images
 from secateur._files import disk_errors, write_atomic
 from secateur._provenance import sha256_of_json
 from secateur.architecture import Architecture
@@ -29,7 +30,7 @@ from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
 from secateur.graph.trace import Example
-from secateur.prune.calibration import first_images, split_calibration
+from secateur.prune.calibration import split_calibration
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._batches import call_model
 from secateur._runtime import torch_threads
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.trace import Example
-from secateur.prune.calibration import run_batch
 from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_by_name
 from secateur.search.importance_data import channel_positions, readers
@@ -82,7 +82,7 @@ def observing_covariance(
     try:
         with torch.no_grad():
             for images in batches:
-                run_batch(model, images)
+                call_model(model, images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import call_model, count_images, first_images, select_images
 from secateur.errors import SurgeryError
-from secateur.prune.calibration import (
-    check_batches,
-    count_images,
-    first_images,
-    run_batch,
-    select_images,
-    split_calibration,
-)
+from secateur.prune.calibration import check_batches, split_calibration
 
 Named = namedtuple("Named", "left right")
 
@@ -102,9 +96,9 @@ class Both(nn.Module):
 
 def test_tuples_go_by_position_and_mappings_by_name():
     one, two = torch.ones(2), torch.zeros(2)
-    assert torch.equal(run_batch(Both(), (one, two)), one)
-    assert torch.equal(run_batch(Both(), {"two": one, "one": two}), -one)
-    assert torch.equal(run_batch(nn.Identity(), one), one)
+    assert torch.equal(call_model(Both(), (one, two)), one)
+    assert torch.equal(call_model(Both(), {"two": one, "one": two}), -one)
+    assert torch.equal(call_model(nn.Identity(), one), one)
 
 
 @pytest.mark.parametrize(

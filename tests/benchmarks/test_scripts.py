@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-WITHOUT_HELP = {"first_contact.py", "latency.py"}
+WITHOUT_HELP = {"latency.py"}
 """Scripts that take only names."""
 
 RUN_ALL = """

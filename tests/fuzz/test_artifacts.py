@@ -105,7 +105,7 @@ def test_thousands_of_signed_weights(good: Good, tmp_path: Path):
         (("schema",), 0, "at least 1"),
         (("source", "kind"), "python", "`trust_source` must be True"),
         (("source",), {"kind": "python", "name": "os:system", "arguments": {}}, "`trust_source` must be True"),
-        (("source", "kind"), "factory", "`trust_source` must be True"),
+        (("source", "kind"), "factory", "`factory` must build the original"),
         (("source",), {"kind": "timm", "name": "hf-hub:evil/net", "arguments": {}}, "a name that timm knows"),
         (("source",), {"kind": "timm", "name": "local-dir:/etc", "arguments": {}}, "a name that timm knows"),
         (("source",), {"kind": "timm", "name": "../../x", "arguments": {}}, "a name that timm knows"),

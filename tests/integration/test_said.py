@@ -7,7 +7,7 @@ from command_line import Run, compress_words
 
 
 def test_quiet_is_one_line(run: Run, digits_weights: Path, tmp_path: Path):
-    words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 0)
+    words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 1)
     found = run(*words, "--export", "", "--quiet")
     assert found.exit_code == 0, found.output
     (line,) = found.stdout.splitlines()

@@ -305,6 +305,8 @@ class _Records:
                 self._write_plan()
                 self._tidy(done)
                 left = (time.monotonic() - began) / number * (total - number)
+                if self._rounds.seconds is not None:
+                    left = min(left, max(self._rounds.seconds - self.spent, 0.0))
                 said = f"failed: {run.error}" if run.error else self._job.task.metric.text(run.score)
                 LOGGER.info(f"Run {number} of {total}, {run.name}: {said} in {run.seconds:.0f} s{_eta(left)}.")
 

@@ -118,6 +118,7 @@ class Winner:
         ahead: Mean score of the winner - that of the runner-up, positive where it is better.
         low: Lower end of the 95 % interval of ``ahead``; NaN if it is unknown.
         high: Upper end.
+        runs: Number of runs at the budget, failed ones included.
     """
 
     budget: str
@@ -131,6 +132,7 @@ class Winner:
     ahead: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    runs: int = 0
 
     @property
     def clear(self) -> bool:
@@ -144,8 +146,9 @@ class Winner:
     def sentence(self, metric: Metric) -> str:
         """The winner in words."""
         if not self.strategy:
-            return f"{self.budget}: every run failed."
-        said = f"{self.budget}: {self.strategy} is best, {metric.text(self.score)} validation {metric.words}"
+            return f"{self.budget}: {'every run failed' if self.runs else 'no run was made'}."
+        best = "is best" if self.runner_up else "alone has finished"
+        said = f"{self.budget}: {self.strategy} {best}, {metric.text(self.score)} validation {metric.words}"
         said += f" (mean of {self.seeds} seeds, {metric.text(self.least)} to {metric.text(self.most)})"
         said = said if self.seeds > 1 else f"{said.partition(' (mean')[0]} (one seed)"
         if math.isfinite(self.test_score):
@@ -241,11 +244,11 @@ def find_winner(budget: str, runs: Sequence[ComparedRun], metric: Metric) -> Win
         by_name.setdefault(run.strategy, []).append(run)
     ranked = sorted(by_name, key=lambda name: -mean(metric.key(run.score) for run in by_name[name]))
     if not ranked:
-        return Winner(budget)
+        return Winner(budget, runs=len(runs))
     best = by_name[ranked[0]]
     scores = [run.score for run in best]
     tests = [run.test_score for run in best]
-    found = Winner(budget, ranked[0], mean(scores), min(scores), max(scores), len(best), mean(tests))
+    found = Winner(budget, ranked[0], mean(scores), min(scores), max(scores), len(best), mean(tests), runs=len(runs))
     if len(ranked) < 2:
         before = [run for run in runs if run.ok and run.round == best[0].round - 1 and run.strategy != ranked[0]]
         if not before:

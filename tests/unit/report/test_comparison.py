@@ -54,6 +54,8 @@ def test_a_strategy_with_a_failed_seed_does_not_win():
             run_of("b", seed=1, score=0.5)]  # fmt: skip
     assert find_winner("macs<=50%", runs, TOP1).strategy == "b"
     assert find_winner("macs<=50%", [failed_run("a")], TOP1).sentence(TOP1) == "macs<=50%: every run failed."
+    assert find_winner("macs<=50%", [], TOP1).sentence(TOP1) == "macs<=50%: no run was made."
+    assert "a alone has finished, 90.00 %" in find_winner("x", [run_of("a"), failed_run("b")], TOP1).sentence(TOP1)
 
 
 def test_the_last_round_counts():

@@ -311,6 +311,7 @@ def test_failed_export_keeps_the_artifact_and_says_so(
     found = run(*compress_words(digits_weights, tmp_path / "out", quick=True), "--epochs", 1, "--quiet")
     _refused(found, "model.onnx", "this operation is not in ONNX")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "history.csv",
         "model.safetensors",
         "report.html",
         "secateur.json",

@@ -383,7 +383,7 @@ def pruned(problem: Problem, base: nn.Module) -> nn.Module:
 
 
 def _is_last(layer: nn.Module, model: nn.Module, example: Tensor) -> bool:
-    """Whether the channels of a layer are outputs of the model."""
+    """Whether the channels of a layer must stay, because they reach the outputs of the model."""
     from secateur.graph import trace
 
     name = next(name for name, module in model.named_modules() if module is layer)
@@ -391,7 +391,7 @@ def _is_last(layer: nn.Module, model: nn.Module, example: Tensor) -> bool:
     axes = [
         axis for axis in graph.axes if any(site.tensor == f"{name}.weight" and site.dim == 0 for site in axis.sites)
     ]
-    return any(axis.frozen_because and "output" in axis.frozen_because for axis in axes)
+    return any(axis.frozen_because for axis in axes)
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

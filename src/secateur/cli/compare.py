@@ -127,6 +127,7 @@ def compare_command(
 
     checks, inputs = Checks(), Inputs(model, weights, data, images, compared.seed)
     inputs.check(checks)
+    checks.add(inputs.check_classifies)
     limits = checks.add(lambda: [Budget.parse(each) for each in budget])
     strategies = checks.add(lambda: named_strategies(compared.strategy, trust_source=images.trust_source))
     race, run = checks.add(compared.to_race), checks.add(compared.to_run)

@@ -14,9 +14,11 @@ from torch import nn
 
 from secateur.data import ImageData
 from secateur.pipeline import (
+    DEFAULT_REPAIRS,
     CompressResult,
     CutConfig,
     DistillResult,
+    KeepWeights,
     ModelSpec,
     RecoveryConfig,
     RunConfig,
@@ -55,8 +57,10 @@ def run_compress(model: nn.Module, data: ImageData, *, hear: Hear | None = None,
     """Run `compress`; ``hear`` is called with every sentence that it logs.
 
     Unless the settings say something else (``strategy=None`` leaves it open), nothing is chosen by measuring, which
-    takes long and never repeats exactly: `Knapsack` searches, with a divisor of 1, and times are pretended.
+    takes long and never repeats exactly: `Knapsack` searches, with a divisor of 1, and times are pretended. Repairs are
+    those in closed form.
     """
+    settings = {"init": KeepWeights(repairs=DEFAULT_REPAIRS), **settings}
     if "latency" not in str(settings["budget"]) and settings.get("strategy", True) is not None:
         space = settings.get("space", SearchSpace())
         pinned = replace(space, divisor=1) if space.divisor is None else space

@@ -109,7 +109,11 @@ def test_thousands_of_signed_weights(good: Good, tmp_path: Path):
         (("source",), {"kind": "timm", "name": "hf-hub:evil/net", "arguments": {}}, "a name that timm knows"),
         (("source",), {"kind": "timm", "name": "local-dir:/etc", "arguments": {}}, "a name that timm knows"),
         (("source",), {"kind": "timm", "name": "../../x", "arguments": {}}, "a name that timm knows"),
-        (("source",), {"kind": "torchvision", "name": "resnet18\x1b[2J", "arguments": {}}, "for classification, segmentation or detection"),
+        (
+            ("source",),
+            {"kind": "torchvision", "name": "resnet18\x1b[2J", "arguments": {}},
+            "for classification, segmentation or detection",
+        ),
         (("source", "name"), "cifar_resnet110", "must have the tensors"),
         (("source", "arguments"), {"num_classes": 2**40}, "`num_classes` must be at most 131072"),
         (("source", "arguments"), {"in_channels": 2**31}, "`in_channels` must be at most 4096"),

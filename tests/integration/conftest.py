@@ -43,6 +43,7 @@ def digits_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(digits_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Small:
     """The whole way, once."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    said = secateur(*compress_words(digits_weights, folder, quick=True), "--epochs", 2, "--export", "onnx,pt2")
+    one = ("--strategy", "knapsack", "--divisor", 1)
+    said = secateur(*compress_words(digits_weights, folder), *one, "--epochs", 2, "--export", "onnx,pt2")
     assert said.exit_code == 0, said.output
     return Small(digits_weights, folder, said)

@@ -187,6 +187,7 @@ def test_artifact_can_be_compressed_again(small: Small, run: Run, tmp_path: Path
     found = run(
         *("compress", "--model", small.folder, "--data", "digits", "--budget", "macs=60%", "--out", out),
         *("--epochs", 1, "--export", "", "--threads", 1, "--quiet", "--strategy", "knapsack", "--divisor", 1),
+        *("--target", "torch"),
     )
     assert found.exit_code == 0, found.output
     assert is_artifact(out)
@@ -230,6 +231,7 @@ def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_pat
 
 def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ("--epochs", 1, "--export", "", "--limit", 600, "--strategy", "tas", "--search-epochs", 3)
+    words = (*words, "--target", "torch")
     whole = run(*compress_words(small.weights, tmp_path / "whole"), *words)
     assert whole.exit_code == 0, whole.output
     parts = (*compress_words(small.weights, tmp_path / "parts"), *words)
@@ -247,7 +249,8 @@ def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, m
 
 def test_a_student_from_scratch(run: Run, small: Small, tmp_path: Path):
     out = tmp_path / "out"
-    words = ("--export", "", "--strategy", "uniform", "--from-scratch", "--epochs", 4, "--lr", 0.05)
+    words = ("--export", "", "--strategy", "uniform", "--divisor", 1, "--from-scratch", "--epochs", 4, "--lr", 0.05)
+    words = (*words, "--target", "torch")
     found = run(*compress_words(small.weights, out), *words)
     assert found.exit_code == 0, found.output
     steps = {s["step"]: s["top1"] for s in json.loads((out / "secateur.json").read_text())["metrics"]["test_accuracy"]}

@@ -8,7 +8,7 @@ from command_line import Run, compress_words
 
 def test_quiet_is_one_line(run: Run, digits_weights: Path, tmp_path: Path):
     words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 1)
-    found = run(*words, "--export", "", "--quiet")
+    found = run(*words, "--export", "", "--quiet", "--target", "torch")
     assert found.exit_code == 0, found.output
     (line,) = found.stdout.splitlines()
     assert line.startswith("digits_resnet: 50.")
@@ -18,7 +18,7 @@ def test_quiet_is_one_line(run: Run, digits_weights: Path, tmp_path: Path):
 
 def test_json_is_lines_for_machines(run: Run, digits_weights: Path, tmp_path: Path):
     words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 1)
-    found = run(*words, "--limit", 256, "--export", "", "--json")
+    found = run(*words, "--limit", 256, "--export", "", "--json", "--target", "torch")
     assert found.exit_code == 0, found.output
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     kinds = [line["kind"] for line in lines]

@@ -143,6 +143,7 @@ def compress(
     images = run_data(data, run.seed)
     cut = replace(
         cut,
+        init=cut.init.settled(trains=recovery.trains),
         calibration_images=min(cut.calibration_images, len(images.train)),
         weight_pruning=with_task(_weight_pruning(limits, cut.weight_pruning), task),
     )

@@ -81,7 +81,6 @@ class CutInput:
         graph: The channel graph of both.
         images: Calibration batches, normalized, on the models' device.
         seed: Random seed of new weights.
-        is_trained: Whether the cut model is trained afterward.
     """
 
     original: nn.Module
@@ -89,7 +88,6 @@ class CutInput:
     graph: ChannelGraph
     images: Sequence[Tensor]
     seed: int
-    is_trained: bool = True
 
 
 class StudentInit(ABC):
@@ -111,6 +109,11 @@ class StudentInit(ABC):
     @abstractmethod
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """Return the student before any training; the cut is verified with the weights of the uncut model."""
+
+    def settled(self, *, trains: bool) -> "StudentInit":
+        """Return this with everything decided that depends on whether training follows."""
+        del trains
+        return self
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,14 @@ class KeepWeights(StudentInit):
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `StudentInit.cut`."""
-        default = DEFAULT_REPAIRS if uncut.is_trained else (*DEFAULT_REPAIRS, MatchFeatures())
-        repairs = default if self.repairs is None else tuple(self.repairs)
+        repairs = DEFAULT_REPAIRS if self.repairs is None else tuple(self.repairs)
         return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=repairs)
+
+    def settled(self, *, trains: bool) -> "KeepWeights":
+        """See `StudentInit.settled`: with the repairs that are meant."""
+        if self.repairs is not None:
+            return self
+        return KeepWeights(DEFAULT_REPAIRS if trains else (*DEFAULT_REPAIRS, MatchFeatures()))
 
 
 @dataclass(frozen=True)
@@ -470,8 +478,6 @@ class Plan:
         }
         if cut.allow_not_run:
             found["allow_not_run"] = "True"
-        if not self.recovery.trains:
-            found["training"] = "none"  # Then the repairs are others.
         if cut.flush_denormals:
             found["flush_denormals"] = "yes"
         if cut.weight_pruning is not None:

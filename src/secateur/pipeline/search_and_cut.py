@@ -81,9 +81,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
             graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
         images = [images for images, _ in batches]
-        uncut = CutInput(
-            original, _trained(original, result), graph, images, plan.run.seed, is_trained=plan.recovery.trains
-        )
+        uncut = CutInput(original, _trained(original, result), graph, images, plan.run.seed)
         pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
             break

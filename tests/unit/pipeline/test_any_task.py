@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend import Pretend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -131,7 +132,7 @@ def test_every_task_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     model = make()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     # The default exports and times a dozen candidates, which two tasks are enough for.
-    one = {} if name in {"segmentation", "detection"} else {"strategy": Knapsack()}
+    one = {} if name in {"segmentation", "detection"} else {"strategy": Knapsack(), "target": Pretend()}
     settings = {"task": task, "out": tmp_path / "out", "export": (), **one, **RUN}
     found = secateur.compress(model, data_of(kind), "macs=60%", **settings)
     assert all(check.passed for check in found.report.checks), [c for c in found.report.checks if not c.passed]
@@ -165,7 +166,7 @@ def test_imitation_ends_no_farther_than_the_repairs_left_it() -> None:
 def test_a_loader_of_ones_own_classifies_and_keeps_its_batch_size() -> None:
     loader = DataLoader(Squares("classes"), batch_size=8, shuffle=True)
     data = (loader, Squares("classes", 24))
-    found = secateur.compress(pooled_net(2), data, "macs=60%", strategy=Knapsack(), **RUN)
+    found = secateur.compress(pooled_net(2), data, "macs=60%", strategy=Knapsack(), target=Pretend(), **RUN)
     assert found.report.metric.is_share
     assert found.trained is not None
     assert any("No test split was given" in note for note in found.report.notes)

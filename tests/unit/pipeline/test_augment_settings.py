@@ -22,8 +22,9 @@ MODEL = nn.Linear(2, 2)
 def of_distillation(data: ImageData) -> dict[str, str]:
     spec = ModelSpec(MODEL)
     return DistillPlan(
-        student=spec, teacher=spec, data=data, train=TrainConfig(1), objective=Objective(), hint_stage=None,
-        teacher_cache=None, execution=Eager(), run=RunConfig(), fabric=open_fabric(),
+        student=spec, teacher=spec, data=data, task=Classification(), train=TrainConfig(1), recover=None,
+        objective=Objective(), hint_stage=None, teacher_cache=None, execution=Eager(), run=RunConfig(),
+        fabric=open_fabric(),
     ).settings()  # fmt: skip
 
 

@@ -153,5 +153,6 @@ def test_a_resumed_student_from_scratch_is_the_same(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(("epochs", "times"), [(0, 1), (1, 0)])
 def test_features_are_matched_only_where_no_training_follows(epochs: int, times: int):
     train = TrainConfig(epochs=epochs, batch_size=32)
-    found = run_compress(model(), data(), budget="macs=50%", strategy=Uniform(), train=train, callbacks=Silent())
+    settings = {"budget": "macs=50%", "strategy": Uniform(), "train": train, "callbacks": Silent()}
+    found = run_compress(model(), data(), init=KeepWeights(), **settings)
     assert sum(note.startswith("MatchFeatures") for note in found.report.notes) == times

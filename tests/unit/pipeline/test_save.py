@@ -231,7 +231,7 @@ def test_python_model_beside_an_artifact(in_process: Path) -> None:
         (("verify", "{}", "--model", "python:my_net_of_a_test:net"), "needs your consent"),
         (("verify", "{}", "--model", "python:my_net_of_a_test:other", "--trust-source"), "builds another model"),
         (("verify", "{}", "--model", "{}"), "must be given one artifact folder"),
-        (("verify",), "must be given an artifact folder"),
+        (("verify",), "must be given one artifact folder"),
         (("inspect", "--model", "{}", "--weights", "{}"), "must not be given with an artifact"),
         (("inspect", *NET, "--weights", "{}/.."), "secateur.json"),
     ],

@@ -153,7 +153,7 @@ def test_progress_is_reported():
         (GlobalImportance(), "GlobalImportance(importance=L2(), normalize=by_axis_mean)"),
         (
             PCASlimming(FilterWeights(Correlation())),
-            "PCASlimming(source=FilterWeights(matrix=Correlation()), importance=L2())",
+            "PCASlimming(source=FilterWeights(matrix=Correlation(), stretched=True), importance=L2())",
         ),
         (SearchSpace(divisor=8), "SearchSpace(min_width=1, divisor=8, min_kept_fraction=0.25, rules=())"),
         (L2, "<class 'secateur.search.importance.L2'>"),

@@ -288,7 +288,7 @@ class CompressResult:
     @property
     def failed(self) -> tuple[str, ...]:
         """The failed checks in words; empty if all passed."""
-        return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
+        return self.report.failures
 
 
 DEFAULT_STRATEGY: Strategy = Fastest()
@@ -426,8 +426,24 @@ class Output:
     factory: str
 
 
+def describe_data(data: ImageData | OwnData) -> str:
+    """Return what makes two data sets the same to a run, as text."""
+    return f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}"
+
+
+class LoggedRun:
+    """A run that may have several processes, of which the first one logs."""
+
+    fabric: "Fabric"
+
+    def log(self, message: str) -> None:
+        """Log one sentence, in the first of several processes."""
+        if self.fabric.is_global_zero:
+            LOGGER.info(message)
+
+
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(LoggedRun):
     """One run of `compress`, checked and complete; see there for the fields."""
 
     model: nn.Module
@@ -452,17 +468,12 @@ class Plan:
         """Name of the model."""
         return self.run.name or type(self.model).__name__
 
-    def log(self, message: str) -> None:
-        """Log one sentence, in the first of several processes."""
-        if self.fabric.is_global_zero:
-            LOGGER.info(message)
-
     def settings(self) -> dict[str, str]:
         """Everything that decides the cut student, as text by name: two runs with the same settings are the same."""
         data, cut = self.data, self.cut
         found = {
             "model": f"{type(self.model).__name__} {model_sha256(self.model)[:16]}",
-            "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "data": describe_data(data),
             "augment": repr(data.augment),
             "task": repr(self.task),
             "budget": str(self.budget),

@@ -20,7 +20,7 @@ from secateur.distill.objective import Objective, Term
 from secateur.errors import TrainingError
 from secateur.export.formats import Format, check_formats
 from secateur.models.source import ModelSource
-from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
+from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     CLASSIFICATION,
@@ -104,11 +104,11 @@ class DistillResult:
     @property
     def failed(self) -> tuple[str, ...]:
         """The failed checks in words; empty if all passed."""
-        return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
+        return self.report.failures
 
 
 @dataclass(frozen=True, eq=False)
-class DistillPlan:
+class DistillPlan(LoggedRun):
     """One run of `distill_model`, checked and complete; see there for the fields."""
 
     student: ModelSpec
@@ -124,18 +124,13 @@ class DistillPlan:
     run: RunConfig
     fabric: "Fabric"
 
-    def log(self, message: str) -> None:
-        """Log one sentence, in the first of several processes."""
-        if self.fabric.is_global_zero:
-            LOGGER.info(message)
-
     def settings(self) -> dict[str, str]:
         """Return what decides the result, as text by name, beside the settings that training checkpoints hold."""
         data = self.data
         return {
             "student": model_sha256(self.student.model),
             "teacher": model_sha256(self.teacher.model),
-            "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "data": describe_data(data),
             "augment": repr(data.augment),
             **({} if isinstance(self.task, Classification) else {"task": repr(self.task)}),
             "hints": "none" if self.hint_stage is None else repr(self.hint_stage.train),

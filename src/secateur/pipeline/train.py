@@ -18,7 +18,7 @@ from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
 from secateur.export.formats import Format, check_formats
-from secateur.pipeline.config import LOGGER, Output, RunConfig, safe_config
+from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.distill import ModelSpec
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import check_model_fits_data, check_output, fabric_for, shared_run_directory
@@ -57,11 +57,11 @@ class TrainResult:
     @property
     def failed(self) -> tuple[str, ...]:
         """The failed checks in words; empty if all passed."""
-        return tuple(f"{check.name}: {check.detail}" for check in self.report.checks if not check.passed)
+        return self.report.failures
 
 
 @dataclass(frozen=True, eq=False)
-class TrainPlan:
+class TrainPlan(LoggedRun):
     """One run of `train_model`, checked and complete; see there for the fields."""
 
     model: ModelSpec
@@ -74,17 +74,12 @@ class TrainPlan:
     run: RunConfig
     fabric: "Fabric"
 
-    def log(self, message: str) -> None:
-        """Log one sentence, in the first of several processes."""
-        if self.fabric.is_global_zero:
-            LOGGER.info(message)
-
     def settings(self) -> dict[str, str]:
         """Return what decides the result, as text by name, beside the settings that training checkpoints hold."""
         data = self.data
         return {
             "model": model_sha256(self.model.model),
-            "data": f"{data.name}: {len(data.train)} training images of {data.size}, {data.mean}, {data.std}",
+            "data": describe_data(data),
             "augment": repr(data.augment),
             "task": repr(self.task),
             "seed": str(self.run.seed),

@@ -291,6 +291,11 @@ class RunReport:
         return html_table(f"{self.model}, {self.budget}" if self.budget else self.model, columns)
 
     @property
+    def failures(self) -> tuple[str, ...]:
+        """The failed checks in words; empty if all passed."""
+        return tuple(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
+
+    @property
     def recovered(self) -> bool:
         """Whether the last step has a better score than one between it and the original."""
         keys = [step.score.metric.key(step.score.value) for step in self.steps]

@@ -254,7 +254,7 @@ def _learn(
             plan.student.model,
             teacher=plan.teacher.model,
             data=plan.data,
-            task=Classification(),
+            task=plan.task,
             device=plan.fabric.device,
             seed=plan.run.seed,
             folder=None if work is None else work.own_loop,

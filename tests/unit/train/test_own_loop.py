@@ -16,7 +16,7 @@ import secateur
 from secateur.cost import Budget
 from secateur.errors import ArtifactError, TrainingError
 from secateur.pipeline import CutConfig, ModelSpec, OnExisting, RecoveryConfig, RunConfig, distill_model
-from secateur.tasks import Imitation
+from secateur.tasks import Imitation, Regression, Task
 from secateur.train import RecoverContext, Silent
 
 CUT = CutConfig(calibration_images=32, space=secateur.SearchSpace(divisor=1))
@@ -242,6 +242,20 @@ def test_distill_takes_a_loop_too(tmp_path: Path) -> None:
     assert not torch.equal(found.model[1].weight, student[1].weight)
     with pytest.raises(TrainingError, match="must return finite weights"):
         distill_model(ModelSpec(student), teacher=ModelSpec(teacher), data=images, train=nan_weights, run=run())
+
+
+def test_a_loop_of_a_distillation_is_told_the_task() -> None:
+    tasks: list[Task] = []
+
+    def loop(student: nn.Module, _teacher: nn.Module, _splits: Any, context: RecoverContext) -> nn.Module:
+        tasks.append(context.task)
+        return student
+
+    draw = torch.Generator().manual_seed(1)
+    numbers = TensorDataset(torch.randn(32, 3, 8, 8, generator=draw), torch.randn(32, 3, generator=draw))
+    teacher, student = ModelSpec(net(16)), ModelSpec(net())
+    distill_model(student, teacher=teacher, data=(numbers, numbers), train=loop, task=Regression(), run=run())
+    assert tasks == [Regression()]
 
 
 def test_a_cut_model_is_an_ordinary_one_to_pickle() -> None:

@@ -26,6 +26,8 @@ _MOST_BYTES = 2**28
 
 _RECENT = 4
 """Files that are kept as they are."""
+_TEMPLATES = 4
+"""Templates of one structure: trying one takes milliseconds, an export takes seconds."""
 
 Structure = tuple[object, ...]
 
@@ -47,14 +49,15 @@ class _Template:
 class OnnxTemplates:
     """The exported files of one search, by the structure of the models."""
 
-    _known: dict[Structure, _Template | None] = field(default_factory=dict[Structure, _Template | None])
+    _known: dict[Structure, list[_Template]] = field(default_factory=dict[Structure, list[_Template]])
     _recent: dict[Structure, bytes] = field(default_factory=dict[Structure, bytes])
 
     def content(self, model: nn.Module, inputs: InputTensors) -> bytes:
         """Return the content of an ONNX file that takes the time of a model.
 
         Its weights are random. Its outputs are compared with those of the model with the same random weights; where
-        they differ, the model itself is exported, and so are all others of its structure.
+        they differ from those of every template, the model itself is exported and becomes one more template: constants
+        that are no weights, such as the channels that a shortcut pads, can be the same in the next cut.
 
         Args:
             model: In eval mode, on the CPU; not changed.
@@ -77,23 +80,23 @@ class OnnxTemplates:
         return content
 
     def _made(self, structure: Structure, drawn: nn.Module, inputs: InputTensors) -> bytes:
-        if structure not in self._known:
-            content = onnx_bytes(drawn, inputs)
-            self._known[structure] = _Template(content, _transposed(content, drawn))
-        template = self._known[structure]
-        if template is not None:
+        templates = self._known.setdefault(structure, [])
+        for template in templates:
             content = _exchanged(template, drawn, len(inputs[0]))
             if _agrees(content, drawn, inputs):
                 return content
-            self._known[structure] = None
-        return onnx_bytes(drawn, inputs)
+        content = onnx_bytes(drawn, inputs)
+        if len(templates) < _TEMPLATES:
+            templates.append(_Template(content, _transposed(content, drawn)))
+        return content
 
 
 def drawn_copy(model: nn.Module) -> nn.Module:
     """Return a copy with random weights that keep activations near 1, and with batch norms that change nothing.
 
     Weights of two dimensions or more have the deviation sqrt(2 / inputs) (He et al., arXiv:1502.01852); biases are
-    0, all other vectors 1.
+    0, all other vectors 1. A batch norm's variance is 1 - eps: the exporter folds it into the weights before it, which
+    are exchanged, so that its factor must be exactly 1.
     """
     drawn, generator = copy_model(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -109,7 +112,7 @@ def drawn_copy(model: nn.Module) -> nn.Module:
             mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
             if isinstance(mean, Tensor) and isinstance(variance, Tensor):
                 mean.zero_()
-                variance.fill_(1.0)
+                variance.fill_(1.0 - float(getattr(module, "eps", 0.0)))
     return drawn
 
 

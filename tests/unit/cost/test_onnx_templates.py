@@ -65,6 +65,31 @@ def test_files_of_cuts_compute_what_the_cuts_compute(
     assert len(exports) <= 3
 
 
+def test_a_factor_that_the_exporter_folds_into_weights_does_not_hide_a_template(exports: list[nn.Module]) -> None:
+    """Batch norms divide by sqrt(variance + eps); MobileNetV3 has an eps of 0.001 and many of them."""
+    templates, images = OnnxTemplates(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for width in (8, 5):
+        layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width, eps=0.5), nn.Hardswish(), nn.Conv2d(width, 4, 3)]
+        model = nn.Sequential(*layers).eval()
+        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+    assert len(exports) == 1
+
+
+def test_constants_that_come_again_are_found_in_another_template(exports: list[nn.Module]) -> None:
+    """Cuts of digits_resnet pad different numbers of channels; each number is exported once."""
+    cuts, images = _cuts("digits_resnet", (1, 8, 8))
+    templates = OnnxTemplates()
+    for model in cuts:
+        templates.content(model, (images,))
+    before = len(exports)
+    templates._recent.clear()
+    for model in cuts:
+        templates.content(model, (images,))
+    assert len(exports) == before > 1
+
+
 def test_weights_are_drawn_without_denormals_and_activations_stay_near_one() -> None:
     model, _ = load_model("cifar_resnet56", seed=0)
     with torch.no_grad():

@@ -28,6 +28,7 @@ from secateur.export._common import (
     quiet,
     write_errors,
 )
+from secateur.export._runtime_child import without_telemetry
 
 _MAX_WEIGHT_BYTES = 1_900_000_000
 """One ONNX file is one protobuf message of at most 2 GiB; the rest is for the graph."""
@@ -110,7 +111,8 @@ def open_session(
         optimized: Where to write the model with constants and batch norms folded, without optimizations for this
             machine; such a session is slower.
     """
-    import onnxruntime
+    with without_telemetry():
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

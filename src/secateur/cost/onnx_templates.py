@@ -146,7 +146,7 @@ class _Paddings(TorchDispatchMode):
         super().__init__()
         self.found: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.constant_pad_nd.default:
             tensor, sides = args[:2]
             # Torch lists the last axis first, and leaves out the axes before those that are padded.

@@ -204,7 +204,7 @@ def made(network: Network, model: nn.Module, data: ImageData, strategy: Strategy
             run=RunConfig(callbacks=Silent()),
         )
         search, small, steps = found.search, found.model, found.report.steps
-        accuracy = (steps[0].accuracy.top1, steps[-1].accuracy.top1)
+        accuracy = (steps[0].score.value, steps[-1].score.value)
     else:
         batches = list(data.train.batches(32))[: (CALIBRATION + JUDGING) // 32]
         fit, held_out = batches[: CALIBRATION // 32], tuple(images for images, _ in batches[CALIBRATION // 32 :])

@@ -203,6 +203,7 @@ def compress(
         report=report,
         folder=folder,
         files=files,
+        described=cut_student.described,
     )
 
 
@@ -384,7 +385,8 @@ def _finished(
     search, cut = cut_student.search, plan.cut
     uncounted = filter(None, (cut_student.graph.uncounted_text,))
     own = plan.data.notes if isinstance(plan.data, OwnData) else ()
-    doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained))
+    stale = filter(None, (cut_student.described.warning,))
+    doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained), *stale)
     report = _report(plan, cut_student, trained, student, steps)
     if plan.output is not None and plan.fabric.is_global_zero:
         few = move(take(images, slice(32)), plan.device)

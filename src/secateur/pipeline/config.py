@@ -36,6 +36,7 @@ from secateur.graph.untie import untie
 from secateur.models.source import ModelSource
 from secateur.pipeline.workspace import OnExisting
 from secateur.prune.cut import Cut, Repair, RepairResult, cut
+from secateur.prune.described_widths import DescribedWidths
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import MeasuredLatency, RunReport
@@ -196,6 +197,7 @@ class CutStudent:
         search: The result of the search.
         verification: The comparison of sliced and masked model.
         repairs: What each repair did.
+        described: What became of numbers that describe widths and are not read by the forward pass.
     """
 
     original: nn.Module
@@ -204,6 +206,7 @@ class CutStudent:
     search: SearchResult
     verification: Verification
     repairs: tuple[RepairResult, ...]
+    described: DescribedWidths = field(default_factory=DescribedWidths)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -219,6 +222,8 @@ class CompressResult:
         report: Every number: before and after, accuracy on the way, widths, checks, latency, provenance.
         folder: The artifact, or None if none was asked for.
         files: All files that were written.
+        described: Numbers of the model that describe widths and that its forward pass does not read, such as
+            ``num_features``: which ones follow the cut, and which are stale.
     """
 
     model: nn.Module
@@ -229,6 +234,7 @@ class CompressResult:
     report: RunReport
     folder: Path | None = None
     files: tuple[Path, ...] = ()
+    described: DescribedWidths = field(default_factory=DescribedWidths)
 
     def __repr__(self) -> str:
         steps = " -> ".join(f"{step.name} {step.score.text}" for step in self.report.steps)

@@ -21,6 +21,7 @@ from secateur.graph.graph import ChannelGraph
 from secateur.pipeline.config import CutInput, CutStudent, Plan
 from secateur.pipeline.workspace import CutState, RunDirectory
 from secateur.prune.cut import Cut, RepairResult
+from secateur.prune.described_widths import update_described_widths_
 from secateur.prune.masks import make_permanent_, nonzero_params
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
@@ -98,7 +99,9 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
     result = replace(result, weights=None)  # The cut has taken what it needs of them.
     if work is not None:
         work.write(_state(result, pruned))
-    return CutStudent(original, pruned.model, pruned.graph, result, pruned.verification, pruned.repairs)
+    return CutStudent(
+        original, pruned.model, pruned.graph, result, pruned.verification, pruned.repairs, pruned.described
+    )
 
 
 def _strategy(plan: Plan, work: RunDirectory | None) -> Strategy:
@@ -312,6 +315,7 @@ def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutSt
     graph = graph.with_frozen({name: why for name, why in left.frozen if graph.by_name[name].frozen_because is None})
     graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
+    described = update_described_widths_(original, student, graph)
     _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(
@@ -325,7 +329,7 @@ def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutSt
         not_run=tuple(fields.get("not_run", ())),
     )
     repairs = tuple(RepairResult.from_json(repair) for repair in left.repairs)
-    return CutStudent(original, student, graph, SearchResult.from_json(left.search), verification, repairs)
+    return CutStudent(original, student, graph, SearchResult.from_json(left.search), verification, repairs, described)
 
 
 def _fill_(student: nn.Module, left: CutState) -> None:

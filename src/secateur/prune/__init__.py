@@ -2,6 +2,7 @@
 
 from secateur.prune.calibration import CalibrationSplit, split_calibration
 from secateur.prune.cut import Cut, Repair, RepairContext, RepairResult, cut
+from secateur.prune.described_widths import DescribedWidth, DescribedWidths, update_described_widths_
 from secateur.prune.distance import OutputDistance, output_distance
 from secateur.prune.masked_reference import zero_branches_
 from secateur.prune.masks import (
@@ -80,6 +81,8 @@ __all__ = [
     "ChannelExpansion",
     "Cubic",
     "Cut",
+    "DescribedWidth",
+    "DescribedWidths",
     "ERKAllocation",
     "ExpandChannels",
     "GlobalAllocation",
@@ -144,5 +147,6 @@ __all__ = [
     "taylor_scores",
     "uniform_counts",
     "update_declared_sizes_",
+    "update_described_widths_",
     "zero_branches_",
 ]

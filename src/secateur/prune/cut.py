@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from secateur.graph.graph import ChannelGraph
 from secateur.graph.trace import Example
 from secateur.prune.calibration import CalibrationSplit, check_batches, split_calibration
 from secateur.prune.culprits import cut_exactly
+from secateur.prune.described_widths import DescribedWidths, update_described_widths_
 from secateur.prune.distance import OutputDistance
 from secateur.prune.optimizer_state import AnyOptimizer, slice_optimizer_state
 from secateur.prune.slice import check_architecture
@@ -101,6 +102,8 @@ class Cut:
         verification: The comparison of the sliced with the masked model, before repairs.
         repairs: The effect of each repair.
         original: The model that was cut: the caller's own, not a copy.
+        described: What became of numbers that describe widths and that the forward pass does not read, such as
+            ``num_features``: which ones follow the cut, and which are stale.
     """
 
     model: nn.Module
@@ -109,6 +112,7 @@ class Cut:
     verification: Verification
     repairs: tuple[RepairResult, ...] = ()
     original: nn.Module | None = None
+    described: DescribedWidths = field(default_factory=DescribedWidths)
 
     def slice_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
         """Return an optimizer of the cut model that goes on where an optimizer of the original was.
@@ -180,10 +184,11 @@ def cut(
         warnings.warn(
             _describe_frozen(exact.verification.frozen), stacklevel=3
         )  # The caller of the decorated function.
+    described = update_described_widths_(model, exact.model, exact.graph)
     split = CalibrationSplit(tuple(calibration), tuple(held_out)) if held_out else split_calibration(calibration)
     context = RepairContext(model, exact.graph, exact.architecture, split.fit)
     results = _repair_(exact.model, context, repairs, split)
-    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results, model)
+    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results, model, described)
 
 
 def _describe_frozen(frozen: Sequence[tuple[str, str]]) -> str:

@@ -81,5 +81,13 @@ def record_cut_(small: nn.Module, names: dict[int, str], changed: Iterable[Place
     CutRecord(record.architecture, tuple(sorted(places, key=repr)), record.cuts).write_(small)
 
 
+def add_places_(small: nn.Module, places: Iterable[Place]) -> None:
+    """Add ints that were changed after a cut, by the names of the modules of the cut model, to its record."""
+    record = CutRecord.of(small)
+    if record is not None:
+        together = tuple(sorted({*record.places, *places}, key=repr))
+        CutRecord(record.architecture, together, record.cuts).write_(small)
+
+
 def _item(item: Any) -> SizeItem:
     return tuple(item) if isinstance(item, list) else item

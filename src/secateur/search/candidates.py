@@ -361,7 +361,7 @@ class _Comparison:
             split = split_calibration(inputs.batches)
             inputs = replace(inputs, batches=split.fit)
             held_out = tuple(images for images, _ in split.held_out)
-        self._strategy, self._target = strategy, strategy.target
+        self._strategy, self._target = strategy, strategy.target.for_cuts()
         self._records = CandidateRecords() if strategy.records is None else strategy.records
         # Scores from other images than those of the caller's searches.
         self.context = replace(context, inputs=inputs, score_cache=ScoreCache())
@@ -446,7 +446,8 @@ class _Comparison:
                 found = measure_against(inputs.model, cuts, place, sample, rounds=_ROUNDS, warmup=_WARMUP)
             except Exception as error:  # Whatever a runtime cannot do must not end the search.
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                reasons.append(f"{type(place).__name__}: {reason}")
+                named = self._strategy.target if place is target else place
+                reasons.append(f"{type(named).__name__}: {reason}")
                 continue
             if reasons:
                 _LOGGER.info(f"Networks are compared by their time in PyTorch, because of {reasons[0]}")

@@ -15,7 +15,7 @@ from hostile_onnx import IMAGES, Opened, external, honest, network
 from onnx import TensorProto, helper, numpy_helper
 
 from secateur.errors import ArtifactError, ExportError
-from secateur.export import compare_file
+from secateur.export import _runtime_child, compare_file
 from secateur.export import isolation as module
 from secateur.export._runtime_child import without_telemetry
 from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
@@ -183,17 +183,17 @@ def test_runtimes_send_nothing_and_leave_the_home_alone(library: str, tmp_path: 
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     program = (
-        "import os, sys\n"
-        "from _runtime_child import without_telemetry\n"
-        f"with without_telemetry():\n    import {library}\n"
+        "import importlib.util, os, sys\n"
+        f"spec = importlib.util.spec_from_file_location('child', {_runtime_child.__file__!r})\n"
+        "child = importlib.util.module_from_spec(spec); spec.loader.exec_module(child)\n"
+        f"with child.without_telemetry():\n    import {library}\n"
         "assert 'openvino_telemetry' not in sys.modules and 'ORT_DISABLE_TELEMETRY' not in os.environ\n"
     )
     home = tmp_path / "home"
     home.mkdir()
-    source = str(Path(module.__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": source},
+        env={"PATH": os.environ["PATH"], "HOME": str(home)},
         capture_output=True,
         text=True,
         check=False,

@@ -10,6 +10,10 @@ The tests of disks (tests/full_disk.py) are files that may not grow beyond a siz
 and folders that become read-only at some moment. The command must end with one clear error and code 2, leave no
 partial file, and continue to the same result once there is space.
 
+The surroundings (tests/surroundings.py) are a full, a small and a read-only folder for temporary files, a read-only
+home, a user who has neither a name nor a home nor rights, no /dev/shm, and a clock that goes back an hour in the middle
+of the run. The command must come to the same result, and `verify` must pass there too.
+
 The strangers' files (tests/hostile_onnx.py) are ONNX files that are spoiled in eight ways. Each is run as `verify` runs
 it, with an audit hook and an eye on private files beside it (inotify): none may be read, and no file may take 20 s.
 
@@ -35,6 +39,7 @@ sys.path.insert(0, str(TESTS))
 
 from full_disk import can_freeze, can_mount  # noqa: E402 -- beside the tests, which use it too
 from killing import JOBS  # noqa: E402
+from surroundings import SURROUNDINGS, can_isolate  # noqa: E402
 
 SHARES = {"uniform": 14, "pca": 10, "weights": 16, "tas": 14, "swp": 14, "latency": 8, "distill": 14, "study": 14}
 """Of the kills."""
@@ -68,10 +73,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Folder for failed runs; temporary by default.")
     asked = parser.parse_args()
     jobs, begun, path = asked.job or [*SHARES], surroundings(), RESULTS / "faults.json"
-    record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}}
+    record: dict[str, Any] = {**begun, "seed": asked.seed, "jobs": {}, "disks": {}, "surroundings": {}}
     if asked.job and path.is_file():
         then = json.loads(path.read_text())
         record |= {"jobs": then["jobs"], "disks": then["disks"], "strangers": then.get("strangers")}
+        record["surroundings"] = then.get("surroundings", {})
     if asked.mutants:
         record["strangers"] = strangers(asked.mutants, asked.seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,6 +102,12 @@ def main() -> None:
         for found in rows("full_disk.py", asked.seed, faults):
             record["disks"][found["job"]].setdefault(found["disk"], []).append(found)
             written(record)
+        for job in (job for job in DISKS if job in jobs):
+            record["surroundings"][job] = []
+            names = [name for name, where in SURROUNDINGS.items() if not where.shell or can_isolate()]
+            for found in rows("surroundings.py", asked.seed, [(job, folder / job, *names)]):
+                record["surroundings"][job].append(found)
+                written(record)
 
 
 def strangers(count: int, seed: int) -> dict[str, Any]:
@@ -163,8 +175,23 @@ def as_text(record: dict[str, Any]) -> str:
         + table(["run", "processor s", "kills", "runs", "same result", "verified", "SIGINT, SIGTERM"], kills)
         + _NOTES
         + table(["run", "disk", "faults", "exit code 2", "good"], disks)
+        + _surroundings(record.get("surroundings"))
         + _strangers(record.get("strangers"))
     )
+
+
+def _surroundings(found: dict[str, list[dict[str, Any]]] | None) -> str:
+    if not found:
+        return ""
+    rows = [[SAID[job], one["surrounding"], _yes(one["good"])] for job, trials in found.items() for one in trials]
+    return (
+        "\n## Surroundings\n\nGood: the result of the uninterrupted run, verified there, nothing left beside it, and "
+        "no message of a library.\n\n" + table(["run", "surrounding", "good"], rows)
+    )
+
+
+def _yes(good: bool) -> str:
+    return "yes" if good else "no"
 
 
 def _strangers(found: dict[str, Any] | None) -> str:

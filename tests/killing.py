@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # Arrow's memory has a thread otherwise; see `warm`.
 _TIMES = ("seconds", "images_per_s", "cpu_s", "date", "command")
 """Fields that are never the same twice."""
 _BEGINNING_S = 0.1

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Generator
 from pathlib import Path
@@ -239,6 +240,43 @@ def disk_errors(folder: Path) -> Generator[None]:
             f"{folder} could not be written: {error.strerror or error}. Free some space, fix the permissions or "
             "choose another folder, then continue with --resume. What was complete is unchanged."
         ) from error
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str, *, room: int = 0) -> Generator[Path]:
+    """Yield a folder among the temporary files, which is removed at the end.
+
+    Args:
+        prefix: Beginning of its name.
+        room: Bytes that the block will write. Libraries that find no room there end with errors that do not say so.
+
+    Raises:
+        ArtifactError: If it cannot be made, or there is less room.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)))
+        except OSError as error:
+            raise ArtifactError(
+                "A folder for temporary files must be found in TMPDIR, /tmp, /var/tmp or the current folder; got "
+                f"{error.strerror or error}. Set TMPDIR to a folder that can be written and has room."
+            ) from error
+        check_temporary_room(folder, room)
+        yield folder
+
+
+def check_temporary_room(folder: Path, room: int) -> None:
+    """Refuse a folder for temporary files that has less room than so many bytes.
+
+    Raises:
+        ArtifactError: If so.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < room:
+        raise ArtifactError(
+            f"The folder for temporary files must have {room / 1e6:.1f} MB free; got {free / 1e6:.1f} MB in "
+            f"{folder.parent}. Free some space there, or set TMPDIR to a folder with more."
+        )
 
 
 _held: set[tuple[int, int]] = set()

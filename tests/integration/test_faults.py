@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from killing import JOBS
+from surroundings import SURROUNDINGS, can_isolate
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -65,3 +66,19 @@ def test_full_disks_are_said_and_gone_on_from(begun: tuple[str, Path]) -> None:
     faults = rows("full_disk.py", 3, "limit", job, folder, 200, 60_000)
     assert faults[0]["exit_code"] == 2
     assert all(fault["good"] for fault in faults), faults
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uniform")
+    rows("killing.py", 0, "whole", "uniform", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_poor_surroundings_change_nothing(name: str, uninterrupted: Path) -> None:
+    """The same result, verified, in silence, with nothing left beside it."""
+    if SURROUNDINGS[name].shell and not can_isolate():
+        pytest.skip("needs the right to mount")
+    (found,) = rows("surroundings.py", 0, "uniform", uninterrupted, name)
+    assert found["good"], found

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur import _files
-from secateur._files import LOCK, atomic_folder, clean_stale, locked
+from secateur._files import LOCK, atomic_folder, clean_stale, locked, temporary_folder
 from secateur.errors import ArtifactError
 
 OWN = ("model", "report.html")
@@ -177,3 +177,18 @@ def test_the_lock_of_a_folder_that_was_replaced_is_worth_nothing(tmp_path: Path,
     monkeypatch.setattr(fcntl, "lockf", replaced)
     with pytest.raises(ArtifactError, match="used by one process at a time"), locked(tmp_path):
         pass
+
+
+def test_no_place_for_temporary_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files.tempfile, "tempdir", str(tmp_path / "absent"))
+    nowhere = r"A folder for temporary files must be found in TMPDIR.*Set TMPDIR"
+    with pytest.raises(ArtifactError, match=nowhere), temporary_folder("a-"):
+        pass
+    monkeypatch.setattr(_files.tempfile, "tempdir", str(tmp_path))
+    no_room = r"must have \d+\.\d MB free; got .* MB in .*Free some space there"
+    with pytest.raises(ArtifactError, match=no_room), temporary_folder("a-", room=2**62):
+        pass
+    with temporary_folder("a-", room=1) as folder:
+        (folder / "file").touch()
+        assert folder.name.startswith("a-")
+    assert list(tmp_path.iterdir()) == []

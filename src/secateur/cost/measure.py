@@ -27,9 +27,16 @@ _FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """Return the folder of measurements: ``$XDG_CACHE_HOME/secateur/latency``, by default in ``~/.cache``."""
+    """Return the folder of measurements: ``$XDG_CACHE_HOME/secateur/latency``, by default in ``~/.cache``.
+
+    Users without a home folder, as in containers, get a path at which nothing can be written: nothing is kept.
+    """
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "secateur" / "latency"
+    try:
+        place = Path(home) if home else Path.home() / ".cache"
+    except RuntimeError:
+        place = Path(os.devnull)
+    return place / "secateur" / "latency"
 
 
 @dataclass(eq=False)

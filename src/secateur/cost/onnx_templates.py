@@ -5,13 +5,14 @@ them is exported; for the others its weights are exchanged. Their values are dra
 them: real ones that belong to other normalizations could make activations overflow or denormal, which is slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur._runtime import copy_model
 from secateur.export._common import InputTensors, flat_tensors
@@ -57,7 +58,7 @@ class OnnxTemplates:
 
         Its weights are random. Its outputs are compared with those of the model with the same random weights; where
         they differ from those of every template, the model itself is exported and becomes one more template: constants
-        that are no weights, such as the channels that a shortcut pads, can be the same in the next cut.
+        that are no weights can be the same in the next cut.
 
         Args:
             model: In eval mode, on the CPU; not changed.
@@ -81,8 +82,9 @@ class OnnxTemplates:
 
     def _made(self, structure: Structure, drawn: nn.Module, inputs: InputTensors) -> bytes:
         templates = self._known.setdefault(structure, [])
+        paddings = _paddings(drawn, inputs) if templates else []
         for template in templates:
-            content = _exchanged(template, drawn, len(inputs[0]))
+            content = _exchanged(template, drawn, len(inputs[0]), paddings)
             if _agrees(content, drawn, inputs):
                 return content
         content = onnx_bytes(drawn, inputs)
@@ -133,8 +135,34 @@ def _transposed(content: bytes, model: nn.Module) -> dict[str, str]:
     return {name: source for name, source in found.items() if source is not None}
 
 
-def _exchanged(template: _Template, model: nn.Module, batch: int) -> bytes:
-    """Return the content of a template with the weights of another model of its structure."""
+class _Paddings(TorchDispatchMode):
+    """Writes down how tensors are padded with a constant: shortcuts may add as many channels as a cut lacks.
+
+    Attributes:
+        found: Numbers of elements before and after every axis, the first axis first, as ONNX has them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.constant_pad_nd.default:
+            tensor, sides = args[:2]
+            # Torch lists the last axis first, and leaves out the axes before those that are padded.
+            axes = [(0, 0)] * (tensor.ndim - len(sides) // 2) + list(zip(sides[::2], sides[1::2], strict=True))[::-1]
+            self.found.append((*(before for before, _ in axes), *(after for _, after in axes)))
+        return func(*args, **(kwargs or {}))
+
+
+def _paddings(model: nn.Module, inputs: InputTensors) -> list[tuple[int, ...]]:
+    with torch.no_grad(), _Paddings() as seen:
+        model(*inputs)
+    return seen.found
+
+
+def _exchanged(template: _Template, model: nn.Module, batch: int, paddings: Sequence[tuple[int, ...]]) -> bytes:
+    """Return the content of a template with the weights and paddings of another model of its structure."""
     from onnx import numpy_helper
 
     proto, tensors = _parsed(template.content), _tensors(model)
@@ -159,6 +187,12 @@ def _exchanged(template: _Template, model: nn.Module, batch: int) -> bytes:
         for attribute in node.attribute if isinstance(groups, int) else ():
             if attribute.name == "group":
                 attribute.i = groups  # Depthwise convolutions have one for each channel.
+    padded = [node for node in proto.graph.node if node.op_type == "Pad"]
+    if len(padded) == len(paddings):
+        # Equal ones share a constant in the template, and may differ here.
+        for place, (node, sides) in enumerate(zip(padded, paddings, strict=True)):
+            node.input[1] = f"padding_{place}"
+            proto.graph.initializer.append(numpy_helper.from_array(np.array(sides, dtype=np.int64), node.input[1]))
     del proto.graph.value_info[:]  # Shapes of the model that was exported.
     return proto.SerializeToString()
 

@@ -1,7 +1,6 @@
 """Targets: the runtimes and devices that a forward pass is timed on."""
 
 import importlib.metadata
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,12 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from secateur._files import temporary_folder
 from secateur._runtime import ELAPSED_TIME, PROCESSOR_TIME, Clock, preserve_environment, torch_threads
 from secateur.cost.onnx_templates import OnnxTemplates
 from secateur.cost.timing import LayerShape, Pass, call_seconds, kernel_seconds, onnx_of
 from secateur.errors import ExportError
 from secateur.export._common import InputTensors, eval_copy
 from secateur.export.onnx import feed, onnx_bytes, open_session
+
+_PROFILE_ROOM = 2**20
+"""Bytes among the temporary files for the times of the operators of one layer."""
 
 
 class Target(ABC):
@@ -112,8 +115,8 @@ class OnnxRuntime(Target):
 
     def layer_seconds(self, shape: LayerShape) -> float:
         """See `Target.layer_seconds`."""
-        with tempfile.TemporaryDirectory() as folder:
-            profile = Path(folder) / "profile"
+        with temporary_folder("secateur-profile-", room=_PROFILE_ROOM) as folder:
+            profile = folder / "profile"
             session = open_session(onnx_of(shape, self.batch), threads=self.threads, profile=profile)
             return kernel_seconds(session, shape, self.batch)
 

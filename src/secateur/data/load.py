@@ -199,7 +199,9 @@ def read_digits(*, limit: int | None, image_size: tuple[int, int] | None) -> Tra
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test set).
     """
     try:
-        from sklearn.datasets import load_digits
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="joblib")  # It reports a system without /dev/shm; no matter here.
+            from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(_NO_SKLEARN) from error
     bunch = load_digits()  # pyright: ignore[reportUnknownVariableType]

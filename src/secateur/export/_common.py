@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
+from secateur.export._runtime_child import without_telemetry
 from secateur.export.onnx_config import OnnxConfig
 
 PARITY_TOLERANCE = 1e-4
@@ -292,7 +293,7 @@ def extra(module: str) -> Any:
     library = module.split(".", maxsplit=1)[0]
     check_extra(library)
     try:
-        with quiet():
+        with quiet(), without_telemetry():
             return importlib.import_module(module)
     except (ImportError, OSError, AttributeError) as error:
         raise ExportError(

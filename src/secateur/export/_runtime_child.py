@@ -16,7 +16,8 @@ import os
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,9 +69,35 @@ def read_header(stream: BinaryIO) -> dict[str, Any] | None:
     return header
 
 
+@contextmanager
+def without_telemetry() -> Generator[None]:
+    """Keep runtimes that are imported within the block from sending statistics and writing to the home folder.
+
+    OpenVINO fails there if the user has no home folder, and both print warnings if it cannot be written.
+    """
+    settings = {"ORT_DISABLE_TELEMETRY": "1"}
+    module, absent = "openvino_telemetry", object()
+    variables = {name: os.environ.get(name) for name in settings}
+    loaded = sys.modules.get(module, absent)
+    os.environ.update(settings)
+    if loaded is absent:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if loaded is absent:
+            sys.modules.pop(module, None)
+        for name, before in variables.items():
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+
+
 def open_onnx(files: Sequence[bytes], threads: int) -> ArrayRunner:
     """Open an ONNX file that only computes (see `onnx_check`) with ONNX Runtime."""
-    import onnxruntime
+    with without_telemetry():
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -98,7 +125,9 @@ def _onnx_check() -> Any:
 def open_openvino(files: Sequence[bytes], threads: int) -> ArrayRunner:
     """Open a description and its weights with OpenVINO, on the CPU in float32."""
     import numpy as np
-    import openvino
+
+    with without_telemetry():
+        import openvino
 
     core = openvino.Core()
     weights = openvino.Tensor(np.frombuffer(files[1] or b"\0", dtype=np.uint8))

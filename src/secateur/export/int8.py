@@ -6,7 +6,6 @@ Eight bits do not follow a float model closely, so the file is judged by its ans
 import contextlib
 import io
 import logging
-import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file
+from secateur._files import atomic_file, check_temporary_room, temporary_folder
 from secateur._runtime import Batch
 from secateur.data.dataset import draw_calibration
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import Runner, Samples, cannot_run, checked_path, eval_copy, first_line, write_errors
+from secateur.export._runtime_child import without_telemetry
 from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
 from secateur.export.onnx import feed, onnx_bytes, open_session, session_runner
 
@@ -33,6 +33,8 @@ RANGE_IMAGES = 512
 """Training images that tell the range of every activation. More widen ranges by ever rarer values."""
 INT8_BATCH_SIZE = 128
 """Images per pass."""
+_TIMES_THE_FILE, _ROOM = 4, 2**18
+"""Room among the temporary files: ONNX Runtime writes three copies of the model there, one with more outputs."""
 _SECONDS_PER_BATCH = 5.0
 """How long the float model may take for one pass; the int8 file from a stranger may take a multiple."""
 
@@ -220,12 +222,14 @@ def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
     Raises:
         ExportError: If ONNX Runtime cannot quantize it.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    with without_telemetry():
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    with tempfile.TemporaryDirectory(prefix="secateur-int8-") as folder:
-        folded, quantized = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-        session = open_session(content, threads=1, optimized=folded)
+    room = _TIMES_THE_FILE * len(content) + _ROOM
+    with temporary_folder("secateur-int8-", room=room) as folder:
+        folded, quantized = folder / "folded.onnx", folder / "int8.onnx"
         try:
+            session = open_session(content, threads=1, optimized=folded)
             _mark_prepared(folded)
             with _quiet_quantizer():
                 quantize_static(
@@ -242,6 +246,7 @@ def quantize(content: bytes, calibration: Sequence[Tensor]) -> bytes:
         except OSError:
             raise
         except Exception as error:
+            check_temporary_room(folder, len(content))  # Others may have filled it meanwhile.
             raise ExportError(
                 f"`model` must be one that ONNX Runtime can quantize; got {first_line(error)} "
                 "Leave int8 out, and please report the model."

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from secateur._files import read_bytes
+from secateur._files import read_bytes, temporary_folder
 from secateur._json import brief
 from secateur.errors import ExportError
 from secateur.export import _runtime_child
@@ -232,8 +231,8 @@ def isolated_runtimes(formats: Collection[str]) -> Generator[IsolatedRuntimes]:
     Args:
         formats: Names of the formats that will be opened, see `secateur.Format`.
     """
-    with tempfile.TemporaryDirectory(prefix="secateur-run-") as folder:
-        runtimes = IsolatedRuntimes(formats, Path(folder))
+    with temporary_folder("secateur-run-") as folder:
+        runtimes = IsolatedRuntimes(formats, folder)
         try:
             yield runtimes
         finally:

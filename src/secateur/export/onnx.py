@@ -32,6 +32,7 @@ from secateur.export._common import (
     quiet,
     write_errors,
 )
+from secateur.export._runtime_child import without_telemetry
 from secateur.export.onnx_config import OnnxConfig
 from secateur.export.onnx_model import (
     computing_as_given,
@@ -261,7 +262,8 @@ def open_session(
         optimized: Where to write the model with constants and batch norms folded, without optimizations for this
             machine; such a session is slower.
     """
-    import onnxruntime
+    with without_telemetry():
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

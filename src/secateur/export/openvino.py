@@ -1,14 +1,13 @@
 """Export to OpenVINO's own format: a description (.xml) and its weights (.bin)."""
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur._files import atomic_file
+from secateur._files import atomic_file, temporary_folder
 from secateur._text import is_text
 from secateur.errors import ExportError
 from secateur.export._common import (
@@ -66,8 +65,8 @@ def _serialize(openvino: Any, translated: Any, description: Path, weights: Path)
     if is_text(description):
         openvino.serialize(translated, description, weights)
         return
-    with tempfile.TemporaryDirectory(prefix="secateur-openvino-") as folder:  # OpenVINO takes no other paths.
-        found = Path(folder) / "model.xml", Path(folder) / "model.bin"
+    with temporary_folder("secateur-openvino-") as folder:  # OpenVINO takes no other paths.
+        found = folder / "model.xml", folder / "model.bin"
         openvino.serialize(translated, found[0], found[1])
         for written, wanted in zip(found, (description, weights), strict=True):
             shutil.copyfile(written, wanted)

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import nn
 
 from secateur._batches import take
 from secateur._caller_state import in_default_state
-from secateur._files import atomic_folder, disk_errors, write_atomic
+from secateur._files import atomic_folder, disk_errors, temporary_folder, write_atomic
 from secateur._provenance import Provenance, sha256_of_json
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget
@@ -172,7 +171,7 @@ def compare(
     first, targets = draw_calibration(images.train, min(8, len(images.train)), device=device, seed=run.seed)[0]
     check_model_fits_data(copy_model(model).to(device).eval(), images, first, task, targets)
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory())) if where is None else None
+        work = stack.enter_context(temporary_folder("secateur-compare-")) if where is None else None
         job = _Job(model, images, dict(strategies), task, cut, recovery, target, source, run, work or Path())
         rounds = _rounds(job, names, limits, race)
         if where is not None:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur._batches import first_images
-from secateur._files import disk_errors, write_atomic
+from secateur._files import disk_errors, temporary_folder, write_atomic
 from secateur._provenance import sha256_of_json
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
@@ -497,5 +496,5 @@ def _resumable(context: SearchContext, trains: bool) -> Generator[SearchContext]
     if context.run.folder is not None or not trains:
         yield context
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield replace(context, run=replace(context.run, folder=Path(folder) / "search"))
+    with temporary_folder("secateur-search-") as folder:
+        yield replace(context, run=replace(context.run, folder=folder / "search"))

@@ -60,9 +60,9 @@ def test_files_of_cuts_compute_what_the_cuts_compute(
         # Batch norms may be folded, of which one number for each channel is left.
         assert matrices <= held <= sum(p.numel() for p in model.parameters()) + 100
     # The shortcuts of digits_resnet pad by numbers of channels, which are constants in the file.
-    assert len(exports) == (3 if spec == "digits_resnet" else 1)
+    assert len(exports) == 1
     assert templates.content(cuts[-1], (images,)) == content
-    assert len(exports) <= 3
+    assert len(exports) == 1
 
 
 def test_a_factor_that_the_exporter_folds_into_weights_does_not_hide_a_template(exports: list[nn.Module]) -> None:
@@ -77,17 +77,49 @@ def test_a_factor_that_the_exporter_folds_into_weights_does_not_hide_a_template(
     assert len(exports) == 1
 
 
+class Multiplied(nn.Module):
+    """A layer and a number that is no tensor: a constant in the file."""
+
+    def __init__(self, width: int, number: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.number
+
+
 def test_constants_that_come_again_are_found_in_another_template(exports: list[nn.Module]) -> None:
-    """Cuts of digits_resnet pad different numbers of channels; each number is exported once."""
-    cuts, images = _cuts("digits_resnet", (1, 8, 8))
-    templates = OnnxTemplates()
-    for model in cuts:
-        templates.content(model, (images,))
-    before = len(exports)
-    templates._recent.clear()
-    for model in cuts:
-        templates.content(model, (images,))
-    assert len(exports) == before > 1
+    templates, images = OnnxTemplates(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for width, number in [(8, 2.0), (6, 3.0), (7, 2.0), (5, 3.0)]:
+        model = Multiplied(width, number).eval()
+        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+    assert len(exports) == 2
+
+
+class Padded(nn.Module):
+    """Pads channels, then space: ONNX counts axes from the first, PyTorch from the last."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8 - before - after, 3)
+        self.sides = (before, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(x), (0, 0, 0, 0, *self.sides))
+        return nn.functional.pad(x, (1, 2, 0, 3))
+
+
+def test_paddings_are_exchanged_too(exports: list[nn.Module]) -> None:
+    templates, images = OnnxTemplates(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for sides in [(1, 1), (2, 1), (0, 4)]:
+        model = Padded(*sides).eval()
+        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+    assert len(exports) == 1
 
 
 def test_weights_are_drawn_without_denormals_and_activations_stay_near_one() -> None:

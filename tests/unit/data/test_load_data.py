@@ -1,10 +1,13 @@
 """Data sets of installed packages: scikit-learn's digits and torchvision's CIFAR."""
 
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from image_sets import random_pixels
 
@@ -82,3 +85,17 @@ def test_torchvision_sets_that_are_absent_say_how_to_get_them(tmp_path: Path):
 def test_other_torchvision_sets_are_refused():
     with pytest.raises(DataError, match=r"must be followed by one of \['cifar10', 'cifar100'\]; got 'svhn'"):
         load_data("torchvision:svhn")
+
+
+class _WarnsLikeJoblib(types.ModuleType):
+    def __getattr__(self, name: str) -> object:
+        warnings.warn_explicit("Read-only file system", UserWarning, "a.py", 1, "joblib._multiprocessing_helpers")
+        return getattr(sklearn.datasets, name)
+
+
+def test_digits_come_without_words_of_joblib_about_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /dev/shm joblib warns when scikit-learn imports it."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", _WarnsLikeJoblib("sklearn.datasets"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_data("digits").train) > 1000

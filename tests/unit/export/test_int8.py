@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,7 +13,8 @@ from onnx import numpy_helper
 from small_runs import LABELS_ONLY, Blobs, small_config, small_net
 from torch import Tensor, nn
 
-from secateur.errors import ExportError
+from secateur import _files
+from secateur.errors import ArtifactError, ExportError
 from secateur.export import Quantized, compare_int8_file, export_int8, onnx_bytes
 from secateur.train import RunSettings, Silent, fit
 
@@ -178,3 +180,13 @@ def test_what_is_usual() -> None:
     assert Quantized(0.8911, 0.9, 0.97, 1000).usual
     assert str(found) == "89.00 % of 1000 images right, in float 90.00 %; the same answer for 97.00 %"
     assert found.to_json() == {"top1": 0.89, "float_top1": 0.9, "agreement": 0.97, "n": 1000}
+
+
+def test_no_room_among_the_temporary_files_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would end with an error about Protobuf."""
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr(_files.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr("secateur.export.int8.open_session", lambda *_, **__: pytest.fail("it begins without room"))
+    with pytest.raises(ArtifactError, match=r"The folder for temporary files must have 0.3 MB free; got 0.0 MB"):
+        export_int8(small_net(), [torch.zeros(2, 3, 8, 8)], _batches(TEST), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,12 @@
 """Exported files from strangers run in a process with limits: whatever they do there ends in one message."""
 
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from hostile_onnx import IMAGES, Opened, external, honest, network
 from onnx import TensorProto, helper, numpy_helper
 
 from secateur.errors import ArtifactError, ExportError
-from secateur.export import compare_file
+from secateur.export import _runtime_child, compare_file
 from secateur.export import isolation as module
+from secateur.export._runtime_child import without_telemetry
 from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
 
 pytestmark = pytest.mark.window
@@ -171,3 +175,38 @@ def test_a_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ExportError, match="in a process of their own, which must start; got No such file"):
         asked(tmp_path / "model.onnx", honest().SerializeToString())
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
+def test_runtimes_send_nothing_and_leave_the_home_alone(library: str, tmp_path: Path) -> None:
+    """In a process of its own, as a library is imported once; without a home, as in containers."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    program = (
+        "import importlib.util, os, sys\n"
+        f"spec = importlib.util.spec_from_file_location('child', {_runtime_child.__file__!r})\n"
+        "child = importlib.util.module_from_spec(spec); spec.loader.exec_module(child)\n"
+        f"with child.without_telemetry():\n    import {library}\n"
+        "assert 'openvino_telemetry' not in sys.modules and 'ORT_DISABLE_TELEMETRY' not in os.environ\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PATH": os.environ["PATH"], "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(home.iterdir()) == []
+
+
+def test_who_asks_for_telemetry_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.ModuleType("openvino_telemetry")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", own)
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    with without_telemetry():
+        assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
+    assert sys.modules["openvino_telemetry"] is own

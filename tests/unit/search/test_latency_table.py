@@ -14,6 +14,7 @@ from secateur.cost import (
     LatencyCache,
     LayerShape,
     LinearShape,
+    OnnxRuntime,
     alignment,
     cache_folder,
     layer_extents,
@@ -167,3 +168,16 @@ def test_the_folder_is_where_the_user_wants_caches(monkeypatch: pytest.MonkeyPat
     assert cache_folder() == tmp_path / "secateur" / "latency"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "secateur" / "latency"
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_measurements_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", _no_home)
+    cache = LatencyCache.of(OnnxRuntime())
+    assert cache.get("a", lambda: 1.0) == 1.0
+    cache.write()
+    assert not cache.path.exists()

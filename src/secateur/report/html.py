@@ -177,13 +177,13 @@ def _figures(run: RunReport) -> dict[str, Figure]:
 def headline(run: RunReport) -> str:
     """Say the result in one sentence."""
     cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
-    said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
-    if run.latency:
+    said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"] if run.compresses else []
+    if run.latency and run.compresses:
         said.append(_speed(run.latency[0].speedup))
     before, after = run.before.score, run.after.score
     if before and after:
         said.append(f"{after.text} {after.metric.words} instead of {before.text}")
-    return f"{run.model}: {', '.join(said)}."
+    return f"{run.model}: {', '.join(said or ['trained'])}."
 
 
 def tiles(run: RunReport) -> list[Tile]:
@@ -221,7 +221,9 @@ def _bad(tone: str) -> str:
 
 
 def _capitalized(words: str) -> str:
-    return words[:1].upper() + words[1:]
+    first = words.split(" ", maxsplit=1)[0]
+    # Names such as mIoU and mAP@0.5 are written as they are.
+    return words[:1].upper() + words[1:] if first == first.lower() else words
 
 
 def _speed(speedup: tuple[float, float, float]) -> str:

@@ -29,7 +29,7 @@ def claims(run: RunReport) -> tuple[Claim, ...]:
 
 
 def _speed(run: RunReport) -> Claim | None:
-    if not run.latency:
+    if not run.latency or not run.compresses:
         return None
     first = run.latency[0]
     lower, median, upper = first.speedup

@@ -159,6 +159,8 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         search=search_plots(run.search, run.macs_limit),
         stages=stage_plots(run.stages),
         origin=_origin(run),
+        zeros=_has_zeros(run),
+        unmeasured=max(0, sum(width.after < width.before for width in run.widths) - len(run.sensitivity)),
         **_words(),
     )
 
@@ -198,7 +200,7 @@ def tiles(run: RunReport) -> list[Tile]:
         ("MACs", before.macs, after.macs, units.count),
         ("Parameters", before.params, after.params, units.count),
     ]
-    if after.weights != after.params:
+    if _has_zeros(run):
         costs.append(("Non-zero parameters", before.weights, after.weights, units.count))
     if before.size_bytes is not None and after.size_bytes is not None:
         costs.append(("File size", before.size_bytes, after.size_bytes, units.size))
@@ -213,6 +215,11 @@ def tiles(run: RunReport) -> list[Tile]:
         speed = units.factor(first.speedup[1])
         found.append(Tile("CPU speed", speed, times, min(100.0, 100 / first.speedup[1]), tone))
     return found
+
+
+def _has_zeros(run: RunReport) -> bool:
+    """Whether so many weights are zero that it shows in the three digits of the page."""
+    return any(units.count(each.weights) != units.count(each.params) for each in (run.before, run.after))
 
 
 def _bad(tone: str) -> str:

@@ -126,6 +126,21 @@ def test_raw_heads_of_a_model_that_takes_a_list(tmp_path: Path) -> None:
     assert not model.head._forward_hooks
 
 
+class Resized(Detector):
+    """Resizes its images, as torchvision's detectors do."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        sized = [nn.functional.interpolate(image[None], size=(96, 96), mode="bilinear")[0] for image in images]
+        return super().forward(sized)
+
+
+def test_resizing_is_an_operation_of_the_file(tmp_path: Path) -> None:
+    export_onnx(Resized(), list(IMAGES), tmp_path / "m.onnx", config=OnnxConfig(outputs=("head",)))
+    found, _ = file_of(tmp_path / "m.onnx")
+    assert "Resize" in {node.op_type for node in found.graph.node}
+    assert (tmp_path / "m.onnx").stat().st_size < 20_000  # Tables of positions would be 96 x 96 numbers each.
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -315,6 +315,13 @@ def test_scores_of_other_tasks_have_their_own_names_and_units() -> None:
     assert not run.recovered
 
 
+def test_layers_that_were_not_measured_are_counted() -> None:
+    cut = sum(width.after < width.before for width in RUN.widths)
+    assert cut > 1
+    page = " ".join(render(replace(RUN, sensitivity=(("stem", 0.5, 0.1),))).split())
+    assert f"{cut - 1} more that were cut are left out" in page
+
+
 def test_a_training_is_no_compression() -> None:
     page = render(replace(RUN, compresses=False, frozen=()))
     assert "training report" in page

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError as SecateurError
     from secateur.export.formats import Format as Format
     from secateur.export.onnx import export_onnx as export_onnx
+    from secateur.export.onnx_config import OnnxConfig as OnnxConfig
     from secateur.export.torch_export import export_pt2 as export_pt2
     from secateur.graph.graph import ChannelGraph as ChannelGraph
     from secateur.graph.selection import Selection as Selection
@@ -94,6 +95,7 @@ _MODULES = {
     "errors": ("SecateurError",),
     "export.formats": ("Format",),
     "export.onnx": ("export_onnx",),
+    "export.onnx_config": ("OnnxConfig",),
     "export.torch_export": ("export_pt2",),
     "graph.graph": ("ChannelGraph",),
     "graph.selection": ("Selection",),

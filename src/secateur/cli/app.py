@@ -35,6 +35,7 @@ def export_command(
         Path | None, flag("Folder for the files; the artifact by default.", options.RUN, name="--out")
     ] = None,
     formats: Annotated[options.Export, Parameter(name="--export")] = "onnx",
+    onnx: options.OnnxFlags = options.OnnxFlags(),
     image_size: options.ImageSize = None,
     seed: options.Seed = 0,
     debug: options.Debug = False,
@@ -47,7 +48,7 @@ def export_command(
     from secateur.cli.tables import print_written
     from secateur.pipeline.exports import export_files
 
-    wanted = parsing.formats(formats)
+    wanted, settings = parsing.formats(formats), onnx.to_config()
     flags = ImageFlags(**vars(loading), image_size=image_size)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
     with logged(quiet=False):  # The model is loaded with the images, of which there may be many.
@@ -61,7 +62,8 @@ def export_command(
         raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
     with logged(quiet=False):
         images = None if data is None else inputs.classified
-    for path, agreed in export_files(given.model, inputs.example(4), where, wanted, data=images).items():
+    written = export_files(given.model, inputs.example(4), where, wanted, data=images, onnx=settings)
+    for path, agreed in written.items():
         print_written([path])
         out().print(Text(str(agreed)), soft_wrap=True)
 

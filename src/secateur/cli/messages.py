@@ -16,6 +16,10 @@ _RENAMED: Mapping[str, str] = {
     "warmup_fraction": "--warmup",
     "out": "--out",
     "export": "--export",
+    "opset": "--onnx-opset",
+    "free_size": "--onnx-free-size",
+    "half": "--onnx-half",
+    "outputs": "--onnx-outputs",
 }
 """Flags of arguments that have another name in Python; all others are called alike."""
 _INSIDE = r"(?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*"

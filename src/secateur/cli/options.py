@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from secateur.cost.runtimes import Target
     from secateur.data.dataset import ImageData
     from secateur.data.loaders import OwnData
+    from secateur.export.onnx_config import OnnxConfig
     from secateur.pipeline.config import CutConfig, RecoveryConfig, RunConfig
     from secateur.pipeline.workspace import OnExisting
     from secateur.prune.weight_pruning import WeightPruning
@@ -470,10 +471,32 @@ class RecoveryFlags:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class OnnxFlags:
+    """How an ONNX file is written."""
+
+    onnx_opset: Annotated[int | None, flag("Version of ONNX's operations in model.onnx.", value="N")] = None
+    onnx_free_size: Annotated[bool, flag("Let height and width of model.onnx free, too.")] = False
+    onnx_half: Annotated[bool, flag("Let model.onnx hold and compute with float16.")] = False
+    onnx_outputs: Annotated[
+        str, flag("Modules whose outputs model.onnx returns, such as raw heads.", value="NAME,...")
+    ] = ""
+
+    def to_config(self) -> "OnnxConfig":
+        """Build the `OnnxConfig` of these flags."""
+        from secateur.export.onnx_config import OnnxConfig
+
+        names = tuple(name.strip() for name in self.onnx_outputs.split(",")) if self.onnx_outputs else ()
+        return OnnxConfig(self.onnx_opset, self.onnx_free_size, self.onnx_half, names)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class RunFlags:
     """Where a long command runs, what it writes and shows, and what becomes of an unfinished run."""
 
     export: Export = "onnx"
+    # docs/export.md describes them, `export --help` shows them, and here is no room.
+    onnx: Annotated[OnnxFlags, Parameter(name="*", show=False)] = OnnxFlags()
     resume: Annotated[bool, flag("Continue an interrupted run.", RUN)] = False
     restart: Annotated[bool, flag("Remove an interrupted run and begin again.", RUN)] = False
     seed: Seed = 0
@@ -505,6 +528,7 @@ class RunFlags:
             checkpoints=CheckpointPolicy(60 * self.checkpoint_minutes, self.checkpoint_steps),
             callbacks=callbacks(self.quiet, self.tensorboard, as_json=self.as_json),
             on_existing=self.on_existing,
+            onnx=self.onnx.to_config(),
         )
 
     @contextmanager

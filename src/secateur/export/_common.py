@@ -6,6 +6,7 @@ Libraries that only some formats need are installed as extras and imported when 
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,6 +22,7 @@ from secateur._runtime import copy_model
 from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
 from secateur.export._runtime_child import without_telemetry
+from secateur.export.onnx_config import OnnxConfig
 
 PARITY_TOLERANCE = 1e-4
 """Largest accepted difference of float32 outputs, relative to the largest output. Runtimes fold batch normalization
@@ -28,6 +30,9 @@ into convolutions and sum in another order; a few hundred layers deep that stays
 
 BATCH_DIM = Dim("batch")
 """The free dimension of every input."""
+
+ADVICE = "Try another format, and please report the model."
+"""What to do if a file computes something else than the model."""
 
 InputTensors = tuple[Tensor, ...]
 Runner = Callable[[InputTensors], list[Tensor]]
@@ -41,10 +46,14 @@ class Samples:
     Attributes:
         images: A few real images, at least two, as the model takes them.
         data: Training images for the value ranges of int8 and test images for its accuracy; None if there are none.
+        one_image: Whether the model takes a list of images, so that a file can only take one at a time.
+        onnx: How ONNX files are written.
     """
 
     images: Tensor
     data: ImageData | None = None
+    one_image: bool = False
+    onnx: OnnxConfig = OnnxConfig()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,9 @@ def write_errors(path: Path) -> Generator[None]:
         ) from error
 
 
-def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | None = None) -> ExportedProgram:
+def export_program(
+    model: nn.Module, inputs: InputTensors, largest_batch: int | None = None, *, free_size: bool = False
+) -> ExportedProgram:
     """Capture a model for any batch size, or any up to a bound.
 
     The model is captured on blank samples, so that the caller's images never travel inside an exported file.
@@ -131,18 +142,22 @@ def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | 
         model: In eval mode, on the CPU.
         inputs: Samples whose shapes and dtypes are used.
         largest_batch: The bound; None means there is none.
+        free_size: Capture it for any height and width, too, of inputs with four dimensions.
 
     Raises:
         ExportError: If torch.export cannot capture the model, or only for one batch size.
     """
     batch = BATCH_DIM if largest_batch is None else Dim("batch", max=largest_batch)
     blank = tuple(torch.zeros(2, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
+    any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    shapes: list[dict[int, Any]] = [any_size if free_size and tensor.dim() == 4 else {0: batch} for tensor in inputs]
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(model, blank, dynamic_shapes=[{0: batch} for _ in inputs])
+            program = torch.export.export(model, blank, dynamic_shapes=_as_arguments(model, shapes))
     except Exception as error:
         raise ExportError(
-            f"`model` must be capturable by torch.export for any batch size; got {first_line(error)} "
+            f"`model` must be capturable by torch.export for any batch size{' and image size' * free_size}; got "
+            f"{first_line(error)} "
             "Remove what depends on values or on a fixed batch size from its forward."
         ) from error
     program.example_inputs = None
@@ -151,7 +166,25 @@ def export_program(model: nn.Module, inputs: InputTensors, largest_batch: int | 
     return program
 
 
-def check_parity(name: str, model: nn.Module, exported: Runner, inputs: InputTensors, tolerance: float) -> Parity:
+def _as_arguments(model: nn.Module, shapes: list[dict[int, Any]]) -> list[Any]:
+    """Return the free dimensions as torch.export wants them: those of ``*inputs`` in one tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return list(shapes)
+    place = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return [*shapes[:place], tuple(shapes[place:])]
+
+
+def check_parity(
+    name: str,
+    model: nn.Module,
+    exported: Runner,
+    inputs: InputTensors,
+    tolerance: float,
+    *,
+    batch_sizes: tuple[int, ...] = (),
+    advice: str = ADVICE,
+) -> Parity:
     """Compare an exported file with the model on the first sample alone and on the whole batch.
 
     Args:
@@ -160,11 +193,13 @@ def check_parity(name: str, model: nn.Module, exported: Runner, inputs: InputTen
         exported: Runs the file; outputs in order.
         inputs: Real samples.
         tolerance: See `Parity`.
+        batch_sizes: The numbers of samples to compare on; empty means one and all.
+        advice: What to do if values disagree.
 
     Raises:
         ExportError: If the outputs disagree in number, shape or value, or are not finite.
     """
-    batch_sizes = (1, inputs[0].shape[0])
+    batch_sizes = batch_sizes or (1, inputs[0].shape[0])
     max_abs = max_rel = 0.0
     for size in batch_sizes:
         batch = tuple(tensor[:size] for tensor in inputs)
@@ -182,8 +217,7 @@ def check_parity(name: str, model: nn.Module, exported: Runner, inputs: InputTen
     if not max_rel <= tolerance:
         raise ExportError(
             f"The {name} file must compute what the model computes to within {tolerance:g} of the largest output; got "
-            f"a difference of {max_rel:.3g} ({max_abs:.3g} absolute). The file was removed. "
-            "Try another format, and please report the model."
+            f"a difference of {max_rel:.3g} ({max_abs:.3g} absolute). The file was removed. {advice}"
         )
     return Parity(name, max_abs, max_rel, tolerance, batch_sizes)
 

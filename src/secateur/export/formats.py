@@ -55,6 +55,11 @@ def _from_images(export: Callable[[nn.Module, Tensor, Path], Parity]) -> Callabl
     return lambda model, samples, path: export(model, samples.images, path)
 
 
+def _write_onnx(model: nn.Module, samples: Samples, path: Path) -> Parity:
+    images = list(samples.images) if samples.one_image else samples.images
+    return export_onnx(model, images, path, config=samples.onnx)
+
+
 class Format(Enum):
     """A file format that other runtimes read; each member has an `Exporter` row."""
 
@@ -68,7 +73,7 @@ class Format(Enum):
         member.exporter = exporter
         return member
 
-    ONNX = Exporter("onnx", ("model.onnx",), _from_images(export_onnx))
+    ONNX = Exporter("onnx", ("model.onnx",), _write_onnx)
     """For ONNX Runtime and most other runtimes."""
     # torch may unpickle parts of a .pt2 file.
     PT2 = Exporter("pt2", ("model.pt2",), _from_images(export_pt2), needs_trust=True)

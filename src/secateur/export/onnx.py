@@ -1,20 +1,24 @@
 """Export to ONNX, which ONNX Runtime runs on any machine."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from secateur._caller_state import in_default_state
 from secateur._files import atomic_file
+from secateur._runtime import copy_model
 from secateur._text import is_text
 from secateur.errors import ExportError
 from secateur.export._common import (
+    ADVICE,
     BATCH_DIM,
-    PARITY_TOLERANCE,
     InputTensors,
     Parity,
     Runner,
@@ -29,6 +33,15 @@ from secateur.export._common import (
     write_errors,
 )
 from secateur.export._runtime_child import without_telemetry
+from secateur.export.onnx_config import OnnxConfig
+from secateur.export.onnx_model import (
+    computing_as_given,
+    file_model,
+    in_half,
+    names_of_outputs,
+    tolerance_of,
+    unrolled,
+)
 
 _MAX_WEIGHT_BYTES = 1_900_000_000
 """One ONNX file is one protobuf message of at most 2 GiB; the rest is for the graph."""
@@ -36,38 +49,124 @@ _MAX_WEIGHT_BYTES = 1_900_000_000
 
 @in_default_state
 def export_onnx(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...] | list[Tensor],
+    path: Path | str,
+    *,
+    tolerance: float | None = None,
+    config: OnnxConfig = OnnxConfig(),  # noqa: B008 - frozen
 ) -> Parity:
     """Write a model as one ONNX file, run it with ONNX Runtime on the CPU, and compare it with the model.
 
-    The batch size is free; inputs are called ``input`` (or ``input_0``, ``input_1``...), outputs ``output``. Batch
-    normalization is left in the file: runtimes fold it into the convolutions themselves. The file appears only if it
-    agrees; an older file at ``path`` is replaced then.
+    The batch size is free; inputs are called ``input`` (or ``input_0``, ``input_1``...), outputs ``output``, or by the
+    modules that ``config`` names. Batch normalization is left in the file: runtimes fold it into the convolutions
+    themselves. The file appears only if it agrees; an older file at ``path`` is replaced then.
 
     Args:
         model: Any device or mode; not changed. Below 1.9 GB of weights.
-        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs.
+        example: Real samples, at least two, (n, channels, height, width); a tuple for several inputs. A list of images
+            of one size for a model that takes a list, as detectors do: then the file takes one image, of shape
+            (1, channels, height, width), and ``config`` must choose outputs before boxes are selected.
         path: Where, ending in ``.onnx``.
-        tolerance: Largest accepted difference, relative to the largest output.
+        tolerance: Largest accepted difference, relative to the largest output; None means 1e-4, or 2e-2 in float16.
+        config: The opset, free image sizes, float16, chosen outputs.
 
     Returns:
-        How closely the file follows the model, run with batch sizes 1 and n.
+        How closely the file follows the model, run with batch sizes 1 and n. With free sizes it was also run on larger
+        images.
 
     Raises:
         ExportError: If the model cannot be captured or translated, the file disagrees, or it cannot be written.
     """
     path = checked_path(path, ".onnx", "Rename it, or use export_pt2 for .pt2.")
-    inputs = as_inputs(example)
-    reference = eval_copy(model)
-    content = onnx_bytes(reference, inputs)
+    config.check(model)
+    one_image = isinstance(example, list)
+    inputs = _stacked(example) if isinstance(example, list) else as_inputs(example)
+    if one_image and not config.outputs:
+        raise ExportError(
+            "`outputs` must name modules of a model that takes a list of images; got none. Which boxes it returns "
+            "depends on values, in ways that no exporter follows: choose what comes before, such as its raw heads."
+        )
+    reference = file_model(eval_copy(model), config, one_image=one_image)
+    limit = tolerance_of(model, config) if tolerance is None else tolerance
+    others = _larger(reference, inputs, one_image=one_image) if config.free_size else None
+    content = onnx_bytes(reference, inputs, config, one_image=one_image)
     with write_errors(path), atomic_file(path) as part:
         part.write_bytes(content)
-        session = open_session(content, threads=1)
-        return check_parity("onnx", reference, session_runner(session), inputs, tolerance)
+        runner = session_runner(_opened(content, config))
+        sizes, advice = (1,) if one_image else (), _TOO_COARSE if config.half else ADVICE
+        given = [(image.unsqueeze(0),) for image in inputs[0]] if one_image else [inputs]
+        given += [] if others is None else [others]
+        found = [check_parity("onnx", reference, runner, x, limit, batch_sizes=sizes, advice=advice) for x in given]
+    return max(found, key=lambda parity: parity.max_rel)
 
 
-def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
+def _stacked(images: list[Tensor]) -> InputTensors:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise ExportError(
+            f"`example` must hold images of one size, each (channels, height, width); got {sorted(shapes)}. Pass some "
+            "of one size: the file takes images of that size."
+        )
+    return (torch.stack([image.detach().cpu() for image in images]),)
+
+
+def _larger(reference: nn.Module, inputs: InputTensors, *, one_image: bool) -> InputTensors:
+    """Return larger images, after checking that the model takes them."""
+    if one_image or not any(tensor.dim() == 4 for tensor in inputs):
+        raise ExportError(
+            "`free_size` needs a model that takes a batch of images; this one takes "
+            f"{'a list of images' if one_image else 'no tensor with four dimensions'}. Leave it out."
+        )
+    larger = tuple(
+        F.interpolate(tensor.float(), (tensor.shape[2] + _TALLER, tensor.shape[3] + _WIDER)).to(tensor.dtype)
+        if tensor.dim() == 4
+        else tensor
+        for tensor in inputs
+    )
+    try:
+        with torch.no_grad():
+            reference(*larger)
+    except Exception as error:
+        sizes = " and ".join("x".join(map(str, tensor.shape[2:])) for tensor in larger if tensor.dim() == 4)
+        raise ExportError(
+            f"`free_size` needs a model that takes images of other sizes; at {sizes} this one stopped with "
+            f"{first_line(error)} Leave it out: height and width of the file are then those of the model."
+        ) from error
+    return larger
+
+
+_TOO_COARSE = "float16 has too few digits, or too small a range, for this model: leave it in float32 (half=False)."
+_TALLER, _WIDER = 64, 32
+"""Pixels that the second size has more; multiples of all usual strides."""
+
+
+def _opened(content: bytes, config: OnnxConfig) -> Any:
+    try:
+        return open_session(content, threads=1)
+    except Exception as error:
+        if config.opset is None:
+            raise
+        raise ExportError(
+            f"`opset` must be one that the installed ONNX Runtime knows; with {config.opset} it stopped with "
+            f"{first_line(error)} Choose an older one."
+        ) from error
+
+
+def onnx_bytes(
+    model: nn.Module,
+    inputs: InputTensors,
+    config: OnnxConfig = OnnxConfig(),  # noqa: B008 - frozen
+    *,
+    one_image: bool = False,
+) -> bytes:
     """Translate a model (in eval mode, on the CPU) to the content of an ONNX file.
+
+    Args:
+        model: What `file_model` made of the user's model.
+        inputs: Samples whose shapes and dtypes are used.
+        config: How the file is written.
+        one_image: Whether the file takes one image only.
 
     Raises:
         ExportError: If it cannot be captured or translated, or is too large for one file.
@@ -78,25 +177,77 @@ def onnx_bytes(model: nn.Module, inputs: InputTensors) -> bytes:
             f"`model` must have at most {_MAX_WEIGHT_BYTES / 1e9:g} GB of weights for one ONNX file; got "
             f"{size / 1e9:.3g} GB. Use export_pt2."
         )
-    program = export_program(model, inputs)
+    names = _names("input", len(inputs))
+    computing = in_half(copy_model(model)) if config.half else model
+    program, shapes = _captured(computing, inputs, config, one_image=one_image)
+    outputs = len(program.graph_signature.user_outputs)
+    first = tuple(tensor[:1] for tensor in inputs) if one_image else inputs
     try:
         with quiet():
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=tuple({0: BATCH_DIM} for _ in inputs),
-                input_names=_names("input", len(inputs)),
-                output_names=_names("output", len(program.graph_signature.user_outputs)),
+                opset_version=config.opset,
+                dynamic_shapes=shapes,
+                input_names=names,
+                output_names=names_of_outputs(computing, first, outputs),
                 verbose=False,
             )
             assert translated is not None
             _strip(translated.model.graph)
-            return translated.model_proto.SerializeToString()
+            proto = translated.model_proto
     except Exception as error:
         raise ExportError(
             f"`model` must hold only operations that ONNX has; got {first_line(error)} "
             "Use export_pt2, or replace the operation that is named."
         ) from error
+    if shapes is None and not one_image:
+        _name_sizes(proto)
+    written = max(each.version for each in proto.opset_import if not each.domain)
+    if config.opset not in {None, written}:
+        raise ExportError(
+            f"`opset` must be one that torch's exporter can write this model in; asked for {config.opset}, it wrote "
+            f"{written}. Choose {written}."
+        )
+    return proto.SerializeToString()
+
+
+def _captured(
+    model: nn.Module, inputs: InputTensors, config: OnnxConfig, *, one_image: bool
+) -> tuple[ExportedProgram, Any]:
+    """Return the program, and the free dimensions of its inputs."""
+    if not one_image:
+        program = export_program(model, inputs, free_size=config.free_size)
+        # With free sizes, torch names the dimensions; `_name_sizes` renames them.
+        named = not config.free_size and computing_as_given(model)
+        return program, tuple({0: BATCH_DIM} for _ in inputs) if named else None
+    image = inputs[0][:1]
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(unrolled(model, image), (torch.zeros_like(image),))
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"`model` must be capturable by torch.export for one image; got {first_line(error)} Choose other outputs."
+        ) from error
+    program.example_inputs = None
+    return program, None
+
+
+def _name_sizes(proto: Any) -> None:
+    """Call the free dimensions of the inputs batch, height and width, wherever they appear."""
+    names: dict[str, str] = {}
+    for slot in proto.graph.input:
+        dims = slot.type.tensor_type.shape.dim
+        for dim, name in zip(dims, ("batch", "", "height", "width"), strict=False):
+            if dim.dim_param and name:
+                names.setdefault(dim.dim_param, name)
+    word = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = word.sub(lambda found: names[found[0]], dim.dim_param)
 
 
 def open_session(

@@ -20,7 +20,7 @@ from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, evaluation_batch, run_data
 from secateur.distill.taps import AlignedFeatures
-from secateur.export.formats import Format, check_formats
+from secateur.export.formats import Format
 from secateur.graph.graph import StandIn
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import (
@@ -35,6 +35,7 @@ from secateur.pipeline.config import (
     strategy_of_run,
 )
 from secateur.pipeline.evidence import layer_sensitivity, with_pairs
+from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
@@ -132,7 +133,7 @@ def compress(
     output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source, type(model).__qualname__)
     if output is not None:
         check_output(output.folder)
-        check_formats(output.formats)
+        check_exports(output.formats, run.onnx, model)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)
     if fabric.is_global_zero:

@@ -28,6 +28,7 @@ from secateur.distill.match_features import MatchFeatures
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
 from secateur.export.formats import Format
+from secateur.export.onnx_config import OnnxConfig
 from secateur.graph._ledger import Rule
 from secateur.graph.graph import ChannelGraph
 from secateur.graph.selection import Selection
@@ -401,6 +402,7 @@ class RunConfig:
         name: Name of the model in the report; empty means the name of its class.
         command: The exact command or call, for the report and secateur.json.
         times: Whether times are measured for the report; a bound on the latency is checked in any case.
+        onnx: How the ONNX file among the exports is written: its opset, free height and width, float16, its outputs.
     """
 
     seed: int = 0
@@ -413,6 +415,7 @@ class RunConfig:
     name: str = ""
     command: str = ""
     times: bool = True
+    onnx: OnnxConfig = OnnxConfig()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData, evaluation_batch, run_data
 from secateur.distill.objective import Objective, Term
 from secateur.errors import TrainingError
-from secateur.export.formats import Format, check_formats
+from secateur.export.formats import Format
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
+from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     CLASSIFICATION,
@@ -213,7 +214,7 @@ def distill_model(
         check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images, task, targets)
     if out is not None:
         check_output(out)
-        check_formats(export)
+        check_exports(export, run.onnx, student.model)
     plan = DistillPlan(
         student=student,
         teacher=teacher,

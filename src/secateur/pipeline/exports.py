@@ -18,10 +18,13 @@ from secateur.export.artifact import amend, is_artifact, read_manifest
 from secateur.export.formats import Format, check_formats
 from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
 from secateur.export.onnx import onnx_bytes
+from secateur.export.onnx_config import OnnxConfig
 from secateur.report.run import Check, ExportedFile, MeasuredLatency
 from secateur.tasks.base import Score
 from secateur.tasks.classification import TOP1
 
+ONNX = "onnx"
+"""Key of the `OnnxConfig` of an exported file, if it is not the usual one."""
 RECORD = "exports"
 """Key of the exported files in the verification of secateur.json."""
 
@@ -36,6 +39,7 @@ class Exported:
         sizes: Bytes of each file.
         sha256: Of each file, hexadecimal.
         latency: Of the float file (before) and of this one (after), or None.
+        onnx: How it was written, if it is an ONNX file.
     """
 
     form: Format
@@ -43,13 +47,15 @@ class Exported:
     sizes: tuple[int, ...]
     sha256: tuple[str, ...]
     latency: LatencyRecord | None = None
+    onnx: OnnxConfig = OnnxConfig()  # noqa: RUF009 - frozen
 
     def to_json(self) -> dict[str, object]:
         """A JSON object."""
         rows = zip(self.form.exporter.files, self.sizes, self.sha256, strict=True)
         files = [{"name": name, "bytes": size, "sha256": digest} for name, size, digest in rows]
         measured = {} if self.latency is None else {"latency": self.latency.to_json()}
-        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json(), **measured}
+        written = {} if self.onnx == OnnxConfig() else {ONNX: self.onnx.to_json()}
+        return {"format": self.form.value, "files": files, "agreement": self.agreed.to_json(), **measured, **written}
 
 
 def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) -> Exported:
@@ -66,11 +72,18 @@ def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) 
     """
     agreed = form.exporter.write(model, samples, folder / form.exporter.file)
     contents = [(folder / name).read_bytes() for name in form.exporter.files]
-    return Exported(form, agreed, tuple(map(len, contents)), tuple(sha256_of(each) for each in contents))
+    onnx = samples.onnx if form is Format.ONNX else OnnxConfig()
+    return Exported(form, agreed, tuple(map(len, contents)), tuple(sha256_of(each) for each in contents), onnx=onnx)
 
 
 def export_files(
-    model: nn.Module, images: Tensor, folder: Path, formats: Sequence[Format], *, data: ImageData | None = None
+    model: nn.Module,
+    images: Tensor,
+    folder: Path,
+    formats: Sequence[Format],
+    *,
+    data: ImageData | None = None,
+    onnx: OnnxConfig = OnnxConfig(),  # noqa: B008 - frozen
 ) -> dict[Path, Parity | Quantized]:
     """Write exported files into a folder; if the folder is an artifact, its secateur.json records them.
 
@@ -80,6 +93,7 @@ def export_files(
         folder: Where.
         formats: Which files.
         data: For int8, which takes ranges from training images and its accuracy from test images.
+        onnx: How an ONNX file is written.
 
     Returns:
         How closely each file follows the model.
@@ -87,8 +101,8 @@ def export_files(
     Raises:
         ExportError: If one cannot be made or disagrees; those before it stay.
     """
-    check_formats(formats)
-    samples, made = Samples(images, data), list[Exported]()
+    check_exports(formats, onnx, model)
+    samples, made = Samples(images, data, onnx=onnx), list[Exported]()
     try:
         for form in formats:
             made.append(export_file(model, samples, folder, form))
@@ -96,6 +110,23 @@ def export_files(
         if made and is_artifact(folder):
             _record(folder, made)
     return {folder / each.form.exporter.file: each.agreed for each in made}
+
+
+def check_exports(formats: Sequence[Format], onnx: OnnxConfig, model: nn.Module) -> None:
+    """Refuse formats whose library is missing, and settings of ONNX that the model or the formats do not fit.
+
+    Raises:
+        ExportError: Before any work.
+    """
+    check_formats(formats)
+    if onnx == OnnxConfig():
+        return
+    onnx.check(model)
+    if Format.ONNX not in formats:
+        raise ExportError(
+            "`export` must name onnx if it is set how an ONNX file is written; got "
+            f"{', '.join(form.value for form in formats) or 'nothing'} and {onnx}. Add onnx, or leave the settings out."
+        )
 
 
 def exports_json(exports: Sequence[Exported]) -> dict[str, object]:
@@ -163,7 +194,7 @@ def deliver_exports(student: nn.Module, samples: Samples, draft: Path, formats: 
     # After all of them: the float file may be one that is asked for later.
     for at, each in enumerate(made):
         if each.form is Format.INT8:
-            latency, said = _int8_latency(student, few.images, draft)
+            latency, said = _int8_latency(student, few.images, draft, is_usual=samples.onnx == OnnxConfig())
             made[at] = replace(each, latency=latency)
             notes += said
     return Exports(tuple(checks), tuple(made), tuple(notes))
@@ -192,10 +223,12 @@ def _doubts(found: Exported) -> list[str]:
     ]
 
 
-def _int8_latency(student: nn.Module, images: Tensor, draft: Path) -> tuple[LatencyRecord | None, list[str]]:
+def _int8_latency(
+    student: nn.Module, images: Tensor, draft: Path, *, is_usual: bool
+) -> tuple[LatencyRecord | None, list[str]]:
     in_float = draft / Format.ONNX.exporter.file
     try:
-        before = in_float if in_float.exists() else onnx_bytes(copy_model(student).eval().cpu(), (images,))
+        before = in_float if is_usual and in_float.exists() else onnx_bytes(copy_model(student).eval().cpu(), (images,))
         return measure_files(before, draft / Format.INT8.exporter.file, OnnxRuntime(), images[:1]), []
     except ExportError as error:
         return None, [f"The latency of {Format.INT8.exporter.file} was not measured: {error}"]

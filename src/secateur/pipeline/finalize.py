@@ -258,13 +258,30 @@ def _is_plain(run: Finished) -> bool:
 def _exports(run: Finished, draft: Path, formats: tuple[Format, ...]) -> Exports:
     if _is_plain(run):
         data = run.data if isinstance(run.data, ImageData) else None
-        return deliver_exports(run.student, Samples(run.images, data), draft, formats)
+        return deliver_exports(run.student, Samples(run.images, data, onnx=run.run.onnx), draft, formats)
+    written = Exports((), (), ())
+    samples = _samples_of_one_kind(run)
+    if samples is not None and run.run.onnx.outputs and Format.ONNX in formats:
+        written = deliver_exports(run.student, samples, draft, (Format.ONNX,))
+        formats = tuple(form for form in formats if form is not Format.ONNX)
     names = ", ".join(form.value for form in formats)
     note = (
         f"No file was written for {names}: the model takes several inputs or lists of images, or returns lists. Export "
-        "a wrapper that takes and returns tensors."
+        "a wrapper that takes and returns tensors, or name the modules whose outputs an ONNX file shall return, such "
+        "as the raw heads of a detector (--onnx-outputs; in Python: OnnxConfig(outputs=...))."
     )
-    return Exports((), (), (note,) if formats else ())
+    return Exports(written.checks, written.made, (note,) if formats else ())
+
+
+def _samples_of_one_kind(run: Finished) -> Samples | None:
+    """Return images of one size for a file that returns chosen outputs; None if the model takes anything else."""
+    if isinstance(run.images, Tensor):
+        return Samples(run.images, onnx=run.run.onnx)
+    if not isinstance(run.images, list):
+        return None
+    images = [image for image in cast("list[object]", run.images) if isinstance(image, Tensor)]
+    same = [image for image in images if image.shape == images[0].shape]
+    return Samples(torch.stack(same), one_image=True, onnx=run.run.onnx) if same else None
 
 
 def _metrics(run: Finished, report: RunReport) -> dict[str, object]:

@@ -17,9 +17,10 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
-from secateur.export.formats import Format, check_formats
+from secateur.export.formats import Format
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.distill import ModelSpec
+from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import check_model_fits_data, check_output, fabric_for, shared_run_directory
 from secateur.report.run import RunReport, Step
@@ -142,7 +143,7 @@ def train_model(
     check_model_fits_data(copy_model(model.model).to(fabric.device).eval(), data, batch[0], task, batch[1])
     if out is not None:
         check_output(out)
-        check_formats(export)
+        check_exports(export, run.onnx, model.model)
     plan = TrainPlan(
         model=model,
         data=data,

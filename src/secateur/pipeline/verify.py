@@ -17,13 +17,15 @@ from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import USUAL_BATCH, OwnData, evaluation_batch
 from secateur.errors import ArtifactError, ExportError
-from secateur.export._common import check_extra, eval_copy
+from secateur.export._common import PARITY_TOLERANCE, check_extra, eval_copy
 from secateur.export.formats import Format, compare_file
 from secateur.export.int8 import INT8_BATCH_SIZE, MIN_KEPT_ACCURACY, compare_int8_file
 from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
 from secateur.export.manifest import Manifest
 from secateur.export.onnx import onnx_bytes
-from secateur.pipeline.exports import RECORD
+from secateur.export.onnx_config import OnnxConfig
+from secateur.export.onnx_model import file_model, tolerance_of
+from secateur.pipeline.exports import ONNX, RECORD
 from secateur.pipeline.finalize import PROBE_TOLERANCE, probe_difference, probe_images
 from secateur.pipeline.load import check_runs, image_size_of, load
 from secateur.prune.masks import nonzero_params
@@ -70,7 +72,8 @@ def check_files(
         elif form is Format.INT8:
             checks.append(_int8_check(path, model, manifest, data, runtimes))
         else:
-            checks.append(_file_check(path, model, images, runtimes))
+            written = _as_written(manifest) if form is Format.ONNX else None
+            checks.append(_file_check(path, model, images, runtimes, written=written))
     return checks, tuple(passed_over)
 
 
@@ -101,11 +104,30 @@ def _runtimes_for(folder: Path, data: ImageData | None, *, trust_source: bool) -
         yield runtimes
 
 
-def _file_check(path: Path, model: nn.Module, images: Tensor, runtimes: IsolatedRuntimes | None) -> Check:
+def _as_written(manifest: Manifest) -> tuple[object, bool]:
+    """Return how secateur.json says that the ONNX file was written, and whether it takes only one image."""
+    found = _at(_at(manifest.recipe.verification, RECORD), Format.ONNX.value)
+    return _at(found, ONNX), _at(_at(found, "agreement"), "batch_sizes") == [1]
+
+
+def _file_check(
+    path: Path,
+    model: nn.Module,
+    images: Tensor,
+    runtimes: IsolatedRuntimes | None,
+    *,
+    written: tuple[object, bool] | None,
+) -> Check:
     """Compare one file; whatever is wrong with it fails this check only."""
     name = f"{path.name} = model in PyTorch"
     try:
-        found = compare_file(path, model, images, runtimes=runtimes)
+        tolerance = PARITY_TOLERANCE
+        if written is not None:
+            config, one_image = OnnxConfig.from_json(written[0]), written[1]
+            config.check(model)
+            images, tolerance = images[: 1 if one_image else None], tolerance_of(model, config)
+            model = file_model(model, config, one_image=one_image)
+        found = compare_file(path, model, images, tolerance=tolerance, runtimes=runtimes)
     except ExportError as error:
         return Check(name, False, detail=str(error))
     held = found.max_rel <= found.tolerance

@@ -57,9 +57,9 @@ def translated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Translate `Net` to ONNX, which takes seconds, only once for the tests of what happens afterward."""
     real = _onnx.onnx_bytes
 
-    def remembered(model: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
+    def remembered(model: nn.Module, inputs: tuple[Tensor, ...], *settings: object, **more: object) -> bytes:
         if not _TRANSLATED:
-            _TRANSLATED.append(real(model, inputs))
+            _TRANSLATED.append(real(model, inputs, *settings, **more))
         return _TRANSLATED[0]
 
     monkeypatch.setattr(_onnx, "onnx_bytes", remembered)

@@ -168,6 +168,13 @@ def move(tree: Any, device: torch.device) -> Any:
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
             leaf = torch.from_numpy(leaf)
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_meta and device.type != "meta":
+            raise DataError(
+                f"`data` must give tensors with values; got one of shape {tuple(leaf.shape)} on the meta device, which "
+                "holds none. Make them on the CPU: they are moved to where the model is."
+            )
+        return leaf.to(device, non_blocking=True)
 
     return tree_map(moved, tree)

@@ -20,13 +20,16 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import command_line, handle_errors_together, logged, resumable
 from secateur.cli.parsing import MAX_CHANNELS
+from secateur.errors import TrainingError
 
 if TYPE_CHECKING:
+    from secateur.cli.tasks import NamedTask
     from secateur.data.dataset import ImageData
+    from secateur.data.loaders import OwnData
     from secateur.train.base_recipes import TrainRecipe
     from secateur.train.device import Execution
 
-RecipeName = Literal["cifar-resnet", "cifar-strong", "tas", "imagenet-resnet", "finetune"]
+RecipeName = Literal["cifar-resnet", "cifar-strong", "tas", "imagenet-resnet", "finetune", "adamw"]
 
 
 @Parameter(name="*")
@@ -34,9 +37,9 @@ RecipeName = Literal["cifar-resnet", "cifar-strong", "tas", "imagenet-resnet", "
 class RecipeFlags:
     """How a network is trained; what is not given is that of the recipe."""
 
-    recipe: Annotated[RecipeName, choice("cifar-resnet, cifar-strong, tas, imagenet-resnet or finetune.", TRAIN)] = (
-        "cifar-resnet"
-    )
+    recipe: Annotated[
+        RecipeName | None, choice("cifar-resnet, cifar-strong, tas, imagenet-resnet, finetune or adamw.", TRAIN)
+    ] = None
     epochs: Annotated[int | None, whole_number("Epochs; of the recipe by default, like all below.", TRAIN)] = None
     batch_size: Annotated[int | None, whole_number("Images per step.", TRAIN, most=MAX_CHANNELS)] = None
     learning_rate: Annotated[float | None, number("Peak learning rate.", TRAIN, name="--lr")] = None
@@ -57,13 +60,37 @@ class RecipeFlags:
     label_smoothing: Annotated[float | None, number("Share of each label spread over all classes.")] = None
     compiled: Annotated[bool, flag("Use torch.compile: slow to start, then often faster.", name="--compile")] = False
 
-    def to_recipe(self) -> "TrainRecipe":
+    def name(self, named: "NamedTask | None" = None) -> RecipeName:
+        """Return the name of the recipe: the usual one of a task if no flag says it."""
+        usual: RecipeName = "cifar-resnet" if named is None or named.classifies else "adamw"
+        return self.recipe or usual
+
+    def check_task(self, named: "NamedTask") -> None:
+        """Refuse a task that cannot be learned from data, and flags that have no effect on a task.
+
+        Raises:
+            TrainingError: With the way out.
+        """
+        if not named.labeled:
+            raise TrainingError(
+                f"`--task` must have labels to learn from; got {named.name}. Train on labels, and compress with it."
+            )
+        if named.classifies:
+            return
+        only = {**self._augment, "label_smoothing": self.label_smoothing}
+        for name, value in only.items():
+            if value and value != "none":
+                raise TrainingError(
+                    f"`--{name.replace('_', '-')}` must go with --task classification; got {named.name}. Leave it out."
+                )
+
+    def to_recipe(self, named: "NamedTask | None" = None) -> "TrainRecipe":
         """Build the recipe that the flags describe; refuse numbers that cannot be."""
         from secateur.cli.parsing import optimizer, precision
         from secateur.distill.objective import Objective
         from secateur.train.base_recipes import RECIPES
 
-        base = RECIPES[self.recipe]
+        base = RECIPES[self.name(named)]
         train = base.train
         given: dict[str, Any] = {
             name: getattr(self, name)
@@ -80,6 +107,8 @@ class RecipeFlags:
         elif self.weight_decay is not None:
             given["optimizer"] = replace(train.optimizer, weight_decay=self.weight_decay)
         smoothing = base.label_smoothing if self.label_smoothing is None else self.label_smoothing
+        if named is not None and not named.classifies:
+            smoothing = 0.0  # That of a recipe for classifiers.
         Objective.of_labels(label_smoothing=smoothing)
         return replace(
             base,
@@ -93,11 +122,13 @@ class RecipeFlags:
 
         Augment(**self._augment)
 
-    def augment(self, images: "ImageData") -> "ImageData":
-        """Return the same images with the augmentation of the recipe and the flags."""
+    def augment(self, images: "ImageData | OwnData") -> "ImageData | OwnData":
+        """Return the same images with the augmentation of the recipe and the flags, if they have any."""
         from secateur.train.base_recipes import RECIPES
 
-        policy = {"auto_augment": RECIPES[self.recipe].auto_augment}
+        if images.augment is None:
+            return images
+        policy = {"auto_augment": RECIPES[self.name()].auto_augment}
         return replace(images, augment=replace(images.augment, **{**policy, **self._augment}))
 
     @property
@@ -146,17 +177,18 @@ def train_command(
     checks.add(lambda: check_output(out_folder))
     if is_main_process():  # The others of several begin when the first one may have made its folder already.
         checks.add(lambda: check_unfinished(out_folder, run_config().on_existing))
-    configured = checks.add(recipe.to_recipe)
+    configured = checks.add(lambda: recipe.to_recipe(inputs.named))
     checks.add(recipe.check_augment)
-    checks.add(inputs.check_classifies)
+    checks.add(lambda: recipe.check_task(inputs.named))
     checks.settle()
     taken, loaded = configured(), inputs.loaded
     with run.fabric(taken.train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
         result = train_model(
             ModelSpec(loaded.model, loaded.name, loaded.source, loaded.architecture),
-            data=recipe.augment(inputs.classified),
+            data=recipe.augment(inputs.images),
             train=taken.train,
-            recipe=recipe.recipe,
+            recipe=recipe.name(inputs.named),
+            task=inputs.named.task,
             label_smoothing=taken.label_smoothing,
             execution=recipe.execution,
             out=out_folder,

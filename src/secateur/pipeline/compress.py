@@ -1,5 +1,6 @@
 """Compress a model: a trained network and a budget go in, a smaller verified one comes out."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -20,6 +21,7 @@ from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, evaluation_batch, run_data
 from secateur.distill.taps import AlignedFeatures
+from secateur.errors import TrainingError
 from secateur.export.formats import Format
 from secateur.graph.graph import StandIn
 from secateur.models.source import ModelSource
@@ -47,6 +49,7 @@ from secateur.pipeline.search_and_cut import (
 )
 from secateur.pipeline.workspace import (
     RunDirectory,
+    check_has_weights,
     check_model_fits_data,
     check_output,
     check_own_loop,
@@ -141,6 +144,7 @@ def compress(
     check_own_loop(recovery.recover, fabric, limits)
     if recovery.train.epochs and recovery.recover is None:
         recovery.execution.check(fabric)  # A search of hours would otherwise end with this error.
+    check_has_weights(model)
     images = run_data(data, run.seed)
     cut = replace(
         cut,
@@ -227,6 +231,9 @@ def _labeled(
         for _, labels in batches:
             check_labels(labels, classes)
         return tuple(batches)
+    if not isinstance(task, Imitation):
+        for inputs, targets in batches:
+            task.check_targets(inputs, targets)
     return tuple(
         (inputs, torch.full((batch_length(inputs),), -1)) if targets is None else with_targets(inputs, targets)
         for inputs, targets in batches
@@ -555,5 +562,10 @@ def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
     found = evaluate(
         model, plan.data.test, task=noted or plan.task, original=original, batch_size=batch, device=plan.device
     )
+    if name == "original" and math.isnan(found.value):
+        raise TrainingError(
+            f"`task` must measure a number; the {found.metric.words} of the original on the {found.n} test images is "
+            f"NaN. Correct {type(plan.task).__name__}, or the targets: nothing can be chosen by it."
+        )
     plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
     return Step(name, found, None if noted is None else noted.answers)

@@ -332,6 +332,21 @@ def check_output(folder: Path) -> None:
 CLASSIFICATION = Classification()
 
 
+def check_has_weights(model: nn.Module) -> None:
+    """Refuse a model on the meta device, whose tensors hold no values.
+
+    Raises:
+        ModelError: With the names of some.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"`model` must have weights; {len(empty)} of its tensors are on the meta device, which holds no values: "
+            f"{', '.join(empty[:3])}. Load its weights first, or make it on the CPU."
+        )
+
+
 def check_model_fits_data(
     model: nn.Module, data: ImageData | OwnData, images: Any, task: Task = CLASSIFICATION, targets: Any = None
 ) -> None:
@@ -348,6 +363,8 @@ def check_model_fits_data(
         ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
     """
     size = "x".join(map(str, data.size))
+    if not isinstance(task, Imitation):
+        task.check_targets(images, targets)
     broken = diverged_tensors(model, model.state_dict())
     if broken:
         raise ModelError(
@@ -360,10 +377,11 @@ def check_model_fits_data(
             logits = call_model(runner, take(images, slice(2)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        others = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {str(images.dtype)})
-        if others:
+        given = next((str(tensor.dtype) for tensor in float_tensors(images)), "")
+        others = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {given})
+        if given and others:
             raise ModelError(
-                f"`model` must have weights of the type of the images, {images.dtype}; got {', '.join(others)}, and "
+                f"`model` must have weights of the type of the images, {given}; got {', '.join(others)}, and "
                 f"{type(model).__name__} stopped with: {reason}. Convert it with model.float(); training can still "
                 "compute in half precision (--precision bf16-mixed)."
             ) from error

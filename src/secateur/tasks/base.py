@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,8 @@ class Task(ABC):
     """
 
     metric: Metric
+    needs_targets: ClassVar[bool] = False
+    """Whether every batch must have targets."""
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor:
@@ -238,6 +240,23 @@ class Task(ABC):
             TrainingError: With the way out.
         """
 
+    def check_targets(self, inputs: Any, targets: Any) -> None:
+        """Refuse the targets of a batch that cannot be, whatever a model returns; here only that there are none.
+
+        Args:
+            inputs: The inputs of the batch.
+            targets: Its targets.
+
+        Raises:
+            TrainingError: With the way out.
+        """
+        del inputs
+        if targets is None and self.needs_targets:
+            raise TrainingError(
+                f"`data` must give targets for {type(self).__name__}; got inputs alone. Let every batch be a pair "
+                "(inputs, targets) or a mapping with labels, or compress without labels by task=Imitation()."
+            )
+
     def with_settings(self, *, label_smoothing: float, temperature: float) -> "Task":
         """Return the task with settings of the losses of classifiers; other tasks have none."""
         del label_smoothing, temperature
@@ -261,8 +280,14 @@ class MeanMeter(Meter):
 
     def update(self, outputs: Any, targets: Any) -> None:
         """See `Meter.update`."""
-        values = self._values(outputs, targets)
-        loss = self._task.loss(outputs, targets).double() * len(values)
+        values, loss = self._values(outputs, targets), self._task.loss(outputs, targets)
+        if values.ndim != 1 or loss.ndim:
+            raise TrainingError(
+                f"`task` must measure one number for every item, and give one loss for a batch; "
+                f"{type(self._task).__name__} gave numbers of shape {tuple(values.shape)} and a loss of shape "
+                f"{tuple(loss.shape)}. Take means over everything but the items, and over all of the loss."
+            )
+        loss = loss.double() * len(values)
         count = torch.tensor(float(len(values)), dtype=torch.float64, device=values.device)
         new = torch.stack([values.double().sum(), loss, count])
         self._sums = new if self._sums is None else self._sums + new

@@ -29,6 +29,7 @@ class Classification(Task):
     label_smoothing: float = 0.0
     temperature: float = 4.0
     metric = TOP1
+    needs_targets = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task.loss`: `label_loss`, in nats."""
@@ -232,6 +233,7 @@ class MultiLabel(Task):
 
     temperature: float = 1.0
     metric = Metric("mean average precision")
+    needs_targets = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task.loss`: the mean binary cross-entropy, in nats."""

@@ -27,6 +27,7 @@ class Segmentation(Task):
     void: int | None = None
     temperature: float = 1.0
     metric = Metric("mIoU")
+    needs_targets = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task.loss`: the mean cross-entropy over the pixels that count, in nats; 0 if there are none."""
@@ -60,14 +61,23 @@ class Segmentation(Task):
                 f"`{name}` must return logits (batch, classes, height, width), and `labels` must be class indices "
                 f"(batch, height, width); got {tuple(logits.shape)} and {targets.dtype} {tuple(targets.shape)}."
             )
+        self.check_classes(targets, logits.shape[1])
+
+    def check_classes(self, targets: Tensor, classes: int) -> None:
+        """Refuse masks with values that are no classes of the model; waits for the device.
+
+        Raises:
+            TrainingError: If one is negative or too high.
+        """
         counted = targets if self.void is None else targets[targets != self.void]
-        if counted.numel():
-            low, high = (int(bound) for bound in torch.stack(torch.aminmax(counted)).tolist())
-            if low < 0 or high >= logits.shape[1]:
-                raise TrainingError(
-                    f"`labels` must lie in 0...{logits.shape[1] - 1}, the model's classes; got {low}...{high}. If one "
-                    "value marks pixels that do not count, name it as `void`."
-                )
+        if not counted.numel():
+            return
+        low, high = (int(bound) for bound in torch.stack(torch.aminmax(counted)).tolist())
+        if low < 0 or high >= classes:
+            raise TrainingError(
+                f"`labels` must lie in 0...{classes - 1}, the model's classes; got {low}...{high}. If one value marks "
+                "pixels that do not count, name it as `void`."
+            )
 
     def drawing(self, outputs: Any, item: int) -> Drawing:
         """See `Task.drawing`: the likeliest class of every pixel."""
@@ -102,6 +112,7 @@ class _OverlapMeter(Meter):
         from torchmetrics.classification import MulticlassJaccardIndex
 
         predicted, classes = self._task.classes_of(outputs, targets)
+        self._task.check_classes(targets, classes)  # Everything here waits for the device anyway.
         if self._counts is None:
             # Processes measure everything each, so nothing is to be gathered at the end.
             settings: dict[str, Any] = {"ignore_index": self._task.void, "average": "macro", "sync_on_compute": False}
@@ -124,6 +135,7 @@ class Regression(Task):
     """
 
     absolute: bool = False
+    needs_targets = True
 
     @property
     def metric(self) -> Metric:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -142,6 +154,14 @@ class Regression(Task):
     def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:
         """See `Task.check`."""
         _same_shape(outputs, targets, name)
+
+    def check_targets(self, inputs: Any, targets: Any) -> None:
+        """See `Task.check_targets`: the numbers must be finite."""
+        super().check_targets(inputs, targets)
+        if isinstance(targets, Tensor) and not bool(torch.isfinite(targets).all()):
+            raise TrainingError(
+                "`targets` of Regression must be finite numbers; got NaN or infinity. Leave out the items without any."
+            )
 
     def _errors(self, outputs: Any, targets: Any) -> Tensor:
         found, wanted = _same_shape(outputs, targets)
@@ -162,6 +182,7 @@ class ImageToImage(Task):
     absolute: bool = False
     data_range: float = 1.0
     structural: bool = False
+    needs_targets = True
 
     @property
     def metric(self) -> Metric:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,6 +1,6 @@
 """Detection of objects by models that compute their own losses, as torchvision's detectors do."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -48,6 +48,7 @@ class Detection(Task):
 
     iou: float | None = 0.5
     heads: tuple[str, ...] = ()
+    needs_targets = True
 
     @property
     def metric(self) -> Metric:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -56,6 +57,8 @@ class Detection(Task):
 
     def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> DetectorOutputs:
         """See `Task.train_forward`: a model in train mode gets the targets too."""
+        if model.training:
+            self.check_targets(inputs, targets)
         with self._recorded(model) as heads:
             result = call(inputs, targets) if model.training else call_model(call, inputs)
         return DetectorOutputs(result, tuple(heads))
@@ -120,8 +123,20 @@ class Detection(Task):
             raise TrainingError(
                 f"`{name}` must return a mapping with `boxes` for every image; got {type(result).__name__}."
             )
-        for number, target in enumerate(targets):
+        self.check_targets([None] * len(targets), targets)
+
+    def check_targets(self, inputs: Any, targets: Any) -> None:
+        """See `Task.check_targets`: boxes with labels for every image, each at least partly inside of it."""
+        super().check_targets(inputs, targets)
+        if not isinstance(targets, list | tuple) or len(cast("list[Any]", targets)) != len(inputs):
+            count = f"{len(cast('Sized', targets))} of them" if isinstance(targets, list | tuple) else "one object"
+            raise TrainingError(
+                f"`targets` of detection must be a list with a mapping for every image; got {type(targets).__name__}, "
+                f"{count} for {len(inputs)} images. An image without objects has boxes of the shape (0, 4)."
+            )
+        for number, (image, target) in enumerate(zip(inputs, cast("list[Any]", targets), strict=True)):
             _check_target(target, number)
+            _check_inside(image, target["boxes"], number)
 
     def head_names(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the modules that are compared.
@@ -188,6 +203,23 @@ def _check_target(target: Any, number: int) -> None:
         )
     if len(boxes) and not bool((boxes[:, 2:] > boxes[:, :2]).all()):
         raise TrainingError(f"`boxes` must be x1, y1, x2, y2 with x1 < x2 and y1 < y2; image {number} has another one.")
+    if labels.is_floating_point() or (len(labels) and int(labels.min()) < 0):
+        raise TrainingError(
+            f"`labels` of boxes must be integers from 0 on; image {number} has {labels.dtype} {labels.tolist()[:5]}."
+        )
+
+
+def _check_inside(image: Any, boxes: Tensor, number: int) -> None:
+    if not isinstance(image, Tensor) or image.ndim != 3 or not len(boxes):
+        return
+    height, width = image.shape[-2:]
+    outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height) | (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)
+    if bool(outside.any()):
+        box = [round(side, 3) for side in boxes[outside][0].tolist()]
+        raise TrainingError(
+            f"`boxes` must lie in their image; image {number} of a batch, {width} x {height}, has the box {box} (x1, "
+            "y1, x2, y2) outside of it. Correct it, or the units of the boxes, which are pixels."
+        )
 
 
 class _PrecisionMeter(Meter):

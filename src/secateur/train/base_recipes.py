@@ -78,5 +78,10 @@ RECIPES: Mapping[str, TrainRecipe] = {
         "Ours: AdamW at a low rate, for pretrained weights and a few thousand images.",
         label_smoothing=0.1,
     ),
+    "adamw": TrainRecipe(
+        TrainConfig(epochs=100, batch_size=8, learning_rate=1e-3, optimizer=AdamW(), clip_norm=5.0),
+        "Ours: detectors, segmenters and the like from random weights on a few hundred images, as benchmarks/tasks.py "
+        "trains them.",
+    ),
 }
 """By the names of ``secateur train --recipe``."""

@@ -89,6 +89,8 @@ def measure_score(
                 # The last batch may have fewer images than there are processes.
                 if batch_length(inputs) == 0:
                     continue
+            if not isinstance(task, Imitation):
+                task.check_targets(inputs, targets)
             inputs = in_channels_last(inputs)  # noqa: PLW2901
             outputs = call_model(model, inputs)
             if isinstance(task, Imitation):

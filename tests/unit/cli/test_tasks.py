@@ -60,6 +60,41 @@ def test_words_become_an_artifact_with_the_metric_of_the_task(tmp_path: Path, ta
         assert f"test mIoU {100 * last:.2f} % of 6 images" in again.stdout, again.output
 
 
+TRAIN = ("--trust-source", "--epochs", 1, "--batch-size", 4, "--export", "", "--threads", 1, "--quiet")
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_base_of_any_task_is_trained(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.pipeline.finalize.latency_between", lambda *_: ((), ()))
+    write, model, metric, words = RUNS[task]
+    found = secateur(
+        *("train", "--model", f"python:picture_sets:{model}", "--data", write(tmp_path / "data"), "--task", task),
+        *("--out", tmp_path / "base", *TRAIN, *words),
+    )
+    assert found.exit_code == 0, found.output
+    stored = json.loads((tmp_path / "base" / "secateur.json").read_text())["metrics"]
+    assert stored["test_scores"]["metric"]["name"] == metric
+    assert [step["step"] for step in stored["test_scores"]["steps"]] == ["before", "trained"]
+    assert stored["training"]["recipe"] == "adamw"
+    assert "top-1" not in (tmp_path / "base" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--task", "imitation"), "`--task` must have labels to learn from; got imitation"),
+        (("--task", "segmentation", "--mixup", 0.2), "`--mixup` must go with --task classification"),
+        (("--task", "segmentation", "--label-smoothing", 0.1), "`--label-smoothing` must go with --task classif"),
+    ],
+)
+def test_training_refuses_what_has_no_effect(tmp_path: Path, words: tuple[object, ...], said: str) -> None:
+    data = sets.write_masks(tmp_path / "data")
+    given = ("train", "--model", "python:picture_sets:segmenter", "--data", data, "--out", tmp_path / "base")
+    found = secateur(*given, *TRAIN, *words)
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())
+
+
 @pytest.mark.parametrize("write", [sets.write_coco, sets.write_yolo, sets.write_voc])
 def test_layouts_of_boxes_are_recognized(tmp_path: Path, write) -> None:
     found = secateur(

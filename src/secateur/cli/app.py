@@ -51,15 +51,18 @@ def export_command(
     wanted, settings = parsing.formats(formats), onnx.to_config()
     flags = ImageFlags(**vars(loading), image_size=image_size)
     inputs = parsing.Inputs(model, weights, data, flags, seed)
-    if out_folder is None and inputs.loaded.manifest is None:
+    with logged(quiet=False):  # The model is loaded with the images, of which there may be many.
+        given = inputs.loaded
+    if out_folder is None and given.manifest is None:
         raise ModelError(
             "`--out` must say where the files go, as neither --model nor --weights is an artifact folder; got none."
         )
     where = out_folder or inputs.artifact or Path(model)
     if where.exists() and not where.is_dir():
         raise ArtifactError(f"`--out` must be a folder; got a file: {where}. Choose another path.")
-    images = None if data is None else inputs.classified
-    written = export_files(inputs.loaded.model, inputs.example(4), where, wanted, data=images, onnx=settings)
+    with logged(quiet=False):
+        images = None if data is None else inputs.classified
+    written = export_files(given.model, inputs.example(4), where, wanted, data=images, onnx=settings)
     for path, agreed in written.items():
         print_written([path])
         out().print(Text(str(agreed)), soft_wrap=True)

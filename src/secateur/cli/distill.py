@@ -103,7 +103,8 @@ def distill_command(
     configured = checks.add(lambda: train.to_train(run.seed, checks.value_or(lambda: known.named.batch_size, 1)))
     checks.settle()
     weights, taps, own, train_config = named(), hinted(), own_losses(), configured()
-    learner = other.load_for(known.images)
+    with logged(quiet=run.quiet, as_json=run.as_json):  # A large set takes seconds, and says so.
+        learner = other.load_for(known.images)
     pair = Pair(learner.model, known.loaded.model, known.example(2), len(known.images.train), own)
     if any(pair.needs_taps(name) for name in weights):
         taps = taps or inferred_taps(pair)

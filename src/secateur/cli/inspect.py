@@ -7,7 +7,7 @@ from rich.text import Text
 
 from secateur.cli import options
 from secateur.cli.options import BenchFlags, ImageFlags, ReadingFlags, SpaceFlags, flag
-from secateur.cli.output import end_with_error, handle_errors, out
+from secateur.cli.output import end_with_error, handle_errors, logged, out
 from secateur.cli.tasks import IMITATION
 from secateur.errors import ArtifactError, TrainingError
 
@@ -47,8 +47,9 @@ def inspect_command(
         check_drawing(draw)
     cut = space.to_config()
     inputs = Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
-    inputs.named.task.observe_(inputs.loaded.model)
-    report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
+    with logged(quiet=as_json):
+        inputs.named.task.observe_(inputs.loaded.model)
+        report = inspect_model(inputs.loaded.model, inputs.example(1), cut=cut)
     name = inputs.loaded.name
     if as_json:
         out().print(Text(json.dumps({"model": name, **report.to_json()}, indent=1)), soft_wrap=True)
@@ -90,7 +91,7 @@ def evaluate_command(
     inputs = parsing.Inputs(model, weights, data, ImageFlags(**vars(images)), seed)
     named = inputs.named
     _refuse_imitation(named)
-    with torch_threads(thread_count):
+    with logged(quiet=False), torch_threads(thread_count):
         some, targets = draw_calibration(inputs.images.test, min(2, len(inputs.images.test)), seed=seed)[0]
         check_model_fits_data(inputs.loaded.model, inputs.images, some, named.task, targets)
         found = run_evaluate(
@@ -158,8 +159,8 @@ def verify_command(
     given = (str(artifact.absolute()), None) if factory is None else (str(model), artifact.absolute())
     inputs = parsing.Inputs(*given, data, flags, seed)
     _refuse_imitation(inputs.named)
-    images = None if data is None else inputs.images
-    with torch_threads(thread_count):
+    with logged(quiet=False), torch_threads(thread_count):
+        images = None if data is None else inputs.images
         found = run(
             artifact,
             data=images,

@@ -150,27 +150,36 @@ class _Table:
     ) -> MemorySplit | None:
         """Read the first images, without those that cannot be used, which are noted; None if none is left."""
         check_fits_in_memory(count, sum(file.stat().st_size for file in self.files) // sum(self.rows))
-        encoded: list[bytes | None] = []
-        for file in self.files:
-            if len(encoded) < count:
-                encoded += _read_encoded(file, self.image, count - len(encoded))
-        if len(encoded) < count:
-            raise DataError(
-                f"{self.files[-1].parent} must have an image for each of its {count} labels; got {len(encoded)}. "
-                "Download the files again."
-            )
-        for i, item in enumerate(encoded):
-            if item is None:
-                name = self.row_name(i)
-                problems.note(name, DataError(f"{name} must hold the bytes of an image; got null. Embed the images."))
-        present = [(i, item) for i, item in enumerate(encoded) if item is not None]
-        if not present:
-            return None
-        places = torch.tensor([i for i, _ in present])
-        encoded_images, names = [item for _, item in present], lambda i: self.row_name(int(places[i]))
-        images, kept = decode(encoded_images, name=names, problems=problems)
-        labels = torch.from_numpy(self.labels[:count])[places[kept]]
+        images, kept = decode(self._encoded(count), count, name=self.row_name, problems=problems)
+        labels = torch.from_numpy(self.labels[:count])[kept]
         return MemorySplit(images, labels, Normalization.default(images.shape[1]), classes) if len(kept) else None
+
+    def _encoded(self, count: int) -> Iterator[bytes | None]:
+        """Yield the encoded images of the first rows, of which few are in memory at once.
+
+        Raises:
+            DataError: If a file is damaged, holds fewer, or all of them take more than the limit.
+        """
+        left, room = count, MEMORY_LIMIT
+        for file in self.files:
+            try:
+                for part in _read_parts(file, _checked_column(file, self.image)):
+                    # Equal values are one object, so they count once.
+                    room -= sum(map(len, {id(value): value for value in part if value is not None}.values()))
+                    if room < 0:
+                        raise ValueError(f"its images take more than {MEMORY_LIMIT} bytes, with those before it.")
+                    yield from part[:left]
+                    left -= len(part[:left])
+                    if not left:
+                        return
+            except DataError:
+                raise
+            except Exception as error:
+                raise _damaged(file, error) from error
+        raise DataError(
+            f"{self.files[-1].parent} must have an image for each of its {count} labels; got {count - left}. "
+            "Download the files again."
+        )
 
 
 def _files_of_split(files: Sequence[Path], prefixes: tuple[str, ...]) -> list[Path]:
@@ -243,8 +252,12 @@ def _read_labels(file: Path, column: str) -> np.ndarray:
     return values.to_numpy()
 
 
-def _read_encoded(file: Path, column: str, count: int) -> list[bytes | None]:
-    """Read the encoded images of the first ``count`` rows, or of all rows if there are fewer."""
+def _checked_column(file: Path, column: str) -> str:
+    """Return the path of the column of encoded images within its rows.
+
+    Raises:
+        DataError: If it holds anything else.
+    """
     import pyarrow
 
     table = _open_parquet(file)
@@ -255,22 +268,7 @@ def _read_encoded(file: Path, column: str, count: int) -> list[bytes | None]:
     # Nulls alone are refused image by image, with the number of the row.
     if not any(test(held) for test in (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_null)):
         raise DataError(f"column {column!r} of {file} must hold encoded images (bytes); got {kind}.")
-    if is_struct:
-        column = f"{column}.bytes"
-    encoded: list[bytes | None] = []
-    room = MEMORY_LIMIT
-    try:
-        for found in _read_parts(file, column):
-            # Equal values are one object, so they count once.
-            room -= sum(map(len, {id(value): value for value in found if value is not None}.values()))
-            encoded += found
-            if room < 0:
-                raise ValueError(f"its images take more than {MEMORY_LIMIT} bytes.")
-            if len(encoded) >= count:
-                break
-    except Exception as error:
-        raise _damaged(file, error) from error
-    return encoded[:count]
+    return f"{column}.bytes" if is_struct else column
 
 
 def _read_parts(file: Path, column: str) -> Iterator[list[bytes | None]]:

@@ -1,6 +1,9 @@
 """Hugging Face parquet folders: reading them, and refusing bad ones."""
 
 import io
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -13,6 +16,10 @@ from image_sets import CLASSES, encode, random_pixels, save_table
 from PIL import Image
 
 from secateur.data import Augment, load_data
+from secateur.data import images as images_module
+from secateur.data import parquet as parquet_module
+from secateur.data.image_files import ImageProblems
+from secateur.data.images import decode_images
 from secateur.errors import DataError
 
 Make = Callable[..., Path]
@@ -323,3 +330,78 @@ def test_real_cifar10(cifar10_folder: Path):
     torch.testing.assert_close(
         (images * scale + shift).mean((0, 2, 3)), torch.tensor([0.494, 0.485, 0.450]), atol=1e-3, rtol=0
     )
+
+
+class _Counted(bytes):
+    """Encoded images, of which the number that exists is known."""
+
+    alive, most = 0, 0
+
+    def __new__(cls, content: bytes) -> "_Counted":
+        cls.alive += 1
+        cls.most = max(cls.most, cls.alive)
+        return super().__new__(cls, content)
+
+    def __del__(self) -> None:
+        type(self).alive -= 1
+
+
+@pytest.mark.parametrize("extra", [0, 20_000], ids=["one thread", "several threads"])
+def test_few_encoded_images_are_held_at_once(extra: int):
+    """Of large files; those are decoded by several threads."""
+    content, count = encode(random_pixels(1)[0]) + bytes(extra), 3_000
+    _Counted.alive = _Counted.most = 0
+    images, kept = decode_images(
+        (_Counted(content) for _ in range(count)), count, None, lambda i: f"image {i}", ImageProblems()
+    )
+    assert (len(images), len(kept)) == (count, count)
+    assert _Counted.most <= 1024 + 1
+
+
+def test_the_bound_of_encoded_images_is_one_for_all_files(parquet: Make, monkeypatch: pytest.MonkeyPatch):
+    folder = parquet()
+    (file,) = folder.glob("train*.parquet")
+    one, two = file.with_name("train-one.parquet"), file.with_name("train-two.parquet")
+    file.rename(one)
+    assert len(load_data(folder).train) == 27
+    encoded = sum(len(encode(p)) for p in random_pixels(30))
+    monkeypatch.setattr(parquet_module, "MEMORY_LIMIT", encoded + 1)
+    assert len(load_data(folder).train) == 27
+    shutil.copy(one, two)
+    with pytest.raises(DataError, match=r"train-two.parquet must .* take more than .* with those before it"):
+        load_data(folder)
+
+
+def test_many_images_are_announced(parquet: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(images_module, "_MANY", 30)
+    with caplog.at_level("INFO", "secateur"):
+        load_data(parquet())
+    assert caplog.messages == ["Decoding 30 images into memory."]
+
+
+_GROWTH = """
+import resource, sys
+import pyarrow.parquet, secateur.data
+def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+secateur.data.load_data(sys.argv[1])
+before = most()
+secateur.data.load_data(sys.argv[2])
+print(most() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_follows_the_pixels_not_the_files(tmp_path: Path):
+    """Four times the images, whose files are twelve times their pixels, take twice their pixels more, not the files."""
+    pixels = random_pixels(1000, 16, 16)
+    padded = [encode(p) + np.random.default_rng(i).bytes(9_000) for i, p in enumerate(pixels)]
+    for name, shards in (("small", 5), ("large", 20)):
+        (tmp_path / name).mkdir()
+        for k in range(shards):
+            unique = [content + f"{k}".encode() for content in padded]
+            save_table(tmp_path / name / f"train-{k:05d}-of-{shards:05d}.parquet", unique, [0, 1, 2, 0] * 250)
+        save_table(tmp_path / name / "test-00000-of-00001.parquet", padded[:9], [0, 1, 2] * 3)
+    command = [sys.executable, "-c", _GROWTH, str(tmp_path / "small"), str(tmp_path / "large")]
+    more = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    files = 15_000 * len(padded[0])
+    assert more < 2 * 15_000 * pixels[0].nbytes + 0.2 * files, more / 2**20

@@ -356,6 +356,16 @@ class AlignedFeatureRecorder:
         self._recorder = recorder
         self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
+    @property
+    def teacher_features(self) -> dict[str, Tensor]:
+        """What the teacher has given for the batch, by module; set it to use what it gave for this batch before."""
+        return dict(self._recorder.teacher)
+
+    @teacher_features.setter
+    def teacher_features(self, features: Mapping[str, Tensor]) -> None:
+        self._recorder.teacher.clear()
+        self._recorder.teacher.update(features)
+
     def loss(self) -> Tensor:
         """Return the loss of the batch that both models have just run on, and clear the features.
 

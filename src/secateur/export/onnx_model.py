@@ -145,7 +145,7 @@ def unrolled(model: nn.Module, image: Tensor) -> nn.Module:
     """
     try:
         with quiet(), torch.no_grad():
-            return make_fx(model, tracing_mode="real")(torch.zeros_like(image))
+            return make_fx(model, tracing_mode="real", pre_dispatch=True)(torch.zeros_like(image))
     except ExportError:
         raise
     except Exception as error:

@@ -394,7 +394,8 @@ def _finished(
     uncounted = filter(None, (cut_student.graph.uncounted_text,))
     own = plan.data.notes if isinstance(plan.data, OwnData) else ()
     stale = filter(None, (cut_student.described.warning,))
-    doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained), *stale)
+    doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained))
+    said = tuple(stale)
     report = _report(plan, cut_student, trained, student, steps)
     if plan.output is not None and plan.fabric.is_global_zero:
         few = move(take(images, slice(32)), plan.device)
@@ -406,7 +407,7 @@ def _finished(
             warnings=doubts,
             checks=_checks(plan, cut_student, student, images),
             pictures=example_pictures(plan.task, plan.data, plan.model, student) if plan.output is not None else (),
-            notes=(*doubts, *describe_choice(search.notes), *map(describe_repair, cut_student.repairs)),
+            notes=(*doubts, *said, *describe_choice(search.notes), *map(describe_repair, cut_student.repairs)),
         ),
         original=cut_student.original,
         student=student,
@@ -423,7 +424,7 @@ def _finished(
         target=plan.target,
         latency_bound=plan.budget if limits_latency(plan.budget) else None,
         search=search,
-        doubts=doubts,
+        doubts=(*doubts, *said),
         metrics={
             "nonzero": {"before": nonzero_params(cut_student.original), "after": nonzero_params(student)},
             "pruning": None if cut.weight_pruning is None else repr(cut.weight_pruning),

@@ -9,15 +9,17 @@ Everything one run of `compress` is asked to do, as frozen data."""
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from secateur._batches import take
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, format_cost, limits_latency
 from secateur.cost.measure import LatencyCache
@@ -63,6 +65,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("secateur")
 """Receives one sentence for every step of a run, at level INFO."""
 
+_MORE_IMAGES, _MORE_VALUES = 3072, 2**25
+"""Further images for repairs that learn, and the numbers that these may have together."""
+
 
 class Branches(Enum):
     """Which widths the branches of a residual stream may have."""
@@ -83,6 +88,7 @@ class CutInput:
         graph: The channel graph of both.
         images: Calibration batches, normalized, on the models' device.
         seed: Random seed of new weights.
+        draw_more: Returns batches of up to so many further training images, which neither scored nor judge.
     """
 
     original: nn.Module
@@ -90,6 +96,7 @@ class CutInput:
     graph: ChannelGraph
     images: Sequence[Tensor]
     seed: int
+    draw_more: Callable[[int], Sequence[Any]] = lambda _count: ()
 
 
 class StudentInit(ABC):
@@ -141,8 +148,17 @@ class KeepWeights(StudentInit):
 
     def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
         """See `StudentInit.cut`."""
-        repairs = DEFAULT_REPAIRS if self.repairs is None else tuple(self.repairs)
+        given = DEFAULT_REPAIRS if self.repairs is None else tuple(self.repairs)
+        repairs = [self._with_more_images(repair, uncut) for repair in given]
         return cut(uncut.searched, uncut.graph, architecture, calibration=uncut.images, repairs=repairs)
+
+    def _with_more_images(self, repair: Repair, uncut: CutInput) -> Repair:
+        """A repair that learns gets images of its own, up to 134 MB of them; those in closed form need few."""
+        if not isinstance(repair, MatchFeatures) or repair.more:
+            return repair
+        leaves = [leaf for leaf in tree_leaves(take(uncut.images[0], slice(1))) if isinstance(leaf, Tensor)]
+        values = sum(leaf.numel() for leaf in leaves)
+        return replace(repair, more=tuple(uncut.draw_more(min(_MORE_IMAGES, _MORE_VALUES // max(values, 1)))))
 
     def settled(self, *, trains: bool) -> "KeepWeights":
         """See `StudentInit.settled`: with the repairs that are meant."""

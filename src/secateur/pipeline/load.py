@@ -3,6 +3,7 @@
 A model from an artifact of unknown origin is first run within a bound on memory.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ MAX_TRIAL_BYTES = 4 * 2**30
 """Upper bound on one tensor that a layer makes, in bytes."""
 
 
-def check_runs(model: nn.Module, size: Sequence[int]) -> None:
+def check_runs(model: nn.Module, size: Sequence[int]) -> bool:
     """Refuse a model that cannot run on one image, or would make a tensor of more than `MAX_TRIAL_BYTES`.
 
     Before an operation runs, its shapes alone do (on the meta device), so that nothing is allocated to find out.
@@ -37,19 +38,30 @@ def check_runs(model: nn.Module, size: Sequence[int]) -> None:
         model: In eval mode, on the CPU.
         size: Channels, height, width.
 
+    Returns:
+        Whether it takes a list of images, as detectors do, and no batch.
+
     Raises:
         ArtifactError: If it does not run, or does not give numbers for one image.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Bounded():
-            found: object = model(torch.zeros(1, *size))
+        _try_run(model, torch.zeros(1, *size))
     except Exception as error:
+        # What is wrong is said of the batch, which most models take.
+        with contextlib.suppress(Exception):
+            _try_run(model, [torch.zeros(*size)])
+            return True
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ArtifactError(
             f"The model must run on an image of `input.shape`, {'x'.join(map(str, size))}, as secateur.json says; it "
             f"stopped with: {reason}. The artifact is damaged: copy it again, or make it again."
         ) from error
-    del found
+    return False
+
+
+def _try_run(model: nn.Module, inputs: object) -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Bounded():
+        model(inputs)
 
 
 class _Bounded(TorchDispatchMode):

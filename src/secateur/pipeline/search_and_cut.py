@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,7 +83,8 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
             graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
         images = [images for images, _ in batches]
-        uncut = CutInput(original, _trained(original, result), graph, images, plan.run.seed)
+        trained = _trained(original, result)
+        uncut = CutInput(original, trained, graph, images, plan.run.seed, partial(_more_images, plan))
         pruned = plan.cut.init.cut(uncut, result.architecture)
         if not pruned.verification.frozen:
             break
@@ -119,17 +121,27 @@ def _held_out(plan: Plan) -> tuple[Any, ...]:
     """Training images beside those that score and repair; none if there are too few, and some of those are held out."""
     calibration = plan.cut.calibration_images
     more = min(_HELD_OUT, len(plan.data.train) - calibration)
-    if more < _FEWEST_HELD_OUT:
-        return ()
-    drawn = draw_calibration(plan.data.train, calibration + more, device=plan.device, seed=plan.run.seed)
+    return () if more < _FEWEST_HELD_OUT else _drawn_after(plan, calibration, more)
+
+
+def _more_images(plan: Plan, count: int) -> tuple[Any, ...]:
+    """Up to so many training images beside those that score, repair and judge."""
+    used = plan.cut.calibration_images + _HELD_OUT
+    more = min(count, len(plan.data.train) - used)
+    return () if more < 1 else _drawn_after(plan, used, more)
+
+
+def _drawn_after(plan: Plan, start: int, count: int) -> tuple[Any, ...]:
+    """Batches of ``count`` training images, those after the first ``start`` of the order in which they are drawn."""
+    drawn = draw_calibration(plan.data.train, start + count, device=plan.device, seed=plan.run.seed)
     if all(isinstance(inputs, Tensor) for inputs, _ in drawn):
-        return torch.cat([images for images, _ in drawn])[calibration:].split(_HELD_OUT_BATCH)
+        return torch.cat([images for images, _ in drawn])[start:].split(_HELD_OUT_BATCH)
     found: list[Any] = []
     for inputs, _ in drawn:
-        count = batch_length(inputs)
-        if calibration < count:
-            found.append(take(inputs, slice(calibration, None)))
-        calibration = max(0, calibration - count)
+        size = batch_length(inputs)
+        if start < size:
+            found.append(take(inputs, slice(start, None)))
+        start = max(0, start - size)
     return tuple(found)
 
 

@@ -213,14 +213,14 @@ def verify(
     with _runtimes_for(folder, labeled, trust_source=trust_source) as runtimes:
         loaded = load(folder, factory=factory, trust_source=trust_source)
         model, manifest = loaded.model, loaded.manifest
-        check_runs(model, image_size_of(manifest))
+        listed = check_runs(model, image_size_of(manifest))
         checks = [
             Check(
                 "Weights = SHA-256 in secateur.json",
                 True,
                 detail=f"{manifest.weights_bytes} bytes, {manifest.weights_sha256[:16]}",
             ),
-            _cost_check(model, manifest),
+            _cost_check(model, manifest, listed=listed),
             *_probe_checks(model, manifest),
         ]
         files, passed_over = check_files(folder, model, manifest, labeled, trust_source=trust_source, runtimes=runtimes)
@@ -230,9 +230,10 @@ def verify(
     return Verified(model, manifest, tuple(checks), passed_over)
 
 
-def _cost_check(model: nn.Module, manifest: Manifest) -> Check:
+def _cost_check(model: nn.Module, manifest: Manifest, *, listed: bool) -> Check:
     recipe = manifest.recipe
-    found = {"macs": count_macs(model, probe_images(recipe.input_shape)), "params": count_params(model)}
+    images = probe_images(recipe.input_shape)
+    found = {"macs": count_macs(model, [images[0]] if listed else images), "params": count_params(model)}
     said = {name: recipe.cost_after.get(name) for name in found}
     if manifest.nonzero is not None:
         found["nonzero"], said["nonzero"] = nonzero_params(model), manifest.nonzero

@@ -10,7 +10,7 @@ output of that module. Nothing is proven if some of these tensors differ, or if 
 size, such as a kernel, a feature map's height, or the number of layers. Such an int stays as it is and is listed.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -85,7 +85,7 @@ def update_described_widths_(model: nn.Module, small: nn.Module, graph: ChannelG
     sizes = _observe(model, small, names, graph)
     if not sizes.changed:
         return DescribedWidths()
-    decided = _undecided(model, small, names, sizes)
+    decided = _by_analogy(_undecided(model, small, names, sizes), sizes)
     follow = {one: new for one, new in decided.items() if new is not None and new != one.value}
     stale = [one for one, new in decided.items() if new is None]
     if follow and not _has_no_effect(small, graph, follow):
@@ -253,6 +253,7 @@ class _Number:
         value: Its value.
         about: The modules that the dict around it names.
         column: What all numbers that are of the same kind have in common; None if it stands alone.
+        kind: The class of the module.
     """
 
     module: str
@@ -262,6 +263,7 @@ class _Number:
     value: int
     about: tuple[str, ...]
     column: tuple[object, ...] | None
+    kind: type[nn.Module]
 
     @property
     def text(self) -> str:
@@ -304,6 +306,23 @@ def _undecided(
     return decided
 
 
+_FEWEST_LIKE_IT = 2
+
+
+def _by_analogy(decided: dict[_Number, int | None], sizes: _Sizes) -> dict[_Number, int | None]:
+    """Decide the numbers whose size is, by chance, also that of a feature map or a kernel.
+
+    If this attribute of other modules of the same class follows, it is a width here too.
+    """
+    like = Counter((one.kind, one.attribute, one.item) for one, new in decided.items() if new not in {None, one.value})
+    found = dict(decided)
+    for one, new in decided.items():
+        if new is None and not one.column and like[one.kind, one.attribute, one.item] >= _FEWEST_LIKE_IT:
+            nearest, _ = sizes.nearest(one.origin, one.value)
+            found[one] = nearest.pop() if len(nearest) == 1 else None
+    return found
+
+
 def _numbers(
     module: nn.Module, original: nn.Module, names: tuple[str, str], known: Mapping[str, str], seen: set[int]
 ) -> Iterator[_Number]:
@@ -323,7 +342,7 @@ def _numbers(
         shape: list[object] = [None if isinstance(step, int) else step for step in steps]
         if around and all(type(each) is int for each in around):
             shape[-1] = None
-        yield _Number(*names, key, item, value, about, (key, *shape) if None in shape else None)
+        yield _Number(*names, key, item, value, about, (key, *shape) if None in shape else None, type(module))
 
 
 def _is_shared(value: Any, original: Any, seen: set[int]) -> bool:

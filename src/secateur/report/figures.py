@@ -311,6 +311,9 @@ def width_figure(widths: Sequence[LayerWidth]) -> Figure:
     return Figure("kept", "Kept channels of each layer in percent; the table has the numbers.", (bars, gone), layout)
 
 
+_MOST_TICKS = 10
+
+
 def training_figure(epochs: Sequence[TrainedEpoch], original: float | None, metric: Metric) -> Figure | None:
     """Draw the validation score from epoch 0 on, and the training loss; None with fewer than two epochs."""
     scored = [e for e in epochs if e.score is not None and math.isfinite(e.score)]
@@ -335,7 +338,8 @@ def training_figure(epochs: Sequence[TrainedEpoch], original: float | None, metr
         traces.append(
             {
                 "type": "scatter",
-                "mode": "lines",
+                # A line through one point is not seen.
+                "mode": "lines" if len(losses) > 1 else "markers",
                 "name": "training loss",
                 "x": [e.epoch for e in losses],
                 "y": [e.loss for e in losses],
@@ -344,8 +348,10 @@ def training_figure(epochs: Sequence[TrainedEpoch], original: float | None, metr
                 "line": {"color": "@soft", "dash": "dot"},
             }
         )
+    # Without it, few epochs get ticks at fractions.
+    whole = {"dtick": 1} if epochs[-1].epoch <= _MOST_TICKS else {}
     layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": "Epoch; 0 is before the training"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "Epoch; 0 is before the training"}, "rangemode": "tozero", **whole},
         "yaxis": {"title": {"text": _score_title("Validation", metric)}},
         "yaxis2": {
             "title": {"text": "Loss"},
@@ -414,8 +420,12 @@ def sensitivity_figure(points: Sequence[tuple[str, float, float]]) -> Figure | N
         "marker": {"color": "@after"},
     }
     layout = {
-        "xaxis": {"title": {"text": "Layers in order of execution"}, "showgrid": False},
-        "yaxis": {"title": {"text": "Distance of the outputs"}, "rangemode": "tozero"},
+        "xaxis": {
+            "title": {"text": "Layers in order of execution"},
+            "showgrid": False,
+            **({"dtick": 1} if len(points) <= _MOST_TICKS else {}),
+        },
+        "yaxis": {"title": {"text": "Distance of the outputs"}, "rangemode": "tozero", "tickformat": ".2~g"},
     }
     label = "Distance of the outputs when one layer alone is cut as it was; the table has the numbers."
     return Figure("sensitivity", label, (bars,), layout)

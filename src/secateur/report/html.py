@@ -159,6 +159,8 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         search=search_plots(run.search, run.macs_limit),
         stages=stage_plots(run.stages),
         origin=_origin(run),
+        zeros=_has_zeros(run),
+        unmeasured=max(0, sum(width.after < width.before for width in run.widths) - len(run.sensitivity)),
         **_words(),
     )
 
@@ -177,13 +179,13 @@ def _figures(run: RunReport) -> dict[str, Figure]:
 def headline(run: RunReport) -> str:
     """Say the result in one sentence."""
     cheaper = 1 - run.after.macs / run.before.macs if run.before.macs else 0.0
-    said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"]
-    if run.latency:
+    said = [f"{units.percent(cheaper)} fewer MACs" if cheaper > 0 else "no fewer MACs"] if run.compresses else []
+    if run.latency and run.compresses:
         said.append(_speed(run.latency[0].speedup))
     before, after = run.before.score, run.after.score
     if before and after:
         said.append(f"{after.text} {after.metric.words} instead of {before.text}")
-    return f"{run.model}: {', '.join(said)}."
+    return f"{run.model}: {', '.join(said or ['trained'])}."
 
 
 def tiles(run: RunReport) -> list[Tile]:
@@ -198,7 +200,7 @@ def tiles(run: RunReport) -> list[Tile]:
         ("MACs", before.macs, after.macs, units.count),
         ("Parameters", before.params, after.params, units.count),
     ]
-    if after.weights != after.params:
+    if _has_zeros(run):
         costs.append(("Non-zero parameters", before.weights, after.weights, units.count))
     if before.size_bytes is not None and after.size_bytes is not None:
         costs.append(("File size", before.size_bytes, after.size_bytes, units.size))
@@ -215,13 +217,20 @@ def tiles(run: RunReport) -> list[Tile]:
     return found
 
 
+def _has_zeros(run: RunReport) -> bool:
+    """Whether so many weights are zero that it shows in the three digits of the page."""
+    return any(units.count(each.weights) != units.count(each.params) for each in (run.before, run.after))
+
+
 def _bad(tone: str) -> str:
     """The tone of a tile, which has a color of its own only where a number got worse."""
     return "" if tone == "better" else tone
 
 
 def _capitalized(words: str) -> str:
-    return words[:1].upper() + words[1:]
+    first = words.split(" ", maxsplit=1)[0]
+    # Names such as mIoU and mAP@0.5 are written as they are.
+    return words[:1].upper() + words[1:] if first == first.lower() else words
 
 
 def _speed(speedup: tuple[float, float, float]) -> str:

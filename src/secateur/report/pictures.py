@@ -146,6 +146,7 @@ def _boxed(pixels: np.ndarray, drawing: Drawing, classes: Sequence[str]) -> "Ima
     factor = image.width / pixels.shape[1]
     pen = ImageDraw.Draw(image)
     assert drawing.boxes is not None
+    words: list[tuple[float, float, str, tuple[int, int, int]]] = []
     for place, box in enumerate((drawing.boxes.detach().cpu().double() * factor).tolist()):
         label = int(drawing.labels[place]) if drawing.labels is not None else 0
         color = _COLORS[label % len(_COLORS)]
@@ -153,8 +154,19 @@ def _boxed(pixels: np.ndarray, drawing: Drawing, classes: Sequence[str]) -> "Ima
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=2)
         name = classes[label] if 0 <= label < len(classes) else str(label)
         said = name if drawing.scores is None else f"{name} {float(drawing.scores[place]):.2f}"
-        pen.text((x1 + 3, y1 + 1), said, fill=color)
+        words.append((max(x1, 0.0), max(y1, 0.0), said, color))
+    # After all boxes, on their color: text alone is lost in a picture.
+    for left, top, said, color in words:
+        width, height = pen.textbbox((0, 0), said)[2:]
+        pen.rectangle((left, top, left + width + 4, top + height + 2), fill=color)
+        pen.text((left + 2, top), said, fill="black" if _is_light(color) else "white")
     return image
+
+
+def _is_light(color: tuple[int, int, int]) -> bool:
+    """Whether black is read better on a color than white, by its luma (ITU-R BT.601)."""
+    red, green, blue = color
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 128
 
 
 def _as_uri(image: "Image") -> str:

@@ -29,7 +29,7 @@ def claims(run: RunReport) -> tuple[Claim, ...]:
 
 
 def _speed(run: RunReport) -> Claim | None:
-    if not run.latency:
+    if not run.latency or not run.compresses:
         return None
     first = run.latency[0]
     lower, median, upper = first.speedup
@@ -93,7 +93,7 @@ _CALL = re.compile(r"\b([A-Z][A-Za-z0-9]*)\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^(
 
 def without_settings(text: str) -> str:
     """Return a sentence in which objects of Python are named without their settings, which secateur.json has."""
-    return _CALL.sub(r"\1", text)
+    return _CALL.sub(r"\1", text).replace(" -> ", " → ")
 
 
 _DEPLOY = {
@@ -140,7 +140,8 @@ def deploy_snippets(files: Sequence[str], size: Sequence[int]) -> tuple[tuple[st
         (
             "PyTorch with Secateur",
             "secateur.json",
-            'import secateur\n\nmodel = secateur.load(".").model\noutputs = model(batch)  # normalized pixels',
+            'import secateur\n\nmodel = secateur.load(".").model\n'
+            + ("outputs = model(batch)  # normalized pixels" if size else "outputs = model(inputs)  # as the original"),
         )
     ]
     for name in files:

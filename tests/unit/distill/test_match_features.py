@@ -1,5 +1,6 @@
 import copy
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hand_graphs import Plain, plain
 from torch import Tensor, nn
 
 from secateur.architecture import Architecture
+from secateur.cost import count_macs
 from secateur.distill import MatchFeatures
 from secateur.errors import TrainingError
 from secateur.graph import trace
@@ -131,6 +133,55 @@ def test_any_inputs_and_outputs_and_recurrent_layers() -> None:
     QUICK.apply_(small, RepairContext(model, graph, architecture, (batch,)))
     assert distance.of(small) < before
     assert (small.memory.dropout, small.memory.training) == (0.5, False)
+
+
+def test_what_the_original_gives_is_computed_once_and_a_pass_later_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three passes over four batches: with room for targets the original runs four times, without it twelve."""
+    model, context = traced()
+    context = RepairContext(model, context.graph, KEPT, (images(1), images(2)))
+    runs: list[int] = []
+    found: dict[int, nn.Module] = {}
+    module = import_module("secateur.distill.match_features")
+    whole = module.shadow_copy
+
+    def watched(original: nn.Module) -> nn.Module:
+        copied = whole(original)
+        copied.register_forward_hook(lambda *_: runs.append(1))
+        return copied
+
+    monkeypatch.setattr(module, "shadow_copy", watched)
+    for room, times in ((2**29, 4), (0, 12)):
+        monkeypatch.setattr(module, "_TARGET_BYTES", room)
+        runs.clear()
+        found[room] = sliced(context)
+        MatchFeatures(steps=12, batch_size=32).apply_(found[room], context)
+        assert len(runs) == times
+    for one, other in zip(*(net.parameters() for net in found.values()), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_learns_from_further_images_too() -> None:
+    _, context = traced()
+    few, many = sliced(context), sliced(context)
+    MatchFeatures(steps=6, batch_size=32).apply_(few, context)
+    more = MatchFeatures(steps=6, batch_size=32, more=(images(5),))
+    more.apply_(many, context)
+    assert any(not torch.equal(a, b) for a, b in zip(few.parameters(), many.parameters(), strict=True))
+    assert more == MatchFeatures(steps=6, batch_size=32)
+    assert "tensor" not in repr(more)
+
+
+def test_the_number_of_steps_follows_the_cost_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, context = traced()
+    module = import_module("secateur.distill.match_features")
+    batch = (images(1), list(range(32)))
+    macs = count_macs(sliced(context), images(1)[:1])
+    monkeypatch.setattr(module, "_ALL_MACS", 3 * 32 * macs * 150.5)
+    assert module._steps_for(sliced(context), batch) == 150
+    monkeypatch.setattr(module, "_ALL_MACS", 1)
+    assert module._steps_for(sliced(context), batch) == 100
+    monkeypatch.setattr(module, "_ALL_MACS", 1e18)
+    assert module._steps_for(sliced(context), batch) == 400
 
 
 def test_half_precision_is_skipped_with_the_reason() -> None:

@@ -1,6 +1,7 @@
 """ONNX files with a chosen opset, free image sizes, float16 and chosen outputs compute what the model computes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,19 @@ import pytest
 import torch
 from command_line import outcome
 from noise_images import noise_data
+from pretend import Pretend
 from run_pipeline import run_compress
+from squares import RUN, SquareDetector, Squares
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import secateur
 from secateur.cli import main
+from secateur.data.annotated import as_lists
 from secateur.errors import ExportError
 from secateur.export import OnnxConfig, export_onnx
+from secateur.search import Knapsack
+from secateur.tasks import Detection
 from secateur.train import TrainConfig
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -117,6 +124,21 @@ def test_raw_heads_of_a_model_that_takes_a_list(tmp_path: Path) -> None:
         wanted = model.head(model.body(IMAGES[1:2]).relu())
     torch.testing.assert_close(run(session, IMAGES[1:2])[1], wanted)
     assert not model.head._forward_hooks
+
+
+class Resized(Detector):
+    """Resizes its images, as torchvision's detectors do."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        sized = [nn.functional.interpolate(image[None], size=(96, 96), mode="bilinear")[0] for image in images]
+        return super().forward(sized)
+
+
+def test_resizing_is_an_operation_of_the_file(tmp_path: Path) -> None:
+    export_onnx(Resized(), list(IMAGES), tmp_path / "m.onnx", config=OnnxConfig(outputs=("head",)))
+    found, _ = file_of(tmp_path / "m.onnx")
+    assert "Resize" in {node.op_type for node in found.graph.node}
+    assert (tmp_path / "m.onnx").stat().st_size < 20_000  # Tables of positions would be 96 x 96 numbers each.
 
 
 class Branch(nn.Module):
@@ -224,3 +246,18 @@ def test_on_the_command_line(tmp_path: Path, flags: list[str], said: str) -> Non
     found = outcome(main, *words)
     assert found.exit_code == 2
     assert said in " ".join(found.stderr.split())
+
+
+@pytest.mark.slow
+def test_a_detector_is_written_up_to_its_heads_and_verified(tmp_path: Path) -> None:
+    data = tuple(DataLoader(Squares("boxes", n), batch_size=8, collate_fn=as_lists) for n in (32, 16))
+    onnx_config = OnnxConfig(outputs=("body.6", "head"))
+    secateur.compress(
+        SquareDetector(), data, "macs=60%", task=Detection(), strategy=Knapsack(), target=Pretend(),
+        out=tmp_path / "run", cut=RUN["cut"], recovery=RUN["recovery"], run=replace(RUN["run"], onnx=onnx_config),
+    )  # fmt: skip
+    _, session = file_of(tmp_path / "run" / "model.onnx")
+    assert [slot.name for slot in session.get_outputs()] == ["body.6", "head"]
+    found = secateur.verify(tmp_path / "run", factory=SquareDetector)
+    assert found.passed
+    assert [check.name for check in found.checks][-1] == "model.onnx = model in PyTorch"

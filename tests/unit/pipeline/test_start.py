@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from slow_search import data, model
 from torch import nn
 
 import secateur
+from secateur.architecture import Architecture
+from secateur.data import MemorySplit, Normalization
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.pipeline import KeepWeights, OnExisting, Reinitialize
+from secateur.pipeline.config import CutInput
+from secateur.prune import Cut
 from secateur.search import Uniform
 from secateur.train import Silent, TrainConfig, reset_weights_
 
@@ -64,6 +70,29 @@ def test_a_student_from_scratch_has_the_weights_that_its_modules_draw(begun: lis
     assert [step.name for step in result.report.steps[:2]] == ["original", "cut, weights drawn anew"]
     assert result.failed == ()
     assert not any("Refit" in note for note in result.report.notes)
+
+
+class Draws(KeepWeights):
+    """Keeps what it was given to cut."""
+
+    given: ClassVar[list[CutInput]] = []
+
+    def cut(self, uncut: CutInput, architecture: Architecture) -> Cut:
+        self.given.append(uncut)
+        return super().cut(uncut, architecture)
+
+
+def test_repairs_that_learn_get_images_of_their_own():
+    words = {"budget": "macs=50%", "strategy": Uniform(), "train": TrainConfig(epochs=0), "callbacks": Silent()}
+    pixels = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    train = MemorySplit(pixels, torch.arange(400) % 4, Normalization.default(3))
+    run_compress(model(), replace(data(), train=train), init=Draws(repairs=()), calibration_images=16, **words)
+    (uncut,) = Draws.given
+    used = torch.cat(list(uncut.images))
+    # Of 400 images 16 score and 256 judge.
+    assert (len(used), *(sum(map(len, uncut.draw_more(count))) for count in (8, 999))) == (16, 8, 128)
+    more = torch.cat(list(uncut.draw_more(8)))
+    assert not any(torch.equal(one, other) for one in more for other in used)
 
 
 def test_repairs_belong_to_inherited_weights(begun: list[nn.Module]):

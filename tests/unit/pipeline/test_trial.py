@@ -47,3 +47,12 @@ def test_a_tensor_without_end_is_refused_before_it_is_made(model: nn.Module):
     with pytest.raises(ArtifactError, match=r"would make a tensor of shape \(1, 3, \d+, \d+\)"):
         check_runs(model, (3, 8, 8))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # kilobytes
+
+
+def test_models_that_take_lists_run() -> None:
+    class Listed(nn.Module):
+        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(images).mean()
+
+    assert check_runs(Listed(), (3, 8, 8)) is True
+    assert check_runs(net(), (3, 8, 8)) is False

@@ -138,6 +138,28 @@ def test_a_number_with_an_effect_that_no_code_names_stays() -> None:
     assert [width.place for width in cut.described.stale] == ["width"]
 
 
+class Layer(nn.Module):
+    def __init__(self, given: int, made: int, stride: int) -> None:
+        super().__init__()
+        self.made = made
+        self.conv = nn.Conv2d(given, made, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_size_that_feature_maps_have_too_follows_where_its_like_does(others: int) -> None:
+    torch.manual_seed(0)
+    # The first layer has 20 channels and maps of 20 x 20.
+    like = [Layer(20 + 4 * n, 24 + 4 * n, 1) for n in range(others)]
+    model = nn.Sequential(Layer(3, 20, 2), *like, nn.Conv2d(20 + 4 * others, 5, 1))
+    cut = cut_half(model, IMAGES)
+    assert cut.model[0].conv.out_channels == 10
+    assert cut.model[0].made == (10 if others >= 2 else 20)
+    assert [width.place for width in cut.described.stale] == ([] if others >= 2 else ["0.made"])
+
+
 def test_nothing_to_say() -> None:
     torch.manual_seed(0)
     model = Described()

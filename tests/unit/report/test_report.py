@@ -313,3 +313,25 @@ def test_scores_of_other_tasks_have_their_own_names_and_units() -> None:
     assert "confidence interval" not in page
     assert run.efficiency is None
     assert not run.recovered
+
+
+def test_layers_that_were_not_measured_are_counted() -> None:
+    cut = sum(width.after < width.before for width in RUN.widths)
+    assert cut > 1
+    page = " ".join(render(replace(RUN, sensitivity=(("stem", 0.5, 0.1),))).split())
+    assert f"{cut - 1} more that were cut are left out" in page
+
+
+def test_a_training_is_no_compression() -> None:
+    page = render(replace(RUN, compresses=False, frozen=()))
+    assert "training report" in page
+    assert "Compressed" not in page
+    assert "fewer MACs" not in plain(headline(replace(RUN, compresses=False)))
+    assert "What was left whole" not in page
+
+
+@pytest.mark.parametrize(("name", "shown"), [("mIoU", "mIoU"), ("mAP@0.5", "mAP@0.5"), ("mean error", "Mean error")])
+def test_names_of_metrics_keep_their_letters(name: str, shown: str) -> None:
+    score = Score(0.5, None, 10, Metric(name))
+    page = render(replace(RUN, before=replace(RUN.before, score=score), after=replace(RUN.after, score=score)))
+    assert f'<th scope="row">{shown}<' in page

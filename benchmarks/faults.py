@@ -14,6 +14,10 @@ The surroundings (tests/surroundings.py) are a full, a small and a read-only fol
 home, a user who has neither a name nor a home nor rights, no /dev/shm, and a clock that goes back an hour in the middle
 of the run. The command must come to the same result, and `verify` must pass there too.
 
+The processes of Ray (tests/ray_killed.py) are killed with ``kill -9`` while candidates are judged on it: one worker,
+every worker again and again, the process that talks to Ray, Ray's own agent, and the command. The weights must be those
+without a kill, if need be after ``--resume``, and no process may be left.
+
 The strangers' files (tests/hostile_onnx.py) are ONNX files that are spoiled in eight ways. Each is run as `verify` runs
 it, with an audit hook and an eye on private files beside it (inotify): none may be read, and no file may take 20 s.
 
@@ -23,6 +27,7 @@ Writes results/faults.json and .md after every run.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -61,6 +66,9 @@ FROZEN, STOPS = 4, 4
 DISKS = ("swp", "distill")
 """The job with most kinds of files, and a training alone."""
 
+RAY = ("nothing", "worker", "workers", "driver", "raylet", "caller")
+"""What is killed, in this order."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -78,6 +86,10 @@ def main() -> None:
         then = json.loads(path.read_text())
         record |= {"jobs": then["jobs"], "disks": then["disks"], "strangers": then.get("strangers")}
         record["surroundings"] = then.get("surroundings", {})
+        record["ray"] = then.get("ray", [])
+    if importlib.util.find_spec("ray") is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            record["ray"] = list(rows("ray_killed.py", asked.seed, [(folder, *RAY)]))
     if asked.mutants:
         record["strangers"] = strangers(asked.mutants, asked.seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -175,8 +187,19 @@ def as_text(record: dict[str, Any]) -> str:
         + table(["run", "processor s", "kills", "runs", "same result", "verified", "SIGINT, SIGTERM"], kills)
         + _NOTES
         + table(["run", "disk", "faults", "exit code 2", "good"], disks)
+        + _ray(record.get("ray"))
         + _surroundings(record.get("surroundings"))
         + _strangers(record.get("strangers"))
+    )
+
+
+def _ray(found: list[dict[str, Any]] | None) -> str:
+    if not found:
+        return ""
+    rows = [[one["killed"], str(one["exit_code"]), _yes(one["good"])] for one in found]
+    return (
+        "\n## Processes of Ray\n\nGood: the weights without a kill, if need be after `--resume`, and no "
+        "process left.\n\n" + table(["killed", "exit code", "good"], rows)
     )
 
 

@@ -221,7 +221,8 @@ class _Link:
     def _gone(self) -> WorkerError:
         lines = self._log.read_text(errors="replace").strip().splitlines()[-5:]
         return WorkerError(
-            "Ray ended before the work was done. Its last output: " + (" / ".join(lines) or "none") + "."
+            "Ray ended before the work was done. Its last output: " + (" / ".join(lines) or "none") + ". "
+            "A run with an output folder goes on with --resume."
         )
 
 
@@ -250,8 +251,12 @@ class _Remote(Pool[Task, Result]):
                     continue  # A result of a map that was left early.
                 index = ahead.pop(number)
                 if kind == "lost":
-                    died = f"`task` must not end its worker; task {index} did {rest[0]} times"
-                    raise WorkerError(f"{died}. Is there too little memory? {rest[1]}")
+                    said = (rest[1].strip().splitlines() or ["no reason"])[0]
+                    raise WorkerError(
+                        f"A worker of Ray must live until its work is done; those of task {index} ended {rest[0]} "
+                        f"times. Ray says: {said} Is there too little memory? A run with an output folder goes on with "
+                        "--resume."
+                    )
                 found = cloudpickle.loads(rest[0])
                 if kind == "raised":
                     raise found

@@ -3,6 +3,7 @@
 A smaller number of the faults of benchmarks/faults.py, by the same code.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -66,6 +67,13 @@ def test_full_disks_are_said_and_gone_on_from(begun: tuple[str, Path]) -> None:
     faults = rows("full_disk.py", 3, "limit", job, folder, 200, 60_000)
     assert faults[0]["exit_code"] == 2
     assert all(fault["good"] for fault in faults), faults
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+def test_killed_processes_of_ray_change_nothing(tmp_path: Path) -> None:
+    """Work is done again, or the run says so and goes on; no process is left."""
+    for found in rows("ray_killed.py", 0, tmp_path, "nothing", "worker", "driver"):
+        assert found["good"], found
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ class TestOnRay:
         assert len(list(tmp_path.iterdir())) == 3
 
     def test_a_task_that_always_ends_its_worker_is_given_up(self, pool):
-        with pytest.raises(WorkerError, match="`task` must not end its worker; task 0 did 2 times"):
+        with pytest.raises(WorkerError, match=r"A worker of Ray must .*; those of task 0 ended 2 times\..*--resume\.$"):
             list(pool.map([("killed_always", None)]))
 
 
@@ -163,7 +163,7 @@ def test_kill_9_of_what_speaks_to_ray_is_an_error_and_leaves_nothing():
         (driver,) = _children()
         everyone = {driver, *_descendants(driver)}
         os.kill(driver, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="Ray ended before the work was done"):
+        with pytest.raises(WorkerError, match=r"Ray ended before the work was done\. .*--resume\.$"):
             list(pool.map([0.0] * 100))
     assert _gone(everyone)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Never, Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 4096
 """Rows evaluated together: bounds the memory at about chunk * extents * 8 bytes."""
+_SPARSE = 64
+"""Axes per axis of an extent from which extents are computed one by one instead of by a matrix product."""
 _MAX_DENOMINATOR = 1 << 20
 """A factor is a whole number over a number of groups, which is far smaller than this."""
 
@@ -293,12 +296,34 @@ class Polynomial:
         return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int64)
 
     def _at(self, widths: IntArray) -> IntArray:
-        # Channel counts are far below 2**53, so the float product is exact, and BLAS makes it quick.
-        extents = (widths.astype(np.float64) @ self.slopes + self.bases).astype(np.int64)
+        extents = self._extents(widths)
         products = np.broadcast_to(self.numerators, (len(widths), len(self.numerators)))
         for position in range(self.factors.shape[1]):
             products = products * extents[:, self.factors[:, position]]
         return products.sum(axis=1, dtype=np.int64) // self.denominator
+
+    def _extents(self, widths: IntArray) -> IntArray:
+        """Return the extents (n, extents) of whole widths (n, axes)."""
+        if self._terms is None:
+            # Channel counts are far below 2**53, so the float product is exact, and BLAS makes it quick.
+            return (widths.astype(np.float64) @ self.slopes + self.bases).astype(np.int64)
+        extents = np.broadcast_to(self.bases.astype(np.int64), (len(widths), len(self.bases)))
+        for axes, slopes in self._terms:
+            extents = extents + widths[:, axes] * slopes
+        return extents
+
+    @cached_property
+    def _terms(self) -> list[tuple[IntArray, IntArray]] | None:
+        """The k-th axis of every extent and its slope, for each k; None where the full product is as quick.
+
+        In deep networks nearly all slopes are 0: the product would take the square of the depth.
+        """
+        counts = np.count_nonzero(self.slopes, axis=0)
+        most = int(counts.max(initial=0))
+        if most * _SPARSE >= len(self.slopes):
+            return None
+        order = np.argsort(self.slopes == 0, axis=0, kind="stable")[:most]
+        return [(row, self.slopes[row, np.arange(len(counts))].astype(np.int64)) for row in order]
 
     def at_tensor(self, widths: torch.Tensor) -> torch.Tensor:
         """Evaluate at real-valued widths (..., axes), differentiable, in the dtype and on the device of ``widths``."""

@@ -107,6 +107,15 @@ class OnnxRuntime(Target):
         """See `Target.for_cuts`: cuts with the same operations are exported once, see `OnnxTemplates`."""
         return _OnnxRuntimeOfCuts(self.threads, self.batch)
 
+    def with_file(self, model: nn.Module, content: bytes) -> "OnnxRuntime":
+        """Return this target for a model that is exported already: it opens the content of its file.
+
+        Args:
+            model: The very object that will be opened; others are exported.
+            content: Of its ONNX file.
+        """
+        return _OnnxRuntimeWithFile(self.threads, self.batch, model, content)
+
     def opened_file(self, model: Path | bytes, inputs: InputTensors) -> Pass:
         """Open an ONNX file, or its content: return a pass over a batch."""
         session = open_session(model, threads=self.threads)
@@ -131,6 +140,23 @@ class _OnnxRuntimeOfCuts(OnnxRuntime):
     def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
         yield self.opened_file(self.templates.content(eval_copy(model), inputs), inputs)
+
+
+@dataclass(frozen=True)
+class _OnnxRuntimeWithFile(OnnxRuntime):
+    """ONNX Runtime, and the file of one model."""
+
+    model: nn.Module | None = field(default=None, compare=False, repr=False)
+    content: bytes = field(default=b"", compare=False, repr=False)
+
+    @contextmanager
+    def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
+        """See `Target.opened`."""
+        if model is self.model:
+            yield self.opened_file(self.content, inputs)
+        else:
+            with super().opened(model, inputs) as run:
+                yield run
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from secateur.errors import ArtifactError, ExportError
 from secateur.export.artifact import FACTORY_KIND, amend, replaceable_files, save_artifact, weights_bytes
 from secateur.export.formats import Format
 from secateur.export.manifest import Recipe, edits_between
+from secateur.export.onnx_config import OnnxConfig
 from secateur.pipeline.config import Output, RunConfig
 from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
 from secateur.pipeline.load import load
@@ -109,7 +110,9 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         reloaded = reload_check(run.student, run.images, draft, own)
         exports = _exports(run, draft, run.output.formats)
         checked = replace(run.report, checks=(*run.report.checks, reloaded, *exports.checks), exports=exports.shown)
-        report, notes = _with_latency(replace(run, report=checked), exports.notes)
+        report, notes = _with_latency(
+            replace(run, report=checked), exports.notes, _onnx_file(run.output, run.run, draft)
+        )
         write_report(draft / "report.html", report)
         run_directory_path(folder).hand_on_history(draft)
         # A number that is NaN or infinite must not end a run whose work is done.
@@ -194,7 +197,20 @@ def data_doubts(name: str, step: Step, data: ImageData | OwnData) -> tuple[str, 
     return (*([f"{skipped}."] if skipped else []), *guessing_doubt(name, step, data))
 
 
-def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport, tuple[str, ...]]:
+def _onnx_file(output: Output, run: RunConfig, draft: Path) -> bytes | None:
+    """The content of the student's ONNX file if it was written as usual, so that it is not exported again."""
+    path = draft / Format.ONNX.exporter.file
+    usual = Format.ONNX in output.formats and run.onnx == OnnxConfig() and path.is_file()
+    return path.read_bytes() if usual else None
+
+
+def _opening(target: Target, student: nn.Module, file: bytes | None) -> Target:
+    return target if file is None or type(target) is not OnnxRuntime else target.with_file(student, file)
+
+
+def _with_latency(
+    run: Finished, notes: tuple[str, ...] = (), file: bytes | None = None
+) -> tuple[RunReport, tuple[str, ...]]:
     """The report with the times of both models, and all notes about files and times.
 
     Those on the target come first, and are checked if the budget limits them. Other runtimes follow if there is a
@@ -206,13 +222,14 @@ def _with_latency(run: Finished, notes: tuple[str, ...] = ()) -> tuple[RunReport
     if not _is_plain(run):
         said = ("Latency was not measured: the model takes several inputs or lists of images, or returns lists.",)
     elif run.target is not None and run.latency_bound is not None:
-        record, check = check_latency(run.latency_bound, run.target, run.original, run.student, run.images)
+        target = _opening(run.target, run.student, file)
+        record, check = check_latency(run.latency_bound, target, run.original, run.student, run.images)
         records, checks = (record,), (check,)
     elif run.target is not None and run.run.times:
-        records, said = latency_on(run.target, run.original, run.student, run.images)
+        records, said = latency_on(_opening(run.target, run.student, file), run.original, run.student, run.images)
     if run.output is not None and run.run.times and _is_plain(run):
         # What was measured on the target is not measured twice.
-        others, more = latency_between(run.original, run.student, run.images, run.target)
+        others, more = latency_between(run.original, run.student, run.images, run.target, file)
         records, said = (*records, *others), tuple(dict.fromkeys((*said, *more)))
     slow = slow_because(run.search, records[0]) if records and run.search is not None else ()
     notes = (*said, *slow, *notes)
@@ -406,7 +423,7 @@ def latency_on(
 
 
 def latency_between(
-    original: nn.Module, student: nn.Module, images: Tensor, but: Target | None = None
+    original: nn.Module, student: nn.Module, images: Tensor, but: Target | None = None, file: bytes | None = None
 ) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
     """Return the times of both models for one image in the usual runtimes, and notes why there are none.
 
@@ -415,12 +432,13 @@ def latency_between(
         student: The same.
         images: At least one.
         but: A target that is left out, because it was measured.
+        file: Content of the student's ONNX file, or None if it has none yet.
     """
     records: tuple[LatencyRecord, ...] = ()
     notes: tuple[str, ...] = ()
     for target in (OnnxRuntime(), TorchEager()):
         if target != but:
-            found, said = latency_on(target, original, student, images)
+            found, said = latency_on(_opening(target, student, file), original, student, images)
             records, notes = (*records, *found), (*notes, *said)
     return records, notes
 

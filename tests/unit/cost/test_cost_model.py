@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from secateur.architecture import Architecture
 from secateur.cost import Cost, CostModel, count_macs, count_params, format_count
 from secateur.errors import BudgetError, SurgeryError
-from secateur.graph import ChannelAxis, ChannelGraph, Extent, Operation
+from secateur.graph import ChannelAxis, ChannelGraph, Extent, Operation, trace
 
 pytestmark = pytest.mark.window
 
@@ -211,3 +213,23 @@ def test_a_parameter_that_is_handed_to_a_module_is_no_obstacle():
     assert count_macs(model, torch.ones(2, 5, 4)) == 12 + 60
     assert model.token.requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("make", HAND_GRAPHS.values(), ids=HAND_GRAPHS)
+def test_extents_one_by_one_are_those_of_the_matrix_product(make, monkeypatch):
+    """Deep networks take the first way."""
+    graph = make()[1]
+    sizes = np.array([axis.size for axis in graph.prunable])
+    widths = np.random.default_rng(0).integers(1, sizes + 1, (50, len(sizes)))
+    by_product = CostModel(graph).of_widths(widths)
+    monkeypatch.setattr(sys.modules["secateur.cost.macs"], "_SPARSE", 0)
+    for ours, theirs in zip(CostModel(graph).of_widths(widths), by_product, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_cost_of_one_architecture_takes_steps_in_proportion_to_the_depth():
+    """No product of all axes with all extents: each extent has one axis."""
+    graph = trace(nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(100))), torch.zeros(1, 2, 1, 1))
+    polynomial = CostModel(graph)._macs
+    assert polynomial._terms is not None
+    assert sum(axes.size for axes, _ in polynomial._terms) == len(polynomial.bases)

@@ -3,6 +3,7 @@
 import gc
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from secateur.cost import (
     timing as _turns,
 )
 from secateur.errors import ExportError
+from secateur.export.onnx import onnx_bytes
 
 _measure = sys.modules["secateur.cost.measure"]
 
@@ -174,3 +176,18 @@ def test_a_shape_and_a_model_are_needed() -> None:
         measure(of_size(1), Pretend(), (3, 0))
     with pytest.raises(ExportError, match="`models` must be at least one model"):
         measure_all([], Pretend(), (1,))
+
+
+def test_a_file_that_is_there_is_opened_and_only_other_models_are_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes = import_module("secateur.cost.runtimes")
+    small, other = (nn.Sequential(nn.Conv2d(3, width, 3)).eval() for width in (2, 5))
+    inputs = (torch.zeros(1, 3, 8, 8),)
+    content, exported = onnx_bytes(small, inputs), list[nn.Module]()
+    whole = runtimes.onnx_bytes
+    monkeypatch.setattr(runtimes, "onnx_bytes", lambda model, given: exported.append(model) or whole(model, given))
+    target = OnnxRuntime(threads=2).with_file(small, content)
+    assert (target.key, target.clock) == (OnnxRuntime(threads=2).key, OnnxRuntime(threads=2).clock)
+    for model, width, count in ((small, 2, 0), (other, 5, 1)):
+        with target.opened(model, inputs) as run:
+            assert run()[0].shape == (1, width, 6, 6)
+        assert len(exported) == count

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from run_pipeline import run_compress
 from torch import nn
 
 from secateur.architecture import Architecture
-from secateur.cost import LatencyCache, LatencyRecord, LayerShape, Quartiles
+from secateur.cost import LatencyCache, LatencyRecord, LayerShape, OnnxRuntime, Quartiles
 from secateur.errors import ArtifactError, BudgetError
+from secateur.export import Format
+from secateur.export.onnx_config import OnnxConfig
 from secateur.pipeline import CompressResult, OnExisting
 from secateur.pipeline import finalize as _deliver
 from secateur.search import L2, SearchSpace, Uniform
@@ -126,3 +129,19 @@ def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
     other = run(Machine(1e-5), tmp_path / "other", tmp_path / "another")
     assert resumed.search.to_json() == whole.search.to_json()
     assert other.architecture != whole.architecture
+
+
+@pytest.mark.parametrize(("settings", "exports"), [({}, 1), ({"onnx": OnnxConfig(opset=18)}, 2)])
+def test_the_file_that_is_written_is_the_one_that_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], exports: int
+) -> None:
+    """Only the original is exported for its time, unless the file is of another kind than runtimes are timed with."""
+    runtimes, timed = import_module("secateur.cost.runtimes"), list[nn.Module]()
+    whole = runtimes.onnx_bytes
+    monkeypatch.setattr(runtimes, "onnx_bytes", lambda net, images: timed.append(net) or whole(net, images))
+    found = run_compress(
+        model(), noise_data(), budget="macs=60%", strategy=Uniform(L2()), target=OnnxRuntime(), calibration_images=32,
+        train=TrainConfig(epochs=0), out=tmp_path / "out", export=(Format.ONNX,), callbacks=Silent(), **settings,
+    )  # fmt: skip
+    assert len(timed) == exports
+    assert [latency.runtime.split()[0] for latency in found.report.latency] == ["onnxruntime", "torch"]

@@ -105,6 +105,7 @@ def test_the_smoke_of_one_kind_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(recipes_run.subprocess, "run", here)
     monkeypatch.setattr("secateur.pipeline.finalize.latency_between", lambda *_: ((), ()))
+    monkeypatch.setattr("secateur.pipeline.finalize.both_files", lambda *_: ())
     smoke("3as", tmp_path, "--variant", "l1")
     assert (tmp_path / "l1" / "report.html").is_file()
     smoke("3as", tmp_path, "--variant", "l1")

@@ -142,7 +142,7 @@ def test_the_report_of_a_run_is_drawn_and_prints(opened: Any, tmp_path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = opened(write_report(tmp_path / "report.html", module.RUN))
-    for name in ("kept", "training", "classes", "sensitivity"):
+    for name in ("kept", "layer-macs", "layer-seconds", "training", "classes", "sensitivity"):
         assert page.locator(f"#figure-{name} svg.main-svg").count() > 0, name
     assert page.locator("[role=img]:not([aria-label])").count() == 0
     page.emulate_media(media="print")

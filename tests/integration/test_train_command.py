@@ -18,6 +18,7 @@ from secateur.train import RECIPES, SGD, AdamW
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No latency: measuring it takes longer than all the rest."""
     monkeypatch.setattr("secateur.pipeline.finalize.latency_between", lambda *_: ((), ()))
+    monkeypatch.setattr("secateur.pipeline.finalize.both_files", lambda *_: ())
 
 
 def words(out: Path, *more: object) -> tuple[object, ...]:

@@ -101,7 +101,19 @@ class OnnxRuntime(Target):
     @contextmanager
     def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
-        yield self.opened_file(onnx_bytes(eval_copy(model), inputs), inputs)
+        yield self.opened_file(self.exported(model, inputs), inputs)
+
+    def exported(self, model: nn.Module, inputs: InputTensors) -> bytes:
+        """Return the content of the ONNX file of a model, as it is timed.
+
+        Args:
+            model: Any device or mode; not changed.
+            inputs: One batch.
+
+        Raises:
+            ExportError: If it cannot be exported.
+        """
+        return onnx_bytes(eval_copy(model), inputs)
 
     def for_cuts(self) -> Target:
         """See `Target.for_cuts`: cuts with the same operations are exported once, see `OnnxTemplates`."""
@@ -114,7 +126,7 @@ class OnnxRuntime(Target):
             model: The very object that will be opened; others are exported.
             content: Of its ONNX file.
         """
-        return _OnnxRuntimeWithFile(self.threads, self.batch, model, content)
+        return _OnnxRuntimeWithFiles(self.threads, self.batch, ((model, content),))
 
     def opened_file(self, model: Path | bytes, inputs: InputTensors) -> Pass:
         """Open an ONNX file, or its content: return a pass over a batch."""
@@ -143,17 +155,21 @@ class _OnnxRuntimeOfCuts(OnnxRuntime):
 
 
 @dataclass(frozen=True)
-class _OnnxRuntimeWithFile(OnnxRuntime):
-    """ONNX Runtime, and the file of one model."""
+class _OnnxRuntimeWithFiles(OnnxRuntime):
+    """ONNX Runtime, and the files of some models."""
 
-    model: nn.Module | None = field(default=None, compare=False, repr=False)
-    content: bytes = field(default=b"", compare=False, repr=False)
+    files: tuple[tuple[nn.Module, bytes], ...] = field(default=(), compare=False, repr=False)
+
+    def with_file(self, model: nn.Module, content: bytes) -> OnnxRuntime:
+        """See `OnnxRuntime.with_file`: the files before it stay."""
+        return _OnnxRuntimeWithFiles(self.threads, self.batch, (*self.files, (model, content)))
 
     @contextmanager
     def opened(self, model: nn.Module, inputs: InputTensors) -> Generator[Pass]:
         """See `Target.opened`."""
-        if model is self.model:
-            yield self.opened_file(self.content, inputs)
+        content = next((content for known, content in self.files if known is model), None)
+        if content is not None:
+            yield self.opened_file(content, inputs)
         else:
             with super().opened(model, inputs) as run:
                 yield run

@@ -226,9 +226,9 @@ def _noise(*shape: int) -> Tensor:
 
 
 _TIMED_RUNS = 13
-_WARMUP_RUNS = 3
+WARMUP_RUNS = 3
 _MIN_SECONDS = 1e-3
-_KERNELS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
+KERNELS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
 """Names of ONNX Runtime for the kernel of a layer; other nodes convert memory layouts around it."""
 
 
@@ -260,7 +260,7 @@ def call_seconds(run: Callable[[], object], clock: Clock) -> float:
 def kernel_seconds(session: Any, shape: LayerShape, batch: int) -> float:
     """Time the kernel of a one-layer session that was opened with a profile."""
     fed = {session.get_inputs()[0].name: shape.example(batch).numpy()}
-    for _ in range(_WARMUP_RUNS + _TIMED_RUNS):
+    for _ in range(WARMUP_RUNS + _TIMED_RUNS):
         session.run(None, fed)
     return profiled(json.loads(Path(session.end_profiling()).read_text()))
 
@@ -270,9 +270,9 @@ def profiled(events: object) -> float:
     by_node: dict[str, list[float]] = {}
     for event in cast(list[dict[str, Any]], events):
         name, operator = str(event.get("name", "")), event.get("args", {}).get("op_name")
-        if event.get("cat") == "Node" and name.endswith("_kernel_time") and operator in _KERNELS:
+        if event.get("cat") == "Node" and name.endswith("_kernel_time") and operator in KERNELS:
             by_node.setdefault(name, []).append(1e-6 * float(event["dur"]))
-    return sum(typical(seconds[_WARMUP_RUNS:] or seconds) for seconds in by_node.values())
+    return sum(typical(seconds[WARMUP_RUNS:] or seconds) for seconds in by_node.values())
 
 
 def onnx_of(shape: LayerShape, batch: int) -> bytes:

@@ -260,7 +260,7 @@ def open_session(
         threads: Within an operator; operators run one after the other.
         profile: Beginning of the name of the file for the time of every operator; None measures nothing.
         optimized: Where to write the model with constants and batch norms folded, without optimizations for this
-            machine; such a session is slower.
+            machine; such a session is slower. With ``profile`` it is written as it runs, with all optimizations.
     """
     with without_telemetry():
         import onnxruntime
@@ -274,7 +274,8 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if optimized is not None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if profile is None:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(optimized)
     by_path = isinstance(model, Path) and is_text(model)
     content = str(model) if by_path else model.read_bytes() if isinstance(model, Path) else model

@@ -59,9 +59,9 @@ from secateur.pipeline.workspace import (
 )
 from secateur.prune.masks import nonzero_params
 from secateur.prune.weight_pruning import Sparsify, WeightPruning, WeightScore
-from secateur.report.graph_layers import axis_sizes_in_order
+from secateur.report.graph_layers import axis_sizes_in_order, macs_of_layers
 from secateur.report.pictures import example_pictures
-from secateur.report.run import BlockFate, Check, FrozenAxis, LayerWidth, RunReport, SearchEpoch, Step
+from secateur.report.run import BlockFate, Check, FrozenAxis, LayerCost, LayerWidth, RunReport, SearchEpoch, Step
 from secateur.search.base import Strategy
 from secateur.search.candidates import describe_choice
 from secateur.tasks.base import Task
@@ -472,6 +472,7 @@ def _report(
         widths=tuple(
             LayerWidth(name, size, 0 if name in gone else widths.get(name, size)) for name, size in sizes.items()
         ),
+        layers=tuple(LayerCost(name, macs) for name, macs in macs_of_layers(graph, search.architecture).items()),
         frozen=tuple(
             FrozenAxis(axis.name, axis.size, axis.frozen_because) for axis in graph.axes if axis.frozen_because
         ),

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from secateur._batches import take
 from secateur.architecture import Architecture
+from secateur.cost.measure import inputs_for
+from secateur.cost.module_times import module_seconds
+from secateur.cost.runtimes import OnnxRuntime
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData, evaluation_batch
 from secateur.errors import SecateurError
@@ -20,7 +23,7 @@ from secateur.graph.graph import ChannelGraph
 from secateur.pipeline.config import LoggedRun
 from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture
-from secateur.report.run import FlippedImage, RunReport, Step
+from secateur.report.run import FlippedImage, LayerCost, RunReport, Step
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification
 from secateur.tasks.imitation import Imitation
@@ -162,6 +165,34 @@ def layer_sensitivity(
         except (SecateurError, RuntimeError):
             continue
     return tuple(found)
+
+
+def with_layer_seconds(
+    report: RunReport, target: OnnxRuntime, files: Sequence[tuple[nn.Module, bytes]], images: Tensor
+) -> RunReport:
+    """Return a report with the time of each layer; the report as it is if that cannot be measured.
+
+    Args:
+        report: With the MACs of its layers.
+        target: Threads and batch size.
+        files: Original and student, each with the content of its ONNX file.
+        images: At least one.
+    """
+    try:
+        found = module_seconds(files, inputs_for(target, images), threads=target.threads)
+    except Exception:
+        return report
+    if found is None:
+        return report
+    before, after = found
+    seconds = {
+        name: (before.modules.get(name, 0.0), after.modules.get(name, 0.0))
+        for name in dict.fromkeys((*before.modules, *after.modules))
+    }
+    known = {layer.name for layer in report.layers}
+    layers = [replace(layer, seconds=seconds.get(layer.name)) for layer in report.layers]
+    layers += [LayerCost(name, (0, 0), both) for name, both in seconds.items() if name not in known]
+    return replace(report, layers=tuple(layers), other_seconds=(before.other, after.other))
 
 
 def _in_order(graph: ChannelGraph, kept: dict[str, Sequence[int]] | dict[str, tuple[int, ...]]) -> list[str]:

@@ -4,6 +4,7 @@ Everything is written into a draft folder that appears whole or not at all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,8 +20,9 @@ from secateur._provenance import Provenance
 from secateur._runtime import copy_model, run_isolated
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget
+from secateur.cost.denormals import without_denormals
 from secateur.cost.macs import count_params
-from secateur.cost.measure import LatencyRecord, measure_pairs
+from secateur.cost.measure import LatencyRecord, inputs_for, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target, TorchEager
 from secateur.data.dataset import ImageData, guessing_accuracy
 from secateur.data.image_files import describe_skipped
@@ -31,6 +33,7 @@ from secateur.export.formats import Format
 from secateur.export.manifest import Recipe, edits_between
 from secateur.export.onnx_config import OnnxConfig
 from secateur.pipeline.config import Output, RunConfig
+from secateur.pipeline.evidence import with_layer_seconds
 from secateur.pipeline.exports import Exports, Samples, deliver_exports, quartiles, shown_latency
 from secateur.pipeline.load import load
 from secateur.pipeline.workspace import run_directory_path
@@ -204,8 +207,25 @@ def _onnx_file(output: Output, run: RunConfig, draft: Path) -> bytes | None:
     return path.read_bytes() if usual else None
 
 
-def _opening(target: Target, student: nn.Module, file: bytes | None) -> Target:
-    return target if file is None or type(target) is not OnnxRuntime else target.with_file(student, file)
+def both_files(run: Finished, original: nn.Module, student_file: bytes | None) -> tuple[tuple[nn.Module, bytes], ...]:
+    """Each of both models with the content of its ONNX file, so that it is exported once for all measurements.
+
+    A model that cannot be exported is left out: what measures it says why.
+    """
+    target = run.target if type(run.target) is OnnxRuntime else OnnxRuntime()
+    inputs, found = inputs_for(target, run.images), list[tuple[nn.Module, bytes]]()
+    for model, written in ((original, None), (run.student, student_file)):
+        with suppress(ExportError, ImportError):
+            found.append((model, target.exported(model, inputs) if written is None else written))
+    return tuple(found)
+
+
+def _opening(target: Target, files: Sequence[tuple[nn.Module, bytes]]) -> Target:
+    if type(target) is not OnnxRuntime:
+        return target
+    for model, content in files:
+        target = target.with_file(model, content)
+    return target
 
 
 def _with_latency(
@@ -219,27 +239,35 @@ def _with_latency(
     records: tuple[LatencyRecord, ...] = ()
     said: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-    if not _is_plain(run):
+    report, original, plain = run.report, run.original, _is_plain(run)
+    files: tuple[tuple[nn.Module, bytes], ...] = ()
+    if plain and run.output is not None and run.run.times:
+        # What is measured is the original without its denormal numbers; without any this is the model itself.
+        original = without_denormals(original)
+        files = both_files(run, original, file)
+    if not plain:
         said = ("Latency was not measured: the model takes several inputs or lists of images, or returns lists.",)
     elif run.target is not None and run.latency_bound is not None:
-        target = _opening(run.target, run.student, file)
-        record, check = check_latency(run.latency_bound, target, run.original, run.student, run.images)
+        target = _opening(run.target, files)
+        record, check = check_latency(run.latency_bound, target, original, run.student, run.images)
         records, checks = (record,), (check,)
     elif run.target is not None and run.run.times:
-        records, said = latency_on(_opening(run.target, run.student, file), run.original, run.student, run.images)
-    if run.output is not None and run.run.times and _is_plain(run):
+        records, said = latency_on(_opening(run.target, files), original, run.student, run.images)
+    if run.output is not None and run.run.times and plain:
         # What was measured on the target is not measured twice.
-        others, more = latency_between(run.original, run.student, run.images, run.target, file)
+        others, more = latency_between(original, run.student, run.images, run.target, files)
         records, said = (*records, *others), tuple(dict.fromkeys((*said, *more)))
+    if len(files) == 2 and report.layers and isinstance(run.target, OnnxRuntime):
+        report = with_layer_seconds(report, run.target, files, run.images)
     slow = slow_because(run.search, records[0]) if records and run.search is not None else ()
     notes = (*said, *slow, *notes)
     report = replace(
-        run.report,
+        report,
         latency=tuple(map(shown_latency, records)),
         checks=(*run.report.checks, *checks),
         notes=(*notes, *run.report.notes),
         warnings=(*notes, *run.report.warnings),
-        input_size=tuple(run.data.size) if _is_plain(run) and len(run.data.size) == 3 else (),
+        input_size=tuple(run.data.size) if plain and len(run.data.size) == 3 else (),
     )
     return report, notes
 
@@ -423,7 +451,11 @@ def latency_on(
 
 
 def latency_between(
-    original: nn.Module, student: nn.Module, images: Tensor, but: Target | None = None, file: bytes | None = None
+    original: nn.Module,
+    student: nn.Module,
+    images: Tensor,
+    but: Target | None = None,
+    files: Sequence[tuple[nn.Module, bytes]] = (),
 ) -> tuple[tuple[LatencyRecord, ...], tuple[str, ...]]:
     """Return the times of both models for one image in the usual runtimes, and notes why there are none.
 
@@ -432,13 +464,13 @@ def latency_between(
         student: The same.
         images: At least one.
         but: A target that is left out, because it was measured.
-        file: Content of the student's ONNX file, or None if it has none yet.
+        files: Models with the content of their ONNX files; others are exported.
     """
     records: tuple[LatencyRecord, ...] = ()
     notes: tuple[str, ...] = ()
     for target in (OnnxRuntime(), TorchEager()):
         if target != but:
-            found, said = latency_on(_opening(target, student, file), original, student, images)
+            found, said = latency_on(_opening(target, files), original, student, images)
             records, notes = (*records, *found), (*notes, *said)
     return records, notes
 

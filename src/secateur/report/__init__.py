@@ -2,6 +2,7 @@
 
 from secateur.report.comparison import ComparedRun, Comparison, Winner
 from secateur.report.comparison_page import write_comparison
+from secateur.report.figures import Figure, pareto_figure, report_figures
 from secateur.report.graph_drawing import check_drawing, write_drawing
 from secateur.report.graph_layers import (
     GraphLayer,
@@ -17,6 +18,7 @@ from secateur.report.run import (
     ExportedFile,
     FlippedImage,
     FrozenAxis,
+    LayerCost,
     LayerWidth,
     Measured,
     MeasuredLatency,
@@ -32,9 +34,11 @@ __all__ = [
     "ComparedRun",
     "Comparison",
     "ExportedFile",
+    "Figure",
     "FlippedImage",
     "FrozenAxis",
     "GraphLayer",
+    "LayerCost",
     "LayerWidth",
     "Measured",
     "MeasuredLatency",
@@ -49,7 +53,9 @@ __all__ = [
     "frozen_sentence",
     "layers_of_block",
     "list_layers",
+    "pareto_figure",
     "performance_efficiency",
+    "report_figures",
     "write_comparison",
     "write_drawing",
     "write_page",

@@ -1,9 +1,9 @@
 """Interactive figures for pages: plain data that plotly draws, and the script that draws it, packed once into a page.
 
 A figure is a mapping with ``data`` and ``layout``, as `plotly.graph_objects.Figure` takes it, so that it can also be
-written as PNG or SVG in Python; on a page the camera button does that. Colors are words such as ``@after``: the page
-replaces them with those of its style sheet, for light, dark and print alike. Without the package plotly pages have
-their tables, and no script.
+written as PNG or SVG, by `Figure.write_image` in Python and by the camera button on a page. Colors are words such as
+``@after``: the page replaces them with those of its style sheet, for light, dark and print alike. Without the package
+plotly pages have their tables, and no script.
 """
 
 import base64
@@ -11,18 +11,20 @@ import gzip
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from secateur._files import write_atomic
 from secateur._provenance import sha256_of
 from secateur._text import PAGE, html_text, visible
+from secateur.errors import ExportError
 from secateur.report import units
 from secateur.report.comparison import ComparedRun, Comparison, unbeaten_runs
-from secateur.report.run import LayerWidth, TrainedEpoch
+from secateur.report.run import LayerCost, LayerWidth, RunReport, TrainedEpoch
 from secateur.tasks.base import Metric
 from secateur.tasks.outcomes import ClassChange
 
@@ -61,12 +63,60 @@ class Figure:
         """Return what ``plotly.graph_objects.Figure`` takes, with the colors of the light style."""
         return _colored({"data": list(self.data), "layout": dict(self.layout)})
 
+    def write_image(self, path: Path | str, *, width: int = 900) -> Path:
+        """Write the figure as a picture, with the colors of the light style.
+
+        Args:
+            path: Where, ending in ``.png`` or ``.svg``; replaced atomically.
+            width: Pixels of an SVG; a PNG has twice as many, for sharp print. The height is that of the figure.
+
+        Returns:
+            The absolute path of the file.
+
+        Raises:
+            ImportError: If the packages plotly and kaleido are not installed.
+            ExportError: If the path ends in something else, or kaleido finds no browser to draw with.
+        """
+        path = Path(path).absolute()
+        if path.suffix.lower() not in _PICTURES:
+            raise ExportError(f"`path` must end in {' or '.join(_PICTURES)}; got {path.name!r}. Rename it.")
+        missing = [name for name in ("plotly", "kaleido") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(
+                f"`write_image` needs {' and '.join(missing)}, which is not installed. Run: pip install "
+                "'secateur[figures]'. The camera button above a figure of report.html writes an SVG without it."
+            )
+        import plotly.io
+
+        figure = self.to_plotly()
+        paper = {"paper_bgcolor": _LIGHT["@card"], "plot_bgcolor": _LIGHT["@card"], "font": {"color": _LIGHT["@ink"]}}
+        grid = {"gridcolor": _LIGHT["@line"], "linecolor": _LIGHT["@line"], "zerolinecolor": _LIGHT["@soft"]}
+        axes = {
+            name: {**grid, "automargin": True, **axis}
+            for name, axis in figure["layout"].items()
+            if name[1:].startswith("axis")
+        }
+        figure["layout"] = {**figure["layout"], **paper, **axes, "margin": {"l": 60, "r": 30, "t": 40, "b": 60}}
+        kind = path.suffix.lower().removeprefix(".")
+        scale = 2 if kind == "png" else 1
+        try:
+            content = plotly.io.to_image(figure, format=kind, width=width, height=self.height, scale=scale)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(
+                f"kaleido must find Chrome or Chromium to draw with; it stopped with: {first} Install one "
+                "(plotly_get_chrome, or your system's package chromium), or use the camera button of report.html."
+            ) from error
+        write_atomic(path, content)
+        return path
+
     @property
     def json(self) -> str:
         """The figure as JSON that is safe inside of a page."""
         return script_json({"data": list(self.data), "layout": dict(self.layout)})
 
 
+_PICTURES = (".png", ".svg")
 _LIGHT = {
     "@ink": "#1b211c",
     "@soft": "#58625a",
@@ -142,6 +192,23 @@ def page_script() -> PageScript | None:
         return None
     ours = (files("secateur.report") / "figures.js").read_text(encoding="utf-8")
     return PageScript(packed, ours, sha256_of(packed + ours)[:24])
+
+
+def report_figures(run: RunReport) -> dict[str, Figure]:
+    """Return the figures of the report of a run by name: those of the page, whether or not plotly is installed.
+
+    They are ``kept``, ``layer-macs``, ``layer-seconds``, ``training``, ``classes`` and ``sensitivity``, as far as the
+    run has their numbers.
+    """
+    found = (
+        width_figure(run.widths) if run.widths else None,
+        layer_macs_figure(run.layers),
+        layer_seconds_figure(run.layers, run.other_seconds),
+        training_figure(run.training, run.original_validation_score, run.metric),
+        class_figure(run.classes),
+        sensitivity_figure(run.sensitivity),
+    )
+    return {figure.name: figure for figure in found if figure is not None}
 
 
 def pareto_figure(comparison: Comparison) -> Figure:
@@ -311,6 +378,131 @@ def width_figure(widths: Sequence[LayerWidth]) -> Figure:
     return Figure("kept", "Kept channels of each layer in percent; the table has the numbers.", (bars, gone), layout)
 
 
+_MOST_BARS = 40
+"""Layers with bars of their own; the cheapest of more share one."""
+_MOST_LETTERS = 24
+_NOISE = 1.1
+"""A time that grew by less may be chance."""
+
+
+def layer_macs_figure(layers: Sequence[LayerCost]) -> Figure | None:
+    """Draw the MACs of every layer before and after; None if none has any."""
+    costly = _costly(layers)
+    rows = [_Pair(layer_name(each), *each.macs, own_bar=each in costly) for each in layers if any(each.macs)]
+    if not rows:
+        return None
+    label = f"MACs of {len(rows)} layers before and after; the table has the numbers."
+    return _paired("layer-macs", label, rows, title="MACs of one input", words=units.count, scale=1.0)
+
+
+def layer_seconds_figure(layers: Sequence[LayerCost], other: tuple[float, float] | None) -> Figure | None:
+    """Draw the milliseconds of every layer before and after, the rest as one more; None if none was measured."""
+    costly = _costly(layers)
+    rows = [
+        _Pair(layer_name(each), *each.seconds, own_bar=each in costly)
+        for each in layers
+        if each.seconds is not None and any(each.seconds)
+    ]
+    if not rows:
+        return None
+    label = f"Milliseconds of {len(rows)} layers and of everything else before and after; the table has the numbers."
+    rest = () if other is None else (_Pair("other", *other),)
+    title = "Milliseconds of one pass"
+    return _paired("layer-seconds", label, rows, title=title, words=units.duration, scale=1000.0, rest=rest)
+
+
+def layer_name(layer: LayerCost) -> str:
+    """Return the name of a layer in words."""
+    return layer.name or "the model itself"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A cost before and after; ``own_bar`` is whether it is drawn by itself."""
+
+    name: str
+    before: float
+    after: float
+    own_bar: bool = True
+
+
+def _costly(layers: Sequence[LayerCost]) -> set[LayerCost]:
+    """The layers with the largest parts of all MACs or of all time: the same ones in both figures."""
+    macs = sum(layer.macs[0] for layer in layers) or 1
+    spent = math.fsum(layer.seconds[0] for layer in layers if layer.seconds is not None) or 1.0
+
+    def share(layer: LayerCost) -> float:
+        return max(max(layer.macs) / macs, max(layer.seconds or (0.0,)) / spent)
+
+    return set(sorted(layers, key=share, reverse=True)[:_MOST_BARS])
+
+
+def _paired(
+    name: str,
+    label: str,
+    rows: Sequence[_Pair],
+    *,
+    title: str,
+    words: Callable[[float], str],
+    scale: float,
+    rest: tuple[_Pair, ...] = (),
+) -> Figure:
+    """Draw pairs of bars from top to bottom, then the sum of those without bars in words, then the rest."""
+    shown = [*(row for row in rows if row.own_bar), *rest]
+    more = [row for row in rows if not row.own_bar]
+    noise = _NOISE if words is units.duration else 1.0
+    groups = [
+        ("original", "@before", "before", list(range(len(shown))), [row.before for row in shown]),
+        ("compressed", "@after", "after", [at for at, row in enumerate(shown) if row.after <= noise * row.before], []),
+        ("grew", "@warn", "after", [at for at, r in enumerate(shown) if r.after > noise * r.before], []),
+    ]
+    traces = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": legend,
+            "x": [scale * value for value in (values or [shown[at].after for at in places])],
+            "y": places,
+            "offsetgroup": group,
+            "hovertext": [
+                f"{html_text(visible(shown[at].name, keep=PAGE))}: {words(shown[at].before)} → {words(shown[at].after)}"
+                for at in places
+            ],
+            "hovertemplate": "%{hovertext}<extra></extra>",
+            "marker": {"color": color},
+        }
+        for legend, color, group, places, values in groups
+        if places
+    ]
+    names = [_tail(visible(row.name, keep=PAGE)) for row in shown] + [f"{len(more)} more"] * bool(more)
+    layout: dict[str, Any] = {
+        "barmode": "group",
+        "bargap": 0.3,
+        "xaxis": {"title": {"text": title}, "rangemode": "tozero", "tickformat": "~s" if scale == 1 else "~g"},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(names))),
+            "ticktext": [html_text(each) for each in names],
+            "range": [len(names) - 0.5, -0.5],
+            "automargin": True,
+            "showgrid": False,
+            "zeroline": False,
+        },
+        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+    }
+    if more:
+        # As a bar, the sum of many would make all others short.
+        sums = [words(math.fsum(getattr(row, when) for row in more)) for when in ("before", "after")]
+        note = {"x": 0, "y": len(shown), "xanchor": "left", "showarrow": False, "font": {"color": "@soft"}}
+        layout["annotations"] = [{**note, "text": "together " + " → ".join(sums)}]
+    return Figure(name, label, tuple(traces), layout, 130 + 22 * len(names))
+
+
+def _tail(name: str) -> str:
+    """The end of a long name, which tells neighbors apart."""
+    return name if len(name) <= _MOST_LETTERS else "…" + name[-_MOST_LETTERS + 1 :]
+
+
 _MOST_TICKS = 10
 
 
@@ -400,6 +592,7 @@ def class_figure(changes: Sequence[ClassChange], most: int = 40) -> Figure | Non
             "autorange": "reversed",
             "automargin": True,
             "showgrid": False,
+            "zeroline": False,
         },
     }
     label = "Change of the accuracy of each class in points; the table has the numbers."

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from secateur.architecture import Architecture
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role
 
 
@@ -67,6 +68,25 @@ def list_layers(graph: ChannelGraph) -> tuple[GraphLayer, ...]:
             GraphLayer(module, params.get(module, 0), round(macs.get(module, 0.0)), makes, carries, reads, out, into)
         )
     return tuple(layer for layer in found if layer.params or layer.macs or layer.axes)
+
+
+def macs_of_layers(graph: ChannelGraph, architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Return the multiply-accumulates of each layer in the whole model and in an architecture, in order of execution.
+
+    They add up to the cost of both. A layer of a removed block has none left.
+
+    Args:
+        graph: Of the whole model.
+        architecture: What is kept; axes that it does not name are whole.
+    """
+    widths = {**graph.sizes, **{name: len(kept) for name, kept in architecture.kept if name in graph.sizes}}
+    removed = frozenset(architecture.removed_blocks)
+    left: dict[str, float] = {}
+    for operation in graph.operations:
+        if removed.isdisjoint(operation.blocks):
+            here = operation.factor * math.prod(extent.at(widths) for extent in operation.extents)
+            left[operation.module] = left.get(operation.module, 0.0) + here
+    return {layer.module: (layer.macs, round(left.get(layer.module, 0.0))) for layer in list_layers(graph)}
 
 
 def axis_sizes_in_order(graph: ChannelGraph) -> dict[str, int]:

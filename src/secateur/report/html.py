@@ -13,15 +13,7 @@ from secateur._files import write_atomic
 from secateur._text import PAGE, visible
 from secateur.report import units
 from secateur.report.charts import loss_plot, score_plot, search_plots, stage_plots, width_plot
-from secateur.report.figures import (
-    Figure,
-    PageScript,
-    class_figure,
-    page_script,
-    sensitivity_figure,
-    training_figure,
-    width_figure,
-)
+from secateur.report.figures import PageScript, layer_name, page_script, report_figures
 from secateur.report.run import RunReport
 from secateur.report.verdict import change_tone, claims, cost_tone, deploy_snippets, without_settings
 
@@ -141,7 +133,7 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         "report.html",
         run=run,
         script=script,
-        figures=_figures(run) if script is not None else {},
+        figures=report_figures(run) if script is not None else {},
         claims=claims(run),
         details=[note for note in run.notes if note not in run.warnings],
         deploy=deploy_snippets([file.name for file in run.exports], run.input_size) if run.exports else (),
@@ -154,6 +146,8 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         metric_words=run.metric.words,
         metric_name=_capitalized(run.metric.words),
         widths=width_plot(run.widths) if run.widths else None,
+        layers=[layer for layer in run.layers if any(layer.macs) or any(layer.seconds or ())],
+        layer_name=layer_name,
         kept_sentence=_kept_sentence(run),
         curves=[curve for curve in curves if curve is not None],
         search=search_plots(run.search, run.macs_limit),
@@ -163,17 +157,6 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         unmeasured=max(0, sum(width.after < width.before for width in run.widths) - len(run.sensitivity)),
         **_words(),
     )
-
-
-def _figures(run: RunReport) -> dict[str, Figure]:
-    """The figures of a page by the section that shows them."""
-    found = (
-        width_figure(run.widths) if run.widths else None,
-        training_figure(run.training, run.original_validation_score, run.metric),
-        class_figure(run.classes),
-        sensitivity_figure(run.sensitivity),
-    )
-    return {figure.name: figure for figure in found if figure is not None}
 
 
 def headline(run: RunReport) -> str:

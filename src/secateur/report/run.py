@@ -75,6 +75,21 @@ class LayerWidth:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs before and after.
+
+    Attributes:
+        name: Qualified name of the module; "" is the model itself.
+        macs: Multiply-accumulates for one input, before and after.
+        seconds: Time of its operations in one pass, before and after; None if it was not measured.
+    """
+
+    name: str
+    macs: tuple[int, int]
+    seconds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class FrozenAxis:
     """An axis that was not cut, and why, as a sentence."""
 
@@ -211,6 +226,8 @@ class RunReport:
         latency: Measured times; the first is the one in the headline.
         steps: Scores on the way.
         widths: Channels of every prunable axis, in order of execution.
+        layers: What every layer costs, in order of execution.
+        other_seconds: Time of what belongs to no layer, before and after; None if it was not measured.
         frozen: What was left whole, and why.
         blocks: The residual blocks of the model, in order of execution.
         search: A search that learns, epoch by epoch; empty for all others.
@@ -249,6 +266,8 @@ class RunReport:
     latency: tuple[MeasuredLatency, ...] = ()
     steps: tuple[Step, ...] = ()
     widths: tuple[LayerWidth, ...] = ()
+    layers: tuple[LayerCost, ...] = ()
+    other_seconds: tuple[float, float] | None = None
     frozen: tuple[FrozenAxis, ...] = ()
     blocks: tuple[BlockFate, ...] = ()
     search: tuple[SearchEpoch, ...] = ()

@@ -66,6 +66,7 @@ TRAIN = ("--trust-source", "--epochs", 1, "--batch-size", 4, "--export", "", "--
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_base_of_any_task_is_trained(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.pipeline.finalize.latency_between", lambda *_: ((), ()))
+    monkeypatch.setattr("secateur.pipeline.finalize.both_files", lambda *_: ())
     write, model, metric, words = RUNS[task]
     found = secateur(
         *("train", "--model", f"python:picture_sets:{model}", "--data", write(tmp_path / "data"), "--task", task),

@@ -191,3 +191,8 @@ def test_a_file_that_is_there_is_opened_and_only_other_models_are_exported(monke
         with target.opened(model, inputs) as run:
             assert run()[0].shape == (1, width, 6, 6)
         assert len(exported) == count
+    both = target.with_file(other, whole(other, inputs))
+    for model in (small, other):
+        with both.opened(model, inputs) as run:
+            run()
+    assert len(exported) == 1

@@ -12,8 +12,9 @@ from torch import nn
 
 import secateur
 from secateur.architecture import Architecture
-from secateur.pipeline.evidence import layer_sensitivity, with_pairs
-from secateur.report import Measured, RunReport, Step
+from secateur.cost import OnnxRuntime
+from secateur.pipeline.evidence import layer_sensitivity, with_layer_seconds, with_pairs
+from secateur.report import LayerCost, Measured, RunReport, Step
 from secateur.tasks import Score
 from secateur.tasks.classification import TOP1
 from secateur.tasks.outcomes import Answers
@@ -74,3 +75,26 @@ def test_layers_that_do_nothing_are_not_sensitive():
     assert found[0][2] > 1e-3
     assert found[1][2] == pytest.approx(0, abs=1e-9)
     assert layer_sensitivity(net, graph, Architecture.of({first: range(8)}), images) == ()
+
+
+def timed_net() -> tuple[nn.Module, torch.Tensor, RunReport]:
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)), torch.randn(2, 1, 8, 8)
+    layers = (LayerCost("0", (9, 9)), LayerCost("1", (0, 0)))
+    return net.eval(), images, RunReport("net", Measured(9, 1), Measured(9, 1), layers=layers)
+
+
+def test_layers_get_their_times_and_those_without_macs_follow():
+    net, images, report = timed_net()
+    file = (net, OnnxRuntime().exported(net, (images,)))
+    found = with_layer_seconds(report, OnnxRuntime(), (file, file), images)
+    assert [(layer.name, layer.macs, layer.seconds is not None) for layer in found.layers] == [
+        ("0", (9, 9), True), ("1", (0, 0), False), ("3", (0, 0), True)
+    ]  # fmt: skip
+    assert found.other_seconds is not None
+
+
+def test_times_that_cannot_be_measured_never_end_a_run():
+    net, images, report = timed_net()
+    file = (net, b"no file of any kind")
+    assert with_layer_seconds(report, OnnxRuntime(), (file, file), images) is report

@@ -85,6 +85,7 @@ def whole(model: nn.Module, inputs: Sequence[Tensor]) -> float:
 def _no_other_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the pretended machine counts here; what real runtimes take is measured elsewhere."""
     monkeypatch.setattr(_deliver, "latency_between", lambda *_: ((), ()))
+    monkeypatch.setattr(_deliver, "both_files", lambda *_: ())
 
 
 def run(folder: Path, budget: str, **more: object) -> tuple[CompressResult, list[str]]:

@@ -111,6 +111,7 @@ def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
 ) -> None:
     """The second machine is another one, as a busy machine is: from the start it would find another network."""
     monkeypatch.setattr(_deliver, "latency_between", lambda *_: ((), ()))
+    monkeypatch.setattr(_deliver, "both_files", lambda *_: ())
 
     def stop(message: str) -> None:
         if message.startswith("Found an architecture"):
@@ -145,3 +146,18 @@ def test_the_file_that_is_written_is_the_one_that_is_timed(
     )  # fmt: skip
     assert len(timed) == exports
     assert [latency.runtime.split()[0] for latency in found.report.latency] == ["onnxruntime", "torch"]
+    layers = found.report.layers
+    assert sum(layer.macs[0] for layer in layers) == found.report.before.macs
+    assert sum(layer.macs[1] for layer in layers) == found.report.after.macs
+    assert all(layer.seconds is not None for layer in layers if any(layer.macs))
+    assert "Time, original" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_times_no_layer_has_one(tmp_path: Path) -> None:
+    found = run_compress(
+        model(), noise_data(), budget="macs=60%", strategy=Uniform(L2()), target=OnnxRuntime(), calibration_images=32,
+        train=TrainConfig(epochs=0), out=tmp_path / "out", export=(), callbacks=Silent(), times=False,
+    )  # fmt: skip
+    assert found.report.latency == ()
+    assert {layer.seconds for layer in found.report.layers} == {None}
+    assert sum(layer.macs[1] for layer in found.report.layers) == found.report.after.macs

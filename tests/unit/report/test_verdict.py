@@ -8,7 +8,7 @@ import torch
 from secateur.report import Check, ExportedFile, FlippedImage, Measured, MeasuredLatency, RunReport, Step, TrainedEpoch
 from secateur.report.figures import class_figure, page_script, training_figure
 from secateur.report.html import render
-from secateur.report.run import LayerWidth
+from secateur.report.run import LayerCost, LayerWidth
 from secateur.report.verdict import change_tone, claims, cost_tone, deploy_snippets, without_settings
 from secateur.tasks import Metric, Score
 from secateur.tasks.classification import TOP1
@@ -29,6 +29,8 @@ RUN = RunReport(
     flips=(FlippedImage("cat", "cat", "dog", "iVBORw0KGgo="),),
     sensitivity=(("conv1", 0.5, 0.25),),
     widths=(LayerWidth("conv1", 8, 4),),
+    layers=(LayerCost("conv1", (100, 50), (2e-3, 1e-3)),),
+    other_seconds=(1e-3, 2e-3),
     training=(TrainedEpoch(0, None, 0.5), TrainedEpoch(1, 1.0, 0.6)),
     steps=(Step("original", Score(0.9, None, 1000, TOP1)), Step("cut", Score(0.897, None, 1000, TOP1))),
     exports=(ExportedFile("model.onnx", 100, 1e-7),),

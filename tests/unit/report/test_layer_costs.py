@@ -1,10 +1,11 @@
 """What each layer costs: MACs that add up to those of the model, figures, the table, and pictures of figures."""
 
 import importlib
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import secateur
 from secateur.architecture import Architecture
 from secateur.cost import CostModel
 from secateur.errors import ExportError
-from secateur.report import LayerCost, Measured, RunReport, report_figures
+from secateur.report import LayerCost, LayerWidth, Measured, RunReport, report_figures
 from secateur.report.figures import layer_macs_figure, layer_seconds_figure, page_script
 from secateur.report.graph_layers import macs_of_layers
 from secateur.report.html import render
@@ -162,3 +163,16 @@ def test_a_figure_is_written_as_a_picture(tmp_path: Path, drawn: list[dict[str, 
     with pytest.raises(ExportError, match=r"must find Chrome or Chromium .*requires Google Chrome Install one"):
         figure.write_image(tmp_path / "b.svg", width=13)
     assert not (tmp_path / "b.svg").exists()
+
+
+def test_the_page_on_reports_writes_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+):
+    page = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "report.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    report = replace(RUN, widths=(LayerWidth("conv", 4, 2),))
+    exec(compile(block, str(page), "exec"), {"result": SimpleNamespace(report=report)})
+    assert capsys.readouterr().out.split() == ["kept", "layer-macs", "layer-seconds"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.svg", "widths.png"]
+    assert len(drawn) == 2

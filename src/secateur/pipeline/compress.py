@@ -36,7 +36,7 @@ from secateur.pipeline.config import (
     safe_config,
     strategy_of_run,
 )
-from secateur.pipeline.evidence import layer_sensitivity, with_pairs
+from secateur.pipeline.evidence import layer_sensitivity, measured_step, with_pairs
 from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
@@ -67,7 +67,6 @@ from secateur.search.candidates import describe_choice
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification, check_labels
 from secateur.tasks.imitation import Imitation
-from secateur.tasks.outcomes import NotedAnswers
 from secateur.train.callbacks import Silent
 from secateur.train.config import RunSettings
 from secateur.train.evaluate import evaluate
@@ -557,16 +556,18 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:
-    original = plan.model if isinstance(plan.task, Imitation) else None
-    noted = NotedAnswers(plan.task) if isinstance(plan.task, Classification) else None
-    batch = evaluation_batch(plan.data, plan.recovery.train.batch_size)
-    found = evaluate(
-        model, plan.data.test, task=noted or plan.task, original=original, batch_size=batch, device=plan.device
+    step = measured_step(
+        plan,
+        name,
+        model,
+        data=plan.data,
+        task=plan.task,
+        trained_with=plan.recovery.train.batch_size,
+        original=plan.model,
     )
-    if name == "original" and math.isnan(found.value):
+    if name == "original" and math.isnan(step.score.value):
         raise TrainingError(
-            f"`task` must measure a number; the {found.metric.words} of the original on the {found.n} test images is "
-            f"NaN. Correct {type(plan.task).__name__}, or the targets: nothing can be chosen by it."
+            f"`task` must measure a number; the {step.score.metric.words} of the original on the {step.score.n} test "
+            f"images is NaN. Correct {type(plan.task).__name__}, or the targets: nothing can be chosen by it."
         )
-    plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
-    return Step(name, found, None if noted is None else noted.answers)
+    return step

@@ -15,12 +15,13 @@ from secateur._runtime import copy_model
 from secateur.architecture import Architecture
 from secateur.cost.macs import count_macs, count_params
 from secateur.data.dataset import ImageData, draw_calibration
-from secateur.data.loaders import OwnData, evaluation_batch, run_data
+from secateur.data.loaders import OwnData, run_data
 from secateur.distill.objective import Objective, Term
 from secateur.errors import TrainingError
 from secateur.export.formats import Format
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
+from secateur.pipeline.evidence import measured_step, with_pairs
 from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
@@ -40,7 +41,6 @@ from secateur.tasks.imitation import Imitation
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
-from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, train_with_teacher
 from secateur.train.own_loop import Recover, recover_with
 from secateur.train.recipes import distill_after_hints
@@ -284,6 +284,7 @@ def _learn(
             hint_train=safe_config(plan.hint_stage.train, plan.run.seed),
             train=plan.train,
             objective=plan.objective,
+            task=plan.task,
             run=run,
         )
     steps.append(_step(plan, "distilled", trained.model))
@@ -291,17 +292,10 @@ def _learn(
 
 
 def _step(plan: DistillPlan, name: str, model: nn.Module) -> Step:
-    original = plan.teacher.model if isinstance(plan.task, Imitation) else None
-    found = evaluate(
-        model,
-        plan.data.test,
-        task=plan.task,
-        original=original,
-        batch_size=evaluation_batch(plan.data, plan.train.batch_size),
-        device=plan.fabric.device,
+    batch = plan.train.batch_size
+    return measured_step(
+        plan, name, model, data=plan.data, task=plan.task, trained_with=batch, original=plan.teacher.model
     )
-    plan.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
-    return Step(name, found)
 
 
 def _finished(
@@ -325,7 +319,7 @@ def _finished(
         names = ("teacher", "student")
         pictures = example_pictures(plan.task, plan.data, teacher, student, names=names)
     return Finished(
-        report=replace(report, notes=doubts, warnings=doubts, pictures=pictures),
+        report=replace(with_pairs(report, plan.data), notes=doubts, warnings=doubts, pictures=pictures),
         original=teacher,
         student=student,
         given=plan.student.model,

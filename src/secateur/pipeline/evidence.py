@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from secateur._batches import take
 from secateur.architecture import Architecture
 from secateur.data.dataset import ImageData
-from secateur.data.loaders import OwnData
+from secateur.data.loaders import OwnData, evaluation_batch
 from secateur.errors import SecateurError
 from secateur.graph.graph import ChannelGraph
+from secateur.pipeline.config import LoggedRun
 from secateur.prune.distance import OutputDistance
 from secateur.prune.slice import apply_architecture
-from secateur.report.run import FlippedImage, RunReport
-from secateur.tasks.outcomes import Answers, PairedTest, changed_confusions, class_changes
+from secateur.report.run import FlippedImage, RunReport, Step
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
+from secateur.tasks.imitation import Imitation
+from secateur.tasks.outcomes import Answers, NotedAnswers, PairedTest, changed_confusions, class_changes
+from secateur.train.evaluate import evaluate
 
 _MOST_FLIPS = 16
 _FLIP_SIDE = 96
@@ -28,6 +33,40 @@ _FLIP_SIDE = 96
 _PATIENCE_S = 10.0
 """Seconds for all layers together: sensitivity is a hint, not a result that anything depends on."""
 _SENSITIVITY_IMAGES = 32
+
+
+def measured_step(
+    run: LoggedRun,
+    name: str,
+    model: nn.Module,
+    *,
+    data: ImageData | OwnData,
+    task: Task,
+    trained_with: int,
+    original: nn.Module | None = None,
+) -> Step:
+    """Measure a network on the test images and log it; answers of classifiers are kept.
+
+    Args:
+        run: Logs, and says on which device.
+        name: Of the step.
+        model: Not changed.
+        data: Whose test images.
+        task: What is measured.
+        trained_with: Images in a batch of the training, where the data has no batches of its own.
+        original: What `Imitation` compares the outputs with.
+    """
+    noted = NotedAnswers(task) if isinstance(task, Classification) else None
+    found = evaluate(
+        model,
+        data.test,
+        task=noted or task,
+        original=original if isinstance(task, Imitation) else None,
+        batch_size=evaluation_batch(data, trained_with),
+        device=run.fabric.device,
+    )
+    run.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
+    return Step(name, found, None if noted is None else noted.answers)
 
 
 def with_pairs(report: RunReport, data: ImageData | OwnData) -> RunReport:

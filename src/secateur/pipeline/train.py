@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from secateur._batches import move
+from secateur._batches import move, take
 from secateur._caller_state import in_default_state
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
@@ -20,6 +20,7 @@ from secateur.errors import TrainingError
 from secateur.export.formats import Format
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.distill import ModelSpec
+from secateur.pipeline.evidence import measured_step
 from secateur.pipeline.exports import check_exports
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import check_model_fits_data, check_output, fabric_for, shared_run_directory
@@ -30,7 +31,6 @@ from secateur.tasks.imitation import Imitation
 from secateur.train.checkpoint import model_sha256
 from secateur.train.config import RunSettings, TrainConfig
 from secateur.train.device import Eager, Execution
-from secateur.train.evaluate import evaluate
 from secateur.train.fit import Trained, fit
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ class TrainPlan(LoggedRun):
 
     def measured(self, name: str, model: nn.Module) -> Step:
         """Measure a network on the test images."""
-        found = evaluate(model, self.data.test, task=self.task, device=self.fabric.device)
-        self.log(f"Test {found.metric.words}, {name}: {found.text} of {found.n} images.")
-        return Step(name, found)
+        return measured_step(self, name, model, data=self.data, task=self.task, trained_with=self.train.batch_size)
 
 
 _IMAGES = 8
@@ -188,7 +186,8 @@ def _finished(
 ) -> Finished:
     """The run as `finalize` takes it."""
     before, after, data = plan.model.model, trained.model, plan.data
-    macs, params = count_macs(copy_model(before).eval().cpu(), images[:1]), count_params(before)
+    example = take(images, slice(1))
+    macs, params = count_macs(copy_model(before).eval().cpu(), example), count_params(before)
     measured = (measured_model(before, macs, steps[0]), measured_model(after, macs, steps[-1]))
     words = f"trained on labels for {plan.train.epochs} epochs{f' by {plan.recipe}' if plan.recipe else ''}"
     report = report_of(plan.model.called, data, measured, strategy=words, steps=steps, trained=trained, run=plan.run)

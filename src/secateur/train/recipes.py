@@ -11,6 +11,8 @@ from secateur._runtime import copy_model
 from secateur.distill.objective import Objective, Term
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import ModelError, TrainingError
+from secateur.tasks.base import Task
+from secateur.tasks.classification import Classification
 from secateur.train.config import RunSettings, TrainConfig, TrainingData
 from secateur.train.device import seeded
 from secateur.train.fit import Trained, fit, train_with_teacher
@@ -26,6 +28,7 @@ def distill_after_hints(
     train: TrainConfig,
     objective: Objective = Objective(),  # noqa: B008 - frozen
     alignment: AlignedFeatures | None = None,
+    task: Task = Classification(),  # noqa: B008 - frozen
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Trained:
     """Learn the teacher's hints, then everything: `fit` with the hints alone, then `train_with_teacher` from there.
@@ -44,6 +47,7 @@ def distill_after_hints(
         train: Config of the second stage.
         objective: Objective of the second stage.
         alignment: See `train_with_teacher`.
+        task: What outputs and targets mean.
         run: See `fit`. The checkpoints of the stages lie in the folders ``hints`` and ``student`` of its folder.
 
     Returns:
@@ -63,6 +67,7 @@ def distill_after_hints(
         objective=Objective(kd_weight=0.0, label_weight=0.0, terms=hints),
         teacher=teacher,
         augment=data.augment,
+        task=task,
         run=_in_subfolder(run, "hints"),
     )
     return train_with_teacher(
@@ -72,6 +77,7 @@ def distill_after_hints(
         train=train,
         objective=objective,
         alignment=alignment,
+        task=task,
         run=_in_subfolder(run, "student"),
     )
 

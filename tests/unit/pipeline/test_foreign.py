@@ -9,15 +9,17 @@ import pytest
 import torch
 from noise_images import Dying, noise_data, noise_split
 from run_pipeline import run_distill
+from squares import Squares, pooled_net
 from torch import Tensor, nn
 
 from secateur.cost import count_macs
-from secateur.data import ImageData
+from secateur.data import ImageData, own_data
 from secateur.distill import MeanOverTaps, Objective, Term, hint_loss, make_adaptors, paired_stages, select_features
 from secateur.errors import ArtifactError, ModelError, TrainingError
 from secateur.graph import trace
 from secateur.models import CifarResNet, ModelSource, load_model
 from secateur.pipeline import HintStage, ModelSpec, OnExisting, load, verify
+from secateur.tasks import Regression
 from secateur.train import (
     CheckpointPolicy,
     RunSettings,
@@ -85,6 +87,28 @@ def test_hints_come_first_if_they_shall() -> None:
     )  # fmt: skip
     assert equal(result.model, by_hand.model)
     assert result.report.strategy.endswith("after 1 epochs of hints")
+
+
+def test_after_hints_the_task_is_that_of_the_run() -> None:
+    """The first stage has no labels; the second learns them as numbers, which cross-entropy would refuse or misread."""
+    nets = [ModelSpec(pooled_net(2), name) for name in ("student", "teacher")]
+    tap = {"0": "0"}
+    adaptors = make_adaptors(nets[0].model, nets[1].model, tap, torch.zeros(1, 3, 16, 16))
+    term = Term("hint", MeanOverTaps(hint_loss, dict(adaptors.items())), inputs=select_features, taps=tap)
+    found = run_distill(
+        nets[0], teacher=nets[1], data=own_data((Squares("numbers"), Squares("numbers", 24))), train=SHORT,
+        task=Regression(), hint_stage=HintStage((term,), TrainConfig(epochs=1, batch_size=16)),
+        objective=Objective(kd_weight=0.0, label_weight=1.0), callbacks=Silent(), export=(),
+    )  # fmt: skip
+    assert {step.score.metric.name for step in found.report.steps} == {"root mean squared error"}
+    assert {record.metric.name for record in found.trained.history} == {"root mean squared error"}
+
+
+def test_the_report_compares_teacher_and_student_image_by_image() -> None:
+    report = run(train=TrainConfig(epochs=1, batch_size=16)).report
+    teacher, student = (step.answers.right for step in (report.steps[0], report.steps[-1]))
+    assert report.paired.lost == int((teacher & ~student).sum())
+    assert report.paired.gained == int((student & ~teacher).sum())
 
 
 def test_an_artifact_is_written_loaded_and_verified(tmp_path: Path) -> None:

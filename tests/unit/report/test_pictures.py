@@ -83,6 +83,9 @@ def test_boxes_lie_where_they_are_and_unlikely_ones_are_left_out() -> None:
     assert (changed[1].max(0) <= [54, 64]).all()
     assert (changed[1].min(0) >= [6, 16]).all()
     assert (changed[0].min(0) >= [56, 66]).all()
+    # The label lies on the color of its class, where it is read on any picture.
+    corner = original[12:20, 22:34].reshape(-1, 3)
+    assert (np.abs(corner - 128).max(1) > 30).mean() > 0.9
 
 
 def test_images_are_shown_beside_their_input() -> None:

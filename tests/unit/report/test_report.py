@@ -320,6 +320,7 @@ def test_layers_that_were_not_measured_are_counted() -> None:
     assert cut > 1
     page = " ".join(render(replace(RUN, sensitivity=(("stem", 0.5, 0.1),))).split())
     assert f"{cut - 1} more that were cut are left out" in page
+    assert "The layer as a table" in page
 
 
 def test_a_training_is_no_compression() -> None:

@@ -1,5 +1,6 @@
 """The command line with spoiled files and absurd words: exit code 2, one clear message, nothing written."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from guarded import LONGEST_MESSAGE, everything_in, watched
 from hostile_artifacts import Good, deep, good_artifact, replaced, with_tensors
 
 from secateur.export import MANIFEST_NAME, WEIGHTS_NAME
+
+with contextlib.suppress(ImportError):
+    import torchmetrics  # noqa: F401 -- it imports matplotlib, which makes folders in the home once
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +205,10 @@ COMPRESS: list[tuple[object, ...]] = [
     ("--strategy", "swp", "--search-candidates", -1),
     ("--budget", "macs=1_"),
     ("--out", "/dev/null/out"),
+    ("--out", ""),
+    ("--out", "."),
+    ("--out", ".."),
+    ("--out", "/"),
     ("--out", "a" * 300),
 ]
 

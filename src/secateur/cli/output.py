@@ -240,7 +240,7 @@ class Caught:
 
 def work_of(out_folder: Path) -> Path | None:
     """Return the folder of the unfinished run that writes to ``out_folder``, if there is one."""
-    work = out_folder.with_name(f"{out_folder.name}.work")
+    work = out_folder.parent / f"{out_folder.name}.work"
     return work if work.is_dir() else None
 
 

@@ -131,7 +131,7 @@ def _written(text: str, out_folder: Path | None) -> Path | None:
     content = text.encode(errors="backslashreplace")
     with contextlib.suppress(OSError, ValueError):
         if out_folder is not None and out_folder.absolute().parent.is_dir():
-            path = out_folder.with_name(f"{out_folder.name}.error.log")
+            path = out_folder.parent / f"{out_folder.name}.error.log"
             path.write_bytes(content)
             return path
     with contextlib.suppress(OSError, ValueError):

@@ -1,5 +1,6 @@
 """Save a compressed model as a folder and load it again, bit for bit, without pickle and without tracing."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,11 +273,20 @@ def replaceable_files(folder: Path) -> tuple[str, ...]:
 
 
 def refuse_no_folder(folder: Path, name: str = "folder") -> None:
-    """Refuse a file or a link in the place of a folder.
+    """Refuse a file or a link in the place of a folder, and the current folder and those above it.
+
+    A folder is replaced as a whole, which would leave the program, and the shell that started it, in one that is gone.
 
     Raises:
         ArtifactError: If it is one.
     """
+    with contextlib.suppress(OSError, RuntimeError):  # The current folder is gone, or links lead in a circle.
+        here = Path.cwd()
+        if folder.resolve() in (here, *here.parents):
+            raise ArtifactError(
+                f"`{name}` must not be the current folder or one above it, because it is replaced as a whole; got "
+                f"{str(folder)!r}. Name a new folder, such as ./small."
+            )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(
             f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."

@@ -130,7 +130,7 @@ def check_unfinished(out: Path, on_existing: OnExisting) -> None:
 
 def run_directory_path(out: Path) -> "RunDirectory":
     """Return the place of the work of a run with this output folder, whether there is any or not."""
-    return RunDirectory(out.with_name(f"{out.name}.work"))
+    return RunDirectory(out.parent / f"{out.name}.work")
 
 
 def environment_of(device: torch.device) -> dict[str, str]:
@@ -317,9 +317,9 @@ def check_output(folder: Path) -> None:
     Raises:
         ArtifactError: If it is a file, holds something else than an artifact, or cannot be made there.
     """
-    if (run_directory_path(folder).folder / _SETTINGS).is_file():
-        refuse_no_folder(folder, "out")  # What else is in it has appeared during the unfinished run, and stays.
-    else:
+    refuse_no_folder(folder, "out")
+    # What else is in the folder of an unfinished run has appeared during it, and stays.
+    if not (run_directory_path(folder).folder / _SETTINGS).is_file():
         refuse_foreign(folder, "out")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

@@ -1,10 +1,11 @@
 """The reference for a cut without a second set of weights: a full model that zeroes weights and branches as it runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from secateur._arrays import IntArray
 from secateur._runtime import add_run_context_
@@ -124,25 +125,25 @@ class ZeroWeightsMode(WholeCallMode):
         self._products = products
         self._expected = expected
         self._memory = memory
-        # Storages of products that a view still refers to.
-        self._viewed: set[int] = set()
+        # Storages of products that a view refers to, by their number, which another one gets when they are freed.
+        self._viewed: dict[int, StorageWeakRef] = {}
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call with the products of its parameters."""
         if self._expected is not None:
             self._expected.make(base_name(func))
         self._refuse_writes(func, args, kwargs)
-        if self._has_no_factors((*args, *kwargs.values())):
+        if not self._has_factors((*args, *kwargs.values())):
             return func(*args, **kwargs)
         out = func(*map(self._zeroed, args), **{key: self._zeroed(value) for key, value in kwargs.items()})
         if func.is_view:
-            self._viewed.update(map(storage_key, tensors_in(out)))
+            self._viewed.update({storage_key(tensor): _weak_storage(tensor) for tensor in tensors_in(out)})
         return out
 
     def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse to write to a product, because the parameter itself would stay as it was."""
         for tensor in written_tensors(func, args, kwargs):
-            if id(tensor) in self._factors or storage_key(tensor) in self._viewed:
+            if id(tensor) in self._factors or self._is_viewed(tensor):
                 raise WrittenParameterError(f"{base_name(func)} writes to a parameter that is cut")
         if self._memory is not None:
             self._memory.before_call(func, args, kwargs)
@@ -152,13 +153,21 @@ class ZeroWeightsMode(WholeCallMode):
         if self._memory is not None:
             self._memory.after_run()
 
-    def _has_no_factors(self, arguments: tuple[Any, ...]) -> bool:
-        """Return whether none of the arguments has factors, and none is a list, which may contain some that have."""
-        return self._factors.keys().isdisjoint(map(id, arguments)) and list not in map(type, arguments)
+    def _is_viewed(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a product; what was freed is another tensor's memory by now."""
+        viewed = self._viewed.get(storage_key(tensor))
+        return viewed is not None and not viewed.expired()
+
+    def _has_factors(self, arguments: Iterable[Any]) -> bool:
+        """Whether an argument has factors, or something in a list, such as the tensors that are concatenated."""
+        return any(
+            self._has_factors(cast(list[Any], each)) if isinstance(each, list) else id(each) in self._factors
+            for each in arguments
+        )
 
     def _zeroed(self, argument: Any) -> Any:
         if isinstance(argument, list):
-            return list(map(self._zeroed, argument))
+            return list(map(self._zeroed, cast(list[Any], argument)))
         factors = self._factors.get(id(argument))
         if factors is None:
             return argument
@@ -171,6 +180,12 @@ class ZeroWeightsMode(WholeCallMode):
         if self._products is not None:
             self._products[id(argument)] = product
         return product
+
+
+def _weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
+    # Recorders take the access to a storage for the reading of values.
+    with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+        return StorageWeakRef(tensor.untyped_storage())
 
 
 _MOST_KEPT_BYTES = 2**28

@@ -122,3 +122,16 @@ def test_interrupts_and_ends_come_through() -> None:
 
 def test_every_command_of_the_tests_would_show_a_bug() -> None:
     assert secateur("--version").exit_code == 0
+
+
+@pytest.mark.parametrize("place", ["", ".", "..", "/"])
+def test_an_output_folder_without_a_name_breaks_no_guard(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(process, "_written", lambda _text, _folder: None)
+    with pytest.raises(SystemExit) as ended, last_guard(debug=False, out_folder=Path(place)):
+        raise ZeroDivisionError("a")
+    assert ended.value.code == BUG
+    assert "this is a bug in Secateur (ZeroDivisionError: a)" in capfd.readouterr().err

@@ -31,6 +31,7 @@ from secateur.export import (
     read_manifest,
     save_artifact,
 )
+from secateur.export.artifact import refuse_no_folder
 from secateur.export.manifest import manifest_sha256
 
 
@@ -555,3 +556,16 @@ def test_edits_need_the_same_modules_and_lengths() -> None:
     other.sizes = [1]
     with pytest.raises(ArtifactError, match="must keep its length"):
         edits_between(one, other)
+
+
+@pytest.mark.parametrize("place", ["", ".", "..", "/", "../here", "down/.."])
+def test_the_current_folder_and_those_above_it_are_not_replaced(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell would stay in a folder that is gone."""
+    (tmp_path / "here" / "down").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ArtifactError, match=r"`folder` must not be the current folder or one above it.*Name a new"):
+        refuse_no_folder(Path(place))
+    refuse_no_folder(Path("down"))
+    refuse_no_folder(Path("../beside"))

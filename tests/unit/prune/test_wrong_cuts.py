@@ -23,6 +23,7 @@ from secateur.errors import BudgetError, SurgeryError, TraceError
 from secateur.graph import trace
 from secateur.graph.rules import pointwise
 from secateur.prune import Cut, culprits, cut
+from secateur.prune.masked_reference import WrittenParameterError, ZeroWeightsMode
 from secateur.search import Uniform, search_architecture
 
 
@@ -153,6 +154,64 @@ def test_a_mistake_in_training_mode_is_seen(norm):
     assert [name for name, _ in made.verification.frozen] == ["b"]
     assert "in training mode" in made.verification.frozen[0][1]
     assert made.verification.in_training
+
+
+@pytest.mark.filterwarnings("ignore:The cut model is larger")
+@pytest.mark.parametrize("wrong", [True, False])
+def test_writes_to_a_view_of_an_activation_do_not_hide_a_mistake_in_training_mode(wrong: bool):
+    """Only views of weights matter to a masked run; every `view` has a list among its arguments."""
+
+    class Writing(Body):
+        def __init__(self):
+            super().__init__(lambda m, h: m.cls(roll(h) if wrong and m.training else h))
+
+        def features(self, x):
+            feature = self.b(self.a(x).relu())
+            flat = feature.view(feature.size(0), feature.size(1), -1)
+            flat.mul_(2)
+            return feature.relu().mean((2, 3))
+
+    made = halved(seeded(Writing))
+    assert [name for name, _ in made.verification.frozen] == (["b"] if wrong else [])
+    assert made.verification.in_training
+
+
+@pytest.mark.filterwarnings("ignore:The cut model is larger")
+@pytest.mark.parametrize("wrong", [True, False])
+def test_tokens_may_have_another_number_in_training_mode(wrong: bool):
+    """The mean of a norm runs over kept channels, on images with other numbers of tokens than the traced one too."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+            self.places = nn.Parameter(torch.randn(1, 400, 16))
+
+        def forward(self, x):
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            tokens = tokens + self.places[:, : tokens.size(1)]
+            tokens = tokens * (tokens.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+            pooled = tokens.mean(1)
+            return self.head(roll(pooled) if wrong and self.training else pooled)
+
+    made = halved(seeded(Tokens), torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0)))
+    assert [name for name, _ in made.verification.frozen] == (["embed"] if wrong else [])
+    assert made.verification.in_training
+    assert wrong or made.verification.second_shape not in {(), (1, 3, 160, 160)}
+
+
+def test_a_freed_product_is_not_taken_for_what_lies_there_next():
+    weight = nn.Parameter(torch.randn(64, 64))
+    factors = {id(weight): (torch.ones(64), torch.ones(64, 1))}
+    with ZeroWeightsMode(factors, None), torch.no_grad():
+        held = weight.t()
+        with pytest.raises(WrittenParameterError):
+            held.add_(1)
+        del held
+        for _ in range(200):
+            # Each allocation gets the memory, and the number, of a freed one.
+            weight.t()
+            torch.empty(64, 64).add_(1)
 
 
 def test_what_was_compared_is_told():

@@ -505,11 +505,16 @@ class KeptChannelsMode(TorchDispatchMode):
         self._number += 1
         if mixing is None or not self._is_expected(mixing, name, args, kwargs):
             return func(*args, **kwargs)
-        read = [(channels, self._kept(channels)) for channels in mixing.read]
-        if all(len(positions) == len(channels.axis) for channels, positions in read):
+        read = self._narrowed(mixing.read)
+        if not read:
             return func(*args, **kwargs)
         args, kwargs = _gather_kept(name, args, kwargs, read)
-        return _scatter_kept(func(*args, **kwargs), [(channels, self._kept(channels)) for channels in mixing.written])
+        return _scatter_kept(func(*args, **kwargs), self._narrowed(mixing.written))
+
+    def _narrowed(self, dims: Sequence[ChannelDim]) -> list[tuple[ChannelDim, IntArray]]:
+        """Dimensions that lose channels, with the positions that remain."""
+        kept = [(channels, self._kept(channels)) for channels in dims]
+        return [(channels, positions) for channels, positions in kept if len(positions) < len(channels.axis)]
 
     def _kept(self, channels: ChannelDim) -> IntArray:
         """Return the positions that remain; calls on the same channels share them."""
@@ -521,11 +526,12 @@ class KeptChannelsMode(TorchDispatchMode):
     def _is_expected(self, mixing: MixingCall, name: str, args: Any, kwargs: Any) -> bool:
         """Return whether a call is the one that was traced; if not, the model branches on data, and no later one is."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # Dimensions that lose nothing may have another size: images of another size have other numbers of tokens.
         same = mixing.kind == name and all(
             channels.tensor < len(tensors)
             and channels.dim < tensors[channels.tensor].dim()
             and tensors[channels.tensor].size(channels.dim) == len(channels.axis)
-            for channels in mixing.read
+            for channels, _ in self._narrowed(mixing.read)
         )
         if not same:
             self._expected = {}

@@ -216,7 +216,9 @@ def _shapes(model: nn.Module, graph: ChannelGraph) -> dict[str, list[_Call]]:
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in model.named_modules()]
+    # Scripted parts cannot be watched; they hold no numbers that Python reads.
+    watched = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in watched]
     try:
         _outputs(model, graph)
     finally:
@@ -235,7 +237,10 @@ def _tensors(value: Any) -> list[Tensor]:
 def _outputs(model: nn.Module, graph: ChannelGraph) -> dict[str, Leaf]:
     modes = {module: module.training for module in model.modules()}
     try:
-        return ComparisonRun().outputs(model.eval(), graph.example)
+        # Exported programs refuse `eval`, and have one mode.
+        for module in modes:
+            module.training = False
+        return ComparisonRun().outputs(model, graph.example)
     finally:
         for module, mode in modes.items():
             module.training = mode

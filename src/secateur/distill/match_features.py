@@ -58,7 +58,7 @@ class MatchFeatures:
     """
 
     steps: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     batch_size: int | None = None
     seed: int = 0
     more: tuple[Example, ...] = field(default=(), compare=False, repr=False)
@@ -70,7 +70,7 @@ class MatchFeatures:
                     f"`{name}` must be at least 1; got {value}. Leave it out for what the model can take."
                 )
         if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(f"`learning_rate` must be positive; got {self.learning_rate}. 2e-3 is usual.")
+            raise TrainingError(f"`learning_rate` must be positive; got {self.learning_rate}. 1e-3 is usual.")
 
     def apply_(self, small: nn.Module, context: RepairContext) -> dict[str, str]:
         """Train ``small`` in place; see `Repair.apply_`. Numbers of less than 32 bits are not trained."""

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -82,13 +83,14 @@ def update_described_widths_(model: nn.Module, small: nn.Module, graph: ChannelG
         What was set, and what could not be decided.
     """
     names = original_names(small)
-    sizes = _observe(model, small, names, graph)
+    after, outputs = _shapes(small, graph)
+    sizes = _observe(model, small, names, graph, after)
     if not sizes.changed:
         return DescribedWidths()
     decided = _by_analogy(_undecided(model, small, names, sizes), sizes)
     follow = {one: new for one, new in decided.items() if new is not None and new != one.value}
     stale = [one for one, new in decided.items() if new is None]
-    if follow and not _has_no_effect(small, graph, follow):
+    if follow and not _has_no_effect(small, graph, follow, outputs):
         stale, follow = [*stale, *follow], {}
     add_places_(small, [(one.module, one.attribute, one.item) for one in follow])
     return DescribedWidths(
@@ -154,13 +156,17 @@ def _depth(module: str, name: str) -> int | None:
     return name[len(start) :].count(".") + 1 if name.startswith(start) else None
 
 
-def _observe(model: nn.Module, small: nn.Module, names: Mapping[str, str], graph: ChannelGraph) -> _Sizes:
-    """Run both models on the example and compare the shapes of all tensors."""
+def _observe(
+    model: nn.Module, small: nn.Module, names: Mapping[str, str], graph: ChannelGraph, after: "_Calls"
+) -> _Sizes:
+    """Compare the shapes of all tensors of both models on the example; ``after`` are those of the cut one."""
     sizes = _Sizes()
     ours, theirs = dict(small.named_modules()), dict(model.named_modules())
     # What a branch returns has two widths: its own, and that of the stream to which it is expanded.
     wrappers = {name: name for name, module in ours.items() if isinstance(module, ExpandChannels)}
-    before, after = _shapes(model, graph), _shapes(small, graph)
+    before = _BEFORE.get(graph)
+    if before is None:
+        before = _BEFORE[graph] = _shapes(model, graph)[0]
     for name, origin in (*names.items(), *wrappers.items()):
         for full, less in zip(before.get(origin, ()), after.get(name, ()), strict=False):
             _compare_call(full, less, sizes, origin, graph)
@@ -205,9 +211,15 @@ _Call = tuple[str, list[tuple[int, ...]]]
 """Whether a module took ("in") or returned ("out") tensors, and their shapes."""
 
 
-def _shapes(model: nn.Module, graph: ChannelGraph) -> dict[str, list[_Call]]:
-    """Return what every module was given and what it returned, call by call, by its name."""
-    found: dict[str, list[_Call]] = defaultdict(list)
+_Calls = dict[str, list[_Call]]
+"""The calls of every module, by its name."""
+_BEFORE: "WeakKeyDictionary[ChannelGraph, _Calls]" = WeakKeyDictionary()
+"""Those of the model that was traced: a search makes many cuts of one graph."""
+
+
+def _shapes(model: nn.Module, graph: ChannelGraph) -> tuple[_Calls, dict[str, Leaf]]:
+    """Return what every module was given and what it returned, and the outputs of the model."""
+    found: _Calls = defaultdict(list)
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -220,11 +232,11 @@ def _shapes(model: nn.Module, graph: ChannelGraph) -> dict[str, list[_Call]]:
     watched = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in watched]
     try:
-        _outputs(model, graph)
+        outputs = _outputs(model, graph)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, outputs
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -383,9 +395,10 @@ def _new_value(one: _Number, column: Sequence[_Number], sizes: _Sizes) -> int | 
     return None if len(found) > 1 or elsewhere or values.count(one.value) > 1 else found.pop()
 
 
-def _has_no_effect(small: nn.Module, graph: ChannelGraph, follow: Mapping[_Number, int]) -> bool:
+def _has_no_effect(
+    small: nn.Module, graph: ChannelGraph, follow: Mapping[_Number, int], wanted: Mapping[str, Leaf]
+) -> bool:
     """Set the numbers, and return whether the model computes the same bits; if not, set them back."""
-    wanted = _outputs(small, graph)
     _set(small, follow)
     try:
         found = _outputs(small, graph)

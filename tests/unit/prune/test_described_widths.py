@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.architecture import Architecture
-from secateur.prune import DescribedWidth
+from secateur.graph import trace
+from secateur.prune import DescribedWidth, apply_architecture
+from secateur.prune.described_widths import update_described_widths_
 from secateur.search import Knapsack
 from secateur.train import TrainConfig
 
@@ -258,3 +260,28 @@ def test_a_run_says_what_is_stale(tmp_path: Path) -> None:
     (said,) = [line for line in heard if "may describe widths before the cut" in line]
     assert "num_images = 24" in said
     assert any("num_images = 24" in note for note in result.report.notes)
+
+
+def test_the_original_runs_once_for_all_cuts_of_a_graph() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 8
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    model = Wide().eval()
+    graph = trace(model, torch.zeros(1, 3, 23, 23))
+    runs: list[int] = []
+    handle = model.first.register_forward_hook(lambda *_: runs.append(1))
+    found = []
+    for kept in (range(4), range(6)):
+        small = apply_architecture(model, graph, Architecture.of({"first": kept}))
+        # What is cut is a copy with the hook on it.
+        small.first._forward_hooks.clear()
+        found.append(update_described_widths_(model, small, graph))
+    handle.remove()
+    assert len(runs) == 1
+    assert [[(each.before, each.after) for each in one.followed] for one in found] == [[(8, 4)], [(8, 6)]]

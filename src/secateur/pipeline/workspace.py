@@ -357,9 +357,10 @@ def check_model_fits_data(
         data: For its name, sizes and classes.
         images: A few of its normalized images, or other inputs, on the model's device.
         task: What the model is for.
-        targets: The targets of the images; not needed for classification.
+        targets: The targets of the images; None only for `Imitation`.
 
     Raises:
+        TrainingError: If there are no targets, or they do not fit the task.
         ModelError: If the model cannot run the images, or its output is not finite logits for the data's classes.
     """
     size = "x".join(map(str, data.size))

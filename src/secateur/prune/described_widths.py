@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._outputs import Leaf, output_tensors
-from secateur.graph._shadow import mentioned_names
+from secateur.graph._shadow import mentioned_names, shadow_copy
 from secateur.graph._size_ints import Attribute, steps_of
 from secateur.graph._size_records import held_numbers, set_number
 from secateur.graph.graph import ChannelGraph, SizeItem
@@ -228,15 +228,16 @@ def _shapes(model: nn.Module, graph: ChannelGraph) -> tuple[_Calls, dict[str, Le
 
         return hook
 
+    # A copy runs: a forward pass may write to parameters and buffers.
+    runner = shadow_copy(model)
     # Scripted parts cannot be watched; they hold no numbers that Python reads.
-    watched = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    watched = [(name, m) for name, m in runner.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
     hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in watched]
     try:
-        outputs = _outputs(model, graph)
+        return found, ComparisonRun().outputs(runner, graph.example)
     finally:
         for hook in hooks:
             hook.remove()
-    return found, outputs
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -244,18 +245,6 @@ def _tensors(value: Any) -> list[Tensor]:
         return output_tensors(value)
     except Exception:  # A module within may take and return anything; what cannot be read shows no sizes.
         return []
-
-
-def _outputs(model: nn.Module, graph: ChannelGraph) -> dict[str, Leaf]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        # Exported programs refuse `eval`, and have one mode.
-        for module in modes:
-            module.training = False
-        return ComparisonRun().outputs(model, graph.example)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -401,7 +390,7 @@ def _has_no_effect(
     """Set the numbers, and return whether the model computes the same bits; if not, set them back."""
     _set(small, follow)
     try:
-        found = _outputs(small, graph)
+        found = ComparisonRun().outputs(shadow_copy(small), graph.example)
     except Exception:  # Whatever the model says of numbers that do not fit: they have an effect.
         found = None
     if found is not None and found.keys() == wanted.keys() and all(_same(found[key], wanted[key]) for key in wanted):

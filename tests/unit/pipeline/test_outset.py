@@ -57,14 +57,14 @@ def test_a_model_in_another_type_is_refused_with_the_way_out(dtype: torch.dtype)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).to(dtype)
     data = noise_data()
     with pytest.raises(ModelError, match=rf"of the type of the images, torch.float32; got {dtype}.*model.float\(\)"):
-        check_model_fits_data(model, data, torch.zeros(2, 3, 8, 8))
-    check_model_fits_data(model.float(), data, torch.zeros(2, 3, 8, 8))
+        check_model_fits_data(model, data, torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
+    check_model_fits_data(model.float(), data, torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
 
 
 def test_a_mask_of_infinities_is_no_divergence_and_nan_is():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8))
+    check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
     model.mask[0] = math.nan
     with pytest.raises(ModelError, match=r"must have finite weights.*mask"):
-        check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8))
+        check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))

@@ -42,6 +42,7 @@ def same_slice(part: torch.Tensor, whole: torch.Tensor, new: torch.Tensor, old: 
 @pytest.mark.parametrize("net", ["residual", "few_groups", "flatten_linear", "tied_parameter"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
 def test_state_is_a_slice_bit_for_bit(name: str, net: str) -> None:
+    torch.manual_seed(0)  # With other weights, two of the thousands of random values may be equal.
     model, example = ZOO[net]()
     model.train()
     optimizer = OPTIMIZERS[name](model.parameters())

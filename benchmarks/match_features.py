@@ -4,7 +4,7 @@ For pretrained ResNets on CIFAR-10, budgets of MACs and two draws of calibration
 images after Knapsack, `Refit` and `RecalibrateBatchNorm`, and after `MatchFeatures` too, with the processor time. The
 learning rate and the features that are compared were chosen by the distance from the original's outputs on training
 images that no repair had seen (see docs/log.md), not by the accuracies of this table; that a rate of 2e-3 harms where
-little is to be mended was first seen on test images, though.
+there is little to repair was first seen on test images, though.
 
     OMP_NUM_THREADS=1 python benchmarks/match_features.py --depth 56 --budgets 50% 35%
 

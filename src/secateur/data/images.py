@@ -69,7 +69,7 @@ Measured on two cores with 2.3 kB PNGs of CIFAR-10: 13,400 images/s in one threa
 """
 _SAMPLED_HEADERS = 64
 _MANY = 10_000
-"""Images from which a user waits for seconds, and is told what for."""
+"""From so many images on, reading them takes seconds, and the log says what is being done."""
 
 _LOGGER = logging.getLogger("secateur")
 

@@ -43,6 +43,13 @@ def _cuts(spec: str, size: tuple[int, ...]) -> tuple[list[nn.Module], Tensor]:
     return [apply_architecture(model, graph, architecture_of(graph, row)).eval() for row in rows], images
 
 
+def assert_close(templates: OnnxTemplates, model: nn.Module, images: Tensor) -> None:
+    """The content for a model computes what the model computes with the same random weights."""
+    found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("spec", "size"), SPECS)
 def test_files_of_cuts_compute_what_the_cuts_compute(
     spec: str, size: tuple[int, ...], exports: list[nn.Module]
@@ -71,9 +78,7 @@ def test_a_factor_that_the_exporter_folds_into_weights_does_not_hide_a_template(
     for width in (8, 5):
         layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width, eps=0.5), nn.Hardswish(), nn.Conv2d(width, 4, 3)]
         model = nn.Sequential(*layers).eval()
-        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
-        with torch.no_grad():
-            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+        assert_close(templates, model, images)
     assert len(exports) == 1
 
 
@@ -93,9 +98,7 @@ def test_constants_that_come_again_are_found_in_another_template(exports: list[n
     templates, images = OnnxTemplates(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for width, number in [(8, 2.0), (6, 3.0), (7, 2.0), (5, 3.0)]:
         model = Multiplied(width, number).eval()
-        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
-        with torch.no_grad():
-            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+        assert_close(templates, model, images)
     assert len(exports) == 2
 
 
@@ -116,9 +119,7 @@ def test_paddings_are_exchanged_too(exports: list[nn.Module]) -> None:
     templates, images = OnnxTemplates(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for sides in [(1, 1), (2, 1), (0, 4)]:
         model = Padded(*sides).eval()
-        found = session_runner(open_session(templates.content(model, (images,)), threads=1))((images,))[0]
-        with torch.no_grad():
-            torch.testing.assert_close(found, drawn_copy(model)(images), rtol=1e-4, atol=1e-4)
+        assert_close(templates, model, images)
     assert len(exports) == 1
 
 

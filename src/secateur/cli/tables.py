@@ -118,18 +118,24 @@ def print_exports(report: RunReport) -> None:
     if not report.exports:
         return
     columns = ("file", "size", "difference", "accuracy", "in float", "same answer", "time", "float file's")
-    table = plain_table("Files for other runtimes", columns, numbers=len(columns) - 1)
+    rows: list[tuple[str, ...]] = []
     for file in report.exports:
         accuracies = (file.accuracy, file.float_accuracy)
         shares = [None if each is None else each.value for each in accuracies] + [file.agreement]
-        times = () if file.latency is None else (file.latency.after[1], file.latency.before[1])
-        table.add_row(
+        times = (None, None) if file.latency is None else (file.latency.after[1], file.latency.before[1])
+        row = (
             file.name,
             f"{format_count(file.size_bytes)}B",
             "" if file.difference is None else f"{file.difference:.1e}",
             *("" if share is None else f"{100 * share:.2f} %" for share in shares),
-            *(f"{1e3 * seconds:.3g} ms" for seconds in times),
+            *("" if seconds is None else f"{1e3 * seconds:.3g} ms" for seconds in times),
         )
+        rows.append(row)
+    # Columns that no file has anything for are left out.
+    shown = [at for at in range(len(columns)) if any(row[at] for row in rows)]
+    table = plain_table("Files for other runtimes", tuple(columns[at] for at in shown), numbers=len(shown) - 1)
+    for row in rows:
+        table.add_row(*(row[at] for at in shown))
     out().print(table)
 
 

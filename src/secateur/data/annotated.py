@@ -292,9 +292,7 @@ def read_yolo(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
         DataError: If a line is not of this form, or images are missing.
     """
     found: dict[str, FileItems] = {}
-    listed = folder / "classes.txt"
-    names = tuple(listed.read_text().split("\n")) if listed.is_file() else ()
-    names = tuple(name.strip() for name in names if name.strip())
+    names = _listed_names(folder)
     highest = 0
     for split in SPLITS:
         pair = paired_folders(folder, split, ("labels",))
@@ -307,9 +305,18 @@ def read_yolo(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
         found[split] = _boxes_of(files, boxes, preprocessing, (), are_fractions=True)
     names = names or tuple(f"class {number}" for number in range(highest))
     if highest > len(names):
-        raise DataError(f"{listed} must name every class; got {len(names)} names and a class number {highest - 1}.")
+        raise DataError(
+            f"{folder / 'classes.txt'} must name every class; got {len(names)} names and a class number {highest - 1}."
+        )
     found = {split: replace(items, class_names=names) for split, items in found.items()}
     return _checked(found, folder, "images/train and labels/train in YOLO format")
+
+
+def _listed_names(folder: Path) -> tuple[str, ...]:
+    """Names of the classes in ``classes.txt``, one a line in the order of their indices; none without the file."""
+    listed = folder / "classes.txt"
+    names = listed.read_text().split("\n") if listed.is_file() else []
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def _yolo_lines(path: Path) -> list[tuple[list[float], int]]:
@@ -392,6 +399,8 @@ def _voc_objects(path: Path) -> tuple[str, list[tuple[list[float], str]]]:
 def read_masks(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems]:
     """Read ``{train,val,test}/images/*`` with ``{train,val,test}/labels/*.png`` (or ``masks``), matched by name.
 
+    Names of the classes are taken from ``classes.txt`` if it is there.
+
     Raises:
         DataError: If an image has no mask.
     """
@@ -399,7 +408,7 @@ def read_masks(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItem
     for split in SPLITS:
         if (pair := paired_folders(folder, split, MASK_FOLDERS)) is not None:
             files, masks = _images_with_partners(*pair, "mask")
-            found[split] = FileItems(files, MaskTargets(masks), preprocessing)
+            found[split] = FileItems(files, MaskTargets(masks), preprocessing, class_names=_listed_names(folder))
     return _checked(found, folder, "train/images and train/labels")
 
 

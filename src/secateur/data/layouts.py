@@ -301,7 +301,13 @@ def look_at(
     if isinstance(first.targets, BoxTargets):
         outputs, notes = len(first.class_names) + 1, _look_at_boxes(splits, sizes)
     elif isinstance(first.targets, MaskTargets):
-        outputs = _look_at_masks(splits, usable, sizes, MASK_BORDER if void is None else void)
+        found, names = _look_at_masks(splits, usable, sizes, MASK_BORDER if void is None else void), first.class_names
+        if names and len(names) < found:
+            raise DataError(
+                f"{folder / 'classes.txt'} must have a line for each class of the masks; got {len(names)} names, and a "
+                f"mask holds class {found - 1}, the first of which is 0. Add the missing names, or remove the file."
+            )
+        outputs = max(found, len(names))
     elif isinstance(first.targets, NumberTargets):
         outputs = len(first.class_names)
         _look_at_numbers(splits)

@@ -124,7 +124,10 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
     for note in (*notes, *run.doubts):
         run.log(f"Note: {note}")
     for check in report.checks:
-        run.log(f"{'Checked' if check.passed else 'FAILED'}: {check.name}. {check.detail}".rstrip())
+        run.log(
+            f"{'Checked' if check.passed else 'FAILED'}: {check.name}"
+            + (f" ({check.detail})." if check.detail else ".")
+        )
     return report, folder, tuple(folder / name for name in names)
 
 

@@ -27,6 +27,7 @@ from secateur.prune.masks import make_permanent_, nonzero_params
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import Sparsify
+from secateur.report.verdict import without_settings
 from secateur.search.base import SearchResult, Strategy, search_architecture
 from secateur.search.candidates import CandidateRecords, Fastest
 from secateur.search.depth import RemoveBlocks
@@ -97,7 +98,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
         f"{pruned.verification.max_rel:.1e} (tolerance {pruned.verification.tolerance:.0e})."
     )
     for repair in pruned.repairs:
-        plan.log(describe_repair(repair))
+        plan.log(describe_repair(replace(repair, repair=without_settings(repair.repair))))
     result = replace(result, weights=None)  # The cut has taken what it needs of them.
     if work is not None:
         work.write(_state(result, pruned))
@@ -199,18 +200,20 @@ class ProgressLog:
         self._log, self._clock = log, clock
         self._every = _ESTIMATED_EVERY_S if estimating else _EVERY_S
         self._estimating = estimating
-        self._last = self._began = clock()
+        self._last = self._began = self._reached = clock()
         self._state: tuple[float, str] | None = None
         self._told = False
 
     def __call__(self, fraction: float, what: str) -> None:
         """Called by the search with the finished fraction and what is being done."""
         # Parts that take no time were estimated too high: what was done once stays done.
-        self._state = (max(fraction, self._state[0]) if self._state and self._estimating else fraction, what)
-        self._tell()
+        before, now = self._state, self._clock()
+        self._state = (max(fraction, before[0]) if before and self._estimating else fraction, what)
+        if before is None or self._state[0] > before[0]:
+            self._reached = now
+        self._tell(now)
 
-    def _tell(self) -> None:
-        now = self._clock()
+    def _tell(self, now: float) -> None:
         if self._state is None:
             return
         soon = self._estimating and not self._told and self._state[0] > 0
@@ -218,13 +221,19 @@ class ProgressLog:
             return
         self._last, self._told = now, True
         fraction, what = self._state
-        left = self._left(fraction, now - self._began) if self._estimating else ""
+        left = self._left(fraction, now) if self._estimating else ""
         self._log(f"Searching, {100 * fraction:.0f} % done{left}: {what}.")
 
-    def _left(self, fraction: float, spent: float) -> str:
+    def _left(self, fraction: float, now: float) -> str:
+        """How long the rest takes at the speed until now, in words; none before the first part is finished.
+
+        Only finished parts say how fast the search is. Within a part the time runs down, until the part has taken
+        longer than everything was to take; then as long again is expected.
+        """
         if fraction <= 0:
             return ""
-        left = spent / fraction * (1 - fraction)
+        within = now - self._reached
+        left = max((self._reached - self._began) / fraction * (1 - fraction) - within, within)
         return f", about {left / 60:.0f} min left" if left >= 90 else f", about {max(left, 1):.0f} s left"
 
     @contextmanager
@@ -237,7 +246,7 @@ class ProgressLog:
 
         def beat() -> None:
             while not ended.wait(self._every / 10):
-                self._tell()
+                self._tell(self._clock())
 
         thread = threading.Thread(target=beat, name="progress of the search", daemon=True)
         thread.start()

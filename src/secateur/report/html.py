@@ -14,7 +14,7 @@ from secateur._text import PAGE, visible
 from secateur.report import units
 from secateur.report.charts import loss_plot, score_plot, search_plots, stage_plots, width_plot
 from secateur.report.figures import PageScript, layer_name, page_script, report_figures
-from secateur.report.run import RunReport
+from secateur.report.run import ClassColor, RunReport
 from secateur.report.verdict import change_tone, claims, cost_tone, deploy_snippets, without_settings
 
 
@@ -153,6 +153,7 @@ def render(run: RunReport, script: PageScript | None = None) -> str:
         search=search_plots(run.search, run.macs_limit),
         stages=stage_plots(run.stages),
         origin=_origin(run),
+        legend=_legend(run),
         zeros=_has_zeros(run),
         unmeasured=max(0, sum(width.after < width.before for width in run.widths) - len(run.sensitivity)),
         **_words(),
@@ -231,6 +232,12 @@ def _images(run: RunReport) -> str:
 def _kept_sentence(run: RunReport) -> str:
     kept, all_channels = sum(width.after for width in run.widths), sum(width.before for width in run.widths)
     return f"{kept:,} of {all_channels:,} channels are kept." if all_channels else ""
+
+
+def _legend(run: RunReport) -> list[ClassColor]:
+    """The classes that any picture shows, each once; pixels that do not count come last."""
+    found = {one.index: one for row in run.pictures for one in row.classes}
+    return [found[index] for index in sorted(found, key=lambda index: (index < 0, index))]
 
 
 def _origin(run: RunReport) -> list[tuple[str, str]]:

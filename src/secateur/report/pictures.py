@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur._batches import batch_length, call_model, take
 from secateur._runtime import copy_model
 from secateur.data.loaders import ItemSplit, OwnData
-from secateur.report.run import Picture, PictureRow
+from secateur.report.run import ClassColor, Picture, PictureRow
 from secateur.tasks.base import Drawing, Task
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ _COLORS = (
     *((240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40), (128, 0, 0), (128, 128, 0)),
 )
 """Colors that people tell apart easily (Trubetskoy, 20 distinct colors)."""
+_ROUNDS = (1.0, 0.6, 0.35)
+"""What further classes darken the same colors by, round by round; after the last one, colors repeat."""
+_NOT_COUNTED = (150, 150, 150)
 _OPACITY = 0.55
 
 
@@ -69,7 +72,7 @@ def example_pictures(
             return ()
         if any(drawing is not None and drawing.image is not None for _, drawing in drawn):
             pictures.insert(0, Picture("input", _as_uri(_scaled(image))))
-        rows.append(PictureRow(tuple(pictures)))
+        rows.append(PictureRow(tuple(pictures), _legend([one for _, one in drawn if one is not None], data.classes)))
     return tuple(rows)
 
 
@@ -131,7 +134,8 @@ def _masked(pixels: np.ndarray, mask: Tensor, void: int | None) -> np.ndarray:
     if indices.shape != (height, width):
         resized = nn.functional.interpolate(indices[None, None].float(), size=(height, width), mode="nearest")
         indices = resized[0, 0].long()
-    colors = np.array(_COLORS, dtype=np.float32)[(indices % len(_COLORS)).numpy()]
+    palette = np.array([_color(index) for index in range(len(_COLORS) * len(_ROUNDS))], dtype=np.float32)
+    colors = palette[(indices % len(palette)).numpy()]
     blended = (1 - _OPACITY) * pixels + _OPACITY * colors
     if void is not None:
         gray = pixels.mean(2, keepdims=True).repeat(3, 2)
@@ -149,10 +153,10 @@ def _boxed(pixels: np.ndarray, drawing: Drawing, classes: Sequence[str]) -> "Ima
     words: list[tuple[float, float, str, tuple[int, int, int]]] = []
     for place, box in enumerate((drawing.boxes.detach().cpu().double() * factor).tolist()):
         label = int(drawing.labels[place]) if drawing.labels is not None else 0
-        color = _COLORS[label % len(_COLORS)]
+        color = _color(label)
         x1, y1, x2, y2 = box
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=2)
-        name = classes[label] if 0 <= label < len(classes) else str(label)
+        name = _class_name(label, classes)
         said = name if drawing.scores is None else f"{name} {float(drawing.scores[place]):.2f}"
         words.append((max(x1, 0.0), max(y1, 0.0), said, color))
     # After all boxes, on their color: text alone is lost in a picture.
@@ -167,6 +171,39 @@ def _is_light(color: tuple[int, int, int]) -> bool:
     """Whether black is read better on a color than white, by its luma (ITU-R BT.601)."""
     red, green, blue = color
     return 0.299 * red + 0.587 * green + 0.114 * blue > 128
+
+
+def _color(index: int) -> tuple[int, int, int]:
+    """The color of a class."""
+    darkened, place = divmod(index % (len(_COLORS) * len(_ROUNDS)), len(_COLORS))
+    red, green, blue = (round(_ROUNDS[darkened] * part) for part in _COLORS[place])
+    return red, green, blue
+
+
+def _class_name(index: int, classes: Sequence[str]) -> str:
+    return classes[index] if 0 <= index < len(classes) else str(index)
+
+
+def _legend(drawings: Sequence[Drawing], classes: Sequence[str]) -> tuple[ClassColor, ...]:
+    """The classes of masks or boxes, in their order; pixels that do not count come last."""
+    shown, is_void = set[int](), False
+    for drawing in drawings:
+        if drawing.mask is not None:
+            found = set(drawing.mask.unique().tolist())
+            is_void |= drawing.void in found
+            shown |= found - {drawing.void}
+        elif drawing.boxes is not None and drawing.labels is not None:
+            shown |= set(drawing.labels.tolist())
+    names = {index: _class_name(index, classes) for index in sorted(shown)}
+    entries = [
+        ClassColor(index, f"class {name}" if name == str(index) else name, _as_css(_color(index)))
+        for index, name in names.items()
+    ]
+    return (*entries, ClassColor(-1, "not counted", _as_css(_NOT_COUNTED))) if is_void else tuple(entries)
+
+
+def _as_css(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _as_uri(image: "Image") -> str:

@@ -188,10 +188,31 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class ClassColor:
+    """A class as pictures show it.
+
+    Attributes:
+        index: Of the class; -1 for pixels that do not count.
+        name: For people.
+        color: As CSS has it, such as ``#e6194b``.
+    """
+
+    index: int
+    name: str
+    color: str
+
+
+@dataclass(frozen=True)
 class PictureRow:
-    """One test image as the labels, the original and the compressed model see it."""
+    """One test image as the labels, the original and the compressed model see it.
+
+    Attributes:
+        pictures: In this order.
+        classes: Those that at least one of the pictures shows; none where pictures have no classes.
+    """
 
     pictures: tuple[Picture, ...]
+    classes: tuple[ClassColor, ...] = ()
 
 
 @dataclass(frozen=True)

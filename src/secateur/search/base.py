@@ -193,7 +193,7 @@ class SearchResult:
         object.__setattr__(self, "notes", finite(self.notes))
 
     def __repr__(self) -> str:
-        shown = [f"  {axis}: keeps {len(channels)} channels" for axis, channels in self.architecture.kept]
+        shown = [f"  axis {axis}: {len(channels)} channels kept" for axis, channels in self.architecture.kept]
         more = [f"  ... and {len(shown) - _MOST_SHOWN} more axes"] if len(shown) > _MOST_SHOWN else []
         return "\n".join((f"SearchResult({self._summary()})", *shown[:_MOST_SHOWN], *more))
 

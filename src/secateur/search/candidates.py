@@ -370,6 +370,8 @@ class _Comparison:
         self._fitted = _joined(first_images([images for images, _ in inputs.batches], most))
         self._held_out = first_images(held_out, max(most // 2, _FEWEST_IMAGES))
         self._distance: OutputDistance | None = None
+        others = len(strategy.strategies) - 1 + len(strategy.fewer_blocks)
+        self._expected = len(candidate_spaces(self.context)) + others
 
     def divisors(self, strategy: Strategy, spaces: Iterable[SearchSpace]) -> list[Candidate]:
         """Judge what a strategy finds in each space; later searches stay near to the first, see `Strategy.again`."""
@@ -383,7 +385,7 @@ class _Comparison:
 
     def judge(self, strategy: Strategy, space: SearchSpace) -> Candidate | None:
         """Judge what a strategy finds, once for each network; None if the budget is out of its reach."""
-        self.context.progress(min(0.05 * (len(self.found) + 1), 0.95), f"divisor {space.divisor or 1}")
+        self._progress(f"network {len(self.found) + 1}, widths divisible by {space.divisor or 1}")
         try:
             result = strategy.search(replace(self.context, space=space, progress=_silent))
         except BudgetError:
@@ -430,8 +432,13 @@ class _Comparison:
             one.record = self._records.pairs.get(_digest(one.result))
         return list(candidates)
 
+    def _progress(self, what: str) -> None:
+        """Say what is done next; done are the networks found so far, of as many as the three steps usually judge."""
+        self.context.progress(min(len(self.found) / self._expected, 0.95), what)
+
     def _measure(self, candidates: Sequence[Candidate]) -> None:
         """Measure on the target; where that fails, in PyTorch; where that fails too, not at all."""
+        self._progress(f"measuring the time of {len(candidates)} network{'s' if len(candidates) > 1 else ''}")
         inputs, target = self.context.inputs, self._target
         # Repairs will replace most of the weights, so that denormal numbers say nothing about a candidate.
         cuts = [

@@ -8,9 +8,12 @@ from noise_images import noise_data
 from run_pipeline import run_compress
 from torch import Tensor, nn
 
-from secateur.cli.tables import print_before_after, print_report, print_speed
+from secateur.cli.tables import print_before_after, print_exports, print_report, print_speed
 from secateur.models import cifar_resnet20
 from secateur.pipeline import inspect_model
+from secateur.report.run import ExportedFile, Measured, RunReport
+from secateur.tasks.base import Score
+from secateur.tasks.classification import TOP1
 from secateur.train import TrainConfig
 
 
@@ -70,3 +73,19 @@ def test_slower_is_called_slower(capsys: pytest.CaptureFixture[str], speed: floa
     assert said.endswith(f"in pretend 1: {words}.")
     print_speed(replace(report, latency=()))
     assert capsys.readouterr().out == ""
+
+
+def test_exported_files_have_no_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, small = (
+        ExportedFile("model.onnx", 2000, 3e-7),
+        ExportedFile("model.int8.onnx", 900, accuracy=Score(0.5, 0.5, 10, TOP1)),
+    )
+    report = RunReport("net", Measured(2, 2), Measured(1, 1), exports=(plain,))
+    print_exports(report)
+    heads, values = (" ".join(capsys.readouterr().out.split()).split(" ─")[0], "3.0e-07")
+    assert heads == "Files for other runtimes file size difference"
+    print_exports(replace(report, exports=(plain, small)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "file size difference accuracy" in said
+    assert "same answer" not in said
+    assert f"model.onnx 2 kB {values} model.int8.onnx 900B 50.00 %" in said

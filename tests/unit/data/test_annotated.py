@@ -19,6 +19,7 @@ from secateur.data.annotated import (
     read_voc,
     read_yolo,
 )
+from secateur.data.layouts import MASKS, look_at
 from secateur.data.preprocessing import Interpolation, Preprocessing, ResizeMode
 from secateur.errors import DataError
 
@@ -136,6 +137,21 @@ def test_masks_move_with_their_image_and_borders_count_for_nothing(tmp_path: Pat
     assert target.dtype == torch.int64
     assert torch.equal(target == 3, image[0] == 1)
     assert set(target.unique().tolist()) == ({0, 3, 255} if resize is ResizeMode.LETTERBOX else {0, 3})
+
+
+def test_masks_have_class_names_where_a_file_lists_them(tmp_path: Path) -> None:
+    save_image(tmp_path / "train" / "images" / "a.png")
+    (tmp_path / "train" / "labels").mkdir()
+    Image.fromarray(np.ones((20, 40), dtype=np.uint8)).save(tmp_path / "train" / "labels" / "a.png")
+    assert read_masks(tmp_path, RAW)["train"].class_names == ()
+    (tmp_path / "classes.txt").write_text("sky\nroad \n\n")
+    assert read_masks(tmp_path, RAW)["train"].class_names == ("sky", "road")
+    assert look_at(MASKS, tmp_path, channels=3).outputs == 2
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")  # No mask shows a car.
+    assert look_at(MASKS, tmp_path, channels=3).outputs == 3
+    (tmp_path / "classes.txt").write_text("sky\n")
+    with pytest.raises(DataError, match=r"classes\.txt must have a line for each class .* got 1 names, .* class 1"):
+        look_at(MASKS, tmp_path, channels=3)
 
 
 def test_tables_give_numbers_and_column_names(tmp_path: Path) -> None:

@@ -50,9 +50,23 @@ def test_an_estimate_follows_from_what_is_done() -> None:
         paced(fraction, "timing")
     assert told == [
         "Searching, 10 % done, about 2 min left: timing.",
-        "Searching, 10 % done, about 3 min left: timing.",
+        # Half of a part says nothing about the speed: the time runs down.
+        "Searching, 10 % done, about 79 s left: timing.",
         "Searching, 50 % done, about 32 s left: timing.",
-        "Searching, 50 % done, about 43 s left: timing.",
+        "Searching, 50 % done, about 21 s left: timing.",
+    ]
+
+
+def test_nothing_is_estimated_before_a_part_is_finished_and_a_late_part_is_not_about_to_end() -> None:
+    seconds = iter([0.0, 1.0, 12.0, 20.0, 31.0, 70.0])
+    told: list[str] = []
+    paced = ProgressLog(told.append, lambda: next(seconds), estimating=True)
+    for fraction in (0.0, 0.0, 0.5, 0.5, 0.5):
+        paced(fraction, "timing")
+    assert told == [
+        "Searching, 0 % done: timing.",
+        "Searching, 50 % done, about 11 s left: timing.",  # 20 s for the first half, 11 s of the second have passed.
+        "Searching, 50 % done, about 50 s left: timing.",  # Later than expected, by how much nobody knows.
     ]
 
 

@@ -1,9 +1,16 @@
 """What a run says about its repairs."""
 
+from pathlib import Path
+
 import pytest
+from noise_images import noise_data
+from run_pipeline import run_compress
+from torch import nn
 
 from secateur.pipeline.search_and_cut import describe_repair
 from secateur.prune import RepairResult
+from secateur.search import Uniform
+from secateur.train import Silent, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -27,3 +34,24 @@ from secateur.prune import RepairResult
 )
 def test_a_repair_is_described_with_the_images_that_judged_it(result, said):
     assert describe_repair(result) == said
+
+
+def test_the_lines_of_a_run_are_sentences_without_settings(tmp_path: Path) -> None:
+    told: list[str] = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    run_compress(
+        model,
+        noise_data(),
+        budget="macs=60%",
+        strategy=Uniform(),
+        train=TrainConfig(epochs=0),
+        calibration_images=32,
+        callbacks=Silent(),
+        hear=told.append,
+        output=tmp_path / "out",
+    )
+    assert [line for line in told if line.startswith("Refit: distance from the uncut outputs")]
+    checked = [line for line in told if line.startswith("Checked: ")]
+    assert checked
+    assert all(line.endswith((").", ".")) and ". in " not in line for line in checked)
+    assert not [line for line in told if "Refit(" in line]

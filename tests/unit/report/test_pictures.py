@@ -16,7 +16,7 @@ from secateur.data.loaders import own_data
 from secateur.data.preprocessing import Preprocessing
 from secateur.report.html import render
 from secateur.report.pictures import EXAMPLES, example_pictures
-from secateur.report.run import Measured, Picture, RunReport
+from secateur.report.run import ClassColor, Measured, Picture, PictureRow, RunReport
 from secateur.tasks import Classification, Detection, ImageToImage, Imitation, Segmentation
 
 
@@ -125,3 +125,59 @@ def test_the_page_holds_the_pictures_and_stays_small() -> None:
     assert 'alt="Test image 1: compressed"' in page
     assert len(page) < 4e6
     assert "<img" not in render(RunReport("net", Measured(2, 2), Measured(1, 1)))
+
+
+def test_a_legend_names_the_classes_that_the_pictures_show_in_their_colors() -> None:
+    wanted = torch.zeros(96, 120, dtype=torch.long)
+    wanted[:48] = 3
+    wanted[-8:] = 255
+    logits = torch.nn.functional.one_hot(torch.full((96, 120), 17), 20).movedim(2, 0).float()
+    items = [(image, wanted) for image in gray()]
+    data = replace(own_data((items, items, items)), classes=("sky", "road", "tree", "<car>"))
+    model = Fixed(lambda x: logits.expand(len(x), -1, -1, -1))
+    rows = example_pictures(Segmentation(void=255), data, model, model)
+    legend = rows[0].classes
+    assert [(one.index, one.name) for one in legend] == [
+        (0, "sky"),
+        (3, "<car>"),
+        (17, "class 17"),
+        (-1, "not counted"),
+    ]
+    labels, original, _ = (pixels_of(picture) for picture in rows[0].pictures)
+    for one, seen in zip(legend, (labels[55:80], labels[10:40], original[10:40]), strict=False):
+        color = np.array([int(one.color[at : at + 2], 16) for at in (1, 3, 5)])
+        assert np.abs(seen.mean((0, 1)) - (0.45 * 128 + 0.55 * color)).max() <= 5, one
+    assert legend[1].color != legend[2].color  # 3 + 14: the next round of the colors is darker.
+    page = render(RunReport("net", Measured(2, 2), Measured(1, 1), pictures=rows))
+    assert page.count("not counted") == 1  # Once for all images.
+    for one in legend:
+        assert (
+            f'<li><i style="--swatch:{one.color}"></i>{one.name.replace("<", "&lt;").replace(">", "&gt;")}</li>' in page
+        )
+
+
+def test_a_legend_of_boxes_has_the_classes_of_any_image_and_images_have_none() -> None:
+    box = torch.tensor([[20.0, 10.0, 60.0, 50.0]])
+
+    def answer(images):
+        return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.9])} for _ in images]
+
+    items = [(image, {"boxes": box, "labels": torch.tensor([1])}) for image in gray(4)]
+    loader: DataLoader = DataLoader(items, batch_size=2, collate_fn=as_lists)  # pyright: ignore
+    data = replace(own_data((loader, loader, loader)), classes=("background", "cell", "plate"))
+    rows = example_pictures(Detection(), data, Fixed(answer), Fixed(answer))
+    assert [one.name for one in rows[0].classes] == ["cell", "plate"]
+    rows = rows_of(ImageToImage(), list(torch.ones(6, 3, 96, 120)), lambda x: x, lambda x: x)
+    page = render(RunReport("net", Measured(2, 2), Measured(1, 1), pictures=rows))
+    assert rows[0].classes == ()
+    assert "Colors of the classes" not in page
+
+
+def test_every_image_adds_its_classes_to_the_legend() -> None:
+    picture = (Picture("labels", "data:,"),)
+    one, two = ClassColor(1, "road", "#111111"), ClassColor(0, "sky", "#222222")
+    void = ClassColor(-1, "not counted", "#333333")
+    rows = (PictureRow(picture, (one, void)), PictureRow(picture, (two, one)))
+    page = render(RunReport("net", Measured(2, 2), Measured(1, 1), pictures=rows))
+    assert [page.count(f"</i>{each.name}</li>") for each in (two, one, void)] == [1, 1, 1]
+    assert page.index("</i>sky<") < page.index("</i>road<") < page.index("</i>not counted<")

@@ -123,6 +123,16 @@ def test_the_fastest_that_is_near_the_best_is_taken(found: list[tuple[float, flo
     assert Fastest()._taken(made) is made[taken]
 
 
+def test_progress_names_what_is_done_and_counts_only_what_is_finished() -> None:
+    told: list[tuple[float, str]] = []
+    search(plain(), quick(), progress=lambda *said: told.append(said))
+    fractions, words = [fraction for fraction, _ in told], [what for _, what in told]
+    assert (fractions[0], words[0]) == (0, "network 1, widths divisible by 1")
+    assert fractions == sorted(fractions)
+    assert 0.5 < fractions[-1] <= 0.95  # Not far from the end: as many networks are expected as there usually are.
+    assert [what for what in words if what.startswith("measuring the time of 4 networks")]
+
+
 def test_without_times_the_divisor_is_eight() -> None:
     made = [candidate(0.1 * divisor, None, divisor) for divisor in (1, 4, 8, 16)]
     assert Fastest()._taken(made).space.divisor == 8

@@ -48,7 +48,7 @@ def test_the_lines_of_a_run_are_sentences_without_settings(tmp_path: Path) -> No
         calibration_images=32,
         callbacks=Silent(),
         hear=told.append,
-        output=tmp_path / "out",
+        out=tmp_path / "out",
     )
     assert [line for line in told if line.startswith("Refit: distance from the uncut outputs")]
     checked = [line for line in told if line.startswith("Checked: ")]

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from secateur._text import visible
-from secateur.cli.messages import flags_of, in_flags
+from secateur.cli.messages import describe_foreign, flags_of, in_flags
 from secateur.errors import SecateurError, TrainingError
 
 if TYPE_CHECKING:
@@ -164,6 +165,13 @@ def handle_errors_together(command: _Command) -> _Command:
             if kwargs.get("debug"):
                 raise
             raise end_with_error(in_flags(_message(error), flags_of(command))) from error
+        except BaseException as error:
+            said = describe_foreign(error)
+            if said is None or (kwargs.get("debug") and not isinstance(error, SystemExit)):
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exception(error)
+            raise end_with_error(in_flags(said, flags_of(command))) from None
 
     return run  # type: ignore[return-value]
 

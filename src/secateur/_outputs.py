@@ -1,7 +1,7 @@
 """What a model returns, in any nesting: every tensor and every other value by its place."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -44,6 +44,23 @@ def output_leaves(output: Any) -> dict[str, Leaf]:
 def output_tensors(output: Any) -> list[Tensor]:
     """Return every tensor that a model returns, in any nesting and as it is; see `output_leaves`."""
     return [leaf for leaf in _collected(output).values() if isinstance(leaf, Tensor)]
+
+
+def tensor_shapes(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of all tensors in anything; none if some part of it cannot be read."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape),)
+    # What most modules take, which need not be opened with care.
+    if type(value) in {tuple, dict} and all(isinstance(part, Tensor) for part in _items(value)):
+        return tuple(tuple(part.shape) for part in _items(value))
+    try:
+        return tuple(tuple(tensor.shape) for tensor in output_tensors(value))
+    except Exception:  # A module within may take and return anything.
+        return ()
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _collected(output: Any) -> dict[str, Leaf]:

@@ -6,6 +6,7 @@ into the `Ledger` which ids must be kept or removed together, which must be kept
 `_solve` turns the ledger into a channel graph.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ import torch
 from secateur._arrays import BoolArray, IntArray
 from secateur.graph._size_ints import Attribute, Expression, Literal
 from secateur.graph.blocks import is_mutable
-from secateur.graph.graph import Block, Role, UncountedOperation
+from secateur.graph.graph import Block, ModuleCall, Role, UncountedOperation
 
 ChannelIds = dict[int, IntArray]
 """A mapping from dimension to the ids of its positions. A dimension that is missing carries no channels."""
@@ -103,6 +104,7 @@ class Ledger:
         roles: (ids of a dimension, role) pairs.
         touched: (module, ids) pairs: operations of the module saw these ids.
         outputs: The output of every module.
+        module_calls: The shapes that every module took and returned, by its name, in the order of its calls.
         attended: By module, ids that are multiplied with those of another activation, as in attention.
         contracted: Ids over which two activations are multiplied and summed; this reads them although no layer does.
         scaled: Ids whose number determines a scale (``head_dim ** -0.5``): fewer ids would change the scale.
@@ -129,6 +131,7 @@ class Ledger:
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
+    module_calls: dict[str, list[ModuleCall]] = field(default_factory=lambda: defaultdict(list))
     attended: dict[str, list[IntArray]] = field(default_factory=dict[str, list[IntArray]])
     contracted: list[IntArray] = field(default_factory=list)
     scaled: list[IntArray] = field(default_factory=list)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
-from secateur._outputs import output_tensors
+from secateur._outputs import output_tensors, tensor_shapes
 from secateur._runtime import run_isolated
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
@@ -28,6 +28,7 @@ from secateur.graph._size_records import SizeTracker, wrap_sizes
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
 from secateur.graph.channel_rules.recurrent import FAKE_RECURRENT, WholeCallMode
 from secateur.graph.channel_rules.sizes import UnhashableSizeError
+from secateur.graph.graph import ModuleCall
 from secateur.graph.rules import apply_rule
 
 VALUE_READERS = frozenset({
@@ -394,6 +395,7 @@ def _record_training(  # noqa: PLR0917
         torch.cat([t, t]) if isinstance(t, torch.Tensor) and t.dim() and t.size(0) == 1 else t for t in example
     )
     uncounted = len(ledger.uncounted)
+    module_calls = {name: [*calls] for name, calls in ledger.module_calls.items()}
     counted, mixed, outputs, touched = (
         len(ledger.operations),
         len(ledger.mixings),
@@ -408,7 +410,7 @@ def _record_training(  # noqa: PLR0917
         out = shadow.train()(*doubled)
         ledger.freeze_all([ledger.ids_of(t) for t in output_tensors(out)], "reaches the model's output in training")
     del ledger.operations[counted:], ledger.mixings[mixed:], ledger.touched[touched:], ledger.uncounted[uncounted:]
-    ledger.outputs = outputs
+    ledger.outputs, ledger.module_calls = outputs, module_calls
     # A run that failed leaves the names of its modules on the stack.
     context.stack.clear()
 
@@ -422,25 +424,27 @@ def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, conte
         return hook
 
     def leave(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             context.stack.pop()
             context.flow.leave_module(out)
             leaves = (out,) if isinstance(out, torch.Tensor) else tree_leaves(out)
             tensor = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
+            # Otherwise the shapes would hold sizes that are followed.
+            with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+                taken = (*tensor_shapes(args), *tensor_shapes(kwargs))
+                ledger.module_calls[name].append(ModuleCall(taken, tensor_shapes(out)))
+                shape = () if tensor is None else tuple(tensor.shape)
             if tensor is not None:
                 # Taken out and put in again, so that the order is that of the last calls.
                 known = ledger.outputs.pop(name, None)
                 calls = known.calls + 1 if known else 1
-                # Otherwise the shape would hold sizes that are followed.
-                with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                    shape = tuple(tensor.shape)
                 ledger.outputs[name] = ModuleOutput(name, shape, ledger.ids_of(tensor), calls)
 
         return hook
 
     for name, module in modules.items():
         module.register_forward_pre_hook(enter(name), with_kwargs=True)
-        module.register_forward_hook(leave(name))
+        module.register_forward_hook(leave(name), with_kwargs=True)
 
 
 @dataclass(eq=False)

@@ -421,6 +421,7 @@ def solve(ledger: Ledger, attributes: Mapping[Attribute, int], example: tuple[An
         blocks=ledger.blocks,
         calls=ledger.calls,
         uncounted=tuple(ledger.uncounted),
+        module_calls={name: tuple(calls) for name, calls in ledger.module_calls.items()},
     )
 
 

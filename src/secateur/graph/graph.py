@@ -283,6 +283,14 @@ class SizeEdit:
     extent: Extent
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """The shapes of all tensors that one call of a module took and returned."""
+
+    taken: tuple[tuple[int, ...], ...]
+    returned: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """All channel axes of one traced model. Immutable.
@@ -304,6 +312,7 @@ class ChannelGraph:
         calls: ATen names of all calls of the forward pass, in order.
         uncounted: The operations that read parameters and are missing in ``operations``, because no rule knows their
             multiply-accumulates. Budgets and costs in MACs leave them out.
+        module_calls: The shapes that every module took and returned, by its name, in the order of its calls.
     """
 
     axes: tuple[ChannelAxis, ...]
@@ -320,6 +329,7 @@ class ChannelGraph:
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
     uncounted: tuple[UncountedOperation, ...] = ()
+    module_calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, tuple[ModuleCall, ...]])
 
     def __repr__(self) -> str:
         frozen = [axis for axis in self.axes if axis.frozen_because is not None]

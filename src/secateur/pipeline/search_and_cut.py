@@ -319,6 +319,7 @@ def _state(result: SearchResult, pruned: Cut) -> CutState:
         verification=asdict(pruned.verification),
         repairs=tuple(asdict(repair) for repair in pruned.repairs),
         student=tensors_of(pruned.model),
+        widths_follow=bool(pruned.described.followed),
     )
 
 
@@ -328,6 +329,9 @@ def _restored(original: nn.Module, graph: ChannelGraph, left: CutState) -> CutSt
     graph = graph.with_kept_blocks(dict(left.kept_blocks))
     student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
     described = update_described_widths_(original, student, graph)
+    if described.followed and not left.widths_follow:
+        student = apply_architecture(original, graph, Architecture.from_json(left.architecture)).eval()
+        described = described.undone()
     _fill_(student, left)
     fields = cast(Mapping[str, Any], left.verification)
     verification = Verification(

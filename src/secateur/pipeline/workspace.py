@@ -66,6 +66,7 @@ class CutState:
         verification: Sliced against masked, as JSON.
         repairs: What each repair did, as JSON.
         student: State of the repaired student, by name.
+        widths_follow: Whether numbers that describe widths were set.
     """
 
     search: Mapping[str, object]
@@ -75,6 +76,7 @@ class CutState:
     verification: Mapping[str, object]
     repairs: tuple[Mapping[str, object], ...]
     student: Mapping[str, Tensor]
+    widths_follow: bool = True
 
 
 @contextlib.contextmanager
@@ -253,6 +255,7 @@ class RunDirectory:
             "architecture": dict(cutting.architecture),
             "verification": dict(cutting.verification),
             "repairs": [dict(repair) for repair in cutting.repairs],
+            "widths_follow": cutting.widths_follow,
         }
         with disk_errors(self.folder), self._undone_on_error():
             write_atomic(self.folder / _STUDENT, safetensors.torch.save(tensors))
@@ -285,6 +288,7 @@ class RunDirectory:
                 dict(state["verification"]),
                 tuple(dict(repair) for repair in state["repairs"]),
                 student,
+                bool(state.get("widths_follow", True)),
             )
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise _damaged(self.folder, error) from error

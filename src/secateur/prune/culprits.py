@@ -9,6 +9,7 @@ from secateur.architecture import Architecture
 from secateur.errors import SurgeryError
 from secateur.graph.graph import ChannelGraph
 from secateur.graph.trace import check_repeatable
+from secateur.prune.described_widths import DescribedWidths, update_described_widths_
 from secateur.prune.slice import apply_architecture
 from secateur.prune.verify import Mismatch, Verification, compare_outputs
 
@@ -22,12 +23,14 @@ class ExactCut:
         graph: The channel graph, in which what must stay whole is frozen.
         architecture: What was cut.
         verification: The comparison with the original.
+        described: What became of numbers that describe widths and that the forward pass does not read.
     """
 
     model: nn.Module
     graph: ChannelGraph
     architecture: Architecture
     verification: Verification
+    described: DescribedWidths
 
 
 def cut_exactly(model: nn.Module, graph: ChannelGraph, architecture: Architecture) -> ExactCut:
@@ -45,16 +48,28 @@ def cut_exactly(model: nn.Module, graph: ChannelGraph, architecture: Architectur
     frozen: tuple[tuple[str, str], ...] = ()
     # Ends, because every round freezes something that was cut, or raises.
     while True:
-        small = apply_architecture(model, graph, architecture).eval()
-        result = compare_outputs(model, small, graph, architecture)
+        small, described, result = _cut_and_compared(model, graph, architecture)
         if isinstance(result, Verification):
-            return ExactCut(small, graph, architecture, replace(result, frozen=frozen))
+            return ExactCut(small, graph, architecture, replace(result, frozen=frozen), described)
         # A model that never returns the same twice would lose all of its cuts, one after the other.
         check_repeatable(model, graph.example)
         culprits = find_culprits(model, graph, architecture, result)
         graph = graph.with_kept_blocks(culprits.blocks).with_frozen(culprits.axes)
         frozen += (*sorted(culprits.blocks.items()), *sorted(culprits.axes.items()))
         architecture = _drop_frozen(architecture, graph)
+
+
+def _cut_and_compared(
+    model: nn.Module, graph: ChannelGraph, architecture: Architecture
+) -> tuple[nn.Module, DescribedWidths, Verification | Mismatch]:
+    """Cut once, and compare what was cut; without numbers that describe widths if they make the difference."""
+    small = apply_architecture(model, graph, architecture).eval()
+    described = update_described_widths_(model, small, graph)
+    result = compare_outputs(model, small, graph, architecture)
+    if isinstance(result, Mismatch) and described.followed:
+        small, described = apply_architecture(model, graph, architecture).eval(), described.undone()
+        result = compare_outputs(model, small, graph, architecture)
+    return small, described, result
 
 
 def _drop_frozen(architecture: Architecture, graph: ChannelGraph) -> Architecture:

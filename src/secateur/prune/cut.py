@@ -16,7 +16,7 @@ from secateur.graph.graph import ChannelGraph
 from secateur.graph.trace import Example
 from secateur.prune.calibration import CalibrationSplit, check_batches, split_calibration
 from secateur.prune.culprits import cut_exactly
-from secateur.prune.described_widths import DescribedWidths, update_described_widths_
+from secateur.prune.described_widths import DescribedWidths
 from secateur.prune.distance import OutputDistance
 from secateur.prune.optimizer_state import AnyOptimizer, slice_optimizer_state
 from secateur.prune.slice import check_architecture
@@ -184,11 +184,10 @@ def cut(
         warnings.warn(
             _describe_frozen(exact.verification.frozen), stacklevel=3
         )  # The caller of the decorated function.
-    described = update_described_widths_(model, exact.model, exact.graph)
     split = CalibrationSplit(tuple(calibration), tuple(held_out)) if held_out else split_calibration(calibration)
     context = RepairContext(model, exact.graph, exact.architecture, split.fit)
     results = _repair_(exact.model, context, repairs, split)
-    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results, model, described)
+    return Cut(exact.model, exact.graph, exact.architecture, exact.verification, results, model, exact.described)
 
 
 def _describe_frozen(frozen: Sequence[tuple[str, str]]) -> str:

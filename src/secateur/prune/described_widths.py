@@ -12,18 +12,17 @@ size, such as a kernel, a feature map's height, or the number of layers. Such an
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from secateur._outputs import Leaf, output_tensors
+from secateur._outputs import tensor_shapes
 from secateur.graph._shadow import mentioned_names, shadow_copy
 from secateur.graph._size_ints import Attribute, steps_of
 from secateur.graph._size_records import held_numbers, set_number
-from secateur.graph.graph import ChannelGraph, SizeItem
+from secateur.graph.graph import ChannelGraph, ModuleCall, SizeItem
 from secateur.prune.cut_record import add_places_
 from secateur.prune.model_runs import ComparisonRun
 from secateur.prune.narrow_branches import ExpandChannels, original_names
@@ -58,6 +57,10 @@ class DescribedWidths:
     followed: tuple[DescribedWidth, ...] = ()
     stale: tuple[DescribedWidth, ...] = ()
 
+    def undone(self) -> "DescribedWidths":
+        """What there is to say of a model in which none of them was set."""
+        return DescribedWidths((), (*self.stale, *(replace(width, after=width.before) for width in self.followed)))
+
     @property
     def warning(self) -> str:
         """A sentence about the stale ones; empty if there are none."""
@@ -74,24 +77,29 @@ class DescribedWidths:
 def update_described_widths_(model: nn.Module, small: nn.Module, graph: ChannelGraph) -> DescribedWidths:
     """Set the ints of a cut model that describe widths and are not read by its forward pass, in place.
 
+    No code of the model names them, but code may read what it does not name: compare the outputs afterward.
+
     Args:
         model: The model that was cut; not changed.
         small: The cut model; the changed ints are added to its `CutRecord`.
         graph: The graph of ``model``.
 
     Returns:
-        What was set, and what could not be decided.
+        What was set, and what could not be decided; nothing if the cut model does not run.
     """
     names = original_names(small)
-    after, outputs = _shapes(small, graph)
+    try:
+        after = _module_calls(small, graph)
+    except Exception:  # A wrong cut: the comparison with the original says what is wrong.
+        return DescribedWidths()
     sizes = _observe(model, small, names, graph, after)
     if not sizes.changed:
         return DescribedWidths()
     decided = _by_analogy(_undecided(model, small, names, sizes), sizes)
     follow = {one: new for one, new in decided.items() if new is not None and new != one.value}
     stale = [one for one, new in decided.items() if new is None]
-    if follow and not _has_no_effect(small, graph, follow, outputs):
-        stale, follow = [*stale, *follow], {}
+    for one, new in follow.items():
+        set_number(small.get_submodule(one.module), one.attribute, one.item, new)
     add_places_(small, [(one.module, one.attribute, one.item) for one in follow])
     return DescribedWidths(
         tuple(DescribedWidth(one.text, one.value, new) for one, new in follow.items()),
@@ -157,16 +165,17 @@ def _depth(module: str, name: str) -> int | None:
 
 
 def _observe(
-    model: nn.Module, small: nn.Module, names: Mapping[str, str], graph: ChannelGraph, after: "_Calls"
+    model: nn.Module,
+    small: nn.Module,
+    names: Mapping[str, str],
+    graph: ChannelGraph,
+    after: Mapping[str, Sequence[ModuleCall]],
 ) -> _Sizes:
     """Compare the shapes of all tensors of both models on the example; ``after`` are those of the cut one."""
-    sizes = _Sizes()
+    sizes, before = _Sizes(), graph.module_calls
     ours, theirs = dict(small.named_modules()), dict(model.named_modules())
     # What a branch returns has two widths: its own, and that of the stream to which it is expanded.
     wrappers = {name: name for name, module in ours.items() if isinstance(module, ExpandChannels)}
-    before = _BEFORE.get(graph)
-    if before is None:
-        before = _BEFORE[graph] = _shapes(model, graph)[0]
     for name, origin in (*names.items(), *wrappers.items()):
         for full, less in zip(before.get(origin, ()), after.get(name, ()), strict=False):
             _compare_call(full, less, sizes, origin, graph)
@@ -177,18 +186,20 @@ def _observe(
     return sizes
 
 
-def _compare_call(full: "_Call", less: "_Call", sizes: _Sizes, name: str, graph: ChannelGraph) -> None:
-    (kind, shapes), (_, cut) = full, less
-    if [len(shape) for shape in shapes] != [len(shape) for shape in cut]:
-        return
-    held = sizes.outputs if kind == "out" else sizes.others
-    known = _channel_dims(graph, name) if kind == "out" else frozenset()
-    for number, pair in enumerate(zip(shapes, cut, strict=True)):
-        for dim, (size, new) in enumerate(zip(*pair, strict=True)):
-            if size != new or (number == 0 and dim in known):
-                held[name].add((size, new))
-            else:
-                sizes.plain[name].add(size)
+def _compare_call(full: ModuleCall, less: ModuleCall, sizes: _Sizes, name: str, graph: ChannelGraph) -> None:
+    compared = (
+        (full.taken, less.taken, sizes.others, frozenset[int]()),
+        (full.returned, less.returned, sizes.outputs, _channel_dims(graph, name)),
+    )
+    for shapes, cut, held, known in compared:
+        if [len(shape) for shape in shapes] != [len(shape) for shape in cut]:
+            continue
+        for number, pair in enumerate(zip(shapes, cut, strict=True)):
+            for dim, (size, new) in enumerate(zip(*pair, strict=True)):
+                if size != new or (number == 0 and dim in known):
+                    held[name].add((size, new))
+                else:
+                    sizes.plain[name].add(size)
 
 
 def _compare_weights(original: nn.Module, cut: nn.Module, sizes: _Sizes, name: str) -> None:
@@ -207,44 +218,24 @@ def _channel_dims(graph: ChannelGraph, name: str) -> frozenset[int]:
     return frozenset() if activation is None else frozenset({activation.dim, *(o.dim for o in activation.others)})
 
 
-_Call = tuple[str, list[tuple[int, ...]]]
-"""Whether a module took ("in") or returned ("out") tensors, and their shapes."""
-
-
-_Calls = dict[str, list[_Call]]
-"""The calls of every module, by its name."""
-_BEFORE: "WeakKeyDictionary[ChannelGraph, _Calls]" = WeakKeyDictionary()
-"""Those of the model that was traced: a search makes many cuts of one graph."""
-
-
-def _shapes(model: nn.Module, graph: ChannelGraph) -> tuple[_Calls, dict[str, Leaf]]:
-    """Return what every module was given and what it returned, and the outputs of the model."""
-    found: _Calls = defaultdict(list)
+def _module_calls(model: nn.Module, graph: ChannelGraph) -> dict[str, list[ModuleCall]]:
+    """Return what every module took and returned on the example."""
+    found: dict[str, list[ModuleCall]] = defaultdict(list)
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            for kind, value in (("in", (args, kwargs)), ("out", out)):
-                found[name].append((kind, [tuple(tensor.shape) for tensor in _tensors(value)]))
+            found[name].append(ModuleCall((*tensor_shapes(args), *tensor_shapes(kwargs)), tensor_shapes(out)))
 
         return hook
 
     # A copy runs: a forward pass may write to parameters and buffers.
     runner = shadow_copy(model)
-    # Scripted parts cannot be watched; they hold no numbers that Python reads.
-    watched = [(name, m) for name, m in runner.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    hooks = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in watched]
-    try:
-        return found, ComparisonRun().outputs(runner, graph.example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    try:
-        return output_tensors(value)
-    except Exception:  # A module within may take and return anything; what cannot be read shows no sizes.
-        return []
+    for name, module in runner.named_modules():
+        # Scripted parts cannot be watched; they hold no numbers that Python reads.
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(watch(name), with_kwargs=True)
+    ComparisonRun().outputs(runner, graph.example)
+    return found
 
 
 @dataclass(frozen=True)
@@ -382,29 +373,3 @@ def _new_value(one: _Number, column: Sequence[_Number], sizes: _Sizes) -> int | 
     if found <= {one.value}:
         return one.value
     return None if len(found) > 1 or elsewhere or values.count(one.value) > 1 else found.pop()
-
-
-def _has_no_effect(
-    small: nn.Module, graph: ChannelGraph, follow: Mapping[_Number, int], wanted: Mapping[str, Leaf]
-) -> bool:
-    """Set the numbers, and return whether the model computes the same bits; if not, set them back."""
-    _set(small, follow)
-    try:
-        found = ComparisonRun().outputs(shadow_copy(small), graph.example)
-    except Exception:  # Whatever the model says of numbers that do not fit: they have an effect.
-        found = None
-    if found is not None and found.keys() == wanted.keys() and all(_same(found[key], wanted[key]) for key in wanted):
-        return True
-    _set(small, {one: one.value for one in follow})
-    return False
-
-
-def _set(small: nn.Module, values: Mapping[_Number, int]) -> None:
-    for one, value in values.items():
-        set_number(small.get_submodule(one.module), one.attribute, one.item, value)
-
-
-def _same(one: Leaf, other: Leaf) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)

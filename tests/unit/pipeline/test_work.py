@@ -29,6 +29,7 @@ def cutting() -> CutState:
         verification={"max_abs": 0.0},
         repairs=({"repair": "Refit()"},),
         student={"weight": torch.arange(6.0).reshape(2, 3).t()},  # not contiguous
+        widths_follow=False,
     )
 
 
@@ -66,7 +67,7 @@ def test_what_was_written_is_read_again(tmp_path: Path):
     wanted = cutting()
     assert read is not None
     assert torch.equal(read.student["weight"], wanted.student["weight"])
-    for name in ("search", "frozen", "kept_blocks", "architecture", "verification", "repairs"):
+    for name in ("search", "frozen", "kept_blocks", "architecture", "verification", "repairs", "widths_follow"):
         assert getattr(read, name) == getattr(wanted, name)
 
 

@@ -124,14 +124,14 @@ def static_rows() -> list[Row]:
 def size_rows(modules: list[Module]) -> Iterator[Row]:
     """Count files and lines."""
     lines = sorted(module.lines for module in modules)
-    yield Row("files in src", len(modules), "<= 198")
+    yield Row("files in src", len(modules), "<= 199")
     yield Row("lines per file, median", median(lines), ">= 200")
     yield Row("files under 60 lines, %", round(100 * sum(each < 60 for each in lines) / len(lines), 1), "<= 8")
     largest = sorted(modules, key=lambda module: -module.lines)[:5]
     yield Row("lines of the largest file", lines[-1], "<= 650", tuple(f"{m.lines} {m.name}" for m in largest))
     # The reorganization aimed at 34,000 and 140 files. It ended at 38,300: comments doubled, and no further duplication
     # was found. What came after it (rules, tasks, checks) is new, so both bounds grow with it, knowingly.
-    yield Row("lines of src", sum(lines), "<= 57400")
+    yield Row("lines of src", sum(lines), "<= 57700")
     files = Counter(module.package for module in modules if module.path.name != "__init__.py")
     yield Row("files in the largest package", max(files.values()), "<= 17", (_listed(files),))
 

@@ -1,7 +1,11 @@
 """Messages of the Python interface in the words of the command line, and several of them at once."""
 
 import re
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from secateur.errors import SecateurError
@@ -29,6 +33,8 @@ _IN_PYTHON = re.compile(rf"; in Python: {_INSIDE}(?=\))| \(in Python: {_INSIDE}\
 _TWICE = re.compile(r"; on the command line (?:--[\w-]+(?:, | and )?)+")
 _REPEATED = re.compile(r"(--[\w-]+) \(\1\)")
 _NOW = re.compile(r"(?<![\w./`'\"-])([a-z_]+)(?= \(now )")
+_LONGEST_REASON = 200
+"""Characters of what an error says, in a message about it."""
 _QUOTED = re.compile(r"`(\w+)`")
 _SET = re.compile(r"(?<![\w./`'\"-])([a-z]+(?:_[a-z]+)*)=([\w.]+)")
 _BARE = re.compile(r"(?<![\w./`'\"-])([a-z]+(?:_[a-z]+)+)(?![\w./=('\"-])")
@@ -133,3 +139,57 @@ class Checks:
             raise self._errors[0]
         listed = "\n".join(f"- {error}" for error in self._errors)
         raise SecateurError(f"{len(self._errors)} things cannot be used:\n{listed}") from self._errors[0]
+
+
+def describe_foreign(error: BaseException) -> str | None:
+    """Return what to say of an error that Secateur's own code did not raise; None if it did.
+
+    Code that the user names (a model, a task, a strategy) may raise anything, end the process, ask for more memory than
+    there is, or nest its modules more deeply than Python can follow.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [place for place, frame in enumerate(frames) if _is_ours(frame)]
+    after = frames[ours[-1] + 1 :] if ours else []
+    if isinstance(error, MemoryError):
+        return (
+            f"there must be enough memory; got too little ({_text(error)}). Use a smaller model, batch or image size."
+        )
+    if not after:
+        return None
+    if isinstance(error, RecursionError) and {_package(frame) for frame in after} & {"torch", "copy"}:
+        return (
+            f"`model` must not nest modules more deeply than Python can follow; got {_text(error)}. Does a module hold "
+            "itself? Otherwise join containers within containers."
+        )
+    theirs = [frame for frame in after if not _is_installed(frame.f_code.co_filename)]
+    if isinstance(error, SystemExit):
+        frame, what = (theirs or after)[-1], f"ended the process with the exit code {error.code!r}"
+    elif theirs:
+        frame, what = theirs[-1], f"raised {type(error).__name__}: {_text(error)}"
+    else:
+        return None
+    where = f"{frame.f_code.co_filename}, in {frame.f_code.co_name}"
+    return f"code that is not Secateur's {what} ({where}). Correct that code; --debug shows the whole traceback."
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return _package(frame) == "secateur"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).split(".")[0]
+
+
+def _is_installed(path: str) -> bool:
+    """Whether a file belongs to Python or to an installed package."""
+    roots = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return path.startswith("<") or any(Path(path).is_relative_to(root) for root in roots)
+
+
+def _text(error: BaseException) -> str:
+    """The first line of what an error says; `str` runs code of its class, which may fail."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        return "without a message that can be read"
+    return lines[0][:_LONGEST_REASON] if lines else "without a message"

@@ -1,6 +1,7 @@
 """Streams, messages, signals and exit codes of the commands.
 
-Whatever goes wrong becomes one clear message and exit code 2; SIGINT and SIGTERM end a long command in good order.
+Whatever goes wrong becomes one clear message and exit code 2; SIGINT, SIGTERM and SIGHUP end a long command in good
+order.
 """
 
 import functools
@@ -11,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from secateur._text import visible
-from secateur.cli.messages import flags_of, in_flags
+from secateur.cli.messages import describe_foreign, flags_of, in_flags
 from secateur.errors import SecateurError, TrainingError
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""The last one comes when a terminal or a connection is closed."""
 _STOPPING = b"\nStopping: a checkpoint is written after this step. The same signal once more ends everything at once.\n"
 _WIDTH = 120
 """Characters of a line where nobody watches, so that no table is cut."""
@@ -164,6 +167,13 @@ def handle_errors_together(command: _Command) -> _Command:
             if kwargs.get("debug"):
                 raise
             raise end_with_error(in_flags(_message(error), flags_of(command))) from error
+        except BaseException as error:
+            said = describe_foreign(error)
+            if said is None or (kwargs.get("debug") and not isinstance(error, SystemExit)):
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exception(error)
+            raise end_with_error(in_flags(said, flags_of(command))) from None
 
     return run  # type: ignore[return-value]
 
@@ -247,7 +257,8 @@ def work_of(out_folder: Path) -> Path | None:
 def resumable(
     command: _Command, *, work: Callable[[Path], Path | None] = work_of, program: str = "secateur"
 ) -> _Command:
-    """Make a command that can be resumed end in good order when it is interrupted: 130 for SIGINT, 143 for SIGTERM.
+    """Make a command that can be resumed end in good order when it is interrupted: 130 for SIGINT, 143 for SIGTERM, 129
+    for SIGHUP.
 
     Args:
         command: A command that takes ``out_folder`` as a keyword argument.
@@ -272,7 +283,9 @@ def resumable(
 
 @contextmanager
 def signal_handler() -> Generator[Caught]:
-    """Let SIGINT and SIGTERM stop a block; the handlers that were there are put back at its end.
+    """Let SIGINT, SIGTERM and SIGHUP stop a block; the handlers that were there are put back at its end.
+
+    A signal that whoever started the process lets it ignore (nohup, a shell without job control) stays ignored.
 
     The first signal ends a training or search after its next step, with a checkpoint, and everything else at once, by
     a `KeyboardInterrupt`. The second is the system's: it ends the process, whatever that is doing. In other threads
@@ -291,7 +304,7 @@ def signal_handler() -> Generator[Caught]:
                 _handle_in_child(number)
                 return
             caught.number = number
-            for each in _SIGNALS:
+            for each in before:
                 signal.signal(each, signal.SIG_DFL)
             if not stop.acknowledged:
                 raise KeyboardInterrupt
@@ -299,7 +312,10 @@ def signal_handler() -> Generator[Caught]:
             with suppress(OSError):  # Nobody may read it.
                 os.write(2, _STOPPING)  # Not by print, which may be what was interrupted.
 
-        before = {each: signal.signal(each, handle) for each in _SIGNALS}
+        now = {each: signal.getsignal(each) for each in _SIGNALS}
+        before = {each: handler for each, handler in now.items() if handler != signal.SIG_IGN}
+        for each in before:
+            signal.signal(each, handle)
         try:
             yield caught
         finally:

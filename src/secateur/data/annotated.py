@@ -4,19 +4,30 @@ Formats: COCO, YOLO text and Pascal VOC for boxes, folders of images and masks, 
 folders of images without labels.
 """
 
-import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from secateur.data.image_files import ARRAY_SUFFIX, IMAGE_SUFFIXES, open_pixels
+from secateur.data.annotation_files import (
+    coco_notes,
+    read_json,
+    read_table_rows,
+    read_text_file,
+    read_xml,
+    shortened,
+)
+from secateur.data.image_files import (
+    ARRAY_SUFFIX,
+    IMAGE_SUFFIXES,
+    open_mask,
+    open_pixels,
+)
 from secateur.data.preprocessing import Preprocessing
 from secateur.errors import DataError
 
@@ -26,6 +37,8 @@ _OTHER_NAMES = {"val": ("val", "valid", "validation")}
 MASK_FOLDERS = ("labels", "masks")
 """Names of folders of masks."""
 _SHOWN = 5
+_MOST_CLASSES = 131_071
+"""Classes of a set of boxes. A line of text can name any number, and every class takes a name and outputs."""
 _SUFFIXES = IMAGE_SUFFIXES | {ARRAY_SUFFIX}
 
 
@@ -176,16 +189,10 @@ class MaskTargets:
         Raises:
             DataError: If the mask has another size than its image, or more than one channel.
         """
-        from PIL import Image
         from torchvision import tv_tensors
 
         path = self.files[place]
-        try:
-            with Image.open(path) as image:
-                # Palettes are kept: their indices are the classes.
-                mask = np.asarray(image)
-        except OSError as error:
-            raise DataError(f"{path} must be a mask that PIL can decode; got {error}. Repair or remove it.") from error
+        mask = open_mask(path)
         if mask.shape != size:
             raise DataError(
                 f"{path} must have one class per pixel of its image, {size[1]} x {size[0]}; got an array of the shape "
@@ -261,24 +268,17 @@ def read_coco(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
     found: dict[str, FileItems] = {}
     names: tuple[str, ...] | None = None
     for split, path in files_of_splits(folder / "annotations", "*.json").items():
-        data = _json(path)
+        data = read_json(path)
         try:
-            categories = sorted(data["categories"], key=lambda each: each["id"])
-            number = {each["id"]: place for place, each in enumerate(categories, 1)}
-            boxes: dict[Any, list[tuple[list[float], int]]] = {each["id"]: [] for each in data["images"]}
-            for note in data["annotations"]:
-                x, y, width, height = map(float, note["bbox"])
-                if width > 0 and height > 0 and not note.get("iscrowd"):
-                    boxes[note["image_id"]].append(([x, y, x + width, y + height], number[note["category_id"]]))
-            images = [(each["id"], str(each["file_name"])) for each in data["images"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} must be in COCO format; it is not: {type(error).__name__} {error}.") from error
-        here = tuple(str(each["name"]) for each in categories)
+            images, boxes, here = coco_notes(data)
+        except ValueError as error:
+            raise DataError(f"{path} must be in COCO format; it is not: {error}.") from error
         if names is not None and here != names:
             raise DataError(f"all annotation files must have the same categories; {path} has {here}, others {names}.")
         names = here
-        files = [_image_beside(folder, split, name) for _, name in images]
-        found[split] = _boxes_of(files, [boxes[which] for which, _ in images], preprocessing, names)
+        places = dict.fromkeys((split, path.stem.split("_")[-1]))
+        files = [_image_beside(folder, tuple(places), name, path) for name in images.values()]
+        found[split] = _boxes_of(files, [boxes[which] for which in images], preprocessing, names)
     return _checked(found, folder, "annotations/train.json in COCO format")
 
 
@@ -315,15 +315,15 @@ def read_yolo(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems
 def _listed_names(folder: Path) -> tuple[str, ...]:
     """Names of the classes in ``classes.txt``, one a line in the order of their indices; none without the file."""
     listed = folder / "classes.txt"
-    names = listed.read_text().split("\n") if listed.is_file() else []
+    names = read_text_file(listed, "names of classes").split("\n") if listed.is_file() else []
     return tuple(name.strip() for name in names if name.strip())
 
 
 def _yolo_lines(path: Path) -> list[tuple[list[float], int]]:
-    if not path.is_file():
+    if not path.exists():
         return []
     found: list[tuple[list[float], int]] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text_file(path, "lines of boxes").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -335,11 +335,13 @@ def _yolo_lines(path: Path) -> list[tuple[list[float], int]]:
             raise DataError(
                 f"{path}, line {number}: must be `class x y width height`; got {line[:80]!r}. Correct the line."
             ) from error
-        if entry[1] < 1 or min(half) < 0 or max(map(abs, box)) > 2:
+        if entry[1] < 1 or min(half) < 0 or not all(abs(side) <= 2 for side in box):  # NaN is not.
             raise DataError(
                 f"{path}, line {number}: the box must be in fractions of the image, and the class not negative; got "
                 f"{line[:80]!r}. Divide by the image's width and height."
             )
+        if entry[1] > _MOST_CLASSES:
+            raise DataError(f"{path}, line {number}: the class must be below {_MOST_CLASSES}; got {line[:80]!r}.")
         if min(half) > 0:
             found.append(entry)
     return found
@@ -355,13 +357,14 @@ def read_voc(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItems]
     """
     notes: dict[str, list[tuple[str, list[tuple[list[float], str]]]]] = {}
     for split, path in files_of_splits(folder / "ImageSets" / "Main", "*.txt").items():
-        stems = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = read_text_file(path, "a list of names").splitlines()
+        stems = [_inside(folder, line.split()[0]) for line in lines if line.strip()]
         notes[split] = [_voc_objects(folder / "Annotations" / f"{stem}.xml") for stem in stems]
     names = tuple(sorted({name for each in notes.values() for _, boxes in each for _, name in boxes}))
     number = {name: place for place, name in enumerate(names, 1)}
     found: dict[str, FileItems] = {}
     for split, images in notes.items():
-        files = [_image_beside(folder, "JPEGImages", name) for name, _ in images]
+        files = [_image_beside(folder, ("JPEGImages",), name, folder / "Annotations") for name, _ in images]
         boxes = [[(box, number[name]) for box, name in each] for _, each in images]
         found[split] = _boxes_of(files, boxes, preprocessing, names)
     return _checked(found, folder, "ImageSets/Main/train.txt in Pascal VOC format")
@@ -371,8 +374,8 @@ def _voc_objects(path: Path) -> tuple[str, list[tuple[list[float], str]]]:
     from xml.etree import ElementTree
 
     try:
-        text = path.read_bytes()
-        if b"<!ENTITY" in text or b"<!DOCTYPE" in text:
+        text = read_xml(path)
+        if "<!ENTITY" in text or "<!DOCTYPE" in text:
             # Entities can name other files and grow without bound; annotations have none.
             raise ValueError("it declares entities")
         root = ElementTree.fromstring(text)
@@ -390,7 +393,7 @@ def _voc_objects(path: Path) -> tuple[str, list[tuple[list[float], str]]]:
             if sides[2] > sides[0] and sides[3] > sides[1]:
                 found.append((sides, (item.findtext("name") or "").strip()))
         return (root.findtext("filename") or f"{path.stem}.jpg").strip(), found
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, RecursionError, ElementTree.ParseError) as error:
         raise DataError(
             f"{path} must be an annotation in Pascal VOC format; got {error}. Repair or remove it."
         ) from error
@@ -464,22 +467,18 @@ def read_table(folder: Path, preprocessing: Preprocessing) -> dict[str, FileItem
     """
     found: dict[str, FileItems] = {}
     for split, path in files_of_splits(folder, "*.csv").items():
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or "image" not in rows[0] or len(rows[0]) < 2:
-            got = f"the columns {', '.join(rows[0])}" if rows else "no rows"
-            raise DataError(f"{path} must have a column `image` and at least one of numbers; got {got}.")
+        rows = read_table_rows(path)
         columns = tuple(name for name in rows[0] if name != "image")
         numbers = np.empty((len(rows), len(columns)), dtype=np.float32)
         for line, row in enumerate(rows):
             for place, name in enumerate(columns):
                 try:
                     numbers[line, place] = float(row[name])
-                except (TypeError, ValueError) as error:
+                except ValueError as error:
                     raise DataError(
-                        f"{path}, line {line + 2}, column {name}: must be a number; got {row[name]!r}."
+                        f"{path}, line {line + 2}, column {name}: must be a number; got {shortened(row[name])}."
                     ) from error
-        files = [_image_beside(folder, "images", row["image"]) for row in rows]
+        files = [_image_beside(folder, (), row["image"], path) for row in rows]
         found[split] = FileItems(tuple(files), NumberTargets(torch.from_numpy(numbers)), preprocessing, None, columns)
     return _checked(found, folder, "train.csv")
 
@@ -538,25 +537,27 @@ def images_in(folder: Path, *, deep: bool = False) -> tuple[Path, ...]:
     return tuple(sorted(path for path in shown if path.is_file()))
 
 
-def _image_beside(folder: Path, split: str, name: str) -> Path:
+def _image_beside(folder: Path, splits: Sequence[str], name: str, named_in: Path) -> Path:
     """Find an image file of an annotation: in ``images``, in a folder of the split, or below the folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise DataError(f"image files must lie inside of {folder}; got {name!r}.")
-    places = [folder / "images" / name, folder / "images" / split / name, folder / split / name, folder / name]
-    found = next((place for place in places if place.is_file()), None)
+    _inside(folder, name)
+    inner = ("images", *(f"images/{split}" for split in splits), *splits, "")
+    try:
+        found = next((place for inside in inner if (place := folder / inside / name).is_file()), None)
+    except OSError:  # The name is too long for a file.
+        found = None
     if found is None:
-        raise DataError(f"{name} must be a file in {folder}/images, {folder}/{split} or {folder}; there is none.")
+        places = ", ".join(str(folder / inside) for inside in ("images", *splits))
+        raise DataError(
+            f"{shortened(name)} must be a file in {places} or {folder}; there is none. {named_in} names it: add the "
+            "image, or remove what names it."
+        )
     return found
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} must be JSON; got {error}. Repair it.") from error
-    if not isinstance(data, dict):
-        raise DataError(f"{path} must hold a JSON object; got {type(data).__name__}.")
-    return cast(Mapping[str, Any], data)
+def _inside(folder: Path, name: str) -> str:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"image files must lie inside of {folder}; got {shortened(name)}.")
+    return name
 
 
 def _checked(found: dict[str, FileItems], folder: Path, wanted: str) -> dict[str, FileItems]:

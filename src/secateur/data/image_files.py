@@ -137,9 +137,9 @@ def open_image(
         with _opened(_read_small_file(encoded)) as image:
             if least is not None:
                 image.draft(None, least(image.size))
-            image.load()
+            _load(image)
     except Exception as error:  # Damaged files make decoders raise any exception.
-        reason = _reason(error)
+        reason = reason_of(error)
         raise DataError(
             f"{where()} must be an image that PIL can decode; got {reason}. Repair or remove it."
         ) from error
@@ -152,6 +152,13 @@ def open_image(
     if channels is not None:
         return image if image.mode == MODES[channels] else _in_channels(image, channels)
     return image.convert(_CONVERTED_TO[image.mode])
+
+
+def _load(image: "Image") -> None:
+    """Decode the pixels of an image, and find that it has all that they need."""
+    image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("a palette image without its palette")
 
 
 def _in_channels(image: "Image", channels: int) -> "Image":
@@ -202,6 +209,25 @@ def open_pixels(encoded: Encoded, where: Callable[[], str], channels: int | None
     return pixels
 
 
+def open_mask(path: Path) -> np.ndarray:
+    """Open a file of whole numbers, one for each pixel, as (height, width); palettes give the numbers of their colors.
+
+    Raises:
+        DataError: If it cannot be decoded, or holds fractions.
+    """
+    try:
+        with _opened(path) as image:
+            image.load()
+            mask = np.asarray(image)
+    except Exception as error:  # Damaged files make decoders raise any exception.
+        raise DataError(
+            f"{path} must be a mask that PIL can decode; got {reason_of(error)}. Repair or remove it."
+        ) from error
+    if mask.dtype.kind not in "biu":
+        raise DataError(f"{path} must hold whole numbers, the classes of pixels; got {mask.dtype}. Save 8-bit PNG.")
+    return mask
+
+
 def _read_array(path: Path, where: str) -> np.ndarray:
     try:
         with open_regular_file(path) as file:
@@ -214,7 +240,7 @@ def _read_array(path: Path, where: str) -> np.ndarray:
             return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DataError(
-            f"{where} must be an array of uint8, (height, width, channels); got {_reason(error)}."
+            f"{where} must be an array of uint8, (height, width, channels); got {reason_of(error)}."
         ) from error
 
 
@@ -227,7 +253,7 @@ def _read_pages(encoded: Encoded, where: str, channels: int) -> np.ndarray:
                 np.asarray(page) for _, page in zip(range(channels + 1), ImageSequence.Iterator(image), strict=False)
             ]
     except Exception as error:  # Damaged files make decoders raise any exception.
-        raise DataError(f"{where} must be an image that PIL can decode; got {_reason(error)}.") from error
+        raise DataError(f"{where} must be an image that PIL can decode; got {reason_of(error)}.") from error
     if len(pages) != channels or any(page.ndim != 2 or page.dtype != np.uint8 for page in pages):
         raise DataError(
             f"{where} must have {channels} gray pages, one for each channel; got {len(pages)}. Save it as a TIFF of "
@@ -260,7 +286,7 @@ def read_image_header(path: Path) -> tuple[str, tuple[int, int]]:
         with _opened(path) as image:
             return image.mode, image.size
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         raise DataError(f"{path} must be an image that PIL can decode; got {reason}. Repair or remove it.") from error
 
 
@@ -291,7 +317,8 @@ def open_regular_file(path: Path) -> BinaryIO:
     return file
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be read, in few words."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return "an unknown format" if "cannot identify" in text else text.rstrip(".") or type(error).__name__
 

@@ -1,6 +1,7 @@
 """Save a compressed model as a folder and load it again, bit for bit, without pickle and without tracing."""
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ TRUSTED_KINDS = ("timm", "torchvision", "secateur")
 FACTORY_KIND = "factory"
 """The kind of source of a model that only a function of the user's can build."""
 
+_LONGEST_NAME, _LONGEST_PATH = 200, 3_800
+"""Bytes. File systems take 255 and 4,096; folders beside, and files inside, have longer names than the folder."""
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 Build = Callable[[Mapping[str, object]], nn.Module]
@@ -273,9 +276,10 @@ def replaceable_files(folder: Path) -> tuple[str, ...]:
 
 
 def refuse_no_folder(folder: Path, name: str = "folder") -> None:
-    """Refuse a file or a link in the place of a folder, and the current folder and those above it.
+    """Refuse a file or a link in the place of a folder, the current folder and those above it, and vast names.
 
     A folder is replaced as a whole, which would leave the program, and the shell that started it, in one that is gone.
+    Unfinished work and older content lie beside it under longer names meanwhile.
 
     Raises:
         ArtifactError: If it is one.
@@ -287,6 +291,12 @@ def refuse_no_folder(folder: Path, name: str = "folder") -> None:
                 f"`{name}` must not be the current folder or one above it, because it is replaced as a whole; got "
                 f"{str(folder)!r}. Name a new folder, such as ./small."
             )
+    last, whole = len(os.fsencode(folder.name)), len(os.fsencode(os.path.normpath(folder)))
+    if last > _LONGEST_NAME or whole > _LONGEST_PATH:
+        raise ArtifactError(
+            f"`{name}` must be a path of at most {_LONGEST_PATH} bytes with a last name of at most {_LONGEST_NAME}; "
+            f"got {whole} and {last}. Choose a shorter one."
+        )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(
             f"`{name}` must be a folder or a new path; got a file or link: {folder}. Choose another path."

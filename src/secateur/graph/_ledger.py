@@ -18,7 +18,7 @@ import torch
 from secateur._arrays import BoolArray, IntArray
 from secateur.graph._size_ints import Attribute, Expression, Literal
 from secateur.graph.blocks import is_mutable
-from secateur.graph.graph import Block, ModuleCall, Role, UncountedOperation
+from secateur.graph.graph import Block, CallShapes, Role, UncountedOperation
 
 ChannelIds = dict[int, IntArray]
 """A mapping from dimension to the ids of its positions. A dimension that is missing carries no channels."""
@@ -131,7 +131,7 @@ class Ledger:
     roles: list[tuple[IntArray, Role]] = field(default_factory=list)
     touched: list[tuple[str, IntArray]] = field(default_factory=list)
     outputs: dict[str, ModuleOutput] = field(default_factory=dict)
-    module_calls: dict[str, list[ModuleCall]] = field(default_factory=lambda: defaultdict(list))
+    module_calls: dict[str, list[CallShapes]] = field(default_factory=lambda: defaultdict(list))
     attended: dict[str, list[IntArray]] = field(default_factory=dict[str, list[IntArray]])
     contracted: list[IntArray] = field(default_factory=list)
     scaled: list[IntArray] = field(default_factory=list)

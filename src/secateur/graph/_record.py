@@ -28,7 +28,7 @@ from secateur.graph._size_records import SizeTracker, wrap_sizes
 from secateur.graph.blocks import INPUT, DataFlow, ValueOrigin, find_blocks
 from secateur.graph.channel_rules.recurrent import FAKE_RECURRENT, WholeCallMode
 from secateur.graph.channel_rules.sizes import UnhashableSizeError
-from secateur.graph.graph import ModuleCall
+from secateur.graph.graph import CallShapes
 from secateur.graph.rules import apply_rule
 
 VALUE_READERS = frozenset({
@@ -432,7 +432,7 @@ def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, conte
             # Otherwise the shapes would hold sizes that are followed.
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
                 taken = (*tensor_shapes(args), *tensor_shapes(kwargs))
-                ledger.module_calls[name].append(ModuleCall(taken, tensor_shapes(out)))
+                ledger.module_calls[name].append(CallShapes(taken, tensor_shapes(out)))
                 shape = () if tensor is None else tuple(tensor.shape)
             if tensor is not None:
                 # Taken out and put in again, so that the order is that of the last calls.

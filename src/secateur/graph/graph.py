@@ -284,7 +284,7 @@ class SizeEdit:
 
 
 @dataclass(frozen=True)
-class ModuleCall:
+class CallShapes:
     """The shapes of all tensors that one call of a module took and returned."""
 
     taken: tuple[tuple[int, ...], ...]
@@ -329,7 +329,7 @@ class ChannelGraph:
     blocks: tuple[Block, ...] = ()
     calls: tuple[str, ...] = ()
     uncounted: tuple[UncountedOperation, ...] = ()
-    module_calls: Mapping[str, tuple[ModuleCall, ...]] = field(default_factory=dict[str, tuple[ModuleCall, ...]])
+    module_calls: Mapping[str, tuple[CallShapes, ...]] = field(default_factory=dict[str, tuple[CallShapes, ...]])
 
     def __repr__(self) -> str:
         frozen = [axis for axis in self.axes if axis.frozen_because is not None]

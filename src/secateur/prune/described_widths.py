@@ -22,7 +22,7 @@ from secateur._outputs import tensor_shapes
 from secateur.graph._shadow import mentioned_names, shadow_copy
 from secateur.graph._size_ints import Attribute, steps_of
 from secateur.graph._size_records import held_numbers, set_number
-from secateur.graph.graph import ChannelGraph, ModuleCall, SizeItem
+from secateur.graph.graph import CallShapes, ChannelGraph, SizeItem
 from secateur.prune.cut_record import add_places_
 from secateur.prune.model_runs import ComparisonRun
 from secateur.prune.narrow_branches import ExpandChannels, original_names
@@ -169,7 +169,7 @@ def _observe(
     small: nn.Module,
     names: Mapping[str, str],
     graph: ChannelGraph,
-    after: Mapping[str, Sequence[ModuleCall]],
+    after: Mapping[str, Sequence[CallShapes]],
 ) -> _Sizes:
     """Compare the shapes of all tensors of both models on the example; ``after`` are those of the cut one."""
     sizes, before = _Sizes(), graph.module_calls
@@ -186,7 +186,7 @@ def _observe(
     return sizes
 
 
-def _compare_call(full: ModuleCall, less: ModuleCall, sizes: _Sizes, name: str, graph: ChannelGraph) -> None:
+def _compare_call(full: CallShapes, less: CallShapes, sizes: _Sizes, name: str, graph: ChannelGraph) -> None:
     compared = (
         (full.taken, less.taken, sizes.others, frozenset[int]()),
         (full.returned, less.returned, sizes.outputs, _channel_dims(graph, name)),
@@ -218,13 +218,13 @@ def _channel_dims(graph: ChannelGraph, name: str) -> frozenset[int]:
     return frozenset() if activation is None else frozenset({activation.dim, *(o.dim for o in activation.others)})
 
 
-def _module_calls(model: nn.Module, graph: ChannelGraph) -> dict[str, list[ModuleCall]]:
+def _module_calls(model: nn.Module, graph: ChannelGraph) -> dict[str, list[CallShapes]]:
     """Return what every module took and returned on the example."""
-    found: dict[str, list[ModuleCall]] = defaultdict(list)
+    found: dict[str, list[CallShapes]] = defaultdict(list)
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            found[name].append(ModuleCall((*tensor_shapes(args), *tensor_shapes(kwargs)), tensor_shapes(out)))
+            found[name].append(CallShapes((*tensor_shapes(args), *tensor_shapes(kwargs)), tensor_shapes(out)))
 
         return hook
 

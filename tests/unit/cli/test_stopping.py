@@ -15,17 +15,17 @@ from secateur.cli.output import resumable, signal_handler
 from secateur.errors import ExportError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-BOTH = (signal.SIGINT, signal.SIGTERM)
+ALL = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name != "nt" else []))
 
 
 @pytest.fixture(autouse=True)
 def _same_handlers() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in BOTH]
+    before = [signal.getsignal(number) for number in ALL]
     yield
-    assert [signal.getsignal(number) for number in BOTH] == before
+    assert [signal.getsignal(number) for number in ALL] == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (1, 129)])
 def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: int, tmp_path: Path) -> None:
     done: list[str] = []
 
@@ -38,6 +38,23 @@ def test_outside_of_a_loop_a_signal_ends_the_command_at_once(number: int, code: 
         command(out_folder=tmp_path / "out")
     assert ended.value.code == code
     assert not done
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_what_is_ignored_stays_ignored(number: int, tmp_path: Path) -> None:
+    """As nohup and shells without job control want it."""
+    before = signal.signal(number, signal.SIG_IGN)
+
+    @resumable
+    def command(*, out_folder: Path) -> str:
+        os.kill(os.getpid(), number)
+        return out_folder.name
+
+    try:
+        assert command(out_folder=tmp_path / "out") == "out"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_library_that_makes_an_error_of_the_signal_is_seen_through(tmp_path: Path) -> None:
@@ -64,9 +81,9 @@ def test_in_a_loop_it_asks_and_the_loop_ends_itself(tmp_path: Path, capfd: pytes
             os.kill(os.getpid(), signal.SIGTERM)
             assert request.asked
             done.append("the step")
-            assert [signal.getsignal(number) for number in BOTH] == [
+            assert [signal.getsignal(number) for number in ALL] == [
                 signal.SIG_DFL
-            ] * 2  # the second one is the system's
+            ] * 3  # the second one is the system's
             (out_folder.parent / "out.work").mkdir()
             raise KeyboardInterrupt
 
@@ -123,13 +140,13 @@ def test_other_threads_change_nothing() -> None:
 
     def elsewhere() -> None:
         with signal_handler() as caught:
-            seen.append([signal.getsignal(number) for number in BOTH])
+            seen.append([signal.getsignal(number) for number in ALL])
             seen.append(caught.exit_code)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [[signal.getsignal(number) for number in BOTH], 130]
+    assert seen == [[signal.getsignal(number) for number in ALL], 130]
 
 
 def test_a_request_from_outside_is_not_taken_over() -> None:

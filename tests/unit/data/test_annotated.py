@@ -269,9 +269,13 @@ def table_without_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "read", "match"),
     [
-        (broken_coco, read_coco, "must be in COCO format; it is not: KeyError 77"),
+        (
+            broken_coco,
+            read_coco,
+            "must be in COCO format; it is not: `annotations` 0 must have the `category_id` of a listed one; got 77",
+        ),
         (escaping_coco, read_coco, "must lie inside of"),
-        (absent_image, read_coco, r"train\.png must be a file in"),
+        (absent_image, read_coco, r"train\.png' must be a file in"),
         (bad_line, read_yolo, r"a\.txt, line 1: must be `class x y width height`"),
         (pixels_for_fractions, read_yolo, "fractions of the image.*Divide by"),
         (too_few_names, read_yolo, "1 names and a class number 5"),

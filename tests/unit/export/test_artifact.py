@@ -569,3 +569,11 @@ def test_the_current_folder_and_those_above_it_are_not_replaced(
         refuse_no_folder(Path(place))
     refuse_no_folder(Path("down"))
     refuse_no_folder(Path("../beside"))
+
+
+@pytest.mark.parametrize("place", ["n" * 250, "n" * 300, "ä" * 120, "/".join(["d" * 150] * 40)])
+def test_names_without_room_for_those_beside_are_refused(place: str) -> None:
+    with pytest.raises(ArtifactError, match=r"`out` must be a path of at most .*Choose a shorter one") as refused:
+        refuse_no_folder(Path(place), "out")
+    assert len(str(refused.value)) < 200
+    refuse_no_folder(Path("n" * 200), "out")

@@ -83,6 +83,7 @@ def search_and_cut(plan: Plan, original: nn.Module, batches: ImageBatches, work:
             plan.log(f"Could not be cut exactly and stays whole: {', '.join(name for name, _ in result.frozen)}.")
             graph = graph.with_inexact(result.frozen)
         began = time.perf_counter()
+        plan.log("Cutting the network and checking the cut; repairs after it can take a few minutes.")
         images = [images for images, _ in batches]
         trained = _trained(original, result)
         uncut = CutInput(original, trained, graph, images, plan.run.seed, partial(_more_images, plan))

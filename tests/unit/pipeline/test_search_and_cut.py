@@ -51,6 +51,7 @@ def test_the_lines_of_a_run_are_sentences_without_settings(tmp_path: Path) -> No
         out=tmp_path / "out",
     )
     assert [line for line in told if line.startswith("Refit: distance from the uncut outputs")]
+    assert sum(line.startswith("Cutting the network") for line in told) == 1  # Before a wait of minutes.
     checked = [line for line in told if line.startswith("Checked: ")]
     assert checked
     assert all(line.endswith((").", ".")) and ". in " not in line for line in checked)

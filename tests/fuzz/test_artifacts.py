@@ -75,6 +75,14 @@ def test_truncated_files_are_refused(good: Good, tmp_path: Path, name: str, part
     assert refused_or_same(folder, good)
 
 
+def test_recorded_files_that_are_gone_are_named(good: Good, tmp_path: Path):
+    record = {"onnx": {"format": "onnx", "files": [{"name": "model.onnx", "bytes": 1, "sha256": "0" * 64}]}}
+    manifest = replaced(good.manifest, ("verification", "exports"), record)
+    found = verify(good.write(tmp_path / "a", manifest=manifest))
+    assert found.passed
+    assert found.passed_over == ("model.onnx was not checked: secateur.json records it, but it is not there.",)
+
+
 @pytest.mark.parametrize("number", range(EDITS))
 def test_signed_edits_are_refused_or_change_no_number(good: Good, tmp_path: Path, number: int):
     path, new = random_edits(good, EDITS, seed=7)[number]

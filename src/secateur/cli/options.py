@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 from cyclopts.validators import Number
 
 from secateur.cli.words import MAX_CHANNELS
@@ -69,7 +69,19 @@ def whole_number(
     text: str, panel: Group = ADVANCED, *, name: str | Sequence[str] = (), least: int = 1, most: int | None = None
 ) -> Parameter:
     """Describe a flag with a whole number from ``least`` to ``most``."""
-    return Parameter.combine(flag(text, panel, name=name, value="N"), Parameter(validator=Number(gte=least, lte=most)))
+    bounds = Parameter(validator=Number(gte=least, lte=most), converter=_to_whole_number)
+    return Parameter.combine(flag(text, panel, name=name, value="N"), bounds)
+
+
+def _to_whole_number(_type: object, tokens: Sequence[Token]) -> int:
+    """Refuse fractions, which Cyclopts would round."""
+    text = tokens[0].value.lower()
+    try:
+        if "." in text and float(text).is_integer():
+            return int(float(text))
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
+    except ValueError:
+        raise ValueError(f'unable to convert "{tokens[0].value}" into int.') from None
 
 
 def number(

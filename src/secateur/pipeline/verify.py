@@ -65,6 +65,10 @@ def check_files(
     for form in Format:
         path = folder / form.exporter.file
         if not os.path.lexists(path):
+            if _at(_at(_at(manifest.recipe.verification, RECORD), form.value), "files"):
+                passed_over.append(
+                    f"{form.exporter.file} was not checked: secateur.json records it, but it is not there."
+                )
             continue
         reason = _not_now(form, trust_source=trust_source)
         if reason:

@@ -190,6 +190,17 @@ def _join_single_image(images: Sequence[Example]) -> list[Example]:
     return batches
 
 
+_STATISTICS_VALUES = 2**24
+"""How many inputs of a batch norm are converted to float64 at a time."""
+
+
+def _sums_by_channel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (channels,) sums and sums of squares of (n, channels, ...)."""
+    # In float64, because the variance is the small difference of two large sums.
+    rows = x.transpose(0, 1).flatten(1).double()
+    return rows.sum(1), rows.square().sum(1)
+
+
 def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure the mean and biased variance of every batch-norm input while all batch norms use batch statistics.
 
@@ -210,11 +221,11 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
             # A single value has no variance, and torch refuses to normalize by it.
             alone = x.numel() == x.size(1) if x.dim() > 1 else True
             layer.running_mean, layer.running_var = running if alone else (None, None)
-            # In float64, because the variance is the small difference of two large sums.
-            x = x.transpose(0, 1).flatten(1).double()
+            channels = max(1, _STATISTICS_VALUES * x.size(1) // max(x.numel(), 1))
+            parts = [_sums_by_channel(part) for part in x.split(channels, dim=1)]
             total = sums.setdefault(name, [0.0, 0.0, 0])
-            total[0], total[1] = total[0] + x.sum(1), total[1] + x.square().sum(1)
-            total[2] += x.size(1)
+            total[0], total[1] = (total[n] + torch.cat([part[n] for part in parts]) for n in range(2))
+            total[2] += x.numel() // max(x.size(1), 1)
 
         return hook
 

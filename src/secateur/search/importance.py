@@ -1,8 +1,10 @@
 """Importances: a score per channel, here from the weights alone; see `importance_data` for those that need images."""
 
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._arrays import FloatArray
+from secateur._batches import count_images, take
 from secateur.errors import ModelError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
 
@@ -51,6 +54,39 @@ class ScoringInputs:
         known = torch.cat([found.detach().flatten().cpu() for found in labels])
         largest, least = int(known.max()), int(known.min())
         return largest + 1 if 0 <= least < largest else 0
+
+    def in_small_batches(self) -> "ScoringInputs":
+        """These inputs in batches of which all activations fit into 2 GiB, as the gradients of a batch need them all.
+
+        Larger batches are divided into equal parts. The size of an activation is that in the trace.
+        """
+        most = int(_GRADIENT_BYTES // (4 * _TENSORS_KEPT * max(_values_of_an_image(self.graph), 1)))
+        parts = [part for batch in self.batches for part in _parts(batch, max(most, 1))]
+        return replace(self, batches=tuple(parts))
+
+
+_GRADIENT_BYTES, _TENSORS_KEPT = 2**31, 2
+"""Memory for a backward pass, and how many tensors stay there of each that a module returns: it, and one more for what
+modules compute inside."""
+
+
+def _values_of_an_image(graph: ChannelGraph) -> int:
+    """Return how many numbers the innermost modules return for one image."""
+    outer = {name.rpartition(".")[0] for name in graph.module_calls if name}
+    calls = (call for name, found in graph.module_calls.items() if name not in outer for call in found)
+    return sum(math.prod(shape) for call in calls for shape in call.returned)
+
+
+def _parts(batch: tuple[Any, Any], most: int) -> list[tuple[Any, Any]]:
+    """Return a batch in equal parts of at most so many images."""
+    inputs, labels = batch
+    images = count_images(inputs)
+    count = -(-images // most)
+    if count <= 1 or count_images(labels) != images:
+        return [batch]
+    bounds = [images * number // count for number in range(count + 1)]
+    parts = (slice(*pair) for pair in itertools.pairwise(bounds))
+    return [(take(inputs, part), take(labels, part)) for part in parts]
 
 
 def _may_be_classes(labels: object) -> bool:

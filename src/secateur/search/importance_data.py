@@ -145,6 +145,7 @@ class Taylor(Importance):
         parameters = {name: leaves[id(weight)] for name, weight in named if leaves[id(weight)].requires_grad}
         axes = inputs.graph.prunable
         sums = {axis.name: np.zeros(axis.size) for axis in axes}
+        inputs = inputs.in_small_batches()
         for batch in inputs.batches:
             products = _weight_times_gradient(model, parameters, batch, self.task)
             for axis in axes:
@@ -380,6 +381,7 @@ class _Moments:
         if not self.by_module:
             return
         shadow = with_recurrent_gradients_(shadow_copy(inputs.model))
+        inputs = inputs.in_small_batches()
         batches: list[Example] = first_images([batch for batch, _ in inputs.batches], images)
         probe = _Probe(inputs, batches)
         given: dict[str, list[Tensor]] = {}

@@ -142,6 +142,10 @@ def test_completion_can_be_installed():
             ("inspect", "--model", "digits_resnet", "--divisor", "two"),
             'Invalid value for --divisor: unable to convert "two" into int',
         ),
+        *(
+            (("inspect", "--model", "digits_resnet", flag, "1.5"), f'Invalid value for {flag}: unable to convert "1.5"')
+            for flag in ("--divisor", "--min-width", "--seed")
+        ),
         (("inspect", "--model", "digits_resnet", "--divisor", 0), "Must be >= 1"),
         (("inspect", "--model", "digits_resnet", "--attention", "all"), 'Choose from: "heads", "dimensions"'),
         (("inspect", "--model", "digits_resnet", "--no-untied"), "Unknown option: --no-untied"),

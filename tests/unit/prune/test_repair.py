@@ -22,7 +22,7 @@ from secateur.prune import (
     output_distance,
     split_calibration,
 )
-from secateur.prune.repair import LayerSampler, _group_samplers, find_layers_to_refit, solve_ridge
+from secateur.prune.repair import LayerSampler, _group_samplers, batch_statistics, find_layers_to_refit, solve_ridge
 
 REPAIRS = [Refit(), RecalibrateBatchNorm()]
 each_repair = pytest.mark.parametrize("repair", REPAIRS, ids=lambda h: type(h).__name__)
@@ -629,3 +629,20 @@ def test_undoing_also_restores_what_a_state_dict_leaves_out():
     made = cut(model, graph, Architecture.of({"0": [0, 1, 2, 3]}), calibration=pictures, repairs=[Double()])
     assert not made.repairs[0].kept
     assert torch.equal(made.model.get_buffer("scale"), torch.ones(4, 1, 1))
+
+
+def test_statistics_are_the_same_in_parts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(7 * 36, 5), nn.BatchNorm1d(5))
+    images = [torch.randn(6, 3, 8, 8), torch.randn(4, 3, 8, 8)]
+    whole = batch_statistics(model.eval(), images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.prune.repair._STATISTICS_VALUES", 6 * 36 * 2)
+        parts = batch_statistics(model, images)
+    assert whole.keys() == parts.keys() == {"1", "4"}
+    for name, found in whole.items():
+        for one, other in zip(found, parts[name], strict=True):
+            assert torch.equal(one, other)
+    features = torch.cat([model[0](batch) for batch in images]).double()
+    torch.testing.assert_close(whole["1"][0], features.mean((0, 2, 3)))
+    torch.testing.assert_close(whole["1"][1], features.var((0, 2, 3), unbiased=False))

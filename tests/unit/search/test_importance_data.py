@@ -292,3 +292,43 @@ def test_taylor_refuses_one_number_whose_cross_entropy_is_always_zero():
     x = drawn(16, 8)
     with pytest.raises(DataError, match=r"must return logits \(16, classes\) for Taylor; got shape \(16, 1\)"):
         Taylor().scores(ScoringInputs(model, trace(model, x), ((x, NO_LABELS[:16]),)))
+
+
+def maps() -> nn.Module:
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(6 * 6 * 6, 4),
+        )
+    )  # fmt: skip
+
+
+def test_batches_whose_activations_do_not_fit_are_divided_evenly() -> None:
+    graph = trace(maps(), drawn(1, 3, 8, 8))
+    pair = {"image": drawn(10, 3, 8, 8)}, torch.arange(10)
+    whole = ScoringInputs(maps(), graph, (pair,))
+    assert whole.in_small_batches().batches == (pair,)
+    # Three maps of 8 x 64 numbers, two of 6 x 36, one vector as long, and 4 logits; two tensors of each, of four bytes.
+    image = 2 * 4 * (3 * 8 * 64 + 3 * 6 * 36 + 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.search.importance._GRADIENT_BYTES", 4 * image)
+        parts = whole.in_small_batches().batches
+        assert [len(labels) for _, labels in parts] == [3, 3, 4]
+        assert torch.equal(torch.cat([inputs["image"] for inputs, _ in parts]), pair[0]["image"])
+        assert torch.equal(torch.cat([labels for _, labels in parts]), pair[1])
+        # A single image is not divided, and neither is what does not say how many there are.
+        patch.setattr("secateur.search.importance._GRADIENT_BYTES", 1)
+        assert len(whole.in_small_batches().batches) == 10
+        odd = ScoringInputs(maps(), graph, ((drawn(10, 3, 8, 8), torch.zeros(())),))
+        assert odd.in_small_batches().batches == odd.batches
+
+
+def test_scores_do_not_depend_on_the_memory_of_a_pass() -> None:
+    model, x = maps(), drawn(64, 3, 8, 8)
+    whole = scored(model, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.search.importance._GRADIENT_BYTES", 2**20)
+        parts = scored(model, x)
+    assert whole.keys() == parts.keys()
+    for name, scores in whole.items():
+        np.testing.assert_allclose(parts[name], scores, rtol=1e-5)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from secateur._arrays import BoolArray, IntArray
-from secateur.graph._size_ints import Attribute, Expression, Literal
+from secateur.graph._size_ints import Attribute, Expression, Literal, attributes_in, shape_ids
 from secateur.graph.blocks import is_mutable
 from secateur.graph.graph import Block, CallShapes, Role, UncountedOperation
 
@@ -108,6 +108,7 @@ class Ledger:
         attended: By module, ids that are multiplied with those of another activation, as in attention.
         contracted: Ids over which two activations are multiplied and summed; this reads them although no layer does.
         scaled: Ids whose number determines a scale (``head_dim ** -0.5``): fewer ids would change the scale.
+        scale_attributes: The attributes that hold such a number.
         scaling: The modules that use such a scale.
         by_head: (ids,) of an earlier run of the model: whether these ids are kept or removed by whole heads.
         packed_width: The width of an attention whose three projections are one matrix, while that runs; else 0.
@@ -135,6 +136,7 @@ class Ledger:
     attended: dict[str, list[IntArray]] = field(default_factory=dict[str, list[IntArray]])
     contracted: list[IntArray] = field(default_factory=list)
     scaled: list[IntArray] = field(default_factory=list)
+    scale_attributes: set[Attribute] = field(default_factory=set[Attribute])
     scaling: set[str] = field(default_factory=set[str])
     by_head: BoolArray = field(default_factory=lambda: np.zeros(0, dtype=bool))
     packed_width: int = 0
@@ -221,6 +223,20 @@ class Ledger:
         # `by_head` is empty during the first run, and covers no ids that only a later run has.
         known = ids[ids < len(self.by_head)]
         return bool(self.by_head[known].any())
+
+    def scale(self, expression: Expression) -> None:
+        """Record that a Python float was computed from a number of ids, as for the scale of an attention."""
+        self.scaled.extend(shape_ids(expression))
+        self.scale_attributes.update(attributes_in(expression))
+
+    def scaled_ids(self) -> list[IntArray]:
+        """The ids whose number determines a scale, also by an attribute that counts them."""
+        counted = [
+            binding.ids
+            for binding in self.bindings
+            if binding.ids is not None and not self.scale_attributes.isdisjoint(attributes_in(binding.expression))
+        ]
+        return self.scaled + counted
 
     def bind(self, expression: Expression, ids: IntArray | None, where: str) -> None:
         """Record that a Python int must equal the number of kept ids, or without ids what it is now."""

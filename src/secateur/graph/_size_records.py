@@ -29,7 +29,6 @@ from secateur.graph._size_ints import (
     SizeTuple,
     expression_of,
     plain_number,
-    shape_ids,
     steps_of,
 )
 from secateur.graph.channel_rules.sizes import RunningModel, SizeNotes, bind_sizes
@@ -135,7 +134,7 @@ class SizeTracker:
         """Take note of sizes that become floats, as for a scale of attention."""
         for numbers in known.values():
             for size in numbers.reshape(-1):
-                self._ledger.scaled.extend(shape_ids(expression_of(size)))
+                self._ledger.scale(expression_of(size))
 
     def numbers(self, tensor: Tensor) -> Numbers | None:
         """Return the elements of an int tensor that may hold sizes; None for any other tensor."""

@@ -250,7 +250,7 @@ def _without_cuts_beside(model: nn.Module, graph: ChannelGraph) -> ChannelGraph:
     for parameter in graph.unseen:
         owner = _largest_unseen(model, parameter, unseen)
         # Items of containers are found by the name of the container.
-        spoken = [part for part in owner.split(".") if not part.isdecimal()]
+        spoken = [part for part in owner.split(".") if part and not part.isdecimal()]
         if spoken and spoken[-1] in names:
             # The first two dimensions carry channels; further ones are those of kernels.
             lengths.update(dict.fromkeys((extent.at(graph.sizes) for extent in graph.tensors[parameter][:2]), owner))
@@ -281,7 +281,7 @@ def _find_head_ids(ledger: Ledger, heads: HeadUnit) -> BoolArray:
         return marked
     root = connected_components(ledger.count, ledger.ties)
     scaled = np.zeros(ledger.count, dtype=bool)
-    for ids in ledger.scaled:
+    for ids in ledger.scaled_ids():
         scaled[root[ids]] = True
     for module, vectors in ledger.attended.items():
         roots = root[np.concatenate(vectors)] if vectors else np.zeros(0, np.int64)

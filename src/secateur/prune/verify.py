@@ -151,8 +151,21 @@ def compare_outputs(
         found,
         second_shape=next((other.shape for other in (trained, aside) if isinstance(other, Verification)), ()),
         in_training=not depends or trained is not None,
-        not_run=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in graph.unseen)),
+        not_run=_not_run(graph),
     )
+
+
+def _not_run(graph: ChannelGraph) -> tuple[str, ...]:
+    """Return the modules of the parameters that were not used; of a module that used others, the parameter itself."""
+    unseen = set(graph.unseen)
+    ran: set[str] = set()
+    for name in graph.parameters:
+        module = "" if name in unseen else name.rpartition(".")[0]
+        while module and module not in ran:
+            ran.add(module)
+            module = module.rpartition(".")[0]
+    modules = ((name.rpartition(".")[0], name) for name in graph.unseen)
+    return tuple(dict.fromkeys(name if not module or module in ran else module for module, name in modules))
 
 
 _Reference = Callable[[nn.Module], nn.Module]

@@ -446,8 +446,12 @@ def attention(call: Call) -> Sequence[ChannelIds]:
     tensors = [query, key, value, *([] if bias is None else [bias])]
     result: ChannelIds = {}
     for dim in range(rank - 2):
-        merged = merge_operands(call, [_ids_and_length(call, t, dim - rank + t.dim()) for t in tensors])
-        result.update({} if merged is None else {dim: merged})
+        operands = [_ids_and_length(call, t, dim - rank + t.dim()) for t in tensors]
+        merged = merge_operands(call, operands)
+        # If only the bias has channels here, such as a bias for every head, they are frozen now, and end here: where
+        # heads and their dimensions are merged again, they would freeze those too.
+        if merged is not None and all(found is not None for found, length in operands if length > 1):
+            result[dim] = merged
     result.update({rank - 2: ids[0][rank - 2]} if rank - 2 in ids[0] else {})
     result.update({rank - 1: ids[2][rank - 1]} if rank - 1 in ids[2] else {})
     outer: list[IntArray | int] = [result.get(dim, int(query.size(dim))) for dim in range(rank - 1)]

@@ -73,7 +73,7 @@ class SizeNotes(SizeWatcher):
             return False
         self._ledger.bind(expression, None, f"{what} {self._where}")
         if scale:
-            self._ledger.scaled.extend(shape_ids(expression))
+            self._ledger.scale(expression)
         return True
 
     def hash(self, expression: Expression) -> None:
@@ -98,7 +98,7 @@ class SizeNotes(SizeWatcher):
         """End the recording: floats of which no use was seen, as by `math.sqrt`, must stay what they are."""
         for number, module in self._floats.values():
             self._ledger.bind(number.expression, None, f"a float in {module or 'the model itself'}")
-            self._ledger.scaled.extend(shape_ids(number.expression))
+            self._ledger.scale(number.expression)
         self._floats.clear()
         self.open = False
 
@@ -409,7 +409,7 @@ def _bind_scale(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[
         if isinstance(value, SizeInt | SizeFloat):
             expression = _origin(value)
             ledger.bind(expression, None, where)
-            ledger.scaled.extend(shape_ids(expression))
+            ledger.scale(expression)
 
 
 def _bind_repeat(ledger: Ledger, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

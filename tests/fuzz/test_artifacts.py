@@ -155,6 +155,8 @@ def test_thousands_of_signed_weights(good: Good, tmp_path: Path):
         (("verification",), {"probe": {"logits": "many"}}, None),
         (("verification",), {"probe": {"logits": [[1, 2], [3]]}}, None),
         (("verification",), {"probe": {}}, None),
+        (("verification",), {"probe": {"values": [1.0], "shape": [2, 10]}}, None),
+        (("verification",), {"probe": {"values": "many", "shape": "x"}}, None),
         (("verification",), deep(40), "within more than 32"),
         (("provenance", "seed"), 2**64, "too large"),
         (("classes",), ["<script>alert(1)</script>", "\x1b]0;pwned\x07", "=cmd|' /C calc'!A0"], None),

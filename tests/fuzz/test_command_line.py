@@ -75,6 +75,7 @@ ARTIFACTS: dict[str, Callable[[Good, Path], object]] = {
     "deep": edited("metrics", new=deep(60)),
     "wrong costs": edited("cost", "after", new={"macs": 1, "params": "x"}),
     "a wrong probe": edited("verification", new={"probe": {"logits": [["a"]]}}),
+    "a wrong drawn probe": edited("verification", new={"probe": {"values": [["a"]], "shape": [2, 10]}}),
     "an endless probe": edited("verification", new={"probe": {"logits": [1.7e308] * 9}}),
     "a mean for three channels": edited("input", "mean", new=[0.5, 0.5, 0.5]),
     "a spread of zero": edited("input", "std", new=[0]),
@@ -96,7 +97,7 @@ def test_spoiled_artifacts(good: Good, tmp_path: Path, name: str):
     only_data = name in ("a mean for three channels", "a spread of zero")
     if not only_data:
         refused(tmp_path, "verify", folder)
-    if name not in ("wrong costs", "a wrong probe", "an endless probe"):
+    if name not in ("wrong costs", "a wrong probe", "a wrong drawn probe", "an endless probe"):
         refused(tmp_path, "evaluate", "--model", folder, "--data", "digits")
 
 

@@ -394,7 +394,7 @@ def _finished(
     own = plan.data.notes if isinstance(plan.data, OwnData) else ()
     stale = filter(None, (cut_student.described.warning,))
     doubts = (*uncounted, *own, *_doubts(plan, steps[0], trained))
-    said = tuple(stale)
+    said = (*stale, *_chance_of_epoch(plan, trained))
     report = _report(plan, cut_student, trained, student, steps)
     if plan.output is not None and plan.fabric.is_global_zero:
         few = move(take(images, slice(32)), plan.device)
@@ -554,6 +554,21 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
             "original was trained on these images, they favor the student that has changed least."
         )
     return tuple(found)
+
+
+_FEW_VALIDATION_IMAGES = 100
+"""With fewer, the best of some epochs is the luckiest one: the deviation of an accuracy of 90 % is 3 points then."""
+
+
+def _chance_of_epoch(plan: Plan, trained: Trained | None) -> tuple[str, ...]:
+    """A sentence if few validation images chose between epochs; none otherwise."""
+    count = len(plan.data.validation)
+    if trained is None or plan.recovery.train.epochs < 2 or not 0 < count < _FEW_VALIDATION_IMAGES:
+        return ()
+    return (
+        f"Only {count} validation images chose the epoch, so chance had a part in it, and other images may show less. "
+        "Hold out more of the training images (--validation-fraction), or give a validation split of your own.",
+    )
 
 
 def _measured(plan: Plan, name: str, model: nn.Module) -> Step:

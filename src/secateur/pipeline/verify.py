@@ -253,7 +253,7 @@ def _probe_checks(model: nn.Module, manifest: Manifest) -> list[Check]:
     try:
         absolute, relative = probe_difference(model, manifest.recipe.input_shape, recorded)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        return [Check(name, False, detail="`verification.probe` has no table of logits (secateur.json)")]
+        return [Check(name, False, detail="`verification.probe` has no table of outputs (secateur.json)")]
     return [
         Check(name, relative <= PROBE_TOLERANCE, absolute, relative, PROBE_TOLERANCE, "as on the machine that made it")
     ]

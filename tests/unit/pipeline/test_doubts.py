@@ -146,3 +146,12 @@ def test_inspect_counts_denormals() -> None:
     report = inspect_model(_with_denormals().eval(), torch.zeros(1, 3, 8, 8))
     assert report.denormals.counts == {"0.weight": 259, "2.weight": 1382}
     assert report.to_json()["denormals"] == {"fraction": 1641 / 2836, "counts": {"0.weight": 259, "2.weight": 1382}}
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(1, False), (2, True)])
+def test_few_validation_images_that_choose_between_epochs_are_named(epochs: int, *, said: bool) -> None:
+    data = noise_data()
+    count = len(data.validation)
+    assert 0 < count < 100
+    result = run_compress(_steep(), data, budget="macs=60%", train=TrainConfig(epochs, 16), callbacks=Silent())
+    assert any(f"Only {count} validation images chose the epoch" in note for note in result.report.notes) is said

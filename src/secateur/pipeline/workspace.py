@@ -407,8 +407,8 @@ def check_model_fits_data(
         got = type(logits).__name__ if shape is None else f"shape {shape}"
         raise ModelError(
             f"`model` must return one logit for each of the {len(data.classes)} classes of {data.name}, here shape "
-            f"({len(images[:2])}, {len(data.classes)}); got {got}. Use a model with that many classes, and wrap one "
-            "that returns more than its logits."
+            f"({len(images[:2])}, {len(data.classes)}); got {got}. Use a model with that many classes. Put one "
+            "that returns more into a module whose forward pass returns the logits alone (`.logits` in transformers)."
         )
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Generator
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -14,6 +15,16 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
+
+
+class OpenContexts(threading.local):
+    """The contexts that hooks of running models have entered in this thread, the last one at the end."""
+
+    def __init__(self) -> None:
+        self.stacks: list[contextlib.ExitStack] = []
+
+
+OPEN = OpenContexts()
 
 
 @contextlib.contextmanager
@@ -34,7 +45,23 @@ def default_state(*models: nn.Module) -> Generator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(leaving_open_contexts())
         yield
+
+
+@contextlib.contextmanager
+def leaving_open_contexts() -> Generator[None]:
+    """Leave the contexts that hooks of models entered in the block and could not leave.
+
+    That is so if Ctrl-C or an exit ended a forward pass. A mode of ours that stayed would intercept whatever the caller
+    computes from then on. Enter this one last, so that these contexts are left before those around them.
+    """
+    entered = len(OPEN.stacks)
+    try:
+        yield
+    finally:
+        while len(OPEN.stacks) > entered:
+            OPEN.stacks.pop().close()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._caller_state import default_state, preserved_random_state
+from secateur._caller_state import OPEN, default_state, leaving_open_contexts, preserved_random_state
 from secateur.errors import ModelError, TrainingError
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -182,7 +182,7 @@ def run_isolated(model: nn.Module, seed: int = 0) -> Generator[None]:
     # Without an initialized CUDA context, no parameter can be on a GPU.
     parameters = model.parameters() if torch.cuda.is_initialized() else ()
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with default_state(model), without_fast_path(), preserved_random_state():
+    with default_state(model), without_fast_path(), preserved_random_state(), leaving_open_contexts():
         random.seed(seed)
         np.random.seed(seed)
         # Not `torch.manual_seed`, which would also seed devices that are not restored.
@@ -194,6 +194,8 @@ def run_isolated(model: nn.Module, seed: int = 0) -> Generator[None]:
 
 def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractContextManager[Any]]) -> nn.Module:
     """Enter a context whenever a model runs, and leave it when the call returns or raises.
+
+    Hooks do not see what is no `Exception`, such as Ctrl-C: then `leaving_open_contexts` leaves the context.
 
     Args:
         model: Changed in place: it gets two hooks. Its calls also run without the fast path of attention.
@@ -209,9 +211,12 @@ def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractC
         stack.enter_context(without_fast_path())
         stack.enter_context(mode((args, kwargs)))
         running.append(stack)
+        OPEN.stacks.append(stack)
 
     def end(*_: Any) -> None:
-        running.pop().close()
+        stack = running.pop()
+        OPEN.stacks.remove(stack)
+        stack.close()
 
     model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
     model.register_forward_hook(end, always_call=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack
 from zoo import ZOO
 
-from secateur._caller_state import default_state, in_default_state
+from secateur._caller_state import OPEN, default_state, in_default_state
 from secateur.cost import count_macs
 from secateur.graph import trace
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
@@ -231,3 +231,55 @@ def test_the_states_are_restored_and_a_function_keeps_its_name():
     assert inner.__doc__ == "What it does."
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
+
+
+RUNS_LEFT = [0]
+"""Of the model below and all of its copies."""
+
+
+class Interrupted(nn.Module):
+    """Its forward pass is ended from outside at one of its calls: by Ctrl-C, or by an exit."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(x).relu())
+        RUNS_LEFT[0] -= 1
+        if RUNS_LEFT[0] == 0:
+            raise self.error
+        return x.mean((2, 3))
+
+
+def modes() -> tuple[object, ...]:
+    return (
+        _len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), torch.backends.mha.get_fastpath_enabled(),
+        torch.is_grad_enabled(), OPEN.stacks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_leaves_no_mode_behind(error: type[BaseException]) -> None:
+    model, x, before = Interrupted(error).eval(), torch.randn(2, 3, 8, 8), modes()
+    images = (torch.randn(8, 3, 8, 8),)
+
+    def whole() -> None:
+        graph = trace(model, x)
+        search = search_architecture(
+            model, graph, Knapsack(), budget="macs=60%", batches=((images[0], torch.arange(8) % 4),)
+        )
+        cut(model, graph, search.architecture, calibration=images, repairs=(Refit(), RecalibrateBatchNorm()))
+
+    ended = 0
+    for call in range(1, 60):
+        RUNS_LEFT[0] = call
+        try:
+            whole()
+        except error:
+            ended += 1
+        assert modes() == before
+    assert ended >= 10
+    # The last ones ran to the end.
+    assert RUNS_LEFT[0] > 0

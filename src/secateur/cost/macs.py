@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
 from secateur._batches import call_model, take
-from secateur._caller_state import in_default_state
+from secateur._caller_state import in_default_state, leaving_open_contexts
 from secateur._runtime import without_fast_path
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost, amount_of
@@ -389,7 +389,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
     devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
     # The fast path runs a whole attention layer as one operator that the counter does not know.
     forked = torch.random.fork_rng(devices=devices)
-    with forked, torch.no_grad(), without_fast_path(), flop_counter() as counter:
+    with forked, torch.no_grad(), without_fast_path(), flop_counter() as counter, leaving_open_contexts():
         call_model(running, take(example, slice(1)))
     return counter.get_total_flops() // 2
 

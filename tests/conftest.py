@@ -1,15 +1,24 @@
 """Shared fixtures: where the real data lies, and a guard against tests that leak state."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 # The nets are small: a second thread mostly waits for the first, and pytest runs one worker per core.
 torch.set_num_threads(1)
+
+# Suites are run in the background and under nohup too, where shells turn these signals off for all that they start.
+if threading.current_thread() is threading.main_thread():
+    for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(_number) == signal.SIG_IGN:
+            signal.signal(_number, _usual)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -39,7 +48,7 @@ def weights_folder() -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """Fail a test that leaves another dtype, grad mode, thread count, environment or working folder behind."""
+    """Fail a test that leaves another dtype, grad mode, mode, thread count, environment or working folder behind."""
     before = _state()
     yield
     after = _state()
@@ -56,6 +65,9 @@ def _state() -> dict[str, object]:
         "default dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(),
+        "dispatch modes": _len_torch_dispatch_stack(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "environment": environment,
         "working folder": str(Path.cwd()),

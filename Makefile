@@ -20,7 +20,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 
 
 help:
 	@echo "make demo       train, compress, distill, verify and export a small network (about 3 minutes after the install)"
-	@echo "make test       all checks (format, lint, spelling, layers, types) and the test suite"
+	@echo "make test       all checks (format, lint, spelling, layers, types) and the test suite; LONG=yes adds its longest tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-lowest, make test-latest"
 	@echo "                what depends on versions, with the lowest and the newest (5 minutes each after the install)"
@@ -45,13 +45,14 @@ $(INSTALLED): pyproject.toml $(PINNED)
 demo: $(INSTALLED)
 	$(BIN)/secateur demo --out $(OUT)
 
-# Measuring coverage takes a third longer, so only continuous integration does: make test COVERAGE=yes.
+# The longest tests (the marker long) and the measuring of coverage take as long again, so only continuous integration has
+# both: make test LONG=yes COVERAGE=yes.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" \
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow$(if $(LONG),, and not long)" \
 		$(if $(COVERAGE),--cov=secateur --cov-branch --cov-report=term:skip-covered)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or long"
 
 test-lowest: $(INSTALLED)
 	@test -n "$(LOWEST_PYTHON)" || { echo "The lowest versions need Python 3.11 or 3.12; found neither." >&2; exit 1; }

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BOUND = 512 * 2**20
 """Bytes by which the process may grow, whatever it is given; docs/safety.md says it."""
 
 
+@pytest.mark.long
 def test_files_with_huge_claims_take_little_memory(tmp_path: Path):
     tests = Path(__file__).parents[1]
     paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -256,6 +256,7 @@ def _from_the_future(folder: Path) -> None:
     (folder / "secateur.json").write_text(json.dumps({**manifest, "schema": 99}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -283,6 +284,7 @@ def test_folder_that_is_no_artifact(run: Run, tmp_path: Path):
     _refused(run("verify"), "one artifact folder")
 
 
+@pytest.mark.long
 def test_full_disk_leaves_nothing(run: Run, digits_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

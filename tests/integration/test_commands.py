@@ -94,6 +94,7 @@ def test_evaluate_uses_the_artifacts_normalization(small: Small, run: Run):
     assert "interval" in found.stdout
 
 
+@pytest.mark.long
 def test_artifact_remembers_the_image_size(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "larger"
     words = (
@@ -154,6 +155,7 @@ class _StopsInEpoch2(Silent):
         return opened()
 
 
+@pytest.mark.long
 def test_interrupted_run_goes_on_to_the_same_weights(
     small: Small, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -182,6 +184,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(
     assert (out / "model.safetensors").read_bytes() == (small.folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_artifact_can_be_compressed_again(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "smaller"
     found = run(
@@ -195,6 +198,7 @@ def test_artifact_can_be_compressed_again(small: Small, run: Run, tmp_path: Path
     assert count_macs(twice, torch.zeros(1, 1, 8, 8)) <= 0.6 * count_macs(once, torch.zeros(1, 1, 8, 8))
 
 
+@pytest.mark.long
 def test_older_artifact_is_replaced_whole(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "small"
     shutil.copytree(small.folder, out)
@@ -205,6 +209,7 @@ def test_older_artifact_is_replaced_whole(small: Small, run: Run, tmp_path: Path
     assert "Uniform" in json.loads((out / "secateur.json").read_text())["metrics"]["search"]["strategy"]
 
 
+@pytest.mark.long
 def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_path: Path):
     out, log = tmp_path / "out", tmp_path / "curves"
     words = (
@@ -229,6 +234,7 @@ def test_a_search_that_learns_goes_the_whole_way(run: Run, small: Small, tmp_pat
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.long
 def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ("--epochs", 1, "--export", "", "--limit", 600, "--strategy", "tas", "--search-epochs", 3)
     words = (*words, "--target", "torch")
@@ -247,6 +253,7 @@ def test_an_interrupted_search_goes_on(run: Run, small: Small, tmp_path: Path, m
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.long
 def test_a_student_from_scratch(run: Run, small: Small, tmp_path: Path):
     out = tmp_path / "out"
     words = ("--export", "", "--strategy", "uniform", "--divisor", 1, "--from-scratch", "--epochs", 4, "--lr", 0.05)
@@ -282,6 +289,7 @@ def test_cifar_resnet20_repaired_without_training(run: Run, tmp_path: Path, cifa
     assert manifest["cost"]["after"]["macs"] <= 0.7 * manifest["cost"]["before"]["macs"]
 
 
+@pytest.mark.long
 def test_demo_goes_the_whole_way(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from secateur import pipeline
     from secateur.train import TrainConfig

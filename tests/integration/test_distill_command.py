@@ -16,6 +16,7 @@ def words(weights: Path, out: Path, *more: object) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.long
 def test_a_student_learns_and_is_written(run: Run, digits_weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
     found = run(*words(digits_weights, out, "--loss", "kd", "--loss", "hint", "--teacher-cache", tmp_path / "none"))
@@ -60,6 +61,7 @@ def test_bad_words_end_with_a_sentence(
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.long
 def test_images_are_varied_and_mixed(run: Run, digits_weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
     strong = ("--mixup", 0.2, "--cutmix", 1.0, "--rand-augment", "rand-m5-mstd0.5", "--erase", 0.2)

@@ -99,6 +99,7 @@ def photographs(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [Format.ONNX, Format.PT2, Format.OPENVINO], ids=lambda form: form.value)
 def test_scripts_give_the_accuracy_of_the_report_to_the_image(photographs: Path, form: Format) -> None:
     if not _present(form):
@@ -207,6 +208,7 @@ def test_library_missing_where_the_artifact_is_verified(exported: Path, monkeypa
     assert any("model.xml was not checked" in said and "pip install" in said for said in found.passed_over)
 
 
+@pytest.mark.long
 def test_int8_is_a_step_of_compress(small: Small, run: Run, tmp_path: Path, monkeypatch) -> None:
     words = (*compress_words(small.weights, tmp_path / "out", quick=True), "--epochs", 1, "--export", "int8")
     found = run(*words)
@@ -223,6 +225,7 @@ def test_int8_is_a_step_of_compress(small: Small, run: Run, tmp_path: Path, monk
     assert secateur.verify(tmp_path / "out").passed
 
 
+@pytest.mark.long
 def test_collapsed_int8_file_is_a_failed_check(small: Small, run: Run, tmp_path: Path, monkeypatch) -> None:
     def spoiled(content: bytes, calibration: object) -> bytes:
         import onnx

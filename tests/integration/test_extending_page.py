@@ -40,6 +40,7 @@ def test_there_is_an_example_of_every_kind_in_under_40_lines() -> None:
         assert len(block.splitlines()) < 40
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_in_folder")
 def test_python_blocks_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
@@ -58,6 +59,7 @@ def test_python_blocks_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (folder / "model.onnx.txt").read_text(encoding="utf-8").lstrip().startswith("ir_version")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_in_folder")
 @pytest.mark.parametrize("line", [block.replace("\\\n", " ") for language, block in BLOCKS if language == "sh"])
 def test_commands_run(line: str, folder: Path, run: Run) -> None:

@@ -33,6 +33,7 @@ def said(folder: Path) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`teacher` is right on")
 @pytest.mark.parametrize("name", NETS)
 def test_two_processes_train_what_one_does(folder, name):

@@ -128,6 +128,7 @@ def test_drawing_into_a_folder_that_cannot_be_written(run: Run, tmp_path: Path):
     assert "Check the path" in _words(found.stderr)
 
 
+@pytest.mark.long
 def test_compress_keeps_to_the_choices_and_reports_them(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "chosen"
     chosen = ("--exclude", "layer1", "--axis-divisor", "layer2.*=4", "--axis-min-width", "*.conv1=10")
@@ -158,6 +159,7 @@ def test_budget_out_of_reach_names_the_choices(small: Small, run: Run, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_blocks_are_removed_where_channels_alone_do_not_suffice(small: Small, run: Run, tmp_path: Path):
     out = tmp_path / "shallow"
     words = (*compress_words(small.weights, out, "macs=5%", quick=True), "--epochs", 1, "--export", "")

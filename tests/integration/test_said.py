@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from command_line import Run, compress_words
 
 
+@pytest.mark.long
 def test_quiet_is_one_line(run: Run, digits_weights: Path, tmp_path: Path):
     words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 1)
     found = run(*words, "--export", "", "--quiet", "--target", "torch")
@@ -16,6 +18,7 @@ def test_quiet_is_one_line(run: Run, digits_weights: Path, tmp_path: Path):
     assert line.endswith("report.html")
 
 
+@pytest.mark.long
 def test_json_is_lines_for_machines(run: Run, digits_weights: Path, tmp_path: Path):
     words = (*compress_words(digits_weights, tmp_path / "o"), "--strategy", "uniform", "--divisor", 2, "--epochs", 1)
     found = run(*words, "--limit", 256, "--export", "", "--json", "--target", "torch")

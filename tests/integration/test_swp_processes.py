@@ -17,6 +17,7 @@ from secateur.train import Precision, open_fabric
 TESTS = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the two processes are forked")
 def test_two_processes_train_what_one_does(tmp_path):
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])

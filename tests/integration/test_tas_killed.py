@@ -22,6 +22,7 @@ def search(folder: Path, graph: str, *kill: int) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("graph", "epoch", "batch"), [("tied", 1, 1), pytest.param("untied", 2, 0, marks=pytest.mark.slow)]
 )

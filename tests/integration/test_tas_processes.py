@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the two processes are forked")
 @pytest.mark.parametrize("name", NETS)
 def test_two_processes_search_as_one_does(folder, name):

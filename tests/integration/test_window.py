@@ -32,6 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_vit", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)]
 )

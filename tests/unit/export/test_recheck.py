@@ -24,6 +24,7 @@ def _model(classes: int = 3, seed: int = 0) -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes)).eval()
 
 
+@pytest.mark.long
 @FORMATS
 def test_same_model_agrees_and_others_do_not(tmp_path: Path, export, name: str):
     path = tmp_path / name

@@ -355,6 +355,7 @@ SUBNETS = [({"stem": 5, "first": 3}, ()), ({"stem": 4}, ("first",))]
 """Narrow, and without the residual block."""
 
 
+@pytest.mark.long
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     """DistributedDataParallel over gloo, half of the batch each: mean losses and equal gradients."""
     script = tmp_path / "processes.py"

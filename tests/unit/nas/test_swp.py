@@ -302,6 +302,7 @@ def test_it_is_told_in_the_same_words_by_every_process():
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_compresses_a_model_to_an_artifact(tmp_path):
     given = staged()
     done = run_compress(

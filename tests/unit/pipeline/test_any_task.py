@@ -33,6 +33,7 @@ def data_of(kind: str) -> Any:
     return Squares(kind), Squares(kind, 24)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_every_task_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     task, make, kind, metric = KINDS[name]

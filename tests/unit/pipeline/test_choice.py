@@ -82,6 +82,7 @@ def test_a_strategy_that_trains_trains_once() -> None:
     assert strategy_of_run(tas, MACS, OPEN, OnnxRuntime()) is tas
 
 
+@pytest.mark.long
 def test_the_choice_is_in_result_report_and_log_and_can_be_repeated(tmp_path: Path) -> None:
     said: list[str] = []
     found = run(hear=said.append, out=tmp_path / "out", export=())
@@ -142,6 +143,7 @@ def test_a_target_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(note == "Latency was not measured: No module named 'onnxruntime'" for note in found.report.notes)
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_while_it_chooses_ends_as_it_would_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_run_that_is_stopped_while_it_chooses_ends_as_it_would_have(
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.long
 def test_times_that_were_measured_before_the_interruption_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

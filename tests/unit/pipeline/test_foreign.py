@@ -130,6 +130,7 @@ def test_an_artifact_is_written_loaded_and_verified(tmp_path: Path) -> None:
     assert not (tmp_path / "small.work").exists()
 
 
+@pytest.mark.long
 def test_a_named_student_is_built_again_by_its_name(tmp_path: Path) -> None:
     model, source = load_model("cifar_resnet20", num_classes=4)
     run(

@@ -343,6 +343,7 @@ class Interrupted:
         return whole(model, inputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layers", "passes"), [(30, 99), (10**6, 3), pytest.param(10**6, 8, marks=pytest.mark.slow)])
 def test_what_was_measured_until_an_interrupt_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, passes: int

@@ -297,6 +297,7 @@ class Residual(nn.Module):
         return self.head((x + self.branch(x.relu())).mean((2, 3)))
 
 
+@pytest.mark.long
 def test_untied_branches_have_widths_of_their_own(tmp_path: Path):
     seen: list[tuple[str, ...]] = []
 

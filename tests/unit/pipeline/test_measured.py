@@ -106,6 +106,7 @@ def run(
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_resumed_run_decides_as_the_interrupted_one_would_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

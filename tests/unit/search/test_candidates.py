@@ -163,6 +163,7 @@ def test_divisors_and_strategies_are_compared_and_the_choice_is_said(caplog: pyt
         assert alone.architecture == found.architecture
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["plain", "residual", "dense", "depthwise_separable", "inception", "mlp"])
 def test_the_result_is_never_worse_than_what_other_strategies_have_with_the_same_divisor(name: str) -> None:
     model, _ = ZOO[name]()
@@ -198,6 +199,7 @@ def test_a_model_within_the_budget_stays_whole_and_is_not_measured() -> None:
     assert target.played == []
 
 
+@pytest.mark.long
 def test_blocks_that_hardly_matter_go_too() -> None:
     found = search(branches(), quick(fewer_blocks=(1 / 8, 1 / 4, 3 / 8)))
     removed = [row["removed_blocks"] for row in found.notes["candidates"]]

@@ -10,6 +10,7 @@ from secateur import tasks
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "tasks.md"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

@@ -276,10 +276,10 @@ def replaceable_files(folder: Path) -> tuple[str, ...]:
 
 
 def refuse_no_folder(folder: Path, name: str = "folder") -> None:
-    """Refuse a file or a link in the place of a folder, the current folder and those above it, and vast names.
+    """Refuse a file or a link in the place of a folder, the current folder and those above it, and too long names.
 
     A folder is replaced as a whole, which would leave the program, and the shell that started it, in one that is gone.
-    Unfinished work and older content lie beside it under longer names meanwhile.
+    During a run, unfinished work and the older content are kept beside it under longer names.
 
     Raises:
         ArtifactError: If it is one.

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray
-from secateur._outputs import output_tensors, tensor_shapes
+from secateur._outputs import output_tensors
 from secateur._runtime import run_isolated
 from secateur.errors import ModelError, TraceError
 from secateur.graph._ledger import MIXING_KINDS, Call, Ledger, ModuleOutput, Rule, base_name, tensors_in
@@ -431,8 +431,7 @@ def _add_recording_hooks(modules: Mapping[str, nn.Module], ledger: Ledger, conte
             tensor = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
             # Otherwise the shapes would hold sizes that are followed.
             with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
-                taken = (*tensor_shapes(args), *tensor_shapes(kwargs))
-                ledger.module_calls[name].append(CallShapes(taken, tensor_shapes(out)))
+                ledger.module_calls[name].append(CallShapes.of(args, kwargs, out))
                 shape = () if tensor is None else tuple(tensor.shape)
             if tensor is not None:
                 # Taken out and put in again, so that the order is that of the last calls.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from secateur._arrays import IntArray
+from secateur._outputs import tensor_shapes
 from secateur._text import html_text
 
 _MOST_SHOWN, _MOST_FROZEN_SHOWN = 12, 5
@@ -289,6 +290,11 @@ class CallShapes:
 
     taken: tuple[tuple[int, ...], ...]
     returned: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, out: Any) -> "CallShapes":
+        """Return those of a call with these arguments and this result, as a forward hook gets them."""
+        return cls((*tensor_shapes(args), *tensor_shapes(kwargs)), tensor_shapes(out))
 
 
 @dataclass(frozen=True, eq=False)

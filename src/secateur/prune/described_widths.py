@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from secateur._outputs import tensor_shapes
 from secateur.graph._shadow import mentioned_names, shadow_copy
 from secateur.graph._size_ints import Attribute, steps_of
 from secateur.graph._size_records import held_numbers, set_number
@@ -224,7 +223,7 @@ def _module_calls(model: nn.Module, graph: ChannelGraph) -> dict[str, list[CallS
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            found[name].append(CallShapes((*tensor_shapes(args), *tensor_shapes(kwargs)), tensor_shapes(out)))
+            found[name].append(CallShapes.of(args, kwargs, out))
 
         return hook
 

@@ -78,12 +78,31 @@ def _without_function_modes(models: tuple[nn.Module, ...]) -> Generator[None]:
     try:
         for mode in reversed(kept):
             core._push_on_torch_function_stack(mode)
-        yield
+        with _own_default_device(kept):
+            yield
     finally:
-        for _ in kept:
+        while core._len_torch_function_stack():
             core._pop_torch_function_stack()
         for mode in reversed(removed):
             core._push_on_torch_function_stack(mode)
+
+
+@contextlib.contextmanager
+def _own_default_device(kept: list[Any]) -> Generator[None]:
+    """Undo ``torch.set_default_device`` of code in the block, where the default device is the kept mode, or none.
+
+    PyTorch also remembers the mode of the default device elsewhere, and leaves that one when it is set anew.
+    """
+    remembered: Any = torch._GLOBAL_DEVICE_CONTEXT  # pyright: ignore[reportPrivateUsage]
+    before = getattr(remembered, "device_context", None)
+    inside = before if before in kept else None
+    remembered.device_context = inside
+    try:
+        yield
+    finally:
+        if remembered.device_context is not inside:
+            torch.set_default_device(None)
+        remembered.device_context = before
 
 
 def _has_weight_on(models: tuple[nn.Module, ...], device: str) -> bool:

@@ -223,6 +223,26 @@ def add_run_context_(model: nn.Module, mode: Callable[[CallArguments], AbstractC
     return model
 
 
+def check_hashable(model: nn.Module) -> None:
+    """Refuse a module that PyTorch itself cannot list, with its parameters, among the modules of a model.
+
+    Raises:
+        ModelError: If a class defines ``__eq__`` without ``__hash__``.
+    """
+    pending, seen = [model], set[int]()
+    while pending:
+        module = pending.pop()
+        if type(module).__hash__ is None:
+            kind = type(module).__name__
+            raise ModelError(
+                f"the modules of `model` must be hashable, as PyTorch lists them in sets; got {kind}, which defines "
+                f"__eq__ without __hash__. Write `__hash__ = torch.nn.Module.__hash__` into {kind}."
+            )
+        if id(module) not in seen:
+            seen.add(id(module))
+            pending += [child for child in vars(module).get("_modules", {}).values() if child is not None]
+
+
 _PLAIN = frozenset({
     int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range,
     types.FunctionType, types.BuiltinFunctionType,

@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from zoo import ZOO
 from secateur._caller_state import OPEN, default_state, in_default_state
 from secateur.cost import count_macs
 from secateur.graph import trace
+from secateur.models import load_model
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
 from secateur.search import Knapsack, Taylor, Uniform, search_architecture
 
@@ -123,6 +125,34 @@ def test_a_model_and_an_example_that_were_made_in_inference_mode(name):
         inside = run(model, example, images, Uniform(Taylor()))
     assert inside == expected
     assert run(model, example, images, Uniform(Taylor())) == expected
+
+
+@pytest.mark.parametrize("before", [None, "cpu", "meta"])
+@pytest.mark.parametrize("inside", [None, "cpu", "meta"])
+def test_a_default_device_that_code_sets_inside_is_gone_afterward(before: str | None, inside: str | None):
+    def devices() -> tuple[str, str]:
+        return torch.empty(1).device.type, torch.get_default_device().type
+
+    with torch.device("cpu"):  # Puts back what this test sets.
+        torch.set_default_device(before)
+        expected = devices()
+        with default_state(nn.Linear(2, 2, device="cpu")):
+            torch.set_default_device(inside)
+            assert devices() == (inside or "cpu",) * 2
+        assert devices() == expected
+        torch.set_default_device(None)
+        assert devices() == ("cpu", "cpu")
+
+
+def test_a_factory_that_sets_the_default_device_does_not_change_it_for_anybody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = "import torch\ndef net():\n    torch.set_default_device('meta')\n    return torch.nn.Linear(2, 2)\n"
+    (tmp_path / "my_meta_nets.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model, _ = load_model("python:my_meta_nets:net", trust_source=True)
+    assert model.weight.device.type == "meta"
+    assert torch.empty(1).device.type == "cpu"
 
 
 def world(model: nn.Module) -> dict[str, object]:

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from secateur.cli import options
 from secateur.cli.options import CutFlags, ImageFlags, RecoveryFlags, TargetFlags, flag, whole_number
-from secateur.cli.output import command_line, handle_errors, logged, out, resumable
+from secateur.cli.output import command_line, handle_errors, logged, out, relative_path, resumable
 from secateur.errors import ArtifactError, SelectionError, TrainingError
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _show(found: "Comparison", *, as_json: bool, quiet: bool) -> None:
         return
     if quiet:
         best = "; ".join(f"{winner.budget}: {winner.strategy or 'none'}" for winner in found.winners)
-        out().print(Text(f"{found.model}: {best}. {found.files[0]}"), soft_wrap=True)
+        out().print(Text(f"{found.model}: {best}. {relative_path(found.files[0])}"), soft_wrap=True)
         return
     print_comparison(found)
     if not packed_plotly():

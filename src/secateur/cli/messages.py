@@ -145,7 +145,7 @@ def describe_foreign(error: BaseException) -> str | None:
     """Return what to say of an error that Secateur's own code did not raise; None if it did.
 
     Code that the user names (a model, a task, a strategy) may raise anything, end the process, ask for more memory than
-    there is, or nest its modules more deeply than Python can follow.
+    there is, or nest its modules more deeply than Python can follow. A package may not be importable.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = [place for place, frame in enumerate(frames) if _is_ours(frame)]
@@ -160,6 +160,11 @@ def describe_foreign(error: BaseException) -> str | None:
         return (
             f"`model` must not nest modules more deeply than Python can follow; got {_text(error)}. Does a module hold "
             "itself? Otherwise join containers within containers."
+        )
+    if after[0].f_code.co_name == "<module>" and _is_installed(after[0].f_code.co_filename):
+        return (
+            f"the package {_package(after[0])} must be importable; got {type(error).__name__}: {_text(error)}. "
+            "Look at the environment variables that it reads, or install it again."
         )
     theirs = [frame for frame in after if not _is_installed(frame.f_code.co_filename)]
     if isinstance(error, SystemExit):

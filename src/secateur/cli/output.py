@@ -224,6 +224,13 @@ def _shown_warnings(command: Callable[..., Any]) -> Generator[None]:
         yield
 
 
+def relative_path(path: Path) -> Path:
+    """Return the path from the working directory if it lies in it, as people write it; else the path itself."""
+    with suppress(OSError, ValueError):  # The directory is gone, or the path lies elsewhere.
+        return path.relative_to(Path.cwd())
+    return path
+
+
 def command_line() -> str:
     """Return the exact command, for the record."""
     program = Path(sys.argv[0] if sys.argv else "")

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from secateur.cli.output import end_with_error, out, print_json
+from secateur.cli.output import end_with_error, out, print_json, relative_path
 from secateur.cost.budget import Cost, format_cost, format_count
 from secateur.cost.measure import Latency
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
@@ -34,7 +34,8 @@ def show(result: CompressResult | DistillResult | TrainResult, *, quiet: bool = 
     if as_json:
         print_json("result", _fields(result))
     elif quiet:
-        where = f" {page}" if (page := next((p for p in result.files if p.name == "report.html"), None)) else ""
+        page = next((path for path in result.files if path.name == "report.html"), None)
+        where = "" if page is None else f" {relative_path(page)}"
         out().print(Text(headline(result.report).replace("\N{NO-BREAK SPACE}", " ") + where), soft_wrap=True)
     else:
         _show_tables(result)
@@ -155,7 +156,7 @@ def print_checks(checks: Iterable[Check]) -> None:
 def print_written(paths: Iterable[Path]) -> None:
     """Print what was written, with sizes."""
     for path in paths:
-        out().print(Text(f"Wrote {path} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
+        out().print(Text(f"Wrote {relative_path(path)} ({format_count(path.stat().st_size)}B)"), soft_wrap=True)
 
 
 def print_report(report: ModelReport, name: str) -> None:

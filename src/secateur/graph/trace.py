@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import BoolArray, connected_components
 from secateur._caller_state import in_default_state
+from secateur._runtime import check_hashable
 from secateur.errors import TraceError
 from secateur.graph._ledger import Ledger, Rule
 from secateur.graph._record import record
@@ -82,10 +83,12 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TraceError: For anything but a module, for wrapped, compiled, scripted, quantized or lazy modules, for weights
             on the meta device, or without parameters.
+        ModelError: For modules that PyTorch cannot list.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         exported = " Pass its module: `exported.module()`." if hasattr(model, "module") else ""
         raise TraceError(f"`model` must be a torch.nn.Module; got {type(model).__name__}.{exported}")
+    check_hashable(model)
     absent = any(is_lazy(tensor) or tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for name, module in model.named_modules():
         reason = _find_obstacle(module) or (_absent_weights(module) if absent else None)

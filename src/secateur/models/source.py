@@ -1,7 +1,9 @@
 """Models by name: `ModelSource` is plain data that can build a model again, and `load_model` also loads weights."""
 
+import contextlib
+import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 
 from secateur._caller_state import in_default_state
-from secateur._runtime import seeded_initialization
+from secateur._runtime import check_hashable, seeded_initialization
 from secateur.errors import ModelError
 from secateur.models import zoo
 from secateur.models.weights import load_weights_
@@ -303,22 +305,39 @@ def _build_python(source: ModelSource) -> nn.Module:
     except ValueError:
         pass  # A factory written in C has no signature; calling it shows whether the arguments fit.
     try:
-        model: object = factory(**source.arguments)
+        with _same_folder():
+            model: object = factory(**source.arguments)
     except Exception as error:
         raise ModelError(f"{spec} failed: {_summarize(error)}.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} must return a torch.nn.Module; got {type(model).__name__}.")
+    check_hashable(model)
     return model
 
 
 def _import(module_name: str, spec: str) -> ModuleType:
     try:
-        return import_module(module_name)
+        with _same_folder():
+            return import_module(module_name)
     except ModuleNotFoundError as error:
         way_out = "Install it, or put its folder on PYTHONPATH."
         raise ModelError(f"{spec} must name a module that can be imported; {error}. {way_out}") from error
     except Exception as error:
         raise ModelError(f"{spec} could not be imported: {_summarize(error)}.") from error
+
+
+@contextlib.contextmanager
+def _same_folder() -> Generator[None]:
+    """Return to the working directory afterward: to the user, relative paths mean what they meant before the call."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # Somebody has removed it.
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _factory(module: ModuleType, name: str, spec: str, makes: str) -> Callable[..., Any]:

@@ -156,7 +156,7 @@ def compare(
         SecateurError: If something cannot be used, before any work.
     """
     limits = _budgets(budgets)
-    where = None if out is None else Path(out)
+    where = None if out is None else Path(out).absolute()  # A model may change the working directory.
     if where is not None:
         _check_out(where)
     if run.fabric is not None:

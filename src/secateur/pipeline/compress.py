@@ -132,9 +132,11 @@ def compress(
             left then.
     """
     recovery = recovery if isinstance(recovery, RecoveryConfig) else RecoveryConfig(recover=recovery)
-    output = None if out is None else Output(Path(out), tuple(dict.fromkeys(export)), source, type(model).__qualname__)
-    if output is not None:
-        check_output(output.folder)
+    output = None
+    if out is not None:
+        folder = Path(out).absolute()  # A model may change the working directory.
+        output = Output(folder, tuple(dict.fromkeys(export)), source, type(model).__qualname__)
+        check_output(folder)
         check_exports(output.formats, run.onnx, model)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)

@@ -167,7 +167,7 @@ def distill_model(
     hint_stage: HintStage | None = None,
     teacher_cache: Path | None = None,
     execution: Execution = Eager(),  # noqa: B008 - frozen
-    out: Path | None = None,
+    out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> DistillResult:
@@ -197,7 +197,8 @@ def distill_model(
         SecateurError: One of its subclasses, with the way out.
     """
     recover, train = (None, train) if isinstance(train, TrainConfig) else (train, TrainConfig(epochs=0))
-    fabric = fabric_for(run.fabric, train.precision, run.device, out)
+    folder = None if out is None else Path(out).absolute()  # A model may change the working directory.
+    fabric = fabric_for(run.fabric, train.precision, run.device, folder)
     check_own_loop(recover, fabric)
     if recover is not None and hint_stage is not None:
         raise TrainingError("`hint_stage` must be left out with a training loop of your own; got both.")
@@ -212,8 +213,8 @@ def distill_model(
     ]
     for spec in (teacher, student):
         check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images, task, targets)
-    if out is not None:
-        check_output(out)
+    if folder is not None:
+        check_output(folder)
         check_exports(export, run.onnx, student.model)
     plan = DistillPlan(
         student=student,
@@ -230,9 +231,9 @@ def distill_model(
         fabric=fabric,
     )
     output = None
-    if out is not None:
-        output = Output(Path(out), tuple(dict.fromkeys(export)), student.source, student.called)
-    with shared_run_directory(fabric, out, plan.settings(), run.on_existing) as work:
+    if folder is not None:
+        output = Output(folder, tuple(dict.fromkeys(export)), student.source, student.called)
+    with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
         student_after, trained, steps = _learn(plan, work, images)

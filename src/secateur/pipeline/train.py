@@ -104,7 +104,7 @@ def train_model(
     label_smoothing: float = 0.0,
     task: Task = Classification(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
-    out: Path | None = None,
+    out: Path | str | None = None,
     export: Sequence[Format] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> TrainResult:
@@ -133,14 +133,15 @@ def train_model(
         raise TrainingError(f"`train` must have epochs; got {train.epochs}. Give it one or more.")
     if isinstance(task, Imitation):
         raise TrainingError(f"`task` must have labels to learn from; got {task!r}. Imitation is for compressing.")
-    fabric = fabric_for(run.fabric, train.precision, run.device, out)
+    folder = None if out is None else Path(out).absolute()  # A model may change the working directory.
+    fabric = fabric_for(run.fabric, train.precision, run.device, folder)
     if fabric.is_global_zero:
         warn_outside_window()
     execution.check(fabric)
     batch = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0]
     check_model_fits_data(copy_model(model.model).to(fabric.device).eval(), data, batch[0], task, batch[1])
-    if out is not None:
-        check_output(out)
+    if folder is not None:
+        check_output(folder)
         check_exports(export, run.onnx, model.model)
     plan = TrainPlan(
         model=model,
@@ -154,9 +155,9 @@ def train_model(
         fabric=fabric,
     )
     output = None
-    if out is not None:
-        output = Output(Path(out), tuple(dict.fromkeys(export)), model.source, model.called)
-    with shared_run_directory(fabric, out, plan.settings(), run.on_existing) as work:
+    if folder is not None:
+        output = Output(folder, tuple(dict.fromkeys(export)), model.source, model.called)
+    with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
         trained, steps = _learn(plan, None if work is None else work.checkpoint)

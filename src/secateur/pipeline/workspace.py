@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from secateur._batches import call_model, float_tensors, take
 from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
 from secateur._provenance import changed_settings, this_machine
-from secateur._runtime import copy_model
+from secateur._runtime import check_hashable, copy_model
 from secateur.cost.budget import Budget
 from secateur.data.dataset import ImageData
 from secateur.data.loaders import OwnData
@@ -337,11 +337,12 @@ CLASSIFICATION = Classification()
 
 
 def check_has_weights(model: nn.Module) -> None:
-    """Refuse a model on the meta device, whose tensors hold no values.
+    """Refuse a model on the meta device, whose tensors hold no values, or whose tensors PyTorch cannot list.
 
     Raises:
         ModelError: With the names of some.
     """
+    check_hashable(model)
     tensors = (*model.named_parameters(), *model.named_buffers())
     empty = [name for name, tensor in tensors if tensor.is_meta]
     if empty:

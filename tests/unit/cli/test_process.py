@@ -1,6 +1,7 @@
 """Streams that are closed or full, and the last guard: whatever happens, one message and a code."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,36 @@ def test_a_closed_stream_changes_nothing(closed: str, tmp_path: Path) -> None:
     found = shell(f"$SEC inspect --model digits_resnet --draw {drawn} {closed}")
     assert (found.returncode, "Traceback" in found.stderr) == (0, False)
     assert drawn.read_text().rstrip().endswith("}")  # and not what was meant for a stream
+
+
+def test_a_package_that_cannot_be_imported_is_no_bug_of_secateur() -> None:
+    found = shell("$SEC inspect --model digits_resnet", TORCH_LOGS="nonsense")
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    said = (
+        r"the package torch must be importable; got ValueError: Invalid log settings: nonsense.* environment variables"
+    )
+    assert re.search(said, found.stderr)
+
+
+INTERRUPTED_IMPORT = """
+import builtins, runpy, sys
+genuine = builtins.__import__
+def interrupted(name, *rest, **named):
+    if name == sys.argv[1]:
+        raise KeyboardInterrupt
+    return genuine(name, *rest, **named)
+builtins.__import__ = interrupted
+sys.argv = ["secateur", "inspect", "--model", "digits_resnet"]
+runpy.run_module("secateur", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["cyclopts", "secateur.cli.options", "torch"])
+def test_ctrl_c_while_modules_are_loaded_ends_with_a_line(module: str) -> None:
+    script = INTERRUPTED_IMPORT.replace("sys.argv[1]", repr(module))
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (130, "Interrupted. Nothing was written.\n")
 
 
 def test_a_reader_that_leaves_changes_nothing() -> None:

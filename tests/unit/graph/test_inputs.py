@@ -10,7 +10,7 @@ from cuts import apart, outputs, random_architecture
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.errors import TraceError
+from secateur.errors import ModelError, TraceError
 from secateur.graph import trace
 from secateur.graph.rules import per_channel, pointwise
 from secateur.prune import cut, mask_removed
@@ -101,6 +101,18 @@ def test_an_input_by_keyword_only_is_refused():
 def test_models_that_must_be_prepared_first(wrap, reason):
     model, example = ZOO["plain"]()
     with pytest.raises(TraceError, match=reason):
+        trace(wrap(model), example)
+
+
+class Unhashable(nn.Sequential):  # noqa: PLW1641, as it is the subject
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@pytest.mark.parametrize("wrap", [Unhashable, lambda model: nn.Sequential(model, Unhashable())], ids=["all", "part"])
+def test_modules_that_pytorch_cannot_list(wrap):
+    model, example = ZOO["plain"]()
+    with pytest.raises(ModelError, match=r"must be hashable.* got Unhashable, .* Write `__hash__ = torch"):
         trace(wrap(model), example)
 
 

@@ -1,5 +1,6 @@
 """Models by name: building them, and refusing bad names and code."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -39,13 +40,31 @@ def text():
 """
 
 
+MOVING_CODE = """
+import os
+import tempfile
+import torch
+
+os.chdir(tempfile.gettempdir())
+
+def net():
+    os.chdir("/")
+    return torch.nn.Linear(6, 4)
+
+def broken():
+    os.chdir("/")
+    raise KeyError("no such layer")
+"""
+
+
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_nets.py").write_text(USER_CODE)
     (tmp_path / "my_faulty.py").write_text("import torch\nraise OSError('no license')\n")
+    (tmp_path / "my_moving.py").write_text(MOVING_CODE)
     (tmp_path / "my_needy.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("my_nets", "my_faulty", "my_needy"):
+    for name in ("my_nets", "my_faulty", "my_needy", "my_moving"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return "my_nets"
 
@@ -186,3 +205,12 @@ def test_failures_inside_timm_are_explained(monkeypatch: pytest.MonkeyPatch):
 
 def test_built_in_models_are_registered_by_their_names():
     assert isinstance(load_model("cifar_resnet32")[0], CifarResNet)
+
+
+@pytest.mark.usefixtures("user_module")
+@pytest.mark.parametrize("name", ["net", "broken"])
+def test_code_that_changes_the_working_directory_does_not_move_the_users_paths(name: str):
+    before = Path.cwd()
+    with contextlib.nullcontext() if name == "net" else pytest.raises(ModelError, match="no such layer"):
+        load_model(f"python:my_moving:{name}", trust_source=True)
+    assert Path.cwd() == before

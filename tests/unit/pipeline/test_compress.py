@@ -1,5 +1,6 @@
 """`compress` as a function: what it leaves alone, what it says, and how it meets what cannot be cut."""
 
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +67,32 @@ def test_callers_model_mode_and_random_state_stay():
     example = torch.zeros(1, 3, 8, 8)
     assert 0.4 * count_macs(model, example) < count_macs(result.model, example) <= 0.5 * count_macs(model, example)
     assert result.report.after.macs == count_macs(result.model, example)
+
+
+class _Moving(nn.Sequential):
+    """A network that changes the working directory whenever it runs."""
+
+    elsewhere = "/"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        os.chdir(self.elsewhere)
+        return super().forward(input)
+
+
+def test_model_that_changes_the_working_directory_does_not_move_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(here)  # Also puts the working directory of this test back.
+    monkeypatch.setattr(_Moving, "elsewhere", str(elsewhere))
+    train = TrainConfig(epochs=1, batch_size=32)
+    result = run_compress(_Moving(*_model()), noise_data(), budget="macs=50%", train=train, out=Path("small"))
+    assert result.folder == here / "small"
+    assert {"secateur.json", "report.html", "history.csv"} <= {path.name for path in (here / "small").iterdir()}
+    assert [path.name for path in here.iterdir()] == ["small"]
+    assert not list(elsewhere.iterdir())
 
 
 def test_versions_outside_of_the_tested_window_are_warned_of(monkeypatch: pytest.MonkeyPatch):

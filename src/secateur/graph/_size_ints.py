@@ -545,7 +545,8 @@ def _combine(operator: str, left: Extent, right: Extent) -> Extent | None:
     if operator == "*":
         return _product(left, right)
     if right.terms:
-        return _ratio(left, right) if operator == "//" else None
+        times = _ratio(left, right)
+        return Extent(0) if times is not None and operator == "%" else times
     if right.base == 0:
         return None
     return _quotient(left, right.base) if operator == "//" else _remainder(left, right.base)

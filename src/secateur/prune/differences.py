@@ -64,7 +64,7 @@ def largest_difference(
     return largest if compared or not want else None
 
 
-_UNSTABLE = 1e-6
+UNSTABLE = 1e-6
 """Part of its spread by which an unstable element changes when its inputs change by rounding steps."""
 
 
@@ -79,7 +79,7 @@ def _changed(first: Leaf, second: Leaf) -> Tensor | bool:
     if first.shape != second.shape:
         return True
     if first.is_floating_point() and first.numel():
-        changed = (first - second).abs() > _UNSTABLE * _spread(first)
+        changed = (first - second).abs() > UNSTABLE * _spread(first)
     else:
         changed = first != second
     return changed if bool(changed.any()) else False

@@ -107,6 +107,13 @@ def regroups(m, x):
     return x.view(b, m.groups, c // m.groups, h, w).transpose(1, 2).reshape(b, c, h, w)
 
 
+def divides_by_the_deviation_of_groups(m, x):
+    b, c, h, w = x.shape
+    assert c % m.groups == 0
+    pieces = x.reshape(b, m.groups, c // m.groups, h, w)
+    return x / (pieces.std((2, 3, 4), keepdim=True) + 0.1).expand(pieces.shape).reshape(b, c, h, w)
+
+
 def divides_with_rest(m, x):
     groups, rest = divmod(x.shape[1], 4)
     assert rest == 0
@@ -184,6 +191,8 @@ FOLLOWED: dict[str, Callable[[], Resized]] = {
     "negative_bound": net(lambda m, x: torch.cat([x[:, -m.low :], x[:, : -m.low]], 1), low=5),
     "absolute": net(lambda m, x: x.view(x.shape[0], abs(x.shape[1]), 64).view(x.shape)),
     "regrouped": net(regroups, groups=3),
+    "deviation_of_groups": net(divides_by_the_deviation_of_groups, groups=3),
+    "deviation_of_many_groups": net(divides_by_the_deviation_of_groups, groups=6),
     "divided_with_rest": net(divides_with_rest),
     "literal_groups": net(lambda m, x: x.reshape(x.size(0), -1, 4, 8, 8).sum(2).repeat_interleave(4, 1)),
     "named": net(names_the_shape, dim=12),

@@ -210,7 +210,7 @@ PROBLEMS = {
     "segmentation": Problem(
         Segmentation(void=11), Segmentation(void=11), Scenes, _camvid, 90, 8, 2e-3, _itself, (3, 240, 320)
     ),
-    "denoising": Problem(ImageToImage(), None, Denoiser, _noisy, 30, 8, 1e-3, _itself, (3, 96, 96)),
+    "denoising": Problem(ImageToImage(), None, Denoiser, _noisy, 12, 8, 1e-3, _itself, (3, 96, 96)),
     "landmarks": Problem(Regression(), None, _landmarks_net, _triangles, 12, 32, 1e-3, _itself, (3, 64, 64)),
 }
 

@@ -15,6 +15,7 @@ from zoo import ZOO
 
 from secateur._caller_state import OPEN, default_state, in_default_state
 from secateur.cost import count_macs
+from secateur.errors import SecateurError
 from secateur.graph import trace
 from secateur.models import load_model
 from secateur.prune import RecalibrateBatchNorm, Refit, cut
@@ -313,3 +314,30 @@ def test_an_interrupted_run_leaves_no_mode_behind(error: type[BaseException]) ->
     assert ended >= 10
     # The last ones ran to the end.
     assert RUNS_LEFT[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "strategy",
+            "uniform",
+            r"`strategy` must be of the type Strategy; got 'uniform' \(str\)\. See secateur\.search",
+        ),
+        (
+            "strategy",
+            Knapsack,
+            r"`strategy` must be of the type Strategy; got the class Knapsack\. Call it: Knapsack\(\)",
+        ),
+        ("budget", 0.5, r"`budget` must be of the type Budget or str; got 0\.5 \(float\)\. See secateur\.cost"),
+        ("space", None, r"`space` must be of the type SearchSpace; got None"),
+        ("graph", {}, r"`graph` must be of the type ChannelGraph; got \{\} \(dict\)"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_the_door(name: str, value: object, said: str):
+    model, example = ZOO["plain"]()
+    given = {"graph": trace(model, example), "strategy": Uniform(), "budget": "macs=50%"} | {name: value}
+    with pytest.raises(SecateurError, match=said):
+        search_architecture(model, **given)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        search_architecture(model)

@@ -12,7 +12,6 @@ from secateur.errors import (
     ArtifactError,
     BudgetError,
     DataError,
-    ExportError,
     SecateurError,
     SelectionError,
     TrainingError,
@@ -553,14 +552,9 @@ def formats(text: str) -> "tuple[Format, ...]":
     Raises:
         ExportError: If one is unknown, or its library is not installed.
     """
-    from secateur.export.formats import Format, check_formats
+    from secateur.export.formats import check_formats, parse_formats
 
-    known = {form.name.lower(): form for form in Format}
-    words = [word.strip().lower() for word in text.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            raise ExportError(f"`--export` must name {' or '.join(known)}, separated by commas; got {word!r}.")
-    found = tuple(dict.fromkeys(known[word] for word in words))
+    found = parse_formats(text)
     check_formats(found)
     return found
 

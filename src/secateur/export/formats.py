@@ -93,6 +93,24 @@ class Format(Enum):
     """An ONNX file that computes with 8-bit integers."""
 
 
+def parse_formats(formats: "str | Iterable[Format | str]") -> tuple[Format, ...]:
+    """Return formats, each once, that are given as such or by their names, also as one text: "onnx,pt2".
+
+    Raises:
+        ExportError: If a name is unknown.
+    """
+    given = formats.split(",") if isinstance(formats, str) else formats
+    known = {form.value: form for form in Format}
+    found: dict[Format, None] = {}
+    for each in given:
+        name = each.value if isinstance(each, Format) else str(each).strip().lower()
+        if name and name not in known:
+            raise ExportError(f"`export` must name {' or '.join(known)}; got {str(each)!r}.")
+        if name:
+            found[known[name]] = None
+    return tuple(found)
+
+
 def check_formats(formats: Iterable[Format]) -> None:
     """Refuse formats whose library is not installed, before any work.
 

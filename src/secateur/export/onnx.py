@@ -35,6 +35,7 @@ from secateur.export._common import (
 from secateur.export._runtime_child import without_telemetry
 from secateur.export.onnx_config import OnnxConfig
 from secateur.export.onnx_model import (
+    compute_out_of_place_,
     computing_as_given,
     file_model,
     in_half,
@@ -180,6 +181,7 @@ def onnx_bytes(
     names = _names("input", len(inputs))
     computing = in_half(copy_model(model)) if config.half else model
     program, shapes = _captured(computing, inputs, config, one_image=one_image)
+    compute_out_of_place_(program)
     outputs = len(program.graph_signature.user_outputs)
     first = tuple(tensor[:1] for tensor in inputs) if one_image else inputs
     try:

@@ -22,7 +22,7 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, evaluation_batch, run_data
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
-from secateur.export.formats import Format
+from secateur.export.formats import Format, parse_formats
 from secateur.graph.graph import StandIn
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import (
@@ -86,7 +86,7 @@ def compress(
     recovery: RecoveryConfig | Recover = RecoveryConfig(),  # noqa: B008 - frozen
     target: Target = OnnxRuntime(),  # noqa: B008 - frozen
     out: Path | str | None = None,
-    export: Sequence[Format] = (Format.ONNX,),
+    export: str | Sequence[Format | str] = (Format.ONNX,),
     source: ModelSource | None = None,
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> CompressResult:
@@ -118,7 +118,7 @@ def compress(
         out: Folder for the artifact, the exports and the report; None writes nothing. The folder appears whole at the
             end. Until then the work lies in ``<out>.work``, from which an interrupted run is resumed, also in the
             middle of a search or training of hours.
-        export: Files for other runtimes; only with ``out``.
+        export: Files for other runtimes, such as ``"onnx,int8"``; only with ``out``.
         source: How the original is built, so that the artifact can be loaded without its code; see
             `secateur.load_model`. Without it, loading needs ``factory=``.
         run: Seed, device, callbacks, checkpoints, and what to do with an unfinished run at the same ``out``.
@@ -135,7 +135,7 @@ def compress(
     output = None
     if out is not None:
         folder = Path(out).absolute()  # A model may change the working directory.
-        output = Output(folder, tuple(dict.fromkeys(export)), source, type(model).__qualname__)
+        output = Output(folder, parse_formats(export), source, type(model).__qualname__)
         check_output(folder)
         check_exports(output.formats, run.onnx, model)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget

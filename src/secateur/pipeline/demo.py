@@ -44,7 +44,7 @@ def demo(
     out: Path | str,
     *,
     settings: Demo = Demo(),
-    export: Sequence[Format] = (Format.ONNX,),
+    export: str | Sequence[Format | str] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> CompressResult:
     """Train a small residual network on handwritten digits, compress it, verify, export and report.

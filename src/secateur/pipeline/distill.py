@@ -18,7 +18,7 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData, run_data
 from secateur.distill.objective import Objective, Term
 from secateur.errors import TrainingError
-from secateur.export.formats import Format
+from secateur.export.formats import Format, parse_formats
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.evidence import measured_step, with_pairs
@@ -168,7 +168,7 @@ def distill_model(
     teacher_cache: Path | None = None,
     execution: Execution = Eager(),  # noqa: B008 - frozen
     out: Path | str | None = None,
-    export: Sequence[Format] = (Format.ONNX,),
+    export: str | Sequence[Format | str] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> DistillResult:
     """Distill any teacher into any student, verify the result and write it as an artifact.
@@ -187,7 +187,7 @@ def distill_model(
         execution: How both are run, see `secateur.train.fit`.
         out: Folder for the artifact, the exports and the report; None writes nothing. Until the end the work lies in
             ``<out>.work``, from which an interrupted run is resumed.
-        export: Files for other runtimes; only with ``out``.
+        export: Files for other runtimes, such as ``"onnx,int8"``; only with ``out``.
         run: Seed, device, callbacks, checkpoints, and what to do with an unfinished run at the same ``out``.
 
     Returns:
@@ -215,7 +215,7 @@ def distill_model(
         check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images, task, targets)
     if folder is not None:
         check_output(folder)
-        check_exports(export, run.onnx, student.model)
+        check_exports(parse_formats(export), run.onnx, student.model)
     plan = DistillPlan(
         student=student,
         teacher=teacher,
@@ -232,7 +232,7 @@ def distill_model(
     )
     output = None
     if folder is not None:
-        output = Output(folder, tuple(dict.fromkeys(export)), student.source, student.called)
+        output = Output(folder, parse_formats(export), student.source, student.called)
     with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))

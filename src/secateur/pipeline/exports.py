@@ -15,7 +15,7 @@ from secateur.data.dataset import ImageData
 from secateur.errors import ExportError
 from secateur.export._common import Parity, Samples
 from secateur.export.artifact import amend, is_artifact, read_manifest
-from secateur.export.formats import Format, check_formats
+from secateur.export.formats import Format, check_formats, parse_formats
 from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
 from secateur.export.onnx import onnx_bytes
 from secateur.export.onnx_config import OnnxConfig
@@ -80,7 +80,7 @@ def export_files(
     model: nn.Module,
     images: Tensor,
     folder: Path,
-    formats: Sequence[Format],
+    formats: str | Sequence[Format | str],
     *,
     data: ImageData | None = None,
     onnx: OnnxConfig = OnnxConfig(),  # noqa: B008 - frozen
@@ -101,6 +101,7 @@ def export_files(
     Raises:
         ExportError: If one cannot be made or disagrees; those before it stay.
     """
+    formats = parse_formats(formats)
     check_exports(formats, onnx, model)
     samples, made = Samples(images, data, onnx=onnx), list[Exported]()
     try:

@@ -17,7 +17,7 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
-from secateur.export.formats import Format
+from secateur.export.formats import Format, parse_formats
 from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
 from secateur.pipeline.distill import ModelSpec
 from secateur.pipeline.evidence import measured_step
@@ -105,7 +105,7 @@ def train_model(
     task: Task = Classification(),  # noqa: B008 - frozen
     execution: Execution = Eager(),  # noqa: B008 - frozen
     out: Path | str | None = None,
-    export: Sequence[Format] = (Format.ONNX,),
+    export: str | Sequence[Format | str] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
 ) -> TrainResult:
     """Train a network on the labels of its data, verify the result and write it as an artifact.
@@ -120,7 +120,7 @@ def train_model(
         execution: How the network is run, see `secateur.train.fit`.
         out: Folder for the artifact, the exports and the report; None writes nothing. Until the end the work lies in
             ``<out>.work``, from which an interrupted run is resumed.
-        export: Files for other runtimes; only with ``out``.
+        export: Files for other runtimes, such as ``"onnx,int8"``; only with ``out``.
         run: Seed, device, callbacks, checkpoints, and what to do with an unfinished run at the same ``out``.
 
     Returns:
@@ -142,7 +142,7 @@ def train_model(
     check_model_fits_data(copy_model(model.model).to(fabric.device).eval(), data, batch[0], task, batch[1])
     if folder is not None:
         check_output(folder)
-        check_exports(export, run.onnx, model.model)
+        check_exports(parse_formats(export), run.onnx, model.model)
     plan = TrainPlan(
         model=model,
         data=data,
@@ -156,7 +156,7 @@ def train_model(
     )
     output = None
     if folder is not None:
-        output = Output(folder, tuple(dict.fromkeys(export)), model.source, model.called)
+        output = Output(folder, parse_formats(export), model.source, model.called)
     with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))

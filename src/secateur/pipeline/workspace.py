@@ -380,7 +380,7 @@ def check_model_fits_data(
     runner = copy_model(model).eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            logits = call_model(runner, take(images, slice(2)))
+            outputs = call_model(runner, take(images, slice(2)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         given = next((str(tensor.dtype) for tensor in float_tensors(images)), "")
@@ -396,20 +396,20 @@ def check_model_fits_data(
             "Choose the image size (--image-size) and channels that the model was made for."
         ) from error
     if not isinstance(task, Classification) or not data.classes:
-        task.check(logits, logits if isinstance(task, Imitation) else take(targets, slice(2)))
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(logits)):
+        task.check(outputs, outputs if isinstance(task, Imitation) else take(targets, slice(2)))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(outputs)):
             raise ModelError(
                 f"`model` must give finite outputs for the inputs of {data.name}; got NaN or infinity. Check its "
                 "weights and how the inputs are normalized."
             )
         return
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-    if shape != (len(images[:2]), len(data.classes)):
-        got = type(logits).__name__ if shape is None else f"shape {shape}"
+    logits = next(iter(float_tensors(outputs)), None)
+    if logits is None or logits.shape != (len(images[:2]), len(data.classes)):
+        got = type(outputs).__name__ if logits is None else f"shape {tuple(logits.shape)}"
         raise ModelError(
             f"`model` must return one logit for each of the {len(data.classes)} classes of {data.name}, here shape "
             f"({len(images[:2])}, {len(data.classes)}); got {got}. Use a model with that many classes. Put one "
-            "that returns more into a module whose forward pass returns the logits alone (`.logits` in transformers)."
+            "that returns other tensors first into a module whose forward pass returns the logits."
         )
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(

@@ -7,8 +7,8 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -136,6 +136,8 @@ class RecalibrateBatchNorm:
 
     Attributes:
         eps: Added to both variances before dividing.
+        known: What `batch_statistics` gives for the original and the images, where many cuts of one model are repaired
+            with the same images; None measures it.
 
     References:
         Recalibration itself: Yu & Huang, arXiv:1903.05134, Section 3.3; Li et al. (EagleEye), arXiv:2007.02491.
@@ -143,10 +145,11 @@ class RecalibrateBatchNorm:
     """
 
     eps: float = 1e-8
+    known: Mapping[str, tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
 
     def apply_(self, small: nn.Module, context: RepairContext) -> dict[str, str]:
         """Update the running statistics of ``small`` in place; see `Repair.apply_` for what is returned."""
-        before = batch_statistics(context.original, context.images)
+        before = batch_statistics(context.original, context.images) if self.known is None else self.known
         after = batch_statistics(small, context.images)
         kept = kept_positions_by_tensor(context.graph, context.architecture)
         modules, names = dict(small.named_modules()), original_names(small)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._batches import count_images, first_images
 from secateur._files import disk_errors, write_atomic
@@ -28,7 +28,7 @@ from secateur.graph.trace import Example
 from secateur.prune.calibration import split_calibration
 from secateur.prune.cut import Repair, cut
 from secateur.prune.distance import OutputDistance
-from secateur.prune.repair import RecalibrateBatchNorm, Refit
+from secateur.prune.repair import RecalibrateBatchNorm, Refit, batch_statistics
 from secateur.prune.slice import apply_architecture
 from secateur.search.base import Proposal, ScoreCache, SearchContext, SearchResult, Strategy, stable_repr
 from secateur.search.depth import Without, blocks_by_worth
@@ -370,6 +370,7 @@ class _Comparison:
         self._fitted = _joined(first_images([images for images, _ in inputs.batches], most))
         self._held_out = first_images(held_out, max(most // 2, _FEWEST_IMAGES))
         self._distance: OutputDistance | None = None
+        self._repairs = strategy.repairs
         others = len(strategy.strategies) - 1 + len(strategy.fewer_blocks)
         self._expected = len(candidate_spaces(self.context)) + others
 
@@ -403,12 +404,13 @@ class _Comparison:
         if name not in self._records.errors:
             if self._distance is None:
                 self._distance = OutputDistance(inputs.model, self._held_out)
+                self._repairs = _with_statistics(self._strategy.repairs, inputs.model, self._fitted)
             made = cut(
                 inputs.model,
                 inputs.graph,
                 result.architecture,
                 calibration=self._fitted,
-                repairs=self._strategy.repairs,
+                repairs=self._repairs,
                 held_out=self._held_out,
             )
             if made.verification.frozen:
@@ -498,6 +500,14 @@ def _joined(batches: Sequence[Example]) -> list[Example]:
     """Batches as one, so that one pass repairs a whole network; those that are no single tensors stay as they are."""
     tensors = [batch for batch in batches if isinstance(batch, Tensor)]
     return [torch.cat(tensors)] if len(tensors) == len(batches) else list(batches)
+
+
+def _with_statistics(repairs: Sequence[Repair], model: nn.Module, images: Sequence[Example]) -> tuple[Repair, ...]:
+    """The repairs, which know the statistics of the original's batch norms: each candidate would measure them again."""
+    if not any(isinstance(repair, RecalibrateBatchNorm) for repair in repairs):
+        return tuple(repairs)
+    known = batch_statistics(model, images)
+    return tuple(replace(each, known=known) if isinstance(each, RecalibrateBatchNorm) else each for each in repairs)
 
 
 def _sample(batch: Example, target: Target) -> InputTensors:

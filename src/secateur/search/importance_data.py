@@ -14,7 +14,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from secateur._arrays import FloatArray, IntArray
-from secateur._batches import arguments_of, call_model, count_images, first_images, has_targets, targets_of
+from secateur._batches import (
+    arguments_of,
+    call_model,
+    count_images,
+    first_images,
+    float_tensors,
+    has_targets,
+    targets_of,
+)
 from secateur._runtime import with_recurrent_gradients_
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
@@ -198,9 +206,10 @@ def _loss_of_task(
 
 def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Example, labels: Tensor) -> Tensor:
     positional, by_name = arguments_of(images)
-    output = torch.func.functional_call(model, dict(parameters), positional, by_name)
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(labels) or output.shape[1] < 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    outputs = torch.func.functional_call(model, dict(parameters), positional, by_name)
+    output = next(iter(float_tensors(outputs)), None)
+    if output is None or output.ndim != 2 or len(output) != len(labels) or output.shape[1] < 2:
+        got = f"shape {tuple(output.shape)}" if output is not None else type(outputs).__name__
         raise DataError(
             f"`model` must return logits ({len(labels)}, classes) for Taylor; got {got}. Wrap the model so that it "
             "returns those of two classes or more, or use Reconstruction, which needs no labels."

@@ -1,12 +1,14 @@
 """Classification with one label per image, and with several."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur._batches import float_tensors
 from secateur.distill.logit_losses import kd_loss, label_loss
 from secateur.errors import TrainingError
 from secateur.tasks.base import Meter, Metric, Score, Task, main_output
@@ -19,7 +21,8 @@ TOP1 = Metric("top-1 accuracy", is_share=True)
 class Classification(Task):
     """One class per image: cross-entropy, and top-1 accuracy.
 
-    Labels are class indices (batch,), or probabilities (batch, classes) of mixed images.
+    Outputs are logits (batch, classes), or a tree whose first floating-point tensor is that, such as what the models of
+    transformers return. Labels are class indices (batch,), or probabilities (batch, classes) of mixed images.
 
     Attributes:
         label_smoothing: See `label_loss`.
@@ -31,13 +34,19 @@ class Classification(Task):
     metric = TOP1
     needs_targets = True
 
+    def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> Any:
+        """See `Task.train_forward`: of an object with logits, those alone, as losses take them."""
+        outputs = super().train_forward(model, call, inputs, targets)
+        first = None if isinstance(outputs, Tensor) else next(iter(float_tensors(outputs)), None)
+        return outputs if first is None or first.ndim != 2 else first
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """See `Task.loss`: `label_loss`, in nats."""
-        return label_loss(outputs, targets, smoothing=self.label_smoothing)
+        return label_loss(main_output(outputs), targets, smoothing=self.label_smoothing)
 
     def imitation(self, student: Any, teacher: Any) -> Tensor:
         """See `Task.imitation`: `kd_loss`, in nats."""
-        return kd_loss(student, teacher, temperature=self.temperature)
+        return kd_loss(main_output(student, "student"), main_output(teacher, "teacher"), temperature=self.temperature)
 
     def meter(self) -> Meter:
         """See `Task.meter`."""
@@ -46,7 +55,7 @@ class Classification(Task):
     def check(self, outputs: Any, targets: Any, *, name: str = "model") -> None:
         """See `Task.check`."""
         check_logits(outputs, len(targets), name)
-        check_targets(targets, outputs.shape[1])
+        check_targets(targets, main_output(outputs).shape[1])
 
     def with_settings(self, *, label_smoothing: float, temperature: float) -> "Classification":
         """See `Task.with_settings`."""
@@ -70,16 +79,17 @@ class _Top1Meter(Meter):
             TrainingError: If the outputs are no logits, or the targets no classes of theirs.
         """
         check_logits(outputs, len(targets))
-        labels = class_indices(targets, len(outputs))
-        self._classes = outputs.shape[1]
+        logits = main_output(outputs)
+        labels = class_indices(targets, len(logits))
+        self._classes = logits.shape[1]
         low, high = torch.aminmax(labels)
         if self._range is None:  # Looking at labels waits for the device: that is done for the first batch, and last.
             check_range(low, high, self._classes)
             self._range = low, high
         self._range = torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)
-        correct = (outputs.argmax(1) == labels).sum()
+        correct = (logits.argmax(1) == labels).sum()
         # A label out of range would stop a GPU for good, before it is refused.
-        loss = F.cross_entropy(outputs.float(), labels.clamp(0, self._classes - 1), reduction="sum")
+        loss = F.cross_entropy(logits.float(), labels.clamp(0, self._classes - 1), reduction="sum")
         self._correct = correct if self._correct is None else self._correct + correct
         self._loss = loss if self._loss is None else self._loss + loss
         self._n += len(labels)
@@ -114,22 +124,23 @@ OTHER_TASK = (
 """What to do with targets that are no classes, for messages."""
 
 
-def check_logits(logits: object, images: int, name: str = "model") -> None:
+def check_logits(outputs: object, images: int, name: str = "model") -> None:
     """Refuse a model that does not give logits.
 
     Args:
-        logits: What it returned.
+        outputs: What it returned.
         images: Number of images it was given.
         name: The argument that the model is, for the message.
 
     Raises:
         TrainingError: If the shape is not (images, classes).
     """
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    first = next(iter(float_tensors(outputs)), None)
+    shape = None if first is None else tuple(first.shape)
     if shape is None or len(shape) != 2 or shape[0] != images:
         raise TrainingError(
             f"`{name}` must return logits of the shape (batch, classes), here ({images}, classes); "
-            f"got {shape or type(logits).__name__}. Wrap the model so that its forward returns the logits alone. "
+            f"got {shape or type(outputs).__name__}. Wrap the model so that its forward returns the logits, or first. "
             "For other outputs give the task that they are for, such as task=Segmentation() or one of your own."
         )
 

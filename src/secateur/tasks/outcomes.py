@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.tasks.base import Meter, Metric, Score, Task
+from secateur.tasks.base import Meter, Metric, Score, Task, main_output
 
 _Z95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -179,7 +179,7 @@ class _NotingMeter(Meter):
     def update(self, outputs: Any, targets: Any) -> None:
         """See `Meter.update`."""
         self._inner.update(outputs, targets)
-        self._notes.append((outputs.argmax(1).cpu(), targets.long().cpu()))
+        self._notes.append((main_output(outputs).argmax(1).cpu(), targets.long().cpu()))
 
     def compute(self) -> Score:
         """See `Meter.compute`."""

@@ -1,6 +1,7 @@
 """`compress` takes any task and the data that people have, and its report and artifact speak of their metric."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 from pretend import Pretend
 from squares import RUN, NamedOutputs, SquareDetector, Squares, dense_net, pooled_net
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import secateur
 from secateur.data.annotated import as_lists
+from secateur.distill import Objective, Term
+from secateur.distill.logit_losses import dist_loss
 from secateur.errors import SecateurError
-from secateur.search import Knapsack
+from secateur.search import Knapsack, Taylor
 from secateur.tasks import Detection, ImageToImage, Imitation, MultiLabel, Regression, Segmentation, Task
 
 KINDS: dict[str, tuple[Task, Any, str, str]] = {
@@ -91,3 +95,36 @@ def test_a_loader_of_ones_own_classifies_and_keeps_its_batch_size() -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_searched(data: Any, task: Task, match: str) -> None:
     with pytest.raises(SecateurError, match=match):
         secateur.compress(pooled_net(2), data, "macs=60%", task=task, **RUN)
+
+
+class LogitsByName(nn.Module):
+    """As the classifiers of transformers return them: an object whose first tensor is the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = pooled_net(2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        logits = self.net(x)
+        return {"loss": None, "logits": logits, "embedding": logits.softmax(1)[:, :1]}
+
+
+def test_a_classifier_that_returns_an_object_with_logits_goes_the_whole_way(tmp_path: Path) -> None:
+    objective = Objective(terms=(Term("dist", dist_loss),))
+    settings = RUN | {"recovery": replace(RUN["recovery"], objective=objective), "strategy": Knapsack(Taylor())}
+    given = {"target": Pretend(), "out": tmp_path / "out", **settings}
+    found = secateur.compress(LogitsByName(), data_of("classes"), "macs=60%", **given)
+    alone = secateur.compress(pooled_net(2), data_of("classes"), "macs=60%", **(given | {"out": None}))
+    assert all(check.passed for check in found.report.checks), [c for c in found.report.checks if not c.passed]
+    assert [step.score.value for step in found.report.steps] == [step.score.value for step in alone.report.steps]
+    wanted = alone.model.state_dict()
+    assert all(
+        torch.equal(tensor, wanted[name.removeprefix("net.")]) for name, tensor in found.model.state_dict().items()
+    )
+    checked = secateur.verify(tmp_path / "out", factory=LogitsByName)
+    assert all(check.passed for check in checked.checks), checked
+
+
+def test_a_supernet_of_a_classifier_that_returns_an_object_is_refused() -> None:
+    with pytest.raises(SecateurError, match="must take one tensor and return one for SWP; got dict"):
+        secateur.compress(LogitsByName(), data_of("classes"), "macs=60%", strategy=secateur.SWP(), **RUN)

@@ -1,6 +1,8 @@
 """Repairs: each compared with its equation, and without effect where there is nothing to repair."""
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -496,6 +498,35 @@ def test_a_channel_that_is_constant_in_one_model_keeps_its_variance():
     RecalibrateBatchNorm().apply_(small, RepairContext(model, graph, architecture, pictures))
     assert small[3][1].running_var[0] == before[0]
     assert (small[3][1].running_var[1:] != before[1:]).all()
+
+
+def test_statistics_of_the_original_that_are_known_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
+    model, example = ZOO["residual"]()
+    graph = trace(model, example)
+    pictures = [torch.randn(16, *example.shape[1:], generator=torch.Generator().manual_seed(0))]
+    architecture = Architecture.of({axis.name: range(0, axis.size, 2) for axis in graph.prunable})
+    found: list[nn.Module] = []
+    for known in (None, batch_statistics(model, pictures)):
+        made = cut(
+            model,
+            graph,
+            architecture,
+            calibration=pictures,
+            repairs=[RecalibrateBatchNorm(known=known)],
+            held_out=pictures,
+        )
+        assert made.repairs[0].repair == "RecalibrateBatchNorm(eps=1e-08)"
+        found.append(made.model)
+        monkeypatch.setattr("secateur.prune.repair.batch_statistics", _only_of(found[0]))
+    assert all(torch.equal(one, found[1].state_dict()[name]) for name, one in found[0].state_dict().items())
+
+
+def _only_of(small: nn.Module) -> Callable[..., Any]:
+    def measured(model: nn.Module, images: Sequence[Tensor]) -> Any:
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in small.parameters())
+        return batch_statistics(model, images)
+
+    return measured
 
 
 # Calibration batches of any form, and what they are judged by.

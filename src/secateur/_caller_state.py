@@ -183,7 +183,8 @@ def _check_kinds(function: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             got = f"got the class {value.__name__}. Call it: {value.__name__}()."
         else:
             place = next(".".join(kind.__module__.split(".")[:2]) for kind in wanted if _is_ours(kind))
-            got = f"got {repr(value)[:80]} ({type(value).__name__}). See {place}."
+            shown = " ".join(repr(value).split())
+            got = f"got {shown[:80]} ({type(value).__name__}). See {place}."
         raise SecateurError(f"`{name}` must be of the type {words}; {got}")
 
 

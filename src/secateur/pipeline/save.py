@@ -63,11 +63,6 @@ def save(
             ``source`` builds another model, or if ``folder`` cannot be written.
         ModelError: If ``source`` cannot be built.
     """
-    if not isinstance(cut, Cut | CompressResult):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArtifactError(
-            f"`cut` must be what secateur.cut or secateur.compress returned; got {type(cut).__name__}. Say "
-            "secateur.save(cut, folder); a model with a recipe of its own is written by secateur.export.save_artifact."
-        )
     folder = Path(folder).absolute()
     refuse_foreign(folder)
     student = copy_model(cut.model if model is None else model).eval().cpu()

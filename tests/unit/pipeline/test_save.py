@@ -16,7 +16,7 @@ from zoo import ZOO, ZooNet
 import secateur
 from secateur.architecture import Architecture
 from secateur.cli import main
-from secateur.errors import ArtifactError, ModelError
+from secateur.errors import ArtifactError, ModelError, SecateurError
 from secateur.graph import untie
 from secateur.prune import apply_architecture
 from secateur.prune.cut_record import CutRecord
@@ -160,7 +160,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     model, example = ZOO["plain"]()
     cut = cut_once(model, example)
     with pytest.raises(
-        ArtifactError, match=r"`cut` must be what secateur\.cut or secateur\.compress returned; got Plain"
+        SecateurError, match=r"`cut` must be of the type Cut or CompressResult; got Plain.*See secateur\.prune"
     ):
         secateur.save(cut.model, tmp_path / "small")  # type: ignore[arg-type]
     for other in (model, nn.Sequential(cut.model)):

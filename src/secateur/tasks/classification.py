@@ -138,9 +138,10 @@ def check_logits(outputs: object, images: int, name: str = "model") -> None:
     first = next(iter(float_tensors(outputs)), None)
     shape = None if first is None else tuple(first.shape)
     if shape is None or len(shape) != 2 or shape[0] != images:
+        got = shape if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TrainingError(
             f"`{name}` must return logits of the shape (batch, classes), here ({images}, classes); "
-            f"got {shape or type(outputs).__name__}. Wrap the model so that its forward returns the logits, or first. "
+            f"got {got}. Wrap the model so that its forward returns the logits, alone or first. "
             "For other outputs give the task that they are for, such as task=Segmentation() or one of your own."
         )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur._batches import batch_length, float_tensors, take
+from secateur._batches import batch_length, take
 from secateur.distill.objective import Objective
 from secateur.distill.taps import AlignedFeatureRecorder, AlignedFeatures, TapRecorder
 from secateur.errors import TrainingError
@@ -280,14 +280,13 @@ class SupervisedStep(TrainingStep):
                 self._task.check(outputs, targets)
             return
         built_in = bool(objective.label_weight or objective.kd_weight)
-        first = next(iter(float_tensors(outputs)), None)
-        if not built_in and (first is None or first.ndim != 2):
+        if not built_in and not (isinstance(outputs, Tensor) and outputs.ndim == 2):
             return
         check_logits(outputs, len(targets))
-        assert first is not None
+        assert isinstance(outputs, Tensor)
         if objective.kd_weight:
             check_logits(taught, len(targets), "teacher")
-        classes = first.shape[1]
+        classes = outputs.shape[1]
         indices = targets.ndim == 1 and not targets.is_floating_point()
         # Where only the teacher is learned from, any number may stand for a label that is not known.
         used = objective.label_weight or (objective.terms and classes > 1)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from secateur.cli.distill import distill_command
 from secateur.cli.inspect import bench_command, evaluate_command, inspect_command, verify_command
 from secateur.cli.options import ImageFlags, LoadingFlags, flag
 from secateur.cli.output import PlainConsole, command_line, end_with_error, err, handle_errors, logged, out
-from secateur.cli.process import last_guard, open_streams
+from secateur.cli.process import last_guard, modules_of_working_folder, open_streams
 from secateur.cli.train import train_command
 from secateur.errors import ArtifactError, ModelError
 
@@ -153,7 +154,11 @@ def _run(words: list[str]) -> None:
         except CycloptsError as error:
             raise end_with_error(_words_for(error, words)) from None
     out_folder = bound.kwargs.get("out_folder")
-    with last_guard(debug=debug, out_folder=out_folder if isinstance(out_folder, Path) else None):
+    trusted = "--trust-source" in words
+    with (
+        last_guard(debug=debug, out_folder=out_folder if isinstance(out_folder, Path) else None),
+        modules_of_working_folder() if trusted else nullcontext(),
+    ):
         command(*bound.args, **bound.kwargs)
 
 

@@ -140,3 +140,22 @@ def _written(text: str, out_folder: Path | None) -> Path | None:
             file.write(content)
         return Path(name)
     return None
+
+
+@contextmanager
+def modules_of_working_folder() -> Generator[None]:
+    """Let ``python:MODULE:NAME`` find modules of the working folder, as ``python FILE`` beside them would.
+
+    The folder comes last, so that a file in it replaces no installed module.
+    """
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:  # Somebody has removed it.
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # The code of the user may have changed the list.
+            sys.path.remove(here)

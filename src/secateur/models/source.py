@@ -320,7 +320,7 @@ def _import(module_name: str, spec: str) -> ModuleType:
         with _same_folder():
             return import_module(module_name)
     except ModuleNotFoundError as error:
-        way_out = "Install it, or put its folder on PYTHONPATH."
+        way_out = "Install it, or name its folder in PYTHONPATH; commands find modules of the working folder too."
         raise ModelError(f"{spec} must name a module that can be imported; {error}. {way_out}") from error
     except Exception as error:
         raise ModelError(f"{spec} could not be imported: {_summarize(error)}.") from error

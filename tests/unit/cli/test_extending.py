@@ -1,5 +1,6 @@
 """Strategies, importances and losses of the user, named by ``python:PACKAGE.MODULE:NAME``."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,19 @@ def test_code_of_the_user_runs_only_with_trust(words: tuple[str, ...], tmp_path:
     assert "imports and runs code; that needs your consent" in " ".join(found.stderr.split())
     assert "--trust-source" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_modules_of_the_working_folder_are_found_by_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    lines = ("from secateur.models import CifarResNet", "def net():", "    return CifarResNet(1)")
+    (here / "net_beside_me.py").write_text("\n".join(lines))
+    (here / "rich.py").write_text("raise SystemExit(99)")  # Replaces no installed module.
+    (here / "net_alone.py").write_text("raise SystemExit(99)")
+    monkeypatch.chdir(here)
+    before = list(sys.path)
+    found = secateur("inspect", "--model", "python:net_beside_me:net", "--trust-source", "--image-size", 32)
+    assert (found.exit_code, sys.path) == (0, before), found.stderr
+    refused = secateur("inspect", "--model", "python:net_alone:net")
+    assert refused.exit_code == 2
+    assert "needs your consent" in " ".join(refused.stderr.split())

@@ -17,11 +17,11 @@ from secateur.pipeline import (
     DEFAULT_REPAIRS,
     CompressResult,
     CutConfig,
-    DistillResult,
     KeepWeights,
     ModelSpec,
     RecoveryConfig,
     RunConfig,
+    TrainResult,
     compress,
     distill_model,
 )
@@ -70,7 +70,7 @@ def run_compress(model: nn.Module, data: ImageData, *, hear: Hear | None = None,
         return compress(model, data, **_grouped(settings, kinds))
 
 
-def run_distill(student: ModelSpec, *, hear: Hear | None = None, **settings: Any) -> DistillResult:
+def run_distill(student: ModelSpec, *, hear: Hear | None = None, **settings: Any) -> TrainResult:
     """Run `distill_model`, as above."""
     with nullcontext() if hear is None else log_heard(hear):
         return distill_model(student, **_grouped(settings, {"run": RunConfig}))

@@ -56,10 +56,10 @@ if TYPE_CHECKING:
     from secateur.search.base import search_architecture as search_architecture
     from secateur.search.candidates import Fastest as Fastest
     from secateur.search.depth import RemoveBlocks as RemoveBlocks
-    from secateur.search.knapsack import Knapsack as Knapsack
     from secateur.search.latency import WithinLatency as WithinLatency
     from secateur.search.pca import PCASlimming as PCASlimming
     from secateur.search.ranking import GlobalImportance as GlobalImportance
+    from secateur.search.ranking import Knapsack as Knapsack
     from secateur.search.ranking import Uniform as Uniform
     from secateur.search.space import AxisRule as AxisRule
     from secateur.search.space import SearchSpace as SearchSpace
@@ -136,11 +136,11 @@ _MODULES = {
     "search.base": ("search_architecture",),
     "search.candidates": ("Fastest",),
     "search.depth": ("RemoveBlocks",),
-    "search.knapsack": ("Knapsack",),
     "search.latency": ("WithinLatency",),
     "search.pca": ("PCASlimming",),
     "search.ranking": (
         "GlobalImportance",
+        "Knapsack",
         "Uniform",
     ),
     "search.space": (

@@ -147,6 +147,22 @@ def float_tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def first_output(outputs: Any) -> Tensor | None:
+    """Return the first floating-point tensor of outputs, such as the logits of a classifier; None without any."""
+    return next(iter(float_tensors(outputs)), None)
+
+
+def unusual(tensor: Tensor) -> str:
+    """Return what keeps operations from computing with the numbers of a tensor, in words; "" for an ordinary one."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_nested or tensor.is_quantized:
+        return "nested" if tensor.is_nested else "quantized"
+    if tensor.layout is not torch.strided:
+        return f"of the layout {str(tensor.layout).removeprefix('torch.')}"
+    return f"of the type {tensor.dtype}" if tensor.is_floating_point() and tensor.element_size() == 1 else ""
+
+
 def in_float32(outputs: Any) -> Any:
     """Return outputs with their floating-point tensors in float32, in which losses are computed."""
     return tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)

@@ -1,14 +1,10 @@
 """What a caller has set around a call: it neither changes a result nor hides anything from a recorder."""
 
 import contextlib
-import inspect
 import random
-import sys
 import threading
-import typing
 from collections.abc import Callable, Generator
-from functools import cache, wraps
-from types import SimpleNamespace, UnionType
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -17,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
-from secateur.errors import SecateurError
+from secateur._kinds import check_arguments
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -122,12 +118,12 @@ def in_default_state(function: Callable[Parameters, Returned]) -> Callable[Param
     The global random states of Python, NumPy and PyTorch are as before when it returns.
 
     Tensors that were created in inference mode are replaced by ordinary copies, directly among the arguments and in
-    tuples, lists and dicts. Arguments that should be objects of Secateur and are not are refused.
+    tuples, lists and dicts. Arguments of the wrong type are refused, see `check_arguments`.
     """
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
-        _check_kinds(function, args, kwargs)
+        check_arguments(function, args, kwargs)
         models = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
         with contextlib.ExitStack() as stack:
             stack.enter_context(default_state(*models))
@@ -136,56 +132,6 @@ def in_default_state(function: Callable[Parameters, Returned]) -> Callable[Param
             return run(*_without_inference_tensors(args), **_without_inference_tensors(kwargs))
 
     return call
-
-
-@cache
-def _kinds_of(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, tuple[type, ...]]]:
-    """Return the signature, and the classes of each parameter that takes objects of Secateur only, or text or None."""
-    signature, kinds = inspect.signature(function), dict[str, tuple[type, ...]]()
-    names = vars(sys.modules[function.__module__])
-    for name, parameter in signature.parameters.items():
-        alone = SimpleNamespace(__annotations__={name: parameter.annotation})
-        try:
-            hint: Any = typing.get_type_hints(alone, names)[name]
-        except Exception:  # It names what is imported for type checkers only.
-            continue
-        members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, UnionType} else (hint,)
-        if all(_is_plain_class(member) for member in members) and any(_is_ours(member) for member in members):
-            kinds[name] = members
-    return signature, kinds
-
-
-def _is_plain_class(member: Any) -> bool:
-    return member in {str, type(None)} or (_is_ours(member) and not getattr(member, "_is_protocol", False))
-
-
-def _is_ours(member: Any) -> bool:
-    return isinstance(member, type) and member.__module__.split(".")[0] == "secateur"
-
-
-def _check_kinds(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that are no objects of the classes that the function is written for.
-
-    Raises:
-        SecateurError: With what was given, such as a name that only the command line knows.
-    """
-    signature, kinds = _kinds_of(function)
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:  # The call itself says better what is missing or too much.
-        return
-    for name, value in given.items():
-        wanted = kinds.get(name)
-        if wanted is None or isinstance(value, wanted):
-            continue
-        words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in wanted)
-        if isinstance(value, type):
-            got = f"got the class {value.__name__}. Call it: {value.__name__}()."
-        else:
-            place = next(".".join(kind.__module__.split(".")[:2]) for kind in wanted if _is_ours(kind))
-            shown = " ".join(repr(value).split())
-            got = f"got {shown[:80]} ({type(value).__name__}). See {place}."
-        raise SecateurError(f"`{name}` must be of the type {words}; {got}")
 
 
 @contextlib.contextmanager

@@ -4,9 +4,18 @@ The command line prints them without a traceback and exits with code 2. Any othe
 keeps its traceback.
 """
 
+from secateur._text import visible
+
 
 class SecateurError(Exception):
-    """The base class of all errors that a user can cause."""
+    """The base class of all errors that a user can cause. Values of strangers in a message cannot steer a terminal."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+class KindError(SecateurError, TypeError):
+    """An argument or a setting of the wrong type."""
 
 
 class BudgetError(SecateurError, ValueError):

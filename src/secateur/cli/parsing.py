@@ -340,7 +340,7 @@ def _default_without_blocks(fraction: float, default_blocks: float) -> "Strategy
     """Build the default strategy with another largest fraction of removed blocks."""
     from secateur.search.candidates import Fastest
     from secateur.search.depth import RemoveBlocks
-    from secateur.search.knapsack import Knapsack
+    from secateur.search.ranking import Knapsack
 
     if fraction:
         # Not `Fastest`, which removes blocks only from networks that are within the budget by their widths.
@@ -349,9 +349,8 @@ def _default_without_blocks(fraction: float, default_blocks: float) -> "Strategy
 
 
 def _widths(name: str, flags: "SearchFlags", trust_source: bool) -> "Strategy":
-    from secateur.search.knapsack import Knapsack
     from secateur.search.pca import Activations, Correlation, FilterWeights, PCASlimming, RawWeights
-    from secateur.search.ranking import GlobalImportance, Uniform
+    from secateur.search.ranking import GlobalImportance, Knapsack, Uniform
 
     stretched = flags.rank_cap != "literal"
     source = RawWeights(stretched=stretched) if flags.pca == "raw" else FilterWeights(stretched=stretched)

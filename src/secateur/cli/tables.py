@@ -14,10 +14,8 @@ from secateur.cli.output import end_with_error, out, print_json, relative_path
 from secateur.cost.budget import Cost, format_cost, format_count
 from secateur.cost.measure import Latency
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph
-from secateur.pipeline.config import CompressResult
-from secateur.pipeline.distill import DistillResult
+from secateur.pipeline.config import CompressResult, TrainResult
 from secateur.pipeline.inspect import ModelReport
-from secateur.pipeline.train import TrainResult
 from secateur.report.comparison import Comparison
 from secateur.report.graph_layers import GraphLayer, frozen_sentence, layers_of_block, list_layers
 from secateur.report.html import headline
@@ -29,7 +27,7 @@ _WIDE = 4096
 _ELLIPSIS = "…"
 
 
-def show(result: CompressResult | DistillResult | TrainResult, *, quiet: bool = False, as_json: bool = False) -> None:
+def show(result: CompressResult | TrainResult, *, quiet: bool = False, as_json: bool = False) -> None:
     """Print the tables of a finished run, one line of it, or JSON; end with an error if a check failed."""
     if as_json:
         print_json("result", _fields(result))
@@ -43,7 +41,7 @@ def show(result: CompressResult | DistillResult | TrainResult, *, quiet: bool = 
         raise end_with_error("; ".join(result.failed))
 
 
-def _fields(result: CompressResult | DistillResult | TrainResult) -> dict[str, object]:
+def _fields(result: CompressResult | TrainResult) -> dict[str, object]:
     """The numbers of a finished run by name."""
     report = result.report
     return {
@@ -59,7 +57,7 @@ def _fields(result: CompressResult | DistillResult | TrainResult) -> dict[str, o
     }
 
 
-def _show_tables(result: CompressResult | DistillResult | TrainResult) -> None:
+def _show_tables(result: CompressResult | TrainResult) -> None:
     print_before_after(result.report)
     print_steps(result.report)
     print_exports(result.report)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from secateur._files import temporary_folder
+from secateur._kinds import settings
 from secateur._runtime import ELAPSED_TIME, PROCESSOR_TIME, Clock, preserve_environment, torch_threads
 from secateur.cost.onnx_templates import OnnxTemplates
 from secateur.cost.timing import LayerShape, Pass, call_seconds, kernel_seconds, onnx_of
@@ -74,7 +75,7 @@ class Target(ABC):
                 raise ExportError(f"`{name}` must be a whole number, at least 1; got {value!r}. 1 is usual.")
 
 
-@dataclass(frozen=True)
+@settings
 class OnnxRuntime(Target):
     """ONNX Runtime on this CPU: what most deployments use.
 
@@ -175,7 +176,7 @@ class _OnnxRuntimeWithFiles(OnnxRuntime):
                 yield run
 
 
-@dataclass(frozen=True)
+@settings
 class TorchEager(Target):
     """PyTorch without compilation, in inference mode.
 
@@ -225,7 +226,7 @@ class TorchEager(Target):
         return model
 
 
-@dataclass(frozen=True)
+@settings
 class TorchCompiled(TorchEager):
     """PyTorch with `torch.compile` (inductor); compilation is not counted.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from secateur._kinds import settings
 from secateur.data._buffers import BufferPool
 from secateur.data.auto_augment import check_policy
 from secateur.errors import DataError
@@ -26,7 +27,7 @@ _FLOATS_PER_PART = 2**17
 """Floats normalized at a time: half a megabyte, which fits into a second-level cache."""
 
 
-@dataclass(frozen=True)
+@settings
 class Normalization:
     """(pixel / 255 - mean) / std, per channel.
 
@@ -116,7 +117,7 @@ _LOG_ASPECT = math.log(4 / 3)
 """Aspect ratios of resized crops are log-uniform in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842, Section 6)."""
 
 
-@dataclass(frozen=True)
+@settings
 class Augment:
     """How training images are varied. The defaults are common for 32 x 32 color images.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur._batches import call_model, count_images, float_tensors, select_images
+from secateur._kinds import settings
 from secateur._runtime import run_isolated, with_recurrent_gradients_
 from secateur.distill.logit_losses import feature_loss
 from secateur.distill.taps import AlignedFeatureRecorder, AlignedFeatures
@@ -26,7 +27,7 @@ _TARGET_BYTES = 2**29
 """Memory for what the original gives; batches that find no room are run through it again in every pass."""
 
 
-@dataclass(frozen=True)
+@settings
 class MatchFeatures:
     """Train the cut model to give the outputs and the features of the original again, without labels.
 

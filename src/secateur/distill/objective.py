@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur._kinds import settings
 from secateur.distill.logit_losses import check_positive, check_weight, kd_loss, label_loss, upcast
 from secateur.distill.taps import Features, TapRecorder, Taps, record_taps
 from secateur.errors import TrainingError
@@ -72,7 +73,7 @@ def select_labeled_feature(batch: BatchOutputs) -> tuple[Tensor, Tensor, Tensor]
     return batch.student[0], batch.teacher[0], batch.labels
 
 
-@dataclass(frozen=True)
+@settings
 class Term:
     """One loss of an objective.
 
@@ -157,7 +158,7 @@ class TaskLosses(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class Objective:
     """A weighted sum of losses; one with weight 0 is not computed and needs no input.
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from secateur._kinds import settings
 from secateur._runtime import evaluating, run_isolated, seeded_initialization
 from secateur.architecture import Architecture
 from secateur.distill.feature_losses import channel_dim
@@ -263,7 +264,7 @@ def _resolutions(graph: ChannelGraph) -> dict[str, tuple[int, ...]]:
     return found
 
 
-@dataclass(frozen=True)
+@settings
 class Tap:
     """One module whose output is compared in teacher and student.
 

@@ -24,14 +24,13 @@ from secateur.export.artifact import (
     save_artifact,
     weights_bytes,
 )
-from secateur.export.executorch import export_executorch
 from secateur.export.formats import Exporter, Format, check_formats, compare_file
 from secateur.export.int8 import MIN_KEPT_ACCURACY, USUAL_KEPT_ACCURACY, Quantized, compare_int8_file, export_int8
 from secateur.export.manifest import SCHEMA, Edit, Manifest, Recipe, TensorRecord, edits_between
 from secateur.export.onnx import export_onnx, feed, onnx_bytes, open_session, session_runner
 from secateur.export.onnx_config import OnnxConfig
 from secateur.export.openvino import export_openvino
-from secateur.export.torch_export import export_pt2
+from secateur.export.torch_export import export_executorch, export_pt2
 
 __all__ = [
     "MANIFEST_NAME",

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from secateur.errors import ArtifactError, ExportError
 from secateur.export._common import PARITY_TOLERANCE, Parity, Samples, check_extra, flat_tensors, model_bytes
-from secateur.export.executorch import export_executorch
 from secateur.export.int8 import Quantized, export_int8_samples
 from secateur.export.isolation import IsolatedRuntimes, isolated_runtimes
 from secateur.export.onnx import export_onnx
 from secateur.export.openvino import export_openvino
-from secateur.export.torch_export import export_pt2
+from secateur.export.torch_export import export_executorch, export_pt2
 
 
 @dataclass(frozen=True, eq=False)

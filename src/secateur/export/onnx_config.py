@@ -2,18 +2,19 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 from torch import nn
 
+from secateur._kinds import settings
 from secateur.errors import ExportError
 
 OLDEST_OPSET = 18
 """torch's exporter writes no older one."""
 
 
-@dataclass(frozen=True)
+@settings
 class OnnxConfig:
     """How an ONNX file is written. Inputs and outputs stay float32 in any case.
 

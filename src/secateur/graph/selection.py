@@ -2,10 +2,10 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 
+from secateur._kinds import settings
 from secateur.errors import SelectionError
 from secateur.graph.blocks import enclosing_names
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role
@@ -17,7 +17,7 @@ Names = Callable[[ChannelAxis], Iterable[str]]
 """A function that returns the names by which a pattern can match an axis."""
 
 
-@dataclass(frozen=True)
+@settings
 class Selection:
     """Name patterns that decide which axes and blocks of a graph may be cut.
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import traceback
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 
 from secateur._caller_state import in_default_state
+from secateur._kinds import settings
 from secateur._runtime import check_hashable, seeded_initialization
 from secateur.errors import ModelError
 from secateur.models import zoo
@@ -48,7 +49,7 @@ _TIMM_ARGUMENTS = {"num_classes": "num_classes", "in_channels": "in_chans"}
 _SUGGESTED = 3
 
 
-@dataclass(frozen=True)
+@settings
 class ModelSource:
     """How to build a model with fresh weights.
 

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from secateur._batches import unusual
 from secateur._text import is_text
 from secateur.errors import ModelError
 
@@ -342,7 +343,10 @@ def diverged_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[st
     return [
         name
         for name, tensor in tensors.items()
-        if not bool((~torch.isnan(tensor) if name in masks else torch.isfinite(tensor)).all())
+        # A state may hold what is no tensor, and what no operation looks into.
+        if isinstance(cast(Any, tensor), Tensor)
+        and not unusual(tensor)
+        and not bool((~torch.isnan(tensor) if name in masks else torch.isfinite(tensor)).all())
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._arrays import IntArray
+from secateur._kinds import settings
 from secateur._runtime import copy_model
 from secateur.data.loaders import ItemSplit
 from secateur.errors import BudgetError, DataError
@@ -23,7 +24,7 @@ from secateur.train.config import Batches
 from secateur.train.recipes import check_resettable, reset_weights_
 
 
-@dataclass(frozen=True)
+@settings
 class Widths:
     """The candidate widths of each axis.
 
@@ -61,7 +62,7 @@ class Widths:
         return tuple(int(width) for width in np.unique(levels[nearest]))
 
 
-@dataclass(frozen=True)
+@settings
 class Depths:
     """The candidate depths of each chain of residual blocks, which keeps its first blocks.
 
@@ -95,7 +96,7 @@ class Depths:
         return [self.of(len(chain)) for chain in graph.chains]
 
 
-@dataclass(frozen=True)
+@settings
 class ReferenceDepths:
     """The candidate depths of the reference code of TAS, which counts all blocks of a stage.
 
@@ -139,7 +140,7 @@ def _blocks_beside(graph: ChannelGraph, chain: Sequence[Block]) -> int:
     return len(beside - set(modules))
 
 
-@dataclass(frozen=True)
+@settings
 class Pretrained:
     """Start the search from the model's weights, so that a search of few epochs judges trained networks."""
 
@@ -150,7 +151,7 @@ class Pretrained:
         return model
 
 
-@dataclass(frozen=True)
+@settings
 class RandomInit:
     """Start the search from random weights, as in the paper.
 
@@ -167,7 +168,7 @@ class RandomInit:
         return reset_weights_(copy_model(model), seed)
 
 
-@dataclass(frozen=True)
+@settings
 class OriginalWeights:
     """Cut the student from the original weights, which after a short search are better than the supernet's."""
 

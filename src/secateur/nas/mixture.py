@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._kinds import settings
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import Block, ChannelAxis, ChannelGraph, Role, StandIn
 from secateur.search.importance_data import is_batch_norm, shown_along
@@ -47,7 +48,7 @@ class WidthExpansion(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class Interpolate(WidthExpansion):
     """Channel-wise interpolation: the narrow features are spread over all channels of the wide ones.
 
@@ -60,7 +61,7 @@ class Interpolate(WidthExpansion):
         return (*neighbors(narrow, wide), np.ones(wide))
 
 
-@dataclass(frozen=True)
+@settings
 class ZeroPad(WidthExpansion):
     """Every channel stays where it is, and those that the narrow features lack are zero, as in a real cut.
 
@@ -105,7 +106,7 @@ class Mixture:
     narrow: tuple[int, ...]
     weights: Tensor
     depths: tuple[Tensor, ...] = ()
-    expansion: WidthExpansion = Interpolate()
+    expansion: WidthExpansion = Interpolate()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur._arrays import FloatArray
+from secateur._kinds import settings
 from secateur._runtime import torch_threads
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
@@ -63,7 +64,7 @@ _PROBES = 16
 """Networks that the weights of the stages' losses are measured with."""
 
 
-@dataclass(frozen=True)
+@settings
 class SWP(Strategy):
     """Train all networks of a space together, stage by stage; score many candidates; combine the best exactly.
 
@@ -102,21 +103,21 @@ class SWP(Strategy):
         where stages end, the loss and its weight, how candidates are drawn (docs/decisions.md).
     """
 
-    widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
+    widths: Widths | None = Widths()
     depths: Depths | None = None
     cuts: tuple[str, ...] | None = None
-    sampler: SubnetSampler = SandwichSampler()  # noqa: RUF009 -- frozen
-    supervision: Supervision = InPlace()  # noqa: RUF009 -- frozen
-    train: TrainConfig = TrainConfig(epochs=1, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
+    sampler: SubnetSampler = SandwichSampler()
+    supervision: Supervision = InPlace()
+    train: TrainConfig = TrainConfig(epochs=1, batch_size=64, learning_rate=0.02)
     candidates: int = 128
     rounds: int = 4
     # The paper holds out 200 images of each class of CIFAR-10.
     held_out: int = 2000
-    combination: Combination = ExactKnapsack()  # noqa: RUF009 -- frozen
+    combination: Combination = ExactKnapsack()
     importance: Importance = field(default_factory=Reconstruction)
-    init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
-    student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
-    workers: Workers = InProcess()  # noqa: RUF009 -- frozen
+    init: Pretrained | RandomInit = Pretrained()
+    student_weights: OriginalWeights | SupernetWeights = OriginalWeights()
+    workers: Workers = InProcess()
     task: Task = field(default=Classification(), repr=False)
 
     def __post_init__(self) -> None:

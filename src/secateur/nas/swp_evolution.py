@@ -2,12 +2,12 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from secateur._arrays import IntArray
+from secateur._kinds import settings
 from secateur.errors import BudgetError
 from secateur.nas.swp_table import Combination, ReducedTable, StageChoice, StageTable
 
@@ -69,7 +69,7 @@ def _run_pymoo(
     return np.unique(np.concatenate(visited), axis=0)
 
 
-@dataclass(frozen=True)
+@settings
 class Evolution(Combination):
     """A genetic algorithm over the numbers of the candidates; needs the extra ``evolution``.
 

@@ -12,6 +12,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from secateur._arrays import FloatArray, IntArray
+from secateur._kinds import settings
 from secateur.errors import BudgetError
 from secateur.nas.swp_candidates import CandidateRows, CandidateSpace
 from secateur.nas.swp_evolution import Evolution
@@ -25,13 +26,13 @@ from secateur.nas.swp_table import (
     enumerate_nondominated,
     nondominated_indices,
 )
-from secateur.search.knapsack import FULL_ENOUGH
+from secateur.search.ranking import FULL_ENOUGH
 
 _MAX_FRONT = 1_000_000
 """The most points of the front of the first stages. There are never more points than different costs."""
 
 
-@dataclass(frozen=True)
+@settings
 class ParetoFront:
     """Choices of which none dominates another in the loss and the costs that count.
 
@@ -88,7 +89,7 @@ _SCALE = 1e6
 _SPARE_CAPACITY = 1e-5 * _SCALE
 
 
-@dataclass(frozen=True)
+@settings
 class ExactKnapsack(Combination):
     """Find the best choice; see `solve_knapsack`."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur._arrays import IntArray
+from secateur._kinds import settings
 from secateur.distill.logit_losses import kd_loss
 from secateur.errors import BudgetError, TrainingError
 from secateur.graph.stages import Stage
@@ -45,7 +46,7 @@ class SubnetSampler(ABC):
         """Return the other networks of one step, as candidates of every stage."""
 
 
-@dataclass(frozen=True)
+@settings
 class SandwichSampler(SubnetSampler):
     """The full net, the smallest net, and some random ones: every channel learns in every step.
 
@@ -72,7 +73,7 @@ class SandwichSampler(SubnetSampler):
         return (options.smallest, *(options.sample(draw) for _ in range(self.random)))
 
 
-@dataclass(frozen=True)
+@settings
 class RandomSampler(SubnetSampler):
     """Random networks alone, the ablation of the sandwich. The last channels learn rarely, the full net never.
 
@@ -157,7 +158,7 @@ class Supervision(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class InPlace(Supervision):
     """In-place distillation of the output of each stage from that of the full net, see `stage_losses`."""
 
@@ -169,7 +170,7 @@ class InPlace(Supervision):
         return stage_losses(outputs, target.outputs, target.variances)
 
 
-@dataclass(frozen=True)
+@settings
 class SoftLabels(Supervision):
     """In-place distillation of the logits alone, for models without stages, as AutoSlim does it.
 
@@ -182,7 +183,7 @@ class SoftLabels(Supervision):
         return kd_loss(outputs[-1].float(), target.outputs[-1], temperature=1.0).reshape(1)
 
 
-@dataclass(frozen=True)
+@settings
 class Labels(Supervision):
     """The loss of the task with the labels, without distillation, for models without stages.
 

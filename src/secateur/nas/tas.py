@@ -1,13 +1,14 @@
 """TAS: transformable architecture search, on any traced model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from secateur._kinds import settings
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
 from secateur.nas.common import (
@@ -42,7 +43,7 @@ _CALIBRATION = 8
 """Batches that batch-norm statistics are measured on."""
 
 
-@dataclass(frozen=True)
+@settings
 class TAS(Strategy):
     """Learn how wide every axis and how deep every chain of residual blocks should be, by gradient descent.
 
@@ -86,17 +87,17 @@ class TAS(Strategy):
         Dong & Yang, Network Pruning via Transformable Architecture Search, NeurIPS 2019, arXiv:1905.09717.
     """
 
-    widths: Widths | None = Widths()  # noqa: RUF009 -- frozen
+    widths: Widths | None = Widths()
     depths: Depths | ReferenceDepths | None = None
     # Both rates were measured on ResNet-20 (docs/log.md): 0.005 for the weights, or 0.05 for alpha, cost about a point.
-    train: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)  # noqa: RUF009 -- frozen
-    alpha_optimizer: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)  # noqa: RUF009 -- frozen
-    temperature: LinearTemperature | CosineTemperature = LinearTemperature()  # noqa: RUF009 -- frozen
-    expansion: WidthExpansion = ZeroPad()  # noqa: RUF009 -- frozen
+    train: TrainConfig = TrainConfig(epochs=5, batch_size=64, learning_rate=0.02)
+    alpha_optimizer: AlphaOptimizer = AlphaOptimizer(learning_rate=0.1)
+    temperature: LinearTemperature | CosineTemperature = LinearTemperature()
+    expansion: WidthExpansion = ZeroPad()
     tolerance: float = 0.05
     importance: Importance = field(default_factory=Reconstruction)
-    init: Pretrained | RandomInit = Pretrained()  # noqa: RUF009 -- frozen
-    student_weights: OriginalWeights | SupernetWeights = OriginalWeights()  # noqa: RUF009 -- frozen
+    init: Pretrained | RandomInit = Pretrained()
+    student_weights: OriginalWeights | SupernetWeights = OriginalWeights()
     separate_norms: bool = False
     task: Task = field(default=Classification(), repr=False)
 

@@ -12,7 +12,7 @@ from secateur.cost.budget import Cost
 from secateur.errors import BudgetError
 from secateur.nas.tas_sampler import WidthCandidates, WidthDistribution
 from secateur.search.base import SearchContext
-from secateur.search.knapsack import PROMISED, widen_to_budget
+from secateur.search.ranking import PROMISED, widen_to_budget
 
 
 @dataclass(frozen=True, eq=False)

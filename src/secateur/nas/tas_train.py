@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur._arrays import FloatArray
 from secateur._batches import batch_length, call_model, in_float32
+from secateur._kinds import settings
 from secateur.cost.budget import Cost
 from secateur.errors import TrainingError
 from secateur.nas.mixture import WidthExpansion
@@ -35,7 +36,7 @@ def _check_positive(first: float, last: float) -> None:
         raise TrainingError(f"`first` and `last` must be positive and finite; got {first} and {last}. Try 10 and 0.1.")
 
 
-@dataclass(frozen=True)
+@settings
 class LinearTemperature:
     """tau(x) = first + (last - first) * x at the fraction x of the search.
 
@@ -58,7 +59,7 @@ class LinearTemperature:
         return self.first + (self.last - self.first) * fraction
 
 
-@dataclass(frozen=True)
+@settings
 class CosineTemperature:
     """tau(x) = last + (first - last) * (1 + cos(pi * x)) / 2 at the fraction x of the search.
 
@@ -81,7 +82,7 @@ class CosineTemperature:
         return self.last + (self.first - self.last) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-@dataclass(frozen=True)
+@settings
 class AlphaOptimizer:
     """Adam for alpha, the logits of the candidates.
 

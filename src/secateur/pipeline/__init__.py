@@ -16,15 +16,16 @@ from secateur.pipeline.config import (
     Reinitialize,
     RunConfig,
     StudentInit,
+    TrainResult,
     default_blocks,
 )
 from secateur.pipeline.demo import Demo, demo
-from secateur.pipeline.distill import DistillResult, HintStage, ModelSpec, distill_model
+from secateur.pipeline.distill import HintStage, ModelSpec, distill_model
 from secateur.pipeline.exports import export_files
 from secateur.pipeline.inspect import ModelReport, inspect_model
 from secateur.pipeline.load import LoadedModel, default_size, load, load_any
 from secateur.pipeline.save import save
-from secateur.pipeline.train import TrainResult, train_model
+from secateur.pipeline.train import train_model
 from secateur.pipeline.verify import Verified, verify
 from secateur.pipeline.workspace import OnExisting, check_model_fits_data, check_output
 
@@ -38,7 +39,6 @@ __all__ = [
     "CompressResult",
     "CutConfig",
     "Demo",
-    "DistillResult",
     "HintStage",
     "KeepWeights",
     "LoadedModel",

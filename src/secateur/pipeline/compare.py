@@ -19,6 +19,7 @@ from torch import nn
 from secateur._batches import take
 from secateur._caller_state import in_default_state
 from secateur._files import atomic_folder, disk_errors, temporary_folder, write_atomic
+from secateur._kinds import settings
 from secateur._provenance import Provenance, sha256_of_json
 from secateur._runtime import copy_model
 from secateur.cost.budget import Budget
@@ -54,7 +55,7 @@ _RECORDS, _PAGE, _WINNERS = "records.parquet", "compare.html", "winners"
 _MOST_RUNS = 10_000
 
 
-@dataclass(frozen=True)
+@settings
 class Race:
     """How a comparison spends its compute.
 
@@ -70,7 +71,7 @@ class Race:
 
     seeds: int = 2
     seconds: float | None = None
-    workers: Workers = InProcess()  # noqa: RUF009 - frozen
+    workers: Workers = InProcess()
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -119,7 +120,7 @@ def compare(
     strategies: Mapping[str, Strategy | None],
     *,
     out: Path | str | None = None,
-    race: Race = Race(),
+    race: Race = Race(),  # noqa: B008 - frozen
     task: Task = Classification(),  # noqa: B008 - frozen
     cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
     recovery: RecoveryConfig = RecoveryConfig(),  # noqa: B008 - frozen

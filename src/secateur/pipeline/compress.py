@@ -22,14 +22,13 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import BatchSplit, ItemSplit, OwnData, evaluation_batch, run_data
 from secateur.distill.taps import AlignedFeatures
 from secateur.errors import TrainingError
-from secateur.export.formats import Format, parse_formats
+from secateur.export.formats import Format
 from secateur.graph.graph import StandIn
 from secateur.models.source import ModelSource
 from secateur.pipeline.config import (
     CompressResult,
     CutConfig,
     CutStudent,
-    Output,
     Plan,
     RecoveryConfig,
     RunConfig,
@@ -37,7 +36,7 @@ from secateur.pipeline.config import (
     strategy_of_run,
 )
 from secateur.pipeline.evidence import layer_sensitivity, measured_step, with_pairs
-from secateur.pipeline.exports import check_exports
+from secateur.pipeline.exports import checked_output
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.search_and_cut import (
     ImageBatches,
@@ -51,7 +50,6 @@ from secateur.pipeline.workspace import (
     RunDirectory,
     check_has_weights,
     check_model_fits_data,
-    check_output,
     check_own_loop,
     fabric_for,
     first_alone,
@@ -132,12 +130,7 @@ def compress(
             left then.
     """
     recovery = recovery if isinstance(recovery, RecoveryConfig) else RecoveryConfig(recover=recovery)
-    output = None
-    if out is not None:
-        folder = Path(out).absolute()  # A model may change the working directory.
-        output = Output(folder, parse_formats(export), source, type(model).__qualname__)
-        check_output(folder)
-        check_exports(output.formats, run.onnx, model)
+    output = checked_output(out, export, model, source=source, name=type(model).__qualname__, run=run)
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     fabric = fabric_for(run.fabric, recovery.train.precision, run.device, None if output is None else output.folder)
     if fabric.is_global_zero:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur._batches import take
+from secateur._kinds import settings
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, format_cost, limits_latency
 from secateur.cost.measure import LatencyCache
@@ -40,14 +41,15 @@ from secateur.models.source import ModelSource
 from secateur.pipeline.workspace import OnExisting
 from secateur.prune.cut import Cut, Repair, RepairResult, cut
 from secateur.prune.described_widths import DescribedWidths
+from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.verify import Verification
 from secateur.prune.weight_pruning import WeightPruning
 from secateur.report.run import MeasuredLatency, RunReport
 from secateur.search.base import SearchResult, Strategy, data_frame, html_table, stable_repr
 from secateur.search.candidates import Fastest
-from secateur.search.depth import DEFAULT_REPAIRS, RemoveBlocks
-from secateur.search.knapsack import Knapsack
+from secateur.search.depth import RemoveBlocks
 from secateur.search.latency import WithinLatency
+from secateur.search.ranking import Knapsack
 from secateur.search.space import SearchSpace
 from secateur.tasks.base import Task
 from secateur.train.callbacks import Callbacks, TerminalProgress
@@ -64,6 +66,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("secateur")
 """Receives one sentence for every step of a run, at level INFO."""
+
+DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
+"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
 
 _MORE_IMAGES, _MORE_VALUES = 3072, 2**25
 """Further images for repairs that learn, and the numbers that these may have together."""
@@ -125,7 +130,7 @@ class StudentInit(ABC):
         return self
 
 
-@dataclass(frozen=True)
+@settings
 class KeepWeights(StudentInit):
     """The student keeps the weights of its channels, and is repaired.
 
@@ -167,7 +172,7 @@ class KeepWeights(StudentInit):
         return KeepWeights(DEFAULT_REPAIRS if trains else (*DEFAULT_REPAIRS, MatchFeatures()))
 
 
-@dataclass(frozen=True)
+@settings
 class Reinitialize(StudentInit):
     """The student keeps the architecture only: its weights are initialized again and trained from there.
 
@@ -254,24 +259,9 @@ class CompressResult:
     described: DescribedWidths = field(default_factory=DescribedWidths)
 
     def __repr__(self) -> str:
-        steps = " -> ".join(f"{step.name} {step.score.text}" for step in self.report.steps)
-        times = [
-            f"  latency: {format_cost('latency_s', each.before[1])} -> {format_cost('latency_s', each.after[1])} in "
-            f"{each.runtime} ({each.speedup[1]:.2f} times the speed)"
-            for each in self.latency[:1]
-        ]
-        checks = f"{sum(check.passed for check in self.report.checks)} of {len(self.report.checks)} checks passed"
-        lines = [
-            f"  test {self.report.metric.words}: {steps}",
-            *times,
-            f"  {checks}",
-            *(f"  FAILED: {failure}" for failure in self.failed),
-        ]
-        lines += [] if self.folder is None else [f"  written to {self.folder}"]
         search, *axes = repr(self.search).splitlines()
-        return "\n".join(
-            (search.replace("SearchResult", "CompressResult"), *lines, *axes[:10], *(["  ..."] * (len(axes) > 10)))
-        )
+        head = search.replace("SearchResult", "CompressResult")
+        return "\n".join((head, *_measured(self), *axes[:10], *(["  ..."] * (len(axes) > 10))))
 
     def _repr_html_(self) -> str:
         title, *lines = repr(self).splitlines()
@@ -336,7 +326,51 @@ DEFAULT_OBJECTIVE = Objective(kd_weight=0.9, label_weight=0.1, feature_weight=10
 """The teacher's probabilities, the labels with a small weight, and the teacher's last features at each resolution."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """A network that was trained or distilled, and what was measured.
+
+    Attributes:
+        model: In eval mode, on the device of the model that was given.
+        trained: The training; None if it was a loop of the user's own.
+        report: The network before and after, or teacher and student, side by side.
+        folder: The artifact, or None.
+        files: All files that were written.
+    """
+
+    model: nn.Module
+    trained: Trained | None
+    report: RunReport
+    folder: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        return "\n".join((f"TrainResult({self.report.model}; {self.report.strategy})", *_measured(self)))
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The failed checks in words; empty if all passed."""
+        return self.report.failures
+
+
+def _measured(result: "CompressResult | TrainResult") -> list[str]:
+    """Accuracy, latency, checks and folder of a run, one line each."""
+    report = result.report
+    lines = [
+        f"test {report.metric.words}: {' -> '.join(f'{step.name} {step.score.text}' for step in report.steps)}",
+        *(
+            f"latency: {format_cost('latency_s', each.before[1])} -> {format_cost('latency_s', each.after[1])} in "
+            f"{each.runtime} ({each.speedup[1]:.2f} times the speed)"
+            for each in report.latency[:1]
+        ),
+        f"{sum(check.passed for check in report.checks)} of {len(report.checks)} checks passed",
+        *(f"FAILED: {failure}" for failure in result.failed),
+        *([] if result.folder is None else [f"written to {result.folder}"]),
+    ]
+    return [f"  {line}" for line in lines]
+
+
+@settings
 class CutConfig:
     """What may be cut from a model, and how the cut model is made.
 
@@ -356,7 +390,7 @@ class CutConfig:
             enough for layers of a few hundred channels, as every image gives one sample per position.
     """
 
-    selection: Selection = Selection()  # noqa: RUF009 - frozen
+    selection: Selection = Selection()
     heads: HeadUnit = HeadUnit.DIMENSION
     branches: Branches = Branches.TIED
     rules: Mapping[str, Rule] = field(default_factory=dict[str, Rule])
@@ -377,7 +411,7 @@ class CutConfig:
         return "; ".join(filter(None, (str(self.selection), *map(str, self.space.rules))))
 
 
-@dataclass(frozen=True)
+@settings
 class RecoveryConfig:
     """How a cut model regains accuracy by distillation from the original.
 
@@ -392,7 +426,7 @@ class RecoveryConfig:
 
     train: TrainConfig = DEFAULT_TRAIN_CONFIG
     objective: Objective = DEFAULT_OBJECTIVE
-    execution: Execution = Eager()  # noqa: RUF009 - frozen
+    execution: Execution = Eager()
     recover: Recover | None = None
 
     @property
@@ -401,7 +435,7 @@ class RecoveryConfig:
         return self.train.epochs > 0 or self.recover is not None
 
 
-@dataclass(frozen=True)
+@settings
 class RunConfig:
     """Where and how a run is computed, shown and recorded; nothing here changes what is computed, except the seed.
 
@@ -424,14 +458,14 @@ class RunConfig:
     seed: int = 0
     device: torch.device | None = None
     fabric: "Fabric | None" = None
-    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
-    callbacks: Callbacks = TerminalProgress()  # noqa: RUF009 - frozen
+    checkpoints: CheckpointPolicy = CheckpointPolicy()
+    callbacks: Callbacks = TerminalProgress()
     on_existing: OnExisting = OnExisting.ERROR
     latency_cache: LatencyCache | None = None
     name: str = ""
     command: str = ""
     times: bool = True
-    onnx: OnnxConfig = OnnxConfig()  # noqa: RUF009 - frozen
+    onnx: OnnxConfig = OnnxConfig()
 
 
 @dataclass(frozen=True, eq=False)

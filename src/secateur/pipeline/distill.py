@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur._batches import move, take
 from secateur._caller_state import in_default_state
+from secateur._kinds import settings
 from secateur._provenance import warn_outside_window
 from secateur._runtime import copy_model
 from secateur.architecture import Architecture
@@ -18,23 +19,22 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData, run_data
 from secateur.distill.objective import Objective, Term
 from secateur.errors import TrainingError
-from secateur.export.formats import Format, parse_formats
+from secateur.export.formats import Format
 from secateur.models.source import ModelSource
-from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
+from secateur.pipeline.config import LoggedRun, Output, RunConfig, TrainResult, describe_data, safe_config
 from secateur.pipeline.evidence import measured_step, with_pairs
-from secateur.pipeline.exports import check_exports
+from secateur.pipeline.exports import checked_output
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
 from secateur.pipeline.workspace import (
     CLASSIFICATION,
     RunDirectory,
     check_model_fits_data,
-    check_output,
     check_own_loop,
     fabric_for,
     shared_run_directory,
 )
 from secateur.report.pictures import example_pictures
-from secateur.report.run import RunReport, Step
+from secateur.report.run import Step
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification
 from secateur.tasks.imitation import Imitation
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-@dataclass(frozen=True)
+@settings
 class HintStage:
     """A first stage that trains with hints only, see `secateur.train.distill_after_hints`.
 
@@ -82,30 +82,6 @@ class ModelSpec:
     def called(self) -> str:
         """The name, or that of the class."""
         return self.name or type(self.model).__name__
-
-
-@dataclass(frozen=True, eq=False)
-class DistillResult:
-    """A distilled student and what was measured.
-
-    Attributes:
-        model: In eval mode, on the device of the student that was given.
-        trained: The training; None if it was a loop of the user's own.
-        report: Teacher and student side by side.
-        folder: The artifact, or None.
-        files: All files that were written.
-    """
-
-    model: nn.Module
-    trained: Trained | None
-    report: RunReport
-    folder: Path | None = None
-    files: tuple[Path, ...] = ()
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """The failed checks in words; empty if all passed."""
-        return self.report.failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +146,7 @@ def distill_model(
     out: Path | str | None = None,
     export: str | Sequence[Format | str] = (Format.ONNX,),
     run: RunConfig = RunConfig(),  # noqa: B008 - frozen
-) -> DistillResult:
+) -> TrainResult:
     """Distill any teacher into any student, verify the result and write it as an artifact.
 
     Args:
@@ -197,8 +173,9 @@ def distill_model(
         SecateurError: One of its subclasses, with the way out.
     """
     recover, train = (None, train) if isinstance(train, TrainConfig) else (train, TrainConfig(epochs=0))
-    folder = None if out is None else Path(out).absolute()  # A model may change the working directory.
-    fabric = fabric_for(run.fabric, train.precision, run.device, folder)
+    output = checked_output(out, export, student.model, source=student.source, name=student.called, run=run)
+    place = None if output is None else output.folder
+    fabric = fabric_for(run.fabric, train.precision, run.device, place)
     check_own_loop(recover, fabric)
     if recover is not None and hint_stage is not None:
         raise TrainingError("`hint_stage` must be left out with a training loop of your own; got both.")
@@ -213,9 +190,6 @@ def distill_model(
     ]
     for spec in (teacher, student):
         check_model_fits_data(copy_model(spec.model).to(fabric.device).eval(), data, images, task, targets)
-    if folder is not None:
-        check_output(folder)
-        check_exports(parse_formats(export), run.onnx, student.model)
     plan = DistillPlan(
         student=student,
         teacher=teacher,
@@ -230,17 +204,14 @@ def distill_model(
         run=run,
         fabric=fabric,
     )
-    output = None
-    if folder is not None:
-        output = Output(folder, parse_formats(export), student.source, student.called)
-    with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
+    with shared_run_directory(fabric, place, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
         student_after, trained, steps = _learn(plan, work, images)
         on_cpu = move(images, torch.device("cpu"))
         finished = _finished(plan, student_after, trained, steps=steps, images=on_cpu, output=output)
         report, folder, files = finalize(finished)
-    return DistillResult(student_after, trained, report, folder, files)
+    return TrainResult(student_after, trained, report, folder, files)
 
 
 def _learn(

@@ -19,6 +19,9 @@ from secateur.export.formats import Format, check_formats, parse_formats
 from secateur.export.int8 import USUAL_KEPT_ACCURACY, Quantized
 from secateur.export.onnx import onnx_bytes
 from secateur.export.onnx_config import OnnxConfig
+from secateur.models.source import ModelSource
+from secateur.pipeline.config import Output, RunConfig
+from secateur.pipeline.workspace import check_output
 from secateur.report.run import Check, ExportedFile, MeasuredLatency
 from secateur.tasks.base import Score
 from secateur.tasks.classification import TOP1
@@ -128,6 +131,37 @@ def check_exports(formats: Sequence[Format], onnx: OnnxConfig, model: nn.Module)
             "`export` must name onnx if it is set how an ONNX file is written; got "
             f"{', '.join(form.value for form in formats) or 'nothing'} and {onnx}. Add onnx, or leave the settings out."
         )
+
+
+def checked_output(
+    out: Path | str | None,
+    export: str | Sequence[Format | str],
+    model: nn.Module,
+    *,
+    source: ModelSource | None,
+    name: str,
+    run: RunConfig,
+) -> Output | None:
+    """Return what a run writes at its end, or None; refuse what could not be written then.
+
+    Args:
+        out: The folder; one that is relative means the same if a model changes the working directory.
+        export: Files for other runtimes.
+        model: What is exported.
+        source: How it is built.
+        name: What the artifact calls it if there is no source.
+        run: For how ONNX is written.
+
+    Raises:
+        ArtifactError: If the folder could not be written.
+        ExportError: See `check_exports`.
+    """
+    if out is None:
+        return None
+    output = Output(Path(out).absolute(), parse_formats(export), source, name)
+    check_output(output.folder)
+    check_exports(output.formats, run.onnx, model)
+    return output
 
 
 def exports_json(exports: Sequence[Exported]) -> dict[str, object]:

@@ -17,14 +17,14 @@ from secateur.data.dataset import ImageData, draw_calibration
 from secateur.data.loaders import OwnData
 from secateur.distill.objective import Objective
 from secateur.errors import TrainingError
-from secateur.export.formats import Format, parse_formats
-from secateur.pipeline.config import LoggedRun, Output, RunConfig, describe_data, safe_config
+from secateur.export.formats import Format
+from secateur.pipeline.config import LoggedRun, Output, RunConfig, TrainResult, describe_data, safe_config
 from secateur.pipeline.distill import ModelSpec
 from secateur.pipeline.evidence import measured_step
-from secateur.pipeline.exports import check_exports
+from secateur.pipeline.exports import checked_output
 from secateur.pipeline.finalize import Finished, data_doubts, finalize, measured_model, report_of
-from secateur.pipeline.workspace import check_model_fits_data, check_output, fabric_for, shared_run_directory
-from secateur.report.run import RunReport, Step
+from secateur.pipeline.workspace import check_model_fits_data, fabric_for, shared_run_directory
+from secateur.report.run import Step
 from secateur.tasks.base import Task
 from secateur.tasks.classification import Classification
 from secateur.tasks.imitation import Imitation
@@ -35,30 +35,6 @@ from secateur.train.fit import Trained, fit
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-@dataclass(frozen=True, eq=False)
-class TrainResult:
-    """A trained network and what was measured.
-
-    Attributes:
-        model: In eval mode, on the device of the model that was given.
-        trained: The training.
-        report: The network before and after.
-        folder: The artifact, or None.
-        files: All files that were written.
-    """
-
-    model: nn.Module
-    trained: Trained
-    report: RunReport
-    folder: Path | None = None
-    files: tuple[Path, ...] = ()
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """The failed checks in words; empty if all passed."""
-        return self.report.failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +109,14 @@ def train_model(
         raise TrainingError(f"`train` must have epochs; got {train.epochs}. Give it one or more.")
     if isinstance(task, Imitation):
         raise TrainingError(f"`task` must have labels to learn from; got {task!r}. Imitation is for compressing.")
-    folder = None if out is None else Path(out).absolute()  # A model may change the working directory.
-    fabric = fabric_for(run.fabric, train.precision, run.device, folder)
+    output = checked_output(out, export, model.model, source=model.source, name=model.called, run=run)
+    place = None if output is None else output.folder
+    fabric = fabric_for(run.fabric, train.precision, run.device, place)
     if fabric.is_global_zero:
         warn_outside_window()
     execution.check(fabric)
     batch = draw_calibration(data.train, min(_IMAGES, len(data.train)), device=fabric.device, seed=run.seed)[0]
     check_model_fits_data(copy_model(model.model).to(fabric.device).eval(), data, batch[0], task, batch[1])
-    if folder is not None:
-        check_output(folder)
-        check_exports(parse_formats(export), run.onnx, model.model)
     plan = TrainPlan(
         model=model,
         data=data,
@@ -154,10 +128,7 @@ def train_model(
         run=run,
         fabric=fabric,
     )
-    output = None
-    if folder is not None:
-        output = Output(folder, parse_formats(export), model.source, model.called)
-    with shared_run_directory(fabric, folder, plan.settings(), run.on_existing) as work:
+    with shared_run_directory(fabric, place, plan.settings(), run.on_existing) as work:
         if work is not None:
             plan = replace(plan, run=replace(run, callbacks=work.logged(run.callbacks)))
         trained, steps = _learn(plan, None if work is None else work.checkpoint)

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur._batches import call_model, float_tensors, take
+from secateur._batches import call_model, first_output, float_tensors, take, unusual
 from secateur._files import LOCK, atomic_folder, clean_stale, disk_errors, locked, remove_dir_atomic, write_atomic
 from secateur._provenance import changed_settings, this_machine
 from secateur._runtime import check_hashable, copy_model
@@ -337,7 +337,7 @@ CLASSIFICATION = Classification()
 
 
 def check_has_weights(model: nn.Module) -> None:
-    """Refuse a model on the meta device, whose tensors hold no values, or whose tensors PyTorch cannot list.
+    """Refuse a model whose tensors hold no values, cannot be computed with, or that PyTorch cannot list.
 
     Raises:
         ModelError: With the names of some.
@@ -350,6 +350,18 @@ def check_has_weights(model: nn.Module) -> None:
             f"`model` must have weights; {len(empty)} of its tensors are on the meta device, which holds no values: "
             f"{', '.join(empty[:3])}. Load its weights first, or make it on the CPU."
         )
+    state = cast("dict[str, Any]", model.state_dict())
+    strange = {
+        name: unusual(value) if isinstance(value, Tensor) else f"no tensor but of the type {type(value).__name__}"
+        for name, value in state.items()
+        if not name.endswith("_extra_state")  # Whatever a module keeps there; an artifact says that it cannot.
+    }
+    for name, what in strange.items():
+        if what:
+            raise ModelError(
+                f"`model` must have ordinary tensors to cut and to store; {name[:80]} is {what}. Compress the model in "
+                "float32; quantize the result (--export int8)."
+            )
 
 
 def check_model_fits_data(
@@ -395,6 +407,11 @@ def check_model_fits_data(
             f"`model` must run the images of {data.name} ({size}); {type(model).__name__} stopped with: {reason}. "
             "Choose the image size (--image-size) and channels that the model was made for."
         ) from error
+    for tensor in float_tensors(outputs):
+        if unusual(tensor):
+            raise ModelError(
+                f"`model` must return ordinary tensors; {type(model).__name__} returned one {unusual(tensor)}."
+            )
     if not isinstance(task, Classification) or not data.classes:
         task.check(outputs, outputs if isinstance(task, Imitation) else take(targets, slice(2)))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in float_tensors(outputs)):
@@ -403,7 +420,7 @@ def check_model_fits_data(
                 "weights and how the inputs are normalized."
             )
         return
-    logits = next(iter(float_tensors(outputs)), None)
+    logits = first_output(outputs)
     if logits is None or logits.shape != (len(images[:2]), len(data.classes)):
         got = type(outputs).__name__ if logits is None else f"shape {tuple(logits.shape)}"
         raise ModelError(

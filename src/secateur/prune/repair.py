@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur._batches import call_model, count_images
+from secateur._kinds import settings
 from secateur._runtime import run_isolated
 from secateur.graph._record import shadow_copy
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
@@ -121,7 +122,7 @@ _LARGEST_RATIO = 1e6
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 
-@dataclass(frozen=True)
+@settings
 class RecalibrateBatchNorm:
     """Update the batch-norm statistics of the cut model by their change relative to the original on the same images.
 
@@ -246,7 +247,7 @@ def batch_statistics(model: nn.Module, images: Sequence[Example]) -> dict[str, t
     }
 
 
-@dataclass(frozen=True)
+@settings
 class Refit:
     """Fold the removed channels into the kept ones by least squares, layer by layer.
 

@@ -6,12 +6,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur._batches import move
+from secateur._kinds import settings
 from secateur.errors import BudgetError, SparsityError
 from secateur.prune.masks import Scores, Weights, apply_masks, check_density, get_masks, prunable_weights, set_masks_
 from secateur.prune.weight_scores import (
@@ -45,7 +46,7 @@ class SparsitySchedule(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class OneShot(SparsitySchedule):
     """Prune all weights at the start.
 
@@ -64,7 +65,7 @@ class OneShot(SparsitySchedule):
         return self.density
 
 
-@dataclass(frozen=True)
+@settings
 class Iterative(SparsitySchedule):
     """Prune in rounds that each keep the same fraction of the remaining weights:  density^(k / rounds) in round k.
 
@@ -94,7 +95,7 @@ class Iterative(SparsitySchedule):
         return self.density ** (done / self.rounds)
 
 
-@dataclass(frozen=True)
+@settings
 class Cubic(SparsitySchedule):
     """Prune fast at the beginning and slowly toward the end.
 
@@ -156,7 +157,7 @@ class WeightScore(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class MagnitudeScore(WeightScore):
     """Scores of `magnitude_scores`."""
 
@@ -165,7 +166,7 @@ class MagnitudeScore(WeightScore):
         return magnitude_scores(weights)
 
 
-@dataclass(frozen=True)
+@settings
 class RandomScore(WeightScore):
     """Scores of `random_scores`.
 
@@ -180,7 +181,7 @@ class RandomScore(WeightScore):
         return random_scores(weights, seed=self.seed)
 
 
-@dataclass(frozen=True)
+@settings
 class TaylorScore(WeightScore):
     """Scores of `taylor_scores`.
 
@@ -196,7 +197,7 @@ class TaylorScore(WeightScore):
         return taylor_scores(model, weights, batches, self.loss or F.cross_entropy)
 
 
-@dataclass(frozen=True)
+@settings
 class SnipScore(WeightScore):
     """Scores of `snip_scores`.
 
@@ -212,7 +213,7 @@ class SnipScore(WeightScore):
         return snip_scores(model, weights, batches, self.loss or F.cross_entropy)
 
 
-@dataclass(frozen=True)
+@settings
 class MovementScore(WeightScore):
     """Scores of `movement_scores`.
 
@@ -241,7 +242,7 @@ class Allocation(ABC):
         return density
 
 
-@dataclass(frozen=True)
+@settings
 class GlobalAllocation(Allocation):
     """Keep the highest scores of all tensors together (`keep_globally`)."""
 
@@ -250,7 +251,7 @@ class GlobalAllocation(Allocation):
         return keep_globally(scores, density)
 
 
-@dataclass(frozen=True)
+@settings
 class UniformAllocation(Allocation):
     """Keep the same fraction of every tensor, rounded down."""
 
@@ -260,7 +261,7 @@ class UniformAllocation(Allocation):
         return keep_largest(scores, {name: math.floor(density * score.numel()) for name, score in scores.items()})
 
 
-@dataclass(frozen=True)
+@settings
 class ERKAllocation(Allocation):
     """Keep fewer weights in larger tensors (`erk_counts`)."""
 
@@ -269,7 +270,7 @@ class ERKAllocation(Allocation):
         return keep_largest(scores, erk_counts(scores, density))
 
 
-@dataclass(frozen=True)
+@settings
 class NOfM(Allocation):
     """Keep n of every m neighbors (`keep_n_of_m`). The density must be n / m; a higher one keeps everything.
 
@@ -301,7 +302,7 @@ class NOfM(Allocation):
         return masks if density == self.n / self.m else {name: mask.logical_or(~mask) for name, mask in masks.items()}
 
 
-@dataclass(frozen=True)
+@settings
 class WeightPruning:
     """How single weights are pruned, except the density.
 
@@ -375,7 +376,7 @@ class WeightPruning:
         return self.allocation.attainable_density(room / size)
 
 
-@dataclass(frozen=True)
+@settings
 class Sparsify:
     """The masks of a training run, as a function of the step and of the weights at that step.
 

@@ -29,7 +29,6 @@ from secateur.search.importance import (
     tensors_by_name,
 )
 from secateur.search.importance_data import Reconstruction, Taylor, channel_positions, readers, shown_along
-from secateur.search.knapsack import Fit, Knapsack, widen_to_budget
 from secateur.search.latency import WithinLatency
 from secateur.search.latency_fit import LatencyFit, fit_latency
 from secateur.search.pca import (
@@ -44,13 +43,16 @@ from secateur.search.pca import (
     unexplained_variance,
 )
 from secateur.search.ranking import (
+    Fit,
     GlobalImportance,
+    Knapsack,
     Uniform,
     as_scored,
     by_axis_max,
     by_axis_mean,
     by_axis_norm,
     by_axis_rank,
+    widen_to_budget,
 )
 from secateur.search.space import AxisRule, SearchSpace
 

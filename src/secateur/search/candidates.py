@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur._batches import count_images, first_images
 from secateur._files import disk_errors, write_atomic
+from secateur._kinds import settings
 from secateur._provenance import sha256_of_json
 from secateur.cost.budget import Cost, format_cost
 from secateur.cost.denormals import flush_denormals_
@@ -26,15 +26,13 @@ from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.export._common import InputTensors
 from secateur.graph.trace import Example
 from secateur.prune.calibration import split_calibration
-from secateur.prune.cut import Repair, cut
-from secateur.prune.distance import OutputDistance
-from secateur.prune.repair import RecalibrateBatchNorm, Refit, batch_statistics
+from secateur.prune.cut import Repair
 from secateur.prune.slice import apply_architecture
 from secateur.search.base import Proposal, ScoreCache, SearchContext, SearchResult, Strategy, stable_repr
 from secateur.search.depth import Without, blocks_by_worth
-from secateur.search.knapsack import Knapsack
 from secateur.search.pca import PCASlimming
-from secateur.search.ranking import Uniform
+from secateur.search.ranking import Knapsack, Uniform
+from secateur.search.repaired import QUICK_REPAIRS, RepairedNetworks
 from secateur.search.space import SearchSpace
 
 _LOGGER = logging.getLogger("secateur")
@@ -45,18 +43,10 @@ MARGIN = 1.15
 """The error of the network that is taken / the least error among those that pay; docs/decisions.md has the numbers."""
 FEWER_BLOCKS = (1 / 8, 1 / 4, 3 / 8)
 """Fractions of the residual blocks that are removed in further candidates, as long as these stay within the margin."""
-QUICK_REPAIRS: tuple[Repair, ...] = (Refit(rows_per_unknown=16, in_one_pass=True), RecalibrateBatchNorm())
-"""The usual repairs in a tenth of the time, on fewer images: good enough to compare."""
-
 _PAID = 0.5
 """A network pays if its time has fallen by at least this part of what its MACs have fallen by."""
 _RULED_DIVISOR = 8
 """The divisor that is taken where no time can be measured."""
-_MOST_IMAGES, _FEWEST_IMAGES = 256, 32
-_PASS_MACS = 1.5e11
-"""Multiply-accumulates of a pass over the images that candidates are fitted to: some seconds on one core."""
-_PASS_BYTES = 2**30
-"""Memory of that pass, three of the largest activations."""
 _BLOCK_IMAGES = 32
 _ROUNDS, _WARMUP = 15, 2
 
@@ -177,7 +167,7 @@ def _default_strategies() -> tuple[Strategy, ...]:
     return (Knapsack(), PCASlimming(), Uniform())
 
 
-@dataclass(frozen=True)
+@settings
 class Fastest(Strategy):
     """Compare the networks of several strategies and divisors, and take the fastest of those that are near the best.
 
@@ -209,7 +199,7 @@ class Fastest(Strategy):
     """
 
     strategies: tuple[Strategy, ...] = field(default_factory=_default_strategies)
-    target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
+    target: Target = OnnxRuntime()
     margin: float = MARGIN
     fewer_blocks: tuple[float, ...] = FEWER_BLOCKS
     repairs: tuple[Repair, ...] = QUICK_REPAIRS
@@ -366,11 +356,7 @@ class _Comparison:
         # Scores from other images than those of the caller's searches.
         self.context = replace(context, inputs=inputs, score_cache=ScoreCache())
         self.found: list[Candidate] = []
-        most = _images_of_a_pass(context)
-        self._fitted = _joined(first_images([images for images, _ in inputs.batches], most))
-        self._held_out = first_images(held_out, max(most // 2, _FEWEST_IMAGES))
-        self._distance: OutputDistance | None = None
-        self._repairs = strategy.repairs
+        self._repaired = RepairedNetworks(context, strategy.repairs, [each for each, _ in inputs.batches], held_out)
         others = len(strategy.strategies) - 1 + len(strategy.fewer_blocks)
         self._expected = len(candidate_spaces(self.context)) + others
 
@@ -400,22 +386,12 @@ class _Comparison:
 
     def _error(self, result: SearchResult) -> float:
         """The error after repair, which is known already in a resumed run."""
-        name, inputs = _digest(result), self.context.inputs
+        name = _digest(result)
         if name not in self._records.errors:
-            if self._distance is None:
-                self._distance = OutputDistance(inputs.model, self._held_out)
-                self._repairs = _with_statistics(self._strategy.repairs, inputs.model, self._fitted)
-            made = cut(
-                inputs.model,
-                inputs.graph,
-                result.architecture,
-                calibration=self._fitted,
-                repairs=self._repairs,
-                held_out=self._held_out,
-            )
+            made = self._repaired.cut(result.architecture)
             if made.verification.frozen:
                 raise _NotExactError(result)
-            self._records.errors[name] = self._distance.worst(made.model)
+            self._records.errors[name] = self._repaired.distance.worst(made.model)
             self._records.write()
         return self._records.errors[name]
 
@@ -469,7 +445,7 @@ class _Comparison:
         """Names of the blocks that can be removed, the one that matters least for its cost first."""
         if not self.context.inputs.graph.removable:
             return []
-        return blocks_by_worth(self.context, first_images(self._held_out, _BLOCK_IMAGES))
+        return blocks_by_worth(self.context, first_images(self._repaired.held_out, _BLOCK_IMAGES))
 
 
 def describe_choice(notes: Mapping[str, object]) -> tuple[str, ...]:
@@ -485,29 +461,6 @@ def describe_choice(notes: Mapping[str, object]) -> tuple[str, ...]:
 
 def _digest(result: SearchResult) -> str:
     return sha256_of_json(result.architecture.to_json())
-
-
-def _images_of_a_pass(context: SearchContext) -> int:
-    """How many images candidates are fitted to, so that one pass over them is short and fits into memory."""
-    activations = context.inputs.graph.activations.values()
-    largest = max((math.prod(activation.shape[1:]) for activation in activations), default=1)
-    by_time = _PASS_MACS / max(context.costs.original.macs, 1)
-    by_memory = _PASS_BYTES / (12 * max(largest, 1))
-    return int(min(_MOST_IMAGES, max(_FEWEST_IMAGES, min(by_time, by_memory))))
-
-
-def _joined(batches: Sequence[Example]) -> list[Example]:
-    """Batches as one, so that one pass repairs a whole network; those that are no single tensors stay as they are."""
-    tensors = [batch for batch in batches if isinstance(batch, Tensor)]
-    return [torch.cat(tensors)] if len(tensors) == len(batches) else list(batches)
-
-
-def _with_statistics(repairs: Sequence[Repair], model: nn.Module, images: Sequence[Example]) -> tuple[Repair, ...]:
-    """The repairs, which know the statistics of the original's batch norms: each candidate would measure them again."""
-    if not any(isinstance(repair, RecalibrateBatchNorm) for repair in repairs):
-        return tuple(repairs)
-    known = batch_statistics(model, images)
-    return tuple(replace(each, known=known) if isinstance(each, RecalibrateBatchNorm) else each for each in repairs)
 
 
 def _sample(batch: Example, target: Target) -> InputTensors:

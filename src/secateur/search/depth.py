@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from secateur._batches import first_images
+from secateur._kinds import settings
 from secateur.architecture import Architecture
 from secateur.cost.budget import Cost
 from secateur.errors import BudgetError, DataError
@@ -14,15 +15,12 @@ from secateur.graph._record import shadow_copy
 from secateur.graph.trace import Example
 from secateur.prune.calibration import split_calibration
 from secateur.prune.culprits import cut_exactly
-from secateur.prune.cut import Repair, cut
+from secateur.prune.cut import Repair
 from secateur.prune.distance import OutputDistance
-from secateur.prune.repair import RecalibrateBatchNorm, Refit
 from secateur.prune.slice import apply_architecture, replace_modules_
 from secateur.search.base import Proposal, SearchContext, Strategy
-from secateur.search.knapsack import Knapsack
-
-DEFAULT_REPAIRS: tuple[Repair, ...] = (Refit(), RecalibrateBatchNorm())
-"""Refit what lost inputs to give what it gave before, then measure the batch norms anew."""
+from secateur.search.ranking import Knapsack
+from secateur.search.repaired import QUICK_REPAIRS, RepairedNetworks
 
 _TRIED = 9
 """Numbers of removed blocks that are tried first, evenly spaced; then those beside the best."""
@@ -81,7 +79,7 @@ class _Candidate:
     notes: Mapping[str, object]
 
 
-@dataclass(frozen=True)
+@settings
 class RemoveBlocks(Strategy):
     """Remove the residual blocks that matter least, and leave the rest of the budget to another strategy.
 
@@ -102,8 +100,8 @@ class RemoveBlocks(Strategy):
         strategy: Finds the widths.
         max_fraction: Largest fraction of the blocks that may be removed, 0 to 1.
         images: Most calibration images to look at, a whole number.
-        repairs: Repairs of the last three candidates, best those that will be made after the cut. Without any, the
-            candidate nearest to the original is taken as it is: quicker, but it says less of what repairs will leave.
+        repairs: Repairs of the last three candidates: those that will be made after the cut, or quicker ones like them.
+            Without any, the candidate nearest to the original is taken, which says less of what repairs will leave.
 
     References:
         Removing whole blocks by the effect on the output: Veit et al., arXiv:1605.06431, Section 4.1; ranking them by
@@ -113,7 +111,7 @@ class RemoveBlocks(Strategy):
     strategy: Strategy = field(default_factory=Knapsack)
     max_fraction: float = 0.5
     images: int = 128
-    repairs: tuple[Repair, ...] = DEFAULT_REPAIRS
+    repairs: tuple[Repair, ...] = QUICK_REPAIRS
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_fraction <= 1:
@@ -238,20 +236,11 @@ class _Trials:
 
     def repaired(self, repairs: Sequence[Repair], numbers: Sequence[int]) -> dict[int, float]:
         """Distances of some candidates after repairs, on images that the repairs have not seen."""
-        held_out = OutputDistance(self._model, self._split.held_out)
+        networks = RepairedNetworks(self._context, repairs, self._split.fit, self._split.held_out)
         distances: dict[int, float] = {}
         for number in numbers:
             self._context.progress(0.7 + 0.1 * len(distances), f"{number} blocks fewer, repaired")
-            architecture = self.found[number].architecture
-            made = cut(
-                self._model,
-                self._graph,
-                architecture,
-                calibration=self._split.fit,
-                repairs=repairs,
-                held_out=self._split.held_out,
-            )
-            distances[number] = held_out.of(made.model)
+            distances[number] = networks.distance.of(networks.cut(self.found[number].architecture).model)
         return distances
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur._arrays import FloatArray
 from secateur._batches import count_images, take
+from secateur._kinds import settings
 from secateur.errors import ModelError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role, Site
 
@@ -212,7 +213,7 @@ def _rows(tensor: Tensor, site: Site) -> FloatArray:
     return values.reshape(len(site.index), -1).double().contiguous().numpy()
 
 
-@dataclass(frozen=True)
+@settings
 class L1(Importance):
     """Sum of the absolute weights of a filter: s_c = sum_d |W[c, d]|.
 
@@ -229,7 +230,7 @@ class L1(Importance):
         return checked_scores(scores, inputs.graph, self)
 
 
-@dataclass(frozen=True)
+@settings
 class L2(Importance):
     """Euclidean norm of a filter: s_c = sqrt(sum_d W[c, d]^2).
 
@@ -244,7 +245,7 @@ class L2(Importance):
         return checked_scores(mean_over_producers(inputs, norms), inputs.graph, self)
 
 
-@dataclass(frozen=True)
+@settings
 class GeometricMedian(Importance):
     """Distance of a filter to all filters of its layer: s_c = sum_j ||W[c] - W[j]||_2 (FPGM).
 
@@ -261,7 +262,7 @@ class GeometricMedian(Importance):
         return checked_scores(mean_over_producers(inputs, distance_sums), inputs.graph, self)
 
 
-@dataclass(frozen=True)
+@settings
 class LAMP(Importance):
     """Share of a channel's energy among the channels of its layer that are at least as strong.
 
@@ -279,7 +280,7 @@ class LAMP(Importance):
         return checked_scores(mean_over_producers(inputs, lamp), inputs.graph, self)
 
 
-@dataclass(frozen=True)
+@settings
 class RandomImportance(Importance):
     """Uniform random scores in [0, 1): the baseline every criterion must beat.
 
@@ -324,7 +325,7 @@ def lamp(rows: FloatArray) -> FloatArray:
     return scores
 
 
-@dataclass(frozen=True)
+@settings
 class BatchNormScale(Importance):
     """Absolute scale of the batch norm on a channel: s_c = |gamma_c|.
 

@@ -4,7 +4,7 @@ Both read the channels of an axis from the activations of a running model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +19,11 @@ from secateur._batches import (
     call_model,
     count_images,
     first_images,
-    float_tensors,
+    first_output,
     has_targets,
     targets_of,
 )
+from secateur._kinds import settings
 from secateur._runtime import with_recurrent_gradients_
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
@@ -109,7 +110,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(getattr(module, "running_var", None), Tensor)
 
 
-@dataclass(frozen=True)
+@settings
 class Taylor(Importance):
     """Change of the loss when a channel becomes zero wherever it is read, to first order.
 
@@ -207,7 +208,7 @@ def _loss_of_task(
 def _logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Example, labels: Tensor) -> Tensor:
     positional, by_name = arguments_of(images)
     outputs = torch.func.functional_call(model, dict(parameters), positional, by_name)
-    output = next(iter(float_tensors(outputs)), None)
+    output = first_output(outputs)
     if output is None or output.ndim != 2 or len(output) != len(labels) or output.shape[1] < 2:
         got = f"shape {tuple(output.shape)}" if output is not None else type(outputs).__name__
         raise DataError(
@@ -234,7 +235,7 @@ def _channel_sums(axis: ChannelAxis, products: dict[str, FloatArray]) -> FloatAr
 _GONE = 1e-30
 
 
-@dataclass(frozen=True)
+@settings
 class Reconstruction(Importance):
     """Remove channels one after the other, each time the one whose loss the others can repair best.
 

@@ -17,8 +17,8 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from secateur._batches import first_images
 from secateur._files import disk_errors, temporary_folder, write_atomic
+from secateur._kinds import settings
 from secateur._provenance import sha256_of_json
 from secateur.architecture import Architecture
 from secateur.cost.budget import Budget, Limit, format_cost
@@ -28,17 +28,14 @@ from secateur.cost.measure import LatencyCache, LatencyRecord, measure_pairs
 from secateur.cost.runtimes import OnnxRuntime, Target
 from secateur.errors import ArtifactError, BudgetError, DataError
 from secateur.graph.graph import ChannelGraph
-from secateur.graph.trace import Example
 from secateur.prune.calibration import split_calibration
-from secateur.prune.cut import Repair, cut
-from secateur.prune.distance import OutputDistance
+from secateur.prune.cut import Repair
 from secateur.prune.slice import apply_architecture
 from secateur.search.base import ProgressCallback, Proposal, SearchContext, SearchResult, Strategy, cost_model
-from secateur.search.depth import DEFAULT_REPAIRS
 from secateur.search.importance import L2
-from secateur.search.knapsack import Knapsack
 from secateur.search.latency_fit import LatencyFit, fit_latency
-from secateur.search.ranking import Uniform
+from secateur.search.ranking import Knapsack, Uniform
+from secateur.search.repaired import QUICK_REPAIRS, RepairedNetworks
 from secateur.search.space import SearchSpace
 
 _LOGGER = logging.getLogger("secateur")
@@ -57,18 +54,17 @@ _SEARCHED, _TIMED = 0.5, 0.6
 """The fractions of the trials with one divisor after the first search, and after the first measurement."""
 _KEEP_S = 1.0
 """Seconds after which new times of layers are kept for a resumed run."""
-_COMPARED_IMAGES = 256
-"""Calibration images that candidates of several divisors are repaired and compared on."""
 
 
-@dataclass(frozen=True)
+@settings
 class WithinLatency(Strategy):
     """Find an architecture whose measured latency is within the bound, and near to it, by another strategy.
 
     For every divisor of the widths the inner strategy searches under a predicted latency, its network is cut and
     measured in pairs with the original, and the prediction is corrected, until at least 95.5 % of the bound are used
-    and not more than all of it. Of each divisor the network that uses most of the bound is taken; of these the one
-    whose repaired outputs are nearest to the original's.
+    and not more than all of it. All searches after the first one stay near to what that has found (see
+    `Strategy.again`): they remove the same blocks, for example. Of each divisor the network that uses most of the
+    bound is taken; of these the one whose repaired outputs are nearest to the original's.
 
     A strategy that trains searches with one divisor only: the one for which uniform widths keep most MACs.
 
@@ -83,11 +79,11 @@ class WithinLatency(Strategy):
     """
 
     inner: Strategy = field(default_factory=Knapsack)
-    target: Target = OnnxRuntime()  # noqa: RUF009 - frozen
+    target: Target = OnnxRuntime()
     cache: LatencyCache | None = None
     measurements: "Measurements | None" = None
     one_divisor: bool = False
-    repairs: tuple[Repair, ...] = DEFAULT_REPAIRS
+    repairs: tuple[Repair, ...] = QUICK_REPAIRS
 
     def find(self, context: SearchContext) -> Proposal:
         """Notes: those of the inner strategy, and ``latency``: the prediction and every trial."""
@@ -118,7 +114,8 @@ class WithinLatency(Strategy):
                 share = (_COMPARED - _FITTED) / len(spaces)
                 told = _part(context.progress, _FITTED + number * share, _FITTED + (number + 1) * share)
                 try:
-                    trials += measuring.trials(replace(context_within, space=space, progress=told), fit)
+                    first = trials[0].result if trials else None
+                    trials += measuring.trials(replace(context_within, space=space, progress=told), fit, first)
                 except BudgetError as error:
                     refused = refused or error
                     _LOGGER.info(f"Divisor {space.divisor}: {error}")
@@ -126,7 +123,11 @@ class WithinLatency(Strategy):
             assert refused is not None
             raise refused
         context.progress(_COMPARED, "comparing divisors")
-        best, distances = best_of(trials, _Comparison(context, self.repairs).distance)
+        split = split_calibration([images for images, _ in context.inputs.batches])
+        networks = RepairedNetworks(context, self.repairs, split.fit, split.held_out)
+        best, distances = best_of(
+            trials, lambda trial: networks.distance.of(networks.cut(trial.result.architecture).model)
+        )
         notes = {"trials": [trial.to_json() for trial in trials], "distance": {str(d): v for d, v in distances.items()}}
         return _with_measured_latency(best, fit, context.budget, notes)
 
@@ -287,11 +288,11 @@ class _Measuring:
         _LOGGER.info(f"The original takes {format_cost('latency_s', fit.measured[0])} ({target.key}).{off}")
         return fit
 
-    def trials(self, context: SearchContext, fit: LatencyFit) -> Iterator[Trial]:
+    def trials(self, context: SearchContext, fit: LatencyFit, first: SearchResult | None = None) -> Iterator[Trial]:
         """Search in one space, measure, correct, and search again, until the measured latency is near to the bound.
 
         Each search is allowed a predicted latency: the first one what the whole model suggests, later ones see
-        `_allowed`. Later ones stay near to what the first has found, see `Strategy.again`.
+        `_allowed`. Later ones stay near to what the first has found, also in another space, see `Strategy.again`.
         """
         original, trials = float(fit.measured[0]), list[Trial]()
         limit = limit_of(self.context.budget, original)
@@ -303,7 +304,8 @@ class _Measuring:
             told = _part(context.progress, done, max(done, _SEARCHED))
             costs = cost_model(context.inputs, context.budget, fit.model.scaled(factor))
             within = replace(context, costs=costs, progress=told)
-            result = _next([trial.result for trial in trials], self.strategy.inner, within)
+            result = _next(first, self.strategy.inner, within)
+            first = first or result
             if any(result.architecture == trial.result.architecture for trial in trials):
                 return
             assert result.cost.latency_s is not None
@@ -356,10 +358,9 @@ def lower_quartile_ratio(budget: Budget, record: LatencyRecord) -> float:
     return 100 / (record.speedup.upper * limit.value) if limit.relative else record.after.lower / limit.value
 
 
-def _next(before: Sequence[SearchResult], strategy: Strategy, context: SearchContext) -> SearchResult:
+def _next(first: SearchResult | None, strategy: Strategy, context: SearchContext) -> SearchResult:
     """The next architecture: near to the first one, unless that leads nowhere."""
-    if before:
-        first = before[0]
+    if first is not None:
         with contextlib.suppress(BudgetError):
             near = strategy.again(first.architecture).search(context)
             return replace(near, strategy=first.strategy, notes={**first.notes, **near.notes})
@@ -470,24 +471,6 @@ def _roomiest(context: SearchContext, spaces: Sequence[SearchSpace], fit: Latenc
             result = Uniform(L2()).search(replace(context, costs=costs, space=space))
             kept[space] = result.cost.macs
     return max(kept, key=lambda space: kept[space], default=spaces[0])
-
-
-class _Comparison:
-    """Measures how far the outputs of cut and repaired networks are from the original's."""
-
-    def __init__(self, context: SearchContext, repairs: tuple[Repair, ...]):
-        self._inputs, self._repairs = context.inputs, repairs
-        batches: list[Example] = [images for images, _ in context.inputs.batches]
-        # The repairs see three quarters of the images, and the rest compares the networks.
-        self._split = split_calibration(first_images(batches, _COMPARED_IMAGES))
-        self._measure = OutputDistance(self._inputs.model, self._split.held_out)
-
-    def distance(self, trial: Trial) -> float:
-        """Return the distance for the network of a trial, see `secateur.prune.OutputDistance`."""
-        model, graph = self._inputs.model, self._inputs.graph
-        architecture, split = trial.result.architecture, self._split
-        made = cut(model, graph, architecture, calibration=split.fit, repairs=self._repairs, held_out=split.held_out)
-        return self._measure.of(made.model)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from secateur._arrays import FloatArray, IntArray
 from secateur._batches import call_model
+from secateur._kinds import settings
 from secateur._runtime import torch_threads
 from secateur.errors import DataError, ModelError
 from secateur.graph._record import shadow_copy
@@ -19,7 +20,7 @@ from secateur.graph.trace import Example
 from secateur.search.base import Proposal, SearchContext, Strategy, keep_best
 from secateur.search.importance import L2, Filters, Importance, ScoringInputs, producers, tensors_by_name
 from secateur.search.importance_data import channel_positions, readers
-from secateur.search.knapsack import widen_to_budget
+from secateur.search.ranking import widen_to_budget
 
 _PIECE = 1 << 22
 """Numbers turned into float64 at a time (32 MB)."""
@@ -109,7 +110,7 @@ class Matrix(ABC):
         """(variables,) s from the (variables,) diagonal of C."""
 
 
-@dataclass(frozen=True)
+@settings
 class Covariance(Matrix):
     """The covariance matrix itself, s = 1: a filter with larger weights has more variance to explain."""
 
@@ -118,7 +119,7 @@ class Covariance(Matrix):
         return np.ones_like(variances)
 
 
-@dataclass(frozen=True)
+@settings
 class Correlation(Matrix):
     """The correlation matrix, s = 1 / standard deviation: all filters count alike, whatever their scale.
 
@@ -202,7 +203,7 @@ class Source(ABC):
         """1 - CCR(i) of every prunable axis: name to (size + 1,), see `unexplained_variance`."""
 
 
-@dataclass(frozen=True)
+@settings
 class FilterWeights(Source):
     """Filters, with the batch norm that follows them folded in.
 
@@ -231,7 +232,7 @@ class FilterWeights(Source):
         return _of_weights(inputs, self.matrix, folds, stretched=self.stretched)
 
 
-@dataclass(frozen=True)
+@settings
 class RawWeights(Source):
     """Filters as they are stored, as in 3AS: the scale of a filter before a batch norm counts.
 
@@ -251,7 +252,7 @@ class RawWeights(Source):
         return _of_weights(inputs, self.matrix, {}, stretched=self.stretched)
 
 
-@dataclass(frozen=True)
+@settings
 class Activations(Source):
     """Outputs of the producing modules on the batches; channels are the variables, images and positions the samples.
 
@@ -381,7 +382,7 @@ def _taps(inputs: ScoringInputs) -> dict[str, dict[str, int]]:
     }
 
 
-@dataclass(frozen=True)
+@settings
 class PCASlimming(Strategy):
     """Each axis keeps as many channels as it takes principal components to explain a share tau of its variance.
 

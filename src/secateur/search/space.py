@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from secateur._arrays import IntArray
+from secateur._kinds import settings
 from secateur.errors import BudgetError, SelectionError
 from secateur.graph.graph import ChannelAxis, ChannelGraph, Role
 from secateur.graph.selection import check_patterns, matches_axis
@@ -15,7 +16,7 @@ from secateur.graph.selection import check_patterns, matches_axis
 _Number = TypeVar("_Number", int, float)
 
 
-@dataclass(frozen=True)
+@settings
 class AxisRule:
     """Other bounds for the axes that a pattern means.
 
@@ -50,7 +51,7 @@ class AxisRule:
         return f"{self.pattern}: {', '.join(f'{name} {value:g}' for name, value in fields if value is not None)}"
 
 
-@dataclass(frozen=True)
+@settings
 class SearchSpace:
     """The allowed widths of every prunable axis.
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur._batches import call_model, float_tensors
+from secateur._batches import call_model, first_output, float_tensors
 from secateur.errors import TrainingError
 
 _Z95 = 1.959964
@@ -314,10 +314,10 @@ def main_output(outputs: Any, name: str = "model") -> Tensor:
     Raises:
         TrainingError: If there is no floating-point tensor.
     """
-    found = float_tensors(outputs)
-    if not found:
+    first = first_output(outputs)
+    if first is None:
         raise TrainingError(f"`{name}` must return a floating-point tensor; got {type(outputs).__name__}.")
-    return found[0]
+    return first
 
 
 def normalized_difference(student: Any, teacher: Any) -> Tensor:

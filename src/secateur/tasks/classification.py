@@ -1,14 +1,15 @@
 """Classification with one label per image, and with several."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur._batches import float_tensors
+from secateur._batches import first_output
+from secateur._kinds import settings
 from secateur.distill.logit_losses import kd_loss, label_loss
 from secateur.errors import TrainingError
 from secateur.tasks.base import Meter, Metric, Score, Task, main_output
@@ -17,7 +18,7 @@ TOP1 = Metric("top-1 accuracy", is_share=True)
 """The fraction of images whose highest logit is the label's."""
 
 
-@dataclass(frozen=True)
+@settings
 class Classification(Task):
     """One class per image: cross-entropy, and top-1 accuracy.
 
@@ -37,7 +38,7 @@ class Classification(Task):
     def train_forward(self, model: nn.Module, call: Callable[..., Any], inputs: Any, targets: Any) -> Any:
         """See `Task.train_forward`: of an object with logits, those alone, as losses take them."""
         outputs = super().train_forward(model, call, inputs, targets)
-        first = None if isinstance(outputs, Tensor) else next(iter(float_tensors(outputs)), None)
+        first = None if isinstance(outputs, Tensor) else first_output(outputs)
         return outputs if first is None or first.ndim != 2 else first
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
@@ -135,7 +136,7 @@ def check_logits(outputs: object, images: int, name: str = "model") -> None:
     Raises:
         TrainingError: If the shape is not (images, classes).
     """
-    first = next(iter(float_tensors(outputs)), None)
+    first = first_output(outputs)
     shape = None if first is None else tuple(first.shape)
     if shape is None or len(shape) != 2 or shape[0] != images:
         got = shape if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -233,7 +234,7 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor | None:
     return (logits.argmax(1) == best).sum()
 
 
-@dataclass(frozen=True)
+@settings
 class MultiLabel(Task):
     """Several classes per image: binary cross-entropy, and the mean over the classes of the average precision.
 

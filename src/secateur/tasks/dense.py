@@ -1,18 +1,18 @@
 """Tasks whose targets have the size of an image, or are real numbers: segmentation, image to image, regression."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur._kinds import settings
 from secateur.errors import TrainingError
 from secateur.tasks.base import Drawing, MeanMeter, Meter, Metric, Score, Task, main_output
 
 
-@dataclass(frozen=True)
+@settings
 class Segmentation(Task):
     """One class per pixel: cross-entropy, and the mean intersection over union of the classes (mIoU).
 
@@ -126,7 +126,7 @@ class _OverlapMeter(Meter):
         return Score(float(self._counts.compute()), self._loss / self._n, self._n, self._task.metric)
 
 
-@dataclass(frozen=True)
+@settings
 class Regression(Task):
     """Real numbers, such as landmarks: the squared error and its root, or the absolute error.
 
@@ -169,7 +169,7 @@ class Regression(Task):
         return (error.abs() if self.absolute else error.square()).mean(1)
 
 
-@dataclass(frozen=True)
+@settings
 class ImageToImage(Task):
     """An image from an image, such as denoising or super-resolution: an error per pixel, and PSNR or SSIM.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._batches import call_model
+from secateur._kinds import settings
 from secateur.errors import TrainingError
 from secateur.tasks.base import Drawing, Meter, Metric, Score, Task, normalized_difference
 
@@ -32,7 +33,7 @@ class DetectorOutputs:
     heads: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@settings
 class Detection(Task):
     """Boxes with classes and scores: the model's own losses, and mean average precision.
 

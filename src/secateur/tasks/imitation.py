@@ -1,18 +1,18 @@
 """Imitation: no labels at all; a student learns the original's outputs, and is measured by its distance from them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur._batches import float_tensors
+from secateur._kinds import settings
 from secateur.errors import TrainingError
 from secateur.tasks.base import Drawing, Meter, Metric, Score, Task
 
 
-@dataclass(frozen=True)
+@settings
 class Imitation(Task):
     """Come as near to the original's outputs as possible; only inputs are needed.
 

@@ -1,12 +1,12 @@
 """Recipes for training a network from its beginning: epochs, rates, decay, augmentation, each with its source."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from secateur._kinds import settings
 from secateur.train.config import SGD, AdamW, TrainConfig
 
 
-@dataclass(frozen=True)
+@settings
 class TrainRecipe:
     """How a network is trained on labels alone.
 

@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur._files import write_atomic
+from secateur._kinds import settings
 from secateur._text import csv_cell, csv_text, is_text, visible
 from secateur.errors import TrainingError
 
@@ -69,7 +69,7 @@ class Callbacks(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class Silent:
     """Callbacks that show nothing."""
 
@@ -87,7 +87,7 @@ _BAR, _ETA = 10, 13
 """Columns of the bar itself, and of the time left with its word and spaces."""
 
 
-@dataclass(frozen=True)
+@settings
 class TerminalProgress:
     """A progress bar and a line per epoch; only the lines where the stream is not a terminal.
 
@@ -179,7 +179,7 @@ _LOOP, _EPOCH = "loop", "epoch"
 CsvRow = dict[str, str]
 
 
-@dataclass(frozen=True)
+@settings
 class CsvLog:
     """Callbacks that keep a CSV table of all epochs, and pass everything on to others.
 
@@ -259,7 +259,7 @@ def _write(path: Path, rows: list[CsvRow]) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
+@settings
 class TensorBoard:
     """Callbacks that log all numbers as scalars for ``tensorboard --logdir FOLDER``, and pass everything on to others.
 

@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from secateur._files import atomic_folder
+from secateur._kinds import settings
 from secateur._provenance import changed_settings, sha256_of, sha256_of_tensors
 from secateur._runtime import Stopped, StopRequest, accept_stop_requests, copy_model
 from secateur.errors import TrainingError
@@ -276,7 +277,7 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(found[path][1]), int(found[path][2] or 0)), reverse=True)
 
 
-@dataclass(frozen=True)
+@settings
 class CheckpointPolicy:
     """When a loop writes checkpoints within an epoch, beside those at the end of every epoch.
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from secateur._kinds import settings
 from secateur.errors import TrainingError
 from secateur.train.callbacks import Callbacks, TerminalProgress
 from secateur.train.checkpoint import CheckpointPolicy
@@ -111,7 +111,7 @@ def _check_not_negative(name: str, value: float) -> None:
         raise TrainingError(f"`{name}` must be finite and not negative; got {value}. Use 0 for none.")
 
 
-@dataclass(frozen=True)
+@settings
 class SGD:
     """Stochastic gradient descent, as `torch.optim.SGD`.
 
@@ -143,7 +143,7 @@ class SGD:
         return torch.optim.SGD(groups, lr=learning_rate, momentum=self.momentum, nesterov=self.nesterov)
 
 
-@dataclass(frozen=True)
+@settings
 class AdamW:
     """Adam with decoupled weight decay, as `torch.optim.AdamW` (arXiv:1711.05101).
 
@@ -185,7 +185,7 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """How long, how fast and with which optimizer to train.
 
@@ -272,7 +272,7 @@ class TrainConfig:
         return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-@dataclass(frozen=True)
+@settings
 class RunSettings:
     """How a training or search is executed. Checkpoints and callbacks change no number of the result.
 
@@ -291,7 +291,7 @@ class RunSettings:
     """
 
     folder: Path | None = None
-    checkpoints: CheckpointPolicy = CheckpointPolicy()  # noqa: RUF009 - frozen
-    execution: Execution = Eager()  # noqa: RUF009 - frozen
-    callbacks: Callbacks = TerminalProgress()  # noqa: RUF009 - frozen
+    checkpoints: CheckpointPolicy = CheckpointPolicy()
+    execution: Execution = Eager()
+    callbacks: Callbacks = TerminalProgress()
     fabric: "Fabric | None" = None

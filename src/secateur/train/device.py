@@ -5,7 +5,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from secateur._kinds import settings
 from secateur._runtime import copy_model, stop_requested
 from secateur.errors import TrainingError
 
@@ -254,7 +254,7 @@ class Execution(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class Eager(Execution):
     """Run operation by operation, as PyTorch does by default."""
 
@@ -270,7 +270,7 @@ class Eager(Execution):
         """See `Execution.check`: nothing to refuse."""
 
 
-@dataclass(frozen=True)
+@settings
 class Compiled(Execution):
     """Compile with `torch.compile`, for the exact shapes of the batches: about a minute, then often faster steps.
 

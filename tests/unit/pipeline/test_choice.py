@@ -148,8 +148,8 @@ def test_a_run_that_is_stopped_while_it_chooses_ends_as_it_would_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run()
-    candidates, calls = import_module("secateur.search.candidates"), list[int]()
-    real = candidates.cut
+    repaired, calls = import_module("secateur.search.repaired"), list[int]()
+    real = repaired.cut
 
     def cut(*args: object, **more: object) -> object:
         calls.append(1)
@@ -159,7 +159,7 @@ def test_a_run_that_is_stopped_while_it_chooses_ends_as_it_would_have(
 
     settings = {"out": tmp_path / "out", "export": ()}
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "cut", cut)
+        patch.setattr(repaired, "cut", cut)
         with pytest.raises(KeyboardInterrupt):
             run(**settings)
     assert (tmp_path / "out.work" / "choice.json").is_file()

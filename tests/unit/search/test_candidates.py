@@ -34,6 +34,7 @@ from secateur.search import (
     Strategy,
     Uniform,
     candidates,
+    repaired,
     search_architecture,
 )
 
@@ -224,7 +225,7 @@ class Spy(Importance):
 def test_the_images_that_judge_neither_score_nor_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted: list[Tensor] = []
     judged: list[Tensor] = []
-    real_cut, real_distance = candidates.cut, candidates.OutputDistance
+    real_cut, real_distance = repaired.cut, repaired.OutputDistance
 
     def cut(*args: object, calibration: Sequence[Tensor], **more: object) -> object:
         fitted.extend(calibration)
@@ -234,8 +235,8 @@ def test_the_images_that_judge_neither_score_nor_fit(monkeypatch: pytest.MonkeyP
         judged.extend(images)
         return real_distance(model, images)
 
-    monkeypatch.setattr(candidates, "cut", cut)
-    monkeypatch.setattr(candidates, "OutputDistance", distance)
+    monkeypatch.setattr(repaired, "cut", cut)
+    monkeypatch.setattr(repaired, "OutputDistance", distance)
 
     def rows(parts: Sequence[Tensor]) -> set[bytes]:
         return {image.numpy().tobytes() for part in parts for image in part}
@@ -268,7 +269,7 @@ def test_a_search_that_was_interrupted_ends_as_it_would_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     whole = search(plain(), quick())
-    file, calls, real = tmp_path / "choice.json", [], candidates.cut
+    file, calls, real = tmp_path / "choice.json", [], repaired.cut
 
     def cut(*args: object, **more: object) -> object:
         calls.append(1)
@@ -277,7 +278,7 @@ def test_a_search_that_was_interrupted_ends_as_it_would_have(
         return real(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "cut", cut)
+        patch.setattr(repaired, "cut", cut)
         with pytest.raises(KeyboardInterrupt):
             search(plain(), quick(records=CandidateRecords.at(file)))
     known = len(json.loads(file.read_text())["errors"]) if file.exists() else 0

@@ -137,6 +137,7 @@ def compare_command(
     checks.add(recovery.train.check_augment)
     checks.settle()
     with logged(quiet=compared.quiet or compared.as_json), torch_threads(compared.thread_count):
+        inputs.warn_of_random_weights()
         found = compare(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),

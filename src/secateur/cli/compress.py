@@ -33,7 +33,7 @@ def compress_command(
 ) -> None:
     """Compress a trained model to a budget: search, cut, repair, distill, verify, export, report.
 
-    Example: secateur compress --model base --data cifar10 --budget macs=50% --out small
+    Example: secateur compress --model timm:resnet18 --weights w.pt --data images --budget macs=50% --out small
     """
     from secateur._runtime import is_main_process
     from secateur.cli.messages import Checks
@@ -63,6 +63,7 @@ def compress_command(
     checks.add(lambda: recovery.train.check_task(inputs.named))
     checks.settle()
     with run.fabric(recovery_config().train) as fabric, logged(quiet=run.quiet, as_json=run.as_json):
+        inputs.warn_of_random_weights()
         result = run_compress(
             inputs.loaded.model,
             recovery.train.augment(inputs.images),

@@ -1,5 +1,6 @@
 """From the words of the command line to the objects of the Python interface."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from secateur.errors import (
     SelectionError,
     TrainingError,
 )
+
+_LOGGER = logging.getLogger("secateur")
 
 if TYPE_CHECKING:
     import torch
@@ -202,6 +205,11 @@ class Inputs:
         """The model."""
         by_itself = self.artifact is not None or self.model.startswith("python:")
         return self.load_for(self.images if self.data is not None and not by_itself else None)
+
+    def warn_of_random_weights(self) -> None:
+        """Say so if nothing gives a model of a library the weights of a training."""
+        if self.weights is None and self.artifact is None and not self.model.startswith("python:"):
+            _LOGGER.warning(f"{self.model} has random weights, as no --weights were given.")
 
     @property
     def artifact(self) -> Path | None:

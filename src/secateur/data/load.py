@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from secateur._kinds import checked
 from secateur.data.dataset import (
     TEST_SEED,
     ImageData,
@@ -41,6 +42,7 @@ _MAX_NAME_SHOWN = 80
 _MAX_SPEC_SHOWN = 500
 
 
+@checked
 def load_data(
     spec: str | Path,
     *,

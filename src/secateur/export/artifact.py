@@ -172,7 +172,7 @@ def load_artifact(
         raise ArtifactError(
             f"`factory` must build the original of this artifact, which was made in a Python process from a model "
             f"({name}) that has no name to build it by; got none ({folder}). Pass factory=, a function that builds it "
-            "(on the command line: --model python:package.module:function with --weights and this folder)."
+            "(on the command line: --model python:package.module:function --trust-source, beside this folder)."
         )
     if factory is None and kind not in TRUSTED_KINDS and not trust_source:
         raise ArtifactError(

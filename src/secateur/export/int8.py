@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_file, check_temporary_room, temporary_folder
+from secateur._kinds import checked
 from secateur._runtime import Batch
 from secateur.data.dataset import draw_calibration
 from secateur.errors import ArtifactError, ExportError
@@ -152,6 +153,7 @@ def _answers(run: Runner, images: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
+@checked
 def export_int8(
     model: nn.Module,
     calibration: Sequence[Tensor],

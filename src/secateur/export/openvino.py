@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._files import atomic_file, temporary_folder
+from secateur._kinds import checked
 from secateur._text import is_text
 from secateur.errors import ExportError
 from secateur.export._common import (
@@ -26,6 +27,7 @@ from secateur.export._runtime_child import open_openvino
 from secateur.export.onnx import onnx_bytes
 
 
+@checked
 def export_openvino(
     model: nn.Module, example: Tensor | tuple[Tensor, ...], path: Path | str, *, tolerance: float = PARITY_TOLERANCE
 ) -> Parity:

@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from secateur._caller_state import in_default_state
 from secateur._files import atomic_file
+from secateur._kinds import checked
 from secateur.errors import ExportError
 from secateur.export._common import (
     PARITY_TOLERANCE,
@@ -80,6 +81,7 @@ def _run_pt2(program: ExportedProgram) -> Runner:
     return run
 
 
+@checked
 def export_executorch(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._batches import unusual
+from secateur._kinds import checked
 from secateur._text import is_text
 from secateur.errors import ModelError
 
@@ -106,6 +107,7 @@ def check_weights_file(path: Path) -> None:
         )
 
 
+@checked
 def load_weights_(model: nn.Module, path: Path | str, key: str | None = None) -> None:
     """Copy the weights of a file into a model in place; all must fit.
 

@@ -545,8 +545,9 @@ def _doubts(plan: Plan, original: Step, trained: Trained | None) -> tuple[str, .
         found.append("Nothing of a training that was given up is kept but an epoch better than its beginning.")
     elif trained is not None and trained.best_epoch == 0 and plan.cut.weight_pruning is None:
         found.append(
-            "No epoch was better on the validation images than the student before training, which is kept. If the "
-            "original was trained on these images, they favor the student that has changed least."
+            f"Training did not help: no epoch was better on the {len(plan.data.validation)} validation images than the "
+            "repaired network, which is kept. Try a lower learning rate, more epochs or more images. If the original "
+            "was trained on the validation images, they favor the network that has changed least."
         )
     return tuple(found)
 

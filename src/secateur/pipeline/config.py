@@ -259,8 +259,8 @@ class CompressResult:
     described: DescribedWidths = field(default_factory=DescribedWidths)
 
     def __repr__(self) -> str:
-        search, *axes = repr(self.search).splitlines()
-        head = search.replace("SearchResult", "CompressResult")
+        head = repr(self.search).splitlines()[0].replace("SearchResult", "CompressResult")
+        axes = [f"  axis {each.name}: {each.after} of {each.before} channels kept" for each in self.report.widths]
         return "\n".join((head, *_measured(self), *axes[:10], *(["  ..."] * (len(axes) > 10))))
 
     def _repr_html_(self) -> str:
@@ -362,6 +362,11 @@ def _measured(result: "CompressResult | TrainResult") -> list[str]:
             f"latency: {format_cost('latency_s', each.before[1])} -> {format_cost('latency_s', each.after[1])} in "
             f"{each.runtime} ({each.speedup[1]:.2f} times the speed)"
             for each in report.latency[:1]
+        ),
+        *(
+            ["training did not help: no epoch was better than the network before it, which is kept"]
+            if result.trained is not None and result.trained.best_epoch == 0
+            else []
         ),
         f"{sum(check.passed for check in report.checks)} of {len(report.checks)} checks passed",
         *(f"FAILED: {failure}" for failure in result.failed),
@@ -483,6 +488,13 @@ class Output:
     formats: tuple[Format, ...]
     source: ModelSource | None
     factory: str
+
+    @property
+    def loading(self) -> str:
+        """What `secateur.load` needs beside the folder; empty if nothing."""
+        if self.source is None:
+            return "factory=build"
+        return "trust_source=True" if self.source.kind == "python" else ""
 
 
 def describe_data(data: ImageData | OwnData) -> str:

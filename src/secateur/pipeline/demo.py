@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from secateur._kinds import checked
 from secateur.data.dataset import ImageData
 from secateur.data.load import load_data
 from secateur.distill.objective import Objective
@@ -40,6 +41,7 @@ class Demo:
     label_smoothing: float = 0.05
 
 
+@checked
 def demo(
     out: Path | str,
     *,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from secateur._kinds import checked
 from secateur._provenance import sha256_of
 from secateur._runtime import copy_model
 from secateur.cost.measure import LatencyRecord, measure_files
@@ -79,6 +80,7 @@ def export_file(model: nn.Module, samples: Samples, folder: Path, form: Format) 
     return Exported(form, agreed, tuple(map(len, contents)), tuple(sha256_of(each) for each in contents), onnx=onnx)
 
 
+@checked
 def export_files(
     model: nn.Module,
     images: Tensor,

@@ -112,7 +112,8 @@ def finalize(run: Finished) -> tuple[RunReport, Path | None, tuple[Path, ...]]:
         own = (lambda: copy_model(run.given).eval()) if run.output.source is None else None
         reloaded = reload_check(run.student, run.images, draft, own)
         exports = _exports(run, draft, run.output.formats)
-        checked = replace(run.report, checks=(*run.report.checks, reloaded, *exports.checks), exports=exports.shown)
+        checks = (*run.report.checks, reloaded, *exports.checks)
+        checked = replace(run.report, checks=checks, exports=exports.shown, loading=run.output.loading)
         report, notes = _with_latency(
             replace(run, report=checked), exports.notes, _onnx_file(run.output, run.run, draft)
         )

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from secateur._caller_state import in_default_state
+from secateur._kinds import checked
 from secateur.architecture import Architecture
 from secateur.data.preprocessing import Interpolation, Preprocessing, ResizeMode
 from secateur.errors import ArtifactError, ModelError
@@ -164,6 +165,7 @@ def _own_weights(weights: Path) -> ModelError:
     return ModelError(f"`weights` must not be given with an artifact, which has its own; got {weights}.")
 
 
+@checked
 def load_any(
     spec: str,
     *,

@@ -151,7 +151,7 @@ def _compare(folder: Path, here: Mapping[str, str]) -> None:
     """Warn of a run that is resumed on different hardware or versions."""
     try:
         then = cast(dict[str, str], dict(json.loads((folder / _SURROUNDINGS).read_text())))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return
     if changes := changed_settings({**here, **then}, here):
         warnings.warn(
@@ -181,7 +181,7 @@ def _meet(folder: Path, settings: Mapping[str, str], on_existing: OnExisting) ->
         return
     try:
         then = cast(dict[str, str], dict(json.loads((folder / _SETTINGS).read_text())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(folder, error) from error
     if changes := changed_settings(then, settings):
         raise ArtifactError(
@@ -350,7 +350,7 @@ def check_has_weights(model: nn.Module) -> None:
             f"`model` must have weights; {len(empty)} of its tensors are on the meta device, which holds no values: "
             f"{', '.join(empty[:3])}. Load its weights first, or make it on the CPU."
         )
-    state = cast("dict[str, Any]", model.state_dict())
+    state = model.state_dict()
     strange = {
         name: unusual(value) if isinstance(value, Tensor) else f"no tensor but of the type {type(value).__name__}"
         for name, value in state.items()

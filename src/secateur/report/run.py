@@ -269,6 +269,7 @@ class RunReport:
         flips: Some images that just one of both gets right.
         sensitivity: (layer, kept fraction, distance of the outputs) where that layer alone is cut as it was.
         input_size: Channels, height, width of an input; empty if it is no single image.
+        loading: What `secateur.load` needs beside the folder; empty if nothing.
         compresses: Whether the run is to make the model smaller; if not, there is no Performance Efficiency.
         command: The exact command or call.
         seed: Its seed.
@@ -302,6 +303,7 @@ class RunReport:
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
     compresses: bool = True
+    loading: str = ""
     warnings: tuple[str, ...] = ()
     paired: PairedTest | None = None
     classes: tuple[ClassChange, ...] = ()

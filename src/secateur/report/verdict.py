@@ -129,18 +129,21 @@ _DEPLOY = {
 """Name of a file: runtime, code that runs a batch, and its imports."""
 
 
-def deploy_snippets(files: Sequence[str], size: Sequence[int]) -> tuple[tuple[str, str, str], ...]:
+def deploy_snippets(files: Sequence[str], size: Sequence[int], loading: str = "") -> tuple[tuple[str, str, str], ...]:
     """Return (runtime, file, code) for each exported file, and for the artifact itself first.
 
     Args:
         files: Names of exported files; those without a snippet are left out.
         size: Channels, height, width of an input; empty if it is no single image.
+        loading: What `secateur.load` needs beside the folder, such as ``factory=build``.
     """
+    more = f", {loading}" if loading else ""
+    comment = "  # build: your function that builds the original" if loading.startswith("factory") else ""
     found = [
         (
             "PyTorch with Secateur",
             "secateur.json",
-            'import secateur\n\nmodel = secateur.load(".").model\n'
+            f'import secateur\n\nmodel = secateur.load("."{more}).model{comment}\n'
             + ("outputs = model(batch)  # normalized pixels" if size else "outputs = model(inputs)  # as the original"),
         )
     ]

@@ -144,7 +144,7 @@ class CandidateRecords:
             errors = {str(name): float(error) for name, error in content["errors"].items()}
             pairs = {str(name): LatencyRecord.from_json(record) for name, record in content["pairs"].items()}
             return cls(path, errors, pairs, str(content["untimed"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"The unfinished run in {path.parent} is damaged ({path.name}: {error}). Begin again with --restart."
             ) from error

@@ -197,7 +197,7 @@ class Measurements:
             content = cast(dict[str, Any], json.loads(path.read_text()))
             seconds = {str(what): float(value) for what, value in content["seconds"].items()}
             pairs = {str(name): LatencyRecord.from_json(record) for name, record in content["pairs"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"The unfinished run in {path.parent} is damaged ({path.name}: {error}). Begin again with --restart."
             ) from error

@@ -1,5 +1,6 @@
 """Detection of objects by models that compute their own losses, as torchvision's detectors do."""
 
+import importlib.util
 from collections.abc import Callable, Generator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,6 +226,11 @@ def _check_inside(image: Any, boxes: Tensor, number: int) -> None:
 
 class _PrecisionMeter(Meter):
     def __init__(self, task: Detection) -> None:
+        if importlib.util.find_spec("faster_coco_eval") is None:
+            raise TrainingError(
+                "`task` must be measured with faster-coco-eval, which is not installed. "
+                "Run: pip install 'secateur[detection]'"
+            )
         from torchmetrics.detection import MeanAveragePrecision
 
         self._task = task

@@ -228,6 +228,8 @@ class _CsvLoop:
 
 def _read(path: Path) -> list[CsvRow]:
     try:
+        if path.exists() and not path.is_file():  # Nobody may ever write to a pipe.
+            raise ValueError("it is a pipe, a device or a folder")
         with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file, strict=True)
             if list(table.fieldnames or ())[:2] != [_LOOP, _EPOCH]:

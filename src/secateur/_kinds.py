@@ -193,7 +193,9 @@ def _kind(hint: Any) -> _Kind:
         return _Kind(lambda value: value in args, " or ".join(map(repr, args)))
     if origin is Callable:
         return _Kind(callable, "a function")
-    return _of_class(origin or hint, args) if isinstance(origin or hint, type) else _ANYTHING
+    kind = origin or hint
+    # The classes of typing, such as TextIO, have no instances.
+    return _of_class(kind, args) if isinstance(kind, type) and kind.__module__ != "typing" else _ANYTHING
 
 
 def _of_class(kind: type, args: tuple[Any, ...]) -> _Kind:
@@ -209,7 +211,7 @@ def _of_class(kind: type, args: tuple[Any, ...]) -> _Kind:
                 isinstance(value, kind)
                 and (type(value) is not dict or all(key.fits(k) and entry.fits(v) for k, v in cast(Any, value).items()))
             ),
-            f"a mapping from {words.replace(', ', ' to ')}",
+            "a mapping" if entry is _ANYTHING else f"a mapping from {words.replace(', ', ' to ')}",
         )
     if kind is tuple and args[-1:] != (Ellipsis,) and args:
         return _Kind(
@@ -222,13 +224,14 @@ def _of_class(kind: type, args: tuple[Any, ...]) -> _Kind:
         )
     if issubclass(kind, Collection) and len(held) == 1:
         inner, kinds = held[0], (tuple, list) if kind is tuple else (kind,)
+        name = f"a {kind.__name__.lower()}"
         return _Kind(
             lambda value: (
                 isinstance(value, kinds)
                 and not isinstance(value, str | bytes)
                 and (not isinstance(value, list | tuple | set | frozenset) or all(map(inner.fits, value)))
             ),
-            f"a sequence, each of it {words}",
+            name if inner is _ANYTHING else f"{name}, each of it {words}",
         )
     return _Kind(lambda value: isinstance(value, kind), f"of the type {kind.__name__}")
 

@@ -290,7 +290,7 @@ class RunDirectory:
                 student,
                 bool(state.get("widths_follow", True)),
             )
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
             raise _damaged(self.folder, error) from error
 
     def remove(self) -> None:

@@ -9,7 +9,7 @@ from cuts import one_channel
 from torch import Tensor, nn
 from zoo import ZOO
 
-from secateur.errors import TraceError
+from secateur.errors import KindError, TraceError
 from secateur.graph import shadow_copy, trace
 from secateur.graph._ledger import Ledger
 from secateur.graph._size_ints import SizeInt
@@ -117,7 +117,6 @@ def test_a_failure_while_tracing_changes_nothing_either():
     ("example", "message"),
     [
         ((), r"`example` must hold at least one tensor; got tuple\. Pass an input batch"),
-        ("image.png", r"`example` must hold at least one tensor; got str"),
         (
             torch.zeros(1, 4, 8, 8),
             r"cannot run the example input of shape \[\(1, 4, 8, 8\)\] \(in module '0.0'\).*channels",
@@ -128,6 +127,12 @@ def test_a_failure_while_tracing_changes_nothing_either():
 def test_wrong_examples_are_refused(example, message):
     with pytest.raises(TraceError, match=message):
         trace(ZOO["plain"]()[0], example)
+
+
+def test_an_example_of_another_kind_is_refused():
+    message = r"`example` must be of the type Tensor or a tuple or a list or a mapping; got 'image\.png' \(str\)"
+    with pytest.raises(KindError, match=message):
+        trace(ZOO["plain"]()[0], "image.png")
 
 
 def test_a_model_without_parameters_is_refused():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from secateur.errors import ArtifactError, ModelError
 from secateur.pipeline import check_model_fits_data, check_output
+from secateur.pipeline.workspace import check_has_weights
 
 
 def test_new_and_empty_folders_are_fine(tmp_path: Path):
@@ -68,3 +70,63 @@ def test_a_mask_of_infinities_is_no_divergence_and_nan_is():
     model.mask[0] = math.nan
     with pytest.raises(ModelError, match=r"must have finite weights.*mask"):
         check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
+
+
+class Returns(nn.Module):
+    """A classifier of four classes whose logits are made something else."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(192, 4), change
+
+    def forward(self, images):
+        return self.change(self.layer(images.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda logits: logits.to_sparse(), "one of the layout sparse_coo"),
+        (lambda logits: logits.to("meta"), "one on the meta device, without values"),
+        (lambda logits: torch.nested.nested_tensor(list(logits)), "one nested"),
+        (lambda logits: logits.to(torch.float8_e4m3fn), "one of the type torch.float8_e4m3fn"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_that_nothing_can_be_computed_with_are_refused(change, said: str):
+    with pytest.raises(ModelError, match=f"must return ordinary tensors; Returns returned {said}"):
+        check_model_fits_data(Returns(change), noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
+
+
+class WithState(Returns):
+    """A state that holds what is no tensor."""
+
+    def state_dict(self, *args, **kwargs):
+        return {**super().state_dict(*args, **kwargs), "version": 3, "inner._extra_state": {"calls": 1}}
+
+
+def strange_models() -> dict[str, nn.Module]:
+    made = {name: Returns(lambda logits: logits) for name in ("sparse", "eight bits")}
+    made["sparse"].odd = nn.Parameter(torch.eye(3).to_sparse())
+    made["eight bits"].odd = nn.Parameter(torch.zeros(3).to(torch.float8_e4m3fn), requires_grad=False)
+    return {**made, "no tensor": WithState(lambda logits: logits)}
+
+
+@pytest.mark.parametrize("name", ["sparse", "eight bits", "no tensor"])
+def test_models_of_strange_tensors_are_measured_but_not_cut(name: str):
+    model = strange_models()[name]
+    with pytest.raises(ModelError, match=r"must have ordinary tensors to cut and to store; (odd|version) is "):
+        check_has_weights(model)
+    if name != "sparse":  # PyTorch cannot copy one.
+        check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
+
+
+def test_a_quantized_model_is_measured_but_not_cut():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch is about to move it to another package.
+        model = torch.ao.quantization.quantize_dynamic(Returns(lambda logits: logits), {nn.Linear})
+    check_model_fits_data(model, noise_data(), torch.zeros(2, 3, 8, 8), targets=torch.tensor([0, 3]))
+    with pytest.raises(
+        ModelError, match=r"layer\._packed_params.* is no tensor.*quantize the result \(--export int8\)"
+    ):
+        check_has_weights(model)

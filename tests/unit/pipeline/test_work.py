@@ -80,6 +80,8 @@ def test_what_was_written_is_read_again(tmp_path: Path):
         ("student.safetensors", b"not tensors"),
         ("settings.json", b"{"),
         ("settings.json", b"7"),
+        ("settings.json", b"[" * 100_000),
+        ("run.json", b"[" * 100_000),
     ],
 )
 def test_damage_is_said(tmp_path: Path, name: str, content: bytes):

@@ -93,6 +93,18 @@ def test_every_export_has_a_snippet_that_is_python():
     assert len(deploy_snippets(names, ())) == 1
 
 
+@pytest.mark.parametrize(
+    ("loading", "call"),
+    [
+        ("", 'secateur.load(".").model\n'),
+        ("trust_source=True", 'secateur.load(".", trust_source=True).model\n'),
+        ("factory=build", 'secateur.load(".", factory=build).model  # build: your function that builds the original\n'),
+    ],
+)
+def test_the_snippet_loads_the_artifact_as_it_must_be_loaded(loading: str, call: str):
+    assert call in deploy_snippets((), (3, 8, 8), loading)[0][2]
+
+
 def test_the_page_has_all_of_it_and_no_settings():
     page = render(RUN)
     for words in ("What each class lost or gained", "cat", "Confusions", "data:image/png;base64,iVBORw0KGgo=",

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def test_another_file_is_not_overwritten(tmp_path: Path, content: bytes) -> None
     with pytest.raises(TrainingError, match=r"history\.csv must be a table of epochs"):
         run(CsvLog(path, Silent()))
     assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "history.csv")
+    with pytest.raises(TrainingError, match=r"got something else \(it is a pipe, a device or a folder\)"):
+        run(CsvLog(tmp_path / "history.csv", Silent()))
 
 
 def test_a_file_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def size_rows(modules: list[Module]) -> Iterator[Row]:
     yield Row("lines of the largest file", lines[-1], "<= 650", tuple(f"{m.lines} {m.name}" for m in largest))
     # The reorganization aimed at 34,000 and 140 files. It ended at 38,300: comments doubled, and no further duplication
     # was found. What came after it (rules, tasks, checks) is new, so both bounds grow with it, knowingly.
-    yield Row("lines of src", sum(lines), "<= 58500")
+    yield Row("lines of src", sum(lines), "<= 58510")
     files = Counter(module.package for module in modules if module.path.name != "__init__.py")
     yield Row("files in the largest package", max(files.values()), "<= 17", (_listed(files),))
 

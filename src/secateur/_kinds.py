@@ -198,11 +198,17 @@ def _kind(hint: Any) -> _Kind:
     return _of_class(kind, args) if isinstance(kind, type) and kind.__module__ != "typing" else _ANYTHING
 
 
+def _is_simple(hint: Any) -> bool:
+    """Whether contents are checked: numbers, text, None, and objects of Secateur. Other contents are the user's."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
+    return all(member in _PLAIN or getattr(member, "__module__", "").split(".")[0] == "secateur" for member in members)
+
+
 def _of_class(kind: type, args: tuple[Any, ...]) -> _Kind:
     if getattr(kind, "_is_protocol", False):
         # Any object may have the methods; text, numbers and None never do.
         return _Kind(lambda value: not isinstance(value, str | bytes | numbers.Number | None), f"a {kind.__name__}")
-    held = [_kind(each) for each in args if each is not Ellipsis]
+    held = [_kind(each) if _is_simple(each) else _ANYTHING for each in args if each is not Ellipsis]
     words = ", ".join(each.words for each in held)
     if issubclass(kind, Mapping) and len(held) == 2:
         key, entry = held

@@ -5,11 +5,10 @@ This is what a differentiable search (TAS) looks at: the output is differentiabl
 and `MixtureHooks` installs it all on a model for the time of one call.
 """
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -192,7 +191,7 @@ class MixtureHooks:
         norms = {place: axes for place, axes in norms.items() if place not in found}
         return cls(_points(graph, found), _points(graph, norms), graph.chains, [axis.name for axis in graph.prunable])
 
-    @contextlib.contextmanager
+    @contextmanager
     def active(
         self,
         model: nn.Module,

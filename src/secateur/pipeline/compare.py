@@ -116,7 +116,7 @@ class _Job:
 def compare(
     model: nn.Module,
     data: Any,
-    budgets: Sequence[Budget | str],
+    budgets: Sequence[Budget | str] | Budget | str,
     strategies: Mapping[str, Strategy | None],
     *,
     out: Path | str | None = None,
@@ -138,7 +138,7 @@ def compare(
     Args:
         model: A trained model; not changed.
         data: As for `secateur.compress`; with validation images.
-        budgets: Such as ``["macs=50%", "macs=30%"]``.
+        budgets: One, or several, such as ``["macs=50%", "macs=30%"]``.
         strategies: By name; None is the default strategy of `compress`, which compares several itself.
         out: Folder for ``compare.html``, ``records.parquet`` and the artifacts of the winners; must be new or empty.
             None writes nothing. The unfinished work lies in ``<out>.work``.
@@ -197,10 +197,9 @@ def search_epochs(strategy: Strategy | None) -> int:
     return 0
 
 
-def _budgets(budgets: Sequence[Budget | str]) -> tuple[Budget, ...]:
-    if isinstance(budgets, str | Budget):
-        raise BudgetError(f"`budgets` must be a list of budgets; got {str(budgets)!r}. Write [{str(budgets)!r}].")
-    found = tuple(dict.fromkeys(Budget.parse(each) if isinstance(each, str) else each for each in budgets))
+def _budgets(budgets: Sequence[Budget | str] | Budget | str) -> tuple[Budget, ...]:
+    named = (budgets,) if isinstance(budgets, str | Budget) else budgets
+    found = tuple(dict.fromkeys(Budget.parse(each) if isinstance(each, str) else each for each in named))
     if not found:
         raise BudgetError("`budgets` must hold at least one budget; got none. Write, for example, ['macs=50%'].")
     return found

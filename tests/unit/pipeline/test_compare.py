@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import secateur
-from secateur.errors import ArtifactError, BudgetError, SelectionError, TrainingError
+from secateur.errors import ArtifactError, BudgetError, KindError, SelectionError, TrainingError
 from secateur.pipeline.compare import search_epochs
 from secateur.search import Proposal, SearchContext, Strategy
 
@@ -113,8 +113,10 @@ def test_a_time_limit_ends_the_comparison(net: nn.Module, data: Any):
 
 
 def test_bad_input_is_refused_before_any_work(net: nn.Module, data: Any, tmp_path: Path):
-    with pytest.raises(BudgetError, match=r"must be a list of budgets; got 'macs=50%'"):
-        secateur.compare(net, data, "macs=50%", {"a": None})
+    with pytest.raises(KindError, match=r"`budgets` must be a sequence, each of it of the type Budget or text"):
+        secateur.compare(net, data, [None], {"a": None})
+    with pytest.raises(BudgetError, match="must be a number with"):  # One budget may stand alone.
+        secateur.compare(net, data, "macs=x%", {"a": None})
     with pytest.raises(BudgetError, match="at least one budget"):
         secateur.compare(net, data, [], {"a": None})
     with pytest.raises(SelectionError, match="at least one strategy"):

@@ -163,6 +163,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 _ANYTHING = _Kind(lambda _: True, "anything")
+_FUNCTION = _Kind(callable, "a function")
 _PATH = _Kind(lambda value: isinstance(value, str | os.PathLike), "a path")
 _PLAIN = {
     Any: _ANYTHING,
@@ -185,14 +186,14 @@ def _kind(hint: Any) -> _Kind:
         return _PLAIN[hint]
     if origin in {typing.Union, types.UnionType}:
         members = [_kind(each) for each in args]
-        words = " or ".join(dict.fromkeys(each.words for each in members))
+        words = " or ".join(dict.fromkeys(each.words for each in members)).replace(" or of the type ", " or ")
         return _Kind(lambda value: any(each.fits(value) for each in members), words)
     if origin is typing.Annotated:
         return _kind(args[0])
     if origin is typing.Literal:
         return _Kind(lambda value: value in args, " or ".join(map(repr, args)))
     if origin is Callable:
-        return _Kind(callable, "a function")
+        return _FUNCTION
     kind = origin or hint
     # The classes of typing, such as TextIO, have no instances.
     return _of_class(kind, args) if isinstance(kind, type) and kind.__module__ != "typing" else _ANYTHING
@@ -207,6 +208,8 @@ def _is_simple(hint: Any) -> bool:
 def _of_class(kind: type, args: tuple[Any, ...]) -> _Kind:
     if getattr(kind, "_is_protocol", False):
         # Any object may have the methods; text, numbers and None never do.
+        if "__call__" in vars(kind):
+            return _FUNCTION
         return _Kind(lambda value: not isinstance(value, str | bytes | numbers.Number | None), f"a {kind.__name__}")
     held = [_kind(each) if _is_simple(each) else _ANYTHING for each in args if each is not Ellipsis]
     words = ", ".join(each.words for each in held)

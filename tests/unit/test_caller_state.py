@@ -329,7 +329,7 @@ def test_an_interrupted_run_leaves_no_mode_behind(error: type[BaseException]) ->
             Knapsack,
             r"`strategy` must be of the type Strategy; got the class Knapsack\. Call it: Knapsack\(\)",
         ),
-        ("budget", 0.5, r"`budget` must be of the type Budget or str; got 0\.5 \(float\)\. See secateur\.cost"),
+        ("budget", 0.5, r"`budget` must be of the type Budget or text; got 0\.5 \(float\)\. See secateur\.cost"),
         ("space", None, r"`space` must be of the type SearchSpace; got None"),
         ("graph", {}, r"`graph` must be of the type ChannelGraph; got \{\} \(dict\)"),
     ],

@@ -33,7 +33,7 @@ def compress_command(
 ) -> None:
     """Compress a trained model to a budget: search, cut, repair, distill, verify, export, report.
 
-    Example: secateur compress --model timm:resnet18 --weights w.pt --data images --budget macs=50% --out small
+    Example: secateur compress --model timm:resnet18 --weights w.pt --data d --budget macs=50% --out out
     """
     from secateur._runtime import is_main_process
     from secateur.cli.messages import Checks

@@ -193,7 +193,7 @@ class HeadUnit(Enum):
 
 @in_default_state
 def trace(
-    model: nn.Module,
+    model: nn.Module | Any,  # What is no module is refused below, with the reason.
     example: Example,
     *,
     heads: HeadUnit = HeadUnit.DIMENSION,

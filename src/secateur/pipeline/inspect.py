@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from secateur._caller_state import in_default_state
 from secateur.cost.budget import Cost, format_cost
@@ -14,6 +14,7 @@ from secateur.cost.denormals import Denormals, count_denormals
 from secateur.cost.macs import CostModel
 from secateur.graph.graph import ChannelAxis, ChannelGraph
 from secateur.graph.stages import Stage, find_stages
+from secateur.graph.trace import Example
 from secateur.pipeline.config import CutConfig
 from secateur.prune.slice import prunable_parameter_fraction
 from secateur.report.graph_layers import list_layers
@@ -113,7 +114,7 @@ class ModelReport:
 @in_default_state
 def inspect_model(
     model: nn.Module,
-    example: Tensor,
+    example: Example,
     *,
     cut: CutConfig = CutConfig(),  # noqa: B008 - frozen
 ) -> ModelReport:

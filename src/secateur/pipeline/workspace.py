@@ -466,11 +466,6 @@ def check_own_loop(loop: Recover | None, fabric: "Fabric", budget: Budget | None
     """
     if loop is None:
         return
-    if not callable(loop):  # pyright: ignore[reportUnnecessaryComparison]
-        raise TrainingError(
-            f"`recovery` must be a RecoveryConfig or a function (student, teacher, data, context) -> student; got "
-            f"{type(loop).__name__}."
-        )
     if fabric.world_size > 1:
         raise TrainingError(
             f"`recover` must run in one process; got {fabric.world_size}. Start the run in one, and several within "

@@ -22,7 +22,7 @@ FORMATS = pytest.mark.parametrize(
     ("export", "name", "room"), [(export_onnx, "model.onnx", _onnx), (export_pt2, "model.pt2", _pt2)]
 )
 
-RUNNER = {_onnx: "session_runner", _pt2: "_runner"}
+RUNNER = {_onnx: "session_runner", _pt2: "_run_pt2"}
 """What each room opens its file with."""
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import secateur
 from secateur.cost import Budget
-from secateur.errors import ArtifactError, TrainingError
+from secateur.errors import ArtifactError, KindError, TrainingError
 from secateur.pipeline import CutConfig, ModelSpec, OnExisting, RecoveryConfig, RunConfig, distill_model
 from secateur.tasks import Imitation, Regression, Task
 from secateur.train import RecoverContext, Silent
@@ -220,7 +220,7 @@ def test_what_a_loop_returned_is_not_trained_again(tmp_path: Path, monkeypatch: 
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"`recovery` must be a RecoveryConfig or a function .*; got str"):
+    with pytest.raises(KindError, match=r"`recovery` must be of the type RecoveryConfig or a function; got 'mine'"):
         compress("mine", tmp_path / "out")
     with pytest.raises(TrainingError, match="must be left out where the budget bounds `nonzero`"):
         secateur.compress(
